@@ -15,8 +15,8 @@ from harness.errors import UsageError, shorten
 from harness.records import codec
 
 if TYPE_CHECKING:
+    from harness.records.manifest import Manifest
     from harness.records.record import TrialRecord
-    from harness.records.store import Manifest
 
 Form = Mapping[str, Any]
 """The type of each key that is rested on, or the form of the table below it."""

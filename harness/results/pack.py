@@ -89,7 +89,10 @@ def _write_manifest(folder: Path, manifest: Manifest, clean: Callable[[Any], Any
         for tokens in (data["tokens"], *data["tokens"].get("own", {}).values()):
             if "examples" in tokens:
                 tokens["examples"] = []
-    write_document(folder / MANIFEST, clean(data))
+    cleaned = clean(data)
+    if "site_facts" in cleaned:  # by names, which records have as well
+        cleaned["site_facts"] = {clean(site): told for site, told in cleaned["site_facts"].items()}
+    write_document(folder / MANIFEST, cleaned)
 
 
 def _write_records(folder: Path, path: Path, manifest: Manifest, clean: Callable[[Any], Any], *, texts: bool) -> None:
@@ -141,7 +144,8 @@ def _without_hosts() -> Callable[[str], str]:
     words = dict.fromkeys(hosts, "host") | {_user(): "user"}
     words = {name: word for name, word in words.items() if len(name) > 2 and name not in ("localhost", "root")}
     longest_first = sorted(words, key=len, reverse=True)
-    known = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}(?![\w-])" for name in longest_first))
+    ends = r"(?:(?=-card-\d)|(?![\w-]))"  # a site is a card of a host
+    known = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}{ends}" for name in longest_first))
 
     def replace(text: str) -> str:
         if text in words or _ADDRESS.fullmatch(text):  # a word of ours that a machine happens to be called by

@@ -25,7 +25,7 @@ from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.scratch import leaving_nothing
-from harness.records.store import Manifest, Run, RunWriter
+from harness.records.store import Manifest, Run, RunWriter, SiteFacts
 from harness.run.budget import Budget
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
@@ -40,7 +40,7 @@ from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.sites.joining import Joining, prepare_late
-from harness.run.sites.local import check_all, open_station
+from harness.run.sites.local import LocalStation, check_all, open_station
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.spread import Station, run_spread
 from harness.run.sites.together import prepare_all
@@ -185,7 +185,7 @@ def measure(
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
         joining: Joining | None = None
-        lost: list[Notice] = []
+        lost, came = list[Notice](), dict[str, Facts]()
         with stops.interruptible():
             if remote:
                 written, folder = write_plan(rest, plan, _written(arms)), runs / run_id
@@ -194,7 +194,12 @@ def measure(
                 if venue.arrivals is not None:
                     mixed = study.protocol.mixed
                     late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder, mixed=mixed)
-                    joining = Joining(venue.arrivals, remote, lambda station: late(station, left_s=budget.left_s))
+
+                    def join(station: RemoteStation) -> None:
+                        late(station, left_s=budget.left_s)
+                        came[station.name] = station.facts
+
+                    joining = Joining(venue.arrivals, remote, join)
                 there, site = ready.sides or {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
@@ -207,6 +212,8 @@ def measure(
                     rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
                 )
                 there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            present: list[RemoteStation | LocalStation] = [*remote, *local]
+            found = {station.name: station.facts for station in present}
             check_facts(there)
             budget.cold_s = ready.cold_s
         stations: list[Station] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
@@ -220,12 +227,14 @@ def measure(
         place = next(iter(there.values()))
         facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
         declared = sorted({name for arm in arms for name in arm.declared})
+        describe = partial(_facts_of_sites, facts, declared)
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
             manifest = dataclasses.replace(
                 manifest,
                 bases=(*manifest.bases, *ready.bases),
                 notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
+                site_facts={**manifest.site_facts, **describe(found)},
             )
         else:
             manifest = Manifest(
@@ -247,6 +256,7 @@ def measure(
                 notices=notices,
                 sides=_sides(arms, ready.hellos, there),
                 policy=dict(policy or {}),
+                site_facts=describe(found),
             )
         writer = RunWriter(runs, manifest)
         try:
@@ -262,7 +272,8 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=(*lost, *measured.notices))
+        told = (*lost, *measured.notices)
+        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=told, came=describe(came))
     return store.read_run(str(writer.path), runs)
 
 
@@ -303,6 +314,19 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str,
         | {"facts": facts[arm.name].host}
         for arm in arms
         if arm.side and arm.name == arm.side
+    }
+
+
+def _facts_of_sites(
+    provenance_of_run: Mapping[str, Any], declared: Sequence[str], sites: Mapping[str, Facts]
+) -> dict[str, SiteFacts]:
+    """What the manifest says of each site."""
+    return {
+        name: SiteFacts(
+            machine=codec.to_json(facts.machine),
+            fingerprint=provenance.fingerprint({**provenance_of_run, **provenance.place_of(facts)}, without=declared),
+        )
+        for name, facts in sites.items()
     }
 
 

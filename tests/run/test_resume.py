@@ -105,7 +105,7 @@ class Executor(LocalExecutor):
 def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with the fake at the seam and a machine that is always the same."""
     monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
-    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda: machine)
+    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda environment=None: machine)
     for name in ("asked", "harness", "tokens", "padded_tokens", "threads"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))
     (tmp_path / "small.toml").write_text(STUDY)

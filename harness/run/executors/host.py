@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError, impossible
-from harness.machine.provenance import LIBRARIES, cuda_of
+from harness.machine.provenance import LIBRARIES
 from harness.machine.repository import git_state
+from harness.machine.software import cuda_of
 from harness.machine.steering import switches_of
 from harness.records import codec
 

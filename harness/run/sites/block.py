@@ -214,7 +214,7 @@ class Post:
         with contextlib.suppress(OSError):  # what cannot be found from elsewhere is named when it is read
             os.chdir(order.folder)
         if order.shares > 1:
-            cpus = share_cpus(sorted(os.sched_getaffinity(0)), order.shares, f"site {order.site}")[order.share]
+            cpus = share_cpus(os.sched_getaffinity(0), order.shares, f"site {order.site}")[order.share]
             self._host = Host(environment={CPUS: ",".join(map(str, cpus))})
         executor = self._open()
         boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""

@@ -7,18 +7,21 @@ card nor its cores: each site has CPUs of its own, and its processes stay on the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError, UsageError
+from harness.machine.cards import visible_cards
+from harness.machine.cores import cores_of
 from harness.machine.kinds import say_kind
-from harness.machine.nvml import card_names
 from harness.machine.processes import CPUS
-from harness.machine.provenance import Machine
-from harness.machine.visible import VARIABLE, visible_devices
+from harness.machine.provenance import Facts, Machine
+from harness.machine.visible import VARIABLE
 from harness.records.preparation import Hello
 from harness.records.record import TrialRecord
+from harness.records.units import format_count
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.executors import Executor, open_executor
@@ -48,14 +51,14 @@ class Ground:
 
 def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Ground, ...]:
     """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine cards, in the order in which CUDA numbers those
-    that are visible; on a CPU as many equal shares of its CPUs.
+    that are visible; on a CPU as many equal shares of its cores.
 
     Raises:
-        UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer CPUs than
+        UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer cores than
             sites.
     """
     numbers = [int(number) for number in listed]
-    shares = share_cpus(sorted(os.sched_getaffinity(0)), len(numbers), say_sites(listed))
+    shares = share_cpus(os.sched_getaffinity(0), len(numbers), say_sites(listed))
     if machine.device == "cpu":
         return tuple(_ground(f"cpus-{number}", cpus, {}, machine) for number, cpus in zip(numbers, shares, strict=True))
     cards = _cards(numbers, listed, mixed=mixed)
@@ -77,42 +80,44 @@ def _ground(name: str, cpus: Sequence[int], environment: dict[str, str], machine
     return Ground(name=name, host=host, machine=say_kind(machine))
 
 
-def share_cpus(cpus: Sequence[int], sites: int, asked: str) -> list[Sequence[int]]:
-    """Equal parts of the CPUs, one for each site. Raises `UsageError`, with what was `asked`, for too many sites."""
-    each = len(cpus) // sites
+def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int]]:
+    """Equal parts of the cores, one for each site, by their CPUs: two threads of one core are never of two sites.
+    Raises `UsageError`, with what was `asked`, for too many sites."""
+    cores = cores_of(cpus)
+    each = len(cores) // sites
     if not each:
+        threads = sum(map(len, cores))
+        of_cores = "" if threads == len(cores) else f" of {format_count(len(cores), 'core')}"
         raise UsageError(
-            f"{asked}: {sites} sites and {len(cpus)} CPUs that this process may use: they would share "
-            "cores. Use fewer sites."
+            f"{asked}: {sites} sites and {format_count(threads, 'CPU')}{of_cores} that this process may use: they "
+            "would share cores. Use fewer sites."
         )
-    return [cpus[site * each : (site + 1) * each] for site in range(sites)]
+    return [sorted(itertools.chain(*cores[site * each : (site + 1) * each])) for site in range(sites)]
 
 
 def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[tuple[int | str, str]]:
     """Each by what CUDA_VISIBLE_DEVICES calls it, with its name."""
-    names = card_names().value
-    if names is None:
-        raise UsageError(f"{say_sites(listed)}: which cards there are cannot be known here. Leave it out.")
-    visible = visible_devices(os.environ)
-    cards: Sequence[int | str] = range(len(names)) if visible is None else visible
+    asked, cards = say_sites(listed), visible_cards().value
+    if cards is None:
+        raise UsageError(f"{asked}: which cards there are cannot be known here. Leave it out.")
+    found: list[tuple[int | str, str]] = []
+    kinds: set[str] = set()
     for number in numbers:
         if number >= len(cards):
-            raise UsageError(f"{say_sites(listed)}: card {number}: {len(cards)} are visible here. Count from 0.")
-    chosen = [cards[number] for number in numbers]
-    named = [names[card] if isinstance(card, int) and card < len(names) else "" for card in chosen]
-    kinds = {name for name in named if name}
-    if mixed and not all(named):
-        raise UsageError(
-            f"{say_sites(listed)}: mixed: which card is which is not known where they are visible by other names than "
-            f"numbers. Set {VARIABLE} to numbers."
-        )
+            raise UsageError(f"{asked}: card {number}: {len(cards)} are visible here. Count from 0.")
+        card = cards[number]
+        if card.name.value is None:
+            raise UsageError(f"{asked}: what card {number} is cannot be known: {card.name.reason}. Leave it out.")
+        found.append((card.entry, card.name.value))
+        limit_w = card.power_limit_w.value
+        kinds.add(card.name.value if limit_w is None else f"{card.name.value} at {limit_w:.0f} W")
     if len(kinds) > 1 and not mixed:
         raise UsageError(
-            f"{say_sites(listed)}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of "
-            "one machine. Name cards of one kind, and measure the others in a run of their own, or have each site "
-            "judged by itself by --mixed."
+            f"{asked}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
+            "machine. Name cards of one kind, and measure the others in a run of their own, or have each site judged "
+            "by itself by --mixed."
         )
-    return list(zip(chosen, named, strict=True))
+    return found
 
 
 def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
@@ -130,6 +135,11 @@ class LocalStation:
     executors: Mapping[str, Executor]
     site: Site | None = None
     """What its requests have in common, once that is prepared."""
+
+    @property
+    def facts(self) -> Facts:
+        """Of its device, and of what its first executor measures with."""
+        return next(iter(self.executors.values())).facts()
 
     def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
         """As any plan on one site."""

@@ -83,6 +83,15 @@ def test_parts_of_a_sharded_gradient_are_one_whole():
     assert judged(*facts)["ranks.gradients"].met
 
 
+@pytest.mark.parametrize(("parts", "divisor"), [((3.0, 5.0), "1"), ((0.75, 1.25), "4")])
+def test_parts_of_a_sharded_gradient_that_were_divided_by_another_number_are_a_fault(parts, divisor):
+    """Their sum is that of the ranks' own over it."""
+    facts = (fact(rank, gradients={"a": gradient((3.0, 5.0)[rank], parts[rank], sharded=True)}) for rank in (0, 1))
+    check = judged(*facts)["ranks.gradients"]
+    assert check.status == "fallback"
+    assert f"divided by {divisor} and not by their number, 2" in check.reason
+
+
 def test_a_mean_in_16_bits_is_rounded():
     """What is a fault in float32 is rounding there."""
     for coarse in (True, False):

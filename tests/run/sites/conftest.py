@@ -14,6 +14,9 @@ from harness.run import ab
 from harness.run.executors import ENV_EXECUTOR, EXECUTORS
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide
+from harness.run.sites import local
+from harness.run.sites.block import read_message
+from harness.run.sites.ray import Desk
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -38,6 +41,34 @@ r = 4
 name = "large"
 r = 8
 """
+
+
+class DeskLink:
+    """A link to a post in a thread of this process; `cut` may change what it says, or raise."""
+
+    def __init__(self, cut=lambda line: line):
+        self.desk, self.cut, self.closed = Desk(), cut, False
+
+    def ask(self, order):
+        self.desk.order(order)
+        while True:
+            for line in self.desk.fetch():
+                yield self.cut(line)
+                if read_message(line).is_last:
+                    return
+
+    def end(self):
+        self.desk.end()
+
+    def close(self):
+        self.desk.close()
+        self.closed = True
+
+
+@pytest.fixture
+def desk_link():
+    """The class of these links."""
+    return DeskLink
 
 
 @pytest.fixture
@@ -75,6 +106,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setenv("PRETENDING", str(tmp_path))
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
+    monkeypatch.setattr(local, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
     monkeypatch.chdir(tmp_path)
     import pretending
 

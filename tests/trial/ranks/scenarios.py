@@ -108,6 +108,23 @@ def summed():
     rank.distribute = distribute
 
 
+def summed_shards():
+    """FSDP2 is told to divide by 1."""
+    from harness.trial.ranks import rank
+
+    wrapped = rank.distribute
+
+    def distribute(model, strategy, **options):
+        sharded = wrapped(model, strategy, **options)
+        for module in sharded.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing while it sums
+        return sharded
+
+    rank.distribute = distribute
+
+
 def asleep():
     """Rank 1 takes its time."""
 
@@ -197,6 +214,7 @@ SCENARIOS = {
     "other data": Scenario(sabotage=other_data),
     "unsynchronised": Scenario(commands=WHOLE, sabotage=unsynchronised),
     "summed": Scenario(sabotage=summed),
+    "summed, sharded": Scenario(strategy="fsdp2", sabotage=summed_shards),
     "asleep": Scenario(sabotage=asleep),
     "unsharded": Scenario(strategy="fsdp2", sabotage=unsharded),
     "in eval mode": Scenario(strategy="fsdp2", variant=NF4, sabotage=in_eval_mode),

@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("scenarios.py")
 SHARDED_4BIT = ("fsdp2, qlora", "fsdp2, qlora, repaired")
 HEALTHY = ("ddp, lora", "ddp, qlora, accumulating", "fsdp2, lora", *SHARDED_4BIT)
 SICK = (
-    "same rows", "other data", "unsynchronised", "summed", "asleep", "unsharded", "in eval mode",
+    "same rows", "other data", "unsynchronised", "summed", "summed, sharded", "asleep", "unsharded", "in eval mode",
     "in eval mode, repaired", "dies", "hangs", "out of memory", "alone in vain",
 )  # fmt: skip
 
@@ -118,6 +118,7 @@ def test_four_bits_are_halved_as_well(healthy):
         ("unsynchronised", "ranks.gradients", "keep each rank's own gradient, which was not exchanged"),
         ("unsynchronised", "ranks.adapters", "after an update rank 1 has another adapter than rank 0"),
         ("summed", "ranks.gradients", "divided by 1 and not by their number, 2"),
+        ("summed, sharded", "ranks.gradients", "divided by 1 and not by their number, 2"),
         ("unsharded", "ranks.sharded", "lie whole on every rank"),
     ],
 )
