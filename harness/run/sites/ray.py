@@ -121,12 +121,15 @@ class Berth:
     shares: int = 1
 
 
-def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> tuple[Berth, ...]:
+def berths_of(
+    nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1
+) -> tuple[Berth, ...]:
     """The sites of a cluster: its cards if it has any, else its nodes with CPUs.
 
     Args:
         nodes: as `ray.nodes()` tells of them.
         wanted: names of nodes; empty for all.
+        ranks: of a trial, each of which has a card of its own where the cluster has any.
 
     Raises:
         UsageError: no node of such a name, or none that could measure.
@@ -145,12 +148,15 @@ def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> tu
         key, has = node["NodeID"], resources[node["NodeID"]]
         cpus, cards = float(has.get("CPU", 0)), int(has.get("GPU", 0))
         if with_cards:
-            found += [
-                Berth(site=f"{names[key]}-card-{card}", node=key, cpus=cpus // cards, cards=1, share=card, shares=cards)
-                for card in range(cards)
-            ]
+            shares = cards // ranks
+            for share in range(shares):
+                numbers = "-".join(str(card) for card in range(share * ranks, (share + 1) * ranks))
+                site, part = f"{names[key]}-card-{numbers}", cpus // shares
+                found.append(Berth(site=site, node=key, cpus=part, cards=ranks, share=share, shares=shares))
         elif cpus >= 1:
             found.append(Berth(site=names[key], node=key, cpus=cpus))
+    if not found and with_cards and ranks > 1:
+        raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many cards. Use fewer ranks.")
     if not found:
         raise UsageError("the Ray cluster has no node with a CPU or a card to measure on. See `ray status`.")
     return tuple(found)
@@ -168,12 +174,15 @@ def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_stations(address: str, wanted: Sequence[str] = ()) -> Iterator[tuple[RemoteStation, ...]]:
+def open_stations(
+    address: str, wanted: Sequence[str] = (), *, ranks: int = 1
+) -> Iterator[tuple[RemoteStation, ...]]:
     """A station for each site of a cluster, started meanwhile; nothing is asked of them yet.
 
     Args:
         address: "ray" for the cluster that this machine is part of, "ray://HOST:PORT" for the one behind a client port.
         wanted: names of nodes; empty for all.
+        ranks: of a trial.
 
     Raises:
         UsageError: Ray is not installed, the cluster does not answer or has no such nodes.
@@ -189,7 +198,7 @@ def open_stations(address: str, wanted: Sequence[str] = ()) -> Iterator[tuple[Re
     with contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
         stations = []
-        for berth in berths_of(ray.nodes(), wanted):
+        for berth in berths_of(ray.nodes(), wanted, ranks=ranks):
             there = NodeAffinitySchedulingStrategy(berth.node, soft=False)
             options = {"num_cpus": berth.cpus, "num_gpus": berth.cards, "scheduling_strategy": there}
             actor = ray.remote(Desk).options(max_concurrency=4, max_restarts=0, **options).remote()
