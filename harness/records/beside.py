@@ -26,8 +26,8 @@ def append(folder: Path, record: TrialRecord) -> None:
 
 
 def read_pairs(folder: Path) -> list[tuple[TrialRecord, TrialRecord]]:
-    """Alone and beside, of each round whose trials are both ok; none where nothing of the kind was measured. A line that
-    a crash cut short is left out."""
+    """Alone and beside, of each round whose trials are both ok; none where nothing of the kind was measured. A line
+    that a crash cut short is left out."""
     found: dict[str, dict[str, TrialRecord]] = {}
     for line in journal.lines(folder / FILE):
         try:

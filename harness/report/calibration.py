@@ -42,8 +42,10 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             [f"All draws are from {replicates} one run: they say what it could have said, not what another hour would."]
         ),
     )
-    beside = () if result.neighbours is None else (
-        say(f"beside neighbours {write_ratio(result.neighbours, verdict=result.neighbours.verdict).line}"),
+    beside = (
+        ()
+        if result.neighbours is None
+        else (say(f"beside neighbours {write_ratio(result.neighbours, verdict=result.neighbours.verdict).line}"),)
     )
     return (
         say(

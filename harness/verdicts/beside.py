@@ -1,4 +1,4 @@
-"""What the sites of a machine cost each other, from an A/A within its run: the same alone, and while others measured."""
+"""What the sites of a machine cost each other, from an A/A in its run: the same alone, and while others measured."""
 
 from __future__ import annotations
 

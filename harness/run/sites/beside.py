@@ -1,4 +1,4 @@
-"""What sites of one machine cost each other, by an A/A: the first measures the same alone, and while all others measure.
+"""What sites of one machine cost each other, by an A/A: the first measures alone, and the same while others measure.
 
 A run with sites and one without, at different times, would not say it: a machine differs from itself by more than
 neighbours cost. So both are measured in each of several rounds, in an order that is shuffled, and compared within it.
@@ -77,7 +77,9 @@ def _measure(
                 told.put(None)
 
     works = [(measure, True), *((lambda station=station: accompany(station), False) for station in neighbours)]
-    threads = [threading.Thread(target=run, args=(work,), kwargs={"tells": tells}, daemon=True) for work, tells in works]
+    threads = [
+        threading.Thread(target=run, args=(work,), kwargs={"tells": tells}, daemon=True) for work, tells in works
+    ]
     for thread in threads:
         thread.start()
     try:

@@ -50,8 +50,8 @@ class Ground:
 
 def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Ground, ...]:
     """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine cards, in the order in which CUDA numbers those
-    that are visible; on a CPU as many equal shares of its CPUs. A site of a trial of several ranks, such as 0+1, has one
-    for each.
+    that are visible; on a CPU as many equal shares of its CPUs. A site of trials of several ranks, such as 0+1, has
+    one for each.
 
     Raises:
         UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer CPUs than
@@ -88,8 +88,8 @@ def check_spreadable(study: Study, place: Place) -> None:
     if place.on == HERE and any(len(numbers_of(name)) != ranks for name in place.sites):
         site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
         raise UsageError(
-            f"{place.said}: a site has a card, or a share of the CPUs, for each rank of a trial, and study {study.name} "
-            f"has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
+            f"{place.said}: a site has a card, or a share of the CPUs, for each rank of a trial, and study "
+            f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
         )
 
 

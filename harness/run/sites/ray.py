@@ -28,6 +28,9 @@ START_TIMEOUT_S = 120.0
 """An actor that has its resources starts in seconds; one that waits for them longer than this waits for another job."""
 CONNECT_TIMEOUT_S = 30.0
 """A cluster that is there answers in a second or two."""
+CLIENT_TIMEOUT_S = 180.0
+"""Behind a client port a process is started first for whoever comes, which imports Ray: seconds, and on a node that is
+busy a minute."""
 CLOSE_TIMEOUT_S = 20.0
 """A post that is told to end kills its processes and removes its folder."""
 
@@ -121,9 +124,7 @@ class Berth:
     shares: int = 1
 
 
-def berths_of(
-    nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1
-) -> tuple[Berth, ...]:
+def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1) -> tuple[Berth, ...]:
     """The sites of a cluster: its cards if it has any, else its nodes with CPUs.
 
     Args:
@@ -174,9 +175,7 @@ def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_stations(
-    address: str, wanted: Sequence[str] = (), *, ranks: int = 1
-) -> Iterator[tuple[RemoteStation, ...]]:
+def open_stations(address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> Iterator[tuple[RemoteStation, ...]]:
     """A station for each site of a cluster, started meanwhile; nothing is asked of them yet.
 
     Args:
@@ -214,7 +213,7 @@ def _connect(ray: Any, address: str) -> None:
     Ray goes on trying to reach a cluster that is gone for many minutes, so a thread of its own does it.
     """
     told: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    named = address if address.startswith(CLIENT) else "auto"
+    named, timeout_s = (address, CLIENT_TIMEOUT_S) if address.startswith(CLIENT) else ("auto", CONNECT_TIMEOUT_S)
 
     def connect() -> None:
         try:
@@ -226,9 +225,9 @@ def _connect(ray: Any, address: str) -> None:
     threading.Thread(target=connect, daemon=True).start()
     error: Exception | None
     try:
-        error = told.get(timeout=CONNECT_TIMEOUT_S)
+        error = told.get(timeout=timeout_s)
     except queue.Empty:
-        error = TimeoutError(f"nothing was heard within {CONNECT_TIMEOUT_S:g} s")
+        error = TimeoutError(f"nothing was heard within {timeout_s:g} s")
     if error is not None:
         raise UsageError(
             f"{say_on(address)}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "

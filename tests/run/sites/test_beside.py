@@ -15,6 +15,7 @@ from harness.run.sites.beside import measure_beside
 from harness.verdicts import calibrate
 from harness.verdicts.beside import cost_of_neighbours
 
+
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     """A gate's rates are another matter."""

@@ -12,7 +12,7 @@ import pytest
 
 from harness.records import store
 
-pytestmark = pytest.mark.selftest
+pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[3]
 JOBS = ("--on", "submitit-local:sites=2")

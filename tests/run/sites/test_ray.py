@@ -23,6 +23,7 @@ from harness.records import store
 from harness.run.sites.ray import berths_of
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.timeout(3600)
 
 
 def node(name, number, *, alive=True, **resources):
@@ -170,7 +171,7 @@ def lines(runs):
     return [json.loads(line) for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
 
 
-def wait_for(condition, seconds=300):
+def wait_for(condition, seconds=1800):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -226,7 +227,7 @@ def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes,
     ) as driver:  # fmt: skip
         before = wait_for(lambda: finished(runs))  # of five there is another for gamma, if this one was its own
         nodes.kill("gamma")
-        driver.communicate(timeout=600)
+        driver.communicate(timeout=1800)
     assert driver.returncode == 0
     ended = only_run(runs)
     assert {record.status for record in ended.records} == {"ok"}
@@ -286,7 +287,7 @@ def check_interrupted(on, nodes, study, tmp_path):
     ) as driver:  # fmt: skip
         wait_for(lambda: measuring() and lines(runs))
         driver.send_signal(signal.SIGINT)
-        driver.communicate(timeout=120)
+        driver.communicate(timeout=1800)
     assert driver.returncode == 4
     ended = only_run(runs)
     assert {record.status for record in ended.records} == {"interrupted", "not_run"}

@@ -217,12 +217,8 @@ SCENARIOS = {
     "fsdp2, qlora, repaired": Scenario(
         strategy="fsdp2", commands=WHOLE, variant=NF4, workload={"repair": "quant_state"}
     ),
-    "fsdp2, qlora in bfloat16": Scenario(
-        strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("bfloat16")
-    ),
-    "fsdp2, qlora in float32": Scenario(
-        strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("float32")
-    ),
+    "fsdp2, qlora in bfloat16": Scenario(strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("bfloat16")),
+    "fsdp2, qlora in float32": Scenario(strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("float32")),
     "same rows": Scenario(sabotage=same_rows),
     "other data": Scenario(sabotage=other_data),
     "unsynchronised": Scenario(commands=WHOLE, sabotage=unsynchronised),
