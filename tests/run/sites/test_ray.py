@@ -171,8 +171,8 @@ def lines(runs):
     return [json.loads(line) for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
 
 
-def wait_for(condition, seconds=1800):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
+    deadline = time.monotonic() + 1800
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -292,7 +292,7 @@ def check_interrupted(on, nodes, study, tmp_path):
     ended = only_run(runs)
     assert {record.status for record in ended.records} == {"interrupted", "not_run"}
     assert ended.manifest.status == "interrupted"
-    wait_for(lambda: not measuring(), 30)
+    wait_for(lambda: not measuring())
 
 
 @pytest.mark.selftest

@@ -67,8 +67,8 @@ fi
 """What SLURM runs before a task, and takes its variables from: the file `planted` names a folder for n2's path."""
 
 
-def wait_for(condition, seconds=1800):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
+    deadline = time.monotonic() + 1800
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -121,11 +121,11 @@ def slurm():
             Path("/run/munge").mkdir(exist_ok=True)
             shutil.chown("/run/munge", "munge", "munge")
             start("runuser", "-u", "munge", "--", "munged", "--foreground")
-            wait_for(lambda: said("munge", "-n"), 30)
+            wait_for(lambda: said("munge", "-n"))
         start("slurmctld", "-D", "-i")
         for node in ("n1", "n2"):
             start("slurmd", "-D", "-N", node)
-        wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
+        wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
         yield folder
 
 
@@ -133,7 +133,7 @@ def slurm():
 def empty(slurm):
     """Each test begins with an empty queue and two nodes that are idle."""
     subprocess.run(["scancel", "--user=root"], check=False)
-    wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 120)
+    wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
 
 
 def command(*arguments, runs, word="run"):
@@ -322,7 +322,7 @@ def test_an_unlike_node_is_refused_by_name(slurm, study, tmp_path):
     words += [f"site n1 is unlike the first, n2: libraries.peft is {here} there and {there} here"]  # it came first
     assert any(one in " ".join(done.stderr.split()) for one in words), done.stderr
     assert not [path for path in runs.iterdir() if path.name != FOLDER]
-    wait_for(lambda: not said("squeue", "-h"), 60)
+    wait_for(lambda: not said("squeue", "-h"))
 
 
 def test_jobs_that_are_cancelled_make_room_for_one_that_had_not_started(study, tmp_path):
@@ -357,7 +357,7 @@ def test_a_driver_that_is_killed_is_gone_on_with_and_its_jobs_end(study, tmp_pat
     check_whole(ended)
     assert {one.trial: one.started_unix_s for one in ended.records if one.replicate == 0} == before
     assert not (runs / FOLDER).exists()
-    wait_for(lambda: not said("squeue", "-h"), 60)
+    wait_for(lambda: not said("squeue", "-h"))
 
 
 def test_jobs_whose_driver_is_killed_end_by_themselves(study, tmp_path):
@@ -366,8 +366,8 @@ def test_jobs_whose_driver_is_killed_end_by_themselves(study, tmp_path):
     with driving(study(replicates=2, turns=4000), "--on", "slurm:silent_s=10", runs=runs) as driver:
         wait_for(measuring)
         driver.send_signal(signal.SIGKILL)
-    wait_for(lambda: not said("squeue", "-h"), 120)
-    wait_for(lambda: not measuring(), 30)
+    wait_for(lambda: not said("squeue", "-h"))
+    wait_for(lambda: not measuring())
 
 
 def test_a_run_that_is_interrupted_cancels_its_jobs(study, tmp_path):
@@ -377,11 +377,11 @@ def test_a_run_that_is_interrupted_cancels_its_jobs(study, tmp_path):
         wait_for(lambda: measuring() and list(runs.glob(f"{FOLDER}/*/site-0/1/messages")))
         wait_for(lambda: any('"turn"' in path.read_text() for path in runs.glob(f"{FOLDER}/*/site-0/1/messages")))
         driver.send_signal(signal.SIGINT)
-        driver.wait(120)
+        driver.wait(1800)
     assert driver.returncode == 4, runs.with_name("said").read_text()
     ended = only_run(runs)
     assert {record.status for record in ended.records} <= {"interrupted", "not_run"}
     assert ended.manifest.status == "interrupted"
-    wait_for(lambda: not said("squeue", "-h"), 60)
+    wait_for(lambda: not said("squeue", "-h"))
     assert not measuring()
     assert not (runs / FOLDER).exists()
