@@ -222,7 +222,7 @@ def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes,
     """What has ended stays, the replicate is measured elsewhere from its beginning, and the node is named."""
     runs = tmp_path / "runs"
     with subprocess.Popen(
-        command(study(replicates=5, turns=40), "--on", "ray", runs=runs),
+        command(study(replicates=5, turns=10), "--on", "ray", runs=runs),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
         before = wait_for(lambda: finished(runs))  # of five there is another for gamma, if this one was its own

@@ -252,7 +252,7 @@ def test_a_job_that_slurm_preempts_comes_again_and_measures_what_is_left(study, 
     """Another takes its node, for which it is requeued; it comes when that one has ended, and what had ended stays."""
     runs = tmp_path / "runs"
     asked = "slurm:partition=main,nodelist=n1,silent_s=60"
-    with driving(study(replicates=3, turns=40), "--on", asked, runs=runs) as driver:
+    with driving(study(replicates=3, turns=12), "--on", asked, runs=runs) as driver:
         before = wait_for(lambda: finished(runs))
         urgent = ("--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
         subprocess.run(["sbatch", *urgent], check=True)
