@@ -171,10 +171,12 @@ def lines(runs):
     return [json.loads(line) for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
 
 
-def wait_for(condition):
+def wait_for(condition, driver=None):
+    """What it gives when that is something; a `driver` must live meanwhile."""
     deadline = time.monotonic() + 1800
     while not (found := condition()):
         assert time.monotonic() < deadline
+        assert driver is None or driver.poll() is None, "the driver has ended"
         time.sleep(0.1)
     return found
 
@@ -225,7 +227,7 @@ def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes,
         command(study(replicates=5, turns=10), "--on", "ray", runs=runs),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
-        before = wait_for(lambda: finished(runs))  # of five there is another for gamma, if this one was its own
+        before = wait_for(lambda: finished(runs), driver)  # of five there is another for gamma, if this one was its own
         nodes.kill("gamma")
         driver.communicate(timeout=1800)
     assert driver.returncode == 0
@@ -251,7 +253,7 @@ def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes
         command(study(replicates=3, turns=10), "--on", "ray", "--sites", "delta", runs=runs),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
-        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2)
+        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2, driver)
         assert measuring()
         driver.send_signal(signal.SIGKILL)
     wait_for(lambda: not measuring())
@@ -285,7 +287,7 @@ def check_interrupted(on, nodes, study, tmp_path):
         command(study(replicates=2, turns=4000), "--on", on, "--sites", "delta", runs=runs),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as driver:  # fmt: skip
-        wait_for(lambda: measuring() and lines(runs))
+        wait_for(lambda: measuring() and lines(runs), driver)
         driver.send_signal(signal.SIGINT)
         driver.communicate(timeout=1800)
     assert driver.returncode == 4

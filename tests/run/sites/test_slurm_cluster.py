@@ -67,10 +67,12 @@ fi
 """What SLURM runs before a task, and takes its variables from: the file `planted` names a folder for n2's path."""
 
 
-def wait_for(condition):
+def wait_for(condition, driver=None):
+    """What it gives when that is something; a `driver` must live meanwhile."""
     deadline = time.monotonic() + 1800
     while not (found := condition()):
         assert time.monotonic() < deadline
+        assert driver is None or driver.poll() is None, "the driver has ended"
         time.sleep(0.1)
     return found
 
@@ -233,10 +235,10 @@ def test_a_job_that_is_requeued_comes_again_and_measures_what_is_left(study, fin
     """The run waits for it, as it is in the queue; what had ended stays."""
     runs = tmp_path / "runs"
     with driving(study(replicates=3, turns=8), "--on", "slurm:silent_s=60", runs=runs) as driver:
-        before = wait_for(lambda: finished(runs))
+        before = wait_for(lambda: finished(runs), driver)
         name = said("squeue", "-h", "-t", "running", "-o", "%i").strip()
         subprocess.run(["scontrol", "requeue", name], check=True)
-        wait_for(pending)
+        wait_for(pending, driver)
         start_now(name)
         driver.wait(1800)
     assert driver.returncode == 0, runs.with_name("said").read_text()
@@ -253,11 +255,11 @@ def test_a_job_that_slurm_preempts_comes_again_and_measures_what_is_left(study, 
     runs = tmp_path / "runs"
     asked = "slurm:partition=main,nodelist=n1,silent_s=60"
     with driving(study(replicates=3, turns=12), "--on", asked, runs=runs) as driver:
-        before = wait_for(lambda: finished(runs))
+        before = wait_for(lambda: finished(runs), driver)
         urgent = ("--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
         subprocess.run(["sbatch", *urgent], check=True)
-        name = wait_for(pending)
-        wait_for(lambda: not said("squeue", "-h", "-p", "urgent"))
+        name = wait_for(pending, driver)
+        wait_for(lambda: not said("squeue", "-h", "-p", "urgent"), driver)
         start_now(name)
         driver.wait(1800)
     assert driver.returncode == 0, runs.with_name("said").read_text()
@@ -273,14 +275,14 @@ def test_a_job_whose_time_is_over_comes_again_and_measures_what_is_left(study, f
     """SLURM tells it a minute and a half before, submitit has it requeued, and what had ended stays."""
     runs = tmp_path / "runs"
     with driving(study(replicates=100), "--on", "slurm:time=90,silent_s=60", runs=runs) as driver:
-        wait_for(lambda: finished(runs))
+        wait_for(lambda: finished(runs), driver)
         name = said("squeue", "-h", "-t", "running", "-o", "%i").strip()
         subprocess.run(["scontrol", "update", f"JobId={name}", "EndTime=now+80"], check=True)
-        wait_for(pending)
+        wait_for(pending, driver)
         before = finished(runs)
         start_now(name)
         subprocess.run(["scontrol", "update", f"JobId={name}", "TimeLimit=90"], check=True)
-        wait_for(lambda: len(finished(runs)) > len(before))
+        wait_for(lambda: len(finished(runs)) > len(before), driver)
         driver.send_signal(signal.SIGINT)
         driver.wait(1800)
     ended = only_run(runs)
@@ -330,7 +332,7 @@ def test_jobs_that_are_cancelled_make_room_for_one_that_had_not_started(study, t
     runs = tmp_path / "runs"
     asked = "slurm:sites=3,start_minutes=1,silent_s=60"
     with driving(study(replicates=3, turns=8), "--on", asked, runs=runs) as driver:
-        wait_for(lambda: lines(runs))
+        wait_for(lambda: lines(runs), driver)
         first, second = job_on("n1"), job_on("n2")
         assert first.split("_")[0] == second.split("_")[0]  # of one array
         subprocess.run(["scancel", first, second], check=True)
@@ -348,7 +350,7 @@ def test_a_driver_that_is_killed_is_gone_on_with_and_its_jobs_end(study, tmp_pat
     """What had been written is kept; the next driver cancels the jobs of the dead one and removes its folder."""
     runs = tmp_path / "runs"
     with driving(study(replicates=3, turns=4), "--on", "slurm:silent_s=60", runs=runs) as driver:
-        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2)
+        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2, driver)
         assert measuring()
         driver.send_signal(signal.SIGKILL)
     before = {line["trial"]: line["started_unix_s"] for line in lines(runs) if line["replicate"] == 0}
@@ -364,7 +366,7 @@ def test_jobs_whose_driver_is_killed_end_by_themselves(study, tmp_path):
     """When it has been silent for long enough; no process is left."""
     runs = tmp_path / "runs"
     with driving(study(replicates=2, turns=4000), "--on", "slurm:silent_s=10", runs=runs) as driver:
-        wait_for(measuring)
+        wait_for(measuring, driver)
         driver.send_signal(signal.SIGKILL)
     wait_for(lambda: not said("squeue", "-h"))
     wait_for(lambda: not measuring())
@@ -374,8 +376,10 @@ def test_a_run_that_is_interrupted_cancels_its_jobs(study, tmp_path):
     """What was under way is `interrupted`, what never began `not_run`, and nothing is in the queue."""
     runs = tmp_path / "runs"
     with driving(study(replicates=2, turns=4000), "--on", "slurm", runs=runs) as driver:
-        wait_for(lambda: measuring() and list(runs.glob(f"{FOLDER}/*/site-0/1/messages")))
-        wait_for(lambda: any('"turn"' in path.read_text() for path in runs.glob(f"{FOLDER}/*/site-0/1/messages")))
+        wait_for(lambda: measuring() and list(runs.glob(f"{FOLDER}/*/site-0/1/messages")), driver)
+        wait_for(
+            lambda: any('"turn"' in path.read_text() for path in runs.glob(f"{FOLDER}/*/site-0/1/messages")), driver
+        )
         driver.send_signal(signal.SIGINT)
         driver.wait(1800)
     assert driver.returncode == 4, runs.with_name("said").read_text()
