@@ -53,7 +53,7 @@ proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-a
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
 	tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
-	tests/run/executors/test_shared_pages.py tests/parity/test_measure.py
+	tests/run/executors/test_shared_pages.py tests/run/sites/test_here.py tests/parity/test_measure.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 
@@ -166,10 +166,11 @@ gpu-take: $(STAMP)
 proof-gpu: $(STAMP)
 	$(call prove,gpu,$(BIN)/python -m benchmarks.gpu)
 
-# Two ranks over gloo on this CPU: that they train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny
-# model and on one of 135M with random weights. Half an hour on two cores.
+# Two ranks over gloo on this CPU: that each sabotage of theirs is found, and a rank that is lost told of; and that they
+# train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny model and on one of 135M with random
+# weights. Half an hour on two cores.
 proof-ranks: $(STAMP)
-	$(BIN)/pytest tests/trial/ranks -m selftest -q --no-header
+	$(call prove,rank-trials,$(SAY_MACHINE) && $(BIN)/pytest tests/trial/ranks -m selftest -q --no-header -rs)
 	$(call prove,ranks,for model in tiny-llama random:smollm2-135m; do \
 	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done)
 
@@ -178,8 +179,8 @@ proof-ranks: $(STAMP)
 proof-ray: $(STAMP)
 	$(call prove,ray,$(SAY_MACHINE) && $(BIN)/pytest tests/run/sites/test_ray.py -m selftest -q --no-header -rs)
 
-# Replicates in jobs of SLURM: slurmctld and two slurmd on this machine, whose jobs are requeued and cancelled and whose
-# driver is killed (ten minutes on two cores). It needs Debian's slurm-wlm (apt-get install slurm-wlm) and root, and is
+# Replicates in jobs of SLURM: slurmctld and two slurmd on this machine, whose jobs are requeued, preempted, cancelled and
+# at the end of their time, and whose driver is killed (half an hour on two cores). It needs Debian's slurm-wlm (apt-get install slurm-wlm) and root, and is
 # skipped without.
 proof-slurm: $(STAMP)
 	$(call prove,slurm,$(SAY_MACHINE) && $(BIN)/pytest tests/run/sites/test_slurm_cluster.py -m selftest -q --no-header -rs)

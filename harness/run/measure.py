@@ -20,6 +20,7 @@ from harness.errors import InvalidRunError
 from harness.machine import provenance
 from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
+from harness.records.beside import append as append_beside
 from harness.records.metrics import PHASES
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side
@@ -39,6 +40,7 @@ from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
+from harness.run.sites.beside import measure_beside
 from harness.run.sites.joining import Joining, prepare_late
 from harness.run.sites.local import LocalStation, check_all, open_station
 from harness.run.sites.remote import RemoteStation
@@ -50,6 +52,7 @@ from harness.run.stops import Stops
 from harness.run.written import WrittenSide, write_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
+from harness.verdicts.beside import neighbour_notices
 
 
 def plan_study(
@@ -140,6 +143,7 @@ def measure(
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
     venue: Venue | None = None,
+    rounds_beside: int = 0,
     check_facts: Callable[[Mapping[str, Facts]], object] = lambda facts: None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
@@ -153,6 +157,7 @@ def measure(
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
         venue: on which sites: each of this machine has all arms, and others have arms of their own.
+        rounds_beside: how often, before its trials, it is measured what the sites of this machine cost each other.
         check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
@@ -260,6 +265,10 @@ def measure(
             )
         writer = RunWriter(runs, manifest)
         try:
+            if rounds_beside and len(local) > 1 and earlier is None:
+                with stops.interruptible():
+                    measure_beside(plan, stations, partial(append_beside, writer.path), rounds_beside)
+                lost += neighbour_notices(writer.path)
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
             if venue.is_spread or site is None:
                 run = partial(run_spread, plan, stations, joining=joining)

@@ -32,11 +32,14 @@ def processes_on_device(workload: Workload, device: str) -> int:
     return (1 if device == "cuda" else workload.ranks) + workload.scaling
 
 
-def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine) -> None:
-    """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy."""
+def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool = True) -> None:
+    """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy.
+
+    `here`: whether they are started on this machine, by this process; else whoever starts them counts the cards.
+    """
     if workload.ranks == 1:
         return
-    if machine.device == "cuda":
+    if machine.device == "cuda" and here:
         _check_cards(where, workload)
     sharded, torch = workload.strategy == "fsdp2", library_version("torch")
     refused = (

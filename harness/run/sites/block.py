@@ -37,6 +37,7 @@ from harness.run.executors.sides import open_side
 from harness.run.plan import Plan, Slot
 from harness.run.ready import get_ready
 from harness.run.runner import run_plan
+from harness.run.several_ranks import check_ranks
 from harness.run.site import Site
 from harness.run.sites.local import share_cpus
 from harness.run.written import WrittenPlan, WrittenSide, read_plan, take_trials
@@ -236,6 +237,9 @@ class Post:
         if self._described is None:
             raise InvalidRunError("it was not asked what it is.")
         self._plan = plan = read_plan(order.plan)
+        machine = self._open().machine()
+        for slot in plan.slots:
+            check_ranks(f"variant {slot.variant.name!r}", slot.variant, slot.workload, machine)
         self._folder = self._stack.enter_context(scratch_folder())
         hosts = self._put_up(order.plan.sides, say)
         for slot in {slot.arm: slot for slot in plan.slots}.values():

@@ -30,7 +30,7 @@ from harness.run.plan import Plan
 from harness.run.ready import greet
 from harness.run.runner import run_plan
 from harness.run.site import Site
-from harness.studies.place import say_sites
+from harness.studies.place import HERE, Place, numbers_of, say_sites
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -43,6 +43,8 @@ class Ground:
     host: Host
     machine: str = ""
     """The kind of it, for a reader."""
+    cards: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES calls those that it takes."""
 
     def of(self, host: Host) -> Host:
         """Another host, of one side of an A/B, on this site."""
@@ -51,33 +53,53 @@ class Ground:
 
 def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Ground, ...]:
     """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine cards, in the order in which CUDA numbers those
-    that are visible; on a CPU as many equal shares of its cores.
+    that are visible; on a CPU as many equal shares of its cores. A site of several ranks (0+1) has one for each.
 
     Raises:
         UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer cores than
             sites.
     """
-    numbers = [int(number) for number in listed]
-    shares = share_cpus(os.sched_getaffinity(0), len(numbers), say_sites(listed))
+    groups = [numbers_of(name) for name in listed]
+    numbers = [number for group in groups for number in group]
+    parts = iter(share_cpus(os.sched_getaffinity(0), len(numbers), say_sites(listed)))
+    shares = [[cpu for _ in group for cpu in next(parts)] for group in groups]
     if machine.device == "cpu":
-        return tuple(_ground(f"cpus-{number}", cpus, {}, machine) for number, cpus in zip(numbers, shares, strict=True))
-    cards = _cards(numbers, listed, mixed=mixed)
-    return tuple(
-        _ground(f"card-{number}", cpus, {VARIABLE: str(card)}, dataclasses.replace(machine, device_name=name))
-        for number, (card, name), cpus in zip(numbers, cards, shares, strict=True)
-    )
+        return tuple(_ground("cpus", group, cpus, (), machine) for group, cpus in zip(groups, shares, strict=True))
+    cards = dict(zip(numbers, _cards(numbers, listed, mixed=mixed), strict=True))
+    grounds: list[Ground] = []
+    for group, cpus in zip(groups, shares, strict=True):
+        names = {cards[number][1] for number in group}
+        if len(names) > 1:
+            raise UsageError(
+                f"{say_sites(listed)}: the ranks of one trial would be on cards of different kinds "
+                f"({', '.join(sorted(names))}), and the quicker ones would wait. Join cards of one kind."
+            )
+        kind = dataclasses.replace(machine, device_name=names.pop())
+        grounds.append(_ground("card", group, cpus, [str(cards[number][0]) for number in group], kind))
+    return tuple(grounds)
 
 
-def check_spreadable(study: Study, asked: str) -> None:
-    """Raises `UsageError`, with what was `asked` for, for a study whose trials choose their devices themselves."""
-    if study.of_scripts or study.workload.ranks > 1:
-        what = "scripts, which choose their devices" if study.of_scripts else "several ranks, which take several cards"
-        raise UsageError(f"{asked}: study {study.name} is of {what} themselves. Leave it out.")
+def check_spreadable(study: Study, place: Place) -> None:
+    """Raises `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine that
+    are not of as many cards as a trial has ranks."""
+    ranks = study.workload.ranks
+    if study.of_scripts:
+        raise UsageError(
+            f"{place.said}: study {study.name} is of scripts, which choose their devices themselves. Leave it out."
+        )
+    if place.on == HERE and any(len(numbers_of(name)) != ranks for name in place.sites):
+        site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
+        raise UsageError(
+            f"{place.said}: a site has a card, or a share of the CPUs, for each rank of a trial, and study "
+            f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
+        )
 
 
-def _ground(name: str, cpus: Sequence[int], environment: dict[str, str], machine: Machine) -> Ground:
-    host = Host(environment={**environment, CPUS: ",".join(map(str, cpus))})
-    return Ground(name=name, host=host, machine=say_kind(machine))
+def _ground(what: str, numbers: Sequence[int], cpus: Sequence[int], cards: Sequence[str], machine: Machine) -> Ground:
+    seen = {VARIABLE: ",".join(cards)} if cards else {}
+    host = Host(environment={**seen, CPUS: ",".join(map(str, cpus))})
+    name = "-".join([what, *map(str, numbers)])
+    return Ground(name=name, host=host, machine=say_kind(machine), cards=tuple(cards))
 
 
 def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int]]:
@@ -121,9 +143,11 @@ def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> lis
 
 
 def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
-    """An executor for each site that answers for its device; nothing is started."""
+    """An executor for each card of each site, or for its CPUs, that answers for it; nothing is started."""
     for ground in sites:
-        yield open_executor(host=ground.host)
+        for card in ground.cards or (None,):
+            seen = {} if card is None else {VARIABLE: card}
+            yield open_executor(host=Host(environment={**ground.host.environment, **seen}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

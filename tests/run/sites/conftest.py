@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -93,6 +94,24 @@ def results_of():
         values = {name: value for name, value in record.values.items() if "loss" in name}
         fields = ("trial", "status", "variant", "role", "replicate", "position", "interleaving", "seed", "turn_lengths")
         return [getattr(record, name) for name in fields], learnt, values, record.tokens
+
+    return tell
+
+
+@pytest.fixture
+def finished():
+    """A function that says when each trial began, of the replicates that are whole in the runs of a folder. Of a trial
+    that is under way there are lines as well."""
+
+    def tell(runs):
+        began, planned = {}, {}
+        for path in runs.glob("*/trials.jsonl"):
+            for record in map(json.loads, path.read_text().splitlines()):
+                if record["status"] == "ok":
+                    began[record["trial"]] = record["started_unix_s"]
+            for trial in json.loads((path.parent / "manifest.json").read_text())["order"]:
+                planned.setdefault(trial.partition("-")[0], set()).add(trial)
+        return {trial: began[trial] for of_one in planned.values() if of_one <= began.keys() for trial in of_one}
 
     return tell
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from harness.machine.reading import Reading, missing
 from harness.records.preparation import Hello
 from harness.run.sites import local
 from harness.run.sites.local import check_alike, check_spreadable, local_sites
+from harness.studies.place import Place
 
 
 @pytest.fixture(autouse=True)
@@ -101,11 +103,34 @@ def test_cards_of_a_machine_that_tells_of_none_are_refused(machine, monkeypatch)
         local_sites(("0", "1"), dataclasses.replace(machine, device="cuda"))
 
 
-def test_trials_of_several_ranks_take_the_cards_themselves(small_study):
-    """So their replicates are not spread over them."""
-    workload = dataclasses.replace(small_study.workload, ranks=2, strategy="ddp")
-    with pytest.raises(UsageError, match="several ranks"):
-        check_spreadable(dataclasses.replace(small_study, workload=workload), "sites = '0,1'")
+def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):
+    """By what CUDA calls them; its device is held card by card."""
+    (site,) = local_sites(("0+1",), machine)
+    assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
+    cards(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
+    there = dataclasses.replace(machine, device="cuda")
+    sites = local_sites(("0+1", "2+3"), there)
+    assert [site.name for site in sites] == ["card-0-1", "card-2-3"]
+    assert [site.host.environment for site in sites] == [
+        {"CUDA_VISIBLE_DEVICES": "1,2", "LORAMETER_CPUS": "4,5"},
+        {"CUDA_VISIBLE_DEVICES": "3,0", "LORAMETER_CPUS": "6,7"},
+    ]
+    monkeypatch.setattr(local, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
+    assert list(local.executors_of(sites)) == ["1", "2", "3", "0"]
+    with pytest.raises(UsageError, match=r"ranks of one trial would be on cards of different kinds \(A100, H100\)"):
+        local_sites(("3+4",), there, mixed=True)
+
+
+@pytest.mark.parametrize(("ranks", "sites"), [(2, ("0", "1")), (2, ("0+1", "2")), (1, ("0+1",)), (3, ("0+1",))])
+def test_sites_of_other_than_a_card_for_each_rank_are_refused(small_study, ranks, sites):
+    """With what to write."""
+    several = {"ranks": ranks, "strategy": "ddp", "batch_size": 6} if ranks > 1 else {}
+    study = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, **several))
+    one, two = {1: ("0", "0,1"), 2: ("0+1", "0+1,2+3"), 3: ("0+1+2", "0+1+2,3+4+5")}[ranks]
+    with pytest.raises(UsageError, match=re.escape(f"has ranks = {ranks}. Write {one} for a site, {two} for two.")):
+        check_spreadable(study, Place(sites=sites))
+    check_spreadable(study, Place(sites=tuple(two.split(","))))
+    check_spreadable(study, Place(on="ray"))
 
 
 def test_a_site_whose_worker_is_another_program_is_refused():

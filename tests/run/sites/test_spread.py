@@ -10,14 +10,14 @@ import time
 import pytest
 
 from harness.errors import InvalidRunError
-from harness.records.record import Failure, Fragment
+from harness.records.record import Failure, Fragment, Notice
 from harness.run.budget import Budget
 from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import make_plan
 from harness.run.site import Site
 from harness.run.sites import spread as spreading
 from harness.run.sites.local import LocalStation
-from harness.run.sites.spread import run_spread
+from harness.run.sites.spread import REFUSED, run_spread
 
 SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
 
@@ -188,6 +188,26 @@ def test_where_all_sites_are_lost_the_run_ends_by_the_reason(plan):
     assert set(last) == {slot.trial for slot in plan.slots}
     assert list(last.values()).count("ok") == 6
     assert {"not_run", "interrupted"} >= set(last.values()) - {"ok"}
+
+
+def test_where_the_one_that_came_was_refused_the_reason_says_so(plan, monkeypatch):
+    """It might have gone on."""
+
+    class Refused:
+        notices = (Notice(code=REFUSED, message="site n1 came and takes no part: it is unlike.", remedy=""),)
+
+        def looking(self, add):
+            return contextlib.nullcontext()
+
+        def is_expected(self):
+            return False
+
+        def lost(self, name):
+            pass
+
+    monkeypatch.setattr("harness.run.sites.spread.ASK_S", 0.01)
+    with pytest.raises(InvalidRunError, match=r"its zygote is gone\. site n1 came and takes no part: it is unlike"):
+        spread(plan, {"a": Fake(lost_at=4)}, joining=Refused())
 
 
 def test_a_reason_to_stop_ends_after_the_replicates_under_way(plan):

@@ -137,6 +137,30 @@ def asleep():
     on_rank(1, change)
 
 
+def stored_as(name):
+    """4-bit weights are kept in words of another type than bytes."""
+
+    def change():
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        from harness.trial.ranks import rank
+
+        made, wrapped = BitsAndBytesConfig.__init__, rank.distribute
+
+        def init(self, *positional, **named):
+            made(self, *positional, **{"bnb_4bit_quant_storage": name, **named})
+
+        def distribute(model, strategy, **options):
+            packed = [one for one in model.parameters() if type(one).__name__ == "Params4bit"]
+            assert {one.dtype for one in packed} == {getattr(torch, name)}
+            return wrapped(model, strategy, **options)
+
+        BitsAndBytesConfig.__init__, rank.distribute = init, distribute
+
+    return change
+
+
 def unsharded():
     """The base's weights of every block are left out of the sharding."""
     from torch.distributed import fsdp
@@ -210,6 +234,8 @@ SCENARIOS = {
     "fsdp2, qlora, repaired": Scenario(
         strategy="fsdp2", commands=WHOLE, variant=NF4, workload={"repair": "quant_state"}
     ),
+    "fsdp2, qlora in bfloat16": Scenario(strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("bfloat16")),
+    "fsdp2, qlora in float32": Scenario(strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("float32")),
     "same rows": Scenario(sabotage=same_rows),
     "other data": Scenario(sabotage=other_data),
     "unsynchronised": Scenario(commands=WHOLE, sabotage=unsynchronised),
