@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 
 import pytest
@@ -64,7 +65,21 @@ def test_scripts_that_do_the_same_have_nothing_to_be_told():
     assert told({}, {"losses": nearly}) == {}
     found = losses({}, {"losses": nearly})
     assert found.found == "agree"
-    assert "3 in base and 3.003 in other in the first step, and over 6 steps 1.001" in found.reason
+    said = "3 in base and 3.003 in other in the first step, and over 6 steps 1.001 [1.001, 1.001] of the first"
+    assert said in found.reason
+
+
+def test_a_trend_of_losses_has_its_interval():
+    """Over the replicates, of which each may find another ratio."""
+    records = [record("base", n) for n in range(4)]
+    records += [record("other", n, losses=tuple(loss * (1 + n / 1000) for loss in LOSSES)) for n in range(4)]
+    run, study = run_of({}, {})
+    run.records = records
+    found = compare_losses(sides_of_run(run, study)["other"])
+    ratio, low, high = map(float, re.search(r"over 6 steps ([\d.]+) \[([\d.]+), ([\d.]+)\]", found.reason).groups())
+    assert found.found == "agree"
+    assert ratio == pytest.approx(1.0015, abs=6e-4)
+    assert 0.998 < low < 1.0 < 1.003 < high < 1.005
 
 
 @pytest.mark.parametrize(
