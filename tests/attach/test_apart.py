@@ -98,8 +98,8 @@ def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
                     call("me/model", repo_type="model")
             closed.add(name)
     wanted = """
-        create_repo create_commit create_branch create_tag upload_file upload_folder delete_repo delete_file delete_files
-        delete_folder move_repo update_repo_settings super_squash_history create_pull_request preupload_lfs_files
+        create_repo create_commit create_branch create_tag upload_file upload_folder delete_repo delete_file
+        delete_files delete_folder move_repo update_repo_settings super_squash_history preupload_lfs_files
     """
     assert set(wanted.split()) <= closed & functions
 

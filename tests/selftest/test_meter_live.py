@@ -1,4 +1,4 @@
-"""What a meter costs a step is judged by the upper end of the wrapped process's interval: on the wall and on its CPUs."""
+"""A meter is judged by the upper end of the wrapped process's interval: on the wall and on its CPUs."""
 
 import pytest
 
