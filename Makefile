@@ -15,7 +15,7 @@ SAY_MACHINE := PYTHONPATH=benchmarks/selftest $(BIN)/python -c "import reading; 
 prove = ($(2)) > $(VENV)/$(1).txt; \
 	status=$$?; mkdir -p reports/proof; cp $(VENV)/$(1).txt reports/proof/; cat $(VENV)/$(1).txt; exit $$status
 
-.PHONY: bench test lint study reports proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-slurm proof-gpu gpu gpu-pack gpu-take clean
+.PHONY: bench test lint study reports proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-slurm proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -49,7 +49,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
 	tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
@@ -63,11 +63,28 @@ proof-statistics: $(STAMP)
 	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
 	$(call prove,noise,$(BIN)/python benchmarks/selftest/noise.py "$(LORAMETER_NOISE)"); fi
 
+# The examples as users have them, TRL's SFTTrainer on a real model among them (fetch smollm2-135m first): with a meter,
+# wrapped, and two of them taking turns; and what other programs start (`trl sft`, `accelerate launch`, `torchrun`).
+# A quarter of an hour. TRL comes into an environment of its own in front of the project's, which stays as it is.
+EXAMPLES := tests/docs/test_examples.py tests/run/executors/test_script_launchers.py tests/attach/test_wrapped.py
+PROOF ?= $(VENV)/proof
+$(PROOF)/.installed: pyproject.toml $(STAMP)
+	test -x $(PROOF)/bin/python || $(BIN)/python -m venv $(PROOF)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(PROOF)/bin/python -c \
+	'import sysconfig; print(sysconfig.get_path("purelib"))')/present.pth"
+	$(PROOF)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[proof]'
+	touch $@
+
+SAY_TRL := PYTHONPATH=benchmarks/selftest $(PROOF)/bin/python -c "import reading; import trl; print(reading.machine_line() + '; trl ' + trl.__version__)"
+proof-examples: $(PROOF)/.installed
+	$(call prove,examples,$(SAY_TRL) && PATH="$(abspath $(PROOF)/bin):$(abspath $(BIN)):$$PATH" \
+	$(PROOF)/bin/python -m pytest $(EXAMPLES) -m faults -v --no-header -rs -p no:cacheprovider --disable-warnings)
+
 proof-levels proof-ab: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/python benchmarks/selftest/$*_live.py)
 
-# Two scripts in lockstep: a script against itself, alone and beside load, and against one with 4 % more work, forty times
-# each (two hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
+# Two scripts in lockstep: a script against itself and against one with 4 % more work, alone and beside load, forty times
+# each (three hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
 # that need no GPU, on a small model and on a script (a quarter of an hour).
 proof-attach: $(STAMP)
 	$(call prove,engines,$(BIN)/pytest benchmarks/selftest/test_engines.py tests/commands/test_claims.py tests/docs/test_engines.py -m selftest -q --no-header -rs)
@@ -96,7 +113,7 @@ proof-profile: $(STAMP)
 # on flash alone (a quarter); and what a check costs against an earlier revision (a quarter).
 proof-kernels: $(STAMP)
 	$(call prove,selftest,$(BIN)/python -m kernels_check selftest)
-	$(call prove,watch_agrees,$(BIN)/pytest tests/kernels_check/test_watch_agrees.py -m selftest -q --no-header)
+	$(call prove,watch_agrees,$(SAY_MACHINE) && $(BIN)/pytest tests/kernels_check/test_watch_agrees.py -m selftest -q --no-header)
 	$(call prove,false_alarms,$(BIN)/python benchmarks/selftest/false_alarms.py)
 	$(call prove,mutation,$(BIN)/python benchmarks/selftest/mutation.py --keep $(VENV)/mutation.jsonl)
 	$(call prove,restoration,$(BIN)/python benchmarks/selftest/restoration.py --many)

@@ -29,7 +29,7 @@ NO_UPDATE = (
     "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
     "one update accumulates"
 )
-_NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
+NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
 
 def watch(
@@ -129,7 +129,7 @@ class Watch:
                 return self._unknown(f"what looked on failed: {self._steps.fault}")
             traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
             if not any(traces):
-                return self._unknown(_NOTHING_RAN)
+                return self._unknown(NOTHING_RAN)
             checks = self._checks_of(seen)
         except Exception as error:
             self._steps.forget()

@@ -584,6 +584,30 @@ def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
     assert not (suite.path / "mark").exists()
 
 
+@pytest.mark.faults
+def test_a_training_that_was_followed_is_a_base(suite, monkeypatch):
+    """One process has no interval, so nothing is called equal to it, and a policy says what becomes of that."""
+    monkeypatch.setenv("REAL", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    shutil.copy(Path(__file__).parents[1] / "docs" / "examples" / "torch_loop.py", suite.path)
+    command = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", "runs", "--"]
+    words = ["python", "torch_loop.py", "--steps", "400"]
+    subprocess.run([*command, *words], check=True, cwd=suite.path, capture_output=True)
+    (base,) = (path.name for path in (suite.path / "runs").iterdir())
+    protocol = "[protocol]\nreplicates = 2\nturns = 2\nwarmup_steps_max = 4\nallow_disturbed = true\n"
+    variant = f'[[variant]]\nname = "torch_loop"\ncommand = "{" ".join(words)}"\n'
+    (suite.path / "small.toml").write_text(protocol + variant)
+    (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
+    options = (f"--lorameter-base={base}", "--lorameter-runs-dir=runs")
+    strict = suite(*options)
+    assert strict.ret == pytest.ExitCode.TESTS_FAILED
+    strict.stdout.fnmatch_lines(["Gate failed (exit 3)*", "*torch_loop*step time*inconclusive*"])
+    passed = suite(*options, "--lorameter-policy=open.toml")
+    passed.assert_outcomes(passed=1)
+    passed.stdout.fnmatch_lines(["Gate passed*"])
+
+
 def sites_of(run):
     return {json.loads(line).get("site", "") for line in (run / "trials.jsonl").read_text().splitlines()}
 

@@ -76,17 +76,6 @@ def opened(repository, tmp_path):
     return open_it
 
 
-@pytest.fixture(scope="session")
-def index(tmp_path_factory):
-    """Skips where no package index is reachable."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run(
-        [*command, str(tmp_path_factory.mktemp("index")), OLD_PACKAGING], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no package index is reachable: {done.stderr.strip().splitlines()[-1:]}")
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """One cache for the tests of this module that install."""
