@@ -15,6 +15,7 @@ import pytest
 from harness.cli import EXAMPLES, commands_of, main, parser
 from harness.records import store
 from harness.report.front import SERVING
+from harness.studies.stored import read_study
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"]])
@@ -206,8 +207,10 @@ def test_requests_of_every_size_are_measured(tmp_path, capsys):
     done = measured(tmp_path, f"{WORKLOAD}{sizes}{PROTOCOL}[[variant]]\nname='a'\nr=4\n", "--phase", "generate")
     assert done.returncode == 0, done.stderr
     run = store.read_run(json.loads(done.stdout)["run"], tmp_path / "runs")
-    workloads = {"": run.manifest.study["workload"]} | run.manifest.own_workloads
-    asked = {(one["request_batch"], one["prompt_tokens"]) for one in workloads.values()}
+    study = read_study(run)
+    workloads = (study.workload, *study.own_workloads.values())
+    asked = {(one.request_batch, one.prompt_tokens) for one in workloads}
+    assert len(study.variants) == 4
     assert asked == {(1, 8), (1, 16), (2, 8), (2, 16)}
     served = {}
     for record in run.records:
