@@ -42,7 +42,22 @@ LENGTH = 32
 """Tokens of a row; of fewer what is multiplied once a pass, or padded to whole blocks, would be most of a step."""
 STEP = StepTokens(positions=ROWS * LENGTH, pairs=ROWS * LENGTH**2)
 WAYS = ("adapter", "all weights")
-EXCEPTIONS: Mapping[str, str] = {}
+REASONS: Mapping[str, str] = {
+    "scans and convolutions are not counted, and of convolutions torch counts those of each channel as of all":
+        """bailing_hybrid falcon_h1 falcon_mamba inkling_text jamba kimi_linear lara_mini lfm3 mamba nemotron_h
+        olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text
+        recurrent_gemma""",
+    "what chooses the pairs that attend has no gradient, and scores of its own": "axk2 deepseek_v32 glm_moe_dsa hy_v4",
+    "its experts are adapted as one tensor, whose whole update PEFT makes twice": "cohere2_moe",
+    "it goes through its blocks several times": "dory hrm_text",
+    "every position goes through all experts": "llama4 llama4_text",
+    "each expert that is chosen has heads of its own": "jetmoe",
+    "each head attends twice": "diffllama",
+    "it puts positions before the text": "cpmant git",
+    "it goes on with several tokens at once": "prophetnet",
+    "its attention has weights in no layer": "xlnet",
+}  # fmt: skip
+EXCEPTIONS: Mapping[str, str] = {family: reason for reason, names in REASONS.items() for family in names.split()}
 """Families whose count is off, and why."""
 
 

@@ -28,8 +28,8 @@ PREFIX = "products_"
 """Begins the names under which a record holds a count."""
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
 """What configurations call the number of experts that a position meets."""
-_HOLDERS = ("ModuleList", "ModuleDict", "Sequential")
-"""Modules that hold others, which are called in their place."""
+_HOLDERS = ("ModuleList", "ModuleDict")
+"""Modules that hold others and are never called."""
 
 
 class UncountedError(LorameterError):
@@ -87,9 +87,9 @@ def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) ->
 
     Args:
         model: transformers', in PEFT's or not.
-        seen: the modules that a step has called, by their names in transformers' model, and whether a gradient is wanted
-            for what each takes; None where that did not show, which is then judged by the order of the modules, as all
-            are where no step was seen.
+        seen: the modules that a step has called, by their names in transformers' model, and whether a gradient is
+            wanted for what each takes; None where that did not show, which is then judged by the order of the modules,
+            as all are where no step was seen.
 
     Raises:
         UncountedError: no linear layer is among its modules, or it does not say how many of its experts a position
@@ -119,8 +119,9 @@ def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) ->
 
 
 def _ran(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> bool:
-    """Whether a step went through a module: it was called, or what it is a part of, which may use its weights otherwise.
-    Experts are a part of what chooses among them, and attention takes place where any part of it was called."""
+    """Whether a step went through a module: it was called, or what it is a part of, which may use its weights
+    otherwise. Experts are a part of what chooses among them, and attention takes place where any part of it was called.
+    """
     path = name.split(".")
     if "experts" in path:
         path = path[: path.index("experts")]
@@ -275,6 +276,6 @@ def _own(module: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _holds(module: Any) -> Iterator[bool]:
-    """Of each child whether it is a linear layer, PEFT's wrapping or not."""
+    """Of each child whether it is a linear layer, PEFT's wrapping or not, or what a family calls so."""
     for child in module.children():
-        yield bool(_elements(_unwrapped(child)))
+        yield bool(_elements(_unwrapped(child))) or "Linear" in type(child).__name__

@@ -1,4 +1,4 @@
-"""Which modules a step goes through, and for which it computes the gradient of what they take: seen in its forward passes.
+"""Which modules a step goes through, and for which it computes the gradient of what they take: seen in its passes.
 
 Autograd makes that gradient where what comes in wants one, which no module tells and every call does: of the first
 block the layers that take the embeddings want none. Hooks see it, and change nothing of the step.

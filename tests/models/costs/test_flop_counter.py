@@ -232,6 +232,42 @@ def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, 
     assert flops.hardware == pytest.approx(counted.total, rel=0.01 if experts else 0.002)
 
 
+class Towers(torch.nn.Module):
+    """Text, with a tower for pictures beside it, and a layer whose weight is used without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        block = [torch.nn.Linear(8, 8, bias=False), torch.nn.ReLU()]
+        self.text = torch.nn.ModuleList([torch.nn.Sequential(*block), torch.nn.Linear(8, 4, bias=False)])
+        self.picture = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        self.inner = Inner()
+
+    def forward(self, hidden):
+        for one in (self.text[0][0], self.text[1]):  # a holder's parts are called in its place
+            hidden = one(hidden)
+        return self.inner(hidden).sum()
+
+
+class Inner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = torch.nn.Linear(4, 4, bias=False)
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.used.weight)
+
+
+def test_what_a_step_does_not_go_through_is_not_counted():
+    """A tower for pictures beside text; what is a part of something that was called counts, called itself or not."""
+    model = Towers()
+    wanted = see_wanted(model, lambda: model(torch.ones(3, 8)).backward())
+    counted = count_products(model, wanted)
+    assert counted.linear_forward == 8 * 8 + 8 * 4 + 4 * 4
+    assert counted.linear_weights == counted.linear_forward
+    assert counted.linear_inputs == 8 * 4 + 4 * 4
+    assert count_products(model).linear_forward == counted.linear_forward + 64 * 64
+
+
 def test_experts_that_an_adapter_is_added_to():
     """Of them PEFT makes a whole update in each pass, twice, of which a step needs one: within 5 %."""
     model, step = built("mixtral", LORA, **UNKNOWN["mixtral"])
