@@ -3,9 +3,9 @@
     python benchmarks/selftest/request_profiles.py [--case NAME]
 
 Each case is one field away from a healthy variant (its workload, or a smaller model) and must have the finding that it
-was planted for; the healthy one, and the twin of a case, must not have it. That prompts meet a new length, that a model
-answers in train mode, without a cache or with logits of the whole prompt, is what no field of a variant makes of it:
-those cases are in the tests (`tests/trial/profiling/test_requests.py`).
+was planted for; the healthy one, and the twin of a case, must not have it. That prompts meet a new length, that choosing
+a token takes long, that a model answers in train mode, without a cache or with logits of the whole prompt, is what no
+field of a variant makes of it: those cases are in the tests (`tests/profile/requests/test_rules.py`).
 
 Prints what the phases leave of a request, and the findings. Exit status 1 where a planted finding is not found, or a
 healthy one is.
@@ -43,8 +43,8 @@ SERVED = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=64,
     new_tokens=16,
 )  # fmt: skip
-LARGE, TINY = (1024, 32768, 4), (64, 512, 2)
-"""Width, words and blocks of a model whose weights take long to read, and of one whose operators take no time."""
+LARGE, TINY = (1024, 32768, 4), (64, 512, 1)
+"""Width, words and blocks of a model whose weights take long to read, and of one with hardly any."""
 LONG = {"request_batch": 8, "prompt_tokens": 384}
 
 
@@ -66,7 +66,7 @@ PLANTED = (
     Case(name="adapter in float32", variant={**BESIDE, "adapter_dtype": None}, found=("mixed-types",)),
     Case(name="4-bit weights", variant={"quantization": "nf4"}, found=("dequantisation",)),
     Case(name="long prompts", workload=LONG, found=("cache-reallocated",)),
-    Case(name="hardly any weights", model=TINY, found=("launch-bound", "between-tokens")),
+    Case(name="hardly any weights", model=TINY, found=("launch-bound",)),
 )
 CASES = (
     Case(name="healthy", absent=tuple(sorted({code for case in PLANTED for code in case.found}))),

@@ -23,4 +23,6 @@ def test_every_case_could_run(planted):
 def test_what_no_case_plants_is_named(planted):
     """Rules of which no field of a variant makes a case, as the program says of itself."""
     rest = set(REQUEST_RULES) - {code for case in planted.CASES for code in case.found}
-    assert rest == {"prompt-logits", "new-length", "train-mode", "no-cache", "checkpointing-left-on"}
+    assert rest == {
+        "between-tokens", "checkpointing-left-on", "new-length", "no-cache", "prompt-logits", "train-mode",
+    }  # fmt: skip
