@@ -53,7 +53,8 @@ proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-e
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
 	tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
-	tests/run/executors/test_shared_pages.py tests/run/sites/test_here.py tests/parity/test_measure.py
+	tests/run/executors/test_shared_pages.py tests/run/sites/test_here.py tests/parity/test_measure.py \
+	tests/test_cli.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 
@@ -98,13 +99,17 @@ proof-meter: $(STAMP)
 	$(call prove,agreement,$(BIN)/python benchmarks/selftest/agreement.py)
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and
-# their rules find what was planted (fetch smollm2-135m first; about six minutes); what each meter takes; whether the cost
-# of a copied head is what mending it gains.
+# their rules find what was planted, in steps (fetch smollm2-135m first; about six minutes) and in requests; what each meter
+# takes; whether the cost of a finding is what its remedy gains, of a step and of a copied head; and whether what is counted
+# of every causal family is what its step multiplies.
 proof-profile: $(STAMP)
 	$(call prove,profiles,$(BIN)/python benchmarks/selftest/profiles.py)
+	$(call prove,request-profiles,$(BIN)/python benchmarks/selftest/request_profiles.py)
 	$(call prove,meters,$(BIN)/python benchmarks/selftest/meters_cost.py)
 	$(call prove,profile,$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout)
+	$(call prove,forecasts,$(BIN)/python benchmarks/selftest/forecasts.py)
 	$(call prove,copied-head,$(BIN)/python benchmarks/selftest/copied_head.py)
+	$(call prove,counted-families,$(BIN)/python benchmarks/selftest/counted_families.py)
 
 # The negative controls, verified and watched; the absence of false alarms on real trials (fetch smollm2-135m first) and
 # on healthy twins, of which some need the extra [proof]; every rule and comparison of the judges broken in turn (hours;
@@ -121,9 +126,11 @@ proof-kernels: $(STAMP)
 	$(call prove,oracle,$(BIN)/python benchmarks/selftest/oracle.py)
 	$(call prove,verify_cost,$(BIN)/python benchmarks/selftest/verify_cost.py)
 
-# Estimates of memory against real trials and published figures (fetch smollm2-135m first; a few minutes).
+# Estimates of memory against real trials and published figures; what taking a prepared base takes beside making it (fetch
+# smollm2-135m first; a few minutes).
 proof-memory: $(STAMP)
 	$(call prove,estimate,$(BIN)/python benchmarks/selftest/estimate.py)
+	$(call prove,base-loads,$(BIN)/python benchmarks/selftest/base_loads.py)
 
 # Time and memory of reading a run of a hundred thousand trials, of its report, and of its comparison to another (a few
 # minutes, 1 GB in a temporary folder).
