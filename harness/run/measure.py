@@ -249,6 +249,7 @@ def measure(
                 policy=dict(policy or {}),
             )
         writer = RunWriter(runs, manifest)
+        stack.enter_context(writer.refusals())
         try:
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
             if venue.is_spread or site is None:
