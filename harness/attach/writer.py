@@ -30,6 +30,7 @@ from harness.attach.peaks import Peaks
 from harness.attach.ranks import RankFile, Ranks
 from harness.attach.run_file import RunFile
 from harness.attach.shield import say
+from harness.attach.traces import command_of
 from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
 from harness.attach.work import mfu_of, work_of
 from harness.errors import said_by
@@ -250,7 +251,8 @@ def print_report(path: Path) -> None:
 
 
 def _command() -> str:
-    return os.environ.get(COMMAND) or own_command()
+    written = os.environ.get(COMMAND) or (command_of(Path(run)) if (run := os.environ.get(RUN)) else "")
+    return written or own_command()
 
 
 def _device_of(training: Training) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import UsageError
 from harness.records import codec, inputs, journal
 from harness.records.document import write_document, write_whole
 from harness.records.evidence import EvidenceFile, LostEvidenceError
@@ -37,7 +37,7 @@ from harness.records.manifest import read_manifest as read_manifest
 from harness.records.newer import Left, Newer
 from harness.records.packed import is_packed, unpacked
 from harness.records.record import Notice, TrialRecord, is_newer
-from harness.records.refusals import OF_THE_MACHINE, say_refused, words_of
+from harness.records.refusals import say_refused, say_unwritable
 from harness.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
 from harness.records.units import format_count
 
@@ -53,16 +53,10 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
     path = Path(named or Path(".lorameter") / "runs")
     if not make and (inputs.is_folder(path) or not inputs.is_there(path)):
         return path
-    try:
+    with say_unwritable(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
         path.mkdir(parents=True, exist_ok=True)
         if not named:
             _hide_from_git(path.parent)
-    except OSError as error:
-        if error.errno in OF_THE_MACHINE:
-            said = words_of(error)
-            raise InvalidRunError(f"runs directory {path}: {said}, or give another with --runs-dir.") from None
-        said = f"cannot be made: {error.strerror}"
-        raise UsageError(f"runs directory {path}: {said}. Give another with --runs-dir.") from None
     return path
 
 
@@ -85,15 +79,16 @@ class RunWriter:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.path = folder / manifest.run
-        self._manifest = manifest
-        with self._refusals():
+        self._manifest, self._begun = manifest, False
+        with self.refusals():
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._evidence = EvidenceFile(self.path)
         self._write_manifest()
+        self._begun = True
 
     def append(self, record: TrialRecord) -> None:
         """Write one record, its new evidence before it, and wait until the disk has it."""
-        with self._refusals():
+        with self.refusals():
             journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
     def finish(
@@ -118,18 +113,21 @@ class RunWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        with self._refusals():
+        with self.refusals():
             write_document(self.path / MANIFEST, self._manifest)
 
-    def _refusals(self) -> contextlib.AbstractContextManager[None]:
-        return say_refused(lambda: refusal_of(self.path))
+    def refusals(self) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile what the system refuses is an `InvalidRunError` that says what it means to this run."""
+        return say_refused(lambda: refusal_of(self.path, begun=self._begun))
 
 
-def refusal_of(path: Path) -> tuple[str, str]:
-    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone."""
-    if not (path / MANIFEST).is_file():
+def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
+    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone; `begun`:
+    whether its manifest was there."""
+    there = (path / MANIFEST).is_file()
+    if not there and not begun:
         return f"run {path.name} could not begin", ""
-    said = f"run {path.name} ended before its time, and what it had measured is kept"
+    said = f"run {path.name} ended before its time, and what it had measured is {'kept' if there else 'gone'}"
     return said, f"go on with: lorameter run --resume {path.name}"
 
 

@@ -264,6 +264,7 @@ def measure(
                 site_facts=describe(found),
             )
         writer = RunWriter(runs, manifest)
+        stack.enter_context(writer.refusals())
         try:
             if rounds_beside and len(local) > 1 and earlier is None:
                 with stops.interruptible():

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from harness.attach import wrapped
-from harness.attach.traces import remove_abandoned
+from harness.attach.traces import command_of, remove_abandoned, wrapping
 from harness.cli import main
 from harness.commands.wrap import read_requirements
 from harness.errors import UsageError
@@ -329,3 +329,20 @@ def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_
     psutil.wait_procs([command])
     assert main(["wrap", "--runs-dir", "runs", "--", "true"]) == 0
     assert not list(runs.iterdir())
+
+
+def test_a_command_longer_than_a_variable_runs(tmp_path, monkeypatch):
+    """Linux takes 128 KiB of one, and 2 MiB of a command; whoever writes the run finds it as it was typed."""
+    monkeypatch.chdir(tmp_path)
+    words = ["sh", "-c", "cp runs/.*.wrapped told; exit 3", *["word " * 20] * 2000]
+    assert main(["wrap", "--runs-dir", "runs", "--", *words]) == 3
+    assert shlex.split((tmp_path / "told").read_text()) == words
+    with wrapping(tmp_path / "run", "a b"):
+        assert command_of(tmp_path / "run") == "a b"
+    assert command_of(tmp_path / "run") == ""
+
+
+def test_a_command_without_a_name_is_quoted(tmp_path, capsys):
+    """Else nobody sees that there is none."""
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", ""]) == 2
+    assert "wrap: '': " in capsys.readouterr().err

@@ -473,6 +473,18 @@ def test_a_killed_run_is_reported_whatever_it_holds(broken_off, capsys):
         assert f"{min(count // 7, 2)} of 3 replicates complete" in text
 
 
+def test_what_no_record_can_be_added_to_is_not_gone_on_with(broken_off, capsys):
+    """A link to nowhere reads as a run of which nothing is measured yet: all of it would be, and then lost."""
+    path = broken_off()
+    for name in ("checks.jsonl", "trials.jsonl"):
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to("nowhere/at/all")
+        assert resume(path) == 2
+        assert f"{name}: cannot be written: No such file or directory. Restore it" in capsys.readouterr().err
+        (path / name).unlink()
+    assert not Executor.asked
+
+
 def test_an_unknown_run_is_named(runs, machine):
     """With those that exist."""
     from harness.run.resume import read_broken_off

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -35,6 +36,8 @@ DESCRIPTION_FILE = "lorameter.json"
 """What the layer was made of; written last."""
 UNUSED_DAYS = 30
 """A layer that no A/B has asked for in this time is removed by the next one that asks for any."""
+_LINE_LETTERS = 1 << 16
+"""Of what is read at once: what builds a package may print a line without an end."""
 _LAYER_FILE = "_lorameter_layer.pth"
 _PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
 """Variables that would have pip install, or look, somewhere else than in the layer."""
@@ -187,7 +190,7 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
     ) as process:
         assert process.stdout is not None
         try:
-            for line in map(str.strip, process.stdout):
+            for line in map(str.strip, iter(partial(process.stdout.readline, _LINE_LETTERS), "")):
                 if line and "Requirement already satisfied" not in line:
                     last.append(line)
                     report(line)

@@ -315,7 +315,8 @@ def _modules(folder: Path) -> list[str]:
 def _compile(host: Host, folders: list[str]) -> None:
     """Write bytecode once: the first process to import a fresh checkout would else pay for it, on one side only."""
     command = [host.python, "-c", Path(__file__).with_name("bytecode.py").read_text(encoding="utf-8"), *folders]
-    subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    none = subprocess.DEVNULL  # what it says, nobody reads
+    subprocess.run(command, env=host.variables(os.environ), stdin=none, stdout=none, stderr=none, check=False)
 
 
 def _prove(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
