@@ -3,9 +3,9 @@
     python benchmarks/selftest/request_profiles.py [--case NAME]
 
 Each case is one field away from a healthy variant (its workload, or a smaller model) and must have the finding that it
-was planted for; the healthy one, and the twin of a case, must not have it. That prompts meet a new length, that choosing
-a token takes long, that a model answers in train mode, without a cache or with logits of the whole prompt, is what no
-field of a variant makes of it: those cases are in the tests (`tests/profile/requests/test_rules.py`).
+was planted for; the healthy one, and the twin of a case, must not have it. That prompts meet a new length, that
+choosing a token takes long, that a model answers in train mode, without a cache or with logits of the whole prompt, is
+what no field of a variant makes of it: those cases are in the tests (`tests/profile/requests/test_rules.py`).
 
 Prints what the phases leave of a request, and the findings. Exit status 1 where a planted finding is not found, or a
 healthy one is.
@@ -36,7 +36,7 @@ from harness.studies.workload import Workload
 
 HEALTHY: dict[str, Any] = {
     "r": 16, "dtype": "bfloat16", "adapter_dtype": "bfloat16", "merge_adapter": True, "copy_head_input": True,
-    "optimizer": "adamw_fused",
+    "kv_cache": "static", "optimizer": "adamw_fused",
 }  # fmt: skip
 BESIDE: dict[str, Any] = {"merge_adapter": False}
 SERVED = Workload(
@@ -65,13 +65,13 @@ PLANTED = (
     Case(name="adapter beside the base", variant=BESIDE, found=("adapter-unmerged",), absent=("mixed-types",)),
     Case(name="adapter in float32", variant={**BESIDE, "adapter_dtype": None}, found=("mixed-types",)),
     Case(name="4-bit weights", variant={"quantization": "nf4"}, found=("dequantisation",)),
-    Case(name="long prompts", workload=LONG, found=("cache-reallocated",)),
+    Case(name="long prompts", variant={"kv_cache": "dynamic"}, workload=LONG, found=("cache-reallocated",)),
     Case(name="hardly any weights", model=TINY, found=("launch-bound",)),
 )
 CASES = (
     Case(name="healthy", absent=tuple(sorted({code for case in PLANTED for code in case.found}))),
     *PLANTED,
-    Case(name="long prompts, kept", variant={"kv_cache": "static"}, workload=LONG, absent=("cache-reallocated",)),
+    Case(name="long prompts, kept", workload=LONG, absent=("cache-reallocated",)),
 )
 
 
