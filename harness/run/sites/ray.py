@@ -13,6 +13,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ CONNECT_TIMEOUT_S = 30.0
 """A cluster that is there answers in a second or two."""
 CLIENT_TIMEOUT_S = 180.0
 """Behind a client port a process is started first for whoever comes, which imports Ray: seconds, and on a node that is
-busy a minute."""
+busy a minute. Ray itself gives up after half of one (ConnectionAbortedError), so it is asked again."""
 CLOSE_TIMEOUT_S = 20.0
 """A post that is told to end kills its processes and removes its folder."""
 
@@ -215,12 +216,16 @@ def _connect(ray: Any, address: str) -> None:
     told: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     named, timeout_s = (address, CLIENT_TIMEOUT_S) if address.startswith(CLIENT) else ("auto", CONNECT_TIMEOUT_S)
 
+    deadline = time.monotonic() + timeout_s
+
     def connect() -> None:
-        try:
-            ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
-            told.put(None)
-        except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
-            told.put(error)
+        while True:
+            try:
+                ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
+                return told.put(None)
+            except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
+                if not isinstance(error, ConnectionAbortedError) or time.monotonic() > deadline:
+                    return told.put(error)
 
     threading.Thread(target=connect, daemon=True).start()
     error: Exception | None

@@ -20,7 +20,7 @@ import pytest
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
-from harness.run.sites.ray import berths_of
+from harness.run.sites.ray import _connect, berths_of
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(3600)
@@ -90,6 +90,28 @@ def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
     said = " ".join(capsys.readouterr().err.split())
     assert words.replace("\\", "") in said
     assert f"on = {on!r}" in said
+
+
+class Busy:
+    """A Ray whose client port answers in vain so often, by one of its errors."""
+
+    def __init__(self, error, times):
+        self.error, self.times, self.asked = error, times, 0
+
+    def init(self, *, address, **options):
+        self.asked += 1
+        if self.asked <= self.times:
+            raise self.error
+
+
+def test_a_client_port_of_a_busy_node_is_asked_again_and_one_that_is_none_is_not():
+    """Ray gives up on the process that it starts for whoever comes before that has imported it."""
+    busy, wrong = Busy(ConnectionAbortedError("Initialization failure"), 2), Busy(ConnectionError("no such port"), 1)
+    _connect(busy, "ray://head:10001")
+    assert busy.asked == 3
+    with pytest.raises(UsageError, match="no Ray cluster answers: no such port"):
+        _connect(wrong, "ray://head:10001")
+    assert wrong.asked == 1
 
 
 class Nodes:
