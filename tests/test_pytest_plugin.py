@@ -659,7 +659,7 @@ class Meeting(Executor):
         return super().launch()
 
 @contextlib.contextmanager
-def open_stations(address, wanted=()):
+def open_stations(address, wanted=(), *, ranks=1):
     with contextlib.ExitStack() as stack:
         links = [Link(), Link()]
         for link in links:
