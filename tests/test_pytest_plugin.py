@@ -672,6 +672,7 @@ Executor = Meeting
 """A cluster of two nodes in the place of Ray's, whose posts are threads of the session and meet before they measure."""
 
 
+@pytest.mark.faults
 def test_a_session_is_measured_on_a_cluster_and_replayed(suite):
     """Each replicate by one node; what is saved are the durations that they have sent, in the order of replicates."""
     conftest = suite.path / "conftest.py"
