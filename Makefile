@@ -144,7 +144,7 @@ proof-fuzz: $(STAMP)
 
 # The long half of the fault matrix (tests/faults/README.md): each signal at each phase of each door and to each process, a
 # disk that is full at each write, in a cache, under a training process and a profile, every kind of broken hub and index
-# (about half an hour); and five hundred trials, a third of them broken (a quarter). What needs the right to
+# (an hour and a quarter on two cores); and five hundred trials, a third of them broken (a quarter). What needs the right to
 # mount a disk is skipped without it.
 proof-faults: $(STAMP)
 	$(call prove,faults,$(SAY_MACHINE) && $(BIN)/pytest tests -m faults -n 3 --dist loadfile -q --no-header -rs --disable-warnings)

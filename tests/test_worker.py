@@ -17,7 +17,6 @@ from harness.run.executors.local import worker_environment
 
 STARTER = """
 import os, subprocess, sys
-from harness.machine.processes import CPUS
 from harness.run.executors.local import worker_environment
 what, descriptor = sys.argv[1], int(sys.argv[2])
 child = subprocess.Popen(

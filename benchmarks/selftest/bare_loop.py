@@ -3,7 +3,7 @@
 All use the same model, adapter, optimizer and stream; the order is shuffled each turn. The harness's turn is the
 trial's own, with the meters around it and without, and its step alone, from where the bare loop is called. Prints JSON:
 the step as recorded in each of these ways, the whole `turn` call as the parent waits for it, the bare loop, and that
-loop with one thing more that a step of the harness has or had: the schedule, a sum of losses, a loss that is divided by
+loop with one thing more that a step may have: the schedule, a sum of losses, a loss that is divided by
 the batches of a step, the switch to the trial's adapter and random numbers before it.
 """
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from harness.machine.provenance import origin_of
 from harness.models import bases, catalogue
 from harness.records.units import format_bytes, format_interval, format_ratio
 from harness.run.executors.local import worker_environment
@@ -34,6 +35,8 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building import prepared
 from harness.trial.building.base_model import load_base
+
+ROOT = Path(__file__).parents[2]
 
 FORMS: Mapping[str, dict[str, Any]] = {
     "none": {}, "int8": {"quantization": "int8"}, "nf4": {"quantization": "nf4"}, "fp4": {"quantization": "fp4"},
@@ -51,6 +54,7 @@ def main() -> int:
     if options.one:
         print(json.dumps(replicate(options.model, options.one)))
         return 0
+    print(origin_of(ROOT), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         environment = worker_environment(1) | {bases.ENV_BASES: folder}
         results = [form_holds(options.model, form, options.replicates, environment) for form in FORMS]

@@ -19,8 +19,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from forecasts import document_of, judge_document, machine_words
+from forecasts import document_of, judge_document
 from many_words import write_model
+
+from harness.machine.provenance import origin_of
+
+ROOT = Path(__file__).parents[2]
 
 WITHIN = 0.10
 """By how much of the gain a cost may miss it."""
@@ -51,7 +55,7 @@ def main() -> int:
     parser.add_argument("--words", type=int, default=262144)
     parser.add_argument("--effort", choices=("quick", "standard", "rigorous"), default="standard")
     options = parser.parse_args()
-    print(f"{machine_words()}; {options.words} words of {options.hidden} numbers", flush=True)
+    print(f"{origin_of(ROOT)}; {options.words} words of {options.hidden} numbers", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         document = document_of(arguments(write_study(Path(folder), options.hidden, options.words), options.effort))
     return 1 if document is None else judge_document(document, CODE, "the time to first token", near_a_tenth)

@@ -96,6 +96,8 @@ def main() -> int:
         print(f"{one.family:24}{'; '.join(said)}{why}", flush=True)
     counted = [one for one in results if one.errors]
     faults = list(faults_in(results, options.within))
+    if not options.families:
+        faults += [f"{name} is no family" for name in sorted(EXCEPTIONS.keys() - {one.family for one in results})]
     exact = sum(not one.off(0.002) for one in counted)
     print(
         f"{len(counted)} of {len(results)} families counted, {exact} within 0.2 %, "

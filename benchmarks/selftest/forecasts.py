@@ -18,10 +18,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from harness.machine import provenance
+from harness.machine.provenance import origin_of
 from harness.verdicts.judging import MARGIN
+
+ROOT = Path(__file__).parents[2]
 
 CODES = ("float32-adapter", "dropout", "dequantisation")
 """Findings of the default study's QLoRA variant that fields of a variant mend."""
@@ -36,18 +39,13 @@ def main() -> int:
     parser.add_argument("--variant", default="lora-or-qlora:qlora-nf4-r16")
     parser.add_argument("--effort", choices=("quick", "standard", "rigorous"), default="standard")
     options = parser.parse_args()
-    print(f"{machine_words()}; {options.variant}", flush=True)
+    print(f"{origin_of(ROOT)}; {options.variant}", flush=True)
     failed = 0
     for code in options.codes:
         with tempfile.TemporaryDirectory() as runs:
             document = document_of(arguments(options.variant, code, options.effort, runs))
         failed += document is None or judge_document(document, code, "a step", near_a_step)
     return int(failed > 0)
-
-
-def machine_words() -> str:
-    """On what it was measured."""
-    return f"{provenance.probe_machine().device_name}; torch {provenance.library_version('torch')}"
 
 
 def near_a_step(gain: float) -> tuple[float, float]:

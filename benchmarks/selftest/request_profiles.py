@@ -23,7 +23,7 @@ from typing import Any
 
 from many_words import write_model
 
-from harness.machine import provenance
+from harness.machine.provenance import origin_of
 from harness.profile.requests.accounting import request_accounts
 from harness.profile.requests.evidence import evidence_of_requests
 from harness.profile.requests.measure import profile_requests
@@ -33,6 +33,8 @@ from harness.studies.protocol import Protocol
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+
+ROOT = Path(__file__).parents[2]
 
 HEALTHY: dict[str, Any] = {
     "r": 16, "dtype": "bfloat16", "adapter_dtype": "bfloat16", "merge_adapter": True, "copy_head_input": True,
@@ -80,8 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help="only this one")
     only = parser.parse_args().case
-    machine = provenance.probe_machine()
-    print(f"{machine.device_name}, {machine.cpus} CPUs; torch {provenance.library_version('torch')}")
+    print(origin_of(ROOT))
     print(f"{'':26}{'a request':>12}{'remainder':>11}  findings")
     good = [case_holds(case) for case in CASES if only in (None, case.name)]
     print(f"{sum(good)} of {len(good)} hold")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,26 @@ class VisibleCard:
     """UUID of the card that it is, or is an instance of: two of one board share what it has."""
     power_limit_w: Reading[float]
     """Of the board, in force."""
+
+    @property
+    def kind(self) -> str:
+        """For a reader, and the same for two cards that measure alike: what is not told agrees with nothing told."""
+        limit_w = self.power_limit_w.value
+        return f"{self.name.value}" + ("" if limit_w is None else f" at {limit_w:.0f} W")
+
+
+def shared_boards(cards: Iterable[VisibleCard]) -> list[list[VisibleCard]]:
+    """Those that are parts of one card, which would measure each other; of a board that is not told nothing is said."""
+    by: dict[str, list[VisibleCard]] = {}
+    for card in cards:
+        if card.board.value is not None:
+            by.setdefault(card.board.value, []).append(card)
+    return [parts for parts in by.values() if len(parts) > 1]
+
+
+def say_entries(cards: Iterable[VisibleCard]) -> str:
+    """As CUDA_VISIBLE_DEVICES calls them."""
+    return " and ".join(str(card.entry) for card in cards)
 
 
 def visible_cards(environment: Mapping[str, str] | None = None) -> Reading[tuple[VisibleCard, ...]]:

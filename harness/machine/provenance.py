@@ -282,7 +282,8 @@ def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> di
 
 def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
-    return hashlib.sha256(codec.dumps(comparable(provenance, without)).encode(errors="replace")).hexdigest()[:12]
+    compared = codec.dumps(comparable(provenance, without))
+    return hashlib.sha256(compared.encode(errors="backslashreplace")).hexdigest()[:12]
 
 
 def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:

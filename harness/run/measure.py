@@ -204,7 +204,7 @@ def measure(
                         late(station, left_s=budget.left_s)
                         came[station.name] = station.facts
 
-                    joining = Joining(venue.arrivals, remote, join)
+                    joining = Joining(venue.arrivals, remote, join, ranks=venue.ranks)
                 there, site = ready.sides or {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
@@ -268,17 +268,17 @@ def measure(
         try:
             if rounds_beside and len(local) > 1 and earlier is None:
                 with stops.interruptible():
-                    measure_beside(plan, stations, partial(append_beside, writer.path), rounds_beside)
-                lost += neighbour_notices(writer.path)
+                    measure_beside(plan, stations, partial(append_beside, writer.path), rounds_beside, budget)
+            lost += [one for one in neighbour_notices(writer.path) if one not in manifest.notices]
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
             if venue.is_spread or site is None:
                 run = partial(run_spread, plan, stations, joining=joining)
             else:
                 run = partial(run_plan, plan, executors, site)
             measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
-                writer.finish("failed")
+                writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from harness.errors import UsageError
-from harness.machine.cards import visible_cards
+from harness.machine.cards import say_entries, shared_boards, visible_cards
 from harness.machine.provenance import Machine, library_version
 from harness.machine.visible import VARIABLE, visible_devices
 from harness.records.record import Notice
@@ -105,12 +105,8 @@ def _check_cards(where: str, workload: Workload) -> None:
             f"{where}: ranks = {ranks}: {cards} card{'s are' if cards != 1 else ' is'} to be had here, and ranks that "
             "share one measure each other. Use fewer ranks, or make more cards visible."
         )
-    entries: dict[str, list[str]] = {}
-    for card in (known or ())[:ranks]:
-        entries.setdefault(card.board.value or str(card.entry), []).append(str(card.entry))
-    for shared in entries.values():
-        if len(shared) > 1:
-            raise UsageError(
-                f"{where}: ranks = {ranks}: {' and '.join(shared)} are parts of one card, and ranks that share one "
-                f"measure each other. Use fewer ranks, or let {VARIABLE} begin with parts of different cards."
-            )
+    for shared in shared_boards((known or ())[:ranks]):
+        raise UsageError(
+            f"{where}: ranks = {ranks}: {say_entries(shared)} are parts of one card, and ranks that share one measure "
+            f"each other. Use fewer ranks, or let {VARIABLE} begin with parts of different cards."
+        )

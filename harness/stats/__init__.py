@@ -12,6 +12,7 @@ that command lines and type annotations pay nothing.
 from __future__ import annotations
 
 from harness.stats.allocation import optimal_rounds
+from harness.stats.between import Between, sd_between
 from harness.stats.comparison import Pairing, compare_family, compare_trials, step_down
 from harness.stats.drift import drifting, drifts
 from harness.stats.drops import KeptPairs, kept_pairs
@@ -29,6 +30,7 @@ from harness.stats.warmup import is_steady
 
 __all__ = [
     "MOST_ADVISED",
+    "Between",
     "Comparison",
     "Estimate",
     "KeptPairs",
@@ -62,6 +64,7 @@ __all__ = [
     "relative_half_width",
     "replicates_to_see",
     "run_wide_shift",
+    "sd_between",
     "sd_interval",
     "step_down",
 ]

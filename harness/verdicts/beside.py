@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.records.beside import read_pairs
 from harness.records.metrics import PRIMARY, samples_of
 from harness.records.record import Notice
-from harness.records.units import format_interval
+from harness.records.units import format_count, format_interval
 from harness.stats import Comparison, compare_trials
 
 
@@ -25,12 +25,12 @@ def cost_of_neighbours(folder: Path) -> Comparison | None:
 def neighbour_notices(folder: Path) -> Iterator[Notice]:
     """What to know of a run in which it was measured."""
     cost = cost_of_neighbours(folder)
-    if cost is None or cost.ratio is None:
+    if cost is None or cost.ratio is None or cost.low is None:
         return
     ratio = format_interval(cost.ratio, cost.low, cost.high, "1")
     yield Notice(
         code="sites-neighbours",
         message=f"while the other sites measure, a step on the first takes {ratio} times as long as alone, by "
-        f"{cost.replicates} pairs.",
-        remedy="It is on both sides of a ratio; absolute values are those beside neighbours.",
+        f"{format_count(cost.replicates, 'pair')}.",
+        remedy="What both sides of a ratio pay alike is not in it; absolute values are those beside neighbours.",
     )

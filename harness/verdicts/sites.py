@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.records.metrics import PRIMARY, samples_of
 from harness.records.record import Notice, TrialRecord
+from harness.stats import Between, sd_between
 
 UNLIKE = 0.10
 """How far a site may be from the median of its like, in step time, before it is named."""
@@ -33,19 +34,10 @@ def site_effects(records: Sequence[TrialRecord]) -> dict[str, float]:
     return {site: math.expm1(log - centre) for site, log in sorted(logs.items())}
 
 
-def site_spread(records: Sequence[TrialRecord]) -> tuple[float, bool]:
-    """The standard deviation of the sites' step times, as a share, and whether it is theirs alone: what their means
-    differ by for the scatter of replicates is taken off where a site has several, from which that is known."""
-    times = _times(records)
-    seen = statistics.variance(math.log1p(effect) for effect in site_effects(records).values())
-    replicates = [_by_replicate(variants) for variants in times.values()]
-    several = [values for values in replicates if len(values) > 1]
-    if not several:
-        return math.sqrt(seen), False
-    free = sum(len(values) - 1 for values in several)
-    within = sum((len(values) - 1) * statistics.variance(values) for values in several) / free
-    by_chance = within * statistics.fmean(1 / max(1, len(values)) for values in replicates)
-    return math.sqrt(max(0.0, seen - by_chance)), True
+def site_spread(records: Sequence[TrialRecord]) -> Between | None:
+    """The standard deviation of the sites' step times, as a share; None where no replicate of some site is whole."""
+    replicates = [_by_replicate(variants) for variants in _times(records).values()]
+    return sd_between(replicates) if len(replicates) > 1 and all(replicates) else None
 
 
 _Times = dict[str, dict[tuple[str, str, str], dict[int, float]]]
@@ -76,24 +68,24 @@ def _by_replicate(variants: Mapping[Any, Mapping[int, float]]) -> list[float]:
 def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
     """What to know of a run that was measured on several sites."""
     sites = {record.site for record in records if record.site}
-    effects = site_effects(records)
+    effects, spread = site_effects(records), site_spread(records)
     if len(sites) < 2:
         return
-    if not effects:
+    if not effects or spread is None:
         yield Notice(
             code="sites",
             message=f"replicates were spread over {len(sites)} sites, too few of them to compare these.",
             remedy="Read ratios, which are within a site; measure more replicates for absolute values.",
         )
         return
-    spread, alone = site_spread(records)
     said = ", ".join(f"{site} {effect:+.1%}" for site, effect in effects.items())
-    of_what = f"standard deviation of their step times, {'without' if alone else 'with'} what replicates scatter by"
+    how = "without" if spread.alone else "with"
     yield Notice(
         code="sites",
-        message=f"replicates were spread over {len(effects)} sites, which differ by {spread:.1%} ({of_what}; seen: "
-        f"{said}). Ratios are within a site; an absolute value is the mean of these sites', and its interval is over "
-        "them, not over replicates.",
+        message=f"replicates were spread over {len(effects)} sites, which differ by {spread.sd:.1%} "
+        f"[{spread.low:.1%}, {spread.high:.1%}] (standard deviation of their step times, {how} what replicates scatter "
+        f"by; seen: {said}). Ratios are within a site; an absolute value is the mean of these sites', and its interval "
+        "is over them, not over replicates.",
         remedy="Measure on one site where absolute values matter.",
     )
     yield from _unlike(effects)

@@ -45,7 +45,7 @@ def test_what_the_script_requires_is_said_before_its_first_step(parent):
         begun = json.loads(lines.readline())["begin"]
         lines.write(json.dumps({"do": "go", "steps": 1, "watch": begun["required"]}) + "\n")
         lines.flush()
-        child.join(30)
+        child.join()
     assert begun["trainable_dtypes"] == {"float32": 6}
     assert begun["software"]["python"] == platform.python_version()
     assert begun["software"]["torch"] == importlib.metadata.version("torch")
@@ -81,7 +81,7 @@ def test_an_evaluation_is_not_in_the_peak_of_training(parent):
         peaks = ask(do="peaks")["peaks"]
         lines.write(json.dumps({"do": "end"}) + "\n")
         lines.flush()
-        child.join(30)
+        child.join()
     assert peaks.keys() == {"host_peak_train_bytes", "host_peak_evaluate_bytes"}
     assert peaks["host_peak_evaluate_bytes"] >= peaks["host_peak_train_bytes"] + LARGE_BYTES // 2
 

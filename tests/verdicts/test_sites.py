@@ -46,7 +46,7 @@ def test_a_run_of_several_sites_says_how_they_differ():
     """With each site, and their standard deviation; one site says nothing."""
     (notice,) = site_notices(run_of(SPEEDS))
     assert notice.code == "sites"
-    assert "4 sites, which differ by 7.0% (standard deviation of their step times, without what" in notice.message
+    assert "4 sites, which differ by 7.0% [4.0%, 26.1%] (standard deviation of their step times, wi" in notice.message
     assert "card-0 -7.8%" in notice.message
     assert list(site_notices(run_of((1.0,)))) == []
     assert list(site_notices([record("plain", 0, "", 1.0)])) == []
@@ -78,11 +78,14 @@ def test_what_replicates_scatter_by_is_no_difference_of_sites():
     """It is taken off: of two sites a tenth apart whose replicates lie 0.01 to either side, and all of a difference
     that is less. Of one replicate each nobody can say."""
     pair = scattered((-0.01, 0.01), (0.09, 0.11))
-    assert site_spread(pair) == (pytest.approx(math.sqrt(0.1**2 / 2 - 0.01**2)), True)
-    assert site_spread(scattered((-0.05, 0.05), (-0.04, 0.06))) == (0.0, True)
-    assert site_spread(scattered((0.0,), (0.1,))) == (pytest.approx(0.1 / math.sqrt(2)), False)
+    assert (site_spread(pair).sd, site_spread(pair).alone) == (pytest.approx(math.sqrt(0.1**2 / 2 - 0.01**2)), True)
+    alike = site_spread(scattered((-0.05, 0.05), (-0.04, 0.06)))
+    assert (alike.sd, alike.low, alike.alone) == (0.0, 0.0, True)
+    assert alike.high > 0.2  # two sites cannot say that they do not differ
+    single = site_spread(scattered((0.0,), (0.1,)))
+    assert (single.sd, single.alone) == (pytest.approx(0.1 / math.sqrt(2)), False)
     (notice,) = site_notices(scattered((0.0,), (0.1,)))
-    assert "differ by 7.1% (standard deviation of their step times, with what replicates scatter by" in notice.message
+    assert "differ by 7.1% [3.2%, 225.6%] (standard deviation of their step times, with what" in notice.message
 
 
 def test_planted_variance_between_sites_is_recovered():
@@ -90,7 +93,7 @@ def test_planted_variance_between_sites_is_recovered():
     random, found = np.random.default_rng(3), []
     for _ in range(300):
         sites = random.normal(0, 0.05, (4, 1)) + random.normal(0, 0.05, (4, 2))
-        found.append(site_spread(scattered(*sites))[0] ** 2)
+        found.append(site_spread(scattered(*sites)).sd ** 2)
     assert np.mean(found) == pytest.approx(0.05**2, rel=0.15)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from harness.machine.cards import say_entries, shared_boards
 from harness.machine.doctor.check import Check
 from harness.machine.doctor.survey import Survey
 from harness.machine.filesystem import IN_MEMORY, OBJECTS, Place
@@ -63,11 +64,7 @@ def _ways(links: Links) -> Check:
 
 def cards_of_ranks(found: Survey) -> Iterator[Check]:
     """Whether each rank of a trial would have a card of its own."""
-    by: dict[str, list[str]] = {}
-    for one in found.visible.value or ():
-        if one.board.value is not None:
-            by.setdefault(one.board.value, []).append(str(one.entry))
-    shared = [" and ".join(entries) for entries in by.values() if len(entries) > 1]
+    shared = [say_entries(parts) for parts in shared_boards(found.visible.value or ())]
     if shared:
         yield Check(
             about="spoils",

@@ -15,6 +15,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 
+from harness.errors import InvalidRunError
 from harness.records.beside import ALONE, BESIDE, name_trial
 from harness.records.record import TrialRecord
 from harness.run.budget import Budget
@@ -23,13 +24,21 @@ from harness.run.sites.spread import JOIN_S, Station
 
 ROUNDS = 6
 """Pairs; each takes as long as two trials of a replicate."""
+LEAST_ROUNDS = 2
+"""Fewer have no interval."""
 NEIGHBOUR = "neighbour"
 
 
 def measure_beside(
-    plan: Plan, stations: Sequence[Station], save: Callable[[TrialRecord], None], rounds: int = ROUNDS
+    plan: Plan,
+    stations: Sequence[Station],
+    save: Callable[[TrialRecord], None],
+    rounds: int = ROUNDS,
+    budget: Budget | None = None,
 ) -> None:
-    """Have the first station measure the plan's reference alone and beside the others; its records are saved.
+    """Have the first station measure the plan's reference alone and beside the others; its records are saved. What the
+    `budget` of the run has left is for its trials: a round that would take half of it or more is left out, beyond the
+    first two.
 
     Raises:
         InvalidRunError: a station is lost.
@@ -37,9 +46,13 @@ def measure_beside(
     """
     first, *others = stations
     drawn = random.Random(plan.study.protocol.seed)
+    budget = budget or Budget()
     for number in range(rounds):
+        begin = budget.clock()
         for how in drawn.sample((ALONE, BESIDE), 2):
             _measure(plan, first, others if how == BESIDE else (), how, number, save)
+        if number + 1 >= LEAST_ROUNDS and budget.clock() - begin > budget.left_s / 2:
+            return
 
 
 def _measure(
@@ -56,6 +69,13 @@ def _measure(
     def keep(record: TrialRecord) -> None:
         save(record.replaced(site=first.name))
 
+    def require_whole(record: TrialRecord) -> None:
+        if record.status != "ok":  # beside one that does not train nothing is measured that neighbours cost
+            why = f": {record.failure.message}" if record.failure else ""
+            raise InvalidRunError(
+                f"beside {first.name} the trial {record.trial} was to train and is {record.status}{why}"
+            )
+
     def measure() -> None:
         part = _part(plan, name_trial(how, number, first.name))
         first.measure(part, save=keep, watcher=_Deaf(), budget=Budget())
@@ -65,7 +85,7 @@ def _measure(
             if ended.is_set():
                 return
             part = _part(plan, f"{name_trial(NEIGHBOUR, number, station.name)}-{again}")
-            station.measure(part, save=lambda record: None, watcher=_Deaf(), budget=Budget())
+            station.measure(part, save=require_whole, watcher=_Deaf(), budget=Budget())
 
     def run(work: Callable[[], None], *, tells: bool) -> None:
         try:
@@ -84,17 +104,22 @@ def _measure(
         thread.start()
     try:
         error = told.get()
+        if error is None:
+            ended.set()
+            for thread in threads:  # a neighbour comes to the end of its trial, however long: what is next is alone
+                thread.join()
+            with contextlib.suppress(queue.Empty):
+                error = told.get_nowait()
         if error is not None:
             raise error
     except BaseException:
+        ended.set()
         for station in (first, *neighbours):
             with contextlib.suppress(Exception):  # its thread may be about to end by itself
                 station.end()
-        raise
-    finally:
-        ended.set()
         for thread in threads:
             thread.join(JOIN_S)
+        raise
 
 
 def _part(plan: Plan, trial: str) -> Plan:

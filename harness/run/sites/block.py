@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import InvalidRunError, UsageError, redact, shorten
+from harness.machine.cards import visible_cards
 from harness.machine.processes import CPUS
 from harness.machine.provenance import Facts, harness_identity
 from harness.models.catalogue import cache_dir
@@ -30,7 +31,7 @@ from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.scratch import scratch_folder
 from harness.run.budget import Budget
-from harness.run.device import IfBusy, hold_device
+from harness.run.device import IfBusy, hold_devices
 from harness.run.executors import Executor, open_executor
 from harness.run.executors.host import Host
 from harness.run.executors.sides import open_side
@@ -39,7 +40,7 @@ from harness.run.ready import get_ready
 from harness.run.runner import run_plan
 from harness.run.several_ranks import check_ranks
 from harness.run.site import Site
-from harness.run.sites.local import share_cpus
+from harness.run.sites.local import executors_of_ranks, share_cpus
 from harness.run.written import WrittenPlan, WrittenSide, read_plan, take_trials
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -63,9 +64,11 @@ class Describe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """Let nobody else measure on the device from now on."""
+    """Let nobody else measure on its devices from now on."""
 
     if_busy: IfBusy = "wait"
+    ranks: int = 1
+    """Of a trial: the first of the cards there are theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +106,8 @@ class Description:
     machine: str
     """The same for two places on one machine, whose devices may be one."""
     free_bytes: int | None
+    boards: tuple[str, ...] = ()
+    """UUIDs of the cards that it sees, or sees parts of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +223,7 @@ class Post:
             cpus = share_cpus(os.sched_getaffinity(0), order.shares, f"site {order.site}")[order.share]
             self._host = Host(environment={CPUS: ",".join(map(str, cpus))})
         executor = self._open()
+        seen = visible_cards(self._host.variables(os.environ)).value or ()
         boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
         return Description(
             facts=executor.facts(),
@@ -225,13 +231,13 @@ class Post:
             device_id=executor.device_id(),
             machine=f"{socket.gethostname()} {boot}".strip(),
             free_bytes=executor.free_bytes(),
+            boards=tuple(filter(None, (card.board.value for card in seen))),
         )
 
     def _hold(self, order: Hold, say: Callable[[Message], None]) -> dict[str, Any]:
-        executor = self._open()
-        held = hold_device(executor, order.if_busy, tell=lambda line: say(Message(says="told", text=line)))
-        waited = self._stack.enter_context(held)
-        return {"waited": waited, "free_bytes": executor.free_bytes()}
+        executors = executors_of_ranks(self._host, order.ranks)
+        held = hold_devices(executors, order.if_busy, tell=lambda line: say(Message(says="told", text=line)))
+        return {"waited": self._stack.enter_context(held)}
 
     def _prepare(self, order: Prepare, say: Callable[[Message], None]) -> dict[str, Any]:
         if self._described is None:

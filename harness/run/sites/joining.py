@@ -39,11 +39,16 @@ class Joining:
     """Looks for those who come, while a run is spread over those who are there."""
 
     def __init__(
-        self, arrivals: Arrivals, present: Sequence[RemoteStation], prepare: Callable[[RemoteStation], None]
+        self,
+        arrivals: Arrivals,
+        present: Sequence[RemoteStation],
+        prepare: Callable[[RemoteStation], None],
+        *,
+        ranks: int = 1,
     ) -> None:
         """`present` are described, held and prepared already; `prepare` does it for one who comes, or raises
-        `InvalidRunError` or `UsageError`."""
-        self._arrivals, self._prepare = arrivals, prepare
+        `InvalidRunError` or `UsageError`. `ranks`: of a trial, each of which has a card."""
+        self._arrivals, self._prepare, self._ranks = arrivals, prepare, ranks
         self._lock = threading.Lock()
         self._holders = {_place_of(station): station.name for station in present}
         self._under_way = 0
@@ -105,7 +110,7 @@ class Joining:
             if place in self._holders:  # by one of this run, and they measure beside each other from the start
                 return
             self._holders[place] = station.name
-        station.hold(self._arrivals.if_busy, lambda line: None)
+        station.hold(self._arrivals.if_busy, lambda line: None, ranks=self._ranks)
 
     def _note(self, code: str, message: str, remedy: str) -> None:
         with self._lock:

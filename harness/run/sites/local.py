@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError, UsageError
-from harness.machine.cards import visible_cards
+from harness.machine.cards import VisibleCard, say_entries, shared_boards, visible_cards
 from harness.machine.cores import cores_of
 from harness.machine.kinds import say_kind
 from harness.machine.processes import CPUS
@@ -68,14 +68,15 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
     cards = dict(zip(numbers, _cards(numbers, listed, mixed=mixed), strict=True))
     grounds: list[Ground] = []
     for group, cpus in zip(groups, shares, strict=True):
-        names = {cards[number][1] for number in group}
-        if len(names) > 1:
+        taken = [cards[number] for number in group]
+        kinds = {card.kind for card in taken}
+        if len(kinds) > 1:
             raise UsageError(
                 f"{say_sites(listed)}: the ranks of one trial would be on cards of different kinds "
-                f"({', '.join(sorted(names))}), and the quicker ones would wait. Join cards of one kind."
+                f"({', '.join(sorted(kinds))}), and the quicker ones would wait. Join cards of one kind."
             )
-        kind = dataclasses.replace(machine, device_name=names.pop())
-        grounds.append(_ground("card", group, cpus, [str(cards[number][0]) for number in group], kind))
+        kind = dataclasses.replace(machine, device_name=str(taken[0].name.value))
+        grounds.append(_ground("card", group, cpus, [str(card.entry) for card in taken], kind))
     return tuple(grounds)
 
 
@@ -117,22 +118,25 @@ def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int
     return [sorted(itertools.chain(*cores[site * each : (site + 1) * each])) for site in range(sites)]
 
 
-def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[tuple[int | str, str]]:
-    """Each by what CUDA_VISIBLE_DEVICES calls it, with its name."""
+def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[VisibleCard]:
+    """Each by its number among those that are visible."""
     asked, cards = say_sites(listed), visible_cards().value
     if cards is None:
         raise UsageError(f"{asked}: which cards there are cannot be known here. Leave it out.")
-    found: list[tuple[int | str, str]] = []
-    kinds: set[str] = set()
+    found: list[VisibleCard] = []
     for number in numbers:
         if number >= len(cards):
             raise UsageError(f"{asked}: card {number}: {len(cards)} are visible here. Count from 0.")
         card = cards[number]
         if card.name.value is None:
             raise UsageError(f"{asked}: what card {number} is cannot be known: {card.name.reason}. Leave it out.")
-        found.append((card.entry, card.name.value))
-        limit_w = card.power_limit_w.value
-        kinds.add(card.name.value if limit_w is None else f"{card.name.value} at {limit_w:.0f} W")
+        found.append(card)
+    for parts in shared_boards(found):
+        raise UsageError(
+            f"{asked}: {say_entries(parts)} are parts of one card, and what is measured on one would be in the times "
+            "of the other. Name one part of each card."
+        )
+    kinds = {card.kind for card in found}
     if len(kinds) > 1 and not mixed:
         raise UsageError(
             f"{asked}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
@@ -145,9 +149,20 @@ def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> lis
 def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
     """An executor for each card of each site, or for its CPUs, that answers for it; nothing is started."""
     for ground in sites:
-        for card in ground.cards or (None,):
-            seen = {} if card is None else {VARIABLE: card}
-            yield open_executor(host=Host(environment={**ground.host.environment, **seen}))
+        yield from _executors(ground.host, ground.cards)
+
+
+def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
+    """An executor for each card that the ranks of a trial take in a host, the first of those that it sees, or for what
+    it has instead; nothing is started."""
+    taken = visible_cards(host.variables(os.environ)).value or () if ranks > 1 else ()
+    return [*_executors(host, [str(card.entry) for card in taken[:ranks]])]
+
+
+def _executors(host: Host, cards: Sequence[str]) -> Iterator[Executor]:
+    for card in cards or (None,):
+        seen = {} if card is None else {VARIABLE: card}
+        yield open_executor(host=dataclasses.replace(host, environment={**host.environment, **seen}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -222,10 +222,14 @@ def _connect(ray: Any, address: str) -> None:
         while True:
             try:
                 ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
-                return told.put(None)
             except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
-                if not isinstance(error, ConnectionAbortedError) or time.monotonic() > deadline:
-                    return told.put(error)
+                if isinstance(error, ConnectionAbortedError) and time.monotonic() < deadline:
+                    time.sleep(1)
+                    continue
+                told.put(error)
+            else:
+                told.put(None)
+            return
 
     threading.Thread(target=connect, daemon=True).start()
     error: Exception | None

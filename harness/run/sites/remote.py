@@ -80,9 +80,10 @@ class RemoteStation:
         """The kind of it, for a reader."""
         return say_kind(self.facts.machine)
 
-    def hold(self, if_busy: IfBusy, tell: Callable[[str], object]) -> bool:
-        """Let nobody else measure there until the post ends; says whether it had to wait for somebody."""
-        answer = self._ask(Hold(if_busy=if_busy), lambda message: tell(f"{self.name}: {message.text}"))
+    def hold(self, if_busy: IfBusy, tell: Callable[[str], object], *, ranks: int = 1) -> bool:
+        """Let nobody else measure there until the post ends, on a card for each of the `ranks` of a trial; says whether
+        it had to wait for somebody."""
+        answer = self._ask(Hold(if_busy=if_busy, ranks=ranks), lambda message: tell(f"{self.name}: {message.text}"))
         if waited := bool(answer.get("waited")):
             self._description = None  # of its free memory
         return waited

@@ -58,6 +58,7 @@ def check_like(first: RemoteStation, station: RemoteStation, *, mixed: bool = Fa
 
 def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
     """Sites that are not apart. Raises `InvalidRunError` where a card was reserved for each and none is used."""
+    yield from _sharing_boards(stations)
     for one in _by_device(stations).values():
         names = ", ".join(station.name for station in one)
         if len(one) > 1 and one[0].facts.machine.device == "cpu" and any(station.shares > 1 for station in one):
@@ -71,6 +72,23 @@ def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
                 message=f"sites {names} are on one machine and measure on one device at the same time, so they slow "
                 "each other down.",
                 remedy="Have one site on each machine: by one node of Ray there, by --sites, or by exclusive jobs.",
+            )
+
+
+def _sharing_boards(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
+    """Of sites that are parts of one card."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for station in stations:
+        said = station.description
+        for board in said.boards:
+            found.setdefault((said.machine, board), {})[said.device_id] = station.name
+    for (_, board), sites in found.items():
+        if len(sites) > 1:
+            yield Notice(
+                code="sites-together",
+                message=f"sites {', '.join(sites.values())} are parts of one card ({board}), so they slow each other "
+                "down.",
+                remedy="Have one site on each card: name its nodes by --sites, or ask for whole cards.",
             )
 
 
@@ -100,10 +118,12 @@ def _likeness(description: Description, without: Sequence[str]) -> dict[str, Any
     return {"harness": description.harness, **place}
 
 
-def hold_all(stations: Iterable[RemoteStation], if_busy: IfBusy, tell: Callable[[str], object]) -> bool:
+def hold_all(
+    stations: Iterable[RemoteStation], if_busy: IfBusy, tell: Callable[[str], object], *, ranks: int = 1
+) -> bool:
     """Hold each device once, always in the same order; says whether anybody had to be waited for."""
     devices = _by_device(stations)
-    waited = [devices[key][0].hold(if_busy, tell) for key in sorted(devices)]
+    waited = [devices[key][0].hold(if_busy, tell, ranks=ranks) for key in sorted(devices)]
     return any(waited)
 
 

@@ -18,9 +18,10 @@ from harness.records import store
 from harness.records.record import Notice
 from harness.run.device import IfBusy, hold_devices, tell_stderr
 from harness.run.executors import open_executor
+from harness.run.executors.host import Host
 from harness.run.plan import Plan
 from harness.run.sites.joining import Arrivals
-from harness.run.sites.local import Ground, check_spreadable, executors_of, local_sites
+from harness.run.sites.local import Ground, check_spreadable, executors_of, executors_of_ranks, local_sites
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.together import describe_all, free_bytes_of, hold_all, those_that_answer
 from harness.studies.place import HERE, Place, is_batch, read_asked
@@ -41,6 +42,8 @@ class Venue:
     notices: tuple[Notice, ...] = ()
     arrivals: Arrivals | None = None
     """Where other stations may come from while these measure."""
+    ranks: int = 1
+    """Of a trial, each of which has a device of its own where there are several."""
 
     @property
     def machine(self) -> Machine:
@@ -92,12 +95,13 @@ class Venue:
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
         """Meanwhile nobody else measures on its devices; says whether somebody had to be waited for."""
         if not self.stations:
-            with hold_devices([*executors_of(self.grounds)] or [open_executor()], if_busy) as waited:
+            mine = [*executors_of(self.grounds)] or executors_of_ranks(Host(), self.ranks)
+            with hold_devices(mine, if_busy) as waited:
                 yield waited
             return
         if self.arrivals is not None:
             self.arrivals.if_busy = if_busy
-        yield hold_all(self.stations, if_busy, tell_stderr)
+        yield hold_all(self.stations, if_busy, tell_stderr, ranks=self.ranks)
 
 
 @contextlib.contextmanager
@@ -112,25 +116,26 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
         UsageError: a study that cannot be spread, no such card or cluster, or no such node.
         InvalidRunError: a node that does not answer, or is unlike the others.
     """
-    place = study.protocol.place
+    place, ranks = study.protocol.place, study.workload.ranks
     if place.is_plain:
-        yield Venue()
+        yield Venue(ranks=ranks)
         return
     check_spreadable(study, place)  # before anything waits in a queue
     if place.on == HERE:
         yield Venue(said=place.said, grounds=local_sites(place.sites, open_executor().machine(), mixed=place.mixed))
     elif is_batch(place.on):
-        with _open_jobs(place, runs_dir) as venue:
+        with _open_jobs(place, runs_dir, ranks) as venue:
             yield venue
     else:
         from harness.run.sites.ray import open_stations
 
-        with open_stations(place.on, place.sites, ranks=study.workload.ranks) as stations:
-            yield Venue(said=place.said, stations=stations, notices=describe_all(stations, mixed=place.mixed))
+        with open_stations(place.on, place.sites, ranks=ranks) as stations:
+            told = describe_all(stations, mixed=place.mixed)
+            yield Venue(said=place.said, stations=stations, notices=told, ranks=ranks)
 
 
 @contextlib.contextmanager
-def _open_jobs(place: Place, runs_dir: str | None) -> Iterator[Venue]:
+def _open_jobs(place: Place, runs_dir: str | None, ranks: int) -> Iterator[Venue]:
     from harness.run.sites.batch import check_here
     from harness.run.sites.slurm import open_jobs
 
@@ -140,4 +145,4 @@ def _open_jobs(place: Place, runs_dir: str | None) -> Iterator[Venue]:
         lost: list[Notice] = []
         found = those_that_answer(found, lost)
         told = (*notices, *lost, *describe_all(found, mixed=place.mixed))
-        yield Venue(said=place.said, stations=tuple(found), notices=told, arrivals=jobs)
+        yield Venue(said=place.said, stations=tuple(found), notices=told, arrivals=jobs, ranks=ranks)

@@ -9,8 +9,10 @@ import pytest
 
 from harness.errors import InvalidRunError
 from harness.records import beside
+from harness.run.budget import Budget
 from harness.run.plan import make_plan
 from harness.run.site import begin_record
+from harness.run.sites import beside as running
 from harness.run.sites.beside import measure_beside
 from harness.verdicts import calibrate
 from harness.verdicts.beside import cost_of_neighbours
@@ -54,8 +56,8 @@ class At:
 
     active, come, lock = 0, threading.Event(), threading.Lock()
 
-    def __init__(self, name, *, lost=False):
-        self.name, self.machine, self.lost = name, "", lost
+    def __init__(self, name, *, lost=False, status="ok", until=None):
+        self.name, self.machine, self.lost, self.status, self.until = name, "", lost, status, until
         self.trials, self.ended = [], threading.Event()
 
     def measure(self, part, *, save, watcher, budget):
@@ -68,6 +70,8 @@ class At:
                 At.active += 1
             At.come.set()
             self.ended.wait(0.01)
+            while self.until is not None and not self.until():
+                pass
             with At.lock:
                 At.active -= 1
         elif slot.trial.startswith("beside-"):
@@ -76,7 +80,8 @@ class At:
                 pass
         else:
             assert At.active == 0
-        save(begin_record(slot, "ok").replaced(samples={"step_time_s": (0.1,)}))
+        status = self.status if slot.trial.startswith("neighbour-") else "ok"
+        save(begin_record(slot, status).replaced(samples={"step_time_s": (0.1,)}))
 
     def end(self):
         self.ended.set()
@@ -92,6 +97,39 @@ def test_the_others_measure_beside_and_are_silent_while_it_measures_alone(small_
     assert all(one.startswith("neighbour-") for station in stations[1:] for one in station.trials)
     assert all({one.split("-")[1] for one in station.trials} == set("01234") for station in stations[1:])
     assert cost_of_neighbours(tmp_path).ratio == pytest.approx(1.0)
+
+
+def test_a_neighbour_that_takes_long_is_waited_for(small_study, tmp_path, monkeypatch):
+    """Longer than where all is broken off: what comes next is alone, or beside its own neighbours."""
+    monkeypatch.setattr(running, "JOIN_S", 0.0)
+    saved = []
+    slow = At("b", until=lambda: any(one.trial.startswith("beside-") for one in saved))
+    measure_beside(make_plan(small_study, phases=("train",)), [At("a"), slow], saved.append, 1)
+    assert At.active == 0
+    assert sorted(one.trial for one in saved) == ["alone-0-a", "beside-0-a"]
+
+
+def test_the_minutes_of_a_run_are_for_its_trials(small_study):
+    """A round that would take half of what is left or more is left out, and two are made in any case."""
+    now, saved = [0.0], []
+
+    def save(record):
+        now[0] += 5.0
+        saved.append(record.trial)
+
+    plan = make_plan(small_study, phases=("train",))
+    for limit_s, rounds in ((10.0, 2), (55.0, 4), (1000.0, 6)):
+        saved.clear()
+        measure_beside(plan, [At("a"), At("b")], save, 6, Budget(limit_s, clock=lambda: now[0]))
+        assert len(saved) == 2 * rounds
+
+
+def test_a_neighbour_that_does_not_train_ends_it(small_study):
+    """Beside it the first would be as good as alone."""
+    with pytest.raises(InvalidRunError, match=r"neighbour-0-b-0 was to train and is crashed"):
+        measure_beside(
+            make_plan(small_study, phases=("train",)), [At("a"), At("b", status="crashed")], lambda record: None
+        )
 
 
 def test_a_neighbour_that_is_lost_ends_it(small_study):

@@ -9,16 +9,19 @@ import os
 import signal
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import Facts
+from harness.machine.reading import Reading
 from harness.records import codec, store
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.report.live import LiveDisplay
 from harness.report.terminal import console_for
+from harness.run.device import hold_device
 from harness.run.executors import Place, WorkerLostError
 from harness.run.measure import measure
 from harness.run.plan import make_plan
@@ -222,8 +225,7 @@ def test_a_link_that_breaks_loses_its_replicate_and_no_other(plan, stations, des
         return line
 
     def wait(fake):
-        deadline = time.monotonic() + 240
-        while sum(message.says == "record" for message in seen) < 2 and time.monotonic() < deadline:
+        while sum(message.says == "record" for message in seen) < 2:
             time.sleep(0.001)
 
     run = measured(plan, stations({"b": desk_link(cut)}, a={"before_turn": wait}, b={}), tmp_path / "runs")
@@ -404,6 +406,38 @@ def test_sites_on_one_machine_are_said_and_share_its_memory(stations):
     assert hold_all(both, "refuse", print) is False
     for station in both:
         station.close()
+
+
+def test_sites_on_parts_of_one_card_are_said(stations, monkeypatch):
+    """Each has a device of its own, which is no card of its own."""
+    board = {"a": "one", "b": "one", "c": "two"}
+    three = stations(**{name: {"device_id": lambda name=name: f"MIG-{name}"} for name in board})
+    for station in three:
+        seen = Mock(board=Reading(value=board[station.name]))
+        monkeypatch.setattr(block, "visible_cards", lambda environment, seen=seen: Reading(value=(seen,)))
+        assert station.description.boards == (board[station.name],)
+    (notice,) = describe_all(three)
+    assert (notice.code, notice.message.split(",")[0]) == ("sites-together", "sites a")
+    assert "b are parts of one card (one)" in notice.message
+
+
+def test_a_post_holds_each_card_that_ranks_take(stations, monkeypatch):
+    """Whoever measures on any of them keeps it out, and the other way round."""
+    two = stations(a={}, b={})
+    monkeypatch.setattr(
+        block, "executors_of_ranks", lambda host, ranks: [Mock(device_id=lambda n=n: f"held {n}") for n in range(ranks)]
+    )
+    assert not two[0].hold("refuse", print, ranks=2)
+    with (
+        pytest.raises(InvalidRunError, match=r"measures on this device \(held 1\)"),
+        hold_device(Mock(device_id=lambda: "held 1"), "refuse"),
+    ):
+        pass
+    with hold_device(Mock(device_id=lambda: "held 2"), "refuse"):
+        pass
+    two[0].close()
+    assert not two[1].hold("refuse", print, ranks=3)
+    two[1].close()
 
 
 def test_a_plan_is_read_as_it_was_written(small_study):

@@ -14,6 +14,7 @@ from harness.machine.cards import VisibleCard
 from harness.machine.cores import cores_of
 from harness.machine.reading import Reading, missing
 from harness.records.preparation import Hello
+from harness.run.executors.host import Host
 from harness.run.sites import local
 from harness.run.sites.local import check_alike, check_spreadable, local_sites
 from harness.studies.place import Place
@@ -26,17 +27,17 @@ def four_cpus(monkeypatch):
     monkeypatch.setattr(local, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
 
 
-def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4)):
+def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=None):
     """Those that are visible."""
     found = tuple(
         VisibleCard(
-            entry=entry, board=Reading(value=str(entry)),
+            entry=entry, board=Reading(value=str(entry) if boards is None else boards[number]),
             name=missing("it is gone") if name is None else Reading(value=name),
             power_limit_w=missing("not told") if limit is None else Reading(value=limit),
         )
-        for entry, name, limit in zip(entries, names, limits, strict=False)
+        for number, (entry, name, limit) in enumerate(zip(entries, names, limits, strict=False))
     )  # fmt: skip
-    monkeypatch.setattr(local, "visible_cards", lambda: Reading(value=found))
+    monkeypatch.setattr(local, "visible_cards", lambda environment=None: Reading(value=found))
 
 
 def test_sites_of_a_cpu_share_no_core(machine):
@@ -96,6 +97,26 @@ def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, na
         local_sites(("0", "2"), dataclasses.replace(machine, device="cuda"))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
+    """What is measured on one would be in the times of the other; parts of different cards are as good as cards."""
+    cards(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
+    there = dataclasses.replace(machine, device="cuda")
+    with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one card"):
+        local_sites(("0", "1", "2"), there, mixed=mixed)
+    assert [site.cards for site in local_sites(("0", "2"), there)] == [("MIG-a",), ("MIG-c",)]
+
+
+def test_each_card_that_ranks_take_is_held(monkeypatch):
+    """The first that are visible; of one rank, or where none is known, what an executor calls its device."""
+    cards(monkeypatch, *["H100"] * 4, entries=("GPU-a", 3, 2, 1))
+    monkeypatch.setattr(local, "open_executor", lambda name=None, *, host: host.environment.get("CUDA_VISIBLE_DEVICES"))
+    assert local.executors_of_ranks(Host(), 3) == ["GPU-a", "3", "2"]
+    assert local.executors_of_ranks(Host(), 1) == [None]
+    monkeypatch.setattr(local, "visible_cards", lambda environment: missing("no driver"))
+    assert local.executors_of_ranks(Host(), 3) == [None]
+
+
 def test_cards_of_a_machine_that_tells_of_none_are_refused(machine, monkeypatch):
     """It may have some."""
     monkeypatch.setattr(local, "visible_cards", lambda: missing("no driver"))
@@ -117,7 +138,9 @@ def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(mach
     ]
     monkeypatch.setattr(local, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
     assert list(local.executors_of(sites)) == ["1", "2", "3", "0"]
-    with pytest.raises(UsageError, match=r"ranks of one trial would be on cards of different kinds \(A100, H100\)"):
+    with pytest.raises(
+        UsageError, match=r"ranks of one trial would be on cards of different kinds \(A100 at 700 W, H100"
+    ):
         local_sites(("3+4",), there, mixed=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.errors import LorameterError
 from harness.models import bases, catalogue
 from harness.studies.protocol import Protocol
 from harness.studies.request import BaseRequest, TrialRequest
@@ -91,5 +92,5 @@ def test_a_cold_start_without_the_models_files_fails(served):
     """However whole the base is that was prepared of them."""
     (Path(served.workload.model) / "model.safetensors").unlink()
     assert bases.verify(Path(served.base)) is not None
-    with pytest.raises(Exception, match=r"model\.safetensors|no file"):
+    with pytest.raises((OSError, LorameterError), match=r"model\.safetensors|no file"):
         cold.answer(served, time.monotonic())
