@@ -252,6 +252,21 @@ def test_of_dead_drivers_the_jobs_are_cancelled_and_the_folders_removed(tmp_path
     assert far.is_dir()
 
 
+def test_a_folder_goes_though_a_job_that_is_just_ending_adds_to_it(tmp_path, monkeypatch):
+    """What it has written since the folder was looked through would keep it for ever."""
+    folder, remove = own(tmp_path / FOLDER / "dead"), slurm.shutil.rmtree
+
+    def late(path, **options):
+        monkeypatch.undo()
+        remove(path, **options)
+        path.mkdir()
+        (path / LEFT).touch()
+
+    monkeypatch.setattr(slurm.shutil, "rmtree", late)
+    clear_dead(tmp_path / FOLDER)
+    assert not folder.parent.exists()
+
+
 def test_a_batch_system_that_does_not_answer_is_not_one_whose_queue_is_empty(tmp_path, monkeypatch):
     """Nobody is taken for gone because of it."""
     for name, code in (
