@@ -282,6 +282,11 @@ def _boot() -> str:
 
 
 def _remove(folder: Path) -> None:
+    """All of it: what a job that is just ending, or the batch system for it, adds meanwhile would keep it there."""
+    deadline = time.monotonic() + CLOSE_TIMEOUT_S
     shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # others have theirs in it
         folder.parent.rmdir()
