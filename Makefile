@@ -52,9 +52,9 @@ lint: $(STAMP)
 proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
-	tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
+	tests/profile/test_measure.py tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
 	tests/run/executors/test_shared_pages.py tests/run/sites/test_here.py tests/parity/test_measure.py \
-	tests/test_cli.py
+	tests/test_cli.py tests/test_pytest_plugin.py tests/trial/building/test_shared.py tests/docs/test_extending.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 

@@ -556,6 +556,7 @@ def test_the_real_thing(suite, monkeypatch):
         assert {check["status"] for check in info["checks"] if check["required"] is not None} == {"active"}
 
 
+@pytest.mark.selftest
 def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
     """Real processes that take turns: saved, compared with, and a slower script fails the session by its name."""
     monkeypatch.setenv("REAL", "1")

@@ -92,7 +92,13 @@ def apply(example: Example, folder: Path) -> None:
         target.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("example", examples(), ids=lambda example: example.title)
+def param(example):
+    """Examples that train several times are of the long half."""
+    marks = pytest.mark.selftest if example.title in ("A method other than LoRA", "A model family") else ()
+    return pytest.param(example, id=example.title, marks=marks)
+
+
+@pytest.mark.parametrize("example", map(param, examples()))
 def test_an_example_does_what_it_says(example, tmp_path):
     """Applied to a copy of the packages, its commands print what the page shows."""
     for package in ("harness", "kernels_check"):

@@ -54,6 +54,7 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.mark.selftest
 def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
     """Training, every base in a process of its own, and one document: the reference repeats itself to the bit, the base
     without the adapter does not, and a merge into 4 bits moves logits."""

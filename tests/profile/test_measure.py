@@ -17,6 +17,8 @@ from harness.report.profile import describe_profile
 from harness.report.terminal import console_for, show
 from harness.run.executors import open_executor
 
+pytestmark = pytest.mark.selftest
+
 
 @pytest.fixture(scope="module")
 def taken(small_study, tmp_path_factory):

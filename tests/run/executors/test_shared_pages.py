@@ -126,6 +126,7 @@ def check(model, tmp_path, small_study):
     assert len(VARIANTS) * base.bytes > base.bytes + SLACK * owned  # a base for each would not have passed
 
 
+@pytest.mark.selftest
 def test_six_variants_of_a_small_model_take_its_base_once(tmp_path, small_study):
     """Of random weights, so that it always runs."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL))

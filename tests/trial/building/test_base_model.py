@@ -276,15 +276,15 @@ print(status("VmHWM") - before - read_again, elements)
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resets and reads VmHWM in /proc")
 def test_a_random_nf4_build_never_holds_the_model_in_16_bits(directory):
-    """Peak resident memory of building 100 million parameters in NF4 grows by far less than their 16-bit size."""
-    name = directory({**MID_SIZE, "num_hidden_layers": 32})
+    """Peak resident memory of building 50 million parameters in NF4 grows by far less than their 16-bit size."""
+    name = directory({**MID_SIZE, "num_hidden_layers": 16})
     root = Path(catalogue.__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_PROBE, name], env=environment, capture_output=True, text=True, check=True
     )
     grown_bytes, elements = map(int, done.stdout.split())
-    assert elements > 90e6
+    assert elements > 45e6
     assert grown_bytes < 0.6 * 2 * elements
 
 

@@ -175,7 +175,7 @@ def test_what_a_step_keeps_is_found_although_the_heap_has_served_it_before():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     due, activations, unexplained = map(int, done.stdout.split())
     assert activations >= due
-    assert abs(unexplained) < 4 * 2**20
+    assert abs(unexplained) < due / 2  # pages are large, and what is imported late is in them; a step unseen is all
 
 
 def test_pages_are_counted_by_what_is_mapped(tmp_path):

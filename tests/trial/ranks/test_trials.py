@@ -18,7 +18,8 @@ from harness.run.several_ranks import SHARDS_INTEGERS, shards_4bit
 
 SCRIPT = Path(__file__).with_name("scenarios.py")
 SHARDED_4BIT = ("fsdp2, qlora", "fsdp2, qlora, repaired")
-HEALTHY = ("ddp, lora", "ddp, qlora, accumulating", "fsdp2, lora", *SHARDED_4BIT)
+HEALTHY = ("ddp, lora", "fsdp2, lora")
+QUANTISED = ("ddp, qlora, accumulating", *SHARDED_4BIT)
 STORED = ("fsdp2, qlora in bfloat16", "fsdp2, qlora in float32")
 SICK = (
     "same rows", "other data", "unsynchronised", "summed", "summed, sharded", "asleep", "unsharded", "in eval mode",
@@ -41,8 +42,14 @@ def told(names) -> dict[str, tuple[TrialRecord, list[str]]]:
 
 @pytest.fixture(scope="module")
 def healthy():
-    """Runs that nothing is wrong with; without those that this torch cannot make."""
-    return told([name for name in HEALTHY if name not in SHARDED_4BIT or shards_4bit(torch.__version__)])
+    """Runs that nothing is wrong with, in 16 bits or more."""
+    return told(HEALTHY)
+
+
+@pytest.fixture(scope="module")
+def quantised():
+    """Runs in 4 bits that nothing is wrong with; without those that this torch cannot make."""
+    return told([name for name in QUANTISED if name not in SHARDED_4BIT or shards_4bit(torch.__version__)])
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +78,20 @@ def check_of(record, path):
 def test_two_ranks_train_what_one_rank_trains(healthy, name):
     """Losses of the same global batches are those of one rank within 1e-4 in float32, from the first step to the last,
     and every check of the ranks holds."""
+    check_whole(name, healthy[name][0])
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.selftest
+def test_two_ranks_train_in_four_bits_what_one_rank_trains(quantised, name):
+    """As in more of them."""
     if name in SHARDED_4BIT:
         needs_sharded_4bit()
-    record, _ = healthy[name]
+    check_whole(name, quantised[name][0])
+
+
+def check_whole(name, record):
+    """Every check of ranks holds, of losses too."""
     assert record.status == "ok", record.failure
     losses = check_of(record, "ranks.losses")
     assert losses["status"] == "active", losses
@@ -111,10 +129,11 @@ def test_memory_is_that_of_the_rank_that_takes_most_and_of_each(healthy):
     assert whole["host_peak_train_bytes"] == max(peaks)
 
 
-def test_four_bits_are_halved_as_well(healthy):
+@pytest.mark.selftest
+def test_four_bits_are_halved_as_well(quantised):
     """A rank holds half of the packed bytes."""
     needs_sharded_4bit()
-    whole, halved = (healthy[name][0].memory for name in ("ddp, qlora, accumulating", "fsdp2, qlora"))
+    whole, halved = (quantised[name][0].memory for name in ("ddp, qlora, accumulating", "fsdp2, qlora"))
     assert halved["base_weight_bytes"] < 0.51 * whole["base_weight_bytes"]
 
 
