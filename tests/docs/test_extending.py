@@ -98,7 +98,7 @@ def param(example):
     return pytest.param(example, id=example.title, marks=marks)
 
 
-@pytest.mark.parametrize("example", map(param, examples()))
+@pytest.mark.parametrize("example", [*map(param, examples())])
 def test_an_example_does_what_it_says(example, tmp_path):
     """Applied to a copy of the packages, its commands print what the page shows."""
     for package in ("harness", "kernels_check"):
