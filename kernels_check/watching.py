@@ -83,6 +83,18 @@ class Watch:
         """Why nothing could be watched."""
         self._checks: tuple[Check, ...] = ()
 
+    def by(self, instrument: Instrument) -> Watch:
+        """Look on at the next step by another instrument. What takes several steps is told of all of them, so that the
+        first can be looked at cheaply where the second is profiled.
+
+        Raises:
+            ValueError: unknown instrument.
+        """
+        if instrument not in INSTRUMENTS:
+            raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
+        self._instrument = self._steps.instrument = instrument
+        return self
+
     @property
     def checks(self) -> list[Check]:
         """One check per path of the last step that ended, as ``verify`` gives them; none before the first has."""

@@ -26,7 +26,7 @@ from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.scratch import leaving_nothing
 from harness.records.store import Manifest, Run, RunWriter
-from harness.run.budget import Budget
+from harness.run.budget import Budget, TooShortError
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
 from harness.run.executors import SCRIPTS, Executor, open_executor
@@ -156,7 +156,8 @@ def measure(
         check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
-        UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
+        UsageError: data that cannot be read, a run to go on with that another process writes or whose tokens differ, or
+            a limit of time that not one replicate keeps.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
     study, venue = plan.study, venue or Venue()
@@ -256,9 +257,12 @@ def measure(
             else:
                 run = partial(run_plan, plan, executors, site)
             measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
-        except BaseException:
-            with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
-                writer.finish("failed")
+        except BaseException as error:
+            with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be told
+                if isinstance(error, TooShortError) and earlier is None:  # nothing is measured, so there is no run
+                    (writer.path / store.MANIFEST).unlink()
+                else:
+                    writer.finish("failed")
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)

@@ -96,7 +96,9 @@ def get_ready(
         cold_s=cold_s,
         cold_notices=told,
     )
-    return ready, dataclasses.replace(_site(plan, prepared, hello.device), bases=bases.folders)
+    threads = max(slot.workload.threads for slot in plan.slots)
+    lanes = min(executor.lanes(threads) for executor in executors.values())
+    return ready, dataclasses.replace(_site(plan, prepared, hello.device), bases=bases.folders, lanes=lanes)
 
 
 def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> Site:

@@ -46,7 +46,8 @@ class NaturalSteps:
     """
 
     def __init__(self, model: nn.Module, instrument: Instrument) -> None:
-        self._model, self._instrument = model, instrument
+        self._model, self.instrument = model, instrument
+        """The latter may be another for the next step."""
         self._watcher: StepWatcher | None = None
         self._shield = Shield()
         self._before: Digest | None = None
@@ -90,7 +91,7 @@ class NaturalSteps:
             self.compiled = False
             stack.enter_context(watcher.told_of_updates(tree))
             hooks = stack.enter_context(ExitStack())
-            beside = choose(self._instrument, tree)
+            beside = choose(self.instrument, tree)
             recorder = hooks.enter_context(watcher.hooked(marked=beside.marks, tree=tree))
             stack.enter_context(self._told_of_compilations())
             self._beside, self._recorder, self._hooks = beside, recorder, hooks

@@ -54,12 +54,24 @@ class ForkedWorker:
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
         """Send a command and block until its answer, the process's death, or `timeout_s`."""
+        self.send(command, trial, **arguments)
+        return self.receive(command, timeout_s)
+
+    def send(self, command: str, trial: str, **arguments: Any) -> None:
+        """Have it begin with a command, and wait for nothing."""
         self.channel.send({"do": command, "trial": trial, **arguments})
+
+    def receive(self, command: str, timeout_s: float) -> Fragment:
+        """Its answer to the command that was sent."""
         answer = self._receive(command, timeout_s)
         try:
             return codec.from_json(Fragment, answer, f"answer to {command}")
         except UsageError as error:
             raise self._garbled(command, str(error)) from None
+
+    def fileno(self) -> int:
+        """Of the socket that its answer comes by."""
+        return self.channel.fileno()
 
     def _receive(self, phase: str, timeout_s: float) -> dict[str, Any]:
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, shorten
 from harness.machine import provenance
-from harness.machine.processes import FAULTS, PARENT, exit_words
+from harness.machine.processes import CPUS, FAULTS, PARENT, exit_words
 from harness.machine.provenance import Facts
 from harness.models import bases
 from harness.records import codec
@@ -90,6 +90,14 @@ class LocalExecutor(Here):
         self._hello: Hello | None = None
         self._held = contextlib.ExitStack()
         """Bases that nobody may remove."""
+
+    def lanes(self, threads: int) -> int:
+        """On a CPU as many as it has cores for them; a card is one for all."""
+        machine = self.machine()
+        if machine.device != "cpu":
+            return 1
+        own = self._host.variables({}).get(CPUS)
+        return max(1, (len(own.split(",")) if own else machine.cpus) // threads)
 
     def device_id(self) -> str:
         """The CPU, all of it, or the card that the host's processes see first, by its own number."""
