@@ -33,6 +33,7 @@ from harness.records.packed import is_packed, unpacked
 from harness.records.preparation import BaseSummary
 from harness.records.record import SCHEMA, Notice, TrialRecord, is_newer, require_readable
 from harness.records.refusals import OF_THE_MACHINE, say_refused, words_of
+from harness.records.spending import Spending
 from harness.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
 from harness.records.units import format_count
 
@@ -92,6 +93,7 @@ class Manifest:
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()
+    spending: Spending | None = field(default=None, metadata=codec.LATER)  # of the time of its last invocation
     status: RunStatus = "running"
     """"running" also says a manifest whose process was killed; see `Run.live`."""
 
@@ -152,12 +154,14 @@ class RunWriter:
         stopped: str | None = None,
         measured: Sequence[str] | None = None,
         notices: Sequence[Notice] = (),
+        spending: Spending | None = None,
     ) -> None:
         """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap, and
         `notices` what came up on the way."""
         order = self._manifest.order if measured is None else tuple(measured)
-        told = (*self._manifest.notices, *notices)
-        self._manifest = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order, notices=told)
+        told, spent = (*self._manifest.notices, *notices), spending or self._manifest.spending
+        ended = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order)
+        self._manifest = dataclasses.replace(ended, notices=told, spending=spent)
         self._write_manifest()
 
     def _write_manifest(self) -> None:
@@ -263,9 +267,8 @@ def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread
     newest = max(manifest.schema, lines.newest)
     if not is_newer(newest):
         return None
-    whole = (
-        [f"{format_count(len(unread), 'line')} of {TRIALS}, the first since {unread[0].rstrip('.')}"] if unread else []
-    )
+    first = f", the first since {unread[0].rstrip('.')}" if unread else ""
+    whole = [f"{format_count(len(unread), 'line')} of {TRIALS}{first}"] if unread else []
     return Newer(schema=newest, unread=(*whole, *left))
 
 
@@ -312,11 +315,8 @@ def refusal_while_live(path: Path) -> str:
 
 
 def read_manifest(path: Path, *, newer: bool = False) -> Manifest:
-    """The manifest of a run directory; `newer`: whether one of a newer schema is read as far as it is known.
-
-    Raises:
-        UsageError: it is damaged or of another schema.
-    """
+    """The manifest of a run directory; `newer`: whether one of a newer schema is read as far as it is known. Raises
+    `UsageError` for one that is damaged or of another schema."""
     return _read_manifest(path, {}, newer=newer)
 
 

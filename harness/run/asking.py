@@ -39,8 +39,10 @@ class Asking:
         """By the trials that they host."""
         self._sheet, self._watcher, self._clock = sheet, watcher, clock
         self._lanes, self._timeout_s = lanes, timeout_s
+        self.first: frozenset[str] = frozenset()
+        """Trials that have more to do than others like them, and are begun first."""
         self._busy_s: dict[str, float] = {}
-        """What untimed commands have taken of each trial, by which the longest is begun first."""
+        """What untimed commands have taken of each trial: the longest of the others comes next."""
 
     def ask(self, trial: str, command: str, **arguments: Any) -> None:
         """Have one trial carry out a command, and nothing else be done meanwhile."""
@@ -96,7 +98,12 @@ class Asking:
             Errand(self.workers[trials[0]], deque((word, trial) for word in words for trial in trials))
             for trials in hosted.values()
         ]
-        errands.sort(key=lambda one: -sum(self._busy_s.get(trial, 0.0) for trial in hosted[id(one.worker)]))
+
+        def order(errand: Errand) -> tuple[bool, float]:
+            trials = hosted[id(errand.worker)]
+            return self.first.isdisjoint(trials), -sum(self._busy_s.get(trial, 0.0) for trial in trials)
+
+        errands.sort(key=order)
         walk(errands, lanes=self._lanes, begin=begin, end=end, timeout_s=self._timeout_s)
 
     def _take(self, trial: str, answer: Callable[[], Fragment], turn: int | None = None) -> None:

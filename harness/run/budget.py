@@ -70,6 +70,8 @@ class Budget(Timekeeper):
         """Whether trials that take turns can measure their own peaks of memory, which are solo trials' else."""
         self._following: tuple[Group, ...] = ()
         """The next replicate, less all that can be left out."""
+        self._has_replicates = False
+        """Whether one has been seen to its end."""
         self._warm_up = 0
         self.warm_up_steps: int | None = None
         """After how many steps the trials of an earlier replicate were steady, all of them."""
@@ -98,7 +100,8 @@ class Budget(Timekeeper):
     def enter(self, study: Study, group: Group, later: Sequence[Group]) -> None:
         """A group begins; `later` are those of its replicate that come after it."""
         if group.replicate != self._replicate:
-            self._left = max(1, self._left - (self._replicate is not None))
+            self._has_replicates = self._replicate is not None
+            self._left = max(1, self._left - self._has_replicates)
         super().enter(study, group, later)
 
     def settle_warm_up(self, steps: int) -> int:
@@ -287,7 +290,7 @@ class Budget(Timekeeper):
         assert self._study is not None
         left, following = self.left_s - least_s, self._following_s(self._study)
         later = self._left - 1
-        if following > 0:
+        if following > 0 and self._has_replicates:  # the first does not know how many will fit
             later = max(0, min(later, int((left + self.grace_s) / following)))
         surplus = max(0.0, left - later * following)
         # What was never seen is judged by what takes longer as a rule: of two parts the first would be cut for it.

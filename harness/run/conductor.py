@@ -64,6 +64,7 @@ class Conductor:
         self._requests: dict[str, TrialRequest] = {}
         timeout_s = plan.study.protocol.step_timeout_s
         self._asking = Asking(self._sheet, watcher, budget.clock, lanes=site.lanes, timeout_s=timeout_s)
+        self._asking.first = frozenset(self._askers.values())
 
     def measure(self) -> None:
         """All phases of all trials of the group; a trial that fails takes no further part."""
@@ -127,7 +128,7 @@ class Conductor:
     def _generate(self) -> None:
         self._budget.pass_to(SERVING)
         self._each("begin_generate", begin_generate=self._brief)
-        self._foresight.served(self._sheet)
+        self._foresight.served(self._sheet, "requests")
         if self._has_room("requests"):
             self._in_turns("requests", self._group.requests)
         if self._has_room("natural"):
@@ -137,6 +138,7 @@ class Conductor:
         self._budget.pass_to(MERGING)
         if self._has_room("merged"):
             self._each("merge", merge=self._brief)
+            self._foresight.served(self._sheet, "merged")
             self._in_turns("merged", self._group.requests)
 
     def _has_room(self, kind: Literal["requests", "natural", "merged"]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from harness.run.budget import Budget
 from harness.run.costs import HELD_OUT, MERGING, PREPARING, SERVING
@@ -25,7 +26,8 @@ WARM_STEPS = 3
 """What a warm-up is worth that has to find out how long it need be."""
 FIRST_STEP_SHARE = 1.15
 """The first step of a process over a later one."""
-STEP, REQUEST = "build_step_time_s", "foreseen_request_time_s"
+STEP = "build_step_time_s"
+REQUEST = {"requests": "foreseen_request_time_s", "merged": "foreseen_merged_request_time_s"}
 WARM, CAUGHT_UP = "warmup_step_time_s", "catch_up_loss"
 
 
@@ -101,11 +103,12 @@ class Foresight:
         elif any(slot.instrument == "profile" for slot in self._group.slots):
             self._budget.pay_once(max(0.0, took_s["verify"] - SPIED_STEPS * beside_s * len(sheet.live())))
 
-    def served(self, sheet: Sheet) -> None:
+    def served(self, sheet: Sheet, kind: Literal["requests", "merged"]) -> None:
         """They have answered a request of two tokens, which says what a whole one takes."""
-        foreseen = [one for trial in sheet.live("requests") if (one := sheet.records[trial].values.get(REQUEST))]
+        records = (sheet.records[trial] for trial in sheet.live(kind))
+        foreseen = [one for record in records if (one := record.values.get(REQUEST[kind]))]
         if foreseen:
-            self._budget.expect("requests", sum(foreseen) / len(foreseen))
+            self._budget.expect(kind, sum(foreseen) / len(foreseen))
 
     def ended(self, sheet: Sheet, finishing_s: float) -> None:
         """Their training has ended, by the steps with which shorter warm-ups are caught up and, if it was taken, the

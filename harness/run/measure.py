@@ -266,7 +266,9 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=(*lost, *measured.notices))
+        told = (*lost, *measured.notices)
+        spending = None if site is None or venue.is_spread else budget.spending()
+        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=told, spending=spending)
     return store.read_run(str(writer.path), runs)
 
 

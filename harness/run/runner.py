@@ -110,9 +110,11 @@ def run_plan(
             conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group], later)
             begin = budget.clock()
             ended_by = _conduct(conductor, stops)
+            if isinstance(ended_by, TooShortError):
+                raise ended_by
             if conductor.left_out:
                 left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | conductor.left_out
-            for record in () if isinstance(ended_by, TooShortError) else conductor.records():
+            for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
                     keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
             budget.leave()
@@ -125,8 +127,6 @@ def run_plan(
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
         if between and ended_by is None and (reason := stop(in_order())):
             return Measured(records=in_order(), stopped=reason, notices=tell_left_out(left_out))
-    if isinstance(ended_by, TooShortError):
-        raise ended_by
     give_up(remaining)
     if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
         raise ended_by

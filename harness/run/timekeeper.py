@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+from harness.records.spending import Spending
 from harness.run.costs import PREPARING, Costs, name_of
 from harness.run.plan import Group
 from harness.run.spending import Ledger
@@ -69,6 +70,10 @@ class Timekeeper:
             self._replicate, self._groups = group.replicate, (group, *later)
         self._study, self._group, self._later_groups = study, group, later
         self._gap, self._gap_begin = PREPARING, self.clock()
+
+    def spending(self) -> Spending:
+        """What the time went to until now."""
+        return self.ledger.sum(limit_s=self._limit_s, wall_s=self.spent_s)
 
     def leave(self) -> None:
         """The group has ended."""

@@ -1,8 +1,8 @@
 """What must be seen of a trial's step, and what is made of what was seen.
 
 A check takes steps of its own and takes them back, but where minutes are limited it looks on at two that the training
-takes anyway, neither of which is timed: the first of the process, by the spy, and the one after it. It takes two to see
-that an update is kept and that both factors of an adapter learn.
+takes anyway, neither of which is timed: at what the update of the first does, and at all of the one after it. It takes
+two to see that an update is kept and that both factors of an adapter learn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def look_on(
     if not request.natural:
         return None
     wanted = wanted_of(request, trainee, packed)
-    return kernels_check.watch(trainee.model, wanted, instrument="spy", batch=inputs)
+    return kernels_check.watch(trainee.model, wanted, instrument=request.instrument, batch=inputs)
 
 
 def judge_checks(fragment: Fragment, checks: Sequence[Check], request: TrialRequest) -> Fragment:

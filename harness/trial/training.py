@@ -109,7 +109,7 @@ class Training:
         self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter), looking)
         with self._parts.seat.taken():
             memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
-            with looking or contextlib.nullcontext():
+            with contextlib.nullcontext() if looking is None else looking.glance():
                 loss, lap = self._take_step()
             values = {
                 "threads": float(request.threads),
@@ -145,16 +145,18 @@ class Training:
         return judge_checks(fragment, checks, request) if diverged.status == "ok" else diverged
 
     def _packed(self, stream: TokenStream) -> Batch | None:
-        """What the isolation of packed records is probed with, if this trial is to."""
-        return stream.packed_batch() if self._request.asks_base else None
+        """What the isolation of packed records is probed with beside the step's own calls, if this trial is to."""
+        if not self._request.asks_base:
+            return None
+        return stream.packed_batch(1 if self._request.natural else None)
 
     def _look_on(self, looking: kernels_check.Watch) -> Fragment:
-        """The first step of the warm-up, watched as that of the process was."""
-        begin, instrument = time.perf_counter(), self._request.instrument
-        with looking.by(instrument):
+        """The first step of the warm-up, watched after a glance at the first of the process."""
+        begin = time.perf_counter()
+        with looking:
             loss, lap = self._take_step()
         checks = looking.checks
-        if instrument == "profile":
+        if self._request.instrument == "profile":
             gc.collect()  # its events refer to each other; what the heap has is left to the next step
         fragment = Fragment(
             checks=as_data(checks),
@@ -275,7 +277,7 @@ class Training:
     @property
     def _alone(self) -> bool:
         """Whether nothing else is at work beside it, so that first times are its own."""
-        return self._sees_peaks and self._request.interleaving != "lockstep"
+        return self._sees_peaks and not (self._request.natural and self._request.interleaving == "lockstep")
 
     @property
     def _initial(self) -> Path:

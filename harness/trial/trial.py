@@ -101,8 +101,8 @@ class Trial(Training):
 
     def merge(self, *, brief: bool = False) -> Fragment:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
-        self._serving.merge(discard=1 + self._request.protocol.generate_warmup, brief=brief)
-        return Fragment()
+        foreseen = self._serving.merge(discard=1 + self._request.protocol.generate_warmup, brief=brief)
+        return Fragment(values={} if foreseen is None else {"foreseen_merged_request_time_s": foreseen})
 
     def close(self) -> Fragment:
         """The last word of a trial on a base that others share: the base must be what it was."""

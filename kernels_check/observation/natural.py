@@ -46,8 +46,7 @@ class NaturalSteps:
     """
 
     def __init__(self, model: nn.Module, instrument: Instrument) -> None:
-        self._model, self.instrument = model, instrument
-        """The latter may be another for the next step."""
+        self._model, self._instrument = model, instrument
         self._watcher: StepWatcher | None = None
         self._shield = Shield()
         self._before: Digest | None = None
@@ -91,7 +90,7 @@ class NaturalSteps:
             self.compiled = False
             stack.enter_context(watcher.told_of_updates(tree))
             hooks = stack.enter_context(ExitStack())
-            beside = choose(self.instrument, tree)
+            beside = choose(self._instrument, tree)
             recorder = hooks.enter_context(watcher.hooked(marked=beside.marks, tree=tree))
             stack.enter_context(self._told_of_compilations())
             self._beside, self._recorder, self._hooks = beside, recorder, hooks
@@ -99,6 +98,30 @@ class NaturalSteps:
             self._random = RandomState()
             stack.enter_context(beside.opened(recorder, self._shield))
             self._open = stack.pop_all()
+
+    @contextmanager
+    def glanced(self) -> Iterator[None]:
+        """Look on at what the updates of a step do, and at nothing else.
+
+        Raises:
+            Exception: something of the model cannot be hooked or read; nothing is left in place then. What fails once
+                the step has begun raises nothing, and the next step is the first then.
+        """
+        with ExitStack() as hooks:
+            with uncollected():
+                tree = ModelTree.of(self._model)
+                watcher = self._go_on(tree)
+            hooks.enter_context(watcher.told_of_updates(tree))
+            watcher.begin_call()
+            try:
+                yield
+            except BaseException:
+                self.forget()
+                raise
+        try:
+            watcher.end_call()
+        except Exception:
+            self.forget()
 
     def end(self) -> Observation:
         """Take everything off and tell what was seen.

@@ -18,6 +18,7 @@ from harness.run.runner import run_plan
 from harness.run.site import Site
 from harness.run.stopping import Stopping
 from harness.verdicts.series import compare_series, series_of
+from tests.run.real_figures import GEMMA3, NAMES, SMOLLM2, Machine, study_of
 
 COSTS = {
     "build": 5.0, "verify": 4.0, "warm_up": 6.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
@@ -412,3 +413,66 @@ def test_a_warm_up_that_is_longer_is_caught_up_with(measured, monkeypatch):
             if record.turn_lengths}  # fmt: skip
     assert replicates_of(records) == 2
     assert ends == {1 + 4, 1 + 3}  # the second takes as many as the first has shown to be enough
+
+
+# --- with the figures of a real machine -------------------------------------------------------------------------------
+
+
+def measure_real(figures, limit_s):
+    """The six variants in simulated time; the machine, what was measured, and what the time went to."""
+    machine, study = Machine(figures), study_of(limit_s)
+    plan = make_plan(study, interleaving="lockstep", phases=PHASES)
+    budget = Budget(limit_s, clock=machine.clock, replicates=12, cold_s=min(figures.colds))
+    machine.now += figures.preparing
+    site = Site(device="cpu", threads=1, tokens_path="t", tokens={}, lanes=2)
+    found = run_plan(
+        plan, {"": machine}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
+        stop=Stopping(plan, budget),
+    )  # fmt: skip
+    return machine, found, budget.spending()
+
+
+@pytest.mark.parametrize(("figures", "minutes"), [(SMOLLM2, 8), (GEMMA3, 15)], ids=["smollm2", "gemma3"])
+def test_a_real_model_is_measured_in_its_minutes(figures, minutes):
+    """Five replicates, each variant asked and started cold once, the limit kept, and most of the time is measuring."""
+    machine, found, spending = measure_real(figures, 60.0 * minutes)
+    assert len({record.replicate for record in found.records}) >= 5
+    assert machine.now <= 1.05 * 60 * minutes
+    assert spending.share >= 0.6
+    assert {record.status for record in found.records} == {"ok"}
+    first = {record.name for record in found.records if "cold_start_time_s" in record.samples}
+    assert first == {record.name for record in found.records if "request_time_s" in record.samples} == set(NAMES)
+    groups = series_of(found.records)
+    for name in NAMES[1:]:
+        ratio = compare_series(groups["bf16-r8", "variant"], groups[name, "variant"], "step_time_s", family=5)
+        assert ratio.high / ratio.low < 1.1
+
+
+@pytest.mark.parametrize("minutes", [4, 5, 6, 7, 10, 12, 20, 40])
+def test_a_real_model_keeps_any_limit(minutes):
+    """By leaving out what it must, in the first replicate too, and no more than that."""
+    machine, found, spending = measure_real(SMOLLM2, 60.0 * minutes)
+    assert 0.55 * 60 * minutes <= machine.now <= 1.1 * 60 * minutes
+    assert {record.status for record in found.records} == {"ok"}
+    replicates = len({record.replicate for record in found.records})
+    assert len(spending.allocations) == replicates
+    if minutes >= 10:
+        assert replicates >= 5
+        assert not any(record.trial.endswith("solo") for record in found.records) or minutes >= 40
+
+
+def test_more_turns_are_taken_where_processes_are_dear():
+    """Than are planned, where a process costs much more than a turn: what the optimum was is said with them."""
+    _, found, spending = measure_real(dataclasses.replace(SMOLLM2, beside=4.0), 3600.0)
+    assert len({record.replicate for record in found.records}) >= 5
+    assert max(one.turns for one in spending.allocations) > 8
+    later = [one for one in spending.allocations if one.replicate >= 2]
+    assert all(one.optimum is not None and one.optimum > 8 for one in later)
+
+
+def test_two_minutes_for_a_real_model_are_refused():
+    """After the first steps, which say what it takes."""
+    with pytest.raises(
+        UsageError, match="max_minutes = 1: by the first steps of this run a replicate of 7 trials takes"
+    ):
+        measure_real(SMOLLM2, 60.0)

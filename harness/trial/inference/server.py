@@ -156,17 +156,18 @@ class Server:
         """Numbers of the whole prompts that were answered so far."""
         return range(min(self._answered, self._stream.natural_prompt_count))
 
-    def merge(self, discard: int, *, brief: bool = False) -> None:
-        """Merge the adapter and begin again with the first prompt, after `discard` requests or a `brief` one."""
+    def merge(self, discard: int, *, brief: bool = False) -> float | None:
+        """Merge the adapter and begin again with the first prompt, after `discard` requests or a `brief` one, which
+        says what a whole one will take."""
         if self._adapters is not None:
             self._adapters.detach()
             self._adapters = None
         lora.merge(self._model)
         self._prefix, self._served = "merged_", 0
         if brief:
-            self.warm_up_briefly()
-        else:
-            self.warm_up(discard)
+            return self.warm_up_briefly()
+        self.warm_up(discard)
+        return None
 
     def _ask(self, index: int) -> Request:
         return self._generate(self._stream.prompts(index))
