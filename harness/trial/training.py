@@ -48,8 +48,6 @@ class _Parts:
     step: TrainStep
     stream: TokenStream
     seat: Seat
-    looking: kernels_check.Watch | None
-    """What looks on at its first steps, if anything does."""
 
 
 BRIEF_WINDOW = 1
@@ -76,6 +74,8 @@ class Training:
         self._parts: _Parts | None = None
         self._steps_taken = 0
         self._total_steps = 0
+        self._looking: kernels_check.Watch | None = None
+        """What looks on at its first steps, if anything does, until it has."""
 
     def run(self, command: str, **arguments: Any) -> Fragment:
         """Carry out a command in this trial's seat. Raises ValueError for a command that does not exist."""
@@ -105,11 +105,11 @@ class Training:
             self.shared.remember()
         step = self._make_step(trainee, stream)
         packed = self._packed(stream)
-        looking = look_on(request, trainee, packed, None if packed is None else step.inputs(packed))
-        self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter), looking)
+        self._looking = look_on(request, trainee, packed, None if packed is None else step.inputs(packed))
+        self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
             memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
-            with contextlib.nullcontext() if looking is None else looking.glance():
+            with contextlib.nullcontext() if self._looking is None else self._looking.glance():
                 loss, lap = self._take_step()
             values = {
                 "threads": float(request.threads),
@@ -127,8 +127,8 @@ class Training:
     def verify(self) -> Fragment:
         """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
         parts, request = self._built, self._request
-        if parts.looking is not None:
-            return self._look_on(parts.looking)
+        if self._looking is not None:
+            return self._look_on(self._looking)
         trainee, step, stream = parts.trainee, parts.step, parts.stream
         packed = self._packed(stream)
         position, schedule = stream.position(), trainee.schedule.state_dict()
@@ -155,9 +155,9 @@ class Training:
         begin = time.perf_counter()
         with looking:
             loss, lap = self._take_step()
-        checks = looking.checks
-        if self._request.instrument == "profile":
-            gc.collect()  # its events refer to each other; what the heap has is left to the next step
+        checks, self._looking = looking.checks, None
+        del looking
+        gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
         fragment = Fragment(
             checks=as_data(checks),
             values={"verify_time_s": time.perf_counter() - begin},
