@@ -159,8 +159,8 @@ def make_plan(
             f"study {study.name}: phases {', '.join(checked)}: of ranks = {study.workload.ranks} training is measured "
             'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
         )
-    cold, cold_live = _cold_replicates(study, contenders), _cold_live(study, contenders)
-    together, alone = measures_of(study, interleaving, checked, cold_live=cold_live)
+    cold = _cold_replicates(study, contenders)
+    together, alone = measures_of(study, interleaving, checked, cold_live=_cold_live(study, contenders))
     _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}
     shuffler = random.Random(study.protocol.seed)
@@ -168,8 +168,6 @@ def make_plan(
     groups: list[Group] = []
 
     def slot(contender: Contender, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
-        if contender.role == "control" and cold_live and cold == 1:  # of one there is no interval
-            measures = tuple(one for one in measures if one != "cold")
         return Slot(
             trial=f"r{replicate}-{contender.name}" + ("" if "steps" in measures else "-solo"),
             contender=contender,

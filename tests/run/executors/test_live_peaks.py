@@ -77,7 +77,6 @@ def check(model, tmp_path, small_study, variants, *, sequence_length):
             found[variant.name] = alone, beside
     finally:
         executor.close()
-    print(found)
     for name, (alone, beside) in found.items():
         for kind in PEAKS:
             assert beside[kind] == pytest.approx(alone[kind], rel=WITHIN), (name, kind, alone[kind], beside[kind])
