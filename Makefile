@@ -15,7 +15,7 @@ SAY_MACHINE := PYTHONPATH=benchmarks/selftest $(BIN)/python -c "import reading; 
 prove = ($(2)) > $(VENV)/$(1).txt; \
 	status=$$?; mkdir -p reports/proof; cp $(VENV)/$(1).txt reports/proof/; cat $(VENV)/$(1).txt; exit $$status
 
-.PHONY: bench test lint study reports proof proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-slurm proof-gpu gpu gpu-pack gpu-take clean
+.PHONY: bench test lint study reports proof proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-slurm proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -49,11 +49,12 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
+proof: proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
 	tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
-	tests/run/executors/test_shared_pages.py tests/parity/test_measure.py
+	tests/run/executors/test_shared_pages.py tests/run/sites/test_here.py tests/parity/test_measure.py \
+	tests/test_cli.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 
@@ -69,11 +70,28 @@ proof-statistics: $(STAMP)
 	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
 	$(call prove,noise,$(BIN)/python benchmarks/selftest/noise.py "$(LORAMETER_NOISE)"); fi
 
+# The examples as users have them, TRL's SFTTrainer on a real model among them (fetch smollm2-135m first): with a meter,
+# wrapped, and two of them taking turns; and what other programs start (`trl sft`, `accelerate launch`, `torchrun`).
+# A quarter of an hour. TRL comes into an environment of its own in front of the project's, which stays as it is.
+EXAMPLES := tests/docs/test_examples.py tests/run/executors/test_script_launchers.py tests/attach/test_wrapped.py
+PROOF ?= $(VENV)/proof
+$(PROOF)/.installed: pyproject.toml $(STAMP)
+	test -x $(PROOF)/bin/python || $(BIN)/python -m venv $(PROOF)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(PROOF)/bin/python -c \
+	'import sysconfig; print(sysconfig.get_path("purelib"))')/present.pth"
+	$(PROOF)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[proof]'
+	touch $@
+
+SAY_TRL := PYTHONPATH=benchmarks/selftest $(PROOF)/bin/python -c "import reading; import trl; print(reading.machine_line() + '; trl ' + trl.__version__)"
+proof-examples: $(PROOF)/.installed
+	$(call prove,examples,$(SAY_TRL) && PATH="$(abspath $(PROOF)/bin):$(abspath $(BIN)):$$PATH" \
+	$(PROOF)/bin/python -m pytest $(EXAMPLES) -m faults -v --no-header -rs -p no:cacheprovider --disable-warnings)
+
 proof-levels proof-ab: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/python benchmarks/selftest/$*_live.py)
 
-# Two scripts in lockstep: a script against itself, alone and beside load, and against one with 4 % more work, forty times
-# each (two hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
+# Two scripts in lockstep: a script against itself and against one with 4 % more work, alone and beside load, forty times
+# each (three hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
 # that need no GPU, on a small model and on a script (a quarter of an hour).
 proof-attach: $(STAMP)
 	$(call prove,engines,$(BIN)/pytest benchmarks/selftest/test_engines.py tests/commands/test_claims.py tests/docs/test_engines.py -m selftest -q --no-header -rs)
@@ -87,13 +105,17 @@ proof-meter: $(STAMP)
 	$(call prove,agreement,$(BIN)/python benchmarks/selftest/agreement.py)
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and
-# their rules find what was planted (fetch smollm2-135m first; about six minutes); what each meter takes; whether the cost
-# of a copied head is what mending it gains.
+# their rules find what was planted, in steps (fetch smollm2-135m first; about six minutes) and in requests; what each meter
+# takes; whether the cost of a finding is what its remedy gains, of a step and of a copied head; and whether what is counted
+# of every causal family is what its step multiplies.
 proof-profile: $(STAMP)
 	$(call prove,profiles,$(BIN)/python benchmarks/selftest/profiles.py)
+	$(call prove,request-profiles,$(BIN)/python benchmarks/selftest/request_profiles.py)
 	$(call prove,meters,$(BIN)/python benchmarks/selftest/meters_cost.py)
 	$(call prove,profile,$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout)
+	$(call prove,forecasts,$(BIN)/python benchmarks/selftest/forecasts.py)
 	$(call prove,copied-head,$(BIN)/python benchmarks/selftest/copied_head.py)
+	$(call prove,counted-families,$(BIN)/python benchmarks/selftest/counted_families.py)
 
 # The negative controls, verified and watched; the absence of false alarms on real trials (fetch smollm2-135m first) and
 # on healthy twins, of which some need the extra [proof]; every rule and comparison of the judges broken in turn (hours;
@@ -102,7 +124,7 @@ proof-profile: $(STAMP)
 # on flash alone (a quarter); and what a check costs against an earlier revision (a quarter).
 proof-kernels: $(STAMP)
 	$(call prove,selftest,$(BIN)/python -m kernels_check selftest)
-	$(call prove,watch_agrees,$(BIN)/pytest tests/kernels_check/test_watch_agrees.py -m selftest -q --no-header)
+	$(call prove,watch_agrees,$(SAY_MACHINE) && $(BIN)/pytest tests/kernels_check/test_watch_agrees.py -m selftest -q --no-header)
 	$(call prove,false_alarms,$(BIN)/python benchmarks/selftest/false_alarms.py)
 	$(call prove,mutation,$(BIN)/python benchmarks/selftest/mutation.py --keep $(VENV)/mutation.jsonl)
 	$(call prove,restoration,$(BIN)/python benchmarks/selftest/restoration.py --many)
@@ -110,9 +132,11 @@ proof-kernels: $(STAMP)
 	$(call prove,oracle,$(BIN)/python benchmarks/selftest/oracle.py)
 	$(call prove,verify_cost,$(BIN)/python benchmarks/selftest/verify_cost.py)
 
-# Estimates of memory against real trials and published figures (fetch smollm2-135m first; a few minutes).
+# Estimates of memory against real trials and published figures; what taking a prepared base takes beside making it (fetch
+# smollm2-135m first; a few minutes).
 proof-memory: $(STAMP)
 	$(call prove,estimate,$(BIN)/python benchmarks/selftest/estimate.py)
+	$(call prove,base-loads,$(BIN)/python benchmarks/selftest/base_loads.py)
 
 # Time and memory of reading a run of a hundred thousand trials, of its report, and of its comparison to another (a few
 # minutes, 1 GB in a temporary folder).
@@ -172,10 +196,11 @@ gpu-take: $(STAMP)
 proof-gpu: $(STAMP)
 	$(call prove,gpu,$(BIN)/python -m benchmarks.gpu)
 
-# Two ranks over gloo on this CPU: that they train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny
-# model and on one of 135M with random weights. Half an hour on two cores.
+# Two ranks over gloo on this CPU: that each sabotage of theirs is found, and a rank that is lost told of; and that they
+# train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny model and on one of 135M with random
+# weights. Half an hour on two cores.
 proof-ranks: $(STAMP)
-	$(BIN)/pytest tests/trial/ranks -m selftest -q --no-header
+	$(call prove,rank-trials,$(SAY_MACHINE) && $(BIN)/pytest tests/trial/ranks -m selftest -q --no-header -rs)
 	$(call prove,ranks,for model in tiny-llama random:smollm2-135m; do \
 	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done)
 
@@ -184,8 +209,8 @@ proof-ranks: $(STAMP)
 proof-ray: $(STAMP)
 	$(call prove,ray,$(SAY_MACHINE) && $(BIN)/pytest tests/run/sites/test_ray.py -m selftest -q --no-header -rs)
 
-# Replicates in jobs of SLURM: slurmctld and two slurmd on this machine, whose jobs are requeued and cancelled and whose
-# driver is killed (ten minutes on two cores). It needs Debian's slurm-wlm (apt-get install slurm-wlm) and root, and is
+# Replicates in jobs of SLURM: slurmctld and two slurmd on this machine, whose jobs are requeued, preempted, cancelled and
+# at the end of their time, and whose driver is killed (half an hour on two cores). It needs Debian's slurm-wlm (apt-get install slurm-wlm) and root, and is
 # skipped without.
 proof-slurm: $(STAMP)
 	$(call prove,slurm,$(SAY_MACHINE) && $(BIN)/pytest tests/run/sites/test_slurm_cluster.py -m selftest -q --no-header -rs)

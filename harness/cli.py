@@ -6,6 +6,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 from harness.commands import (
     ab,
@@ -28,9 +29,10 @@ from harness.commands import (
 )
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from harness.run.stops import Stops
+from kernels_check import visible
 from kernels_check.room import lacking
 from kernels_check.streams import with_streams
-from kernels_check.visible import Parser, tell
+from kernels_check.visible import tell
 
 EXAMPLES = {
     "run": "lorameter run lora-or-qlora --effort quick",
@@ -66,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
-    if said := lacking():
-        tell(f"lorameter: {said}")
-        return EXIT_INVALID
     try:
         with Stops() as stops, stops.interruptible():
+            options = parser().parse_args(arguments)
+            command: Callable[[argparse.Namespace], int] = options.command
+            if said := lacking():
+                tell(f"lorameter: {said}")
+                return EXIT_INVALID
             return command(options)
     except LorameterError as error:
         tell(f"lorameter: {error}")
@@ -118,6 +120,14 @@ def commands_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse
     for command in (command for action in below for command in action.choices.values()):
         yield command.prog.partition(" ")[2], command
         yield from commands_of(command)
+
+
+class Parser(visible.Parser):
+    """A parser whose refusals repeat no credential of what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and end with exit code 2."""
+        super().error(redact(message))
 
 
 class _Version(argparse.Action):

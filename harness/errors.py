@@ -49,6 +49,9 @@ def impossible(where: str, key: str, value: object, why: str, remedy: str) -> Us
 
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
 """A quote in it is a part of a password: no address ends before its host."""
+_PASSWORD = re.compile(r"(?<![\w.%+~-])[\w.%+~-]+:(?!//)(?!\d+(?:[/?#'\",)\s]|$))[^\s@]\S*@(?!sha256:)(?=[\w\[])")
+"""A user and a password as no address may have them: without a scheme, as git and scp take them, or with a character
+that ought to have been escaped. A host and its port are none, so that a revision behind a path is kept."""
 _SECRET = re.compile(
     r"token$|secret|passw|passphrase|(api|access|private)[-_]?key|credential|(^|[-_])(auth|bearer)$|authorization$"
     r"|(?-i:_(PASS|PWD|PAT)$)",
@@ -74,7 +77,9 @@ def redact(text: str) -> str:
     Requirements, addresses of indexes, remotes and proxies carry them. Whatever installs or downloads needs them;
     whoever is told, or reads what was written down, does not.
     """
-    return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
+    if "@" in text:
+        text = _PASSWORD.sub(f"{HIDDEN}@", _USER.sub(rf"\1{HIDDEN}@", text))
+    return _QUERY.sub(rf"\1{HIDDEN}", text) if "://" in text else text
 
 
 def said_by(error: BaseException, most: int = 300) -> str:

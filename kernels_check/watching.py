@@ -31,7 +31,7 @@ NO_UPDATE = (
     "one update accumulates"
 )
 _OPEN = "this watch is open already: close it before the next step, or make one for each model"
-_NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
+NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
 
 def watch(
@@ -148,7 +148,7 @@ class Watch:
                 return self._unknown(f"what looked on failed: {self._steps.fault}")
             traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
             if not any(traces):
-                return self._unknown(_NOTHING_RAN)
+                return self._unknown(NOTHING_RAN)
             checks = self._checks_of(seen)
         except Exception as error:
             self._steps.forget()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from harness.studies.workload import Workload
 
 pytest_plugins = ["pytester"]
 HERE = Path(__file__).parent
+OLD_PACKAGING = "packaging==24.2"
 
 gc.disable()  # until all tests are collected: half of that time would go into looking for garbage among what stays
 
@@ -234,3 +239,44 @@ def write_run(tmp_path: Path, small_study: Study):
         return writer.path
 
     return write
+
+
+@pytest.fixture
+def sft_command(tmp_path):
+    """`trl sft` on a small model and records of one's own in this folder, its steps and its rank left open; skips
+    where TRL is not installed."""
+    program = Path(sys.executable).with_name("trl")
+    if importlib.util.find_spec("trl") is None or not program.is_file():
+        pytest.skip("needs trl")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(words))).save_pretrained(tmp_path / "model")
+    fast.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"text": " ".join("abcdefgh"[place % 8 :] * 3)}) for place in range(400)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    return (
+        f"{program} sft --model_name_or_path model --dataset_name data --output_dir out --use_peft "
+        "--lora_target_modules all-linear --use_cpu --bf16 false --report_to none"
+    )
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory):
+    """Skips where no package index is reachable; gives a requirement that is on it: pure, small, and older than
+    anything that depends on lorameter's own dependencies would bring."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    done = subprocess.run(
+        [*command, str(tmp_path_factory.mktemp("index")), OLD_PACKAGING], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no package index is reachable: {done.stderr.strip().splitlines()[-1:]}")
+    return OLD_PACKAGING

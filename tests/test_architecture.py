@@ -15,7 +15,7 @@ ORDER = (
 )
 """The rooms, from the ground up."""
 DOORS = ("cli", "pytest_plugin", "worker")
-RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER))
+RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER)) | {"entry": len(ORDER) + 1}
 FLOORS = (
     *"streams room visible check rules rules_report observation trace judges verification serving ranks".split(),
     *"watching probe controls".split(),
@@ -160,3 +160,14 @@ def test_the_statistics_know_numbers_and_not_trials():
             name for name in imports(path) if name.startswith("harness.") and not name.startswith("harness.stats")
         }
         assert not others, path
+
+
+@pytest.mark.parametrize("path", modules("harness"), ids=module_of)
+def test_what_programs_print_is_read_in_any_encoding(path):
+    """A file name or a message in another encoding than ours is no reason to fail: bytes as text say what to do with
+    those that are none."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    named = [{keyword.arg for keyword in call.keywords} for call in calls]
+    assert not [
+        names for names in named if "text" in names and names & {"stdout", "capture_output"} and "errors" not in names
+    ]

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ import pytest
 
 from harness.cli import EXAMPLES, commands_of, main, parser
 from harness.records import store
+from harness.report.front import SERVING
+from harness.studies.stored import read_study
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"]])
@@ -123,19 +126,32 @@ def test_an_unexpected_error_is_70_and_never_1(capsys, monkeypatch):
     assert "defect" in capsys.readouterr().err
 
 
+WORKLOAD = "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nnew_tokens=4\n"
+PROTOCOL = (
+    "[protocol]\nreplicates=1\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=2\ngenerate_requests=1\n"
+    "[controls]\nquantization='nf4'\n"
+)
+"""As little as still is a trial."""
+
+
+def measured(folder, study, *options):
+    """A real run of a study in a folder, on bases of its own, which another test may have prepared already: the
+    finished process."""
+    (folder / "mine.toml").write_text(study)
+    command = [sys.executable, "-m", "harness.cli", "run", str(folder / "mine.toml"), "--json", *options]
+    bases = os.environ | {"LORAMETER_BASES": str(folder / "bases")}
+    command += ["--runs-dir", str(folder / "runs")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=bases)
+
+
+SWEEP = f"{WORKLOAD}prompt_tokens=8\n{PROTOCOL}[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """A real run of two small variants that share their base: the finished process and the folder of its run."""
     folder = tmp_path_factory.mktemp("swept")
-    study = folder / "mine.toml"
-    study.write_text(
-        "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nprompt_tokens=8\nnew_tokens=4\n"
-        "[protocol]\nreplicates=1\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=2\ngenerate_requests=1\n"
-        "[controls]\nquantization='nf4'\n[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
-    )
-    command = [sys.executable, "-m", "harness.cli", "run", str(study), "--json", "--runs-dir", str(folder / "runs")]
-    bases = os.environ | {"LORAMETER_BASES": str(folder / "bases")}  # which another test may have prepared already
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=bases), folder / "runs"
+    return measured(folder, SWEEP), folder / "runs"
 
 
 def test_a_run_prints_one_json_document(swept, capsys):
@@ -170,6 +186,41 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
     assert all(record.memory["adapter_bytes"] > 0 for record in solo)
     twins = {record.role: record.samples["train_loss"] for record in timed if record.name == "a"}
     assert twins["variant"] == twins["control"]
+
+
+@pytest.mark.selftest
+def test_a_second_run_of_the_same_model_makes_no_base(swept):
+    """Nothing is converted or quantised: it maps what the first one has kept, which is still what was written."""
+    first, runs = swept
+    done = measured(runs.parent, SWEEP, "--phase", "train")
+    assert done.returncode == 0, done.stderr
+    before, again = (store.read_run(json.loads(one.stdout)["run"], runs) for one in (first, done))
+    assert again.manifest.run != before.manifest.run
+    assert [(base.conversions, base.quantisations) for base in again.manifest.bases] == [(0, 0)]
+    assert [base.hash for base in again.manifest.bases] == [base.hash for base in before.manifest.bases]
+    assert not any(record.values["base_conversions"] for record in again.records)
+
+
+@pytest.mark.selftest
+def test_requests_of_every_size_are_measured(tmp_path, capsys):
+    """Prompts and their lengths as axes: four variants of one, each asked with its own, and their front."""
+    sizes = "request_batch=[1, 2]\nprompt_tokens=[8, 16]\n"
+    done = measured(tmp_path, f"{WORKLOAD}{sizes}{PROTOCOL}[[variant]]\nname='a'\nr=4\n", "--phase", "generate")
+    assert done.returncode == 0, done.stderr
+    run = store.read_run(json.loads(done.stdout)["run"], tmp_path / "runs")
+    study = read_study(run)
+    workloads = (study.workload, *study.own_workloads.values())
+    asked = {(one.request_batch, one.prompt_tokens) for one in workloads}
+    assert len(study.variants) == 4
+    assert asked == {(1, 8), (1, 16), (2, 8), (2, 16)}
+    served = {}
+    for record in run.records:
+        if "request_time_s" in record.samples:
+            served.setdefault(record.name, set()).add(record.values["request_batch"])
+    assert len(served) == 4
+    assert sorted(served.values(), key=min) == [{1.0}, {1.0}, {2.0}, {2.0}]
+    assert main(["report", run.manifest.run, "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert SERVING in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -276,3 +327,35 @@ def test_bash_completes_by_it(tmp_path, capsys):
     asked = "source completion; COMP_WORDS=(lorameter rep); COMP_CWORD=1; _shtab_lorameter; echo ${COMPREPLY[@]}"
     done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["report"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "harness.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupted())
+from harness.entry import main
+sys.argv = ["lorameter", "list", "models"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(False, -signal.SIGINT), (True, 0)])
+def test_an_interrupt_while_it_imports_ends_it_in_silence(ignored, code):
+    """As any other tool, without a traceback; who has it ignored from the start is not stopped by it."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_an_interrupt_while_options_are_read_is_a_stop(monkeypatch, capsys):
+    """With the exit code of what was not measured."""
+    monkeypatch.setattr("harness.cli.parser", lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["list", "models"]) == 4
+    assert capsys.readouterr().err == "lorameter: stopped\n"

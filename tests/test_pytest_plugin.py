@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.machine.cores import cores_of
+
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
 """Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""
 FAKE = """
@@ -585,11 +587,35 @@ def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
     assert not (suite.path / "mark").exists()
 
 
+@pytest.mark.faults
+def test_a_training_that_was_followed_is_a_base(suite, monkeypatch):
+    """One process has no interval, so nothing is called equal to it, and a policy says what becomes of that."""
+    monkeypatch.setenv("REAL", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    shutil.copy(Path(__file__).parents[1] / "docs" / "examples" / "torch_loop.py", suite.path)
+    command = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", "runs", "--"]
+    words = ["python", "torch_loop.py", "--steps", "400"]
+    subprocess.run([*command, *words], check=True, cwd=suite.path, capture_output=True)
+    (base,) = (path.name for path in (suite.path / "runs").iterdir())
+    protocol = "[protocol]\nreplicates = 2\nturns = 2\nwarmup_steps_max = 4\nallow_disturbed = true\n"
+    variant = f'[[variant]]\nname = "torch_loop"\ncommand = "{" ".join(words)}"\n'
+    (suite.path / "small.toml").write_text(protocol + variant)
+    (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
+    options = (f"--lorameter-base={base}", "--lorameter-runs-dir=runs")
+    strict = suite(*options)
+    assert strict.ret == pytest.ExitCode.TESTS_FAILED
+    strict.stdout.fnmatch_lines(["Gate failed (exit 3)*", "*torch_loop*step time*inconclusive*"])
+    passed = suite(*options, "--lorameter-policy=open.toml")
+    passed.assert_outcomes(passed=1)
+    passed.stdout.fnmatch_lines(["Gate passed*"])
+
+
 def sites_of(run):
     return {json.loads(line).get("site", "") for line in (run / "trials.jsonl").read_text().splitlines()}
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two sites of a CPU need two of its CPUs")
+@pytest.mark.skipif(len(cores_of(os.sched_getaffinity(0))) < 2, reason="two sites of a CPU need two of its cores")
 def test_replicates_are_measured_on_several_sites_and_replayed(suite):
     """In the words of the command line, or as the study says; what is no place is refused."""
     refused = suite("--lorameter-sites=0,x")
@@ -601,6 +627,68 @@ def test_replicates_are_measured_on_several_sites_and_replayed(suite):
     assert sites_of(run) <= {"cpus-0", "cpus-1"}  # which of them is quicker is theirs
     assert (suite.path / "measured").read_text() == "xx"
     assert len(saved(suite, "*spread")["benchmarks"]) == 2
+
+
+CLUSTER = """
+import contextlib
+import threading
+from harness.run.sites import ray
+from harness.run.sites.block import read_message
+from harness.run.sites.remote import RemoteStation
+
+meeting = threading.Barrier(2)
+
+class Link:
+    def __init__(self):
+        self.desk = ray.Desk()
+    def ask(self, order):
+        self.desk.order(order)
+        while True:
+            for line in self.desk.fetch():
+                yield line
+                if read_message(line).is_last:
+                    return
+    def end(self):
+        self.desk.end()
+    def close(self):
+        self.desk.close()
+
+class Meeting(Executor):
+    alone = True
+    def launch(self):
+        if self.alone:
+            meeting.wait(60)
+        self.alone = False
+        return super().launch()
+
+@contextlib.contextmanager
+def open_stations(address, wanted=(), *, ranks=1):
+    with contextlib.ExitStack() as stack:
+        links = [Link(), Link()]
+        for link in links:
+            stack.callback(link.close)
+        yield tuple(RemoteStation(name, link) for name, link in zip(("alpha", "beta"), links))
+
+ray.open_stations = open_stations
+Executor = Meeting
+"""
+"""A cluster of two nodes in the place of Ray's, whose posts are threads of the session and meet before they measure."""
+
+
+@pytest.mark.faults
+def test_a_session_is_measured_on_a_cluster_and_replayed(suite):
+    """Each replicate by one node; what is saved are the durations that they have sent, in the order of replicates."""
+    conftest = suite.path / "conftest.py"
+    conftest.write_text(conftest.read_text() + CLUSTER)
+    result = suite("--lorameter-on=ray", "--benchmark-save=there")
+    result.assert_outcomes(passed=6)
+    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
+    assert sites_of(run) == {"alpha", "beta"}
+    assert (suite.path / "measured").read_text() == "xx"
+    step = 0.123456789012345678
+    by_name = {entry["name"]: entry for entry in saved(suite, "*there")["benchmarks"]}
+    assert by_name["test_train_step[nf4]"]["stats"]["data"] == [step] * 6 + [step * (1 + 1 / 7)] * 6
+    result.stdout.fnmatch_lines(["*sites*alpha*beta*"])
 
 
 def test_a_cluster_is_not_asked_where_nothing_is_measured(suite):

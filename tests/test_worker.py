@@ -12,10 +12,12 @@ import time
 import psutil
 import pytest
 
+from harness.machine.processes import CPUS
 from harness.run.executors.local import worker_environment
 
 STARTER = """
 import os, subprocess, sys
+from harness.machine.processes import CPUS
 from harness.run.executors.local import worker_environment
 what, descriptor = sys.argv[1], int(sys.argv[2])
 child = subprocess.Popen(
@@ -73,3 +75,21 @@ def test_an_interrupt_ends_a_process_as_any_signal_does(what):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one CPU every process stays there")
+def test_a_measuring_process_stays_on_the_cpus_of_its_site():
+    """Whatever it is to become, from before that on, and on all of its parent's where nothing is said."""
+    lines = "import os\nfrom harness import worker\ntry: worker.main(['none'])\n"
+    lines += "except SystemExit: print(*sorted(os.sched_getaffinity(0)))"
+    every = sorted(os.sched_getaffinity(0))
+    for cpus, told in (
+        ({CPUS: str(every[-1])}, every[-1:]),
+        ({CPUS: f"{every[1]},{every[0]}"}, every[:2]),
+        ({}, every),
+    ):
+        environment = worker_environment(1) | cpus
+        done = subprocess.run(
+            [sys.executable, "-c", lines], env=environment, capture_output=True, text=True, check=True
+        )
+        assert [int(cpu) for cpu in done.stdout.split()] == told

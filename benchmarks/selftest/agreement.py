@@ -5,6 +5,9 @@ The same model, optimizer and batches are trained by lorameter's loop, by a plai
 what the trial records of the same steps, and the loops take turns step by step against the trial's. Ratios of medians
 come without an interval, those of turns with theirs.
 
+They agree within what the loops really differ in: all three train the same, so their losses agree, and a step takes as
+long as the trial's but for what stands at `BOUNDS`. It ends with 1 where that does not hold.
+
     python benchmarks/selftest/agreement.py [--model MODEL] [--replicates N] [--steps N]
 """
 
@@ -27,6 +30,14 @@ from harness.records.units import format_count
 
 ROOT = Path(__file__).parents[2]
 LOOPS = Path(__file__).with_name("agreement_loops.py")
+
+
+TWICE = (0.99, 1.06)
+"""From outside a step of a trial is as long as the trial says, and what the trial does between two steps: it keeps what
+it has recorded, and looks at the machine around a turn."""
+BOUNDS = {"loop": (0.95, 1.02), "trainer": (1.0, 1.15)}
+"""The ratio of a step to the trial's, both followed. A loop lacks what the trial does between two steps. A Trainer has
+its callbacks, its log and its own accounts beside, some milliseconds of Python a step, whatever the model is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +96,22 @@ def against(way: str, chosen: argparse.Namespace, folder: Path) -> dict[str, Any
     return row | {"losses": document["losses"]["agreement_loops"]["found"]}
 
 
-def main() -> None:
-    """Measure, and print."""
+def judge_twice(found: Twice) -> list[str]:
+    """What is not as it should be of one training that was read twice."""
+    ratio, (low, high) = found.followed_s / found.recorded_s, TWICE
+    return [] if low <= ratio <= high else [f"read twice: {ratio:.4f}, and {low} to {high} is what they differ in"]
+
+
+def judge_loop(way: str, row: dict[str, Any]) -> list[str]:
+    """What is not as it should be of a loop: its interval lies within the bound, and its losses agree."""
+    low, high = BOUNDS[way]
+    said = f"{way}: [{row['low']:.4f}, {row['high']:.4f}], and {low} to {high} is what the loops differ in"
+    found = [] if low <= row["low"] and row["high"] <= high else [said]
+    return found + ([] if row["losses"] == "agree" else [f"{way}: the losses do not agree: {row['losses']}"])
+
+
+def main() -> int:
+    """Measure, print, and say whether they agree."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="tiny-llama", help="of the catalogue")
     options.add_argument("--replicates", type=int, default=6)
@@ -103,14 +128,18 @@ def main() -> None:
             f"{found.followed_s * 1e3:.3f} ms as they are followed from outside: "
             f"{found.followed_s / found.recorded_s:.4f}"
         )
-        for way in ("loop", "trainer"):
+        broken = judge_twice(found)
+        for way in BOUNDS:
             row = against(way, chosen, folder)
             print(
                 f"{way} over trial, both followed, in {row['interleaving']}: {row['ratio']:.4f} "
                 f"[{row['low']:.4f}, {row['high']:.4f}] ({chosen.replicates} replicates of {chosen.steps} steps); "
                 f"losses: {row['losses']}"
             )
+            broken += judge_loop(way, row)
+    print("\n".join(broken) if broken else "they agree within what the loops differ in")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

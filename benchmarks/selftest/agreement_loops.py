@@ -29,11 +29,13 @@ from harness.trial.trial import Trial
 
 
 def request_for(model: str, folder: str) -> TrialRequest:
-    """A trial of the study of one training step."""
+    """A trial of the study of one training step, without dropout: a Trainer seeds the process anew, so that its masks
+    and with them its losses would be others."""
     study = load_study("training-step")
+    variant = dataclasses.replace(study.variants[0], lora_dropout=0.0)
     workload = dataclasses.replace(study.workload, model=model)
     return TrialRequest(
-        trial="agreement", variant=study.variants[0], role="variant", replicate=0, seed=1, workload=workload,
+        trial="agreement", variant=variant, role="variant", replicate=0, seed=1, workload=workload,
         protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1,
         tokens_path=prepare(workload, Path(folder)).path, scratch=folder, log_path="",
     )  # fmt: skip

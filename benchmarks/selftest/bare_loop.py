@@ -1,8 +1,10 @@
 """One replicate of the overhead measurement: the harness's timed step and a bare loop, taking turns in one process.
 
 All use the same model, adapter, optimizer and stream; the order is shuffled each turn. The harness's turn is the
-trial's own, with the meters around it and without. Prints JSON: the step as recorded either way, the whole `turn` call
-as the parent waits for it, and the bare loop.
+trial's own, with the meters around it and without, and its step alone, from where the bare loop is called. Prints JSON:
+the step as recorded in each of these ways, the whole `turn` call as the parent waits for it, the bare loop, and that
+loop with one thing more that a step of the harness has or had: the schedule, a sum of losses, a loss that is divided by
+the batches of a step, the switch to the trial's adapter and random numbers before it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import random
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,20 +47,31 @@ def main(seed: int, turns: int) -> None:
         trial.run("verify")  # so that whatever it leaves behind would show
         trial.run("warm_up")
         trainee, stream = trial._built.trainee, trial._built.stream
-    model, optimizer = trainee.model, trainee.optimizer
+    model, optimizer, seat = trainee.model, trainee.optimizer, trial._built.seat
     trained = [p for p in model.parameters() if p.requires_grad]
-    times: dict[str, list[float]] = {"bare": [], "metered": [], "unmetered": [], "turn": []}
+    times: dict[str, list[float]] = defaultdict(list)
 
-    def bare() -> None:
+    def bare(name: str, *, scheduled: bool = False, summed: bool = False, divided: bool = False) -> None:
         begin = time.perf_counter()
+        total = torch.zeros((), device=machine.device) if summed else None
         loss = model(**stream.take(), use_cache=False).loss
+        if divided:
+            loss = loss / 1
         loss.backward()
+        if total is not None:
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if scheduled:
+            trainee.schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if machine.device == "cuda":
             torch.cuda.synchronize()
-        times["bare"].append(time.perf_counter() - begin)
+        times[name].append(time.perf_counter() - begin)
+
+    def seated() -> None:
+        with seat.taken():
+            bare("seated")
 
     def metered() -> None:
         begin = time.perf_counter()
@@ -65,10 +80,19 @@ def main(seed: int, turns: int) -> None:
         times["metered"] += fragment.samples["step_time_s"]
 
     def unmetered() -> None:
-        with trial._built.seat.taken():
+        with seat.taken():
             times["unmetered"] += trial.turn(1).samples["step_time_s"]
 
-    ways = (bare, metered, unmetered)
+    def alone() -> None:
+        times["alone"].append(trial._take_step()[1].time_s)
+
+    ways: tuple[Callable[[], None], ...] = (
+        lambda: bare("bare"),
+        lambda: bare("scheduled", scheduled=True),
+        lambda: bare("summed", summed=True),
+        lambda: bare("divided", divided=True),
+        seated, alone, unmetered, metered,
+    )  # fmt: skip
     shuffler = random.Random(seed)
     for _ in range(turns):
         for take in shuffler.sample(ways, len(ways)):

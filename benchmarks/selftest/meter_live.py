@@ -9,9 +9,12 @@ shuffled in each round, and the difference of a round is paired.
 
 Two processes of one script differ by themselves, by where their memory lies, and no number of rounds tells that from
 what the meter costs: so all three are started anew for each replicate, whose value is the median of its rounds, and the
-mean of the replicates stands with Student's 95 % interval. Alone against alone says what no difference looks like. It
-wants a machine without other work: the meter asks the kernel for its CPU time once a step, and where work waits for a
-CPU a system call is where a process loses it.
+mean of the replicates stands with Student's 95 % interval. Alone against alone says what no difference looks like.
+
+What is judged is the upper end of the interval of the wrapped process, both on the wall, which is what a step takes,
+and on its CPUs, where a difference is seen that the noise of the wall would hide: at most 0.5 % of a step, or 100 µs of
+a shorter one. It wants a machine without other work: the meter asks the kernel for its CPU time once a step, and where
+work waits for a CPU a system call is where a process loses it.
 
     python benchmarks/selftest/meter_live.py [--replicates N] [--rounds N] [--turn STEPS] [--model DIRECTORY]
 """
@@ -153,7 +156,7 @@ def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
 
 
 def main() -> int:
-    """Take turns, and print what was found."""
+    """Take turns, print what was found, and say whether the limit was held."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--replicates", type=int, default=40)
     options.add_argument("--rounds", type=int, default=40)
@@ -166,7 +169,7 @@ def main() -> int:
     model = Path(chosen.model).name
     size = f"{len(found)} replicates of {chosen.rounds} rounds of {chosen.turn} steps"
     print(f"{model}: {size}, every run written: {written}")
-    within = False
+    broken = []
     for kind, title in KINDS.items():
         step = statistics.fmean(one.steps[kind] for one in found)
         print(f"{title} time of a step alone {step * 1e3:.3f} ms")
@@ -174,14 +177,20 @@ def main() -> int:
             mean, low, high = mean_interval([one.extra[kind, name] for one in found])
             if low is None or high is None:
                 raise SystemExit("--replicates: one has no interval; make two at least")
-            within = high <= max(LIMIT_S, LIMIT_SHARE * step)  # at last of the wrapped one's CPU time
             print(
                 f"  {name:12} {mean * 1e6:8.1f} µs [{low * 1e6:.1f}, {high * 1e6:.1f}] a step, "
                 f"{mean / step:.3%} [{low / step:.3%}, {high / step:.3%}]"
             )
-    said = "held" if within else "NOT HELD"
-    print(f"limit of the upper end, CPU time: {LIMIT_S * 1e6:.0f} µs or {LIMIT_SHARE:.1%} of a step: {said}")
-    return 0 if within and written else 1
+            if name == WRAPPED and high > limit_of(step):
+                broken.append(f"{title} time: at most {high * 1e6:.1f} µs a step")
+    limit = f"limit of the upper end: {LIMIT_S * 1e6:.0f} µs or {LIMIT_SHARE:.1%} of a step"
+    print(f"{limit}: {'NOT HELD: ' + '; '.join(broken) if broken else 'held'}")
+    return 0 if written and not broken else 1
+
+
+def limit_of(step_s: float) -> float:
+    """The most that a meter may cost such a step, in seconds."""
+    return max(LIMIT_S, LIMIT_SHARE * step_s)
 
 
 if __name__ == "__main__":

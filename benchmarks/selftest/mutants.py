@@ -29,6 +29,7 @@ JUDGES = (
     *("observation/packed_step", "observation/padding", "observation/perturbation", "observation/products"),
     *("observation/recomputed_blocks", "observation/records", "observation/storage", "observation/stored_layout"),
     *("observation/loss_tokens", "observation/swapped", "observation/trained_parts", "observation/updates"),
+    *("ranks/activity", "ranks/judges"),
 )
 """Modules that judge, and those that decide what a judge is shown; each is called by its last name."""
 NEGATED = {

@@ -70,6 +70,9 @@ PER_TEST_S = 60
 PER_MUTANT_S = 1800
 """After which a mutant is taken to hang where no test can be ended: all tests together take less."""
 EQUIVALENT: dict[str, str] = {
+    "activity.common: some[first][1] < others[second][1] -> some[first][1] <= others[second][1]": (
+        "of two intervals that end together either may be left behind: what follows begins no sooner"
+    ),
     "attention._layers_astray: call.backend == 'eager' -> call.backend != 'eager'": (
         "only the number of different answers is read"
     ),

@@ -2,11 +2,11 @@
 
     python benchmarks/selftest/profiles.py [--case NAME]
 
-Each case is one field away from a healthy variant of the default study (its workload, or another process beside it),
-and must have the finding that it was planted for; the healthy one, and the healthy twins of two rules that are about
-something else, must not have it. The variants of the default study and one of smollm2-135m (fetch it first) are
-profiled for their remainders alone. Fragmentation is CUDA's; a batch that comes late cannot be planted in a trial, and
-is in the tests (`tests/trial/profiling/test_borders.py`).
+Each case is one field away from a healthy variant of the default study (its workload, its model's words, or another
+process beside it), and must have the finding that it was planted for; the healthy one, and the healthy twins of two
+rules that are about something else, must not have it. The variants of the default study and one of smollm2-135m (fetch
+it first) are profiled for their remainders alone. Fragmentation is CUDA's; a batch that comes late cannot be planted in
+a trial, and is in the tests (`tests/trial/profiling/test_borders.py`).
 
 Prints what the phases leave of a step, what no kind explains of the memory, and the findings. Exit status 1 where the
 remainder is not certainly within 2 % of the step, a planted finding is not found, or a healthy one is; and where that
@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from many_words import write_model
 
 from harness.errors import UsageError
 from harness.machine import provenance
@@ -57,6 +59,8 @@ class Case:
     workload: dict[str, Any] = field(default_factory=dict)
     found: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    words: int = 0
+    """Of a small model with so many, in place of the study's."""
     hogged: bool = False
     """Whether others compute beside it."""
 
@@ -74,6 +78,7 @@ CASES = (
     Case(name="checkpointing", variant={"gradient_checkpointing": True}, found=("needless-checkpointing",)),
     Case(name="unfused optimizer", variant={"optimizer": "adamw"}, workload={"batch_size": 1, "sequence_length": 32},
          found=("unfused-optimizer",)),
+    Case(name="many words", words=65536, found=("logits",)),
     Case(name="few tokens", workload={"batch_size": 1, "sequence_length": 8}, found=("launch-bound",)),
     Case(name="beside others that compute", found=("contention",), hogged=True),
     Case(name="more threads than CPUs", workload={"threads": 2 * len(os.sched_getaffinity(0))},
@@ -112,7 +117,12 @@ def case_holds(case: Case, machine: Machine) -> bool:
     study = load_study("lora-or-qlora")
     variant = dataclasses.replace(study.variant("lora-r16"), name="case", **(HEALTHY | case.variant))
     workload = dataclasses.replace(study.workload, **case.workload)
-    with hogs() if case.hogged else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if case.hogged:
+            stack.enter_context(hogs())
+        if case.words:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            workload = dataclasses.replace(workload, model=f"random:{write_model(folder, 64, case.words)}")
         one = dataclasses.replace(
             study, name="case", workload=workload, variants=(variant,), reference="case", claims=()
         )

@@ -15,8 +15,9 @@ from harness.studies.study import Study
 
 
 def write_command(words: Sequence[str]) -> str:
-    """The words as one line; what an option or a name that sounds like a credential is given is left out."""
-    return shlex.join(map(redact, hide_credentials(words)))
+    """The words as one line; what an option or a name that sounds like a credential is given is left out, and bytes
+    that are no text are question marks."""
+    return shlex.join(map(redact, hide_credentials(words))).encode(errors="replace").decode()
 
 
 def own_command() -> str:

@@ -7,6 +7,7 @@ What a script does beside (evaluation, saving) is in no stretch, and one that is
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from harness.attach.follower import StepReading
 from harness.machine.nvml import Device
@@ -17,12 +18,13 @@ from harness.machine.watch import card_of, energy_between
 class Energy:
     """Joules of one card, by stretches; asks nothing on a CPU."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device
+        self._clock = clock
         self._card: Device | None = None
         self._begun: tuple[float, Reading[float]] | None = None
-        self._steps = self._tokens = 0
-        self._joules = self._of_steps = self._of_tokens = 0.0
+        self._steps = self._tokens = self._of_steps = self._of_tokens = 0
+        self._joules = 0.0
         self._counted = True
         """Whether the tokens of all steps are known."""
 
@@ -31,7 +33,7 @@ class Energy:
         if self._device.startswith("cuda"):
             self._card = self._card or card_of(self._device).value
             if self._card is not None:
-                self._begun = (time.monotonic(), self._card.energy_j())
+                self._begun = (self._clock(), self._card.energy_j())
                 self._steps = self._tokens = 0
 
     def step(self, reading: StepReading) -> None:
@@ -42,18 +44,23 @@ class Energy:
 
     def end(self) -> None:
         """It is over."""
-        if self._begun is None or self._card is None:
-            return
-        (began_s, first), self._begun = self._begun, None
-        spent = energy_between(first, self._card.energy_j(), time.monotonic() - began_s)
-        if spent.value is not None:
-            self._joules += spent.value
-            self._of_steps += self._steps
-            self._of_tokens += self._tokens
+        self._joules, self._of_steps, self._of_tokens = self._so_far()
+        self._begun = None
+
+    def _so_far(self) -> tuple[float, int, int]:
+        """Joules of all stretches, with their steps and tokens, that of the one under way as far as it has come."""
+        joules, steps, tokens = self._joules, self._of_steps, self._of_tokens
+        if self._begun is not None and self._card is not None:
+            began_s, first = self._begun
+            spent = energy_between(first, self._card.energy_j(), self._clock() - began_s)
+            if spent.value is not None:
+                joules, steps, tokens = joules + spent.value, steps + self._steps, tokens + self._tokens
+        return joules, steps, tokens
 
     def values(self) -> dict[str, float]:
         """As of a trial's record; empty where no stretch was long enough."""
-        if not self._of_steps:
+        joules, of_steps, of_tokens = self._so_far()
+        if not of_steps:
             return {}
-        tokens = {"energy_tokens": self._of_tokens} if self._counted and self._of_tokens else {}
-        return {"device_energy_train_j": self._joules, "energy_steps": self._of_steps} | tokens
+        tokens = {"energy_tokens": of_tokens} if self._counted and of_tokens else {}
+        return {"device_energy_train_j": joules, "energy_steps": of_steps} | tokens

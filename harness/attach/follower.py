@@ -8,7 +8,7 @@ on the device, so that whatever a follower does, or waits for, is in no step's t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -91,6 +91,10 @@ class Follower(Protocol):
 
     def phase(self, phase: Phase) -> None:
         """From here on the training does this."""
+
+    def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
+        """What it knows beside what steps show, by names of a record; the `readings` are those since it was last asked
+        and have been told of."""
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """The training has come to its end, by itself or by an error; unless it was `seen`, only the process has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from harness.attach.follower import StepReading
 
@@ -11,8 +11,9 @@ PREFIX = "lorameter/"
 TIMES = ("step_time_s", "data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
 
 
-def summarise(readings: Sequence[StepReading]) -> dict[str, float]:
-    """Medians of the times of these steps, and their tokens a second; what was not seen in all of them is left out.
+def summarise(readings: Sequence[StepReading], beside: Mapping[str, float]) -> dict[str, float]:
+    """Medians of the times of these steps, their tokens, and tokens a second; what was not seen in all of them is left
+    out. What the follower knows `beside` goes along.
 
     Steps that a check looked on at are left out: their times are the check's.
     """
@@ -26,5 +27,6 @@ def summarise(readings: Sequence[StepReading]) -> dict[str, float]:
     for kind in ("real", "padded"):
         counts = [getattr(reading, f"{kind}_tokens") for reading in plain]
         if seconds and counts and None not in counts:
+            found[f"{PREFIX}{kind}_tokens"] = sum(counts)
             found[f"{PREFIX}{kind}_tokens_per_s"] = sum(counts) / seconds
-    return found
+    return found | {f"{PREFIX}{name}": value for name, value in beside.items()}

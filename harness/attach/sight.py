@@ -1,8 +1,9 @@
-"""What can be seen of a step from its model, where no Trainer says it: batches, forward and backward passes, the loss.
+"""What can be seen of a step from its model, where no Trainer says it: batches, passes, the loss, the gradients' norm.
 
 The outermost module is hooked, and nothing inside it: hooks of inner modules would be traced by torch.compile and
 called a thousand times a step. A backward pass is seen where it begins, in `torch.autograd.backward`, through which a
-tensor's own `backward` goes; it is as it was once the training has ended.
+tensor's own `backward` goes, and the norm of the gradients where they are clipped by it, in
+`torch.nn.utils.clip_grad_norm_`; both are as they were once the training has ended.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ class Sight:
         self._roots: list[torch.Tensor] = []
         self._scaled = model is not None and _has_scaler()
         self._handles: list[Any] = []
-        self._backward: Any = None
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+        """Functions of torch with where they lie: the module, the name, what was there, and ours."""
         if model is not None and _can_hook(model):
             self._names = _parameter_names(model)
             self._handles = [
                 model.register_forward_pre_hook(lambda *told: steps.run(self._enter, *told), with_kwargs=True),
                 model.register_forward_hook(lambda *told: steps.run(self._leave, *told)),
             ]
-        self._see_backward()
+        self._replace(torch.autograd, "backward", self._backward)
+        self._replace(torch.nn.utils, "clip_grad_norm_", self._clip)
 
     def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._looks(module):
@@ -75,20 +78,31 @@ class Sight:
     def _looks(self, module: torch.nn.Module) -> bool:
         return module.training and torch.is_grad_enabled() and self._steps.up
 
-    def _see_backward(self) -> None:
-        original = torch.autograd.backward
+    def _replace(self, module: Any, name: str, call: Callable[..., Any]) -> None:
+        """Have what is called by this name call ours, which is given what was there."""
+        original = getattr(module, name)
 
         @functools.wraps(original)
-        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._steps.up:
-                return original(tensors, *args, **kwargs)
-            if isinstance(tensors, torch.Tensor) and tensors.numel() == 1:
-                self._roots.append(tensors.detach())
-            with self._steps.during("backward"):
-                return original(tensors, *args, **kwargs)
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            return call(original, *args, **kwargs)
 
-        self._backward = (original, backward)
-        torch.autograd.backward = backward
+        self._replaced.append((module, name, original, ours))
+        setattr(module, name, ours)
+
+    def _backward(self, original: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._steps.up:
+            return original(tensors, *args, **kwargs)
+        if isinstance(tensors, torch.Tensor) and tensors.numel() == 1:
+            self._roots.append(tensors.detach())
+        with self._steps.during("backward"):
+            return original(tensors, *args, **kwargs)
+
+    def _clip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A norm that lies on several ranks is left alone: reading it would have them wait for each other."""
+        norm = original(*args, **kwargs)
+        if type(norm) is torch.Tensor and not torch.compiler.is_compiling() and self._steps.up:
+            self._steps.gradient_norm(norm)
+        return norm
 
     def tell_loss(self) -> None:
         """The step is about to end. Its loss: as the model gave it in the mean of its passes, else that of which the
@@ -110,11 +124,10 @@ class Sight:
         """It no longer looks; what somebody has put in place of ours since stays."""
         while self._handles:
             self._handles.pop().remove()
-        if self._backward is not None:
-            original, ours = self._backward
-            if torch.autograd.backward is ours:
-                torch.autograd.backward = original
-            self._backward = None
+        while self._replaced:
+            module, name, original, ours = self._replaced.pop()
+            if getattr(module, name) is ours:
+                setattr(module, name, original)
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:

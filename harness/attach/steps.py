@@ -204,6 +204,10 @@ class Steps:
         taken, self._since = self._since or (), []
         return taken
 
+    def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
+        """What the follower knows beside these readings."""
+        return self._shield.run(self._follower.so_far, readings) or {}
+
     def _close_watch(self) -> tuple[Any, ...] | None:
         if not self._open:
             self._watch = None

@@ -1,14 +1,15 @@
 """Hidden files that a wrapped command leaves beside its run while it runs, and what is left of them by the dead.
 
-`.RUN.seen` says that a Python of it has loaded the hook, `.RUN.ranks/` gathers its ranks, and `.RUN.wrapped` is locked
-by the program that wraps it as long as that lives. One that is killed removes none of them; the next does, unless the
-command goes on without it.
+`.RUN.seen` says that a Python of it has loaded the hook, `.RUN.ranks/` gathers its ranks, and `.RUN.wrapped` holds the
+command as it was typed and is locked by the program that wraps it as long as that lives. One that is killed removes
+none of them; the next does, unless the command goes on without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from harness.attach.variables import RUN
 from harness.machine.guard import marked
+from harness.records.refusals import naming
 
 _NAMED = re.compile(r"\.(?P<run>.+)\.(?:seen|ranks|wrapped)")
 
@@ -35,19 +37,31 @@ def _wrapped_of(run: Path) -> Path:
 
 
 @contextlib.contextmanager
-def wrapping(run: Path) -> Iterator[None]:
-    """Meanwhile this process wraps the command of a run; at the end no trace of that is left.
+def wrapping(run: Path, command: str = "") -> Iterator[None]:
+    """Meanwhile this process wraps the command of a run, as it is written here; at the end no trace of that is left.
 
     Raises:
         OSError: the disk refuses.
     """
-    with _wrapped_of(run).open("w") as held:
+    path = _wrapped_of(run)
+    with path.open("wb") as held:
         try:
+            with naming(path):
+                held.write(os.fsencode(command))
+                held.flush()
             with contextlib.suppress(OSError):  # a disk without locks: what is left there stays
                 fcntl.flock(held, fcntl.LOCK_EX)
             yield
         finally:
             remove(run)
+
+
+def command_of(run: Path) -> str:
+    """The command that is wrapped to measure a run; nothing where none is."""
+    try:
+        return os.fsdecode(_wrapped_of(run).read_bytes())
+    except OSError:
+        return ""
 
 
 def remove_abandoned(runs: Path) -> None:

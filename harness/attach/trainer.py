@@ -135,7 +135,8 @@ class TrainerSource:
             return
         with self._steps.aside():
             if since := self._steps.take_readings():
-                self._steps.run(lambda: self._trainer.log(summarise(since)))
+                beside = self._steps.so_far(since)
+                self._steps.run(lambda: self._trainer.log(summarise(since, beside)))
 
     def ends(self) -> None:
         """Training has come to its end."""

@@ -8,7 +8,7 @@ child   {"begin": {...}}                         it stands before its first step
 parent  {"do": "go", "steps": n, "watch": {...}} it takes so many steps; the first of them is watched, or none
 child   {"steps": [{...}, ...]}                  it has taken them, and waits
 parent  {"do": "peaks"}
-child   {"peaks": {...}}                         peaks of memory since the first step, by kind, and waits
+child   {"peaks": {...}}                         peaks of memory since the first step, by phase, and waits
 parent  {"do": "end"}                            no further step
 child   {"end": {...}, "steps": [...]}           the training has ended, by an error or not, asked or not, and waits
 child   {"fault": "..."}                         it did what ends a trial, and waits
@@ -25,10 +25,12 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from harness.attach.follower import Next, Phase, StepReading, Training
-from harness.machine.memory import MemoryGauge, host_bytes
+from harness.attach.peaks import Peaks
+from harness.machine.memory import host_bytes
 from harness.machine.software import own_software
 from harness.records import codec
 
@@ -66,9 +68,9 @@ class Turns:
             self._stop_at("a second training began in the same process while the first had not ended")
         self._connect()
         facts = _facts_of(training)
-        self._gauge = MemoryGauge("cuda" if facts["cuda"] else "cpu")
+        self._peaks = Peaks("cuda" if facts["cuda"] else "cpu")
         self._tell({"begin": facts | {"memory": {"host_peak_load_bytes": host_bytes("VmHWM")}}})
-        self._gauge.begin()
+        self._peaks.begin()
         return self._wait()
 
     def step(self, reading: StepReading) -> Next:
@@ -86,7 +88,13 @@ class Turns:
         return self._wait()
 
     def phase(self, phase: Phase) -> None:
-        """What lies between steps is in none of them, and nobody waits for it."""
+        """What lies between steps is in none of them, and nobody waits for it; its peaks of memory are its own."""
+        if os.getpid() == self._pid and self._connection is not None:
+            self._peaks.enter(phase)
+
+    def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
+        """Nothing: what is measured is its parent's."""
+        return {}
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Say how the training has ended, and never come back."""
@@ -105,7 +113,7 @@ class Turns:
             if asked["do"] == "end":
                 self._last = True
                 return Next(go_on=False)
-            self._tell({"peaks": self._gauge.peaks("train")})
+            self._tell({"peaks": self._peaks.so_far()})
 
     def _stop_at(self, fault: str) -> NoReturn:
         self._tell({"fault": fault})

@@ -8,9 +8,10 @@ key are those of rows of the mean real length, so a few too few where lengths di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from harness.attach.follower import Training
+from harness.attach.follower import StepReading, Training
 from harness.attach.gathered import Gathered
 from harness.errors import LorameterError, UsageError
 from harness.models.costs.flops import StepTokens, six_n, training_flops
@@ -29,20 +30,48 @@ def work_of(training: Training, gathered: Gathered, device_name: str) -> dict[st
     """
     samples = gathered.samples()
     real, rows = samples.get("turn_real_tokens", ()), samples.get("turn_sequences", ())
-    model = getattr(training.model, "module", training.model)  # inside what distributes it
-    config = getattr(model, "config", None)
-    if not real or not rows or config is None:
+    flops = _flops_of_a_step(training, real, rows)
+    if flops is None:
         return {}
+    peak = _peak_per_s(training, device_name)
+    return {"model_flops_per_step": flops} | ({} if peak is None else {"peak_flops_per_s": peak})
+
+
+def mfu_of(training: Training, readings: Sequence[StepReading], device_name: str) -> dict[str, float]:
+    """`mfu` of these steps, those apart that a check looked on at; empty where the device has no stated peak."""
+    plain = [one for one in readings if one.checks is None]
+    real = [one.real_tokens for one in plain if one.real_tokens is not None]
+    rows = [one.sequences for one in plain if one.sequences is not None]
+    peak = _peak_per_s(training, device_name)
+    if peak is None or not len(real) == len(rows) == len(plain):
+        return {}
+    flops = _flops_of_a_step(training, real, rows)
+    return {} if flops is None else {"mfu": flops * len(plain) / sum(one.step_time_s for one in plain) / peak}
+
+
+def _flops_of_a_step(training: Training, real: Sequence[float], rows: Sequence[float]) -> float | None:
+    """Of the mean step, by the real tokens and the sequences of each; None where it is not known."""
+    model = _model_of(training)
+    if not real or not rows or getattr(model, "config", None) is None:
+        return None
     positions, mean_rows = sum(real) / len(real), sum(rows) / len(rows)
     mean = positions / mean_rows
     passes = training.accumulation or 1
     tokens = StepTokens(positions=round(positions), pairs=round(mean_rows * mean * (mean + 1) / 2), passes=passes)
     try:
-        flops = _flops(model, tokens)
+        return float(_flops(model, tokens))
     except (LorameterError, AttributeError, TypeError):
-        return {}
-    peak = stated_peak(device_name, _rate_of(model))
-    return {"model_flops_per_step": float(flops)} | ({} if peak is None else {"peak_flops_per_s": peak.per_s})
+        return None
+
+
+def _peak_per_s(training: Training, device_name: str) -> float | None:
+    model = _model_of(training)
+    peak = stated_peak(device_name, _rate_of(model)) if getattr(model, "config", None) is not None else None
+    return None if peak is None else peak.per_s
+
+
+def _model_of(training: Training) -> Any:
+    return getattr(training.model, "module", training.model)  # inside what distributes it
 
 
 def _flops(model: Any, tokens: StepTokens) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,8 @@ from harness.attach import traces
 from harness.attach.child import environment
 from harness.attach.shield import say
 from harness.attach.traces import seen_of
-from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
-from harness.errors import UsageError
+from harness.attach.variables import COMMAND, LONGEST_BYTES, REQUIRE, RUN, UNSEEN_END
+from harness.errors import UsageError, shorten
 from harness.machine.processes import exit_words
 from harness.records import store
 from harness.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord
@@ -50,14 +51,16 @@ def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapp
     Raises:
         UsageError: there is no such program.
     """
-    variables = {RUN: str(path), COMMAND: command, REQUIRE: json.dumps(dict(require))}
+    short = command if len(os.fsencode(command)) <= LONGEST_BYTES else ""
+    variables = {RUN: str(path), COMMAND: short, REQUIRE: json.dumps(dict(require))}
     variables_of_child = environment(os.environ, seen=seen_of(path), variables=variables)
     with _passing_on() as pass_on_to:  # also what comes before the command is there: it would end this process alone
         try:
             process = subprocess.Popen(list(words), env=variables_of_child)
         except OSError as error:
+            program = shorten(shlex.quote(words[0]))
             raise UsageError(
-                f"wrap: {words[0]}: {error.strerror}. Write the command as it runs without lorameter."
+                f"wrap: {program}: {error.strerror}. Write the command as it runs without lorameter."
             ) from None
         pass_on_to(process)
         code = process.wait()

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from harness.attach.follower import Next, Phase, StepReading, Training
 from harness.attach.gathered import MOST_TIMED, Gathered, tokens_in
 from harness.attach.identity import device_of
 from harness.attach.notes import SEEN_BY, not_kept, say_peaks, say_seen, second_training
+from harness.attach.peaks import Peaks
 from harness.attach.ranks import RankFile, Ranks
 from harness.attach.run_file import RunFile
 from harness.attach.shield import say
+from harness.attach.traces import command_of
 from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
-from harness.attach.work import work_of
+from harness.attach.work import mfu_of, work_of
 from harness.errors import said_by
-from harness.machine.memory import MemoryGauge
 from harness.machine.watch import Watch
 from harness.records import codec, store
 from harness.records.checkpoints import checkpoint_is_due
@@ -75,8 +76,6 @@ class Writer:
         """The same when its last record is written."""
         self._rank: RankFile | None = None
         self._ranks: Ranks | None = None
-        self._phase: Phase = "train"
-        self._memory: dict[str, int] = {}
         self._notices: list[Notice] = []
         self._checks: tuple[dict[str, Any], ...] | None = None
         self._watched = 0
@@ -102,10 +101,10 @@ class Writer:
         if training.ranks > 1:
             self._ranks = Ranks(path, training.ranks)
         self._file = RunFile(path, command=_command(), device=device, requirements=self._require)
-        self._gauge, self._watch, self._energy = MemoryGauge(device), Watch("train", device), Energy(device)
+        self._peaks, self._watch, self._energy = Peaks(device), Watch("train", device), Energy(device)
         self._begun_s = self._kept_s = time.monotonic()
         self._file.keep()
-        self._gauge.begin()
+        self._peaks.begin()
         return Next()
 
     def step(self, reading: StepReading) -> Next:
@@ -167,15 +166,15 @@ class Writer:
             return
         if phase != "train":
             self._end_stretch()
-        self._take_peaks()
-        self._phase = phase
+        self._peaks.enter(phase)
         if phase == "train" and self._gathered.timed:
             self._begin_stretch()
 
-    def _take_peaks(self) -> None:
-        for name, size in self._gauge.peaks(self._phase).items():
-            self._memory[name] = max(size, self._memory.get(name, 0))
-        self._gauge.begin()
+    def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
+        """Peaks of memory, the card's energy, and MFU of these steps where the device has a stated peak."""
+        if self._file is None or self._training is None:
+            return {}
+        return self._peaks.so_far() | self._energy.values() | mfu_of(self._training, readings, self._file.device_name)
 
     def _measured(self) -> dict[str, Any]:
         """What goes into the record, so far."""
@@ -190,7 +189,7 @@ class Writer:
             "samples": samples,
             "turn_lengths": (1,) * gathered.timed,
             "values": values | {"threads": float(torch.get_num_threads())},
-            "memory": dict(self._memory),
+            "memory": self._peaks.so_far(),
             "tokens": tokens_in(samples),
         }
 
@@ -201,8 +200,7 @@ class Writer:
         if self._file is None or self._training is None:
             return
         self._end_stretch()
-        self._take_peaks()
-        status, failure = ending_of(error, self._gathered, self._phase)
+        status, failure = ending_of(error, self._gathered, self._peaks.phase)
         if status == "ok" and (failure_of_checks := lacking(self._checks or (), self._require)):
             status, failure = "invalid", failure_of_checks
         if self._gathered.steps > MOST_TIMED:
@@ -216,7 +214,7 @@ class Writer:
         record = self._file.record(
             status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
         )
-        self._file.finish(record, timed=self._gathered.timed, notes=self._notes(), notices=())
+        self._file.finish(record, timed=self._gathered.timed, notes=self._notes(record.memory), notices=())
         path, self._finished, self._file = (
             self._file.path,
             self._file,
@@ -227,10 +225,10 @@ class Writer:
         else:
             say(f"run {path.name} is written")
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self, memory: Mapping[str, int]) -> tuple[str, ...]:
         """What a reader must know of how the numbers were had."""
         source = self._training.source if self._training is not None else "loop"
-        notes = (SEEN_BY[source], *self._gathered.conventions, say_peaks(self._memory), say_seen(self._checks))
+        notes = (SEEN_BY[source], *self._gathered.conventions, say_peaks(memory), say_seen(self._checks))
         return tuple(note for note in notes if note)
 
     def _path(self) -> Path:
@@ -253,7 +251,8 @@ def print_report(path: Path) -> None:
 
 
 def _command() -> str:
-    return os.environ.get(COMMAND) or own_command()
+    written = os.environ.get(COMMAND) or (command_of(Path(run)) if (run := os.environ.get(RUN)) else "")
+    return written or own_command()
 
 
 def _device_of(training: Training) -> str:

@@ -193,6 +193,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     import dataclasses
 
     from harness.run.executors import open_executor
+    from harness.run.sites.beside import ROUNDS
     from harness.run.sites.venue import open_venue
     from harness.studies.place import HERE, say_on
     from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, rows_for
@@ -234,7 +235,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
                 _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
                 seen.append(calibration_ratio(run, variant.name))
             rows = rows_for(PLANTED, *seen)
-        run = _measured_here(study, variant.name, rows, venue, options)
+        run = _measured_here(study, variant.name, rows, venue, options, rounds_beside=ROUNDS)
     return _show_calibration(run, options)
 
 
@@ -294,7 +295,9 @@ def calibration_ratio(run: Run, name: str) -> float:
     return found.ratio
 
 
-def _measured_here(study: Study, name: str, rows: int, venue: Venue, options: argparse.Namespace) -> Run:
+def _measured_here(
+    study: Study, name: str, rows: int, venue: Venue, options: argparse.Namespace, *, rounds_beside: int = 0
+) -> Run:
     """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
     from harness.records import store
     from harness.report.live import LiveDisplay
@@ -317,7 +320,9 @@ def _measured_here(study: Study, name: str, rows: int, venue: Venue, options: ar
     show(tell_notices(notices), errors)
     with venue.hold(options.if_busy), LiveDisplay(errors) as display:
         arms = arms_of_present(rows)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, venue=venue)
+        return measure(
+            plan, runs=runs, display=display, notices=notices, arms=arms, venue=venue, rounds_beside=rounds_beside
+        )
 
 
 def read_study(options: argparse.Namespace, device: str, standard: int | None = None, of: Study | None = None) -> Study:

@@ -29,8 +29,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
     "sites": {
         "metavar": "0,1,…",
-        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs; with "
-        "{prefix}on, on these nodes",
+        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs, 0+1,2+3 for "
+        "trials of two ranks; with {prefix}on, on these nodes",
     },
     "on": {
         "metavar": "CLUSTER",

@@ -38,6 +38,7 @@ def show_document(
     document: Document, form: str, *, annotations: Callable[[], str] = lambda: "", verbose: bool = False
 ) -> None:
     """Print a report: as text, as Markdown, or as annotations of a GitHub job with its summary."""
+    from harness.records.refusals import say_unwritable
     from harness.report.markdown import SUMMARY_BYTES, markdown_of
     from harness.report.terminal import console_for, show
 
@@ -49,13 +50,13 @@ def show_document(
         sys.stdout.write(annotations())
         sys.stdout.flush()
         if summary := os.environ.get(ENV_SUMMARY):
-            try:
-                with open(_append_to(summary), "a", encoding="utf-8") as file:
-                    file.write(markdown_of(document, most=SUMMARY_BYTES // 4))
-            except OSError as error:  # whoever looks at the summary alone would see no failure: this is no pass
-                raise UsageError(
-                    f"${ENV_SUMMARY} = {summary}: cannot be written: {error.strerror}. Name a file, or unset it."
-                ) from None
+            text = markdown_of(document, most=SUMMARY_BYTES // 4)
+            # Whoever looks at the summary alone would see no failure, so to lose it is no pass.
+            with (
+                say_unwritable(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
+                open(_append_to(summary), "a", encoding="utf-8") as file,
+            ):
+                file.write(text)
 
 
 def _append_to(path: str) -> int:

@@ -222,7 +222,7 @@ class Session:
             )
         nothing = self._disabled or (self._resumed is not None and self._resumed.is_finished)
         if nothing and place.on != HERE:
-            check_spreadable(self._study, place.said)
+            check_spreadable(self._study, place)
             return nullcontext(Venue())
         return open_venue(self._study, self._config.getoption("--lorameter-runs-dir"))
 

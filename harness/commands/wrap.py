@@ -50,7 +50,7 @@ def run_wrap(options: argparse.Namespace) -> int:
     command = write_command(words)
     path = runs / store.new_run_id(name_of_words(words), runs)
     remove_abandoned(runs)
-    with wrapping(path):
+    with wrapping(path, command):
         code = run_command(words, path, command=command, require=require)
         invalid = settle(path, code, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():

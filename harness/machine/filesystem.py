@@ -30,6 +30,19 @@ LOCAL_LOCKS = {"nfs": ("nolock", "local_lock=flock", "local_lock=all"), "lustre"
 """Options by which the locks of a type hold on one machine alone, or not at all (nfs(5); Lustre manual, mount.lustre).
 Those of nfs4 are as nfs's."""
 
+UNSYNCED: dict[str, tuple[str, ...]] = {
+    "overlay": ("volatile",),
+    "ext3": ("nobarrier", "barrier=0"),
+    "ext4": ("nobarrier", "barrier=0"),
+    "xfs": ("nobarrier",),
+    "btrfs": ("nobarrier",),
+    "f2fs": ("nobarrier", "fsync_mode=nobarrier"),
+}
+"""Options by which a type does not wait for its disk's own cache, or for nothing (overlay), before it says that it has
+written (kernel documentation: filesystems/overlayfs, ext4, f2fs; xfs(5) of before Linux 4.19, btrfs(5))."""
+IN_MEMORY = frozenset(("tmpfs", "ramfs"))
+"""Types that end with the machine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -52,6 +65,12 @@ class Place:
     def local_locks(self) -> str:
         """The option by which locks are not those of all machines; empty where there is none."""
         known = LOCAL_LOCKS.get("nfs" if self.kind.startswith("nfs") else self.kind, ())
+        return next((option for option in self.options if option in known), "")
+
+    @property
+    def unsynced(self) -> str:
+        """The option by which a sync is no promise; empty where there is none."""
+        known = UNSYNCED.get(self.kind, ())
         return next((option for option in self.options if option in known), "")
 
 

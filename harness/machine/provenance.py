@@ -22,7 +22,7 @@ from harness.errors import UsageError
 from harness.machine import steering
 from harness.machine.nvml import Device, open_device
 from harness.machine.repository import git_state
-from harness.machine.software import installed_packages, normal_name
+from harness.machine.software import cuda_of, installed_packages, normal_name
 from harness.machine.system import memory_available_bytes, memory_bytes, settings
 from harness.records import codec
 from harness.records.preparation import Hello
@@ -76,12 +76,12 @@ class Machine:
         return "cpu" if self.device == "cpu" else self.device_name
 
 
-def probe_machine() -> Machine:
-    """Read /proc, NVML and the installed torch's version file."""
+def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
+    """Read /proc, NVML and the installed torch's version file; `environment` as that of `device_id`."""
     cpu = _cpu_fields()
     cuda = _torch_cuda()
     name = cpu.get("model name", platform.processor() or platform.machine())
-    with _first_gpu() if cuda else contextlib.nullcontext() as gpu:
+    with _first_gpu(environment) if cuda else contextlib.nullcontext() as gpu:
         facts = None if gpu is None else gpu.facts()
         memory = None if gpu is None else gpu.memory().value
     return Machine(
@@ -142,11 +142,14 @@ class Facts:
     """Variables of the present environment that steer the choice of kernels."""
 
 
-def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
-    """The facts of this machine; `host` describes the interpreter that trials run in, None for the present one."""
+def read_facts(
+    machine: Machine, host: dict[str, Any] | None = None, environment: Mapping[str, str] | None = None
+) -> Facts:
+    """The facts of this machine; `host` describes the interpreter that trials run in, None for the present one, and
+    `environment` says which card they see first."""
     return Facts(
         machine=machine,
-        settings=settings(card=machine.device == "cuda"),
+        settings=settings(card=machine.device == "cuda", environment=environment),
         libraries={name: library_version(name) for name in LIBRARIES},
         git=git_state(Path.cwd()),
         host=host,
@@ -279,7 +282,7 @@ def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> di
 
 def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
-    return hashlib.sha256(codec.dumps(comparable(provenance, without)).encode()).hexdigest()[:12]
+    return hashlib.sha256(codec.dumps(comparable(provenance, without)).encode(errors="replace")).hexdigest()[:12]
 
 
 def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
@@ -313,15 +316,6 @@ def _torch_cuda() -> str | None:
     """The CUDA version that the installed torch was built for, read from its version file."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
-
-
-def cuda_of(torch: Path) -> str | None:
-    """The CUDA version that the torch in this folder was built for, None for a CPU build."""
-    with contextlib.suppress(OSError):
-        for line in (torch / "version.py").read_text().splitlines():
-            if line.startswith("cuda") and "'" in line:
-                return line.split("'")[1]
-    return None
 
 
 def free_device_memory() -> int | None:

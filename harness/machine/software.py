@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import re
+from pathlib import Path
 
 
 def normal_name(distribution: str) -> str:
@@ -25,3 +27,12 @@ def installed_packages() -> dict[str, str]:
 def own_software(cuda: str | None) -> dict[str, str]:
     """The packages and the `python` of this process; `cuda` is what its torch was built for, None for none."""
     return installed_packages() | {"python": platform.python_version()} | ({"cuda": cuda} if cuda else {})
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version that the torch in this folder was built for, None for a CPU build."""
+    with contextlib.suppress(OSError):
+        for line in (torch / "version.py").read_text().splitlines():
+            if line.startswith("cuda") and "'" in line:
+                return line.split("'")[1]
+    return None

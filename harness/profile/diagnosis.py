@@ -233,8 +233,8 @@ def _logits(seen: Evidence) -> Iterator[Finding]:
         code="logits",
         message=f"logits and what the loss makes of them take {format_bytes(seen.logits_bytes)}, "
         f"{seen.logits_bytes / seen.peak_bytes:.0%} of the peak; the loss takes {loss:.1%} of a step",
-        cost_s=None,
-        cost_share=None,
+        cost_s=loss * seen.step_s if loss > WORTH else None,
+        cost_share=loss if loss > WORTH else None,
         cost_bytes=seen.logits_bytes - seen.logits_bytes // LOSS_CHUNKS,
         remedy="liger_kernel = true fuses head and loss, a part of the rows at a time, so that all logits are never "
         "there at once." if fuses else "A loss that takes a part of the rows at a time never holds all logits.",

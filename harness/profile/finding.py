@@ -15,7 +15,7 @@ class Finding:
     message: str
     """What was seen, with its number."""
     cost_s: float | None
-    """Seconds of `metric` that were seen to hang on it; None where it costs memory."""
+    """Seconds of `metric` that were seen to hang on it; None where it costs memory alone."""
     cost_share: float | None
     metric: str = "step_time_s"
     """What the cost is a part of, and what a remedy is judged by; of requests one of theirs."""

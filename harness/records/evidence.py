@@ -40,6 +40,7 @@ class EvidenceFile:
         self._path = folder / CHECKS
         self._checks: dict[str, dict[str, Any]] = {}
         self._seen_bytes = 0
+        self._damaged = 0
 
     def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         """The hashes of these checks; those that are new are on the disk afterwards.
@@ -74,7 +75,7 @@ class EvidenceFile:
 
     def _look(self) -> None:
         """Read what has been added since; a line that has no end yet is left for the next time. Raises `UsageError`
-        for one that never ends."""
+        for one that never ends, and where too many say nothing."""
         if not inputs.is_file(self._path) or self._path.stat().st_size == self._seen_bytes:
             return
         try:
@@ -84,18 +85,21 @@ class EvidenceFile:
                     if not line.endswith(b"\n"):
                         return
                     self._seen_bytes += len(line)
-                    self._keep(line)
+                    self._damaged += not self._keep(line)
+                    journal.refuse_damaged(self._path, self._damaged)
         except inputs.NotReadableError as error:
             raise journal.refusal_of(self._path, error) from None
 
-    def _keep(self, line: bytes) -> None:
+    def _keep(self, line: bytes) -> bool:
+        """Whether the line is evidence."""
         try:
             evidence = codec.from_json(Evidence, codec.parse(line.decode("utf-8", errors="replace")), CHECKS)
             check_evidence([evidence.check], CHECKS)
         except (codec.NotJsonError, UsageError):
-            return
-        if evidence.hash == _hash_of(evidence.check):
+            return False
+        if sound := evidence.hash == _hash_of(evidence.check):
             self._checks[evidence.hash] = evidence.check
+        return sound
 
 
 def _hash_of(check: Mapping[str, Any]) -> str:

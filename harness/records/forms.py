@@ -15,8 +15,8 @@ from harness.errors import UsageError, shorten
 from harness.records import codec
 
 if TYPE_CHECKING:
+    from harness.records.manifest import Manifest
     from harness.records.record import TrialRecord
-    from harness.records.store import Manifest
 
 Form = Mapping[str, Any]
 """The type of each key that is rested on, or the form of the table below it."""
@@ -36,6 +36,8 @@ PROVENANCE: Form = {
     "git": GIT,
     "worker": {"harness": str | None},
 }
+STUDY: Form = {"name": str, "title": str, "workload": {"model": str}, "protocol": {"mixed": bool}}
+"""What is asked of a study before it is read as one, or of one that a newer version has written."""
 SIDE: Form = {
     "label": str,
     "worker": str,
@@ -65,6 +67,13 @@ _REMEDY = "Restore the file, or measure again."
 def check_manifest(manifest: Manifest, where: str) -> None:
     """Raises `UsageError` for a manifest whose tables have not the form that readers rest on."""
     check_form(manifest.provenance, PROVENANCE, f"{where}, provenance")
+    check_form(manifest.study, STUDY, f"{where}, study")
+    variants = codec.from_json(tuple[dict[str, Any], ...], manifest.study.get("variants", ()), f"{where}, variants")
+    for variant in variants:
+        check_form(variant, {"name": str}, f"{where}, study, variants")
+        _check_lines(f"{where}, study, variants", {"name": variant.get("name", "")})
+    _check_lines(f"{where}, study", {key: manifest.study.get(key, "") for key in ("name", "title")})
+    _check_lines(where, {"run": manifest.run, **{f"order[{n}]": trial for n, trial in enumerate(manifest.order)}})
     own = codec.from_json(dict[str, dict[str, Any]], manifest.tokens.get("own", {}), f"{where}, tokens, own")
     for place, tokens in (("tokens", manifest.tokens), *((f"tokens, own, {name}", one) for name, one in own.items())):
         check_form(tokens, TOKENS, f"{where}, {place}")
@@ -94,6 +103,7 @@ def check_record(record: TrialRecord, where: str, held: bool = False) -> None:
         where: names its source.
         held: whether its numbers are within `LARGEST` and its tokens were checked when they were read.
     """
+    _check_lines(where, {"trial": record.trial, "name": record.name, "site": record.site})
     if not held:
         place = _place_of(record, where)
         _check_finite(place, {"started_unix_s": record.started_unix_s, "wall_time_s": record.wall_time_s})
@@ -167,6 +177,15 @@ def _require(table: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
     for key in keys:
         if key not in table:
             raise UsageError(f"{shorten(where)}: {key} is missing. {_REMEDY}")
+
+
+def _check_lines(where: str, names: Mapping[str, str]) -> None:
+    """Raises `UsageError` for a name of several lines: what reads an output line by line, as the runners of CI do,
+    would take the second for one of the program's own."""
+    for key, name in names.items():
+        if not name.isprintable() and len(f"{name}.".splitlines()) > 1:
+            raise UsageError(f"{shorten(where)}: {shorten(key, 60)} = {shorten(repr(name), 80)}: one line is expected. "
+                             f"{_REMEDY}")  # fmt: skip
 
 
 def _check_finite(where: str, numbers: Mapping[str, float]) -> None:

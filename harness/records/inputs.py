@@ -31,6 +31,10 @@ BENCHMARK_BYTES = 128 << 20
 """Of a file of pytest-benchmark, with all samples of all benchmarks in it."""
 LINE_BYTES = 256 << 20
 """Of a line of what a run writes down: the record of a trial with all of its samples, or a check."""
+MOST_BLANK_LINES = 1_000_000
+"""A run writes none; ten to each line of the largest run are an accident of whoever has copied it."""
+MOST_DAMAGED_LINES = 100_000
+"""As many as the largest run has trials; a crash spoils one."""
 
 _KEY_PART = r"""(?:(?<![\w-])[\w-]+|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rf"(?:{_KEY_PART}[ \t]*\.[ \t]*){{{codec.MOST_DEPTH}}}", re.ASCII)
@@ -87,11 +91,16 @@ def lines_of(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file that only grows, from where it stands, each with what ends it.
 
     Raises:
-        NotReadableError: one is longer than `LINE_BYTES`: nothing in it can be had, nor what comes behind it.
+        NotReadableError: one is longer than `LINE_BYTES`: nothing in it can be had, nor what comes behind it; or more
+            than `MOST_BLANK_LINES` are blank.
     """
+    blank = 0
     while line := file.readline(LINE_BYTES + 1):
         if len(line) > LINE_BYTES:
             raise NotReadableError(f"one line has more than {LINE_BYTES >> 20} MiB")
+        blank += line.isspace()
+        if blank > MOST_BLANK_LINES:
+            raise NotReadableError(f"more than {MOST_BLANK_LINES:,} of its lines are blank")
         yield line
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UsageError
 from harness.records import inputs
+from harness.records.refusals import say_unwritable
 
 
 def append(path: Path, text: str) -> None:
@@ -46,7 +49,7 @@ def lines(path: Path) -> Iterator[str]:
     not be read with something else in their place.
 
     Raises:
-        UsageError: the file is there and cannot be read: it is no plain one, or a line of it has no end.
+        UsageError: the file is there and cannot be read: it is no plain one, a line of it has no end, or it is blank.
     """
     if not inputs.is_there(path):
         return
@@ -71,6 +74,30 @@ def say_unreadable(path: Path) -> Iterator[None]:
 def refusal_of(path: Path, error: inputs.NotReadableError) -> UsageError:
     """What to say of a file that no run has written."""
     return UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it.")
+
+
+def refuse_damaged(path: Path, lines: int) -> None:
+    """Raises `UsageError` where so many lines of a file say nothing that none of our crashes has done it."""
+    if lines > inputs.MOST_DAMAGED_LINES:
+        error = inputs.NotReadableError(f"more than {inputs.MOST_DAMAGED_LINES:,} of its lines are damaged")
+        raise refusal_of(path, error)
+
+
+def check_appendable(path: Path) -> None:
+    """Refuse what is there and is no file that lines can be added to; where nothing is there, one can be made.
+
+    Raises:
+        UsageError, InvalidRunError: a link that leads nowhere, a folder, a pipe, or what may not be written.
+    """
+    if not os.path.lexists(path):
+        return
+    with say_unwritable(str(path), "Restore it, or remove it."):
+        number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                raise OSError(errno.EINVAL, "it is no plain file")
+        finally:
+            os.close(number)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ anything.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from harness.errors import UsageError
 from harness.records import inputs
+from harness.records.refusals import OF_THE_MACHINE, say_unwritable
 from harness.records.scratch import scratch_folder
 
 SUFFIX = ".lorameter.zip"
@@ -23,6 +25,9 @@ MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")
 """The files of a run that say what was measured; the first is in every run."""
 MOST_BYTES = 4 << 30
 """Of all of them together: three times the run of a hundred thousand trials."""
+UNPACKED_FREELY_BYTES = 16 << 20
+MOST_EXPANSION = 200
+"""What a run says unpacks to some twenty times its size; a zip archive can make a thousand times of what is none."""
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Others fail in ways of their own when what they read is damaged."""
 _REMEDY = "Ask for the file again, or for the run's directory."
@@ -48,16 +53,26 @@ def list_packed(folder: Path) -> list[Path]:
 def unpacked(path: Path) -> Iterator[Path]:
     """A folder with the run of a packed file, removed at the end.
 
+    Meanwhile a refusal of what is in the folder names the file in its place, which is all that the reader knows of.
+
     Raises:
         UsageError: a file that holds no run, is damaged, or holds more than a run does.
+        InvalidRunError: there is no room to unpack it.
     """
     with scratch_folder() as folder:
+        with say_unwritable(f"{path}, unpacked into {folder.parent}", "Name another folder with TMPDIR."):
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    _extract(archive, path, folder)
+            except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+                    raise
+                raise UsageError(f"{path}: cannot be unpacked: {error}. {_REMEDY}") from None
         try:
-            with zipfile.ZipFile(path) as archive:
-                _extract(archive, path, folder)
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-            raise UsageError(f"{path}: cannot be unpacked: {error}. {_REMEDY}") from None
-        yield folder
+            yield folder
+        except UsageError as error:
+            said = str(error).replace(f"{folder}{os.sep}", f"{path}: ")
+            raise UsageError(said if path.name in said else f"{path}: {said}") from None
 
 
 def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
@@ -72,6 +87,12 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
             raise UsageError(f"{path}: {name} is compressed as no packed run is. {_REMEDY}")
         if held[name].file_size > left:  # reading stops at the size that is told, whatever follows
             raise UsageError(f"{path}: it holds more than the {MOST_BYTES >> 30} GiB that are read. {_REMEDY}")
+        packed_bytes = min(held[name].compress_size, path.stat().st_size)
+        if held[name].file_size > max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * packed_bytes):
+            raise UsageError(
+                f"{path}: {name} unpacks from {packed_bytes:,} bytes to {held[name].file_size:,}, over "
+                f"{MOST_EXPANSION} times as many: no run is that empty. {_REMEDY}"
+            )
         left -= held[name].file_size
         with archive.open(held[name]) as source, (folder / name).open("wb") as target:
             shutil.copyfileobj(source, target)

@@ -10,8 +10,9 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from harness.errors import InvalidRunError
+from harness.errors import InvalidRunError, UsageError
 
 _SPACE = "Free space there"
 REMEDIES = {
@@ -83,6 +84,39 @@ def is_out_of_memory(error: BaseException) -> bool:
 def says_out_of_memory(text: str) -> bool:
     """Whether the last words of a program say so."""
     return any(words in text for words in _OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Meanwhile a refusal to a library names the file that it was writing, which libraries do not."""
+    try:
+        yield
+    except Exception as error:
+        unnamed = {words_of(OSError(number, os.strerror(number))): number for number in OF_THE_MACHINE}
+        number = unnamed.get(refusal_in(error) or "")
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextlib.contextmanager
+def say_unwritable(where: str, remedy: str, *, done: str = "written") -> Iterator[None]:
+    """Meanwhile a refusal to write what a user has named is an `InvalidRunError` where the machine refuses it, as on a
+    full disk, else a `UsageError`.
+
+    Args:
+        where: the option or the variable, and what it names.
+        remedy: a sentence: what to name in its place.
+        done: what could not be done to it.
+    """
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        if number in OF_THE_MACHINE:
+            said = words_of(OSError(number, os.strerror(number)))
+            raise InvalidRunError(f"{where}: {said}, or {remedy[0].lower()}{remedy[1:]}") from None
+        raise UsageError(f"{where}: cannot be {done}: {error.strerror or error}. {remedy}") from None
 
 
 @contextlib.contextmanager

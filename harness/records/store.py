@@ -17,85 +17,35 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import UsageError
 from harness.records import codec, inputs, journal
 from harness.records.document import write_document, write_whole
 from harness.records.evidence import EvidenceFile, LostEvidenceError
-from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
-from harness.records.newer import Left, Newer, read_known
+from harness.records.manifest import MANIFEST as MANIFEST
+from harness.records.manifest import Manifest as Manifest
+from harness.records.manifest import Resumption as Resumption
+from harness.records.manifest import RunStatus as RunStatus
+from harness.records.manifest import SiteFacts as SiteFacts
+from harness.records.manifest import read_known_manifest
+from harness.records.manifest import read_manifest as read_manifest
+from harness.records.newer import Left, Newer
 from harness.records.packed import is_packed, unpacked
-from harness.records.preparation import BaseSummary
-from harness.records.record import SCHEMA, Notice, TrialRecord, is_newer, require_readable
-from harness.records.refusals import OF_THE_MACHINE, say_refused, words_of
+from harness.records.record import Notice, TrialRecord, is_newer
+from harness.records.refusals import say_refused, say_unwritable
 from harness.records.spending import Spending
 from harness.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
 from harness.records.units import format_count
 
-RunStatus = Literal["running", "complete", "interrupted", "failed"]
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
 """How a run stands: its status, unless its process has ended without a word."""
 ENV_RUNS = "LORAMETER_RUNS"
 TRIALS = "trials.jsonl"
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resumption:
-    """One time that a run which had broken off was gone on with."""
-
-    unix_s: float
-    harness: str | None
-    """Version and content of the harness that went on (`provenance.harness_identity`)."""
-    commit: str | None
-    """That of the repository one stood in."""
-    max_minutes: float | None = None
-    """The limit of time from then on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What must be known to read the records of a run and to repeat it."""
-
-    schema: int = SCHEMA
-    run: str
-    study: dict[str, Any]
-    phases: tuple[str, ...]
-    sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)  # that may be unlike: each is judged by itself
-    selection: tuple[str, ...] = ()
-    """Names of the variants that are measured; empty for all of the study."""
-    own_workloads: dict[str, Any] = field(default_factory=dict)
-    """What variants are measured on that are not measured on the study's workload, by name."""
-    interleaving: str
-    why: str = ""
-    """Why this level of interleaving."""
-    order: tuple[str, ...]
-    """Trial ids in the order of the plan; those of replicates that turned out needless are taken off at the end."""
-    seed: int
-    created_unix_s: float
-    provenance: dict[str, Any]
-    fingerprint: str
-    """Hash of the provenance fields that must agree for two runs to be compared."""
-    tokens: dict[str, Any] = field(default_factory=dict)
-    bases: tuple[BaseSummary, ...] = field(default=(), metadata=codec.LATER)
-    """What the trials stand on, prepared once; of each time that the run was gone on with."""
-    notices: tuple[Notice, ...] = ()
-    """What was known of the study before it ran."""
-    sides: dict[str, Any] = field(default_factory=dict)
-    """For an A/B: what stands on either side, and with which versions."""
-    policy: dict[str, Any] = field(default_factory=dict, metadata=codec.LATER)
-    """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
-    stopped: str | None = None
-    """Why the run ended before the replicates of its plan were used up."""
-    resumed: tuple[Resumption, ...] = ()
-    spending: Spending | None = field(default=None, metadata=codec.LATER)  # of the time of its last invocation
-    status: RunStatus = "running"
-    """"running" also says a manifest whose process was killed; see `Run.live`."""
 
 
 def runs_dir(given: str | None, *, make: bool = False) -> Path:
@@ -104,16 +54,10 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
     path = Path(named or Path(".lorameter") / "runs")
     if not make and (inputs.is_folder(path) or not inputs.is_there(path)):
         return path
-    try:
+    with say_unwritable(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
         path.mkdir(parents=True, exist_ok=True)
         if not named:
             _hide_from_git(path.parent)
-    except OSError as error:
-        if error.errno in OF_THE_MACHINE:
-            said = words_of(error)
-            raise InvalidRunError(f"runs directory {path}: {said}, or give another with --runs-dir.") from None
-        said = f"cannot be made: {error.strerror}"
-        raise UsageError(f"runs directory {path}: {said}. Give another with --runs-dir.") from None
     return path
 
 
@@ -136,15 +80,16 @@ class RunWriter:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.path = folder / manifest.run
-        self._manifest = manifest
-        with self._refusals():
+        self._manifest, self._begun = manifest, False
+        with self.refusals():
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._evidence = EvidenceFile(self.path)
         self._write_manifest()
+        self._begun = True
 
     def append(self, record: TrialRecord) -> None:
         """Write one record, its new evidence before it, and wait until the disk has it."""
-        with self._refusals():
+        with self.refusals():
             journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
     def finish(
@@ -154,29 +99,38 @@ class RunWriter:
         stopped: str | None = None,
         measured: Sequence[str] | None = None,
         notices: Sequence[Notice] = (),
+        came: Mapping[str, SiteFacts] | None = None,
         spending: Spending | None = None,
     ) -> None:
-        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap, and
-        `notices` what came up on the way."""
-        order = self._manifest.order if measured is None else tuple(measured)
-        told, spent = (*self._manifest.notices, *notices), spending or self._manifest.spending
-        ended = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order)
-        self._manifest = dataclasses.replace(ended, notices=told, spending=spent)
+        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap,
+        `notices` what came up on the way, `came` sites that joined it, and `spending` what its time went to."""
+        self._manifest = dataclasses.replace(
+            self._manifest,
+            status=status,
+            stopped=stopped,
+            order=self._manifest.order if measured is None else tuple(measured),
+            notices=(*self._manifest.notices, *notices),
+            site_facts={**self._manifest.site_facts, **(came or {})},
+            spending=spending or self._manifest.spending,
+        )
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        with self._refusals():
+        with self.refusals():
             write_document(self.path / MANIFEST, self._manifest)
 
-    def _refusals(self) -> contextlib.AbstractContextManager[None]:
-        return say_refused(lambda: refusal_of(self.path))
+    def refusals(self) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile what the system refuses is an `InvalidRunError` that says what it means to this run."""
+        return say_refused(lambda: refusal_of(self.path, begun=self._begun))
 
 
-def refusal_of(path: Path) -> tuple[str, str]:
-    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone."""
-    if not (path / MANIFEST).is_file():
+def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
+    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone; `begun`:
+    whether its manifest was there."""
+    there = (path / MANIFEST).is_file()
+    if not there and not begun:
         return f"run {path.name} could not begin", ""
-    said = f"run {path.name} ended before its time, and what it had measured is kept"
+    said = f"run {path.name} ended before its time, and what it had measured is {'kept' if there else 'gone'}"
     return said, f"go on with: lorameter run --resume {path.name}"
 
 
@@ -233,7 +187,7 @@ def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     left: Left = {}
-    manifest = _read_manifest(path, left, newer=newer)
+    manifest = read_known_manifest(path, left, newer=newer)
     lines = TrialLines(EvidenceFile(path), source, f"{name}, {TRIALS}", newer=newer)
     records, cut_short, without_evidence, unread = [], 0, 0, list[str]()
     with nothing_collected():
@@ -314,37 +268,7 @@ def refusal_while_live(path: Path) -> str:
     )
 
 
-def read_manifest(path: Path, *, newer: bool = False) -> Manifest:
-    """The manifest of a run directory; `newer`: whether one of a newer schema is read as far as it is known. Raises
-    `UsageError` for one that is damaged or of another schema."""
-    return _read_manifest(path, {}, newer=newer)
-
-
-def _read_manifest(path: Path, left: Left, *, newer: bool) -> Manifest:
-    source = path / "manifest.json"
-    try:
-        data = inputs.read_json(source, inputs.MANIFEST_BYTES)
-        schema = require_readable(data, source, newer=newer)
-        codec.dumps(data).encode()  # what could not be written again would only fail later
-    except (inputs.NotReadableError, codec.NotJsonError, UnicodeError) as error:
-        raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
-    data = _lift_workloads(data)
-    known = is_newer(schema)
-    manifest = read_known(Manifest, data, source.name, left) if known else codec.from_json(Manifest, data, source.name)
-    check_manifest(manifest, source.name)
-    return manifest
-
-
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
     found = folder.glob("*") if inputs.is_folder(folder) else ()
     return sorted(path for path in found if os.path.lexists(path / "manifest.json"))
-
-
-def _lift_workloads(manifest: Any) -> Any:
-    """Up to schema 4 the workloads of variants' own stood in the study."""
-    study = manifest.get("study")
-    if not isinstance(study, dict) or "own_workloads" not in study:
-        return manifest
-    own = {"own_workloads": study["own_workloads"]}
-    return {**own, **manifest, "study": {key: value for key, value in study.items() if key not in own}}

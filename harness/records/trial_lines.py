@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from harness.errors import UsageError
-from harness.records import codec
+from harness.records import codec, journal
 from harness.records.evidence import EvidenceFile
 from harness.records.forms import check_evidence, check_finding, check_record, check_tokens
 from harness.records.mirror import Reader
@@ -62,6 +62,7 @@ class TrialLines:
         """The newest schema that was met."""
         self.left: Left = {}
         """What lines of a newer one say that is not known."""
+        self._damaged = 0
         self._head = msgspec.json.Decoder(_Head)
         parts = {"tokens": check_tokens, "checks": check_finding}
         self._plain, self._written = (
@@ -76,8 +77,17 @@ class TrialLines:
             codec.NotJsonError: the line was cut short, or is no record but what is left of one.
             LostEvidenceError: what its checks name is not in checks.jsonl.
             UnreadError: it is of a newer schema and does not fit this one.
-            UsageError: a record of a schema that is not read, or one that does not keep to its schema.
+            UsageError: a record of a schema that is not read, or one that does not keep to its schema; or too many
+                lines were damaged.
         """
+        try:
+            return self._read(line)
+        except (codec.NotJsonError, UnreadError):
+            self._damaged += 1
+            journal.refuse_damaged(self._source.with_name("trials.jsonl"), self._damaged)
+            raise
+
+    def _read(self, line: str) -> TrialRecord:
         schema = self._schema_of(line)
         self.newest = max(self.newest, schema)
         if schema < FIRST_WITH_HASHES:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from harness.profile.finding import Finding
 from harness.records.metrics import METRICS
-from harness.records.units import format_value
+from harness.records.units import format_bytes, format_value
 from harness.report.table import Cell, Head, Table, say_each, write_bytes, write_row
 
 
@@ -36,9 +36,9 @@ def _cost(finding: Finding) -> Cell:
     if finding.cost_s is None or finding.cost_share is None:
         return write_bytes(finding.cost_bytes or 0)
     of = "" if finding.metric == "step_time_s" else f" of {METRICS[finding.metric].title}"
-    return Cell(
-        text=f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}", value=finding.cost_s, unit="s"
-    )
+    said = f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}"
+    held = "" if finding.cost_bytes is None else f"\n{format_bytes(finding.cost_bytes)}"
+    return Cell(text=said + held, value=finding.cost_s, unit="s")
 
 
 def _remedy(finding: Finding) -> Cell:

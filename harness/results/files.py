@@ -9,12 +9,14 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from harness.errors import UsageError
 from harness.records import codec
+from harness.records.outputs import replacing
+from harness.records.refusals import say_unwritable
 from harness.records.store import Run
 from harness.results.columns import TABLES, TableName, Values, names_of
 from harness.results.exchange import encode_action, encode_bencher, mllog_lines
@@ -57,28 +59,30 @@ def write_tables(run: Run, form: str, output: Path, table: TableName | None = No
     """Write one table to a file, or without a name all of them into a folder; the files.
 
     Raises:
-        UsageError: the place cannot be written.
+        UsageError, InvalidRunError: the place cannot be written; all files that were there are there.
     """
     rows = rows_of(run)
     names: Sequence[TableName] = get_args(TableName) if table is None else (table,)
-    with _refusals(output):
+    with _refusals(output), contextlib.ExitStack() as drafts:
         (output if table is None else output.parent).mkdir(parents=True, exist_ok=True)
         targets = {name: output / f"{name}.{form}" if table is None else output for name in names}
         for name, target in targets.items():
+            draft = drafts.enter_context(replacing(target))
             if form == "csv":
-                target.write_text(csv_of(name, rows[name]), encoding="utf-8", errors="replace", newline="")
+                draft.write_text(csv_of(name, rows[name]), encoding="utf-8", errors="replace", newline="")
             else:
                 from harness.results.frames import frame_of
 
-                frame_of(name, rows[name]).to_parquet(target, index=False)
+                frame_of(name, rows[name]).to_parquet(draft, index=False)
     return list(targets.values())
 
 
 def write_text(text: str, output: Path) -> list[Path]:
-    """Write a document to a file. Raises `UsageError` where the place cannot be written."""
+    """Write a document to a file. Raises `UsageError` or `InvalidRunError` where the place cannot be written."""
     with _refusals(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8", errors="replace")
+        with replacing(output) as draft:
+            draft.write_text(text, encoding="utf-8", errors="replace")
     return [output]
 
 
@@ -103,11 +107,5 @@ def _json(document: Any) -> str:
     return json.dumps(document, allow_nan=False) + "\n"
 
 
-@contextlib.contextmanager
-def _refusals(output: Path) -> Iterator[None]:
-    """Meanwhile what the disk refuses is a `UsageError` that names the place."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise UsageError(f"--output {output}: cannot be written: {why}. Give another place.") from None
+def _refusals(output: Path) -> contextlib.AbstractContextManager[None]:
+    return say_unwritable(f"--output {output}", "Give another place.")

@@ -10,7 +10,6 @@ model or data was named by a path is thus no more comparable to one that has tha
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import os
 import re
@@ -23,8 +22,10 @@ from harness.errors import UsageError
 from harness.records import codec, inputs, journal, store
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
+from harness.records.outputs import replacing
 from harness.records.packed import SUFFIX, is_packed, write_packed
 from harness.records.record import TrialRecord
+from harness.records.refusals import say_unwritable
 from harness.records.scratch import scratch_folder
 from harness.records.store import MANIFEST, TRIALS, Manifest
 from harness.records.trial_lines import TrialLines, line_of
@@ -56,7 +57,7 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
         include: what else goes in.
 
     Raises:
-        UsageError: no such run, one that is being measured, or a place that cannot be written.
+        UsageError, InvalidRunError: no such run, one that is being measured, or a place that cannot be written.
     """
     path = Path(name) if inputs.is_file(Path(name) / MANIFEST) else runs / name
     if is_packed(Path(name)) or is_packed(path):
@@ -67,19 +68,14 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
     if store.is_live(path, manifest):
         raise UsageError(f"run {manifest.run}: it is being measured. Wait for its end, and pack it then.")
     target = output or Path(f"{manifest.run}{SUFFIX}")
+    if os.path.lexists(target):
+        raise UsageError(f"{target}: there is a file of that name. Remove it, or give another --output.")
     clean = _cleaner(path, include)
     with scratch_folder() as folder:
         _write_manifest(folder, manifest, clean, texts="texts" in include)
         _write_records(folder, path, manifest, clean, texts="texts" in include)
-        try:
-            write_packed(target, folder)
-        except FileExistsError:
-            raise UsageError(f"{target}: there is a file of that name. Remove it, or give another --output.") from None
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                target.unlink()
-            why = error.strerror or str(error)
-            raise UsageError(f"{target}: cannot be written: {why}. Give another --output.") from None
+        with say_unwritable(str(target), "Give another --output."), replacing(target) as draft:
+            write_packed(draft, folder)
     return target
 
 
@@ -89,7 +85,10 @@ def _write_manifest(folder: Path, manifest: Manifest, clean: Callable[[Any], Any
         for tokens in (data["tokens"], *data["tokens"].get("own", {}).values()):
             if "examples" in tokens:
                 tokens["examples"] = []
-    write_document(folder / MANIFEST, clean(data))
+    cleaned = clean(data)
+    if "site_facts" in cleaned:  # by names, which records have as well
+        cleaned["site_facts"] = {clean(site): told for site, told in cleaned["site_facts"].items()}
+    write_document(folder / MANIFEST, cleaned)
 
 
 def _write_records(folder: Path, path: Path, manifest: Manifest, clean: Callable[[Any], Any], *, texts: bool) -> None:
@@ -141,7 +140,8 @@ def _without_hosts() -> Callable[[str], str]:
     words = dict.fromkeys(hosts, "host") | {_user(): "user"}
     words = {name: word for name, word in words.items() if len(name) > 2 and name not in ("localhost", "root")}
     longest_first = sorted(words, key=len, reverse=True)
-    known = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}(?![\w-])" for name in longest_first))
+    ends = r"(?:(?=-card-\d)|(?![\w-]))"  # a site is a card of a host
+    known = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}{ends}" for name in longest_first))
 
     def replace(text: str) -> str:
         if text in words or _ADDRESS.fullmatch(text):  # a word of ours that a machine happens to be called by

@@ -3,6 +3,9 @@
 A base that cannot be prepared is no end of the run: its trials make theirs themselves, which takes longer and says in
 their records what is wrong. In an A/B the two sides then do so alike, or one would be measured on mapped weights and
 the other on its own.
+
+Then the disk is tidied where bases lie, while those of this run are held: what no run has asked for in a month goes,
+and what was used longest ago where all together are too large.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from harness.errors import UsageError
+from harness.models.bases import prune
 from harness.records.preparation import BaseSummary
 from harness.records.record import Notice
 from harness.records.units import format_duration
@@ -58,6 +62,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, wa
             made[arm, key] = executors[arm].prepare_base(request)
         except WorkerLostError as lost:
             notices[key] = _notice(slot, lost)
+    prune()
     return Bases(
         folders={place: summary.path for place, summary in made.items() if place[1] not in notices},
         summaries=tuple(made.values()),

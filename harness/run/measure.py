@@ -20,12 +20,13 @@ from harness.errors import InvalidRunError
 from harness.machine import provenance
 from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
+from harness.records.beside import append as append_beside
 from harness.records.metrics import PHASES
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.scratch import leaving_nothing
-from harness.records.store import Manifest, Run, RunWriter
+from harness.records.store import Manifest, Run, RunWriter, SiteFacts
 from harness.run.budget import Budget, TooShortError
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
@@ -39,8 +40,9 @@ from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
+from harness.run.sites.beside import measure_beside
 from harness.run.sites.joining import Joining, prepare_late
-from harness.run.sites.local import check_all, open_station
+from harness.run.sites.local import LocalStation, check_all, open_station
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.spread import Station, run_spread
 from harness.run.sites.together import prepare_all
@@ -50,6 +52,7 @@ from harness.run.stops import Stops
 from harness.run.written import WrittenSide, write_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
+from harness.verdicts.beside import neighbour_notices
 
 
 def plan_study(
@@ -140,6 +143,7 @@ def measure(
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
     venue: Venue | None = None,
+    rounds_beside: int = 0,
     check_facts: Callable[[Mapping[str, Facts]], object] = lambda facts: None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
@@ -153,6 +157,7 @@ def measure(
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
         venue: on which sites: each of this machine has all arms, and others have arms of their own.
+        rounds_beside: how often, before its trials, it is measured what the sites of this machine cost each other.
         check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
@@ -186,7 +191,7 @@ def measure(
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
         joining: Joining | None = None
-        lost: list[Notice] = []
+        lost, came = list[Notice](), dict[str, Facts]()
         with stops.interruptible():
             if remote:
                 written, folder = write_plan(rest, plan, _written(arms)), runs / run_id
@@ -195,7 +200,12 @@ def measure(
                 if venue.arrivals is not None:
                     mixed = study.protocol.mixed
                     late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder, mixed=mixed)
-                    joining = Joining(venue.arrivals, remote, lambda station: late(station, left_s=budget.left_s))
+
+                    def join(station: RemoteStation) -> None:
+                        late(station, left_s=budget.left_s)
+                        came[station.name] = station.facts
+
+                    joining = Joining(venue.arrivals, remote, join)
                 there, site = ready.sides or {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
@@ -208,6 +218,8 @@ def measure(
                     rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
                 )
                 there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            present: list[RemoteStation | LocalStation] = [*remote, *local]
+            found = {station.name: station.facts for station in present}
             check_facts(there)
             budget.cold_s = ready.cold_s
         stations: list[Station] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
@@ -221,12 +233,14 @@ def measure(
         place = next(iter(there.values()))
         facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
         declared = sorted({name for arm in arms for name in arm.declared})
+        describe = partial(_facts_of_sites, facts, declared)
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
             manifest = dataclasses.replace(
                 manifest,
                 bases=(*manifest.bases, *ready.bases),
                 notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
+                site_facts={**manifest.site_facts, **describe(found)},
             )
         else:
             manifest = Manifest(
@@ -248,9 +262,15 @@ def measure(
                 notices=notices,
                 sides=_sides(arms, ready.hellos, there),
                 policy=dict(policy or {}),
+                site_facts=describe(found),
             )
         writer = RunWriter(runs, manifest)
+        stack.enter_context(writer.refusals())
         try:
+            if rounds_beside and len(local) > 1 and earlier is None:
+                with stops.interruptible():
+                    measure_beside(plan, stations, partial(append_beside, writer.path), rounds_beside)
+                lost += neighbour_notices(writer.path)
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
             if venue.is_spread or site is None:
                 run = partial(run_spread, plan, stations, joining=joining)
@@ -268,7 +288,14 @@ def measure(
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
         told = (*lost, *measured.notices)
         spending = None if site is None or venue.is_spread else budget.spending()
-        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=told, spending=spending)
+        writer.finish(
+            _status(measured),
+            stopped=stopped,
+            measured=trials,
+            notices=told,
+            came=describe(came),
+            spending=spending,
+        )
     return store.read_run(str(writer.path), runs)
 
 
@@ -309,6 +336,19 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str,
         | {"facts": facts[arm.name].host}
         for arm in arms
         if arm.side and arm.name == arm.side
+    }
+
+
+def _facts_of_sites(
+    provenance_of_run: Mapping[str, Any], declared: Sequence[str], sites: Mapping[str, Facts]
+) -> dict[str, SiteFacts]:
+    """What the manifest says of each site."""
+    return {
+        name: SiteFacts(
+            machine=codec.to_json(facts.machine),
+            fingerprint=provenance.fingerprint({**provenance_of_run, **provenance.place_of(facts)}, without=declared),
+        )
+        for name, facts in sites.items()
     }
 
 

@@ -19,7 +19,8 @@ from harness.machine import provenance
 from harness.machine.kinds import OF_A_KIND
 from harness.machine.provenance import Facts
 from harness.machine.repository import git_state
-from harness.records import codec, store
+from harness.records import codec, journal, store
+from harness.records.evidence import CHECKS
 from harness.records.packed import is_packed
 from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
@@ -65,7 +66,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         study: name of the study that the user believes it to be of; None to believe the run.
 
     Raises:
-        UsageError: no such run, one of another study, or one that cannot be gone on with.
+        UsageError, InvalidRunError: no such run, one of another study, or one that cannot be gone on with.
     """
     run = store.read_run(name, runs)
     manifest = run.manifest
@@ -90,6 +91,8 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Go on where it was measured.")
     if run.path.resolve().name != manifest.run:
         raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
+    for name in (store.TRIALS, CHECKS):
+        journal.check_appendable(run.path / name)
     return run
 
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 
 from harness.errors import UsageError
-from harness.machine.nvml import card_names
+from harness.machine.cards import visible_cards
 from harness.machine.provenance import Machine, library_version
-from harness.machine.visible import visible_devices
+from harness.machine.visible import VARIABLE, visible_devices
 from harness.records.record import Notice
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -32,11 +32,14 @@ def processes_on_device(workload: Workload, device: str) -> int:
     return (1 if device == "cuda" else workload.ranks) + workload.scaling
 
 
-def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine) -> None:
-    """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy."""
+def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool = True) -> None:
+    """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy.
+
+    `here`: whether they are started on this machine, by this process; else whoever starts them counts the cards.
+    """
     if workload.ranks == 1:
         return
-    if machine.device == "cuda":
+    if machine.device == "cuda" and here:
         _check_cards(where, workload)
     sharded, torch = workload.strategy == "fsdp2", library_version("torch")
     refused = (
@@ -91,11 +94,23 @@ def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
 
 
 def _check_cards(where: str, workload: Workload) -> None:
-    visible = visible_devices(os.environ)
-    names = card_names().value
-    cards = len(visible) if visible is not None else None if names is None else len(names)
-    if cards is not None and cards < workload.ranks:
+    """The ranks take the first of the cards that are visible, one each (`harness.trial.ranks.trial`)."""
+    known, listed = visible_cards().value, visible_devices(os.environ)
+    ranks = workload.ranks
+    if known is None and listed is None:
+        return
+    cards = len(listed or ()) if known is None else len(known)
+    if cards < ranks:
         raise UsageError(
-            f"{where}: ranks = {workload.ranks}: {cards} card{'s are' if cards != 1 else ' is'} to be had here, and "
-            "ranks that share one measure each other. Use fewer ranks, or make more cards visible."
+            f"{where}: ranks = {ranks}: {cards} card{'s are' if cards != 1 else ' is'} to be had here, and ranks that "
+            "share one measure each other. Use fewer ranks, or make more cards visible."
         )
+    entries: dict[str, list[str]] = {}
+    for card in (known or ())[:ranks]:
+        entries.setdefault(card.board.value or str(card.entry), []).append(str(card.entry))
+    for shared in entries.values():
+        if len(shared) > 1:
+            raise UsageError(
+                f"{where}: ranks = {ranks}: {' and '.join(shared)} are parts of one card, and ranks that share one "
+                f"measure each other. Use fewer ranks, or let {VARIABLE} begin with parts of different cards."
+            )

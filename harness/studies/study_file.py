@@ -30,7 +30,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UsageError, impossible
+from harness.errors import UsageError, impossible, redact
 from harness.records import codec, inputs
 from harness.studies.claim import Claim, check_limits
 from harness.studies.engine import Engine
@@ -229,12 +229,13 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     variants = variants_of(where, data, rows)
     data = _of_scripts(data) if variants and variants[0].command else _of_ranks(data)
     reference = data.get("reference", variants[0].name if variants else "")
-    fields: dict[str, Any] = {"title": data.get("title", path.stem), "reference": reference}
+    fields: dict[str, Any] = {"title": path.stem, "reference": reference}
     for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
         if key in data:
             if not isinstance(data[key], kind):
                 raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Mend the value.")
             fields[key] = data[key]
+    fields["title"] = redact(" ".join(fields["title"].split()))  # one line, as it heads every report
     try:
         workload = codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]")
         study = Study(
@@ -244,7 +245,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
             protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]"),
             variants=variants,
             claims=tuple(_claims(where, data.get("claim", []))),
-            notes=codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes"),
+            notes=tuple(map(redact, codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes"))),
             engine=codec.from_json(Engine, data["engine"], f"{where}, [engine]") if "engine" in data else None,
             **fields,
         )
@@ -278,4 +279,5 @@ def _claim(where: str, written: Any) -> Claim:
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, Mapping):
             check_limits(part, where)
-    return codec.from_json(Claim, written, where)
+    claim = codec.from_json(Claim, written, where)
+    return dataclasses.replace(claim, says=redact(claim.says), original=redact(claim.original))

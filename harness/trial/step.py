@@ -45,8 +45,8 @@ class TrainStep:
 
     def __call__(self) -> torch.Tensor:
         """Forward and backward over the accumulated batches, clip, step, schedule."""
-        total = torch.zeros((), device=self._device)
-        for _ in range(self._accumulate):
+        total = self.backward(self.loss(self.take())).float()
+        for _ in range(1, self._accumulate):
             total += self.backward(self.loss(self.take()))
         self.update()
         return total
@@ -57,7 +57,7 @@ class TrainStep:
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Add a batch's gradients to those of the step; returns its part of the step's loss."""
-        part = loss / self._accumulate
+        part = loss if self._accumulate == 1 else loss / self._accumulate
         part.backward()
         return part.detach()
 

@@ -23,6 +23,7 @@ from harness.records.units import format_count
 from harness.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from harness.stats.comparison import effect_of
 from harness.studies.variant import Variant
+from harness.verdicts.beside import cost_of_neighbours
 from harness.verdicts.judging import TOLERANCE
 from harness.verdicts.series import Pairs, Series, compare_series, pairs_of, series_of
 
@@ -90,6 +91,8 @@ class Calibration:
     sd_high: float
     rates: tuple[Rates, ...]
     prices: tuple[Price, ...]
+    neighbours: Comparison | None = None
+    """A step while the other sites of the machine measured over one alone; None where there was one site."""
 
 
 def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration:
@@ -125,6 +128,7 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
         sd_high=sd_high,
         rates=tuple(_rates(same, other, size) for size in GATE_SIZES if size < both),
         prices=tuple(_price(effect, (sd_low, sd, sd_high), seconds) for effect in EFFECTS),
+        neighbours=cost_of_neighbours(run.path),
     )
 
 

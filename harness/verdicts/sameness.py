@@ -51,9 +51,18 @@ class Sides:
     pairs: tuple[tuple[TrialRecord, TrialRecord], ...]
 
     @property
+    def begins(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Each side with which of its steps is the first that the other shows as well: a loop that nobody announces is
+        seen from its second step on (`harness.attach.optimizer`)."""
+        late = [bool(self.pairs) and self.pairs[0][side].tokens.get("source") == "optimizer" for side in (0, 1)]
+        return (0, int(late[1] and not late[0])), (1, int(late[0] and not late[1]))
+
+    @property
     def tokens(self) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]] | None:
         """Real tokens of each step, by trial, of both; None where they were not seen."""
-        found = tuple(tuple(real_tokens_of_steps(pair[side]) for pair in self.pairs) for side in (0, 1))
+        found = tuple(
+            tuple(real_tokens_of_steps(pair[side])[begin:] for pair in self.pairs) for side, begin in self.begins
+        )
         return None if not self.pairs or not all(all(side) for side in found) else (found[0], found[1])
 
     @property
@@ -115,7 +124,7 @@ def compare_losses(sides: Sides) -> Losses:
     """Whether two scripts have the same losses on the same tokens."""
     if sides.same_tokens is False:
         return Losses(found="unknown", reason="they see different tokens, so their losses have nothing in common")
-    base, candidate = ([_losses(pair[side]) for pair in sides.pairs] for side in (0, 1))
+    base, candidate = ([_losses(pair[side])[begin:] for pair in sides.pairs] for side, begin in sides.begins)
     if not base or not all(base) or not all(candidate):
         return Losses(found="unknown", reason="no trial of both in which every loss was seen")
     steps = min(map(len, (*base, *candidate)))
@@ -126,8 +135,9 @@ def compare_losses(sides: Sides) -> Losses:
         )
     except ValueError as error:
         return Losses(found="unknown", reason=f"they have no ratio: {error}")
+    which = "first step that both show" if any(begin for _, begin in sides.begins) else "first step"
     said = (
-        f"{base[0][0]:.4g} in {sides.names[0]} and {candidate[0][0]:.4g} in {sides.names[1]} in the first step, and "
+        f"{base[0][0]:.4g} in {sides.names[0]} and {candidate[0][0]:.4g} in {sides.names[1]} in the {which}, and "
         f"over {steps} steps {format_ratio(trend.ratio, trend.low, trend.high)} of the first"
     )
     unknown = "" if sides.same_tokens else "; whether both see the same tokens is not known"
@@ -194,16 +204,19 @@ def _tokens(name: str, sides: Sides) -> Iterator[Notice]:
 
 
 def _batches(sides: Sides) -> list[str]:
-    """Sequences and passes of a step, of both, in words; nothing where they were not seen."""
-    said = []
+    """Sequences and passes of a step, of both, in words; without passes where one does not tell them, and nothing where
+    sequences were not seen."""
+    counts, every = [], []
     for side in zip(*sides.pairs, strict=True):
         record = side[0]
         steps, sequences = len(record.samples.get("step_time_s", ())), record.samples.get("turn_sequences")
         if not sequences or not steps:
             return []
-        passes = record.values.get("accumulation")
-        said.append(f"{sum(sequences) / steps:g} sequences in {'unknown' if passes is None else f'{passes:g}'} passes")
-    return said
+        counts.append(sum(sequences) / steps)
+        every.append(record.values.get("accumulation"))
+    known = None not in every
+    passes = [f" in {count:g} passes" if known else "" for count in every]
+    return [f"{count:g} sequences{words}" for count, words in zip(counts, passes, strict=True)]
 
 
 def _parameters(name: str, sides: Sides) -> Iterator[Notice]:

@@ -90,13 +90,15 @@ class Series:
     def estimate(self, metric: str) -> Estimate | QuantileEstimate | None:
         """The metric's estimate over replicates; None where nothing was measured.
 
-        A cold start is one value a process, of no known shape: its median, with the interval of its order statistics.
+        Where these were measured on several sites its interval is over the sites, which differ by more than what
+        replicates of one scatter by. A cold start is one value a process, of no known shape: its median, with the
+        interval of its order statistics.
         """
-        trials = self.trials(metric)
+        trials, sites = self.trials(metric), [record.site for record in self.measuring(metric)]
         with _named(self.name, metric):
             if trials and METRICS[metric].phase == "cold":
                 return median_interval([sample for trial in trials for sample in trial])
-            return estimate_trials(trials) if trials else None
+            return estimate_trials(trials, blocks=sites) if trials else None
 
     def percentile(self, metric: str, q: float) -> QuantileEstimate | None:
         """The quantile `q` of a metric's samples, if their effective number supports it; None without samples."""

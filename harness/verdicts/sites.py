@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from harness.records.metrics import PRIMARY, samples_of
 from harness.records.record import Notice, TrialRecord
@@ -21,18 +22,55 @@ UNLIKE = 0.10
 def site_effects(records: Sequence[TrialRecord]) -> dict[str, float]:
     """By how much each site is slower than the mean of all, as a share: of the mean over variants of the logarithms of
     their median step times on it. Variants that were not measured on every site say nothing of them."""
-    times: dict[str, dict[tuple[str, str, str], list[float]]] = {}
+    times = _times(records)
+    logs = {
+        site: statistics.fmean(statistics.fmean(of_one.values()) for of_one in variants.values())
+        for site, variants in times.items()
+    }
+    if len(logs) < 2:
+        return {}
+    centre = statistics.fmean(logs.values())
+    return {site: math.expm1(log - centre) for site, log in sorted(logs.items())}
+
+
+def site_spread(records: Sequence[TrialRecord]) -> tuple[float, bool]:
+    """The standard deviation of the sites' step times, as a share, and whether it is theirs alone: what their means
+    differ by for the scatter of replicates is taken off where a site has several, from which that is known."""
+    times = _times(records)
+    seen = statistics.variance(math.log1p(effect) for effect in site_effects(records).values())
+    replicates = [_by_replicate(variants) for variants in times.values()]
+    several = [values for values in replicates if len(values) > 1]
+    if not several:
+        return math.sqrt(seen), False
+    free = sum(len(values) - 1 for values in several)
+    within = sum((len(values) - 1) * statistics.variance(values) for values in several) / free
+    by_chance = within * statistics.fmean(1 / max(1, len(values)) for values in replicates)
+    return math.sqrt(max(0.0, seen - by_chance)), True
+
+
+_Times = dict[str, dict[tuple[str, str, str], dict[int, float]]]
+"""Logarithms of median step times, by site, variant and replicate."""
+
+
+def _times(records: Sequence[TrialRecord]) -> _Times:
+    """Of the variants that every site has; empty where there are none."""
+    times: _Times = {}
     for record in records:
         steps = samples_of(record, PRIMARY["train"]) if record.status == "ok" and record.site else ()
         if steps:
+            variants = times.setdefault(record.site, {})
             key = (record.name, record.role, record.side)
-            times.setdefault(record.site, {}).setdefault(key, []).append(math.log(statistics.median(steps)))
-    common = set.intersection(*(set(of_one) for of_one in times.values())) if times else set()
-    if len(times) < 2 or not common:
+            variants.setdefault(key, {})[record.replicate] = math.log(statistics.median(steps))
+    common = set[Any].intersection(*(set(variants) for variants in times.values())) if times else set()
+    if not common:
         return {}
-    logs = {site: statistics.fmean(statistics.fmean(of_one[key]) for key in common) for site, of_one in times.items()}
-    centre = statistics.fmean(logs.values())
-    return {site: math.expm1(log - centre) for site, log in sorted(logs.items())}
+    return {site: {key: variants[key] for key in variants if key in common} for site, variants in times.items()}
+
+
+def _by_replicate(variants: Mapping[Any, Mapping[int, float]]) -> list[float]:
+    """The mean over variants of each replicate that has all of them, as variants of one share what it met."""
+    whole = set.intersection(*(set(of_one) for of_one in variants.values()))
+    return [statistics.fmean(of_one[replicate] for of_one in variants.values()) for replicate in sorted(whole)]
 
 
 def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
@@ -48,13 +86,14 @@ def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
             remedy="Read ratios, which are within a site; measure more replicates for absolute values.",
         )
         return
-    spread = statistics.stdev(math.log1p(effect) for effect in effects.values())
+    spread, alone = site_spread(records)
     said = ", ".join(f"{site} {effect:+.1%}" for site, effect in effects.items())
+    of_what = f"standard deviation of their step times, {'without' if alone else 'with'} what replicates scatter by"
     yield Notice(
         code="sites",
-        message=f"replicates were spread over {len(effects)} sites, which differ by {spread:.1%} (standard deviation "
-        f"of their step times: {said}). Ratios are within a site; absolute values hold between these sites and carry "
-        "what they differ by in their intervals.",
+        message=f"replicates were spread over {len(effects)} sites, which differ by {spread:.1%} ({of_what}; seen: "
+        f"{said}). Ratios are within a site; an absolute value is the mean of these sites', and its interval is over "
+        "them, not over replicates.",
         remedy="Measure on one site where absolute values matter.",
     )
     yield from _unlike(effects)

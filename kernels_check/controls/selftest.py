@@ -22,6 +22,8 @@ from kernels_check.visible import make_visible
 
 SCHEMA = 1
 EXIT_FAILED = 4
+WIDTH = 160
+"""Of the table where there is no terminal."""
 _VERDICTS = {True: "[green]holds[/]", False: "[red]FAILED[/]", None: "[yellow]skipped[/]"}
 
 
@@ -74,14 +76,14 @@ def show(outcomes: Sequence[Outcome]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("control", "path", "sabotage", "twin", "profile", "spy"):
-        table.add_column(name, overflow="fold", no_wrap=name not in ("control", "path"))
+        table.add_column(name, overflow="fold", no_wrap=name not in ("path", "sabotage", "twin"))
     for _, group in groupby(outcomes, key=lambda outcome: outcome.control):
         runs = {outcome.instrument: outcome for outcome in group}
         first = next(iter(runs.values()))
         seen = [_seen(check) for check in (first.sabotage, first.twin)]
         verdicts = [_VERDICTS[runs[name].held] if name in runs else "–" for name in ("profile", "spy")]
         table.add_row(first.control, first.path, *seen, *verdicts)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(table)
     for label, held in (("skipped", None), ("FAILED", False)):
         for outcome in outcomes:

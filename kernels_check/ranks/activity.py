@@ -7,7 +7,7 @@ nothing, so only what is exposed is taken off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,13 @@ def share_of(step: Callable[[], object], meet: Callable[[], object]) -> Share | 
                 step()
                 if on_device:
                     torch.cuda.synchronize()
+    return share_in(recorded.events(), on_device=on_device)
+
+
+def share_in(events: Sequence[Any], *, on_device: bool) -> Share | None:
+    """What the profiler's events say of the steps in them, `on_device` by the kernels of a card, else by the operators
+    of the thread that takes them; None without any of the card. What is marked there, as a step is, is no work."""
     exchanged, computed, steps, thread = [], [], [], 0
-    events = recorded.events()
     for event in events:
         if event.name == _STEP and "CUDA" not in str(event.device_type):
             steps.append(_interval(event))
@@ -70,7 +75,9 @@ def share_of(step: Callable[[], object], meet: Callable[[], object]) -> Share | 
         on_card = "CUDA" in str(event.device_type)
         if event.name.startswith(EXCHANGES):
             exchanged.append(_interval(event))
-        elif on_card if on_device else event.thread == thread and event.name.startswith(OPERATORS):
+        elif on_device and on_card and not event.is_user_annotation:
+            computed.append(_interval(event))
+        elif not on_device and event.thread == thread and event.name.startswith(OPERATORS):
             computed.append(_interval(event))  # gloo's own threads call operators as well
     if on_device and not any("CUDA" in str(event.device_type) for event in events):
         return None

@@ -1,6 +1,10 @@
 """What a measured script does not do: report, save, publish."""
 
+import importlib.util
+import sys
+
 import pytest
+from huggingface_hub import hf_api
 
 from harness.attach import apart
 
@@ -60,6 +64,44 @@ def test_the_hub_is_closed():
         with pytest.raises(RuntimeError, match="publishes nothing"):
             publish("name")
     assert Api().model_info() == "read"
+
+
+READING = """
+    auth bucket dataset download fetch file get hf inspect is kernel list model paper parse read repo resolve revision
+    search snapshot space sync url verify wait whoami
+""".split()
+"""First words of methods that change nothing, or only by one of the others; `run_as_future` calls one elsewhere."""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The real client's module once more, under another name: what is closed stays closed."""
+    spec = importlib.util.spec_from_file_location("huggingface_hub.closed_here", hf_api.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
+    """Whatever its version calls it: each of its methods either reads, by its first word, or refuses; and so does the
+    function of the same name."""
+    names = {name for name, one in vars(hub.HfApi).items() if callable(one) and not name.startswith("_")}
+    functions = {name for name in names if hasattr(hub, name)}
+    apart.close_hub(hub)
+    closed = set()
+    for name in names - {"run_as_future"}:
+        if name.partition("_")[0] not in READING:
+            calls = [getattr(hub.HfApi(), name), *([getattr(hub, name)] if name in functions else [])]
+            for call in calls:
+                with pytest.raises(RuntimeError, match="publishes nothing"):
+                    call("me/model", repo_type="model")
+            closed.add(name)
+    wanted = """
+        create_repo create_commit create_branch create_tag upload_file upload_folder delete_repo delete_file
+        delete_files delete_folder move_repo update_repo_settings super_squash_history preupload_lfs_files
+    """
+    assert set(wanted.split()) <= closed & functions
 
 
 def test_the_hook_is_told_of_all_of_them():

@@ -93,6 +93,43 @@ def test_no_step_computes_for_less_than_no_time(model, listener):
     assert 0.0 <= second.forward_time_s <= second.step_time_s * (1 + 1e-9)  # as of the step, so of its part
 
 
+class Stamp:
+    """In place of a card's event: it stamps the host's clock."""
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return (later.at - self.at) * 1e3
+
+
+def test_a_card_is_waited_for_once_a_step(model, listener, clock, monkeypatch):
+    """At its end, and the step is as long as the device takes; no border of a part waits. The card is pretended."""
+    waits = []
+
+    def synchronize(device):
+        waits.append((device.type, len(listener.readings)))
+        clock.wait(2.0)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Stamp())
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(listener, training, torch.device("cuda"), Shield())
+    steps.begin()
+    for _ in range(3):
+        for part in ("data", "forward", "backward", "optimizer"):
+            with steps.during(part):
+                clock.wait(0.1)
+        steps.loss(torch.ones(()))
+        steps.end_step()
+    assert waits == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
+    for one in listener.readings:
+        assert one.step_time_s == pytest.approx(2.4, abs=0.1)
+        assert one.forward_time_s == pytest.approx(0.1, abs=0.01)
+
+
 class Patient:
     """A follower that has time, and keeps when it was told of what."""
 

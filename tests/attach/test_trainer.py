@@ -119,17 +119,28 @@ def test_the_follower_ends_the_training(listener_class, followed):
 
 @pytest.mark.usefixtures("unattached")
 def test_what_is_measured_goes_through_the_trainers_log(listener, followed):
-    """Once for each time that the Trainer logs its loss, whose own log is as it was."""
+    """Once for each time that the Trainer logs its loss, whose own log is as it was: times and tokens of the steps
+    since, and what the follower knows beside."""
     seen = []
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append(dict(logs))
 
+    listener.beside = {"host_peak_train_bytes": 2.0**30, "mfu": 0.25}
     followed(listener, callbacks=[Tracker()])
     ours = [logs for logs in seen if any(key.startswith("lorameter/") for key in logs)]
     assert len([logs for logs in seen if "loss" in logs]) == len(ours) == 2
-    assert all(logs["lorameter/step_time_s"] > 0 and logs["lorameter/real_tokens_per_s"] > 0 for logs in ours)
+    names = {f"{part}_time_s" for part in ("step", "data", "forward", "backward", "optimizer")}
+    names |= {f"{kind}_tokens{rate}" for kind in ("real", "padded") for rate in ("", "_per_s")} | set(listener.beside)
+    for logs, first in zip(ours, (0, 2), strict=True):
+        own = {key.removeprefix("lorameter/"): logs[key] for key in logs if key.startswith("lorameter/")}
+        assert set(own) == names
+        assert all(value > 0 for value in own.values())
+        steps = listener.readings[first : first + 2]
+        assert own["real_tokens"] == sum(one.real_tokens for one in steps)
+        assert own["padded_tokens"] == 64
+        assert (own["host_peak_train_bytes"], own["mfu"]) == (2.0**30, 0.25)
     assert not [logs for logs in ours if "loss" in logs]
 
 

@@ -2,21 +2,26 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import secrets
 import socket
+import sys
 import threading
 
 import pytest
 import torch
 
-from harness.attach.follower import Next, Training
+from harness.attach.follower import Next, StepReading, Training
 from harness.attach.turns import SOCKET, Turns, address
+
+LARGE_BYTES = 64 << 20
 
 
 @pytest.fixture
 def parent(monkeypatch):
-    """Listens where a child finds it by its environment."""
+    """Listens where a child finds it by its environment; a child that is left alone ends itself, and no more."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
     name = f"@lorameter-test-{secrets.token_hex(8)}"
     monkeypatch.setenv(SOCKET, name)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -45,6 +50,40 @@ def test_what_the_script_requires_is_said_before_its_first_step(parent):
     assert begun["software"]["python"] == platform.python_version()
     assert begun["software"]["torch"] == importlib.metadata.version("torch")
     assert found == [Next(watch={"base.bits": 4})]
+
+
+def test_an_evaluation_is_not_in_the_peak_of_training(parent):
+    """What it takes is in a peak of its own, though steps follow."""
+    training = Training(
+        source="trainer", model=None, planned_steps=None, trainable_parameters=6, total_parameters=6, accumulation=1
+    )
+
+    def train():
+        turns = Turns()
+        turns.begin(training)
+        turns.phase("evaluate")
+        assert len(b"x" * LARGE_BYTES) == LARGE_BYTES
+        turns.phase("train")
+        turns.step(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
+
+    child = threading.Thread(target=train, daemon=True)
+    child.start()
+    connection, _ = parent.accept()
+    with connection, connection.makefile("rw") as lines:
+
+        def ask(**words):
+            lines.write(json.dumps(words) + "\n")
+            lines.flush()
+            return json.loads(lines.readline())
+
+        assert "begin" in json.loads(lines.readline())
+        assert len(ask(do="go", steps=1)["steps"]) == 1
+        peaks = ask(do="peaks")["peaks"]
+        lines.write(json.dumps({"do": "end"}) + "\n")
+        lines.flush()
+        child.join(30)
+    assert peaks.keys() == {"host_peak_train_bytes", "host_peak_evaluate_bytes"}
+    assert peaks["host_peak_evaluate_bytes"] >= peaks["host_peak_train_bytes"] + LARGE_BYTES // 2
 
 
 def test_a_socket_lies_in_no_folder():

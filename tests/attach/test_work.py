@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.attach.follower import StepReading, Training
 from harness.attach.gathered import Gathered
-from harness.attach.work import work_of
+from harness.attach.work import mfu_of, work_of
 from harness.models.costs.flops import StepTokens, six_n, training_flops
 from harness.models.shapes import shape_of_config
 from harness.records.metrics import samples_of
@@ -89,3 +89,18 @@ def test_mfu_follows_from_both():
     )  # fmt: skip
     assert samples_of(record, "mfu") == (0.2, 0.1)
     assert samples_of(dataclasses.replace(record, values={}), "mfu") == ()
+
+
+def test_mfu_of_some_steps_is_told_on_the_way(make_model, gathered):
+    """As many FLOPs as in the mean step, over their time and the peak; a step that a check looked on at is none of
+    them, and where the tokens of one were not seen, or the device has no peak, nothing is said."""
+    told = training(make_model())
+    values = work_of(told, gathered, H100)
+    plain = StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20)
+    slow, watched = dataclasses.replace(plain, step_time_s=0.3), dataclasses.replace(plain, step_time_s=9.0, checks=())
+    expected = values["model_flops_per_step"] / 0.2 / values["peak_flops_per_s"]
+    assert mfu_of(told, [plain, slow, watched], H100) == {"mfu": pytest.approx(expected)}
+    assert mfu_of(told, [plain], "Test CPU") == {}
+    assert mfu_of(told, [plain, dataclasses.replace(plain, real_tokens=None)], H100) == {}
+    assert mfu_of(told, [watched], H100) == {}
+    assert mfu_of(training(torch.nn.Linear(2, 2)), [plain], H100) == {}

@@ -1,6 +1,7 @@
 """`lorameter wrap`: a command as it is, and what becomes of the training in it, however it ends."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from harness.attach import wrapped
-from harness.attach.traces import remove_abandoned
+from harness.attach.traces import command_of, remove_abandoned, wrapping
 from harness.cli import main
 from harness.commands.wrap import read_requirements
 from harness.errors import UsageError
@@ -50,8 +51,8 @@ def wrap(tmp_path, monkeypatch):
     return run
 
 
-def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd):
-    """Its output is its own; the report goes to stderr."""
+def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
+    """Its output is its own; the report goes to stderr, and nothing is written or changed beside the run."""
     code, run = wrap(LOOP, "--require", "base.frozen=false", "mode=train")
     (record,) = run.records
     assert (code, run.state, record.status, record.name) == (0, "complete", "ok", "train")
@@ -62,6 +63,8 @@ def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd):
     assert told.out == "trained\n"
     assert "real tokens/s" in told.err
     assert "steps lie between two updates" in told.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "train.py"]
+    assert (tmp_path / "train.py").read_text() == LOOP
 
 
 def test_an_exit_code_beside_an_end_that_was_seen_is_noted(wrap):
@@ -156,6 +159,84 @@ def test_what_is_required_and_not_there_is_exit_code_4(wrap):
     assert wrap("print('nothing')", "--require", "base.bits=4") == (4, None)
 
 
+@pytest.mark.faults
+def test_a_step_that_lacks_what_is_required_is_exit_code_4(wrap):
+    """It was watched, and what it ran stands beside what was asked for."""
+    code, run = wrap(LOOP, "--no-report", "--require", "mode=eval")
+    (record,) = run.records
+    assert (code, record.status, record.failure.kind) == (4, "invalid", "RequiredPathNotActive")
+    assert "train" in record.failure.message
+    assert len(record.samples["step_time_s"]) >= 5
+
+
+RANKS = """
+import atexit, os, time
+atexit.register(os._exit, 0)  # torch's gloo aborts some processes at their end, measured or not
+import torch.distributed as dist
+dist.init_process_group("gloo")
+"""
+
+
+@pytest.mark.faults
+def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
+    """Rank 1 takes 50 ms longer for each step, and rank 0 waits for it at the end alone; tokens are those of both."""
+    text = RANKS + LOOP.replace(
+        "    for _ in range(steps):\n", "    for _ in range(steps):\n        time.sleep(PAUSE_S)\n"
+    )
+    text = text.replace("def train", "PAUSE_S = 0.05 * dist.get_rank()\ndef train") + "dist.barrier()\n"
+    code, run = wrap(
+        text, "--no-report",
+        python=(
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+        ),
+    )  # fmt: skip
+    (record,) = run.records
+    assert (code, record.status, record.values["ranks"]) == (0, "ok", 2), record.failure
+    assert not record.notices
+    assert min(record.samples["step_time_s"]) >= 0.05
+    assert set(record.samples["turn_real_tokens"]) == {24.0}
+
+
+TRAINER = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+def train(steps):
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(2 * steps)]
+    arguments = TrainingArguments(output_dir="out", use_cpu=True, max_steps=steps, report_to=[], save_strategy="no",
+                                  disable_tqdm=True, per_device_train_batch_size=2)
+    Trainer(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=rows).train()
+train(30)
+train(7)
+"""
+
+
+@pytest.mark.faults
+def test_of_two_trainers_of_a_script_the_first_is_measured(wrap):
+    """And the second is noted."""
+    code, run = wrap(TRAINER, "--no-report")
+    (record,) = run.records
+    assert (code, record.status, record.values["training_steps"]) == (0, "ok", 30), record.failure
+    assert [notice.code for notice in record.notices] == ["second-training"]
+
+
+@pytest.mark.faults
+def test_a_console_script_of_trl_is_followed(tmp_path, monkeypatch, sft_command, capfd):
+    """`lorameter wrap -- trl sft …`: the Trainer that it builds, in whatever process, and no other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [*shlex.split(sft_command), "--max_steps", "30", "--lora_r", "4"]
+    code = main(["wrap", "--runs-dir", "runs", "--", *words])
+    (path,) = store.list_runs(tmp_path / "runs")
+    (record,) = store.read_run(str(path), path.parent).records
+    assert (code, record.status, record.values["training_steps"]) == (0, "ok", 30), record.failure
+    assert len(record.samples["step_time_s"]) >= 5
+    assert record.values["trainable_parameters"] < record.values["total_parameters"]
+    assert "steps are the Trainer's" in capfd.readouterr().err
+    assert not record.notices
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -248,3 +329,20 @@ def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_
     psutil.wait_procs([command])
     assert main(["wrap", "--runs-dir", "runs", "--", "true"]) == 0
     assert not list(runs.iterdir())
+
+
+def test_a_command_longer_than_a_variable_runs(tmp_path, monkeypatch):
+    """Linux takes 128 KiB of one, and 2 MiB of a command; whoever writes the run finds it as it was typed."""
+    monkeypatch.chdir(tmp_path)
+    words = ["sh", "-c", "cp runs/.*.wrapped told; exit 3", *["word " * 20] * 2000]
+    assert main(["wrap", "--runs-dir", "runs", "--", *words]) == 3
+    assert shlex.split((tmp_path / "told").read_text()) == words
+    with wrapping(tmp_path / "run", "a b"):
+        assert command_of(tmp_path / "run") == "a b"
+    assert command_of(tmp_path / "run") == ""
+
+
+def test_a_command_without_a_name_is_quoted(tmp_path, capsys):
+    """Else nobody sees that there is none."""
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", ""]) == 2
+    assert "wrap: '': " in capsys.readouterr().err

@@ -196,8 +196,16 @@ def test_a_planned_training_warms_up_for_a_third_of_it(write):
     assert len(run.records[0].samples["step_time_s"]) == 5
 
 
+LARGE_BYTES = 64 << 20
+
+
+def take_memory():
+    """Touched, and given back at once: so much comes from the kernel and goes there."""
+    assert len(b"x" * LARGE_BYTES) == LARGE_BYTES
+
+
 def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
-    """Evaluation and saving beside training."""
+    """Evaluation and saving beside training: what one of them takes is in its peak and in no other."""
     path = tmp_path / "phases"
     monkeypatch.setenv(RUN, str(path))
     writer = Writer(require={})
@@ -206,10 +214,17 @@ def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
         writer.step(one)
     for phase in ("evaluate", "save", "train"):
         writer.phase(phase)
+        if phase == "evaluate":
+            take_memory()
+    told = writer.so_far(steps(2))
     writer.end(None)
     run = store.read_run(str(path), path.parent)
-    kinds = {name for name in run.records[0].memory if name.startswith("host_peak")}
-    assert kinds == {"host_peak_train_bytes", "host_peak_evaluate_bytes", "host_peak_save_bytes"}
+    memory = run.records[0].memory
+    peaks = {phase: memory[f"host_peak_{phase}_bytes"] for phase in ("train", "evaluate", "save")}
+    assert {name for name in memory if name.startswith("host_peak")} == {f"host_peak_{one}_bytes" for one in peaks}
+    assert peaks["evaluate"] >= max(peaks["train"], peaks["save"]) + LARGE_BYTES // 2
+    assert {name: size for name, size in told.items() if name.startswith("host_peak")}.keys() == memory.keys()
+    assert told["host_peak_evaluate_bytes"] == peaks["evaluate"]
     assert any("while training" in note and "evaluating" in note for note in run.manifest.study["notes"])
 
 

@@ -77,7 +77,8 @@ def test_a_gate_can_demand_that_the_losses_agree(scripted, tmp_path):
 
 
 def test_one_command_on_two_sides(scripted, tmp_path):
-    """Two revisions of a script are one line; each process has the files of its own."""
+    """Two revisions of a script are one line; each process has the files of its own. Where a step of one holds fewer
+    tokens, that is said, and the time is judged for each real token as well."""
     import subprocess
 
     def git(*words):
@@ -86,12 +87,56 @@ def test_one_command_on_two_sides(scripted, tmp_path):
     git("init", "-q")
     git("add", "scripted.py")
     git("commit", "-qm", "fast")
-    Path("scripted.py").write_text(SCRIPT.read_text().replace("else 1e-3,", "else 3e-3,"))
+    text = SCRIPT.read_text()
+    for before, after in (("else STEP_TIME_S,", "else 3e-3,"), ("else 200,", "else 150,")):
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    Path("scripted.py").write_text(text)
     git("commit", "-qam", "slow")
     words = ("--base", "HEAD~1", "--candidate", "HEAD", "--replicates", "2", "--steps", "4", "--allow-disturbed")
     _, out, err = scripted("ab", "--command", FAST, *words, "--json")
-    (row,) = [one for one in json.loads(out)["comparisons"] if one["metric"] == "step_time_s"]
-    assert row["ratio"] == pytest.approx(3.0), err
+    found = json.loads(out)
+    ratios = {row["metric"]: row["ratio"] for row in found["comparisons"]}
+    assert ratios["step_time_s"] == pytest.approx(3.0), err
+    assert ratios["time_per_real_token_s"] == pytest.approx(3.0 * 200 / 150)
+    (said,) = [notice["message"] for notice in found["notices"] if notice["code"] == "tokens-differ"]
+    assert "200.0 real tokens in the base and 150.0 in the candidate" in said
+    _, shown, _ = scripted("report", found["run"])
+    assert "time per real token" in shown
+
+
+@pytest.mark.faults
+def test_one_command_on_two_versions_of_a_package(scripted, tmp_path, monkeypatch, index):
+    """Requirements become an environment, in which the processes of that side find what they name."""
+    monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path / "cache"))
+    present = importlib.metadata.version("packaging")
+    Path("train.py").write_text(
+        "import packaging, runpy\nprint('packaging', packaging.__version__)\nrunpy.run_path('scripted.py')\n"
+    )
+    sides = ("--base", index, "--candidate", f"packaging=={present}")
+    words = (*sides, "--replicates", "1", "--steps", "2", "--allow-disturbed")
+    _, out, err = scripted("ab", "--command", "python train.py plain", *words, "--json")
+    found = json.loads(out)
+    run = store.read_run(str(tmp_path / "runs" / found["run"]), tmp_path / "runs")
+    assert {record.status for record in run.records} == {"ok"}, err
+    asked = {"base": index.partition("==")[2], "candidate": present}
+    assert asked["base"] != present
+    for record in run.records:
+        assert record.software["packaging"] == asked[record.side]
+        assert f"packaging {asked[record.side]}" in (run.path / record.log).read_text()
+
+
+def test_what_cannot_be_kept_apart_is_said_in_the_plan(scripted):
+    """Before anything is started."""
+    Path("apart.toml").write_text(
+        '[[variant]]\nname = "plain"\ncommand = "python scripted.py plain --output_dir /elsewhere"\n'
+        '[[variant]]\nname = "slow"\ncommand = "python scripted.py slow"\n'
+    )
+    code, out, err = scripted("run", "apart.toml", "--dry-run")
+    assert code == 0
+    assert "writes-outside" in out + err
+    assert "/elsewhere lies outside of its folder" in " ".join((out + err).split())
+    assert not Path("runs").exists()
 
 
 def test_a_launcher_runs_in_the_interpreter_of_each_side(scripted, tmp_path, monkeypatch, other_python):

@@ -82,3 +82,14 @@ def test_it_cannot_be_gone_on_with(lorameter, followed):
     code, out, error = lorameter("run", "--resume", first)
     assert (code, out) == (2, "")
     assert "a training that was followed while it ran, which cannot be gone on with. Run it again." in error
+
+
+def test_its_history_is_a_line_of_points(lorameter, followed):
+    """Each run one, with what it found."""
+    _, names = followed
+    code, out, _ = lorameter("history", "step_time_s", "--json")
+    (track,) = json.loads(out)["tracks"]
+    (line,) = track["lines"]
+    assert (code, track["variant"], track["metric"]) == (0, "torch_loop", "step_time_s")
+    assert [moment["run"] for moment in line["moments"]] == names
+    assert all(moment["value"] > 0 for moment in line["moments"])

@@ -100,6 +100,7 @@ def test_a_run_directory_that_is_deleted_under_way_is_said(command, runs, stoppe
         _, said = process.communicate()
     assert process.returncode == 4
     assert f"{path / 'trials.jsonl'}: No such file or directory" in said
+    assert f"run {path.name} ended before its time, and what it had measured is gone: " in said
     assert "Traceback" not in said
 
 
@@ -207,3 +208,16 @@ def test_a_refusal_names_the_run_only_where_there_is_one(tmp_path):
         InvalidRunError, match=r"run r could not begin: .*No space left on device\. Free space there\.$"
     ):
         store.RunWriter(tmp_path, manifest)
+
+
+def test_a_run_that_is_deleted_had_begun(tmp_path):
+    """After its first record: nobody is told that it could not begin."""
+    manifest = store.Manifest(
+        run="r", study={}, phases=("train",), interleaving="replicates", order=(), seed=0, created_unix_s=1.0,
+        provenance={}, fingerprint="f",
+    )  # fmt: skip
+    writer = store.RunWriter(tmp_path, manifest)
+    shutil.rmtree(tmp_path / "r")
+    said = r"run r ended before its time, and what it had measured is gone: .*manifest\.json: No such file or directory"
+    with pytest.raises(InvalidRunError, match=said):
+        writer.finish("complete")

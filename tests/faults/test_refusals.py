@@ -18,7 +18,7 @@ import pytest
 
 from harness.errors import InvalidRunError
 from harness.records import store
-from harness.records.refusals import OF_THE_MACHINE, REFUSED
+from harness.records.refusals import OF_THE_MACHINE, REFUSED, naming
 from harness.run.executors.disk import Disk
 from harness.run.executors.local import LocalExecutor
 from harness.trial.failure import failure_of
@@ -168,6 +168,16 @@ def test_a_refusal_is_known_in_whatever_wraps_it(number, wrapped):
     assert f"/somewhere: {os.strerror(number)}. " in fragment.failure.message
 
 
+def test_what_a_library_was_refused_has_its_file():
+    """Most say what the system said, and not where; another error is as it was."""
+    with pytest.raises(OSError, match="No space left on device: '/somewhere'"), naming(Path("/somewhere")):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(OSError, match="/elsewhere"), naming(Path("/somewhere")):
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
+    with pytest.raises(ValueError, match="mine"), naming(Path("/somewhere")):
+        raise ValueError("mine")
+
+
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EINVAL])
 def test_what_is_a_trials_own_stays_its_own(number):
     """A file that is missing, or may not be read, is missing to this trial."""
@@ -192,7 +202,9 @@ def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_dis
     local._disk = Disk(tmp_path)
     try:
         tiny_disk(local._disk.scratch, 0)
-        with pytest.raises(InvalidRunError, match=r"tokens could not be prepared: .*No space left on device\. Free"):
+        with pytest.raises(
+            InvalidRunError, match=r"prepared: \S+/tokens-\w+\.safetensors: No space left on device\. Free"
+        ):
             local.prepare_tokens(small_study.workload, keep=False)
     finally:
         local.close()

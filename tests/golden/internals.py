@@ -60,7 +60,7 @@ def replace(monkeypatch: Any, name: str, value: Any) -> None:
 def on_the_constructed_machine(monkeypatch: Any) -> None:
     """Nothing is asked of the machine that this runs on, and nothing is measured."""
     machine = found("Machine")(**MACHINE)
-    replace(monkeypatch, "probe_machine", lambda: machine)
+    replace(monkeypatch, "probe_machine", lambda environment=None: machine)
     replace(monkeypatch, "library_version", LIBRARIES.get)
     replace(monkeypatch, "free_bytes", lambda _: FREE_BYTES)
     replace(monkeypatch, "_matrix_rate", lambda: MATRIX_RATE)

@@ -165,7 +165,8 @@ def test_the_energy_of_a_shared_card_is_nobodys(nvml, visible):
 def test_a_uuid_goes_before_the_environment(nvml):
     """What torch says of the device it uses is right, whatever the environment's numbers mean."""
     lines = """
-        from harness.machine.nvml import card_names, open_device
+        from harness.machine.cards import card_names
+        from harness.machine.nvml import open_device
         uuid = "GPU-aaaa2222-0000-0000-0000-000000000000"
         tell([open_device(uuid).value.facts().name.value, card_names().value])
     """
@@ -239,29 +240,3 @@ def test_the_doctor_looks_at_the_card(nvml, answers, code, name, standing):
     found, checks = nvml(lines, answers)
     assert found == code
     assert checks[name] == standing
-
-
-def test_how_cards_reach_each_other_is_told(nvml):
-    """By NVLink where the driver says so, else by where they meet; links that are up are counted; hidden cards and
-    instances are left out."""
-    lines = """
-        from harness.machine.nvml import card_links
-        told = card_links()
-        tell([
-            [[pair.first, pair.second, pair.through.value] for pair in told.value.pairs],
-            [[number, count.value, count.reason] for number, count in told.value.active],
-        ])
-    """
-    three = {"count": 3, "0.nvlinks": 18, "1.nvlinks": 16, "0.nvlink.1": 0, "0.meet.2": 50, "1.meet.2": 30}
-    three |= {f"{number}.uuid": f"GPU-{number}{number}" for number in range(3)}
-    pairs, active = nvml(lines, three)
-    assert pairs == [[0, 1, "NVLink"], [0, 2, "the link between memory nodes"], [1, 2, "a PCIe host bridge"]]
-    assert [[number, count] for number, count, _ in active] == [[0, 18], [1, 16], [2, None]]
-    assert "no such device" in active[2][2]
-    assert nvml(lines, three, CUDA_VISIBLE_DEVICES="2,GPU-0")[0] == [[0, 2, "the link between memory nodes"]]
-    assert nvml(lines, three, CUDA_VISIBLE_DEVICES="1,7")[0] == []
-    assert nvml(lines, {**MIG, "count": 2}, CUDA_VISIBLE_DEVICES="MIG-bbbb") == [[], []]
-    refused = nvml(lines, {**three, "rc.nvmlDeviceGetP2PStatus": NOT_SUPPORTED, "0.meet.1": 20})
-    assert refused[0][0] == [0, 1, "several PCIe switches"]
-    unknown = nvml(lines, {**three, "0.meet.2": 60})
-    assert unknown[0][1] == [0, 2, None]

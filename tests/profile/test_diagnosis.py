@@ -132,6 +132,17 @@ def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
         assert bool(finding.suggestion) != bool(finding.obstacle)
 
 
+def test_logits_cost_memory_and_the_time_of_their_loss():
+    """A quarter of the peak, and 15 % of the step; a loss that takes next to nothing is no cost."""
+    large = {"logits_bytes": int(2.5 * GIB), "liger": True}
+    (finding,) = diagnose(changed(categories={"loss": 0.15}, **large))
+    assert (finding.cost_share, finding.cost_s) == (pytest.approx(0.15), pytest.approx(0.015))
+    assert finding.cost_bytes == int(2.5 * GIB) - int(2.5 * GIB) // 8
+    assert "25% of the peak; the loss takes 15.0% of a step" in finding.message
+    (finding,) = diagnose(changed(categories={"loss": 0.002}, **large))
+    assert (finding.cost_share, finding.cost_s) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "share"),
     [

@@ -7,7 +7,7 @@ import pytest
 from harness.commands.profile import _try
 from harness.errors import UsageError
 from harness.profile.finding import Finding
-from harness.profile.remedy import choose_finding, judge_remedy, make_pair, phase_of
+from harness.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remedy, make_pair, phase_of
 from harness.records import store
 from harness.records.record import Failure
 from harness.report.view import view_of
@@ -198,6 +198,22 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
     assert any("without-padding has layout = packed" in fact.text for fact in view.facts)
     assert "losses are not compared" in view.notes[0]
     assert not {"train loss", "held-out loss", "real tokens/s"} & set(view.tables[0].heads)
+
+
+@pytest.mark.selftest
+def test_merging_is_tried_beside_the_adapter(small_study, tmp_path):
+    """Real requests of both, in turns: by the metric of the finding, with an interval, and nothing else of them."""
+    variant = small_study.variants[0]
+    unmerged = dataclasses.replace(finding("adapter-unmerged", merge_adapter=True), metric="request_time_s")
+    found = _try(small_study, variant, unmerged, open_executor(), tmp_path)
+    assert found.failures == ()
+    assert (found.metric, found.interleaving) == ("request_time_s", "lockstep")
+    assert found.comparison.low < found.comparison.ratio < found.comparison.high
+    run = store.read_run(found.run, tmp_path)
+    served = [record for record in run.records if "request_time_s" in record.samples]
+    assert {record.name for record in served} == {variant.name, "without-adapter-unmerged"}
+    assert all(len(record.samples["request_time_s"]) == LEAST_REQUESTS for record in served)
+    assert not any("merged_request_time_s" in record.samples for record in run.records)
 
 
 @pytest.mark.selftest

@@ -86,3 +86,38 @@ def test_lines_are_read_as_they_were_appended(tmp_path):
     assert list(journal.lines(tmp_path / "x")) == ["one\n", "two\n", "thr\\xffee\n"]
     assert list(journal.lines(tmp_path / "none")) == []
     assert list(journal.lines(tmp_path / ("x" * 300))) == []
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file", "a link to a file", "a link", "a circle", "a folder", "a pipe"])
+def test_what_lines_are_added_to_is_a_file(what, tmp_path):
+    """Where nothing is, one is made later, and not now; a link that leads nowhere is something."""
+    path = tmp_path / "trials.jsonl"
+    {
+        "nothing": lambda: None,
+        "a file": path.touch,
+        "a link to a file": lambda: ((tmp_path / "x").touch(), path.symlink_to("x")),
+        "a link": lambda: path.symlink_to("nowhere"),
+        "a circle": lambda: path.symlink_to(path.name),
+        "a folder": path.mkdir,
+        "a pipe": lambda: os.mkfifo(path),
+    }[what]()
+    before = sorted(tmp_path.iterdir())
+    if what in ("nothing", "a file", "a link to a file"):
+        journal.check_appendable(path)
+    else:
+        with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be written: .*\. Restore it, or remove it\."):
+            journal.check_appendable(path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("line", "said"), [("\n", "blank"), ("{\n", "damaged")])
+def test_evidence_of_nothing_is_read_to_a_bound(tmp_path, monkeypatch, line, said):
+    """What a small packed file can be made of takes minutes else."""
+    monkeypatch.setattr(inputs, "MOST_BLANK_LINES", 9)
+    monkeypatch.setattr(inputs, "MOST_DAMAGED_LINES", 9 if said == "damaged" else 99)
+    (tmp_path / CHECKS).write_text(line * 9)
+    with pytest.raises(LostEvidenceError):
+        EvidenceFile(tmp_path).find(["0" * 16])
+    (tmp_path / CHECKS).write_text(line * 10)
+    with pytest.raises(UsageError, match=rf"checks\.jsonl: cannot be read: more than 9 of its lines are {said}"):
+        EvidenceFile(tmp_path).find(["0" * 16])

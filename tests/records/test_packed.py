@@ -1,13 +1,15 @@
 """A packed run that was damaged on its way, or was packed by another, is refused and ends nothing."""
 
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from harness.errors import UsageError
-from harness.records.packed import unpacked, write_packed
+from harness.records import inputs, store
+from harness.records.packed import MEMBERS, UNPACKED_FREELY_BYTES, unpacked, write_packed
 
 RUN = Path(__file__).parents[1] / "golden" / "runs" / "sound"
 
@@ -38,3 +40,41 @@ def test_another_compression_is_refused(tmp_path, method):
         archive.write(RUN / "manifest.json", "manifest.json")
     with pytest.raises(UsageError, match=r"manifest\.json is compressed as no packed run is"), unpacked(path):
         pass
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, name):
+    """A few kilobytes of newlines: a thousand times as much would lie on the disk, and be read line by line."""
+    path = tmp_path / "run.lorameter.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for member in {"manifest.json", name}:
+            archive.writestr(member, b"{}" if member != name else b"\n" * (UNPACKED_FREELY_BYTES + 1))
+    said = rf"run\.lorameter\.zip: {name} unpacks from [\d,]+ bytes to 16,777,217, over 200 times"
+    with pytest.raises(UsageError, match=said), unpacked(path):
+        pass
+
+
+BAD = r"cannot be read: more than 9 of its lines are"
+
+
+@pytest.mark.parametrize(
+    ("member", "text", "said"),
+    [
+        ("manifest.json", '{"schema": null}', "manifest.json: schema None"),
+        ("trials.jsonl", "\n" * 20, f"trials.jsonl: {BAD} blank"),
+        ("trials.jsonl", "{\n" * 20, f"trials.jsonl: {BAD} damaged"),
+    ],
+    ids=["manifest", "blank", "damaged"],
+)
+def test_what_is_wrong_inside_is_said_of_the_file(tmp_path, monkeypatch, member, text, said):
+    """Not of the folder that it was unpacked into, which nobody knows; a run's directory is refused alike."""
+    monkeypatch.setattr(inputs, "MOST_BLANK_LINES", 9)
+    monkeypatch.setattr(inputs, "MOST_DAMAGED_LINES", 9)
+    folder = shutil.copytree(RUN, tmp_path / "plain")
+    (folder / member).write_text(text)
+    write_packed(tmp_path / "run.lorameter.zip", folder)
+    with pytest.raises(UsageError) as refused:
+        store.read_run(str(tmp_path / "run.lorameter.zip"), tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path}/run.lorameter.zip: {said}")
+    with pytest.raises(UsageError, match=said):
+        store.read_run("plain", tmp_path)

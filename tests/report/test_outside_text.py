@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,7 @@ from harness.run.executors import sides
 from harness.run.executors.environments import DESCRIPTION_FILE, layered_environment, parse_requirements
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide
+from harness.studies.study_file import load_study
 from harness.trial.failure import failure_of
 from harness.verdicts.ab import attribution_document, attribution_of, report_of
 from harness.verdicts.gate import Policy, gate_document, judge
@@ -42,6 +44,11 @@ URLS = (
     f"http://{SECRET}:{SECRET}@proxy:3128",
     f"https://user:p'{SECRET}@example.org/peft.whl",
     f"https://example.org/peft.whl?a='&sig='{SECRET}",
+    f"https://user:p#{SECRET}@example.org/peft.whl",
+    f"https://user:p/{SECRET}@example.org/peft.whl",
+    f"//user:{SECRET}@example.org/peft.whl",
+    f"user:{SECRET}@example.org:peft.git",
+    f"https:user:{SECRET}@example.org/peft.whl",
 )
 
 
@@ -59,9 +66,45 @@ def test_a_credential_in_an_address_is_left_out(url):
 
 
 def test_what_is_no_address_stays():
-    """A requirement, a decorated name, an address without a user."""
-    for text in ("peft==0.20.0 torch>=2", "a@b.c", "https://example.org/x#egg=peft", "peft @ file:///tmp/peft.whl"):
+    """A requirement, a decorated name, an address without a user, a revision behind a path, a digest, a document."""
+    for text in (
+        "peft==0.20.0 torch>=2", "a@b.c", "https://example.org/x#egg=peft", "peft @ file:///tmp/peft.whl",
+        "peft @ git+https://example.org/peft.git@v1", "https://example.org:8443/peft.git@v1", "http://[::1]:80/x@y",
+        "image:tag@sha256:ab", '{"a":"b@c"}', "said at 12:30 @ noon: a @ b",
+    ):  # fmt: skip
         assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["report", "--sort", URLS[0], "x"],
+        ["run", "lora-or-qlora", f"--nope={URLS[0]}"],
+        ["run", "lora-or-qlora", f"--replicates={URLS[1]}"],
+        ["list", URLS[0]],
+        [URLS[0]],
+    ],
+)
+def test_what_the_parser_refuses_is_repeated_without_a_credential(line, capsys):
+    """Options of another name, values out of their range and commands that there are none of."""
+    with pytest.raises(SystemExit):
+        main(line)
+    said = capsys.readouterr().err
+    assert "example.org" in said
+    assert SECRET not in said
+
+
+def test_a_studys_words_hold_no_credential(tmp_path):
+    """Its title and notes are shown with every result, and written down."""
+    study = tmp_path / "mine.toml"
+    study.write_text(
+        f'title = """see\n{URLS[0]}"""\nnotes = ["from {URLS[4]}"]\n[axes]\nr = [8, 16]\n[[claim]]\nid = "c"\n'
+        f'says = "as {URLS[0]}"\noriginal = "as {URLS[0]}"\n'
+        '[[claim.parts]]\nrule = "trend-up"\naxis = "r"\nmetric = "step_time_s"\n'
+    )
+    read = load_study(str(study))
+    assert read.title == "see https://***@example.org/peft-1.0-py3-none-any.whl"
+    assert SECRET not in repr(read)
 
 
 @pytest.mark.parametrize("url", URLS[:5])
@@ -83,25 +126,36 @@ def test_a_side_holds_no_credential(url, write_run, capsys):
 
 
 def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, monkeypatch, capsys):
-    """pip is given the address as it is; progress, the description in the cache and a failure's message are not."""
+    """pip reads the address as it is, from a file that nobody else may read; its command line, which everybody on the
+    machine sees, git's, progress and a failure's message hold none."""
     requirement = f"peft@ {URLS[0]}"
     seen: list[list[str]] = []
+    read: list[tuple[str, int]] = []
 
     def run(command, requirements, report):
         seen.append(list(command))
         report(f"Collecting {requirement}")
-        if "pip" in command:
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True)
+        else:
+            listed = Path(command[command.index("--requirement") + 1])
+            read.append((listed.read_text(), listed.stat().st_mode & 0o777))
             raise UsageError(f"ab: an environment with {requirement} could not be made")
 
     monkeypatch.setattr("harness.run.executors.environments._run", run)
     monkeypatch.setattr("harness.run.executors.environments.site_packages", lambda python: tmp_path)
-    monkeypatch.setattr(sides, "_commit", lambda spec, repository: (None, "no"))
+    monkeypatch.setattr(sides, "_commit", lambda spec, repository: pytest.fail("git was given the address"))
     with (
         pytest.raises(UsageError) as caught,
         sides.open_side(f"peft @ {URLS[0]}", repository=tmp_path, cache=tmp_path / "cache"),
     ):
         pass
-    assert any(SECRET in word for word in seen[-1])
+    ((text, mode),) = read
+    assert text.endswith(f"@ {URLS[0]}\n")
+    assert mode == 0o600
+    assert len(seen) == 2
+    assert SECRET not in str(seen)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET in path.read_text()]
     shown = "".join(capsys.readouterr())
     assert "example.org" in shown
     assert SECRET not in shown + str(caught.value)

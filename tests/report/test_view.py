@@ -17,6 +17,7 @@ from harness.report.live import LiveDisplay
 from harness.report.run import describe_run
 from harness.report.terminal import console_for, show
 from harness.report.view import view_of
+from harness.stats import estimate_trials
 from harness.studies.script_study import study_of_command
 
 
@@ -370,3 +371,23 @@ def test_a_range_of_peaks_is_not_called_an_interval(small_study, tmp_path):
     text = text_of(view_of(run_of(small_study, tmp_path, steps={"plain": [1.0] * 5, "nf4": [2.0] * 5})), width=400)
     assert "peak memory" in text
     assert "memory: the largest of the trials, with the least and the largest" in text
+
+
+def test_scaling_efficiency_has_its_interval_over_replicates(write_run, capsys):
+    """Of several ranks: that of any metric, from one efficiency a replicate."""
+    alone, together = (0.19, 0.18, 0.185), (0.1, 0.101, 0.099)
+
+    def of_two_ranks(record):
+        times = (alone[record.replicate],) * 3
+        return record.replaced(
+            samples={**record.samples, "one_rank_step_time_s": times}, values={**record.values, "ranks": 2.0}
+        )
+
+    text, data = report_of(write_run("ranks", {"plain": together}, change=of_two_ranks), capsys)
+    (table,) = data["tables"]
+    assert "scaling efficiency" in table["heads"]
+    told = table["rows"][0]["values"]["scaling_efficiency"]
+    expected = estimate_trials([[one / (2 * step)] for one, step in zip(alone, together, strict=True)])
+    assert (told["value"], told["low"], told["high"]) == pytest.approx((expected.value, expected.low, expected.high))
+    assert told["low"] < told["value"] < told["high"]
+    assert "scaling efficiency" in text

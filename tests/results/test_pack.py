@@ -63,7 +63,7 @@ def private(write_run, monkeypatch, tmp_path):
         tokens = {"answer_0": [5, 6, 7], "untrained_0": [8], "completion": [9, 9], "real_tokens": 64}
         message = f"see http://{HOST}.internal:80/a/b?c=d and data/mine.jsonl"
         notice = Notice(code="x", message=message, remedy="12.4.5.8")
-        record = record.replaced(tokens=tokens, notices=(notice,))
+        record = record.replaced(tokens=tokens, notices=(notice,), site=f"{HOST}-card-0")
         if record.trial == "r1-nf4":
             failure = Failure(phase="train", kind="OSError", message="/srv/private/weights.bin is cut", traceback=trace)
             return record.replaced(status="crashed", failure=failure)
@@ -74,6 +74,7 @@ def private(write_run, monkeypatch, tmp_path):
     manifest.tokens.update(examples=[{"prompt": "Dear diary,", "reference": "I was"}], data="mine.jsonl, 4 records")
     manifest.study["workload"]["model"] = "/srv/private/llama"
     manifest.provenance["settings"] = {"card": {"uuid": CARD}}
+    manifest.site_facts[f"{HOST}-card-0"] = store.SiteFacts(machine={"cpu_model": "Test CPU"}, fingerprint="f")
     manifest.provenance["packages"] = {"nvidia-cublas-cu12": "12.4.5.8"}
     write_document(path / "manifest.json", manifest)
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ from harness.attach.follower import StepReading, Training
 from harness.attach.turns import Turns
 
 HOW, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
+STEP_TIME_S = float(os.environ.get("STEP_TIME_S", "1e-3"))
 FAULTY = 6
 """The step in which a fault occurs: in the warm-up."""
 
@@ -66,7 +67,7 @@ def train(steps, planned=None):
         follow = TURNS.step(
             StepReading(
                 number=number,
-                step_time_s=2e-3 if HOW == "slow" else 1e-3,
+                step_time_s=2e-3 if HOW == "slow" else STEP_TIME_S,
                 cpu_time_s=1e-3,
                 loss=loss,
                 loss_dtype="bfloat16" if HOW == "half" else "float32",

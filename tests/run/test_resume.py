@@ -108,7 +108,7 @@ class Executor(LocalExecutor):
 def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with the fake at the seam and a machine that is always the same."""
     monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
-    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda: machine)
+    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda environment=None: machine)
     for name in ("asked", "harness", "tokens", "padded_tokens", "threads"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))
     (tmp_path / "small.toml").write_text(STUDY)
@@ -474,6 +474,18 @@ def test_a_killed_run_is_reported_whatever_it_holds(broken_off, capsys):
         text = " ".join(capsys.readouterr().out.split())
         assert f"its process was killed; {count} of 21 trials have come to their end" in text
         assert f"{min(count // 7, 2)} of 3 replicates complete" in text
+
+
+def test_what_no_record_can_be_added_to_is_not_gone_on_with(broken_off, capsys):
+    """A link to nowhere reads as a run of which nothing is measured yet: all of it would be, and then lost."""
+    path = broken_off()
+    for name in ("checks.jsonl", "trials.jsonl"):
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to("nowhere/at/all")
+        assert resume(path) == 2
+        assert f"{name}: cannot be written: No such file or directory. Restore it" in capsys.readouterr().err
+        (path / name).unlink()
+    assert not Executor.asked
 
 
 def test_an_unknown_run_is_named(runs, machine):

@@ -190,6 +190,21 @@ def test_trials_that_are_live_together_take_turns(small_study):
     assert [trial for trial, command in executor.asked if command == "turn"] == [a.trial, b.trial, b.trial, a.trial]
 
 
+def test_none_of_a_group_takes_a_step_before_all_stand_there(small_study):
+    """Each of several processes is built before the first of them is let go, and warm before the first timed turn."""
+    plan = make_plan(small_study)
+    slots = plan.slots[:3]
+    turns = (tuple(slot.trial for slot in slots),) * 2
+    together = dataclasses.replace(
+        plan, groups=(Group(replicate=0, launches=tuple((slot,) for slot in slots), turns=turns),)
+    )
+    executor, _ = conduct(together)
+    asked = [command for _, command in executor.asked]
+    for before, after in (("build", "verify"), ("verify", "warm_up"), ("warm_up", "turn")):
+        assert asked.count(before) == len(slots)
+        assert max(place for place, word in enumerate(asked) if word == before) < asked.index(after)
+
+
 def test_an_interrupt_is_recorded_for_every_trial(small_study):
     """The one under way is `interrupted`, those to come are `not_run`, and nothing is lost."""
     plan = make_plan(small_study)

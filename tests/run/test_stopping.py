@@ -254,7 +254,7 @@ class Silent:
 def measured(small_study, machine, tmp_path, monkeypatch):
     """A function that measures the small study with the fake at the seam and reads the run back."""
     monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
-    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda: machine)
+    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda environment=None: machine)
 
     def run(**changes):
         protocol = dataclasses.replace(small_study.protocol, **changes)

@@ -61,3 +61,33 @@ def test_loop_and_trainer_see_the_same_rows(program, monkeypatch, tmp_path, size
     expected = [stream.take()["input_ids"].tolist() for _ in range(STEPS)]
     assert train(loops.train_by_loop) == expected
     assert train(loops.train_by_trainer) == expected
+
+
+WITHIN = {"loop": (0.96, 1.01), "trainer": (1.05, 1.12)}
+
+
+@pytest.mark.parametrize("way", WITHIN)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"low": 0.5}, ["is what the loops differ in"]),
+        ({"high": 1.5}, ["is what the loops differ in"]),
+        ({"losses": "differ"}, ["the losses do not agree: differ"]),
+        ({"losses": "unknown", "high": 1.5}, ["is what the loops differ in", "the losses do not agree: unknown"]),
+    ],
+)
+def test_a_loop_agrees_where_its_interval_and_its_losses_do(program, way, changes, said):
+    """All of the interval lies within the bound of its loop; losses that nobody saw agree do not."""
+    low, high = WITHIN[way]
+    found = program("agreement").judge_loop(way, {"low": low, "high": high, "losses": "agree"} | changes)
+    assert len(found) == len(said)
+    assert all(line.startswith(f"{way}: ") and words in line for line, words in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize(("followed_s", "agrees"), [(0.0101, True), (0.0120, False), (0.0090, False)])
+def test_a_training_that_is_read_twice_takes_as_long(program, followed_s, agrees):
+    """From outside and from inside, but for what lies between two steps."""
+    agreement = program("agreement")
+    found = agreement.judge_twice(agreement.Twice(what="nf4", followed_s=followed_s, recorded_s=0.01))
+    assert (found == []) is agrees

@@ -46,6 +46,8 @@ def test_what_a_study_says_is_in_its_protocol(tmp_path):
         ('on = "ray"\nsites = ["n1", "n1"]', "sites = 'n1,n1': one is named twice"),
         ('on = "ray"\nsites = [""]', "has no name"),
         ('sites = ["0,1"]', "sites = '0,1': numbers"),
+        ('sites = ["0+"]', r"sites = '0\+': numbers"),
+        ('sites = ["0+1", "1+2"]', r"sites = '0\+1,1\+2': one is named twice"),
     ],
 )
 def test_what_means_nothing_is_refused_when_the_study_is_read(tmp_path, protocol, words):

@@ -8,6 +8,8 @@ import dataclasses
 import pytest
 
 from harness.errors import UsageError
+from harness.machine.cards import VisibleCard
+from harness.machine.reading import Reading, missing
 from harness.records import codec
 from harness.run.feasibility import check_feasible
 from harness.run.levels import choose_level
@@ -89,6 +91,35 @@ def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UsageError, match=r"ranks = 2: 1 card is to be had here"):
         check_feasible(of_ranks(small_study), dataclasses.replace(machine, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("boards", "shared"),
+    [
+        (("one", "two"), None),
+        (("one", "one"), "MIG-0 and MIG-1"),
+        (("one", "one", "two"), "MIG-0 and MIG-1"),
+        (("one", "two", "two"), None),
+        ((None, None), None),
+    ],
+)
+def test_ranks_on_parts_of_one_card_are_refused(small_study, machine, monkeypatch, boards, shared):
+    """The first of the visible ones are theirs, whatever others there are; what is not told is not guessed."""
+    cards = tuple(
+        VisibleCard(
+            entry=f"MIG-{n}", name=Reading(value="1g.10gb"), power_limit_w=missing("not told"),
+            board=missing("not told") if board is None else Reading(value=board),
+        )
+        for n, board in enumerate(boards)
+    )  # fmt: skip
+    monkeypatch.setattr("harness.run.several_ranks.visible_cards", lambda: Reading(value=cards))
+    there = dataclasses.replace(machine, device="cuda")
+    with (
+        pytest.raises(UsageError, match=f"ranks = 2: {shared} are parts of one card")
+        if shared
+        else contextlib.nullcontext()
+    ):
+        check_feasible(of_ranks(small_study), there)
 
 
 @pytest.mark.parametrize(

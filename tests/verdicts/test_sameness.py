@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 
 import pytest
@@ -18,7 +19,7 @@ LOSSES = (3.0, 2.7, 2.5, 2.4, 2.3, 2.2)
 
 def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
     """A trial of a script as it is recorded: two steps, a warm-up of one, two timed ones, one to catch up."""
-    told = {key: values.pop(key) for key in ("loss_dtype", "trainable_dtype") if key in values}
+    told = {key: values.pop(key) for key in ("loss_dtype", "trainable_dtype", "source") if key in values}
     samples = {
         "warmup_loss": losses[:3], "train_loss": losses[3:5], "catch_up_loss": losses[5:],
         "step_time_s": (1.0, 1.0), "turn_sequences": (2 * values.pop("sequences", 4.0),),
@@ -34,7 +35,7 @@ def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
         trial=f"r{replicate}-{name}-{side}", status="ok", name=name, variant="v", role="variant", replicate=replicate,
         position=0, interleaving="lockstep", side=side, seed=0, started_unix_s=0.0, wall_time_s=1.0,
         samples={key: tuple(found) for key, found in samples.items()}, tokens=told,
-        values={"trainable_parameters": 32.0, "accumulation": 1.0} | values,
+        values={key: one for key, one in ({"trainable_parameters": 32.0, "accumulation": 1.0} | values).items() if one},
     )  # fmt: skip
 
 
@@ -64,7 +65,21 @@ def test_scripts_that_do_the_same_have_nothing_to_be_told():
     assert told({}, {"losses": nearly}) == {}
     found = losses({}, {"losses": nearly})
     assert found.found == "agree"
-    assert "3 in base and 3.003 in other in the first step, and over 6 steps 1.001" in found.reason
+    said = "3 in base and 3.003 in other in the first step, and over 6 steps 1.001 [1.001, 1.001] of the first"
+    assert said in found.reason
+
+
+def test_a_trend_of_losses_has_its_interval():
+    """Over the replicates, of which each may find another ratio."""
+    records = [record("base", n) for n in range(4)]
+    records += [record("other", n, losses=tuple(loss * (1 + n / 1000) for loss in LOSSES)) for n in range(4)]
+    run, study = run_of({}, {})
+    run.records = records
+    found = compare_losses(sides_of_run(run, study)["other"])
+    ratio, low, high = map(float, re.search(r"over 6 steps ([\d.]+) \[([\d.]+), ([\d.]+)\]", found.reason).groups())
+    assert found.found == "agree"
+    assert ratio == pytest.approx(1.0015, abs=6e-4)
+    assert 0.998 < low < 1.0 < 1.003 < high < 1.005
 
 
 @pytest.mark.parametrize(
@@ -89,6 +104,26 @@ def test_what_differs_is_said_with_both_numbers(candidate, code, said):
     found = told(known, known | candidate)
     assert list(found) == [code]
     assert all(words in found[code] for words in said), found[code]
+
+
+def test_a_loop_is_compared_from_the_step_from_which_on_it_is_seen():
+    """Its first step is seen by nobody, and a Trainer's is: the second of the one is the first of the other."""
+    tokens = (100.0, 90.0, 110.0, 95.0, 105.0, 80.0)
+    trainer = {"source": "trainer", "tokens": tokens}
+    loop = {"source": "optimizer", "tokens": (*tokens[1:], 70.0), "losses": (*LOSSES[1:], 2.1)}
+    for base, candidate in ((trainer, loop), (loop, trainer)):
+        found = losses(base, candidate)
+        assert found.found == "agree", found.reason
+        assert "2.7 in base and 2.7 in other in the first step that both show, and over 5 steps 1" in found.reason
+        assert told(base, candidate).keys() <= {"tokens-differ"}
+    assert losses(trainer, loop | {"source": "loop"}).found == "unknown"
+
+
+def test_passes_that_one_side_does_not_tell_are_no_difference():
+    """A loop that nobody announces does not say over how many of them it accumulates; its sequences are compared."""
+    assert told({}, {"accumulation": None}) == {}
+    message = told({}, {"accumulation": None, "sequences": 2.0})["batch-differs"]
+    assert message.endswith("in other batches: base 4 sequences; other 2 sequences.")
 
 
 def test_losses_on_other_tokens_are_not_compared():

@@ -11,7 +11,7 @@ from harness.machine.doctor.card import card_meters, card_state
 from harness.machine.doctor.check import Check
 from harness.machine.doctor.host import disturbances, host_meters, limits, settings
 from harness.machine.doctor.means import device, memory, models, packages
-from harness.machine.doctor.several import card_server, interconnect, runs_folder
+from harness.machine.doctor.several import card_server, cards_of_ranks, interconnect, runs_folder
 from harness.machine.doctor.survey import Survey, survey
 
 __all__ = ["Check", "Survey", "examine", "is_fit", "survey"]
@@ -33,6 +33,7 @@ def examine(found: Survey) -> tuple[Check, ...]:
         *settings(found),
         *limits(found),
         *(card_state(card, root=found.root) if card else ()),
+        *cards_of_ranks(found),
         *card_server(found.environment, on_card=card is not None),
     )
 

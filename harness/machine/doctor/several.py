@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.machine.doctor.check import Check
 from harness.machine.doctor.survey import Survey
-from harness.machine.filesystem import OBJECTS, Place
+from harness.machine.filesystem import IN_MEMORY, OBJECTS, Place
 from harness.machine.links import FAR, NVLINK, Links, Pair
 from harness.machine.reading import unavailable
 
@@ -61,6 +61,23 @@ def _ways(links: Links) -> Check:
     )
 
 
+def cards_of_ranks(found: Survey) -> Iterator[Check]:
+    """Whether each rank of a trial would have a card of its own."""
+    by: dict[str, list[str]] = {}
+    for one in found.visible.value or ():
+        if one.board.value is not None:
+            by.setdefault(one.board.value, []).append(str(one.entry))
+    shared = [" and ".join(entries) for entries in by.values() if len(entries) > 1]
+    if shared:
+        yield Check(
+            about="spoils",
+            name="ranks",
+            standing="note",
+            found=f"{'; '.join(shared)} are parts of one card: ranks, or sites, on them would measure each other",
+            remedy="Make one instance of each card visible (CUDA_VISIBLE_DEVICES).",
+        )
+
+
 def _named(pairs: list[Pair], of: int) -> str:
     if len(pairs) == of:
         return "all cards"
@@ -101,6 +118,10 @@ def _judged(place: Place) -> Check:
         said = f"{where}, where a lock keeps nobody out: two runs would not see each other"
     elif place.kind in OBJECTS:
         said = f"{where}, an object store: what was synced is not there before its file is closed"
+    elif place.kind in IN_MEMORY:
+        said = f"{where}, which is memory: it takes from what trials have, and a restart ends it"
+    elif place.unsynced:
+        said = f"{where} with {place.unsynced}: what was synced can be lost with the machine's power"
     elif place.local_locks:
         said = f"{where} with {place.local_locks}: its locks hold on this machine alone"
     elif place.shared:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.machine.card import CardFacts, CardSample, Memory
+from harness.machine.cards import VisibleCard, card_links, card_names, visible_cards
 from harness.machine.filesystem import Place, place_of
 from harness.machine.host import LEAST_ASKED_S, HostWatch
 from harness.machine.links import Links
 from harness.machine.neighbours import Neighbours, neighbours_of
-from harness.machine.nvml import card_links, card_names, open_device
+from harness.machine.nvml import open_device
 from harness.machine.provenance import Machine, library_version, probe_machine
 from harness.machine.reading import Reading
 from harness.machine.system import SystemFacts, system_facts
@@ -62,8 +63,10 @@ class Survey:
     card: Reading[Card]
     cards: Reading[tuple[str, ...]]
     """Names of all cards of the machine, hidden ones too."""
+    visible: Reading[tuple[VisibleCard, ...]]
+    """Those that may be used."""
     links: Reading[Links]
-    """How the cards that may be used reach each other."""
+    """How these reach each other."""
     runs: Reading[Place]
     """Where runs would be written."""
     environment: Mapping[str, str]
@@ -91,6 +94,7 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
         peaks=os.access(_PEAK_RESET, os.W_OK),
         card=card,
         cards=card_names(),
+        visible=visible_cards(),
         links=card_links(),
         runs=place_of(runs),
         environment=os.environ,

@@ -4,9 +4,11 @@ The rule is that of `harness.models.costs.flops`: two FLOPs for each weight and 
 gradient of what the layer takes, and the same again where the weight trains. What a model multiplies with is seen in
 its modules: linear layers however they store their weights, and experts, of which each position meets a few.
 
-For which inputs a gradient is wanted is seen by watching a step. Without that, modules count in the order in which they
-are defined, and every input after the first weight that trains has one. Within the first block that is too many: layers
-beside the first one take what it takes. It is little of a model with many blocks.
+For which inputs a gradient is wanted is seen by watching a step, and which modules it goes through: not the towers for
+pictures of a model that is given text, nor what attends to an encoder of one that has none. Without that, all modules
+count, in the order in which they are defined, and every input after the first weight that trains has a gradient. Within
+the first block that is too many: layers beside the first one take what it takes. It is little of a model with many
+blocks.
 
 Attention counts by heads and their width, as for families that are known, and all pairs, also where a layer sees a
 window of them. What is no linear layer and no attention (a scan, a convolution, the router of experts) is not counted.
@@ -26,6 +28,8 @@ PREFIX = "products_"
 """Begins the names under which a record holds a count."""
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
 """What configurations call the number of experts that a position meets."""
+_HOLDERS = ("ModuleList", "ModuleDict")
+"""Modules that hold others and are never called."""
 
 
 class UncountedError(LorameterError):
@@ -78,13 +82,14 @@ class StepProducts:
         return round(6 * (self.linear_forward + self.head_forward) * tokens.positions)
 
 
-def count_products(model: Any, wanted: Mapping[str, bool] | None = None) -> StepProducts:
+def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) -> StepProducts:
     """What a step of this model multiplies with, as it stands: what trains, and the adapter that is active.
 
     Args:
         model: transformers', in PEFT's or not.
-        wanted: whether a gradient is wanted for what each layer takes, by the name that it has in transformers' model,
-            as a step has shown it; of others, and where it is left out, by the order of the modules.
+        seen: the modules that a step has called, by their names in transformers' model, and whether a gradient is
+            wanted for what each takes; None where that did not show, which is then judged by the order of the modules,
+            as all are where no step was seen.
 
     Raises:
         UncountedError: no linear layer is among its modules, or it does not say how many of its experts a position
@@ -93,14 +98,17 @@ def count_products(model: Any, wanted: Mapping[str, bool] | None = None) -> Step
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = dict.fromkeys(StepProducts.__slots__, 0.0)
     head, adapters, stacked = _head_of(base), _adapter_parts(base), _stacked_weights(base)
-    below, known, seen = False, dict(base.named_modules()), wanted or {}
+    below, known = False, dict(base.named_modules())
     for name, module in known.items():
+        if seen is not None and not _ran(name, known, seen):
+            continue
         elements = _elements(module) * _share(name, known, base) * adapters.get(id(module), True)
         trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         kind = "adapter" if id(module) in adapters else "head" if module is head else "linear"
         if elements and (trains or kind != "adapter"):  # an adapter that does not train is that of another trial
             found[f"{kind}_forward"] += elements
-            found[f"{kind}_inputs"] += elements * seen.get(name, below)
+            wanted = None if seen is None else seen.get(name)
+            found[f"{kind}_inputs"] += elements * (below if wanted is None else wanted)
             found[f"{kind}_weights"] += elements * _trained(module, stacked)
         below = below or trains
         found["passes"] += _once_a_pass(module)
@@ -108,6 +116,22 @@ def count_products(model: Any, wanted: Mapping[str, bool] | None = None) -> Step
     if not found["linear_forward"]:
         raise UncountedError("no linear layer is among the model's modules")
     return StepProducts(**found)
+
+
+def _ran(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> bool:
+    """Whether a step went through a module: it was called, or what it is a part of, which may use its weights
+    otherwise. Experts are a part of what chooses among them, and attention takes place where any part of it was called.
+    """
+    path = name.split(".")
+    if "experts" in path:
+        path = path[: path.index("experts")]
+    elif "Attention" in type(known[name]).__name__:
+        return name in seen or any(other.startswith(f"{name}.") for other in seen)
+    while path and (place := ".".join(path)) not in seen:
+        path.pop()
+        if place != name and type(known[place]).__name__ not in _HOLDERS:
+            return False
+    return True
 
 
 def to_values(products: StepProducts) -> dict[str, float]:
@@ -186,10 +210,12 @@ def _stacked_weights(base: Any) -> frozenset[int]:
 def _share(name: str, known: Mapping[str, Any], base: Any) -> float:
     """Share of the positions that meet a module: all, or those that choose the expert it belongs to."""
     path = name.split(".")
-    place = path.index("experts") if "experts" in path else -1
-    if place < 0:
+    if _are_experts(known[name]):
+        experts = known[name]
+    elif "experts" in path:
+        experts = _unwrapped(known[".".join(path[: path.index("experts") + 1])])
+    else:
         return 1.0
-    experts = _unwrapped(known[".".join(path[: place + 1])])
     stacked = [one.shape[0] for one in experts.parameters(recurse=False) if one.dim() == 3]
     count = stacked[0] if stacked else sum(part.isdigit() for part in experts._modules)
     if not count:
@@ -250,6 +276,6 @@ def _own(module: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _holds(module: Any) -> Iterator[bool]:
-    """Of each child whether it is a linear layer, PEFT's wrapping or not."""
+    """Of each child whether it is a linear layer, PEFT's wrapping or not, or what a family calls so."""
     for child in module.children():
-        yield bool(_elements(_unwrapped(child)))
+        yield bool(_elements(_unwrapped(child))) or "Linear" in type(child).__name__

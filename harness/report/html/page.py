@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from harness.errors import UsageError
+from harness.records.outputs import replacing
+from harness.records.refusals import say_unwritable
 from harness.report.curves import Curves
 from harness.report.figure import Figure
 from harness.report.html.pictures import draw, draw_chart
@@ -52,22 +51,10 @@ def write_html(
 
 
 def save_html(page: str, path: str | Path) -> Path:
-    """Write a page whole or not at all. Raises `UsageError` where it cannot be written."""
+    """Write a page whole or not at all. Raises `UsageError` or `InvalidRunError` where it cannot be written."""
     target = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(page)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UsageError(
-            f"--html {target}: cannot be written: {error.strerror}. Name a file in a folder that is there."
-        ) from None
+    with say_unwritable(f"--html {target}", "Name a file in a folder that is there."), replacing(target) as draft:
+        draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 
 

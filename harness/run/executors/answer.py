@@ -11,17 +11,28 @@ import os
 import selectors
 import subprocess
 import time
+from collections.abc import Callable
 from typing import IO
 
 from harness.machine.processes import kill_group
 
 PIECE_BYTES = 1 << 16
 MOST_BYTES = 256 << 20
-"""What is beyond is read and thrown away: no answer is so long."""
+"""No answer is so long: what has said so much is ended."""
+OVERDUE_S = 5.0
+"""After so long whoever waits wants to know what for."""
 
 
-def ask_once(process: subprocess.Popen[bytes], question: bytes, answer: IO[bytes] | int, timeout_s: float) -> bytes:
-    """Write a question on a process's stdin, and read what it answers until it has ended.
+def ask_once(
+    process: subprocess.Popen[bytes],
+    question: bytes,
+    answer: IO[bytes] | int,
+    timeout_s: float,
+    *,
+    most_bytes: int = MOST_BYTES,
+    overdue: Callable[[], object] | None = None,
+) -> bytes:
+    """Write a question on a process's stdin, and read what it answers until it has ended or said too much.
 
     At the end, whatever that is, the process and its group are gone.
 
@@ -30,6 +41,8 @@ def ask_once(process: subprocess.Popen[bytes], question: bytes, answer: IO[bytes
         question: the stream is closed behind it.
         answer: the end of a pipe, made non-blocking here.
         timeout_s: for all of it.
+        most_bytes: what is too much.
+        overdue: called once, where it takes longer than `OVERDUE_S`.
 
     Raises:
         TimeoutError: it has not ended in this time.
@@ -48,22 +61,29 @@ def ask_once(process: subprocess.Popen[bytes], question: bytes, answer: IO[bytes
         waiting.register(ended, selectors.EVENT_READ)
         waiting.register(reading, selectors.EVENT_READ)
         waiting.register(writing, selectors.EVENT_WRITE)
-        said, deadline = bytearray(), time.monotonic() + timeout_s
+        said, begun_s = bytearray(), time.monotonic()
         while True:
-            ready = {key.fd for key, _ in waiting.select(max(0.0, deadline - time.monotonic()))}
-            if not ready:
-                raise TimeoutError
+            until_s = begun_s + (timeout_s if overdue is None else min(OVERDUE_S, timeout_s))
+            left_s = until_s - time.monotonic()
+            ready = {key.fd for key, _ in waiting.select(max(0.0, left_s))}
+            if ended not in ready and (not ready or left_s <= 0):  # it may go on talking
+                if overdue is None:
+                    raise TimeoutError
+                overdue()
+                overdue = None
             if writing in ready:
                 question = _write(writing, question)
                 if not question:
                     waiting.unregister(writing)
                     process.stdin.close()
             if ended in ready:
-                while _read(reading, said):
+                while len(said) < most_bytes and _read(reading, said):
                     pass
                 return bytes(said)
             if reading in ready and not _read(reading, said):
                 waiting.unregister(reading)
+            if len(said) >= most_bytes:
+                return bytes(said)
 
 
 def _write(descriptor: int, text: bytes) -> bytes:
@@ -82,6 +102,5 @@ def _read(descriptor: int, into: bytearray) -> bool:
         piece = os.read(descriptor, PIECE_BYTES)
     except BlockingIOError:
         return False
-    if len(into) < MOST_BYTES:
-        into += piece
+    into += piece
     return bool(piece)

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -35,6 +36,8 @@ DESCRIPTION_FILE = "lorameter.json"
 """What the layer was made of; written last."""
 UNUSED_DAYS = 30
 """A layer that no A/B has asked for in this time is removed by the next one that asks for any."""
+_LINE_LETTERS = 1 << 16
+"""Of what is read at once: what builds a package may print a line without an end."""
 _LAYER_FILE = "_lorameter_layer.pth"
 _PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
 """Variables that would have pip install, or look, somewhere else than in the layer."""
@@ -148,13 +151,27 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in _present_folders()]
     (site_packages(python) / _LAYER_FILE).write_text("".join(lines), encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    _run([*pip, *requirements], requirements, report)
+    with _listed(requirements, out) as listed:
+        _run([*pip, "--requirement", str(listed)], requirements, report)
     description = {
         "requirements": [redact(each) for each in requirements],
         "python": sys.version,
         "executable": sys.executable,
     }
     (out / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _listed(requirements: Sequence[str], folder: Path) -> Iterator[Path]:
+    """A file of the requirements that nobody else may read, and none afterwards: their addresses may hold credentials,
+    and everybody on a machine sees the command lines of its processes."""
+    listed = folder / "requirements.txt"
+    try:
+        listed.touch(mode=0o600, exist_ok=False)
+        listed.write_text("".join(f"{each}\n" for each in requirements), encoding="utf-8")
+        yield listed
+    finally:
+        listed.unlink(missing_ok=True)
 
 
 def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[str], object]) -> None:
@@ -167,12 +184,13 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         env=environment,
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
         try:
-            for line in map(str.strip, process.stdout):
+            for line in map(str.strip, iter(partial(process.stdout.readline, _LINE_LETTERS), "")):
                 if line and "Requirement already satisfied" not in line:
                     last.append(line)
                     report(line)

@@ -45,8 +45,9 @@ def origin(module: str) -> "str | None":
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
+    print(  # on a line of its own, whatever has been said before
+        "\n"
+        + json.dumps(
             {
                 "python": platform.python_version(),
                 "executable": sys.executable,

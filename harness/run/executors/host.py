@@ -14,18 +14,24 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UsageError, impossible
-from harness.machine.provenance import LIBRARIES, cuda_of
+from harness.errors import UsageError, impossible, shorten
+from harness.machine.provenance import LIBRARIES
 from harness.machine.repository import git_state
+from harness.machine.software import cuda_of
 from harness.machine.steering import switches_of
 from harness.records import codec
+from harness.run.executors.answer import ask_once
+from kernels_check.visible import tell
 
 _VERSION = re.compile(r"\d+\.\d+", re.ASCII)
 ANSWER_TIMEOUT_S = 120.0
 """Reading the metadata of 100 distributions takes 0.1 s; a cold network disk can make it a minute."""
+ANSWER_BYTES = 1 << 20
+"""A thousand distributions take 40 kB; what says more is no Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,31 +69,42 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> dict[str, Any]:
     """
     script = Path(__file__).with_name("facts.py").read_text(encoding="utf-8")
     try:
-        done = subprocess.run(
+        with subprocess.Popen(
             [host.python, "-c", script, json.dumps(list(modules))],
-            capture_output=True,
-            text=True,
-            errors="replace",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env=host.variables(os.environ),
             cwd=host.cwd,
-            stdin=subprocess.DEVNULL,
-            timeout=ANSWER_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise impossible("interpreter", "python", host.python, f"it does not answer: {error}", _REMEDY) from None
-    answer = read_answer(done.stdout) if done.returncode == 0 else None
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            tell_waiting = partial(tell, f"waiting for {host.python}, for {ANSWER_TIMEOUT_S:g} s at most")
+            printed = ask_once(
+                process, b"", process.stdout, ANSWER_TIMEOUT_S, most_bytes=ANSWER_BYTES, overdue=tell_waiting
+            ).decode(errors="replace")
+    except (OSError, TimeoutError) as error:
+        said = str(error) or f"nothing within {ANSWER_TIMEOUT_S:g} s"
+        raise impossible("interpreter", "python", host.python, f"it does not answer: {said}", _REMEDY) from None
+    answer = read_answer(printed) if process.returncode == 0 else None
     if answer is None:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        why = f"no Python that can be asked what it has installed; it said: {said[-1 if 'Traceback' in said[0] else 0]}"
+        lines = (printed.strip() or "nothing").splitlines()
+        said = shorten(lines[-1 if "Traceback" in lines[0] else 0])
+        why = f"no Python that can be asked what it has installed; it said: {said}"
         raise impossible("interpreter", "python", host.python, why, _REMEDY)
     return answer
 
 
 def read_answer(printed: str) -> dict[str, Any] | None:
-    """What an interpreter says of itself: the last line of what it printed; None where that says something else."""
+    """What an interpreter says of itself: the last line of what it printed that reads so; None where none does."""
+    return next(filter(None, map(_answer_in, reversed(printed.splitlines()))), None)
+
+
+def _answer_in(line: str) -> dict[str, Any] | None:
+    if not line.startswith("{"):
+        return None
     try:
-        answer: dict[str, Any] = codec.parse(printed.strip().splitlines()[-1])
+        answer: dict[str, Any] = codec.parse(line)
         codec.from_json(dict[str, str], answer["packages"], "packages")
         codec.from_json(dict[str, str | None], answer["origins"], "origins")
         known = _VERSION.match(answer["python"]) and isinstance(answer["executable"], str)

@@ -104,8 +104,11 @@ class LocalExecutor(Here):
         return provenance.device_id(self._host.variables(os.environ))
 
     def facts(self) -> Facts:
-        """Of the present machine, and of the host if that is another. Raises `UsageError` if it does not answer."""
-        return provenance.read_facts(self.machine(), None if self._host == Host() else describe(self._host))
+        """Of the present machine and the card that the host's processes see first, and of the host if that is another.
+        Raises `UsageError` if it does not answer."""
+        variables = self._host.variables(os.environ)
+        machine, host = provenance.probe_machine(variables), None if self._host == Host() else describe(self._host)
+        return provenance.read_facts(machine, host, variables)
 
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""

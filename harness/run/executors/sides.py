@@ -118,7 +118,8 @@ def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
         raise impossible("ab", "side", spec, "no word that anything goes by", _REMEDY)
     if _is_executable_path(spec):
         return "interpreter", str(Path(spec).absolute())
-    commit, refusal = _commit(spec, repository)
+    # No revision holds an address, and git need not see one, which may hold a credential.
+    commit, refusal = (None, "no revision holds '://'") if "://" in spec else _commit(spec, repository)
     if commit is not None:
         return "revision", commit
     if _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
@@ -314,7 +315,8 @@ def _modules(folder: Path) -> list[str]:
 def _compile(host: Host, folders: list[str]) -> None:
     """Write bytecode once: the first process to import a fresh checkout would else pay for it, on one side only."""
     command = [host.python, "-c", Path(__file__).with_name("bytecode.py").read_text(encoding="utf-8"), *folders]
-    subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    none = subprocess.DEVNULL  # what it says, nobody reads
+    subprocess.run(command, env=host.variables(os.environ), stdin=none, stdout=none, stderr=none, check=False)
 
 
 def _prove(spec: str, origins: Mapping[str, str | None], root: Path) -> None:

@@ -312,7 +312,7 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
             code="port-shared",
             message=f"{variant.name}: {first_few(ports, 3)} is the same for all of its processes, and they are live "
             "at the same time.",
-            remedy="Leave the port out, as each process has its own in MASTER_PORT; or use --interleave replicates.",
+            remedy="Leave the port out: each process has one of its own in MASTER_PORT.",
         )
 
 

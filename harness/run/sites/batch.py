@@ -125,7 +125,9 @@ def cancel_jobs(*ids: str) -> None:
 def ask_slurm(*command: str) -> str | None:
     """What a command prints; nothing where it knows no such job, None where it does not answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=ASK_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode and "Invalid job id" in done.stderr:

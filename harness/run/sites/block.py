@@ -37,6 +37,7 @@ from harness.run.executors.sides import open_side
 from harness.run.plan import Plan, Slot
 from harness.run.ready import get_ready
 from harness.run.runner import run_plan
+from harness.run.several_ranks import check_ranks
 from harness.run.site import Site
 from harness.run.sites.local import share_cpus
 from harness.run.written import WrittenPlan, WrittenSide, read_plan, take_trials
@@ -214,7 +215,7 @@ class Post:
         with contextlib.suppress(OSError):  # what cannot be found from elsewhere is named when it is read
             os.chdir(order.folder)
         if order.shares > 1:
-            cpus = share_cpus(sorted(os.sched_getaffinity(0)), order.shares, f"site {order.site}")[order.share]
+            cpus = share_cpus(os.sched_getaffinity(0), order.shares, f"site {order.site}")[order.share]
             self._host = Host(environment={CPUS: ",".join(map(str, cpus))})
         executor = self._open()
         boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
@@ -236,6 +237,9 @@ class Post:
         if self._described is None:
             raise InvalidRunError("it was not asked what it is.")
         self._plan = plan = read_plan(order.plan)
+        machine = self._open().machine()
+        for slot in plan.slots:
+            check_ranks(f"variant {slot.variant.name!r}", slot.variant, slot.workload, machine)
         self._folder = self._stack.enter_context(scratch_folder())
         hosts = self._put_up(order.plan.sides, say)
         for slot in {slot.arm: slot for slot in plan.slots}.values():

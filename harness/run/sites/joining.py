@@ -15,6 +15,7 @@ from harness.records.record import Notice
 from harness.run.device import IfBusy
 from harness.run.ready import Ready
 from harness.run.sites.remote import RemoteStation
+from harness.run.sites.spread import REFUSED
 from harness.run.sites.together import check_like, check_prepared
 from harness.run.written import WrittenPlan
 
@@ -90,7 +91,7 @@ class Joining:
         except (InvalidRunError, UsageError) as error:
             station.close()
             self.lost(station.name)
-            self._note("site-refused", f"site {station.name} came and takes no part: {error}", "Look at its log.")
+            self._note(REFUSED, f"site {station.name} came and takes no part: {error}", "Look at its log.")
         else:
             self._note("site-joined", f"site {station.name} came while others measured, and took part.", "")
             add(station)

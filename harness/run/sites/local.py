@@ -7,18 +7,21 @@ card nor its cores: each site has CPUs of its own, and its processes stay on the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError, UsageError
+from harness.machine.cards import visible_cards
+from harness.machine.cores import cores_of
 from harness.machine.kinds import say_kind
-from harness.machine.nvml import card_names
 from harness.machine.processes import CPUS
-from harness.machine.provenance import Machine
-from harness.machine.visible import VARIABLE, visible_devices
+from harness.machine.provenance import Facts, Machine
+from harness.machine.visible import VARIABLE
 from harness.records.preparation import Hello
 from harness.records.record import TrialRecord
+from harness.records.units import format_count
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.executors import Executor, open_executor
@@ -27,7 +30,7 @@ from harness.run.plan import Plan
 from harness.run.ready import greet
 from harness.run.runner import run_plan
 from harness.run.site import Site
-from harness.studies.place import say_sites
+from harness.studies.place import HERE, Place, numbers_of, say_sites
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -40,6 +43,8 @@ class Ground:
     host: Host
     machine: str = ""
     """The kind of it, for a reader."""
+    cards: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES calls those that it takes."""
 
     def of(self, host: Host) -> Host:
         """Another host, of one side of an A/B, on this site."""
@@ -48,77 +53,101 @@ class Ground:
 
 def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Ground, ...]:
     """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine cards, in the order in which CUDA numbers those
-    that are visible; on a CPU as many equal shares of its CPUs.
+    that are visible; on a CPU as many equal shares of its cores. A site of several ranks (0+1) has one for each.
 
     Raises:
-        UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer CPUs than
+        UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer cores than
             sites.
     """
-    numbers = [int(number) for number in listed]
-    shares = share_cpus(sorted(os.sched_getaffinity(0)), len(numbers), say_sites(listed))
+    groups = [numbers_of(name) for name in listed]
+    numbers = [number for group in groups for number in group]
+    parts = iter(share_cpus(os.sched_getaffinity(0), len(numbers), say_sites(listed)))
+    shares = [[cpu for _ in group for cpu in next(parts)] for group in groups]
     if machine.device == "cpu":
-        return tuple(_ground(f"cpus-{number}", cpus, {}, machine) for number, cpus in zip(numbers, shares, strict=True))
-    cards = _cards(numbers, listed, mixed=mixed)
-    return tuple(
-        _ground(f"card-{number}", cpus, {VARIABLE: str(card)}, dataclasses.replace(machine, device_name=name))
-        for number, (card, name), cpus in zip(numbers, cards, shares, strict=True)
-    )
+        return tuple(_ground("cpus", group, cpus, (), machine) for group, cpus in zip(groups, shares, strict=True))
+    cards = dict(zip(numbers, _cards(numbers, listed, mixed=mixed), strict=True))
+    grounds: list[Ground] = []
+    for group, cpus in zip(groups, shares, strict=True):
+        names = {cards[number][1] for number in group}
+        if len(names) > 1:
+            raise UsageError(
+                f"{say_sites(listed)}: the ranks of one trial would be on cards of different kinds "
+                f"({', '.join(sorted(names))}), and the quicker ones would wait. Join cards of one kind."
+            )
+        kind = dataclasses.replace(machine, device_name=names.pop())
+        grounds.append(_ground("card", group, cpus, [str(cards[number][0]) for number in group], kind))
+    return tuple(grounds)
 
 
-def check_spreadable(study: Study, asked: str) -> None:
-    """Raises `UsageError`, with what was `asked` for, for a study whose trials choose their devices themselves."""
-    if study.of_scripts or study.workload.ranks > 1:
-        what = "scripts, which choose their devices" if study.of_scripts else "several ranks, which take several cards"
-        raise UsageError(f"{asked}: study {study.name} is of {what} themselves. Leave it out.")
-
-
-def _ground(name: str, cpus: Sequence[int], environment: dict[str, str], machine: Machine) -> Ground:
-    host = Host(environment={**environment, CPUS: ",".join(map(str, cpus))})
-    return Ground(name=name, host=host, machine=say_kind(machine))
-
-
-def share_cpus(cpus: Sequence[int], sites: int, asked: str) -> list[Sequence[int]]:
-    """Equal parts of the CPUs, one for each site. Raises `UsageError`, with what was `asked`, for too many sites."""
-    each = len(cpus) // sites
-    if not each:
+def check_spreadable(study: Study, place: Place) -> None:
+    """Raises `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine that
+    are not of as many cards as a trial has ranks."""
+    ranks = study.workload.ranks
+    if study.of_scripts:
         raise UsageError(
-            f"{asked}: {sites} sites and {len(cpus)} CPUs that this process may use: they would share "
-            "cores. Use fewer sites."
+            f"{place.said}: study {study.name} is of scripts, which choose their devices themselves. Leave it out."
         )
-    return [cpus[site * each : (site + 1) * each] for site in range(sites)]
+    if place.on == HERE and any(len(numbers_of(name)) != ranks for name in place.sites):
+        site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
+        raise UsageError(
+            f"{place.said}: a site has a card, or a share of the CPUs, for each rank of a trial, and study "
+            f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
+        )
+
+
+def _ground(what: str, numbers: Sequence[int], cpus: Sequence[int], cards: Sequence[str], machine: Machine) -> Ground:
+    seen = {VARIABLE: ",".join(cards)} if cards else {}
+    host = Host(environment={**seen, CPUS: ",".join(map(str, cpus))})
+    name = "-".join([what, *map(str, numbers)])
+    return Ground(name=name, host=host, machine=say_kind(machine), cards=tuple(cards))
+
+
+def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int]]:
+    """Equal parts of the cores, one for each site, by their CPUs: two threads of one core are never of two sites.
+    Raises `UsageError`, with what was `asked`, for too many sites."""
+    cores = cores_of(cpus)
+    each = len(cores) // sites
+    if not each:
+        threads = sum(map(len, cores))
+        of_cores = "" if threads == len(cores) else f" of {format_count(len(cores), 'core')}"
+        raise UsageError(
+            f"{asked}: {sites} sites and {format_count(threads, 'CPU')}{of_cores} that this process may use: they "
+            "would share cores. Use fewer sites."
+        )
+    return [sorted(itertools.chain(*cores[site * each : (site + 1) * each])) for site in range(sites)]
 
 
 def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[tuple[int | str, str]]:
     """Each by what CUDA_VISIBLE_DEVICES calls it, with its name."""
-    names = card_names().value
-    if names is None:
-        raise UsageError(f"{say_sites(listed)}: which cards there are cannot be known here. Leave it out.")
-    visible = visible_devices(os.environ)
-    cards: Sequence[int | str] = range(len(names)) if visible is None else visible
+    asked, cards = say_sites(listed), visible_cards().value
+    if cards is None:
+        raise UsageError(f"{asked}: which cards there are cannot be known here. Leave it out.")
+    found: list[tuple[int | str, str]] = []
+    kinds: set[str] = set()
     for number in numbers:
         if number >= len(cards):
-            raise UsageError(f"{say_sites(listed)}: card {number}: {len(cards)} are visible here. Count from 0.")
-    chosen = [cards[number] for number in numbers]
-    named = [names[card] if isinstance(card, int) and card < len(names) else "" for card in chosen]
-    kinds = {name for name in named if name}
-    if mixed and not all(named):
-        raise UsageError(
-            f"{say_sites(listed)}: mixed: which card is which is not known where they are visible by other names than "
-            f"numbers. Set {VARIABLE} to numbers."
-        )
+            raise UsageError(f"{asked}: card {number}: {len(cards)} are visible here. Count from 0.")
+        card = cards[number]
+        if card.name.value is None:
+            raise UsageError(f"{asked}: what card {number} is cannot be known: {card.name.reason}. Leave it out.")
+        found.append((card.entry, card.name.value))
+        limit_w = card.power_limit_w.value
+        kinds.add(card.name.value if limit_w is None else f"{card.name.value} at {limit_w:.0f} W")
     if len(kinds) > 1 and not mixed:
         raise UsageError(
-            f"{say_sites(listed)}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of "
-            "one machine. Name cards of one kind, and measure the others in a run of their own, or have each site "
-            "judged by itself by --mixed."
+            f"{asked}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
+            "machine. Name cards of one kind, and measure the others in a run of their own, or have each site judged "
+            "by itself by --mixed."
         )
-    return list(zip(chosen, named, strict=True))
+    return found
 
 
 def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
-    """An executor for each site that answers for its device; nothing is started."""
+    """An executor for each card of each site, or for its CPUs, that answers for it; nothing is started."""
     for ground in sites:
-        yield open_executor(host=ground.host)
+        for card in ground.cards or (None,):
+            seen = {} if card is None else {VARIABLE: card}
+            yield open_executor(host=Host(environment={**ground.host.environment, **seen}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +159,11 @@ class LocalStation:
     executors: Mapping[str, Executor]
     site: Site | None = None
     """What its requests have in common, once that is prepared."""
+
+    @property
+    def facts(self) -> Facts:
+        """Of its device, and of what its first executor measures with."""
+        return next(iter(self.executors.values())).facts()
 
     def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
         """As any plan on one site."""

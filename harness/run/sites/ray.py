@@ -13,6 +13,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ START_TIMEOUT_S = 120.0
 """An actor that has its resources starts in seconds; one that waits for them longer than this waits for another job."""
 CONNECT_TIMEOUT_S = 30.0
 """A cluster that is there answers in a second or two."""
+CLIENT_TIMEOUT_S = 180.0
+"""Behind a client port a process is started first for whoever comes, which imports Ray: seconds, and on a node that is
+busy a minute. Ray itself gives up after half of one (ConnectionAbortedError), so it is asked again."""
 CLOSE_TIMEOUT_S = 20.0
 """A post that is told to end kills its processes and removes its folder."""
 
@@ -121,12 +125,13 @@ class Berth:
     shares: int = 1
 
 
-def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> tuple[Berth, ...]:
+def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1) -> tuple[Berth, ...]:
     """The sites of a cluster: its cards if it has any, else its nodes with CPUs.
 
     Args:
         nodes: as `ray.nodes()` tells of them.
         wanted: names of nodes; empty for all.
+        ranks: of a trial, each of which has a card of its own where the cluster has any.
 
     Raises:
         UsageError: no node of such a name, or none that could measure.
@@ -145,12 +150,15 @@ def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> tu
         key, has = node["NodeID"], resources[node["NodeID"]]
         cpus, cards = float(has.get("CPU", 0)), int(has.get("GPU", 0))
         if with_cards:
-            found += [
-                Berth(site=f"{names[key]}-card-{card}", node=key, cpus=cpus // cards, cards=1, share=card, shares=cards)
-                for card in range(cards)
-            ]
+            shares = cards // ranks
+            for share in range(shares):
+                numbers = "-".join(str(card) for card in range(share * ranks, (share + 1) * ranks))
+                site, part = f"{names[key]}-card-{numbers}", cpus // shares
+                found.append(Berth(site=site, node=key, cpus=part, cards=ranks, share=share, shares=shares))
         elif cpus >= 1:
             found.append(Berth(site=names[key], node=key, cpus=cpus))
+    if not found and with_cards and ranks > 1:
+        raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many cards. Use fewer ranks.")
     if not found:
         raise UsageError("the Ray cluster has no node with a CPU or a card to measure on. See `ray status`.")
     return tuple(found)
@@ -168,12 +176,13 @@ def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_stations(address: str, wanted: Sequence[str] = ()) -> Iterator[tuple[RemoteStation, ...]]:
+def open_stations(address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> Iterator[tuple[RemoteStation, ...]]:
     """A station for each site of a cluster, started meanwhile; nothing is asked of them yet.
 
     Args:
         address: "ray" for the cluster that this machine is part of, "ray://HOST:PORT" for the one behind a client port.
         wanted: names of nodes; empty for all.
+        ranks: of a trial.
 
     Raises:
         UsageError: Ray is not installed, the cluster does not answer or has no such nodes.
@@ -189,7 +198,7 @@ def open_stations(address: str, wanted: Sequence[str] = ()) -> Iterator[tuple[Re
     with contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
         stations = []
-        for berth in berths_of(ray.nodes(), wanted):
+        for berth in berths_of(ray.nodes(), wanted, ranks=ranks):
             there = NodeAffinitySchedulingStrategy(berth.node, soft=False)
             options = {"num_cpus": berth.cpus, "num_gpus": berth.cards, "scheduling_strategy": there}
             actor = ray.remote(Desk).options(max_concurrency=4, max_restarts=0, **options).remote()
@@ -205,21 +214,25 @@ def _connect(ray: Any, address: str) -> None:
     Ray goes on trying to reach a cluster that is gone for many minutes, so a thread of its own does it.
     """
     told: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    named = address if address.startswith(CLIENT) else "auto"
+    named, timeout_s = (address, CLIENT_TIMEOUT_S) if address.startswith(CLIENT) else ("auto", CONNECT_TIMEOUT_S)
+
+    deadline = time.monotonic() + timeout_s
 
     def connect() -> None:
-        try:
-            ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
-            told.put(None)
-        except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
-            told.put(error)
+        while True:
+            try:
+                ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
+                return told.put(None)
+            except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
+                if not isinstance(error, ConnectionAbortedError) or time.monotonic() > deadline:
+                    return told.put(error)
 
     threading.Thread(target=connect, daemon=True).start()
     error: Exception | None
     try:
-        error = told.get(timeout=CONNECT_TIMEOUT_S)
+        error = told.get(timeout=timeout_s)
     except queue.Empty:
-        error = TimeoutError(f"nothing was heard within {CONNECT_TIMEOUT_S:g} s")
+        error = TimeoutError(f"nothing was heard within {timeout_s:g} s")
     if error is not None:
         raise UsageError(
             f"{say_on(address)}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "

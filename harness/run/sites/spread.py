@@ -170,10 +170,12 @@ def run_spread(
             return Measured(records=_in_order(plan, shared.ended), interrupted=True, notices=_notices(lost, joining))
     if shared.waiting and error is not None and shared.reason is None:
         _give_up(plan, unsettled, shared, save, watcher)
-        raise error
+        raise _last_words(error, joining)
     return Measured(records=_in_order(plan, shared.ended), stopped=shared.reason, notices=_notices(lost, joining))
 
 
+REFUSED = "site-refused"
+"""Code of the notice of one who came and takes no part."""
 ASK_S = 5.0
 """How often those who are joining are asked whether anybody will, where nobody is at work."""
 _Heard = tuple[Station, BaseException]
@@ -186,6 +188,12 @@ def _hear(told: queue.SimpleQueue[_Heard], joining: Joining | None) -> _Heard | 
             return told.get(timeout=None if joining is None else ASK_S)
         if joining is not None and not joining.is_expected():
             return None
+
+
+def _last_words(error: InvalidRunError, joining: Joining | None) -> InvalidRunError:
+    """Of the last one that was lost, with what became of those who came and were refused, who might have gone on."""
+    refused = [] if joining is None else [one.message for one in joining.notices if one.code == REFUSED]
+    return InvalidRunError(" ".join((f"{str(error).rstrip('.')}.", *refused))) if refused else error
 
 
 def _notices(lost: Sequence[Notice], joining: Joining | None) -> tuple[Notice, ...]:

@@ -116,7 +116,7 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
     if place.is_plain:
         yield Venue()
         return
-    check_spreadable(study, place.said)  # before anything waits in a queue
+    check_spreadable(study, place)  # before anything waits in a queue
     if place.on == HERE:
         yield Venue(said=place.said, grounds=local_sites(place.sites, open_executor().machine(), mixed=place.mixed))
     elif is_batch(place.on):
@@ -125,7 +125,7 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
     else:
         from harness.run.sites.ray import open_stations
 
-        with open_stations(place.on, place.sites) as stations:
+        with open_stations(place.on, place.sites, ranks=study.workload.ranks) as stations:
             yield Venue(said=place.said, stations=stations, notices=describe_all(stations, mixed=place.mixed))
 
 

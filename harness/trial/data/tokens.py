@@ -27,7 +27,7 @@ from harness.errors import EXIT_INVALID, LorameterError, UsageError
 from harness.models import catalogue, shapes
 from harness.records import codec
 from harness.records.preparation import Example, TokenSummary
-from harness.records.refusals import refusal_in
+from harness.records.refusals import naming, refusal_in
 from harness.records.units import format_count
 from harness.studies.data_source import SYNTHETIC
 from harness.studies.workload import Workload
@@ -83,7 +83,8 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
 
     digest = hash_tensors(tensors)
     path = folder / f"tokens-{digest[:16]}.safetensors"
-    save_file(tensors, path)
+    with naming(path):
+        save_file(tensors, path)
     mask = tensors["train.attention_mask"]
     return TokenSummary(
         path=str(path),

@@ -6,7 +6,10 @@ import json
 import pytest
 
 from kernels_check.__main__ import main
+from kernels_check.check import Check
 from kernels_check.controls import catalogue
+from kernels_check.controls.control import Outcome
+from kernels_check.controls.selftest import WIDTH, show
 
 EAGER = next(control for control in catalogue.CONTROLS if control.name == "eager attention")
 SKIPPED = dataclasses.replace(EAGER, name="elsewhere", needs_cuda="the reason")
@@ -29,6 +32,19 @@ def test_all_held_is_success(only, capsys):
     assert "active (flash)" in shown
     assert "skipped: elsewhere, spy: needs a CUDA device: the reason" in shown
     assert "2 hold, 0 failed, 2 skipped" in shown
+
+
+def test_a_name_is_whole_beside_whatever_was_observed(capsys):
+    """A row without the name of its control says nothing."""
+    check = Check(path="attention.backend", required="flash", observed="a kernel " * 20, status="fallback", reason="x")
+    name = "the longest name of a control there is, or nearly so"
+    show([
+        Outcome(control=name, path=check.path, required="flash", instrument=instrument, held=True, fault=None,
+                sabotage=check, twin=check)
+        for instrument in ("profile", "spy")
+    ])  # fmt: skip
+    assert name in capsys.readouterr().out
+    assert max(len(control.name) for control in catalogue.CONTROLS) < WIDTH // 2
 
 
 def test_one_that_fails_fails_the_run(only, capsys):

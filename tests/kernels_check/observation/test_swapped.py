@@ -69,6 +69,59 @@ def _libraries(module, calls=(), inputs=(), **bound):
     return {place.kind: place for place in found}
 
 
+LIBRARIES = [
+    ("liger_kernel.transformers.rms_norm", "liger_kernel"),
+    ("unsloth.kernels.rms_layernorm", "unsloth"),
+    ("unsloth_zoo.temporary_patches.common", "unsloth_zoo"),
+    ("axolotl.kernels.rms_norm", "axolotl"),
+    ("apex.normalization.fused_layer_norm", "apex"),
+    ("flash_attn.ops.rms_norm", "flash_attn"),
+    ("torch.nn.modules.normalization", None),
+    ("apexes.normalization", None),
+]
+
+
+class OwnRMSNorm(torch.nn.RMSNorm):
+    """A model's own norm."""
+
+
+@pytest.mark.parametrize(("home", "library"), LIBRARIES)
+def test_each_library_is_told_by_the_forward_that_it_has_bound(home, library):
+    """To a norm that is the model's own by its class."""
+    assert _libraries(OwnRMSNorm(2))["rms_norm"].library is None
+    assert _libraries(OwnRMSNorm(2), forward=_from(home))["rms_norm"].library == library
+
+
+@pytest.mark.parametrize(("home", "library"), LIBRARIES)
+def test_each_library_is_told_by_the_class_that_it_has_put_there(home, library):
+    """In place of the model's own, with a forward of its own; one that only inherits is the model's still."""
+    swapped = type("FusedRMSNorm", (torch.nn.Module,), {"forward": _from(home), "__module__": home})
+    assert _libraries(swapped())["rms_norm"].library == library
+    inherits = type("FusedRMSNorm", (OwnRMSNorm,), {"__module__": home})
+    assert _libraries(inherits(2))["rms_norm"].library is None
+
+
+def _from_file(path):
+    """A forward as it is where a file of this path was loaded, under whatever name."""
+    scope = {"__name__": "layers"}
+    exec(compile("def forward(self, hidden):\n    return hidden\n", path, "exec"), scope)
+    return scope["forward"]
+
+
+@pytest.mark.parametrize(
+    ("path", "library"),
+    [
+        ("/cache/hub/models--kernels-community--liger_kernels/snapshots/0f/build/layers.py", "kernels-community"),
+        ("/cache/hub/models--somebody--kernels/snapshots/0f/build/layers.py", None),
+    ],
+)
+def test_a_kernel_of_the_hub_is_told_by_its_file(path, library):
+    """Its module has no name of its own; bound to a norm, or in a class that was put there."""
+    assert _libraries(OwnRMSNorm(2), forward=_from_file(path))["rms_norm"].library == library
+    swapped = type("LigerRMSNorm", (torch.nn.Module,), {"forward": _from_file(path)})
+    assert _libraries(swapped())["rms_norm"].library == library
+
+
 @pytest.mark.parametrize(
     ("home", "library"),
     [

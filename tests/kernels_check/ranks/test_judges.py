@@ -83,6 +83,45 @@ def test_parts_of_a_sharded_gradient_are_one_whole():
     assert judged(*facts)["ranks.gradients"].met
 
 
+@pytest.mark.parametrize(("parts", "divisor"), [((3.0, 5.0), "1"), ((0.75, 1.25), "4")])
+def test_parts_of_a_sharded_gradient_that_were_divided_by_another_number_are_a_fault(parts, divisor):
+    """Their sum is that of the ranks' own over it."""
+    facts = (fact(rank, gradients={"a": gradient((3.0, 5.0)[rank], parts[rank], sharded=True)}) for rank in (0, 1))
+    check = judged(*facts)["ranks.gradients"]
+    assert check.status == "fallback"
+    assert f"divided by {divisor} and not by their number, 2" in check.reason
+
+
+def test_what_is_as_far_off_as_is_borne_passes():
+    """A thousandth of the gradient's norm, from the mean and from what a rank had made; and no more."""
+
+    def status(own, exchanged):
+        facts = (fact(rank, gradients={"a": gradient(own[rank], exchanged[rank], size=1000.0)}) for rank in range(2))
+        return judged(*facts)["ranks.gradients"]
+
+    assert status((3.0, 5.0), (5.0, 5.0)).met
+    assert not status((3.0, 5.0), (5.001, 5.001)).met
+    assert "keep each rank's own gradient" in status((-100.0, 100.0), (-99.0, 101.0)).reason
+    assert "keep each rank's own gradient" not in status((-100.0, 100.0), (-98.9, 101.0)).reason
+
+
+def test_a_gradient_that_is_gone_after_the_exchange_was_divided_by_no_number():
+    """It is not the mean, whatever became of it."""
+    facts = (fact(rank, gradients={"a": gradient((3.0, 5.0)[rank], 0.0)}) for rank in range(2))
+    check = judged(*facts)["ranks.gradients"]
+    assert check.status == "fallback"
+    assert "not the mean over 2 ranks: 1 of 1 parameters, a" in check.reason
+
+
+def test_ranks_that_train_unlike_parameters_are_not_compared():
+    """Nor are those that train none."""
+    others = {"b": gradient(3.0, 4.0)}
+    check = judged(fact(0), fact(1, gradients=others))["ranks.gradients"]
+    assert (check.status, check.reason) == ("unknown", "the ranks do not train the same parameters")
+    check = judged(fact(0, gradients={}), fact(1, gradients={}))["ranks.gradients"]
+    assert (check.status, check.reason) == ("unknown", "nothing trains")
+
+
 def test_a_mean_in_16_bits_is_rounded():
     """What is a fault in float32 is rounding there."""
     for coarse in (True, False):
@@ -160,6 +199,32 @@ def test_a_sharded_base_in_4_bits_passes():
     assert "1 weights still in 4 bits" in check.reason
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": {"w": (49, 98), "n": (2, 2)}},  # whole is a fiftieth, and no more is borne
+        {"base": HALF, "four_bit": {"w": 199}},  # of an odd number of weights the last has a byte of its own
+    ],
+)
+def test_what_a_sharded_base_may_have_just_so(changes):
+    """At the bounds it is as it should be."""
+    assert judged(fact(0, **changes), fact(1, **changes), strategy="fsdp2")["ranks.sharded"].met
+
+
+@pytest.mark.parametrize("changes", [{"base": HALF}, {"four_bit": {"w": 200}}])
+def test_a_loss_that_moves_for_another_reason_has_no_cause_that_is_known(changes):
+    """Weights in 4 bits that are whole, or shards of others, are not what FSDP2 and bitsandbytes do to each other."""
+    check = judged(fact(0), fact(1, base_losses=(5.0, 5.1), **changes))["ranks.steady"]
+    assert check.status == "fallback"
+    assert "quant_state" not in check.reason
+
+
+def test_a_loss_may_move_by_how_a_device_adds():
+    """A ten-thousandth of it, and no more."""
+    assert judged(fact(0), fact(1, repeated=(10000.0, 10001.0)))["ranks.steady"].met
+    assert not judged(fact(0), fact(1, repeated=(10000.0, 10001.1)))["ranks.steady"].met
+
+
 def test_a_loss_that_moves_with_nothing_updated_is_a_fault_with_its_known_cause():
     """The cause is told where the base is in 4 bits and sharded, and nowhere else."""
     moved = {"base_losses": (4.93485, 4.93347, 4.90823, 4.87422)}
@@ -184,6 +249,7 @@ def test_checks_of_ranks_become_those_of_the_worst_which_says_who_differs():
     assert merged.status == "fallback"
     assert "the ranks differ: rank 0: 4 (active); rank 1: 16 (fallback)" in merged.reason
     assert merge_checks([[check(4, "active")], [check(4, "active")]]) == [check(4, "active")]
+    assert merge_checks([[check(16, "fallback")], [check(16, "fallback")]]) == [check(16, "fallback")]
     (lacking,) = merge_checks([[check(4, "active")], []])
     assert lacking.status == "unknown"
     assert "no row of rank 1" in lacking.reason

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from harness import cli
 from harness.machine.card import CardFacts, CardSample, Memory
+from harness.machine.cards import VisibleCard
 from harness.machine.doctor import examine, is_fit
 from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey, cannot_load
 from harness.machine.filesystem import Place, place_of
@@ -72,7 +73,8 @@ def found(machine):
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
               "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
-        peaks=True, card=missing("no driver"), cards=missing("no driver"), links=missing("no driver"),
+        peaks=True, card=missing("no driver"), cards=missing("no driver"), visible=missing("no driver"),
+        links=missing("no driver"),
         runs=given(DISK), environment={}, root=False,
     )  # fmt: skip
 
@@ -372,6 +374,24 @@ def test_a_card_whose_links_are_down_is_named(found):
     assert "NVLinks" not in by_name(dataclasses.replace(on_card(found), links=four_cards({})))
 
 
+def test_ranks_that_would_share_a_card_are_told_of(found):
+    """Instances of one card are named as they are made visible; cards of their own are nothing to tell of."""
+
+    def seen(*boards):
+        cards = (
+            VisibleCard(entry=f"MIG-{n}", name=given("1g.10gb"), board=board, power_limit_w=given(700.0))
+            for n, board in enumerate(boards)
+        )
+        return by_name(dataclasses.replace(on_card(found), visible=given(tuple(cards))))
+
+    check = seen(given("GPU-1"), given("GPU-2"), given("GPU-1"))["ranks"]
+    assert check.standing == "note"
+    assert "MIG-0 and MIG-2 are parts of one card" in check.found
+    assert "CUDA_VISIBLE_DEVICES" in check.remedy
+    for boards in ((given("GPU-1"), given("GPU-2")), (given("GPU-1"),), (missing("gone"), missing("gone"))):
+        assert "ranks" not in seen(*boards)
+
+
 def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
     """Where trials run on a card, and its daemon is there."""
     one = dataclasses.replace(on_card(found), environment={"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)})
@@ -393,6 +413,13 @@ def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
         ({"kind": "nfs4", "options": ("rw", "local_lock=flock")}, "bad", "on this machine alone"),
         ({"kind": "lustre", "options": ("rw", "localflock")}, "bad", "lustre with localflock"),
         ({"kind": "fuse.gcsfuse"}, "bad", "an object store"),
+        ({"kind": "tmpfs"}, "bad", "lies on tmpfs, which is memory"),
+        ({"kind": "overlay", "options": ("rw", "volatile")}, "bad", "overlay with volatile"),
+        ({"kind": "ext4", "options": ("rw", "nobarrier")}, "bad", "ext4 with nobarrier: what was synced can be lost"),
+        ({"kind": "ext4", "options": ("rw", "barrier=0")}, "bad", "ext4 with barrier=0"),
+        ({"kind": "ext4", "options": ("rw", "barrier=1")}, "good", "locks hold"),
+        ({"kind": "f2fs", "options": ("rw", "fsync_mode=nobarrier")}, "bad", "f2fs with fsync_mode=nobarrier"),
+        ({"kind": "nfs", "options": ("rw", "volatile")}, "note", "other machines may share"),
         ({"locks": Reading(value=False)}, "bad", "keeps nobody out"),
         ({"locks": missing("no lock can be tried in /runs: Read-only file system")}, "bad", "Read-only"),
     ],

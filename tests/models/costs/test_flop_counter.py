@@ -1,28 +1,18 @@
-"""The closed count against torch's own, on steps as they are trained: equal to the FLOP.
-
-It knows aten's products and the fused attentions of CUDA, and passes over what it does not know without a word. Missing
-are the CPU's flash attention and bitsandbytes' products of quantised weights, the inside of which a dispatch mode does
-not see; their formulas are here. The backward of a 4-bit layer needs none: it dequantises and calls aten's own product,
-as int8 does both ways on a CPU. Taken out are products that sum over nothing: older transformers write the angles
-of rotary embeddings, positions times frequencies, as one.
-
-Counted is what an operator is given: attention over every pair of a row, whatever its mask. The operators of the
-flash-attn package are not known here, nor is what happens inside code of torch.compile: such a step counts short.
-"""
+"""The closed count against torch's own (`benchmarks/selftest/flop_counting.py`), on steps as they are trained: equal to
+the FLOP."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.models import catalogue, shapes
@@ -43,82 +33,16 @@ from harness.trial.profiling.wanted import see_wanted
 from harness.trial.step import TrainStep
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CountedFlops:
-    """What one call announced."""
-
-    total: int
-    by_operator: Mapping[str, int]
-    """FLOPs by the operator's name ("aten.mm")."""
-
-
-def counted_flops(call: Callable[[], object]) -> CountedFlops:
-    """Call once and count. A dispatch mode looks at every operator, so the call is not one to be timed."""
-    with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:
-        call()
-    found = {str(operator): int(flops) for operator, flops in counter.get_flop_counts().get("Global", {}).items()}
-    return CountedFlops(total=sum(found.values()), by_operator=found)
+def _counting():
+    """The program's module, which lies beside the programs."""
+    name = "flop_counting"
+    spec = spec_from_file_location(name, Path(__file__).parents[3] / "benchmarks" / "selftest" / f"{name}.py")
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-Shape = Sequence[int]
-
-
-def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, _each_head(key, query), _each_head(value, query)))
-
-
-def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, _each_head(key, query), _each_head(value, query)))
-
-
-def _each_head(shape: Shape, query: Shape) -> Shape:
-    """Keys or values (rows, heads, length, width) as each head of the query meets them; torch 2.11 counts no
-    others."""
-    return (shape[0], query[1], *shape[2:])
-
-
-def _batched_product(left: Shape, right: Shape, *args: Any, **kwargs: Any) -> int:
-    """(b, m, k) by (b, k, n); one that sums over a single term is an outer product, which is no matrix product."""
-    return 2 * prod(left) * right[2] if left[2] > 1 else 0
-
-
-def _packed_product(inputs: Shape, packed: Shape, weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """`inputs` (..., k) by a weight of shape `weight` = (n, k), stored in another shape."""
-    return 2 * prod(inputs) * weight[0]
-
-
-def _product(inputs: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
-    """`inputs` (..., k) by `weight` (n, k)."""
-    return 2 * prod(inputs) * weight[0]
-
-
-def _mixed_product(inputs: Shape, quantised: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
-    """`inputs` (..., k) by `weight` (n, k) in 8 bits; the outlier columns, which are multiplied apart, left out."""
-    return 2 * prod(inputs) * weight[0]
-
-
-_FORMULAS: Mapping[tuple[str, str], Callable[..., int]] = {
-    ("aten", "bmm"): _batched_product,
-    ("aten", "_scaled_dot_product_flash_attention_for_cpu"): _attention,
-    ("aten", "_scaled_dot_product_flash_attention_for_cpu_backward"): _attention_backward,
-    ("bitsandbytes", "gemm_4bit"): _packed_product,
-    ("bitsandbytes", "gemv_4bit"): _packed_product,
-    ("bitsandbytes", "int8_linear_matmul"): _product,
-    ("bitsandbytes", "int8_scaled_mm"): _product,
-    ("bitsandbytes", "int8_mixed_scaled_mm"): _mixed_product,
-}
-
-
-def _missing_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas by the operators that this installation has; looked up by name, so that it need not have them all."""
-    found = {}
-    for (library, name), formula in _FORMULAS.items():
-        operator = getattr(getattr(torch.ops, library), name, None)
-        if operator is not None:
-            found[operator] = formula
-    return found
-
-
+counted_flops = _counting().counted_flops
 ROWS, LENGTH = 2, 32
 QV = ("q_proj", "v_proj")
 
@@ -296,11 +220,6 @@ def built(model_type, targets, **extra):
     return model.train(), lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
 
-def is_fused(counted):
-    """Whether attention was one operator, whose backward pass computes the scores again."""
-    return any("dot_product" in name for name in counted.by_operator)
-
-
 @pytest.mark.parametrize("model_type", UNKNOWN)
 @pytest.mark.parametrize("way", ["all weights", "adapter"])
 def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, way):
@@ -309,8 +228,44 @@ def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, 
     targets = None if way == "all weights" else EXPERTS if experts else LORA
     model, step = built(model_type, targets, **UNKNOWN[model_type])
     counted = counted_flops(step)
-    flops = count_products(model, see_wanted(model, step)).flops(STEP, fused=is_fused(counted))
+    flops = count_products(model, see_wanted(model, step)).flops(STEP, fused=counted.fused)
     assert flops.hardware == pytest.approx(counted.total, rel=0.01 if experts else 0.002)
+
+
+class Towers(torch.nn.Module):
+    """Text, with a tower for pictures beside it, and a layer whose weight is used without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        block = [torch.nn.Linear(8, 8, bias=False), torch.nn.ReLU()]
+        self.text = torch.nn.ModuleList([torch.nn.Sequential(*block), torch.nn.Linear(8, 4, bias=False)])
+        self.picture = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        self.inner = Inner()
+
+    def forward(self, hidden):
+        for one in (self.text[0][0], self.text[1]):  # a holder's parts are called in its place
+            hidden = one(hidden)
+        return self.inner(hidden).sum()
+
+
+class Inner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = torch.nn.Linear(4, 4, bias=False)
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.used.weight)
+
+
+def test_what_a_step_does_not_go_through_is_not_counted():
+    """A tower for pictures beside text; what is a part of something that was called counts, called itself or not."""
+    model = Towers()
+    wanted = see_wanted(model, lambda: model(torch.ones(3, 8)).backward())
+    counted = count_products(model, wanted)
+    assert counted.linear_forward == 8 * 8 + 8 * 4 + 4 * 4
+    assert counted.linear_weights == counted.linear_forward
+    assert counted.linear_inputs == 8 * 4 + 4 * 4
+    assert count_products(model).linear_forward == counted.linear_forward + 64 * 64
 
 
 def test_experts_that_an_adapter_is_added_to():

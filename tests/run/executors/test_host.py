@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import harness
@@ -23,6 +25,7 @@ from harness.machine.provenance import (
     read_facts,
 )
 from harness.records.record import SCHEMA
+from harness.run.executors import answer, host
 from harness.run.executors.host import Host, describe, inspect
 from harness.run.executors.local import LocalExecutor, worker_environment
 from harness.run.plan import make_plan
@@ -251,3 +254,50 @@ def test_tokens_are_made_in_the_folder_that_was_meant(small_study, tmp_path, mon
     assert Path(kept.path).is_file()
     assert not Path(lost.path).exists()
     assert (tmp_path / "run" / "logs" / "tokens-base.log").is_file()
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A function that writes a program for the shell; its path."""
+
+    def write(text):
+        path = tmp_path / "program"
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+def test_a_program_that_talks_without_end_is_ended(program, tmp_path):
+    """After a megabyte, with all that it has started."""
+    with pytest.raises(UsageError, match="no Python that can be asked what it has installed; it said: y"):
+        inspect(Host(python=program(f"sleep 300 & echo $! > {tmp_path}/started; exec yes 'y'")))
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int((tmp_path / "started").read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_program_that_says_nothing_is_ended(program, monkeypatch):
+    """When its time is over."""
+    monkeypatch.setattr(host, "ANSWER_TIMEOUT_S", 0.0)
+    with pytest.raises(UsageError, match="it does not answer: nothing within 0 s"):
+        inspect(Host(python=program("exec sleep 300")))
+
+
+def test_a_program_that_talks_without_end_has_no_more_time(program, monkeypatch):
+    """A pipe that is never empty keeps nobody."""
+    monkeypatch.setattr(host, "ANSWER_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(host, "ANSWER_BYTES", 1 << 60)
+    with pytest.raises(UsageError, match="it does not answer"):
+        inspect(Host(python=program("exec yes")))
+
+
+def test_who_waits_for_an_interpreter_is_told(program, tmp_path, monkeypatch):
+    """It answers when that has been said, beside words of its own on both streams."""
+    os.mkfifo(tmp_path / "go")
+    monkeypatch.setattr(answer, "OVERDUE_S", 0.0)
+    told = []
+    monkeypatch.setattr(host, "tell", lambda text: (told.append(text), (tmp_path / "go").write_text("go\n")))
+    slow = program(f'read line < {tmp_path}/go; printf words; printf words >&2; {sys.executable} "$@"; echo words')
+    assert inspect(Host(python=slow))["executable"] == sys.executable
+    assert told == [f"waiting for {slow}, for 120 s at most"]

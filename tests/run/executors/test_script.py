@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -17,9 +18,12 @@ from harness.studies.protocol import Protocol
 from harness.studies.script import script_workload
 from harness.studies.study import Study
 from harness.studies.variant import Variant
+from harness.verdicts.sameness import Sides, notices_of_sides
 
 SCRIPT = Path(__file__).parents[1] / "scripted.py"
-PROTOCOL = Protocol(phases=("train",), replicates=1, warmup_steps_max=9, turns=3, step_timeout_s=120.0, retries=0)
+PROTOCOL = Protocol(
+    phases=("train",), replicates=1, warmup_steps_max=9, turns=3, step_timeout_s=120.0, retries=0, seed=7
+)
 NEEDED = 2 + 3 + 3 * 2
 """Steps that are measured at least: two, the shortest warm-up, the turns."""
 ALL_STEPS = 2 + 9 + 3 * 2
@@ -115,13 +119,38 @@ FAULTS = {
 """How a trial ends, and what is said of it."""
 
 
+DIFFERENT = {
+    "short-rows": ("tokens-differ", "200.0 real tokens in plain and 150.0 in short-rows"),
+    "half": ("loss-dtype-differs", "float32 in plain and bfloat16 in half"),
+    "wide": ("trains-other-parameters", "32 parameters are trained in plain, and 64 in wide"),
+    "accumulated": ("batch-differs", "2 sequences in 2 passes"),
+    "worse": ("loss-differs", "2 in plain and 2 in worse in the first step"),
+}
+"""What a script says that does not do what the plain one does, and of which both numbers are told."""
+
+
+def elsewhere(folders):
+    """A variant whose script lies in another folder, and whose step takes what its environment and its interpreter say
+    between them."""
+    folder = folders.mktemp("elsewhere")
+    shutil.copy(SCRIPT, folder / "apart.py")
+    python = folder / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nSTEP_TIME_S="${{STEP_TIME_S}}4" exec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    return Variant(
+        name="elsewhere", command="python apart.py plain", cwd=str(folder), env={"STEP_TIME_S": "0.00"},
+        python=str(python),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """All of them in one group, as one replicate of a study."""
     folder = tmp_path_factory.mktemp("scripts")
     counts = {"few": f"plain {NEEDED - 1}", "planned": "planned 4", "late": f"plain {ALL_STEPS - 1}"}
-    study = study_of({how: f"python scripted.py {counts.get(how, how)}" for how in FAULTS})
-    return measured(study, folder)
+    study = study_of({how: f"python scripted.py {counts.get(how, how)}" for how in (*FAULTS, *DIFFERENT)})
+    return measured(dataclasses.replace(study, variants=(*study.variants, elsewhere(tmp_path_factory))), folder)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +181,21 @@ def test_what_is_measured_is_what_any_trial_measures(records):
     assert record.values["trainable_parameters"] == 32
     assert 2**20 < record.memory["host_peak_train_bytes"] < 2**32
     assert record.tokens["loss_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("how", DIFFERENT)
+def test_what_a_script_does_otherwise_is_told_from_what_it_says(run, records, how):
+    """From the words of its process to the notice, and no other of its code."""
+    sides = Sides(names=("plain", how), pairs=((records["plain"], records[how]),) * 2)
+    (notice,) = notices_of_sides(how, sides)
+    code, said = DIFFERENT[how]
+    assert (notice.code, said in notice.message) == (code, True), notice.message
+
+
+def test_a_variant_has_its_own_folder_environment_and_interpreter(records):
+    """The script is found in the one, and its step takes what the two others say."""
+    assert (records["elsewhere"].status, records["elsewhere"].failure) == ("ok", None)
+    assert set(records["elsewhere"].samples["step_time_s"]) == {4e-3}
 
 
 def test_nothing_follows_the_training(run, records):
@@ -198,8 +242,10 @@ def test_no_process_is_left(run):
 def test_order_seeds_and_commands_are_recorded(run):
     """The manifest holds what it takes to start the scripts again, in the order in which they were measured."""
     assert {one["command"] for one in run.manifest.study["variants"]} >= {"python scripted.py crash"}
-    assert len(run.manifest.order) == len(FAULTS) + 1
+    assert len(run.manifest.order) == len(run.records) == len(run.manifest.study["variants"]) + 1
     assert run.manifest.interleaving == "lockstep"
+    assert run.manifest.seed == PROTOCOL.seed
+    assert {record.seed for record in run.records} == {PROTOCOL.seed}
 
 
 def test_one_that_hangs_is_killed(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import contextlib
+import os
 import sys
+import textwrap
 from pathlib import Path
 from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from harness.machine.provenance import probe_machine
@@ -39,7 +41,8 @@ BIN = Path(sys.executable).parent
 def take_turns(folder, commands, monkeypatch):
     """One replicate of these commands and of the first of them once more."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PATH", f"{BIN}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+    monkeypatch.setenv("STARTED_BY", str(folder))
     variants = tuple(Variant(name=name, command=command) for name, command in commands.items())
     protocol = Protocol(phases=("train",), replicates=1, warmup_steps_max=4, turns=2, retries=0, allow_disturbed=True)
     study = Study(
@@ -50,55 +53,77 @@ def take_turns(folder, commands, monkeypatch):
     return measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
 
 
+def left_of(folder):
+    """Processes that `take_turns` has started in this folder, or that these have, and that do not end by themselves."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("STARTED_BY") == str(folder):
+                found.append(process)
+    return [process.cmdline() for process in psutil.wait_procs(found, timeout=30)[1]]
+
+
 @pytest.mark.faults
 def test_a_launcher_is_no_training_and_what_it_starts_takes_turns(tmp_path, monkeypatch):
-    """`accelerate launch`, and two ranks under torchrun of which the first speaks and the other keeps step; none of
-    them is left when the run has ended."""
-    import psutil
-
+    """`accelerate launch`, and two ranks under torchrun of which the first speaks and the other keeps step, beside two
+    more of the same, which meet elsewhere; none of them is left when the run has ended."""
     (tmp_path / "train.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
-    (tmp_path / "ranks.py").write_text("\n".join(line[4:] for line in RANKS.splitlines()))
+    (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS))
     commands = {
+        "torchrun": "torchrun --nproc-per-node=2 ranks.py",
         "plain": "python train.py --steps 400",
         "accelerate": "accelerate launch --cpu --num_processes 1 train.py --steps 400",
-        "torchrun": "torchrun --nproc-per-node=2 ranks.py",
     }
     run = take_turns(tmp_path, commands, monkeypatch)
     assert {record.trial: record.failure for record in run.records} == dict.fromkeys(
-        ("r0-plain", "r0-plain-control", "r0-accelerate", "r0-torchrun")
+        ("r0-torchrun", "r0-torchrun-control", "r0-plain", "r0-accelerate")
     )
-    by_name = {record.name: record for record in run.records}
-    assert by_name["torchrun"].values["ranks"] == 2
-    assert by_name["accelerate"].samples["train_loss"] == by_name["plain"].samples["train_loss"]
+    by_trial = {record.trial: record for record in run.records}
+    for name in ("r0-torchrun", "r0-torchrun-control"):
+        assert by_trial[name].values["ranks"] == 2
+    assert by_trial["r0-accelerate"].samples["train_loss"] == by_trial["r0-plain"].samples["train_loss"]
     assert all(record.turn_lengths == (2, 2) for record in run.records)
-    left = [one.info["cmdline"] for one in psutil.process_iter(["cmdline", "cwd"]) if one.info["cwd"] == str(tmp_path)]
-    assert len(left) <= 1, left  # this process
+    assert left_of(tmp_path) == []
+
+
+WORKERS = """
+    import sys, torch
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8000
+        def __getitem__(self, place):
+            return torch.full((32,), place / 8000)
+    if __name__ == "__main__":
+        torch.manual_seed(0)
+        model = torch.nn.Linear(32, 32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        loader = torch.utils.data.DataLoader(Rows(), batch_size=8, num_workers=1, multiprocessing_context=sys.argv[1])
+        for rows in loader:
+            (model(rows) - rows).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+"""
 
 
 @pytest.mark.faults
-def test_a_console_script_is_a_command(tmp_path, monkeypatch):
-    """`trl sft` on a small model and records of one's own: the Trainer that it builds takes turns."""
-    if importlib.util.find_spec("trl") is None or not (BIN / "trl").is_file():
-        pytest.skip("needs trl")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def test_data_workers_take_no_turns(tmp_path, monkeypatch):
+    """Spawned ones import the script with all that its environment says, and forked ones have the training that they
+    were forked from: the one that trains is measured, and none of them is left."""
+    (tmp_path / "train.py").write_text(textwrap.dedent(WORKERS))
+    run = take_turns(tmp_path, {how: f"python train.py {how}" for how in ("spawn", "fork")}, monkeypatch)
+    assert {record.trial: record.failure for record in run.records} == dict.fromkeys(
+        ("r0-spawn", "r0-spawn-control", "r0-fork")
+    )
+    losses = {record.samples["train_loss"] for record in run.records}
+    assert len(losses) == 1
+    assert all(record.turn_lengths == (2, 2) for record in run.records)
+    assert left_of(tmp_path) == []
 
-    words = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-    )
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(words))).save_pretrained(tmp_path / "model")
-    fast.save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({"text": " ".join("abcdefgh"[place % 8 :] * 3)}) for place in range(400)]
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    command = (
-        "trl sft --model_name_or_path model --dataset_name data --output_dir out --use_peft --lora_target_modules "
-        "all-linear --max_steps 300 --use_cpu --bf16 false --report_to none --lora_r "
-    )
+
+@pytest.mark.faults
+def test_a_console_script_is_a_command(tmp_path, monkeypatch, sft_command):
+    """`trl sft` on a small model and records of one's own: the Trainer that it builds takes turns."""
+    command = f"{sft_command} --max_steps 300 --lora_r "
     run = take_turns(tmp_path, {"r4": command + "4", "r8": command + "8"}, monkeypatch)
     assert {record.trial: record.failure for record in run.records} == dict.fromkeys(
         ("r0-r4", "r0-r4-control", "r0-r8")

@@ -1,4 +1,8 @@
-"""Live processes on one 16-bit base take it once, and beside it what each of them owns; measured in PSS."""
+"""Live processes on one 16-bit base take it once, and beside it what each of them owns at its peak; measured in PSS.
+
+The kernel keeps a peak of the resident set and none of PSS. What a process had more at its peak than it has now is its
+own: the base's pages, and those of the zygote, stay where they are.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,11 @@ SLACK = 0.05
 
 
 def memory_of(pid):
-    """PSS of a process, of which its mapping of a base, and what of that is no page of the file any more, in bytes."""
-    total = of_base = copied = 0
+    """Bytes of PSS of a process at its peak, of its mapping of a base among them, and of what of that is no page of the
+    file any more."""
+    status = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
+    total = 1024 * (int(status["VmHWM"]) - int(status["VmRSS"]))
+    of_base = copied = 0
     base = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         name, _, rest = line.partition(" ")
@@ -52,7 +59,7 @@ def memory_of(pid):
 
 
 def live(executor, study, variants, tokens, base):
-    """Processes of variants that have built and taken a step, all at once; closed by the caller."""
+    """Processes of variants that have built and taken their steps, all at once; closed by the caller."""
     contenders = [Contender(variant=variant, workload=study.workload) for variant in variants]
     plan = make_plan(study, contenders=contenders, phases=("train",), interleaving="lockstep")
     site = site_of(study.workload, tokens, "cpu")
@@ -63,7 +70,11 @@ def live(executor, study, variants, tokens, base):
         worker = executor.launch()
         workers.append(worker)
         request = request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))
-        for word, arguments in (("prepare", {"request": codec.to_json(request)}), ("build", {})):
+        for word, arguments in (
+            ("prepare", {"request": codec.to_json(request)}),
+            ("build", {}),
+            ("turn", {"steps": 2}),
+        ):
             fragment = worker.ask(word, slot.trial, 300, **arguments)
             assert fragment.status == "ok", fragment.failure
             if word == "build":
@@ -72,7 +83,8 @@ def live(executor, study, variants, tokens, base):
 
 
 def taken(executor, workers):
-    """Bytes of all processes together, the zygote's among them; the base's part of them; what is copied of it."""
+    """Bytes of all processes together at their peaks, the zygote's among them; the base's part of them; what is copied
+    of it."""
     found = [memory_of(worker.pid) for worker in workers]
     zygote = memory_of(executor._zygote.pid)[0]
     return sum(one[0] for one in found) + zygote, sum(one[1] for one in found), sum(one[2] for one in found)

@@ -20,6 +20,7 @@ from harness.records.locks import alone
 from harness.run.executors.environments import (
     DESCRIPTION_FILE,
     UNUSED_DAYS,
+    _run,
     layered_environment,
     parse_requirements,
 )
@@ -73,17 +74,6 @@ def opened(repository, tmp_path):
         return open_side(spec, **{"repository": repository, "cache": tmp_path / "cache", "report": silent} | changes)
 
     return open_it
-
-
-@pytest.fixture(scope="session")
-def index(tmp_path_factory):
-    """Skips where no package index is reachable."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run(
-        [*command, str(tmp_path_factory.mktemp("index")), OLD_PACKAGING], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no package index is reachable: {done.stderr.strip().splitlines()[-1:]}")
 
 
 @pytest.fixture(scope="module")
@@ -497,3 +487,9 @@ def test_an_ab_outside_a_repository_says_so(opened, tmp_path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(UsageError, match="not a git repository"), opened("HEAD", repository=tmp_path / "plain"):
         pass
+
+
+def test_what_an_installer_says_in_another_encoding_is_no_defect(tmp_path):
+    """pip repeats names of folders as they are; what is no text in ours is shown as unreadable."""
+    with pytest.raises(UsageError, match="no folder l\ufffd"):
+        _run(["sh", "-c", r"printf 'no folder l\377\n'; exit 1"], ["peft"], silent)

@@ -222,15 +222,40 @@ def test_what_cannot_be_kept_apart_is_said_before_the_start(project, command, co
     assert found == ([code] if code else [])
 
 
+QUIET = {
+    "WANDB_MODE": "disabled",
+    "WANDB_DISABLED": "true",
+    "COMET_MODE": "disabled",
+    "DISABLE_MLFLOW_INTEGRATION": "TRUE",
+    "NEPTUNE_MODE": "debug",
+    "SWANLAB_MODE": "disabled",
+    "CLEARML_OFFLINE_MODE": "1",
+    "DVC_STUDIO_OFFLINE": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+"""What each tracker reads by its own documentation."""
+
+
 def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
-    """Trackers are off, caches and the port are its own, threads are one unless somebody says otherwise."""
+    """Trackers are off, caches that would collide and the ports are its own, threads are one unless somebody says
+    otherwise; that of data sets is whose it was."""
     variant = Variant(name="a", command="python t.py", env={"OMP_NUM_THREADS": "4", "MINE": "1"})
     found = variables_of(
         variant, {"HOME": "/h", "MKL_NUM_THREADS": "3"}, scratch=tmp_path, threads=1, port=5, socket="/s"
     )
     assert (found["WANDB_MODE"], found["MASTER_PORT"], found["MINE"], found["HOME"]) == ("disabled", "5", "1", "/h")
     assert (found["OMP_NUM_THREADS"], found["MKL_NUM_THREADS"]) == ("4", "3")
-    assert found["TRITON_CACHE_DIR"].startswith(str(tmp_path))
+    assert {name: found[name] for name in QUIET} == QUIET
+    assert found["PET_MASTER_PORT"] == "5"
+    places = {
+        "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TENSORBOARD_LOGGING_DIR": "tensorboard",
+    }  # fmt: skip
+    assert {name: found[name] for name in places} == {name: str(tmp_path / place) for name, place in places.items()}
+    assert found["MLFLOW_TRACKING_URI"] == f"file://{tmp_path}/mlflow"
+    assert "HF_DATASETS_CACHE" not in found
     assert found["LORAMETER_TURNS"] == "/s"
     assert found["LORAMETER_FOLLOWER"] == "harness.attach.turns:Turns"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from harness.run import ab
 from harness.run.executors import ENV_EXECUTOR, EXECUTORS
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide
+from harness.run.sites import local
+from harness.run.sites.block import read_message
+from harness.run.sites.ray import Desk
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -38,6 +42,34 @@ r = 4
 name = "large"
 r = 8
 """
+
+
+class DeskLink:
+    """A link to a post in a thread of this process; `cut` may change what it says, or raise."""
+
+    def __init__(self, cut=lambda line: line):
+        self.desk, self.cut, self.closed = Desk(), cut, False
+
+    def ask(self, order):
+        self.desk.order(order)
+        while True:
+            for line in self.desk.fetch():
+                yield self.cut(line)
+                if read_message(line).is_last:
+                    return
+
+    def end(self):
+        self.desk.end()
+
+    def close(self):
+        self.desk.close()
+        self.closed = True
+
+
+@pytest.fixture
+def desk_link():
+    """The class of these links."""
+    return DeskLink
 
 
 @pytest.fixture
@@ -67,6 +99,24 @@ def results_of():
 
 
 @pytest.fixture
+def finished():
+    """A function that says when each trial began, of the replicates that are whole in the runs of a folder. Of a trial
+    that is under way there are lines as well."""
+
+    def tell(runs):
+        began, planned = {}, {}
+        for path in runs.glob("*/trials.jsonl"):
+            for record in map(json.loads, path.read_text().splitlines()):
+                if record["status"] == "ok":
+                    began[record["trial"]] = record["started_unix_s"]
+            for trial in json.loads((path.parent / "manifest.json").read_text())["order"]:
+                planned.setdefault(trial.partition("-")[0], set()).add(trial)
+        return {trial: began[trial] for of_one in planned.values() if of_one <= began.keys() for trial in of_one}
+
+    return tell
+
+
+@pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """This machine with two CPUs and an executor that only pretends: the module of it."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -75,6 +125,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setenv("PRETENDING", str(tmp_path))
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
+    monkeypatch.setattr(local, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
     monkeypatch.chdir(tmp_path)
     import pretending
 

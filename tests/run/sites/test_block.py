@@ -14,7 +14,7 @@ import pytest
 
 from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import Facts
-from harness.records import store
+from harness.records import codec, store
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.report.live import LiveDisplay
@@ -23,9 +23,10 @@ from harness.run.executors import Place, WorkerLostError
 from harness.run.measure import measure
 from harness.run.plan import make_plan
 from harness.run.runner import find_unsettled
-from harness.run.sites import block
+from harness.run.sites import block, local
+from harness.run.sites import joining as joining_module
 from harness.run.sites.block import Hold, Measure, Message, read_message, read_order, write_order
-from harness.run.sites.ray import Desk
+from harness.run.sites.joining import Joining
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.together import describe_all, free_bytes_of, hold_all
 from harness.run.sites.venue import Venue
@@ -100,44 +101,25 @@ class Fake:
         self.closed.set()
 
 
-class DeskLink:
-    """A link to a post in a thread of this process; `cut` may change what it says, or raise."""
-
-    def __init__(self, cut=lambda line: line):
-        self.desk, self.cut, self.ended = Desk(), cut, False
-
-    def ask(self, order):
-        self.desk.order(order)
-        while True:
-            for line in self.desk.fetch():
-                yield self.cut(line)
-                if read_message(line).is_last:
-                    return
-
-    def end(self):
-        self.desk.end()
-
-    def close(self):
-        self.desk.close()
-
-
 @pytest.fixture
-def stations(monkeypatch, machine, tmp_path):
+def stations(monkeypatch, machine, desk_link, tmp_path):
     """A function that makes stations by name, each with the changes of its fake, or with a link of its own."""
     monkeypatch.setattr(block, "harness_identity", lambda: "1.0 sha256:one")
     monkeypatch.chdir(tmp_path)
-    made = {}
+    made, hosts = {}, {}
 
     def open_executor(name=None, *, host=None, label=""):
+        hosts.setdefault(label, []).append(host)
         return Fake(machine, **made[label])
 
     def make(links=None, **changes):
         found = []
         for name, change in changes.items():
             made[name] = change
-            found.append(RemoteStation(name, (links or {}).get(name) or DeskLink()))
+            found.append(RemoteStation(name, (links or {}).get(name) or desk_link()))
         return found
 
+    make.hosts = hosts
     monkeypatch.setattr(block, "open_executor", open_executor)
     return make
 
@@ -162,7 +144,7 @@ def sites_of(run):
     return sites
 
 
-def test_a_run_is_measured_by_posts_and_written_by_who_asks(plan, stations, tmp_path):
+def test_a_run_is_measured_by_posts_and_written_by_who_asks(plan, stations, machine, tmp_path):
     """Each replicate by one; facts, tokens and logs are those of the posts, and nothing of theirs is left."""
     both = threading.Barrier(2)
 
@@ -172,7 +154,8 @@ def test_a_run_is_measured_by_posts_and_written_by_who_asks(plan, stations, tmp_
             both.wait(30)
 
     changes = {"before_turn": first_turn}
-    run = measured(plan, stations(a=changes, b=changes), tmp_path / "runs")
+    pair = stations(a=changes, b=changes)
+    run = measured(plan, pair, tmp_path / "runs")
     assert [record.trial for record in run.records] == [slot.trial for slot in plan.slots]
     assert {record.status for record in run.records} == {"ok"}
     assert all(len(of_one) == 1 for of_one in sites_of(run).values())
@@ -182,9 +165,56 @@ def test_a_run_is_measured_by_posts_and_written_by_who_asks(plan, stations, tmp_
     for record in run.records:
         said = (run.path / record.log).read_text().splitlines()
         assert said.count("turn") == plan.study.protocol.turns
+    assert run.manifest.site_facts == {
+        site: store.SiteFacts(machine=codec.to_json(machine), fingerprint=run.manifest.fingerprint) for site in "ab"
+    }
+    folders = [station._link.desk._post._folder for station in pair]
+    assert all((folder / "logs").is_dir() for folder in folders)
+    for station in pair:
+        station.close()
+    assert not any(folder.exists() for folder in folders)
 
 
-def test_a_link_that_breaks_loses_its_replicate_and_no_other(plan, stations, tmp_path):
+def test_posts_of_one_machine_divide_its_cpus(plan, stations, desk_link, tmp_path, monkeypatch):
+    """Whatever they start stays on the part of its site."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    monkeypatch.setattr(local, "cores_of", lambda cpus: [(4, 6), (5, 7)])
+    stations(a={"device_id": lambda: "card 0"}, b={"device_id": lambda: "card 1"})
+    pair = [RemoteStation(name, desk_link(), share=share, shares=2) for share, name in enumerate("ab")]
+    run = measured(plan, pair, tmp_path / "runs")
+    assert {record.status for record in run.records} == {"ok"}
+    told = {name: {host.environment["LORAMETER_CPUS"] for host in hosts} for name, hosts in stations.hosts.items()}
+    assert told == {"a": {"4,6"}, "b": {"5,7"}}
+    for station in pair:
+        station.close()
+
+
+def test_each_post_is_told_what_the_run_has_left_of_its_minutes(plan, stations, desk_link, tmp_path):
+    """Once, with as many of the replicates as it will measure; from then on it keeps its own account."""
+    orders = {"a": [], "b": []}
+
+    class Noting(desk_link):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def ask(self, order):
+            orders[self.name].append(read_order(order))
+            return super().ask(order)
+
+    protocol = dataclasses.replace(plan.study.protocol, max_minutes=10)
+    limited = make_plan(dataclasses.replace(plan.study, protocol=protocol), phases=("train",))
+    links = {name: Noting(name) for name in orders}
+    run = measured(limited, stations(links, a={}, b={}), tmp_path / "runs")
+    assert {record.status for record in run.records} == {"ok"}
+    for of_one in orders.values():
+        measures = [order for order in of_one if isinstance(order, Measure)]
+        assert [order.afresh for order in measures] == [number == 0 for number in range(len(measures))]
+        assert all(0 < order.left_s <= 600 for order in measures)
+        assert {order.replicates for order in measures[:1]} <= {2}
+
+
+def test_a_link_that_breaks_loses_its_replicate_and_no_other(plan, stations, desk_link, tmp_path):
     """Another post measures it from its beginning, and a notice says what became of the first."""
     seen = []
 
@@ -199,7 +229,7 @@ def test_a_link_that_breaks_loses_its_replicate_and_no_other(plan, stations, tmp
         while sum(message.says == "record" for message in seen) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
 
-    run = measured(plan, stations({"b": DeskLink(cut)}, a={"before_turn": wait}, b={}), tmp_path / "runs")
+    run = measured(plan, stations({"b": desk_link(cut)}, a={"before_turn": wait}, b={}), tmp_path / "runs")
     assert {record.status for record in run.records} == {"ok"}
     assert all(of_one == {"a"} for of_one in sites_of(run).values())
     (notice,) = (notice for notice in run.manifest.notices if notice.code == "site-lost")
@@ -221,7 +251,7 @@ def flaw(kind):
             return json.dumps({"says": "phase", "trial": message.trial, "text": "turn"})
         return line
 
-    return DeskLink(cut)
+    return cut
 
 
 @pytest.mark.parametrize(
@@ -233,9 +263,9 @@ def flaw(kind):
         ("no-record", "left out r0-"),
     ],
 )
-def test_an_answer_that_is_none_is_never_a_pass(plan, stations, tmp_path, kind, words):
+def test_an_answer_that_is_none_is_never_a_pass(plan, stations, desk_link, tmp_path, kind, words):
     """The post is lost; it was the only one, so the run ends by the reason and says what was not run."""
-    (station,) = stations({"a": flaw(kind)}, a={})
+    (station,) = stations({"a": desk_link(flaw(kind))}, a={})
     with pytest.raises(InvalidRunError, match=words):
         measured(plan, [station], tmp_path / "runs")
     (path,) = (tmp_path / "runs").iterdir()
@@ -243,6 +273,76 @@ def test_an_answer_that_is_none_is_never_a_pass(plan, stations, tmp_path, kind, 
     assert run.manifest.status == "failed"
     assert "ok" not in {record.status for record in run.records if record.replicate > 0}
     assert station._link.desk._post._executors[""].closed.wait(30)  # nothing goes on where nobody listens
+
+
+class Arriving:
+    """One site that comes while others measure; the first of these goes on when it is known what became of it."""
+
+    if_busy = "refuse"
+
+    def __init__(self, station, monkeypatch):
+        self.coming, self.settled, note = [station], threading.Event(), Joining._note
+
+        def noting(joining, *said):
+            note(joining, *said)
+            self.settled.set()
+
+        monkeypatch.setattr(Joining, "_note", noting)
+        monkeypatch.setattr(joining_module, "LOOK_S", 0.001)
+
+    def come(self):
+        found, self.coming = self.coming, []
+        return found
+
+    def is_expected(self):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"libraries": "2.0"}, "site c is unlike the first, a: libraries.peft is '2.0' there and '1.0' here"),
+        ({"tokens": "c" * 64}, "site c makes other tokens of records of mine: their hash is cccccccccccc there"),
+    ],
+)
+def test_a_site_that_comes_and_is_unlike_takes_no_part(plan, stations, tmp_path, monkeypatch, changes, words):
+    """It is named with what differs, and ended; the others measure the whole run."""
+    waits = {"before_turn": lambda fake: arrivals.settled.wait(30)}
+    first, late = stations(a=waits, c=changes)
+    arrivals = Arriving(late, monkeypatch)
+    describe_all([first])
+    with LiveDisplay(console_for(stderr=True)) as display:
+        venue = Venue(stations=(first,), arrivals=arrivals)
+        run = measure(plan, runs=tmp_path / "runs", display=display, venue=venue)
+    (notice,) = (notice for notice in run.manifest.notices if notice.code.startswith("site-"))
+    assert notice.code == "site-refused"
+    assert notice.message.startswith("site c came and takes no part: ")
+    assert words in notice.message
+    assert [(record.status, record.site) for record in run.records] == [("ok", "a")] * len(plan.slots)
+    post = late._link.desk._post
+    assert all(executor.closed.is_set() for executor in post._executors.values())
+    assert post._folder is None or not post._folder.exists()
+    assert late._link.closed
+
+
+def test_a_site_that_comes_and_is_like_the_others_takes_part(plan, stations, tmp_path, monkeypatch):
+    """As soon as it can measure; what it is stands in the run beside what the first one is."""
+    measuring = threading.Event()
+    first, late = stations(
+        a={"before_turn": lambda fake: measuring.wait(30)}, c={"before_turn": lambda fake: measuring.set()}
+    )
+    arrivals = Arriving(late, monkeypatch)
+    describe_all([first])
+    with LiveDisplay(console_for(stderr=True)) as display:
+        venue = Venue(stations=(first,), arrivals=arrivals)
+        run = measure(plan, runs=tmp_path / "runs", display=display, venue=venue)
+    assert [notice.code for notice in run.manifest.notices if notice.code.startswith("site-")] == ["site-joined"]
+    assert {record.status for record in run.records} == {"ok"}
+    assert {site for of_one in sites_of(run).values() for site in of_one} == {"a", "c"}
+    assert {site: facts.fingerprint for site, facts in run.manifest.site_facts.items()} == dict.fromkeys(
+        "ac", run.manifest.fingerprint
+    )
+    late.close()
 
 
 def test_a_defect_of_a_post_is_told_with_its_name_and_its_traceback(plan, stations, tmp_path):

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from functools import partial
 
 import pytest
 
 from harness.errors import InvalidRunError, UsageError
-from harness.machine.reading import Reading
+from harness.machine.cards import VisibleCard
+from harness.machine.cores import cores_of
+from harness.machine.reading import Reading, missing
 from harness.records.preparation import Hello
 from harness.run.sites import local
 from harness.run.sites.local import check_alike, check_spreadable, local_sites
+from harness.studies.place import Place
 
 
 @pytest.fixture(autouse=True)
 def four_cpus(monkeypatch):
-    """Whatever this machine has."""
+    """Each a core, whatever this machine has."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    monkeypatch.setattr(local, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
 
 
-def cards(monkeypatch, *names):
-    monkeypatch.setattr(local, "card_names", lambda: Reading(value=names))
+def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4)):
+    """Those that are visible."""
+    found = tuple(
+        VisibleCard(
+            entry=entry, board=Reading(value=str(entry)),
+            name=missing("it is gone") if name is None else Reading(value=name),
+            power_limit_w=missing("not told") if limit is None else Reading(value=limit),
+        )
+        for entry, name, limit in zip(entries, names, limits, strict=False)
+    )  # fmt: skip
+    monkeypatch.setattr(local, "visible_cards", lambda: Reading(value=found))
 
 
 def test_sites_of_a_cpu_share_no_core(machine):
@@ -31,15 +46,30 @@ def test_sites_of_a_cpu_share_no_core(machine):
     assert [site.host.environment for site in sites] == [{"LORAMETER_CPUS": "4,5"}, {"LORAMETER_CPUS": "6,7"}]
 
 
-def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch):
-    """By the numbers that CUDA gives them; each sees its own."""
-    cards(monkeypatch, "H100", "H100", "H100", "H100")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    sites = local_sites(("0", "1"), dataclasses.replace(machine, device="cuda"))
-    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["2", "3"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    sites = local_sites(("3",), dataclasses.replace(machine, device="cuda"))
-    assert [site.name for site in sites] == ["card-3"]
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
+def test_two_threads_of_a_core_are_never_of_two_sites(machine, monkeypatch, tmp_path, name):
+    """Linux often numbers all first threads and then all second ones; more sites than cores are refused."""
+    for cpu, core in ((4, "0,4"), (5, "5,7"), (6, "6"), (7, "5,7")):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / name).write_text(f"{core}\n")
+    monkeypatch.setattr(local, "cores_of", partial(cores_of, root=tmp_path))
+    sites = local_sites(("0", "1", "2"), machine)
+    assert [site.host.environment["LORAMETER_CPUS"] for site in sites] == ["4", "5,7", "6"]
+    with pytest.raises(UsageError, match="4 sites and 4 CPUs of 3 cores that this process may use"):
+        local_sites(tuple("0123"), machine)
+
+
+@pytest.mark.parametrize("entries", [(2, 3), ("GPU-aaaa", "GPU-bbbb")])
+def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch, entries):
+    """By the numbers that CUDA gives them; each sees its own, by what the variable calls it."""
+    cards(monkeypatch, "H100", "H100", entries=entries)
+    there = dataclasses.replace(machine, device="cuda")
+    sites = local_sites(("0", "1"), there)
+    assert [site.name for site in sites] == ["card-0", "card-1"]
+    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == [str(entry) for entry in entries]
+    (site,) = local_sites(("1",), there)
+    assert (site.name, site.machine) == ("card-1", "H100 beside Test CPU")
 
 
 def test_more_sites_than_cpus_are_refused(machine):
@@ -48,22 +78,59 @@ def test_more_sites_than_cpus_are_refused(machine):
         local_sites(tuple("01234"), machine)
 
 
-def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch):
-    """Times of different cards are not those of one machine."""
-    cards(monkeypatch, "H100", "A100")
+@pytest.mark.parametrize(
+    ("names", "limits", "words"),
+    [
+        (("H100", "H100"), (700.0, 700.0), r"card 2: 2 are visible"),
+        (("H100", "H100", "A100"), (700.0, 700.0, 400.0), r"different kinds \(A100 at 400 W, H100 at 700 W\)"),
+        (("H100", "H100", "H100"), (700.0, 700.0, 400.0), r"different kinds \(H100 at 400 W, H100 at 700 W\)"),
+        (("H100", "H100", "H100"), (700.0, 700.0, None), r"different kinds \(H100, H100 at 700 W\)"),
+        (("H100", "H100", None), (700.0, 700.0, 700.0), r"what card 2 is cannot be known: it is gone"),
+    ],
+)
+def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, names, limits, words):
+    """Times of different cards are not those of one machine, nor are those of cards that may take unlike power; what
+    is not told agrees with nothing."""
+    cards(monkeypatch, *names, limits=limits)
+    with pytest.raises(UsageError, match=words):
+        local_sites(("0", "2"), dataclasses.replace(machine, device="cuda"))
+
+
+def test_cards_of_a_machine_that_tells_of_none_are_refused(machine, monkeypatch):
+    """It may have some."""
+    monkeypatch.setattr(local, "visible_cards", lambda: missing("no driver"))
+    with pytest.raises(UsageError, match="which cards there are cannot be known here"):
+        local_sites(("0", "1"), dataclasses.replace(machine, device="cuda"))
+
+
+def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):
+    """By what CUDA calls them; its device is held card by card."""
+    (site,) = local_sites(("0+1",), machine)
+    assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
+    cards(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
     there = dataclasses.replace(machine, device="cuda")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(UsageError, match=r"card 2: 2 are visible"):
-        local_sites(("0", "2"), there)
-    with pytest.raises(UsageError, match=r"different kinds \(A100, H100\)"):
-        local_sites(("0", "1"), there)
+    sites = local_sites(("0+1", "2+3"), there)
+    assert [site.name for site in sites] == ["card-0-1", "card-2-3"]
+    assert [site.host.environment for site in sites] == [
+        {"CUDA_VISIBLE_DEVICES": "1,2", "LORAMETER_CPUS": "4,5"},
+        {"CUDA_VISIBLE_DEVICES": "3,0", "LORAMETER_CPUS": "6,7"},
+    ]
+    monkeypatch.setattr(local, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
+    assert list(local.executors_of(sites)) == ["1", "2", "3", "0"]
+    with pytest.raises(UsageError, match=r"ranks of one trial would be on cards of different kinds \(A100, H100\)"):
+        local_sites(("3+4",), there, mixed=True)
 
 
-def test_trials_of_several_ranks_take_the_cards_themselves(small_study):
-    """So their replicates are not spread over them."""
-    workload = dataclasses.replace(small_study.workload, ranks=2, strategy="ddp")
-    with pytest.raises(UsageError, match="several ranks"):
-        check_spreadable(dataclasses.replace(small_study, workload=workload), "sites = '0,1'")
+@pytest.mark.parametrize(("ranks", "sites"), [(2, ("0", "1")), (2, ("0+1", "2")), (1, ("0+1",)), (3, ("0+1",))])
+def test_sites_of_other_than_a_card_for_each_rank_are_refused(small_study, ranks, sites):
+    """With what to write."""
+    several = {"ranks": ranks, "strategy": "ddp", "batch_size": 6} if ranks > 1 else {}
+    study = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, **several))
+    one, two = {1: ("0", "0,1"), 2: ("0+1", "0+1,2+3"), 3: ("0+1+2", "0+1+2,3+4+5")}[ranks]
+    with pytest.raises(UsageError, match=re.escape(f"has ranks = {ranks}. Write {one} for a site, {two} for two.")):
+        check_spreadable(study, Place(sites=sites))
+    check_spreadable(study, Place(sites=tuple(two.split(","))))
+    check_spreadable(study, Place(on="ray"))
 
 
 def test_a_site_whose_worker_is_another_program_is_refused():

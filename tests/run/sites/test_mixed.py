@@ -9,10 +9,14 @@ import pytest
 
 from harness.errors import InvalidRunError, UsageError
 from harness.records import store
+from harness.report.live import LiveDisplay
+from harness.report.terminal import console_for
+from harness.run.measure import measure
+from harness.run.plan import make_plan
 from harness.run.sites import block
 from harness.run.sites.local import local_sites
 from harness.run.sites.remote import RemoteStation
-from harness.run.sites.together import check_like
+from harness.run.sites.together import check_like, describe_all
 from harness.run.sites.venue import Venue
 from harness.studies.stored import read_study
 from harness.verdicts.ab import attribution_of, report_of
@@ -193,18 +197,20 @@ def test_what_makes_no_sense_of_unlike_sites_is_refused(placed, run, words, said
 
 
 def test_unlike_cards_are_allowed_by_name(machine, monkeypatch):
-    """Each says what it is."""
+    """Each says what it is, by whatever name it is visible."""
+    from harness.machine.cards import VisibleCard
     from harness.machine.reading import Reading
     from harness.run.sites import local
 
-    monkeypatch.setattr(local, "card_names", lambda: Reading(value=("H100", "A100")))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    there = dataclasses.replace(machine, device="cuda")
-    sites = local_sites(("0", "1"), there, mixed=True)
+    found = tuple(
+        VisibleCard(
+            entry=entry, name=Reading(value=name), board=Reading(value=entry), power_limit_w=Reading(value=limit)
+        )
+        for entry, name, limit in (("GPU-1", "H100", 700.0), ("GPU-2", "A100", 400.0))
+    )
+    monkeypatch.setattr(local, "visible_cards", lambda: Reading(value=found))
+    sites = local_sites(("0", "1"), dataclasses.replace(machine, device="cuda"), mixed=True)
     assert [site.machine for site in sites] == ["H100 beside Test CPU", "A100 beside Test CPU"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2")
-    with pytest.raises(UsageError, match="which card is which is not known"):
-        local_sites(("0", "1"), there, mixed=True)
 
 
 class Told:
@@ -252,7 +258,6 @@ def test_unlike_machines_are_refused_unless_they_may_be_mixed(stations):
 def test_every_kind_of_machine_must_be_able_to_measure_the_plan(stations, small_study):
     """And alike: trials of one run alternate at one level."""
     from harness.run.measure import plan_study
-    from harness.run.plan import make_plan
 
     pair = stations("a"), stations("b", cpu_model="Other CPU", device_name="Other CPU")
     venue = Venue(stations=pair)
@@ -272,3 +277,83 @@ def test_every_kind_of_machine_must_be_able_to_measure_the_plan(stations, small_
                 (),
             )
         )
+
+
+@pytest.fixture
+def posts(pretended, desk_link, monkeypatch):
+    """A function that makes two posts, each with a CPU of its own kind, and links that may change what is said."""
+    told, made = pretended.Fake.facts, []
+
+    def facts(self):
+        own = dataclasses.replace(pretended.MACHINE, cpu_model=f"CPU of {self.label[-1]}")
+        return dataclasses.replace(told(self), machine=own)
+
+    def make(**cuts):
+        made.extend(RemoteStation(name, desk_link(*([cut] if cut else []))) for name, cut in cuts.items())
+        describe_all(made, mixed=True)
+        pretended.MEETINGS[:] = [pretended.Meeting(len(cuts))]
+        return tuple(made)
+
+    monkeypatch.setattr(pretended.Fake, "facts", facts)
+    monkeypatch.setattr(block, "harness_identity", lambda: "1.0 sha256:one")
+    yield make
+    for station in made:
+        station.close()
+
+
+@pytest.fixture
+def mixed_plan(small_study):
+    """Eight replicates on nodes of a cluster that are unlike."""
+    protocol = dataclasses.replace(small_study.protocol, replicates=8, on="ray", mixed=True)
+    study = dataclasses.replace(small_study, protocol=protocol)
+    return make_plan(study, phases=("train",), interleaving="lockstep")
+
+
+def measured(plan, stations, runs):
+    with LiveDisplay(console_for(stderr=True)) as display:
+        return measure(plan, runs=runs, display=display, venue=Venue(said="on = 'ray'", stations=stations))
+
+
+def replicates_of(found):
+    sites = {}
+    for record in found.records:
+        sites.setdefault(record.site, set()).add(record.replicate)
+    return {site: len(of_one) for site, of_one in sites.items()}
+
+
+def test_posts_on_unlike_machines_have_equal_parts_and_are_judged_by_themselves(
+    mixed_plan, posts, pretended, run, tmp_path
+):
+    """Each record says of what machine it is, each site has its fingerprint, and the report a table for each."""
+    pretended.SLOW[("b", "nf4")] = 1.5
+    found = measured(mixed_plan, posts(a=None, b=None), tmp_path / "runs")
+    assert {record.status for record in found.records} == {"ok"}
+    assert replicates_of(found) == {"a": 4, "b": 4}
+    assert {(record.site, record.machine) for record in found.records} == {("a", "CPU of a"), ("b", "CPU of b")}
+    ours, theirs = (found.manifest.site_facts[site] for site in "ab")
+    assert (ours.machine["cpu_model"], theirs.machine["cpu_model"]) == ("CPU of a", "CPU of b")
+    assert ours.fingerprint == found.manifest.fingerprint != theirs.fingerprint
+    _, _, said = run("report", found.manifest.run, "--json")
+    ratios = {
+        table["site"]: {row["name"]: row["ratio"] for row in table["rows"]}["nf4"]["ratio"]
+        for table in document(said)["tables"]
+    }
+    assert ratios == pytest.approx({"a": 1.0, "b": 1.5})
+
+
+def test_the_part_of_an_unlike_post_that_is_lost_goes_to_the_other(mixed_plan, posts, tmp_path):
+    """What it had measured whole stays its own."""
+    seen = []
+
+    def cut(line):
+        seen.append(block.read_message(line))
+        if sum(message.says == "record" for message in seen) > 5:
+            raise ConnectionError("the node is gone")
+        return line
+
+    found = measured(mixed_plan, posts(a=None, b=cut), tmp_path / "runs")
+    assert {record.status for record in found.records} == {"ok"}
+    parts = replicates_of(found)
+    assert sum(parts.values()) == 8
+    assert 1 <= parts["b"] < 4
+    assert "site-lost" in {notice.code for notice in found.manifest.notices}

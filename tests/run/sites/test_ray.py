@@ -7,9 +7,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -18,9 +20,10 @@ import pytest
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
-from harness.run.sites.ray import berths_of
+from harness.run.sites.ray import _connect, berths_of
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.timeout(3600)
 
 
 def node(name, number, *, alive=True, **resources):
@@ -44,6 +47,18 @@ def test_a_site_is_a_card_where_the_cluster_has_any():
         ("a-card-0", 4.0, 1, 0, 2),
         ("a-card-1", 4.0, 1, 1, 2),
     ]
+
+
+def test_a_site_of_several_ranks_has_a_card_for_each():
+    """Of one node; one that has fewer is none, and where all have fewer it is refused."""
+    berths = berths_of([node("small", 1, CPU=4.0, GPU=1.0), node("a", 2, CPU=9.0, GPU=5.0)], ranks=2)
+    assert [(one.site, one.cpus, one.cards, one.share, one.shares) for one in berths] == [
+        ("a-card-0-1", 4.0, 2, 0, 2),
+        ("a-card-2-3", 4.0, 2, 1, 2),
+    ]
+    with pytest.raises(UsageError, match=r"ranks = 2: no node of the Ray cluster has so many cards"):
+        berths_of([node("small", 1, CPU=4.0, GPU=1.0)], ranks=2)
+    assert [berth.site for berth in berths_of([node("a", 1, CPU=2.0)], ranks=2)] == ["a"]
 
 
 def test_nodes_without_a_name_of_their_own_go_by_their_hosts():
@@ -77,6 +92,28 @@ def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
     assert f"on = {on!r}" in said
 
 
+class Busy:
+    """A Ray whose client port answers in vain so often, by one of its errors."""
+
+    def __init__(self, error, times):
+        self.error, self.times, self.asked = error, times, 0
+
+    def init(self, *, address, **options):
+        self.asked += 1
+        if self.asked <= self.times:
+            raise self.error
+
+
+def test_a_client_port_of_a_busy_node_is_asked_again_and_one_that_is_none_is_not():
+    """Ray gives up on the process that it starts for whoever comes before that has imported it."""
+    busy, wrong = Busy(ConnectionAbortedError("Initialization failure"), 2), Busy(ConnectionError("no such port"), 1)
+    _connect(busy, "ray://head:10001")
+    assert busy.asked == 3
+    with pytest.raises(UsageError, match="no Ray cluster answers: no such port"):
+        _connect(wrong, "ray://head:10001")
+    assert wrong.asked == 1
+
+
 class Nodes:
     """A cluster of Ray on this machine."""
 
@@ -93,36 +130,56 @@ class Nodes:
             self.cluster.remove_node(self.by_name.pop(name), allow_graceful=False)
 
 
-@pytest.fixture
-def nodes(tmp_path_factory, monkeypatch):
-    """Three nodes: alpha, which is the head, beta and gamma."""
+@contextlib.contextmanager
+def three_nodes(**head):
+    """Alpha, which is the head, beta and gamma."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install lorameter[ray]")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        from ray.cluster_utils import Cluster
 
-    head = {
-        "num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False, "node_name": "alpha",
-    }  # fmt: skip
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
-    try:
-        made = Nodes(cluster)
-        made.add("beta")
-        made.add("gamma")
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        head |= {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False, "node_name": "alpha"}
+        cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+        try:
+            made = Nodes(cluster)
+            made.add("beta")
+            made.add("gamma")
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            yield made
+        finally:
+            cluster.shutdown()
+
+
+@pytest.fixture
+def nodes():
+    """Three nodes, of which this machine is part."""
+    with three_nodes() as made:
         yield made
-    finally:
-        cluster.shutdown()
 
 
-def command(*arguments, runs):
-    return [sys.executable, "-m", "harness.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
+@pytest.fixture
+def far(monkeypatch):
+    """Three nodes, of which this machine knows no more than the client port: its address is theirs."""
+    pytest.importorskip("grpc", reason="Ray's client is not installed: pip install lorameter[ray]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with three_nodes(ray_client_server_port=port) as made:
+        monkeypatch.delenv("RAY_ADDRESS")
+        made.address = f"ray://127.0.0.1:{port}"
+        yield made
 
 
-def run(*arguments, runs, code=0):
+def command(*arguments, runs, word="run"):
+    return [sys.executable, "-m", "harness.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
+
+
+def run(*arguments, runs, word="run", codes=(0,)):
     """What the command prints."""
-    done = subprocess.run(command(*arguments, runs=runs), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+    words = command(*arguments, runs=runs, word=word)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in codes, done.stderr
     return done
 
 
@@ -136,11 +193,14 @@ def lines(runs):
     return [json.loads(line) for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
 
 
-def wait_for(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
+def wait_for(condition, driver=None):
+    """What it gives when that is something; a `driver` must live meanwhile."""
+    deadline = time.monotonic() + 1800
+    while not (found := condition()):
         assert time.monotonic() < deadline
+        assert driver is None or driver.poll() is None, "the driver has ended"
         time.sleep(0.1)
+    return found
 
 
 def measuring():
@@ -155,8 +215,18 @@ def measuring():
 @pytest.mark.selftest
 def test_a_study_is_spread_over_nodes_and_its_records_are_those_of_a_local_run(nodes, study, results_of, tmp_path):
     """Each replicate is on one node and no node is left out; seeds, orders and losses are the same to the bit."""
+    check_spread("ray", study, results_of, tmp_path)
+
+
+@pytest.mark.selftest
+def test_behind_a_client_port_a_study_is_spread_as_well(far, study, results_of, tmp_path):
+    """By a machine that is no part of the cluster."""
+    check_spread(far.address, study, results_of, tmp_path)
+
+
+def check_spread(on, study, results_of, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
-    run(study(), "--on", "ray", runs=there)
+    run(study(), "--on", on, runs=there)
     run(study(), runs=here)
     spread, local = only_run(there), only_run(here)
     assert [results_of(record) for record in spread.records] == [results_of(record) for record in local.records]
@@ -172,20 +242,21 @@ def test_a_study_is_spread_over_nodes_and_its_records_are_those_of_a_local_run(n
 
 
 @pytest.mark.selftest
-def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, tmp_path):
+def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, finished, tmp_path):
     """What has ended stays, the replicate is measured elsewhere from its beginning, and the node is named."""
     runs = tmp_path / "runs"
     with subprocess.Popen(
         command(study(replicates=5, turns=10), "--on", "ray", runs=runs),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
-        wait_for(lambda: any(line["site"] == "gamma" for line in lines(runs)))
+        before = wait_for(lambda: finished(runs), driver)  # of five there is another for gamma, if this one was its own
         nodes.kill("gamma")
-        driver.communicate(timeout=600)
+        driver.communicate(timeout=1800)
     assert driver.returncode == 0
     ended = only_run(runs)
     assert {record.status for record in ended.records} == {"ok"}
     assert len(ended.records) == len(ended.manifest.order)
+    assert before.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
     sites = {}
     for record in ended.records:
         sites.setdefault(record.replicate, set()).add(record.site)
@@ -204,7 +275,7 @@ def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes
         command(study(replicates=3, turns=10), "--on", "ray", "--sites", "delta", runs=runs),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
-        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2)
+        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2, driver)
         assert measuring()
         driver.send_signal(signal.SIGKILL)
     wait_for(lambda: not measuring())
@@ -220,22 +291,32 @@ def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes
 
 
 @pytest.mark.selftest
-def test_a_run_that_is_interrupted_ends_what_its_nodes_measure(nodes, study, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_ends_what_its_nodes_measure(nodes, study, tmp_path):
     """What was under way is `interrupted`, what never began `not_run`, and no process is left."""
+    check_interrupted("ray", nodes, study, tmp_path)
+
+
+@pytest.mark.selftest
+def test_behind_a_client_port_a_run_that_is_interrupted_ends_as_well(far, study, tmp_path):
+    """The same."""
+    check_interrupted(far.address, far, study, tmp_path)
+
+
+def check_interrupted(on, nodes, study, tmp_path):
     nodes.add("delta", PROOF="ray")
     runs = tmp_path / "runs"
     with subprocess.Popen(
-        command(study(replicates=2, turns=4000), "--on", "ray", "--sites", "delta", runs=runs),
+        command(study(replicates=2, turns=4000), "--on", on, "--sites", "delta", runs=runs),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as driver:  # fmt: skip
-        wait_for(lambda: measuring() and lines(runs))
+        wait_for(lambda: measuring() and lines(runs), driver)
         driver.send_signal(signal.SIGINT)
-        driver.communicate(timeout=120)
+        driver.communicate(timeout=1800)
     assert driver.returncode == 4
     ended = only_run(runs)
     assert {record.status for record in ended.records} == {"interrupted", "not_run"}
     assert ended.manifest.status == "interrupted"
-    wait_for(lambda: not measuring(), 30)
+    wait_for(lambda: not measuring())
 
 
 @pytest.mark.selftest
@@ -246,7 +327,7 @@ def test_an_unlike_node_is_refused_by_name(nodes, study, tmp_path):
     (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
     nodes.add("delta", PYTHONPATH=os.pathsep.join([str(planted.parent), os.environ["PYTHONPATH"]]))
     runs = tmp_path / "runs"
-    done = run(study(), "--on", "ray", runs=runs, code=4)
+    done = run(study(), "--on", "ray", runs=runs, codes=(4,))
     assert "site delta is unlike the first, alpha: libraries.peft is '0.0.1' there" in " ".join(done.stderr.split())
     assert not runs.exists()
     done = run(study(), "--on", "ray", "--sites", "alpha,beta", "--dry-run", runs=runs)
@@ -257,6 +338,29 @@ def test_an_unlike_node_is_refused_by_name(nodes, study, tmp_path):
 def test_an_exception_in_an_actor_is_no_pass(nodes, study, tmp_path):
     """Of a node whose environment names an executor that there is not: it is named, and nothing is measured."""
     nodes.add("delta", LORAMETER_EXECUTOR="none")
-    done = run(study(), "--on", "ray", runs=tmp_path / "runs", code=2)
+    done = run(study(), "--on", "ray", runs=tmp_path / "runs", codes=(2,))
     assert "site delta: executor 'none': not known" in " ".join(done.stderr.split())
     assert not lines(tmp_path / "runs")
+
+
+@pytest.mark.selftest
+def test_an_ab_has_both_sides_on_each_node(nodes, study, tmp_path):
+    """Each puts them up for itself, and the manifest has what is installed on them; a revision is of this machine."""
+    runs = tmp_path / "runs"
+    words = ("--replicates", "2", "--variant", "small", "--phase", "train", "--on", "ray", "--sites", "alpha,beta")
+    run(study(), "--base", sys.executable, "--candidate", sys.executable, *words, runs=runs, word="ab", codes=(0, 3))
+    ended = only_run(runs)
+    assert {record.status for record in ended.records} == {"ok"}
+    sites, sides = {}, {}
+    for record in ended.records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+        sides.setdefault(record.replicate, set()).add(record.side)
+    assert sorted(map(sorted, sites.values())) == [["alpha"], ["beta"]]
+    assert all(of_one == {"base", "candidate"} for of_one in sides.values())
+    for side in ("base", "candidate"):
+        assert ended.manifest.sides[side]["facts"]["packages"]["peft"] == version("peft")
+    done = run(
+        study(), "--base", "HEAD", "--candidate", sys.executable, *words,
+        runs=tmp_path / "none", word="ab", codes=(2,),
+    )  # fmt: skip
+    assert "a revision is checked out on this machine only" in " ".join(done.stderr.split())

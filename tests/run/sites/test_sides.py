@@ -20,8 +20,6 @@ from harness.run.executors import open_executor
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide, open_side
 from harness.run.sites import block
-from harness.run.sites.block import read_message
-from harness.run.sites.ray import Desk
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.sides import check_sides, write_sides
 from harness.run.sites.together import describe_all
@@ -32,29 +30,8 @@ from harness.verdicts.ab import report_of
 PYTHONS = {"base": "/env/a/bin/python", "candidate": "/env/b/bin/python"}
 
 
-class DeskLink:
-    """A link to a post in a thread of this process."""
-
-    def __init__(self):
-        self.desk = Desk()
-
-    def ask(self, order):
-        self.desk.order(order)
-        while True:
-            for line in self.desk.fetch():
-                yield line
-                if read_message(line).is_last:
-                    return
-
-    def end(self):
-        self.desk.end()
-
-    def close(self):
-        self.desk.close()
-
-
 @pytest.fixture
-def posts(pretended, monkeypatch):
+def posts(pretended, desk_link, monkeypatch):
     """A function that makes a venue of two posts; `versions` are what their candidates have."""
     opened = []
 
@@ -69,7 +46,7 @@ def posts(pretended, monkeypatch):
     made = []
 
     def make(**versions):
-        stations = tuple(RemoteStation(name, DeskLink()) for name in versions or ("a", "b"))
+        stations = tuple(RemoteStation(name, desk_link()) for name in versions or ("a", "b"))
         made.extend(stations)
         describe_all(stations)
         if versions:

@@ -1,5 +1,6 @@
 """Replicates in jobs of a real SLURM: slurmctld and two slurmd on this machine, started without systemd, whose jobs are
-requeued and cancelled and whose driver is killed, with real trials (make proof-slurm)."""
+requeued, preempted, cancelled and at the end of their time, and whose driver is killed, with real trials (make
+proof-slurm)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -21,7 +23,7 @@ import pytest
 from harness.records import store
 from harness.run.sites.slurm import FOLDER
 
-pytestmark = pytest.mark.selftest
+pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[3]
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "munged", "munge", "runuser")
@@ -49,16 +51,28 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 MpiDefault=none
 ReturnToService=2
 KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+TaskProlog={folder}/prolog
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=2000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=2000
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10
 """
+PROLOG = """#!/bin/sh
+if test "$SLURMD_NODENAME" = n2 && test -f {folder}/planted
+then echo "export PYTHONPATH=$(cat {folder}/planted):$PYTHONPATH"
+fi
+"""
+"""What SLURM runs before a task, and takes its variables from: the file `planted` names a folder for n2's path."""
 
 
-def wait_for(condition, seconds=600):
-    deadline = time.monotonic() + seconds
+def wait_for(condition, driver=None):
+    """What it gives when that is something; a `driver` must live meanwhile."""
+    deadline = time.monotonic() + 1800
     while not (found := condition()):
         assert time.monotonic() < deadline
+        assert driver is None or driver.poll() is None, "the driver has ended"
         time.sleep(0.1)
     return found
 
@@ -96,6 +110,8 @@ def slurm():
             (folder / name).mkdir()
         (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=socket.gethostname(), ports=free_ports(3)))
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        (folder / "prolog").write_text(PROLOG.format(folder=folder))
+        (folder / "prolog").chmod(0o755)
 
         def start(*command):
             log = stack.enter_context((folder / "started.log").open("a"))
@@ -107,11 +123,11 @@ def slurm():
             Path("/run/munge").mkdir(exist_ok=True)
             shutil.chown("/run/munge", "munge", "munge")
             start("runuser", "-u", "munge", "--", "munged", "--foreground")
-            wait_for(lambda: said("munge", "-n"), 30)
+            wait_for(lambda: said("munge", "-n"))
         start("slurmctld", "-D", "-i")
         for node in ("n1", "n2"):
             start("slurmd", "-D", "-N", node)
-        wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
+        wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
         yield folder
 
 
@@ -119,16 +135,17 @@ def slurm():
 def empty(slurm):
     """Each test begins with an empty queue and two nodes that are idle."""
     subprocess.run(["scancel", "--user=root"], check=False)
-    wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 120)
+    wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
 
 
-def command(*arguments, runs):
-    return [sys.executable, "-m", "harness.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
+def command(*arguments, runs, word="run"):
+    return [sys.executable, "-m", "harness.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
 
 
-def run(*arguments, runs):
-    done = subprocess.run(command(*arguments, runs=runs), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def run(*arguments, runs, word="run", codes=(0,)):
+    words = command(*arguments, runs=runs, word=word)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in codes, done.stderr
     return done
 
 
@@ -159,6 +176,16 @@ def lines(runs):
 def job_on(node):
     """The id of the job that runs there, which is none until it does."""
     return said("squeue", "-h", "-r", "-t", "running", "-w", node, "-o", "%i").strip()
+
+
+def pending(partition="main"):
+    """The id of the job that waits there, which is none until one does."""
+    return said("squeue", "-h", "-r", "-p", partition, "-t", "pending", "-o", "%i").strip()
+
+
+def start_now(name):
+    """A job that was requeued, which SLURM itself would hold back for two minutes."""
+    subprocess.run(["scontrol", "update", f"JobId={name}", "StartTime=now"], check=True)
 
 
 def measuring():
@@ -199,23 +226,105 @@ def test_a_study_is_spread_over_jobs_and_its_records_are_those_of_a_local_run(st
     assert not (there / FOLDER).exists()
 
 
-def test_a_job_that_is_requeued_comes_again_and_measures_what_is_left(study, tmp_path):
-    """The run waits for it, as it is in the queue; what had ended stays. SLURM itself would hold it back for two
-    minutes."""
+def began(run):
+    """When each of its trials did."""
+    return {record.trial: record.started_unix_s for record in run.records}
+
+
+def test_a_job_that_is_requeued_comes_again_and_measures_what_is_left(study, finished, tmp_path):
+    """The run waits for it, as it is in the queue; what had ended stays."""
     runs = tmp_path / "runs"
-    with driving(study(replicates=2, turns=8), "--on", "slurm:silent_s=60", runs=runs) as driver:
-        wait_for(lambda: lines(runs))
+    with driving(study(replicates=3, turns=8), "--on", "slurm:silent_s=60", runs=runs) as driver:
+        before = wait_for(lambda: finished(runs), driver)
         name = said("squeue", "-h", "-t", "running", "-o", "%i").strip()
         subprocess.run(["scontrol", "requeue", name], check=True)
-        wait_for(lambda: said("squeue", "-h", "-t", "pending", "-o", "%i").strip())
-        subprocess.run(["scontrol", "update", f"JobId={name}", "StartTime=now"], check=True)
-        driver.wait(900)
+        wait_for(pending, driver)
+        start_now(name)
+        driver.wait(1800)
     assert driver.returncode == 0, runs.with_name("said").read_text()
     ended = only_run(runs)
     check_whole(ended)
+    assert before.items() <= began(ended).items()
     (lost,) = notices(ended, "site-lost")
     assert "its job was cancelled or preempted" in lost
     assert len(notices(ended, "site-joined")) == 1
+
+
+def test_a_job_that_slurm_preempts_comes_again_and_measures_what_is_left(study, finished, tmp_path):
+    """Another takes its node, for which it is requeued; it comes when that one has ended, and what had ended stays."""
+    runs = tmp_path / "runs"
+    asked = "slurm:partition=main,nodelist=n1,silent_s=60"
+    with driving(study(replicates=3, turns=12), "--on", asked, runs=runs) as driver:
+        before = wait_for(lambda: finished(runs), driver)
+        urgent = ("--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+        subprocess.run(["sbatch", *urgent], check=True)
+        name = wait_for(pending, driver)
+        wait_for(lambda: not said("squeue", "-h", "-p", "urgent"), driver)
+        start_now(name)
+        driver.wait(1800)
+    assert driver.returncode == 0, runs.with_name("said").read_text()
+    ended = only_run(runs)
+    assert check_whole(ended) == {"n1"}
+    assert before.items() <= began(ended).items()
+    (lost,) = notices(ended, "site-lost")
+    assert "its job was cancelled or preempted" in lost
+    assert len(notices(ended, "site-joined")) == 1
+
+
+def test_a_job_whose_time_is_over_comes_again_and_measures_what_is_left(study, finished, tmp_path):
+    """SLURM tells it a minute and a half before, submitit has it requeued, and what had ended stays."""
+    runs = tmp_path / "runs"
+    with driving(study(replicates=100), "--on", "slurm:time=90,silent_s=60", runs=runs) as driver:
+        wait_for(lambda: finished(runs), driver)
+        name = said("squeue", "-h", "-t", "running", "-o", "%i").strip()
+        subprocess.run(["scontrol", "update", f"JobId={name}", "EndTime=now+80"], check=True)
+        wait_for(pending, driver)
+        before = finished(runs)
+        start_now(name)
+        subprocess.run(["scontrol", "update", f"JobId={name}", "TimeLimit=90"], check=True)
+        wait_for(lambda: len(finished(runs)) > len(before), driver)
+        driver.send_signal(signal.SIGINT)
+        driver.wait(1800)
+    ended = only_run(runs)
+    assert before.items() <= began(ended).items()
+    whole = {record.trial: record.replicate for record in ended.records if record.trial in finished(runs)}
+    assert set(whole.values()) >= set(range(max(whole.values()) + 1))  # what was lost was measured next
+    (lost,) = notices(ended, "site-lost")
+    assert "its job was told to end" in lost
+    assert len(notices(ended, "site-joined")) == 1
+
+
+def test_an_ab_has_both_sides_on_each_node(study, tmp_path):
+    """Each puts them up for itself, and the manifest has what is installed on them."""
+    runs = tmp_path / "runs"
+    sides = ("--base", sys.executable, "--candidate", sys.executable)
+    words = ("--replicates", "2", "--variant", "small", "--phase", "train", "--on", "slurm:sites=2")
+    run(study(), *sides, *words, runs=runs, word="ab", codes=(0, 3))
+    ended = only_run(runs)
+    assert check_whole(ended) == {"n1", "n2"}
+    for one in {record.replicate for record in ended.records}:
+        assert {record.side for record in ended.records if record.replicate == one} == {"base", "candidate"}
+    for side in ("base", "candidate"):
+        assert ended.manifest.sides[side]["facts"]["packages"]["peft"] == version("peft")
+
+
+def test_an_unlike_node_is_refused_by_name(slurm, study, tmp_path):
+    """Before anything is measured, with what differs: another version of a library is planted on its path."""
+    planted = tmp_path / "planted" / "peft-0.0.1.dist-info"
+    planted.mkdir(parents=True)
+    (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
+    (slurm / "planted").write_text(str(planted.parent))
+    runs = tmp_path / "runs"
+    try:
+        done = run(study(), "--on", "slurm:sites=2", runs=runs, codes=(4,))
+    finally:
+        (slurm / "planted").unlink()
+    there, here = "'0.0.1'", f"'{version('peft')}'"
+    words = [f"site n2 is unlike the first, n1: libraries.peft is {there} there and {here} here"]
+    words += [f"site n1 is unlike the first, n2: libraries.peft is {here} there and {there} here"]  # it came first
+    assert any(one in " ".join(done.stderr.split()) for one in words), done.stderr
+    assert not [path for path in runs.iterdir() if path.name != FOLDER]
+    wait_for(lambda: not said("squeue", "-h"))
 
 
 def test_jobs_that_are_cancelled_make_room_for_one_that_had_not_started(study, tmp_path):
@@ -223,9 +332,11 @@ def test_jobs_that_are_cancelled_make_room_for_one_that_had_not_started(study, t
     runs = tmp_path / "runs"
     asked = "slurm:sites=3,start_minutes=1,silent_s=60"
     with driving(study(replicates=3, turns=8), "--on", asked, runs=runs) as driver:
-        wait_for(lambda: lines(runs))
-        subprocess.run(["scancel", job_on("n1"), job_on("n2")], check=True)
-        driver.wait(900)
+        wait_for(lambda: lines(runs), driver)
+        first, second = job_on("n1"), job_on("n2")
+        assert first.split("_")[0] == second.split("_")[0]  # of one array
+        subprocess.run(["scancel", first, second], check=True)
+        driver.wait(1800)
     assert driver.returncode == 0, runs.with_name("said").read_text()
     ended = only_run(runs)
     check_whole(ended)
@@ -239,7 +350,7 @@ def test_a_driver_that_is_killed_is_gone_on_with_and_its_jobs_end(study, tmp_pat
     """What had been written is kept; the next driver cancels the jobs of the dead one and removes its folder."""
     runs = tmp_path / "runs"
     with driving(study(replicates=3, turns=4), "--on", "slurm:silent_s=60", runs=runs) as driver:
-        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2)
+        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2, driver)
         assert measuring()
         driver.send_signal(signal.SIGKILL)
     before = {line["trial"]: line["started_unix_s"] for line in lines(runs) if line["replicate"] == 0}
@@ -248,31 +359,33 @@ def test_a_driver_that_is_killed_is_gone_on_with_and_its_jobs_end(study, tmp_pat
     check_whole(ended)
     assert {one.trial: one.started_unix_s for one in ended.records if one.replicate == 0} == before
     assert not (runs / FOLDER).exists()
-    wait_for(lambda: not said("squeue", "-h"), 60)
+    wait_for(lambda: not said("squeue", "-h"))
 
 
 def test_jobs_whose_driver_is_killed_end_by_themselves(study, tmp_path):
     """When it has been silent for long enough; no process is left."""
     runs = tmp_path / "runs"
     with driving(study(replicates=2, turns=4000), "--on", "slurm:silent_s=10", runs=runs) as driver:
-        wait_for(measuring)
+        wait_for(measuring, driver)
         driver.send_signal(signal.SIGKILL)
-    wait_for(lambda: not said("squeue", "-h"), 120)
-    wait_for(lambda: not measuring(), 30)
+    wait_for(lambda: not said("squeue", "-h"))
+    wait_for(lambda: not measuring())
 
 
 def test_a_run_that_is_interrupted_cancels_its_jobs(study, tmp_path):
     """What was under way is `interrupted`, what never began `not_run`, and nothing is in the queue."""
     runs = tmp_path / "runs"
     with driving(study(replicates=2, turns=4000), "--on", "slurm", runs=runs) as driver:
-        wait_for(lambda: measuring() and list(runs.glob(f"{FOLDER}/*/site-0/1/messages")))
-        wait_for(lambda: any('"turn"' in path.read_text() for path in runs.glob(f"{FOLDER}/*/site-0/1/messages")))
+        wait_for(lambda: measuring() and list(runs.glob(f"{FOLDER}/*/site-0/1/messages")), driver)
+        wait_for(
+            lambda: any('"turn"' in path.read_text() for path in runs.glob(f"{FOLDER}/*/site-0/1/messages")), driver
+        )
         driver.send_signal(signal.SIGINT)
-        driver.wait(120)
+        driver.wait(1800)
     assert driver.returncode == 4, runs.with_name("said").read_text()
     ended = only_run(runs)
     assert {record.status for record in ended.records} <= {"interrupted", "not_run"}
     assert ended.manifest.status == "interrupted"
-    wait_for(lambda: not said("squeue", "-h"), 60)
+    wait_for(lambda: not said("squeue", "-h"))
     assert not measuring()
     assert not (runs / FOLDER).exists()

@@ -10,13 +10,14 @@ import time
 import pytest
 
 from harness.errors import InvalidRunError
-from harness.records.record import Failure, Fragment
+from harness.records.record import Failure, Fragment, Notice
 from harness.run.budget import Budget
 from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import make_plan
 from harness.run.site import Site
+from harness.run.sites import spread as spreading
 from harness.run.sites.local import LocalStation
-from harness.run.sites.spread import run_spread
+from harness.run.sites.spread import REFUSED, run_spread
 
 SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
 
@@ -134,24 +135,48 @@ def test_a_lost_site_loses_only_the_replicate_under_way_and_another_measures_it(
     assert "site b was lost: its zygote is gone" in notice.message
 
 
-def test_a_replicate_that_is_lost_last_goes_to_a_site_that_had_nothing_left_to_do(plan):
-    """A site that has ended is begun again for it."""
-    slow = threading.Event()
+@pytest.mark.parametrize("heard_first", ["the loss", "the end"])
+def test_a_replicate_that_is_lost_last_goes_to_a_site_that_had_nothing_left_to_do(plan, monkeypatch, heard_first):
+    """A site that has found nothing is begun again for it, whether its end is heard after the loss of the other or
+    before."""
+    begun, found_nothing, lost, ended = (threading.Event() for _ in range(4))
+    following, telling, hearing, heard = spreading._next, spreading._lost, spreading._hear, []
 
-    class Late(Fake):
-        def launch(self):
-            slow.wait(30)
-            return super().launch()
+    def find_next(shared, station):
+        groups = following(shared, station)
+        if groups is None and station.name == "a":
+            found_nothing.set()
+            if heard_first == "the loss":
+                lost.wait(30)  # it says that it has ended only then
+        return groups
+
+    def tell_loss(*arguments, **options):
+        lost.set()
+        return telling(*arguments, **options)
+
+    def hear(*arguments):
+        if heard:
+            ended.set()  # what was heard before has been dealt with
+        heard.append(hearing(*arguments))
+        return heard[-1]
 
     class Quick(Fake):
         def launch(self):
-            if self.launches == 14:  # the last of the other five replicates but one
-                slow.set()
+            begun.wait(30)  # else it could take the other's as well
             return super().launch()
 
+    class Late(Fake):
+        def launch(self):
+            begun.set()
+            (found_nothing if heard_first == "the loss" else ended).wait(30)
+            return super().launch()
+
+    for name, change in (("_next", find_next), ("_lost", tell_loss), ("_hear", hear)):
+        monkeypatch.setattr(spreading, name, change)
     measured, _, _ = spread(plan, {"a": Quick(), "b": Late(lost_at=1)})
-    assert {record.status for record in measured.records} == {"ok"}
-    assert {record.site for record in measured.records} == {"a"}
+    assert [station.name for station, _ in heard[:2]] == (["b", "a"] if heard_first == "the loss" else ["a", "b"])
+    assert {(record.status, record.site) for record in measured.records} == {("ok", "a")}
+    assert len(measured.records) == len(plan.slots)
 
 
 def test_where_all_sites_are_lost_the_run_ends_by_the_reason(plan):
@@ -163,6 +188,26 @@ def test_where_all_sites_are_lost_the_run_ends_by_the_reason(plan):
     assert set(last) == {slot.trial for slot in plan.slots}
     assert list(last.values()).count("ok") == 6
     assert {"not_run", "interrupted"} >= set(last.values()) - {"ok"}
+
+
+def test_where_the_one_that_came_was_refused_the_reason_says_so(plan, monkeypatch):
+    """It might have gone on."""
+
+    class Refused:
+        notices = (Notice(code=REFUSED, message="site n1 came and takes no part: it is unlike.", remedy=""),)
+
+        def looking(self, add):
+            return contextlib.nullcontext()
+
+        def is_expected(self):
+            return False
+
+        def lost(self, name):
+            pass
+
+    monkeypatch.setattr("harness.run.sites.spread.ASK_S", 0.01)
+    with pytest.raises(InvalidRunError, match=r"its zygote is gone\. site n1 came and takes no part: it is unlike"):
+        spread(plan, {"a": Fake(lost_at=4)}, joining=Refused())
 
 
 def test_a_reason_to_stop_ends_after_the_replicates_under_way(plan):
@@ -217,6 +262,52 @@ def test_a_run_with_and_without_a_limit_of_time_is_measured_whole(plan, limit_s)
     """Without one no site has any, either."""
     measured, _, _ = spread(plan, {"a": Fake(), "b": Fake()}, budget=Budget(limit_s, replicates=6))
     assert [record.status for record in measured.records] == ["ok"] * len(plan.slots)
+
+
+class Clock(threading.local):
+    """Each site's own, which its fakes advance."""
+
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def test_a_straggler_is_cut_by_the_budget_and_the_others_are_not(plan, monkeypatch):
+    """A third of 300 s holds three rounds of a site whose rounds take 30 s: all its trials have as many turns. The
+    other has all of its turns."""
+    clock, begun, nothing_left, following = Clock(), threading.Event(), threading.Event(), spreading._next
+    protocol = dataclasses.replace(plan.study.protocol, turns=6)
+    study = dataclasses.replace(plan.study, protocol=protocol)
+    plan = make_plan(study, phases=("train",), interleaving="lockstep")
+
+    class Timed(Fake):
+        def launch(self):
+            if self is slow:
+                begun.set()
+                nothing_left.wait(30)  # so that it measures one replicate
+            begun.wait(30)
+            return super().launch()
+
+        def ask(self, command, trial, timeout_s, **arguments):
+            clock.now_s += self.step_time_s * arguments["steps"] if command == "turn" else 0.0
+            return super().ask(command, trial, timeout_s, **arguments)
+
+    def find_next(shared, station):
+        groups = following(shared, station)
+        if groups is None:
+            nothing_left.set()
+        return groups
+
+    monkeypatch.setattr(spreading, "_next", find_next)
+    slow, quick = Timed(step_time_s=5.0), Timed()
+    measured, _, _ = spread(plan, {"slow": slow, "quick": quick}, budget=Budget(300.0, replicates=6, clock=clock))
+    assert {record.status for record in measured.records} == {"ok"}
+    turns = {}
+    for record in measured.records:
+        if not record.trial.endswith("-solo"):
+            turns.setdefault(record.site, []).append(len(record.turn_lengths))
+    assert turns == {"slow": [3] * 3, "quick": [6] * 15}
 
 
 def test_what_earlier_records_settle_is_not_measured_again(plan):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 import pytest
 
@@ -12,6 +13,11 @@ from harness.run.sites.venue import Venue
 
 def sites_of(run):
     return {record.site for record in run.records}
+
+
+def document(said):
+    """The JSON document that a command has printed."""
+    return json.JSONDecoder().raw_decode(said[said.index("{") :])[0]
 
 
 def break_off(run, *, keep):
@@ -42,6 +48,31 @@ def test_the_command_line_wins_and_another_place_goes_on(placed, run):
     _, again, _ = run("run", "--resume", first.manifest.run, "--sites", "0,1", meeting=2)
     assert sites_of(again) == {"cpus-0", "cpus-1"}
     assert {record.status for record in again.records} == {"ok"}
+
+
+def test_how_sites_differ_is_said_by_whatever_shows_the_run(placed, run, pretended):
+    """The command that measures, the report, and its document: with what each site is, and by how much."""
+    pretended.SLOW[("cpus-1", "")] = 1.08
+    _, last, told = run("run", placed('sites = ["0", "1"]', replicates=4), "--json", meeting=2)
+    assert "differ by 5.4%" in told
+    for words in ((), ("--json",)):
+        _, _, said = run("report", last.manifest.run, *words)
+        assert "replicates were spread over 2 sites, which differ by 5.4%" in said
+        assert "cpus-0 -3.8%, cpus-1 +3.9%" in said
+        assert "site cpus-" not in said  # of two nobody can say which is unlike its like
+
+
+def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pretended, monkeypatch):
+    """The third of three, which takes half as long again."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6})
+    pretended.SLOW[("cpus-2", "")] = 1.5
+    _, last, told = run("run", placed('sites = ["0", "1", "2"]'), meeting=3)
+    assert sites_of(last) == {"cpus-0", "cpus-1", "cpus-2"}
+    for said in (told, run("report", last.manifest.run)[2]):
+        assert "site cpus-2 is 50% slower than the median of its like" in said
+    assert [notice["code"] for notice in document(run("report", last.manifest.run, "--json")[2])["notices"]].count(
+        "site-unlike"
+    ) == 1
 
 
 def test_a_place_that_is_none_is_refused_before_anything_is_opened(placed, run, pretended):
@@ -92,8 +123,7 @@ def test_both_sides_of_an_ab_stand_on_each_site(placed, run, pretended, two_pyth
         assert host.python == ("/b/python" if label.startswith("candidate") else "/a/python")
         assert host.environment["LORAMETER_CPUS"] == ("4" if label.endswith("0") else "5")
     assert last.manifest.sides["candidate"]["facts"]["packages"] == {"python": "/b/python"}
-    told, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
-    (comparison,) = (one for one in told["comparisons"] if one["metric"] == "step_time_s")
+    (comparison,) = (one for one in document(said)["comparisons"] if one["metric"] == "step_time_s")
     assert comparison["ratio"] == pytest.approx(1.0)
 
 

@@ -108,6 +108,23 @@ def summed():
     rank.distribute = distribute
 
 
+def summed_shards():
+    """FSDP2 is told to divide by 1."""
+    from harness.trial.ranks import rank
+
+    wrapped = rank.distribute
+
+    def distribute(model, strategy, **options):
+        sharded = wrapped(model, strategy, **options)
+        for module in sharded.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing while it sums
+        return sharded
+
+    rank.distribute = distribute
+
+
 def asleep():
     """Rank 1 takes its time."""
 
@@ -118,6 +135,30 @@ def asleep():
         RankStep.loss = lambda self, batch: time.sleep(2.0) or forward(self, batch)
 
     on_rank(1, change)
+
+
+def stored_as(name):
+    """4-bit weights are kept in words of another type than bytes."""
+
+    def change():
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        from harness.trial.ranks import rank
+
+        made, wrapped = BitsAndBytesConfig.__init__, rank.distribute
+
+        def init(self, *positional, **named):
+            made(self, *positional, **{"bnb_4bit_quant_storage": name, **named})
+
+        def distribute(model, strategy, **options):
+            packed = [one for one in model.parameters() if type(one).__name__ == "Params4bit"]
+            assert {one.dtype for one in packed} == {getattr(torch, name)}
+            return wrapped(model, strategy, **options)
+
+        BitsAndBytesConfig.__init__, rank.distribute = init, distribute
+
+    return change
 
 
 def unsharded():
@@ -193,10 +234,13 @@ SCENARIOS = {
     "fsdp2, qlora, repaired": Scenario(
         strategy="fsdp2", commands=WHOLE, variant=NF4, workload={"repair": "quant_state"}
     ),
+    "fsdp2, qlora in bfloat16": Scenario(strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("bfloat16")),
+    "fsdp2, qlora in float32": Scenario(strategy="fsdp2", commands=WHOLE, variant=NF4, sabotage=stored_as("float32")),
     "same rows": Scenario(sabotage=same_rows),
     "other data": Scenario(sabotage=other_data),
     "unsynchronised": Scenario(commands=WHOLE, sabotage=unsynchronised),
     "summed": Scenario(sabotage=summed),
+    "summed, sharded": Scenario(strategy="fsdp2", sabotage=summed_shards),
     "asleep": Scenario(sabotage=asleep),
     "unsharded": Scenario(strategy="fsdp2", sabotage=unsharded),
     "in eval mode": Scenario(strategy="fsdp2", variant=NF4, sabotage=in_eval_mode),

@@ -19,8 +19,9 @@ from harness.run.several_ranks import SHARDS_INTEGERS, shards_4bit
 SCRIPT = Path(__file__).with_name("scenarios.py")
 SHARDED_4BIT = ("fsdp2, qlora", "fsdp2, qlora, repaired")
 HEALTHY = ("ddp, lora", "ddp, qlora, accumulating", "fsdp2, lora", *SHARDED_4BIT)
+STORED = ("fsdp2, qlora in bfloat16", "fsdp2, qlora in float32")
 SICK = (
-    "same rows", "other data", "unsynchronised", "summed", "asleep", "unsharded", "in eval mode",
+    "same rows", "other data", "unsynchronised", "summed", "summed, sharded", "asleep", "unsharded", "in eval mode",
     "in eval mode, repaired", "dies", "hangs", "out of memory", "alone in vain",
 )  # fmt: skip
 
@@ -42,6 +43,13 @@ def told(names) -> dict[str, tuple[TrialRecord, list[str]]]:
 def healthy():
     """Runs that nothing is wrong with; without those that this torch cannot make."""
     return told([name for name in HEALTHY if name not in SHARDED_4BIT or shards_4bit(torch.__version__)])
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """Runs whose 4-bit weights are kept in other words than bytes."""
+    needs_sharded_4bit()
+    return told(STORED)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,17 @@ def test_four_bits_are_halved_as_well(healthy):
     assert halved["base_weight_bytes"] < 0.51 * whole["base_weight_bytes"]
 
 
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.selftest
+def test_the_type_that_four_bits_are_stored_in_is_nothing_to_the_ranks(stored, name):
+    """Every check holds: losses are those of one rank, and each rank holds its part, of half a byte for a weight."""
+    record, _ = stored[name]
+    assert record.status == "ok", record.failure
+    judged = {check["path"]: check for check in record.checks if check["path"].startswith("ranks.")}
+    assert {"ranks.sharded", "ranks.steady", "ranks.losses"} <= set(judged)
+    assert all(check["status"] == "active" for check in judged.values()), judged
+
+
 @pytest.mark.parametrize(
     ("name", "path", "words"),
     [
@@ -118,6 +137,7 @@ def test_four_bits_are_halved_as_well(healthy):
         ("unsynchronised", "ranks.gradients", "keep each rank's own gradient, which was not exchanged"),
         ("unsynchronised", "ranks.adapters", "after an update rank 1 has another adapter than rank 0"),
         ("summed", "ranks.gradients", "divided by 1 and not by their number, 2"),
+        ("summed, sharded", "ranks.gradients", "divided by 1 and not by their number, 2"),
         ("unsharded", "ranks.sharded", "lie whole on every rank"),
     ],
 )

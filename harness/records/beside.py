@@ -1,0 +1,40 @@
+"""What sites of one machine cost each other, as it was measured: trials of the first site alone, and while the others
+measured. They are none of the plan's, so they lie in a file of their own beside these.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.errors import UsageError
+from harness.records import codec, journal
+from harness.records.record import TrialRecord
+
+FILE = "beside.jsonl"
+ALONE, BESIDE = "alone", "beside"
+"""How a trial was measured; its name begins with that and the number of its round."""
+
+
+def name_trial(how: str, number: int, site: str) -> str:
+    """Of one round on a site."""
+    return f"{how}-{number}-{site}"
+
+
+def append(folder: Path, record: TrialRecord) -> None:
+    """Keep a record with the run in this folder."""
+    journal.append(folder / FILE, f"{codec.dumps(record)}\n")
+
+
+def read_pairs(folder: Path) -> list[tuple[TrialRecord, TrialRecord]]:
+    """Alone and beside, of each round whose trials are both ok; none where nothing of the kind was measured. A line
+    that a crash cut short is left out."""
+    found: dict[str, dict[str, TrialRecord]] = {}
+    for line in journal.lines(folder / FILE):
+        try:
+            record = codec.from_json(TrialRecord, codec.parse(line), FILE)
+        except (UsageError, codec.NotJsonError):
+            continue
+        how, _, which = record.trial.partition("-")
+        if record.status == "ok":
+            found.setdefault(which, {})[how] = record
+    return [(both[ALONE], both[BESIDE]) for both in found.values() if both.keys() == {ALONE, BESIDE}]

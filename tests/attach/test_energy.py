@@ -1,0 +1,97 @@
+"""The energy of a script's training: what its card counts over the stretches in which it only trains."""
+
+import pytest
+
+from harness.attach import energy as module
+from harness.attach.energy import Energy
+from harness.attach.follower import StepReading
+from harness.machine.reading import Reading, missing
+
+
+class Card:
+    """Takes 100 W, as its own counter tells."""
+
+    def __init__(self, clock):
+        self._clock = clock
+        self.asked = 0
+
+    def energy_j(self):
+        self.asked += 1
+        return Reading(value=1000.0 + 100.0 * self._clock[0])
+
+
+@pytest.fixture
+def clock():
+    """Seconds, of a clock that goes on where a test says so."""
+    return [50.0]
+
+
+@pytest.fixture
+def card(clock, monkeypatch):
+    made = Card(clock)
+    monkeypatch.setattr(module, "card_of", lambda device: Reading(value=made))
+    return made
+
+
+def reading(tokens=10):
+    return StepReading(number=1, step_time_s=1.0, cpu_time_s=1.0, real_tokens=tokens)
+
+
+def train(energy, clock, seconds, steps=2, tokens=10):
+    energy.begin()
+    for _ in range(steps):
+        energy.step(reading(tokens))
+    clock[0] += seconds
+
+
+def test_stretches_add_up_and_what_lies_between_them_is_in_none(card, clock):
+    """With their steps and tokens; of the one under way what there is so far, and asking changes nothing."""
+    energy = Energy("cuda:0", lambda: clock[0])
+    assert energy.values() == {}
+    train(energy, clock, 20.0)
+    assert energy.values() == energy.values() == {
+        "device_energy_train_j": 2000.0, "energy_steps": 2, "energy_tokens": 20,
+    }  # fmt: skip
+    energy.end()
+    clock[0] += 500.0  # an evaluation
+    assert energy.values()["device_energy_train_j"] == 2000.0
+    train(energy, clock, 30.0, steps=3)
+    energy.end()
+    energy.end()
+    assert energy.values() == {"device_energy_train_j": 5000.0, "energy_steps": 5, "energy_tokens": 50}
+
+
+def test_a_stretch_that_is_too_short_for_the_counter_says_nothing(card, clock):
+    """Its steps and tokens are not counted either."""
+    energy = Energy("cuda:0", lambda: clock[0])
+    train(energy, clock, 0.5)
+    energy.end()
+    assert energy.values() == {}
+    train(energy, clock, 20.0, steps=1)
+    energy.end()
+    assert energy.values() == {"device_energy_train_j": 2000.0, "energy_steps": 1, "energy_tokens": 10}
+
+
+def test_tokens_that_were_not_seen_are_not_told(card, clock):
+    """Energy a token would be that of some of them."""
+    energy = Energy("cuda:0", lambda: clock[0])
+    train(energy, clock, 20.0, tokens=None)
+    energy.end()
+    assert energy.values() == {"device_energy_train_j": 2000.0, "energy_steps": 2}
+
+
+def test_a_cpu_is_asked_for_none(card, clock):
+    """It has no counter."""
+    energy = Energy("cpu", lambda: clock[0])
+    train(energy, clock, 20.0)
+    energy.end()
+    assert (energy.values(), card.asked) == ({}, 0)
+
+
+def test_a_card_that_cannot_be_opened_says_nothing(clock, monkeypatch):
+    """The training goes on without."""
+    monkeypatch.setattr(module, "card_of", lambda device: missing("no driver"))
+    energy = Energy("cuda:0", lambda: clock[0])
+    train(energy, clock, 20.0)
+    energy.end()
+    assert energy.values() == {}

@@ -1,0 +1,96 @@
+"""The page on two scripts against each other: its commands are known, its study is read, and its numbers and codes are
+those of the code."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from harness.cli import parser
+from harness.commands import ab_scripts
+from harness.run.executors import script_worker, workplace
+from harness.studies.protocol import STEPS_PER_TURN
+from harness.studies.study_file import load_study
+from harness.verdicts import sameness
+
+PAGE = Path(__file__).parents[2] / "docs" / "own-script-ab.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+def block(kind):
+    """The text of the one block of a kind."""
+    (found,) = re.findall(rf"^```{kind}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    return found
+
+
+def section(title):
+    """What stands below a title."""
+    return TEXT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_its_commands_are_known():
+    """Each as it is typed: two commands, or one on two sides."""
+    lines = block("").splitlines()
+    given = [parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    assert [(one.base_command, one.candidate_command) for one in given[:1]] == [
+        ("python train.py", "python train.py --use_liger_kernel")
+    ]
+    assert [(one.script, one.base, one.candidate) for one in given[1:]] == [
+        ("python train.py", "trl==0.28.0", "trl==0.29.0"), ("python train.py", "main", "HEAD"),
+    ]  # fmt: skip
+
+
+def test_its_study_is_read(tmp_path):
+    """With all that a variant which is a command may say."""
+    (tmp_path / "own.toml").write_text(block("toml"))
+    study = load_study(str(tmp_path / "own.toml"))
+    assert study.of_scripts
+    assert (study.protocol.replicates, study.protocol.turns, study.protocol.steps_per_turn) == (8, 20, STEPS_PER_TURN)
+    plain, liger = study.variants
+    assert (plain.cwd, plain.env, plain.python) == ("", {}, "")
+    assert liger.command == "python train.py --use_liger_kernel"
+    assert (liger.cwd, liger.env["TOKENIZERS_PARALLELISM"]) == ("/data/project", "false")
+    assert liger.python == "/opt/other/bin/python"
+
+
+def codes_of(module):
+    """Of every notice that a module makes."""
+    named = re.findall(r"\bcode=(\"[a-z-]+\"|[A-Z_]+)", inspect.getsource(module))
+    return {one.strip('"') if one.startswith('"') else getattr(module, one) for one in named}
+
+
+def codes_in(text):
+    """What stands in the text as a code does."""
+    return set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", text))
+
+
+@pytest.mark.parametrize(
+    ("title", "module"),
+    [
+        ("Do they do the same?", sameness),
+        ("What a measured script writes", workplace),
+        ("The end", script_worker),
+    ],
+)
+def test_its_notices_are_those_that_there_are(title, module):
+    """None that nobody gives, and none is left out."""
+    assert codes_in(section(title)) == codes_of(module)
+
+
+def test_its_numbers_are_those_of_the_code():
+    """Steps of a turn and of a process, what is copied, and what is a difference."""
+    assert STEPS_PER_TURN == 2
+    assert f"process ({re.search('default ([0-9]+)', inspect.getsource(ab_scripts.add_script_options))[1]})" in TEXT
+    assert f"Files above {workplace.LARGE_BYTES >> 20} MiB" in TEXT
+    assert f"more than {workplace.MOST_BYTES >> 30} GiB" in TEXT
+    assert f"differ by more than {sameness.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")
+    assert f"lies within {sameness.MARGIN:.0%}".replace("%", " %") in section("Do they do the same?")
+
+
+def test_what_it_says_is_linked_is_linked():
+    """Files that are read at most, and what tools keep for themselves."""
+    assert set(re.findall(r"`([\w.]+)`", section("What a measured script writes"))) >= {".git", "__pycache__", "wandb"}
+    assert ".git" in workplace.LINKED
+    assert {"__pycache__", "wandb"} <= set(workplace.LEFT_OUT)

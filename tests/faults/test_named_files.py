@@ -1,0 +1,140 @@
+"""A file that a user names, where the system refuses to write it: the one of before stays, nothing is left beside it,
+and the code is that of a machine that cannot do it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+
+from harness.commands.output import ENV_SUMMARY, show_document
+from harness.errors import InvalidRunError, UsageError
+from harness.records import store
+from harness.records.outputs import replacing
+from harness.report.html.page import save_html
+from harness.report.table import say
+from harness.results.files import write_tables, write_text
+from harness.results.pack import pack
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "runs"
+TOO_LARGE = r"File too large\. Raise the limit of file sizes \(ulimit -f\), or "
+KIB = 1024
+
+
+@contextlib.contextmanager
+def limited(most=KIB):
+    """No file of this process may become larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def run():
+    """A run of some kilobytes."""
+    return store.read_run("sound", GOLDEN)
+
+
+WRITERS = {
+    "csv": lambda run, path: write_tables(run, "csv", path, "samples"),
+    "parquet": lambda run, path: write_tables(run, "parquet", path, "trials"),
+    "text": lambda run, path: write_text("x" * 8 * KIB, path),
+    "page": lambda run, path: save_html("x" * 8 * KIB, path),
+}
+
+
+@pytest.mark.parametrize("writer", ["csv", pytest.param("parquet", marks=pytest.mark.faults), "text", "page"])
+def test_a_file_that_does_not_fit_leaves_the_one_before(writer, run, tmp_path):
+    """Whole, with its own rights, and with nothing beside it; with room it is another one."""
+    path = tmp_path / "named"
+    path.write_text("before")
+    path.chmod(0o640)
+    with limited(), pytest.raises(InvalidRunError, match=rf"named: {TOO_LARGE}"):
+        WRITERS[writer](run, path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    WRITERS[writer](run, path)
+    assert path.stat().st_size > KIB
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_of_several_files_all_are_new_or_none_is(run, tmp_path):
+    """The first tables fit and another does not."""
+    for name in write_tables(run, "csv", tmp_path / "out"):
+        name.write_text("before")
+    sizes = {path.name: path.stat().st_size for path in write_tables(run, "csv", tmp_path / "other")}
+    most = sorted(sizes.values())[-1] - 1
+    with limited(most), pytest.raises(InvalidRunError, match=TOO_LARGE):
+        write_tables(run, "csv", tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == dict.fromkeys(sizes, "before")
+
+
+def test_a_pack_that_does_not_fit_is_not_there(tmp_path, monkeypatch):
+    """Nor any part of it; a file of that name stays, and a folder that is not there is the user's to name."""
+
+    def write_half(target, folder):
+        target.write_text(folder.name)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UsageError, match=r"no/x\.zip: cannot be written: No such file or directory\. Give another"):
+        pack("sound", GOLDEN, tmp_path / "no" / "x.zip")
+    monkeypatch.setattr("harness.results.pack.write_packed", write_half)
+    with pytest.raises(InvalidRunError, match=r"x\.zip: No space left on device\. Free space there, or give another"):
+        pack("sound", GOLDEN, tmp_path / "x.zip")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="there is a file of that name"):
+        pack("sound", GOLDEN, tmp_path / "link")
+
+
+def test_no_room_to_unpack_is_no_fault_of_the_file(tmp_path):
+    """A packed run that is sound is not to be asked for again."""
+    path = pack("sound", GOLDEN, tmp_path / "x.zip")
+    with limited(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
+        store.read_run(str(path), tmp_path)
+
+
+def test_a_summary_on_a_full_disk_is_no_bad_input(monkeypatch):
+    """The file is the right one, and the disk is full."""
+    monkeypatch.setenv(ENV_SUMMARY, "/dev/full")
+    with pytest.raises(InvalidRunError, match=r"/dev/full: No space left on device\. Free space there, or name a file"):
+        show_document((say("words"),), "github")
+
+
+def test_a_link_stays_one(tmp_path):
+    """What it leads to is another file afterwards."""
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "link").symlink_to("real")
+    with replacing(tmp_path / "link") as draft:
+        draft.write_text("after")
+    assert (tmp_path / "link").readlink() == Path("real")
+    assert (tmp_path / "real").read_text() == "after"
+
+
+def test_what_is_no_plain_file_is_written_to_as_it_is(tmp_path):
+    """As /dev/stdout, and what a shell makes of >(...)."""
+    read, write = os.pipe()
+    with replacing(Path(f"/dev/fd/{write}")) as draft:
+        draft.write_text("words")
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert pipe.read() == "words"
+    with pytest.raises(IsADirectoryError), replacing(tmp_path) as draft:
+        draft.write_text("words")
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
+    """To put another in its place takes the right to its folder only."""
+    (tmp_path / "named").write_text("before")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="named: cannot be written: Permission denied"):
+        write_text("after", tmp_path / "named")
+    assert (tmp_path / "named").read_text() == "before"

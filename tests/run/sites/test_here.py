@@ -1,0 +1,73 @@
+"""Replicates on several sites of this machine, with real trials: shares of its CPUs, and jobs of submitit's local
+executor (make proof-harness)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.records import store
+
+pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
+
+ROOT = Path(__file__).parents[3]
+JOBS = ("--on", "submitit-local:sites=2")
+
+
+def run(*arguments, runs):
+    """The run that the command has measured."""
+    words = [sys.executable, "-m", "harness.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
+    ways = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | {"PYTHONPATH": ways}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (one for one in runs.iterdir() if one.is_dir())  # and no folder of jobs
+    return store.read_run(str(path), runs)
+
+
+def sites_of(run):
+    """Of each replicate, whose trials are all ok."""
+    assert {record.status for record in run.records} == {"ok"}
+    assert [record.trial for record in run.records] == list(run.manifest.order)
+    sites = {}
+    for record in run.records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+    assert all(len(of_one) == 1 for of_one in sites.values())
+    return set.union(*sites.values())
+
+
+def check_same(spread, alone, results_of):
+    assert [results_of(record) for record in spread.records] == [results_of(record) for record in alone.records]
+    assert spread.manifest.fingerprint == alone.manifest.fingerprint
+    assert spread.manifest.tokens == alone.manifest.tokens
+
+
+@pytest.mark.parametrize("place", [("--sites", "0,1"), JOBS], ids=["shares", "jobs"])
+def test_records_of_two_sites_are_those_of_one_device(study, results_of, tmp_path, place):
+    """Each replicate is on one and neither is left out; seeds, orders and losses are the same to the bit."""
+    if place != JOBS and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one CPU, and two sites of it take two")
+    if place == JOBS:
+        pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
+    spread, alone = run(study(), *place, runs=tmp_path / "there"), run(study(), runs=tmp_path / "here")
+    assert len(sites_of(spread)) == 2
+    check_same(spread, alone, results_of)
+
+
+def test_two_jobs_measure_trials_of_two_ranks(study, results_of, tmp_path):
+    """As one device does; each checks its ranks."""
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
+    path = study(replicates=2)
+    path.write_text(path.read_text().replace("[workload]", '[workload]\nranks = 2\nstrategy = "ddp"'))
+    spread, alone = run(path, *JOBS, runs=tmp_path / "there"), run(path, runs=tmp_path / "here")
+    assert len(sites_of(spread)) == 2
+    check_same(spread, alone, results_of)
+    for record in spread.records:
+        judged = {check["path"]: check["status"] for check in record.checks if check["path"].startswith("ranks.")}
+        assert judged["ranks.gradients"] == "active"
+        assert record.values["ranks"] == 2.0
