@@ -22,11 +22,11 @@ from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
 from harness.records.beside import append as append_beside
 from harness.records.metrics import PHASES
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import Hello
 from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.scratch import leaving_nothing
-from harness.records.store import Manifest, Run, RunWriter, SiteFacts
+from harness.records.store import Manifest, Run, RunWriter
 from harness.run.budget import Budget, TooShortError
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
@@ -35,6 +35,7 @@ from harness.run.executors.host import Host
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
+from harness.run.manifest import describe_sites, describe_tokens
 from harness.run.plan import Plan, make_plan
 from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
@@ -229,11 +230,11 @@ def measure(
                 plan, told = rehearse(plan, executors, site, shown)
             shown.rehearsed(plan, told)
             groups, notices = plan.groups, (*notices, *told)
-        tokens = _tokens(plan, ready.tokens_of(plan))
+        tokens = describe_tokens(plan, ready.tokens_of(plan))
         place = next(iter(there.values()))
         facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
         declared = sorted({name for arm in arms for name in arm.declared})
-        describe = partial(_facts_of_sites, facts, declared)
+        describe = partial(describe_sites, facts, declared)
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
             manifest = dataclasses.replace(
@@ -319,16 +320,6 @@ def _mend(run: Run) -> Run:
     return store.read_run(str(run.path), run.path.parent)
 
 
-def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
-    """What the manifest says of the tokens: those of the study's workload, and `own`, by variant, those of others."""
-    said = {
-        workload: {key: value for key, value in codec.to_json(tokens).items() if key != "path"}
-        for workload, tokens in prepared.items()
-    }
-    own = {name: said[workload] for name, workload in plan.own_workloads.items()}
-    return said[plan.study.workload] | ({"own": own} if own else {})
-
-
 def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str, Facts]) -> dict[str, Any]:
     """What the manifest says of the sides of an A/B."""
     return {
@@ -336,19 +327,6 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str,
         | {"facts": facts[arm.name].host}
         for arm in arms
         if arm.side and arm.name == arm.side
-    }
-
-
-def _facts_of_sites(
-    provenance_of_run: Mapping[str, Any], declared: Sequence[str], sites: Mapping[str, Facts]
-) -> dict[str, SiteFacts]:
-    """What the manifest says of each site."""
-    return {
-        name: SiteFacts(
-            machine=codec.to_json(facts.machine),
-            fingerprint=provenance.fingerprint({**provenance_of_run, **provenance.place_of(facts)}, without=declared),
-        )
-        for name, facts in sites.items()
     }
 
 
