@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
+import time
 from collections import deque
 
 import pytest
 
 from harness.records.record import Failure, Fragment
 from harness.run.executors import Place, WorkerLostError
+from harness.run.executors.channel import Channel
+from harness.run.executors.forked import ForkedWorker
 from harness.run.lanes import Errand, first_to_answer, walk
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
@@ -179,3 +183,21 @@ def test_a_death_beside_others_costs_its_own_trial_alone(small_study):
     status = {record.trial: record.status for record in found.records}
     assert {trial for trial, ended in status.items() if ended != "ok"} == {victim}
     assert [command for trial, command, _ in executor.asked if trial == victim] == ["prepare", "build"]
+
+
+def test_silence_is_counted_from_when_it_was_asked():
+    """Not from when the parent came to it, which may have waited for others until then."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = ForkedWorker(1, Channel(ours), mother=None)
+        worker._reaped = True  # there is no process to be killed
+        worker.send("build", "t")
+        worker._sent_s -= 60.0
+        begin = time.monotonic()
+        with pytest.raises(WorkerLostError, match="no answer within 60 s during build"):
+            worker.receive("build", 60.0)
+        assert time.monotonic() - begin < 30.0
+        worker.send("build", "t")
+        theirs.sendall(b'{"values": {"threads": 1.0}}\n')
+        worker._sent_s -= 60.0
+        assert worker.receive("build", 60.0).values == {"threads": 1.0}  # what has come by then is taken

@@ -72,7 +72,7 @@ class LaneWorker(Worker, Protocol):
         """Have it begin with a command, and wait for nothing."""
 
     def receive(self, command: str, timeout_s: float) -> Fragment:
-        """Its answer to the command that was sent. Raises `WorkerLostError` as `ask` does."""
+        """Its answer to what was sent, within `timeout_s` of that. Raises `WorkerLostError` as `ask` does."""
 
     def fileno(self) -> int:
         """What can be read when it has answered, or has died."""
