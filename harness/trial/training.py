@@ -277,7 +277,7 @@ class Training:
     @property
     def _alone(self) -> bool:
         """Whether nothing else is at work beside it, so that first times are its own."""
-        return self._sees_peaks and not (self._request.natural and self._request.interleaving == "lockstep")
+        return self._sees_peaks and self._request.interleaving != "lockstep"
 
     @property
     def _initial(self) -> Path:

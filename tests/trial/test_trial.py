@@ -45,9 +45,10 @@ def trial(tokens, tmp_path):
     torch.set_num_threads(1)
 
     def make(*measures, variant=VARIANT, protocol=PROTOCOL):
+        level = "replicates" if "peaks" in measures else "lockstep"  # what sees its peaks is alone, as a rule
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD,
-            protocol=protocol, interleaving="lockstep", measures=measures, instrument="spy", device="cpu", threads=1,
+            protocol=protocol, interleaving=level, measures=measures, instrument="spy", device="cpu", threads=1,
             tokens_path=tokens, scratch=str(tmp_path), log_path="",
         )  # fmt: skip
         return Trial(request, SharedBase())
@@ -346,11 +347,20 @@ def test_what_another_on_the_base_finds_out_is_not_asked_again(trial):
 
 def test_peaks_beside_others_are_those_of_steps_that_nobody_watched(natural):
     """With the exact bytes that stay, and none of the first times of a process that is alone."""
-    running = natural("steps", "peaks", warm_up_steps=1)
+    running = natural("steps", "peaks", warm_up_steps=1, interleaving="lockstep")
     record = record_of(running, "build", "verify", "warm_up", "turn", "finish_training")
     assert set(record.memory) >= {"host_peak_train_bytes", "base_weight_bytes", "adapter_bytes"}
     assert {"gradient_bytes", "host_peak_load_bytes"}.isdisjoint(record.memory)
     assert {"load_time_s", "first_step_time_s"}.isdisjoint(record.values)
+
+
+def test_beside_others_no_first_time_is_its_own(trial):
+    """Nor where the check takes steps of its own, as beside compiled code: building goes side by side."""
+    running = trial("steps", "requests", "peaks")
+    running._request = dataclasses.replace(running._request, interleaving="lockstep")
+    record = record_of(running, *TRAIN, "begin_generate")
+    assert "host_peak_train_bytes" in record.memory
+    assert {"load_time_s", "first_step_time_s", "first_call_time_s"}.isdisjoint(record.values)
 
 
 def test_a_brief_first_call_leaves_its_answer_to_the_first_request(trial):
