@@ -92,12 +92,13 @@ class LocalExecutor(Here):
         """Bases that nobody may remove."""
 
     def lanes(self, threads: int) -> int:
-        """On a CPU as many as it has cores for them; a card is one for all."""
+        """On a CPU as many as it has cores for them; a card is one for all. Of the share of a machine on whose rest
+        others measure, one: they are timed while this works, and what a neighbour costs them is known of one process.
+        """
         machine = self.machine()
-        if machine.device != "cpu":
+        if machine.device != "cpu" or CPUS in self._host.environment:
             return 1
-        own = self._host.variables({}).get(CPUS)
-        return max(1, (len(own.split(",")) if own else machine.cpus) // threads)
+        return max(1, machine.cpus // threads)
 
     def device_id(self) -> str:
         """The CPU, all of it, or the card that the host's processes see first, by its own number."""
