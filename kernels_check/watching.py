@@ -6,7 +6,8 @@ out to the bit as if nobody had looked. What one step cannot tell is unknown, wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ NO_UPDATE = (
     "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
     "one update accumulates"
 )
+_OPEN = "this watch is open already: close it before the next step, or make one for each model"
 NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
 
@@ -83,6 +85,23 @@ class Watch:
         """Why nothing could be watched."""
         self._checks: tuple[Check, ...] = ()
 
+    @contextmanager
+    def glance(self) -> Iterator[None]:
+        """Look on at what the update of a step does, and at nothing else, which costs next to nothing: the step that is
+        watched after it is judged of both where it takes two, as whether an update is kept.
+
+        Raises:
+            RuntimeError: it looks on already.
+        """
+        if self._is_open:
+            raise RuntimeError(_OPEN)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._steps.glanced())
+            except Exception:  # the next step is the first then
+                self._steps.forget()
+            yield
+
     @property
     def checks(self) -> list[Check]:
         """One check per path of the last step that ended, as ``verify`` gives them; none before the first has."""
@@ -95,7 +114,7 @@ class Watch:
             RuntimeError: it looks on already.
         """
         if self._is_open:
-            raise RuntimeError("this watch is open already: close it before the next step, or make one for each model")
+            raise RuntimeError(_OPEN)
         self._is_open = True
         self._unopened = None
         try:

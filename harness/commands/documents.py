@@ -77,6 +77,19 @@ class TableOf(msgspec.Struct, forbid_unknown_fields=True):
     """Of which site alone, where sites are unlike."""
 
 
+class TimeOf(msgspec.Struct, forbid_unknown_fields=True):
+    """What the time of a run went to."""
+
+    limit_s: float | None
+    """null where minutes were not limited."""
+    wall_s: float
+    measured_s: dict[str, float]
+    """In which something timed was at work, and nothing else: steps, requests, natural, merged, cold."""
+    measured_share: float
+    turns: list[int]
+    """That each trial took, by replicate, where minutes were limited."""
+
+
 class ReportOfRun(msgspec.Struct, forbid_unknown_fields=True):
     """`report RUN --json`, of a run that compares variants."""
 
@@ -95,6 +108,8 @@ class ReportOfRun(msgspec.Struct, forbid_unknown_fields=True):
     state: str
     """complete, running, killed, interrupted or failed."""
     valid: bool
+    time: TimeOf | None = None
+    """Where the run says it: one that was measured here, on one site."""
 
 
 class ComparedOf(msgspec.Struct, forbid_unknown_fields=True):
@@ -182,6 +197,8 @@ class RunOf(msgspec.Struct, forbid_unknown_fields=True):
     """By phase; by phase and site, as `train on n1`, where sites are unlike."""
     trials: dict[str, int]
     """By status."""
+    time: TimeOf | None = None
+    """As in `report`."""
 
 
 class PlanOf(msgspec.Struct, forbid_unknown_fields=True):
@@ -260,7 +277,7 @@ DOCUMENTS: tuple[type[msgspec.Struct], ...] = (
 )  # fmt: skip
 """What commands print as a whole."""
 PARTS: tuple[type[msgspec.Struct], ...] = (
-    Value, Ratio, Told, VariantOf, TableOf, ComparedOf, Differs, AttributionOf, PartOf, ClaimOf,
+    Value, Ratio, Told, VariantOf, TableOf, TimeOf, ComparedOf, Differs, AttributionOf, PartOf, ClaimOf,
     *documents_of_estimates.PARTS, *documents_of_many.PARTS, *documents_of_parity.PARTS,
 )  # fmt: skip
 """What they are made of."""

@@ -127,6 +127,7 @@ def run_resumed(options: argparse.Namespace) -> int:
 def _show(run: Run, options: argparse.Namespace) -> int:
     """Print what was measured; the exit code says whether the run is valid."""
     from harness.report.notices import tell_notices
+    from harness.report.spent import encode_spending
     from harness.report.terminal import console_for, show
     from harness.report.view import view_of
 
@@ -140,6 +141,7 @@ def _show(run: Run, options: argparse.Namespace) -> int:
                 "status": "ok" if view.valid else "invalid",
                 "control": _controls(view),
                 "trials": view.counts,
+                **encode_spending(view.spending),
             }
         )
     else:

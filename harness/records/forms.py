@@ -89,6 +89,9 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         if side.get("facts"):
             _require(side["facts"], ("packages",), f"{place}, facts")
     _check_finite(where, {"created_unix_s": manifest.created_unix_s})
+    if manifest.spending is not None:
+        spent = {"wall_s": manifest.spending.wall_s, **manifest.spending.measured_s}
+        _check_finite(f"{where}, spending", spent)
     _check_finite(where, {f"resumed[{n}].unix_s": one.unix_s for n, one in enumerate(manifest.resumed)})
 
 

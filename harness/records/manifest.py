@@ -14,6 +14,7 @@ from harness.records.forms import check_manifest
 from harness.records.newer import Left, read_known
 from harness.records.preparation import BaseSummary
 from harness.records.record import SCHEMA, Notice, is_newer, require_readable
+from harness.records.spending import Spending
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
@@ -79,6 +80,8 @@ class Manifest:
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()
+    spending: Spending | None = field(default=None, metadata=codec.LATER)
+    """What the time of its last invocation went to."""
     status: RunStatus = "running"
     """"running" also says a manifest whose process was killed; see `Run.live`."""
 

@@ -38,6 +38,7 @@ from harness.records.newer import Left, Newer
 from harness.records.packed import is_packed, unpacked
 from harness.records.record import Notice, TrialRecord, is_newer
 from harness.records.refusals import say_refused, say_unwritable
+from harness.records.spending import Spending
 from harness.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
 from harness.records.units import format_count
 
@@ -99,9 +100,10 @@ class RunWriter:
         measured: Sequence[str] | None = None,
         notices: Sequence[Notice] = (),
         came: Mapping[str, SiteFacts] | None = None,
+        spending: Spending | None = None,
     ) -> None:
         """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap,
-        `notices` what came up on the way, and `came` sites that joined it."""
+        `notices` what came up on the way, `came` sites that joined it, and `spending` what its time went to."""
         self._manifest = dataclasses.replace(
             self._manifest,
             status=status,
@@ -109,6 +111,7 @@ class RunWriter:
             order=self._manifest.order if measured is None else tuple(measured),
             notices=(*self._manifest.notices, *notices),
             site_facts={**self._manifest.site_facts, **(came or {})},
+            spending=spending or self._manifest.spending,
         )
         self._write_manifest()
 
@@ -218,9 +221,8 @@ def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread
     newest = max(manifest.schema, lines.newest)
     if not is_newer(newest):
         return None
-    whole = (
-        [f"{format_count(len(unread), 'line')} of {TRIALS}, the first since {unread[0].rstrip('.')}"] if unread else []
-    )
+    first = f", the first since {unread[0].rstrip('.')}" if unread else ""
+    whole = [f"{format_count(len(unread), 'line')} of {TRIALS}{first}"] if unread else []
     return Newer(schema=newest, unread=(*whole, *left))
 
 

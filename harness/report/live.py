@@ -148,12 +148,17 @@ class LiveDisplay:
         return _joined(f"{ended} of {total} trials", self._left(), self._device, surroundings)
 
     def _left(self) -> str:
-        """The time left, and what that rests on: the trials so far, or what was expected."""
+        """The time left, and what that rests on: the trials so far, or what was expected; never more than the limit of
+        the run leaves."""
         if self._grid is None:
             return ""
         spent, ended = time.monotonic() - self._begin, len(self._grid.records)
-        if ended:
-            left = spent / ended * (len(self._grid.plan.slots) - ended)
+        left = spent / ended * (len(self._grid.plan.slots) - ended) if ended else None
+        foreseen = self._expected_s - spent if left is None and self._expected_s is not None else left
+        minutes = self._grid.plan.study.protocol.max_minutes
+        if minutes is not None and (foreseen is None or not 0 <= foreseen <= 60 * minutes - spent):
+            return f"{format_duration(max(0.0, 60 * minutes - spent))} left of {minutes:g} minutes"
+        if left is not None:
             return f"about {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
         if self._expected_s is None:
             return ""

@@ -14,6 +14,7 @@ from harness.records.record import Interleaving
 from harness.records.units import first_few, format_bytes
 from harness.report.notices import describe_notices
 from harness.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, Column, PhaseTable, VariantRow
+from harness.report.spent import describe_spending
 from harness.report.table import (
     Block,
     Cell,
@@ -67,6 +68,7 @@ def _blocks(view: RunView) -> Iterator[Block]:
         yield Section(title="Trials without a result", lines=say_each(view.failures), tone="bad")
     yield from describe_notices(view.notices)
     yield from _statistics(view)
+    yield from describe_spending(view.spending)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
     yield say(f"Trials: {counted}. Run {view.run} in {view.path}", indented=False, apart=True)
     if view.state != "complete":

@@ -18,10 +18,12 @@ from harness.errors import UsageError
 from harness.records import codec
 from harness.records.metrics import METRICS, PEAKS, PHASES, Phase
 from harness.records.record import Notice
+from harness.records.spending import Spending
 from harness.records.store import Run
 from harness.report.charts import with_charts
 from harness.report.facts import facts_of
 from harness.report.phase_table import PEAK, RATIO, TAILS, PhaseTable, VariantRow, tabulate_metric, tabulate_phase
+from harness.report.spent import encode_spending
 from harness.report.table import Line
 from harness.studies.stored import read_study
 from harness.studies.study import Study, unknown
@@ -78,6 +80,8 @@ class RunView:
     """How the run stands: complete, running, killed, interrupted or failed."""
     valid: bool
     """False when a trial is not ok or a control came out as a difference."""
+    spending: Spending | None = None
+    """What its time went to, where it says so."""
 
 
 def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
@@ -107,6 +111,7 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
         valid=stands.valid,
+        spending=run.manifest.spending,
     )
 
 
@@ -228,6 +233,7 @@ def encode_run(view: RunView) -> dict[str, Any]:
         "counts": view.counts,
         "state": view.state,
         "valid": view.valid,
+        **encode_spending(view.spending),
     }
 
 

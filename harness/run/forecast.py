@@ -22,6 +22,7 @@ from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
 from harness.records.metrics import BIRTH
+from harness.records.units import format_duration
 from harness.run.plan import Group, Plan
 from harness.run.several_ranks import processes_on_device
 from harness.studies.request import BaseKey, base_key
@@ -60,6 +61,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
         earlier = _earlier_run_s(plan, machine, runs)
         seconds = None if earlier is None else earlier[0] * plan.study.protocol.replicates
         basis = "no earlier run of these scripts" if earlier is None else f"replicates of run {earlier[1]}"
+        seconds, basis = _within_limit(plan, seconds, basis)
         return Forecast(time_s=seconds, basis=basis, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
     shape_of = {one: shapes.shape(catalogue.resolve(one.model)) for one in plan.workloads}
     unknown = next(filter(None, map(unknown_layers, shape_of.values())), None)
@@ -74,8 +76,17 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
             adapter_parameters(contender.variant, shape_of[contender.workload]) for contender in plan.contenders
         ]
         disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
-    time_s, basis = _time(plan, machine, shape_of, runs)
+    time_s, basis = _within_limit(plan, *_time(plan, machine, shape_of, runs))
     return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
+
+
+def _within_limit(plan: Plan, time_s: float | None, basis: str) -> tuple[float | None, str]:
+    """What a run is expected to take where its minutes are limited: no more than these."""
+    minutes = plan.study.protocol.max_minutes
+    if minutes is None or (time_s is not None and time_s <= 60 * minutes):
+        return time_s, basis
+    whole = "" if time_s is None else f"; all that is planned would take {format_duration(time_s)}, by {basis}"
+    return 60 * minutes, f"the limit of {minutes:g} minutes{whole}"
 
 
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine) -> int | None:

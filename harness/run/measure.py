@@ -22,12 +22,12 @@ from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
 from harness.records.beside import append as append_beside
 from harness.records.metrics import PHASES
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import Hello
 from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.scratch import leaving_nothing
-from harness.records.store import Manifest, Run, RunWriter, SiteFacts
-from harness.run.budget import Budget
+from harness.records.store import Manifest, Run, RunWriter
+from harness.run.budget import Budget, TooShortError
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
 from harness.run.executors import SCRIPTS, Executor, open_executor
@@ -35,6 +35,7 @@ from harness.run.executors.host import Host
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
+from harness.run.manifest import describe_sites, describe_tokens
 from harness.run.plan import Plan, make_plan
 from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
@@ -161,7 +162,8 @@ def measure(
         check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
-        UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
+        UsageError: data that cannot be read, a run to go on with that another process writes or whose tokens differ, or
+            a limit of time that not one replicate keeps.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
     study, venue = plan.study, venue or Venue()
@@ -228,11 +230,11 @@ def measure(
                 plan, told = rehearse(plan, executors, site, shown)
             shown.rehearsed(plan, told)
             groups, notices = plan.groups, (*notices, *told)
-        tokens = _tokens(plan, ready.tokens_of(plan))
+        tokens = describe_tokens(plan, ready.tokens_of(plan))
         place = next(iter(there.values()))
         facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
         declared = sorted({name for arm in arms for name in arm.declared})
-        describe = partial(_facts_of_sites, facts, declared)
+        describe = partial(describe_sites, facts, declared)
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
             manifest = dataclasses.replace(
@@ -277,13 +279,24 @@ def measure(
                 run = partial(run_plan, plan, executors, site)
             measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
         except BaseException as error:
-            with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
-                writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be told
+                if isinstance(error, TooShortError) and earlier is None:  # nothing is measured, so there is no run
+                    (writer.path / store.MANIFEST).unlink()
+                else:
+                    writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
         told = (*lost, *measured.notices)
-        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=told, came=describe(came))
+        spending = None if site is None or venue.is_spread else budget.spending()
+        writer.finish(
+            _status(measured),
+            stopped=stopped,
+            measured=trials,
+            notices=told,
+            came=describe(came),
+            spending=spending,
+        )
     return store.read_run(str(writer.path), runs)
 
 
@@ -307,16 +320,6 @@ def _mend(run: Run) -> Run:
     return store.read_run(str(run.path), run.path.parent)
 
 
-def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
-    """What the manifest says of the tokens: those of the study's workload, and `own`, by variant, those of others."""
-    said = {
-        workload: {key: value for key, value in codec.to_json(tokens).items() if key != "path"}
-        for workload, tokens in prepared.items()
-    }
-    own = {name: said[workload] for name, workload in plan.own_workloads.items()}
-    return said[plan.study.workload] | ({"own": own} if own else {})
-
-
 def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str, Facts]) -> dict[str, Any]:
     """What the manifest says of the sides of an A/B."""
     return {
@@ -324,19 +327,6 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str,
         | {"facts": facts[arm.name].host}
         for arm in arms
         if arm.side and arm.name == arm.side
-    }
-
-
-def _facts_of_sites(
-    provenance_of_run: Mapping[str, Any], declared: Sequence[str], sites: Mapping[str, Facts]
-) -> dict[str, SiteFacts]:
-    """What the manifest says of each site."""
-    return {
-        name: SiteFacts(
-            machine=codec.to_json(facts.machine),
-            fingerprint=provenance.fingerprint({**provenance_of_run, **provenance.place_of(facts)}, without=declared),
-        )
-        for name, facts in sites.items()
     }
 
 

@@ -28,15 +28,9 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 _PHASE_OF: dict[Measure, str] = {
-    "steps": "train",
-    "requests": "generate",
-    "natural": "generate",
-    "merged": "generate",
-    "peaks": "train",
+    "steps": "train", "requests": "generate", "natural": "generate", "merged": "generate", "peaks": "train",
     "cold": "cold",
-}
-
-
+}  # fmt: skip
 COLD_REPLICATES = 3
 """The fewest that give an interval worth the name."""
 
@@ -91,6 +85,7 @@ class Group:
     turns: tuple[tuple[str, ...], ...] = ()
     requests: tuple[tuple[str, ...], ...] = ()
     natural: tuple[tuple[str, ...], ...] = ()
+    held_out: bool = True  # whether the loss on held-out records is taken after the turns
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -164,8 +159,8 @@ def make_plan(
             f"study {study.name}: phases {', '.join(checked)}: of ranks = {study.workload.ranks} training is measured "
             'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
         )
-    together, alone = measures_of(study, interleaving, checked)
     cold = _cold_replicates(study, contenders)
+    together, alone = measures_of(study, interleaving, checked, cold_live=_cold_live(study, contenders))
     _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}
     shuffler = random.Random(study.protocol.seed)
@@ -221,9 +216,10 @@ def _check_size(study: Study, contenders: int) -> None:
 
 
 def measures_of(
-    study: Study, interleaving: Interleaving, phases: Sequence[str]
+    study: Study, interleaving: Interleaving, phases: Sequence[str], *, cold_live: bool = False
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
-    """What the trials that take turns measure, and what solo trials beside them measure."""
+    """What the trials that take turns measure, once they have ended the cold start (`cold_live`), and what solo trials
+    beside them measure."""
     if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
@@ -238,6 +234,7 @@ def measures_of(
         "shared-base": {"merged", "peaks", "cold"},
         "lockstep": {"peaks", "cold"},
     }.get(interleaving, set())  # type: ignore[assignment]
+    solo -= {"cold"} if cold_live else set()
     return (
         tuple(measure for measure in wanted if measure not in solo),
         tuple(measure for measure in wanted if measure in solo),
@@ -287,6 +284,11 @@ def _cold_replicates(study: Study, contenders: Sequence[Contender]) -> int:
     if asked or any(metric in METRICS and METRICS[metric].phase == "cold" for metric in claimed):
         return protocol.replicates
     return 1 if protocol.max_minutes is not None else COLD_REPLICATES
+
+
+def _cold_live(study: Study, contenders: Sequence[Contender]) -> bool:
+    """Whether cold starts are of the trials that took turns: where minutes are limited solo ones may be left out."""
+    return study.protocol.max_minutes is not None and not any(one.side for one in contenders)
 
 
 def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:

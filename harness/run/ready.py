@@ -96,7 +96,14 @@ def get_ready(
         cold_s=cold_s,
         cold_notices=told,
     )
-    return ready, dataclasses.replace(_site(plan, prepared, hello.device), bases=bases.folders)
+    site = _site(plan, prepared, hello.device)
+    return ready, dataclasses.replace(site, bases=bases.folders, lanes=count_lanes(plan, executors))
+
+
+def count_lanes(plan: Plan, executors: Mapping[str, Executor]) -> int:
+    """How many trials of a plan may be at work at once where nothing is timed; each rank of one has its own threads."""
+    threads = max(slot.workload.threads * slot.workload.ranks for slot in plan.slots)
+    return min(executor.lanes(threads) for executor in executors.values())
 
 
 def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> Site:

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.records.record import Measure, Notice, TrialRecord
-from harness.run.budget import Budget
+from harness.records.record import Notice, TrialRecord
+from harness.run.budget import Budget, TooShortError
 from harness.run.conductor import Conductor, Watcher
 from harness.run.executors import Executor
 from harness.run.plan import Group, Plan
 from harness.run.site import Site, begin_record
 from harness.run.stops import Stops
-from harness.run.thinning import measures_in, tell_left_out
+from harness.run.thinning import Part, parts_in, tell_left_out
 from harness.verdicts.disturbance import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
@@ -55,16 +55,18 @@ def run_plan(
     """Measure every trial of the plan; each record is saved as soon as its trial has ended.
 
     On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`;
-    `stops` raises it while a group is measured, and not while its records are saved.
+    `stops` raises it while a group is measured, and not while its records are saved. Of a limit that turns out to be
+    too short for one replicate there are no records.
 
     Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is gone on with: what
     they settle is not measured again.
     """
     budget, stops = budget or Budget(), stops or Stops()
+    budget.peaks_live = site.device == "cpu"
     remaining = list(find_unsettled(plan, earlier))
     attempts: dict[Group, int] = {}
     begun: int | None = None
-    left_out: dict[int, frozenset[Measure]] = {}
+    left_out: dict[int, frozenset[Part]] = {}
     ended = {record.trial: record for record in keep_records(remaining, earlier)}
     untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
@@ -94,7 +96,7 @@ def run_plan(
             begun = remaining[0].replicate
             planned = [group for group in remaining if group.replicate == begun]
             kept = budget.thin(plan, planned)
-            if missing := measures_in(planned) - measures_in(kept):
+            if missing := parts_in(planned) - parts_in(kept):
                 left_out[begun] = missing
             remaining = [*kept, *remaining[len(planned) :]]
             if not kept:
@@ -103,10 +105,15 @@ def run_plan(
         attempts.setdefault(group, _attempt(group, earlier))
         if not retry or took_s[group] <= budget.left_s:
             attempts[group] += retry
-            budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
-            conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
+            later = [other for other in remaining if other.replicate == group.replicate]
+            budget.enter(plan.study, group, later)
+            conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group], later)
             begin = budget.clock()
             ended_by = _conduct(conductor, stops)
+            if isinstance(ended_by, TooShortError):
+                raise ended_by
+            if conductor.left_out:
+                left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | conductor.left_out
             for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
                     keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
@@ -115,6 +122,8 @@ def run_plan(
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
             if disturbed and attempts[group] < _attempt(group, earlier) + plan.study.protocol.retries:
                 again.append(group)
+        while remaining and _is_beyond(plan, remaining[0], group, budget):
+            left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | parts_in([remaining.pop(0)])
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
         if between and ended_by is None and (reason := stop(in_order())):
             return Measured(records=in_order(), stopped=reason, notices=tell_left_out(left_out))
@@ -122,6 +131,11 @@ def run_plan(
     if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
         raise ended_by
     return Measured(records=in_order(), interrupted=ended_by is not None, notices=tell_left_out(left_out))
+
+
+def _is_beyond(plan: Plan, group: Group, before: Group, budget: Budget) -> bool:
+    """Whether a solo trial comes next in a replicate that the time does not suffice for."""
+    return group.replicate == before.replicate and not group.turns and not budget.affords(plan, group)
 
 
 def _conduct(conductor: Conductor, stops: Stops) -> BaseException | None:

@@ -25,6 +25,8 @@ class Site:
     tokens: dict[str, Any]
     bases: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
     """Folders of the prepared bases, by arm and base."""
+    lanes: int = 1
+    """Processes that may be at work at once where nothing is timed."""
     own: Mapping[Workload, Site] = field(default_factory=dict)
     """The same for other workloads than the study's."""
 
@@ -60,8 +62,11 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
     )
 
 
-def request_of(plan: Plan, slot: Slot, site: Site, place: Place) -> TrialRequest:
-    """All that a worker must know of a trial."""
+def request_of(
+    plan: Plan, slot: Slot, site: Site, place: Place, *, asks_base: bool = True, natural: bool = False,
+    warm_up_steps: int | None = None,
+) -> TrialRequest:  # fmt: skip
+    """All that a worker must know of a trial; what the options say is the request's own."""
     study, bases, site = plan.study, site.bases, site.of(slot.workload)
     return TrialRequest(
         trial=slot.trial,
@@ -82,5 +87,8 @@ def request_of(plan: Plan, slot: Slot, site: Site, place: Place) -> TrialRequest
         log_path=place.log_path,
         allow_fallback=study.allow_fallback,
         requirements=study.requirements,
+        asks_base=asks_base,
+        natural=natural,
+        warm_up_steps=warm_up_steps,
         base=bases.get((slot.arm, base_key(slot.variant, slot.workload)), ""),
     )

@@ -21,6 +21,9 @@ from harness.verdicts.series import compare_series, series_of
 
 LEAST_TO_STOP = 5
 """Fewer give a standard deviation that is itself too uncertain to stop on."""
+MOST_TURNS = 4
+"""Times the turns of the plan that a replicate takes at most: where replicates hardly differ the optimum has no bound,
+and what is between so few of them is not known well."""
 
 
 class Stopping:
@@ -50,23 +53,27 @@ class Stopping:
         minutes = protocol.max_minutes
         if minutes is None:
             return None
-        if self._next_s(records) > 60 * minutes - self._budget.spent_s:
+        left_s = 60 * minutes - self._budget.spent_s
+        if self._next_s(records) > left_s + self._budget.grace_s:
             return f"another replicate would end after the limit of {minutes:g} minutes"
         self._spend(records)
         return None
 
     def _spend(self, records: Sequence[TrialRecord]) -> None:
         """Take as many turns in the next replicate as narrow the intervals most in the time that is left: those of the
-        variant that takes most."""
-        following = self._following(records)
+        variant that takes most. They are more than are planned where a process costs much more than they do and not all
+        replicates would fit."""
+        following, planned = self._following(records), self._plan.study.protocol.turns
         process_s, round_s = self._budget.costs_s(self._plan.study, following)
         best = [
             rounds
             for ratios in turn_ratios(records, self._plan.study.reference)
             if (rounds := optimal_rounds(ratios, process_s=process_s, round_s=round_s)) is not None
         ]
-        if best and math.isfinite(most := max(best)):
-            self._budget.allow("steps", math.ceil(most))
+        if best:
+            left = self._plan.study.protocol.replicates - following[0].replicate
+            fits = left * (process_s + planned * round_s) <= self._budget.left_s
+            self._budget.allow("steps", math.ceil(min(max(best), planned if fits else MOST_TURNS * planned)))
 
     def _next_s(self, records: Sequence[TrialRecord]) -> float:
         """Seconds that another replicate takes at least; before rounds were seen, what those measured took each."""

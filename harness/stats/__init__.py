@@ -26,7 +26,7 @@ from harness.stats.quantiles import QuantileEstimate, effective_size, median_int
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
 from harness.stats.verdict import Comparison, Verdict
-from harness.stats.warmup import is_steady
+from harness.stats.warmup import is_steady, steady_after
 
 __all__ = [
     "MOST_ADVISED",
@@ -66,5 +66,6 @@ __all__ = [
     "run_wide_shift",
     "sd_between",
     "sd_interval",
+    "steady_after",
     "step_down",
 ]

@@ -28,16 +28,31 @@ def is_steady(samples: Sequence[float], window: int = WINDOW, *, tolerance: floa
     single slow step pass. Costs O(window), so it may be asked after each step. No allowance is made for noise: it
     delays the answer by a few steps, and lets a decay pass that is smaller than the noise of a window's median.
 
-    Raises ValueError for window < 2, and for samples in the two windows that are not finite and above zero.
+    Raises ValueError for window < 1, and for samples in the two windows that are not finite and above zero.
     """
-    if window < 2:
-        raise ValueError(f"window is {window}: a trend needs at least 2 steps a window")
+    if window < 1:
+        raise ValueError(f"window is {window}: a trend needs at least one step a window")
     allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
     if len(samples) < 2 * window:
         return False
-    recent = samples[-2 * window :]
-    for index, sample in enumerate(recent, len(samples) - 2 * window):
-        checked_number(f"samples sample {index}", sample, at_least=0, strictly=True)
-    before = statistics.median(math.log(sample) for sample in recent[:window])
-    after = statistics.median(math.log(sample) for sample in recent[window:])
-    return before - after <= allowed
+    first = len(samples) - 2 * window
+    return _level(samples, first, window) - _level(samples, first + window, window) <= allowed
+
+
+def steady_after(samples: Sequence[float], window: int = WINDOW, *, tolerance: float = 0.02) -> int:
+    """After how many steps of a warm-up that was long enough its steps were as fast as its last ones: the fewest whose
+    next `window` steps have a median log time at most `tolerance` above that of the last `window`.
+
+    All but the last `window` where there are too few to tell. Raises ValueError as `is_steady` does.
+    """
+    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
+    last = max(0, len(samples) - window)
+    settled = _level(samples, last, window)
+    return next((first for first in range(last) if _level(samples, first, window) - settled <= allowed), last)
+
+
+def _level(samples: Sequence[float], first: int, window: int) -> float:
+    """The median log time of so many steps from `first` on."""
+    taken = enumerate(samples[first : first + window], first)
+    checked = (checked_number(f"samples sample {index}", one, at_least=0, strictly=True) for index, one in taken)
+    return statistics.median(math.log(one) for one in checked)

@@ -82,8 +82,10 @@ class Series:
         return [samples for _, samples in self.measured(metric)]
 
     def interleaving(self, metric: str) -> Interleaving | None:
-        """How the trials that measured the metric alternated with those of other variants; None without any."""
-        return next((record.interleaving for record, _ in self.measured(metric)), None)
+        """How the trials that measured the metric alternated with those of other variants; None without any. A cold
+        start is alone in its turn, whatever its trial was in."""
+        found = next((record.interleaving for record, _ in self.measured(metric)), None)
+        return "replicates" if found is not None and METRICS[metric].phase == "cold" else found
 
     def estimate(self, metric: str) -> Estimate | QuantileEstimate | None:
         """The metric's estimate over replicates; None where nothing was measured.

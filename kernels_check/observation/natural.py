@@ -99,6 +99,30 @@ class NaturalSteps:
             stack.enter_context(beside.opened(recorder, self._shield))
             self._open = stack.pop_all()
 
+    @contextmanager
+    def glanced(self) -> Iterator[None]:
+        """Look on at what the updates of a step do, and at nothing else.
+
+        Raises:
+            Exception: something of the model cannot be hooked or read; nothing is left in place then. What fails once
+                the step has begun raises nothing, and the next step is the first then.
+        """
+        with ExitStack() as hooks:
+            with uncollected():
+                tree = ModelTree.of(self._model)
+                watcher = self._go_on(tree)
+            hooks.enter_context(watcher.told_of_updates(tree))
+            watcher.begin_call()
+            try:
+                yield
+            except BaseException:
+                self.forget()
+                raise
+        try:
+            watcher.end_call()
+        except Exception:
+            self.forget()
+
     def end(self) -> Observation:
         """Take everything off and tell what was seen.
 

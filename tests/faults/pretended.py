@@ -95,6 +95,9 @@ class Pretended(local.LocalExecutor):
     def hello(self) -> Hello:
         return Hello(harness="0.1 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
+    def lanes(self, threads):
+        return 1
+
     def prepare_base(self, request) -> BaseSummary:
         return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 

@@ -531,3 +531,63 @@ def test_a_model_that_was_watched_can_go(training):
     gc.collect()
     assert gone[0]() is None
     assert watched.checks
+
+
+def test_a_glance_at_one_step_lets_the_next_be_judged_of_both(training, instrument):
+    """As after two steps that were watched; to the bit as if nobody had looked, and nothing is left in place."""
+    runs = [training() for _ in range(3)]
+    before = _traces(runs[0].model)
+    watched = [kernels_check.watch(run.model, {**WANTED, "lora.learning": True}, instrument=instrument)
+               for run in runs[:2]]  # fmt: skip
+    for run, first in zip(runs, (watched[0].glance(), watched[1], ExitStack()), strict=True):
+        torch.manual_seed(5)
+        with first:
+            run.step()
+    assert not watched[0].checks
+    assert _by_path(watched[1])["lora.learning"].status == "unknown"
+    for run, then in zip(runs, (*watched, ExitStack()), strict=True):
+        torch.manual_seed(6)
+        with then:
+            run.step()
+    assert [(one.path, one.status, one.observed) for one in watched[0].checks] == [
+        (one.path, one.status, one.observed) for one in watched[1].checks
+    ]
+    assert _by_path(watched[0])["lora.learning"].status == "active"
+    assert _traces(runs[0].model) == before
+    assert _same(_state(runs[0]), _state(runs[2]))
+
+
+def test_a_glance_sees_what_becomes_of_an_update(training):
+    """A step that undoes the last one's update is found out, as by two that are watched."""
+    run = training()
+    kept = {name: value.detach().clone() for name, value in run.model.named_parameters() if value.requires_grad}
+    watched = kernels_check.watch(run.model, {"lora.learning": True}, instrument="spy")
+    with watched.glance():
+        run.step()
+    with torch.no_grad():
+        for name, value in run.model.named_parameters():
+            if name in kept:
+                value.copy_(kept[name])
+    with watched:
+        run.step()
+    assert _by_path(watched)["lora.learning"].status in ("fallback", "absent", "unknown")
+
+
+def test_a_glance_lets_an_error_of_the_step_through(training):
+    """The next step that is watched is the first then, of which one alone tells no learning."""
+    run = training()
+    watched = kernels_check.watch(run.model, {"lora.learning": True}, instrument="spy")
+    before = _traces(run.model)
+
+    def fails():
+        run.step()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), watched.glance():
+        fails()
+    assert _traces(run.model) == before
+    with watched:
+        run.step()
+        with pytest.raises(RuntimeError, match="open already"), watched.glance():
+            pass
+    assert _by_path(watched)["lora.learning"].status == "unknown"

@@ -111,6 +111,24 @@ def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
     assert screen(unknown)[-1] == f"0 of {len(plan.slots)} trials"
 
 
+def test_the_time_left_is_no_more_than_the_limit_leaves(plan, monkeypatch):
+    """Whatever all that is planned would take."""
+    clock = [1000.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+    protocol = dataclasses.replace(plan.study.protocol, max_minutes=8)
+    limited = dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol))
+    for expected_s in (7200.0, None):
+        display = LiveDisplay(Console(file=io.StringIO(), width=100), expected_s=expected_s, basis="a rule of thumb")
+        display.starting(limited, "run-1")
+        clock[0] += 90
+        assert "6 min 30 s left of 8 minutes" in screen(display)[-1]
+        clock[0] += 900
+        assert "0 s left of 8 minutes" in screen(display)[-1]
+    short = LiveDisplay(Console(file=io.StringIO(), width=100), expected_s=60.0, basis="run x")
+    short.starting(limited, "run-1")
+    assert "about 1 min 00 s left, by run x" in screen(short)[-1]
+
+
 def test_surroundings_are_said_while_they_disturb(plan):
     """By the kinds of what was seen, with how many trials each met."""
     display = LiveDisplay(Console(file=io.StringIO(), width=100))

@@ -41,6 +41,20 @@ def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
     assert expected.memory_bytes > 0 < expected.disk_bytes
 
 
+def test_a_limit_is_what_a_run_takes_at_most(small_study, machine, tmp_path):
+    """It is said what all that is planned would take without it; a run that ends before is no longer for it."""
+    whole = forecast(make_plan(small_study), machine, tmp_path)
+    limited = dataclasses.replace(small_study.protocol, max_minutes=whole.time_s / 120)
+    found = forecast(make_plan(dataclasses.replace(small_study, protocol=limited)), machine, tmp_path)
+    assert found.time_s == pytest.approx(whole.time_s / 2, rel=0.2)
+    assert found.basis.startswith("the limit of")
+    assert "all that is planned would take" in found.basis
+    ample = dataclasses.replace(small_study.protocol, max_minutes=1000)
+    assert "limit" not in forecast(make_plan(dataclasses.replace(small_study, protocol=ample)), machine, tmp_path).basis
+    card = dataclasses.replace(machine, device="cuda")
+    assert forecast(make_plan(dataclasses.replace(small_study, protocol=ample)), card, tmp_path).time_s == 60_000
+
+
 def test_more_replicates_take_longer(small_study, machine, tmp_path):
     """The time scales with the trials, and quantisation lowers the memory."""
     longer = small_study.with_overrides(replicates=8)

@@ -208,6 +208,9 @@ class Executor(LocalExecutor):
     def hello(self):
         return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
+    def lanes(self, threads):
+        return 1
+
     def prepare_base(self, request):
         return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 

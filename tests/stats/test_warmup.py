@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from harness.stats import is_steady
+from harness.stats import is_steady, steady_after
 
 STEP = np.arange(60)
 
@@ -57,8 +57,20 @@ def test_online_tolerance_bounds_the_drop():
 
 
 def test_online_bad_input_is_an_error():
-    """A window of one and a sample that is no duration are refused, the sample by its place in the whole series."""
-    with pytest.raises(ValueError, match="window is 1"):
-        is_steady([1.0, 1.0], 1)
+    """An empty window and a sample that is no duration are refused, the sample by its place in the whole series."""
+    with pytest.raises(ValueError, match="window is 0"):
+        is_steady([1.0, 1.0], 0)
     with pytest.raises(ValueError, match="samples sample 3 is nan"):
         is_steady([1.0, 1.0, 1.0, math.nan], 2)
+
+
+def test_the_steps_that_a_warm_up_took_to_be_steady():
+    """The fewest after which it was as fast as at its end, a single slow step let pass; all but the last window where
+    there are too few to tell."""
+    assert steady_after([1.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 0
+    assert steady_after([9.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 0
+    assert steady_after([3.0, 2.0, 1.0, 1.0, 1.0, 1.0]) == 1
+    assert steady_after([4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0]) == 2
+    assert steady_after([2.0, 1.05, 1.05, 1.0, 1.0, 1.0]) == 2
+    assert steady_after([5.0, 1.1, 1.0, 1.0]) == 1
+    assert steady_after([5.0, 1.0]) == 0

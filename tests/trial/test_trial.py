@@ -45,9 +45,10 @@ def trial(tokens, tmp_path):
     torch.set_num_threads(1)
 
     def make(*measures, variant=VARIANT, protocol=PROTOCOL):
+        level = "replicates" if "peaks" in measures else "lockstep"  # what sees its peaks is alone, as a rule
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD,
-            protocol=protocol, interleaving="lockstep", measures=measures, instrument="spy", device="cpu", threads=1,
+            protocol=protocol, interleaving=level, measures=measures, instrument="spy", device="cpu", threads=1,
             tokens_path=tokens, scratch=str(tmp_path), log_path="",
         )  # fmt: skip
         return Trial(request, SharedBase())
@@ -229,7 +230,7 @@ def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
     """However long the warm-up was: losses of a short and a long one are those of the same training."""
     ends = {}
     for steady in (True, False):
-        monkeypatch.setattr("harness.trial.trial.is_steady", lambda *_, said=steady: said)
+        monkeypatch.setattr("harness.trial.training.is_steady", lambda *_, said=steady: said)
         record = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
         names = ("warmup_loss", "train_loss", "catch_up_loss")
         ends[steady] = [loss for name in names for loss in record.samples[name]]
@@ -240,7 +241,7 @@ def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
 
 def test_a_solo_trial_takes_the_fewest_steps(trial, monkeypatch):
     """The first and the shortest warm-up: it settles the allocator, and nothing is timed."""
-    monkeypatch.setattr("harness.trial.trial.is_steady", lambda *_: False)
+    monkeypatch.setattr("harness.trial.training.is_steady", lambda *_: False)
     record = record_of(trial("peaks"), *TRAIN)
     assert len(record.samples["warmup_loss"]) == 1 + PROTOCOL.warmup_steps_min
     assert "warmup_steady" not in record.values
@@ -291,3 +292,93 @@ def test_nothing_runs_before_the_build(trial, command):
     """The trial is named."""
     with pytest.raises(LorameterError, match="r0-plain: asked to run before it was built"):
         trial("steps").run(command)
+
+
+@pytest.fixture
+def natural(trial):
+    """A function that makes a trial that is checked in steps which it takes anyway."""
+
+    def make(*measures, **changes):
+        made = trial(*measures, variant=changes.pop("variant", VARIANT))
+        made._request = dataclasses.replace(made._request, natural=True, replicate=1, **changes)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("variant", [VARIANT, dataclasses.replace(VARIANT, use_dora=True)])
+@pytest.mark.parametrize("instrument", ["spy", "profile"])
+def test_a_check_looks_on_at_steps_that_are_taken_anyway(natural, trial, variant, instrument):
+    """The first two, so that the training is to the bit what it is without; all that a check of its own would find."""
+    running = natural("steps", variant=variant, warm_up_steps=2, instrument=instrument)
+    record = record_of(running, "build", "verify", "warm_up", "turn", "turn", "finish_training")
+    plain = record_of(trial("steps", variant=variant), "build", "warm_up", "turn", "turn", "finish_training")
+    losses = [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples[name]]
+    others = [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in plain.samples[name]]
+    assert losses == others
+    assert record.values["held_out_loss"] == plain.values["held_out_loss"]
+    assert len(record.samples["warmup_step_time_s"]) == 2
+    assert len(record.samples["step_time_s"]) == 4
+    found = {check["path"]: check["status"] for check in record.checks}
+    asked = trial("steps", variant=variant)
+    asked._request = dataclasses.replace(asked._request, instrument=instrument)
+    wanted = record_of(asked, "build", "verify").checks
+    assert found == {check["path"]: check["status"] for check in wanted}
+    assert found["lora.learning"] == "active"
+
+
+def test_a_check_that_looks_on_finds_what_is_wrong(natural):
+    """A path that is required and does not run makes the trial invalid, as one of a check of its own does."""
+    running = natural("steps", warm_up_steps=1)
+    running._request = dataclasses.replace(running._request, requirements={"attention.backend": "flex"})
+    record_of(running, "build")
+    fragment = running.run("verify")
+    assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")
+
+
+def test_what_another_on_the_base_finds_out_is_not_asked_again(trial):
+    """Neither the loss before training nor whether packed records see each other."""
+    running = trial("steps")
+    running._request = dataclasses.replace(running._request, asks_base=False, instrument="profile")
+    record = record_of(running, "build", "verify")
+    assert "held_out_loss_initial" not in record.values
+    assert "packing.isolated" not in {check["path"] for check in record.checks}
+
+
+def test_peaks_beside_others_are_those_of_steps_that_nobody_watched(natural):
+    """With the exact bytes that stay, and none of the first times of a process that is alone."""
+    running = natural("steps", "peaks", warm_up_steps=1, interleaving="lockstep")
+    record = record_of(running, "build", "verify", "warm_up", "turn", "finish_training")
+    assert set(record.memory) >= {"host_peak_train_bytes", "base_weight_bytes", "adapter_bytes"}
+    assert {"gradient_bytes", "host_peak_load_bytes"}.isdisjoint(record.memory)
+    assert {"load_time_s", "first_step_time_s"}.isdisjoint(record.values)
+
+
+def test_beside_others_no_first_time_is_its_own(trial):
+    """Nor where the check takes steps of its own, as beside compiled code: building goes side by side."""
+    running = trial("steps", "requests", "peaks")
+    running._request = dataclasses.replace(running._request, interleaving="lockstep")
+    record = record_of(running, *TRAIN, "begin_generate")
+    assert "host_peak_train_bytes" in record.memory
+    assert {"load_time_s", "first_step_time_s", "first_call_time_s"}.isdisjoint(record.values)
+
+
+def test_a_brief_first_call_leaves_its_answer_to_the_first_request(trial):
+    """Which is what a new interpreter must answer as well, and comes to the same tokens."""
+    brief = trial("steps", "requests", "merged")
+    record_of(brief, *TRAIN)
+    began = brief.run("begin_generate", brief=True)
+    assert "completion" not in began.tokens
+    assert began.values["foreseen_request_time_s"] > 0
+    answers = [brief.run("request").tokens for _ in range(2)]
+    brief.run("merge", brief=True)
+    plain = record_of(trial("steps", "requests"), *TRAIN, "begin_generate", "request")
+    assert answers == [{"completion": plain.tokens["completion"]}, {}]
+    assert brief.run("request").tokens == {}
+
+
+def test_a_held_out_loss_that_nobody_wants_is_not_taken(trial):
+    """As in a replicate that the minutes do not suffice for."""
+    running = trial("steps")
+    record_of(running, "build", "warm_up")
+    assert "held_out_loss" not in running.run("finish_training", held_out=False).values

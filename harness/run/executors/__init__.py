@@ -65,11 +65,28 @@ class Worker(Protocol):
         """End the process. Never raises for a process that is gone already."""
 
 
+class LaneWorker(Worker, Protocol):
+    """One that can be at work beside others: it is asked in two halves."""
+
+    def send(self, command: str, trial: str, **arguments: Any) -> None:
+        """Have it begin with a command, and wait for nothing."""
+
+    def receive(self, command: str, timeout_s: float) -> Fragment:
+        """Its answer to what was sent, within `timeout_s` of that. Raises `WorkerLostError` as `ask` does."""
+
+    def fileno(self) -> int:
+        """What can be read when it has answered, or has died."""
+
+
 class Executor(Protocol):
     """Starts workers in one interpreter on one machine. Before `start` it answers for the machine only."""
 
     def machine(self) -> Machine:
         """The machine as far as it can be known without touching its device."""
+
+    def lanes(self, threads: int) -> int:
+        """How many of its workers, of so many threads each, may be at work at once where nothing is timed; above one
+        they are `LaneWorker`s."""
 
     def device_id(self) -> str:
         """What is measured on: the same for two executors whose measurements would disturb each other."""

@@ -86,6 +86,10 @@ class Channel:
         self.asked = False
         return message
 
+    def fileno(self) -> int:
+        """Of the socket, to wait for several at once."""
+        return self._connection.fileno()
+
     def close(self) -> None:
         """No more of this conversation."""
         self._connection.close()

@@ -43,6 +43,8 @@ class ForkedWorker:
         self.start_latency_s = float("nan")
         self._mother = mother
         self._reaped = False
+        self._sent_s = 0.0
+        """When it was last asked something."""
 
     def greet(self, asked_monotonic_s: float) -> None:
         """Wait for its first word, which says when it began. Raises `WorkerLostError`."""
@@ -54,16 +56,30 @@ class ForkedWorker:
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
         """Send a command and block until its answer, the process's death, or `timeout_s`."""
+        self.send(command, trial, **arguments)
+        return self.receive(command, timeout_s)
+
+    def send(self, command: str, trial: str, **arguments: Any) -> None:
+        """Have it begin with a command, and wait for nothing."""
+        self._sent_s = time.monotonic()
         self.channel.send({"do": command, "trial": trial, **arguments})
-        answer = self._receive(command, timeout_s)
+
+    def receive(self, command: str, timeout_s: float) -> Fragment:
+        """Its answer to the command that was sent, within `timeout_s` of that, whoever was waited for meanwhile."""
+        answer = self._receive(command, timeout_s, self._sent_s)
         try:
             return codec.from_json(Fragment, answer, f"answer to {command}")
         except UsageError as error:
             raise self._garbled(command, str(error)) from None
 
-    def _receive(self, phase: str, timeout_s: float) -> dict[str, Any]:
+    def fileno(self) -> int:
+        """Of the socket that its answer comes by."""
+        return self.channel.fileno()
+
+    def _receive(self, phase: str, timeout_s: float, since_s: float | None = None) -> dict[str, Any]:
+        gone_s = 0.0 if since_s is None else time.monotonic() - since_s
         try:
-            answer = self.channel.receive(timeout_s)
+            answer = self.channel.receive(max(0.0, timeout_s - gone_s))
         except GarbledError as error:
             raise self._garbled(phase, str(error)) from None
         if answer is None:

@@ -13,6 +13,10 @@ class Here:
         """The present one."""
         return provenance.probe_machine()
 
+    def lanes(self, threads: int) -> int:
+        """One: what its processes need is not known."""
+        return 1
+
     def device_id(self) -> str:
         """The CPU, all of it, or the card by its own number."""
         return provenance.device_id()

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, shorten
 from harness.machine import provenance
-from harness.machine.processes import FAULTS, PARENT, exit_words
+from harness.machine.processes import CPUS, FAULTS, PARENT, exit_words
 from harness.machine.provenance import Facts
 from harness.models import bases
 from harness.records import codec
@@ -90,6 +90,15 @@ class LocalExecutor(Here):
         self._hello: Hello | None = None
         self._held = contextlib.ExitStack()
         """Bases that nobody may remove."""
+
+    def lanes(self, threads: int) -> int:
+        """On a CPU as many as it has cores for them; a card is one for all. Of the share of a machine on whose rest
+        others measure, one: they are timed while this works, and what a neighbour costs them is known of one process.
+        """
+        machine = self.machine()
+        if machine.device != "cpu" or CPUS in self._host.environment:
+            return 1
+        return max(1, machine.cpus // threads)
 
     def device_id(self) -> str:
         """The CPU, all of it, or the card that the host's processes see first, by its own number."""

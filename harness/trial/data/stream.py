@@ -99,13 +99,15 @@ class TokenStream:
         for start in range(0, count, size):
             yield self._batch("held_out", list(range(start, min(start + size, count))))
 
-    def packed_batch(self) -> Batch | None:
-        """A training batch whose first row holds at least two records, for the isolation probe; None if none does."""
+    def packed_batch(self, rows: int | None = None) -> Batch | None:
+        """A training batch whose first row holds at least two records, for the isolation probe; None if none does. It
+        has so many rows, else as many as a step takes."""
         starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
-        rows = [int(row) for row in starts.argsort(descending=True)[: self._workload.batch_size // self._ranks]]
-        if self._workload.layout != "packed" or starts[rows[0]] < 2:
+        most = self._workload.batch_size // self._ranks if rows is None else rows
+        chosen = [int(row) for row in starts.argsort(descending=True)[:most]]
+        if self._workload.layout != "packed" or starts[chosen[0]] < 2:
             return None
-        return self._batch("train", rows)
+        return self._batch("train", chosen)
 
     def prompts(self, index: int) -> torch.Tensor:
         """The prompts of request `index`, shape (request_batch, prompt_tokens): those that come after the ones of the

@@ -58,6 +58,9 @@ class Elsewhere:
     def hello(self):
         return Hello(harness="1.0 there", pid=7, import_time_s=2.5, device="cuda", torch="99.0")
 
+    def lanes(self, threads):
+        return 1
+
     def prepare_base(self, request):
         return BaseSummary(
             path=f"{THERE}/base", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0,

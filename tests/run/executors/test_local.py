@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from harness.errors import InvalidRunError
+from harness.machine.processes import CPUS
 from harness.records.record import DISTURBED, Failure
 from harness.run.executors.forked import ForkedWorker
+from harness.run.executors.host import Host
 from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
@@ -351,6 +353,15 @@ def test_an_executor_answers_for_its_machine_before_it_is_started():
         with pytest.raises(InvalidRunError, match="not started"):
             ask()
     local.close()
+
+
+def test_a_whole_cpu_has_lanes_and_a_share_of_one_has_none(monkeypatch, machine):
+    """As many as it has cores for their threads; who measures on the rest of a machine is timed meanwhile."""
+    monkeypatch.setattr(LocalExecutor, "machine", lambda self: dataclasses.replace(machine, device="cpu", cpus=6))
+    assert [LocalExecutor().lanes(threads) for threads in (1, 2, 4, 8)] == [6, 3, 1, 1]
+    assert LocalExecutor(host=Host(environment={CPUS: "0,1,2"})).lanes(1) == 1
+    monkeypatch.setattr(LocalExecutor, "machine", lambda self: dataclasses.replace(machine, device="cuda", cpus=6))
+    assert LocalExecutor().lanes(1) == 1
 
 
 def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypatch):

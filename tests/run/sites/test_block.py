@@ -76,6 +76,9 @@ class Fake:
             tokenizer_substituted=False, train_sequences=1, real_tokens=1, padded_tokens=0, records=1,
         )  # fmt: skip
 
+    def lanes(self, threads):
+        return 1
+
     def prepare_base(self, request):
         return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 

@@ -1,0 +1,29 @@
+"""What the time of a run went to: how much of it was measurement, and how many turns each replicate took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from harness.records.spending import Allocation, Spending
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Seconds of what was timed, by kind; the rest of a run's time is what they took to be had."""
+
+    measured_s: dict[str, float] = field(default_factory=dict)
+    allocations: list[Allocation] = field(default_factory=list)
+
+    def measured(self, kind: str, seconds: float) -> None:
+        """So long a process was at work on what is timed, and nothing else was."""
+        self.measured_s[kind] = self.measured_s.get(kind, 0.0) + seconds
+
+    def allocated(self, allocation: Allocation) -> None:
+        """So many turns a replicate took."""
+        self.allocations.append(allocation)
+
+    def sum(self, *, limit_s: float | None, wall_s: float) -> Spending:
+        """As the manifest has it."""
+        return Spending(
+            limit_s=limit_s, wall_s=wall_s, measured_s=dict(self.measured_s), allocations=tuple(self.allocations)
+        )
