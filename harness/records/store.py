@@ -92,6 +92,11 @@ class RunWriter:
         with self.refusals():
             journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
+    @property
+    def has_records(self) -> bool:
+        """Whether anything was measured in this run, now or before."""
+        return inputs.is_file(self.path / TRIALS)
+
     def finish(
         self,
         status: RunStatus,

@@ -50,6 +50,7 @@ from harness.run.sites.together import prepare_all
 from harness.run.sites.venue import Venue
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
+from harness.run.thinning import tell_left_out
 from harness.run.written import WrittenSide, write_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
@@ -280,14 +281,14 @@ def measure(
             measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
         except BaseException as error:
             with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be told
-                if isinstance(error, TooShortError) and earlier is None:  # nothing is measured, so there is no run
+                if isinstance(error, TooShortError) and not writer.has_records:  # so there is no run
                     (writer.path / store.MANIFEST).unlink()
                 else:
                     writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        told = (*lost, *measured.notices)
+        told = (*lost, *measured.notices, *tell_left_out(measured.left_out))
         spending = None if site is None or venue.is_spread else budget.spending()
         writer.finish(
             _status(measured),

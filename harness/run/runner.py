@@ -12,7 +12,7 @@ a card to have cooled.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from harness.records.record import Notice, TrialRecord
 from harness.run.budget import Budget, TooShortError
@@ -21,7 +21,7 @@ from harness.run.executors import Executor
 from harness.run.plan import Group, Plan
 from harness.run.site import Site, begin_record
 from harness.run.stops import Stops
-from harness.run.thinning import Part, parts_in, tell_left_out
+from harness.run.thinning import Part, parts_in
 from harness.verdicts.disturbance import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
@@ -38,6 +38,8 @@ class Measured:
     """Whether the user ended it."""
     notices: tuple[Notice, ...] = ()
     """What came up on the way."""
+    left_out: Mapping[int, frozenset[Part]] = field(default_factory=dict)
+    """What some replicates, by their number, had no time for."""
 
 
 def run_plan(
@@ -126,11 +128,11 @@ def run_plan(
             left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | parts_in([remaining.pop(0)])
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
         if between and ended_by is None and (reason := stop(in_order())):
-            return Measured(records=in_order(), stopped=reason, notices=tell_left_out(left_out))
+            return Measured(records=in_order(), stopped=reason, left_out=left_out)
     give_up(remaining)
     if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
         raise ended_by
-    return Measured(records=in_order(), interrupted=ended_by is not None, notices=tell_left_out(left_out))
+    return Measured(records=in_order(), interrupted=ended_by is not None, left_out=left_out)
 
 
 def _is_beyond(plan: Plan, group: Group, before: Group, budget: Budget) -> bool:

@@ -17,6 +17,7 @@ from harness.run.plan import make_plan
 from harness.run.runner import run_plan
 from harness.run.site import Site
 from harness.run.stopping import Stopping
+from harness.run.thinning import tell_left_out
 from harness.verdicts.series import compare_series, series_of
 from tests.run.real_figures import GEMMA3, NAMES, SMOLLM2, Machine, study_of
 
@@ -109,7 +110,7 @@ def measured(small_study):
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
             stop=Stopping(plan, budget),
         )  # fmt: skip
-        executor.notices = found.notices
+        executor.notices = tell_left_out(found.left_out)
         return executor, {record.trial: record for record in found.records}
 
     return measure

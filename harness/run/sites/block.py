@@ -30,7 +30,7 @@ from harness.models.catalogue import cache_dir
 from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.scratch import scratch_folder
-from harness.run.budget import Budget
+from harness.run.budget import Budget, TooShortError
 from harness.run.device import IfBusy, hold_devices
 from harness.run.executors import Executor, open_executor
 from harness.run.executors.host import Host
@@ -41,6 +41,7 @@ from harness.run.runner import run_plan
 from harness.run.several_ranks import check_ranks
 from harness.run.site import Site
 from harness.run.sites.local import executors_of_ranks, share_cpus
+from harness.run.thinning import Part
 from harness.run.written import WrittenPlan, WrittenSide, read_plan, take_trials
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -90,6 +91,22 @@ class Measure:
     """How many this place will measure, as far as can be said."""
     afresh: bool = False
     """Whether the time counts anew; else it is that of the replicate before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lack:
+    """What a replicate had no time for."""
+
+    replicate: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The answer to `Measure`."""
+
+    trials: tuple[str, ...]
+    lacks: tuple[Lack, ...] = ()
 
 
 Order = Describe | Hold | Prepare | Measure
@@ -201,7 +218,9 @@ class Post:
             if not known:
                 say(Message(says="log", trial=self._name("failed"), text=redact(traceback.format_exc())))
             said = str(error) if known else f"{type(error).__name__}: {shorten(str(error))}"
-            last = Message(says="failed", text=said.rstrip("."), usage=isinstance(error, UsageError))
+            # What one site is too slow for is no fault of who asked: others may be quicker.
+            usage = isinstance(error, UsageError) and not isinstance(error, TooShortError)
+            last = Message(says="failed", text=said.rstrip("."), usage=usage)
         say(last)
 
     def end(self) -> None:
@@ -296,7 +315,10 @@ class Post:
             watcher=_Sending(say, lambda: self._send_logs(say)),
             budget=self._budget,
         )
-        return {"trials": [record.trial for record in measured.records]}
+        lacks = tuple(Lack(replicate=one, parts=tuple(sorted(parts))) for one, parts in measured.left_out.items())
+        done = Done(trials=tuple(record.trial for record in measured.records), lacks=lacks)
+        answer: dict[str, Any] = codec.to_json(done)
+        return answer
 
     def _open(self, arm: str = "", host: Host | None = None) -> Executor:
         return open_executor(host=host or self._host, label=self._name(arm))

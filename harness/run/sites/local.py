@@ -22,7 +22,7 @@ from harness.machine.visible import VARIABLE
 from harness.records.preparation import Hello
 from harness.records.record import TrialRecord
 from harness.records.units import format_count
-from harness.run.budget import Budget
+from harness.run.budget import Budget, TooShortError
 from harness.run.conductor import Watcher
 from harness.run.executors import Executor, open_executor
 from harness.run.executors.host import Host
@@ -30,6 +30,7 @@ from harness.run.plan import Plan
 from harness.run.ready import greet
 from harness.run.runner import run_plan
 from harness.run.site import Site
+from harness.run.thinning import Part
 from harness.studies.place import HERE, Place, numbers_of, say_sites
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -180,11 +181,16 @@ class LocalStation:
         """Of its device, and of what its first executor measures with."""
         return next(iter(self.executors.values())).facts()
 
-    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
+    def measure(
+        self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget
+    ) -> Mapping[int, frozenset[Part]]:
         """As any plan on one site."""
         if self.site is None:
             raise InvalidRunError(f"site {self.name}: nothing is prepared on it.")
-        run_plan(part, self.executors, self.site, save=save, watcher=watcher, budget=budget)
+        try:
+            return run_plan(part, self.executors, self.site, save=save, watcher=watcher, budget=budget).left_out
+        except TooShortError as error:  # for this site, and others may be quicker
+            raise InvalidRunError(f"site {self.name}: {error}") from None
 
     def end(self) -> None:
         """Its processes are killed, and who waits for them finds them gone."""

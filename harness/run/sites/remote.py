@@ -8,7 +8,7 @@ elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from harness.run.ready import Ready
 from harness.run.sites.block import (
     Describe,
     Description,
+    Done,
     Hold,
     Measure,
     Message,
@@ -33,6 +34,7 @@ from harness.run.sites.block import (
     read_message,
     write_order,
 )
+from harness.run.thinning import Part
 from harness.run.written import WrittenPlan
 
 T = TypeVar("T")
@@ -99,7 +101,9 @@ class RemoteStation:
         answer = self._ask(Prepare(plan=plan, left_s=_finite(left_s)), hear)
         return self._read(Ready, answer, "what it has prepared")
 
-    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
+    def measure(
+        self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget
+    ) -> Mapping[int, frozenset[Part]]:
         """Send the replicate, and save its records as they come."""
         slots = {slot.trial: slot for slot in part.slots}
         last: dict[str, TrialRecord] = {}
@@ -124,9 +128,10 @@ class RemoteStation:
         self._budget = budget
         order = Measure(trials=tuple(slots), left_s=left_s, replicates=budget.replicates, afresh=afresh)
         try:
-            self._ask(order, hear)
+            done = self._read(Done, self._ask(order, hear), "what it has measured")
             if missing:
                 raise InvalidRunError(f"it says that it has ended and left out {', '.join(sorted(missing))}")
+            return {one.replicate: frozenset(one.parts) for one in done.lacks}
         except InvalidRunError:
             self.end()  # what is not believed must not go on
             raise

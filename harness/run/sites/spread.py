@@ -28,6 +28,10 @@ from harness.run.plan import Group, Plan, Slot
 from harness.run.runner import Measured, Stop, find_unsettled, keep_records
 from harness.run.site import begin_record
 from harness.run.stops import Stops
+from harness.run.thinning import Part
+
+LeftOut = Mapping[int, frozenset[Part]]
+"""What replicates had no time for, by their number."""
 
 
 class Station(Protocol):
@@ -41,10 +45,12 @@ class Station(Protocol):
     def machine(self) -> str:
         """The kind of it, for a reader."""
 
-    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
+    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> LeftOut:
         """Measure one replicate there, from its beginning to its end; each record is saved as soon as its trial ends.
+        Returns what there was no time for.
 
-        Raises `InvalidRunError` where the site is lost, and nothing more can be measured on it.
+        Raises `InvalidRunError` where the site is lost, or too slow for its minutes, and nothing more can be measured
+        on it.
         """
 
     def end(self) -> None:
@@ -86,6 +92,8 @@ class _Shared:
     """How many replicates a site may take, where each is to have as many as the others."""
     taken: Counter[int] = field(default_factory=Counter)
     """By site."""
+    left_out: dict[int, frozenset[Part]] = field(default_factory=dict)
+    """What replicates, by their number, had no time for."""
 
 
 def run_spread(
@@ -167,11 +175,21 @@ def run_spread(
             _give_up(plan, unsettled, shared, save, watcher)
             if not isinstance(broken, KeyboardInterrupt):
                 raise
-            return Measured(records=_in_order(plan, shared.ended), interrupted=True, notices=_notices(lost, joining))
+            return Measured(
+                records=_in_order(plan, shared.ended),
+                interrupted=True,
+                notices=_notices(lost, joining),
+                left_out=shared.left_out,
+            )
     if shared.waiting and error is not None and shared.reason is None:
         _give_up(plan, unsettled, shared, save, watcher)
         raise _last_words(error, joining)
-    return Measured(records=_in_order(plan, shared.ended), stopped=shared.reason, notices=_notices(lost, joining))
+    return Measured(
+        records=_in_order(plan, shared.ended),
+        stopped=shared.reason,
+        notices=_notices(lost, joining),
+        left_out=shared.left_out,
+    )
 
 
 REFUSED = "site-refused"
@@ -234,8 +252,9 @@ def _measure(
     while (groups := _next(shared, station)) is not None:
         part = dataclasses.replace(plan, groups=groups)
         try:
-            station.measure(part, save=keep, watcher=watcher, budget=budget)
+            left_out = station.measure(part, save=keep, watcher=watcher, budget=budget)
             with shared.lock:
+                shared.left_out |= left_out
                 if not shared.closing:
                     shared.reason = stop(_in_order(plan, shared.ended))
                     shared.closing = shared.reason is not None

@@ -21,11 +21,12 @@ from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.report.live import LiveDisplay
 from harness.report.terminal import console_for
+from harness.run.budget import TooShortError
 from harness.run.device import hold_device
 from harness.run.executors import Place, WorkerLostError
 from harness.run.measure import measure
 from harness.run.plan import make_plan
-from harness.run.runner import find_unsettled
+from harness.run.runner import find_unsettled, run_plan
 from harness.run.sites import block, local
 from harness.run.sites import joining as joining_module
 from harness.run.sites.block import Hold, Measure, Message, read_message, read_order, write_order
@@ -236,6 +237,23 @@ def test_a_link_that_breaks_loses_its_replicate_and_no_other(plan, stations, des
     assert all(of_one == {"a"} for of_one in sites_of(run).values())
     (notice,) = (notice for notice in run.manifest.notices if notice.code == "site-lost")
     assert "site b was lost: it does not answer any more: the node is gone" in notice.message
+
+
+def test_what_a_post_had_no_time_for_is_told_with_the_run(plan, stations, tmp_path, monkeypatch):
+    """And one that is too slow for its minutes is a site that is lost, not a bad study."""
+
+    def run(part, executors, *arguments, **options):
+        if executors[""].slow:
+            raise TooShortError("max_minutes = 1: not even one replicate fits")
+        left_out = {part.groups[0].replicate: frozenset({"peaks", "requests"})}
+        return dataclasses.replace(run_plan(part, executors, *arguments, **options), left_out=left_out)
+
+    monkeypatch.setattr(block, "run_plan", run)
+    run = measured(plan, stations(a={"slow": False}, b={"slow": True}), tmp_path / "runs")
+    assert {(record.status, record.site) for record in run.records} == {("ok", "a")}
+    said = {notice.code: notice.message for notice in run.manifest.notices}
+    assert said["left-out"].startswith("4 replicates left out peaks of memory, requests:")
+    assert "site b was lost: max_minutes = 1: not even one replicate fits" in said["site-lost"]
 
 
 def flaw(kind):

@@ -11,20 +11,24 @@ import pytest
 
 from harness.errors import InvalidRunError
 from harness.records.record import Failure, Fragment, Notice
-from harness.run.budget import Budget
+from harness.run.budget import Budget, TooShortError
 from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import make_plan
+from harness.run.runner import run_plan
 from harness.run.site import Site
+from harness.run.sites import local
 from harness.run.sites import spread as spreading
 from harness.run.sites.local import LocalStation
 from harness.run.sites.spread import REFUSED, run_spread
 
+PEAKS = frozenset({"peaks"})
 SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
 
 
 def wait_for(condition):
-    """Until it holds."""
-    while not condition():
+    """Until it holds, 30 s at most."""
+    deadline = time.monotonic() + 240
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
@@ -132,6 +136,36 @@ def test_a_lost_site_loses_only_the_replicate_under_way_and_another_measures_it(
     (notice,) = measured.notices
     assert notice.code == "site-lost"
     assert "site b was lost: its zygote is gone" in notice.message
+
+
+def test_what_replicates_had_no_time_for_is_known_of_all_sites(plan, monkeypatch):
+    """Wherever they were measured."""
+
+    def run(part, *arguments, **options):
+        return dataclasses.replace(run_plan(part, *arguments, **options), left_out={part.groups[0].replicate: PEAKS})
+
+    monkeypatch.setattr(local, "run_plan", run)
+    measured, _, _ = spread(plan, {"a": Fake(), "b": Fake()})
+    assert measured.left_out == dict.fromkeys(range(6), PEAKS)
+
+
+def test_a_site_that_is_too_slow_for_its_minutes_is_lost_and_others_are_not(plan, monkeypatch):
+    """They measure its replicates, and what was measured is kept; with none left the run ends by its words."""
+
+    def run(part, executors, *arguments, **options):
+        if executors[""] is slow:
+            raise TooShortError("max_minutes = 1: not even one replicate fits")
+        return run_plan(part, executors, *arguments, **options)
+
+    slow = Fake()
+    monkeypatch.setattr(local, "run_plan", run)
+    measured, _, _ = spread(plan, {"a": Fake(), "slow": slow})
+    assert {(record.status, record.site) for record in measured.records} == {("ok", "a")}
+    assert len(measured.records) == len(plan.slots)
+    (notice,) = measured.notices
+    assert "site slow was lost: max_minutes = 1: not even one replicate fits" in notice.message
+    with pytest.raises(InvalidRunError, match="site slow: max_minutes = 1: not even one"):
+        spread(plan, {"slow": slow})
 
 
 @pytest.mark.parametrize("heard_first", ["the loss", "the end"])
@@ -273,10 +307,10 @@ class Clock(threading.local):
 
 
 def test_a_straggler_is_cut_by_the_budget_and_the_others_are_not(plan, monkeypatch):
-    """A third of 720 s holds three rounds of a site whose rounds take 30 s, and the 140 s that are foreseen of losses,
-    of catching up and of solo trials: all its trials have as many turns. The other has all of its turns."""
+    """A third of 300 s holds three rounds of a site whose rounds take 30 s: all its trials have as many turns. The
+    other has all of its turns."""
     clock, begun, nothing_left, following = Clock(), threading.Event(), threading.Event(), spreading._next
-    protocol = dataclasses.replace(plan.study.protocol, turns=6, steps_per_turn=1)
+    protocol = dataclasses.replace(plan.study.protocol, turns=6)
     study = dataclasses.replace(plan.study, protocol=protocol)
     plan = make_plan(study, phases=("train",), interleaving="lockstep")
 
@@ -289,8 +323,6 @@ def test_a_straggler_is_cut_by_the_budget_and_the_others_are_not(plan, monkeypat
             return super().launch()
 
         def ask(self, command, trial, timeout_s, **arguments):
-            if command == "warm_up":  # says what a step takes, and took none of the time here
-                return Fragment(samples={"warmup_step_time_s": (self.step_time_s,)})
             clock.now_s += self.step_time_s * arguments["steps"] if command == "turn" else 0.0
             return super().ask(command, trial, timeout_s, **arguments)
 
@@ -301,8 +333,8 @@ def test_a_straggler_is_cut_by_the_budget_and_the_others_are_not(plan, monkeypat
         return groups
 
     monkeypatch.setattr(spreading, "_next", find_next)
-    slow, quick = Timed(step_time_s=10.0), Timed()
-    measured, _, _ = spread(plan, {"slow": slow, "quick": quick}, budget=Budget(720.0, replicates=6, clock=clock))
+    slow, quick = Timed(step_time_s=5.0), Timed()
+    measured, _, _ = spread(plan, {"slow": slow, "quick": quick}, budget=Budget(300.0, replicates=6, clock=clock))
     assert {record.status for record in measured.records} == {"ok"}
     turns = {}
     for record in measured.records:
