@@ -54,7 +54,8 @@ proof: proof-harness proof-models proof-real proof-statistics proof-levels proof
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
 	tests/profile/test_measure.py tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
 	tests/run/executors/test_shared_pages.py tests/run/sites/test_here.py tests/parity/test_measure.py \
-	tests/test_cli.py tests/test_pytest_plugin.py tests/trial/building/test_shared.py tests/docs/test_extending.py
+	tests/test_cli.py tests/test_pytest_plugin.py tests/trial/building/test_shared.py tests/docs/test_extending.py \
+	tests/run/executors/test_live_peaks.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 
@@ -200,7 +201,7 @@ proof-gpu: $(STAMP)
 # train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny model and on one of 135M with random
 # weights. Half an hour on two cores.
 proof-ranks: $(STAMP)
-	$(call prove,rank-trials,$(SAY_MACHINE) && $(BIN)/pytest tests/trial/ranks -m selftest -q --no-header -rs)
+	$(call prove,rank-trials,$(SAY_MACHINE) && $(BIN)/pytest tests/trial/ranks tests/run/executors/test_ranks.py -m selftest -q --no-header -rs)
 	$(call prove,ranks,for model in tiny-llama random:smollm2-135m; do \
 	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done)
 

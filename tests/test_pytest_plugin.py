@@ -634,7 +634,7 @@ CLUSTER = """
 import contextlib
 import threading
 from harness.run.sites import ray
-from harness.run.sites.block import read_message
+from harness.run.sites.orders import read_message
 from harness.run.sites.remote import RemoteStation
 
 meeting = threading.Barrier(2)

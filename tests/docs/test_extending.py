@@ -94,7 +94,11 @@ def apply(example: Example, folder: Path) -> None:
 
 def param(example):
     """Examples that train several times are of the long half."""
-    marks = pytest.mark.selftest if example.title in ("A method other than LoRA", "A model family") else ()
+    marks = (
+        pytest.mark.selftest
+        if example.title in ("A method other than LoRA", "A model family", "A path of kernels_check")
+        else ()
+    )
     return pytest.param(example, id=example.title, marks=marks)
 
 

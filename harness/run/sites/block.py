@@ -1,12 +1,8 @@
-"""Replicates measured in another process, on another machine: what is asked of it, and what it answers.
+"""Replicates measured in another process, on another machine, by whoever is told to (`harness.run.sites.orders`).
 
-A scheduler gives processes on machines and no more; what they do there is the same under any. So an order and each
-message of the answer is one line of JSON, and how lines travel is the scheduler's part. A post is told what to say of
-itself, to hold its device, to prepare a plan, and to measure whole replicates; it sends each record as its trial ends,
-and what was printed into its logs. It writes nothing but a temporary folder of its own.
-
-An order is carried out when its last message says so. One that fails says why, and a stream that breaks off before
-either is a place that is lost: silence is never an answer.
+A scheduler gives processes on machines and no more; what they do there is the same under any. A post is told what to
+say of itself, to hold its device, to prepare a plan, and to measure whole replicates; it sends each record as its trial
+ends, and what was printed into its logs. It writes nothing but a temporary folder of its own.
 """
 
 from __future__ import annotations
@@ -17,21 +13,21 @@ import math
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from harness.errors import InvalidRunError, UsageError, redact, shorten
 from harness.machine.cards import visible_cards
 from harness.machine.processes import CPUS
-from harness.machine.provenance import Facts, harness_identity
+from harness.machine.provenance import harness_identity
 from harness.models.catalogue import cache_dir
 from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.scratch import scratch_folder
 from harness.run.budget import Budget, TooShortError
-from harness.run.device import IfBusy, hold_devices
+from harness.run.device import hold_devices
 from harness.run.executors import Executor, open_executor
 from harness.run.executors.host import Host
 from harness.run.executors.sides import open_side
@@ -41,140 +37,22 @@ from harness.run.runner import run_plan
 from harness.run.several_ranks import check_ranks
 from harness.run.site import Site
 from harness.run.sites.local import executors_of_ranks, share_cpus
-from harness.run.thinning import Part
-from harness.run.written import WrittenPlan, WrittenSide, read_plan, take_trials
+from harness.run.sites.orders import (
+    Describe,
+    Description,
+    Done,
+    Hold,
+    Lack,
+    Measure,
+    Message,
+    Prepare,
+    read_order,
+)
+from harness.run.written import WrittenSide, read_plan, take_trials
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MOST_LOG_BYTES = 2**22
 """Of one log in one message; of more the end is sent, which says what went wrong."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Describe:
-    """Say what this place is. It comes first."""
-
-    site: str
-    """The name that the place has in records and logs."""
-    folder: str
-    """Where whoever asks was started: relative paths of a study mean the same here, if it is there."""
-    share: int = 0
-    """Which of several sites on one machine this is."""
-    shares: int = 1
-    """How many these are: they divide its CPUs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
-    """Let nobody else measure on its devices from now on."""
-
-    if_busy: IfBusy = "wait"
-    ranks: int = 1
-    """Of a trial: the first of the cards there are theirs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepare:
-    """Start workers, make tokens and bases for the trials of a plan."""
-
-    plan: WrittenPlan
-    left_s: float | None = None
-    """Of the time that the run may take; None where it is not limited."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
-    """Measure a replicate of the plan."""
-
-    trials: tuple[str, ...]
-    left_s: float | None = None
-    replicates: int = 1
-    """How many this place will measure, as far as can be said."""
-    afresh: bool = False
-    """Whether the time counts anew; else it is that of the replicate before."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lack:
-    """What a replicate had no time for."""
-
-    replicate: int
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """The answer to `Measure`."""
-
-    trials: tuple[str, ...]
-    lacks: tuple[Lack, ...] = ()
-
-
-Order = Describe | Hold | Prepare | Measure
-ORDERS: Mapping[str, type[Order]] = {one.__name__: one for one in (Describe, Hold, Prepare, Measure)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """What a place says of itself."""
-
-    facts: Facts
-    harness: str
-    device_id: str
-    machine: str
-    """The same for two places on one machine, whose devices may be one."""
-    free_bytes: int | None
-    boards: tuple[str, ...] = ()
-    """UUIDs of the cards that it sees, or sees parts of."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """A part of an answer."""
-
-    says: Literal["record", "ended", "phase", "log", "data", "told", "done", "failed"]
-    trial: str = ""
-    """Whose record, end or phase; the name of the log."""
-    text: str = ""
-    """The phase, what was printed, what is told, or why it failed."""
-    record: TrialRecord | None = None
-    answer: dict[str, Any] = field(default_factory=dict)
-    """What the order asked for, in the last message."""
-    usage: bool = False
-    """Whether it failed for what was asked, and would anywhere."""
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the order has been carried out, or has failed."""
-        return self.says in ("done", "failed")
-
-
-def write_order(order: Order) -> str:
-    """One line."""
-    return codec.dumps({"do": type(order).__name__, "with": codec.to_json(order)})
-
-
-def read_order(text: str) -> Order:
-    """Raises `UsageError` for what is none."""
-    data = _parse(text, "order")
-    kind = ORDERS.get(str(data.get("do")))
-    if kind is None:
-        raise UsageError(f"order {data.get('do')!r}: not known. Install one version of lorameter in all places.")
-    return codec.from_json(kind, data.get("with"), f"order {data.get('do')}")
-
-
-def read_message(text: str) -> Message:
-    """Raises `UsageError` for what is none."""
-    return codec.from_json(Message, _parse(text, "message"), "message")
-
-
-def _parse(text: str, what: str) -> dict[str, Any]:
-    try:
-        data = codec.parse(text)
-    except codec.NotJsonError as error:
-        raise UsageError(f"{what}: no JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{what}: a table is expected.")
-    return data
 
 
 class Post:

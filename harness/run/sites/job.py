@@ -25,7 +25,7 @@ from typing import Any
 
 from harness.records import codec, journal
 from harness.records.document import write_whole
-from harness.run.sites.block import Message, Post, read_message
+from harness.run.sites.block import Post
 from harness.run.sites.exchange import (
     ABOUT,
     BEAT,
@@ -41,6 +41,7 @@ from harness.run.sites.exchange import (
     home_of,
     starts_of,
 )
+from harness.run.sites.orders import Message, read_message
 
 END, CLOSE = "end", "close"
 """Lines that are no orders: end what is under way; end."""

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import InvalidRunError, UsageError, said_by
-from harness.run.sites.block import Post, read_message
+from harness.run.sites.block import Post
+from harness.run.sites.orders import read_message
 from harness.run.sites.remote import RemoteStation
 from harness.studies.place import say_on, say_sites
 

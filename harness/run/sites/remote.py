@@ -1,7 +1,7 @@
 """Sites on other machines, as whoever asks them sees them: orders go out, and records come back over a link.
 
-A link is what a scheduler gives: lines to a post and lines from it (`harness.run.sites.block`). Whatever happens to it,
-a node that is killed or an answer that cannot be read, the site is lost, and what it had not ended is measured
+A link is what a scheduler gives: lines to a post and lines from it (`harness.run.sites.orders`). Whatever becomes of
+it, a node that is killed or an answer that cannot be read, the site is lost, and what it had not ended is measured
 elsewhere.
 """
 
@@ -22,7 +22,7 @@ from harness.run.conductor import Watcher
 from harness.run.device import IfBusy
 from harness.run.plan import Plan
 from harness.run.ready import Ready
-from harness.run.sites.block import (
+from harness.run.sites.orders import (
     Describe,
     Description,
     Done,

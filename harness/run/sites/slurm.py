@@ -28,7 +28,7 @@ from harness.records.document import write_whole
 from harness.records.record import Notice
 from harness.run.device import IfBusy, tell_stderr
 from harness.run.sites.batch import Batch, cancel_jobs, check_here, check_started
-from harness.run.sites.block import BOOT_ID, read_message
+from harness.run.sites.block import BOOT_ID
 from harness.run.sites.exchange import (
     ABOUT,
     BEAT,
@@ -44,6 +44,7 @@ from harness.run.sites.exchange import (
     starts_of,
 )
 from harness.run.sites.job import CLOSE, END, About, SiteJob
+from harness.run.sites.orders import read_message
 from harness.run.sites.remote import RemoteStation
 from harness.studies.place import LOCAL, SLURM, Asked
 

@@ -19,8 +19,8 @@ from harness.run.device import IfBusy
 from harness.run.display import Display
 from harness.run.plan import Plan
 from harness.run.ready import Ready
-from harness.run.sites.block import Description, Message
 from harness.run.sites.local import check_alike
+from harness.run.sites.orders import Description, Message
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.sides import check_sides
 from harness.run.written import WrittenPlan

@@ -83,6 +83,7 @@ def check(model, tmp_path, small_study, variants, *, sequence_length):
     return found
 
 
+@pytest.mark.selftest
 def test_peaks_of_a_small_model(tmp_path, small_study):
     """Of random weights, so that it always runs."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL))

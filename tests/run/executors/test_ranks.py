@@ -63,6 +63,7 @@ def test_trials_of_ranks_take_turns(measure):
     assert descendants() == []
 
 
+@pytest.mark.selftest
 def test_a_rank_that_is_killed_is_a_row_and_the_other_trial_goes_on(measure):
     """The row names the rank, the phase and the signal; the trial that took turns with it comes to its end."""
     killed = []

@@ -16,7 +16,7 @@ from harness.run.executors import ENV_EXECUTOR, EXECUTORS
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide
 from harness.run.sites import local
-from harness.run.sites.block import read_message
+from harness.run.sites.orders import read_message
 from harness.run.sites.ray import Desk
 
 STUDY = """

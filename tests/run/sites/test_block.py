@@ -29,8 +29,8 @@ from harness.run.plan import make_plan
 from harness.run.runner import find_unsettled, run_plan
 from harness.run.sites import block, local
 from harness.run.sites import joining as joining_module
-from harness.run.sites.block import Hold, Measure, Message, read_message, read_order, write_order
 from harness.run.sites.joining import Joining
+from harness.run.sites.orders import Hold, Measure, Message, read_message, read_order, write_order
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.together import describe_all, free_bytes_of, hold_all
 from harness.run.sites.venue import Venue
@@ -242,9 +242,13 @@ def test_a_link_that_breaks_loses_its_replicate_and_no_other(plan, stations, des
 def test_what_a_post_had_no_time_for_is_told_with_the_run(plan, stations, tmp_path, monkeypatch):
     """And one that is too slow for its minutes is a site that is lost, not a bad study."""
 
+    begun = threading.Event()
+
     def run(part, executors, *arguments, **options):
         if executors[""].slow:
+            begun.set()
             raise TooShortError("max_minutes = 1: not even one replicate fits")
+        assert begun.wait(30)
         left_out = {part.groups[0].replicate: frozenset({"peaks", "requests"})}
         return dataclasses.replace(run_plan(part, executors, *arguments, **options), left_out=left_out)
 

@@ -13,7 +13,7 @@ from harness.report.live import LiveDisplay
 from harness.report.terminal import console_for
 from harness.run.measure import measure
 from harness.run.plan import make_plan
-from harness.run.sites import block
+from harness.run.sites import block, orders
 from harness.run.sites.local import local_sites
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.together import check_like, describe_all
@@ -222,7 +222,7 @@ class Told:
     def ask(self, order):
         from harness.records import codec
 
-        yield codec.dumps(block.Message(says="done", answer=codec.to_json(self.description)))
+        yield codec.dumps(orders.Message(says="done", answer=codec.to_json(self.description)))
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def stations(machine, pretended):
         return RemoteStation(
             name,
             Told(
-                block.Description(facts=facts, harness="one", device_id=name, machine=name, free_bytes=1),
+                orders.Description(facts=facts, harness="one", device_id=name, machine=name, free_bytes=1),
             ),
         )
 
@@ -346,7 +346,7 @@ def test_the_part_of_an_unlike_post_that_is_lost_goes_to_the_other(mixed_plan, p
     seen = []
 
     def cut(line):
-        seen.append(block.read_message(line))
+        seen.append(orders.read_message(line))
         if sum(message.says == "record" for message in seen) > 5:
             raise ConnectionError("the node is gone")
         return line

@@ -10,7 +10,8 @@ import pytest
 from harness.run.feasibility import check_feasible
 from harness.run.plan import make_plan
 from harness.run.sites import block
-from harness.run.sites.block import Describe, Post, Prepare, read_message, write_order
+from harness.run.sites.block import Post
+from harness.run.sites.orders import Describe, Prepare, read_message, write_order
 from harness.run.written import write_plan
 
 

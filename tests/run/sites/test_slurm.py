@@ -24,7 +24,6 @@ from harness.run.measure import measure
 from harness.run.plan import make_plan
 from harness.run.sites import slurm
 from harness.run.sites.batch import Batch, ask_slurm, check_here, sbatch_parameters
-from harness.run.sites.block import Message
 from harness.run.sites.exchange import (
     ABOUT,
     BEAT,
@@ -40,6 +39,7 @@ from harness.run.sites.exchange import (
 )
 from harness.run.sites.job import About, SiteJob
 from harness.run.sites.joining import Joining
+from harness.run.sites.orders import Message
 from harness.run.sites.slurm import FOLDER, OWNER, FileLink, Jobs, Owner, clear_dead, open_jobs
 from harness.run.sites.together import describe_all
 from harness.run.sites.venue import Venue

@@ -152,9 +152,13 @@ def test_what_replicates_had_no_time_for_is_known_of_all_sites(plan, monkeypatch
 def test_a_site_that_is_too_slow_for_its_minutes_is_lost_and_others_are_not(plan, monkeypatch):
     """They measure its replicates, and what was measured is kept; with none left the run ends by its words."""
 
+    begun = threading.Event()
+
     def run(part, executors, *arguments, **options):
         if executors[""] is slow:
+            begun.set()
             raise TooShortError("max_minutes = 1: not even one replicate fits")
+        assert begun.wait(30)
         return run_plan(part, executors, *arguments, **options)
 
     slow = Fake()
