@@ -11,13 +11,14 @@ class Allocation:
 
     replicate: int
     turns: int
-    """That each trial took."""
+    """That each trial took, or the one that took fewest."""
     steps_per_turn: int
     planned: int
     """Turns of the plan."""
     optimum: float | None = None
     """Turns that narrow the intervals most, by the variances within and between the replicates before it and by what a
-    process and a turn cost (Kalibera & Jones 2013); None before two replicates have told."""
+    process and a turn cost (Kalibera & Jones 2013), whatever was taken; None before two replicates have told, and where
+    more of them would always be better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

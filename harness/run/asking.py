@@ -41,6 +41,8 @@ class Asking:
         self._lanes, self._timeout_s = lanes, timeout_s
         self.first: frozenset[str] = frozenset()
         """Trials that have more to do than others like them, and are begun first."""
+        self.own: dict[tuple[str, str], Mapping[str, Any]] = {}
+        """Arguments that a command has for one trial alone, by trial and word."""
         self._busy_s: dict[str, float] = {}
         """What untimed commands have taken of each trial: the longest of the others comes next."""
 
@@ -62,7 +64,7 @@ class Asking:
             for word in words:
                 for trial in self._sheet.live(COMMANDS[word].measure):
                     since = self._clock()
-                    self.ask(trial, word, **arguments.get(word, {}))
+                    self.ask(trial, word, **arguments.get(word, {}), **self.own.get((trial, word), {}))
                     busy[word] += self._clock() - since
                 self._sheet.checkpoint(word)
         elif words:
@@ -84,7 +86,8 @@ class Asking:
                 return False
             self._watcher.trial_phase(slot, word)
             begun[trial] = self._clock()
-            cast(LaneWorker, errand.worker).send(word, trial, **arguments.get(word, {}))
+            own = self.own.get((trial, word), {})
+            cast(LaneWorker, errand.worker).send(word, trial, **arguments.get(word, {}), **own)
             return True
 
         def end(errand: Errand, word: str, trial: str) -> None:

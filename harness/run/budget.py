@@ -133,11 +133,11 @@ class Budget(Timekeeper):
         steps = self._turn_steps.get(self._replicate or 0, study.protocol.steps_per_turn)
         return self.costs.of_groups(groups, work), turning * steps * (self.costs.of_round("steps") or 0.0)
 
-    def allow(self, kind: RoundKind, rounds: int) -> None:
-        """From the next replicate on so many rounds of a kind at most, more or fewer than are planned: what narrows an
-        interval most."""
+    def allow(self, kind: RoundKind, rounds: int, *, optimum: float | None = None) -> None:
+        """From the next replicate on so many rounds of a kind at most, more or fewer than are planned; the `optimum`
+        would narrow an interval most, and is noted if there is one."""
         self._allowed[kind] = max(LEAST_ROUNDS, rounds)
-        self.optimum = float(rounds)
+        self.optimum = optimum
 
     def thin(self, plan: Plan, groups: Sequence[Group]) -> tuple[Group, ...]:
         """What is measured of the groups of a replicate: all, or as much as lets as many be measured as are sought. Of
@@ -159,8 +159,9 @@ class Budget(Timekeeper):
 
     @property
     def _takes_peaks_live(self) -> bool:
-        """Whether time is too short for solo trials, as those that take turns can do without them."""
-        return self.is_tight and self.peaks_live
+        """Whether time is too short for solo trials, as those that take turns in another replicate can do without
+        them: in the first they are profiled."""
+        return self.is_tight and self.peaks_live and self._left > 1
 
     def has_room(self, plan: Plan, kind: Literal["requests", "natural", "merged"]) -> bool:
         """Whether the least of the requests of a kind that come next fits, with the cold starts after them; where they
@@ -253,8 +254,8 @@ class Budget(Timekeeper):
         begin = self.clock()
         surplus_s = self._surplus_of(kind, len(planned) * trials * each)
         least = 0 if kind == "epochs" else LEAST_ROUNDS
-        # Of rounds that nothing was known of, the least is no part of what was set aside: it is in the share as well.
-        apart = least if self.costs.of_round(kind) is not None else 0
+        # What was set aside for the least is of turns of one step, and nothing where no round was known.
+        apart = least / each if self.costs.of_round(kind) is not None else 0.0
         done = 0
         for one in islice(chain(planned, more or ()), self._limit_rounds(kind, len(planned), more is not None)):
             a_round = (self.clock() - begin) / done if done else trials * each * (self.costs.of_round(kind) or 0.0)

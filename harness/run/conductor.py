@@ -102,6 +102,7 @@ class Conductor:
         words: tuple[str, ...] = ("build", "verify", "warm_up")
         if self._foresight.waits:
             building = self._each("build")["build"]
+            self._ask_others()
             self._tell_others("build")
             self._foresight.built(self._sheet, building)
             words = words[1:]
@@ -112,7 +113,7 @@ class Conductor:
     @property
     def _serves(self) -> bool:
         """Whether anything is measured of its trials beside their steps."""
-        served = set(parts_in([self._group])) - {"steps", "peaks", "cold"}
+        served = set(parts_in([self._group])) - {"steps", "peaks"}
         return bool(served) or not self._group.turns
 
     @property
@@ -127,7 +128,8 @@ class Conductor:
 
     def _generate(self) -> None:
         self._budget.pass_to(SERVING)
-        self._each("begin_generate", begin_generate=self._brief)
+        brief = self._brief
+        self._each("begin_generate", begin_generate=brief)
         self._foresight.served(self._sheet, "requests")
         if self._has_room("requests"):
             self._in_turns("requests", self._group.requests)
@@ -135,6 +137,10 @@ class Conductor:
             self._in_turns("natural", self._group.natural)
             self._each("untrained")
         self._each("end_generate")
+        for trial in self._sheet.live("cold"):  # what it answers must be known, though nobody has asked it anything
+            owes = brief and "completion" not in self._sheet.records[trial].tokens
+            if owes and self._due(COMMANDS["end_generate"]):
+                self._asking.ask(trial, "end_generate")
         self._budget.pass_to(MERGING)
         if self._has_room("merged"):
             self._each("merge", merge=self._brief)
@@ -174,10 +180,13 @@ class Conductor:
         untimed = self._in_turns("epochs", orders, steps=protocol.steps_per_turn)
         taken = turns * each + untimed * protocol.steps_per_turn
         arguments: dict[str, Any] = {} if self._group.held_out else {"held_out": False}
-        if timed and (self._shares_warm_up or taken < (len(self._group.turns) + planned) * protocol.steps_per_turn):
+        if timed and (self._shares_warm_up or taken != (len(self._group.turns) + planned) * protocol.steps_per_turn):
             # All after the same step, if not the planned one: that of the longest warm-up that there was so far.
             longest = max(warm_ups(sheet), default=0)
-            arguments["steps"] = 1 + (longest if self._shares_warm_up else self._budget.settle_warm_up(longest)) + taken
+            before = 1 + (longest if self._shares_warm_up else self._budget.settle_warm_up(longest))
+            arguments["steps"] = before + taken
+            if turns > len(self._group.turns):
+                arguments["least"] = before + turns * each
         finishing = self._each("finish_training", finish_training=arguments)
         self._foresight.ended(sheet, finishing["finish_training"])
 
@@ -233,6 +242,14 @@ class Conductor:
         """Commands of all trials that are there for them, none of them timed; the seconds that went to each."""
         took = self._asking.each([word for word in words if self._due(COMMANDS[word])], arguments)
         return dict.fromkeys(words, 0.0) | took
+
+    def _ask_others(self) -> None:
+        """Where who was to find out what is the base's has failed, another that stands on it does."""
+        left = find_askers(slot for slot in self._group.slots if self._sheet.is_ok(slot.trial))
+        for trial, asker in left.items():
+            if trial == asker != self._askers[trial]:
+                self._asking.own[trial, "verify"] = {"asks_base": True}
+        self._askers |= left
 
     def _tell_others(self, word: str) -> None:
         """What one trial has found out of its base, to those that stand on it as well."""

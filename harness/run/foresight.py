@@ -49,7 +49,7 @@ class Foresight:
     def warm_up_steps(self, slot: Slot) -> int | None:
         """Steps of a trial's warm-up where an earlier replicate has told how many it takes and minutes are short; None
         where the trial has to find out itself."""
-        told = self.is_natural(slot) and slot.instrument == "spy" and self._budget.is_tight
+        told = slot.replicate > 0 and self.is_natural(slot) and slot.instrument == "spy" and self._budget.is_tight
         return self._budget.warm_up_steps if told else None
 
     @property
@@ -87,7 +87,8 @@ class Foresight:
             return
         counts = warm_ups(sheet)
         if counts and not shared:
-            self._budget.warm_up_steps = max(1, *(steady_after(times) for times in _times(sheet)))
+            known = self._budget.warm_up_steps or 1  # of the trials before these, where each is a group of its own
+            self._budget.warm_up_steps = max(known, *(steady_after(times) for times in _times(sheet)))
         self._budget.expect("steps", self._step_s)
         beside_s = self._step_s / self._lanes
         self._budget.expect_gap(HELD_OUT, self._group, beside_s)

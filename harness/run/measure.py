@@ -45,7 +45,8 @@ from harness.run.sites.beside import measure_beside
 from harness.run.sites.joining import Joining, prepare_late
 from harness.run.sites.local import LocalStation, check_all, open_station
 from harness.run.sites.remote import RemoteStation
-from harness.run.sites.spread import Station, run_spread
+from harness.run.sites.spread import run_spread
+from harness.run.sites.station import Station
 from harness.run.sites.together import prepare_all
 from harness.run.sites.venue import Venue
 from harness.run.stopping import Stopping

@@ -253,4 +253,5 @@ def continue_manifest(
                 remedy="Measure a new run if what changed in between bears on a number.",
             ),
         )
-    return dataclasses.replace(manifest, status="running", resumed=(*manifest.resumed, again), notices=notices)
+    resumed = (*manifest.resumed, again)
+    return dataclasses.replace(manifest, status="running", resumed=resumed, notices=notices, spending=None)

@@ -113,7 +113,9 @@ def run_plan(
             begin = budget.clock()
             ended_by = _conduct(conductor, stops)
             if isinstance(ended_by, TooShortError):
-                raise ended_by
+                if not any(record.status == "ok" for record in ended.values()):
+                    raise ended_by
+                return Measured(records=in_order(), stopped=str(ended_by), left_out=left_out)
             if conductor.left_out:
                 left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | conductor.left_out
             for record in conductor.records():
@@ -166,7 +168,7 @@ def find_unsettled(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool 
     its own, or one that was disturbed, however often: whoever goes on with a run hopes for better surroundings. Trials
     of one group took turns and are paired, so they are measured again together, and count only if they are of one
     attempt. What is spread over sites is paired within one: of a replicate that was, or will be
-    (`whole`), all groups are measured again."""
+    (`whole`), all groups are measured again. What there was no time for stays left out."""
     settled = {
         record.trial: (record.attempt, record.site) for record in earlier if record.settled and not record.disturbed
     }
@@ -175,11 +177,23 @@ def find_unsettled(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool 
         attempts = {settled.get(slot.trial) for slot in group.slots}
         return None not in attempts and len(attempts) == 1
 
-    left = {group for group in plan.groups if not is_settled(group)}
+    left = {group for group in plan.groups if not is_settled(group)} - set(_left_out(plan, earlier))
     begun = {record.replicate for record in earlier if whole or record.site}
     again = {group.replicate for group in left} & begun
     again |= _of_two_sites(earlier)
     return tuple(group for group in plan.groups if group in left or group.replicate in again)
+
+
+def _left_out(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
+    """Solo trials that minutes did not suffice for: they have no record, and what comes after them has. Where some were
+    left out, those of the replicate that broke off are as well."""
+    recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
+    groups = [] if plan.study.protocol.max_minutes is None else plan.groups
+    known = [any(slot.trial in recorded for slot in group.slots) for group in groups]
+    last = max((number for number, has in enumerate(known) if has), default=-1)
+    alone = [number for number, group in enumerate(groups) if not known[number] and not group.turns]
+    some = any(number < last for number in alone)
+    return [groups[number] for number in alone if some and groups[number].replicate in begun]
 
 
 def _of_two_sites(records: Collection[TrialRecord]) -> set[int]:

@@ -73,7 +73,11 @@ class Stopping:
         if best:
             left = self._plan.study.protocol.replicates - following[0].replicate
             fits = left * (process_s + planned * round_s) <= self._budget.left_s
-            self._budget.allow("steps", math.ceil(min(max(best), planned if fits else MOST_TURNS * planned)))
+            most = max(best)
+            optimum = most if math.isfinite(most) else None
+            self._budget.allow(
+                "steps", math.ceil(min(most, planned if fits else MOST_TURNS * planned)), optimum=optimum
+            )
 
     def _next_s(self, records: Sequence[TrialRecord]) -> float:
         """Seconds that another replicate takes at least; before rounds were seen, what those measured took each."""

@@ -10,6 +10,7 @@ on at the first step and at that of the warm-up after it instead.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 import time
@@ -104,7 +105,7 @@ class Training:
         if request.interleaving == "shared-base":
             self.shared.remember()
         step = self._make_step(trainee, stream)
-        packed = self._packed(stream)
+        packed = self._packed(stream, asks_base=request.asks_base)
         self._looking = look_on(request, trainee, packed, None if packed is None else step.inputs(packed))
         self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
@@ -119,18 +120,41 @@ class Training:
             }
             if self._alone:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
-            if self._timed and request.replicate == 0 and request.asks_base and not request.variant.rewrites_base:
-                with lora.without_adapter(trainee.model):  # which is what the adapter was before its first step
-                    values["held_out_loss_initial"] = self.shared.once("held_out_loss", step.held_out_loss)
+            if request.asks_base:
+                values |= self._initial_loss()
         return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
-    def verify(self) -> Fragment:
-        """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
-        parts, request = self._built, self._request
+    def _initial_loss(self) -> dict[str, float]:
+        """The base's own loss on held-out records, where a trial can tell it: once a run."""
+        request, parts = self._request, self._built
+        own = request.variant.rewrites_base or request.variant.bias != "none"  # is trained, and no part of the adapter
+        if not self._timed or request.replicate or own:
+            return {}
+        with lora.without_adapter(parts.trainee.model):  # which is what the adapter was before its first step
+            return {"held_out_loss_initial": self.shared.once("held_out_loss", parts.step.held_out_loss)}
+
+    def verify(self, *, asks_base: bool = False) -> Fragment:
+        """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid.
+
+        `asks_base` has it find out what is its base's, as nobody else has.
+        """
+        looked = Fragment()
         if self._looking is not None:
-            return self._look_on(self._looking)
+            looked, undecided = self._look_on(self._looking)
+            if looked.status != "ok" or not (undecided or asks_base):
+                return looked
+        found = self._check_apart(asks_base=asks_base or self._request.asks_base)
+        values = dict(found.values)
+        values["verify_time_s"] += looked.values.get("verify_time_s", 0.0)
+        if asks_base:
+            values |= self._initial_loss()
+        return dataclasses.replace(found, values=values, samples=looked.samples)
+
+    def _check_apart(self, *, asks_base: bool) -> Fragment:
+        """A check in steps of its own, which are taken back."""
+        parts, request = self._built, self._request
         trainee, step, stream = parts.trainee, parts.step, parts.stream
-        packed = self._packed(stream)
+        packed = self._packed(stream, asks_base=asks_base)
         position, schedule = stream.position(), trainee.schedule.state_dict()
         batch = None if packed is None else step.inputs(packed)
         losses: list[torch.Tensor] = []
@@ -144,14 +168,15 @@ class Training:
         diverged = self._judged(fragment, [float(loss) for loss in losses])
         return judge_checks(fragment, checks, request) if diverged.status == "ok" else diverged
 
-    def _packed(self, stream: TokenStream) -> Batch | None:
+    def _packed(self, stream: TokenStream, *, asks_base: bool) -> Batch | None:
         """What the isolation of packed records is probed with beside the step's own calls, if this trial is to."""
-        if not self._request.asks_base:
+        if not asks_base:
             return None
         return stream.packed_batch(1 if self._request.natural else None)
 
-    def _look_on(self, looking: kernels_check.Watch) -> Fragment:
-        """The first step of the warm-up, watched after a glance at the first of the process."""
+    def _look_on(self, looking: kernels_check.Watch) -> tuple[Fragment, bool]:
+        """The first step of the warm-up, watched after a glance at the first of the process; and whether it left open
+        what is required: under a learning rate that begins at zero no second step shows that both factors learn."""
         begin = time.perf_counter()
         with looking:
             loss, lap = self._take_step()
@@ -164,7 +189,11 @@ class Training:
             samples={"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)},
         )
         diverged = self._judged(fragment, [loss])  # explains every check that failed with it
-        return judge_checks(fragment, checks, self._request) if diverged.status == "ok" else diverged
+        if diverged.status != "ok":
+            return diverged, False
+        if any(check.required is not None and check.status == "unknown" for check in checks):
+            return dataclasses.replace(fragment, checks=()), True
+        return judge_checks(fragment, checks, self._request), False
 
     def _check(
         self, step: Callable[[], None], required: Mapping[str, Any], batch: Mapping[str, Any] | None
@@ -191,14 +220,13 @@ class Training:
         has fewer steps decide.
         """
         protocol, told = self._request.protocol, self._request.warm_up_steps
+        window = {"window": BRIEF_WINDOW} if brief else {}
+        most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
         if self._sees_peaks:
             self._gauge.begin()  # to the last step is the training phase; the check's memory is not in its peak
         times: list[float] = []
         losses: list[float] = []
-        most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
-        window = {"window": BRIEF_WINDOW} if brief else {}
-        most = most if told is None else told
-        while len(times) + self._request.natural < most:  # its first was watched
+        while len(times) + self._request.natural < (most if told is None else told):  # its first was watched
             loss, lap = self._take_step()
             times.append(lap.time_s)
             losses.append(loss)
@@ -233,12 +261,13 @@ class Training:
         losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
         return self._judged(Fragment(samples={"catch_up_loss": tuple(losses)}), losses)
 
-    def finish_training(self, steps: int | None = None, *, held_out: bool = True) -> Fragment:
+    def finish_training(self, steps: int | None = None, *, least: int = 0, held_out: bool = True) -> Fragment:
         """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss if it is wanted.
 
         How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
         same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for; or after
-        `steps` of them, where the time does not reach further.
+        `steps` of them, where the time does not reach further. The `least` of those is taken though it is more than
+        was planned: of more timed turns than that.
         """
         trainee, step = self._built.trainee, self._built.step
         values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
@@ -248,11 +277,11 @@ class Training:
         if self._sees_peaks:
             memory = self._gauge.peaks("train")
         if self._timed:
-            last = self._total_steps if steps is None else min(steps, self._total_steps)
+            last = self._total_steps if steps is None else max(least, min(steps, self._total_steps))
             losses = [self._take_step()[0] for _ in range(last - self._steps_taken)]
             samples["catch_up_loss"] = tuple(losses)
             values |= {"training_steps": float(self._steps_taken)}
-            values |= {"training_steps_planned": float(self._total_steps)} if last < self._total_steps else {}
+            values |= {"training_steps_planned": float(self._total_steps)} if last != self._total_steps else {}
         if self._alone:
             # Gradients live only between backward and the optimizer, so they are made once more to be counted.
             step.loss(self._built.stream.take()).backward()

@@ -39,7 +39,7 @@ class Trial(Training):
         """First call and the discarded requests after it. Training has ended: the optimizer's state is let go.
 
         `brief` has the first call be one of two tokens; what a new interpreter must answer as well is then said by the
-        first request that is timed.
+        first request that is timed, or at the end where there was none.
         """
         trainee, protocol = self._built.trainee, self._request.protocol
         trainee.model.eval()
@@ -96,8 +96,12 @@ class Trial(Training):
         return Fragment(tokens=self.shared.once("answers", answers))
 
     def end_generate(self) -> Fragment:
-        """Peaks of generation."""
-        return Fragment(memory=self._gauge.peaks("generate"))
+        """Peaks of generation, and the answer to the first prompt if a new interpreter is to be held to it."""
+        server = self._serving
+        memory = self._gauge.peaks("generate") if self._sees_peaks else {}
+        if server.owes and "cold" in self._request.measures:
+            server.ask()
+        return Fragment(memory=memory, tokens=_completion(server.take_owed()))
 
     def merge(self, *, brief: bool = False) -> Fragment:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""

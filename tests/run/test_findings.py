@@ -60,3 +60,16 @@ def test_what_one_lacks_all_lack(small_study):
     told = told_by(record, slot, allow_fallback=False, word="verify")
     assert (told.status, told.failure.kind) == ("invalid", "RequiredPathNotActive")
     assert told_by(record, slot, allow_fallback=True, word="verify").notices[0].code == "fallback-allowed"
+
+
+def test_what_nobody_has_found_is_unknown_and_no_pass(small_study):
+    """Where who was to find it out has ended before it could; records that are not packed have nothing to find."""
+    slot = next(one for one in make_plan(small_study, interleaving="lockstep").groups[0].slots)
+    slot = dataclasses.replace(slot, instrument="profile")
+    record = begin_record(slot, "oom")
+    told = told_by(record, slot, allow_fallback=False, word="verify")
+    assert (told.status, told.checks[0]["status"]) == ("invalid", "unknown")
+    assert f"{record.name}, which was to find it out for all on this base, is oom" in told.failure.message
+    workload = dataclasses.replace(slot.workload, layout="padded")
+    padded = dataclasses.replace(slot, contender=dataclasses.replace(slot.contender, workload=workload))
+    assert told_by(record, padded, allow_fallback=False, word="verify").status == "ok"

@@ -382,3 +382,52 @@ def test_a_held_out_loss_that_nobody_wants_is_not_taken(trial):
     running = trial("steps")
     record_of(running, "build", "warm_up")
     assert "held_out_loss" not in running.run("finish_training", held_out=False).values
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schedule": "linear", "warmup_ratio": 0.1}, {"schedule": "cosine", "warmup_ratio": 0.2}]
+)
+def test_what_two_steps_leave_open_is_checked_in_steps_of_its_own(trial, changes):
+    """A learning rate that begins at zero moves nothing in the first step, so the second shows one factor learn only:
+    the check that is taken then says what it says where nobody looks on."""
+    found = []
+    for natural in (True, False):
+        running = trial(
+            "steps", variant=dataclasses.replace(VARIANT, **changes), protocol=dataclasses.replace(PROTOCOL, turns=8)
+        )
+        running._request = dataclasses.replace(running._request, natural=natural)
+        running.run("build")
+        fragment = running.run("verify")
+        assert fragment.status == "ok", fragment.failure
+        found.append({check["path"]: check["status"] for check in fragment.checks})
+        assert len(fragment.samples.get("warmup_loss", ())) == natural
+    assert found[0] == found[1]
+    assert found[0]["lora.learning"] == "active"
+
+
+def test_the_first_prompt_is_answered_at_the_end_where_no_request_was_timed(trial):
+    """A new interpreter is held to it; where requests were timed the first of them has told it, once."""
+    for requests in (0, 1):
+        running = trial("steps", "requests", "cold")
+        for command in TRAIN:
+            running.run(command, **({"steps": PROTOCOL.steps_per_turn} if command == "turn" else {}))
+        assert running.run("begin_generate", brief=True).tokens == {}
+        timed = [running.run("request").tokens for _ in range(requests)]
+        ended = running.run("end_generate")
+        assert [bool(tokens) for tokens in (*timed, ended.tokens)] == [True] * requests + [not requests]
+        assert not ended.samples
+        assert not ended.memory
+
+
+def test_who_is_asked_late_finds_out_what_is_its_bases(trial):
+    """The isolation of packed records, and the base's own loss, as if it had been asked from the start."""
+    late, early = trial("steps"), trial("steps")
+    late._request = dataclasses.replace(late._request, asks_base=False, instrument="profile")
+    early._request = dataclasses.replace(early._request, instrument="profile")
+    found = []
+    for running, arguments in ((late, {"asks_base": True}), (early, {})):
+        built, verified = running.run("build"), running.run("verify", **arguments)
+        checks = {check["path"]: check["status"] for check in verified.checks}
+        found.append((checks["packing.isolated"], {**built.values, **verified.values}["held_out_loss_initial"]))
+    assert found[0] == found[1]
+    assert found[0][0] == "active"

@@ -20,7 +20,8 @@ from harness.records.beside import ALONE, BESIDE, name_trial
 from harness.records.record import TrialRecord
 from harness.run.budget import Budget
 from harness.run.plan import Group, Plan, Slot
-from harness.run.sites.spread import JOIN_S, Station
+from harness.run.sites.spread import JOIN_S
+from harness.run.sites.station import Station
 
 ROUNDS = 6
 """Pairs; each takes as long as two trials of a replicate."""

@@ -128,7 +128,7 @@ class Post:
             device_id=executor.device_id(),
             machine=f"{socket.gethostname()} {boot}".strip(),
             free_bytes=executor.free_bytes(),
-            boards=tuple(filter(None, (card.board.value for card in seen))),
+            boards=tuple(card.board.value or "" for card in seen),
         )
 
     def _hold(self, order: Hold, say: Callable[[Message], None]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Description:
     """The same for two places on one machine, whose devices may be one."""
     free_bytes: int | None
     boards: tuple[str, ...] = ()
-    """UUIDs of the cards that it sees, or sees parts of."""
+    """UUIDs of the cards that it sees, or sees parts of, in its order; empty where one is not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

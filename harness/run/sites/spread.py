@@ -16,9 +16,7 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from harness.errors import InvalidRunError
 from harness.records.record import Failure, Notice, TrialRecord
@@ -27,51 +25,9 @@ from harness.run.conductor import Watcher
 from harness.run.plan import Group, Plan, Slot
 from harness.run.runner import Measured, Stop, find_unsettled, keep_records
 from harness.run.site import begin_record
+from harness.run.sites.station import Joining, Station
 from harness.run.stops import Stops
 from harness.run.thinning import Part
-
-LeftOut = Mapping[int, frozenset[Part]]
-"""What replicates had no time for, by their number."""
-
-
-class Station(Protocol):
-    """A site that is ready to measure replicates, on this machine or on another."""
-
-    @property
-    def name(self) -> str:
-        """For the records and messages."""
-
-    @property
-    def machine(self) -> str:
-        """The kind of it, for a reader."""
-
-    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> LeftOut:
-        """Measure one replicate there, from its beginning to its end; each record is saved as soon as its trial ends.
-        Returns what there was no time for.
-
-        Raises `InvalidRunError` where the site is lost, or too slow for its minutes, and nothing more can be measured
-        on it.
-        """
-
-    def end(self) -> None:
-        """End what is under way there; is called by another thread than the one that measures."""
-
-
-class Joining(Protocol):
-    """Stations that come while others measure."""
-
-    @property
-    def notices(self) -> tuple[Notice, ...]:
-        """What became of those who came."""
-
-    def looking(self, add: Callable[[Any], object]) -> AbstractContextManager[None]:
-        """Meanwhile those who come are given to `add` when they can measure."""
-
-    def is_expected(self) -> bool:
-        """Whether one may come."""
-
-    def lost(self, name: str) -> None:
-        """A site is lost."""
 
 
 @dataclass(slots=True)
@@ -158,7 +114,8 @@ def run_spread(
                 if failed is _DONE:
                     idle.append(station)
                 elif failed is _COME:
-                    come(station)
+                    if not _is_over(plan, shared, stop):
+                        come(station)
                 elif isinstance(failed, InvalidRunError):
                     if joining is not None:
                         joining.lost(station.name)
@@ -168,7 +125,7 @@ def run_spread(
                         shared.most = None
                 else:
                     raise failed
-                if error is not None and idle and shared.waiting and not shared.closing:
+                if error is not None and idle and shared.waiting and not _is_over(plan, shared, stop):
                     begin(idle.pop())  # it had nothing to do, and now there is something
         except BaseException as broken:
             _break_off(known, threads, shared)
@@ -265,6 +222,15 @@ def _measure(
             told.put((station, error))
             return
     told.put((station, _DONE))
+
+
+def _is_over(plan: Plan, shared: _Shared, stop: Stop) -> bool:
+    """Whether no further replicate is to be begun; asked where one would be that nobody was at work on."""
+    with shared.lock:
+        if not shared.closing and shared.ended:
+            shared.reason = stop(_in_order(plan, shared.ended))
+            shared.closing = shared.reason is not None
+        return shared.closing
 
 
 def _next(shared: _Shared, station: Station) -> tuple[Group, ...] | None:

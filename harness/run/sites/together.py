@@ -29,8 +29,9 @@ from harness.verdicts.comparand import differences
 T = TypeVar("T")
 
 
-def describe_all(stations: Sequence[RemoteStation], *, mixed: bool = False) -> tuple[Notice, ...]:
-    """Ask all what they are; says what is to be known of them together.
+def describe_all(stations: Sequence[RemoteStation], *, mixed: bool = False, ranks: int = 1) -> tuple[Notice, ...]:
+    """Ask all what they are; says what is to be known of them together. The `ranks` of a trial take the first cards
+    that a site sees.
 
     Raises `InvalidRunError` for one that is unlike the first, by its name, with what differs: times of different
     machines are not those of one. Where sites are `mixed` the machine may differ, and what is installed may not.
@@ -38,7 +39,7 @@ def describe_all(stations: Sequence[RemoteStation], *, mixed: bool = False) -> t
     _at_once(stations, lambda station: station.description)
     for station in stations[1:]:
         check_like(stations[0], station, mixed=mixed)
-    return tuple(_sharing(stations))
+    return (*_sharing_boards(stations, ranks), *_sharing(stations))
 
 
 def check_like(first: RemoteStation, station: RemoteStation, *, mixed: bool = False) -> None:
@@ -58,7 +59,6 @@ def check_like(first: RemoteStation, station: RemoteStation, *, mixed: bool = Fa
 
 def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
     """Sites that are not apart. Raises `InvalidRunError` where a card was reserved for each and none is used."""
-    yield from _sharing_boards(stations)
     for one in _by_device(stations).values():
         names = ", ".join(station.name for station in one)
         if len(one) > 1 and one[0].facts.machine.device == "cpu" and any(station.shares > 1 for station in one):
@@ -75,12 +75,12 @@ def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
             )
 
 
-def _sharing_boards(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
+def _sharing_boards(stations: Sequence[RemoteStation], ranks: int) -> Iterator[Notice]:
     """Of sites that are parts of one card."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for station in stations:
         said = station.description
-        for board in said.boards:
+        for board in filter(None, said.boards[:ranks]):
             found.setdefault((said.machine, board), {})[said.device_id] = station.name
     for (_, board), sites in found.items():
         if len(sites) > 1:

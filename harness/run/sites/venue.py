@@ -130,7 +130,7 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
         from harness.run.sites.ray import open_stations
 
         with open_stations(place.on, place.sites, ranks=ranks) as stations:
-            told = describe_all(stations, mixed=place.mixed)
+            told = describe_all(stations, mixed=place.mixed, ranks=ranks)
             yield Venue(said=place.said, stations=stations, notices=told, ranks=ranks)
 
 
@@ -144,5 +144,5 @@ def _open_jobs(place: Place, runs_dir: str | None, ranks: int) -> Iterator[Venue
     with open_jobs(asked, store.runs_dir(runs_dir, make=True)) as (found, notices, jobs):
         lost: list[Notice] = []
         found = those_that_answer(found, lost)
-        told = (*notices, *lost, *describe_all(found, mixed=place.mixed))
+        told = (*notices, *lost, *describe_all(found, mixed=place.mixed, ranks=ranks))
         yield Venue(said=place.said, stations=tuple(found), notices=told, arrivals=jobs, ranks=ranks)

@@ -58,6 +58,11 @@ class Server:
         short = self.ask_shortly()
         return short.first_token_time_s + (self._workload.new_tokens - 1) * short.time_per_output_token_s
 
+    @property
+    def owes(self) -> bool:
+        """Whether nothing has answered the first prompt so far, and something was to."""
+        return self._owes
+
     def take_owed(self) -> Request | None:
         """The answer to the first prompt, once, where no request before those that are timed has given it."""
         owed, self._owed = self._owed, None

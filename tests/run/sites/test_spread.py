@@ -172,6 +172,33 @@ def test_a_site_that_is_too_slow_for_its_minutes_is_lost_and_others_are_not(plan
         spread(plan, {"slow": slow})
 
 
+def test_no_replicate_is_begun_on_an_idle_site_where_the_time_is_over(plan, monkeypatch):
+    """It would be too slow for what is left of the minutes, and with it lost the whole run."""
+    idle, asked = threading.Event(), []
+
+    class Late(Fake):
+        def launch(self):
+            assert idle.wait(30)
+            raise InvalidRunError("its zygote is gone")
+
+    def find_next(shared, station, following=spreading._next):
+        groups = following(shared, station)
+        if groups is None:
+            idle.set()
+        return groups
+
+    def stop(records):
+        asked.append(len(records))
+        return "another replicate would end after the limit" if idle.is_set() else None
+
+    monkeypatch.setattr(spreading, "_next", find_next)
+    measured, _, _ = spread(plan, {"a": Late(), "b": Fake()}, stop=stop)
+    assert measured.stopped == "another replicate would end after the limit"
+    assert {record.site for record in measured.records if record.status == "ok"} == {"b"}
+    assert {record.status for record in measured.records} == {"ok", "not_run"}
+    assert [notice.code for notice in measured.notices] == ["site-lost"]
+
+
 @pytest.mark.parametrize("heard_first", ["the loss", "the end"])
 def test_a_replicate_that_is_lost_last_goes_to_a_site_that_had_nothing_left_to_do(plan, monkeypatch, heard_first):
     """A site that has found nothing is begun again for it, whether its end is heard after the loss of the other or
