@@ -16,26 +16,26 @@ from harness.run.executors.local import LocalExecutor
 def arm() -> None:
     """Wait for the phase, and send the signal once."""
     target, number, trial, phase = os.environ["BREAK"].split(":")
-    ask, spawn, sent = ForkedWorker.ask, LocalExecutor._spawn, []
+    send, spawn, ended = ForkedWorker.send, LocalExecutor._spawn, []
 
-    def send(pid: int) -> None:
-        sent.append(pid)
+    def end(pid: int) -> None:
+        ended.append(pid)
         os.kill(pid, int(number))
 
-    def ask_and_break(worker, command, asked, timeout_s, **arguments):
-        if (asked, command) == (trial, phase) and not sent and target in ("child", "zygote"):
-            send(worker.pid if target == "child" else psutil.Process(worker.pid).ppid())
+    def break_and_send(worker, command, asked, **arguments):
+        if (asked, command) == (trial, phase) and not ended and target in ("child", "zygote"):
+            end(worker.pid if target == "child" else psutil.Process(worker.pid).ppid())
             while _is_there(worker.pid):  # a zygote gives back a gigabyte before the kernel ends its children
                 time.sleep(0.01)
-        return ask(worker, command, asked, timeout_s, **arguments)
+        send(worker, command, asked, **arguments)
 
     def spawn_and_break(self, what, *arguments, **options):
         process = spawn(self, what, *arguments, **options)
-        if what == target in ("cold", "tokens") and not sent:
-            send(process.pid)
+        if what == target in ("cold", "tokens") and not ended:
+            end(process.pid)
         return process
 
-    ForkedWorker.ask, LocalExecutor._spawn = ask_and_break, spawn_and_break
+    ForkedWorker.send, LocalExecutor._spawn = break_and_send, spawn_and_break
 
 
 def _is_there(pid: int) -> bool:
