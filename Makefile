@@ -55,7 +55,9 @@ proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/p
 	tests/profile/test_measure.py tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
 	tests/run/executors/test_shared_pages.py tests/run/sites/test_here.py tests/parity/test_measure.py \
 	tests/test_cli.py tests/test_pytest_plugin.py tests/trial/building/test_shared.py tests/docs/test_extending.py \
-	tests/run/executors/test_live_peaks.py
+	tests/run/executors/test_live_peaks.py tests/run/executors/test_sides.py tests/run/executors/test_host.py \
+	tests/run/executors/test_script_trainer.py tests/trial/building/test_base_model.py tests/docs/test_own_script.py \
+	tests/docs/test_own_step.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 

@@ -67,6 +67,7 @@ def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
     assert (tmp_path / "train.py").read_text() == LOOP
 
 
+@pytest.mark.faults
 def test_an_exit_code_beside_an_end_that_was_seen_is_noted(wrap):
     """The training had ended before, so what was measured stands; the exit code is the command's."""
     text = LOOP.replace(

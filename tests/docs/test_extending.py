@@ -92,13 +92,12 @@ def apply(example: Example, folder: Path) -> None:
         target.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
+LONG = ("A method other than LoRA", "A model family", "A path of kernels_check", "A field of a variant")
+"""Examples that train several times, which are of the long half."""
+
+
 def param(example):
-    """Examples that train several times are of the long half."""
-    marks = (
-        pytest.mark.selftest
-        if example.title in ("A method other than LoRA", "A model family", "A path of kernels_check")
-        else ()
-    )
+    marks = pytest.mark.selftest if example.title in LONG else ()
     return pytest.param(example, id=example.title, marks=marks)
 
 

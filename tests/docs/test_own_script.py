@@ -19,7 +19,9 @@ def blocks(kind):
     return [part.split("\n```", 1)[0] for part in PAGE.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
 
 
-@pytest.mark.parametrize("place", range(2), ids=["trainer", "loop"])
+@pytest.mark.parametrize(
+    "place", [pytest.param(0, id="trainer"), pytest.param(1, id="loop", marks=pytest.mark.selftest)]
+)
 def test_a_script_prints_what_the_page_says(tmp_path, place):
     """And leaves a run."""
     (tmp_path / "train.py").write_text(blocks("python")[place])

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "own_step.md"
 MARK = "-- the next block --"
@@ -27,6 +29,7 @@ def blocks():
     return found
 
 
+@pytest.mark.selftest
 def test_the_page_prints_what_it_says():
     """All of it in one process of its own, since Accelerate keeps the state of its process."""
     shown = blocks()

@@ -193,6 +193,7 @@ class Silent:
         pass
 
 
+@pytest.mark.selftest
 def test_a_trial_runs_on_a_host_from_training_to_cold_start(sides, small_study, tmp_path):
     """Zygote, token process and cold interpreter all import the host's code, in the host's folder."""
     executors, _, other = sides

@@ -114,6 +114,7 @@ def test_of_two_trainers_of_a_script_the_first_is_measured(tmp_path, monkeypatch
     assert "a second training began in the same process" in nested.failure.message
 
 
+@pytest.mark.selftest
 def test_both_are_measured_step_by_step(run):
     """In turns of two steps each, after their warm-up, with their losses and the parameters that they train."""
     assert {record.trial: record.failure for record in run.records} == {
@@ -130,6 +131,7 @@ def test_both_are_measured_step_by_step(run):
     assert by_name["r0-loop"].tokens["source"] == "optimizer"
 
 
+@pytest.mark.selftest
 def test_the_same_script_twice_trains_the_same(run):
     """Held, stopped and let go again, it has the losses that it has by itself, to the bit."""
     ours, twin = (next(one for one in run.records if one.trial == name) for name in ("r0-r4", "r0-r4-control"))
@@ -137,6 +139,7 @@ def test_the_same_script_twice_trains_the_same(run):
     assert ours.samples["train_loss"] == twin.samples["train_loss"]
 
 
+@pytest.mark.selftest
 def test_nothing_is_written_where_the_script_lies(run):
     """No checkpoint, no log of a tracker, no repository, and nothing of what it would do after its training."""
     assert sorted(path.name for path in run.path.parents[1].iterdir()) == ["loop.py", "runs", "trainer.py"]

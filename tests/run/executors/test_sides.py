@@ -234,6 +234,7 @@ def test_an_import_hook_that_does_win_is_refused(opened, editable, repository, m
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
+@pytest.mark.selftest
 def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
     """lorameter is installed here, editable or not; the worker of its other revision imports that revision."""
     here = Path(harness.__file__).parents[1]

@@ -275,6 +275,7 @@ print(status("VmHWM") - before - read_again, elements)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resets and reads VmHWM in /proc")
+@pytest.mark.selftest
 def test_a_random_nf4_build_never_holds_the_model_in_16_bits(directory):
     """Peak resident memory of building 50 million parameters in NF4 grows by far less than their 16-bit size."""
     name = directory({**MID_SIZE, "num_hidden_layers": 16})
