@@ -121,6 +121,15 @@ def test_an_example_does_what_it_says(example, tmp_path):
             assert line.strip() in printed, f"$ {command}\n{printed}\nlacks: {line.strip()}"
 
 
+def test_every_example_can_be_applied(tmp_path):
+    """The lines that it names stand in the packages, once each."""
+    for example in examples():
+        copied = tmp_path / example.title
+        for package in ("harness", "kernels_check"):
+            shutil.copytree(ROOT / package, copied / package, ignore=shutil.ignore_patterns("__pycache__"))
+        apply(example, copied)
+
+
 def test_the_page_counts_its_own_files():
     """The table at its top says how many files of the project each example touches."""
     counted = {
