@@ -632,27 +632,14 @@ def test_replicates_are_measured_on_several_sites_and_replayed(suite):
 
 CLUSTER = """
 import contextlib
+import sys
 import threading
 from harness.run.sites import ray
-from harness.run.sites.orders import read_message
 from harness.run.sites.remote import RemoteStation
+sys.path.insert(0, "ROOT")
+from tests.run.sites.desk_link import DeskLink
 
 meeting = threading.Barrier(2)
-
-class Link:
-    def __init__(self):
-        self.desk = ray.Desk()
-    def ask(self, order):
-        self.desk.order(order)
-        while True:
-            for line in self.desk.fetch():
-                yield line
-                if read_message(line).is_last:
-                    return
-    def end(self):
-        self.desk.end()
-    def close(self):
-        self.desk.close()
 
 class Meeting(Executor):
     alone = True
@@ -665,7 +652,7 @@ class Meeting(Executor):
 @contextlib.contextmanager
 def open_stations(address, wanted=(), *, ranks=1):
     with contextlib.ExitStack() as stack:
-        links = [Link(), Link()]
+        links = [DeskLink(), DeskLink()]
         for link in links:
             stack.callback(link.close)
         yield tuple(RemoteStation(name, link) for name, link in zip(("alpha", "beta"), links))
@@ -680,7 +667,7 @@ Executor = Meeting
 def test_a_session_is_measured_on_a_cluster_and_replayed(suite):
     """Each replicate by one node; what is saved are the durations that they have sent, in the order of replicates."""
     conftest = suite.path / "conftest.py"
-    conftest.write_text(conftest.read_text() + CLUSTER)
+    conftest.write_text(conftest.read_text() + CLUSTER.replace("ROOT", str(Path(__file__).parents[1])))
     result = suite("--lorameter-on=ray", "--benchmark-save=there")
     result.assert_outcomes(passed=6)
     (run,) = (suite.path / ".lorameter" / "runs").iterdir()

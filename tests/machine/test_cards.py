@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.machine.two_cards import MIG, TWO
+
 NOT_SUPPORTED = 3
-TWO = {
-    "count": 2,
-    "0.uuid": "GPU-aaaa1111-0000-0000-0000-000000000000",
-    "0.name": "First",
-    "1.uuid": "GPU-aaaa2222-0000-0000-0000-000000000000",
-    "1.name": "Second",
-}
-MIG = TWO | {"1.mig": 1, "2.parent": 1, "2.uuid": "MIG-bbbb", "2.name": "Second MIG 1g.10gb", "2.total": 10 << 30}
 
 
 def test_how_cards_reach_each_other_is_told(nvml):

@@ -16,8 +16,7 @@ from harness.run.executors import ENV_EXECUTOR, EXECUTORS
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide
 from harness.run.sites import local
-from harness.run.sites.orders import read_message
-from harness.run.sites.ray import Desk
+from tests.run.sites.desk_link import DeskLink
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -42,28 +41,6 @@ r = 4
 name = "large"
 r = 8
 """
-
-
-class DeskLink:
-    """A link to a post in a thread of this process; `cut` may change what it says, or raise."""
-
-    def __init__(self, cut=lambda line: line):
-        self.desk, self.cut, self.closed = Desk(), cut, False
-
-    def ask(self, order):
-        self.desk.order(order)
-        while True:
-            for line in self.desk.fetch():
-                yield self.cut(line)
-                if read_message(line).is_last:
-                    return
-
-    def end(self):
-        self.desk.end()
-
-    def close(self):
-        self.desk.close()
-        self.closed = True
 
 
 @pytest.fixture

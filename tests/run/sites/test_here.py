@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.records import store
+from tests.run.sites.wholeness import sites_of_whole
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
 
@@ -30,17 +31,6 @@ def run(*arguments, runs):
     return store.read_run(str(path), runs)
 
 
-def sites_of(run):
-    """Of each replicate, whose trials are all ok."""
-    assert {record.status for record in run.records} == {"ok"}
-    assert [record.trial for record in run.records] == list(run.manifest.order)
-    sites = {}
-    for record in run.records:
-        sites.setdefault(record.replicate, set()).add(record.site)
-    assert all(len(of_one) == 1 for of_one in sites.values())
-    return set.union(*sites.values())
-
-
 def check_same(spread, alone, results_of):
     assert [results_of(record) for record in spread.records] == [results_of(record) for record in alone.records]
     assert spread.manifest.fingerprint == alone.manifest.fingerprint
@@ -55,7 +45,7 @@ def test_records_of_two_sites_are_those_of_one_device(study, results_of, tmp_pat
     if place == JOBS:
         pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
     spread, alone = run(study(), *place, runs=tmp_path / "there"), run(study(), runs=tmp_path / "here")
-    assert len(sites_of(spread)) == 2
+    assert len(sites_of_whole(spread)) == 2
     check_same(spread, alone, results_of)
 
 
@@ -65,7 +55,7 @@ def test_two_jobs_measure_trials_of_two_ranks(study, results_of, tmp_path):
     path = study(replicates=2)
     path.write_text(path.read_text().replace("[workload]", '[workload]\nranks = 2\nstrategy = "ddp"'))
     spread, alone = run(path, *JOBS, runs=tmp_path / "there"), run(path, runs=tmp_path / "here")
-    assert len(sites_of(spread)) == 2
+    assert len(sites_of_whole(spread)) == 2
     check_same(spread, alone, results_of)
     for record in spread.records:
         judged = {check["path"]: check["status"] for check in record.checks if check["path"].startswith("ranks.")}

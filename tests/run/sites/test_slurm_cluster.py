@@ -22,6 +22,7 @@ import pytest
 
 from harness.records import store
 from harness.run.sites.slurm import FOLDER
+from tests.run.sites.wholeness import sites_of_whole
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
 
@@ -197,17 +198,6 @@ def measuring():
     ]
 
 
-def check_whole(run):
-    """All trials are there and ok, and each replicate is of one site; returns the sites."""
-    assert {record.status for record in run.records} == {"ok"}
-    assert [record.trial for record in run.records] == list(run.manifest.order)
-    sites = {}
-    for record in run.records:
-        sites.setdefault(record.replicate, set()).add(record.site)
-    assert all(len(of_one) == 1 for of_one in sites.values())
-    return set.union(*sites.values())
-
-
 def notices(run, code):
     return [notice.message for notice in run.manifest.notices if notice.code == code]
 
@@ -222,7 +212,7 @@ def test_a_study_is_spread_over_jobs_and_its_records_are_those_of_a_local_run(st
     assert [results_of(record) for record in spread.records] == [results_of(record) for record in local.records]
     assert spread.manifest.fingerprint == local.manifest.fingerprint
     assert spread.manifest.tokens == local.manifest.tokens
-    assert check_whole(spread) == {"n1", "n2"}
+    assert sites_of_whole(spread) == {"n1", "n2"}
     assert not (there / FOLDER).exists()
 
 
@@ -243,7 +233,7 @@ def test_a_job_that_is_requeued_comes_again_and_measures_what_is_left(study, fin
         driver.wait(1800)
     assert driver.returncode == 0, runs.with_name("said").read_text()
     ended = only_run(runs)
-    check_whole(ended)
+    sites_of_whole(ended)
     assert before.items() <= began(ended).items()
     (lost,) = notices(ended, "site-lost")
     assert "its job was cancelled or preempted" in lost
@@ -264,7 +254,7 @@ def test_a_job_that_slurm_preempts_comes_again_and_measures_what_is_left(study, 
         driver.wait(1800)
     assert driver.returncode == 0, runs.with_name("said").read_text()
     ended = only_run(runs)
-    assert check_whole(ended) == {"n1"}
+    assert sites_of_whole(ended) == {"n1"}
     assert before.items() <= began(ended).items()
     (lost,) = notices(ended, "site-lost")
     assert "its job was cancelled or preempted" in lost
@@ -301,7 +291,7 @@ def test_an_ab_has_both_sides_on_each_node(study, tmp_path):
     words = ("--replicates", "2", "--variant", "small", "--phase", "train", "--on", "slurm:sites=2")
     run(study(), *sides, *words, runs=runs, word="ab", codes=(0, 3))
     ended = only_run(runs)
-    assert check_whole(ended) == {"n1", "n2"}
+    assert sites_of_whole(ended) == {"n1", "n2"}
     for one in {record.replicate for record in ended.records}:
         assert {record.side for record in ended.records if record.replicate == one} == {"base", "candidate"}
     for side in ("base", "candidate"):
@@ -339,7 +329,7 @@ def test_jobs_that_are_cancelled_make_room_for_one_that_had_not_started(study, t
         driver.wait(1800)
     assert driver.returncode == 0, runs.with_name("said").read_text()
     ended = only_run(runs)
-    check_whole(ended)
+    sites_of_whole(ended)
     (late,) = notices(ended, "site-not-started")
     assert "has not started within 1 min (PENDING (Resources))" in late
     assert len(notices(ended, "site-lost")) == 2
@@ -356,7 +346,7 @@ def test_a_driver_that_is_killed_is_gone_on_with_and_its_jobs_end(study, tmp_pat
     before = {line["trial"]: line["started_unix_s"] for line in lines(runs) if line["replicate"] == 0}
     run("--resume", only_run(runs).manifest.run, "--on", "slurm:silent_s=60", runs=runs)
     ended = only_run(runs)
-    check_whole(ended)
+    sites_of_whole(ended)
     assert {one.trial: one.started_unix_s for one in ended.records if one.replicate == 0} == before
     assert not (runs / FOLDER).exists()
     wait_for(lambda: not said("squeue", "-h"))
