@@ -193,7 +193,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     import dataclasses
 
     from harness.run.executors import open_executor
-    from harness.run.sites.beside import ROUNDS
+    from harness.run.sites.beside import PAIRS
     from harness.run.sites.venue import open_venue
     from harness.studies.place import HERE, say_on
     from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, rows_for
@@ -235,7 +235,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
                 _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
                 seen.append(calibration_ratio(run, variant.name))
             rows = rows_for(PLANTED, *seen)
-        run = _measured_here(study, variant.name, rows, venue, options, rounds_beside=ROUNDS)
+        run = _measured_here(study, variant.name, rows, venue, options, rounds_beside=PAIRS)
     return _show_calibration(run, options)
 
 

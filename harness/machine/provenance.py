@@ -319,19 +319,19 @@ def _torch_cuda() -> str | None:
     return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
 
 
-def free_device_memory() -> int | None:
+def free_device_memory(environment: Mapping[str, str] | None = None) -> int | None:
     """Free bytes on the first visible device by NVML; None where it does not say."""
-    with _first_gpu() as gpu:
+    with _first_gpu(environment) as gpu:
         memory = None if gpu is None else gpu.memory().value
     return None if memory is None else memory.free
 
 
-def free_bytes(machine: Machine) -> int | None:
+def free_bytes(machine: Machine, environment: Mapping[str, str] | None = None) -> int | None:
     """Memory that processes could take on the measuring device now, or in a container with a limit what that leaves.
 
     None where NVML or the kernel does not say.
     """
-    return free_device_memory() if machine.device == "cuda" else memory_available_bytes().value
+    return free_device_memory(environment) if machine.device == "cuda" else memory_available_bytes().value
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ measured. They are none of the plan's, so they lie in a file of their own beside
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UsageError
@@ -25,15 +27,17 @@ def append(folder: Path, record: TrialRecord) -> None:
     journal.append(folder / FILE, f"{codec.dumps(record)}\n")
 
 
-def read_pairs(folder: Path) -> list[tuple[TrialRecord, TrialRecord]]:
-    """Alone and beside, of each round whose trials are both ok; none where nothing of the kind was measured. A line
-    that a crash cut short is left out."""
-    found: dict[str, dict[str, TrialRecord]] = {}
+def read(folder: Path) -> Iterator[TrialRecord]:
+    """Those of the run in this folder; a line that a crash cut short is left out."""
     for line in journal.lines(folder / FILE):
-        try:
-            record = codec.from_json(TrialRecord, codec.parse(line), FILE)
-        except (UsageError, codec.NotJsonError):
-            continue
+        with contextlib.suppress(UsageError, codec.NotJsonError):
+            yield codec.from_json(TrialRecord, codec.parse(line), FILE)
+
+
+def read_pairs(folder: Path) -> list[tuple[TrialRecord, TrialRecord]]:
+    """Alone and beside, of each round whose trials are both ok; none where nothing of the kind was measured."""
+    found: dict[str, dict[str, TrialRecord]] = {}
+    for record in read(folder):
         how, _, which = record.trial.partition("-")
         if record.status == "ok":
             found.setdefault(which, {})[how] = record

@@ -21,14 +21,15 @@ _KEPT_LETTERS = 40
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, *, anew: bool = False) -> Iterator[Path]:
     """A path beside `target`, to be written to; at the end that file takes the place of what was there.
 
     After an error what was there is there, and nothing is beside it. A link stays one, and what it leads to is
-    replaced. What is there and is no plain file, such as a pipe, is written to as it is.
+    replaced. What is there and is no plain file, such as a pipe, is written to as it is. `anew`: nothing is replaced,
+    and what came to be there meanwhile stays.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk refuses; FileExistsError for what is there and is not to be replaced.
     """
     if inputs.is_there(target) and not inputs.is_file(target):
         yield target
@@ -43,9 +44,27 @@ def replacing(target: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         if inputs.is_file(place):
             shutil.copymode(place, draft)
-        draft.replace(place)
+        if anew:
+            _link(draft, place)
+        else:
+            draft.replace(place)
     except BaseException:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
     sync_folder(place.parent)
+
+
+def _link(draft: Path, place: Path) -> None:
+    """Give the draft its name, which one that is there refuses, as it does no renaming; where the disk knows no links,
+    as good as can be."""
+    try:
+        os.link(draft, place)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place)) from None
+        draft.replace(place)
+    else:
+        draft.unlink()

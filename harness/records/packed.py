@@ -1,6 +1,6 @@
 """A run in one file, as `lorameter pack` makes it: what a run's folder holds of it, in a zip archive.
 
-Whoever reads one gets a folder for the time of reading, so that there is one way to read a run. Nothing but the three
+Whoever reads one gets a folder for the time of reading, so that there is one way to read a run. Nothing but the
 files of a run is taken out, under names of our own, and no more of them than a run can hold: what somebody sends may be
 anything.
 """
@@ -21,7 +21,7 @@ from harness.records.refusals import OF_THE_MACHINE, say_unwritable
 from harness.records.scratch import scratch_folder
 
 SUFFIX = ".lorameter.zip"
-MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")
+MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl", "beside.jsonl")
 """The files of a run that say what was measured; the first is in every run."""
 MOST_BYTES = 4 << 30
 """Of all of them together: three times the run of a hundred thousand trials."""
@@ -102,9 +102,9 @@ def write_packed(target: Path, folder: Path) -> None:
     """Write the run in a folder as one file; equal runs become equal files.
 
     Raises:
-        OSError: the place cannot be written; a file that is there is refused.
+        OSError: the place cannot be written.
     """
-    with zipfile.ZipFile(target, "x", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name in MEMBERS:
             if (folder / name).is_file():
                 info = zipfile.ZipInfo(name)  # its default time, 1980, says nothing of who packed it when

@@ -182,12 +182,12 @@ def read_run(name: str, folder: Path, *, newer: bool = False) -> Run:
         if is_packed(place):
             with unpacked(place) as inside:
                 return dataclasses.replace(_read(inside, place.name, folder, newer=newer), path=place)
-    path = Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name
+    path = Path(name) if inputs.is_file(Path(name) / MANIFEST) else folder / name
     return _read(path, name, folder, newer=newer)
 
 
 def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
-    source = path / "manifest.json"
+    source = path / MANIFEST
     if not inputs.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
@@ -276,4 +276,4 @@ def refusal_while_live(path: Path) -> str:
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
     found = folder.glob("*") if inputs.is_folder(folder) else ()
-    return sorted(path for path in found if os.path.lexists(path / "manifest.json"))
+    return sorted(path for path in found if os.path.lexists(path / MANIFEST))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.errors import UsageError
-from harness.records import codec, inputs, journal, store
+from harness.records import beside, codec, inputs, journal, store
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.outputs import replacing
@@ -74,7 +74,7 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
     with scratch_folder() as folder:
         _write_manifest(folder, manifest, clean, texts="texts" in include)
         _write_records(folder, path, manifest, clean, texts="texts" in include)
-        with say_unwritable(str(target), "Give another --output."), replacing(target) as draft:
+        with say_unwritable(str(target), "Give another --output."), replacing(target, anew=True) as draft:
             write_packed(draft, folder)
     return target
 
@@ -102,11 +102,17 @@ def _write_records(folder: Path, path: Path, manifest: Manifest, clean: Callable
             except (codec.NotJsonError, LostEvidenceError):
                 file.write(DAMAGED)
                 continue
-            data = codec.to_json(record)
-            if not texts:
-                data["tokens"] = {key: value for key, value in data["tokens"].items() if not _OF_TEXT.fullmatch(key)}
-            cleaned = codec.from_json(TrialRecord, clean(data), f"run {manifest.run}")
+            cleaned = _cleaned(record, clean, texts=texts)
             file.write(line_of(cleaned, evidence.add(cleaned.checks)))
+    for record in beside.read(path):
+        beside.append(folder, _cleaned(record, clean, texts=texts))
+
+
+def _cleaned(record: TrialRecord, clean: Callable[[Any], Any], *, texts: bool) -> TrialRecord:
+    data = codec.to_json(record)
+    if not texts:
+        data["tokens"] = {key: value for key, value in data["tokens"].items() if not _OF_TEXT.fullmatch(key)}
+    return codec.from_json(TrialRecord, clean(data), f"trial {record.trial}")
 
 
 def _cleaner(run: Path, include: Collection[Private]) -> Callable[[Any], Any]:

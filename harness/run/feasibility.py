@@ -24,7 +24,6 @@ from harness.run.contenders import Contender, contenders_of, workloads_of
 from harness.run.executors.workplace import shared_notices
 from harness.run.several_adapters import check_adapters
 from harness.run.several_ranks import check_ranks, rank_notices
-from harness.studies.place import HERE
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -84,7 +83,7 @@ def check_feasible(
         shape = shape_of[workload.model]
         _check_attention(where, variant, machine)
         _check_liger(where, variant, machine)
-        check_ranks(where, variant, workload, machine, here=study.protocol.on == HERE)
+        check_ranks(where, variant, workload, machine, here=study.protocol.place.is_plain)
         notices += rank_notices(variant, workload)
         check_adapters(where, variant, workload)
         if variant.tf32 and machine.device == "cpu":

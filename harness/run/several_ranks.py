@@ -35,7 +35,7 @@ def processes_on_device(workload: Workload, device: str) -> int:
 def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool = True) -> None:
     """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy.
 
-    `here`: whether they are started on this machine, by this process; else whoever starts them counts the cards.
+    `here`: whether they take the first cards that this process sees; else whoever chooses their cards counts them.
     """
     if workload.ranks == 1:
         return

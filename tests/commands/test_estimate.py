@@ -40,7 +40,7 @@ def test_json_is_one_document_with_both_phases(capsys, tmp_path):
 
 def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_run, tmp_path, monkeypatch, machine):
     """The largest peak of that variant and workload on this machine."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
         "harness.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
@@ -58,7 +58,7 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
 
 def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run, tmp_path, monkeypatch, machine):
     """Not of the constant, where a trial has begun on this machine with these libraries."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     libraries = {name: provenance.library_version(name) for name in ("torch", "transformers")}
     write_run(
         "earlier", {"plain": [1.0]}, facts={"libraries": libraries},
@@ -126,8 +126,8 @@ gradient_checkpointing = true
 def estimated(capsys, tmp_path, monkeypatch, machine):
     """A function that estimates for a study of Llama-2-7B, six sequences of 1024 tokens, on a machine without a card;
     returns the document."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
-    monkeypatch.setattr(provenance, "free_bytes", lambda _: 6 * 2**30)
+    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
+    monkeypatch.setattr(provenance, "free_bytes", lambda machine, environment=None: 6 * 2**30)
     (tmp_path / "wide.toml").write_text(WIDE)
 
     def run(variant, *options):
@@ -203,7 +203,7 @@ def test_peaks_of_a_cpu_are_not_set_beside_those_of_a_card(
     capsys, small_study, write_run, tmp_path, monkeypatch, machine
 ):
     """Today's run was of another device."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
         "harness.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
@@ -218,7 +218,7 @@ def test_peaks_of_a_cpu_are_not_set_beside_those_of_a_card(
 @pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])
 def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, monkeypatch):
     """The study is not read and the machine is not asked; each of the ways is among the tests of the cards."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: pytest.fail("asked"))
     assert main(["estimate", "no-such-study", f"--gpu={text}"]) == 2
     said = capsys.readouterr().err
     assert "--gpu" in said
@@ -227,7 +227,7 @@ def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, m
 
 def test_several_ranks_are_refused_where_it_is_asked_what_fits(capsys, tmp_path, machine, monkeypatch):
     """And estimated as before where it is not."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     (tmp_path / "two.toml").write_text(WIDE.replace("batch_size = 6", 'batch_size = 6\nranks = 2\nstrategy = "ddp"'))
     spec = [f"{tmp_path / 'two.toml'}:lora", "--runs-dir", str(tmp_path / "runs")]
     assert main(["estimate", *spec]) == 0

@@ -138,3 +138,27 @@ def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="named: cannot be written: Permission denied"):
         write_text("after", tmp_path / "named")
     assert (tmp_path / "named").read_text() == "before"
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["a disk with links", "a disk without"])
+def test_what_came_to_be_there_meanwhile_is_not_replaced(tmp_path, monkeypatch, links):
+    """Where a file is to be anew; where nothing came it is there, and no draft is."""
+    if not links:
+
+        def refuse(*names):
+            raise PermissionError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    with replacing(tmp_path / "first", anew=True) as draft:
+        draft.write_text("ours")
+    assert (tmp_path / "first").read_text() == "ours"
+
+    def write():
+        with replacing(tmp_path / "second", anew=True) as draft:
+            draft.write_text("ours")
+            (tmp_path / "second").write_text("theirs")
+
+    with pytest.raises(FileExistsError):
+        write()
+    assert (tmp_path / "second").read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]

@@ -62,7 +62,7 @@ def on_the_constructed_machine(monkeypatch: Any) -> None:
     machine = found("Machine")(**MACHINE)
     replace(monkeypatch, "probe_machine", lambda environment=None: machine)
     replace(monkeypatch, "library_version", LIBRARIES.get)
-    replace(monkeypatch, "free_bytes", lambda _: FREE_BYTES)
+    replace(monkeypatch, "free_bytes", lambda machine, environment=None: FREE_BYTES)
     replace(monkeypatch, "_matrix_rate", lambda: MATRIX_RATE)
 
 

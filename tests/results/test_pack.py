@@ -15,7 +15,7 @@ from harness import cli
 from harness.commands import housekeeping
 from harness.commands.documents_of_many import PackedOf
 from harness.errors import UsageError
-from harness.records import packed, store
+from harness.records import beside, packed, store
 from harness.records.document import write_document
 from harness.records.locks import alone
 from harness.records.record import Failure, Notice
@@ -202,3 +202,17 @@ def test_a_packed_run_is_not_gone_on_with(private, capsys):
     pack("mine", private.parent)
     assert cli.main(["run", "--resume", "mine.lorameter.zip"]) == 2
     assert "packed" in capsys.readouterr().err
+
+
+def test_what_neighbours_cost_is_packed_with_its_samples(private, tmp_path):
+    """As the trials are: every sample, and nothing of whose machine it was."""
+    run, samples = private, {"step_time_s": (0.1, 0.2)}
+    record = store.read_run(str(run), run.parent).records[0].replaced(status="ok", failure=None, samples=samples)
+    assert HOST in str(record)
+    for trial in ("alone-0-card", "beside-0-card"):
+        beside.append(run, record.replaced(trial=trial))
+    target = pack(str(run), run.parent, tmp_path / "x.zip")
+    assert HOST not in content(target)["beside.jsonl"]
+    with packed.unpacked(target) as folder:
+        ((one, other),) = beside.read_pairs(folder)
+    assert one.samples == other.samples == samples

@@ -120,6 +120,9 @@ def test_ranks_on_parts_of_one_card_are_refused(small_study, machine, monkeypatc
         else contextlib.nullcontext()
     ):
         check_feasible(of_ranks(small_study), there)
+    study = of_ranks(small_study)  # whose sites name the cards: they are judged where those are known
+    protocol = dataclasses.replace(study.protocol, sites=("2+3",))
+    check_feasible(dataclasses.replace(study, protocol=protocol), there)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, shorten
 from harness.machine import provenance
 from harness.machine.processes import CPUS, FAULTS, PARENT, exit_words
-from harness.machine.provenance import Facts
+from harness.machine.provenance import Facts, Machine
 from harness.models import bases
 from harness.records import codec
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
@@ -100,6 +100,14 @@ class LocalExecutor(Here):
             return 1
         return max(1, machine.cpus // threads)
 
+    def machine(self) -> Machine:
+        """The present one, with the card that the host's processes see first."""
+        return provenance.probe_machine(self._host.variables(os.environ))
+
+    def free_bytes(self) -> int | None:
+        """On that card, or in this container, now."""
+        return provenance.free_bytes(self.machine(), self._host.variables(os.environ))
+
     def device_id(self) -> str:
         """The CPU, all of it, or the card that the host's processes see first, by its own number."""
         return provenance.device_id(self._host.variables(os.environ))
@@ -107,9 +115,8 @@ class LocalExecutor(Here):
     def facts(self) -> Facts:
         """Of the present machine and the card that the host's processes see first, and of the host if that is another.
         Raises `UsageError` if it does not answer."""
-        variables = self._host.variables(os.environ)
-        machine, host = provenance.probe_machine(variables), None if self._host == Host() else describe(self._host)
-        return provenance.read_facts(machine, host, variables)
+        host = None if self._host == Host() else describe(self._host)
+        return provenance.read_facts(self.machine(), host, self._host.variables(os.environ))
 
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""

@@ -23,9 +23,9 @@ from harness.run.plan import Group, Plan, Slot
 from harness.run.sites.spread import JOIN_S
 from harness.run.sites.station import Station
 
-ROUNDS = 6
+PAIRS = 6
 """Pairs; each takes as long as two trials of a replicate."""
-LEAST_ROUNDS = 2
+LEAST_PAIRS = 2
 """Fewer have no interval."""
 NEIGHBOUR = "neighbour"
 
@@ -34,7 +34,7 @@ def measure_beside(
     plan: Plan,
     stations: Sequence[Station],
     save: Callable[[TrialRecord], None],
-    rounds: int = ROUNDS,
+    rounds: int = PAIRS,
     budget: Budget | None = None,
 ) -> None:
     """Have the first station measure the plan's reference alone and beside the others; its records are saved. What the
@@ -52,7 +52,7 @@ def measure_beside(
         begin = budget.clock()
         for how in drawn.sample((ALONE, BESIDE), 2):
             _measure(plan, first, others if how == BESIDE else (), how, number, save)
-        if number + 1 >= LEAST_ROUNDS and budget.clock() - begin > budget.left_s / 2:
+        if number + 1 >= LEAST_PAIRS and budget.clock() - begin > budget.left_s / 2:
             return
 
 

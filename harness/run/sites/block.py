@@ -141,8 +141,8 @@ class Post:
             raise InvalidRunError("it was not asked what it is.")
         self._plan = plan = read_plan(order.plan)
         machine = self._open().machine()
-        for slot in plan.slots:
-            check_ranks(f"variant {slot.variant.name!r}", slot.variant, slot.workload, machine)
+        for variant, workload in {slot.variant.name: (slot.variant, slot.workload) for slot in plan.slots}.values():
+            check_ranks(f"variant {variant.name!r}", variant, workload, machine)
         self._folder = self._stack.enter_context(scratch_folder())
         hosts = self._put_up(order.plan.sides, say)
         for slot in {slot.arm: slot for slot in plan.slots}.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError, UsageError
@@ -44,8 +44,6 @@ class Ground:
     host: Host
     machine: str = ""
     """The kind of it, for a reader."""
-    cards: tuple[str, ...] = ()
-    """What CUDA_VISIBLE_DEVICES calls those that it takes."""
 
     def of(self, host: Host) -> Host:
         """Another host, of one side of an A/B, on this site."""
@@ -101,7 +99,7 @@ def _ground(what: str, numbers: Sequence[int], cpus: Sequence[int], cards: Seque
     seen = {VARIABLE: ",".join(cards)} if cards else {}
     host = Host(environment={**seen, CPUS: ",".join(map(str, cpus))})
     name = "-".join([what, *map(str, numbers)])
-    return Ground(name=name, host=host, machine=say_kind(machine), cards=tuple(cards))
+    return Ground(name=name, host=host, machine=say_kind(machine))
 
 
 def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int]]:
@@ -147,23 +145,12 @@ def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> lis
     return found
 
 
-def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
-    """An executor for each card of each site, or for its CPUs, that answers for it; nothing is started."""
-    for ground in sites:
-        yield from _executors(ground.host, ground.cards)
-
-
 def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
     """An executor for each card that the ranks of a trial take in a host, the first of those that it sees, or for what
     it has instead; nothing is started."""
     taken = visible_cards(host.variables(os.environ)).value or () if ranks > 1 else ()
-    return [*_executors(host, [str(card.entry) for card in taken[:ranks]])]
-
-
-def _executors(host: Host, cards: Sequence[str]) -> Iterator[Executor]:
-    for card in cards or (None,):
-        seen = {} if card is None else {VARIABLE: card}
-        yield open_executor(host=dataclasses.replace(host, environment={**host.environment, **seen}))
+    seen = [{VARIABLE: str(card.entry)} for card in taken[:ranks]] or [{}]
+    return [open_executor(host=dataclasses.replace(host, environment=host.environment | one)) for one in seen]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

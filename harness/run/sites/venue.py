@@ -21,7 +21,7 @@ from harness.run.executors import open_executor
 from harness.run.executors.host import Host
 from harness.run.plan import Plan
 from harness.run.sites.joining import Arrivals
-from harness.run.sites.local import Ground, check_spreadable, executors_of, executors_of_ranks, local_sites
+from harness.run.sites.local import Ground, check_spreadable, executors_of_ranks, local_sites
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.together import describe_all, free_bytes_of, hold_all, those_that_answer
 from harness.studies.place import HERE, Place, is_batch, read_asked
@@ -95,8 +95,9 @@ class Venue:
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
         """Meanwhile nobody else measures on its devices; says whether somebody had to be waited for."""
         if not self.stations:
-            mine = [*executors_of(self.grounds)] or executors_of_ranks(Host(), self.ranks)
-            with hold_devices(mine, if_busy) as waited:
+            hosts = [ground.host for ground in self.grounds] or [Host()]
+            taken = [one for host in hosts for one in executors_of_ranks(host, self.ranks)]
+            with hold_devices(taken, if_busy) as waited:
                 yield waited
             return
         if self.arrivals is not None:
@@ -122,7 +123,8 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
         return
     check_spreadable(study, place)  # before anything waits in a queue
     if place.on == HERE:
-        yield Venue(said=place.said, grounds=local_sites(place.sites, open_executor().machine(), mixed=place.mixed))
+        grounds = local_sites(place.sites, open_executor().machine(), mixed=place.mixed)
+        yield Venue(said=place.said, grounds=grounds, ranks=ranks)
     elif is_batch(place.on):
         with _open_jobs(place, runs_dir, ranks) as venue:
             yield venue

@@ -37,7 +37,13 @@ def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=Non
         )
         for number, (entry, name, limit) in enumerate(zip(entries, names, limits, strict=False))
     )  # fmt: skip
-    monkeypatch.setattr(local, "visible_cards", lambda environment=None: Reading(value=found))
+
+    def visible(environment=None):
+        named = (environment or {}).get("CUDA_VISIBLE_DEVICES")
+        by_entry = {str(card.entry): card for card in found}
+        return Reading(value=found if named is None else tuple(by_entry[entry] for entry in named.split(",")))
+
+    monkeypatch.setattr(local, "visible_cards", visible)
 
 
 def test_sites_of_a_cpu_share_no_core(machine):
@@ -104,7 +110,8 @@ def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
     there = dataclasses.replace(machine, device="cuda")
     with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one card"):
         local_sites(("0", "1", "2"), there, mixed=mixed)
-    assert [site.cards for site in local_sites(("0", "2"), there)] == [("MIG-a",), ("MIG-c",)]
+    sites = local_sites(("0", "2"), there)
+    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["MIG-a", "MIG-c"]
 
 
 def test_each_card_that_ranks_take_is_held(monkeypatch):
@@ -137,7 +144,8 @@ def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(mach
         {"CUDA_VISIBLE_DEVICES": "3,0", "LORAMETER_CPUS": "6,7"},
     ]
     monkeypatch.setattr(local, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
-    assert list(local.executors_of(sites)) == ["1", "2", "3", "0"]
+    taken = [local.executors_of_ranks(site.host, 2) for site in sites]
+    assert taken == [["1", "2"], ["3", "0"]]
     with pytest.raises(
         UsageError, match=r"ranks of one trial would be on cards of different kinds \(A100 at 700 W, H100"
     ):
