@@ -98,7 +98,7 @@ def _compared(
     from harness.run.ab import measure_ab, plan_ab
     from harness.run.executors import open_executor
     from harness.run.steps import find_measured
-    from harness.verdicts.outcome import without_numbers
+    from harness.verdicts.series import without_numbers
 
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
@@ -139,7 +139,7 @@ def _compared(
 
 def _judged(run: Run, metric: str) -> Comparison:
     from harness.verdicts.ab import report_of
-    from harness.verdicts.outcome import without_numbers
+    from harness.verdicts.series import without_numbers
 
     compared = report_of(run, metrics=[metric]).comparisons
     return compared[0].comparison if compared else without_numbers("invalid", f"run {run.manifest.run}: no number")

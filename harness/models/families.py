@@ -6,7 +6,7 @@ that is not there is unknown to all of these numbers alike: none of them is gues
 one with other layers needs a function that gives them.
 
 What the formulas take from a family is its layers and their order: a block attends first and then expands, adds both
-to its stream, and normalises before each.
+to its stream, and normalises before each, and after it where the family says so.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Family:
     """What is known of one model type."""
 
     model_type: str
-    """As config.json and GGUF call it."""
+    """As config.json calls it."""
     layers: Callable[[ModelShape], Layers]
     parents: tuple[str, ...] = ("self_attn", "mlp")
     """Modules of a block that hold them; a target may name one before the layer."""
@@ -58,13 +58,23 @@ class Family:
     """What PEFT adapts where a variant names nothing; empty where PEFT wants them named."""
     normed_heads: bool = False
     """Whether each head's query and key are normalised."""
+    norms: int = 2
+    """Of a block, each over its stream: before attention and feed-forward part, and after them where there are four."""
+    shifted_norms: bool = False
+    """Whether a norm multiplies by 1 plus its weight, which is a tensor of its own."""
+    global_every: int = 0
+    """Of so many blocks one attends to all positions, by rotations of its own, and the others to a window; 0 where all
+    blocks are alike."""
+    package: str = ""
+    """The package of transformers that defines it; empty where it has the type's name."""
     preloaded: bool = False
     """Whether the catalogue has models of it, for which its module is imported before any trial."""
 
     @property
     def module(self) -> str:
         """Where transformers defines it."""
-        return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+        package = self.package or self.model_type
+        return f"transformers.models.{package}.modeling_{package}"
 
 
 def llama_layers(shape: ModelShape) -> Layers:
@@ -100,7 +110,17 @@ def phi3_layers(shape: ModelShape) -> Layers:
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="gemma", layers=llama_layers, tied=True, preloaded=True),
+        Family(model_type="gemma", layers=llama_layers, tied=True, shifted_norms=True, preloaded=True),
+        Family(
+            model_type="gemma3_text",
+            layers=llama_layers,
+            tied=True,
+            normed_heads=True,
+            norms=4,
+            shifted_norms=True,
+            global_every=6,
+            package="gemma3",
+        ),
         Family(model_type="llama", layers=llama_layers, preloaded=True),
         Family(model_type="mistral", layers=llama_layers, preloaded=True),
         Family(model_type="phi3", layers=phi3_layers, targets=()),

@@ -101,6 +101,10 @@ _GGUF_KEYS: dict[str, tuple[str, ...]] = {
 """The same in GGUF, each after "ARCHITECTURE." (gguf specification, section "LLM")."""
 
 
+_CONFIG_TYPES = {"gemma3": "gemma3_text"}
+"""Model types by what GGUF calls them, where these are two names."""
+
+
 _MOST: dict[str, int] = {
     "hidden_size": 2**20,
     "intermediate_size": 2**24,
@@ -129,6 +133,7 @@ def _gguf_shape(source: ModelSource) -> ModelShape:
     header = gguf_of(Path(source.location))
     architecture = str(header.values.get("general.architecture", "unknown"))
     prefix = f"{architecture}."
+    architecture = _CONFIG_TYPES.get(architecture, architecture)
     own = {name.removeprefix(prefix): value for name, value in header.values.items() if name.startswith(prefix)}
     values = {key: _first(own, names) for key, names in _GGUF_KEYS.items()}
     if values["vocab_size"] is None:

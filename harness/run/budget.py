@@ -2,10 +2,10 @@
 
 A limit that cut off whatever comes last would measure the first variants well, the last ones not at all, and leave a
 phase without a number. So what is dropped are whole rounds, for all trials that take turns alike. Two rounds of each
-kind are measured in any case; what is left of the limit after that least of everything that is still to come is the
-surplus. It is shared among the replicates to come and, in each of them, among its kinds of round in proportion to what
-their planned rounds take. Costs are those that the run has seen (`harness.run.costs`), so a replicate that turns out
-slower takes from its own surplus.
+kind are measured in any case, or one of requests that no other replicate has; what is left of the limit after that
+least of everything that is still to come is the surplus. It is shared among the replicates to come and, in each of
+them, among its kinds of round in proportion to what their planned rounds take. Costs are those that the run has seen
+(`harness.run.costs`), so a replicate that turns out slower takes from its own surplus.
 
 Processes differ more from each other than steps in one of them do, and one replicate has no interval. So the time is
 spread over as many replicates as give one to rest on; what is paid once a run (the profile for the evidence, a warm-up
@@ -24,7 +24,7 @@ from harness.errors import UsageError
 from harness.records.units import format_duration
 from harness.run.costs import BEFORE, LEAST_ROUNDS, PREPARING, ROUND_KINDS, Work, name_of, work_in
 from harness.run.plan import Group, Plan
-from harness.run.thinning import SOUGHT_REPLICATES, may_leave_out, thinned
+from harness.run.thinning import SOUGHT_REPLICATES, may_leave_out, parts_in, thinned
 from harness.run.timekeeper import Timekeeper
 from harness.studies.command import RoundKind
 from harness.studies.study import Study
@@ -34,6 +34,8 @@ LATE_SHARE = 0.1
 """A limit is kept within this share of it."""
 GRACE_SHARE = 0.05
 """The share of a limit by which a replicate may be late without which there would be too few for an interval."""
+ROUNDED_SHARE = 0.02
+"""The share of a limit by which a round may be late of which more than half fits."""
 FULL_TURNS = 4
 """Timed turns of several steps are taken where so many of them fit, and of one step where they do not: pairs count for
 more than steps."""
@@ -153,9 +155,14 @@ class Budget(Timekeeper):
 
         def fits(some: Sequence[Group]) -> bool:
             needless = self._takes_peaks_live and any(not group.turns for group in some)
-            return not needless and left * (self.least_s(plan.study, some) or 0.0) <= self.left_s
+            return not needless and left * self._decent_s(plan.study, some) <= self.left_s
 
         return self._thinned(plan, groups, fits)
+
+    def _decent_s(self, study: Study, groups: Sequence[Group]) -> float:
+        """Seconds of a replicate with as many single steps as are worth leaving out other things for."""
+        steps = work_in(study, groups, most=FULL_TURNS)["steps"] - work_in(study, groups, most=LEAST_ROUNDS)["steps"]
+        return (self.least_s(study, groups) or 0.0) + self.costs.of_work({"steps": steps})
 
     @property
     def _takes_peaks_live(self) -> bool:
@@ -253,13 +260,14 @@ class Budget(Timekeeper):
         self._close_gap()
         begin = self.clock()
         surplus_s = self._surplus_of(kind, len(planned) * trials * each)
-        least = 0 if kind == "epochs" else LEAST_ROUNDS
+        least = self._least(kind)
         # What was set aside for the least is of turns of one step, and nothing where no round was known.
         apart = least / each if self.costs.of_round(kind) is not None else 0.0
         done = 0
         for one in islice(chain(planned, more or ()), self._limit_rounds(kind, len(planned), more is not None)):
             a_round = (self.clock() - begin) / done if done else trials * each * (self.costs.of_round(kind) or 0.0)
-            if done >= least and (done + 1 - apart) * a_round > surplus_s:
+            late_s = (done + 1 - apart) * a_round - surplus_s
+            if done >= least and late_s > min(a_round / 2, ROUNDED_SHARE * (self._limit_s or 0.0)):
                 break
             yield one
             done += 1
@@ -268,6 +276,14 @@ class Budget(Timekeeper):
             self.costs.note(kind, self._gap_begin - begin, done * trials * each)
         if done < len(planned) and self._group is not None:
             self._caps[self._group.replicate, kind] = done
+
+    def _least(self, kind: RoundKind) -> int:
+        """Rounds that are taken whatever the time. One request is enough where no other replicate will have any: no
+        number of them has an interval then, and the time is worth more to what has one."""
+        if kind == "epochs":
+            return 0
+        alone = self.is_tight and bool(self._following) and kind not in ("steps", *parts_in(self._following))
+        return 1 if alone else LEAST_ROUNDS
 
     def _limit_rounds(self, kind: RoundKind, planned: int, extends: bool) -> int:
         """Rounds that are taken at most: as allowed, but no more than the trials of this replicate before this one."""

@@ -113,7 +113,7 @@ class Conductor:
     @property
     def _serves(self) -> bool:
         """Whether anything is measured of its trials beside their steps."""
-        served = set(parts_in([self._group])) - {"steps", "peaks"}
+        served = set(parts_in([self._group])) - {"steps", "peaks", "losses"}
         return bool(served) or not self._group.turns
 
     @property

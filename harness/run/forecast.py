@@ -17,7 +17,14 @@ from harness.errors import LorameterError
 from harness.machine.provenance import Machine, library_version
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, base_bytes, birth_bytes, estimate_peak, stored_dtype
+from harness.models.costs.memory import (
+    CUDA_CONTEXT_BYTES,
+    base_bytes,
+    birth_bytes,
+    estimate_peak,
+    passing_bytes,
+    stored_dtype,
+)
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
@@ -90,18 +97,28 @@ def _within_limit(plan: Plan, time_s: float | None, basis: str) -> tuple[float |
 
 
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine) -> int | None:
-    """What is live together: each process counts with the largest of its trials, and a base that they map once."""
+    """What is live together: each process counts with the largest of its trials, and once what they have once."""
     total = total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
     first = [launch[0] for launch in group.launches]
-    return total and total - _mapped_again([(slot.variant, slot.workload) for slot in first], machine)
+    return total and total - _had_once([(slot.variant, slot.workload) for slot in first], machine)
+
+
+def _had_once(processes: Sequence[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes by which the peaks of these processes add up to more than they take together on a CPU."""
+    return (_mapped_again(processes, machine) + _given_back(processes, machine)) if machine.device == "cpu" else 0
+
+
+def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes in the peak of each that only those hold which compute, no more than there are CPUs: logits."""
+    shape_of = ((workload, shapes.shape(catalogue.resolve(workload.model))) for _, workload in processes)
+    passing = sorted(0 if unknown_layers(shape) else passing_bytes(workload, shape) for workload, shape in shape_of)
+    return sum(passing[: -machine.cpus])
 
 
 def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
     """Bytes that these processes, each counted for itself, have in common: a base that is not quantised is mapped from
-    one file on a CPU. Of a quantised one each may come to have layers of its own (`harness.trial.building.packing`),
+    one file. Of a quantised one each may come to have layers of its own (`harness.trial.building.packing`),
     as of one that the adapter's initialisation or the training of its biases rewrites."""
-    if machine.device != "cpu":
-        return 0
     seen: set[BaseKey] = set()
     again = 0
     for variant, workload in processes:
@@ -133,13 +150,13 @@ def _known(sizes: Iterable[int | None]) -> list[int] | None:
 
 
 def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int | None:
-    """Expected memory of one live process for each member, with what they map together once; None where that of one is
-    not known."""
+    """Expected memory of one live process for each member, with what they have once counted once; None where that of
+    one is not known."""
     needs = needed_bytes(members, workload, machine, runs)
     total = total_of(needs[variant.name] for variant in members)
     if total is None or workload.model == OWN:
         return total
-    return total - _mapped_again([(variant, workload) for variant in members], machine)
+    return total - _had_once([(variant, workload) for variant in members], machine)
 
 
 def needed_bytes(

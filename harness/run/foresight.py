@@ -16,7 +16,7 @@ from harness.run.costs import HELD_OUT, MERGING, PREPARING, SERVING
 from harness.run.plan import Group, Plan, Slot
 from harness.run.sheet import Sheet
 from harness.run.site import Site
-from harness.stats import steady_after
+from harness.stats import steady_together
 
 PROFILED_STEPS = 4
 """What a check under the profiler is worth in steps, with the probe of packed records that one trial a base makes."""
@@ -88,7 +88,7 @@ class Foresight:
         counts = warm_ups(sheet)
         if counts and not shared:
             known = self._budget.warm_up_steps or 1  # of the trials before these, where each is a group of its own
-            self._budget.warm_up_steps = max(known, *(steady_after(times) for times in _times(sheet)))
+            self._budget.warm_up_steps = max(known, steady_together(_times(sheet)))
         self._budget.expect("steps", self._step_s)
         beside_s = self._step_s / self._lanes
         self._budget.expect_gap(HELD_OUT, self._group, beside_s)

@@ -186,11 +186,11 @@ def make_plan(
         )
         for panel in _panels(contenders, shuffler):
             orders = _orders(panel, solo_measures, shuffler, twin=study.claims_peaks)
-            live = [slot(one, replicate, interleaving, live_measures) for one in next(orders)]
+            live = [slot(one, replicate, interleaving, _own(one, live_measures, cold)) for one in next(orders)]
             groups += _group_slots(live, study, shuffler)
             if _has_solo(study, solo_measures, replicate):
                 for one in next(orders):
-                    solo = slot(one, replicate, "replicates", solo_measures)
+                    solo = slot(one, replicate, "replicates", _own(one, solo_measures, cold))
                     groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
     return Plan(
         study=study,
@@ -284,6 +284,12 @@ def _cold_replicates(study: Study, contenders: Sequence[Contender]) -> int:
     if asked or any(metric in METRICS and METRICS[metric].phase == "cold" for metric in claimed):
         return protocol.replicates
     return 1 if protocol.max_minutes is not None else COLD_REPLICATES
+
+
+def _own(contender: Contender, measures: tuple[Measure, ...], cold: int) -> tuple[Measure, ...]:
+    """What one of them measures: a control tells what the difference of nothing looks like, and one cold start of each
+    has no interval to tell it by."""
+    return tuple(one for one in measures if one != "cold" or contender.role == "variant" or cold > 1)
 
 
 def _cold_live(study: Study, contenders: Sequence[Contender]) -> bool:

@@ -26,7 +26,7 @@ from harness.stats.quantiles import QuantileEstimate, effective_size, median_int
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
 from harness.stats.verdict import Comparison, Verdict
-from harness.stats.warmup import is_steady, steady_after
+from harness.stats.warmup import is_steady, steady_after, steady_together
 
 __all__ = [
     "MOST_ADVISED",
@@ -67,5 +67,6 @@ __all__ = [
     "sd_between",
     "sd_interval",
     "steady_after",
+    "steady_together",
     "step_down",
 ]

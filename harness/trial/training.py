@@ -51,8 +51,9 @@ class _Parts:
     seat: Seat
 
 
-BRIEF_WINDOW = 1
-"""Steps of the windows that a warm-up is judged by where minutes are short; else the statistics' own."""
+BRIEF: Mapping[str, Any] = {"window": 1, "tolerance": 0.05}
+"""What a warm-up is judged by where minutes are short, else as the statistics do: one step by the one before it, which
+differ by more than two in a hundred of themselves."""
 
 
 class Training:
@@ -220,7 +221,7 @@ class Training:
         has fewer steps decide.
         """
         protocol, told = self._request.protocol, self._request.warm_up_steps
-        window = {"window": BRIEF_WINDOW} if brief else {}
+        judged_by = BRIEF if brief else {}
         most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
         if self._sees_peaks:
             self._gauge.begin()  # to the last step is the training phase; the check's memory is not in its peak
@@ -231,11 +232,11 @@ class Training:
             times.append(lap.time_s)
             losses.append(loss)
             enough = len(times) + self._request.natural >= protocol.warmup_steps_min
-            if told is None and enough and is_steady(times, **window):
+            if told is None and enough and is_steady(times, **judged_by):
                 break
         fragment = Fragment(
             samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
-            values={"warmup_steady": float(is_steady(times, **window))} if self._timed and told is None else {},
+            values={"warmup_steady": float(is_steady(times, **judged_by))} if self._timed and told is None else {},
         )
         return self._judged(fragment, losses)
 

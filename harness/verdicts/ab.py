@@ -26,9 +26,17 @@ from harness.verdicts.comparand import Difference, Measurements, is_memory, meas
 from harness.verdicts.judging import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
 from harness.verdicts.mixed import fault_of_sites, is_mixed, join_notices, runs_of_sites
 from harness.verdicts.notices import run_notices
-from harness.verdicts.outcome import ComparisonReport, without_numbers
+from harness.verdicts.outcome import ComparisonReport
 from harness.verdicts.sameness import losses_of_run, sides_of_run
-from harness.verdicts.series import Series, compare_series, pairing_of, pairs_of, series_of, without_equivalent
+from harness.verdicts.series import (
+    Series,
+    compare_series,
+    pairing_of,
+    pairs_of,
+    series_of,
+    without_equivalent,
+    without_numbers,
+)
 from harness.verdicts.software import say_versions, versions_by_name
 from harness.verdicts.standing import control_faults, control_of, newer_faults, phases_of, run_faults, say_broken
 

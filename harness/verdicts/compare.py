@@ -40,8 +40,8 @@ from harness.verdicts.judging import (
     matching,
     rows_of,
 )
-from harness.verdicts.outcome import ComparisonReport, without_numbers
-from harness.verdicts.series import without_equivalent
+from harness.verdicts.outcome import ComparisonReport
+from harness.verdicts.series import without_equivalent, without_numbers
 
 INTERLEAVING: Interleaving = "separate"
 FEWEST_FOR_SHIFT = 6

@@ -17,8 +17,8 @@ from harness.stats import Comparison, KeptPairs, Pairing, compare_bytes
 from harness.stats.comparison import decide_family, effect_of
 from harness.stats.effect import Effect
 from harness.verdicts.comparand import Measurements, is_memory
-from harness.verdicts.outcome import Compared, without_numbers
-from harness.verdicts.series import oriented, with_drops
+from harness.verdicts.outcome import Compared
+from harness.verdicts.series import oriented, with_drops, without_numbers
 
 TOLERANCE = 0.01
 MARGIN = 0.05

@@ -235,7 +235,7 @@ def _disturbed(run: Run) -> Iterator[Notice]:
 
 
 def _control(title: str, control: Comparison) -> Iterator[Notice]:
-    ratio = format_ratio(control.ratio, control.low, control.high)
+    ratio = control.reason if control.ratio is None else format_ratio(control.ratio, control.low, control.high)
     if is_difference(control):
         yield Notice(
             code="control-failed",

@@ -92,20 +92,6 @@ class ComparisonReport:
     """Whether the losses of both sides agree, by variant; empty where nobody has looked."""
 
 
-def without_numbers(verdict: Verdict, reason: str) -> Comparison:
-    """A verdict where there was nothing to compute, or where the numbers must not be believed."""
-    return Comparison(
-        verdict=verdict,
-        ratio=None,
-        low=None,
-        high=None,
-        reason=reason,
-        replicates=0,
-        replicates_needed=None,
-        mde80=None,
-    )
-
-
 def worst(codes: Iterable[int]) -> int:
     """The exit code that wins; a code that is not of the contract counts as an unexpected error."""
     ranks = [PRECEDENCE.index(code) if code in PRECEDENCE else 0 for code in codes]

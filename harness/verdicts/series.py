@@ -25,6 +25,7 @@ from harness.stats import (
     KeptPairs,
     Pairing,
     QuantileEstimate,
+    Verdict,
     compare_family,
     compare_trials,
     effective_size,
@@ -294,6 +295,20 @@ def _trained_alike(base: TrialRecord, candidate: TrialRecord) -> bool:
 def is_difference(comparison: Comparison) -> bool:
     """Whether the sides differ, either way; of a control it says that nothing beside it can be believed."""
     return comparison.verdict in ("improved", "regressed")
+
+
+def without_numbers(verdict: Verdict, reason: str) -> Comparison:
+    """A verdict where there was nothing to compute, or where the numbers must not be believed."""
+    return Comparison(
+        verdict=verdict,
+        ratio=None,
+        low=None,
+        high=None,
+        reason=reason,
+        replicates=0,
+        replicates_needed=None,
+        mde80=None,
+    )
 
 
 def without_equivalent(comparison: Comparison, reason: str) -> Comparison:

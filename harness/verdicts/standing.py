@@ -22,8 +22,10 @@ from harness.verdicts.series import (
     is_difference,
     series_of,
     without_equivalent,
+    without_numbers,
 )
 
+ONE_REPLICATE = "one replicate gives no interval, so the reference was not measured twice in it"
 MOST_FAULTS = 3
 """Faults that are spelt out; a crash at the start of every trial has as many as there are trials."""
 
@@ -64,7 +66,7 @@ def standing_of(run: Run, study: Study) -> Standing:
     groups = series_of(run.records)
     primary = {phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)}
     controls = {
-        phase: control_of(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
+        phase: _control(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
     }
     asked = () if followed_alone(run, study) else controls.items()
     return Standing(
@@ -144,6 +146,17 @@ def say_broken(run: str, faults: Sequence[str]) -> str | None:
 def phases_of(run: Run) -> tuple[Phase, ...]:
     """What a run measured, in the order in which phases are shown."""
     return tuple(phase for phase in PHASES if phase in run.manifest.phases)
+
+
+def _control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
+    """As `control_of`; undecided where the twin was left out because one replicate gives nothing an interval
+    (`harness.run.plan`)."""
+    found = control_of(groups, name, metric, family=family)
+    reference, twin = groups.get((name, "variant")), groups.get((name, "control"))
+    if found is not None or reference is None or twin is None:
+        return found
+    most = max(len(series.measured(metric)) for series in groups.values())
+    return without_numbers("inconclusive", ONE_REPLICATE) if most == 1 and not twin.measured(metric) else None
 
 
 def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:

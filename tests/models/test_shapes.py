@@ -163,12 +163,14 @@ def test_configurations_that_are_no_model(tmp_path):
         shapes.shape(catalogue.resolve(str(foreign)))
 
 
-def test_gguf_shape(tmp_path):
-    """A GGUF header gives the shape; no output tensor means a tied head."""
+@pytest.mark.parametrize(("architecture", "model_type"), [("llama", "llama"), ("gemma3", "gemma3_text")])
+def test_gguf_shape(tmp_path, architecture, model_type):
+    """A GGUF header gives the shape, and the model type as transformers calls it; no output tensor means a tied
+    head."""
     gguf = pytest.importorskip("gguf")
     numpy = pytest.importorskip("numpy")
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_embedding_length(128)
     writer.add_feed_forward_length(192)
     writer.add_block_count(3)
@@ -184,6 +186,7 @@ def test_gguf_shape(tmp_path):
     assert (source.kind, source.random) == ("gguf", True)
     shape = shapes.shape(source)
     assert (shape.layers, shape.kv_heads, shape.head_dim, shape.vocab_size, shape.tied) == (3, 2, 32, 300, True)
+    assert shape.architecture == model_type
 
 
 def test_broken_gguf_is_a_usage_error(tmp_path):

@@ -75,7 +75,7 @@ from harness.verdicts.calibrate import Calibration, Price, Rates
 from harness.verdicts.claims import judge_claims
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import judge, load_policy
-from harness.verdicts.outcome import without_numbers
+from harness.verdicts.series import without_numbers
 
 KEPT = Path(__file__).parents[1] / "golden"
 RUNS = KEPT / "runs"

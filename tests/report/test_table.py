@@ -21,7 +21,8 @@ from harness.report.table import (
     write_value,
 )
 from harness.stats import compare_trials
-from harness.verdicts.outcome import EXIT_OF, without_numbers
+from harness.verdicts.outcome import EXIT_OF
+from harness.verdicts.series import without_numbers
 from kernels_check.visible import make_visible
 
 

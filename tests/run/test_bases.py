@@ -135,9 +135,9 @@ def test_cold_starts_are_foreseen_from_the_first_load(study):
     loads = {base_key(variant, study.workload): 60.0 * variant.is_4bit for variant in study.variants}
     plan, bases = make_plan(limited, interleaving="lockstep"), Bases(load_s=loads)
     mean_s, (notice,) = foresee_cold(plan, bases, 5.0, 900.0)
-    assert mean_s == pytest.approx((3 * 5 + 2 * 65) / 5)  # plain, its control and wide; two of NF4
-    assert "of 15 minutes 5 cold starts" in notice.message
-    assert "2 min 25 s" in notice.message
+    assert mean_s == pytest.approx((2 * 5 + 2 * 65) / 4)  # two of NF4; none of the control
+    assert "of 15 minutes 4 cold starts" in notice.message
+    assert "2 min 20 s" in notice.message
     assert foresee_cold(make_plan(study), bases, 5.0, float("inf"))[1] == ()
     assert foresee_cold(make_plan(limited, phases=("train",)), bases, 5.0, 1.0) == (0.0, ())
 
@@ -146,5 +146,5 @@ def test_a_limit_that_cold_starts_alone_exceed_is_refused(study):
     """Not one replicate would fit: with the minutes that would do."""
     limited = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, max_minutes=2))
     loads = {base_key(variant, study.workload): 60.0 for variant in study.variants}
-    with pytest.raises(UsageError, match=r"max_minutes = 2: .*5 min 25 s .*Give 7 minutes or more, or leave"):
+    with pytest.raises(UsageError, match=r"max_minutes = 2: .*4 min 20 s .*Give 6 minutes or more, or leave"):
         foresee_cold(make_plan(limited), Bases(load_s=loads), 5.0, 90.0)

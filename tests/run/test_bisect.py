@@ -11,7 +11,7 @@ from harness.report.bisect import describe_bisection
 from harness.report.terminal import text_of
 from harness.run.bisect import MOST_TIMES, Candidate, bisect
 from harness.stats import Comparison, compare_trials
-from harness.verdicts.outcome import without_numbers
+from harness.verdicts.series import without_numbers
 
 
 def candidates(count):

@@ -301,7 +301,7 @@ def test_the_limit_is_kept_and_used(measured, limit_s, level, load_s):
     a_round = 3 * (COSTS["turn"] + COSTS["request"])
     assert executor.now <= max(1.1 * limit_s, limit_s + a_round)
     assert executor.now >= 0.8 * limit_s
-    assert sum("cold_start_time_s" in record.samples for record in records.values()) == 3
+    assert sum("cold_start_time_s" in record.samples for record in records.values()) == 2  # none of a control
     assert {record.status for record in records.values()} == {"ok"}
 
 
@@ -392,7 +392,7 @@ def test_nothing_is_left_out_whose_interval_is_asked_for(measured, asked):
 def test_only_as_much_is_left_out_as_must_be(measured):
     """The solo trials alone, where that is enough: trials that take turns tell their own peaks, but for the first
     replicate, in which they are profiled."""
-    executor, records = measured(1300.0, costs={"build": 25.0}, replicates=12, phases=PHASES)
+    executor, records = measured(1500.0, costs={"build": 25.0}, replicates=12, phases=PHASES)
     assert replicates_of(records) >= 5
     assert requested(executor) == set(range(replicates_of(records)))
     assert not [trial for trial in records if trial.endswith("solo")]
@@ -550,7 +550,7 @@ def test_a_warm_up_is_told_by_the_slowest_of_all_and_to_nobody_in_the_first_repl
         live = {trial: steps for trial, steps in told.items() if "solo" not in trial}
         assert {steps for trial, steps in live.items() if trial.startswith("r0-")} == {None}
         later = {steps for trial, steps in live.items() if not trial.startswith("r0-")} - {None}
-        assert later == {5}
+        assert later == {6}
         assert [one.replicate for one in budget.spending().allocations] == sorted({int(trial[1]) for trial in live})
 
 

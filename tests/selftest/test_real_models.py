@@ -21,6 +21,7 @@ def found(real):
         share=0.62,
         replicates=5,
         half_widths={"a": 0.02, "b": 0.049},
+        shared={"a": 0.03, "b": 0.08},
         valid=True,
     )
 

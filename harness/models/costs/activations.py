@@ -33,7 +33,7 @@ class Activations:
         self._rows, self._length = workload.batch_size, workload.sequence_length
         self._tokens = self._rows * self._length
         self._adapted = adapted_widths(variant, shape)
-        self._normed = family_of(shape).normed_heads
+        self._family = family_of(shape)
         layers = linear_layers(shape)
         self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in STAGES}
         self._stream = 4 if variant.prepare_for_kbit else width(variant.dtype)
@@ -53,17 +53,24 @@ class Activations:
 
     def block(self) -> int:
         """Of one block, when its backward pass begins."""
-        return 2 * self._norm() + self._adapters() + self._attended() + self._mlp() + self._cast_layers()
+        return (
+            self._family.norms * self._norm() + self._adapters() + self._attended() + self._mlp() + self._cast_layers()
+        )
 
     def _input(self) -> int:
         return self._tokens * self._shape.hidden_size * self._stream
 
     def _norm(self) -> int:
-        return self._tokens * (self._shape.hidden_size * 4 + 4)
+        return self._normed(self._tokens, self._shape.hidden_size)
+
+    def _normed(self, rows: int, wide: int) -> int:
+        """Of one norm over rows so wide."""
+        return rows * (4 * wide + 4) + (4 * wide if self._family.shifted_norms else 0)
 
     def _rotary(self) -> int:
-        """Cosine and sine, once for all blocks."""
-        return 2 * self._tokens * self._shape.head_dim * self._stream
+        """Cosine and sine, once for all blocks that rotate alike."""
+        kinds = 2 if 0 < self._family.global_every <= self._shape.layers else 1
+        return kinds * 2 * self._tokens * self._shape.head_dim * self._stream
 
     def _not_first(self) -> int:
         """What other blocks keep to hand a gradient down to their input."""
@@ -127,8 +134,8 @@ class Activations:
 
     def _head_norms(self) -> int:
         """As other norms, one for each head's query and key."""
-        heads = self._shape.heads + self._shape.kv_heads if self._normed else 0
-        return self._tokens * heads * (self._shape.head_dim * 4 + 4)
+        heads = (self._shape.heads, self._shape.kv_heads) if self._family.normed_heads else ()
+        return sum(self._normed(self._tokens * count, self._shape.head_dim) for count in heads)
 
     def _scored(self) -> int:
         """Of the attention alone."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from harness.models.costs.flops import adapted_layers, product_weights
 from harness.models.costs.storage import constant_bytes, weight_bytes, width
-from harness.models.shapes import ModelShape, linear_widths
+from harness.models.shapes import ModelShape, family_of, linear_widths
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -59,7 +59,7 @@ def decode_cost(
     """FLOPs and bytes of one token after the first of each prompt, `context` tokens attended to by each, itself
     included.
 
-    Left out: biases, norms beyond the two a block and the last one of Llama, and the norm that PEFT's DoRA takes anew
+    Left out: biases, norms of heads, and the norm that PEFT's DoRA takes anew
     for every token, which an implementation could keep.
 
     Args:
@@ -85,6 +85,6 @@ def decode_cost(
         linear_bytes=shape.layers * linear,
         adapter_bytes=(ranks + magnitudes) * width(variant.adapter_dtype or "float32"),
         head_bytes=shape.vocab_size * shape.hidden_size * plain,
-        other_bytes=(2 * shape.layers + 1 + prompts) * shape.hidden_size * plain,
+        other_bytes=(family_of(shape).norms * shape.layers + 1 + prompts) * shape.hidden_size * plain,
         cache_bytes=prompts * 2 * shape.layers * shape.kv_heads * shape.head_dim * context * plain,
     )

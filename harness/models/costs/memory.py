@@ -19,7 +19,7 @@ from harness.models.catalogue import ModelSource
 from harness.models.costs.activations import Activations
 from harness.models.costs.lora import adapter_parameters, adapter_tensors, optimizer_state_bytes, paged_state_bytes
 from harness.models.costs.storage import constant_bytes, weight_bytes, width
-from harness.models.shapes import ModelShape, linear_widths, read_config
+from harness.models.shapes import ModelShape, family_of, linear_widths, read_config
 from harness.records.memory_account import MEMORY_PHASES, MemoryPhase, in_order
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -173,7 +173,7 @@ def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
         "linear_weights": shape.layers * sum(weight_bytes(*sizes, variant) for sizes in widths),
         "quantization_state": shape.layers * sum(constant_bytes(*sizes, variant) for sizes in widths),
         f"embeddings_{dtype}": shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2) * outside,
-        f"norms_{dtype}": (2 * shape.layers + 1) * shape.hidden_size * outside,
+        f"norms_{dtype}": (family_of(shape).norms * shape.layers + 1) * shape.hidden_size * outside,
         "adapter": adapter_parameters(variant, shape) * _adapter_width(variant),
     }
 
@@ -215,6 +215,13 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
             held = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)
             moment["heap_slack"] = max(0, taken - held) + int(HEAP_SLACK * taken)
     return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def passing_bytes(workload: Workload, shape: ModelShape) -> int:
+    """What of a step's peak on a CPU is there for the loss alone and is given back before the step ends: the logits,
+    and what is made of them; 0 where they are so few that malloc may keep their blocks."""
+    each = 4 * workload.batch_size * workload.sequence_length * shape.vocab_size
+    return LOGIT_COPIES // 4 * each if each >= MAPPED_FROM_BYTES else 0
 
 
 def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
