@@ -6,6 +6,7 @@ idle cores at once (`harness.run.lanes`), and nothing is timed before the last o
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
@@ -275,20 +276,28 @@ class Conductor:
             return len(rounds)
         taken = 0
         each = arguments.get("steps", 1)
-        for order in self._budget.rounds(kind, rounds, len(measuring), each=each, more=more):
-            for trial in order:
-                if trial in measuring:
-                    begin = self._budget.clock()
-                    self._asking.ask(trial, command.word, **arguments)
-                    if command.timed:
-                        self._budget.ledger.measured(kind, self._budget.clock() - begin)
-            taken += 1
-            self._sheet.checkpoint(command.word)
+        with self._seats(command):
+            for order in self._budget.rounds(kind, rounds, len(measuring), each=each, more=more):
+                for trial in order:
+                    if trial in measuring:
+                        begin = self._budget.clock()
+                        self._asking.ask(trial, command.word, **arguments)
+                        if command.timed:
+                            self._budget.ledger.measured(kind, self._budget.clock() - begin)
+                taken += 1
+                self._sheet.checkpoint(command.word)
         if taken < len(rounds):
             counts = {f"{kind}_rounds": float(taken), f"{kind}_rounds_planned": float(len(rounds))}
             for trial in measuring:
                 self._sheet.add(trial, Fragment(values=counts))
         return taken
+
+    def _seats(self, command: Command) -> contextlib.AbstractContextManager[None]:
+        """Where processes of one thread take timed turns on a CPU they share one, another in each replicate."""
+        several = len(set(self._asking.workers.values())) > 1
+        if command.timed and several and self._site.device == "cpu" and self._site.threads == 1:
+            return self._asking.on_one_cpu(self._group.replicate)
+        return contextlib.nullcontext()
 
     def _cold(self, trial: str) -> Fragment:
         try:

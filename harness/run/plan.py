@@ -288,8 +288,9 @@ def _cold_replicates(study: Study, contenders: Sequence[Contender]) -> int:
 
 def _own(contender: Contender, measures: tuple[Measure, ...], cold: int) -> tuple[Measure, ...]:
     """What one of them measures: a control tells what the difference of nothing looks like, and one cold start of each
-    has no interval to tell it by."""
-    return tuple(one for one in measures if one != "cold" or contender.role == "variant" or cold > 1)
+    has no interval to tell it by. Both sides of a comparison have all they are asked for."""
+    whole = contender.role == "variant" or contender.side or cold > 1
+    return tuple(one for one in measures if one != "cold" or whole)
 
 
 def _cold_live(study: Study, contenders: Sequence[Contender]) -> bool:

@@ -451,6 +451,15 @@ def test_a_real_model_is_measured_in_its_minutes(figures, minutes):
         assert ratio.high / ratio.low < 1.1
 
 
+def test_one_request_is_enough_where_no_other_replicate_has_any():
+    """What it would take goes to timed turns; and no first call is made where nothing follows it."""
+    machine, found, spending = measure_real(SMOLLM2, 480.0)
+    asked = Counter((trial[:2], word) for _, trial, word in machine.asked)
+    assert asked["r0", "request"] == 2 * 7  # unmerged and merged
+    assert {when for when, word in asked if word in ("request", "begin_generate")} == {"r0"}
+    assert max(one.turns for one in spending.allocations) > 2
+
+
 @pytest.mark.parametrize("minutes", [4, 5, 6, 7, 10, 12, 20, 40])
 def test_a_real_model_keeps_any_limit(minutes):
     """By leaving out what it must, in the first replicate too, and no more than that."""

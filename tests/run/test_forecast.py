@@ -108,6 +108,26 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     assert apart - several == base
 
 
+LENGTH = {"sequence_length": 128}
+
+
+def test_logits_count_for_as_many_as_compute_at_once(small_study, machine):
+    """Of live processes on a CPU: their blocks are so large that malloc gives them back; smaller ones it may keep."""
+    plain = small_study.variants[0]
+    large, small = (dataclasses.replace(small_study.workload, model="random:llama2-7b", batch_size=rows, **LENGTH)
+                    for rows in (4, 1))  # fmt: skip
+    three = dataclasses.replace(machine, cpus=3)
+
+    def saved(workload, machine):
+        one, two, six = (together_bytes([plain] * count, workload, machine, None) for count in (1, 2, 6))
+        return 6 * one - six - 5 * (2 * one - two)  # what is mapped once is saved for each but the first as well
+
+    each = 3 * 4 * 4 * 128 * 32_000
+    assert saved(large, machine) == 4 * each
+    assert saved(large, three) == 3 * each
+    assert saved(large, dataclasses.replace(machine, device="cuda")) == saved(small, machine) == 0
+
+
 def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):
     """The machine's own free memory is of no use to a process that is killed at its limit."""
     monkeypatch.setattr("harness.machine.provenance.memory_available_bytes", lambda: Reading(value=2**30))

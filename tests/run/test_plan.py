@@ -96,6 +96,8 @@ def test_no_more_cold_starts_than_their_interval_needs(small_study):
             replicates = {slot.replicate for slot in slots if "cold" in slot.measures}
             assert replicates == set(range(len(replicates)))
             assert {slot.variant.name for slot in slots if "cold" in slot.measures} == {"plain", "nf4"}
+            roles = {slot.role for slot in slots if "cold" in slot.measures}  # one has no interval to be a control of
+            assert roles == ({"variant", "control"} if len(replicates) > 1 else {"variant"})
             found.add(len(replicates))
         (replicates,) = found
         return replicates

@@ -14,7 +14,7 @@ import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from harness.errors import UsageError
 from harness.machine.provenance import Facts, Machine
@@ -76,6 +76,17 @@ class LaneWorker(Worker, Protocol):
 
     def fileno(self) -> int:
         """What can be read when it has answered, or has died."""
+
+
+@runtime_checkable
+class SeatedWorker(Worker, Protocol):
+    """One that can be told on which of its CPUs to compute."""
+
+    def sit(self, number: int) -> None:
+        """Compute on one of them, counted round, until it stands up."""
+
+    def stand(self) -> None:
+        """Compute on any of them again."""
 
 
 class Executor(Protocol):

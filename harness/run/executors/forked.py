@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from harness.errors import UsageError
 from harness.machine.processes import exit_words, kill_group
+from harness.machine.seating import cpus_of, seat
 from harness.records import codec
 from harness.records.record import Failure, Fragment
 from harness.run.executors import WorkerLostError
@@ -45,6 +46,8 @@ class ForkedWorker:
         self._reaped = False
         self._sent_s = 0.0
         """When it was last asked something."""
+        self._cpus: tuple[int, ...] = ()
+        """All that it may compute on, once it has sat on one of them."""
 
     def greet(self, asked_monotonic_s: float) -> None:
         """Wait for its first word, which says when it began. Raises `WorkerLostError`."""
@@ -71,6 +74,17 @@ class ForkedWorker:
             return codec.from_json(Fragment, answer, f"answer to {command}")
         except UsageError as error:
             raise self._garbled(command, str(error)) from None
+
+    def sit(self, number: int) -> None:
+        """Compute on one of its CPUs, that of this number in their order, counted round, until it stands up."""
+        self._cpus = self._cpus or cpus_of(self.pid)
+        if len(self._cpus) > 1:
+            seat(self.pid, {self._cpus[number % len(self._cpus)]})
+
+    def stand(self) -> None:
+        """Compute on any of its CPUs again."""
+        if len(self._cpus) > 1:
+            seat(self.pid, self._cpus)
 
     def fileno(self) -> int:
         """Of the socket that its answer comes by."""
