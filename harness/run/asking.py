@@ -6,13 +6,12 @@ What a process answers goes into the record of its trial; its death is a row for
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from harness.records.record import Fragment
 from harness.records.refusals import REFUSED, RefusedError
-from harness.run.executors import LaneWorker, SeatedWorker, Worker, WorkerLostError
+from harness.run.executors import LaneWorker, Worker, WorkerLostError
 from harness.run.lanes import Errand, walk
 from harness.run.plan import Slot
 from harness.run.sheet import Sheet
@@ -56,18 +55,6 @@ class Asking:
         worker = self.workers[trial]
         turn = arguments["steps"] if COMMANDS[command] is ROUNDS["steps"] else None
         self._take(trial, lambda: worker.ask(command, trial, self._timeout_s, **arguments), turn=turn)
-
-    @contextmanager
-    def on_one_cpu(self, number: int) -> Iterator[None]:
-        """Meanwhile all workers compute on the same CPU, that of this number: what is slow about it is so for all."""
-        seated = [worker for worker in set(self.workers.values()) if isinstance(worker, SeatedWorker)]
-        try:
-            for worker in seated:
-                worker.sit(number)
-            yield
-        finally:
-            for worker in seated:
-                worker.stand()
 
     def each(self, words: Sequence[str], arguments: Arguments) -> dict[str, float]:
         """Commands of all trials that are there for them, none of them timed: on as many cores as are idle, those of

@@ -6,7 +6,6 @@ idle cores at once (`harness.run.lanes`), and nothing is timed before the last o
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
@@ -17,10 +16,11 @@ from harness.records.spending import Allocation
 from harness.run.asking import Asking, Told, raise_refused
 from harness.run.budget import Budget
 from harness.run.costs import COLD, MERGING, SERVING
-from harness.run.executors import Executor, WorkerLostError
+from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.findings import find_askers, told_by
 from harness.run.foresight import Foresight, warm_ups
 from harness.run.plan import Group, Plan, Slot
+from harness.run.seats import Seats
 from harness.run.sheet import Sheet
 from harness.run.site import Site, request_of
 from harness.run.thinning import Part, parts_in
@@ -276,8 +276,9 @@ class Conductor:
             return len(rounds)
         taken = 0
         each = arguments.get("steps", 1)
-        with self._seats(command):
+        with Seats(self._seated(command), self._group.replicate) as seats:
             for order in self._budget.rounds(kind, rounds, len(measuring), each=each, more=more):
+                seats.begin_round()
                 for trial in order:
                     if trial in measuring:
                         begin = self._budget.clock()
@@ -292,12 +293,10 @@ class Conductor:
                 self._sheet.add(trial, Fragment(values=counts))
         return taken
 
-    def _seats(self, command: Command) -> contextlib.AbstractContextManager[None]:
-        """Where processes of one thread take timed turns on a CPU they share one, another in each replicate."""
-        several = len(set(self._asking.workers.values())) > 1
-        if command.timed and several and self._site.device == "cpu" and self._site.threads == 1:
-            return self._asking.on_one_cpu(self._group.replicate)
-        return contextlib.nullcontext()
+    def _seated(self, command: Command) -> list[Worker]:
+        """Workers that are timed on one CPU: of one thread each, on a CPU, and several."""
+        alone = not command.timed or self._site.device != "cpu" or self._site.threads != 1
+        return [] if alone else list(dict.fromkeys(self._asking.workers.values()))
 
     def _cold(self, trial: str) -> Fragment:
         try:

@@ -453,7 +453,7 @@ def test_a_real_model_is_measured_in_its_minutes(figures, minutes):
 
 def test_one_request_is_enough_where_no_other_replicate_has_any():
     """What it would take goes to timed turns; and no first call is made where nothing follows it."""
-    machine, found, spending = measure_real(SMOLLM2, 480.0)
+    machine, _, spending = measure_real(SMOLLM2, 480.0)
     asked = Counter((trial[:2], word) for _, trial, word in machine.asked)
     assert asked["r0", "request"] == 2 * 7  # unmerged and merged
     assert {when for when, word in asked if word in ("request", "begin_generate")} == {"r0"}

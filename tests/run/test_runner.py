@@ -268,6 +268,43 @@ def test_nothing_is_drawn_while_a_step_is_timed(small_study):
         assert events[place + 1] == ("answers", trial, command)
 
 
+CPUS = (100_000, 100_001)
+"""That no machine has, so that nobody knows how fast they are."""
+
+
+@pytest.mark.parametrize(("threads", "level"), [(1, "lockstep"), (2, "lockstep"), (1, "replicates")])
+def test_those_who_take_turns_share_a_cpu_while_they_are_timed(small_study, threads, level):
+    """Another one in each replicate, and only then; neither where they have several threads nor where each is alone."""
+    plan, seats, seen = make_plan(small_study, interleaving=level, phases=("train",)), {}, []
+
+    class Worker(FakeWorker):
+        def cpus(self):
+            return CPUS
+
+        def sit(self, cpu):
+            seats[id(self)] = cpu
+
+        def stand(self):
+            del seats[id(self)]
+
+        def ask(self, command, trial, timeout_s, **arguments):
+            seen.append((trial, command, sorted(seats.values())))
+            return super().ask(command, trial, timeout_s, **arguments)
+
+    class Executor(FakeExecutor):
+        def launch(self):
+            self.workers.append(Worker(self))
+            return self.workers[-1]
+
+    site = dataclasses.replace(SITE, threads=threads)
+    run_plan(plan, {"": Executor()}, site, save=lambda record: None, watcher=Quiet())
+    assert not seats
+    for trial, command, numbers in seen:
+        timed = command == "turn" and (threads, level) == (1, "lockstep")
+        assert numbers == ([CPUS[int(trial[1])]] * 3 if timed else []), (trial, command)
+    assert {trial[:2] for trial, command, _ in seen if command == "turn"} == {"r0", "r1"}
+
+
 def test_a_first_ctrl_c_lets_the_turns_come_to_their_end(small_study):
     """The whole group is measured and counts, the next one does not begin, and the run says that it was stopped."""
     plan = make_plan(small_study, interleaving="lockstep", phases=("train",))

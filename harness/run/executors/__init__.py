@@ -82,8 +82,11 @@ class LaneWorker(Worker, Protocol):
 class SeatedWorker(Worker, Protocol):
     """One that can be told on which of its CPUs to compute."""
 
-    def sit(self, number: int) -> None:
-        """Compute on one of them, counted round, until it stands up."""
+    def cpus(self) -> tuple[int, ...]:
+        """All that it may compute on; none where it is gone."""
+
+    def sit(self, cpu: int) -> None:
+        """Compute on one of them until it stands up."""
 
     def stand(self) -> None:
         """Compute on any of them again."""

@@ -47,7 +47,7 @@ class ForkedWorker:
         self._sent_s = 0.0
         """When it was last asked something."""
         self._cpus: tuple[int, ...] = ()
-        """All that it may compute on, once it has sat on one of them."""
+        """All that it may compute on, once somebody has asked."""
 
     def greet(self, asked_monotonic_s: float) -> None:
         """Wait for its first word, which says when it began. Raises `WorkerLostError`."""
@@ -75,16 +75,18 @@ class ForkedWorker:
         except UsageError as error:
             raise self._garbled(command, str(error)) from None
 
-    def sit(self, number: int) -> None:
-        """Compute on one of its CPUs, that of this number in their order, counted round, until it stands up."""
+    def cpus(self) -> tuple[int, ...]:
+        """All that it may compute on; none where it is gone."""
         self._cpus = self._cpus or cpus_of(self.pid)
-        if len(self._cpus) > 1:
-            seat(self.pid, {self._cpus[number % len(self._cpus)]})
+        return self._cpus
+
+    def sit(self, cpu: int) -> None:
+        """Compute on one of them until it stands up."""
+        seat(self.pid, {cpu})
 
     def stand(self) -> None:
-        """Compute on any of its CPUs again."""
-        if len(self._cpus) > 1:
-            seat(self.pid, self._cpus)
+        """Compute on any of them again."""
+        seat(self.pid, self._cpus)
 
     def fileno(self) -> int:
         """Of the socket that its answer comes by."""
