@@ -37,6 +37,15 @@ def seat(pid: int, cpus: Collection[int]) -> None:
                 os.sched_setaffinity(int(thread.name), cpus)
 
 
+def has_children(pid: int) -> bool:
+    """Whether a process has started others that live, or nobody can tell."""
+    try:
+        lists = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
+        return any(one.read_text().strip() for one in lists)
+    except OSError:
+        return True
+
+
 def times_of(cpus: Collection[int]) -> dict[int, float]:
     """Seconds that a fixed loop takes on each of these CPUs now, in the calling thread; nothing of those on which it
     may not run."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.machine.seating import cpus_of, seat, times_of
+from harness.machine.seating import cpus_of, has_children, seat, times_of
 
 OURS = tuple(sorted(os.sched_getaffinity(0)))
 
@@ -52,3 +52,12 @@ def test_a_cpu_says_how_fast_it_is_now():
     assert list(took) == [OURS[0]]
     assert 0 < took[OURS[0]] < 10
     assert tuple(sorted(os.sched_getaffinity(0))) == OURS
+
+
+def test_children_of_a_process_are_seen():
+    """While they live; of one that is gone nobody can tell."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert has_children(os.getpid())
+        assert not has_children(child.pid)
+        child.kill()
+    assert has_children(child.pid)

@@ -21,6 +21,7 @@ from harness.attach.endings import loss_not_finite
 from harness.attach.follower import StepReading
 from harness.attach.samples import timed_samples, untimed_samples
 from harness.errors import UsageError
+from harness.machine.seating import cpus_of, has_children, seat
 from harness.records import codec
 from harness.records.record import Failure, Fragment, Notice
 from harness.records.required import judge_required
@@ -55,6 +56,7 @@ class ScriptWorker:
         self._begun: Begun | None = None
         self._watch: ScriptWatch | None = None
         self._timeout_s = 0.0
+        self._cpus: tuple[int, ...] = ()
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
         """Carry out a command. Raises `WorkerLostError` where the process says what nobody understands."""
@@ -76,6 +78,25 @@ class ScriptWorker:
         """End all that was started."""
         if self._parts is not None:
             self._script.process.close()
+
+    def cpus(self) -> tuple[int, ...]:
+        """All that the training may compute on; none where more than one thread, rank or process is at work for it,
+        which would be in each other's way on one of them."""
+        begun = self._begun
+        if begun is None or begun.cuda or begun.ranks != 1 or begun.threads != 1 or has_children(begun.pid):
+            return ()
+        self._cpus = self._cpus or cpus_of(begun.pid)
+        return self._cpus
+
+    def sit(self, cpu: int) -> None:
+        """Compute on one of them until it stands up."""
+        if self._begun is not None:
+            seat(self._begun.pid, {cpu})
+
+    def stand(self) -> None:
+        """Compute on any of them again."""
+        if self._begun is not None:
+            seat(self._begun.pid, self._cpus)
 
     # --- the words ----------------------------------------------------------------------------------------------------
 
