@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UsageError
-from harness.records.metrics import METRICS, PHASES
+from harness.records.metrics import PHASES
 from harness.records.record import Instrument, Interleaving, Measure, Role, Side
+from harness.run.cold_starts import cold_replicates, own_measures, takes_turns_first
 from harness.run.contenders import CONTROL_SUFFIX, Contender, check_phases, contenders_of, workloads_of
 from harness.studies import limits
 from harness.studies.study import Study
@@ -31,8 +32,6 @@ _PHASE_OF: dict[Measure, str] = {
     "steps": "train", "requests": "generate", "natural": "generate", "merged": "generate", "peaks": "train",
     "cold": "cold",
 }  # fmt: skip
-COLD_REPLICATES = 3
-"""The fewest that give an interval worth the name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +158,8 @@ def make_plan(
             f"study {study.name}: phases {', '.join(checked)}: of ranks = {study.workload.ranks} training is measured "
             'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
         )
-    cold = _cold_replicates(study, contenders)
-    together, alone = measures_of(study, interleaving, checked, cold_live=_cold_live(study, contenders))
+    cold = cold_replicates(study, contenders)
+    together, alone = measures_of(study, interleaving, checked, cold_live=takes_turns_first(study, contenders))
     _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}
     shuffler = random.Random(study.protocol.seed)
@@ -186,11 +185,11 @@ def make_plan(
         )
         for panel in _panels(contenders, shuffler):
             orders = _orders(panel, solo_measures, shuffler, twin=study.claims_peaks)
-            live = [slot(one, replicate, interleaving, _own(one, live_measures, cold)) for one in next(orders)]
+            live = [slot(one, replicate, interleaving, own_measures(one, live_measures, cold)) for one in next(orders)]
             groups += _group_slots(live, study, shuffler)
             if _has_solo(study, solo_measures, replicate):
                 for one in next(orders):
-                    solo = slot(one, replicate, "replicates", _own(one, solo_measures, cold))
+                    solo = slot(one, replicate, "replicates", own_measures(one, solo_measures, cold))
                     groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
     return Plan(
         study=study,
@@ -270,32 +269,6 @@ def _orders(
     yield list(order)
     shuffler.shuffle(order)
     yield _solo_members(order, alone, twin=twin)
-
-
-def _cold_replicates(study: Study, contenders: Sequence[Contender]) -> int:
-    """How many replicates measure cold starts. One reads, converts and quantises a model for seconds of measuring, so
-    no more are made than their interval needs: all where it is asked for (two sides, a precision, a claim), else three,
-    and one, without an interval, where minutes are limited."""
-    protocol = study.protocol
-    if protocol.cold_replicates is not None:
-        return protocol.cold_replicates
-    claimed = {name for claim in study.claims for part in claim.parts for name in (part.metric, *part.metrics)}
-    asked = any(one.side for one in contenders) or protocol.precision is not None
-    if asked or any(metric in METRICS and METRICS[metric].phase == "cold" for metric in claimed):
-        return protocol.replicates
-    return 1 if protocol.max_minutes is not None else COLD_REPLICATES
-
-
-def _own(contender: Contender, measures: tuple[Measure, ...], cold: int) -> tuple[Measure, ...]:
-    """What one of them measures: a control tells what the difference of nothing looks like, and one cold start of each
-    has no interval to tell it by. Both sides of a comparison have all they are asked for."""
-    whole = contender.role == "variant" or contender.side or cold > 1
-    return tuple(one for one in measures if one != "cold" or whole)
-
-
-def _cold_live(study: Study, contenders: Sequence[Contender]) -> bool:
-    """Whether cold starts are of the trials that took turns: where minutes are limited solo ones may be left out."""
-    return study.protocol.max_minutes is not None and not any(one.side for one in contenders)
 
 
 def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
