@@ -26,7 +26,7 @@ from harness.run.plan import make_plan
 from harness.stats import compare_trials, estimate_trials
 from harness.studies.study_file import load_study
 
-pytestmark = pytest.mark.selftest
+pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]  # steps in eight ways take a quarter of an hour
 HERE = Path(__file__).parent
 COMMITTED = HERE.parents[1] / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
 REPLICATES, TURNS = 12, 150
