@@ -3,8 +3,8 @@
 All use the same model, adapter, optimizer and stream; the order is shuffled each turn. The harness's turn is the
 trial's own, with the meters around it and without, and its step alone, from where the bare loop is called. Prints JSON:
 the step as recorded in each of these ways, the whole `turn` call as the parent waits for it, the bare loop, and that
-loop with one thing more that a step may have: the schedule, a sum of losses, a loss that is divided by
-the batches of a step, the switch to the trial's adapter and random numbers before it.
+loop with one thing more that a step may have: the schedule, a sum of losses, a loss that is divided by the batches of a
+step, the end of the graph behind the loss, the switch to the trial's adapter and random numbers before it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main(seed: int, turns: int) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     times: dict[str, list[float]] = defaultdict(list)
 
-    def bare(name: str, *, scheduled: bool = False, summed: bool = False, divided: bool = False) -> None:
+    def bare(
+        name: str, *, scheduled: bool = False, summed: bool = False, divided: bool = False, freed: bool = False
+    ) -> None:
         begin = time.perf_counter()
         total = torch.zeros((), device=machine.device) if summed else None
         loss = model(**stream.take(), use_cache=False).loss
@@ -65,6 +67,8 @@ def main(seed: int, turns: int) -> None:
         if scheduled:
             trainee.schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        if freed:
+            del loss
         if machine.device == "cuda":
             torch.cuda.synchronize()
         times[name].append(time.perf_counter() - begin)
@@ -91,6 +95,7 @@ def main(seed: int, turns: int) -> None:
         lambda: bare("scheduled", scheduled=True),
         lambda: bare("summed", summed=True),
         lambda: bare("divided", divided=True),
+        lambda: bare("freed", freed=True),
         seated, alone, unmetered, metered,
     )  # fmt: skip
     shuffler = random.Random(seed)

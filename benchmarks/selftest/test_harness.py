@@ -58,6 +58,7 @@ WAYS = {
     "scheduled": "a bare loop that steps its schedule",
     "summed": "a bare loop that adds its loss to a sum of zero",
     "divided": "a bare loop that divides its loss by one",
+    "freed": "a bare loop that lets its loss and the graph behind it go within the step",
     "seated": "a bare loop behind the switch of adapter and random numbers",
     "alone": "the step without a turn around it",
     "unmetered": "the step in its turn, without meters",
@@ -66,7 +67,9 @@ WAYS = {
 
 
 def test_a_timed_step_costs_what_a_bare_loop_costs(loops, say):
-    """Target at most 1.01 for what is recorded.
+    """Target at most 1.005 for what is recorded, over a bare loop that frees its graph within the step, as any loop does
+    whose next step gives the name of its loss to another. One that keeps it until the clock has been read leaves 0.5 % of
+    a step of 60 ms outside.
 
     What a turn takes beside its steps (reading the meters, the switch of random numbers) is in no number.
     """
@@ -74,8 +77,10 @@ def test_a_timed_step_costs_what_a_bare_loop_costs(loops, say):
     for name, words in WAYS.items():
         over(loops, name, "bare", f"{words}, over the same", say)
     over(loops, "turn", "bare", "the whole turn of one step, what is in no number included, over the same", say)
+    whole = over(loops, "metered", "freed", "the step as recorded, over that of a bare loop with its graph freed", say)
     assert recorded.ratio is not None
-    assert recorded.ratio <= 1.01, recorded.reason
+    assert whole.ratio is not None
+    assert whole.ratio <= 1.005, whole.reason
 
 
 def test_the_meters_cost_a_timed_step_nothing(loops, say):
