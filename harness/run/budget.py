@@ -2,8 +2,8 @@
 
 A limit that cut off whatever comes last would measure the first variants well, the last ones not at all, and leave a
 phase without a number. So what is dropped are whole rounds, for all trials that take turns alike. Two rounds of each
-kind are measured in any case, or one of requests that no other replicate has; what is left of the limit after that
-least of everything that is still to come is the surplus. It is shared among the replicates to come and, in each of
+kind are measured in any case, or one of requests that other replicates may do without; what is left of the limit after
+that least of everything that is still to come is the surplus. It is shared among the replicates to come and, in each of
 them, among its kinds of round in proportion to what their planned rounds take. Costs are those that the run has seen
 (`harness.run.costs`), so a replicate that turns out slower takes from its own surplus.
 
@@ -37,8 +37,8 @@ GRACE_SHARE = 0.05
 ROUNDED_SHARE = 0.02
 """The share of a limit by which a round may be late of which more than half fits."""
 FULL_TURNS = 4
-"""Timed turns of several steps are taken where so many of them fit, and of one step where they do not: pairs count for
-more than steps."""
+"""Timed turns that are worth something else: where so many of several steps do not fit they are of one, as pairs count
+for more than steps, and where so many of one do not fit a replicate leaves out what it can do without."""
 
 
 class TooShortError(UsageError):
@@ -160,7 +160,7 @@ class Budget(Timekeeper):
         return self._thinned(plan, groups, fits)
 
     def _decent_s(self, study: Study, groups: Sequence[Group]) -> float:
-        """Seconds of a replicate with as many single steps as are worth leaving out other things for."""
+        """Seconds of a replicate with as many turns of one step as other things are left out for."""
         steps = work_in(study, groups, most=FULL_TURNS)["steps"] - work_in(study, groups, most=LEAST_ROUNDS)["steps"]
         return (self.least_s(study, groups) or 0.0) + self.costs.of_work({"steps": steps})
 
@@ -278,12 +278,12 @@ class Budget(Timekeeper):
             self._caps[self._group.replicate, kind] = done
 
     def _least(self, kind: RoundKind) -> int:
-        """Rounds that are taken whatever the time. One request is enough where no other replicate will have any: no
-        number of them has an interval then, and the time is worth more to what has one."""
+        """Rounds that are taken whatever the time. One request is enough where other replicates may do without any: no
+        number of them in one replicate has an interval, and the time is worth more to what has one."""
         if kind == "epochs":
             return 0
-        alone = self.is_tight and bool(self._following) and kind not in ("steps", *parts_in(self._following))
-        return 1 if alone else LEAST_ROUNDS
+        spare = self.is_tight and bool(self._following) and kind not in ("steps", *parts_in(self._following))
+        return 1 if spare else LEAST_ROUNDS
 
     def _limit_rounds(self, kind: RoundKind, planned: int, extends: bool) -> int:
         """Rounds that are taken at most: as allowed, but no more than the trials of this replicate before this one."""

@@ -294,9 +294,10 @@ class Conductor:
         return taken
 
     def _seated(self, command: Command) -> list[Worker]:
-        """Workers that are timed on one CPU: of one thread each, on a CPU, and several."""
-        alone = not command.timed or self._site.device != "cpu" or self._site.threads != 1
-        return [] if alone else list(dict.fromkeys(self._asking.workers.values()))
+        """Workers that are timed on one CPU where there are several: each computes there in one thread of one rank."""
+        single = self._site.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
+        seated = command.timed and self._site.device == "cpu" and single
+        return list(dict.fromkeys(self._asking.workers.values())) if seated else []
 
     def _cold(self, trial: str) -> Fragment:
         try:

@@ -110,9 +110,11 @@ def _had_once(processes: Sequence[tuple[Variant, Workload]], machine: Machine) -
 
 def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
     """Bytes in the peak of each that only those hold which compute, no more than there are CPUs: logits."""
-    shape_of = ((workload, shapes.shape(catalogue.resolve(workload.model))) for _, workload in processes)
-    passing = sorted(0 if unknown_layers(shape) else passing_bytes(workload, shape) for workload, shape in shape_of)
-    return sum(passing[: -machine.cpus])
+    found = []
+    for variant, workload in processes:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        found.append(0 if unknown_layers(shape) else passing_bytes(variant, workload, shape))
+    return sum(sorted(found)[: -machine.cpus])
 
 
 def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:

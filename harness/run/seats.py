@@ -34,7 +34,7 @@ class Seats:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`number` says whose turn it is among the CPUs that all workers have, counted round."""
-        self._workers = [worker for worker in workers if isinstance(worker, SeatedWorker)]
+        self._workers = _all_seated(list(workers))
         self._number, self._look, self._clock = number, look, clock
         self._cpus: tuple[int, ...] = ()
         self._cpu: int | None = None
@@ -70,3 +70,9 @@ class Seats:
             return own
         fastest = min(took, key=lambda cpu: took[cpu])
         return own if took.get(own, float("inf")) <= (1 + SLOWER_SHARE) * took[fastest] else fastest
+
+
+def _all_seated(workers: list[object]) -> list[SeatedWorker]:
+    """All of them, or none where one cannot be told: those that are compared are treated alike."""
+    seated = [worker for worker in workers if isinstance(worker, SeatedWorker)]
+    return seated if len(seated) == len(workers) else []

@@ -52,8 +52,8 @@ class _Parts:
 
 
 BRIEF: Mapping[str, Any] = {"window": 1, "tolerance": 0.05}
-"""What a warm-up is judged by where minutes are short, else as the statistics do: one step by the one before it, which
-differ by more than two in a hundred of themselves."""
+"""How a warm-up is judged where minutes are short: one step against the one before it, with room for what single steps
+scatter by; else as the statistics do."""
 
 
 class Training:

@@ -150,7 +150,7 @@ def phases_of(run: Run) -> tuple[Phase, ...]:
 
 def _control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
     """As `control_of`; undecided where the twin was left out because one replicate gives nothing an interval
-    (`harness.run.plan`)."""
+    (`harness.run.cold_starts`)."""
     found = control_of(groups, name, metric, family=family)
     reference, twin = groups.get((name, "variant")), groups.get((name, "control"))
     if found is not None or reference is None or twin is None:

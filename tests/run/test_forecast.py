@@ -9,7 +9,7 @@ from harness.machine.reading import Reading, missing
 from harness.machine.system import memory_bytes
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import birth_bytes
+from harness.models.costs.memory import birth_bytes, estimate_memory, passing_bytes
 from harness.records import codec, store
 from harness.records.metrics import BIRTH
 from harness.run.forecast import forecast, measured_peaks, process_bytes, together_bytes
@@ -108,15 +108,11 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     assert apart - several == base
 
 
-LENGTH = {"sequence_length": 128}
-
-
 def test_logits_count_for_as_many_as_compute_at_once(small_study, machine):
-    """Of live processes on a CPU: their blocks are so large that malloc gives them back; smaller ones it may keep."""
+    """Of live processes on a CPU: their blocks are so large that malloc gives them back; smaller ones it may keep, and
+    where requests take as much as a step nothing of it is free for others."""
     plain = small_study.variants[0]
-    large, small = (dataclasses.replace(small_study.workload, model="random:llama2-7b", batch_size=rows, **LENGTH)
-                    for rows in (4, 1))  # fmt: skip
-    three = dataclasses.replace(machine, cpus=3)
+    large = dataclasses.replace(small_study.workload, model="random:llama2-7b", batch_size=4, sequence_length=128)
 
     def saved(workload, machine):
         one, two, six = (together_bytes([plain] * count, workload, machine, None) for count in (1, 2, 6))
@@ -124,8 +120,20 @@ def test_logits_count_for_as_many_as_compute_at_once(small_study, machine):
 
     each = 3 * 4 * 4 * 128 * 32_000
     assert saved(large, machine) == 4 * each
-    assert saved(large, three) == 3 * each
-    assert saved(large, dataclasses.replace(machine, device="cuda")) == saved(small, machine) == 0
+    assert saved(large, dataclasses.replace(machine, cpus=3)) == 3 * each
+    assert saved(large, dataclasses.replace(machine, device="cuda")) == 0
+    assert saved(dataclasses.replace(large, batch_size=1), machine) == 0
+    assert saved(dataclasses.replace(large, request_batch=64, prompt_tokens=4096), machine) == 0
+
+
+def test_logits_that_are_no_part_of_a_peak_are_not_taken_off_it(small_study):
+    """Of a step that recomputes its blocks the highest moment may come after them."""
+    workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=4096)
+    shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
+    plain = small_study.variants[0]
+    again = dataclasses.replace(plain, gradient_checkpointing=True)
+    assert "logits" not in estimate_memory(again, workload, shape).kinds
+    assert passing_bytes(again, workload, shape) == 0 < passing_bytes(plain, workload, shape)
 
 
 def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):

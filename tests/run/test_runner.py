@@ -272,10 +272,15 @@ CPUS = (100_000, 100_001)
 """That no machine has, so that nobody knows how fast they are."""
 
 
-@pytest.mark.parametrize(("threads", "level"), [(1, "lockstep"), (2, "lockstep"), (1, "replicates")])
-def test_those_who_take_turns_share_a_cpu_while_they_are_timed(small_study, threads, level):
-    """Another one in each replicate, and only then; neither where they have several threads nor where each is alone."""
-    plan, seats, seen = make_plan(small_study, interleaving=level, phases=("train",)), {}, []
+@pytest.mark.parametrize(
+    ("threads", "level", "ranks"), [(1, "lockstep", 1), (2, "lockstep", 1), (1, "replicates", 1), (1, "lockstep", 2)]
+)
+def test_those_who_take_turns_share_a_cpu_while_they_are_timed(small_study, threads, level, ranks):
+    """Another one in each replicate, and only then; neither where they have several threads or ranks nor where each is
+    alone."""
+    together = {"ranks": ranks, "strategy": "ddp" if ranks > 1 else ""}
+    study = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, **together))
+    plan, seats, seen = make_plan(study, interleaving=level, phases=("train",)), {}, []
 
     class Worker(FakeWorker):
         def cpus(self):
@@ -300,7 +305,7 @@ def test_those_who_take_turns_share_a_cpu_while_they_are_timed(small_study, thre
     run_plan(plan, {"": Executor()}, site, save=lambda record: None, watcher=Quiet())
     assert not seats
     for trial, command, numbers in seen:
-        timed = command == "turn" and (threads, level) == (1, "lockstep")
+        timed = command == "turn" and (threads, level, ranks) == (1, "lockstep", 1)
         assert numbers == ([CPUS[int(trial[1])]] * 3 if timed else []), (trial, command)
     assert {trial[:2] for trial, command, _ in seen if command == "turn"} == {"r0", "r1"}
 

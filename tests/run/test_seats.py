@@ -74,7 +74,7 @@ def test_of_many_cpus_some_are_looked_at(rounds):
 
 
 @pytest.mark.parametrize(
-    "workers", [[Worker()], [Worker((2,)), Worker((2,))], [Worker((2, 4)), Worker(())], [object(), Worker()]]
+    "workers", [[Worker()], [Worker((2,)), Worker((2,))], [Worker((2, 4)), Worker(())], [Worker(), Worker(), object()]]
 )
 def test_nobody_sits_where_there_is_nothing_to_choose(workers):
     """One worker alone, one CPU, a process that is gone, one that cannot be told."""

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from harness.records import store
+from harness.records.spending import Spending
 from harness.stats import compare_trials
 
 
@@ -55,6 +57,25 @@ def test_the_wider_side_of_an_interval_counts(real):
     ratio = compare_trials(base, [[2.0, 2.1], [2.0, 2.0], [2.1, 2.0]], pairing="replicate")
     assert real.half_width(ratio) == pytest.approx(max(ratio.high / ratio.ratio, ratio.ratio / ratio.low) - 1)
     assert real.half_width(compare_trials(base[:1], base[:1], pairing="replicate")) is None
+
+
+def test_what_a_run_says_of_itself_is_read(real, write_run):
+    """Its time, its replicates, both kinds of interval, and whether it counts."""
+    path = write_run("a", {"plain": [0.1, 0.101, 0.1], "nf4": [0.12, 0.121, 0.12]})
+    run = store.read_run(str(path), path.parent)
+    with pytest.raises(SystemExit, match="does not say what its time went to"):
+        real.find(run)
+    spending = Spending(wall_s=90.0, limit_s=100.0, measured_s={"steps": 60.0})
+    found = real.find(dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, spending=spending)))
+    assert (found.wall_s, found.limit_s, found.replicates, found.valid) == (90.0, 100.0, 3, True)
+    assert found.share == pytest.approx(60 / 90)
+    assert found.round_s == pytest.approx(3 * (0.1 + 0.12 + 0.1))
+    assert found.half_widths.keys() == found.shared.keys() == {"nf4"}
+    assert 0 < found.half_widths["nf4"] <= found.shared["nf4"]
+    (late, share, alone, together) = real.say(found)
+    assert (late, share) == ("1 min 30 s of 1 min 40 s, 3 replicates", "66.7 % of the time were measurement")
+    assert alone == f"95 % intervals of training: nf4 ± {100 * found.half_widths['nf4']:.1f} %"
+    assert together.startswith("as the report decides, for all variants together: nf4 ± ")
 
 
 def test_a_model_that_is_not_there_is_skipped_with_the_reason(real, monkeypatch, capsys):

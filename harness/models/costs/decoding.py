@@ -59,8 +59,8 @@ def decode_cost(
     """FLOPs and bytes of one token after the first of each prompt, `context` tokens attended to by each, itself
     included.
 
-    Left out: biases, norms of heads, and the norm that PEFT's DoRA takes anew
-    for every token, which an implementation could keep.
+    Left out: biases, norms of heads, and the norm that PEFT's DoRA takes anew for every token, which an implementation
+    could keep.
 
     Args:
         prompts: of the request (`Workload.request_batch`).

@@ -151,6 +151,17 @@ def estimate_peak(
     return max((one for one in found if answers or one.phase == "train"), key=lambda one: one.needed_bytes)
 
 
+def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
+    """What of a trial's peak on a CPU a process gives back between its commands: the logits of a step and what the loss
+    makes of them. 0 where they are so few that malloc may keep their blocks, or are no part of the peak: of a step that
+    takes more in another moment, or where requests take as much."""
+    step, request = estimate_phases(variant, workload, shape)
+    logits = step.kinds.get("logits", 0)
+    if logits < LOGIT_COPIES // 4 * MAPPED_FROM_BYTES:
+        return 0
+    return min(logits, max(0, step.total_bytes - request.total_bytes))
+
+
 def stored_dtype(source: ModelSource) -> str | None:
     """Type of the checkpoint's weights as its configuration names it; None where they are not mapped from a file."""
     if source.random or source.kind not in ("directory", "hub"):
@@ -215,13 +226,6 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
             held = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)
             moment["heap_slack"] = max(0, taken - held) + int(HEAP_SLACK * taken)
     return max(moments, key=lambda moment: sum(moment.values()))
-
-
-def passing_bytes(workload: Workload, shape: ModelShape) -> int:
-    """What of a step's peak on a CPU is there for the loss alone and is given back before the step ends: the logits,
-    and what is made of them; 0 where they are so few that malloc may keep their blocks."""
-    each = 4 * workload.batch_size * workload.sequence_length * shape.vocab_size
-    return LOGIT_COPIES // 4 * each if each >= MAPPED_FROM_BYTES else 0
 
 
 def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
