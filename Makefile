@@ -59,7 +59,8 @@ proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/p
 	tests/run/executors/test_script_trainer.py tests/trial/building/test_base_model.py tests/docs/test_own_script.py \
 	tests/docs/test_own_step.py
 proof-harness proof-models: proof-%: $(STAMP)
-	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
+	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs \
+	--disable-warnings)
 
 # Six variants of real models in the minutes that they are given, with what is promised of them (fetch smollm2-135m first;
 # LORAMETER_GEMMA names a GGUF file of Gemma 3 270M, and without it that model is skipped; 25 minutes on two cores that

@@ -1,6 +1,6 @@
 """Is a finding's cost what its remedy gains? The remedies of a step, each beside the forecast of what it brings.
 
-    python benchmarks/selftest/forecasts.py [--variant lora-or-qlora:qlora-nf4-r16] [--effort standard] [CODE ...]
+    python benchmarks/selftest/forecasts.py [--effort standard] [CODE ...]
 
 `lorameter profile --try CODE` takes the variant's step apart and measures the remedy in turns with the present variant.
 The cost is a share of a step, and so is the gain: one less the ratio of the step's time with the remedy and without,
@@ -26,8 +26,12 @@ from harness.verdicts.judging import MARGIN
 
 ROOT = Path(__file__).parents[2]
 
-CODES = ("float32-adapter", "dropout", "dequantisation")
-"""Findings of the default study's QLoRA variant that fields of a variant mend."""
+VARIANTS = {
+    "float32-adapter": "lora-or-qlora:lora-r16",
+    "dropout": "lora-or-qlora:qlora-nf4-r16",
+    "dequantisation": "lora-or-qlora:qlora-nf4-r16",
+}
+"""Findings that fields of a variant mend, and a variant of the default study that has each."""
 Near = Callable[[float], tuple[float, float]]
 """Of a gain, between which costs it is foretold; both ends grow with it."""
 
@@ -35,15 +39,17 @@ Near = Callable[[float], tuple[float, float]]
 def main() -> int:
     """Profile once for each finding, have its remedy tried, and print both figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("codes", nargs="*", default=CODES, metavar="CODE")
-    parser.add_argument("--variant", default="lora-or-qlora:qlora-nf4-r16")
+    parser.add_argument("codes", nargs="*", default=tuple(VARIANTS), metavar="CODE")
     parser.add_argument("--effort", choices=("quick", "standard", "rigorous"), default="standard")
     options = parser.parse_args()
-    print(f"{origin_of(ROOT)}; {options.variant}", flush=True)
+    if unknown := [code for code in options.codes if code not in VARIANTS]:
+        parser.error(f"{', '.join(unknown)}: known are {', '.join(VARIANTS)}")
+    print(origin_of(ROOT), flush=True)
     failed = 0
     for code in options.codes:
         with tempfile.TemporaryDirectory() as runs:
-            document = document_of(arguments(options.variant, code, options.effort, runs))
+            print(VARIANTS[code])
+            document = document_of(arguments(VARIANTS[code], code, options.effort, runs))
         failed += document is None or judge_document(document, code, "a step", near_a_step)
     return int(failed > 0)
 

@@ -170,18 +170,20 @@ def _see_requests(study: Study, variant: Variant, executor: Executor, runs: Path
 
 def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, runs: Path) -> Tried:
     """Measure the present variant and the suggested one, as any two."""
-    from harness.profile.remedy import judge_remedy, make_pair, phase_of
+    from harness.profile.remedy import OWN_HEAPS, judge_remedy, make_pair, phase_of
     from harness.report.live import LiveDisplay
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.measure import measure, plan_study
 
     pair = make_pair(study, variant, finding, protocol=study.protocol)
+    machine = executor.machine()
     plan, notices = plan_study(
         pair.study,
-        executor.machine(),
+        machine,
         free_bytes=executor.free_bytes(),
         phases=(phase_of(finding),),
+        apart=OWN_HEAPS if machine.device == "cpu" else None,
         runs=runs,
         own_workloads=pair.own_workloads,
     )

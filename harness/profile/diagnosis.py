@@ -61,7 +61,7 @@ def _launch_bound(seen: Evidence) -> Iterator[Finding]:
 
 
 def _dequantisation(seen: Evidence) -> Iterator[Finding]:
-    share = seen.categories.get("dequantize", 0.0)
+    share = seen.unpacking
     if share <= WORTH:
         return
     extra = seen.extra_bytes.get("quantization", 0)
@@ -182,7 +182,7 @@ def _dropout(seen: Evidence) -> Iterator[Finding]:
         return
     yield _make_finding(
         "dropout", seen, seen.dropout,
-        f"masks for lora_dropout = {seen.variant.lora_dropout:g} take {seen.dropout:.1%} of a step forward",
+        f"masks for lora_dropout = {seen.variant.lora_dropout:g} take {seen.dropout:.1%} of a step",
         "lora_dropout = 0 draws none; it regularises, so look at the held-out loss.", changes={"lora_dropout": 0.0},
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from harness.profile.accounting import (
     time_of,
 )
 from harness.profile.facts import Profile, Watched
-from harness.records.activity import PhaseActivity
+from harness.records.activity import DROPOUT_OPERATOR, PhaseActivity
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -33,8 +33,8 @@ SPARE_SHARE = 0.9
 """Share of the memory that a remedy may be expected to fill: what it adds is estimated, within a tenth at best."""
 DROPOUT_KERNELS = ("dropout", "bernoulli")
 """In the names of kernels that draw a mask; the fused one applies it as well."""
-DROPOUT_OPERATOR = "aten::dropout"
-"""On a CPU: it draws the mask and multiplies with it. The backward pass multiplies by a `mul` like any other."""
+UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
+"""bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply as ever."""
 _LEFT_OUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
@@ -81,6 +81,8 @@ class Evidence:
     """Logits, their gradients and the loss's copies of them, where the memory was highest."""
     liger: bool = False
     """Whether the package liger-kernel is installed."""
+    unpacking: float = 0.0
+    """Share of what makes 16-bit weights of packed ones."""
     dropout: float = 0.0
     """Share of what draws masks and, where that can be told from other products, applies them."""
     padded: float = 0.0
@@ -136,6 +138,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         casts=time_of(profile, step, lambda phase: phase.casts_s) / step_s,
         logits_bytes=profile.memory["train"].kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
+        unpacking=time_of(profile, step, unpacking_s) / step_s,
         dropout=time_of(profile, step, dropout_s) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
@@ -168,10 +171,20 @@ def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
     return max(0.0, 1 - step_flops(profile, without).hardware / found.flops.hardware)
 
 
+def unpacking_s(phase: PhaseActivity) -> float:
+    """Seconds of a phase that unpack weights; on a CPU with what is done around that, and would not be without it.
+
+    Where nothing is unpacked, those functions multiply packed weights as they are.
+    """
+    unpacked = phase.categories_s.get("dequantize", 0.0)
+    return unpacked and unpacked + sum(one.time_s for one in phase.operators if one.name in UNPACKING)
+
+
 def dropout_s(phase: PhaseActivity) -> float:
     """Seconds of a phase that draw masks and, where that can be told from other products, apply them."""
     drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
-    return phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
+    forward = phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
+    return forward + phase.dropout_backward_s
 
 
 def observed_word(profile: Watched, path: str) -> str | None:

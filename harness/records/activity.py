@@ -20,6 +20,8 @@ REQUEST_SIGHT, REQUEST_ACTIVITY, MERGED_ACTIVITY = "requests.json", "requests-ac
 REQUEST_TRACE, MERGED_TRACE = "requests-trace.json.gz", "merged-trace.json.gz"
 """What a trial whose requests are taken apart leaves beside these: what was seen of one, what ran in some, and with
 the adapter merged."""
+DROPOUT_OPERATOR = "aten::dropout"
+"""Draws a mask and multiplies with it, by operators or kernels of its own."""
 CACHE, HEAD = "cache", "head"
 """Parts of forward passes that are told apart: adding to the cache of keys and values, and the output head."""
 
@@ -64,6 +66,8 @@ class PhaseActivity:
     """Seconds of each operator by name with all that it calls; empty on a GPU, whose kernels call nothing."""
     casts_s: float = field(default=0.0, metadata=codec.LATER)
     """Time of the copies from one type to another."""
+    dropout_backward_s: float = field(default=0.0, metadata=codec.LATER)
+    """Time of the backward pass of what `DROPOUT_OPERATOR` has made."""
     copies: tuple[WeightCopy, ...] = field(default=(), metadata=codec.LATER)
     """Whole weights that were copied, the dearest first."""
     parts_s: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)

@@ -30,6 +30,7 @@ def choose_level(
     workloads: int = 1,
     ranks: int = 1,
     adapters: int = 1,
+    apart: str | None = None,
 ) -> tuple[Interleaving, str]:
     """The level and the reason for it.
 
@@ -42,6 +43,7 @@ def choose_level(
         workloads: on how many different workloads they are measured.
         ranks: processes of a trial.
         adapters: those that a trial's requests have on its base, at most.
+        apart: why each variant should have a process of its own where memory allows for that; None where none needs it.
 
     Raises:
         UsageError: the level asked for is unknown, or not possible for these variants.
@@ -59,16 +61,17 @@ def choose_level(
         if asked == "shared-base" and obstacle is not None:
             raise UsageError(f"interleave = 'shared-base': {obstacle}. Use lockstep, or leave the choice to lorameter.")
         return asked, "asked for"
-    if obstacle is None:
+    together = free_bytes is not None and together_bytes is not None and fits(together_bytes, free_bytes)
+    if obstacle is None and (apart is None or not together):
         return "shared-base", "the variants differ in their adapters only"
     if free_bytes is None:
         return "replicates", f"{obstacle}, and how much memory is free cannot be known"
     if together_bytes is None:
         return "replicates", f"{obstacle}, and how much memory they need together cannot be known"
     sizes = f"all live together need about {format_bytes(together_bytes)} of {format_bytes(free_bytes)} free"
-    if not fits(together_bytes, free_bytes):
+    if not together:
         return "replicates", f"{obstacle}, and {sizes}"
-    return "lockstep", f"{obstacle}; {sizes}"
+    return "lockstep", f"{obstacle or apart}; {sizes}"
 
 
 def fits(needed_bytes: int, free_bytes: int) -> bool:

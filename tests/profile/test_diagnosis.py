@@ -39,7 +39,7 @@ def changed(variant=None, **fields):
 NF4 = {"quantization": "nf4", "compute_dtype": "bfloat16"}
 PLANTED = {
     "launch-bound": (changed(idle=0.4), 0.4, {"compile": True}),
-    "dequantisation": (changed(NF4, categories={"dequantize": 0.3}), 0.3, {"quantization": "none"}),
+    "dequantisation": (changed(NF4, unpacking=0.3), 0.3, {"quantization": "none"}),
     "float32-adapter": (
         changed(adapter_dtype="float32", categories={"copy": 0.3}, casts=0.15), 0.15, {"adapter_dtype": "bfloat16"}
     ),
@@ -99,7 +99,7 @@ def test_a_planted_case_is_found_alone(code):
     [
         (changed({"gradient_checkpointing": True}, recomputed=0.3, memory_bytes=20 * GIB), []),
         (changed({"optimizer": "paged_adamw_32bit"}, memory_bytes=11 * GIB), []),
-        (changed(NF4, categories={"dequantize": 0.3}, memory_bytes=15 * GIB), [{}]),
+        (changed(NF4, unpacking=0.3, memory_bytes=15 * GIB), [{}]),
         (changed({"dtype": "float32"}, device="cpu", wide_registers=False), []),
         (changed({"autocast": "bfloat16"}, adapter_dtype="float32", casts=0.2), []),
         (changed(adapter_dtype="float32", categories={"copy": 0.3}, casts=0.01), []),
@@ -111,7 +111,7 @@ def test_a_planted_case_is_found_alone(code):
         (changed(attention_mask="explicit", masked_pairs=0.5, flash_attn=False), [{}]),
         (changed({"autocast": "float32"}, attention_mask="explicit", masked_pairs=0.5, wide_registers=False), [{}]),
         (
-            changed(NF4 | {"prepare_for_kbit": True}, categories={"dequantize": 0.3}),
+            changed(NF4 | {"prepare_for_kbit": True}, unpacking=0.3),
             [{"quantization": "none", "prepare_for_kbit": False}],
         ),
         (changed(padded=0.3), [{}]),

@@ -68,6 +68,18 @@ def test_what_touches_the_base_cannot_share_it(changes, word):
     assert word in obstacle
 
 
+def test_who_should_be_apart_takes_turns_in_processes_of_their_own_where_they_fit():
+    """A wish, which gives way to the memory: one base is better than one process at a time."""
+    sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB}
+    assert choose_level(SWEEP, **sizes, apart="heaps")[0] == "lockstep"
+    assert choose_level(SWEEP, **sizes, apart="heaps")[1].startswith("heaps; all live together need about 3 GiB")
+    assert choose_level(SWEEP, **sizes, apart="heaps", asked="shared-base")[0] == "shared-base"
+    for unfit in ({"together_bytes": 9 * GIB}, {"together_bytes": None}, {"free_bytes": None}):
+        assert choose_level(SWEEP, **sizes | unfit, apart="heaps")[0] == "shared-base"
+        assert choose_level(MIXED, **sizes | unfit, apart="heaps")[0] == "replicates"
+    assert "nf4 differs" in choose_level(MIXED, **sizes, apart="heaps")[1]
+
+
 def test_a_level_can_be_asked_for():
     """A coarser one always, shared-base only where the variants allow it, an unknown word never."""
     assert choose_level(SWEEP, together_bytes=0, free_bytes=None, asked="replicates") == ("replicates", "asked for")

@@ -89,8 +89,7 @@ def test_the_command_is_told_nothing_of_the_head(copied, tmp_path):
 
 def test_each_finding_of_a_step_is_asked_for(forecasts, tmp_path):
     """By a name that the command has, of a step."""
-    for code in forecasts.CODES:
-        given = forecasts.arguments("lora-or-qlora:qlora-nf4-r16", code, "quick", str(tmp_path))
-        options = cli.parser().parse_args(given)
+    for code, variant in forecasts.VARIANTS.items():
+        options = cli.parser().parse_args(forecasts.arguments(variant, code, "quick", str(tmp_path)))
         assert (options.phase, options.attempt, code in RULES) == ("train", code, True)
-    load_variant(options.variant)
+        load_variant(options.variant)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from harness.errors import UsageError
 from harness.profile.accounting import IDLE, TimeSpan, categories_s, plain_s, span_of
-from harness.profile.evidence import SPARE_SHARE, dropout_s, observed_word, saved_bytes
+from harness.profile.evidence import SPARE_SHARE, dropout_s, observed_word, saved_bytes, unpacking_s
 from harness.profile.requests.accounting import RequestAccount
 from harness.profile.requests.facts import RequestProfile
 from harness.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
@@ -126,7 +126,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         time_s=whole.phases[phase].value / count,
         calls=ran.calls / count,
         idle_s=by_category.get(IDLE, 0.0),
-        dequantise_s=by_category.get("dequantize", 0.0),
+        dequantise_s=plain(unpacking_s),
         casts_s=plain(lambda one: one.casts_s),
         dropout_s=plain(dropout_s),
         cache_s=plain(lambda one: one.parts_s.get(CACHE, 0.0)),
