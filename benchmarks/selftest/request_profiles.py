@@ -51,9 +51,10 @@ SERVED = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=64,
     new_tokens=16,
 )  # fmt: skip
-LARGE, TINY = (1024, 32768, 4), (64, 512, 1)
-"""Width, words and blocks of a model whose weights take long to read, and of one with hardly any."""
-LONG = {"request_batch": 8, "prompt_tokens": 384}
+LARGE, NARROW, TINY = (1024, 32768, 4), (256, 2048, 4), (64, 512, 1)
+"""Width, words and blocks of a model whose weights take long to read, of one whose products are short beside what is
+done with their inputs, and of one with hardly any."""
+LONG: dict[str, Any] = {"request_batch": 8, "prompt_tokens": 384}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,13 @@ class Case:
 PLANTED = (
     Case(name="copied head", variant={"copy_head_input": False}, found=("weight-copied",)),
     Case(name="adapter beside the base", variant=BESIDE, found=("adapter-unmerged",), absent=("mixed-types",)),
-    Case(name="adapter in float32", variant={**BESIDE, "adapter_dtype": None}, model=TINY, found=("mixed-types",)),
+    Case(
+        name="adapter in float32",
+        variant={**BESIDE, "adapter_dtype": None},
+        workload=LONG,
+        model=NARROW,
+        found=("mixed-types",),
+    ),  # fmt: skip
     Case(name="4-bit weights", variant=NF4, narrow=True, found=("dequantisation",)),
     Case(name="long prompts", variant={"kv_cache": "dynamic"}, workload=LONG, found=("cache-reallocated",)),
     Case(name="hardly any weights", model=TINY, found=("launch-bound",)),
@@ -81,7 +88,7 @@ PLANTED = (
 CASES = (
     Case(name="healthy", absent=tuple(sorted({code for case in PLANTED for code in case.found}))),
     *PLANTED,
-    Case(name="adapter in bfloat16", variant=BESIDE, model=TINY, absent=("mixed-types",)),
+    Case(name="adapter in bfloat16", variant=BESIDE, workload=LONG, model=NARROW, absent=("mixed-types",)),
     Case(name="4-bit weights as they are", variant=NF4, absent=("dequantisation",)),
     Case(name="long prompts, kept", workload=LONG, absent=("cache-reallocated",)),
 )
