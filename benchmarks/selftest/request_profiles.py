@@ -80,7 +80,7 @@ PLANTED = (
         workload=LONG,
         model=NARROW,
         found=("mixed-types",),
-    ),  # fmt: skip
+    ),
     Case(name="4-bit weights", variant=NF4, narrow=True, found=("dequantisation",)),
     Case(name="long prompts", variant={"kv_cache": "dynamic"}, workload=LONG, found=("cache-reallocated",)),
     Case(name="hardly any weights", model=TINY, found=("launch-bound",)),
