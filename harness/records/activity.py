@@ -65,7 +65,7 @@ class PhaseActivity:
     totals_s: dict[str, float] = field(default_factory=dict)
     """Seconds of each operator by name with all that it calls; empty on a GPU, whose kernels call nothing."""
     casts_s: float = field(default=0.0, metadata=codec.LATER)
-    """Time of the copies from one type to another."""
+    """Time of the copies from one type to another, and of sums and products of two types."""
     dropout_backward_s: float = field(default=0.0, metadata=codec.LATER)
     """Time of the backward pass of what `DROPOUT_OPERATOR` has made."""
     copies: tuple[WeightCopy, ...] = field(default=(), metadata=codec.LATER)

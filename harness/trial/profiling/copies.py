@@ -11,13 +11,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness.records.activity import WeightCopy
 
 _COPYING = ("aten::contiguous", "aten::clone", "aten::_to_copy", "aten::copy_")
 """Operators that copy what they are given; the outermost of those that call each other counts."""
+_CASTING = (
+    "aten::to", "aten::_to_copy", "aten::copy_",
+    "aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::mul", "aten::mul_", "aten::div", "aten::div_",
+)  # fmt: skip
+"""Operators that copy from one type to another, and those of two tensors, which do so where they are given two types."""
+_COMPUTED = frozenset(("float", "c10::BFloat16", "c10::Half"))
+"""Types that models compute in, as the profiler names them; the double of a bare number is none of them."""
 _LEAST = 2**16
 """Elements of a weight whose copying can be worth a word."""
 
@@ -61,7 +69,7 @@ def copies_of(
     products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
     starts = [one.start_ns() for one in products]
     found = []
-    for operator in _outermost(host):
+    for operator in (call.operator for call in _outermost(host, _COPYING)):
         shape: list[int] = next(iter(operator.shapes()), [])
         if math.prod(shape) < _LEAST:
             continue
@@ -90,22 +98,43 @@ def sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ..
 
 
 def cast_times(host: Sequence[Any], times: KernelTimes | None) -> list[tuple[int, float]]:
-    """Beginning in nanoseconds and seconds of every copy between two types."""
-    return [
-        (one.start_ns(), _seconds(one, times))
-        for one in host
-        if one.name() == "aten::copy_" and len(set(one.dtypes()[:2])) == 2
-    ]
+    """Beginning in nanoseconds and seconds of all that is done because one number has another type than another.
+
+    That is every copy between two types with what is around it, and on a CPU every sum or product of tensors of two
+    types, one of which it copies first; of one type it takes a small part of the time. A card's converts as it reads.
+    """
+    casts = (call.operator for call in _outermost(host, _CASTING) if any(map(_is_cast, call.within)))
+    return [(one.start_ns(), _seconds(one, times)) for one in casts]
 
 
-def _outermost(host: Sequence[Any]) -> Iterator[Any]:
-    """Copying operators that no other such operator has called, by thread."""
-    last: dict[int, int] = {}
-    for one in sorted((one for one in host if one.name() in _COPYING), key=lambda one: (one.start_ns(), -one.end_ns())):
+def _is_cast(operator: Any) -> bool:
+    """A copy from one type that models compute in to another; a bare number is no tensor worth a word."""
+    if operator.name() != "aten::copy_" or not next(iter(operator.shapes()), []):
+        return False
+    types = set(operator.dtypes()[:2])
+    return len(types) == 2 and types <= _COMPUTED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call of an operator that no other of its kind has called, and those of its kind that it calls."""
+
+    operator: Any
+    within: list[Any] = field(default_factory=list)
+    """Itself among them."""
+
+
+def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[Call]:
+    """Calls of these operators that no other of them has called, by thread."""
+    found: list[Call] = []
+    last: dict[int, Call] = {}
+    for one in sorted((one for one in host if one.name() in names), key=lambda one: (one.start_ns(), -one.end_ns())):
         thread = one.start_thread_id()
-        if one.start_ns() >= last.get(thread, 0):
-            last[thread] = one.end_ns()
-            yield one
+        if thread not in last or one.start_ns() >= last[thread].operator.end_ns():
+            last[thread] = Call(operator=one)
+            found.append(last[thread])
+        last[thread].within.append(one)
+    return found
 
 
 def _weight_of(shape: Sequence[int], product: Any, weights: Mapping[tuple[int, int], str]) -> str | None:

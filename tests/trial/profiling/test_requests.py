@@ -297,10 +297,29 @@ def test_what_is_no_weight_is_no_copy_of_one():
     assert (found[1].weight, found[1].in_product) == ("w", False)
 
 
-def test_casts_are_copies_between_types():
-    """No others."""
-    events = recorded(lambda: (torch.ones(64, 64).to(torch.bfloat16), torch.ones(64, 64).t().contiguous()))
-    assert len(cast_times([one for one in events if "aten" in one.name()], None)) == 1
+NARROW_ONES, ONES = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda: ONES.to(torch.bfloat16), ["aten::to"]),
+        (lambda: ONES.to(torch.float32), []),  # nothing is copied
+        (lambda: ONES.t().contiguous(), []),
+        (lambda: ONES.double(), []),
+        (lambda: NARROW_ONES + ONES, ["aten::add"]),
+        (lambda: ONES * NARROW_ONES, ["aten::mul"]),
+        (lambda: NARROW_ONES * 2.0, []),
+        (lambda: NARROW_ONES + torch.tensor(1.0), []),
+        (lambda: NARROW_ONES + NARROW_ONES, []),
+    ],
+)
+def test_what_is_done_for_want_of_one_type_is_told(call, names):
+    """Copies between two types, with what is around them, and sums and products of two; nothing else."""
+    host = [one for one in recorded(call) if "aten" in one.name()]
+    meant = [(one.start_ns(), (one.end_ns() - one.start_ns()) / 1e9) for one in host if one.name() in names]
+    assert cast_times(host, None) == meant
+    assert len(meant) == len(names)
 
 
 def test_weights_of_one_shape_are_counted():
