@@ -76,7 +76,9 @@ class Evidence:
     calls: float = 0.0
     """Kernels launched, or operators called, in a step."""
     casts: float = 0.0
-    """Share of copies from one type to another."""
+    """Share of copies from one type to another, and of sums of two types."""
+    wide_products: float = 0.0
+    """Share of products of numbers of 32 bits."""
     logits_bytes: int = 0
     """Logits, their gradients and the loss's copies of them, where the memory was highest."""
     liger: bool = False
@@ -136,6 +138,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         categories=shares,
         calls=profile.activity.calls,
         casts=time_of(profile, step, lambda phase: phase.casts_s) / step_s,
+        wide_products=time_of(profile, step, lambda phase: phase.wide_products_s) / step_s,
         logits_bytes=profile.memory["train"].kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
         unpacking=time_of(profile, step, unpacking_s) / step_s,

@@ -66,6 +66,8 @@ class PhaseActivity:
     """Seconds of each operator by name with all that it calls; empty on a GPU, whose kernels call nothing."""
     casts_s: float = field(default=0.0, metadata=codec.LATER)
     """Time of the copies from one type to another, and of sums and products of two types."""
+    wide_products_s: float = field(default=0.0, metadata=codec.LATER)
+    """Time of the products of numbers of 32 bits."""
     dropout_backward_s: float = field(default=0.0, metadata=codec.LATER)
     """Time of the backward pass of what `DROPOUT_OPERATOR` has made."""
     copies: tuple[WeightCopy, ...] = field(default=(), metadata=codec.LATER)

@@ -95,6 +95,22 @@ def test_a_planted_case_is_found_alone(code):
 
 
 @pytest.mark.parametrize(
+    ("changes", "variant", "share"),
+    [
+        ({}, {}, 0.05 + 0.5 * 0.1),
+        ({"wide_registers": False, "device": "cpu", "reserved_bytes": None}, {}, 0.05),
+        ({}, NF4 | {"prepare_for_kbit": True}, 0.05),  # the head's products are among them
+        ({"casts": 0.0}, {}, 0.05),
+    ],
+)
+def test_an_adapter_in_32_bits_has_casts_and_products(changes, variant, share):
+    """Its products take half as long in 16 bits, where a CPU multiplies those as fast."""
+    evidence = changed(variant, **{"adapter_dtype": "float32", "casts": 0.05, "wide_products": 0.1} | changes)
+    (finding,) = diagnose(evidence)
+    assert (finding.code, finding.cost_share) == ("float32-adapter", pytest.approx(share))
+
+
+@pytest.mark.parametrize(
     ("evidence", "found"),
     [
         (changed({"gradient_checkpointing": True}, recomputed=0.3, memory_bytes=20 * GIB), []),

@@ -17,6 +17,7 @@ from torch._C._autograd import DeviceType
 from harness.records.activity import DROPOUT_OPERATOR, STEP_PHASES, Activity, OperatorUse, PhaseActivity
 from harness.trial.profiling.backward import backward_times
 from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of, sum_copies
+from harness.trial.profiling.products import wide_product_times
 from kernels_check.rules import Rule, classify
 from kernels_check.trace.kineto import Events
 from kernels_check.trace.operators import operator_times
@@ -64,6 +65,7 @@ def activity_of(
     steps = len(step_times_s)
     times = KernelTimes(kernels, host) if kind == "cuda" else None
     copied, casts = copies_of(host, weights or {}, times), cast_times(host, times)
+    products = wide_product_times(host, times)
     masks = backward_times(host, DROPOUT_OPERATOR, times)
     phases = []
     for phase in phase_names:
@@ -84,6 +86,7 @@ def activity_of(
                 operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
                 totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
                 casts_s=sum(seconds for start, seconds in casts if start in within) / steps,
+                wide_products_s=sum(seconds for start, seconds in products if start in within) / steps,
                 dropout_backward_s=sum(seconds for start, seconds in masks if start in within) / steps,
                 copies=sum_copies([copy for start, copy in copied if start in within], steps),
                 parts_s=_parts_s([part for part in parts if part[0] in within], times, steps),

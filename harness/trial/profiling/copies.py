@@ -23,7 +23,7 @@ _CASTING = (
     "aten::to", "aten::_to_copy", "aten::copy_",
     "aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::mul", "aten::mul_", "aten::div", "aten::div_",
 )  # fmt: skip
-"""Operators that copy from one type to another, and those of two tensors, which do so where they are given two types."""
+"""Operators that copy from one type to another, and those of two tensors, which do so where these are of two."""
 _COMPUTED = frozenset(("float", "c10::BFloat16", "c10::Half"))
 """Types that models compute in, as the profiler names them; the double of a bare number is none of them."""
 _LEAST = 2**16
@@ -78,8 +78,8 @@ def copies_of(
         name = _weight_of(shape, within, weights)
         if name is not None:
             copy = WeightCopy(
-                weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0, time_s=_seconds(operator, times),
-                in_product=within is not None,
+                weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0,
+                time_s=seconds_of(operator, times), in_product=within is not None,
             )  # fmt: skip
             found.append((operator.start_ns(), copy))
     return found
@@ -104,7 +104,7 @@ def cast_times(host: Sequence[Any], times: KernelTimes | None) -> list[tuple[int
     types, one of which it copies first; of one type it takes a small part of the time. A card's converts as it reads.
     """
     casts = (call.operator for call in _outermost(host, _CASTING) if any(map(_is_cast, call.within)))
-    return [(one.start_ns(), _seconds(one, times)) for one in casts]
+    return [(one.start_ns(), seconds_of(one, times)) for one in casts]
 
 
 def _is_cast(operator: Any) -> bool:
@@ -149,6 +149,7 @@ def _weight_of(shape: Sequence[int], product: Any, weights: Mapping[tuple[int, i
     return weights.get((weight[0], weight[1]), "")
 
 
-def _seconds(operator: Any, times: KernelTimes | None) -> float:
+def seconds_of(operator: Any, times: KernelTimes | None) -> float:
+    """Of an operator with all that it calls; on a GPU of its kernels."""
     start, end = operator.start_ns(), operator.end_ns()
     return (end - start) / 1e9 if times is None else times.launched_s(start, end)

@@ -131,7 +131,7 @@ def event(name, start, end, *, device=DeviceType.CUDA, marked=False, stream=7):
     values = {
         "name": name, "device_type": device, "is_user_annotation": marked, "is_hidden_event": False, "is_async": False,
         "start_ns": int(start * 1e6), "end_ns": int(end * 1e6), "device_index": 0, "start_thread_id": 0,
-        "device_resource_id": stream, "sequence_nr": -1, "fwd_thread_id": 0,
+        "device_resource_id": stream, "sequence_nr": -1, "fwd_thread_id": 0, "dtypes": [],
     }  # fmt: skip
     return SimpleNamespace(**{key: (lambda value=value: value) for key, value in values.items()})
 
