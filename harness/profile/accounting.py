@@ -26,7 +26,7 @@ from harness.models.costs.decoding import decode_cost, mean_context
 from harness.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
 from harness.models.costs.modules import from_values
 from harness.profile.facts import Profile, Watched
-from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, PhaseActivity
+from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, WHOLE, PhaseActivity
 from harness.stats import bootstrap_interval, median_interval
 from harness.studies.variant import Variant
 from harness.verdicts.series import OCCUPANCY_FLOOR
@@ -185,20 +185,33 @@ def categories_s(profile: Watched, step: StepAccount) -> dict[str, dict[str, flo
     return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
 
 
-def plain_s(profile: Watched, step: StepAccount, phase: PhaseActivity, seconds: float) -> float:
+def plain_s(
+    profile: Watched, step: StepAccount, phase: PhaseActivity, seconds: float, *, records: float | None = None
+) -> float:
     """What takes so many seconds of a phase under the profiler, in seconds of a plain step.
 
-    A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records, so
-    the share of the phase is kept.
+    A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records: if
+    it is known how many `records` lie in those seconds, each is taken to cost as much as any of the phase, else the
+    share of the phase is kept.
     """
     if profile.activity.device == "cuda":
         return seconds
-    return seconds * step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
+    plain, whole = step.phases[phase.phase].value, phase.records.get(WHOLE)
+    if records is None or not whole:
+        return seconds * plain / phase.window_s if phase.window_s else 0.0
+    return max(0.0, seconds - records * max(0.0, phase.window_s - plain) / whole)
 
 
-def time_of(profile: Watched, step: StepAccount, seconds: Callable[[PhaseActivity], float]) -> float:
-    """Seconds of a plain step for `seconds` of each of its phases under the profiler."""
-    return sum(plain_s(profile, step, phase, seconds(phase)) for phase in profile.activity.phases)
+Of = Callable[[PhaseActivity], float]
+"""Something of a phase."""
+
+
+def time_of(profile: Watched, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
+    """Seconds of a plain step for `seconds` of each of its phases under the profiler, which hold so many records."""
+    return sum(
+        plain_s(profile, step, phase, seconds(phase), records=None if records is None else records(phase))
+        for phase in profile.activity.phases
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from harness.profile.accounting import (
     time_of,
 )
 from harness.profile.facts import Profile, Watched
-from harness.records.activity import DROPOUT_OPERATOR, PhaseActivity
+from harness.records.activity import DROPOUT, DROPOUT_OPERATOR, PhaseActivity
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -35,6 +35,8 @@ DROPOUT_KERNELS = ("dropout", "bernoulli")
 """In the names of kernels that draw a mask; the fused one applies it as well."""
 UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
 """bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply as ever."""
+DROPPED = (DROPOUT, "dropout_backward_s")
+"""Under which names a phase's records of dropout are counted."""
 _LEFT_OUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
@@ -137,12 +139,12 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         idle=shares.pop(IDLE, 0.0),
         categories=shares,
         calls=profile.activity.calls,
-        casts=time_of(profile, step, lambda phase: phase.casts_s) / step_s,
-        wide_products=time_of(profile, step, lambda phase: phase.wide_products_s) / step_s,
+        casts=time_of(profile, step, lambda phase: phase.casts_s, recorded("casts_s")) / step_s,
+        wide_products=time_of(profile, step, lambda phase: phase.wide_products_s, recorded("wide_products_s")) / step_s,
         logits_bytes=profile.memory["train"].kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
         unpacking=time_of(profile, step, unpacking_s) / step_s,
-        dropout=time_of(profile, step, dropout_s) / step_s,
+        dropout=time_of(profile, step, dropout_s, recorded(*DROPPED)) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
@@ -181,6 +183,11 @@ def unpacking_s(phase: PhaseActivity) -> float:
     """
     unpacked = phase.categories_s.get("dequantize", 0.0)
     return unpacked and unpacked + sum(one.time_s for one in phase.operators if one.name in UNPACKING)
+
+
+def recorded(*names: str) -> Callable[[PhaseActivity], float]:
+    """How many records of the profiler lie in what a phase tells apart under these names."""
+    return lambda phase: sum(phase.records.get(name, 0.0) for name in names)
 
 
 def dropout_s(phase: PhaseActivity) -> float:

@@ -22,6 +22,8 @@ REQUEST_TRACE, MERGED_TRACE = "requests-trace.json.gz", "merged-trace.json.gz"
 the adapter merged."""
 DROPOUT_OPERATOR = "aten::dropout"
 """Draws a mask and multiplies with it, by operators or kernels of its own."""
+WHOLE, DROPOUT = "phase", "dropout_s"
+"""Of `PhaseActivity.records`, beside the names of fields: all of a phase, and those in `DROPOUT_OPERATOR`."""
 CACHE, HEAD = "cache", "head"
 """Parts of forward passes that are told apart: adding to the cache of keys and values, and the output head."""
 
@@ -70,6 +72,9 @@ class PhaseActivity:
     """Time of the products of numbers of 32 bits."""
     dropout_backward_s: float = field(default=0.0, metadata=codec.LATER)
     """Time of the backward pass of what `DROPOUT_OPERATOR` has made."""
+    records: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)
+    """How many of the profiler's records of operators lie in the phase (`WHOLE`), and in what is told apart of it, by
+    its field's name. Each slows the phase down by about as much; empty on a GPU, whose kernels are not slowed down."""
     copies: tuple[WeightCopy, ...] = field(default=(), metadata=codec.LATER)
     """Whole weights that were copied, the dearest first."""
     parts_s: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)

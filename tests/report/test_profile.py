@@ -11,7 +11,16 @@ from harness.commands import profile as commands_profile
 from harness.models.costs.modules import StepProducts, to_values
 from harness.models.costs.peaks import Peak
 from harness.profile import measure as profiling
-from harness.profile.accounting import IDLE, TimeSpan, categories_s, ceilings, step_account, time_of, token_shares
+from harness.profile.accounting import (
+    IDLE,
+    TimeSpan,
+    categories_s,
+    ceilings,
+    plain_s,
+    step_account,
+    time_of,
+    token_shares,
+)
 from harness.profile.diagnosis import diagnose
 from harness.profile.evidence import evidence_of
 from harness.profile.facts import Profile
@@ -107,6 +116,13 @@ def test_the_lines_of_a_step_add_up(profile):
     assert found["matmul"] == {"data": 0.0, "forward": 0.015, "backward": 0.06, "update": 0.0}
     assert sum(sum(each.values()) for each in found.values()) == pytest.approx(sum(TIMES.values()))
     assert time_of(profile, step, lambda one: one.totals_s.get("aten::dropout", 0.0)) == pytest.approx(0.0125)
+    counted = dataclasses.replace(ACTIVITY.phases[1], records={"phase": 100.0})
+    assert plain_s(profile, step, counted, 0.025) == pytest.approx(0.0125)
+    for records, seconds in ((0.0, 0.025), (10.0, 0.022), (100.0, 0.0)):  # of 30 ms that 100 records cost
+        assert plain_s(profile, step, counted, 0.025, records=records) == pytest.approx(seconds)
+    assert plain_s(profile, step, ACTIVITY.phases[1], 0.025, records=10.0) == pytest.approx(
+        0.0125
+    )  # of an older profile
     samples = {name: (*values, 10 * values[0]) for name, values in SAMPLES.items()}
     samples["plain_step_cpu_time_s"] = SAMPLES["plain_step_cpu_time_s"] + (0.5,)
     disturbed = step_account(dataclasses.replace(profile, record=profile.record.replaced(samples=samples)))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from harness.errors import UsageError
 from harness.profile.accounting import IDLE, TimeSpan, categories_s, plain_s, span_of
-from harness.profile.evidence import SPARE_SHARE, dropout_s, observed_word, saved_bytes, unpacking_s
+from harness.profile.evidence import DROPPED, SPARE_SHARE, dropout_s, observed_word, recorded, saved_bytes, unpacking_s
 from harness.profile.requests.accounting import RequestAccount
 from harness.profile.requests.facts import RequestProfile
 from harness.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
@@ -115,8 +115,9 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         return PassEvidence(time_s=whole.phases[phase].value / count)
     by_category = {category: times[phase] / count for category, times in categories_s(profile, whole).items()}
 
-    def plain(seconds: Callable[[PhaseActivity], float]) -> float:
-        return plain_s(profile, whole, ran, seconds(ran)) / count
+    def plain(seconds: Callable[[PhaseActivity], float], *names: str) -> float:
+        records = recorded(*names)(ran) if names else None
+        return plain_s(profile, whole, ran, seconds(ran), records=records) / count
 
     copies = tuple(
         dataclasses.replace(one, calls=one.calls / count, time_s=plain_s(profile, whole, ran, one.time_s) / count)
@@ -127,8 +128,8 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         calls=ran.calls / count,
         idle_s=by_category.get(IDLE, 0.0),
         dequantise_s=plain(unpacking_s),
-        casts_s=plain(lambda one: one.casts_s),
-        dropout_s=plain(dropout_s),
+        casts_s=plain(lambda one: one.casts_s, "casts_s"),
+        dropout_s=plain(dropout_s, *DROPPED),
         cache_s=plain(lambda one: one.parts_s.get(CACHE, 0.0)),
         head_s=plain(lambda one: one.parts_s.get(HEAD, 0.0)),
         copies=copies,

@@ -7,14 +7,14 @@ it calls. Which category a name belongs to is kernels_check's to say.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
 
 from torch._C._autograd import DeviceType
 
-from harness.records.activity import DROPOUT_OPERATOR, STEP_PHASES, Activity, OperatorUse, PhaseActivity
+from harness.records.activity import DROPOUT, DROPOUT_OPERATOR, STEP_PHASES, WHOLE, Activity, OperatorUse, PhaseActivity
 from harness.trial.profiling.backward import backward_times
 from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of, sum_copies
 from harness.trial.profiling.products import wide_product_times
@@ -64,9 +64,14 @@ def activity_of(
     ran = _by_phase(kernels if kind == "cuda" else host, windows, phase_names)
     steps = len(step_times_s)
     times = KernelTimes(kernels, host) if kind == "cuda" else None
-    copied, casts = copies_of(host, weights or {}, times), cast_times(host, times)
-    products = wide_product_times(host, times)
-    masks = backward_times(host, DROPOUT_OPERATOR, times)
+    copied = copies_of(host, weights or {}, times)
+    apart = {
+        "casts_s": cast_times(host, times),
+        "wide_products_s": wide_product_times(host, times),
+        "dropout_backward_s": backward_times(host, DROPOUT_OPERATOR, times),
+    }
+    masks = [(one.start_ns(), (one.end_ns() - one.start_ns()) / 1e9) for one in host if one.name() == DROPOUT_OPERATOR]
+    counter = _Records(host) if kind == "cpu" else None
     phases = []
     for phase in phase_names:
         spans = [end - start for start, end, name in windows if name == phase]
@@ -85,15 +90,34 @@ def activity_of(
                 busy_s=_busy_s(ran[phase], kept) / steps,
                 operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
                 totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
-                casts_s=sum(seconds for start, seconds in casts if start in within) / steps,
-                wide_products_s=sum(seconds for start, seconds in products if start in within) / steps,
-                dropout_backward_s=sum(seconds for start, seconds in masks if start in within) / steps,
+                **{
+                    name: sum(seconds for start, seconds in found if start in within) / steps
+                    for name, found in apart.items()
+                },
+                records={}
+                if counter is None
+                else {WHOLE: len(kept.start_us) / steps}
+                | {
+                    name: sum(counter.within(*span) for span in found if span[0] in within) / steps
+                    for name, found in (*apart.items(), (DROPOUT, masks))
+                },
                 copies=sum_copies([copy for start, copy in copied if start in within], steps),
                 parts_s=_parts_s([part for part in parts if part[0] in within], times, steps),
             )
         )
     missing = NO_KERNELS if kind == "cuda" and not kernels else ""
     return Activity(device=kind, step_times_s=step_times_s, phases=tuple(phases), missing=missing)
+
+
+class _Records:
+    """How many records of the host begin in a span of time."""
+
+    def __init__(self, host: Sequence[Any]) -> None:
+        self._starts = sorted(one.start_ns() for one in host)
+
+    def within(self, start_ns: int, seconds: float) -> int:
+        """From its beginning on for so long."""
+        return bisect_right(self._starts, start_ns + round(1e9 * seconds)) - bisect_left(self._starts, start_ns)
 
 
 Window = tuple[int, int, str]

@@ -52,6 +52,11 @@ def test_the_product_with_a_mask_is_told_from_another(weight):
     assert forward.dropout_backward_s == 0.0
     assert backward.dropout_backward_s == pytest.approx(sum(seconds for _, seconds in masks))
     assert 0 < backward.dropout_backward_s < backward.window_s
+    drawn = [one for one in events if one.name() == "aten::bernoulli_"]
+    assert len(drawn) == 2
+    assert 6 <= forward.records["dropout_s"] < forward.records["phase"]  # two operators, each with two more at least
+    assert 4 <= backward.records["dropout_backward_s"] < backward.records["phase"]
+    assert (forward.records["dropout_backward_s"], backward.records["dropout_s"]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("masks", [0, 2])
