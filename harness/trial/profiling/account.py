@@ -3,9 +3,9 @@
 What is resident between steps is counted tensor by tensor. What lives during the step is watched
 (`harness.trial.profiling.live`) and taken as it stood where the memory was highest; what one operator held beyond its
 results at that point (a packed weight, an accumulator) shows in the peak around it. On the host the kernel counts the
-pages of code and of mapped weights, and what malloc keeps although it is free is what it gives back when it is asked
-to. Nobody counts what libraries and the interpreter's objects hold on the heap: that is the better part of what stays
-unexplained there.
+pages of code and of mapped weights, the interpreter its arenas, and what malloc keeps although it is free is what it
+gives back when it is asked to. Nobody counts what libraries and the interpreter's larger objects hold on the heap: that
+is the better part of what stays unexplained there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.records.memory_account import MemoryAccount, MemoryPhase, in_order
 from harness.trial.memory import resident_tensors, storage_bytes
 from harness.trial.process import give_back_free, resident_now
 from harness.trial.profiling.live import LiveTensors
-from harness.trial.profiling.pages import Pages, read_pages
+from harness.trial.profiling.pages import Pages, interpreter_bytes, read_pages
 
 WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
     "train": ("activations", "logits", "gradients"),
@@ -36,12 +36,13 @@ class Birth:
 
     resident_bytes: int
     pages: Pages
+    interpreter_bytes: int | None
 
 
 def take_birth() -> Birth:
     """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
     give_back_free()
-    return Birth(resident_bytes=host_bytes("VmRSS"), pages=read_pages())
+    return Birth(resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes())
 
 
 def account(
@@ -172,20 +173,23 @@ class _Slack:
 
 
 def _on_host(birth: Birth, resident: Collection[torch.Tensor]) -> dict[str, int]:
-    """Kinds of which torch knows nothing: the process that was there before, and pages of files."""
-    now = read_pages()
+    """Kinds of which torch knows nothing: pages of files, and the interpreter's arenas."""
+    now, arenas = read_pages(), interpreter_bytes()
     mapped: dict[str, int] = {}
     for tensor in resident:
         path = now.file_at(tensor.untyped_storage().data_ptr())
         if path is not None:
             mapped[path] = mapped.get(path, 0) + storage_bytes(tensor)
     code = sum(size for path, size in now.files.items() if path not in mapped)
-    return {
+    kinds = {
         "process": birth.resident_bytes,
         "library_code": code - sum(size for path, size in birth.pages.files.items() if path not in mapped),
         "generated_code": now.generated_bytes - birth.pages.generated_bytes,
         "checkpoint_pages": sum(now.files[path] - size for path, size in mapped.items()),
     }
+    if arenas is not None and birth.interpreter_bytes is not None:
+        kinds["interpreter"] = arenas - birth.interpreter_bytes
+    return kinds
 
 
 def _on_cuda(phase: MemoryPhase, kinds: dict[str, int], peaks: dict[str, int]) -> MemoryAccount:
