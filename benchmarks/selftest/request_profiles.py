@@ -14,20 +14,19 @@ healthy one is.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from bitsandbytes.functional import has_avx512bf16
 from many_words import write_model
+from portable import NARROW as NARROW_CPU
 
-from harness.machine.provenance import origin_of
+from harness.machine.provenance import Machine, origin_of, probe_machine
 from harness.profile.requests.accounting import request_accounts
 from harness.profile.requests.evidence import evidence_of_requests
 from harness.profile.requests.measure import profile_requests
@@ -39,7 +38,6 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 ROOT = Path(__file__).parents[2]
-NARROW_CPU = Path(__file__).parent / "narrow_cpu"
 
 HEALTHY: dict[str, Any] = {
     "r": 16, "dtype": "bfloat16", "adapter_dtype": "bfloat16", "merge_adapter": True, "copy_head_input": True,
@@ -66,6 +64,8 @@ class Case:
     workload: dict[str, Any] = field(default_factory=dict)
     narrow: bool = False
     """Whether bitsandbytes is told of a CPU without AVX512-BF16. With it, it multiplies packed weights as they are."""
+    repacked: bool = False
+    """Whether that is what the case is about."""
     model: tuple[int, int, int] = LARGE
     found: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ CASES = (
     Case(name="healthy", absent=tuple(sorted({code for case in PLANTED for code in case.found}))),
     *PLANTED,
     Case(name="adapter in bfloat16", variant=BESIDE, workload=LONG, model=NARROW, absent=("mixed-types",)),
-    Case(name="4-bit weights as they are", variant=NF4, absent=("dequantisation",)),
+    Case(name="4-bit weights as they are", variant=NF4, repacked=True, absent=("dequantisation",)),
     Case(name="long prompts, kept", workload=LONG, absent=("cache-reallocated",)),
 )
 
@@ -99,38 +99,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help="only this one")
     only = parser.parse_args().case
+    machine = probe_machine()
     print(origin_of(ROOT))
     print(f"{'':26}{'a request':>12}{'remainder':>11}  findings")
-    good = [case_holds(case) for case in CASES if only in (None, case.name) and is_possible(case)]
+    good = [case_holds(case) for case in CASES if only in (None, case.name) and is_possible(case, machine)]
     print(f"{sum(good)} of {len(good)} hold")
     return 0 if all(good) else 1
 
 
-def is_possible(case: Case) -> bool:
-    """Whether this CPU can have the case; where not, that is said. Without AVX512-BF16 every CPU unpacks weights."""
-    if case.variant != NF4 or case.narrow or has_avx512bf16():
+def is_possible(case: Case, machine: Machine) -> bool:
+    """Whether this CPU can have the case; where not, that is said."""
+    if machine.avx512_bf16 or not case.repacked:
         return True
     print(f"{case.name:26}left out: this CPU has no AVX512-BF16, without which bitsandbytes unpacks all weights")
     return False
 
 
-@contextlib.contextmanager
-def seen_as(narrow: bool) -> Iterator[None]:
-    """What processes that start meanwhile are told of the CPU."""
-    before = os.environ.get("PYTHONPATH")
-    if narrow:
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(NARROW_CPU), before)))
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONPATH", None)
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+def environment(case: Case) -> dict[str, str]:
+    """What processes are told of the CPU."""
+    return (
+        {"PYTHONPATH": os.pathsep.join([str(NARROW_CPU), *filter(None, (os.environ.get("PYTHONPATH"),))])}
+        if case.narrow
+        else {}
+    )
 
 
 def case_holds(case: Case) -> bool:
     """Profile one case and judge it."""
-    with tempfile.TemporaryDirectory() as folder, seen_as(case.narrow):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, environment(case)):
         hidden, words, blocks = case.model
         model = f"random:{write_model(Path(folder), hidden, words, blocks=blocks)}"
         study = study_of(case, model)

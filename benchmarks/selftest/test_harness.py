@@ -70,7 +70,7 @@ def test_a_timed_step_costs_what_a_bare_loop_costs(loops, say):
     """Target at most 1.005 for what is recorded, over a bare loop that frees its graph within the step.
 
     So does any loop whose next step gives the name of its loss to another. One that keeps it until the clock has been
-    read leaves 0.5 % of a step of 60 ms outside.
+    read leaves the end of the graph outside: the way "freed" over "bare".
 
     What a turn takes beside its steps (reading the meters, the switch of random numbers) is in no number.
     """

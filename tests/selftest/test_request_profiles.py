@@ -1,5 +1,7 @@
 """The cases that are planted in real requests: each could run, and names rules that there are."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from harness.profile.requests.rules import REQUEST_RULES
@@ -18,6 +20,16 @@ def test_every_case_could_run(planted):
         assert len(study.variants[0].differences(healthy)) == len(case.variant)
         assert {*case.found, *case.absent} <= set(REQUEST_RULES)
         assert not set(case.found) & set(case.absent)
+
+
+def test_a_cpu_leaves_out_what_it_cannot_do_and_says_so(planted, capsys):
+    """Only what multiplies packed weights as they are; the narrow case is for every CPU, and told of by a path."""
+    for is_wide, left in ((True, []), (False, ["4-bit weights as they are"])):
+        machine = SimpleNamespace(avx512_bf16=is_wide)
+        assert [case.name for case in planted.CASES if not planted.is_possible(case, machine)] == left
+        assert ("left out: this CPU has no AVX512-BF16" in capsys.readouterr().out) is bool(left)
+    narrow = [case.name for case in planted.CASES if "narrow_cpu" in planted.environment(case).get("PYTHONPATH", "")]
+    assert narrow == ["4-bit weights"]
 
 
 def test_what_no_case_plants_is_named(planted):

@@ -113,7 +113,6 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
     ran = next((one for one in profile.activity.phases if one.phase == phase), None)
     if ran is None or profile.activity.missing:  # what ran is not known
         return PassEvidence(time_s=whole.phases[phase].value / count)
-    by_category = {category: times[phase] / count for category, times in categories_s(profile, whole).items()}
 
     def plain(seconds: Callable[[PhaseActivity], float], *names: str) -> float:
         records = recorded(*names)(ran) if names else None
@@ -126,7 +125,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
     return PassEvidence(
         time_s=whole.phases[phase].value / count,
         calls=ran.calls / count,
-        idle_s=by_category.get(IDLE, 0.0),
+        idle_s=categories_s(profile, whole)[IDLE][phase] / count,
         dequantise_s=plain(unpacking_s),
         casts_s=plain(lambda one: one.casts_s, "casts_s"),
         dropout_s=plain(dropout_s, *DROPPED),

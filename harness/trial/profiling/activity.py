@@ -16,7 +16,7 @@ from torch._C._autograd import DeviceType
 
 from harness.records.activity import DROPOUT, DROPOUT_OPERATOR, STEP_PHASES, WHOLE, Activity, OperatorUse, PhaseActivity
 from harness.trial.profiling.backward import backward_times
-from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of, sum_copies
+from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of, seconds_of, sum_copies
 from harness.trial.profiling.products import wide_product_times
 from kernels_check.rules import Rule, classify
 from kernels_check.trace.kineto import Events
@@ -70,8 +70,8 @@ def activity_of(
         "wide_products_s": wide_product_times(host, times),
         "dropout_backward_s": backward_times(host, DROPOUT_OPERATOR, times),
     }
-    masks = [(one.start_ns(), (one.end_ns() - one.start_ns()) / 1e9) for one in host if one.name() == DROPOUT_OPERATOR]
-    counter = _Records(host) if kind == "cpu" else None
+    masks = [(one.start_ns(), seconds_of(one, times)) for one in host if one.name() == DROPOUT_OPERATOR]
+    counter = _Records(host)
     phases = []
     for phase in phase_names:
         spans = [end - start for start, end, name in windows if name == phase]
@@ -83,6 +83,9 @@ def activity_of(
         ]
         called = totals(ran[phase], kept) if kind == "cpu" else []
         within = _Within(windows, phase)
+        counted = {WHOLE: len(kept.start_us) / steps} if kind == "cpu" else {}
+        for name, found in (*apart.items(), (DROPOUT, masks)) if kind == "cpu" else ():
+            counted[name] = sum(counter.within(*span) for span in found if span[0] in within) / steps
         phases.append(
             PhaseActivity(
                 phase=phase,
@@ -90,17 +93,8 @@ def activity_of(
                 busy_s=_busy_s(ran[phase], kept) / steps,
                 operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
                 totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
-                **{
-                    name: sum(seconds for start, seconds in found if start in within) / steps
-                    for name, found in apart.items()
-                },
-                records={}
-                if counter is None
-                else {WHOLE: len(kept.start_us) / steps}
-                | {
-                    name: sum(counter.within(*span) for span in found if span[0] in within) / steps
-                    for name, found in (*apart.items(), (DROPOUT, masks))
-                },
+                **{name: sum(s for start, s in found if start in within) / steps for name, found in apart.items()},
+                records=counted,
                 copies=sum_copies([copy for start, copy in copied if start in within], steps),
                 parts_s=_parts_s([part for part in parts if part[0] in within], times, steps),
             )

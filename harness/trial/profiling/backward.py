@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from harness.trial.profiling.copies import KernelTimes
+from harness.trial.profiling.copies import KernelTimes, seconds_of
 
 _CALL = "autograd::engine::evaluate_function: "
 """Before the name of a node, where the engine calls it with all that belongs to it."""
@@ -28,12 +28,11 @@ def backward_times(host: Sequence[Any], maker: str, times: KernelTimes | None) -
         times: on a GPU, where the time of a call is that of its kernels.
     """
     made = _made_by(host, maker)
-    found = []
-    for one in host:
-        if one.name().startswith(_CALL) and (one.fwd_thread_id(), one.sequence_nr()) in made:
-            start, end = one.start_ns(), one.end_ns()
-            found.append((start, (end - start) / 1e9 if times is None else times.launched_s(start, end)))
-    return found
+    return [
+        (one.start_ns(), seconds_of(one, times))
+        for one in host
+        if one.name().startswith(_CALL) and (one.fwd_thread_id(), one.sequence_nr()) in made
+    ]
 
 
 def _made_by(host: Sequence[Any], maker: str) -> set[Node]:

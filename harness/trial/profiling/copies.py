@@ -12,7 +12,6 @@ import dataclasses
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from harness.records.activity import WeightCopy
@@ -69,7 +68,7 @@ def copies_of(
     products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
     starts = [one.start_ns() for one in products]
     found = []
-    for operator in (call.operator for call in _outermost(host, _COPYING)):
+    for operator, *_ in _outermost(host, _COPYING):
         shape: list[int] = next(iter(operator.shapes()), [])
         if math.prod(shape) < _LEAST:
             continue
@@ -103,7 +102,7 @@ def cast_times(host: Sequence[Any], times: KernelTimes | None) -> list[tuple[int
     That is every copy between two types with what is around it, and on a CPU every sum or product of tensors of two
     types, one of which it copies first; of one type it takes a small part of the time. A card's converts as it reads.
     """
-    casts = (call.operator for call in _outermost(host, _CASTING) if any(map(_is_cast, call.within)))
+    casts = (calls[0] for calls in _outermost(host, _CASTING) if any(map(_is_cast, calls)))
     return [(one.start_ns(), seconds_of(one, times)) for one in casts]
 
 
@@ -115,25 +114,16 @@ def _is_cast(operator: Any) -> bool:
     return len(types) == 2 and types <= _COMPUTED
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """A call of an operator that no other of its kind has called, and those of its kind that it calls."""
-
-    operator: Any
-    within: list[Any] = field(default_factory=list)
-    """Itself among them."""
-
-
-def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[Call]:
-    """Calls of these operators that no other of them has called, by thread."""
-    found: list[Call] = []
-    last: dict[int, Call] = {}
+def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
+    """Calls of these operators that no other of them has called, by thread; each before those of them that it calls."""
+    found: list[list[Any]] = []
+    last: dict[int, list[Any]] = {}
     for one in sorted((one for one in host if one.name() in names), key=lambda one: (one.start_ns(), -one.end_ns())):
         thread = one.start_thread_id()
-        if thread not in last or one.start_ns() >= last[thread].operator.end_ns():
-            last[thread] = Call(operator=one)
+        if thread not in last or one.start_ns() >= last[thread][0].end_ns():
+            last[thread] = []
             found.append(last[thread])
-        last[thread].within.append(one)
+        last[thread].append(one)
     return found
 
 

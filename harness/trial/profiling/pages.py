@@ -1,9 +1,8 @@
-"""What the kernel, the C library and the interpreter say of a process's memory, each by its own count.
+"""What the kernel and the interpreter say of a process's memory, each by its own count.
 
 A resident set holds more than was asked for: pages of libraries and of mapped files that come in as they are touched
-(proc_pid_smaps(5) counts them by mapping), arenas from which the interpreter serves small objects, and what malloc
-keeps of what was freed. None of these is what is left of the total: each is asked of who knows, so that something is
-left where they do not know all.
+(proc_pid_smaps(5) counts them by mapping), and arenas from which the interpreter serves small objects. Neither is what
+is left of the total: each is asked of who knows, so that something is left where they do not know all.
 """
 
 from __future__ import annotations

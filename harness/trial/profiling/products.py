@@ -19,5 +19,5 @@ def wide_product_times(host: Sequence[Any], times: KernelTimes | None) -> list[t
     return [
         (one.start_ns(), seconds_of(one, times))
         for one in host
-        if one.name() in _PRODUCTS and {type for type in one.dtypes() if type and type != "Scalar"} == {"float"}
+        if one.name() in _PRODUCTS and {kind for kind in one.dtypes() if kind not in ("", "Scalar")} == {"float"}
     ]
