@@ -134,9 +134,14 @@ class Turns:
         except (OSError, KeyError):
             os._exit(EXIT_ORPHAN)
         self._connection = connection
-        os.register_at_fork(
-            after_in_child=connection.close
-        )  # a fork that lives on would hide that this process is gone
+        cpus = os.sched_getaffinity(0)
+
+        def leave() -> None:
+            connection.close()  # a fork that lives on would hide that this process is gone
+            with contextlib.suppress(OSError):  # such as a worker that loads data: it has no part in this one's seat
+                os.sched_setaffinity(0, cpus)
+
+        os.register_at_fork(after_in_child=leave)
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:

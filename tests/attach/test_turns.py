@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 
@@ -14,6 +15,7 @@ import torch
 
 from harness.attach.follower import Next, StepReading, Training
 from harness.attach.turns import SOCKET, Turns, address
+from harness.machine.seating import seat
 
 LARGE_BYTES = 64 << 20
 
@@ -84,6 +86,37 @@ def test_an_evaluation_is_not_in_the_peak_of_training(parent):
         child.join()
     assert peaks.keys() == {"host_peak_train_bytes", "host_peak_evaluate_bytes"}
     assert peaks["host_peak_evaluate_bytes"] >= peaks["host_peak_train_bytes"] + LARGE_BYTES // 2
+
+
+FORKING = """
+import os
+from harness.attach.follower import Training
+from harness.attach.turns import Turns
+
+Turns().begin(Training(
+    source="loop", model=None, planned_steps=None, trainable_parameters=6, total_parameters=6, accumulation=1
+))
+child = os.fork()
+if child == 0:
+    print(len(os.sched_getaffinity(0)), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(len(os.sched_getaffinity(0)), flush=True)
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_what_a_script_forks_does_not_share_its_seat(parent):
+    """A worker that loads data begins in the middle of the timed steps, and ran before on any CPU."""
+    script = subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True)
+    connection, _ = parent.accept()
+    with script, connection, connection.makefile("rw") as lines:
+        assert "begin" in json.loads(lines.readline())
+        seat(script.pid, {min(os.sched_getaffinity(0))})
+        lines.write(json.dumps({"do": "go", "steps": 1}) + "\n")
+        lines.flush()
+        said = script.communicate(timeout=60)[0]
+    assert said.split() == [str(len(os.sched_getaffinity(0))), "1"]
 
 
 def test_a_socket_lies_in_no_folder():
