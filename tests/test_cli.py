@@ -151,7 +151,7 @@ SWEEP = f"{WORKLOAD}prompt_tokens=8\n{PROTOCOL}[[variant]]\nname='a'\nr=4\n[[var
 def swept(tmp_path_factory):
     """A real run of two small variants that share their base: the finished process and the folder of its run."""
     folder = tmp_path_factory.mktemp("swept")
-    return measured(folder, SWEEP), folder / "runs"
+    return measured(folder, SWEEP, "--interleave", "shared-base"), folder / "runs"
 
 
 def test_a_run_prints_one_json_document(swept, capsys):

@@ -170,7 +170,7 @@ def _see_requests(study: Study, variant: Variant, executor: Executor, runs: Path
 
 def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, runs: Path) -> Tried:
     """Measure the present variant and the suggested one, as any two."""
-    from harness.profile.remedy import OWN_HEAPS, judge_remedy, make_pair, phase_of
+    from harness.profile.remedy import judge_remedy, make_pair, phase_of
     from harness.report.live import LiveDisplay
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
@@ -183,7 +183,6 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
         machine,
         free_bytes=executor.free_bytes(),
         phases=(phase_of(finding),),
-        apart=OWN_HEAPS if machine.device == "cpu" else None,
         runs=runs,
         own_workloads=pair.own_workloads,
     )

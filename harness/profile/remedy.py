@@ -26,8 +26,6 @@ from harness.verdicts.notices import notices_of
 from harness.verdicts.series import is_difference, series_of
 from harness.verdicts.standing import control_of, phases_of, ratios_of, standing_of
 
-OWN_HEAPS = "in one heap a variant is served from what another has given back, and is faster than by itself"
-"""Why a remedy that may save memory is measured in a process of its own, on a CPU."""
 LEAST_TURNS = 2
 """Of training, where requests are at issue: trials that take turns have some."""
 LEAST_REQUESTS = 12

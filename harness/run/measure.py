@@ -66,7 +66,6 @@ def plan_study(
     select: Sequence[str] = (),
     phases: Sequence[str] = PHASES,
     interleaving: str | None = None,
-    apart: str | None = None,
     runs: Path | None = None,
     own_workloads: Mapping[str, Workload] | None = None,
     shown_only: bool = False,
@@ -80,7 +79,6 @@ def plan_study(
         select: names of variants; empty for all.
         phases: what to measure of them.
         interleaving: a level to use instead.
-        apart: why each variant should have a process of its own; see `choose_level`.
         runs: folder of earlier runs, whose measured peaks say what fits together.
         own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
         shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
@@ -103,7 +101,7 @@ def plan_study(
         workloads=len(workloads),
         ranks=max(workload.ranks for workload in workloads),
         adapters=max(workload.adapters for workload in workloads) if "generate" in phases else 1,
-        apart=apart,
+        one_heap=machine.device == "cpu",
     )
     provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
     if provisional:

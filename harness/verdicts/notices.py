@@ -42,8 +42,9 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     yield from _data(run, study)
     yield from sameness_notices(run, study)
     on_cpu = run.manifest.provenance.get("device") == "cpu"
-    if on_cpu:  # on a GPU the host may rightly wait
-        yield from _contention(ok)
+    if on_cpu:
+        yield from _contention(ok)  # on a GPU the host may rightly wait
+        yield from _one_heap(ok)  # torch's allocator on a GPU keeps its blocks, of whomever they were
     counted = [record for record in run.records if record.status == "ok" or record.disturbed]
     yield from disturbances(counted, on_cpu=on_cpu)
     yield from site_notices(run.records)
@@ -111,6 +112,17 @@ def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
             message=f"{len(disturbed)} of {len(shares)} trials of one thread had less than {OCCUPANCY_FLOOR:.0%} of a "
             f"CPU while they were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
             remedy="Stop it, or measure more replicates; the intervals already carry the noise.",
+        )
+
+
+def _one_heap(ok: list[TrialRecord]) -> Iterator[Notice]:
+    if len({record.variant for record in ok if record.interleaving == "shared-base"}) > 1:
+        yield Notice(
+            code="one-heap",
+            message="variants took turns in one process, which on a CPU has one heap for all of them: one that needs less "
+            "memory is served from what another has given back, and can be some per cent faster than by itself.",
+            remedy="Measure with --interleave lockstep, or --lorameter-interleave=lockstep (pytest), with so many variants "
+            "as fit into memory together.",
         )
 
 

@@ -42,8 +42,9 @@ def page(tmp_path, monkeypatch):
 
 
 def test_its_commands_print_what_stands_below_them(page, monkeypatch, capsys):
-    """On a machine without a GPU."""
+    """On a machine without a GPU, on which not all of a large model's variants fit side by side."""
     monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
+    monkeypatch.setattr("harness.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
     lines = [line for block in blocks("console") for line in block.splitlines()]
     assert sum(line.startswith("$ ") for line in lines) == 6
     printed = ""

@@ -8,7 +8,7 @@ import pytest
 from harness.commands.profile import _try
 from harness.errors import UsageError
 from harness.profile.finding import Finding
-from harness.profile.remedy import LEAST_REQUESTS, OWN_HEAPS, choose_finding, judge_remedy, make_pair, phase_of
+from harness.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remedy, make_pair, phase_of
 from harness.records import store
 from harness.records.record import Failure
 from harness.report.view import view_of
@@ -199,22 +199,6 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
     assert any("without-padding has layout = packed" in fact.text for fact in view.facts)
     assert "losses are not compared" in view.notes[0]
     assert not {"train loss", "held-out loss", "real tokens/s"} & set(view.tables[0].heads)
-
-
-@pytest.mark.parametrize(("device", "apart"), [("cpu", OWN_HEAPS), ("cuda", None)])
-def test_on_a_cpu_a_remedy_has_a_heap_of_its_own(padded, tmp_path, monkeypatch, device, apart):
-    """Where memory allows: the planner is told why, and on a card, whose allocator keeps its blocks, it is not."""
-    asked = {}
-
-    def plan(study, machine, **options):
-        asked.update(options)
-        raise UsageError("enough")
-
-    monkeypatch.setattr("harness.run.measure.plan_study", plan)
-    executor = SimpleNamespace(machine=lambda: SimpleNamespace(device=device), free_bytes=lambda: None)
-    with pytest.raises(UsageError, match="enough"):
-        _try(padded, padded.variants[0], finding("dropout", lora_dropout=0.0), executor, tmp_path)
-    assert asked["apart"] == apart
 
 
 @pytest.mark.selftest

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from harness.errors import UsageError
-from harness.run.levels import MEMORY_SHARE, choose_level, shared_base_obstacle
+from harness.machine.provenance import probe_machine
+from harness.run.levels import MEMORY_SHARE, ONE_HEAP, choose_level, shared_base_obstacle
+from harness.run.measure import plan_study
 from harness.studies.variant import Variant
 
 R8 = Variant(name="r8", r=8)
@@ -68,16 +70,31 @@ def test_what_touches_the_base_cannot_share_it(changes, word):
     assert word in obstacle
 
 
-def test_who_should_be_apart_takes_turns_in_processes_of_their_own_where_they_fit():
+def test_variants_that_would_have_one_heap_take_turns_in_processes_of_their_own_where_they_fit():
     """A wish, which gives way to the memory: one base is better than one process at a time."""
-    sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB}
-    assert choose_level(SWEEP, **sizes, apart="heaps")[0] == "lockstep"
-    assert choose_level(SWEEP, **sizes, apart="heaps")[1].startswith("heaps; all live together need about 3 GiB")
-    assert choose_level(SWEEP, **sizes, apart="heaps", asked="shared-base")[0] == "shared-base"
-    for unfit in ({"together_bytes": 9 * GIB}, {"together_bytes": None}, {"free_bytes": None}):
-        assert choose_level(SWEEP, **sizes | unfit, apart="heaps")[0] == "shared-base"
-        assert choose_level(MIXED, **sizes | unfit, apart="heaps")[0] == "replicates"
-    assert "nf4 differs" in choose_level(MIXED, **sizes, apart="heaps")[1]
+    sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "one_heap": True}
+    level, why = choose_level(SWEEP, **sizes)
+    assert level == "lockstep"
+    assert why.startswith(f"{ONE_HEAP}; all live together need about 3 GiB")
+    assert choose_level(SWEEP, **sizes, asked="shared-base") == ("shared-base", "asked for")
+    for unfit, said in (({"together_bytes": 9 * GIB}, "9 GiB"), ({"together_bytes": None}, "need"), ({"free_bytes": None}, "free")):
+        level, why = choose_level(SWEEP, **sizes | unfit)
+        assert level == "shared-base"
+        assert why.startswith("the variants differ in their adapters only, and ")
+        assert said in why
+        assert choose_level(MIXED, **sizes | unfit)[0] == "replicates"
+    assert "nf4 differs" in choose_level(MIXED, **sizes)[1]
+
+
+@pytest.mark.parametrize(("device", "level"), [("cpu", "lockstep"), ("cuda", "shared-base")])
+def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, level):
+    """A plan knows what it is made for; on a card, whose allocator keeps its blocks, they are in one process."""
+    machine = dataclasses.replace(probe_machine(), device=device)
+    study = dataclasses.replace(small_study, variants=tuple(
+        dataclasses.replace(small_study.variants[0], name=f"r{r}", r=r) for r in (4, 8)
+    ), reference="r4", claims=())  # fmt: skip
+    plan, _ = plan_study(study, machine, free_bytes=64 * GIB)
+    assert plan.interleaving == level
 
 
 def test_a_level_can_be_asked_for():

@@ -84,7 +84,7 @@ def test_titles_differ():
 @pytest.mark.parametrize("name", SAME_SWEEP)
 def test_the_sweep_can_be_planned_on_a_small_model(name, capsys):
     """On a CPU, with a model that fits one: all settings and the control, on one base."""
-    arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--dry-run", "--json"]
+    arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--interleave", "shared-base", "--dry-run", "--json"]
     assert cli.main(["run", name, *arguments]) == 0
     plan = json.loads(capsys.readouterr().out)
     settings = {trial.partition("-")[2] for trial in plan["order"] if not trial.endswith("-solo")}

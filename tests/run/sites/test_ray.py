@@ -331,7 +331,7 @@ def test_an_unlike_node_is_refused_by_name(nodes, study, tmp_path):
     assert "site delta is unlike the first, alpha: libraries.peft is '0.0.1' there" in " ".join(done.stderr.split())
     assert not runs.exists()
     done = run(study(), "--on", "ray", "--sites", "alpha,beta", "--dry-run", runs=runs)
-    assert json.loads(done.stdout)["interleaving"] == "shared-base"
+    assert json.loads(done.stdout)["interleaving"] == "lockstep"
 
 
 @pytest.mark.selftest
