@@ -70,7 +70,8 @@ def choose_level(
     on_one_base = "the variants differ in their adapters only"
     if obstacle is None and not one_heap:
         return "shared-base", on_one_base
-    other, why = ("replicates", obstacle) if obstacle else ("shared-base", on_one_base)
+    other: Interleaving = "replicates" if obstacle else "shared-base"
+    why = obstacle or on_one_base
     if free_bytes is None:
         return other, f"{why}, and how much memory is free cannot be known"
     if together_bytes is None:

@@ -119,10 +119,10 @@ def _one_heap(ok: list[TrialRecord]) -> Iterator[Notice]:
     if len({record.variant for record in ok if record.interleaving == "shared-base"}) > 1:
         yield Notice(
             code="one-heap",
-            message="variants took turns in one process, which on a CPU has one heap for all of them: one that needs less "
-            "memory is served from what another has given back, and can be some per cent faster than by itself.",
-            remedy="Measure with --interleave lockstep, or --lorameter-interleave=lockstep (pytest), with so many variants "
-            "as fit into memory together.",
+            message="variants took turns in one process, which on a CPU has one heap for all of them: one that needs "
+            "less memory is served from what another has given back, and can be some per cent faster than by itself.",
+            remedy="Measure with --interleave lockstep, or --lorameter-interleave=lockstep (pytest), with so many "
+            "variants as fit into memory together.",
         )
 
 

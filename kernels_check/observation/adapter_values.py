@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels_check.observation.gradients import largest
+from kernels_check.observation.off_heap import copy_of
 from kernels_check.observation.tensor_copy import plain_parts
 
 STUCK_SHARE = 0.9
@@ -29,7 +30,7 @@ class KeptValue:
     _version: int = 0
 
     def __post_init__(self) -> None:
-        self._parts = [part.clone() for part in _parts(self.tensor)]
+        self._parts = [copy_of(part) for part in _parts(self.tensor)]
         self._version = _version(self.tensor)
 
     def is_last(self) -> bool:
@@ -81,8 +82,7 @@ class KeptValue:
         return all(torch.equal(now, then) for now, then in zip(parts, self._parts, strict=True))
 
     def _keep(self, parts: list[Tensor], before: list[Tensor]) -> None:
-        pairs = zip(parts, self._parts, strict=True)
-        self._parts = [torch.empty_like(kept).copy_(part) for part, kept in pairs]
+        self._parts = [copy_of(part) for part in parts]
         self._version, self._before = _version(self.tensor), before
 
     def _moved(self) -> list[Tensor]:

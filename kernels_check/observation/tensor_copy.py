@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kernels_check.observation.off_heap import copy_of
+
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -83,7 +85,7 @@ class TensorCopy:
             if tensor.numel() and not self._size_bytes:
                 raise ValueError("its storage has been freed")
             self._place = place
-            self._copy = _dense(place).clone() if values else None
+            self._copy = copy_of(_dense(place)) if values else None
         elif values:
             self._place, self._copy = tensor, place.clone()  # detached, a sparse tensor is one of its own
             with torch.no_grad():

@@ -1,7 +1,6 @@
 """A remedy is tried as a study of two variants, and judged as any other."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 

@@ -77,7 +77,11 @@ def test_variants_that_would_have_one_heap_take_turns_in_processes_of_their_own_
     assert level == "lockstep"
     assert why.startswith(f"{ONE_HEAP}; all live together need about 3 GiB")
     assert choose_level(SWEEP, **sizes, asked="shared-base") == ("shared-base", "asked for")
-    for unfit, said in (({"together_bytes": 9 * GIB}, "9 GiB"), ({"together_bytes": None}, "need"), ({"free_bytes": None}, "free")):
+    for unfit, said in (
+        ({"together_bytes": 9 * GIB}, "9 GiB"),
+        ({"together_bytes": None}, "need"),
+        ({"free_bytes": None}, "free"),
+    ):
         level, why = choose_level(SWEEP, **sizes | unfit)
         assert level == "shared-base"
         assert why.startswith("the variants differ in their adapters only, and ")

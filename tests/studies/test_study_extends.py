@@ -84,8 +84,8 @@ def test_titles_differ():
 @pytest.mark.parametrize("name", SAME_SWEEP)
 def test_the_sweep_can_be_planned_on_a_small_model(name, capsys):
     """On a CPU, with a model that fits one: all settings and the control, on one base."""
-    arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--interleave", "shared-base", "--dry-run", "--json"]
-    assert cli.main(["run", name, *arguments]) == 0
+    arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--interleave", "shared-base"]
+    assert cli.main(["run", name, *arguments, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     settings = {trial.partition("-")[2] for trial in plan["order"] if not trial.endswith("-solo")}
     assert settings == {variant.name for variant in load_study(name).variants} | {"r64-a16-d0.1-control"}
