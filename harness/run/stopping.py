@@ -24,6 +24,9 @@ LEAST_TO_STOP = 5
 MOST_TURNS = 4
 """Times the turns of the plan that a replicate takes at most: where replicates hardly differ the optimum has no bound,
 and what is between so few of them is not known well."""
+LEAST_TURNS = 3
+"""Fewer are never the best, whatever the optimum for a mean: of two turns a disturbed one is half of a replicate's
+median, and of three it is out of it."""
 
 
 class Stopping:
@@ -75,9 +78,8 @@ class Stopping:
             fits = left * (process_s + planned * round_s) <= self._budget.left_s
             most = max(best)
             optimum = most if math.isfinite(most) else None
-            self._budget.allow(
-                "steps", math.ceil(min(most, planned if fits else MOST_TURNS * planned)), optimum=optimum
-            )
+            turns = min(max(most, LEAST_TURNS), planned if fits else MOST_TURNS * planned)
+            self._budget.allow("steps", math.ceil(turns), optimum=optimum)
 
     def _next_s(self, records: Sequence[TrialRecord]) -> float:
         """Seconds that another replicate takes at least; before rounds were seen, what those measured took each."""
