@@ -117,11 +117,8 @@ def is_possible(case: Case, machine: Machine) -> bool:
 
 def environment(case: Case) -> dict[str, str]:
     """What processes are told of the CPU."""
-    return (
-        {"PYTHONPATH": os.pathsep.join([str(NARROW_CPU), *filter(None, (os.environ.get("PYTHONPATH"),))])}
-        if case.narrow
-        else {}
-    )
+    behind = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{NARROW_CPU}{os.pathsep}{behind}" if behind else str(NARROW_CPU)} if case.narrow else {}
 
 
 def case_holds(case: Case) -> bool:

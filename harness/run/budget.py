@@ -36,6 +36,10 @@ GRACE_SHARE = 0.05
 """The share of a limit by which a replicate may be late without which there would be too few for an interval."""
 ROUNDED_SHARE = 0.02
 """The share of a limit by which a round may be late of which more than half fits."""
+MEDIAN_TURNS = 3
+"""Timed turns of which a disturbed one is no part of their median; of two it is half."""
+MEDIAN_SHARE = 0.025
+"""The share of a limit by which a turn may be late without which there would be fewer than those."""
 FULL_TURNS = 4
 """Timed turns that are worth something else: where so many of several steps do not fit they are of one, as pairs count
 for more than steps, and where so many of one do not fit a replicate leaves out what it can do without."""
@@ -258,7 +262,8 @@ class Budget(Timekeeper):
             more: further rounds, for where more are worth their time than are planned.
         """
         self._close_gap()
-        begin = self.clock()
+        begin, limit_s = self.clock(), self._limit_s or 0.0
+        rounded_s = ROUNDED_SHARE * limit_s
         surplus_s = self._surplus_of(kind, len(planned) * trials * each)
         least = self._least(kind)
         # What was set aside for the least is of turns of one step, and nothing where no round was known.
@@ -267,7 +272,8 @@ class Budget(Timekeeper):
         for one in islice(chain(planned, more or ()), self._limit_rounds(kind, len(planned), more is not None)):
             a_round = (self.clock() - begin) / done if done else trials * each * (self.costs.of_round(kind) or 0.0)
             late_s = (done + 1 - apart) * a_round - surplus_s
-            if done >= least and late_s > min(a_round / 2, ROUNDED_SHARE * (self._limit_s or 0.0)):
+            needed = kind == "steps" and done < MEDIAN_TURNS
+            if done >= least and late_s > (MEDIAN_SHARE * limit_s if needed else min(a_round / 2, rounded_s)):
                 break
             yield one
             done += 1

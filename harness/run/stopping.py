@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from harness.records.metrics import primary_metric
 from harness.records.record import TrialRecord
 from harness.records.units import format_count
-from harness.run.budget import Budget
+from harness.run.budget import MEDIAN_TURNS, Budget
 from harness.run.plan import Group, Plan
 from harness.stats import Comparison, is_precise, optimal_rounds, relative_half_width
 from harness.verdicts.series import compare_series, series_of
@@ -24,9 +24,6 @@ LEAST_TO_STOP = 5
 MOST_TURNS = 4
 """Times the turns of the plan that a replicate takes at most: where replicates hardly differ the optimum has no bound,
 and what is between so few of them is not known well."""
-LEAST_TURNS = 3
-"""Fewer are never the best, whatever the optimum for a mean: of two turns a disturbed one is half of a replicate's
-median, and of three it is out of it."""
 
 
 class Stopping:
@@ -64,8 +61,8 @@ class Stopping:
 
     def _spend(self, records: Sequence[TrialRecord]) -> None:
         """Take as many turns in the next replicate as narrow the intervals most in the time that is left: those of the
-        variant that takes most. They are more than are planned where a process costs much more than they do and not all
-        replicates would fit."""
+        variant that takes most, and what a median needs, whatever is best for a mean. They are more than are planned
+        where a process costs much more than they do and not all replicates would fit."""
         following, planned = self._following(records), self._plan.study.protocol.turns
         process_s, round_s = self._budget.costs_s(self._plan.study, following)
         best = [
@@ -78,7 +75,7 @@ class Stopping:
             fits = left * (process_s + planned * round_s) <= self._budget.left_s
             most = max(best)
             optimum = most if math.isfinite(most) else None
-            turns = min(max(most, LEAST_TURNS), planned if fits else MOST_TURNS * planned)
+            turns = min(max(most, MEDIAN_TURNS), planned if fits else MOST_TURNS * planned)
             self._budget.allow("steps", math.ceil(turns), optimum=optimum)
 
     def _next_s(self, records: Sequence[TrialRecord]) -> float:

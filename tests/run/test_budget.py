@@ -11,12 +11,12 @@ import pytest
 from harness.errors import UsageError
 from harness.records.metrics import PHASES
 from harness.records.record import Failure, Fragment
-from harness.run.budget import LEAST_ROUNDS, Budget
+from harness.run.budget import LEAST_ROUNDS, MEDIAN_TURNS, Budget
 from harness.run.executors import Place
 from harness.run.plan import make_plan
 from harness.run.runner import find_unsettled, run_plan
 from harness.run.site import Site
-from harness.run.stopping import LEAST_TURNS, Stopping
+from harness.run.stopping import Stopping
 from harness.run.thinning import tell_left_out
 from harness.studies.variant import Variant
 from harness.verdicts.series import compare_series, series_of
@@ -339,7 +339,7 @@ def test_turns_that_are_worth_less_than_they_cost_make_room(measured, monkeypatc
     executor, records = measured(4000.0, replicates=40, phases=("train",))
     turns = [rounds(executor, "turn", replicate)[f"r{replicate}-plain"] for replicate in range(6)]
     assert turns[0] == TURNS
-    assert turns[3:] == [LEAST_TURNS] * 3  # of a median, whatever is best for a mean
+    assert turns[3:] == [MEDIAN_TURNS] * 3  # of a median, whatever is best for a mean
     before = len({trial for trial, command in many.asked if command == "turn"}) / 3
     assert replicates_of(records) > 1.5 * before
     assert executor.now <= 4100.0
@@ -449,6 +449,13 @@ def test_a_real_model_is_measured_in_its_minutes(figures, minutes):
     for name in NAMES[1:]:
         ratio = compare_series(groups["bf16-r8", "variant"], groups[name, "variant"], "step_time_s", family=5)
         assert ratio.high / ratio.low < 1.1
+
+
+def test_a_slow_step_is_no_part_of_a_replicate():
+    """Where only few turns fit each replicate has the three that a median needs, a little late if it must be."""
+    machine, _, spending = measure_real(GEMMA3, 900.0)
+    assert [one.turns for one in spending.allocations] == [MEDIAN_TURNS] * 5
+    assert machine.now <= 1.03 * 900.0
 
 
 def test_one_request_is_enough_where_no_other_replicate_has_any():
