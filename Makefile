@@ -98,7 +98,7 @@ proof-levels proof-ab: proof-%: $(STAMP)
 # each (three hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
 # that need no GPU, on a small model and on a script (a quarter of an hour).
 proof-attach: $(STAMP)
-	$(call prove,engines,$(BIN)/pytest benchmarks/selftest/test_engines.py tests/commands/test_claims.py tests/docs/test_engines.py -m selftest -q --no-header -rs)
+	$(call prove,engines,$(SAY_MACHINE) && $(BIN)/pytest benchmarks/selftest/test_engines.py tests/commands/test_claims.py tests/docs/test_engines.py -m selftest -q --no-header -rs)
 	$(call prove,attach,$(BIN)/python benchmarks/selftest/attach_live.py --keep reports/proof/attach.jsonl)
 
 # What a meter costs a step: a script alone and wrapped, taking turns, with a step of 10 ms and with a real model (fetch
