@@ -9,7 +9,9 @@ shuffled in each round, and the difference of a round is paired.
 
 Two processes of one script differ by themselves, by where their memory lies, and no number of rounds tells that from
 what the meter costs: so all three are started anew for each replicate, whose value is the median of its rounds, and the
-mean of the replicates stands with Student's 95 % interval. Alone against alone says what no difference looks like.
+mean of the replicates stands with Student's 95 % interval. They compute on one CPU, the next one in each replicate:
+CPUs of one machine are not alike, and a process stays on the one it is on. Alone against alone says what no difference
+looks like.
 
 What is judged is the upper end of the interval of the wrapped process, both on the wall, which is what a step takes,
 and on its CPUs, where a difference is seen that the noise of the wall would hide: at most 0.5 % of a step, or 100 µs of
@@ -35,6 +37,7 @@ from pathlib import Path
 from harness.attach.child import environment
 from harness.attach.variables import COMMAND, RUN
 from harness.machine.provenance import origin_of
+from harness.machine.seating import cpus_of, seat
 from harness.stats import mean_interval
 
 ROOT = Path(__file__).parents[2]
@@ -134,8 +137,10 @@ def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
         (folder / "runs").mkdir()
         length = (rounds + WARM_UP) * turn + 2
         arms = {name: Arm(name, folder, length, model, turn=turn, wrapped=name == WRAPPED) for name in NAMES}
+        cpus = cpus_of(os.getpid())
         for arm in arms.values():
             arm.wait()
+            seat(arm.process.pid, {cpus[seed % len(cpus)]})
         shuffled = random.Random(seed)
         for _ in range(rounds + WARM_UP):
             for name in shuffled.sample(NAMES, len(NAMES)):
@@ -158,8 +163,8 @@ def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
 def main() -> int:
     """Take turns, print what was found, and say whether the limit was held."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--replicates", type=int, default=40)
-    options.add_argument("--rounds", type=int, default=40)
+    options.add_argument("--replicates", type=int, default=80)
+    options.add_argument("--rounds", type=int, default=12)
     options.add_argument("--turn", type=int, default=25, help="steps of a turn")
     options.add_argument("--model", default="small", help="a directory with a model; default: a step of about 10 ms")
     chosen = options.parse_args()

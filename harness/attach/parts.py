@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 
+from harness.attach.shield import Shield
+
 Part = Literal["data", "forward", "backward", "optimizer"]
 Border = tuple[Part | None, bool, float, Any]
 """The part, whether it begins, the host's clock, and on a card an event. Without a part it is so many seconds that are
@@ -26,7 +28,9 @@ class Parts:
     """Times of the parts of the step under way, each the sum over its occurrences. A part that begins inside another,
     as the passes of a closure do inside its optimizer's update, is none of that one's time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, shield: Shield) -> None:
+        """`shield`: around what may fail, which on a CPU is nothing."""
+        self._shield = shield
         self._cuda = device.type == "cuda"
         self._borders: list[Border] = []
         """In their order."""
@@ -43,11 +47,8 @@ class Parts:
         """So much of what has just gone is no part of anything; what a device does meanwhile is its own."""
         self._borders.append((None, False, seconds, None))
 
-    @staticmethod
-    def _stamp() -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _stamp(self) -> Any:
+        return self._shield.run(_new_event)
 
     def take(self) -> Sequence[Border]:
         """The borders of the step that has ended; the next one begins."""
@@ -58,6 +59,12 @@ class Parts:
     def forget(self) -> None:
         """What was seen belongs to no step."""
         self._borders = []
+
+
+def _new_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def times_of(borders: Sequence[Border]) -> dict[Part, float]:

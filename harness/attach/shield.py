@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -30,17 +31,13 @@ class Shield:
     """Calls what is ours, in the process that made it and until the first error. Not shared between threads."""
 
     def __init__(self) -> None:
-        self._forks = _forks()
-        self._made_in = self._forks.count
+        self.up = True
+        """Whether what is ours is still called: not after an error, and not in a fork of the process."""
+        _shields().add(self)
         self.error: Exception | None = None
         """What made the meter stand aside."""
         self.on_error: Callable[[Exception], None] = _nothing
         """Is called once, after the error was told."""
-
-    @property
-    def up(self) -> bool:
-        """Whether what is ours is still called: not after an error, and not in a fork of the process."""
-        return self.error is None and self._forks.count == self._made_in
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """What the call returns; None where it is not called any more, or fails."""
@@ -53,7 +50,7 @@ class Shield:
             return None
 
     def _stand_aside(self, error: Exception) -> None:
-        self.error = error
+        self.up, self.error = False, error
         if isinstance(error, NotFollowedError):
             say(f"this training is not followed: {said_by(error)}")
         else:
@@ -62,21 +59,17 @@ class Shield:
             self.on_error(error)
 
 
-class _Forks:
-    """How many forks lie between this process and the one that asked first; it is asked in every step, and getpid is a
-    system call."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        os.register_at_fork(after_in_child=self._add)
-
-    def _add(self) -> None:
-        self.count += 1
-
-
 @functools.cache  # of the process: what is registered stays, however many trainings it follows
-def _forks() -> _Forks:
-    return _Forks()
+def _shields() -> weakref.WeakSet[Shield]:
+    """All of this process. A fork takes them down: they are asked many times a step, and getpid is a system call."""
+    shields: weakref.WeakSet[Shield] = weakref.WeakSet()
+
+    def take_down() -> None:
+        for shield in list(shields):
+            shield.up = False
+
+    os.register_at_fork(after_in_child=take_down)
+    return shields
 
 
 def _nothing(error: Exception) -> None:

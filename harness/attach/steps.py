@@ -38,7 +38,8 @@ class _Ended(NamedTuple):
     borders: Sequence[Border]
     batches: Sequence[Tokens]
     loss: float | None
-    loss_dtype: torch.dtype | None
+    loss_dtype: Any
+    """Of a tensor torch's; what else a script shows may have one of its own."""
     gradient_norm: float | None
     checks: tuple[Any, ...] | None
 
@@ -53,7 +54,9 @@ class Steps:
         self._device = device
         self._shield = shield
         shield.on_error = self._failed
-        self._parts = Parts(device)
+        self._parts = Parts(device, shield)
+        self.start, self.stop = self._parts.begin, self._parts.end
+        """A part of the step begins, and has ended."""
         self._number = 0
         self._batches: list[Tokens] = []
         self._losses: list[Any] = []
@@ -112,31 +115,22 @@ class Steps:
         finally:
             self.stop(part)
 
-    def start(self, part: Part) -> None:
-        """A part of the step begins."""
-        self._shield.run(self._parts.begin, part)
-
-    def stop(self, part: Part) -> None:
-        """It has ended."""
-        self._shield.run(self._parts.end, part)
-
     def loss(self, loss: Any) -> None:
         """A part of the step's loss; the parts add up. A tensor is read when the step has ended."""
-        self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        self._losses.append(_without_graph(loss))
 
     def gradient_norm(self, norm: Any) -> None:
         """The norm of the gradients that the step updates by."""
-        self._gradient_norm = norm.detach() if isinstance(norm, torch.Tensor) else norm
+        self._gradient_norm = _without_graph(norm)
 
     def open_step(self) -> None:
         """The step's work begins, its data is there; where a check was asked for, it looks on from here."""
-        self._shield.run(self._open_step)
+        if self._next.watch is not None and not self._open:
+            self._shield.run(self._open_step, self._next.watch)
 
-    def _open_step(self) -> None:
-        if self._next.watch is None or self._open:
-            return
+    def _open_step(self, requirements: Mapping[str, Any]) -> None:
         if self._watch is None:
-            self._watch = make_watch(self._training.model, self._next.watch)
+            self._watch = make_watch(self._training.model, requirements)
         if self._watch is not None:
             self._open = True
             self._watching.enter_context(self._watch)
@@ -161,11 +155,13 @@ class Steps:
 
     def end_step(self) -> None:
         """The step is over; this may wait as long as the follower does."""
-        self._shield.run(self._end_step)
+        if self.up:
+            self._shield.run(self._end_step)
+        else:  # what goes on to be noted is nobody's
+            self._parts.forget()
+            self._batches, self._losses = [], []
 
     def _end_step(self) -> None:
-        if self.ended:
-            return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
@@ -176,7 +172,7 @@ class Steps:
         losses, norm = self._losses, self._gradient_norm
         # Read now: a script may go on adding to the tensor that it has shown.
         loss = sum(map(float, losses)) if losses else None
-        dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
+        dtype = getattr(losses[-1], "dtype", None) if losses else None
         norm = None if norm is None else float(norm)
         borders = self._parts.take()
         self._noted.append(_Ended(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
@@ -279,6 +275,11 @@ def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
     return watch(model, dict(requirements), instrument="profile" if on_card or beyond_the_spy else "spy")
 
 
+def _without_graph(value: Any) -> Any:
+    """A number as it is, and a tensor without what it was computed from, which would stay in memory."""
+    return value.detach() if getattr(value, "requires_grad", False) else value
+
+
 def _reading_of(ended: _Ended) -> StepReading:
     parts, batches = times_of(ended.borders), ended.batches
     return StepReading(
@@ -294,7 +295,7 @@ def _reading_of(ended: _Ended) -> StepReading:
         padded_tokens=_sum([one.padded for one in batches]),
         loss_tokens=_sum([one.loss for one in batches]),
         loss=ended.loss,
-        loss_dtype=None if ended.loss_dtype is None else str(ended.loss_dtype).removeprefix("torch."),
+        loss_dtype=str(dtype).removeprefix("torch.") if isinstance(dtype := ended.loss_dtype, torch.dtype) else None,
         gradient_norm=ended.gradient_norm,
         conventions=batches[-1].conventions if batches else (),
         checks=ended.checks,

@@ -167,8 +167,11 @@ class TrainerSource:
         if steps is None:
             return original(*args, **kwargs)
         steps.phase("train")
-        with steps.during("data"):
+        steps.start("data")
+        try:
             found = original(*args, **kwargs)
+        finally:
+            steps.stop("data")
         for batch in found[0] if isinstance(found, tuple) and isinstance(found[0], list) else ():
             steps.batch(batch)
         return found
@@ -193,8 +196,11 @@ class TrainerSource:
         steps = self._steps
         if steps is None or not self._micro:
             return original(*args, **kwargs)
-        with steps.during("forward"):
+        steps.start("forward")
+        try:
             found = original(*args, **kwargs)
+        finally:
+            steps.stop("forward")
         steps.start("backward")
         return found
 

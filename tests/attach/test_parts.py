@@ -5,6 +5,7 @@ import torch
 
 from harness.attach import parts as module
 from harness.attach.parts import Parts, times_of
+from harness.attach.shield import Shield
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def parts():
-    return Parts(torch.device("cpu"))
+    return Parts(torch.device("cpu"), Shield())
 
 
 def play(parts, clock, *events):
@@ -87,7 +88,7 @@ class Event:
 def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatch):
     """Also where one lies in the other; what the host does aside is none of its time. The card is pretended."""
     monkeypatch.setattr(module.torch.cuda, "Event", lambda enable_timing: Event(clock))
-    parts = Parts(torch.device("cuda"))
+    parts = Parts(torch.device("cuda"), Shield())
     play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")
     parts.leave_out(5.0)
     play(parts, clock, "-optimizer")

@@ -207,3 +207,45 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     assert told == 3
     assert "ZeroDivisionError" in str(error)
     assert "stands aside" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["failed", "ended"])
+def test_what_a_training_goes_on_to_do_is_kept_by_nobody(model, listener, how, capfd):
+    """Nothing is told of it, and nothing of it stays in memory, however long it takes."""
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps.begin()
+    if how == "failed":
+        steps.run(lambda: 1 / 0)
+    else:
+        steps.end(None)
+    for _ in range(3):
+        steps.batch({"input_ids": torch.ones(1, 2, dtype=torch.int64)})
+        with steps.during("forward"):
+            pass
+        steps.loss(1.0)
+        steps.end_step()
+    assert listener.readings == []
+    assert (steps._noted, steps._batches, steps._losses, steps._parts.take()) == ([], [], [], [])
+
+
+def test_a_device_that_takes_no_stamp_ends_the_meter_and_not_the_training(model, listener, monkeypatch, capfd):
+    """As where its context has gone; the card is pretended."""
+
+    def fail(**asked):
+        raise RuntimeError("no context")
+
+    monkeypatch.setattr(torch.cuda, "Event", fail)
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(listener, training, torch.device("cuda"), Shield())
+    steps.begin()
+    with steps.during("forward"):
+        pass
+    assert not steps.up
+    assert "no context" in capfd.readouterr().err
+    steps.end_step()
+    assert listener.readings == []

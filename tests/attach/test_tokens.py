@@ -56,3 +56,14 @@ def test_of_anything_else_nothing_is_counted(batch):
     """And nothing is guessed."""
     found = count_tokens(batch)
     assert (found.padded, found.real, found.loss, found.conventions) == (None, None, None, ())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16])
+def test_labels_are_counted_whatever_they_are_made_of(dtype):
+    """Whole numbers by numpy, others by torch, as what lies on a device is; one label as many."""
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    labels = torch.tensor([[-100, 4, -100, 5], [7, -100, 8, 9]]).to(dtype)
+    found = count_tokens({"input_ids": ids, "labels": labels})
+    assert (int(found.loss), found.conventions[1]) == (4, SHIFTED)
+    alone = count_tokens({"input_ids": ids, "labels": torch.tensor(3).to(dtype)})
+    assert (int(alone.loss), alone.conventions[1]) == (1, AS_GIVEN)
