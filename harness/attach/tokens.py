@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 IGNORED = -100
@@ -95,7 +94,7 @@ def _rows_of(fields: Mapping[str, torch.Tensor]) -> int | None:
 def _real(fields: Mapping[str, torch.Tensor], shape: torch.Size, labels: torch.Tensor | None) -> tuple[Count, str]:
     mask, positions = fields.get("attention_mask"), fields.get("position_ids")
     if mask is not None and mask.shape == shape:
-        return _count(mask, 0), BY_MASK
+        return torch.count_nonzero(mask), BY_MASK
     if positions is None or positions.shape != shape or labels is None or labels.shape != shape:
         return shape[0] * shape[1], BY_ALL
     filler = (positions == 0) & (labels == IGNORED)
@@ -107,18 +106,9 @@ def _loss_tokens(
     labels: torch.Tensor | None, shifted: torch.Tensor | None, shape: torch.Size
 ) -> tuple[Count | None, str]:
     if shifted is not None:
-        return _count(shifted, IGNORED), AS_GIVEN
+        return (shifted != IGNORED).sum(), AS_GIVEN
     if labels is None:
         return None, ""
     if labels.shape == shape:
-        return _count(labels, IGNORED, begin=1), SHIFTED
-    return _count(labels, IGNORED), AS_GIVEN
-
-
-def _count(tensor: torch.Tensor, without: int, *, begin: int = 0) -> Count:
-    """How many of its numbers are not that one, from a column on. On the host numpy has counted a batch before torch
-    has made the tensors of its result."""
-    on_host = tensor.device.type == "cpu" and not tensor.is_floating_point()
-    numbers: Any = tensor.numpy() if on_host else tensor
-    kept = (numbers[:, begin:] if begin else numbers) != without
-    return int(np.count_nonzero(kept)) if on_host else kept.sum()
+        return (labels[:, 1:] != IGNORED).sum(), SHIFTED
+    return (labels != IGNORED).sum(), AS_GIVEN

@@ -60,7 +60,7 @@ def test_of_anything_else_nothing_is_counted(batch):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16])
 def test_labels_are_counted_whatever_they_are_made_of(dtype):
-    """Whole numbers by numpy, others by torch, as what lies on a device is; one label as many."""
+    """Of each kind of number; one label as many."""
     ids = torch.ones(2, 4, dtype=torch.int64)
     labels = torch.tensor([[-100, 4, -100, 5], [7, -100, 8, 9]]).to(dtype)
     found = count_tokens({"input_ids": ids, "labels": labels})
