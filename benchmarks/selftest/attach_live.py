@@ -186,6 +186,8 @@ def say_planted(empty: Try | None) -> str:
 
 def say_found(part: str, group: Sequence[Try]) -> str:
     """What was called how often, and what CPU these tries had."""
+    if not group:
+        return f"{part}: no try was made"
     counts = Counter(one.verdict for one in group)
     shares = sorted(one.occupancy for one in group if one.occupancy is not None)
     had = f"; least {shares[0]:.0%} to {shares[-1]:.0%} of a CPU" if shares else ""

@@ -11,8 +11,8 @@ code in the caches, and takes ten times as long as in a loop of its own. What th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,6 +22,21 @@ Part = Literal["data", "forward", "backward", "optimizer"]
 Border = tuple[Part | None, bool, float, Any]
 """The part, whether it begins, the host's clock, and on a card an event. Without a part it is so many seconds that are
 none's."""
+
+
+class During:
+    """A context whose block is a part of a step. It keeps nothing of a block, so one serves all of a training: a
+    generator would be made and run twice in the middle of each step."""
+
+    def __init__(self, parts: Parts, part: Part) -> None:
+        self._parts = parts
+        self._part = part
+
+    def __enter__(self) -> None:
+        self._parts.begin(self._part)
+
+    def __exit__(self, *error: object) -> None:
+        self._parts.end(self._part)
 
 
 class Parts:
@@ -34,6 +49,8 @@ class Parts:
         self._cuda = device.type == "cuda"
         self._borders: list[Border] = []
         """In their order."""
+        self.during: Mapping[Part, During] = {part: During(self, part) for part in get_args(Part)}
+        """The block is this part of the step."""
 
     def begin(self, part: Part) -> None:
         """The part begins."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from harness.attach.follower import Follower, Next, Phase, StepReading, Training
-from harness.attach.parts import Border, Part, Parts, times_of
+from harness.attach.parts import Border, During, Part, Parts, times_of
 from harness.attach.shield import NotFollowedError, Shield
 from harness.attach.tokens import Count, Tokens, count_tokens
 from harness.records.units import format_count
@@ -38,8 +38,7 @@ class _Ended(NamedTuple):
     borders: Sequence[Border]
     batches: Sequence[Tokens]
     loss: float | None
-    loss_dtype: Any
-    """Of a tensor torch's; what else a script shows may have one of its own."""
+    loss_dtype: torch.dtype | None
     gradient_norm: float | None
     checks: tuple[Any, ...] | None
 
@@ -106,14 +105,9 @@ class Steps:
         self._batches.append(count_tokens(batch))
         self._leave_out(time.perf_counter() - begun)
 
-    @contextlib.contextmanager
-    def during(self, part: Part) -> Iterator[None]:
+    def during(self, part: Part) -> During:
         """The block is a part of the step."""
-        self.start(part)
-        try:
-            yield
-        finally:
-            self.stop(part)
+        return self._parts.during[part]
 
     def loss(self, loss: Any) -> None:
         """A part of the step's loss; the parts add up. A tensor is read when the step has ended."""
@@ -172,7 +166,7 @@ class Steps:
         losses, norm = self._losses, self._gradient_norm
         # Read now: a script may go on adding to the tensor that it has shown.
         loss = sum(map(float, losses)) if losses else None
-        dtype = getattr(losses[-1], "dtype", None) if losses else None
+        dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
         norm = None if norm is None else float(norm)
         borders = self._parts.take()
         self._noted.append(_Ended(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
@@ -295,7 +289,7 @@ def _reading_of(ended: _Ended) -> StepReading:
         padded_tokens=_sum([one.padded for one in batches]),
         loss_tokens=_sum([one.loss for one in batches]),
         loss=ended.loss,
-        loss_dtype=str(dtype).removeprefix("torch.") if isinstance(dtype := ended.loss_dtype, torch.dtype) else None,
+        loss_dtype=None if ended.loss_dtype is None else str(ended.loss_dtype).removeprefix("torch."),
         gradient_norm=ended.gradient_norm,
         conventions=batches[-1].conventions if batches else (),
         checks=ended.checks,

@@ -167,11 +167,8 @@ class TrainerSource:
         if steps is None:
             return original(*args, **kwargs)
         steps.phase("train")
-        steps.start("data")
-        try:
+        with steps.during("data"):
             found = original(*args, **kwargs)
-        finally:
-            steps.stop("data")
         for batch in found[0] if isinstance(found, tuple) and isinstance(found[0], list) else ():
             steps.batch(batch)
         return found
@@ -196,11 +193,8 @@ class TrainerSource:
         steps = self._steps
         if steps is None or not self._micro:
             return original(*args, **kwargs)
-        steps.start("forward")
-        try:
+        with steps.during("forward"):
             found = original(*args, **kwargs)
-        finally:
-            steps.stop("forward")
         steps.start("backward")
         return found
 
