@@ -101,11 +101,11 @@ proof-attach: $(STAMP)
 	$(call prove,engines,$(SAY_MACHINE) && $(BIN)/pytest benchmarks/selftest/test_engines.py tests/commands/test_claims.py tests/docs/test_engines.py -m selftest -q --no-header -rs)
 	$(call prove,attach,$(BIN)/python benchmarks/selftest/attach_live.py --keep reports/proof/attach.jsonl)
 
-# What a meter costs a step: a script alone and wrapped, taking turns, with a step of 10 ms and with a real model (fetch
-# smollm2-135m first; half an hour on a machine to itself).
+# What a meter costs a step: a training with it and without, taking turns, with a step of 10 ms and with a real model
+# (fetch smollm2-135m first; half an hour on a machine to itself).
 proof-meter: $(STAMP)
 	$(call prove,meter,$(BIN)/python benchmarks/selftest/meter_live.py && \
-	$(BIN)/python benchmarks/selftest/meter_live.py --replicates 4 --rounds 15 --turn 5 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m")
+	$(BIN)/python benchmarks/selftest/meter_live.py --replicates 4 --rounds 10 --turn 5 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m")
 	$(call prove,agreement,$(BIN)/python benchmarks/selftest/agreement.py)
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and

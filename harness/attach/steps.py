@@ -15,32 +15,19 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from harness.attach.follower import Follower, Next, Phase, StepReading, Training
-from harness.attach.parts import Border, During, Part, Parts, times_of
+from harness.attach.parts import During, Part, Parts
+from harness.attach.readings import Ended, readings_of
 from harness.attach.shield import NotFollowedError, Shield
-from harness.attach.tokens import Count, Tokens, count_tokens
+from harness.attach.tokens import Copied, copy_batch
 from harness.records.units import format_count
 
 A_MOMENT_S = 1e-3
 """What a follower takes that only writes something down."""
-
-
-class _Ended(NamedTuple):
-    """A step as it was noted when it had ended; of all that cannot be changed a tuple is made the soonest."""
-
-    number: int
-    wall_s: float
-    cpu_s: float
-    borders: Sequence[Border]
-    batches: Sequence[Tokens]
-    loss: float | None
-    loss_dtype: torch.dtype | None
-    gradient_norm: float | None
-    checks: tuple[Any, ...] | None
 
 
 class Steps:
@@ -50,18 +37,19 @@ class Steps:
     def __init__(self, follower: Follower, training: Training, device: torch.device, shield: Shield) -> None:
         self._follower = follower
         self._training = training
-        self._device = device
+        self._device = device if device.type == "cuda" else None
+        """That a step's end is waited for on."""
         self._shield = shield
         shield.on_error = self._failed
         self._parts = Parts(device, shield)
         self.start, self.stop = self._parts.begin, self._parts.end
         """A part of the step begins, and has ended."""
         self._number = 0
-        self._batches: list[Tokens] = []
+        self._batches: list[Copied] = []
         self._losses: list[Any] = []
         self._gradient_norm: Any = None
         self._next = Next()
-        self._noted: list[_Ended] = []
+        self._noted: list[Ended] = []
         """Steps that the follower has not been told of, the first of which ended a moment after `told_s`."""
         self._told_s = -math.inf
         self._since: list[StepReading] | None = None
@@ -102,7 +90,7 @@ class Steps:
 
     def _batch(self, batch: Any) -> None:
         begun = time.perf_counter()
-        self._batches.append(count_tokens(batch))
+        self._batches.append(copy_batch(batch))
         self._leave_out(time.perf_counter() - begun)
 
     def during(self, part: Part) -> During:
@@ -156,20 +144,19 @@ class Steps:
             self._batches, self._losses = [], []
 
     def _end_step(self) -> None:
-        if self._device.type == "cuda":
+        if self._device is not None:
             torch.cuda.synchronize(self._device)
         ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
         # What the meter did aside is taken off by the clock, which went on where another process had the CPU meanwhile.
         wall, cpu = ended_s - self._begun_s, max(0.0, ended_cpu_s - self._begun_cpu_s)
         checks = self._close_watch()
         self._number += 1
-        losses, norm = self._losses, self._gradient_norm
+        losses = self._losses
         # Read now: a script may go on adding to the tensor that it has shown.
         loss = sum(map(float, losses)) if losses else None
         dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
-        norm = None if norm is None else float(norm)
-        borders = self._parts.take()
-        self._noted.append(_Ended(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
+        borders, norm = self._parts.take(), self._gradient_norm
+        self._noted.append(Ended(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
         if checks is not None or ended_s - self._told_s >= self._next.patience_s:
             self._tell()
         self._release(ended_s, ended_cpu_s)
@@ -177,8 +164,7 @@ class Steps:
     def _tell(self) -> None:
         """Tell what was noted."""
         noted, self._noted = self._noted, []
-        for one in noted:
-            reading = _reading_of(one)
+        for reading in readings_of(noted):
             if self._since is not None:
                 self._since.append(reading)
             self._next = self._follower.step(reading)
@@ -272,31 +258,3 @@ def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
 def _without_graph(value: Any) -> Any:
     """A number as it is, and a tensor without what it was computed from, which would stay in memory."""
     return value.detach() if getattr(value, "requires_grad", False) else value
-
-
-def _reading_of(ended: _Ended) -> StepReading:
-    parts, batches = times_of(ended.borders), ended.batches
-    return StepReading(
-        number=ended.number,
-        step_time_s=ended.wall_s,
-        cpu_time_s=ended.cpu_s,
-        data_time_s=parts.get("data"),
-        forward_time_s=parts.get("forward"),
-        backward_time_s=parts.get("backward"),
-        optimizer_time_s=parts.get("optimizer"),
-        sequences=_sum([one.sequences for one in batches]),
-        real_tokens=_sum([one.real for one in batches]),
-        padded_tokens=_sum([one.padded for one in batches]),
-        loss_tokens=_sum([one.loss for one in batches]),
-        loss=ended.loss,
-        loss_dtype=None if ended.loss_dtype is None else str(ended.loss_dtype).removeprefix("torch."),
-        gradient_norm=ended.gradient_norm,
-        conventions=batches[-1].conventions if batches else (),
-        checks=ended.checks,
-    )
-
-
-def _sum(counts: list[Count | None] | list[int | None]) -> int | None:
-    """None where one of them was not seen, or there is none."""
-    known = [int(count) for count in counts if count is not None]
-    return sum(known) if counts and len(known) == len(counts) else None

@@ -3,14 +3,16 @@
 There is no one count of tokens. A row is as long as its longest neighbour, a mask hides some of it, a packed row has a
 tail, and the loss is taken over a part again. So each count goes with its convention, which is printed.
 
-Nothing waits for the device here: counts that a kernel makes are scalars on the device until the step has ended.
+In a step there is no time for that: what counts of a batch is copied there, and counted once the step is told. A copy
+it must be, since a script may fill the same tensors with its next batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,93 +24,133 @@ BY_ALL = "neither attention mask nor position ids: every position counts as real
 SHIFTED = "the loss is over the labels that are not -100, the first of each row left out"
 AS_GIVEN = "the loss is over the labels that are not -100"
 
-Count = int | torch.Tensor
+
+class Copied(NamedTuple):
+    """What counts of one batch. A tuple is made sooner than a dataclass is."""
+
+    sequences: int | None = None
+    shape: torch.Size | None = None
+    """Rows and positions; None where it is no text."""
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    shifted: torch.Tensor | None = None
+    """Labels that were shifted before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """Of one batch; a tensor is a scalar that may still be computed on the device, None is not seen."""
+    """Of one batch; None is not seen."""
 
     sequences: int | None = None
     padded: int | None = None
     """All positions, padding included."""
-    real: Count | None = None
-    loss: Count | None = None
+    real: int | None = None
+    loss: int | None = None
     conventions: tuple[str, ...] = ()
     """In words; empty where nothing was counted."""
 
 
-def count_tokens(batch: Any) -> Tokens:
-    """The tokens of a batch.
+def copy_batch(batch: Any) -> Copied:
+    """Copy what counts of a batch, on the batch's own device, for which nothing waits.
 
     Args:
         batch: a mapping with `input_ids` (rows, positions) or `inputs_embeds` (rows, positions, width) and, where there
-            are such, `attention_mask`, `position_ids`, `labels`; or a sequence whose first item is a tensor of whole
-            numbers (rows, positions). Of anything else nothing is counted.
+            are such, `attention_mask`, `position_ids`, `labels`, `shift_labels`; or a sequence whose first item is a
+            tensor of whole numbers (rows, positions). Of anything else nothing is counted.
     """
-    fields = _fields_of(batch)
-    ids = fields.get("input_ids")
-    shape = ids.shape if ids is not None else _shape_of(fields.get("inputs_embeds"))
-    if shape is None or len(shape) != 2:
-        return Tokens(sequences=_rows_of(fields))
-    labels = fields.get("labels")
-    real, by = _real(fields, shape, labels)
-    loss, over = _loss_tokens(labels, fields.get("shift_labels"), shape)
-    return Tokens(
-        sequences=shape[0],
-        padded=shape[0] * shape[1],
-        real=real,
-        loss=loss,
-        conventions=(by, *([over] if over else [])),
-    )
-
-
-def _fields_of(batch: Any) -> dict[str, torch.Tensor]:
-    """The plain tensors of a batch by their names; of a subclass of tensors nothing is known."""
-    if isinstance(batch, torch.Tensor):
-        batch = (batch,)
     if isinstance(batch, (tuple, list)) and batch:
-        first = batch[0]
-        if isinstance(first, Mapping):
-            return _fields_of(first)
-        whole = _is_plain(first) and not first.is_floating_point() and first.dim() == 2
-        return {"input_ids": first} if whole else {}
+        batch = batch[0]
+    if _is_plain(batch):
+        whole = batch.dim() == 2 and not batch.is_floating_point()
+        return Copied(batch.shape[0], batch.shape) if whole else Copied()
     if not isinstance(batch, Mapping):
-        return {}
-    return {key: value for key, value in batch.items() if isinstance(key, str) and _is_plain(value)}
+        return Copied()
+    shape = _shape_of(batch)
+    if shape is None:
+        return Copied(_rows_of(batch))
+    mask = _copy_of(batch, "attention_mask", shape)
+    positions = _copy_of(batch, "position_ids", shape) if mask is None else None
+    return Copied(shape[0], shape, mask, positions, _copy_of(batch, "labels"), _copy_of(batch, "shift_labels"))
+
+
+def count_tokens(copies: Sequence[Copied]) -> list[Tokens]:
+    """The tokens of each batch; those in a row that are alike are counted at once. Waits for their device."""
+    return [tokens for _, alike in itertools.groupby(copies, _form) for tokens in _count(list(alike))]
+
+
+def _form(copied: Copied) -> tuple[Any, ...]:
+    """Of batches that can be counted at once it is the same."""
+    tensors = (copied.mask, copied.positions, copied.labels, copied.shifted)
+    return copied.shape, *(None if one is None else (one.shape, one.dtype, one.device) for one in tensors)
+
+
+def _count(alike: Sequence[Copied]) -> Sequence[Tokens]:
+    shape = alike[0].shape
+    if shape is None:
+        return [Tokens(sequences=one.sequences) for one in alike]
+    real, by = _real(alike, shape)
+    loss, over = _loss_tokens(alike, shape)
+    padded, conventions = shape[0] * shape[1], (by, *([over] if over else []))
+    return [
+        Tokens(sequences=shape[0], padded=padded, real=real_here, loss=loss_here, conventions=conventions)
+        for real_here, loss_here in zip(real, loss, strict=True)
+    ]
 
 
 def _is_plain(value: Any) -> bool:
+    """Of a subclass of tensors nothing is known."""
     return type(value) is torch.Tensor
 
 
-def _shape_of(embedded: torch.Tensor | None) -> torch.Size | None:
-    return embedded.shape[:2] if embedded is not None and embedded.dim() == 3 else None
+def _shape_of(batch: Mapping[str, Any]) -> torch.Size | None:
+    ids: Any = batch.get("input_ids")
+    if not _is_plain(ids):
+        embedded: Any = batch.get("inputs_embeds")
+        return embedded.shape[:2] if _is_plain(embedded) and embedded.dim() == 3 else None
+    return ids.shape if ids.dim() == 2 else None
 
 
-def _rows_of(fields: Mapping[str, torch.Tensor]) -> int | None:
+def _rows_of(batch: Mapping[str, Any]) -> int | None:
     """Of a batch that holds no text: rows of its first tensor."""
-    return next((tensor.shape[0] for tensor in fields.values() if tensor.dim()), None)
+    return next((value.shape[0] for value in batch.values() if _is_plain(value) and value.dim()), None)
 
 
-def _real(fields: Mapping[str, torch.Tensor], shape: torch.Size, labels: torch.Tensor | None) -> tuple[Count, str]:
-    mask, positions = fields.get("attention_mask"), fields.get("position_ids")
-    if mask is not None and mask.shape == shape:
-        return torch.count_nonzero(mask), BY_MASK
-    if positions is None or positions.shape != shape or labels is None or labels.shape != shape:
-        return shape[0] * shape[1], BY_ALL
-    filler = (positions == 0) & (labels == IGNORED)
-    tail = torch.cumprod(filler.flip(-1), dim=-1).sum()
-    return shape[0] * shape[1] - tail, BY_POSITIONS
+def _copy_of(batch: Mapping[str, Any], name: str, shape: torch.Size | None = None) -> torch.Tensor | None:
+    """`shape`: that it must have to be counted."""
+    value: Any = batch.get(name)
+    return value.clone() if _is_plain(value) and shape in (None, value.shape) else None
 
 
-def _loss_tokens(
-    labels: torch.Tensor | None, shifted: torch.Tensor | None, shape: torch.Size
-) -> tuple[Count | None, str]:
-    if shifted is not None:
-        return (shifted != IGNORED).sum(), AS_GIVEN
-    if labels is None:
-        return None, ""
-    if labels.shape == shape:
-        return (labels[:, 1:] != IGNORED).sum(), SHIFTED
-    return (labels != IGNORED).sum(), AS_GIVEN
+def _real(alike: Sequence[Copied], shape: torch.Size) -> tuple[Sequence[int], str]:
+    all_positions = shape[0] * shape[1]
+    first = alike[0]
+    if first.mask is not None:
+        return _true_in(_stack(alike, "mask") != 0), BY_MASK
+    if first.positions is None or first.labels is None or first.labels.shape != shape:
+        return [all_positions] * len(alike), BY_ALL
+    filler = (_stack(alike, "positions") == 0) & (_stack(alike, "labels") == IGNORED)
+    tails = _true_in(torch.cumprod(filler.flip(-1), dim=-1))
+    return [all_positions - tail for tail in tails], BY_POSITIONS
+
+
+def _loss_tokens(alike: Sequence[Copied], shape: torch.Size) -> tuple[Sequence[int | None], str]:
+    first = alike[0]
+    if first.shifted is not None:
+        return _true_in(_stack(alike, "shifted") != IGNORED), AS_GIVEN
+    if first.labels is None:
+        return [None] * len(alike), ""
+    labels = _stack(alike, "labels")
+    if first.labels.shape == shape:
+        return _true_in(labels[:, :, 1:] != IGNORED), SHIFTED
+    return _true_in(labels != IGNORED), AS_GIVEN
+
+
+def _stack(alike: Sequence[Copied], name: str) -> torch.Tensor:
+    return torch.stack([getattr(one, name) for one in alike])
+
+
+def _true_in(stacked: torch.Tensor) -> list[int]:
+    """How many are true in each of what was stacked."""
+    found: list[int] = stacked.reshape(len(stacked), -1).sum(dim=1).tolist()
+    return found

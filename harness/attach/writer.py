@@ -103,6 +103,7 @@ class Writer:
         self._file = RunFile(path, command=_command(), device=device, requirements=self._require)
         self._peaks, self._watch, self._energy = Peaks(device), Watch("train", device), Energy(device)
         self._begun_s = self._kept_s = time.monotonic()
+        self._keeping_s = 0.0
         self._file.keep()
         self._peaks.begin()
         return Next()
@@ -145,9 +146,10 @@ class Writer:
         elif reading.checks is None:
             self._energy.step(reading)
         now = time.monotonic()
-        if self._file and checkpoint_is_due(now, begun_s=self._begun_s, saved_s=self._kept_s):
+        if self._file and checkpoint_is_due(now, begun_s=self._begun_s, saved_s=self._kept_s, took_s=self._keeping_s):
             self._file.keep(**self._measured())
-            self._kept_s = now
+            self._kept_s = time.monotonic()
+            self._keeping_s = self._kept_s - now
 
     def _begin_stretch(self) -> None:
         self._watching = True

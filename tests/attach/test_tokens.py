@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from harness.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, count_tokens
+from harness.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
+
+
+def tokens_of(batch):
+    (found,) = count_tokens([copy_batch(batch)])
+    return found
 
 
 def counts(batch):
-    found = count_tokens(batch)
-    return found.sequences, found.padded, *(None if one is None else int(one) for one in (found.real, found.loss))
+    found = tokens_of(batch)
+    return found.sequences, found.padded, found.real, found.loss
 
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -19,7 +24,7 @@ LABELS = torch.tensor([[5, 5, 5, 5, 5, 5], [-100, 5, 5, -100, -100, -100]])
 def test_a_mask_says_what_is_real():
     """And labels what the loss is over, the first of each row not being predicted."""
     assert counts({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}) == (2, 12, 9, 7)
-    assert count_tokens({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}).conventions == (BY_MASK, SHIFTED)
+    assert tokens_of({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}).conventions == (BY_MASK, SHIFTED)
 
 
 def test_a_packed_row_ends_where_its_records_do():
@@ -28,14 +33,14 @@ def test_a_packed_row_ends_where_its_records_do():
     labels = torch.tensor([[-100, 5, 5, -100, 5, 5], [-100, 5, 5, -100, -100, -100]])
     batch = {"input_ids": IDS, "position_ids": positions, "labels": labels}
     assert counts(batch) == (2, 12, 9, 6)
-    assert count_tokens(batch).conventions == (BY_POSITIONS, SHIFTED)
+    assert tokens_of(batch).conventions == (BY_POSITIONS, SHIFTED)
 
 
 def test_without_either_all_is_real():
     """As a loop over raw blocks has it; a tuple's first tensor of whole numbers is taken for tokens."""
     assert counts({"input_ids": IDS}) == (2, 12, 12, None)
     assert counts((IDS, IDS)) == (2, 12, 12, None)
-    assert count_tokens((IDS,)).conventions == (BY_ALL,)
+    assert tokens_of((IDS,)).conventions == (BY_ALL,)
 
 
 def test_labels_of_another_shape_are_counted_as_they_are():
@@ -43,7 +48,7 @@ def test_labels_of_another_shape_are_counted_as_they_are():
     assert counts({"input_ids": IDS, "labels": torch.tensor([1, -100])})[3] == 1
     shifted = {"input_ids": IDS, "labels": LABELS, "shift_labels": LABELS}
     assert counts(shifted)[3] == 8
-    assert AS_GIVEN in count_tokens(shifted).conventions
+    assert AS_GIVEN in tokens_of(shifted).conventions
 
 
 def test_embeddings_stand_for_tokens():
@@ -54,7 +59,7 @@ def test_embeddings_stand_for_tokens():
 @pytest.mark.parametrize("batch", [None, 3, [], {}, "text", {"pixels": "none"}, (torch.zeros(2, 3),), [{}]])
 def test_of_anything_else_nothing_is_counted(batch):
     """And nothing is guessed."""
-    found = count_tokens(batch)
+    found = tokens_of(batch)
     assert (found.padded, found.real, found.loss, found.conventions) == (None, None, None, ())
 
 
@@ -63,7 +68,44 @@ def test_labels_are_counted_whatever_they_are_made_of(dtype):
     """Of each kind of number; one label as many."""
     ids = torch.ones(2, 4, dtype=torch.int64)
     labels = torch.tensor([[-100, 4, -100, 5], [7, -100, 8, 9]]).to(dtype)
-    found = count_tokens({"input_ids": ids, "labels": labels})
-    assert (int(found.loss), found.conventions[1]) == (4, SHIFTED)
-    alone = count_tokens({"input_ids": ids, "labels": torch.tensor(3).to(dtype)})
-    assert (int(alone.loss), alone.conventions[1]) == (1, AS_GIVEN)
+    found = tokens_of({"input_ids": ids, "labels": labels})
+    assert (found.loss, found.conventions[1]) == (4, SHIFTED)
+    alone = tokens_of({"input_ids": ids, "labels": torch.tensor(3).to(dtype)})
+    assert (alone.loss, alone.conventions[1]) == (1, AS_GIVEN)
+
+
+def test_batches_are_counted_together_as_one_by_one():
+    """Those that are alike in one go; others between them, and such as hold no text, keep their places."""
+    torch.manual_seed(0)
+
+    def batch(length, **more):
+        mask = torch.randint(0, 2, (2, length))
+        return {"input_ids": mask, "attention_mask": mask, "labels": torch.where(mask == 0, -100, mask)} | more
+
+    half = {"attention_mask": torch.ones(2, 6, dtype=torch.bool), "labels": LABELS.to(torch.float32)}
+    positions = {"input_ids": IDS, "position_ids": IDS % 3, "labels": LABELS}
+    batches = [
+        batch(6),
+        batch(6),
+        batch(9),
+        batch(6) | half,
+        batch(6),
+        (IDS,),
+        {"pixels": torch.zeros(3, 2)},
+        positions,
+    ]
+    batches += [positions, batch(6, shift_labels=LABELS), {"input_ids": IDS, "labels": torch.tensor(3)}, None, batch(9)]
+    copies = [copy_batch(one) for one in batches]
+    assert count_tokens(copies) == [count_tokens([one])[0] for one in copies]
+    assert count_tokens([]) == []
+
+
+def test_a_batch_is_counted_as_it_was():
+    """A script may fill the same tensors with its next one."""
+    batch = {"input_ids": IDS.clone(), "attention_mask": MASK.clone(), "labels": LABELS.clone()}
+    copied = copy_batch(batch)
+    for tensor in batch.values():
+        tensor.fill_(-100)
+    batch["attention_mask"].zero_()
+    (found,) = count_tokens([copied])
+    assert (found.real, found.loss) == (9, 7)

@@ -1,0 +1,124 @@
+"""The script that `meter_live.py` has take turns: a Trainer on a small model, or on one in a directory.
+
+    python meter_script.py MODEL STEPS TURN OUTPUT
+
+Before a turn it is told "on" or "off" on its standard input. After it it prints how many steps a meter has followed so
+far, and when each step of the turn began, on the wall and on its CPUs. Of a process that is wrapped, off means that the
+meter is taken off: what is left then is a training that knows nothing of it.
+"""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+"""A step of about 10 ms."""
+
+
+class Switch:
+    """Takes the meter off a training, and puts it there again. It is the last callback that the Trainer was given."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.callbacks = trainer.callback_handler.callbacks
+        self.meter, self.hooks = self.callbacks[-1], dict(hooks)
+        self.source: Any = getattr(self.meter, "_trainer", None)
+        """None in a process that is not wrapped."""
+        self.on = self.source is not None
+
+    def turn(self, on: bool) -> None:
+        """What the next turn is to be."""
+        if on and not self.on:
+            self.callbacks.append(self.meter)
+            hooks.update(self.hooks)
+            self.source._trainer = self.trainer
+            self.source._time_methods()
+            self.source._steps.restart()
+        elif self.on and not on:
+            self.callbacks.remove(self.meter)
+            hooks.clear()
+            self.source._release_trainer()
+        self.on = on
+
+    @property
+    def followed(self) -> int:
+        """Steps that the meter has seen the end of."""
+        return 0 if self.source is None else self.source._steps._number
+
+    def finish(self) -> None:
+        """What the meter has put off, it does now."""
+        if self.on:
+            self.source._steps._tell()
+
+
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """Waits before a turn, and tells how long its steps were."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seen: list[tuple[float, float]] = []
+        """Of the turn under way: when each step began."""
+        self.switch: Switch
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """A step begins, its batch is there."""
+        if self.seen:
+            if len(self.seen) == self.steps:
+                self.switch.finish()
+            self.seen.append((time.perf_counter(), time.process_time()))
+            if len(self.seen) <= self.steps:
+                return
+            print("took", self.switch.followed, *(f"{wall} {cpu}" for wall, cpu in self.seen), flush=True)
+        else:
+            print("ready", flush=True)
+        self.switch.turn(sys.stdin.readline().strip() == "on")
+        self.seen = [(time.perf_counter(), time.process_time())]
+
+
+def main(name: str, steps: int, turn: int, output: str) -> None:
+    """Train for so many steps."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model: Any
+    if name == "small":
+        model, length = LlamaForCausalLM(LlamaConfig(**SMALL)), 64
+    else:
+        model, length = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), 128
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    rows: Any = [{"input_ids": (row := torch.randint(3, 500, (length,))), "labels": row} for _ in range(steps)]
+    arguments = TrainingArguments(
+        output_dir=output,
+        use_cpu=True,
+        max_steps=steps,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=1,
+        logging_strategy="no",
+    )
+    turns = Turns(turn)
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[turns])
+    turns.switch = Switch(trainer)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
