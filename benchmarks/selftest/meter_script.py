@@ -39,34 +39,34 @@ class Switch:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.callbacks = trainer.callback_handler.callbacks
-        self.meter, self.hooks = self.callbacks[-1], dict(hooks)
-        self.source: Any = getattr(self.meter, "_trainer", None)
+        last, self.hooks = self.callbacks[-1], dict(hooks)
+        self.meter: Any = last if hasattr(last, "_time_methods") else None
         """None in a process that is not wrapped."""
-        self.on = self.source is not None
+        self.on = self.meter is not None
 
     def turn(self, on: bool) -> None:
         """What the next turn is to be."""
         if on and not self.on:
             self.callbacks.append(self.meter)
             hooks.update(self.hooks)
-            self.source._trainer = self.trainer
-            self.source._time_methods()
-            self.source._steps.restart()
+            self.meter._trainer = self.trainer
+            self.meter._time_methods()
+            self.meter._steps.restart()
         elif self.on and not on:
             self.callbacks.remove(self.meter)
             hooks.clear()
-            self.source._release_trainer()
+            self.meter._release_trainer()
         self.on = on
 
     @property
     def followed(self) -> int:
         """Steps that the meter has seen the end of."""
-        return 0 if self.source is None else self.source._steps._number
+        return 0 if self.meter is None else self.meter._steps._number
 
     def finish(self) -> None:
         """What the meter has put off, it does now."""
         if self.on:
-            self.source._steps._tell()
+            self.meter._steps._tell()
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]

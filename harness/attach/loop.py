@@ -45,7 +45,7 @@ class LoopSource:
         iterator, taken = iter(batches), 0
         steps.restart()
         while True:
-            with steps.during("data"):
+            with steps.during["data"]:
                 batch = next(iterator, _END)
             if batch is _END:
                 break
@@ -131,8 +131,8 @@ class LoopSource:
     def _see_updates(self, steps: Steps) -> None:
         """Every optimizer's update within a step is a part of it."""
         self._handles = [
-            register_optimizer_step_pre_hook(lambda *_: steps.start("optimizer")),
-            register_optimizer_step_post_hook(lambda *_: steps.stop("optimizer")),
+            register_optimizer_step_pre_hook(lambda *_: steps.during["optimizer"].begin()),
+            register_optimizer_step_post_hook(lambda *_: steps.during["optimizer"].end()),
         ]
 
     def _end_step(self, steps: Steps) -> bool:
@@ -140,8 +140,7 @@ class LoopSource:
         if self._sight is not None and not self._given_loss:
             steps.run(self._sight.tell_loss)
         self._given_loss = False
-        steps.end_step()
-        return steps.go_on
+        return steps.end_step()
 
 
 _END = object()

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from transformers import TrainerCallback
-
 from harness.attach.attachment import named_follower
 from harness.attach.follower import Follower
 from harness.attach.loop import LoopSource
@@ -27,8 +25,9 @@ from harness.records.store import ENV_RUNS
 Batch = TypeVar("Batch")
 
 
-class Meter(TrainerCallback):
-    """Follows one training of this process, the first that begins; changes nothing of it, and fails by itself only."""
+class Meter(TrainerSource):
+    """Follows one training of this process, the first that begins: a Trainer's, as its callback, or a loop's. It
+    changes nothing of it, and fails by itself only."""
 
     def __init__(
         self,
@@ -53,10 +52,10 @@ class Meter(TrainerCallback):
         required = dict(require or {})
         self._report = report
         written = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER
-        self._trainer = TrainerSource(self._make, log=log and written, required=required)
-        self._loop = LoopSource(model, self._make, required)
+        super().__init__(self._make_follower, log=log and written, required=required)
+        self._loop = LoopSource(model, self._make_follower, required)
 
-    def _make(self) -> Follower:
+    def _make_follower(self) -> Follower:
         if os.environ.get(ENV_FOLLOWER):
             return named_follower()
         from harness.attach.writer import Writer
@@ -97,49 +96,3 @@ class Meter(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end(error)
-
-    # The events of a Trainer.
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Everything is set up, and no batch has been fetched."""
-        self._trainer.begin(args, state, kwargs.get("model"))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The batches of a step are there."""
-        self._trainer.step_begins()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are there and clipped."""
-        self._trainer.optimizer_begins()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights are updated."""
-        self._trainer.optimizer_ends()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is over."""
-        self._trainer.step_ends(control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An epoch is over, after which the Trainer may evaluate or save."""
-        self._trainer.between(control)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A batch of an evaluation is done."""
-        self._trainer.evaluating()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation is over."""
-        self._trainer.evaluated(args, control)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saving is over."""
-        self._trainer.saved()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The Trainer has logged."""
-        self._trainer.logged(logs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training has come to its end."""
-        self._trainer.ends()

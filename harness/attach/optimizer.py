@@ -99,7 +99,7 @@ class OptimizerSource:
             return original(*args, **kwargs)
         self._inside += 1
         try:
-            with steps.during("optimizer"):
+            with steps.during["optimizer"]:
                 found = original(*args, **kwargs)
         finally:
             self._inside -= 1
@@ -111,8 +111,7 @@ class OptimizerSource:
     def _end_step(self, steps: Steps) -> None:
         if self._sight is not None:
             steps.run(self._sight.tell_loss)
-        steps.end_step()
-        if not steps.go_on:
+        if not steps.end_step():
             self.end()
             raise StopTraining
         steps.open_step()

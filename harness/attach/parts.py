@@ -25,18 +25,25 @@ none's."""
 
 
 class During:
-    """A context whose block is a part of a step. It keeps nothing of a block, so one serves all of a training: a
-    generator would be made and run twice in the middle of each step."""
+    """A part of a step: it begins and ends by itself, or with a block. It keeps nothing of either, so one serves all of
+    a training: a generator would be made and run twice in the middle of each step."""
 
     def __init__(self, parts: Parts, part: Part) -> None:
         self._parts = parts
         self._part = part
 
-    def __enter__(self) -> None:
-        self._parts.begin(self._part)
+    def begin(self) -> None:
+        """The part begins."""
+        parts = self._parts
+        parts.borders.append((self._part, True, time.perf_counter(), parts.stamp() if parts.cuda else None))
 
-    def __exit__(self, *error: object) -> None:
-        self._parts.end(self._part)
+    def end(self, *error: object) -> None:
+        """It has ended, with all that is inside it; nothing where it did not begin."""
+        parts = self._parts
+        parts.borders.append((self._part, False, time.perf_counter(), parts.stamp() if parts.cuda else None))
+
+    __enter__ = begin
+    __exit__ = end
 
 
 class Parts:
@@ -46,36 +53,19 @@ class Parts:
     def __init__(self, device: torch.device, shield: Shield) -> None:
         """`shield`: around what may fail, which on a CPU is nothing."""
         self._shield = shield
-        self._cuda = device.type == "cuda"
-        self._borders: list[Border] = []
-        """In their order."""
+        self.cuda = device.type == "cuda"
+        self.borders: list[Border] = []
+        """Of the step under way, in their order; whoever has the step end begins them anew."""
         self.during: Mapping[Part, During] = {part: During(self, part) for part in get_args(Part)}
-        """The block is this part of the step."""
-
-    def begin(self, part: Part) -> None:
-        """The part begins."""
-        self._borders.append((part, True, time.perf_counter(), self._stamp() if self._cuda else None))
-
-    def end(self, part: Part) -> None:
-        """It has ended, with all that is inside it; nothing where it did not begin."""
-        self._borders.append((part, False, time.perf_counter(), self._stamp() if self._cuda else None))
+        """Each part by its name."""
 
     def leave_out(self, seconds: float) -> None:
         """So much of what has just gone is no part of anything; what a device does meanwhile is its own."""
-        self._borders.append((None, False, seconds, None))
+        self.borders.append((None, False, seconds, None))
 
-    def _stamp(self) -> Any:
+    def stamp(self) -> Any:
+        """An event of the device, here and now; None where that fails."""
         return self._shield.run(_new_event)
-
-    def take(self) -> Sequence[Border]:
-        """The borders of the step that has ended; the next one begins."""
-        taken = self._borders
-        self.forget()
-        return taken
-
-    def forget(self) -> None:
-        """What was seen belongs to no step."""
-        self._borders = []
 
 
 def _new_event() -> torch.cuda.Event:

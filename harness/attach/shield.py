@@ -46,10 +46,11 @@ class Shield:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            self._stand_aside(error)
+            self.stand_aside(error)
             return None
 
-    def _stand_aside(self, error: Exception) -> None:
+    def stand_aside(self, error: Exception) -> None:
+        """From here on nothing of ours is called. For what runs in every step and calls by itself, while it is `up`."""
         self.up, self.error = False, error
         if isinstance(error, NotFollowedError):
             say(f"this training is not followed: {said_by(error)}")

@@ -57,7 +57,7 @@ class Sight:
         if self._batches:
             fields = dict(zip(self._names, args, strict=False)) | kwargs
             self._count(fields if {"input_ids", "inputs_embeds"} & set(fields) else args or fields)
-        self._steps.start("forward")
+        self._steps.during["forward"].begin()
 
     def _count(self, batch: Any) -> None:
         """Each batch once a step, however often the model is given it: that is no more data."""
@@ -70,7 +70,7 @@ class Sight:
     def _leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._looks(module):
             return
-        self._steps.stop("forward")
+        self._steps.during["forward"].end()
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
@@ -94,7 +94,7 @@ class Sight:
             return original(tensors, *args, **kwargs)
         if isinstance(tensors, torch.Tensor) and tensors.numel() == 1:
             self._roots.append(tensors.detach())
-        with self._steps.during("backward"):
+        with self._steps.during["backward"]:
             return original(tensors, *args, **kwargs)
 
     def _clip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

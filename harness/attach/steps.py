@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from harness.attach.follower import Follower, Next, Phase, StepReading, Training
-from harness.attach.parts import During, Part, Parts
+from harness.attach.parts import Parts
 from harness.attach.readings import Ended, readings_of
 from harness.attach.shield import NotFollowedError, Shield
 from harness.attach.tokens import Copied, copy_batch
@@ -42,8 +42,8 @@ class Steps:
         self._shield = shield
         shield.on_error = self._failed
         self._parts = Parts(device, shield)
-        self.start, self.stop = self._parts.begin, self._parts.end
-        """A part of the step begins, and has ended."""
+        self.during = self._parts.during
+        """The parts of the step, by their names."""
         self._number = 0
         self._batches: list[Copied] = []
         self._losses: list[Any] = []
@@ -86,16 +86,14 @@ class Steps:
 
     def batch(self, batch: Any) -> None:
         """The step computes this batch, before it is moved or changed."""
-        self._shield.run(self._batch, batch)
-
-    def _batch(self, batch: Any) -> None:
+        if not self._shield.up:
+            return
         begun = time.perf_counter()
-        self._batches.append(copy_batch(batch))
+        try:
+            self._batches.append(copy_batch(batch))
+        except Exception as error:
+            self._shield.stand_aside(error)
         self._leave_out(time.perf_counter() - begun)
-
-    def during(self, part: Part) -> During:
-        """The block is a part of the step."""
-        return self._parts.during[part]
 
     def loss(self, loss: Any) -> None:
         """A part of the step's loss; the parts add up. A tensor is read when the step has ended."""
@@ -135,13 +133,16 @@ class Steps:
         self._begun_cpu_s += spent_s
         self._parts.leave_out(spent_s)
 
-    def end_step(self) -> None:
-        """The step is over; this may wait as long as the follower does."""
+    def end_step(self) -> bool:
+        """The step is over; this may wait as long as the follower does. Returns whether that wants another step."""
         if self.up:
-            self._shield.run(self._end_step)
+            try:
+                self._end_step()
+            except Exception as error:
+                self._shield.stand_aside(error)
         else:  # what goes on to be noted is nobody's
-            self._parts.forget()
-            self._batches, self._losses = [], []
+            self._forget()
+        return self._next.go_on
 
     def _end_step(self) -> None:
         if self._device is not None:
@@ -149,13 +150,13 @@ class Steps:
         ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
         # What the meter did aside is taken off by the clock, which went on where another process had the CPU meanwhile.
         wall, cpu = ended_s - self._begun_s, max(0.0, ended_cpu_s - self._begun_cpu_s)
-        checks = self._close_watch()
+        checks = self._close_watch() if self._watch is not None else None
         self._number += 1
-        losses = self._losses
+        losses, norm = self._losses, self._gradient_norm
         # Read now: a script may go on adding to the tensor that it has shown.
         loss = sum(map(float, losses)) if losses else None
         dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
-        borders, norm = self._parts.take(), self._gradient_norm
+        borders = self._parts.borders
         self._noted.append(Ended(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
         if checks is not None or ended_s - self._told_s >= self._next.patience_s:
             self._tell()
@@ -195,12 +196,14 @@ class Steps:
     def _release(self, seen_s: float = -math.inf, seen_cpu_s: float = 0.0) -> None:
         """The next step begins. The CPU time that was `seen` a moment ago, at `seen_s`, is taken for that of now: some
         kernels take as long to tell it as a small part of a step."""
-        self._parts.forget()
-        self._batches, self._losses, self._gradient_norm = [], [], None
+        self._forget()
         now = time.perf_counter()
         spent = now - seen_s
         self._begun_cpu_s = seen_cpu_s + spent if spent < A_MOMENT_S else time.process_time()
         self._begun_s = now
+
+    def _forget(self) -> None:
+        self._parts.borders, self._batches, self._losses, self._gradient_norm = [], [], [], None
 
     def phase(self, phase: Phase) -> None:
         """From here on the training does this; when it trains again, the clock of the next step starts."""

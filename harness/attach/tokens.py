@@ -61,17 +61,17 @@ def copy_batch(batch: Any) -> Copied:
     """
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
-    if _is_plain(batch):
-        whole = batch.dim() == 2 and not batch.is_floating_point()
-        return Copied(batch.shape[0], batch.shape) if whole else Copied()
     if not isinstance(batch, Mapping):
-        return Copied()
-    shape = _shape_of(batch)
-    if shape is None:
+        whole = type(batch) is torch.Tensor and batch.dim() == 2 and not batch.is_floating_point()
+        return Copied(batch.shape[0], batch.shape) if whole else Copied()
+    ids = batch.get("input_ids")
+    shape = ids.shape if type(ids) is torch.Tensor else _shape_of(batch.get("inputs_embeds"))
+    if shape is None or len(shape) != 2:
         return Copied(_rows_of(batch))
-    mask = _copy_of(batch, "attention_mask", shape)
-    positions = _copy_of(batch, "position_ids", shape) if mask is None else None
-    return Copied(shape[0], shape, mask, positions, _copy_of(batch, "labels"), _copy_of(batch, "shift_labels"))
+    mask = _copy_of(batch.get("attention_mask"), shape)
+    positions = _copy_of(batch.get("position_ids"), shape) if mask is None else None
+    labels, shifted = _copy_of(batch.get("labels")), _copy_of(batch.get("shift_labels"))
+    return Copied(shape[0], shape, mask, positions, labels, shifted)
 
 
 def count_tokens(copies: Sequence[Copied]) -> list[Tokens]:
@@ -98,28 +98,18 @@ def _count(alike: Sequence[Copied]) -> Sequence[Tokens]:
     ]
 
 
-def _is_plain(value: Any) -> bool:
-    """Of a subclass of tensors nothing is known."""
-    return type(value) is torch.Tensor
-
-
-def _shape_of(batch: Mapping[str, Any]) -> torch.Size | None:
-    ids: Any = batch.get("input_ids")
-    if not _is_plain(ids):
-        embedded: Any = batch.get("inputs_embeds")
-        return embedded.shape[:2] if _is_plain(embedded) and embedded.dim() == 3 else None
-    return ids.shape if ids.dim() == 2 else None
+def _shape_of(embedded: Any) -> torch.Size | None:
+    return embedded.shape[:2] if type(embedded) is torch.Tensor and embedded.dim() == 3 else None
 
 
 def _rows_of(batch: Mapping[str, Any]) -> int | None:
     """Of a batch that holds no text: rows of its first tensor."""
-    return next((value.shape[0] for value in batch.values() if _is_plain(value) and value.dim()), None)
+    return next((one.shape[0] for one in batch.values() if type(one) is torch.Tensor and one.dim()), None)
 
 
-def _copy_of(batch: Mapping[str, Any], name: str, shape: torch.Size | None = None) -> torch.Tensor | None:
-    """`shape`: that it must have to be counted."""
-    value: Any = batch.get(name)
-    return value.clone() if _is_plain(value) and shape in (None, value.shape) else None
+def _copy_of(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
+    """Of a plain tensor, since of a subclass nothing is known. `shape`: that it must have to be counted."""
+    return value.clone() if type(value) is torch.Tensor and (shape is None or value.shape == shape) else None
 
 
 def _real(alike: Sequence[Copied], shape: torch.Size) -> tuple[Sequence[int], str]:

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from transformers import TrainerCallback
+
 from harness.attach.attachment import UnendedError, this_process
 from harness.attach.follower import Follower, Training
 from harness.attach.identity import count_parameters, device_of, rank_of
@@ -27,8 +29,8 @@ TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
 """Methods of a Trainer that are timed or looked at; one that is not there leaves what it shows unknown."""
 
 
-class TrainerSource:
-    """Sees the steps of one Trainer; its methods are those of a `TrainerCallback` that it answers."""
+class TrainerSource(TrainerCallback):
+    """Sees the steps of one Trainer, by whose events it is called."""
 
     def __init__(
         self,
@@ -54,10 +56,10 @@ class TrainerSource:
         self._micro = False
         """Whether the Trainer is inside a pass of training, and not of evaluation."""
 
-    def begin(self, args: Any, state: Any, model: Any) -> None:
-        """Training begins: everything is set up, and no batch has been fetched."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything is set up, and no batch has been fetched."""
         self._release_trainer()
-        self._steps = Shield().run(self._begin, args, state, model)
+        self._steps = Shield().run(self._begin, args, state, kwargs.get("model"))
 
     def _begin(self, args: Any, state: Any, model: Any) -> Steps | None:
         rank, ranks = rank_of()
@@ -83,53 +85,53 @@ class TrainerSource:
                 steps.phase("evaluate")
         return steps
 
-    def step_begins(self) -> None:
-        """Its batches are there."""
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The batches of a step are there."""
         if self._steps is not None:
             self._steps.phase("train")
             self._steps.open_step()
 
-    def optimizer_begins(self) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are there and clipped."""
         if self._steps is not None:
-            self._steps.start("optimizer")
+            self._steps.during["optimizer"].begin()
 
-    def optimizer_ends(self) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The weights are updated."""
         if self._steps is not None:
-            self._steps.stop("optimizer")
+            self._steps.during["optimizer"].end()
 
-    def step_ends(self, control: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is over. The flow of the Trainer has decided by now what it does next."""
         if self._steps is None:
             return
-        self._steps.end_step()
-        if not self._steps.go_on:
+        if not self._steps.end_step():
             control.should_training_stop = True
-        self.between(control)
+        if control.should_evaluate or control.should_save:
+            self._steps.phase("evaluate" if control.should_evaluate else "save")
 
-    def between(self, control: Any) -> None:
-        """What the Trainer has decided to do before the next step."""
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch is over, after which the Trainer may evaluate or save."""
         if self._steps is not None and (control.should_evaluate or control.should_save):
             self._steps.phase("evaluate" if control.should_evaluate else "save")
 
-    def evaluating(self) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A batch of an evaluation is done, which nobody may have announced."""
         if self._steps is not None:
             self._steps.phase("evaluate")
 
-    def evaluated(self, args: Any, control: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation is over; whether its result is worth saving is decided after this."""
         if self._steps is not None:
             saves = control.should_save or getattr(args.save_strategy, "value", args.save_strategy) == "best"
             self._steps.phase("save" if saves else "train")
 
-    def saved(self) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saving is over."""
         if self._steps is not None:
             self._steps.phase("train")
 
-    def logged(self, logs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """The Trainer has logged: what was measured since goes the same way, in no step's time."""
         if not self._log or self._steps is None or self._trainer is None or "loss" not in (logs or {}):
             return
@@ -138,7 +140,7 @@ class TrainerSource:
                 beside = self._steps.so_far(since)
                 self._steps.run(lambda: self._trainer.log(summarise(since, beside)))
 
-    def ends(self) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training has come to its end."""
         self._release_trainer()
         if self._steps is not None:
@@ -167,7 +169,7 @@ class TrainerSource:
         if steps is None:
             return original(*args, **kwargs)
         steps.phase("train")
-        with steps.during("data"):
+        with steps.during["data"]:
             found = original(*args, **kwargs)
         for batch in found[0] if isinstance(found, tuple) and isinstance(found[0], list) else ():
             steps.batch(batch)
@@ -185,7 +187,7 @@ class TrainerSource:
             raise
         finally:
             self._micro = False
-            steps.stop("backward")
+            steps.during["backward"].end()
         steps.loss(loss)
         return loss
 
@@ -193,9 +195,9 @@ class TrainerSource:
         steps = self._steps
         if steps is None or not self._micro:
             return original(*args, **kwargs)
-        with steps.during("forward"):
+        with steps.during["forward"]:
             found = original(*args, **kwargs)
-        steps.start("backward")
+        steps.during["backward"].begin()
         return found
 
     def _get_grad_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,8 @@ def play(parts, clock, *events):
     """Each event a second after the one before: + begins a part and - ends it."""
     for event in events:
         clock[0] += 1.0
-        (parts.begin if event[0] == "+" else parts.end)(event[1:])
+        during = parts.during[event[1:]]
+        (during.begin if event[0] == "+" else during.end)()
 
 
 @pytest.mark.parametrize(
@@ -48,16 +49,15 @@ def play(parts, clock, *events):
 def test_each_moment_is_that_of_the_innermost_part(parts, clock, events, found):
     """However they lie in one another, and whatever end is missing: no time is counted twice."""
     play(parts, clock, *events)
-    assert times_of(parts.take()) == found
+    assert times_of(parts.borders) == found
 
 
 def test_a_part_that_never_ended_is_not_in_the_next_step(parts, clock):
-    """What is taken, or forgotten, begins anew."""
-    for leave in (parts.take, parts.forget):
-        play(parts, clock, "+backward")
-        leave()
-        play(parts, clock, "-backward", "+forward", "-forward")
-        assert times_of(parts.take()) == {"forward": 1.0}
+    """What is taken begins anew."""
+    play(parts, clock, "+backward")
+    parts.borders = []
+    play(parts, clock, "-backward", "+forward", "-forward")
+    assert times_of(parts.borders) == {"forward": 1.0}
 
 
 def test_what_is_left_out_is_in_no_part(parts, clock):
@@ -69,7 +69,7 @@ def test_what_is_left_out_is_in_no_part(parts, clock):
     clock[0] += 5.0
     parts.leave_out(5.0)
     play(parts, clock, "+backward", "-backward")
-    assert times_of(parts.take()) == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
+    assert times_of(parts.borders) == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
 
 
 class Event:
@@ -92,4 +92,4 @@ def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatc
     play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")
     parts.leave_out(5.0)
     play(parts, clock, "-optimizer")
-    assert times_of(parts.take()) == {"data": 2.0, "optimizer": 1.5, "forward": 0.5}
+    assert times_of(parts.borders) == {"data": 2.0, "optimizer": 1.5, "forward": 0.5}

@@ -60,7 +60,7 @@ def test_a_part_that_fails_has_ended(model, listener):
     steps.begin()
 
     def fail():
-        with steps.during("forward"):
+        with steps.during["forward"]:
             raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -82,10 +82,10 @@ def test_no_step_computes_for_less_than_no_time(model, listener):
         time.sleep(0.05)
     steps.end_step()
     took_s = time.perf_counter() - begin
-    steps.start("forward")
+    steps.during["forward"].begin()
     with steps.aside():
         time.sleep(0.05)
-    steps.stop("forward")
+    steps.during["forward"].end()
     steps.end_step()
     first, second = listener.readings
     assert first.cpu_time_s >= 0.0
@@ -120,7 +120,7 @@ def test_a_card_is_waited_for_once_a_step(model, listener, clock, monkeypatch):
     steps.begin()
     for _ in range(3):
         for part in ("data", "forward", "backward", "optimizer"):
-            with steps.during(part):
+            with steps.during[part]:
                 clock.wait(0.1)
         steps.loss(torch.ones(()))
         steps.end_step()
@@ -164,7 +164,7 @@ def test_a_follower_that_has_time_is_told_of_many_steps_at_once(model):
     def step(loss):
         nonlocal total
         steps.batch({"input_ids": torch.ones(2, int(loss), dtype=torch.long)})
-        with steps.during("forward"):
+        with steps.during["forward"]:
             shown = torch.tensor(loss)
         steps.loss(shown)
         steps.end_step()
@@ -223,12 +223,12 @@ def test_what_a_training_goes_on_to_do_is_kept_by_nobody(model, listener, how, c
         steps.end(None)
     for _ in range(3):
         steps.batch({"input_ids": torch.ones(1, 2, dtype=torch.int64)})
-        with steps.during("forward"):
+        with steps.during["forward"]:
             pass
         steps.loss(1.0)
         steps.end_step()
     assert listener.readings == []
-    assert (steps._noted, steps._batches, steps._losses, steps._parts.take()) == ([], [], [], [])
+    assert (steps._noted, steps._batches, steps._losses, steps._parts.borders) == ([], [], [], [])
 
 
 def test_a_device_that_takes_no_stamp_ends_the_meter_and_not_the_training(model, listener, monkeypatch, capfd):
@@ -243,7 +243,7 @@ def test_a_device_that_takes_no_stamp_ends_the_meter_and_not_the_training(model,
     )
     steps = Steps(listener, training, torch.device("cuda"), Shield())
     steps.begin()
-    with steps.during("forward"):
+    with steps.during["forward"]:
         pass
     assert not steps.up
     assert "no context" in capfd.readouterr().err

@@ -26,7 +26,7 @@ def followed(make_model, rows, tmp_path):
 
     def train(listener, *, trainer=Trainer, callbacks=(), require=None, **more):
         meter = Meter(require=require)
-        meter._trainer._make = lambda: listener
+        meter._make = lambda: listener
         made = trainer(
             model=make_model(), args=arguments(tmp_path, **more), train_dataset=rows, eval_dataset=rows[:4],
             callbacks=[meter, *callbacks],
@@ -151,7 +151,7 @@ def test_a_trainer_that_was_given_no_meter_logs_its_own_alone(listener, make_mod
     add_meter(trainer)
     add_meter(trainer)
     (meter,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Meter))
-    meter._trainer._make = lambda: listener
+    meter._make = lambda: listener
     trainer.train()
     assert len(listener.readings) == 4
     assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
