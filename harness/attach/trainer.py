@@ -107,11 +107,14 @@ class TrainerSource(TrainerCallback):
             return
         if not self._steps.end_step():
             control.should_training_stop = True
-        if control.should_evaluate or control.should_save:
-            self._steps.phase("evaluate" if control.should_evaluate else "save")
+        self._enter_next(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch is over, after which the Trainer may evaluate or save."""
+        self._enter_next(control)
+
+    def _enter_next(self, control: Any) -> None:
+        """What the Trainer has decided to do before the next step."""
         if self._steps is not None and (control.should_evaluate or control.should_save):
             self._steps.phase("evaluate" if control.should_evaluate else "save")
 

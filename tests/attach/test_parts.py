@@ -43,21 +43,14 @@ def play(parts, clock, *events):
          {"optimizer": 1.0, "backward": 1.0, "forward": 1.0}),
         (["+backward", "-backward", "-backward", "-optimizer"], {"backward": 1.0}),
         (["+forward", "-forward", "+backward"], {"forward": 1.0}),
+        (["-backward", "+forward", "-forward"], {"forward": 1.0}),
     ],
-    ids=["in turn", "twice", "a closure", "one in itself", "an end left out", "an end too many", "none"],
+    ids=["in turn", "twice", "a closure", "in itself", "an end left out", "an end too many", "none", "begun before"],
 )  # fmt: skip
 def test_each_moment_is_that_of_the_innermost_part(parts, clock, events, found):
     """However they lie in one another, and whatever end is missing: no time is counted twice."""
     play(parts, clock, *events)
     assert times_of(parts.borders) == found
-
-
-def test_a_part_that_never_ended_is_not_in_the_next_step(parts, clock):
-    """What is taken begins anew."""
-    play(parts, clock, "+backward")
-    parts.borders = []
-    play(parts, clock, "-backward", "+forward", "-forward")
-    assert times_of(parts.borders) == {"forward": 1.0}
 
 
 def test_what_is_left_out_is_in_no_part(parts, clock):

@@ -71,6 +71,23 @@ def test_a_part_that_fails_has_ended(model, listener):
     assert 0 <= reading.forward_time_s <= reading.step_time_s - 0.05
 
 
+def test_a_part_that_never_ended_is_not_in_the_next_step(model, listener):
+    """What was seen of a step ends with it, and what was seen before a new beginning is nobody's."""
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps.begin()
+    for leave in (steps.end_step, steps.restart):
+        steps.during["backward"].begin()
+        leave()
+        steps.during["backward"].end()
+        with steps.during["forward"]:
+            pass
+        steps.end_step()
+        assert (listener.readings[-1].backward_time_s, listener.readings[-1].forward_time_s is None) == (None, False)
+
+
 def test_no_step_computes_for_less_than_no_time(model, listener):
     """Where the meter's own work inside a step was held up by other processes for longer than the step computed."""
     training = Training(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from harness.attach.attachment import UnendedError
 from harness.attach.command import write_command
 from harness.attach.follower import StepReading, Training
+from harness.attach.run_file import RunFile
 from harness.attach.variables import COMMAND, RUN
 from harness.attach.wrapped import settle
 from harness.attach.writer import Writer
@@ -330,3 +332,19 @@ def test_a_record_is_read_as_that_of_any_trial(write):
     (row,) = encode_run(view)["tables"][0]["rows"]
     assert row["cells"][1].startswith("100 ms")
     assert json.dumps(encode_run(view))
+
+
+def test_what_a_checkpoint_took_says_when_the_next_is_due(write, monkeypatch):
+    """A training waits for it, so a dear one is made less often."""
+    took = []
+
+    def due(now_s, *, took_s, **since):
+        took.append(took_s)
+        return True
+
+    keep = RunFile.keep
+    monkeypatch.setattr("harness.attach.writer.checkpoint_is_due", due)
+    monkeypatch.setattr(RunFile, "keep", lambda self, **measured: (time.sleep(0.05), keep(self, **measured)))
+    write(steps(10))
+    assert took[0] == 0.0
+    assert min(took[1:]) >= 0.05
