@@ -9,7 +9,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "Meter":
-        from harness.attach.meter import Meter
+        from harness.attach.loading import load
 
-        return Meter
+        return load("harness.attach.meter").Meter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,7 +44,7 @@ from harness.studies.script import name_of_words
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
-PATIENCE_S = 0.1
+PATIENCE_S = 0.5
 """So much of a training a process that is killed may take along: its last checkpoint is older by far."""
 
 

@@ -29,15 +29,15 @@ def judged(program, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("step_s", "extra_us", "broken"),
     [
-        (0.01, {"times__on__off_twice": 98.0, "cpu_times__on__off_twice": 98.0}, []),
-        (0.01, {"cpu_times__on__off_twice": 99.5}, ["CPU time"]),
-        (0.01, {"times__on__off_twice": 99.5}, ["wall time"]),
-        (0.01, {"times__on__off_twice": 500.0, "cpu_times__on__off_twice": 500.0}, ["wall time", "CPU time"]),
-        (0.01, {"times__off_again__off": 500.0, "cpu_times__off_again__off": 500.0}, []),
-        (0.4, {"times__on__off_twice": 1900.0, "cpu_times__on__off_twice": 1900.0}, []),
-        (0.4, {"times__on__off_twice": 2000.0}, ["wall time"]),
-        (0.01, {"times__on__alone": 99.5, "cpu_times__on__alone": 99.5}, []),
-        (0.01, {"times__on__alone": 102.0}, ["wall time"]),
+        (0.01, {"wall__on__off_twice": 98.0, "CPU__on__off_twice": 98.0}, []),
+        (0.01, {"CPU__on__off_twice": 99.5}, ["CPU time"]),
+        (0.01, {"wall__on__off_twice": 99.5}, ["wall time"]),
+        (0.01, {"wall__on__off_twice": 500.0, "CPU__on__off_twice": 500.0}, ["wall time", "CPU time"]),
+        (0.01, {"wall__off_again__off": 500.0, "CPU__off_again__off": 500.0}, []),
+        (0.4, {"wall__on__off_twice": 1900.0, "CPU__on__off_twice": 1900.0}, []),
+        (0.4, {"wall__on__off_twice": 2000.0}, ["wall time"]),
+        (0.01, {"wall__on__alone": 99.5, "CPU__on__alone": 99.5}, []),
+        (0.01, {"wall__on__alone": 102.0}, ["wall time"]),
     ],
 )
 def test_the_meter_is_judged_by_what_it_may_cost_at_most(judged, step_s, extra_us, broken):

@@ -88,7 +88,7 @@ def ours(name: str) -> Any:
             if not os.path.isfile(os.path.join(place, "attach", "follower.py")):
                 raise ImportError("the script has a package 'harness' of its own, in {}".format(place))
         sys.meta_path.insert(0, Own())
-    return importlib.import_module(name)
+    return importlib.import_module("harness.attach.loading").load(name)
 
 
 def attach_trainer(module: Any) -> None:
