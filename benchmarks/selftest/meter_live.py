@@ -4,9 +4,10 @@ Two processes run one script, the second with the hook and its writer. In this o
 taken off for others: its callback, its hooks and the methods that it times are gone then, and what is left is the
 script. All take turns of some steps, and each says how long it was from the begin of a step to that of the next, on the
 wall and on its CPUs, so that all that the meter does in a step and between two is in it. The first step of a turn finds
-the caches as the others have left them, which no training does that runs by itself: it is not counted. Of the others
-the mean counts, since what a meter does for many steps it does in one of them; at the end of a turn it is made to do
-what is left. The order is shuffled in each round, and the differences of a round are paired.
+the caches as the others have left them, which no training does that runs by itself: it is not counted, unless a turn is
+one step, as of a model whose step is far longer than it takes to fill a cache. Of the others the mean counts, since
+what a meter does for many steps it does in one of them; at the end of a turn it is made to do what is left. The order
+is shuffled in each round, and the differences of a round are paired.
 
 A replicate is the median of its rounds, all of it is started anew for the next one, on the next CPU, and the mean of
 the replicates stands with Student's 95 % interval. What is judged is the upper end of the interval of the difference
@@ -49,21 +50,21 @@ BOTH = "off twice"
 TURNS = (ALONE, OFF, AGAIN, ON)
 DIFFERENCES = ((AGAIN, OFF), (ON, BOTH), (ON, ALONE))
 KINDS = ("wall", "CPU")
-WARM_UP = 3
-"""Rounds that are not counted: warm-up, the watched steps, and what is read once."""
+WARM_UP = 20
+"""Steps before the rounds: the meter's own warm-up, which has 13 at most, and those that it watches."""
 SCRIPT = Path(__file__).with_name("meter_script.py")
 
 
 class Arm:
     """One process of the script."""
 
-    def __init__(self, folder: Path, steps: int, model: str, *, turn: int, wrapped: bool) -> None:
+    def __init__(self, folder: Path, steps: int, model: str, *, wrapped: bool) -> None:
         variables, name = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "plain"
         if wrapped:
             told = {RUN: str(folder / "runs" / "run"), COMMAND: f"python {SCRIPT.name}"}
             variables, name = environment(variables, variables=told), "wrapped"
-        command = [sys.executable, str(SCRIPT), model, str(steps), str(turn), str(folder / name)]
-        self.steps, self.followed = turn, 0.0
+        command = [sys.executable, str(SCRIPT), model, str(steps), str(folder / name)]
+        self.followed = 0.0
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
@@ -75,17 +76,18 @@ class Arm:
                 return line
         raise SystemExit(f"a process has ended with {self.process.wait()} before its turns had")
 
-    def turn(self, name: str) -> dict[str, float]:
+    def turn(self, name: str, steps: int) -> dict[str, float]:
         """Its next steps; the mean of each kind of time."""
         assert self.process.stdin is not None
-        self.process.stdin.write("on\n" if name == ON else "off\n")
+        self.process.stdin.write(f"{'on' if name == ON else 'off'} {steps}\n")
         self.process.stdin.flush()
         followed, *told = map(float, self.wait().split()[1:])
-        if followed - self.followed != (self.steps if name == ON else 0):
+        if followed - self.followed != (steps if name == ON else 0):
             raise SystemExit(f"the meter has followed {followed - self.followed:.0f} steps of a turn with it {name}")
         self.followed, found = followed, {}
         for kind, seen in zip(KINDS, (told[::2], told[1::2]), strict=True):
-            found[kind] = statistics.fmean(later - earlier for earlier, later in itertools.pairwise(seen[1:]))
+            spent = [later - earlier for earlier, later in itertools.pairwise(seen)]
+            found[kind] = statistics.fmean(spent[1:] or spent)
         return found
 
 
@@ -106,21 +108,23 @@ def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "runs").mkdir()
-        length = (rounds + WARM_UP) * turn * len(TURNS) + 2
-        plain, wrapped = (Arm(folder, length, model, turn=turn, wrapped=one) for one in (False, True))
+        length = WARM_UP + (rounds + 1) * turn * len(TURNS) + 2
+        plain, wrapped = (Arm(folder, length, model, wrapped=one) for one in (False, True))
         cpus = cpus_of(os.getpid())
         for arm in (plain, wrapped):
             arm.wait()
             seat(arm.process.pid, {cpus[seed % len(cpus)]})
+        plain.turn(ALONE, WARM_UP)
+        wrapped.turn(ON, WARM_UP)
         shuffled, found = random.Random(seed), []
-        for _ in range(rounds + WARM_UP):
+        for _ in range(1 + rounds):
             order = shuffled.sample(TURNS, len(TURNS))
-            found.append({name: (plain if name == ALONE else wrapped).turn(name) for name in order})
+            found.append({name: (plain if name == ALONE else wrapped).turn(name, turn) for name in order})
         for arm in (plain, wrapped):
             arm.process.kill()
             arm.process.wait()
         written = (folder / "runs" / "run" / "manifest.json").is_file()
-    counted = found[WARM_UP:]
+    counted = found[1:]  # the first has what is read once
     for one in counted:
         one[BOTH] = {kind: (one[OFF][kind] + one[AGAIN][kind]) / 2 for kind in KINDS}
     return Replicate(

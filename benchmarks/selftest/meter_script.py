@@ -1,10 +1,11 @@
 """The script that `meter_live.py` has take turns: a Trainer on a small model, or on one in a directory.
 
-    python meter_script.py MODEL STEPS TURN OUTPUT
+    python meter_script.py MODEL STEPS OUTPUT
 
-Before a turn it is told "on" or "off" on its standard input. After it it prints how many steps a meter has followed so
-far, and when each step of the turn began, on the wall and on its CPUs. Of a process that is wrapped, off means that the
-meter is taken off: what is left then is a training that knows nothing of it.
+Before a turn it is told on its standard input whether the meter is on, and how many steps it has: "on 20", "off 20".
+After it it prints how many steps a meter has followed so far, and when each step of the turn began, on the wall and on
+its CPUs. Of a process that is wrapped, off means that the meter is taken off: what is left then is a training that
+knows nothing of it.
 """
 
 import sys
@@ -72,8 +73,8 @@ class Switch:
 class Turns(TrainerCallback):  # type: ignore[misc]
     """Waits before a turn, and tells how long its steps were."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self) -> None:
+        self.steps = 0
         self.seen: list[tuple[float, float]] = []
         """Of the turn under way: when each step began."""
         self.switch: Switch
@@ -89,11 +90,13 @@ class Turns(TrainerCallback):  # type: ignore[misc]
             print("took", self.switch.followed, *(f"{wall} {cpu}" for wall, cpu in self.seen), flush=True)
         else:
             print("ready", flush=True)
-        self.switch.turn(sys.stdin.readline().strip() == "on")
+        word, steps = sys.stdin.readline().split()
+        self.steps = int(steps)
+        self.switch.turn(word == "on")
         self.seen = [(time.perf_counter(), time.process_time())]
 
 
-def main(name: str, steps: int, turn: int, output: str) -> None:
+def main(name: str, steps: int, output: str) -> None:
     """Train for so many steps."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -101,7 +104,7 @@ def main(name: str, steps: int, turn: int, output: str) -> None:
     if name == "small":
         model, length = LlamaForCausalLM(LlamaConfig(**SMALL)), 64
     else:
-        model, length = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), 128
+        model, length = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), 32
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     rows: Any = [{"input_ids": (row := torch.randint(3, 500, (length,))), "labels": row} for _ in range(steps)]
     arguments = TrainingArguments(
@@ -114,11 +117,11 @@ def main(name: str, steps: int, turn: int, output: str) -> None:
         per_device_train_batch_size=1,
         logging_strategy="no",
     )
-    turns = Turns(turn)
+    turns = Turns()
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[turns])
     turns.switch = Switch(trainer)
     trainer.train()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
