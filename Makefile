@@ -15,7 +15,7 @@ SAY_MACHINE := PYTHONPATH=benchmarks/selftest $(BIN)/python -c "import reading; 
 prove = ($(2)) > $(VENV)/$(1).txt; \
 	status=$$?; mkdir -p reports/proof; cp $(VENV)/$(1).txt reports/proof/; cat $(VENV)/$(1).txt; exit $$status
 
-.PHONY: bench test lint study reports proof proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-slurm proof-gpu gpu gpu-pack gpu-take clean
+.PHONY: bench test lint study reports proof proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-meter-pages proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-slurm proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -49,7 +49,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
+proof: proof-harness proof-models proof-real proof-statistics proof-levels proof-ab proof-examples proof-attach proof-meter proof-meter-pages proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
 	tests/profile/test_measure.py tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
@@ -102,11 +102,16 @@ proof-attach: $(STAMP)
 	$(call prove,attach,$(BIN)/python benchmarks/selftest/attach_live.py --keep reports/proof/attach.jsonl)
 
 # What a meter costs a step: a training with it and without, taking turns, with a step of 10 ms and with a real model
-# (fetch smollm2-135m first; 40 minutes on a machine to itself).
+# (fetch smollm2-135m first; 45 minutes on a machine to itself).
 proof-meter: $(STAMP)
 	$(call prove,meter,$(BIN)/python benchmarks/selftest/meter_live.py; small=$$?; \
 	$(BIN)/python benchmarks/selftest/meter_live.py --replicates 12 --rounds 60 --turn 1 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m" && exit $$small)
 	$(call prove,agreement,$(BIN)/python benchmarks/selftest/agreement.py)
+
+# What a meter leaves in a process when it is off: instructions and pages, counted by valgrind (from the system's packages;
+# five minutes, on a machine as busy as it likes).
+proof-meter-pages: $(STAMP)
+	$(call prove,meter_pages,$(BIN)/python benchmarks/selftest/meter_pages.py)
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and
 # their rules find what was planted, in steps (fetch smollm2-135m first; about six minutes) and in requests; what each meter

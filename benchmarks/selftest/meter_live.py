@@ -5,9 +5,10 @@ taken off for others: its callback, its hooks and the methods that it times are 
 script. All take turns of some steps, and each says how long it was from the begin of a step to that of the next, on the
 wall and on its CPUs, so that all that the meter does in a step and between two is in it. The first step of a turn finds
 the caches as the others have left them, which no training does that runs by itself: it is not counted, unless a turn is
-one step, as of a model whose step is far longer than it takes to fill a cache. Of the others the mean counts, since
-what a meter does for many steps it does in one of them; at the end of a turn it is made to do what is left. The order
-is shuffled in each round, and the differences of a round are paired.
+one step, as of a model whose step is far longer than it takes to fill a cache. Turns are short, since neighbours of the
+machine come and go within a second. What the meter does for many steps in one of them, telling its follower, is timed
+by itself, left out of that one and added to each by its share. The order is shuffled in each round, and the differences
+of a round are paired.
 
 A replicate is the median of its rounds, all of it is started anew for the next one, on the next CPU, and the mean of
 the replicates stands with Student's 95 % interval. What is judged is the upper end of the interval of the difference
@@ -32,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +60,18 @@ SCRIPT = Path(__file__).with_name("meter_script.py")
 class Arm:
     """One process of the script."""
 
-    def __init__(self, folder: Path, steps: int, model: str, *, wrapped: bool) -> None:
-        variables, name = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "plain"
+    def __init__(
+        self, folder: Path, steps: int, model: str, *, wrapped: bool, under: Sequence[str] = (), **variables: str
+    ) -> None:
+        """`under`: the command that runs it; `variables`: of its environment."""
+        variables, name = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}, "plain"
         if wrapped:
             told = {RUN: str(folder / "runs" / "run"), COMMAND: f"python {SCRIPT.name}"}
             variables, name = environment(variables, variables=told), "wrapped"
-        command = [sys.executable, str(SCRIPT), model, str(steps), str(folder / name)]
+        command = [*under, sys.executable, str(SCRIPT), model, str(steps), str(folder / name)]
         self.followed = 0.0
+        self.told: tuple[float, dict[str, float]] = 0.0, {}
+        """Of how many steps the follower was told so far, and how long that took."""
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
@@ -81,11 +88,12 @@ class Arm:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{'on' if name == ON else 'off'} {steps}\n")
         self.process.stdin.flush()
-        followed, *told = map(float, self.wait().split()[1:])
+        followed, told, telling, telling_cpu, *clocks = map(float, self.wait().split()[1:])
+        self.told = told, {"wall": telling, "CPU": telling_cpu}
         if followed - self.followed != (steps if name == ON else 0):
             raise SystemExit(f"the meter has followed {followed - self.followed:.0f} steps of a turn with it {name}")
         self.followed, found = followed, {}
-        for kind, seen in zip(KINDS, (told[::2], told[1::2]), strict=True):
+        for kind, seen in zip(KINDS, (clocks[::2], clocks[1::2]), strict=True):
             spent = [later - earlier for earlier, later in itertools.pairwise(seen)]
             found[kind] = statistics.fmean(spent[1:] or spent)
         return found
@@ -99,6 +107,8 @@ class Replicate:
     """Of a step alone."""
     extra: dict[tuple[str, str, str], float]
     """Of the paired differences, of one kind of turn from another."""
+    telling: dict[str, float]
+    """What it takes to tell of a step, which is in the differences of `ON`."""
     written: bool
     """Whether the wrapped process has left a run."""
 
@@ -116,6 +126,7 @@ def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
             seat(arm.process.pid, {cpus[seed % len(cpus)]})
         plain.turn(ALONE, WARM_UP)
         wrapped.turn(ON, WARM_UP)
+        number, telling = wrapped.told
         shuffled, found = random.Random(seed), []
         for _ in range(1 + rounds):
             order = shuffled.sample(TURNS, len(TURNS))
@@ -124,8 +135,10 @@ def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
             arm.process.kill()
             arm.process.wait()
         written = (folder / "runs" / "run" / "manifest.json").is_file()
+    shares = {kind: (wrapped.told[1][kind] - telling[kind]) / (wrapped.told[0] - number) for kind in KINDS}
     counted = found[1:]  # the first has what is read once
     for one in counted:
+        one[ON] = {kind: one[ON][kind] + shares[kind] for kind in KINDS}
         one[BOTH] = {kind: (one[OFF][kind] + one[AGAIN][kind]) / 2 for kind in KINDS}
     return Replicate(
         steps={kind: statistics.median(one[ALONE][kind] for one in counted) for kind in KINDS},
@@ -134,6 +147,7 @@ def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
             for kind in KINDS
             for name, base in DIFFERENCES
         },
+        telling=shares,
         written=written,
     )
 
@@ -142,8 +156,8 @@ def main() -> int:
     """Take turns, print what was found, and say whether the limit was held."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--replicates", type=int, default=40)
-    options.add_argument("--rounds", type=int, default=20)
-    options.add_argument("--turn", type=int, default=20, help="steps of a turn")
+    options.add_argument("--rounds", type=int, default=130)
+    options.add_argument("--turn", type=int, default=3, help="steps of a turn")
     options.add_argument("--model", default="small", help="a directory with a model; default: a step of about 10 ms")
     chosen = options.parse_args()
     print(origin_of(ROOT), flush=True)
@@ -156,6 +170,8 @@ def main() -> int:
     for kind in KINDS:
         step = statistics.fmean(one.steps[kind] for one in found)
         print(f"{kind} time of a step alone {step * 1e3:.3f} ms")
+        telling = statistics.fmean(one.telling[kind] for one in found)
+        print(f"  of what follows it takes {telling * 1e6:.1f} µs to tell of a step")
         for name, base in DIFFERENCES:
             mean, low, high = mean_interval([one.extra[kind, name, base] for one in found])
             if low is None or high is None:

@@ -3,13 +3,17 @@
     python meter_script.py MODEL STEPS OUTPUT
 
 Before a turn it is told on its standard input whether the meter is on, and how many steps it has: "on 20", "off 20".
-After it it prints how many steps a meter has followed so far, and when each step of the turn began, on the wall and on
-its CPUs. Of a process that is wrapped, off means that the meter is taken off: what is left then is a training that
-knows nothing of it.
+After it it prints how many steps a meter has followed so far, of how many it has told its follower, how long that took,
+and when each step of the turn began by clocks that stand still meanwhile: all times on the wall and on its CPUs.
+
+Of a process that is wrapped, off means that the meter is taken off: what is left then is a training that knows nothing
+of it.
 """
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +48,8 @@ class Switch:
         self.meter: Any = last if hasattr(last, "_time_methods") else None
         """None in a process that is not wrapped."""
         self.on = self.meter is not None
+        self.told, self.telling, self.telling_cpu = 0, 0.0, 0.0
+        """Of how many steps the follower was told, and the seconds that it took."""
 
     def turn(self, on: bool) -> None:
         """What the next turn is to be."""
@@ -64,10 +70,22 @@ class Switch:
         """Steps that the meter has seen the end of."""
         return 0 if self.meter is None else self.meter._steps._number
 
-    def finish(self) -> None:
-        """What the meter has put off, it does now."""
-        if self.on:
-            self.meter._steps._tell()
+    def time_telling(self) -> None:
+        """What the meter does for many steps it does in one of them: it is timed by itself."""
+        if self.meter is not None and "_tell" not in vars(self.meter._steps):
+            self.meter._steps._tell = functools.partial(self._tell, self.meter._steps._tell)
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        number = len(self.meter._steps._noted)
+        wall, cpu = time.perf_counter(), time.process_time()
+        tell()
+        self.telling += time.perf_counter() - wall
+        self.telling_cpu += time.process_time() - cpu
+        self.told += number
+
+    def now(self) -> tuple[float, float]:
+        """Both clocks."""
+        return time.perf_counter() - self.telling, time.process_time() - self.telling_cpu
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]
@@ -81,19 +99,20 @@ class Turns(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """A step begins, its batch is there."""
+        switch = self.switch
         if self.seen:
-            if len(self.seen) == self.steps:
-                self.switch.finish()
-            self.seen.append((time.perf_counter(), time.process_time()))
+            self.seen.append(switch.now())
             if len(self.seen) <= self.steps:
                 return
-            print("took", self.switch.followed, *(f"{wall} {cpu}" for wall, cpu in self.seen), flush=True)
+            counts = switch.followed, switch.told, switch.telling, switch.telling_cpu
+            print("took", *counts, *(f"{wall} {cpu}" for wall, cpu in self.seen), flush=True)
         else:
+            switch.time_telling()
             print("ready", flush=True)
         word, steps = sys.stdin.readline().split()
         self.steps = int(steps)
-        self.switch.turn(word == "on")
-        self.seen = [(time.perf_counter(), time.process_time())]
+        switch.turn(word == "on")
+        self.seen = [switch.now()]
 
 
 def main(name: str, steps: int, output: str) -> None:

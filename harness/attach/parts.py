@@ -77,6 +77,23 @@ def _new_event() -> torch.cuda.Event:
 def times_of(borders: Sequence[Border]) -> dict[Part, float]:
     """Seconds of each part that was seen. The device must have done what it was asked."""
     found: dict[Part, float] = {}
+    under_way: Part | None = None
+    begun = 0.0
+    for part, begins, at, event in borders:
+        if part is None:
+            begun += at
+        elif event is not None or under_way != (None if begins else part):
+            return _nested_times_of(borders)
+        elif begins:
+            under_way, begun = part, at
+        else:
+            under_way, found[part] = None, found.get(part, 0.0) + at - begun
+    return found
+
+
+def _nested_times_of(borders: Sequence[Border]) -> dict[Part, float]:
+    """The same of parts that lie in one another, or are the device's."""
+    found: dict[Part, float] = {}
     under_way: list[tuple[Part, float, Any]] = []
     """The innermost last, and when each began or went on."""
     for part, begins, at, event in borders:

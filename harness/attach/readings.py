@@ -6,6 +6,7 @@ out there: what may change meanwhile is copied or read, and all the rest is kept
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ def readings_of(ended: Sequence[Ended]) -> Iterator[StepReading]:
 
 def _reading_of(ended: Ended, tokens: Sequence[Tokens]) -> StepReading:
     parts, norm = times_of(ended.borders), ended.gradient_norm
+    counted = tokens[0] if len(tokens) == 1 else _together(tokens)
     return StepReading(
         number=ended.number,
         step_time_s=ended.wall_s,
@@ -48,15 +50,26 @@ def _reading_of(ended: Ended, tokens: Sequence[Tokens]) -> StepReading:
         forward_time_s=parts.get("forward"),
         backward_time_s=parts.get("backward"),
         optimizer_time_s=parts.get("optimizer"),
-        sequences=_sum([one.sequences for one in tokens]),
-        real_tokens=_sum([one.real for one in tokens]),
-        padded_tokens=_sum([one.padded for one in tokens]),
-        loss_tokens=_sum([one.loss for one in tokens]),
+        sequences=counted.sequences,
+        real_tokens=counted.real,
+        padded_tokens=counted.padded,
+        loss_tokens=counted.loss,
         loss=ended.loss,
-        loss_dtype=None if ended.loss_dtype is None else str(ended.loss_dtype).removeprefix("torch."),
+        loss_dtype=None if ended.loss_dtype is None else _name_of(ended.loss_dtype),
         gradient_norm=None if norm is None else float(norm),
-        conventions=tokens[-1].conventions if tokens else (),
+        conventions=counted.conventions,
         checks=ended.checks,
+    )
+
+
+def _together(tokens: Sequence[Tokens]) -> Tokens:
+    """Those of all batches of a step."""
+    return Tokens(
+        sequences=_sum([one.sequences for one in tokens]),
+        padded=_sum([one.padded for one in tokens]),
+        real=_sum([one.real for one in tokens]),
+        loss=_sum([one.loss for one in tokens]),
+        conventions=tokens[-1].conventions if tokens else (),
     )
 
 
@@ -64,3 +77,8 @@ def _sum(counts: list[int | None]) -> int | None:
     """None where one of them was not seen, or there is none."""
     known = [count for count in counts if count is not None]
     return sum(known) if counts and len(known) == len(counts) else None
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +37,8 @@ class Copied(NamedTuple):
     """Labels that were shifted before."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """Of one batch; None is not seen."""
+class Tokens(NamedTuple):
+    """Of one batch; None is not seen. A tuple, as what was copied."""
 
     sequences: int | None = None
     padded: int | None = None
@@ -81,8 +79,12 @@ def count_tokens(copies: Sequence[Copied]) -> list[Tokens]:
 
 def _form(copied: Copied) -> tuple[Any, ...]:
     """Of batches that can be counted at once it is the same."""
-    tensors = (copied.mask, copied.positions, copied.labels, copied.shifted)
-    return copied.shape, *(None if one is None else (one.shape, one.dtype, one.device) for one in tensors)
+    _, shape, mask, positions, labels, shifted = copied
+    return shape, _kind_of(mask), _kind_of(positions), _kind_of(labels), _kind_of(shifted)
+
+
+def _kind_of(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
 def _count(alike: Sequence[Copied]) -> Sequence[Tokens]:

@@ -44,8 +44,9 @@ from harness.studies.script import name_of_words
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
-PATIENCE_S = 0.5
+PATIENT = Next(patience_s=2.0)
 """So much of a training a process that is killed may take along: its last checkpoint is older by far."""
+AT_ONCE = Next()
 
 
 class Writer:
@@ -112,9 +113,9 @@ class Writer:
         """One more step; the first after the warm-up is watched."""
         if self._rank is not None:
             self._rank.add(reading)
-            return Next()
+            return AT_ONCE
         if self._file is None:
-            return Next()
+            return AT_ONCE
         if self._ranks is not None:
             self._ranks.add(reading)
         if reading.checks is not None:
@@ -125,9 +126,9 @@ class Writer:
         if self._gathered.warm and (not was_warm or self._watch_again(reading)):
             return Next(watch=self._require)
         if not was_warm:
-            return Next()
+            return AT_ONCE
         self._look(reading)
-        return Next(patience_s=PATIENCE_S)
+        return PATIENT
 
     def _watch_again(self, reading: StepReading) -> bool:
         """Whether a second step in a row may tell what the first did not."""

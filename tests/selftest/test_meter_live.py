@@ -16,7 +16,12 @@ def judged(program, monkeypatch, capsys):
             for key, us in extra_us.items():
                 kind, *pair = key.split("__")
                 found[kind, *(name.replace("_", " ") for name in pair)] += us * 1e-6
-            return live.Replicate(steps=dict.fromkeys(live.KINDS, step_s), extra=found, written=written)
+            return live.Replicate(
+                steps=dict.fromkeys(live.KINDS, step_s),
+                extra=found,
+                telling=dict.fromkeys(live.KINDS, 0.0),
+                written=written,
+            )
 
         monkeypatch.setattr(live, "take_turns", replicate)
         monkeypatch.setattr(live, "origin_of", lambda root: "machine: this one")
