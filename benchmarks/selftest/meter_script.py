@@ -123,7 +123,7 @@ def main(name: str, steps: int, output: str) -> None:
     if name == "small":
         model, length = LlamaForCausalLM(LlamaConfig(**SMALL)), 64
     else:
-        model, length = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), 32
+        model, length = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), 8
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     rows: Any = [{"input_ids": (row := torch.randint(3, 500, (length,))), "labels": row} for _ in range(steps)]
     arguments = TrainingArguments(
