@@ -58,17 +58,23 @@ def count(folder: Path, seed: int, *, wrapped: bool) -> Counts:
     out = folder / f"{'wrapped' if wrapped else 'plain'}.counts"
     under = (*UNDER, f"--callgrind-out-file={out}")
     arm = Arm(folder, WATCHED + 3 * COUNTED, "small", wrapped=wrapped, under=under, PYTHONHASHSEED=str(seed))
-    arm.wait()
-    arm.turn(ON if wrapped else ALONE, WATCHED)
-    arm.turn(OFF, COUNTED)
-    for step in (["-i", "on"], [], ["-i", "off"], ["-d"]):
-        if step:
-            subprocess.run(["callgrind_control", *step, str(arm.process.pid)], check=True, capture_output=True)
-        else:
-            arm.turn(OFF, COUNTED)
-    arm.process.kill()
-    arm.process.wait()
+    try:
+        arm.wait()
+        arm.turn(ON if wrapped else ALONE, WATCHED)
+        arm.turn(OFF, COUNTED)
+        control(arm, "-i", "on")
+        arm.turn(OFF, COUNTED)
+        control(arm, "-i", "off")
+        control(arm, "-d")
+    finally:
+        arm.process.kill()
+        arm.process.wait()
     return counts_of(Path(f"{out}.1").read_text())
+
+
+def control(arm: Arm, *words: str) -> None:
+    """Tell callgrind what to do."""
+    subprocess.run(["callgrind_control", *words, str(arm.process.pid)], check=True, capture_output=True)
 
 
 def counts_of(profile: str) -> Counts:

@@ -1,9 +1,10 @@
 """Loads what follows a training, all of it at once and by a thread of its own.
 
 A module that is imported takes memory and gives most of it back, in pieces between those that it keeps. What a training
-allocates afterwards lies in these pieces, on more pages than without: a step of 10 ms misses the translation of an
-address up to 10 % more often, of which it becomes 2 % slower for all of its life, though it executes no instruction
-more. The C library gives each thread a heap of its own, and so most of what is given back there is nobody else's.
+allocates afterwards lies in these pieces, on more pages than without: its steps miss the translation of an address more
+often and are slower for all of its life, though they execute no instruction more
+(`benchmarks/selftest/meter_pages.py` counts both). The C library gives each thread a heap of its own, and so most of
+what is given back there is nobody else's.
 
 Neither torch nor any other module is imported here, so that what waits for a training may ask for this one.
 """
@@ -26,24 +27,25 @@ WATCHES = ("kernels_check.watching", "kernels_check.judges.paths")
 def load(name: str) -> ModuleType:
     """A module that follows trainings, and with it what it imports once there is one.
 
-    Where an import is under way already, that thread imports it: it may hold the lock of a module that this one needs,
-    and would wait for the other one, which would wait for it.
+    It is imported by the thread that asks where torch is not there yet, so that there is nothing of a training and much
+    still to be imported; and where an import is under way already: this thread may hold the lock of a module that the
+    other one would wait for, while it waits for the other one.
 
     Raises:
         ImportError: as the import of this module; one of the others is told of where it is needed.
     """
-    if name not in sys.modules and not _imports():
+    if name not in sys.modules and "torch" in sys.modules and not _imports():
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_load_all, name).result()
     return importlib.import_module(name)
 
 
 def _load_all(name: str) -> None:
-    importlib.import_module(name)
+    """What cannot be imported here, as a module that only the main thread may, is imported again where it is needed."""
     follower = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER).partition(":")[0]
-    for later in (follower, *WATCHES):
+    for one in (name, follower, *WATCHES):
         with contextlib.suppress(Exception):
-            importlib.import_module(later)
+            importlib.import_module(one)
 
 
 def _imports() -> bool:
