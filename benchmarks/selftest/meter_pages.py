@@ -24,10 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from meter_live import ALONE, OFF, ON, ROOT, Arm
+from meter_live import ALONE, OFF, ON, ROOT, Arm, interval_of
 
 from harness.machine.provenance import origin_of
-from harness.stats import mean_interval
 
 UNDER = (
     "valgrind",
@@ -114,9 +113,7 @@ def main() -> int:
     )
     broken = []
     for index, (what, limit) in enumerate(LIMITS.items()):
-        mean, low, high = mean_interval([wrapped[index] / alone[index] - 1 for alone, wrapped in found])
-        if low is None or high is None:
-            raise SystemExit("--replicates: one has no interval; make two at least")
+        mean, low, high = interval_of([wrapped[index] / alone[index] - 1 for alone, wrapped in found])
         alone_mean = sum(alone[index] for alone, _ in found) / len(found) / COUNTED
         print(f"  {what:12} {alone_mean:12,.0f} a step alone; wrapped {mean:+.2%} [{low:+.2%}, {high:+.2%}] more")
         if high > limit:

@@ -90,14 +90,14 @@ class Writer:
             self._notices.append(notice)
             if self._finished is not None:
                 self._finished.add_notice(notice)
-            return Next()
+            return AT_ONCE
         self._training = training
         self._require = {**training.required, **self._require}  # who has started the command asks for more
         self._gathered = Gathered(training.planned_steps)
         path = self._path()
         if training.rank:
             self._rank = RankFile(path, training)
-            return Next()
+            return AT_ONCE
         device = _device_of(training)
         if training.ranks > 1:
             self._ranks = Ranks(path, training.ranks)
@@ -107,7 +107,7 @@ class Writer:
         self._keeping_s = 0.0
         self._file.keep()
         self._peaks.begin()
-        return Next()
+        return AT_ONCE
 
     def step(self, reading: StepReading) -> Next:
         """One more step; the first after the warm-up is watched."""
