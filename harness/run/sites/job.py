@@ -42,6 +42,7 @@ from harness.run.sites.exchange import (
     starts_of,
 )
 from harness.run.sites.orders import Message, read_message
+from harness.run.sites.private import check_private
 
 END, CLOSE = "end", "close"
 """Lines that are no orders: end what is under way; end."""
@@ -76,7 +77,7 @@ class SiteJob:
     """Variables to set there; None removes one."""
 
     def __call__(self) -> str:
-        """Carry orders out until it ends; returns why."""
+        """Carry orders out until it ends; returns why. Raises `UsageError` where other users can write them."""
         for name, value in self.environment.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -84,6 +85,7 @@ class SiteJob:
         home = home_of(Path(self.folder), self.number)
         if beat_of(home.parent / DRIVER) is None:
             return "whoever started it is gone"
+        check_private(home.parent)
         box = begin_start(home)
         with beating(box / BEAT, self.silent_s):
             desk = _Desk(box)

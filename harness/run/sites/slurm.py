@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import socket
 import threading
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import InvalidRunError, UsageError, shorten
 from harness.machine.visible import VARIABLE
 from harness.records import codec, journal, locks
 from harness.records.document import write_whole
@@ -45,12 +46,14 @@ from harness.run.sites.exchange import (
 )
 from harness.run.sites.job import CLOSE, END, About, SiteJob
 from harness.run.sites.orders import read_message
+from harness.run.sites.private import check_private, make_private
 from harness.run.sites.remote import RemoteStation
 from harness.studies.place import LOCAL, SLURM, Asked
 
-FOLDER = ".jobs"
-"""In the folder of the runs; what it holds is removed when a run ends."""
+FOLDER = f".jobs-{os.geteuid()}"
+"""In the folder of the runs, one for each user; what it holds is removed when a run ends."""
 OWNER = "owner.json"
+_JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 LOOK_S = 0.2
 ASK_S = 10.0
 """How often the batch system is asked what is in its queue while somebody is waited for."""
@@ -115,7 +118,11 @@ class Owner:
     boot: str
     silent_s: float
     array: str = ""
-    """Of SLURM."""
+    """Of SLURM. Raises `UsageError` for what is no id of a job: it becomes an argument of scancel."""
+
+    def __post_init__(self) -> None:
+        if self.array and not _JOB_ID.fullmatch(self.array):
+            raise UsageError(f"array = {shorten(repr(self.array), 60)}: no id of a SLURM job. Remove the file.")
 
 
 class Jobs:
@@ -222,14 +229,16 @@ def open_jobs(asked: Asked, runs: Path) -> Iterator[tuple[list[RemoteStation], t
         runs: the folder of the runs; all nodes must see it.
 
     Raises:
-        UsageError: no submitit, no SLURM, or no job of this kind can be had.
+        UsageError: no submitit, no SLURM, no job of this kind can be had, or other users can write where its files
+            lie.
         InvalidRunError: none has started in time.
     """
     check_here(asked)
     home = runs.resolve() / FOLDER
     clear_dead(home)
     folder = home / f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(2)}"
-    folder.mkdir(parents=True)
+    make_private(home)
+    make_private(folder)
     with contextlib.ExitStack() as stack:
         stack.callback(_remove, folder)
         stack.enter_context(locks.alone(folder / OWNER, f"folder {folder}: another process has it."))
@@ -255,8 +264,14 @@ def _job(asked: Asked, folder: Path, number: int) -> SiteJob:
 
 
 def clear_dead(home: Path) -> None:
-    """Cancel the jobs of drivers that are dead, and remove their folders; of the living nothing is touched."""
-    for folder in home.iterdir() if home.is_dir() else ():
+    """Cancel the jobs of drivers that are dead, and remove their folders; of the living nothing is touched.
+
+    Raises `UsageError` where other users can write into `home`.
+    """
+    if not os.path.lexists(home):
+        return
+    check_private(home)
+    for folder in home.iterdir():
         with contextlib.suppress(OSError, UsageError, codec.NotJsonError):  # of a driver that is just beginning
             owner = codec.from_json(Owner, codec.parse((folder / OWNER).read_text()), str(folder))
             if _is_dead(folder, owner):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -40,6 +41,7 @@ from harness.run.sites.exchange import (
 from harness.run.sites.job import About, SiteJob
 from harness.run.sites.joining import Joining
 from harness.run.sites.orders import Message
+from harness.run.sites.private import make_private
 from harness.run.sites.slurm import FOLDER, OWNER, FileLink, Jobs, Owner, clear_dead, open_jobs
 from harness.run.sites.together import describe_all
 from harness.run.sites.venue import Venue
@@ -240,7 +242,7 @@ def test_of_dead_drivers_the_jobs_are_cancelled_and_the_folders_removed(tmp_path
     monkeypatch.setattr(slurm, "cancel_jobs", lambda *ids: cancelled.extend(ids))
     home = tmp_path / FOLDER
     own(home / "dead", array="7")
-    own(home / "far-dead", host="elsewhere", array="8")
+    own(home / "far-dead", host="elsewhere", array="8_3")
     os.utime(home / "far-dead" / DRIVER, (1, 1))
     far = own(home / "far", host="elsewhere", array="9")
     (home / "beginning").mkdir()
@@ -248,8 +250,101 @@ def test_of_dead_drivers_the_jobs_are_cancelled_and_the_folders_removed(tmp_path
     with locks.alone(live / OWNER, ""):
         clear_dead(home)
     assert sorted(path.name for path in home.iterdir()) == ["beginning", "far", "live"]
-    assert sorted(cancelled) == ["7", "8"]
+    assert sorted(cancelled) == ["7", "8_3"]
     assert far.is_dir()
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self._marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._marker),)
+
+
+@contextlib.contextmanager
+def planting(runs, marker):
+    """Meanwhile another user who can write into the folder of the jobs replaces their pickles."""
+    ended = threading.Event()
+
+    def plant():
+        while not ended.wait(0.002):
+            for path in runs.glob(f"{FOLDER}/*/jobs/*_submitted.pkl"):
+                draft = path.with_suffix(".draft")
+                draft.write_bytes(pickle.dumps(Planted(marker)))
+                draft.replace(path)
+
+    thread = threading.Thread(target=plant)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "way", ["the folder is writable", "the folder is a link", "the folder is another user's", "its parent is writable"]
+)
+def test_no_pickle_is_loaded_from_a_folder_that_others_can_write(way, tmp_path, capsys):
+    """The command names the folder and what to do, and submits nothing."""
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
+    runs, marker = tmp_path / "runs", tmp_path / "marker"
+    runs.mkdir()
+    home = runs / FOLDER
+    if way == "the folder is a link":
+        (tmp_path / "theirs").mkdir()
+        home.symlink_to(tmp_path / "theirs")
+    elif way == "the folder is writable":
+        home.mkdir()
+        home.chmod(0o770)
+    elif way == "the folder is another user's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder to another user")
+        home.mkdir()
+        os.chown(home, 65534, 65534)
+    else:
+        runs.chmod(0o777)
+    command = ["run", "training-step", "--on", "submitit-local:start_minutes=0.05", "--runs-dir", str(runs)]
+    with planting(runs, marker):
+        code = main(command)
+    said = " ".join(capsys.readouterr().err.split())
+    assert not marker.exists()
+    assert code == 2
+    assert str(runs if way == "its parent is writable" else home) in said
+    assert "--runs-dir" in said
+    assert not list(runs.glob(f"{FOLDER}/*"))
+
+
+def test_the_folder_of_jobs_may_lie_in_a_shared_one_with_the_sticky_bit(tmp_path):
+    """As /tmp is; each user has a folder of their own there, that others cannot rename or write into."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    runs.chmod(0o1777)
+    make_private(runs / FOLDER)
+    assert (runs / FOLDER).stat().st_mode & 0o777 == 0o700
+
+
+def test_no_option_is_given_to_scancel_for_a_job(tmp_path, monkeypatch, capsys):
+    """An id that is read from a file is a number, or it goes nowhere."""
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
+    programs, told = tmp_path / "bin", tmp_path / "told"
+    programs.mkdir()
+    for name in ("sbatch", "srun", "squeue", "scancel"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {told}\nexit 1\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    runs = tmp_path / "runs"
+    array = Owner(host=socket.gethostname(), boot=slurm._boot(), silent_s=60, array="12")
+    for name, text in (("a", codec.dumps(array)), ("b", codec.dumps(array).replace('"12"', '"--user=root"'))):
+        own(runs / FOLDER / name)
+        (runs / FOLDER / name / OWNER).write_text(text)
+    assert main(["run", "training-step", "--on", "slurm", "--runs-dir", str(runs)]) == 2
+    assert "no job was submitted" in " ".join(capsys.readouterr().err.split())
+    cancelled = [line for line in told.read_text().splitlines() if line.startswith("scancel")]
+    assert cancelled == ["scancel 12"]
 
 
 def test_a_folder_goes_though_a_job_that_is_just_ending_adds_to_it(tmp_path, monkeypatch):
