@@ -24,7 +24,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "markdown": {"action": "store_true", "help": "the same as {prefix}format markdown"},
     "html": {"metavar": "FILE", "help": "write it as a page for a browser, too: one file, offline"},
     "verbose": {"action": "store_true", "help": "say in full what is said in a line: notices, statistics"},
-    "precision": {"type": float, "metavar": "F", "help": "stop when every interval is within ±F of its ratio"},
+    "precision": {
+        "type": float,
+        "metavar": "F",
+        "help": "stop when every interval is within ±F of its ratio; a fraction: 0.05 is 5 %%",
+    },
     "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
     "sites": {

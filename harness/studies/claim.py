@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 from harness.errors import UsageError, impossible
 from harness.records import codec
 from harness.records.metrics import METRICS
+from harness.studies import limits
 
 ENGINE = "engine"
 """The axis of a study's engine."""
@@ -133,8 +134,8 @@ class Part:
             if name not in known and not (of_memory and name.endswith("_bytes")):
                 raise UsageError(f"{where}: metric {name!r}: not known for this rule. Known: {', '.join(known)}.")
         name, limit = self.limit
-        if name in ("tolerance", "margin") and not 0 <= limit < 1:
-            raise UsageError(f"{where}: {name} = {limit}: 0 <= {name} < 1 expected.")
+        if name in ("tolerance", "margin"):
+            limits.check_fraction(where, name, limit, zero=True)
         self._check_pair(where)
 
     @property

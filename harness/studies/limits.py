@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from harness.errors import UsageError, shorten
+from harness.errors import UsageError, impossible, shorten
 
 MOST_REPLICATES = 10_000
 MOST_STEPS = 10_000_000
@@ -27,6 +27,8 @@ LARGEST_FLOAT = 1e38
 """Of float32, about."""
 NAME_BYTES = 120
 """Of what becomes part of a file's name, with a side, a replicate and an ending beside it; file systems take 255."""
+MOST_FRACTION = 0.5
+"""Of a tolerance, a margin or a precision. A larger value is a percentage by mistake."""
 TEXT_CHARACTERS = 4096
 """Of a path or the name of a model; the kernel takes no longer path."""
 
@@ -48,6 +50,14 @@ def check_ranges(where: str, owner: object, ranges: Mapping[str, Range]) -> None
             else ("no number", f"Use one from {_write(least)} to {_write(most)}")
         )
         raise UsageError(f"{where}: {key} = {value!r}: {why}. {remedy}.")
+
+
+def check_fraction(where: str, key: str, value: float | None, *, zero: bool = False) -> None:
+    """Raises `UsageError` for a tolerance, margin or precision that is not a fraction up to 0.5; `zero` allows 0."""
+    if value is None or 0 < value <= MOST_FRACTION or (zero and value == 0):
+        return
+    remedy = f"Use a fraction {'of 0 or more' if zero else 'above 0'}, up to {MOST_FRACTION}; 0.05 is 5 %."
+    raise impossible(where, key, value, "not a fraction that two results can be judged by", remedy)
 
 
 def check_name(what: str, name: str, forbidden: str = "/") -> None:

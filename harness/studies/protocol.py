@@ -86,8 +86,9 @@ class Protocol:
     allow_disturbed: bool = False
     """Let such trials count, with a notice: for a machine that one cannot have to oneself."""
     precision: float | None = None
-    """Stop as soon as every compared interval is at most this far from its centre (a fraction; the tolerance of 0.01
-    is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
+    """Stop as soon as every compared interval is at most this far from its centre (a fraction: 0.05 is 5 %; the
+    tolerance of 0.01 is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all
+    replicates."""
     max_minutes: float | None = None
     """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
     is gone on with. They are spread over five replicates, if so many are planned: no further one is begun whose least
@@ -114,11 +115,12 @@ class Protocol:
             )
         if self.cold_replicates is not None:
             limits.check_ranges("protocol", self, {"cold_replicates": (1, limits.MOST_REPLICATES)})
-        for key in ("precision", "max_minutes"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UsageError(f"protocol: {key} = {value!r}: must be positive. Leave it out to set no limit.")
-        limits.check_ranges("protocol", self, {"max_minutes": (0, limits.YEAR_MINUTES), "precision": (0, 1)})
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UsageError(
+                f"protocol: max_minutes = {self.max_minutes!r}: must be positive. Leave it out to set no limit."
+            )
+        limits.check_ranges("protocol", self, {"max_minutes": (0, limits.YEAR_MINUTES)})
+        limits.check_fraction("protocol", "precision", self.precision)
         if self.total_steps > limits.MOST_STEPS:
             raise UsageError(
                 f"protocol: turns = {self.turns}, steps_per_turn = {self.steps_per_turn}, warmup_steps_max = "

@@ -1,8 +1,8 @@
 """A comparison turned into pass or fail by a policy that a team keeps beside its code.
 
 inconclusive = "fail"            # or "pass"
-tolerance = 0.01                 # of times and of peaks
-margin = 0.05
+tolerance = 0.01                 # a fraction of times and of peaks: 0.01 is 1 %
+margin = 0.05                    # a fraction
 metrics = ["step_time_s", "*peak*"]   # gated; the primary metric of each phase and the peaks if left out
 required = ["nf4-*"]             # variants that must have been compared
 losses = "agree"                 # those of both sides of an A/B must; "any" if left out
@@ -24,17 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError, impossible
+from harness.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError
 from harness.records import codec, inputs
 from harness.records.store import Run
+from harness.studies.limits import check_fraction
 from harness.verdicts.judging import Limits, default_limits
 from harness.verdicts.outcome import ComparisonReport, document, exit_code, worst
 
 
 def _checked(tolerance: float | None, margin: float | None, where: str) -> None:
-    for key, value, least in (("tolerance", tolerance, "0 or more"), ("margin", margin, "more than 0")):
-        if value is not None and (not 0 <= value < 10 or (key == "margin" and value == 0)):
-            raise impossible(where, key, value, "no fraction to judge by", f"Use {least}; 0.05 is 5 %.")
+    check_fraction(where, "tolerance", tolerance, zero=True)
+    check_fraction(where, "margin", margin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +46,9 @@ class LimitRule:
     metric: str = "*"
     """Pattern of metrics and kinds of memory."""
     tolerance: float | None = None
-    """Smallest slow-down, or growth of a peak, worth an alarm."""
+    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction: 0.05 is 5 %."""
     margin: float | None = None
-    """Within it two things count as equal."""
+    """Within it two things count as equal; a fraction."""
 
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
@@ -65,9 +65,9 @@ class Policy:
     inconclusive: Literal["fail", "pass"] = "fail"
     """What an open question counts as."""
     tolerance: float | None = None
-    """Smallest slow-down, or growth of a peak, worth an alarm; 0.01 if left out."""
+    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction, 0.01 (1 %) if left out."""
     margin: float | None = None
-    """Within it two things count as equal; 0.05 if left out."""
+    """Within it two things count as equal; a fraction, 0.05 (5 %) if left out."""
     metrics: tuple[str, ...] = ()
     """Names or patterns of what is gated; the primary metric of each phase and the peaks if left out."""
     required: tuple[str, ...] = ()

@@ -574,7 +574,7 @@ def foreign_file(scale: float) -> Json:
 
 
 POLICIES = {
-    "lenient": 'inconclusive = "pass"\ntolerance = 0.5\nmargin = 0.9\nmetrics = ["step_time_s"]\n',
+    "lenient": 'inconclusive = "pass"\ntolerance = 0.5\nmargin = 0.5\nmetrics = ["step_time_s"]\n',
     "strict": (
         'metrics = ["step_time_s", "*peak*", "held_out_loss"]\nrequired = ["lora-*", "absent-*"]\n\n'
         '[[limit]]\nvariant = "qlora-*"\nmetric = "step_*"\ntolerance = 0.001\nmargin = 0.002\n'

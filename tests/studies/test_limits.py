@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from harness.cli import main
 from harness.errors import UsageError
 from harness.run.contenders import contenders_of
 from harness.run.feasibility import check_feasible
@@ -110,3 +113,38 @@ def test_a_requirement_that_no_trial_could_check_is_refused(tmp_path, machine, l
     with pytest.raises(UsageError, match=words) as caught:
         check_feasible(load_study(str(path)), machine)
     assert "[requirements]" in str(caught.value)
+
+
+A_CLAIM = "[controls]\nr = 16\n[sweeps]\nr = [16, 32]\n[[claim]]\nid = '1'\nsays = 's'\n[[claim.parts]]\naxis = 'r'\n"
+OF_TIMES = "metric = 'step_time_s'\n"
+FRACTIONS = {
+    "policy tolerance": (["gate", "base", "other", "--policy", "FILE"], "tolerance = 5"),
+    "policy margin": (["compare", "base", "other", "--policy", "FILE"], "margin = 5"),
+    "policy limit": (["ab", "--policy", "FILE"], "[[limit]]\nvariant = 'a*'\ntolerance = 5"),
+    "precision": (["run", "FILE", "--dry-run"], f"[protocol]\nprecision = 1\n{ONE}"),
+    "--precision": (["run", "FILE", "--dry-run", "--precision", "1"], ONE),
+    "ab --precision": (["ab", "FILE", "--base", "HEAD", "--candidate", "HEAD", "--precision", "1"], ONE),
+    "claim tolerance": (["run", "FILE", "--dry-run"], f"{A_CLAIM}rule = 'trend-up'\n{OF_TIMES}tolerance = 0.9"),
+    "claim margin": (["run", "FILE", "--dry-run"], f"{A_CLAIM}rule = 'equal'\n{OF_TIMES}margin = 0.9"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "content"), FRACTIONS.values(), ids=FRACTIONS)
+def test_a_percentage_in_place_of_a_fraction_is_refused(tmp_path, capsys, arguments, content):
+    """With the key, the value and the unit: a tolerance of 5 would let every slow-down pass."""
+    path = tmp_path / "mine.toml"
+    path.write_text(content)
+    arguments = [str(path) if word == "FILE" else word for word in arguments]
+    assert main([*arguments, "--runs-dir", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"(tolerance|margin|precision) = (5|1|0\.9)(\.0)?: ", said), said
+    assert "0.05 is 5 %" in said
+
+
+def test_the_help_of_a_fraction_names_its_unit(capsys):
+    """A number without one is taken for a percentage."""
+    for command in ("run", "ab"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "--precision F stop when every interval is within ±F of its ratio; a fraction: 0.05 is 5 %" in said

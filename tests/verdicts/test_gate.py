@@ -61,7 +61,7 @@ def test_a_policy_decides(gate, candidate, policy, code):
 
 def test_an_invalid_run_never_passes(gate):
     """Whatever the policy lets pass, a control that failed is exit 4."""
-    assert gate(BASE, "inconclusive = 'pass'\ntolerance = 1", control=1.3)[0] == 4
+    assert gate(BASE, "inconclusive = 'pass'\ntolerance = 0.5", control=1.3)[0] == 4
 
 
 @pytest.mark.parametrize(("policy", "said"), [
