@@ -1,0 +1,446 @@
+"""Healthy training steps that could be mistaken for faulty ones: every requirement that holds is active.
+
+Each case returns a model, its step, and how its requirements differ from those of a plain LoRA run; None: not required.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from types import SimpleNamespace
+
+import bitsandbytes as bnb
+import peft
+import peft.optimizers
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+import kernels_check
+from kernels_check.controls.sabotage_base import int8
+from kernels_check.controls.small_run import fourbit
+
+VOCABULARY, ROWS, LENGTH = 96, 2, 12
+PLAIN = {
+    "base.frozen": True, "lora.attached": True, "lora.learning": True, "compile": False, "mode": "train",
+    "attention.backend": "flash", "base.bits": 32, "base.quant_type": "none", "checkpointing": False,
+    "optimizer.class": "torch.optim.AdamW", "optimizer.fused": False,
+}  # fmt: skip
+WRAPPED = {"optimizer.class": None}
+"""A library that wraps the optimizer may show the wrapper's class."""
+NF4 = {"base.bits": 4, "base.quant_type": "nf4"}
+PROFILE_ONLY = ("packing.isolated",)
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+CASES = {}
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def case(name):
+    """Add the decorated function to the table."""
+    return lambda make: CASES.setdefault(name, make)
+
+
+def llama(quantise=None, dtype=torch.float32, **options):
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES | options), dtype=dtype)
+    for name, module in [*model.named_modules()]:
+        if quantise is not None and isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, quantise(module).to("cpu"))
+    return model
+
+
+def nf4(linear):
+    return fourbit(linear, quant_type="nf4", compute=torch.bfloat16)
+
+
+def lora(model, **options):
+    torch.manual_seed(4)
+    options = {"r": 4, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options
+    return peft.get_peft_model(model, peft.LoraConfig(**options)).train()
+
+
+def tokens():
+    torch.manual_seed(5)
+    return torch.randint(3, VOCABULARY, (ROWS, LENGTH))
+
+
+def trainable(model):
+    return [value for value in model.parameters() if value.requires_grad]
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(trainable(model), lr=1e-2, **options)
+
+
+def step_of(model, optimizer, **inputs):
+    """Forward, backward, update."""
+    inputs = inputs or {"input_ids": (ids := tokens()), "labels": ids}
+
+    def step():
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def plain(model=None, **requirements):
+    model = model or lora(llama())
+    return model, step_of(model, adamw(model)), requirements
+
+
+@case("NF4 in bfloat16 with an 8-bit optimizer")
+def nf4_base():
+    model = lora(llama(nf4, torch.bfloat16))
+    step = step_of(model, bnb.optim.AdamW8bit(trainable(model), lr=1e-2))
+    more = {"base.double_quant": True, "base.compute_dtype": "bfloat16"}
+    return model, step, NF4 | more | {"optimizer.class": "bitsandbytes.optim.AdamW8bit", "optimizer.fused": None}
+
+
+@case("LLM.int8 before its first step")
+def int8_base():
+    return plain(lora(llama(int8, torch.bfloat16)), **{"base.bits": 8, "base.quant_type": "int8"})
+
+
+def recomputing(**options):
+    model = lora(llama())
+    model.base_model.model.gradient_checkpointing_enable(options)
+    model.base_model.model.enable_input_require_grads()
+    return plain(model, checkpointing=True)
+
+
+@case("selective checkpointing that keeps the matrix products")
+def selective_checkpointing():
+    kept = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+    def policy(context, operator, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return recomputing(use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
+
+
+case("reentrant checkpointing")(functools.partial(recomputing, use_reentrant=True))
+case("non-reentrant checkpointing")(functools.partial(recomputing, use_reentrant=False))
+
+
+@case("the optimizer also holds the frozen parameters")
+def optimizer_of_all_parameters():
+    model = lora(llama())
+    return model, step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-2)), {}
+
+
+@case("LoRA-FA")
+def lora_fa():
+    model = lora(llama(), lora_dropout=0.0)
+    optimizer = peft.optimizers.create_lorafa_optimizer(model=model, r=4, lora_alpha=8, lr=1e-2)
+    return model, step_of(model, optimizer), {"optimizer.class": None, "optimizer.fused": None}
+
+
+@case("LoRA+")
+def lora_plus():
+    model = lora(llama())
+    options = {"optimizer_cls": torch.optim.AdamW, "lr": 1e-2, "loraplus_lr_ratio": 16}
+    return model, step_of(model, peft.optimizers.create_loraplus_optimizer(model=model, **options)), {}
+
+
+@case("fused AdamW")
+def fused():
+    model = lora(llama())
+    return model, step_of(model, adamw(model, fused=True)), {"optimizer.fused": True}
+
+
+@case("two optimizers of one class")
+def two_optimizers():
+    model, ids = lora(llama()), tokens()
+    optimizers = [torch.optim.AdamW(trainable(model)[start::2], lr=1e-2) for start in (0, 1)]
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return model, step, {}
+
+
+@case("an optimizer that steps with a closure")
+def closure():
+    model, ids = lora(llama()), tokens()
+    optimizer = adamw(model)
+
+    def compute_loss():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    return model, lambda: optimizer.step(compute_loss), {}
+
+
+@case("a warm-up that starts at learning rate 0")
+def warm_up():
+    model = lora(llama())
+    optimizer = adamw(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, done / 10))
+    step = step_of(model, optimizer)
+    return model, lambda: (step(), schedule.step()), {}
+
+
+@case("scaled, clipped and accumulated gradients")
+def scaled_gradients():
+    model, ids = lora(llama()), tokens()
+    optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu")
+
+    def step():
+        for row in ids.split(1):
+            scaler.scale(model(input_ids=row, labels=row).loss / ROWS).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return model, step, {}
+
+
+@case("an evaluation inside the step")
+def evaluation():
+    model, train, _ = plain()
+
+    def step():
+        train()
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=tokens())
+        model.train()
+
+    return model, step, {}
+
+
+@case("generation inside the step")
+def generation():
+    model, train, _ = plain()
+
+    def step():
+        model.eval()
+        model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False)
+        model.train()
+        train()
+
+    return model, step, {}
+
+
+@case("distillation from an eager teacher of another depth")
+def distillation():
+    model, teacher, ids = lora(llama()), llama(num_hidden_layers=5).eval(), tokens()
+    teacher.set_attn_implementation("eager")
+    optimizer = adamw(model)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.no_grad():
+            target = teacher(input_ids=ids).logits
+        output = model(input_ids=ids, labels=ids)
+        (output.loss + functional.mse_loss(output.logits, target)).backward()
+        optimizer.step()
+
+    return model, step, {}
+
+
+@case("a moving average of the model")
+def moving_average():
+    model, train, _ = plain()
+    average = copy.deepcopy(model).requires_grad_(False)
+
+    def step():
+        train()
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(value, 0.1)
+            average(input_ids=tokens())
+
+    return model, step, {}
+
+
+@case("preference loss against the model without its adapter")
+def preference():
+    model, ids = lora(llama()), tokens()
+    optimizer = adamw(model)
+
+    def score():
+        logits = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        return logits.gather(-1, ids[:, 1:, None]).sum((1, 2))
+
+    def step():
+        optimizer.zero_grad()
+        with torch.no_grad(), model.disable_adapter():
+            reference = score()
+        chosen, rejected = score() - reference
+        (-functional.logsigmoid(0.1 * (chosen - rejected))).backward()
+        optimizer.step()
+
+    return model, step, {}
+
+
+@case("all biases train, as PEFT was asked to")
+def biases():
+    return plain(lora(llama(attention_bias=True, mlp_bias=True), bias="all"))
+
+
+@case("biases of 4-bit layers train")
+def biases_of_4bit_layers():
+    base = llama(nf4, torch.bfloat16)
+    for layer in base.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features), requires_grad=False)
+    return plain(lora(base, bias="lora_only"), **NF4)
+
+
+@case("a pruned model whose configuration names more layers")
+def pruned():
+    model = llama(num_hidden_layers=4)
+    model.model.layers = model.model.layers[:2]
+    return plain(lora(model))
+
+
+@case("a model inside another module, under a name with lora in it")
+def nested():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_model = lora(llama())
+
+        def forward(self, **inputs):
+            return self.lora_model(**inputs)
+
+    return plain(Outer().train())
+
+
+@case("padded rows")
+def padded():
+    model, ids, mask = lora(llama()), tokens(), torch.ones(ROWS, LENGTH, dtype=torch.long)
+    ids[0, -3:], mask[0, -3:] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    requirements = {"attention.mask": "explicit", "padding.share": 3 / (ROWS * LENGTH)}
+    return model, step_of(model, adamw(model), **inputs), requirements
+
+
+@case("packed records")
+def packed():
+    model, ids = lora(llama()), tokens()
+    positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(ROWS, -1)
+    batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    step = step_of(model, adamw(model), **batch, labels=ids)
+    return model, step, {"attention.mask": "explicit", "packing.isolated": True}, batch
+
+
+@case("an encoder-decoder")
+def encoder_decoder():
+    torch.manual_seed(3)
+    layers = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = transformers.BartConfig(max_position_embeddings=32, **layers, **sizes)
+    targets = {"target_modules": ["q_proj", "v_proj", "fc1"], "task_type": "SEQ_2_SEQ_LM"}
+    return plain(lora(transformers.BartForConditionalGeneration(config), **targets))
+
+
+@case("a vision-language model with an adapter on its language model")
+def vision_language():
+    torch.manual_seed(3)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    image = VOCABULARY - 1
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**SIZES), image_token_id=image,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    model = lora(model, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    ids = tokens().clamp(max=image - 1)
+    ids[:, 1:5] = image
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": ids}
+    return model, step_of(model, adamw(model), **inputs), {}
+
+
+@case("nn.MultiheadAttention with an adapter")
+def multihead_attention():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.dense = nn.MultiheadAttention(32, 2, batch_first=True), nn.Linear(32, 32)
+
+        def forward(self, hidden):
+            return self.dense(self.attention(hidden, hidden, hidden, need_weights=False)[0]) + hidden
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Embedding(VOCABULARY, 32), Layer(), Layer())
+
+        def forward(self, input_ids, labels):
+            return SimpleNamespace(loss=self.body(input_ids).pow(2).mean())
+
+    torch.manual_seed(3)
+    model = peft.get_peft_model(Model(), peft.LoraConfig(r=4, target_modules=["attention", "dense"])).train()
+    return plain(model, **{"base.bits": None, "base.quant_type": None})
+
+
+def trainer(accumulate=1, **options):
+    """A step of a Trainer as its inner loop takes it, after `train()` has set it up."""
+    model = lora(llama())
+    arguments = transformers.TrainingArguments(
+        output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=ROWS, learning_rate=1e-2,
+        report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, optim="adamw_torch",
+        lr_scheduler_type="constant", gradient_accumulation_steps=accumulate, **options,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, VOCABULARY, (4 * ROWS, LENGTH))]
+    own = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    own.train()
+    own.current_gradient_accumulation_steps = accumulate
+    batches = [dict(batch) for batch, _ in zip(own.get_train_dataloader(), range(accumulate), strict=False)]
+
+    def step():
+        own.model_wrapped.train()
+        for place, batch in enumerate(batches):
+            own.accelerator.gradient_state._set_sync_gradients(place == accumulate - 1)
+            own.training_step(own.model_wrapped, dict(batch))
+        own.accelerator.clip_grad_norm_(own.model_wrapped.parameters(), 1.0)
+        own.optimizer.step()
+        own.lr_scheduler.step()
+        own.optimizer.zero_grad()
+
+    return own.model, step
+
+
+@case("a Trainer that accumulates and checkpoints")
+def accumulating_trainer():
+    recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return *trainer(2, **recompute), WRAPPED | {"checkpointing": True}
+
+
+@case("a Trainer under autocast")
+def autocast_trainer():
+    return *trainer(bf16=True), WRAPPED | {"attention.dtype": "bfloat16", "base.compute_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_healthy_step_meets_every_requirement(name, instrument):
+    """No path is missing, and each is active."""
+    model, step, changes, *batch = CASES[name]()
+    required = {path: value for path, value in (PLAIN | changes).items() if value is not None}
+    checks = kernels_check.verify(model, step, required, batch=batch[0] if batch else None, instrument=instrument)
+    found = {check.path: (check.status, check.reason) for check in checks}
+    skipped = PROFILE_ONLY if instrument == "spy" else ()
+    assert [
+        (path, found.get(path)) for path in required if path not in skipped and found.get(path, ("",))[0] != "active"
+    ] == []
