@@ -97,7 +97,7 @@ def _estimated(groups: Groups, name: str, metric: str, level: float) -> _Point |
 
 
 def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
-    """The median of the replicates at each step; of steps that every one of them took."""
+    """The median of the replicates at each step."""
     curves = [
         (variant.name, losses)
         for variant in study.variants
@@ -124,7 +124,9 @@ def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
 
 
 def losses_by_step(series: Series) -> list[tuple[float, ...]]:
-    """The losses of all replicates at each step that every one of them took: curves of which one ends before the others
-    would jump there."""
-    curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in series.ok]
-    return list(zip(*filter(None, curves), strict=False))
+    """The losses at each step, of the trials that trained all steps: solo trials and trainings that were cut short end
+    earlier and are left out."""
+    records = series.measuring("train_loss")
+    curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in records]
+    most = max(map(len, curves), default=0)
+    return list(zip(*(losses for losses in curves if len(losses) == most), strict=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from harness.cli import main
 from harness.records import store
 from harness.report.charts import MOST_CURVES
 from harness.report.curves import Axis, Curve, Curves
@@ -170,3 +172,36 @@ def test_a_terminal_without_utf_8_is_told(monkeypatch):
     show((Gallery(title="g", charts=(CHART,)),), Console(file=out, width=80))
     out.flush()
     assert b"charts are drawn where the terminal takes UTF-8" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("run", "replicates", "steps"),
+    [("2026-11-24_amd-epyc-2cpu_llama2-lora-parameters", 6, 31), ("2026-11-25_amd-epyc-2cpu_lora-or-qlora", 3, 21)],
+)
+def test_losses_are_those_of_the_trials_that_trained_to_the_end(run, replicates, steps, tmp_path, capsys):
+    """Solo trials take four steps and are in no curve: the page and the terminal show every step of the training."""
+    page = tmp_path / "report.html"
+    assert main(["report", str(RUNS.parents[2] / "reports" / run), "--html", str(page)]) == 0
+    assert "loss by step, median of the replicates" in capsys.readouterr().out
+    figure = page.read_text(encoding="utf-8").rpartition("Losses of all variants</h2>")[2].partition("</figure>")[0]
+    rows = re.findall(r"<tr[^>]*><th scope=\"row\">(.*?)</tr>", figure)
+    told = [[float(cell) for cell in re.findall(r"<td[^>]*> ([\d.]+)</td>", row)] for row in rows]
+    assert len(told) >= 4
+    assert {(row[0], row[1]) for row in told} == {(replicates, steps)}
+    assert all(last < first for *_, first, last in told)
+
+
+def test_a_training_that_was_cut_short_is_in_no_median_of_a_step(write_run):
+    """The median of a step is that of the trials that trained as many steps as any; what ended before is left out."""
+
+    def learnt(record):
+        steps = 6 if record.replicate == 1 else 8
+        losses = tuple(float(10 - step + 100 * (steps == 6)) for step in range(steps))
+        values = record.values | {"training_steps": float(steps)}
+        return record.replaced(samples=record.samples | {"train_loss": losses}, values=values)
+
+    path = write_run("cut", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}, change=learnt)
+    run = store.read_run(str(path), path.parent)
+    (losses,) = (figure for figure in figures_of_run(run, view_of(run)) if figure.title.startswith("Losses"))
+    assert list(losses.drawing.curves[0].points) == [(step, 11.0 - step) for step in range(1, 9)]
+    assert [cell.text for cell in losses.table.rows[0].cells[1:3]] == ["2", "8"]
