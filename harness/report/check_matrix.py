@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import cast
 
 from harness.report.figure import Evidence, Figure, Matrix
 from harness.report.table import Tone
 from harness.verdicts.series import Series
+from kernels_check.check import Status
 
-_ORDER = {"inactive": 1, "unknown": 2, "active": 3, "not_applicable": 4}
-"""Which status stands for the others; one that is not known here stands before all."""
-_TONES: Mapping[str, Tone] = {"active": "good", "inactive": "bad"}
+_TONES: Mapping[Status, Tone] = {
+    "fallback": "bad",
+    "absent": "bad",
+    "unknown": "warning",
+    "not_applicable": "warning",
+    "active": "good",
+}
+"""The colour of each status of a required path, the worst status first. Only `active` meets a requirement."""
 
 
 def checks_matrix(shown: Mapping[str, Series]) -> Figure | None:
@@ -30,19 +37,22 @@ def checks_matrix(shown: Mapping[str, Series]) -> Figure | None:
 
 
 def _evidence(series: Series, path: str) -> Evidence | None:
-    """All that was found of a path in a variant's trials; what is least good stands first."""
+    """All that was found of a path in a variant's trials, by the worst status."""
     found = [check for record in series.records for check in record.checks if check["path"] == path]
     if not found:
         return None
-    order = ("inactive", "unknown", "active")
-    worst = min(
-        (str(check["status"]) for check in found), key=lambda status: order.index(status) if status in order else 1
-    )
+    worst = min((str(check["status"]) for check in found), key=_severity)
     observed = Counter(str(check["observed"]) for check in found if check["status"] == worst).most_common(1)[0][0]
     required = any(check["required"] is not None for check in found)
     counted = Counter(f"{check['status']}: {check['reason']}" for check in found)
     return Evidence(
         text=f"{worst}: {observed}" if observed not in ("", "None") else worst,
-        tone=_TONES.get(worst, "warning") if required else "plain",
+        tone=_TONES.get(cast(Status, worst), "warning") if required else "plain",
         reasons=tuple(f"{reason} ({count} of {len(found)} trials)" for reason, count in counted.most_common()),
     )
+
+
+def _severity(status: str) -> int:
+    """The place of a status, the worst first; a status of a newer version counts as `unknown`."""
+    order = list(_TONES)
+    return order.index(status if status in order else "unknown")

@@ -1,0 +1,65 @@
+"""The matrix of checks on the page: the colour of each status, and which status of several trials is shown."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import pytest
+
+from harness.cli import main
+from harness.errors import EXIT_INVALID, EXIT_PASS
+from kernels_check.check import STATUSES
+
+TONES = {"fallback": "bad", "absent": "bad", "unknown": "warning", "active": "good", "not_applicable": "warning"}
+
+
+@pytest.fixture
+def matrix(write_run, tmp_path, capsys):
+    """A function that writes a run whose trials of `nf4` have these statuses, and returns the class and the text of the
+    cell on its page."""
+
+    def shown(*statuses, required=4):
+        def checked(record):
+            if record.name != "nf4":
+                return record
+            status = statuses[record.replicate % len(statuses)]
+            check = {"path": "base.bits", "required": required, "observed": 16, "status": status, "reason": "seen"}
+            return record.replaced(checks=(check,))
+
+        page = tmp_path / "page.html"
+        path = write_run("checked", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}, change=checked)
+        assert main(["report", str(path), "--html", str(page)]) in (EXIT_PASS, EXIT_INVALID)
+        capsys.readouterr()
+        found = re.findall(r'<td data-variant="nf4"><details><summary class="(\w+)">(\w+)', page.read_text("utf-8"))
+        return found[0]
+
+    return shown
+
+
+def test_each_status_of_a_check_has_its_colour(matrix):
+    """The statuses are those that `kernels_check` defines, and the style sheet has a colour for each."""
+    assert set(TONES) == set(STATUSES)
+    style = resources.files("harness.report.html").joinpath("style.css").read_text("utf-8")
+    for status, tone in TONES.items():
+        assert matrix(status) == (tone, status)
+        assert re.search(rf"\.{tone}\b[^{{}}]*{{ *color:", style), tone
+
+
+@pytest.mark.parametrize(
+    ("statuses", "worst"),
+    [
+        (("active", "unknown", "fallback"), "fallback"),
+        (("unknown", "absent", "active"), "absent"),
+        (("active", "active", "unknown"), "unknown"),
+        (("not_applicable", "active", "active"), "not_applicable"),
+    ],
+)
+def test_the_worst_status_of_the_trials_is_shown(matrix, statuses, worst):
+    """A path that fell back in one trial is not hidden by another trial in which it is unknown."""
+    assert matrix(*statuses) == (TONES[worst], worst)
+
+
+def test_a_path_that_nothing_requires_has_no_colour(matrix):
+    """Whatever ran in its place."""
+    assert matrix("fallback", required=None) == ("plain", "fallback")
