@@ -76,7 +76,7 @@ def encode_action(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]
             **({} if None in (row["low"], row["high"]) else {"range": f"[{row['low']:.6g}, {row['high']:.6g}]"}),
             "extra": f"run {row['run']}\nfingerprint {row['fingerprint']}\n"
             f"{format_count(row['replicates'], 'replicate')}\n"
-            f"range: {row['interval'] or 'none, of one replicate'}",
+            f"range: {row['interval'] or 'none, too few replicates for a 95 % interval'}",
         }
         for row in trend_rows(run, metrics)
         if not row["higher_is_better"]
