@@ -30,6 +30,10 @@ OLD_PACKAGING = "packaging==24.2"
 gc.disable()  # until all tests are collected: half of that time would go into looking for garbage among what stays
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
+INPUTS = tuple(f"LORAMETER_{name}" for name in "CACHE DOLLY GEMMA GOLDEN NOISE TRACES".split())
+"""Variables that name what tests read; any other one of lorameter's would change what they measure, or where."""
+for name in [name for name in os.environ if name.startswith("LORAMETER_") and name not in INPUTS]:
+    del os.environ[name]
 OWN = ("LORAMETER_LOCKS", "LORAMETER_BASES")
 for name in OWN:  # of this process: the other one measures as well, and what tests prepare is of no use to anybody
     os.environ[name] = tempfile.mkdtemp(prefix="lorameter-tests-")
@@ -44,7 +48,7 @@ hypothesis.settings.load_profile("any machine")
 
 def pytest_collection_modifyitems(config, items):
     """GPU tests say why they do not run here; what takes long is left out unless its marker asks for it:
-    `-m selftest` (make proof-harness and others) or `-m faults` (make proof-faults)."""
+    `-m selftest` or `-m faults` (make proof-long)."""
     import torch
 
     for marker in ("selftest", "faults"):
