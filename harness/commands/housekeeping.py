@@ -53,8 +53,9 @@ def run_prune(options: argparse.Namespace) -> int:
     if options.keep is not None and options.keep < 0:
         raise UsageError(f"--keep = {options.keep}: no number of runs. Use 0 or more.")
     older_s = None if options.older is None else parse_age(options.older)
-    choice = choose(store.runs_dir(options.runs_dir), keep=options.keep, older_s=older_s)
-    gone, refused = (choice.going, ()) if options.dry_run else remove(choice.going)
+    runs = store.runs_dir(options.runs_dir)
+    choice = choose(runs, keep=options.keep, older_s=older_s)
+    gone, refused = (choice.going, ()) if options.dry_run else remove(runs, choice.going)
     if options.json:
         stays = codec.to_json((*choice.staying, *refused))
         print_json({"dry_run": options.dry_run, "removed": codec.to_json(gone), "kept_for_a_reason": stays})

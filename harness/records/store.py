@@ -276,4 +276,9 @@ def refusal_while_live(path: Path) -> str:
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
     found = folder.glob("*") if inputs.is_folder(folder) else ()
-    return sorted(path for path in found if os.path.lexists(path / MANIFEST))
+    return sorted(path for path in found if is_run(path))
+
+
+def is_run(path: Path) -> bool:
+    """Whether the directory of a run is there; another process may have removed it since it was listed."""
+    return os.path.lexists(path / MANIFEST)

@@ -1,23 +1,27 @@
-"""Which runs go: never one that somebody accepted, that is being measured, or of which nobody knows what it is."""
+"""Removal of runs; accepted baselines, runs that are being measured and unreadable runs are kept."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.errors import UsageError
-from harness.records import inputs, store
-from harness.records.store import MANIFEST
-from harness.verdicts.baselines import read_baselines
+from harness.records import store
+from harness.records.manifest import Manifest
+from harness.verdicts.baselines import deciding, read_baselines
 
 _AGE = re.compile(r"(\d{1,6})([hdw])")
 _UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
+_REMOVED = ".removed-"
+"""Begins the names of folders that hold a run while it is deleted. No command lists what is in them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +57,10 @@ def parse_age(text: str) -> float:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files of a run; of what goes meanwhile nothing."""
+    """Bytes of all files of a run; files that are removed meanwhile count as nothing."""
+    files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
     total = 0
-    for file in path.rglob("*") if inputs.is_folder(path) else (path,):
+    for file in files:
         with contextlib.suppress(OSError):
             total += file.lstat().st_size if file.is_symlink() or file.is_file() else 0
     return total
@@ -73,9 +78,9 @@ def choose(
         now_unix_s: from when on ages are counted; None for now.
 
     Raises:
-        UsageError: the file of accepted baselines cannot be read, so that nobody knows what must stay.
+        UsageError: the file of accepted baselines cannot be read.
     """
-    accepted = {baseline.run for baseline in read_baselines(runs).baselines}
+    accepted = _accepted(runs)
     now = time.time() if now_unix_s is None else now_unix_s
     unknown: list[Candidate] = []
     known: list[Candidate] = []
@@ -83,17 +88,13 @@ def choose(
         try:
             manifest = store.read_manifest(path)
         except UsageError as error:
-            unknown.append(_candidate(path, why=f"nobody can tell what it is: {error}"))
+            one = _candidate(path, why=f"it cannot be read: {error}")
+            unknown += [one] if store.is_run(path) else []
             continue
-        why = ""
-        if path.name in accepted or manifest.run in accepted:
-            why = "it is an accepted baseline"
-        elif store.is_live(path, manifest):
-            why = "it is being measured"
-        elif path.is_symlink():
-            why = "it is a link to a run that lies elsewhere"
         study = str(manifest.study.get("name", ""))
-        known.append(_candidate(path, study=study, created=manifest.created_unix_s, why=why))
+        why = _why_it_stays(path, manifest, accepted)
+        one = _candidate(path, study=study, created=manifest.created_unix_s, why=why)
+        known += [one] if store.is_run(path) else []
     seen: Counter[str] = Counter()
     asked: list[Candidate] = []
     for one in sorted(known, key=lambda one: -one.created_unix_s):
@@ -110,21 +111,75 @@ def _candidate(path: Path, *, study: str = "", created: float = 0.0, why: str = 
     return Candidate(run=path.name, path=str(path), study=study, created_unix_s=created, size_bytes=size, why=why)
 
 
-def remove(going: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
-    """Remove runs; those that went, and those that the disk or another process would not let go.
+def _accepted(runs: Path) -> set[str]:
+    return {baseline.run for baseline in read_baselines(runs).baselines}
 
-    The manifest goes first: what is left of a run that was half removed is none.
+
+def _why_it_stays(path: Path, manifest: Manifest, accepted: Collection[str]) -> str:
+    """Why a run may not be removed; empty where it may."""
+    if path.name in accepted or manifest.run in accepted:
+        return "it is an accepted baseline"
+    if store.is_live(path, manifest):
+        return "it is being measured"
+    return "it is a link to a run that lies elsewhere" if path.is_symlink() else ""
+
+
+def remove(runs: Path, going: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+    """Remove runs, and what an earlier removal that was killed has left.
+
+    A run is moved into a folder of its own name first, so that it is there as a whole or not at all.
+
+    Args:
+        runs: the folder of runs.
+        going: what `choose` has found there.
+
+    Returns:
+        The runs that were removed, and those that were not, each with the reason: one that was accepted since, that is
+        measured again, or that the disk refused. A run that another process has removed is in neither.
     """
+    for path in _left_behind(runs):
+        with contextlib.suppress(OSError):
+            _delete(path)
     gone: list[Candidate] = []
     refused: list[Candidate] = []
     for one in going:
-        path = Path(one.path)
+        moved = None
         try:
-            with store.writing(path):
-                (path / MANIFEST).unlink()
-            shutil.rmtree(path)
+            moved, why = _move_away(runs, Path(one.path))
+            if moved is not None:
+                _delete(moved)
         except (OSError, UsageError) as error:
-            refused.append(replace(one, why=f"it could not be removed: {error}"))
-        else:
+            why = f"it could not be removed: {error}" if moved is None else f"its files are still in {moved}: {error}"
+        if why:
+            refused.append(replace(one, why=why))
+        elif moved is not None:
             gone.append(one)
     return tuple(gone), tuple(refused)
+
+
+def _left_behind(runs: Path) -> list[Path]:
+    """Folders of removals that were killed, or that another process is just deleting."""
+    if not list(runs.glob(f"{_REMOVED}*")):
+        return []
+    with deciding(runs):  # no process is between making its folder and moving a run into it
+        return list(runs.glob(f"{_REMOVED}*"))
+
+
+def _move_away(runs: Path, path: Path) -> tuple[Path | None, str]:
+    """Where a run was moved to be deleted, or why it stays; neither where it is no longer there."""
+    with deciding(runs):
+        if not store.is_run(path):
+            return None, ""
+        if why := _why_it_stays(path, store.read_manifest(path), _accepted(runs)):
+            return None, why
+        with store.writing(path):
+            moved = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=runs))
+            path.rename(moved / path.name)
+    return moved, ""
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder that another process may be deleting, too."""
+    while os.path.lexists(folder):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)

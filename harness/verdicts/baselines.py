@@ -6,7 +6,9 @@ slow-down that comes in small steps. Accepting is a decision, and a run that is 
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,15 @@ def read_baselines(runs: Path) -> Baselines:
     return read
 
 
+@contextlib.contextmanager
+def deciding(runs: Path) -> Iterator[None]:
+    """Hold the lock under which runs of this directory are accepted or removed, so that no baseline is removed."""
+    import filelock
+
+    with filelock.FileLock(runs / f".{FILE}.lock"):
+        yield
+
+
 def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
     """Make a run the baseline of its fingerprint and study; the new baseline and the one it replaces.
 
@@ -71,8 +82,6 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         UsageError: no such run, or one that is not in this runs directory.
         InvalidRunError: a run that is not valid as a whole.
     """
-    import filelock
-
     run = store.read_run(name, runs)
     if run.path.resolve().parent != runs.resolve():
         raise UsageError(
@@ -94,7 +103,9 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         run=run.path.name,
         accepted_unix_s=time.time(),
     )
-    with filelock.FileLock(runs / f".{FILE}.lock"):
+    with deciding(runs):
+        if not inputs.is_there(run.path):
+            raise UsageError(f"run {run.path.name}: it was removed while it was read. Accept another run.")
         known = read_baselines(runs)
         replaced = known.of(accepted.fingerprint, accepted.study)
         others = tuple(baseline for baseline in known.baselines if baseline != replaced)
