@@ -14,7 +14,7 @@ from harness.errors import EXIT_PASS, LorameterError
 from kernels_check.visible import make_visible, tell
 
 if TYPE_CHECKING:
-    from harness.results.index import IndexedRun
+    from harness.results.folder import Summary
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -124,8 +124,8 @@ def _study_named(options: argparse.Namespace) -> str:
 
 
 def _run_rows(folder: Path) -> list[dict[str, Any]]:
-    """A table a run, from the index of the folder; one that is damaged must not hide the others."""
-    from harness.results.index import open_index
+    """A table a run; one that is damaged must not hide the others."""
+    from harness.results.folder import read_each, summary_of
     from harness.verdicts.baselines import read_baselines
 
     accepted: set[str] = set()
@@ -133,21 +133,23 @@ def _run_rows(folder: Path) -> list[dict[str, Any]]:
         accepted = {baseline.run for baseline in read_baselines(folder).baselines}
     except LorameterError as error:  # which of them are baselines is then unknown; what there is, is not
         tell(f"lorameter: {error}")
-    with open_index(folder) as index:
-        return [_run_row(run, accepted) for run in index.runs()]
+    found = sorted(read_each(folder, summary_of, newer=True), key=lambda one: one.path.name)
+    return [_run_row(one.path, one.content, one.error, accepted) for one in found]
 
 
-def _run_row(run: IndexedRun, accepted: Collection[str]) -> dict[str, Any]:
-    if run.error is not None:
-        return {"run": run.folder, "status": "damaged", "size_bytes": run.size_bytes, "title": run.error}
+def _run_row(path: Path, run: Summary | None, error: str | None, accepted: Collection[str]) -> dict[str, Any]:
+    from harness.results.prune import size_of
+
+    if run is None:
+        return {"run": path.name, "status": "damaged", "size_bytes": size_of(path), "title": error}
     left = run.planned - sum(run.trials.values())
     return {
         "run": run.run,
         "status": run.state,
         "study": run.study,
         "verdict": run.verdict,
-        "baseline": run.run in accepted or run.folder in accepted,
-        "size_bytes": run.size_bytes,
+        "baseline": run.run in accepted or path.name in accepted,
+        "size_bytes": size_of(path),
         "created_unix_s": run.created_unix_s,
         "trials": {**run.trials, **({"no record": left} if left > 0 else {})},
         "title": run.title,

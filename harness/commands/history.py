@@ -23,7 +23,6 @@ def add_commands(commands: Any, common: Any) -> None:
     history.add_argument("--study", metavar="S", help="only this study, by its name")
     history.add_argument("--variant", metavar="V", help="only this variant")
     history.add_argument("--runs", action="store_true", help="also a row a run, with its interval, commit and versions")
-    history.add_argument("--rebuild", action="store_true", help="make the index of the runs anew")
     add_options(history.add_argument, "html")
     common(history)
     history.set_defaults(command=run_history)
@@ -33,11 +32,10 @@ def run_history(options: argparse.Namespace) -> int:
     """Print the history; a suspicion is no verdict, so the exit code is that of a pass."""
     from harness.records import codec, store
     from harness.results.history import DEFAULT_METRIC, history_of
-    from harness.results.index import open_index
 
     check_page(options.html)
-    with open_index(store.runs_dir(options.runs_dir), rebuild=options.rebuild) as index:
-        found = history_of(index, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
+    runs = store.runs_dir(options.runs_dir)
+    found = history_of(runs, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
     from harness.report.history import describe_history
 
     if options.html:

@@ -27,7 +27,7 @@ from harness.report.table import (
 from harness.report.words import title_of
 from harness.results.history import Break, History, Moment, Plateau, Suspicion, Track
 from harness.results.history import Line as Course
-from harness.results.indexing import VERSIONS
+from harness.results.points import VERSIONS
 from harness.stats.changes import LEAST_POINTS
 from harness.verdicts.comparand import Difference
 

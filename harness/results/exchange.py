@@ -29,7 +29,7 @@ from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.verdicts.judging import default_metrics, matching
-from harness.verdicts.standing import say_broken, standing_of, trial_faults
+from harness.verdicts.standing import standing_of
 
 
 def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -57,12 +57,10 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def _require_valid(run: Run, study: Study) -> None:
-    stands = standing_of(run, study)
-    faults = [*stands.failures, *stands.faults]
-    faults += [fault for record in run.records for fault in trial_faults(record, study)]
-    if said := say_broken(run.manifest.run, tuple(dict.fromkeys(faults))):
+    if invalid := standing_of(run, study).invalid:
         raise InvalidRunError(
-            f"{said}. A page of trends would keep its numbers as good ones. Measure again, or export it as json."
+            f"run {run.manifest.run} is invalid: {invalid}. A page of trends would keep its numbers as good ones. "
+            "Measure again, or export it as json."
         )
 
 

@@ -12,12 +12,12 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from harness.errors import UsageError
 from harness.records.metrics import PRIMARY
-from harness.results.index import Index, IndexedRun, Point
-from harness.results.indexing import VERSIONS
+from harness.results.points import VERSIONS, Night, Point, read_nights
 from harness.stats.changes import Change, Course, find_changes
 from harness.studies.study_file import builtin_studies
 from harness.verdicts.comparand import Difference, differences
@@ -135,61 +135,65 @@ class History:
     """Why runs are in no line, by the names of their folders."""
 
 
+Measured = tuple[Night, Point]
+"""A run with its number for one variant."""
+Nights = Mapping[str, Night]
+"""Runs by the names of their folders."""
+
+
 def history_of(
-    index: Index, metric: str = DEFAULT_METRIC, *, study: str | None = None, variant: str | None = None
+    runs: Path, metric: str = DEFAULT_METRIC, *, study: str | None = None, variant: str | None = None
 ) -> History:
     """The history of a metric, or of a kind of memory, in the studies and variants that are asked for.
 
     Raises:
         UsageError: a metric, study or variant of which there is no run, with those that there are.
     """
-    runs = {run.folder: run for run in index.runs()}
-    points = index.points(metric, study=study, variant=variant)
-    if not points:
-        raise UsageError(_nothing(index, metric, study, variant))
-    tracks: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        tracks.setdefault((point.study, point.variant), []).append(point)
-    return History(
-        metric=metric,
-        tracks=tuple(_track(index, found, runs) for found in tracks.values()),
-        unreadable={run.folder: run.error for run in runs.values() if run.error is not None},
-    )
+    nights, unreadable = read_nights(runs, metric)
+    tracks: dict[tuple[str, str], list[Measured]] = {}
+    for night in nights:
+        for point in night.points:
+            if study in (None, point.study) and variant in (None, point.variant):
+                tracks.setdefault((point.study, point.variant), []).append((night, point))
+    if not tracks:
+        raise UsageError(_nothing(runs, nights, metric, study, variant))
+    return History(metric=metric, tracks=tuple(_track(tracks[key]) for key in sorted(tracks)), unreadable=unreadable)
 
 
-def _nothing(index: Index, metric: str, study: str | None, variant: str | None) -> str:
-    known = index.metrics()
-    if not known:
-        return "history: no run here has a number. Measure some with `lorameter run`, or give --runs-dir."
-    if metric not in known:
+def _nothing(runs: Path, nights: Sequence[Night], metric: str, study: str | None, variant: str | None) -> str:
+    found = sorted({(point.study, point.variant) for night in nights for point in night.points})
+    if not found:
+        known = sorted({point.metric for night in read_nights(runs, None)[0] for point in night.points})
+        if not known:
+            return "history: no run here has a number. Measure some with `lorameter run`, or give --runs-dir."
         return f"history: no run here has the metric {metric!r}. They have {', '.join(known)}."
-    found = sorted({(point.study, point.variant) for point in index.points(metric)})
     named = ", ".join(f"{name} of {of}" for of, name in found[:12])
     asked = " ".join(f"--{name} {value}" for name, value in (("study", study), ("variant", variant)) if value)
     return f"history: no run here has {metric} with {asked}. There are {named}."
 
 
-def _track(index: Index, points: Sequence[Point], runs: Mapping[str, IndexedRun]) -> Track:
+def _track(measured: Sequence[Measured]) -> Track:
     lines: dict[tuple[str, str], list[Moment]] = {}
     keys: list[tuple[str, str]] = []
-    moments = [_moment(point, runs[point.folder]) for point in points]
-    for point, moment in zip(points, moments, strict=True):
-        key = (runs[point.folder].fingerprint, point.variant_id)
+    nights = {night.folder: night for night, _ in measured}
+    moments = [_moment(night, point) for night, point in measured]
+    for (night, point), moment in zip(measured, moments, strict=True):
+        key = (night.fingerprint, point.variant_id)
         keys.append(key)
         lines.setdefault(key, []).append(moment)
-    first = points[0]
+    first = measured[0][1]
     return Track(
         study=first.study,
         variant=first.variant,
         metric=first.metric,
         unit=first.unit,
         higher_is_better=first.higher_is_better,
-        lines=tuple(_line(index, key, found, first) for key, found in lines.items()),
-        breaks=tuple(_breaks(index, first, keys, moments)),
+        lines=tuple(_line(nights, key, found, first) for key, found in lines.items()),
+        breaks=tuple(_breaks(nights, first, keys, moments)),
     )
 
 
-def _moment(point: Point, run: IndexedRun) -> Moment:
+def _moment(run: Night, point: Point) -> Moment:
     why_not = point.broken
     if why_not is None and not (point.value > 0 and math.isfinite(point.value)):
         why_not = "it has no logarithm"
@@ -208,7 +212,7 @@ def _moment(point: Point, run: IndexedRun) -> Moment:
     )
 
 
-def _line(index: Index, key: tuple[str, str], moments: Sequence[Moment], about: Point) -> Line:
+def _line(nights: Nights, key: tuple[str, str], moments: Sequence[Moment], about: Point) -> Line:
     counting = [moment for moment in moments if moment.why_not is None]
     course = find_changes([math.log(moment.value) for moment in counting])
     return Line(
@@ -216,7 +220,7 @@ def _line(index: Index, key: tuple[str, str], moments: Sequence[Moment], about: 
         variant_id=key[1],
         moments=tuple(moments),
         plateaus=tuple(_plateaus(course, counting)),
-        suspicions=tuple(_suspicion(index, change, course, counting, about) for change in course.changes),
+        suspicions=tuple(_suspicion(nights, change, course, counting, about) for change in course.changes),
         scatter=None if course.scatter is None else math.expm1(course.scatter),
         detectable=None if course.detectable is None else math.expm1(course.detectable),
     )
@@ -234,7 +238,7 @@ def _plateaus(course: Course, moments: Sequence[Moment]) -> Iterator[Plateau]:
         )
 
 
-def _suspicion(index: Index, change: Change, course: Course, moments: Sequence[Moment], about: Point) -> Suspicion:
+def _suspicion(nights: Nights, change: Change, course: Course, moments: Sequence[Moment], about: Point) -> Suspicion:
     place = next(place for place, level in enumerate(course.levels) if level.first == change.first)
     before, after = moments[change.first - 1], moments[change.first]
     ends = (change.log_ratio, change.low, change.high)
@@ -252,17 +256,19 @@ def _suspicion(index: Index, change: Change, course: Course, moments: Sequence[M
         low=math.exp(ends[1]),
         high=math.exp(ends[2]),
         direction=words[0] if worse else words[1],
-        differing=_differing(index, before, after),
+        differing=_differing(nights, before, after),
         confirm=confirming(about.study, about.variant, before, after),
     )
 
 
-def _breaks(index: Index, about: Point, keys: Sequence[tuple[str, str]], moments: Sequence[Moment]) -> Iterator[Break]:
+def _breaks(
+    nights: Nights, about: Point, keys: Sequence[tuple[str, str]], moments: Sequence[Moment]
+) -> Iterator[Break]:
     """One where each line but the first begins."""
     for place, key in enumerate(keys):
         if place and key not in keys[:place]:
             before, after = moments[place - 1], moments[place]
-            differing = _differing(index, before, after)
+            differing = _differing(nights, before, after)
             if keys[place - 1][1] != key[1]:
                 changed = Difference(field=f"variant {about.variant}", base=keys[place - 1][1], candidate=key[1])
                 differing = (changed, *differing)
@@ -276,9 +282,9 @@ def _breaks(index: Index, about: Point, keys: Sequence[tuple[str, str]], moments
             )
 
 
-def _differing(index: Index, before: Moment, after: Moment) -> tuple[Difference, ...]:
+def _differing(nights: Nights, before: Moment, after: Moment) -> tuple[Difference, ...]:
     """What is known of where and with what both were measured, and is not the same."""
-    return tuple(differences(index.facts(before.folder), index.facts(after.folder)))
+    return tuple(differences(nights[before.folder].facts, nights[after.folder].facts))
 
 
 def confirming(study: str, variant: str, before: Moment, after: Moment) -> str:

@@ -1,4 +1,4 @@
-"""A run as rows of four tables, in plain Python: what DataFrames, files and the index are made of.
+"""A run as rows of four tables, in plain Python: what DataFrames, files and histories are made of.
 
 Estimates and comparisons are those of the reports, by the same functions, so that a table cannot say anything else.
 """
@@ -14,11 +14,11 @@ from harness.results.columns import TableName, Values
 from harness.stats import Comparison, QuantileEstimate
 from harness.studies.stored import read_study
 from harness.studies.study import Study
-from harness.verdicts.ab import compare_base_to_itself, report_of
+from harness.verdicts.ab import report_of
 from harness.verdicts.judging import default_limits
 from harness.verdicts.outcome import Compared
 from harness.verdicts.series import Series, series_of
-from harness.verdicts.standing import ratios_of, standing_of
+from harness.verdicts.standing import discounted, ratios_of, standing_of
 
 _ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
 """Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
@@ -84,15 +84,15 @@ def _turns(record: TrialRecord) -> tuple[int, ...]:
     return tuple(turn for turn, length in enumerate(record.turn_lengths) for _ in range(length))
 
 
-def estimate_rows(run: Run, study: Study) -> Iterator[Values]:
-    """A row a metric and kind of memory that a variant has."""
+def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Values]:
+    """A row for each metric and kind of memory that a variant has; only for `metric` where that is given."""
     about = (run.manifest.run, study.name, run.manifest.fingerprint)
     for side in _SIDES if run.manifest.sides else ("",):
-        for (name, role), series in series_of(run.records, side).items():
-            head = (*about, name, series.records[0].variant, role, side or None)
-            for metric in METRICS:
-                yield from _estimate(head, series, metric)
-            yield from _memory(head, series)
+        for (variant, role), series in series_of(run.records, side).items():
+            head = (*about, variant, series.records[0].variant, role, side or None)
+            for name in METRICS if metric is None else METRICS.keys() & {metric}:
+                yield from _estimate(head, series, name)
+            yield from _memory(head, series, metric)
 
 
 def _estimate(head: Values, series: Series, metric: str) -> Iterator[Values]:
@@ -108,8 +108,8 @@ def _estimate(head: Values, series: Series, metric: str) -> Iterator[Values]:
     )  # fmt: skip
 
 
-def _memory(head: Values, series: Series) -> Iterator[Values]:
-    for kind in dict.fromkeys(kind for record in series.ok for kind in record.memory):
+def _memory(head: Values, series: Series, metric: str | None) -> Iterator[Values]:
+    for kind in dict.fromkeys(kind for record in series.ok for kind in record.memory if metric in (None, kind)):
         values = [float(record.memory[kind]) for record in series.ok if kind in record.memory]
         level = next(record.interleaving for record in series.ok if kind in record.memory)
         yield (
@@ -119,26 +119,29 @@ def _memory(head: Values, series: Series) -> Iterator[Values]:
 
 
 def comparison_rows(run: Run, study: Study) -> Iterator[Values]:
-    """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too."""
-    name = run.manifest.run
+    """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too. In
+    an invalid run each verdict is `invalid`, with the reason; an A/B has its own for each variant."""
+    name, stands = run.manifest.run, standing_of(run, study)
     if run.manifest.sides:
         report = report_of(run)
         for compared in report.comparisons:
             yield _judged(name, compared.variant, "variant", (report.base, report.candidate), compared)
         twin = next((one for one, role in series_of(run.records, "base") if role == "control"), "")
-        for phase, control in compare_base_to_itself(run).items():
+        for phase, control in stands.controls.items():
             if control is not None:
-                both, metric = (report.base, report.base), PRIMARY[phase]  # type: ignore[index]
-                yield _compared(name, twin, "control", both, metric, control, run, side="base")
+                both, found = (report.base, report.base), discounted(control, stands.invalid)
+                yield _compared(name, twin, "control", both, PRIMARY[phase], found, run, side="base")
         return
-    groups, stands = series_of(run.records), standing_of(run, study)
+    groups = series_of(run.records)
     for phase, metric in stands.primary.items():
         control = stands.controls[phase]
         for variant, ratio in ratios_of(groups, study, metric, control).items():
-            yield _compared(name, variant, "variant", (study.reference, variant), metric, ratio, run)
+            found = discounted(ratio, stands.invalid)
+            yield _compared(name, variant, "variant", (study.reference, variant), metric, found, run)
         if control is not None:
             both = (study.reference, study.reference)
-            yield _compared(name, study.reference, "control", both, metric, control, run)
+            found = discounted(control, stands.invalid)
+            yield _compared(name, study.reference, "control", both, metric, found, run)
 
 
 def _compared(

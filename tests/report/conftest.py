@@ -59,7 +59,6 @@ from harness.report.table import Document
 from harness.report.tried import describe_tried
 from harness.report.view import Asked, view_of
 from harness.results.history import History, history_of
-from harness.results.index import open_index
 from harness.run.bisect import Bisection, Candidate, bisect
 from harness.run.fitting import Device, Fitter, on_card, on_machine
 from harness.run.forecast import Forecast
@@ -314,12 +313,9 @@ def listed() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def history(tmp_path_factory) -> History:
-    """Of all constructed runs, by an index of its own."""
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setenv("LORAMETER_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with open_index(RUNS) as index:
-            return history_of(index)
+def history() -> History:
+    """Of all constructed runs."""
+    return history_of(RUNS)
 
 
 def parity() -> Parity:

@@ -11,12 +11,6 @@ from harness.records import store
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Indexes of this test alone."""
-    monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def read():
     """A function that reads a constructed run by its name."""

@@ -20,7 +20,6 @@ from harness.report.history import describe_history
 from harness.report.history_figures import figures_of_history
 from harness.report.terminal import text_of
 from harness.results.history import Moment, confirming, history_of
-from harness.results.index import open_index
 
 DAY_S = 86400.0
 HOUR = datetime.timedelta(hours=1)
@@ -49,8 +48,7 @@ def dated(path, night, **changes):
 
 
 def told(runs, *words, **options):
-    with open_index(runs) as index:
-        return history_of(index, *words, **options)
+    return history_of(runs, *words, **options)
 
 
 def torch(version):
@@ -216,7 +214,7 @@ def test_the_command_prints_text_and_json(nightly, capsys):
     runs = nightly([1.0] * 14 + [1.2] * 5)
     assert cli.main(["history", "--runs-dir", str(runs)]) == 0
     assert "a suspicion; it is confirmed by: lorameter ab" in capsys.readouterr().out
-    words = ["history", "step_time_s", "--study", "training-step", "--variant", "plain", "--rebuild", "--json"]
+    words = ["history", "step_time_s", "--study", "training-step", "--variant", "plain", "--json"]
     assert cli.main([*words, "--runs-dir", str(runs)]) == 0
     document = json.loads(capsys.readouterr().out)
     assert msgspec.convert(document, HistoryOf).schema == SCHEMA

@@ -1,14 +1,20 @@
 """What goes, and what never does."""
 
 import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
 
+import filelock
 import msgspec
 import pytest
 
 from harness import cli
 from harness.commands.documents_of_many import PrunedOf
 from harness.errors import UsageError
-from harness.records import codec, store
+from harness.records import codec, inputs, store
 from harness.records.document import write_document
 from harness.records.locks import alone
 from harness.results.prune import choose, parse_age, remove
@@ -73,7 +79,7 @@ def test_a_run_under_way_never_goes(runs):
     choice = choose(runs, keep=1)
     assert "run0" in names(choice.going)
     with alone(runs / "run0" / store.TRIALS, ""):
-        gone, refused = remove(choice.going)
+        gone, refused = remove(runs, choice.going)
     assert names(refused) == ["run0"]
     assert "run0" not in names(gone)
     assert (runs / "run0" / "manifest.json").is_file()
@@ -98,7 +104,7 @@ def test_a_link_to_a_run_elsewhere_stays(runs, tmp_path):
 def test_what_goes_is_gone_and_nothing_else(runs):
     """Its size is what its files held."""
     size = sum(file.stat().st_size for file in (runs / "run0").rglob("*") if file.is_file())
-    gone, refused = remove(choose(runs, keep=3).going)
+    gone, refused = remove(runs, choose(runs, keep=3).going)
     assert (names(gone), refused) == (["run0", "run1"], ())
     assert gone[0].size_bytes == size
     assert sorted(path.name for path in store.list_runs(runs)) == ["other", "run2", "run3", "run4"]
@@ -155,3 +161,75 @@ def test_what_says_nothing_removes_nothing(words, called, runs):
     assert (code, out) == (2, "")
     assert "lorameter:" in err
     assert len(store.list_runs(runs)) == 6
+
+
+def test_a_run_that_is_accepted_after_the_choice_stays(runs):
+    """It is looked at again right before its removal."""
+    choice = choose(runs, keep=0)
+    accept("run1", runs)
+    gone, refused = remove(runs, choice.going)
+    assert [(one.run, one.why) for one in refused] == [("run1", "it is an accepted baseline")]
+    assert [path.name for path in store.list_runs(runs)] == ["run1"]
+    assert len(gone) == 5
+
+
+def test_a_run_that_is_removed_while_it_is_accepted_is_no_baseline(runs):
+    """Acceptance waits for the removal and then fails."""
+    failures = []
+
+    def accepted():
+        try:
+            accept("run0", runs)
+        except UsageError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=accepted)
+    with filelock.FileLock(runs / ".baselines.json.lock"):
+        thread.start()
+        time.sleep(0.3)  # less is no false alarm: a run that is gone before it is read is refused as well
+        shutil.rmtree(runs / "run0")
+    thread.join()
+    assert len(failures) == 1
+    assert not (runs / "baselines.json").exists()
+
+
+def test_what_a_killed_removal_leaves_is_removed_by_the_next(runs, called):
+    """No command lists the rest, and the next prune takes it away."""
+    code = "import os, shutil, sys; from harness import cli; shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", f"{code}; cli.main(sys.argv[1:])", "prune", "--keep", "0", "--runs-dir", str(runs)]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert len(store.list_runs(runs)) == 5
+    assert called("--keep", "5", "--dry-run")[0] == 0
+    assert len([path for path in runs.iterdir() if path.is_dir()]) == 6
+    assert called("--keep", "5")[0] == 0
+    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == [
+        "other",
+        *(f"run{day}" for day in range(1, 5)),
+    ]
+
+
+def test_two_at_once_leave_nothing(runs):
+    """What another one has removed is neither removed again nor refused."""
+    first, second = choose(runs, keep=0), choose(runs, keep=0)
+    assert len(remove(runs, first.going)[0]) == 6
+    assert remove(runs, second.going) == ((), ())
+    assert not [path for path in runs.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("words", [("list", "runs"), ("history",), ("prune", "--keep", "1", "--dry-run")])
+def test_a_run_that_vanishes_while_it_is_read_is_left_out(runs, words, monkeypatch, capsys):
+    """Whether it goes before it is read or in the middle: the others are listed, and the exit code is 0."""
+    listed, read_json = store.list_runs, inputs.read_json
+
+    def going(path, most_bytes):
+        data = read_json(path, most_bytes)
+        if path.parent.name == "run0":
+            shutil.rmtree(path.parent, ignore_errors=True)
+        return data
+
+    monkeypatch.setattr(store, "list_runs", lambda folder: [runs / "gone", *listed(folder)])
+    monkeypatch.setattr(inputs, "read_json", going)
+    assert cli.main([*words, "--runs-dir", str(runs)]) == 0
+    said = capsys.readouterr()
+    assert "gone" not in said.out
+    assert "run0" not in said.out

@@ -1,0 +1,48 @@
+"""Every run of a folder is read, and one that cannot be read hides no other."""
+
+import shutil
+from pathlib import Path
+
+from harness.results.folder import read_each, summary_of
+from harness.results.pack import pack
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def found_in(runs):
+    return {one.path.name: one for one in read_each(runs, summary_of, newer=True)}
+
+
+def test_every_constructed_run_is_summarised():
+    """Verdicts are those of the reports."""
+    found = {one.content.run: one.content for one in read_each(GOLDEN / "runs", summary_of, newer=True)}
+    names = ("sound", "failed", "control-failed", "ab", "ab-improved")
+    verdicts = ["valid", "invalid", "invalid", "regressed", "improved"]
+    assert [found[name].verdict for name in names] == verdicts
+    assert found["killed"].state == "killed"
+
+
+def test_damaged_runs_are_named_and_hide_no_other(tmp_path):
+    """Each has its reason."""
+    shutil.copytree(GOLDEN / "damaged", tmp_path / "runs")
+    shutil.copytree(GOLDEN / "runs" / "sound", tmp_path / "runs" / "sound")
+    found = found_in(tmp_path / "runs")
+    assert found["sound"].error is None
+    assert found["newer-schema"].content.newer_schema == 99
+    assert found["cut-manifest"].content is None
+    assert "cannot be read" in found["cut-manifest"].error
+
+
+def test_a_packed_run_in_the_folder_is_one_of_them(sound):
+    """It is named by its file."""
+    pack("sound", sound.parent, sound.parent / "sent.lorameter.zip")
+    assert set(found_in(sound.parent)) == {"sound", "sent.lorameter.zip"}
+    shutil.rmtree(sound)
+    found = found_in(sound.parent)
+    assert set(found) == {"sent.lorameter.zip"}
+    assert found["sent.lorameter.zip"].content.verdict == "valid"
+
+
+def test_a_folder_that_is_missing_or_empty_has_no_runs(tmp_path):
+    """It is no error here."""
+    assert found_in(tmp_path) == found_in(tmp_path / "none") == {}
