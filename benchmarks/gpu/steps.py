@@ -135,7 +135,7 @@ STEPS: tuple[Step, ...] = (
         words=(*KERNELS, "selftest", "--json"),
         limit_s=200,
         rehearsal=(*KERNELS, "rules", "--json", "--check"),
-        left_out="the controls of a CPU are what `make proof-kernels` runs",
+        left_out="the controls of a CPU are among the tests",
         answers=VERDICTS,
     ),
     Step(
@@ -144,7 +144,7 @@ STEPS: tuple[Step, ...] = (
         words=(*KERNELS, "probe", "--json"),
         limit_s=120,
         rehearsal=(*KERNELS, "rules", "--json"),
-        left_out="the paths of a CPU are what `make proof-kernels` probes",
+        left_out="the paths of a CPU are what `python -m kernels_check` probes",
         answers=VERDICTS,
     ),
     *(profiles(variant, limit_s=150) for variant in BASES),

@@ -2,9 +2,8 @@
 
 A module that is imported takes memory and gives most of it back, in pieces between those that it keeps. What a training
 allocates afterwards lies in these pieces, on more pages than without: its steps miss the translation of an address more
-often and are slower for all of its life, though they execute no instruction more
-(`benchmarks/selftest/meter_pages.py` counts both). The C library gives each thread a heap of its own, and so most of
-what is given back there is nobody else's.
+often and are slower for all of its life, though they execute no instruction more. The C library gives each thread a
+heap of its own, so most of what is given back there is used by no other thread.
 
 Neither torch nor any other module is imported here, so that what waits for a training may ask for this one.
 """

@@ -99,7 +99,7 @@ def _errors(device: Device) -> Iterator[Line]:
     on_card = device.machine.device == "cuda"
     yield say(
         f"The range is that of an estimate which is {format_percent(ERRS_BY)} off: more than the "
-        f"{_span(MEASURED_ERRORS)} by which it missed {MEASURED_ON} (make proof-memory).",
+        f"{_span(MEASURED_ERRORS)} by which it missed {MEASURED_ON}.",
         f" No card was measured. It missed {PUBLISHED_OF}, by {_span(PUBLISHED_ERRORS)}." if on_card else "",
     )
 

@@ -7,8 +7,7 @@ Lines of nightly runs are short and their changes few, so all divisions are weig
 
 The penalty is in squared standard deviations, and these are not known. A first guess from successive differences, which
 a change hardly touches, gives a first division; the scatter around its levels, which is the better estimate and knows
-no change, gives the last. That the scatter of few values is itself uncertain is paid for by `OF_FEW`. What the
-constants give is counted on recorded noise by `benchmarks/selftest/history.py` (reports/proof/history.txt).
+no change, gives the last. That the scatter of few values is itself uncertain is paid for by `OF_FEW`.
 
 No verdict follows from a level: runs of different times share nothing but the machine, and two levels that look alike
 are not called equivalent by anybody.

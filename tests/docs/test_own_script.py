@@ -1,6 +1,5 @@
 """The page on scripts of one's own: its scripts print what it says, and its commands are known."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -49,14 +48,3 @@ def test_its_examples_are_there():
     """Those that the page points to."""
     names = {path.name for path in (PAGE.parent / "examples").glob("*.py")}
     assert names == {"accelerate_loop.py", "sft_qlora.py", "torch_loop.py", "trainer_lora.py"}
-
-
-def test_what_it_says_of_a_step_beside_a_trial_is_what_the_proof_demands(monkeypatch):
-    """The bounds within which a loop and a Trainer agree with a trial."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "selftest")
-    bounds = importlib.import_module("agreement").BOUNDS
-    text = " ".join(PAGE.read_text(encoding="utf-8").split("## Beside a trial", 1)[1].split("\n## ", 1)[0].split())
-    loop, trainer = ([round(100 * (bound - 1)) for bound in bounds[way]] for way in ("loop", "trainer"))
-    assert f"{-loop[0]} % shorter to {loop[1]} % longer" in text
-    assert f"{trainer[1]} % longer at most" in text
-    assert trainer[0] == 0

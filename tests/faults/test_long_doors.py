@@ -1,5 +1,5 @@
 """A signal to a measuring process under each door but a plain run (`test_long_processes.py`): pytest, A/B, profile. All
-processes are real. Marked: `make proof-faults` takes its minutes."""
+processes are real. Marked: `make proof-long` takes its minutes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Each signal × the process of a trial, its zygote, its cold start × each phase, at rest and at work: all of it real.
-Marked: `make proof-faults` takes its minutes."""
+Marked: `make proof-long` takes its minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each signal at each phase of each door. Marked: `make proof-faults` runs it; `make test` has some of it."""
+"""Each signal at each phase of each door. Marked: `make proof-long` runs it; `make test` has some of it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The scaling spans a factor of 128, so that the larger alpha certainly learns faster in the
 few steps that are taken. Whether three replicates suffice to decide on a time is the machine's affair: beside other
-work a verdict on one may be that nothing is known, and never the wrong one. `make proof-harness` runs them.
+work a verdict on one may be that nothing is known, and never the wrong one. `make proof-long` runs them.
 """
 
 from __future__ import annotations

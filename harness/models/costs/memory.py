@@ -44,7 +44,7 @@ ERRS_BY = 0.10
 """How far an estimate may be from the peak: within it nothing is refused, and beyond it nothing is safe. It is wider
 than what was measured (`MEASURED_ERRORS`), because that was on no card."""
 MEASURED_ERRORS = (-0.069, 0.026)
-"""Estimate over measured peak, less 1: the least and the greatest that `make proof-memory` prints of `MEASURED_ON`."""
+"""Estimate over measured peak, less 1: the least and the greatest that `make proof-memory_estimate` prints of `MEASURED_ON`."""
 MEASURED_ON = "18 peaks of smollm2-135m on a CPU"
 PUBLISHED_ERRORS = (-0.359, 0.022)
 """The same of `PUBLISHED_OF`, on one GPU."""

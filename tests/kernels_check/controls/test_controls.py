@@ -12,7 +12,7 @@ SOUND = next(control for control in CONTROLS if control.name == "eager attention
 
 
 def marks_of(control, instrument):
-    """What either instrument sees is tried with the spy; with the profiler `make proof-kernels` tries it, too."""
+    """What either instrument sees is tried with the spy; with the profiler `make proof-long` tries it, too."""
     return [pytest.mark.selftest] if instrument == "profile" and "spy" in control.instruments else []
 
 

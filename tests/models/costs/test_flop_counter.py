@@ -1,5 +1,4 @@
-"""The closed count against torch's own (`benchmarks/selftest/flop_counting.py`), on steps as they are trained: equal to
-the FLOP."""
+"""The closed count against torch's own (`flop_counting.py`), on steps as they are trained: equal to the FLOP."""
 
 from __future__ import annotations
 
@@ -34,9 +33,9 @@ from harness.trial.step import TrainStep
 
 
 def _counting():
-    """The program's module, which lies beside the programs."""
+    """The module next to this one."""
     name = "flop_counting"
-    spec = spec_from_file_location(name, Path(__file__).parents[3] / "benchmarks" / "selftest" / f"{name}.py")
+    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -206,7 +206,7 @@ def test_no_estimate_falls_with_a_larger_batch_or_length(variant, model, device,
 
 
 def test_the_errors_are_those_that_were_measured():
-    """Constants of the program are the least and the greatest of the page that `make proof-memory` writes."""
+    """Constants of the program are the least and the greatest of the page that `make proof-memory_estimate` writes."""
     page = (Path(__file__).parents[3] / "reports" / "proof" / "estimate.txt").read_text(encoding="utf-8")
     measured, published = page.split("published peaks")
     for text, told, of in ((measured, MEASURED_ERRORS, MEASURED_ON), (published, PUBLISHED_ERRORS, PUBLISHED_OF)):

@@ -1,5 +1,5 @@
 """Replicates on several sites of this machine, with real trials: shares of its CPUs, and jobs of submitit's local
-executor (make proof-harness)."""
+executor (make proof-long)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Replicates in jobs of a real SLURM: slurmctld and two slurmd on this machine, started without systemd, whose jobs are
 requeued, preempted, cancelled and at the end of their time, and whose driver is killed, with real trials (make
-proof-slurm)."""
+proof-long)."""
 
 from __future__ import annotations
 
