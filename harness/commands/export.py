@@ -53,7 +53,7 @@ def run_export(options: argparse.Namespace) -> int:
     else:
         text = text_of(run, form, table=options.table, metrics=options.metric)
         if not options.output:
-            sys.stdout.write(make_visible(text))
+            sys.stdout.writelines(map(make_visible, text))
             return EXIT_PASS
         written = write_text(text, Path(options.output))
     if options.json:

@@ -5,7 +5,7 @@ Estimates and comparisons are those of the reports, by the same functions, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from harness.records.metrics import METRICS, PEAKS, PRIMARY, Phase
 from harness.records.record import Role, Side, TrialRecord
@@ -29,12 +29,13 @@ MEAN, MEDIAN, RANGE = "95 % of the mean", "95 % of the median", "range"
 def rows_of(run: Run) -> dict[TableName, list[Values]]:
     """All four tables of a run, each in the order of its columns."""
     study = read_study(run)
-    return {
-        "trials": list(trial_rows(run, study)),
-        "samples": list(sample_rows(run)),
-        "estimates": list(estimate_rows(run, study)),
-        "comparisons": list(comparison_rows(run, study)),
-    }
+    return {table: list(make(run, study)) for table, make in _MAKERS.items()}
+
+
+def table_of(run: Run, table: TableName) -> Iterable[Values]:
+    """One table of a run. Its samples are made one by one, since there may be millions."""
+    rows = _MAKERS[table](run, read_study(run))
+    return rows if table == "samples" else list(rows)
 
 
 def unit_of(metric: str) -> str:
@@ -65,7 +66,7 @@ def trial_rows(run: Run, study: Study) -> Iterator[Values]:
         )  # fmt: skip
 
 
-def sample_rows(run: Run) -> Iterator[Values]:
+def sample_rows(run: Run, _: Study) -> Iterator[Values]:
     """A row a raw value of the trials that count, good or bad: samples in their order, single values, memory."""
     for record in run.records:
         head = (run.manifest.run, record.trial, record.name, record.role, record.side or None, record.replicate)
@@ -175,3 +176,11 @@ def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compare
         found.replicates, found.replicates_needed, found.mde80, compared.tolerance, compared.margin,
         compared.interleaving,
     )  # fmt: skip
+
+
+_MAKERS: Mapping[TableName, Callable[[Run, Study], Iterator[Values]]] = {
+    "trials": trial_rows,
+    "samples": sample_rows,
+    "estimates": estimate_rows,
+    "comparisons": comparison_rows,
+}

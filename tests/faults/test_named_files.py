@@ -46,7 +46,7 @@ def run():
 WRITERS = {
     "csv": lambda run, path: write_tables(run, "csv", path, "samples"),
     "parquet": lambda run, path: write_tables(run, "parquet", path, "trials"),
-    "text": lambda run, path: write_text("x" * 8 * KIB, path),
+    "text": lambda run, path: write_text(["x" * 8 * KIB], path),
     "page": lambda run, path: save_html("x" * 8 * KIB, path),
 }
 
