@@ -41,11 +41,16 @@ def _lines(run: Run) -> Iterator[str]:
     libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
     known = {name: libraries[name] for name in LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})
-    yield f"# Python {python}; {_revision(git)}; seed {manifest.seed}"
+    yield _comment(f"Python {python}; {_revision(git)}; seed {manifest.seed}")
     if known:
         yield "pip install " + " ".join(shlex.quote(f"{name}=={version}") for name, version in known.items())
     yield from _of_sides(run) if manifest.sides else _of_one(run)
     yield f"# study: {json.dumps(manifest.study, ensure_ascii=False, sort_keys=True)}"
+
+
+def _comment(text: str) -> str:
+    """A comment of a shell. What a run says may have line ends, and the next line would be a command."""
+    return f"# {' '.join(text.splitlines())}"
 
 
 def _of_one(run: Run) -> Iterator[str]:
@@ -65,7 +70,7 @@ def _of_sides(run: Run) -> Iterator[str]:
     manifest = run.manifest
     sides = {name: manifest.sides.get(name) or {} for name in ("base", "candidate")}
     for name, side in sides.items():
-        yield f"# {name}: {side.get('label', 'unknown')}"
+        yield _comment(f"{name}: {side.get('label', 'unknown')}")
     if manifest.policy:
         yield f"# judged by --policy FILE, of {json.dumps(manifest.policy, ensure_ascii=False, sort_keys=True)}"
     specs = {name: _spec(side) for name, side in sides.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,25 @@ def test_versions_are_those_that_scripts_tell(write_run):
     python, install, *_ = how_to_repeat(store.read_run("one", path.parent)).splitlines()
     assert python.startswith("# Python 3.12.1;")
     assert install == "pip install torch==3.0"
+
+
+@pytest.mark.parametrize("sided", [False, True])
+def test_what_a_foreign_run_says_of_itself_runs_no_command(sided, write_run, tmp_path):
+    """The block is pasted into a shell; a field of the run with a line end in it stays a comment or a quoted word."""
+    evil = f"1\ntouch {tmp_path}/made; $(touch {tmp_path}/made) `touch {tmp_path}/made` ' \""
+    facts = {
+        "python": evil, "git": {"commit": evil, "dirty": True}, "libraries": {"torch": evil, "peft": evil},
+    }  # fmt: skip
+    path = write_run("foreign", {"plain": [1.0, 1.1]}, facts=facts)
+    manifest = codec.to_json(store.read_manifest(path))
+    study = manifest["study"] | {"name": evil.replace("\n", " "), "profile": evil}
+    sides = {
+        name: {"label": evil, "spec": evil, "kind": evil, "worker": "", "facts": {}} for name in ("base", "candidate")
+    }
+    changed = {"study": study, "selection": [evil], "sides": sides if sided else {}, "policy": {evil: evil}}
+    write_document(path / "manifest.json", manifest | changed)
+    lines = how_to_repeat(store.read_run("foreign", path.parent))
+    script = f"pip() {{ :; }}; lorameter() {{ :; }}\n{lines}\n"
+    done = subprocess.run(["bash", "-c", script], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "made").exists()
