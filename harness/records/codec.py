@@ -177,7 +177,7 @@ def _convert_dataclass(cls: type, data: Any, where: str, path: str) -> Any:
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(sorted(fields))}."
+            remedy = f"Did you mean {near[0]}?" if near else "Take it out."
             raise impossible(where, f"{path}.{key}".lstrip("."), data[key], "unknown key", remedy)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -188,7 +188,8 @@ def _convert_dataclass(cls: type, data: Any, where: str, path: str) -> Any:
     try:
         return cls(**values)
     except UsageError as error:  # the dataclass knows its own limits, this place knows the file
-        raise UsageError(f"{where}: {error}") from None
+        named = where.rpartition(", ")[2].strip("[]")  # a part of the file that the message may begin with as well
+        raise UsageError(f"{where}: {str(error).removeprefix(f'{named}: ')}") from None
 
 
 def _convert_union(args: tuple[Any, ...], data: Any, where: str, path: str) -> Any:

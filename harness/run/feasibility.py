@@ -14,8 +14,8 @@ from pathlib import Path
 from harness.errors import UsageError, shorten
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
-from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
-from harness.models.costs.memory import ERRS_BY, MemoryEstimate, birth_bytes, estimate_peak, stored_dtype
+from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes, unknown_targets
+from harness.models.costs.memory import ERRS_BY, MemoryEstimate, birth_bytes, estimate_peak
 from harness.models.costs.peaks import stated_peak
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
@@ -93,6 +93,7 @@ def check_feasible(
         if workload.model in unknown:
             continue
         check_widths(where, variant, shape, machine)
+        notices += _target_notices(where, variant, workload.model, shape)
         notices += _rank_notices(variant, shape)
         if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
             continue
@@ -102,7 +103,7 @@ def check_feasible(
             shape,
             answers=answers,
             device=machine.device,
-            stored=stored_dtype(sources[workload.model]),
+            repacks=machine.avx512_bf16,
             process_bytes=birth_bytes(machine.cuda),
         )
         _check_memory(where, expected, machine)
@@ -284,6 +285,23 @@ def _input_widths(shape: ModelShape) -> Iterator[tuple[str, int]]:
     yield "hidden_size", shape.hidden_size
     yield "intermediate_size", shape.intermediate_size
     yield "heads × head_dim", shape.heads * shape.head_dim
+
+
+def _target_notices(where: str, variant: Variant, model: str, shape: ModelShape) -> Iterator[Notice]:
+    """That some target modules are none of the model's. Raises `UsageError` where all are: PEFT would refuse them."""
+    missing, layers = unknown_targets(variant, shape), ", ".join(linear_layers(shape))
+    if missing and len(missing) == len(variant.target_modules):
+        raise UsageError(
+            f"{where}: target_modules = {list(missing)}: the model {model} has no such module. Its linear layers are "
+            f"{layers}."
+        )
+    if missing:
+        yield Notice(
+            code="target-unknown",
+            message=f"{variant.name}: target_modules: the model {model} has no module {', '.join(missing)}; only the "
+            "others get an adapter.",
+            remedy=f"Check the names: its linear layers are {layers}.",
+        )
 
 
 def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:

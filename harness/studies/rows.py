@@ -16,6 +16,7 @@ from typing import Any
 from harness.errors import UsageError, impossible
 from harness.records import codec
 from harness.studies import limits
+from harness.studies.keys import check_axes, check_keys
 from harness.studies.study import OF_WORKLOAD
 from harness.studies.variant import Variant
 from harness.studies.workload import LISTED, OF_VARIANTS, Workload
@@ -45,7 +46,9 @@ def rows_of(where: str, data: Mapping[str, Any]) -> list[Any]:
     for table, content in (("controls", controls), ("axes", axes), ("sweeps", sweeps)):
         if not isinstance(content, Mapping):
             raise impossible(where, table, content, "a table is expected", f"Write [{table}].")
+    check_keys(f"{where}, [controls]", "controls", controls)
     for table, content in (("axes", axes), ("sweeps", sweeps)):
+        check_axes(f"{where}, [{table}]", content)
         for key, values in content.items():
             if not isinstance(values, list) or not values:
                 raise impossible(
@@ -167,6 +170,7 @@ def variants_of(where: str, data: Mapping[str, Any], rows: Sequence[Any]) -> tup
         place = f"{where}, variant {label!r}"
         if not isinstance(row, Mapping) or not isinstance(row.get("name", ""), str) or not row.get("name"):
             raise UsageError(f'{place}: name is missing. Add name = "...".')
+        check_axes(place, row)
         own = {key: value for key, value in row.items() if not key.startswith(OF_WORKLOAD)}
         variants.append(codec.from_json(Variant, {**data.get("controls", {}), **own}, place))
     return tuple(variants)

@@ -34,6 +34,7 @@ from harness.errors import UsageError, impossible, redact
 from harness.records import codec, inputs
 from harness.studies.claim import Claim, check_limits
 from harness.studies.engine import Engine
+from harness.studies.keys import KEYS, check_keys, unknown_key
 from harness.studies.protocol import Protocol
 from harness.studies.rows import rows_of, split_lists, spread, variants_of, workloads_of
 from harness.studies.script import OWN
@@ -106,6 +107,10 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
     """The file and its content, with what it extends filled in."""
     known = builtin_studies()
     path = known.get(name_or_path, Path(name_or_path))
+    if not inputs.is_file(path) and (path.suffix == ".toml" or path.name != name_or_path):
+        raise UsageError(
+            f"study {name_or_path!r}: file not found. Check the path; `lorameter list studies` prints those built in."
+        )
     if not inputs.is_file(path):
         raise UsageError(
             f"study {name_or_path!r}: {unknown(name_or_path, list(known))} A path to a .toml file works too."
@@ -116,7 +121,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
         raise UsageError(f"{path.name}: {error}") from None
     for key in data:
         if key not in _KEYS:
-            raise impossible(path.name, key, data[key], "unknown key", unknown(key, _KEYS))
+            raise unknown_key(path.name, key, data[key], _KEYS)
     base = data.pop("extends", None)
     if base is None:
         return path, data
@@ -165,15 +170,15 @@ def _choose_profile(where: str, profiles: Any, asked: str | None, device: str) -
     for name, table in profiles.items():
         for key in table:
             if key not in _PROFILE_KEYS:
-                raise impossible(
-                    f"{where}, [profile.{name}]", key, table[key], "unknown key", unknown(key, _PROFILE_KEYS),
-                )  # fmt: skip
+                raise unknown_key(f"{where}, [profile.{name}]", key, table[key], _PROFILE_KEYS)
         for key in ("devices", "notes"):
             codec.from_json(tuple[str, ...], table.get(key, []), f"{where}, [profile.{name}], {key}")
         for section in _SECTIONS:
             if not isinstance(table.get(section, {}), Mapping):
                 remedy = f"Write {section}.KEY = VALUE."
                 raise impossible(f"{where}, [profile.{name}]", section, table[section], "a table is expected", remedy)
+        for section in KEYS:
+            check_keys(f"{where}, [profile.{name}.{section}]", section, table.get(section, {}))
         for key in _OF_PLACE:
             if key in table.get("protocol", {}):
                 why = "a profile is chosen by the device, and which device there is hangs on it"
@@ -236,6 +241,8 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
                 raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Mend the value.")
             fields[key] = data[key]
     fields["title"] = redact(" ".join(fields["title"].split()))  # one line, as it heads every report
+    for section in ("workload", "protocol"):
+        check_keys(f"{where}, [{section}]", section, data.get(section, {}))
     try:
         workload = codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]")
         study = Study(

@@ -11,9 +11,11 @@ from harness.errors import UsageError
 from harness.run.contenders import contenders_of
 from harness.run.feasibility import check_feasible
 from harness.run.plan import make_plan
+from harness.studies.keys import KEYS
 from harness.studies.limits import NAME_BYTES
 from harness.studies.study_file import load_study
 
+TWELVE = KEYS["controls"][:12]
 ONE = "[[variant]]\nname = 'x'\n"
 
 
@@ -62,7 +64,7 @@ def test_a_value_beyond_any_machine_is_refused(tmp_path, section, key, value):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[axes]\n" + "".join(f"k{n} = [1, 2, 3, 4, 5, 6, 7, 8]\n" for n in range(12)), "68719476736 combinations"),
+        ("[axes]\n" + "".join(f"{key} = [1, 2, 3, 4, 5, 6, 7, 8]\n" for key in TWELVE), "68719476736 combinations"),
         ("[sweeps]\nr = [" + ", ".join(map(str, range(16, 1100))) + "]\n[controls]\nr = 16", "1084 variants"),
         (f"[[variant]]\nname = '{'x' * 300}'", "300 bytes long"),
         (f"[[variant]]\nname = '{'é' * 100}'", "200 bytes long"),

@@ -164,8 +164,8 @@ def test_a_sweep_may_be_of_the_workload(tmp_path, table):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('workload.batch_siz = 4', "batch_siz: equal for all variants, or not known. Did you mean 'batch_size'?"),
-        ('workload.data = "x.json"', "data: equal for all variants"),
+        ('workload.batch_siz = 4', "workload.batch_siz = 4: unknown key. Did you mean batch_size?"),
+        ('workload.data = "x.json"', "workload.data = 'x.json': equal for all variants"),
         ("workload.batch_size = 0", "too small"),
         ('workload.batch_size = "four"', "int is expected"),
         ("workload.batch_size = 2", "same configuration"),
@@ -321,7 +321,7 @@ def test_every_deviation_is_named(tmp_path):
     ("text", "words"),
     [
         (SWEPT.replace("r = 16", "r = 12"), ["[sweeps]", "r = [8, 16, 32]", "r = 12", "add the value"]),
-        (SWEPT.replace('devices = ["cpu"]', "device = 3"), ["[profile.cpu]", "device", "Did you mean 'devices'"]),
+        (SWEPT.replace('devices = ["cpu"]', "device = 3"), ["[profile.cpu]", "device", "Did you mean devices?"]),
         (SWEPT + "[[variant]]\nname='a'", ["[sweeps] and [[variant]]"]),
         (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='trend-up',axis='lora_alpha',metric='step_time_s'}]",
          ["claim '1'", "lora_alpha", "fewer than two"]),

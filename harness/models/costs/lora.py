@@ -23,6 +23,8 @@ STEP_BYTES = 4
 Python number."""
 BLOCK = 256
 """Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Modules outside the blocks that PEFT can adapt; all known families call them so."""
 MOMENT_TABLE_BYTES = 256 * 4
 """The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
 
@@ -40,6 +42,12 @@ def targets_of(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
             f"PEFT has no default for model type {shape.architecture!r}", 'Name layers, or use ("all-linear",).',
         )  # fmt: skip
     return targets
+
+
+def unknown_targets(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
+    """The target modules of a variant that name neither a linear layer of the model nor its embedding or head."""
+    known = {ALL_LINEAR, *linear_widths(shape), *EMBEDDINGS}
+    return tuple(target for target in variant.target_modules if target.rpartition(".")[2] not in known)
 
 
 def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
