@@ -110,14 +110,18 @@ def document_of(run: Run, view: RunView) -> Document:
     from harness.verdicts.mixed import is_mixed
 
     document = describe_run(view)
-    if read_study(run).claims and not is_mixed(
-        run
-    ):  # a claim is of one kind of machine, and the notices say what this is
+    # A claim is of one kind of machine, and the notices say what this is.
+    if not read_study(run).claims or is_mixed(run):
+        return document
+    if view.valid:
         from harness.report.claims import describe_verdicts
         from harness.verdicts.claims import judge_claims
 
-        document += describe_verdicts(judge_claims(run))
-    return document
+        return document + describe_verdicts(judge_claims(run))
+    from harness.report.table import Section, say
+
+    said = f"not judged: the run is invalid. `lorameter claims {view.run}` judges them by the trials that there are."
+    return (*document, Section(title="Claims", lines=(say(said),)))
 
 
 def _asked(options: argparse.Namespace) -> Asked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.report.comparison import list_differences, title_of_report, write_compared
+from harness.report.comparison import invalid_of, list_differences, title_of_report, write_compared
 from harness.report.gate import outcome_of
 from harness.report.words import title_of
 from harness.verdicts.outcome import EXIT_OF, PRECEDENCE
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def gate_annotations(result: GateResult) -> str:
     """The gate as workflow commands: an error for what fails, a warning for what the policy lets pass."""
     level = "notice" if result.passed else "error"
-    whole = annotation(level, "lorameter gate", f"{outcome_of(result)}: {title_of_report(result.report)}")
+    said = f"{_invalid(invalid_of(result.report))}{outcome_of(result)}: {title_of_report(result.report)}"
+    whole = annotation(level, "lorameter gate", said)
     found = _verdicts(result.report, lenient=result.policy.inconclusive == "pass")
     unmet = [annotation("error", "lorameter: policy", line) for line in result.unmet]
     return "\n".join([whole, *found, *unmet, *_differing(result.report)]) + "\n"
@@ -32,8 +33,12 @@ def gate_annotations(result: GateResult) -> str:
 
 def comparison_annotations(report: ComparisonReport) -> str:
     """A comparison that no policy judges: an error for what is no pass."""
-    whole = annotation("notice", "lorameter compare", title_of_report(report))
+    whole = annotation("notice", "lorameter compare", f"{_invalid(invalid_of(report))}{title_of_report(report)}")
     return "\n".join([whole, *_verdicts(report, lenient=False), *_differing(report)]) + "\n"
+
+
+def _invalid(reasons: str | None) -> str:
+    return "" if reasons is None else f"INVALID: {reasons}. "
 
 
 def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
@@ -66,8 +71,8 @@ def annotation(level: str, title: str, message: str) -> str:
 def run_annotations(view: RunView) -> str:
     """A run: an error for each trial without a result and for a run that does not count, a warning a notice."""
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    stands = "valid" if view.valid else "not complete" if view.state != "complete" else "invalid"
-    lines = [annotation("notice" if view.valid else "error", "lorameter run", f"{view.run} is {stands}: {counted}")]
+    said = f"{_invalid(view.invalid)}{view.run} is {'valid' if view.valid else 'invalid'}: {counted}"
+    lines = [annotation("notice" if view.valid else "error", "lorameter run", said)]
     lines += [annotation("error", "lorameter: trial without a result", failure) for failure in view.failures]
     lines += [annotation("warning", f"lorameter: {one.code}", f"{one.message} {one.remedy}") for one in view.notices]
     return "\n".join(lines) + "\n"

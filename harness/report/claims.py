@@ -19,6 +19,7 @@ from harness.report.table import (
     list_sections,
     say,
     say_each,
+    say_invalid,
     say_once,
     write_ratio,
     write_row,
@@ -44,13 +45,12 @@ _LEGEND = (
 
 def describe_claims(report: ClaimsReport) -> Document:
     """All that is said of a run's claims."""
-    failed = Span(text=_invalid(report), tone="alarm")
     return (
+        *say_invalid(_invalid(report)),
         Section(title=report.title, lines=say_each([_held(report)]), apart=False),
         *describe_verdicts(report),
         *list_sections({"Machine and versions": tuple(_place(report))}),
         *list_sections({"Differs from the study as written": report.deviations, "Notes": report.notes}),
-        *([] if report.valid else [say(failed, indented=False, apart=True)]),
     )
 
 
@@ -155,7 +155,12 @@ def _share(share: Share) -> str:
     return f"{format_interval(100 * share.value, low, high, '1')} %"
 
 
-def _invalid(report: ClaimsReport) -> str:
+def _invalid(report: ClaimsReport) -> str | None:
+    """Why nothing of it counts; None where it does."""
+    if report.valid:
+        return None
+    if report.newer_schema is not None:
+        return f"the run was written by schema {report.newer_schema}, which this version does not know"
     if not report.replicates:
-        return "No trial of this run is ok: there is nothing to judge by. See the report of the run."
-    return "A control failed: the reference differs from itself, so quieten the machine and measure again."
+        return "no trial of the run is ok, so there is nothing to judge by. See the report of the run"
+    return "a control failed: the reference differs from itself. Quieten the machine and measure again"

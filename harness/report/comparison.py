@@ -23,6 +23,7 @@ from harness.report.table import (
     Table,
     list_sections,
     say,
+    say_invalid,
     say_once,
     tone_of,
     write_ratio,
@@ -55,6 +56,7 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     more = lines[MOST_FINDINGS:]
     folded = Fold(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
     return (
+        *say_invalid(invalid_of(report)),
         Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], apart=False),
         *([folded] if more else []),
         say_once(Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), apart=True)),
@@ -62,6 +64,12 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
         *list_sections({"Differing": list_differences(report)}),
         *describe_notices(report.notices),
     )
+
+
+def invalid_of(report: ComparisonReport) -> str | None:
+    """Why verdicts do not count: the first few reasons; None where all of them do."""
+    reasons = dict.fromkeys(one.comparison.reason for one in report.comparisons if one.verdict == "invalid")
+    return first_few(list(reasons), NAMED, "; ") if reasons else None
 
 
 def title_of_report(report: ComparisonReport) -> str:

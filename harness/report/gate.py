@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from harness.report.comparison import describe_comparison
-from harness.report.table import Document, Section, Span, Tone, say
+from harness.report.comparison import describe_comparison, invalid_of
+from harness.report.table import Document, Section, Span, Tone, say, say_invalid
 
 if TYPE_CHECKING:
     from harness.verdicts.gate import GateResult
@@ -16,8 +16,10 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
     """Whether the gate is passed and why, then the comparison; `ab`: whether both sides were measured in one job."""
     unmet = tuple(say(Span(text=line, tone="bad")) for line in result.unmet)
     tone: Tone = "good" if result.passed else "bad"
-    outcome = Section(title=outcome_of(result), tone=tone, lines=unmet, apart=False)
-    return (outcome, *describe_comparison(result.report, ab=ab))
+    invalid = invalid_of(result.report)
+    outcome = Section(title=outcome_of(result), tone=tone, lines=unmet, apart=False, last=invalid is None)
+    first = say_invalid(invalid)
+    return (*first, outcome, *describe_comparison(result.report, ab=ab)[len(first) :])
 
 
 def outcome_of(result: GateResult) -> str:

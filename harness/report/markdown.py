@@ -64,7 +64,8 @@ def escape(text: str) -> str:
 
 
 def _text(blocks: Sequence[Block], dropped: Sequence[str]) -> str:
-    parts = [part for place, block in enumerate(blocks) for part in _block(block, "###" if place == 0 else "####")]
+    first = next((block for block in blocks if isinstance(block, Section)), None)
+    parts = [part for block in blocks for part in _block(block, "###" if block is first else "####")]
     if dropped:
         parts.append(f"Left out, as this would be too long: {escape(', '.join(dropped))}.")
     return "\n\n".join(part for part in parts if part) + "\n"

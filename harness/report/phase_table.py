@@ -22,7 +22,7 @@ from harness.verdicts.comparand import is_memory
 from harness.verdicts.judging import LimitsOf
 from harness.verdicts.sameness import sides_of_run
 from harness.verdicts.series import Groups, Series, pairs_of
-from harness.verdicts.standing import control_of, followed_alone, ratios_of
+from harness.verdicts.standing import Standing, control_of, discounted, followed_alone, ratios_of
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
@@ -90,7 +90,7 @@ class PhaseTable:
 
 
 def tabulate_phase(
-    phase: Phase, metric: str, control: Comparison | None, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
+    phase: Phase, metric: str, stands: Standing, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
 ) -> PhaseTable:
     """A phase by its primary metric, with every other metric that is a column of it."""
     shown = _shown(study, groups)
@@ -99,11 +99,15 @@ def tabulate_phase(
         asked += ("time_per_real_token_s",)
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     title = PHASE_TITLES[phase]
-    return _tabulate(phase, metric, control, run, study, groups, limits_of, others=columns, title=title, whole=True)
+    ratios = _ratios(groups, study, metric, stands.controls[phase], limits_of, stands.invalid)
+    return _tabulate(
+        phase, metric, stands.controls[phase], ratios, run, study, groups, limits_of, others=columns, title=title,
+        whole=True,
+    )  # fmt: skip
 
 
 def tabulate_metric(
-    metric: str, phase: Phase, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
+    metric: str, phase: Phase, stands: Standing, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
 ) -> PhaseTable:
     """One metric or kind of memory that was asked for, with the control of its own."""
     if is_memory(metric):
@@ -112,7 +116,8 @@ def tabulate_metric(
     else:
         control = control_of(groups, study.reference, metric, family=1)
     title = f"{PHASE_TITLES[phase]}: {title_of(metric)}"
-    return _tabulate(phase, metric, control, run, study, groups, limits_of, others=(), title=title, whole=False)
+    ratios = _ratios(groups, study, metric, control, limits_of, stands.invalid)
+    return _tabulate(phase, metric, control, ratios, run, study, groups, limits_of, others=(), title=title, whole=False)
 
 
 def _shown(study: Study, groups: Groups) -> list[Series]:
@@ -120,8 +125,8 @@ def _shown(study: Study, groups: Groups) -> list[Series]:
 
 
 def _tabulate(
-    phase: Phase, metric: str, control: Comparison | None, run: Run, study: Study, groups: Groups, limits_of: LimitsOf,
-    *, others: Sequence[str], title: str, whole: bool,
+    phase: Phase, metric: str, control: Comparison | None, ratios: Mapping[str, Comparison], run: Run, study: Study,
+    groups: Groups, limits_of: LimitsOf, *, others: Sequence[str], title: str, whole: bool,
 ) -> PhaseTable:  # fmt: skip
     """`whole`: whether it is all that there is of a phase, or one metric of it."""
     shown = _shown(study, groups)
@@ -135,7 +140,6 @@ def _tabulate(
     columns += [Column(key=TAILS, head=f"p{100 * TAIL:g}")] if tailed else []
     columns += [Column(key=PEAK, head="peak memory")] if peaked else []
     columns += [Column(key=CHECKS, head="checks")] if whole else []
-    ratios = _ratios(groups, study, metric, control, limits_of)
     reference = groups.get((study.reference, "variant"))
     rows = []
     for index, series in enumerate(shown):
@@ -175,23 +179,25 @@ def _margin(limits_of: LimitsOf, name: str, metric: str) -> float:
 
 
 def _ratios(
-    groups: Groups, study: Study, metric: str, control: Comparison | None, limits_of: LimitsOf
+    groups: Groups, study: Study, metric: str, control: Comparison | None, limits_of: LimitsOf, invalid: str | None
 ) -> Mapping[str, Comparison]:
+    """Each variant against the reference; in an invalid run without a verdict."""
     names = [variant.name for variant in study.variants]
     limits = {name: limits_of(name, metric) for name in names}
     if not is_memory(metric):
-        return ratios_of(
+        ratios = ratios_of(
             groups, study, metric, control,
             tolerance={name: one.tolerance for name, one in limits.items()},
             margin={name: one.margin for name, one in limits.items()},
         )  # fmt: skip
+        return {name: discounted(one, invalid) for name, one in ratios.items()}
     base = groups.get((study.reference, "variant"))
     found = {
         name: _compare_peaks(base, groups.get((name, "variant")), metric, limits[name].tolerance)
         for name in names
         if name != study.reference
     }
-    return {name: one for name, one in found.items() if one is not None}
+    return {name: discounted(one, invalid) for name, one in found.items() if one is not None}
 
 
 def _compare_peaks(base: Series | None, other: Series | None, kind: str, tolerance: float) -> Comparison | None:

@@ -29,6 +29,7 @@ from harness.report.table import (
     list_sections,
     say,
     say_each,
+    say_invalid,
     say_once,
     write_ratio,
 )
@@ -57,6 +58,7 @@ def describe_run(view: RunView) -> Document:
 
 
 def _blocks(view: RunView) -> Iterator[Block]:
+    yield from say_invalid(view.invalid)
     yield Section(title=view.title, lines=(*_findings(view), *view.facts), apart=False)
     for table in view.tables:
         yield _table(table)
@@ -74,13 +76,11 @@ def _blocks(view: RunView) -> Iterator[Block]:
     if view.state != "complete":
         what = f" ({view.state}): what is shown is what there is."
         yield say(Span(text="This run is not complete", tone="alarm"), what, indented=False)
-    elif not view.valid:
-        where = " see the notices and trials above."
-        yield say(Span(text="This run is invalid:", tone="alarm"), where, indented=False)
 
 
 def _findings(view: RunView) -> Iterator[Line]:
-    """What came of each table in a line: who is slower or faster and by how much, and of whom nothing can be told."""
+    """The verdicts of each table in a line: which variants are slower or faster and by how much, which are equivalent,
+    and which are open or invalid."""
     for table in view.tables:
         found = [(row, row.ratio) for row in table.rows if row.ratio is not None]
         told = [f"{row.name} {say_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)]
@@ -88,10 +88,12 @@ def _findings(view: RunView) -> Iterator[Line]:
             "": told,
             "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
             "cannot tell: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
+            "invalid: ": [row.name for row, ratio in found if ratio.verdict == "invalid"],
         }
         parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
         if parts:
-            yield say(Span(text="; ".join(parts), tone="strong"), lead=_lead(table))
+            line = say(Span(text="; ".join(parts), tone="strong"), lead=_lead(table))
+            yield dataclasses.replace(line, last=view.valid)
 
 
 def _lead(table: PhaseTable) -> str:
@@ -180,6 +182,8 @@ def _control(table: PhaseTable) -> Line:
     control = table.control
     if control is None:
         return say("control: not measured")
+    if control.ratio is None:
+        return say(f"control (the reference measured twice): not measured: {control.reason}")
     said = write_finding(control, table.metric, 0.01 if is_memory(table.metric) else 0.05, "variants")
     begin = f"control (the reference measured twice): {write_ratio(control).line} "
     finding = Span(text=f"{said.said or said.verdict}", tone="strong")
@@ -227,7 +231,7 @@ def _statistics(view: RunView) -> Iterator[Block]:
     lines = []
     for table in view.tables:
         found: list[tuple[str, Comparison]] = [] if table.control is None else [("control", table.control)]
-        found += [(row.name, row.ratio) for row in table.rows if row.ratio is not None]
+        found += [(row.name, row.ratio) for row in table.rows if row.ratio and row.ratio.verdict != "invalid"]
         about = title_of_ratio(table.metric)
         lines += [say(f"{about}, {name}: ", Span(text=one.reason, tone="faint")) for name, one in found]
     if lines and not all(table.alone for table in view.tables):

@@ -56,6 +56,8 @@ class Line:
     """Whether it belongs to what stands above it."""
     apart: bool = False
     """Whether an empty line stands before it."""
+    last: bool = False
+    """Whether a terminal repeats it below the report."""
 
     @property
     def text(self) -> str:
@@ -74,6 +76,8 @@ class Section:
     tone: Tone = "plain"
     apart: bool = True
     """Whether an empty line stands before it."""
+    last: bool = False
+    """Whether a terminal repeats it below the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,10 +198,25 @@ Block: TypeAlias = Line | Section | Fold | Table | Gallery | Panel
 Document: TypeAlias = tuple[Block, ...]
 
 
+_INVALID = "INVALID: "
+
+
 def say(*parts: str | Span, lead: str = "", indented: bool = True, apart: bool = False) -> Line:
     """One line of plain text and of spans."""
     spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
     return Line(spans=spans, lead=lead, indented=indented, apart=apart)
+
+
+def say_invalid(reasons: str | None) -> tuple[Line, ...]:
+    """The first line of a report that does not count; none of one that does."""
+    if reasons is None:
+        return ()
+    return (Line(spans=(Span(text=f"{_INVALID}{reasons}", tone="alarm"),), indented=False, last=True),)
+
+
+def says_invalid(block: Block) -> bool:
+    """Whether it is such a line."""
+    return isinstance(block, Line) and block.text.startswith(_INVALID)
 
 
 def say_each(texts: Iterable[str]) -> tuple[Line, ...]:

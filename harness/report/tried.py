@@ -8,9 +8,10 @@ from harness.profile.remedy import Tried
 from harness.records.metrics import METRICS
 from harness.records.units import format_interval
 from harness.report.notices import describe_notices
-from harness.report.table import Document, Line, Section, Span, say, write_ratio
+from harness.report.table import Document, Line, Section, Span, say, say_invalid, write_ratio
 from harness.report.words import write_finding
 from harness.verdicts.judging import MARGIN
+from harness.verdicts.series import is_difference
 
 
 def describe_tried(tried: Tried) -> Document:
@@ -27,10 +28,11 @@ def describe_tried(tried: Tried) -> Document:
 def _lines(tried: Tried) -> Iterator[Line]:
     finding, comparison, control = tried.finding, tried.comparison, tried.control
     title = METRICS[tried.metric].title
+    yield from say_invalid(_invalid(tried))
     if comparison is not None:
         ratio = f"{title} with the remedy over without: {write_ratio(comparison).line} "
         found = write_finding(comparison, tried.metric, MARGIN, "variants")
-        yield say(ratio, Span(text=found.said or found.verdict, tone="strong"))
+        yield say(ratio, Span(text=found.said or found.verdict if tried.valid else "invalid", tone="strong"))
         yield say(Span(text=comparison.reason, tone="faint"))
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         of = "a step" if tried.metric == "step_time_s" else f"the {title}"
@@ -43,9 +45,18 @@ def _lines(tried: Tried) -> Iterator[Line]:
         yield say(f"control (the present variant measured twice): {said}")
     for failure in tried.failures:
         yield say(Span(text=failure, tone="bad"))
-    if not tried.valid:
-        yield say(Span(text="This comparison is invalid.", tone="alarm"))
     yield say(f"run {tried.run}")
+
+
+def _invalid(tried: Tried) -> str | None:
+    """Why the comparison does not count; None where it does."""
+    if tried.valid:
+        return None
+    if tried.failures:
+        return tried.failures[0]
+    if tried.control is not None and is_difference(tried.control):
+        return "the control differs from itself"
+    return f"see `lorameter report {tried.run}`"
 
 
 def _gain(ratio: float, low: float | None, high: float | None) -> str:

@@ -78,10 +78,15 @@ class RunView:
     counts: dict[str, int]
     state: str
     """How the run stands: complete, running, killed, interrupted or failed."""
-    valid: bool
-    """False when a trial is not ok or a control came out as a difference."""
+    invalid: str | None
+    """Why the run is invalid, so that no verdict counts; None where it is valid."""
     spending: Spending | None = None
     """What its time went to, where it says so."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether its verdicts count."""
+        return self.invalid is None
 
 
 def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
@@ -110,7 +115,7 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
         notices=notices_of(run, study, stands.controls),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
-        valid=stands.valid,
+        invalid=stands.invalid,
         spending=run.manifest.spending,
     )
 
@@ -138,7 +143,7 @@ def _view_of_sites(run: Run, study: Study, asked: Asked) -> RunView:
         notices=join_notices(run, {site: view.notices for site, view in views.items()}),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
-        valid=stands.valid,
+        invalid=stands.invalid,
     )
 
 
@@ -147,9 +152,8 @@ def _tables(run: Run, study: Study, groups: Groups, stands: Standing, asked: Ask
     if absent := [phase for phase in asked.phases if phase not in stands.controls]:
         raise UsageError(f"phase {absent[0]!r}: run {run.manifest.run} has {', '.join(stands.controls) or 'none'}.")
     if not asked.metrics:
-        primary, controls = stands.primary, stands.controls
         tables = [
-            tabulate_phase(phase, primary[phase], controls[phase], run, study, groups, asked.limits_of)
+            tabulate_phase(phase, stands.primary[phase], stands, run, study, groups, asked.limits_of)
             for phase in phases
         ]
         return [with_charts(table, _of(study, asked), groups) for table in tables]
@@ -161,7 +165,7 @@ def _tables(run: Run, study: Study, groups: Groups, stands: Standing, asked: Ask
             raise UsageError(f"metric {pattern!r}: run {run.manifest.run} has none of that name. {hint}")
     chosen = [(metric, phase_of(metric)) for metric in matching(known, asked.metrics)]
     return [
-        tabulate_metric(metric, phase, run, study, groups, asked.limits_of)
+        tabulate_metric(metric, phase, stands, run, study, groups, asked.limits_of)
         for metric, phase in chosen
         if not asked.phases or phase in phases
     ]

@@ -15,7 +15,7 @@ from typing import Any
 from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
-from harness.records.metrics import METRICS, PRIMARY
+from harness.records.metrics import METRICS
 from harness.records.record import Interleaving, Notice
 from harness.records.store import Run
 from harness.stats import Comparison
@@ -38,7 +38,7 @@ from harness.verdicts.series import (
     without_numbers,
 )
 from harness.verdicts.software import say_versions, versions_by_name
-from harness.verdicts.standing import control_faults, control_of, newer_faults, phases_of, run_faults, say_broken
+from harness.verdicts.standing import newer_faults, run_faults, say_broken, standing_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +79,10 @@ def report_of(
         sites = runs_of_sites(run).items()
         told = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
         return _report_of_sites(run, told)
-    study, control = _study(run), compare_base_to_itself(run)
-    broken = say_broken(run.manifest.run, [*newer_faults(run), *run_faults(run), *control_faults(control.items())])
+    study = _study(run)
+    stands = standing_of(run, study)
+    control: dict[str, Comparison | None] = dict(stands.controls.items())
+    broken = say_broken(run.manifest.run, (*stands.newer, *stands.faults))
     pairs = _pairs(run, study, broken, metrics)
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
@@ -161,13 +163,6 @@ def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[S
         pairing=pairing_of(series[0], metric),
         drops=found.drops if found else None,
     )
-
-
-def compare_base_to_itself(run: Run) -> dict[str, Comparison | None]:
-    """The base against itself, by phase; None where it was not measured."""
-    groups, phases = series_of(run.records, "base"), phases_of(run)
-    twin = next((name for name, role in groups if role == "control"), "")
-    return {phase: control_of(groups, twin, PRIMARY[phase], family=len(phases)) for phase in phases}
 
 
 def attribution_of(run: Run) -> Attribution:

@@ -92,10 +92,10 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
     refuse_mixed(run, "a baseline")
     stands = standing_of(run, read_study(run))
-    if not stands.valid:
-        why = next(iter(stands.failures), stands.broken)
+    if stands.invalid:
         raise InvalidRunError(
-            f"run {run.path.name}: not valid, so it was not accepted: {why}. See `lorameter report {run.path.name}`."
+            f"run {run.path.name}: not valid, so it was not accepted: {stands.invalid}. "
+            f"See `lorameter report {run.path.name}`."
         )
     accepted = Baseline(
         fingerprint=run.manifest.fingerprint,

@@ -5,10 +5,11 @@ Whoever asks is told the same: the report, a comparison, the gate, a baseline, a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.records.metrics import PHASES, Phase, primary_metric
+from harness.records.metrics import PHASES, PRIMARY, Phase, primary_metric
 from harness.records.record import SCHEMA, TrialRecord
 from harness.records.store import Run
 from harness.records.units import first_few, format_count
@@ -45,12 +46,20 @@ class Standing:
     """What makes every number doubtful; a trial that failed makes those of its variant so."""
     newer: tuple[str, ...] = ()
     """That a newer schema wrote it, which forbids a verdict and no number."""
+    trials: tuple[str, ...] = ()
+    """Trials that are not ok, or whose required path was not active: the numbers of their variants are doubtful."""
 
     @property
     def valid(self) -> bool:
-        """Whether every trial is ok, no line is lost, every control is there and came out as no difference, and all of
-        it is known to this version."""
-        return not (self.failures or self.faults or self.newer)
+        """Whether every trial is ok, no line is lost, every required path was active, every control is there and came
+        out as no difference, and all of it is known to this version."""
+        return self.invalid is None
+
+    @property
+    def invalid(self) -> str | None:
+        """The first few reasons why the run is invalid and none of its verdicts counts; None where it is valid."""
+        reasons = (*self.newer, *self.faults, *self.trials)
+        return first_few(reasons, MOST_FAULTS, "; ") if reasons else None
 
     @property
     def broken(self) -> str | None:
@@ -63,19 +72,25 @@ def standing_of(run: Run, study: Study) -> Standing:
     are in these. Raises nothing for missing trials: what is not there is said."""
     if is_mixed(run):
         return _standing_of_sites(run, study)
-    groups = series_of(run.records)
     primary = {phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)}
-    controls = {
-        phase: _control(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
-    }
+    limit = _limit(run, study)
+    if run.manifest.sides:
+        controls = compare_base_to_itself(run)
+    else:
+        groups = series_of(run.records)
+        controls = {
+            phase: _control(groups, study.reference, metric, limit, family=len(primary))
+            for phase, metric in primary.items()
+        }
     asked = () if followed_alone(run, study) else controls.items()
     return Standing(
         run=run.manifest.run,
         primary=primary,
         controls=controls,
         failures=(*_failures(run), *_missing(run)),
-        faults=(*run_faults(run), *control_faults(asked)),
+        faults=(*run_faults(run), *control_faults(asked, limit)),
         newer=tuple(newer_faults(run)),
+        trials=tuple(_trials(run, study)),
     )
 
 
@@ -89,8 +104,9 @@ def _standing_of_sites(run: Run, study: Study) -> Standing:
         primary=next((stands.primary for stands in sites.values()), {}),
         controls={},
         failures=(*_failures(run), *_missing(run)),
-        faults=(*run_faults(run), *control_faults(controls), *fault_of_sites(run)),
+        faults=(*run_faults(run), *control_faults(controls, _limit(run, study)), *fault_of_sites(run)),
         newer=tuple(newer_faults(run)),
+        trials=tuple(_trials(run, study)),
     )
 
 
@@ -119,11 +135,12 @@ def run_faults(run: Run) -> Iterator[str]:
             yield f"trial {record.trial} of the control is {record.status}"
 
 
-def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterator[str]:
-    """What the controls of a side, each with its phase, say against all of its numbers."""
+def control_faults(controls: Iterable[tuple[str, Comparison | None]], limit: str | None = None) -> Iterator[str]:
+    """What the controls of a side, each with its phase, say against all of its numbers; `limit` says what limit has
+    left out those that were not measured."""
     for phase, control in controls:
         if control is None:
-            yield f"the control of phase {phase!r} was not measured"
+            yield f"the control of phase {phase!r} was not measured" + (f": {limit} left it out" if limit else "")
         elif is_difference(control):
             yield f"its control {control.verdict} in phase {phase!r}: the reference differs from itself"
 
@@ -138,6 +155,13 @@ def trial_faults(record: TrialRecord, study: Study) -> Iterator[str]:
                 yield f"trial {record.trial}: required path {check.get('path')} is {check.get('status')}, not active"
 
 
+def discounted(found: Comparison, invalid: str | None) -> Comparison:
+    """A comparison as it counts in its run: in one that is invalid its numbers stay, and its verdict is `invalid`."""
+    if invalid is None:
+        return found
+    return dataclasses.replace(found, verdict="invalid", reason=f"the run is invalid: {invalid}")
+
+
 def say_broken(run: str, faults: Sequence[str]) -> str | None:
     """The first few faults of a run, and how many there are beside them; None of none."""
     return f"run {run}: {first_few(faults, MOST_FAULTS, '; ')}" if faults else None
@@ -148,7 +172,14 @@ def phases_of(run: Run) -> tuple[Phase, ...]:
     return tuple(phase for phase in PHASES if phase in run.manifest.phases)
 
 
-def _control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
+def compare_base_to_itself(run: Run) -> dict[Phase, Comparison | None]:
+    """The base of an A/B against itself, by phase; None where it was not measured."""
+    groups, phases = series_of(run.records, "base"), phases_of(run)
+    twin = next((name for name, role in groups if role == "control"), "")
+    return {phase: control_of(groups, twin, PRIMARY[phase], family=len(phases)) for phase in phases}
+
+
+def _control(groups: Groups, name: str, metric: str, limit: str | None, *, family: int) -> Comparison | None:
     """As `control_of`; undecided where the twin was left out because one replicate gives nothing an interval
     (`harness.run.cold_starts`)."""
     found = control_of(groups, name, metric, family=family)
@@ -156,7 +187,17 @@ def _control(groups: Groups, name: str, metric: str, *, family: int) -> Comparis
     if found is not None or reference is None or twin is None:
         return found
     most = max(len(series.measured(metric)) for series in groups.values())
-    return without_numbers("inconclusive", ONE_REPLICATE) if most == 1 and not twin.measured(metric) else None
+    if most != 1 or twin.measured(metric):
+        return None
+    left_out = f"{limit} left out the second measurement of {name}, and one replicate gives no interval"
+    return without_numbers("inconclusive", left_out if limit else ONE_REPLICATE)
+
+
+def _limit(run: Run, study: Study) -> str | None:
+    """The limit of time, in words, where it is what left out a control: there is one, and all trials of the control
+    are ok."""
+    minutes, twins = study.protocol.max_minutes, [one.status for one in run.records if one.role == "control"]
+    return f"the time limit of {minutes:g} minutes" if minutes and twins and set(twins) == {"ok"} else None
 
 
 def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
@@ -195,6 +236,13 @@ def _failures(run: Run) -> Iterator[str]:
     for record in run.records:
         if record.status != "ok":
             yield f"{record.trial}: {_ending(record)} (log: {record.log})"
+
+
+def _trials(run: Run, study: Study) -> Iterator[str]:
+    """The faults of all trials; that one of the control is not ok is a fault of the run."""
+    for record in run.records:
+        if record.role != "control" or record.status == "ok":
+            yield from trial_faults(record, study)
 
 
 def _missing(run: Run) -> Iterator[str]:

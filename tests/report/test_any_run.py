@@ -35,13 +35,13 @@ def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
 @pytest.mark.parametrize(
     ("run", "words"),
     [
-        ("failed", ["Trials without a result", "oom", "This run is invalid"]),
+        ("failed", ["Trials without a result", "oom", "INVALID: "]),
         ("killed", ["This run is not complete (killed)", "its process was killed"]),
         ("one-replicate", ["one replicate gives no interval", "[no interval]"]),
         ("without-reference", ["–", "control: not measured"]),
-        ("control-failed", ["control-failed", "This run is invalid"]),
-        ("diverged", ["This run is invalid"]),
-        ("newer", ["newer-schema", "schema 6", "This run is invalid"]),
+        ("control-failed", ["control-failed", "INVALID: "]),
+        ("diverged", ["INVALID: "]),
+        ("newer", ["newer-schema", "schema 6", "INVALID: "]),
     ],
 )
 def test_what_is_wrong_with_it_is_said(run, words, capsys):

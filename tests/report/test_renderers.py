@@ -93,13 +93,18 @@ def letters(text):
 
 
 def in_words(document):
-    """The document without what a renderer draws in its own way: charts, and ratios around 1."""
+    """The document without what a renderer draws in its own way: charts, ratios around 1, and what is repeated."""
     for block in document:
         if isinstance(block, Table):
             heads = tuple(dataclasses.replace(head, ratio=False) for head in block.heads)
             yield dataclasses.replace(block, heads=heads)
         elif isinstance(block, Fold):
             yield from block.lines
+        elif isinstance(block, Section):
+            lines = tuple(dataclasses.replace(line, last=False) for line in block.lines)
+            yield dataclasses.replace(block, lines=lines, last=False)
+        elif isinstance(block, Line):
+            yield dataclasses.replace(block, last=False)
         elif not isinstance(block, Gallery):
             yield block
 

@@ -108,7 +108,7 @@ def test_a_control_that_differs_makes_the_run_invalid(small_study, tmp_path):
     view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=slow))
     assert not view.valid
     assert "control-failed" in {notice.code for notice in view.notices}
-    assert "This run is invalid" in text_of(view)
+    assert text_of(view).startswith("INVALID: its control regressed in phase 'train'")
 
 
 def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):

@@ -16,7 +16,8 @@ from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.record import Failure, TrialRecord
 from harness.records.store import Manifest, RunWriter
-from harness.verdicts.ab import attribution_document, attribution_of, compare_base_to_itself, report_of
+from harness.verdicts.ab import attribution_document, attribution_of, report_of
+from harness.verdicts.standing import compare_base_to_itself
 
 TURNS = 30
 MIB = 2**20

@@ -82,7 +82,7 @@ def oom(record):
 @pytest.mark.parametrize(("options", "said"), [
     ({"control": 1.3}, "control regressed"),
     ({"status": "interrupted"}, "interrupted"),
-    ({"change": oom}, "r1-nf4: oom"),
+    ({"change": oom}, "r1-nf4 is oom"),
 ])  # fmt: skip
 def test_an_invalid_run_is_not_accepted(write_run, lorameter, tmp_path, options, said):
     """Exit 4 with the reason, and the earlier baseline stays."""

@@ -23,7 +23,7 @@ from harness.report.curves import Curves
 from harness.report.figure import Figure
 from harness.report.html.pictures import draw, draw_chart
 from harness.report.html.svg import series_class
-from harness.report.table import Cell, Document, Table, name_columns, tone_of, write_row, write_value
+from harness.report.table import Cell, Document, Table, name_columns, says_invalid, tone_of, write_row, write_value
 from kernels_check.visible import make_visible
 
 
@@ -40,9 +40,11 @@ def write_html(
         again: the command and all that it takes to measure this again; empty where that is not known.
     """
     series = {name: number for number, name in enumerate(names)}
+    invalid, document = (document[0], document[1:]) if document and says_invalid(document[0]) else (None, document)
     style, script = _file("style.css"), _file("script.js")
     return _environment().get_template("page").render(
-        title=title, document=document, figures=figures, again=again, series={make_visible(name) for name in series},
+        title=title, invalid=invalid, document=document, figures=figures, again=again,
+        series={make_visible(name) for name in series},
         names=[(make_visible(name), series_class(number)) for name, number in series.items()],
         pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
         chart=lambda chart, above: Markup(draw_chart(chart, above, series)),

@@ -1,0 +1,146 @@
+"""A run that does not count says so first, in every format, and shows no verdict as if it counted."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness.cli import main
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+COUNTED = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)
+INVALID = {
+    "control-failed": "its control regressed in phase 'train': the reference differs from itself",
+    "noisy": "its control improved in phase 'train': the reference differs from itself",
+    "without-reference": "the control of phase 'train' was not measured",
+    "diverged": "trial r1-qlora-nf4-r64-a256 is invalid in timed: the loss of step 4 is nan",
+    "failed": "trial r0-qlora-nf4-r64-a256-solo is oom in build: tried to allocate 2.00 GiB",
+    "disturbed": "trial r2-qlora-nf4-r64-a256 is invalid in train: while training the machine swapped 64 MiB in 1.00 s",
+    "interrupted": "its status is 'interrupted', not 'complete'",
+    "killed": "its status is 'running', not 'complete'",
+    "newer": "it was written by schema 6, and this version knows schemas up to",
+    "swept-in-part": "3 planned trials without a record, r0-r=32 among them",
+}
+
+
+class Body(HTMLParser):
+    """The texts between the tags of a page's body, in their order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words = []
+        self.feed(text.partition("<body>")[2])
+
+    def handle_data(self, data):
+        self.words += [data.strip()] if data.strip() else []
+
+
+@pytest.fixture
+def reported(tmp_path, capsys):
+    """A function that reports a run in each format; the lines of each, of the page its texts."""
+
+    def read(run, *options):
+        page = tmp_path / "page.html"
+        words = ["report", str(run), "--runs-dir", str(RUNS), *options]
+        found = {}
+        for form in ("text", "markdown", "github"):
+            main([*words, "--format", form, "--html", str(page)])
+            found[form] = capsys.readouterr().out.splitlines()
+        text = page.read_text("utf-8")
+        found["page"] = Body(text).words
+        found["verdicts"] = re.findall(r'<span class="verdict [^"]*">(.*?)</span>', text)
+        found["title"] = [unescape(re.search("<title>(.*?)</title>", text)[1])]
+        return found
+
+    return read
+
+
+def without_escapes(line):
+    """A line as it is read: without what Markdown and a workflow command escape."""
+    return re.sub(r"\\(.)", r"\1", line).replace("%2C", ",").replace("%3A", ":")
+
+
+@pytest.mark.parametrize("run", INVALID)
+def test_an_invalid_run_says_so_in_its_first_line(run, reported):
+    """With the reason, in every format; the terminal repeats it as the last line."""
+    found = reported(run)
+    for form in ("text", "markdown", "github", "page", "title"):
+        first = without_escapes(found[form][0])
+        assert "INVALID: " in first, form
+        assert INVALID[run] in first, form
+    last = max(number for number, line in enumerate(found["text"]) if line.startswith("INVALID: "))
+    assert last > 20
+    assert found["text"][last:] == found["text"][: len(found["text"]) - last]
+
+
+@pytest.mark.parametrize("run", INVALID)
+def test_no_verdict_of_an_invalid_run_counts(run, reported, capsys):
+    """Neither in the headline nor in a table or a figure, and not in the document of --json: each is `invalid`."""
+    main(["report", run, "--runs-dir", str(RUNS), "--json"])
+    document = json.loads(capsys.readouterr().out)
+    ratios = [row["ratio"] for table in document["tables"] for row in table["rows"] if row["ratio"]]
+    assert {ratio["verdict"] for ratio in ratios} <= {"invalid"}
+    assert all(ratio["reason"].startswith("the run is invalid: ") for ratio in ratios)
+    names = {row["name"] for table in document["tables"] for row in table["rows"]}
+    found = reported(run)
+    for form in ("text", "markdown"):
+        for line in found[form]:
+            named = re.match(r"\W*(training|generation|cold start|\S+) ", line)
+            if named and without_escapes(named[1]) in {"training", "generation", "cold start", *names}:
+                assert not COUNTED.search(line), (form, line)
+    assert set(found["verdicts"]) <= {"invalid"}
+    assert bool(found["verdicts"]) == bool(ratios)
+
+
+@pytest.mark.parametrize("run", sorted(INVALID.keys() - {"newer"}))
+def test_the_frames_of_an_invalid_run_hold_no_verdict_that_counts(run):
+    """Each is `invalid`, with the reason."""
+    frame = harness.load(run, RUNS).comparisons
+    assert set(frame["verdict"]) <= {"invalid"}
+    assert frame["reason"].str.startswith("the run is invalid: ").all()
+
+
+def test_the_numbers_of_an_invalid_run_stay(reported):
+    """Its ratios and their intervals are shown and are in the frame."""
+    rows = harness.load("control-failed", RUNS).comparisons
+    assert len(rows) == 3
+    assert rows[["ratio", "low", "high"]].notna().all(axis=None)
+    assert "0.9943 [0.9922, 0.9963]" in "\n".join(reported("control-failed")["text"])
+
+
+def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, reported):
+    """Whatever the status of its trial says."""
+
+    def fell_back(record):
+        check = {"path": "base.bits", "required": 4, "observed": 16, "status": "fallback", "reason": "seen"}
+        return record.replaced(checks=(check,)) if record.trial == "r1-nf4" else record
+
+    path = write_run("fell", {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}, change=fell_back)
+    line = reported(path)["text"][0]
+    assert line == "INVALID: trial r1-nf4: required path base.bits is fallback, not active"
+    assert set(harness.load(path).comparisons["verdict"]) == {"invalid"}
+
+
+@pytest.mark.parametrize("run", ["ab-failed", "ab-unsure"])
+def test_an_ab_says_first_whether_it_is_invalid(run, reported):
+    """And repeats it, or what its gate says, as the last line."""
+    lines = reported(run)["text"]
+    said = (
+        "INVALID: run ab-failed: trial r2-qlora-nf4-r16-candidate is crashed" if run == "ab-failed" else "Gate failed"
+    )
+    assert lines[0].startswith(said)
+    assert lines[-1] == lines[0]
+
+
+def test_a_valid_run_repeats_its_verdicts_below_the_report(reported):
+    """The last line of a long report on a terminal is the headline; the page and Markdown have it once."""
+    found = reported("sound")
+    assert found["text"][-2:] == found["text"][1:3]
+    assert "10 % slower" in found["text"][-2]
+    assert sum("10 % slower" in line for line in found["markdown"]) == 1
