@@ -50,7 +50,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
     from harness.models import catalogue, shapes
     from harness.models.costs.cards import find_card
-    from harness.models.costs.memory import estimate_phases, stored_dtype
+    from harness.models.costs.memory import estimate_phases
     from harness.records import store
     from harness.records.memory_account import MEMORY_PHASES
     from harness.run.executors import open_executor
@@ -70,20 +70,22 @@ def run_estimate(options: argparse.Namespace) -> int:
     study, variant = load_variant(options.variant, profile=options.profile, device=machine.kind)
     workload = study.with_overrides(model=options.model, data=options.data).workload
     source = catalogue.resolve(workload.model)
-    shape, stored = shapes.shape(source), stored_dtype(source)
+    shape = shapes.shape(source)
     unknown = shapes.unknown_layers(shape)
     process = process_bytes(here, runs)
     found = (
         []
         if unknown
-        else estimate_phases(variant, workload, shape, device=machine.device, stored=stored, process_bytes=process)
+        else estimate_phases(
+            variant, workload, shape, device=machine.device, repacks=machine.avx512_bf16, process_bytes=process
+        )
     )
     estimates = {one.phase: one for one in found}
     # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
     measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
     advice = None
     if device is not None and not unknown:
-        fitter = Fitter(device=device, shape=shape, stored=stored, process_bytes=process)
+        fitter = Fitter(device=device, shape=shape, process_bytes=process)
         advice = advise(fitter, variant, workload, with_largest=options.max_batch)
     notices = [layers_notice(workload.model, unknown)] if unknown else []
     notices += type_notices(variant, machine)

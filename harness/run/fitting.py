@@ -127,14 +127,13 @@ class Fitter:
 
     device: Device
     shape: ModelShape
-    stored: str | None
     process_bytes: int | None
 
     def needs(self, variant: Variant, workload: Workload) -> Needs:
         """Of the phase that needs most. Raises `UnknownLayersError`."""
         expected = estimate_peak(
-            variant, workload, self.shape, device=self.device.machine.device, stored=self.stored,
-            process_bytes=self.process_bytes,
+            variant, workload, self.shape, device=self.device.machine.device,
+            repacks=self.device.machine.avx512_bf16, process_bytes=self.process_bytes,
         )  # fmt: skip
         return Needs(expected_bytes=expected.needed_bytes)
 

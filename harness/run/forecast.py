@@ -19,11 +19,10 @@ from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
 from harness.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
-    base_bytes,
     birth_bytes,
     estimate_peak,
+    mapped_bytes,
     passing_bytes,
-    stored_dtype,
 )
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
@@ -118,17 +117,16 @@ def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine)
 
 
 def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Bytes that these processes, each counted for itself, have in common: a base that is not quantised is mapped from
-    one file. Of a quantised one each may come to have layers of its own (`harness.trial.building.packing`),
-    as of one that the adapter's initialisation or the training of its biases rewrites."""
+    """Bytes that these processes, each counted for itself, have in common: the base, which is mapped from one file. One
+    that the adapter's initialisation or the training of its biases rewrites is each process's own."""
     seen: set[BaseKey] = set()
     again = 0
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        if variant.quantization != "none" or variant.rewrites_base or variant.bias != "none" or unknown_layers(shape):
+        if variant.rewrites_base or variant.bias != "none" or unknown_layers(shape):
             continue
         key = base_key(variant, workload)
-        again += base_bytes(variant, shape) if key in seen else 0
+        again += mapped_bytes(variant, shape) if key in seen else 0
         seen.add(key)
     return again
 
@@ -169,7 +167,7 @@ def needed_bytes(
     if workload.model == OWN:
         return {variant.name: _measured_script(variant, workload, machine, runs) for variant in variants}
     source = catalogue.resolve(workload.model)
-    shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
+    shape, device = shapes.shape(source), machine.device
     kind, extra = _kind_of_peak(device)
     measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
     processes, birth = processes_on_device(workload, device), birth_bytes(machine.cuda)
@@ -177,7 +175,9 @@ def needed_bytes(
     def need(variant: Variant) -> int | None:
         peak, expected = measured.get(variant.id), None
         if not unknown_layers(shape):
-            expected = estimate_peak(variant, workload, shape, device=device, stored=stored, process_bytes=birth)
+            expected = estimate_peak(
+                variant, workload, shape, device=device, repacks=machine.avx512_bf16, process_bytes=birth
+            )
         if peak:  # of training, and requests may take more
             requests = expected.needed_bytes if expected is not None and expected.phase == "generate" else 0
             return processes * max(peak + extra, requests)

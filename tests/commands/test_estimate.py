@@ -105,6 +105,28 @@ def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
         assert ("memory-taken" in notices(2.0, share and int(needed * share))) is taken
 
 
+@pytest.mark.parametrize(("variant", "repacks"), [("qlora-nf4-r16", True), ("lora-r16", False)])
+def test_generation_with_4_bit_weights_counts_the_repacked_copy(
+    variant, repacks, capsys, tmp_path, monkeypatch, machine
+):
+    """On a CPU with AVX512-BF16, where bitsandbytes makes one beside the mapped base; never in training or on a GPU."""
+
+    def estimated(*options, avx512_bf16):
+        here = dataclasses.replace(machine, avx512_bf16=avx512_bf16)
+        monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: here)
+        spec = ["estimate", f"lora-or-qlora:{variant}", "--model", "random:qwen2.5-0.5b", "--json"]
+        assert main([*spec, *options, "--runs-dir", str(tmp_path)]) == 0
+        return msgspec.convert(json.loads(capsys.readouterr().out), EstimateOf)
+
+    plain, packed = estimated(avx512_bf16=False), estimated(avx512_bf16=True)
+    assert packed.train == plain.train
+    more = packed.generate.total_bytes - plain.generate.total_bytes
+    copied = packed.generate.kinds["linear_weights"] * (1 + 1 / 16) if repacks else 0  # with 2 bytes for 64 weights
+    assert more == pytest.approx(copied, rel=1e-3)
+    card = [estimated("--gpu", "24GiB", avx512_bf16=supported).generate for supported in (False, True)]
+    assert card[0] == card[1]
+
+
 WIDE = """
 title = "Wide"
 [workload]

@@ -30,7 +30,7 @@ def fitter(machine):
         else:
             device = on_card(machine, find_card(card))
         shape = shapes.shape(catalogue.resolve(f"random:{model}"))
-        return Fitter(device=device, shape=shape, stored=None, process_bytes=None)
+        return Fitter(device=device, shape=shape, process_bytes=None)
 
     return make
 

@@ -28,7 +28,7 @@ def advice(machine):
         device = on_machine(machine, None) if card is None else on_card(machine, find_card(card))
         shape = shapes.shape(catalogue.resolve(f"random:{model}"))
         return advise(
-            Fitter(device=device, shape=shape, stored=None, process_bytes=None), variant, workload, **asked
+            Fitter(device=device, shape=shape, process_bytes=None), variant, workload, **asked
         )  # fmt: skip
 
     return make
@@ -129,7 +129,7 @@ def test_on_a_cpu_nothing_is_paged_and_widths_are_those_of_its_kernels(advice, m
     """What would be refused there is no advice."""
     assert {one.writes for one in advice(LORA, card=None).left_out} == {'optimizer = "paged_adamw_8bit"'}
     narrow = dataclasses.replace(shapes.shape(catalogue.resolve("random:smollm2-135m")), intermediate_size=1000)
-    fitter = Fitter(device=on_machine(machine, None), shape=narrow, stored=None, process_bytes=None)
+    fitter = Fitter(device=on_machine(machine, None), shape=narrow, process_bytes=None)
     refused = {one.writes: one.why for one in advise(fitter, LORA, WIDE).left_out}
     assert "do not divide" in refused['quantization = "nf4"']
 

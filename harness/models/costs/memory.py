@@ -96,6 +96,7 @@ def estimate_memory(
     phase: MemoryPhase = "train",
     device: str = "cpu",
     stored: str | None = None,
+    repacks: bool = False,
     process_bytes: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a phase by kind.
@@ -106,8 +107,11 @@ def estimate_memory(
         shape: of the model.
         phase: "train" for a step, "generate" for a request.
         device: "cpu" or "cuda".
-        stored: type of a checkpoint that is mapped from its file (`stored_dtype`), None where weights are made or
-            converted in memory.
+        stored: type of a checkpoint that the trial itself maps (`stored_dtype`). None where it maps a prepared base, as
+            in a run, or makes its weights in memory.
+        repacks: whether the CPU has AVX512-BF16 and the base is a prepared one. bitsandbytes then replaces the 4-bit
+            weights by a repacked copy at the first forward pass in eval mode (`Linear4bit.forward` of bitsandbytes
+            0.50), while the file with the originals stays mapped for the embeddings and norms.
         process_bytes: what a trial's process begins with: as measured with the libraries of this machine, else
             `birth_bytes` of its torch; None for that of a build for CPUs.
 
@@ -132,6 +136,9 @@ def estimate_memory(
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
         # Embeddings and norms are still the file's own pages, and hold all of it in memory.
         kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
+    if repacks and phase == "generate" and variant.is_4bit:
+        kinds["checkpoint_pages"] = kinds["linear_weights"] + kinds["quantization_state"]
+        kinds["quantization_state"] = _constants(variant, shape, repacked=True)
     return MemoryEstimate(phase=phase, kinds=in_order(kinds))
 
 
@@ -182,16 +189,26 @@ def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
     widths = linear_widths(shape).values()
     return {
         "linear_weights": shape.layers * sum(weight_bytes(*sizes, variant) for sizes in widths),
-        "quantization_state": shape.layers * sum(constant_bytes(*sizes, variant) for sizes in widths),
+        "quantization_state": _constants(variant, shape),
         f"embeddings_{dtype}": shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2) * outside,
         f"norms_{dtype}": (family_of(shape).norms * shape.layers + 1) * shape.hidden_size * outside,
         "adapter": adapter_parameters(variant, shape) * _adapter_width(variant),
     }
 
 
-def base_bytes(variant: Variant, shape: ModelShape) -> int:
-    """All of the base as it is stored, its constants included."""
-    return sum(size for kind, size in _resident(variant, shape).items() if kind != "adapter")
+def _constants(variant: Variant, shape: ModelShape, *, repacked: bool = False) -> int:
+    """Of quantisation, in all linear layers."""
+    return shape.layers * sum(
+        constant_bytes(*sizes, variant, repacked=repacked) for sizes in linear_widths(shape).values()
+    )
+
+
+def mapped_bytes(variant: Variant, shape: ModelShape) -> int:
+    """What processes on one prepared base share: all of it but what each casts to float32 for itself."""
+    kinds = _resident(variant, shape)
+    if variant.prepare_for_kbit:
+        return kinds["linear_weights"] + kinds["quantization_state"]
+    return sum(size for kind, size in kinds.items() if kind != "adapter")
 
 
 def _adapter_width(variant: Variant) -> int:

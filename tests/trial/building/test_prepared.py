@@ -11,13 +11,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from harness.models import bases, catalogue
+from harness.models import bases, catalogue, shapes
+from harness.models.costs.memory import estimate_memory
 from harness.records.refusals import refusal_in
 from harness.studies.protocol import Protocol
 from harness.studies.request import BaseRequest, TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building import base_model, lora, prepared
+from harness.trial.memory import resident_tensors, storage_bytes
+from harness.trial.profiling.pages import read_pages
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 192,
@@ -254,6 +257,26 @@ def test_nobody_writes_into_what_is_shared(saved):
                 parameter.data.zero_()
         assert bases.verify(folder) is not None
         assert_alike(directly(model, variant), prepared.take(folder, variant, "cpu"))
+
+
+def test_the_estimate_counts_what_repacking_leaves_in_memory(saved):
+    """After an evaluating forward pass each 4-bit layer has a copy of its own, and the mapped originals stay."""
+    variant, model = VARIANTS["nf4"], saved()
+    base = prepared.take(Path(prepared.prepare(asked(model, variant)).path), variant, "cpu")
+    if not next(one for one in base.modules() if isinstance(one, bnb.nn.Linear4bit)).support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 alone")
+
+    pages = read_pages().files
+    file = next(path for path in pages if path.endswith(bases.TENSORS))
+    with torch.no_grad():
+        base(input_ids=torch.arange(8)[None])
+    now, tensors = read_pages(), resident_tensors(base, None)
+    assert file not in {now.file_at(weight.data_ptr()) for weight in tensors["linear_weights"]}
+    assert now.files[file] >= pages[file]
+    shape = shapes.shape(catalogue.resolve(model))
+    kinds = estimate_memory(variant, Workload(model=model), shape, phase="generate", repacks=True).kinds
+    for kind in ("linear_weights", "quantization_state"):
+        assert kinds[kind] == pytest.approx(sum(map(storage_bytes, tensors[kind])), rel=0.01)
 
 
 @every_variant
