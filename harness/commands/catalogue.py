@@ -77,6 +77,7 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
     from harness.models import catalogue
     from harness.records import codec, store
     from harness.studies.study_file import builtin_studies, load_study
+    from harness.studies.workload import identify
 
     if options.what == "studies":
         return [{"name": name, "title": load_study(name).title} for name in builtin_studies()]
@@ -88,8 +89,10 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for variant in study.variants:
         changed = {key: codec.to_json(getattr(variant, key)) for key in variant.differences(type(variant)())}
-        words = " ".join(f"{key}={value}" for key, value in changed.items())
-        rows.append({"name": variant.name, "id": variant.id, "differs from the defaults in": words})
+        own = {f"workload.{key}": value for key, value in study.workloads.get(variant.name, {}).items()}
+        words = " ".join(f"{key}={value}" for key, value in (changed | own).items())
+        identity = identify(variant.id, study.own_workloads.get(variant.name))
+        rows.append({"name": variant.name, "id": identity, "differs from the defaults in": words})
     return rows
 
 

@@ -25,9 +25,9 @@ from harness.report.table import (
     write_value,
 )
 from harness.report.words import title_of
+from harness.results.columns import VERSIONS
 from harness.results.history import Break, History, Moment, Plateau, Suspicion, Track
 from harness.results.history import Line as Course
-from harness.results.points import VERSIONS
 from harness.stats.changes import LEAST_POINTS
 from harness.verdicts.comparand import Difference
 

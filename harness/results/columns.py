@@ -7,9 +7,12 @@ the unit in `unit` (`s`, `byte`, `1/s`, `J`, `1`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, get_type_hints
+
+from harness.studies.variant import Variant
+from harness.studies.workload import OF_VARIANTS, Workload
 
 Kind = Literal["text", "count", "number", "flag"]
 TableName = Literal["trials", "samples", "estimates", "comparisons"]
@@ -34,11 +37,38 @@ _RUN = _column("run", "text", "id of the run")
 _SIDE = _column("side", "text", "`base` or `candidate` of an A/B; missing where there are no sides")
 _ROLE = _column("role", "text", "`variant`, or `control`: the reference measured once more")
 _VARIANT = _column("variant", "text", "name of the variant in its study")
-_VARIANT_ID = _column("variant_id", "text", "hash of what the variant is")
+_VARIANT_ID = _column("variant_id", "text", "hash of what the variant is, and of its workload where it has its own")
 _METRIC = _column("metric", "text", "name of the metric, of a single value or of a kind of memory")
 _PHASE = _column("phase", "text", "`train`, `generate` or `cold`; missing where it belongs to none")
 _UNIT = _column("unit", "text", "unit of the values in this row")
 _INTERLEAVING = _column("interleaving", "text", "how the trials alternated with those that they are compared with")
+
+_KINDS: Mapping[Any, Kind] = {int: "count", float: "number", bool: "flag"}
+"""Kinds of fields by their types; all other fields are texts."""
+_NO_SETTINGS = ("name", "cwd", "env", "python")
+"""Fields of a variant that are no columns: its label, and where its command is run."""
+VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
+"""Libraries whose versions are columns, and are shown with each run of a history."""
+
+
+def _settings(cls: type, prefix: str, names: Iterable[str], says: str) -> tuple[Column, ...]:
+    hints = get_type_hints(cls)
+    return tuple(_column(f"{prefix}{name}", _KINDS.get(hints[name], "text"), says.format(name=name)) for name in names)
+
+
+OF_VARIANT = _settings(
+    Variant, "", [field.name for field in fields(Variant) if field.name not in _NO_SETTINGS], "`{name}` of the variant"
+)
+OF_WORKLOAD = _settings(Workload, "workload_", OF_VARIANTS, "`{name}` of the workload that the variant is measured on")
+SETTINGS = (
+    *OF_VARIANT,
+    *OF_WORKLOAD,
+    _column("commit", "text", "commit of the repository that it was measured in; of an A/B of revisions the side's"),
+    _column("dirty", "flag", "whether the repository had changes that were not committed"),
+    *(_column(name, "text", f"version of {name}; of an A/B the side's") for name in VERSIONS),
+)
+"""The last columns of `trials` and `estimates`. Settings that are not read, as `double_quant` without a 4-bit base or
+all of a variant that is a command, are missing."""
 
 TABLES: Mapping[TableName, tuple[Column, ...]] = {
     "trials": (
@@ -62,6 +92,7 @@ TABLES: Mapping[TableName, tuple[Column, ...]] = {
         _column("started_unix_s", "number", "when it began, seconds since 1970"),
         _column("wall_time_s", "number", "how long it took"),
         _column("log", "text", "path of its log in the run's folder"),
+        *SETTINGS,
     ),
     "samples": (
         _RUN,
@@ -100,6 +131,7 @@ TABLES: Mapping[TableName, tuple[Column, ...]] = {
         _column("replicates", "count", "trials behind it"),
         _column("samples", "count", "samples of all trials together; they do not narrow the interval"),
         _INTERLEAVING,
+        *SETTINGS,
     ),
     "comparisons": (
         _RUN,

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import LorameterError
-from harness.records import store
-from harness.records.packed import list_packed
+from harness.errors import UsageError
+from harness.records import inputs, store
 from harness.results.columns import TABLES, Kind, TableName, Values
+from harness.results.folder import read_each
 from harness.results.rows import rows_of
 
 if TYPE_CHECKING:
@@ -68,16 +68,21 @@ def load_all(folder: str | Path | None = None) -> Frames:
 
     Args:
         folder: default: $LORAMETER_RUNS or ./.lorameter/runs.
+
+    Raises:
+        harness.errors.UsageError: no such folder.
     """
+    runs = _folder(folder)
+    if not inputs.is_folder(runs):
+        raise UsageError(f"{runs}: there is no such folder. Name the folder that holds the runs.")
     found: list[dict[TableName, list[Values]]] = []
     unreadable: dict[str, str] = {}
-    runs = _folder(folder)
-    for path in (*store.list_runs(runs), *list_packed(runs)):
-        try:
-            found.append(rows_of(store.read_run(str(path), path.parent)))
-        except LorameterError as error:
-            unreadable[path.name] = str(error)
-            warnings.warn(f"left out: {error}", stacklevel=2)
+    for one in read_each(runs, rows_of):
+        if one.content is not None:
+            found.append(one.content)
+        else:
+            unreadable[one.path.name] = str(one.error)
+            warnings.warn(f"left out: {one.error}", stacklevel=2)
     return _frames(found, unreadable)
 
 

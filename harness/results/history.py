@@ -17,7 +17,8 @@ from typing import Literal
 
 from harness.errors import UsageError
 from harness.records.metrics import PRIMARY
-from harness.results.points import VERSIONS, Night, Point, read_nights
+from harness.results.columns import VERSIONS
+from harness.results.points import Night, Point, read_nights
 from harness.stats.changes import Change, Course, find_changes
 from harness.studies.study_file import builtin_studies
 from harness.verdicts.comparand import Difference, differences

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.records import codec
 from harness.records.store import Run
-from harness.results.columns import names_of
+from harness.results.columns import VERSIONS, names_of
 from harness.results.folder import read_each
 from harness.results.rows import estimate_rows
 from harness.studies.stored import read_study
@@ -18,8 +18,6 @@ from harness.verdicts.series import series_of
 from harness.verdicts.software import facts_of
 from harness.verdicts.standing import newer_faults, say_broken, standing_of, trial_faults
 
-VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
-"""Libraries whose versions are shown with each run."""
 _LEFT_OUT = ("worker", "packages")
 """Of the provenance: fields that are large and say nothing of what changed."""
 

@@ -11,6 +11,7 @@ from harness.records.metrics import METRICS, PEAKS, PRIMARY, Phase
 from harness.records.record import Role, Side, TrialRecord
 from harness.records.store import Run
 from harness.results.columns import TableName, Values
+from harness.results.settings import Settings
 from harness.stats import Comparison, QuantileEstimate
 from harness.studies.stored import read_study
 from harness.studies.study import Study
@@ -54,15 +55,15 @@ def phase_of(metric: str) -> Phase | None:
 
 def trial_rows(run: Run, study: Study) -> Iterator[Values]:
     """A row a trial; earlier attempts of one that was measured again before it."""
-    about = (run.manifest.run, study.name, run.manifest.fingerprint)
+    about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
     attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
     for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
         failure = record.failure
         yield (
-            *about, record.trial, record.name, record.variant, record.role, record.side or None, record.replicate,
-            record.position, record.attempt, counts, record.interleaving, record.seed, record.status,
+            *about, record.trial, record.name, settings.id_of(record), record.role, record.side or None,
+            record.replicate, record.position, record.attempt, counts, record.interleaving, record.seed, record.status,
             failure.phase if failure else None, failure.message if failure else None,
-            record.started_unix_s, record.wall_time_s, record.log or None,
+            record.started_unix_s, record.wall_time_s, record.log or None, *settings.of([record]),
         )  # fmt: skip
 
 
@@ -87,13 +88,14 @@ def _turns(record: TrialRecord) -> tuple[int, ...]:
 
 def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Values]:
     """A row for each metric and kind of memory that a variant has; only for `metric` where that is given."""
-    about = (run.manifest.run, study.name, run.manifest.fingerprint)
+    about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
     for side in _SIDES if run.manifest.sides else ("",):
         for (variant, role), series in series_of(run.records, side).items():
-            head = (*about, variant, series.records[0].variant, role, side or None)
+            head = (*about, variant, settings.id_of(series.records[0]), role, side or None)
+            tail = settings.of(series.records)
             for name in METRICS if metric is None else METRICS.keys() & {metric}:
-                yield from _estimate(head, series, name)
-            yield from _memory(head, series, metric)
+                yield from ((*row, *tail) for row in _estimate(head, series, name))
+            yield from ((*row, *tail) for row in _memory(head, series, metric))
 
 
 def _estimate(head: Values, series: Series, metric: str) -> Iterator[Values]:

@@ -33,6 +33,8 @@ ADAPTER_FIELDS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
 )
 """Fields in which variants on one base may differ: they belong to the adapter, and the base never learns of them."""
+OF_4BIT = ("double_quant", "compute_dtype")
+"""Fields that are read only where the base is stored in 4 bits."""
 
 _RANGES: dict[str, limits.Range] = {
     "r": (1, 2**16),
@@ -234,9 +236,8 @@ class Variant:
     def id(self) -> str:
         """Short content id: equal for equal configurations, on any machine, in any order of keys."""
         content = {key: value for key, value in codec.to_json(self).items() if key != "name"}
-        for key in ("double_quant", "compute_dtype"):  # what is not read must not tell two variants apart
-            if not self.is_4bit:
-                content.pop(key)
+        for key in () if self.is_4bit else OF_4BIT:  # what is not read must not tell two variants apart
+            content.pop(key)
         return hashlib.sha256(codec.dumps(content).encode()).hexdigest()[:12]
 
     def differences(self, other: Variant) -> tuple[str, ...]:

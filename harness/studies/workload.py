@@ -6,6 +6,7 @@ where the workload itself is in question has a variant one of its own (`harness.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -170,3 +171,8 @@ class Workload:
                 f'workload: repair = {self.repair!r}: it is for strategy = "fsdp2", and this is {self.strategy!r}. '
                 "Leave it out."
             )
+
+
+def identify(variant_id: str, own: Workload | None) -> str:
+    """The id of a variant that is measured on a workload of its own; that of its content where it has none."""
+    return variant_id if own is None else hashlib.sha256(f"{variant_id} {codec.dumps(own)}".encode()).hexdigest()[:12]

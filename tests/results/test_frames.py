@@ -1,15 +1,19 @@
 """DataFrames: typed, whole, and imported only by those who ask."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import harness
 from harness.errors import UsageError
-from harness.results.columns import TABLES
+from harness.results.columns import SETTINGS, TABLES
 from harness.results.frames import DTYPES, Frames
+from harness.studies.script import script_workload
+from harness.studies.variant import Variant
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "tests" / "golden" / "runs"
@@ -22,9 +26,9 @@ def load_readable():
         return harness.load_all(RUNS)
 
 
-def test_every_column_has_the_type_that_its_kind_says():
+def test_every_column_has_the_type_that_its_kind_says(tmp_path):
     """Of a run, of none, and of many below each other."""
-    for frames in (harness.load("sound", RUNS), load_readable(), harness.load_all(RUNS / "none")):
+    for frames in (harness.load("sound", RUNS), load_readable(), harness.load_all(tmp_path)):
         for table, columns in TABLES.items():
             frame = getattr(frames, table)
             assert {name: str(kind) for name, kind in frame.dtypes.items()} == {
@@ -39,6 +43,71 @@ def test_all_runs_of_a_folder_stand_below_each_other():
     mine = every.samples[every.samples["run"] == "sound"].reset_index(drop=True)
     assert mine.equals(one.samples)
     assert set(every.unreadable) == {"newer"}
+
+
+def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_path):
+    """Of trials and of estimates; double quantisation is read of a 4-bit base only."""
+    facts = {"git": {"commit": "a" * 40, "dirty": True}}
+    write_run("set", {"plain": [1.0, 1.1], "nf4": [2.0, 2.1]}, study=small_study, facts=facts)
+    frames = harness.load("set", tmp_path / "runs")
+    for frame in (frames.trials, frames.estimates):
+        by_variant = {name: rows.iloc[0] for name, rows in frame.groupby("variant")}
+        plain, nf4 = by_variant["plain"], by_variant["nf4"]
+        assert (nf4["r"], nf4["lora_alpha"], nf4["lora_dropout"]) == (4, 16.0, 0.0)
+        assert (plain["quantization"], nf4["quantization"]) == ("none", "nf4")
+        assert (plain["double_quant"] is pd.NA, nf4["double_quant"]) == (True, True)
+        assert nf4["target_modules"] == "all-linear"
+        assert (nf4["workload_sequence_length"], nf4["workload_model"]) == (32, "tiny-llama")
+        assert (nf4["commit"], nf4["dirty"], nf4["torch"], nf4["peft"]) == ("a" * 40, True, "1.0", "1.0")
+        assert nf4["command"] is pd.NA
+
+
+def test_each_side_of_an_ab_has_its_own_versions():
+    """Those of its interpreter."""
+    estimates = harness.load("ab", RUNS).estimates
+    assert {tuple(pair) for pair in estimates[["side", "peft"]].to_numpy()} == {
+        ("base", "0.20.0"),
+        ("candidate", "0.21.2"),
+    }
+
+
+def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, small_study, tmp_path):
+    """Its rank is not the default of a variant, and its versions are those that its processes tell."""
+    variants = tuple(Variant(name=name, command=f"python {name}.py") for name in ("plain", "nf4"))
+    protocol = dataclasses.replace(small_study.protocol, phases=("train",))
+    study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
+    told = {"torch": "9.9", "python": "3.12.0"}
+    write_run("scripts", {"plain": [1.0]}, study=study, change=lambda record: record.replaced(software=told))
+    trials = harness.load("scripts", tmp_path / "runs").trials
+    assert set(trials["command"]) == {"python plain.py"}
+    assert trials[["r", "quantization", "dtype", "workload_model"]].isna().all(axis=None)
+    assert set(trials["torch"]) == {"9.9"}
+
+
+def test_variants_that_differ_in_their_workload_have_different_ids(write_run, small_study, tmp_path):
+    """A variant on the workload of the study keeps the id of its content."""
+    variants = tuple(dataclasses.replace(small_study.variants[0], name=name) for name in ("plain", "long", "longer"))
+    lengths = {"long": {"sequence_length": 64}, "longer": {"sequence_length": 128}}
+    study = dataclasses.replace(small_study, variants=variants, workloads=lengths)
+    steps = {name: [1.0, 1.1] for name in ("plain", "long", "longer")}
+    write_run("own", steps, study=study, own_workloads=study.own_workloads)
+    frames = harness.load("own", tmp_path / "runs")
+    for frame in (frames.trials, frames.estimates):
+        ids = frame.groupby("variant")["variant_id"].unique().map(list)
+        assert len({one for (one,) in ids}) == 3
+        assert ids["plain"] == [variants[0].id]
+        lengths = frame.groupby("variant")["workload_sequence_length"].first()
+        assert lengths.to_dict() == {"plain": 32, "long": 64, "longer": 128}
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    """An empty table would say that there are no runs; one without runs is empty."""
+    with pytest.raises(UsageError, match="/nope"):
+        harness.load_all("/nope")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="runs"):
+        harness.load_all()
+    assert len(harness.load_all(tmp_path).trials) == 0
 
 
 def test_a_run_that_cannot_be_read_hides_no_other_and_is_named():
@@ -75,9 +144,10 @@ def test_importing_the_package_loads_no_pandas():
 
 
 def test_every_column_is_documented():
-    """docs/results.md has each with what it says, and no other."""
+    """docs/results.md has each with what it says, and no other; settings, which two tables have, once."""
     text = (ROOT / "docs" / "results.md").read_text()
-    for table, columns in TABLES.items():
-        section = text.partition(f"### `{table}`\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+    sections = {f"`{table}`": [one for one in columns if one not in SETTINGS] for table, columns in TABLES.items()}
+    for title, columns in (sections | {"Settings": SETTINGS}).items():
+        section = text.partition(f"### {title}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
         rows = [line for line in section.splitlines() if line.startswith("| `")]
         assert rows == [f"| `{one.name}` | {DTYPES[one.kind]} | {one.says} |" for one in columns]
