@@ -10,6 +10,7 @@ from harness.machine.software import normal_name
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.results.columns import OF_VARIANT, OF_WORKLOAD, VERSIONS, Values
+from harness.studies.script import SIDE
 from harness.studies.stored import read_own_workloads
 from harness.studies.study import Study
 from harness.studies.variant import OF_4BIT, Variant
@@ -43,7 +44,7 @@ class Settings:
         facts = facts_of(self._provenance(side), records)
         git, libraries = facts.get("git", {}), facts.get("libraries", {})
         return (
-            *self._of_variant(self._variants.get(name)),
+            *self._of_variant(self._variants.get(name), self._run.manifest.sides.get(side, {})),
             *self._of_workload(name),
             git.get("commit"),
             git.get("dirty"),
@@ -58,11 +59,12 @@ class Settings:
         libraries = {name: own["packages"].get(normal_name(name)) for name in VERSIONS}
         return {**self._run.manifest.provenance, "libraries": libraries, "git": own.get("git", {})}
 
-    def _of_variant(self, variant: Variant | None) -> Values:
+    def _of_variant(self, variant: Variant | None, side: Mapping[str, Any]) -> Values:
         if variant is None:
             return (None,) * len(OF_VARIANT)
         if variant.command:
-            return tuple(variant.command if column.name == "command" else None for column in OF_VARIANT)
+            command = side.get("spec") if side.get("kind") == SIDE else variant.command
+            return tuple(command if column.name == "command" else None for column in OF_VARIANT)
         unread = ("command", *(() if variant.is_4bit else OF_4BIT))
         return tuple(
             None if column.name in unread else _plain(getattr(variant, column.name), column.kind)

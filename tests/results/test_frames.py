@@ -10,6 +10,8 @@ import pytest
 
 import harness
 from harness.errors import UsageError
+from harness.records import codec, store
+from harness.records.document import write_document
 from harness.results.columns import SETTINGS, TABLES
 from harness.results.frames import DTYPES, Frames
 from harness.studies.script import script_workload
@@ -82,6 +84,22 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
     assert set(trials["command"]) == {"python plain.py"}
     assert trials[["r", "quantization", "dtype", "workload_model"]].isna().all(axis=None)
     assert set(trials["torch"]) == {"9.9"}
+
+
+def test_each_side_of_an_ab_of_two_commands_has_its_own(write_run, small_study, tmp_path):
+    """The study names that of the base alone."""
+    protocol = dataclasses.replace(small_study.protocol, phases=("train",))
+    variants = (Variant(name="plain", command="python a.py"),)
+    study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
+    sided = lambda record: record.replaced(side="candidate" if record.replicate else "base")  # noqa: E731
+    path = write_run("commands", {"plain": [1.0, 1.1]}, study=study, change=sided, control=None)
+    sides = {
+        side: {"label": side, "worker": "", "kind": "command", "spec": f"python {name}.py"}
+        for side, name in (("base", "a"), ("candidate", "b"))
+    }
+    write_document(path / "manifest.json", codec.to_json(store.read_manifest(path)) | {"sides": sides})
+    trials = harness.load("commands", tmp_path / "runs").trials
+    assert trials.set_index("side")["command"].to_dict() == {"base": "python a.py", "candidate": "python b.py"}
 
 
 def test_variants_that_differ_in_their_workload_have_different_ids(write_run, small_study, tmp_path):
