@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from harness.commands import (
     ab,
@@ -123,7 +124,34 @@ def commands_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse
 
 
 class Parser(visible.Parser):
-    """A parser whose refusals repeat no credential of what was typed."""
+    """A parser whose refusals name the nearest command, option or choice, and repeat no credential of what was typed.
+
+    argparse itself suggests names from Python 3.14 on.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but an option that this command does not have is refused at once."""
+        found, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            option = word.partition("=")[0]
+            if option.startswith("--"):
+                options = [name.removeprefix("--") for name in self._option_string_actions]
+                self.error(f"unknown option {option}. {self._nearest(option.removeprefix('--'), options, '--')}")
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        if isinstance(action, argparse._SubParsersAction):
+            self.error(f"unknown command {value!r}. {self._nearest(value, names)}")
+        if not difflib.get_close_matches(value, names):
+            super()._check_value(action, value)
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}. {self._nearest(value, names)}")
+
+    def _nearest(self, word: str, names: Sequence[str], prefix: str = "") -> str:
+        near = difflib.get_close_matches(word, names, n=1)
+        return f"Did you mean {prefix}{near[0]}?" if near else f"`{self.prog} --help` lists them."
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and end with exit code 2."""

@@ -359,3 +359,27 @@ def test_an_interrupt_while_options_are_read_is_a_stop(monkeypatch, capsys):
     monkeypatch.setattr("harness.cli.parser", lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(["list", "models"]) == 4
     assert capsys.readouterr().err == "lorameter: stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["reprot"], "unknown command 'reprot'. Did you mean report?"),
+        (["lst", "runs"], "unknown command 'lst'. Did you mean list?"),
+        (["xyzzy"], "unknown command 'xyzzy'. `lorameter --help` lists them."),
+        (["list", "rnus"], "argument what: invalid choice: 'rnus'. Did you mean runs?"),
+        (["run", "training-step", "--replcates", "3"], "unknown option --replcates. Did you mean --replicates?"),
+        (["ab", "training-step", "--candiate=HEAD"], "unknown option --candiate. Did you mean --candidate?"),
+        (["sample", "a", "b", "--xyzzy"], "unknown option --xyzzy. `lorameter sample --help` lists them."),
+        (["run", "training-step", "--lr", "3"], "unknown option --lr. `lorameter run --help` lists them."),
+        (["list", "runs", "a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_a_mistyped_command_or_option_gets_the_nearest(capsys, words, said):
+    """In one line, on every version of Python, without a list of all commands."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert said in last
+    assert "bisect" not in last
