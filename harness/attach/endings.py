@@ -7,7 +7,7 @@ import traceback
 from harness.attach.follower import StepReading
 from harness.attach.gathered import Gathered
 from harness.attach.shield import NotFollowedError
-from harness.errors import redact, said_by
+from harness.errors import said_by
 from harness.records.record import Failure, Status
 from harness.records.refusals import REFUSED, is_out_of_memory, refusal_in
 from harness.records.units import format_count
@@ -40,13 +40,13 @@ def loss_not_finite(reading: StepReading) -> Failure:
 
 
 def _of_error(error: BaseException, phase: str) -> Ending:
-    told = redact("".join(traceback.format_exception(error)))
-    message = redact(said_by(error))
+    told = "".join(traceback.format_exception(error))
+    message = said_by(error)
     if type(error) is NotFollowedError:
         return "invalid", Failure(phase=phase, kind="NotFollowed", message=message, traceback=told)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", Failure(phase=phase, kind="Interrupted", message="stopped by the user")
     if isinstance(error, Exception) and (refusal := refusal_in(error)):
-        return "interrupted", Failure(phase=phase, kind=REFUSED, message=redact(refusal), traceback=told)
+        return "interrupted", Failure(phase=phase, kind=REFUSED, message=refusal, traceback=told)
     status: Status = "oom" if is_out_of_memory(error) else "crashed"
     return status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=told)

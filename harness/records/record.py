@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import UsageError
+from harness.errors import UsageError, redact
 from harness.records import codec
 
 SCHEMA = 5
@@ -65,21 +65,33 @@ Instrument = Literal["profile", "spy"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """Something that a reader of the numbers must know, with what to do about it."""
+    """Something that a reader of the numbers must know, with what to do about it. Its texts are redacted."""
 
     code: str
     message: str
     remedy: str
 
+    def __post_init__(self) -> None:
+        _redact(self, "message", "remedy")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a trial is not ok: the phase it happened in, the kind, the message, the child's own traceback."""
+    """Why a trial is not ok: the phase it happened in, the kind, the message, the child's own traceback. Its texts are
+    redacted, as libraries repeat what they were given."""
 
     phase: str
     kind: str
     message: str
     traceback: str = ""
+
+    def __post_init__(self) -> None:
+        _redact(self, "message", "traceback")
+
+
+def _redact(instance: Notice | Failure, *names: str) -> None:
+    for name in names:
+        object.__setattr__(instance, name, redact(getattr(instance, name)))
 
 
 UNDER_WAY = "UnderWay"

@@ -31,6 +31,7 @@ from harness.run.budget import Budget, TooShortError
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
 from harness.run.executors import SCRIPTS, Executor, open_executor
+from harness.run.executors.disk import redact_logs
 from harness.run.executors.host import Host
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
@@ -198,6 +199,7 @@ def measure(
         lost, came = list[Notice](), dict[str, Facts]()
         with stops.interruptible():
             if remote:
+                stack.callback(redact_logs, runs / run_id / "logs")  # a line may have come in two parts
                 written, folder = write_plan(rest, plan, _written(arms)), runs / run_id
                 without = None if venue.arrivals is None else lost
                 ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
@@ -290,7 +292,7 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        told = (*lost, *measured.notices, *tell_left_out(measured.left_out))
+        told = (*lost, *measured.notices, *tell_left_out(measured.left_out, measured.records))
         spending = None if site is None or venue.is_spread else budget.spending()
         writer.finish(
             _status(measured),

@@ -32,6 +32,8 @@ OWN = "script"
 """Model and data of a workload that its scripts bring themselves."""
 
 _SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
+_SHELL_OPTION = re.compile(r"-[a-z]*c")
+"""What comes after it, as in `sh -c` and `bash -lc`, is a line of words."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
@@ -155,10 +157,16 @@ def name_of_command(command: str) -> str:
 
 
 def name_of_words(words: Sequence[str]) -> str:
-    """The same of words that nobody has to take apart."""
-    named = [PurePath(word).stem for word in words if word.endswith(".py")]
-    if not named and "-m" in words[1:-1]:
-        named = [words[words.index("-m") + 1]]
+    """The same of words that nobody has to take apart. A run's folder is named by it, so it holds no more of a line for
+    a shell than the script, and no credential."""
+    words = hide_credentials(words)
+    parts: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        of_shell = _SHELL_OPTION.fullmatch(before) is not None
+        parts += [part.strip("'\"();&|") for part in word.split()] if of_shell else [word]
+    named = [PurePath(part).stem for part in parts if part.endswith(".py") and "=" not in part]
+    if not named and "-m" in parts[1:-1]:
+        named = [parts[parts.index("-m") + 1]]
     program = next((word for word in words if not PYTHON.fullmatch(PurePath(word).name)), words[0])
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", named[0] if named else PurePath(program).name).strip("-")
     return name[: limits.NAME_BYTES] or "command"

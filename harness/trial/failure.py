@@ -19,8 +19,8 @@ def failure_of(error: BaseException, phase: str) -> Fragment:
         sys.stderr.write(text)
         sys.stderr.flush()
     if refusal := refusal_in(error):
-        failure = Failure(phase=phase, kind=REFUSED, message=redact(refusal), traceback=text)
+        failure = Failure(phase=phase, kind=REFUSED, message=refusal, traceback=text)
         return Fragment().failed("interrupted", failure)
     status: Status = "oom" if is_out_of_memory(error) else "crashed"
-    message = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Fragment().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))

@@ -1,11 +1,13 @@
 """`lorameter wrap`: a command as it is, and what becomes of the training in it, however it ends."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -25,8 +27,7 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 def train(steps):
-    for _ in range(steps):
-        ids = torch.randint(0, 32, (2, 6))
+    for ids in torch.utils.data.DataLoader(torch.randint(0, 32, (2 * steps, 6)), batch_size=2):
         torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -65,6 +66,32 @@ def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
     assert "steps lie between two updates" in told.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "train.py"]
     assert (tmp_path / "train.py").read_text() == LOOP
+
+
+LINE = f"HF_HOME=x WANDB_API_KEY={'0123abcd' * 5} exec python train.py"
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError('it is refused: password=hunter2')\n"])
+def test_no_credential_of_a_line_for_a_shell_is_kept(end, tmp_path, monkeypatch, capfd):
+    """The run is named by its script; no name and no file of it, packed or not, has the credential, nor has what is
+    printed, but for what the script prints itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    (tmp_path / "train.py").write_text(LOOP + end)
+    main(["wrap", "--runs-dir", "runs", "--", "sh", "-c", LINE])
+    (path,) = store.list_runs(tmp_path / "runs")
+    assert re.fullmatch(r"\d+-\d+-train-\w+", path.name)
+    (record,) = store.read_run(str(path), path.parent).records
+    assert (record.failure is None) == (not end)
+    assert main(["pack", str(path), "--include", "paths", "--include", "hosts", "--output", "run.zip"]) == 0
+    files = [one for one in (tmp_path / "runs").rglob("*") if one.is_file()]
+    with zipfile.ZipFile("run.zip") as archive:
+        packed = b"".join(map(archive.read, archive.namelist()))
+    written = packed + b"".join(one.read_bytes() for one in files) + "".join(map(str, files)).encode()
+    assert b"WANDB_API_KEY=***" in written
+    assert b"0123abcd" not in written
+    assert b"hunter2" not in written
+    assert "0123abcd" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.faults
@@ -181,9 +208,7 @@ dist.init_process_group("gloo")
 @pytest.mark.faults
 def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
     """Rank 1 takes 50 ms longer for each step, and rank 0 waits for it at the end alone; tokens are those of both."""
-    text = RANKS + LOOP.replace(
-        "    for _ in range(steps):\n", "    for _ in range(steps):\n        time.sleep(PAUSE_S)\n"
-    )
+    text = RANKS + LOOP.replace("batch_size=2):\n", "batch_size=2):\n        time.sleep(PAUSE_S)\n")
     text = text.replace("def train", "PAUSE_S = 0.05 * dist.get_rank()\ndef train") + "dist.barrier()\n"
     code, run = wrap(
         text, "--no-report",

@@ -88,6 +88,20 @@ def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
     assert (code, "--steps would change the study" in err) == (2, True)
 
 
+def test_a_credential_that_a_script_prints_is_not_kept(scripted, tmp_path):
+    """Neither in records and logs, nor in what is printed: of a line of its output and of its error's text."""
+    words = ("--replicates", "1", "--steps", "2", "--allow-disturbed")
+    code, out, err = scripted("run", "compile", "--command", "python scripted.py {leak|plain}", *words)
+    kept = {path.name: path.read_bytes().decode(errors="replace") for path in tmp_path.glob("runs/**/*.*")}
+    logs = "".join(text for name, text in kept.items() if name.endswith(".log"))
+    assert "401 for https://***@host" in kept["trials.jsonl"]
+    assert "password=*** WANDB_API_KEY=***" in logs
+    for secret in ("hunter2", "0123abcd"):
+        assert not [name for name, text in kept.items() if secret in text], secret
+        assert secret not in out + err
+    assert code == 4
+
+
 def test_versions_are_those_of_the_scripts_own_interpreter(scripted, other_python):
     """One that the command names, with a package in front of which the present one has another version."""
     command = "{python|OTHER} scripted.py plain".replace("OTHER", other_python)

@@ -21,6 +21,12 @@ def fault(number):
     if number == FAULTY:
         if HOW == "crash":
             raise RuntimeError("the tensor does not fit")
+        if HOW == "leak":
+            print("password=hunter2 WANDB_API_KEY=" + 5 * "0123abcd")
+            raise RuntimeError(
+                "401 for https://me:hunter2@host/x?token=hunter2: password=hunter2, {'api_key': 'hunter2'}, "
+                "hf_hunter2hunter2hunter2 ghp_hunter2hunter2hunter2 glpat-hunter2hunter2hunter2"
+            )
         if HOW == "oom":
             raise MemoryError("no room for 2 GiB")
         if HOW == "kill":

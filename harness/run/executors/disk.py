@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from harness.errors import redact
 from harness.records.scratch import scratch_folder
 from harness.run.executors import Place
 
@@ -39,5 +40,20 @@ class Disk:
         shutil.rmtree(self.scratch / trial, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove what was not to be kept."""
+        """Remove what was not to be kept, and redact the logs."""
         self._stack.close()
+        redact_logs(self.logs)
+
+
+def redact_logs(folder: Path) -> None:
+    """Leave credentials out of logs. Processes write their logs themselves, so this is done when they have ended.
+
+    A file is changed in place: a process of another executor may still have it open, and appends to it.
+    """
+    for path in sorted(folder.glob("*.log")):
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            text = file.read().decode(errors="surrogateescape")
+            if (redacted := redact(text)) != text:
+                file.seek(0)
+                file.write(redacted.encode(errors="surrogateescape"))
+                file.truncate()

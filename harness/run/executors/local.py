@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, shorten
+from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, redact, shorten
 from harness.machine import provenance
 from harness.machine.processes import CPUS, FAULTS, PARENT, exit_words
 from harness.machine.provenance import Facts, Machine
@@ -228,7 +228,7 @@ class LocalExecutor(Here):
             except TimeoutError:
                 raise WorkerLostError("timeout", silence("cold", timeout)) from None
         if process.returncode != 0 or not text:
-            said = log.read_bytes()[printed:].decode(errors="replace").strip()
+            said = redact(log.read_bytes()[printed:].decode(errors="replace")).strip()
             last = said.splitlines()[-1:] or ["it printed nothing"]
             message = f"the cold interpreter ended with {exit_words(process.returncode)}: {last[0]}"
             failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=said[-MOST_SAID:])

@@ -90,7 +90,8 @@ class Script:
     def said(self) -> str:
         """What it has printed, its end."""
         with contextlib.suppress(OSError):
-            return self._log.read_bytes()[self._log_begin :].decode(errors="replace").strip()[-MOST_SAID:]
+            printed = self._log.read_bytes()[self._log_begin :].decode(errors="replace")
+            return redact(printed).strip()[-MOST_SAID:]
         return ""
 
     def _hear(self, timeout_s: float, *due: Kind, steps: int = 0) -> Word:

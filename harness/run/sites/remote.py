@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from harness.errors import InvalidRunError, UsageError, said_by
+from harness.errors import InvalidRunError, UsageError, redact, said_by
 from harness.machine.kinds import say_kind
 from harness.machine.provenance import Facts
 from harness.records import codec
@@ -183,7 +183,7 @@ class RemoteStation:
         if self._logs is not None:
             self._logs.mkdir(parents=True, exist_ok=True)
             with (self._logs / f"{Path(message.trial).name}.log").open("a", encoding="utf-8") as file:
-                file.write(message.text)
+                file.write(redact(message.text))
 
 
 def _finite(seconds: float) -> float | None:
