@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from harness.records.metrics import METRICS, PHASES
-from harness.records.record import Measure, Notice
+from harness.records.metrics import METRICS, PEAKS, PHASES
+from harness.records.record import Measure, Notice, TrialRecord
 from harness.records.units import format_count
 from harness.run.plan import Group, Plan, Slot
 
@@ -31,6 +31,11 @@ SAID: dict[Part, str] = {
     "peaks": "peaks of memory", "merged": "requests with the adapter merged", "natural": "requests that the model ends",
     "requests": "requests", "losses": "held-out losses",
 }  # fmt: skip
+_EVIDENCE: dict[Part, tuple[str, ...]] = {
+    "peaks": (*PEAKS["train"], *PEAKS["generate"]), "merged": ("merged_request_time_s",),
+    "natural": ("natural_request_time_s",), "requests": ("request_time_s",), "losses": ("held_out_loss",),
+}  # fmt: skip
+"""Names that a record holds where its trial has measured that part."""
 SOUGHT_REPLICATES = 5
 """The time is spread over so many, if that many are planned: fewer give a standard deviation that is itself too
 uncertain."""
@@ -69,20 +74,24 @@ def may_leave_out(plan: Plan, groups: Sequence[Group], part: Part) -> bool:
     return part not in parts_in(thinned(plan, groups, lambda thinner: False))
 
 
-def tell_left_out(left_out: Mapping[int, frozenset[Part]]) -> tuple[Notice, ...]:
-    """What was left out in which replicates, if anything was."""
+def tell_left_out(left_out: Mapping[int, frozenset[Part]], records: Iterable[TrialRecord]) -> tuple[Notice, ...]:
+    """What was left out, if anything was, and what of it no replicate measured."""
     if not left_out:
         return ()
     missing = frozenset[Part]().union(*left_out.values())
-    said = ", ".join(word for measure, word in SAID.items() if measure in missing)
+    held = set[str]().union(*(names for one in records for names in (one.samples, one.values, one.memory)))
+    words = {part: word for part, word in SAID.items() if part in missing}
+    elsewhere = ", ".join(word for part, word in words.items() if held.intersection(_EVIDENCE[part]))
+    nowhere = ", ".join(word for part, word in words.items() if not held.intersection(_EVIDENCE[part]))
+    said = ", ".join(words.values())
     fewer = format_count(len(left_out), "replicate")
     return (
         Notice(
             code="left-out",
             message=f"{fewer} left out {said}: with them fewer than {SOUGHT_REPLICATES} replicates would have fitted "
-            "into the minutes that the run may take.",
-            remedy="Their numbers are those of the other replicates. Raise --max-minutes, or name the phases that are "
-            "to be measured in each by --phase.",
+            f"into the minutes that the run may take.{f' No replicate measured {nowhere}.' if nowhere else ''}",
+            remedy=f"{f'The numbers of {elsewhere} are those of the other replicates. ' if elsewhere else ''}Raise "
+            "--max-minutes, or name the phases that are to be measured in each by --phase.",
         ),
     )
 

@@ -254,6 +254,12 @@ def _control(title: str, control: Comparison) -> Iterator[Notice]:
             message=f"{title}: the reference differs from itself, {ratio}, so this run is invalid.",
             remedy="Quieten the machine and measure again; believe no difference of this run.",
         )
+    elif control.verdict == "inconclusive" and control.ratio is None:
+        yield Notice(
+            code="control-inconclusive",
+            message=f"{title}: the control was not measured: {ratio}, so no two variants can be called equivalent.",
+            remedy="Give the run more minutes; cold starts are measured more often with cold_replicates in [protocol].",
+        )
     elif control.verdict == "inconclusive":
         count = control.replicates_needed
         needed = f"--lorameter-replicates={count} (pytest) or --replicates {count}" if count else "5 to begin with"

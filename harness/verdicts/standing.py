@@ -189,7 +189,7 @@ def _control(groups: Groups, name: str, metric: str, limit: str | None, *, famil
     most = max(len(series.measured(metric)) for series in groups.values())
     if most != 1 or twin.measured(metric):
         return None
-    left_out = f"{limit} left out the second measurement of {name}, and one replicate gives no interval"
+    left_out = f"{limit} left out the control (a second measurement of {name}), and one replicate gives no interval"
     return without_numbers("inconclusive", left_out if limit else ONE_REPLICATE)
 
 

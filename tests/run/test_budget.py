@@ -112,7 +112,7 @@ def measured(small_study):
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
             stop=Stopping(plan, budget),
         )  # fmt: skip
-        executor.notices = tell_left_out(found.left_out)
+        executor.notices = tell_left_out(found.left_out, found.records)
         return executor, {record.trial: record for record in found.records}
 
     return measure
@@ -378,6 +378,16 @@ def test_later_replicates_leave_out_what_would_cost_them_their_number(measured):
     assert notice.code == "left-out"
     assert "peaks of memory, requests" in notice.message
     assert not measured(None, costs=COSTLY, replicates=3, phases=PHASES)[0].notices
+
+
+def test_what_no_replicate_measured_is_not_said_to_be_of_the_others(measured):
+    """The limit left out the requests of the only replicate; of several the numbers are those of the others."""
+    (notice,) = measured(160.0, costs=COSTLY, replicates=5, phases=PHASES)[0].notices
+    assert "No replicate measured peaks of memory, requests." in notice.message
+    assert "other replicates" not in notice.remedy
+    (notice,) = measured(400.0, costs=COSTLY, replicates=5, phases=PHASES)[0].notices
+    assert "requests" not in notice.message.partition("No replicate measured ")[2]
+    assert notice.remedy.startswith("The numbers of requests are those of the other replicates.")
 
 
 @pytest.mark.parametrize("asked", [{"phases": ("train", "generate")}, {"phases": PHASES, "precision": 0.01}])
