@@ -7,6 +7,7 @@ different names, and leave out what follows from the rest; both are settled here
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,10 +182,17 @@ def gguf_of(path: Path) -> Header:
             "catalogue", "model", str(path), "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
         )
     try:
-        return gguf_header.read_header(path)
+        state = path.stat()
+        return _read_header(path, state.st_size, state.st_mtime_ns)
     except (OSError, inputs.NotReadableError) as error:
         why = f"not a readable GGUF file ({shorten(str(error))})"
         raise impossible("catalogue", "model", str(path), why, "Download it again.") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
+    """A forecast asks for the shape hundreds of times, and walking over a vocabulary takes tenths of a second."""
+    return gguf_header.read_header(path)
 
 
 class UnknownLayersError(UsageError):

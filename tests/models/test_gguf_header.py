@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -118,3 +120,20 @@ def test_without_the_package_the_remedy_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_header, "is_readable", lambda: False)
     with pytest.raises(UsageError, match=r"pip install 'lorameter\[gguf\]'"):
         shapes.shape(catalogue.resolve(f"random:{tmp_path / 'model.gguf'}"))
+
+
+def test_a_dry_run_reads_the_header_once(gguf_file, tmp_path):
+    """Walking over a vocabulary takes tenths of a second, and a forecast asks for the shape of each pair of trials."""
+    study = 'title = "t"\n[workload]\nsequence_length = 32\nprompt_tokens = 8\nnew_tokens = 4\n'
+    study += "".join(f'[[variant]]\nname = "r{r}"\nr = {r}\n' for r in (2, 4, 8))
+    (tmp_path / "study.toml").write_text(study)
+    code = (
+        "import sys\n"
+        "from harness.cli import main\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, told: event == 'open' and opened.append(str(told[0])))\n"
+        f"code = main(['run', 'study.toml', '--model', {str(gguf_file)!r}, '--dry-run'])\n"
+        f"print('OPENED', code, opened.count({str(gguf_file)!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "OPENED 0 1" in done.stdout
