@@ -133,7 +133,7 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
 
 
 def read_comparand(name: str, runs: Path) -> Comparand:
-    """A run by id, directory or packed file, or a pytest-benchmark file.
+    """A run by id, directory or packed file, a pytest-benchmark file, or a folder of such files.
 
     Raises:
         UsageError: none of these, or one that cannot be read.
@@ -142,9 +142,17 @@ def read_comparand(name: str, runs: Path) -> Comparand:
         from harness.verdicts.benchmark_json import read_benchmark_json
 
         return read_benchmark_json(Path(name))
+    folder = Path(name)
+    if inputs.is_folder(folder) and not store.is_run(folder) and not store.is_run(runs / name):
+        from harness.verdicts.benchmark_folder import list_benchmarks, read_benchmark_folder
+
+        if list_benchmarks(folder):
+            return read_benchmark_folder(folder)
     try:
         return comparand_of(store.read_run(name, runs, newer=True))
     except UsageError as error:
         if inputs.is_folder(runs / name) or inputs.is_there(name):
             raise
-        raise UsageError(f"{error} A pytest-benchmark .json file works too; there is none at {name!r}.") from None
+        raise UsageError(
+            f"{error} A pytest-benchmark .json file, or a folder of several, works too; there is none at {name!r}."
+        ) from None

@@ -2,7 +2,8 @@
 
 A file of ours keeps the boundaries between trials beside the raw samples, so it says as much as the run itself. Any
 other file holds the rounds of one process. However many they are, they are one replicate: most of the scatter of a
-duration lies between processes (Kalibera & Jones 2013), so a file like that gives a ratio and never an interval.
+duration lies between processes (Kalibera & Jones 2013), so one file gives a ratio and no interval. Several files in a
+folder are replicates (`harness.verdicts.benchmark_folder`).
 
 pytest-benchmark's files have no field for enough to compare two of them as well as the runs themselves, so ours adds
 it: trial boundaries make the raw samples replicates again, and the control and the failures are written down too,
@@ -32,7 +33,12 @@ from harness.verdicts.standing import control_faults
 FOREIGN_METRIC = "round_time_s"
 """What pytest-benchmark itself measures: the time of one round, whatever it held."""
 NO_SAMPLES = "no samples were saved, only their summary: save again with --benchmark-save-data"
-ONE_PROCESS = "all rounds come from one process, which is one replicate and gives no interval: measure in several"
+ONE_PROCESS = (
+    "all rounds come from one process, which is one replicate and gives no interval: save several sessions into one "
+    "folder, as with --benchmark-json=FOLDER/1.json, and compare the folders"
+)
+FOREIGN = "pytest-benchmark alone"
+"""What wrote a file that is not ours."""
 
 
 def read_benchmark_json(path: Path) -> Comparand:
@@ -77,7 +83,7 @@ def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
         name=where,
         sides=sides,
         facts={
-            "written_by": "pytest-benchmark alone",
+            "written_by": FOREIGN,
             "cpu": cpu.get("brand_raw", cpu.get("brand")) if isinstance(cpu, dict) else None,
             **{key: machine.get(key) for key in ("machine", "system", "python_implementation", "python_version")},
         },
