@@ -4,21 +4,20 @@ Paths become the names at their end; names of hosts, users and cards, and addres
 examples of the data, and the answers of a model to them) are left out; all unless it is asked for. What remains is
 every sample, every check, every verdict. Logs and tokens are never packed.
 
-A path is told by its form: it begins with `/`, `~` or `.`, or has folders and ends in the name of a file. A run whose
-model or data was named by a path is thus no more comparable to one that has that path in it.
+How these are recognised is in `harness.results.private`. A run whose model or data was named by a path is no more
+comparable to one that has that path in it.
 """
 
 from __future__ import annotations
 
-import getpass
+import functools
 import os
 import re
-import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.errors import UsageError
+from harness.errors import UsageError, redact
 from harness.records import beside, codec, inputs, journal, store
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
@@ -29,6 +28,7 @@ from harness.records.refusals import say_unwritable
 from harness.records.scratch import scratch_folder
 from harness.records.store import MANIFEST, TRIALS, Manifest
 from harness.records.trial_lines import TrialLines, line_of
+from harness.results.private import without_hosts, without_paths
 
 Private = Literal["paths", "hosts", "texts"]
 """What is left out unless it is asked for."""
@@ -36,14 +36,6 @@ PRIVATE: tuple[Private, ...] = get_args(Private)
 DAMAGED = '{"damaged\n'
 """Stands for a line that was damaged: it must stay one, or a run that has lost a trial would read as whole."""
 
-_PATH = re.compile(
-    r"""(?<![\w.:/~-])(?:~[\w-]*|\.{1,2})?/[^\s'"<>|;,:)\]}]+"""  # /home/me/x, ~/x, ../x
-    r"""|(?<![\w./:-])(?:[\w.-]+/)+[\w-]+\.(?:jsonl?|csv|parquet|txt|gz|toml|py|safetensors|gguf|bin|pt|log)\b"""
-)
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]+[^\s'\"]*")
-_ADDRESS = re.compile(r"(?<![\w.=])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])")
-"""Of a machine; one that is all of a text is a version of four parts."""
-_CARD = re.compile(r"(?:GPU|MIG)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _OF_TEXT = re.compile(r"(?:answer|untrained)_\d+|(?:cold_)?completion")
 
 
@@ -67,10 +59,10 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
         raise UsageError(f"run {manifest.run}: it is being measured. Wait for its end, and pack it then.")
-    target = output or Path(f"{manifest.run}{SUFFIX}")
+    clean = _cleaner(manifest, path, include)
+    target = output or Path(f"{clean(manifest.run)}{SUFFIX}")
     if os.path.lexists(target):
         raise UsageError(f"{target}: there is a file of that name. Remove it, or give another --output.")
-    clean = _cleaner(path, include)
     with scratch_folder() as folder:
         _write_manifest(folder, manifest, clean, texts="texts" in include)
         _write_records(folder, path, manifest, clean, texts="texts" in include)
@@ -85,10 +77,7 @@ def _write_manifest(folder: Path, manifest: Manifest, clean: Callable[[Any], Any
         for tokens in (data["tokens"], *data["tokens"].get("own", {}).values()):
             if "examples" in tokens:
                 tokens["examples"] = []
-    cleaned = clean(data)
-    if "site_facts" in cleaned:  # by names, which records have as well
-        cleaned["site_facts"] = {clean(site): told for site, told in cleaned["site_facts"].items()}
-    write_document(folder / MANIFEST, cleaned)
+    write_document(folder / MANIFEST, clean(data))
 
 
 def _write_records(folder: Path, path: Path, manifest: Manifest, clean: Callable[[Any], Any], *, texts: bool) -> None:
@@ -115,52 +104,31 @@ def _cleaned(record: TrialRecord, clean: Callable[[Any], Any], *, texts: bool) -
     return codec.from_json(TrialRecord, clean(data), f"trial {record.trial}")
 
 
-def _cleaner(run: Path, include: Collection[Private]) -> Callable[[Any], Any]:
-    """What to do to plain data before it is sent."""
-    steps: list[Callable[[str], str]] = []
-    if "hosts" not in include:
-        steps.append(_without_hosts())
+def _cleaner(manifest: Manifest, run: Path, include: Collection[Private]) -> Callable[[Any], Any]:
+    """What to do to plain data before it is sent. Credentials are left out whatever is included: an earlier version may
+    have written them."""
+    steps: list[Callable[[str], str]] = [redact]
     if "paths" not in include:
-        steps.append(_without_paths)
+        steps.append(without_paths(manifest, run))
+    if "hosts" not in include:
+        steps.append(without_hosts(manifest, run))
+
+    @functools.lru_cache(maxsize=4096)
+    def change(text: str) -> str:
+        for step in steps:
+            text = step(text)
+        return text
 
     def clean(data: Any) -> Any:
         if isinstance(data, str):
-            for step in steps:
-                data = step(data)
-            return data
+            return change(data)
         if isinstance(data, dict):
-            return {key: value if key == "log" else clean(value) for key, value in data.items()}
+            return {change(key): _log_of(value) if key == "log" else clean(value) for key, value in data.items()}
         return [clean(item) for item in data] if isinstance(data, list) else data
 
+    def _log_of(value: Any) -> Any:
+        """The name of a log, in the folder of a run."""
+        folder, slash, name = str(value).rpartition("/")
+        return f"{folder}{slash}{change(name)}"
+
     return clean
-
-
-def _without_paths(text: str) -> str:
-    """The text with every path replaced by the name at its end."""
-    return _PATH.sub(lambda found: found[0].rstrip("/").rsplit("/", 1)[-1] or "/", text) if "/" in text else text
-
-
-def _without_hosts() -> Callable[[str], str]:
-    """Replaces what this machine, its card and its user are called, addresses, and where a URL leads."""
-    hosts = {socket.gethostname(), socket.getfqdn().partition(".")[0], os.uname().nodename}
-    words = dict.fromkeys(hosts, "host") | {_user(): "user"}
-    words = {name: word for name, word in words.items() if len(name) > 2 and name not in ("localhost", "root")}
-    longest_first = sorted(words, key=len, reverse=True)
-    ends = r"(?:(?=-card-\d)|(?![\w-]))"  # a site is a card of a host
-    known = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}{ends}" for name in longest_first))
-
-    def replace(text: str) -> str:
-        if text in words or _ADDRESS.fullmatch(text):  # a word of ours that a machine happens to be called by
-            return text
-        if words:
-            text = known.sub(lambda found: words[found[0]], text)
-        return _CARD.sub("card", _ADDRESS.sub("address", _URL.sub(r"\1host", text)))
-
-    return replace
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # of a number that no name belongs to
-        return ""

@@ -1,5 +1,6 @@
 """One file to send: it reads as the run does, and holds nothing of whose machine it was measured on."""
 
+import dataclasses
 import getpass
 import json
 import re
@@ -97,6 +98,60 @@ def test_nothing_private_is_in_it(private):
     assert '"nvidia-cublas-cu12": "12.4.5.8"' in found
     assert '"remedy": "12.4.5.8"' in found
     assert Path("mine.lorameter.zip").is_file()
+
+
+NODES = ("gx07", "gx08.cluster.example", "lost-node")
+PLANTED = (
+    *NODES, "gx08", "cluster", "fe80::1c2a:ff", "2001:db8::8a2e", "10.20.30.40", "lovelace", "my models", "secret lab",
+    "hunter2", "mine/own",
+)  # fmt: skip
+
+
+@pytest.fixture
+def spread(write_run, monkeypatch, tmp_path):
+    """A run that two nodes have measured and a third has lost, with a model in a folder whose path has a blank."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "own").mkdir(parents=True)
+    folder = "/home/lovelace/secret lab/my models"
+    sites = ("gx07-card-0", "gx08.cluster.example")
+    trace = (
+        f'File "{folder}/other/load.py", line 3\nOSError: {folder}/other/x.bin of file://{folder}/y and '
+        "file:///home/lovelace/z, [fe80::1c2a:ff] and 2001:db8::8a2e, 10.20.30.40, gx08: no route; mine/own/cache\n"
+    )
+
+    def change(record):
+        site = sites[record.replicate % 2]
+        notice = Notice(code="x", message=f"site {site} is 9% slower", remedy=f"Look at logs/tokens-{site}.log")
+        failure = Failure(phase="train", kind="OSError", message=f"{folder}/x is cut", traceback=trace)
+        crashed = {"status": "crashed", "failure": failure} if record.trial == "r1-nf4" else {}
+        return record.replaced(site=site, notices=(notice,), log=f"logs/base-{site}.log", **crashed)
+
+    path = write_run("spread", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]}, change=change)
+    manifest = store.read_manifest(path)
+    manifest.study["workload"]["model"] = f"{folder}/llama"
+    manifest.study["workload"]["data"] = "mine/own"
+    manifest.tokens["data"] = "records of https://me:hunter2@host/x and password=hunter2"
+    manifest.study["protocol"]["on"] = "slurm:nodelist=gx[07-08],exclude=lost-node,partition=p"
+    facts = {site: store.SiteFacts(machine={"cpu_model": "Test CPU"}, fingerprint="f") for site in sites}
+    lost = Notice(code="site-lost", message="site lost-node was lost: lost-node.cluster.example is gone", remedy="")
+    written = dataclasses.replace(manifest, site_facts=facts, sites=sites, notices=(lost,))
+    write_document(path / "manifest.json", written)
+    for site in sites:
+        record = store.read_run(str(path), path.parent).records[0]
+        beside.append(path, record.replaced(trial=f"alone-0-{site}", site=site))
+    return path
+
+
+def test_no_node_and_no_path_of_a_spread_run_is_in_it(spread):
+    """Not in its sites, in what it asks the scheduler for, in names of trials and logs, nor in any text; each node has
+    a name of its own."""
+    assert cli.main(["pack", str(spread), "--output", "run.zip"]) == 0
+    found = "".join(content(Path("run.zip")).values())
+    assert not [word for word in PLANTED if word in found]
+    run = store.read_run("run.zip", spread.parent)
+    assert {record.site for record in run.records} == {*run.manifest.sites} == {*run.manifest.site_facts}
+    assert len(run.manifest.sites) == 2
+    assert cli.main(["report", "run.zip"]) in (0, 4)
 
 
 @pytest.mark.parametrize("kind", PRIVATE)
