@@ -11,11 +11,12 @@ from harness.commands.ab_scripts import add_script_options, study_of_options
 from harness.commands.options import add_options
 from harness.commands.output import form_of, print_json
 from harness.commands.page import check_page
+from harness.commands.plan import show_plan
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
     from harness.machine.provenance import Machine
-    from harness.records.record import Notice
+    from harness.records.record import Notice, Side
     from harness.records.store import Run
     from harness.run.plan import Plan
     from harness.run.sites.venue import Venue
@@ -47,7 +48,7 @@ def add_commands(commands: Any, common: Any) -> None:
     add_script_options(ab)
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
-    add_options(ab.add_argument, "precision", "mixed", "variant")
+    add_options(ab.add_argument, "precision", "mixed", "variant", "dry-run")
     ab.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
         help="what to measure, repeatable; default: train and generate",
@@ -89,6 +90,7 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
+    from harness.run.executors.sides import check_side
     from harness.run.sites.sides import write_sides
     from harness.run.sites.venue import open_venue
     from harness.studies.place import HERE
@@ -109,21 +111,30 @@ def run_ab(options: argparse.Namespace) -> int:
             raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
     of, command = given or (None, "")
     study = read_study(options, "", of=of)
-    if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue
-        write_sides({"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place.said)
+    sides: dict[Side, str] = {} if command else {"base": options.base, "candidate": options.candidate}
+    if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue, or for the device
+        write_sides(sides, Path.cwd(), study.protocol.place.said)
+    else:
+        for spec in sides.values():
+            check_side(spec, Path.cwd())
     with open_venue(study, options.runs_dir) as venue:
         run = _measured_there(venue, read_study(options, venue.machine.kind, of=of), command, options, policy)
-    return show_ab(run, options)
+    return EXIT_PASS if run is None else show_ab(run, options)
 
 
-def _measured_there(venue: Venue, study: Study, command: str, options: argparse.Namespace, policy: Policy) -> Run:
-    from harness.records import store
+def _measured_there(
+    venue: Venue, study: Study, command: str, options: argparse.Namespace, policy: Policy
+) -> Run | None:
+    """The A/B as measured on the sides that the options name, or of two commands; None after a dry run."""
+    from harness.models import catalogue
+    from harness.records import codec, store
     from harness.report.live import LiveDisplay
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
-    from harness.run.ab import DEFAULT_PHASES, plan_ab
+    from harness.run.ab import DEFAULT_PHASES, arms_of_commands, measure_ab, plan_ab
+    from harness.run.measure import measure
 
-    runs = store.runs_dir(options.runs_dir, make=True)
+    runs = store.runs_dir(options.runs_dir, make=not options.dry_run)
 
     def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
         return plan_ab(
@@ -138,47 +149,31 @@ def _measured_there(venue: Venue, study: Study, command: str, options: argparse.
         )
 
     plan, notices = venue.plan(make)
+    if options.dry_run:
+        show_plan(plan, venue.machine, notices, runs, as_json=options.json)
+        return None
     errors = console_for(stderr=True)
+    kept = codec.to_json(policy) if options.policy else {}
     with venue.hold(options.if_busy) as waited:
         if waited:
             plan, notices = venue.plan(make)
         show(tell_notices(notices), errors)
         with LiveDisplay(errors, device=venue.machine.device_name) as display:
-            return _measured(plan, notices, runs, display, options, policy, venue, of_commands=bool(command))
-
-
-def _measured(
-    plan: Plan,
-    notices: Any,
-    runs: Path,
-    display: Any,
-    options: argparse.Namespace,
-    policy: Policy,
-    venue: Venue,
-    *,
-    of_commands: bool,
-) -> Run:
-    """The plan as measured on its sides: those that the options name, or its two commands."""
-    from harness.models import catalogue
-    from harness.records import codec
-    from harness.run.ab import arms_of_commands, measure_ab
-    from harness.run.measure import measure
-
-    kept = codec.to_json(policy) if options.policy else {}
-    if of_commands:
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_commands(plan), policy=kept)
-    return measure_ab(
-        plan,
-        base=options.base,
-        candidate=options.candidate,
-        repository=Path.cwd(),
-        cache=catalogue.cache_dir(),
-        runs=runs,
-        display=display,
-        notices=notices,
-        policy=kept,
-        venue=venue,
-    )
+            if command:
+                arms = arms_of_commands(plan)
+                return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=kept)
+            return measure_ab(
+                plan,
+                base=options.base,
+                candidate=options.candidate,
+                repository=Path.cwd(),
+                cache=catalogue.cache_dir(),
+                runs=runs,
+                display=display,
+                notices=notices,
+                policy=kept,
+                venue=venue,
+            )
 
 
 def _go_on(options: argparse.Namespace) -> int:

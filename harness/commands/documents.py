@@ -202,7 +202,7 @@ class RunOf(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class PlanOf(msgspec.Struct, forbid_unknown_fields=True):
-    """`run STUDY --dry-run --json`."""
+    """`run` or `ab` with `--dry-run --json`."""
 
     schema: int
     order: list[str]

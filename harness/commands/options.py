@@ -23,6 +23,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "format": {"choices": FORMATS, "help": "default: text"},
     "markdown": {"action": "store_true", "help": "the same as {prefix}format markdown"},
     "html": {"metavar": "FILE", "help": "write it as a page for a browser, too: one file, offline"},
+    "dry-run": {"action": "store_true", "help": "show the plan and what it will take, and measure nothing"},
     "verbose": {"action": "store_true", "help": "say in full what is said in a line: notices, statistics"},
     "precision": {
         "type": float,

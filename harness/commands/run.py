@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import print_json
+from harness.commands.plan import show_plan
 from harness.commands.report import show_report
 from harness.commands.run_scripts import SCRIPT_OPTIONS, add_script_options, study_of_options
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
@@ -36,8 +36,7 @@ def add_commands(commands: Any, common: Any) -> None:
     add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
-    run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
-    add_options(run.add_argument, "verbose")
+    add_options(run.add_argument, "dry-run", "verbose")
     common(run)
     run.set_defaults(command=run_study)
 
@@ -98,7 +97,7 @@ def _run_on(venue: Venue, options: argparse.Namespace) -> int:
 
     plan, notices = venue.plan(make)
     if options.dry_run:
-        return _dry_run(plan, machine, notices, runs, as_json=options.json)
+        return show_plan(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
     with venue.hold(options.if_busy) as waited:
         if waited:
@@ -147,44 +146,6 @@ def _show(run: Run, options: argparse.Namespace) -> int:
     else:
         show_report(run, view, verbose=options.verbose)
     return EXIT_PASS if view.valid else EXIT_INVALID
-
-
-def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
-    from harness.run.feasibility import NOT_HERE
-    from harness.run.forecast import Forecast, forecast
-    from harness.studies.data_source import SYNTHETIC
-    from harness.studies.script import OWN
-    from harness.studies.workload import LOSSES
-    from harness.trial.data.records import look_into
-
-    expected = forecast(plan, machine, runs)
-    if any(notice.code == NOT_HERE for notice in notices):  # what it would take on another machine is not known here
-        why = "it cannot be measured on this machine"
-        expected = Forecast(time_s=None, basis=why, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
-    workload = plan.study.workload
-    own = workload.data in (SYNTHETIC, OWN)
-    data = None if own else f"{look_into(workload)}; {LOSSES[workload.loss]}"
-    if as_json:
-        print_json(
-            {
-                "order": [slot.trial for slot in plan.slots],
-                "interleaving": plan.interleaving,
-                "why": plan.why,
-                "seed": plan.study.protocol.seed,
-                "time_s": expected.time_s,
-                "time_basis": expected.basis,
-                "memory_bytes": expected.memory_bytes,
-                "disk_bytes": expected.disk_bytes,
-                **({"unknown": expected.unknown} if expected.unknown else {}),
-                **({"data": data} if data else {}),
-            }
-        )
-        return EXIT_PASS
-    from harness.report.plan import describe_plan
-    from harness.report.terminal import console_for, show
-
-    show(describe_plan(plan, expected, machine, notices, data), console_for())
-    return EXIT_PASS
 
 
 def _controls(view: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import signal
 import subprocess
 import sys
+import venv
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -26,6 +27,7 @@ from harness.records import store
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.ab import plan_ab
+from harness.run.device import hold_device
 from harness.run.executors import Place
 from harness.run.executors.local import LocalExecutor
 
@@ -395,6 +397,33 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(fake, repository,
     assert said in str(text)
     assert fake.made == []
     assert len(git(repository, "worktree", "list").splitlines()) == 1
+
+
+@pytest.mark.parametrize("candidate", ["no-such-branch", "./bare/bin/python"])
+def test_sides_are_checked_before_the_device_is_waited_for(fake, repository, study_file, lorameter, candidate):
+    """A word that names nothing, and a Python without torch, are refused while another measurement holds the device."""
+    venv.create("bare", symlinks=True)
+    with hold_device(LocalExecutor(), "wait"):
+        code, text = lorameter("ab", study_file, "--base", "fast", "--candidate", candidate, "--if-busy", "refuse")
+        assert code == 2
+        assert f"ab: side = {candidate!r}" in text
+        assert lorameter("ab", study_file, "--base", "fast", "--candidate", "same", "--if-busy", "refuse")[0] == 4
+    assert fake.made == []
+
+
+def test_a_dry_run_shows_the_plan_of_both_sides(fake, repository, study_file, lorameter, tmp_path):
+    """In the words of `run --dry-run`, after the sides are checked; nothing is started and no run is made."""
+    words = ("ab", study_file, "--base", "fast", "--candidate", "slow", "--phase", "train", "--dry-run")
+    code, text = lorameter(*words)
+    assert code == 0
+    assert "replicate 8: " in text
+    assert "plain-candidate" in text
+    code, document = lorameter(*words, "--json")
+    assert code == 0
+    assert sum(trial.startswith("r0-") for trial in document["order"]) == 5  # both and the control; two alone for peaks
+    assert lorameter(*words[:4], "--candidate", "no-such-branch", "--dry-run")[0] == 2
+    assert fake.made == []
+    assert not (tmp_path / "runs").exists()
 
 
 def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_file, lorameter):

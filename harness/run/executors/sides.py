@@ -105,6 +105,14 @@ def open_side(
             yield _interpreter(spec, Path(full), stack)
 
 
+def check_side(spec: str, repository: Path) -> None:
+    """Raises `UsageError` for a side that cannot be measured, as far as that is seen without making it ready."""
+    kind, full = name_side(spec, repository)
+    if kind == "interpreter":
+        with contextlib.ExitStack() as stack:
+            _inspect_interpreter(spec, Path(full), stack)
+
+
 def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
     """What a word names, and that in full: the path of an interpreter, a commit, or the requirements.
 
@@ -235,9 +243,16 @@ def _prove_apart(spec: str, origins: Mapping[str, str | None], top: Path, tree: 
 
 
 def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> OpenSide:
-    """Another Python, given the present harness; what else it has is its own.
+    """Another Python, given the present harness; what else it has is its own."""
+    host = _inspect_interpreter(spec, python, stack)
+    _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
+    return OpenSide(spec=spec, kind="interpreter", host=host, label=spec, declared=DECLARED["interpreter"])
 
-    PYTHONSAFEPATH keeps the folder that one stands in off its path: its own packages are what is compared.
+
+def _inspect_interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> Host:
+    """A host of this interpreter. Raises `UsageError` where it is too old or lacks what a trial needs.
+
+    PYTHONSAFEPATH keeps the current folder off its path: its own packages are what is compared.
     """
     safe = {"PYTHONSAFEPATH": "1"}
     facts = inspect(Host(python=str(python), environment=safe))
@@ -253,8 +268,7 @@ def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> OpenSi
     if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
         why = f"Python {facts['python']} without {', '.join(missing)}"
         raise impossible("ab", "side", spec, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
-    _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
-    return OpenSide(spec=spec, kind="interpreter", host=host, label=spec, declared=DECLARED["interpreter"])
+    return host
 
 
 def _own_packages(stack: contextlib.ExitStack) -> str:
