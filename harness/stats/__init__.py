@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from harness.stats.allocation import optimal_rounds
 from harness.stats.between import Between, sd_between
-from harness.stats.comparison import Pairing, compare_family, compare_trials, step_down
+from harness.stats.comparison import compare_family, compare_trials, decide, decide_family, effect_of, step_down
 from harness.stats.drift import drifting, drifts
 from harness.stats.drops import KeptPairs, kept_pairs
+from harness.stats.effect import Effect, Pairing
 from harness.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
 from harness.stats.intervals import bootstrap_interval, mean_interval
 from harness.stats.memory import compare_bytes
@@ -23,15 +24,17 @@ from harness.stats.outliers import OutlierLabel, count_outliers, label_outliers
 from harness.stats.power import MOST_ADVISED, replicates_to_see, sd_interval
 from harness.stats.proportion import Proportion, clustered_proportion, proportion
 from harness.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
+from harness.stats.shared_scatter import share_scatter
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
-from harness.stats.verdict import Comparison, Verdict
+from harness.stats.verdict import Comparison, Verdict, VerdictRule
 from harness.stats.warmup import is_steady, steady_after, steady_together
 
 __all__ = [
     "MOST_ADVISED",
     "Between",
     "Comparison",
+    "Effect",
     "Estimate",
     "KeptPairs",
     "OutlierLabel",
@@ -41,14 +44,18 @@ __all__ = [
     "RunWideShift",
     "Share",
     "Verdict",
+    "VerdictRule",
     "bootstrap_interval",
     "clustered_proportion",
     "compare_bytes",
     "compare_family",
     "compare_trials",
     "count_outliers",
+    "decide",
+    "decide_family",
     "drifting",
     "drifts",
+    "effect_of",
     "effective_size",
     "estimate_trials",
     "explained_share",
@@ -66,6 +73,7 @@ __all__ = [
     "run_wide_shift",
     "sd_between",
     "sd_interval",
+    "share_scatter",
     "steady_after",
     "steady_together",
     "step_down",

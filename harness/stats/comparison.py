@@ -80,7 +80,7 @@ def decide(effect: Effect, rule: VerdictRule) -> Comparison:
             replicates_needed=None,
             mde80=None,
         )
-    half_width = spread.half_width(rule.tail)
+    half_width = spread.half_width(rule.tail(spread))
     equivalence_half_width = spread.half_width(rule.alpha)
     judged = rule.judge(effect.log_ratio, half_width, equivalence_half_width)
     may_be_equivalent = effect.pairing != "none"
@@ -115,11 +115,13 @@ def _reason(
     mde80: float | None,
     needed: int | None,
 ) -> str:
-    level = 1 - rule.alpha / rule.family
-    interval = _interval(level, effect.log_ratio, spread.half_width(rule.tail))
+    tail = rule.tail(spread)
+    interval = _interval(1 - 2 * tail, effect.log_ratio, spread.half_width(tail))
     narrow = _interval(1 - 2 * rule.alpha, effect.log_ratio, spread.half_width(rule.alpha))
     tolerance, margin = _percent(rule.tolerance), _percent(rule.margin)
     count = f"{effect.replicates} replicates, {_HOW[effect.pairing]}"
+    if spread.shared_by:
+        count += f", scatter shared by {spread.shared_by} comparisons, {spread.df:.3g} degrees of freedom"
     if spread.standard_error == 0:
         count += ", no variance between replicates"
     if verdict == "regressed":

@@ -43,6 +43,10 @@ class Spread:
     """Of one replicate's log ratio: with n replicates (a side) the standard error is `sd / sqrt(n)`."""
     df_per_replicate: float
     """Degrees of freedom gained by one more replicate (a side): 1 paired, between 1 and 2 unpaired."""
+    prior_df: float = 0.0
+    """Degrees of freedom that come from the other comparisons of the run (`harness.stats.shared_scatter`)."""
+    shared_by: int = 0
+    """Comparisons that share this scatter; 0 where it is the comparison's own."""
 
     def half_width(self, tail: float) -> float:
         """Half the interval that leaves `tail` out on either side, on the log scale."""
@@ -59,6 +63,8 @@ class Effect:
     spread: Spread | None
     """None with one replicate: nothing is known about the scatter then."""
     pairing: Pairing
+    log_ratios: tuple[float, ...] = ()
+    """The value of each replicate; empty where the sides are not paired."""
 
 
 def from_log(value: float) -> float | None:
@@ -128,7 +134,13 @@ def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:
     if values.size > 1:
         sd = _sd(values)
         spread = Spread(standard_error=sd / math.sqrt(values.size), df=values.size - 1, sd=sd, df_per_replicate=1.0)
-    return Effect(log_ratio=float(values.mean()), replicates=int(values.size), spread=spread, pairing=pairing)
+    return Effect(
+        log_ratio=float(values.mean()),
+        replicates=int(values.size),
+        spread=spread,
+        pairing=pairing,
+        log_ratios=tuple(values.tolist()),
+    )
 
 
 def _unpaired(base: NDArray[float64], candidate: NDArray[float64]) -> Effect:

@@ -31,7 +31,7 @@ def detectable_log_effect(spread: Spread, rule: VerdictRule) -> float:
     """The smallest log ratio that is called `regressed` with 80 % power: the tolerance, plus what the scatter hides."""
     if spread.standard_error == 0:
         return rule.log_tolerance
-    return rule.log_tolerance + noncentrality(spread.df, rule.tail, POWER) * spread.standard_error
+    return rule.log_tolerance + noncentrality(spread.df, rule.tail(spread), POWER) * spread.standard_error
 
 
 def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: bool) -> int | None:
@@ -44,14 +44,14 @@ def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: b
     sought = rule.log_margin - rule.log_tolerance
     goals: list[tuple[float, float, float]] = []  # what to tell from zero, its tail, its power
     if sought > 0:
-        goals.append((sought, rule.tail, POWER))
+        goals.append((sought, rule.tail(spread), POWER))
     if may_be_equivalent:
         goals.append((rule.log_margin, rule.alpha, (1 + POWER) / 2))
     if not goals:
         return None
 
     def enough(replicates: int) -> bool:
-        df = spread.df_per_replicate * (replicates - 1)
+        df = spread.prior_df + spread.df_per_replicate * (replicates - 1)
         return all(
             distance * math.sqrt(replicates) >= noncentrality(df, tail, power) * spread.sd
             for distance, tail, power in goals

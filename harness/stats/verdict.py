@@ -13,9 +13,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from harness.stats.samples import checked_number
+from harness.stats.shared_scatter import dunnett_tail
+
+if TYPE_CHECKING:
+    from harness.stats.effect import Spread
 
 Verdict = Literal["improved", "regressed", "equivalent", "inconclusive", "invalid", "no_baseline", "not_comparable"]
 
@@ -45,14 +49,14 @@ class Comparison:
 class VerdictRule:
     """The limits of one comparison. Raises ValueError naming the limit that makes no sense."""
 
-    tolerance: float
+    tolerance: float = 0.01
     """Smallest slow-down worth an alarm, a fraction >= 0."""
-    margin: float
+    margin: float = 0.05
     """Within it two things count as equal, a fraction > 0."""
-    alpha: float
+    alpha: float = 0.05
     """Two-sided error rate of the interval, before `family`; each of the two one-sided equivalence tests has it too."""
-    family: int
-    """Comparisons that share `alpha` (Bonferroni)."""
+    family: int = 1
+    """Comparisons that share `alpha`."""
 
     def __post_init__(self) -> None:
         checked_number("tolerance", self.tolerance, at_least=0, strictly=False)
@@ -61,9 +65,10 @@ class VerdictRule:
         if not _is_count(self.family):
             raise ValueError(f"family is {self.family!r}: pass the number of comparisons, a whole number from 1")
 
-    @property
-    def tail(self) -> float:
-        """Error rate on either side of the interval."""
+    def tail(self, spread: Spread) -> float:
+        """Error rate on either side of the interval: Bonferroni's, or Dunnett's where the scatter is shared."""
+        if spread.shared_by:
+            return dunnett_tail(spread.df, self.alpha, self.family)
         return self.alpha / self.family / 2
 
     @property

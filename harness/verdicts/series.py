@@ -21,18 +21,23 @@ from harness.records.metrics import METRICS, Samples, samples_of
 from harness.records.record import Interleaving, Role, Side, TrialRecord
 from harness.stats import (
     Comparison,
+    Effect,
     Estimate,
     KeptPairs,
     Pairing,
     QuantileEstimate,
     Verdict,
-    compare_family,
+    VerdictRule,
     compare_trials,
+    decide,
+    decide_family,
+    effect_of,
     effective_size,
     estimate_trials,
     kept_pairs,
     median_interval,
     percentile,
+    share_scatter,
 )
 
 Trial = tuple[TrialRecord, Samples]
@@ -216,25 +221,52 @@ def with_drops(comparison: Comparison, drops: KeptPairs | None) -> Comparison:
     return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {drops.reason}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceEffect:
+    """The effect of one series against the reference of its run."""
+
+    effect: Effect
+    drops: KeptPairs | None
+    """Which pairs of trials were kept; None where none could be dropped."""
+
+    def compare(self, rule: VerdictRule) -> Comparison:
+        """The verdict by a rule."""
+        return with_drops(decide(self.effect, rule), self.drops)
+
+
+def effects_against(groups: Groups, reference: str, metric: str) -> dict[tuple[str, Role], ReferenceEffect]:
+    """Every other series of a run against its reference, by variant and role, with the scatter that they share.
+
+    The scatter is shared by the series that have all replicates of the reference; any other keeps its own.
+    """
+    base = groups[reference, "variant"]
+    pairs = {key: pairs_of(base, series, metric) for key, series in groups.items() if key != (reference, "variant")}
+    effects: dict[tuple[str, Role], Effect] = {}
+    for key, pair in pairs.items():
+        if pair is not None:
+            with _named(key[0], metric):
+                effects[key] = effect_of(oriented(pair.base, metric), oriented(pair.candidate, metric), pair.pairing)
+    whole = {key: effect for key, effect in effects.items() if effect.replicates == len(base.measured(metric))}
+    effects |= share_scatter(whole)
+    return {
+        key: ReferenceEffect(effect=effect, drops=None if (pair := pairs[key]) is None else pair.drops)
+        for key, effect in effects.items()
+    }
+
+
 def compare_to_reference(
-    base: Series,
-    candidates: Sequence[Series],
+    groups: Groups,
+    reference: str,
     metric: str,
     *,
     tolerance: float | Mapping[str, float] = 0.01,
     margin: float | Mapping[str, float] = 0.05,
 ) -> dict[str, Comparison]:
-    """Every candidate against the base, by name, with one error rate for all of them (Holm); limits are fractions, of
-    all or by name."""
-    pairs = {candidate.name: pairs_of(base, candidate, metric) for candidate in candidates}
-    found = {name: pair for name, pair in pairs.items() if pair is not None}
-    with _named(base.name, metric):
-        compared = compare_family(
-            {name: (oriented(pair.base, metric), oriented(pair.candidate, metric)) for name, pair in found.items()},
-            pairing=pairing_of(base, metric),
-            tolerance=tolerance,
-            margin=margin,
-        )
+    """Every variant against the reference, by name, with one error rate for all of them; limits are fractions, of all
+    or by name."""
+    found = {name: one for (name, role), one in effects_against(groups, reference, metric).items() if role == "variant"}
+    effects = {name: one.effect for name, one in found.items()}
+    compared = decide_family(effects, tolerance=tolerance, margin=margin)
     return {name: with_drops(one, found[name].drops) for name, one in compared.items()}
 
 

@@ -13,13 +13,14 @@ from harness.records.metrics import PHASES, PRIMARY, Phase, primary_metric
 from harness.records.record import SCHEMA, TrialRecord
 from harness.records.store import Run
 from harness.records.units import first_few, format_count
-from harness.stats import Comparison
+from harness.stats import Comparison, VerdictRule
 from harness.studies.study import Study
 from harness.verdicts.mixed import fault_of_sites, is_mixed, runs_of_sites
 from harness.verdicts.series import (
     Groups,
     compare_series,
     compare_to_reference,
+    effects_against,
     is_difference,
     series_of,
     without_equivalent,
@@ -176,7 +177,10 @@ def compare_base_to_itself(run: Run) -> dict[Phase, Comparison | None]:
     """The base of an A/B against itself, by phase; None where it was not measured."""
     groups, phases = series_of(run.records, "base"), phases_of(run)
     twin = next((name for name, role in groups if role == "control"), "")
-    return {phase: control_of(groups, twin, PRIMARY[phase], family=len(phases)) for phase in phases}
+    base, again = groups.get((twin, "variant")), groups.get((twin, "control"))
+    if base is None or again is None:
+        return dict.fromkeys(phases)
+    return {phase: compare_series(base, again, PRIMARY[phase], family=len(phases)) for phase in phases}
 
 
 def _control(groups: Groups, name: str, metric: str, limit: str | None, *, family: int) -> Comparison | None:
@@ -201,11 +205,11 @@ def _limit(run: Run, study: Study) -> str | None:
 
 
 def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
-    """The reference, by its name, against its twin; None where either has no trial."""
-    reference, twin = groups.get((name, "variant")), groups.get((name, "control"))
-    if reference is None or twin is None:
+    """The reference, by its name, against its second measurement; None where either has no trial."""
+    if (name, "variant") not in groups:
         return None
-    return compare_series(reference, twin, metric, family=family)
+    found = effects_against(groups, name, metric).get((name, "control"))
+    return None if found is None else found.compare(VerdictRule(family=family))
 
 
 def ratios_of(
@@ -219,13 +223,10 @@ def ratios_of(
 ) -> dict[str, Comparison]:
     """Every other variant against the reference, by name; none is equivalent where the control is not. Limits are
     fractions, of all or by name."""
-    reference = groups.get((study.reference, "variant"))
-    if reference is None:
+    if (study.reference, "variant") not in groups:
         return {}
-    others = [series for (name, role), series in groups.items() if role == "variant" and name != study.reference]
-    order = {variant.name: place for place, variant in enumerate(study.variants)}
-    others = sorted((one for one in others if one.name in order), key=lambda one: order[one.name])
-    ratios = compare_to_reference(reference, others, metric, tolerance=tolerance, margin=margin)
+    found = compare_to_reference(groups, study.reference, metric, tolerance=tolerance, margin=margin)
+    ratios = {variant.name: found[variant.name] for variant in study.variants if variant.name in found}
     if control is not None and control.verdict == "equivalent":
         return ratios
     reason = "the control itself is not equivalent, so nothing here can be"

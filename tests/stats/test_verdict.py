@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from harness.stats.effect import Spread
 from harness.stats.verdict import Comparison, VerdictRule
 
 
@@ -48,7 +49,8 @@ def test_tolerance_wider_than_the_margin():
 
 def test_family_narrows_the_tail():
     """Bonferroni: each comparison of a family has its share of alpha, half on either side."""
-    assert rule(family=10).tail == pytest.approx(0.0025)
+    own = Spread(standard_error=1.0, df=4, sd=1.0, df_per_replicate=1.0)
+    assert rule(family=10).tail(own) == pytest.approx(0.0025)
 
 
 @pytest.mark.parametrize(

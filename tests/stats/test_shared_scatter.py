@@ -1,0 +1,119 @@
+"""Comparisons with one reference share their scatter: narrower intervals, and the coverage that they promise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from harness.stats import VerdictRule, decide, decide_family, share_scatter
+from harness.stats.effect import paired_effect
+from harness.stats.intervals import quantile
+from harness.stats.shared_scatter import PRIOR_DF, dunnett_tail
+
+STUDIES = 2000
+RULE = VerdictRule(tolerance=0.0, family=1)
+
+
+def effects_of(logs):
+    """The effect of each arm against the first; `logs` is arms × replicates."""
+    return {str(arm): paired_effect(row - logs[0], "turn") for arm, row in enumerate(logs) if arm}
+
+
+def simulated(scatter, replicates, *, tails=None, studies=STUDIES, seed=1):
+    """Log times of identical arms, studies × arms × replicates, with what a replicate does to all arms."""
+    rng = np.random.default_rng(seed)
+    shape = (studies, len(scatter), replicates)
+    noise = rng.normal(size=shape) if tails is None else rng.standard_t(tails, shape) / math.sqrt(tails / (tails - 2))
+    return 0.01 * np.asarray(scatter)[:, None] * noise + rng.normal(0.0, 0.3, (studies, 1, replicates))
+
+
+SCATTERS = {
+    "equal": lambda arms: [1.0] * arms,
+    "reference-twice": lambda arms: [2.0, 2.0] + [1.0] * (arms - 2),
+    "one-twice": lambda arms: [1.0, 1.0, 2.0] + [1.0] * (arms - 3),
+    "one-three-times": lambda arms: [1.0, 1.0, 3.0] + [1.0] * (arms - 3),
+    "one-five-times": lambda arms: [1.0, 1.0, 5.0] + [1.0] * (arms - 3),
+}
+
+
+@pytest.mark.parametrize("name", SCATTERS)
+@pytest.mark.parametrize(("replicates", "arms"), [(3, 4), (3, 6), (5, 6)])
+def test_all_intervals_of_a_run_hold_the_truth_in_94_percent_of_the_runs(name, replicates, arms):
+    """The reference and its second measurement are the first two arms; 2,000 simulated runs of identical arms."""
+    rule = VerdictRule(tolerance=0.0, family=arms - 1)
+    held = 0
+    for logs in simulated(SCATTERS[name](arms), replicates):
+        shared = share_scatter(effects_of(logs)).values()
+        held += all(abs(one.log_ratio) <= one.spread.half_width(rule.tail(one.spread)) for one in shared)
+    error = math.sqrt(0.94 * 0.06 / STUDIES)
+    assert held / STUDIES >= 0.94 - 2.6 * error  # a true coverage of 94 % fails in 0.5 % of the tests
+
+
+def test_with_five_variants_and_three_replicates_intervals_are_less_than_half_as_wide():
+    """The median half-width of a family of five, shared against own, with equal scatter."""
+    widths = {"own": [], "shared": []}
+    for logs in simulated([1.0] * 6, 3, studies=500):
+        effects = effects_of(logs)
+        for kind, found in (("own", effects), ("shared", share_scatter(effects))):
+            for one in found.values():
+                widths[kind].append(one.spread.half_width(VerdictRule(family=5).tail(one.spread)))
+    assert np.median(widths["shared"]) < 0.47 * np.median(widths["own"])
+
+
+def test_what_a_replicate_does_to_all_arms_cancels():
+    """A replicate in which every arm is slower by half leaves the shared scatter as it is."""
+    (logs,) = simulated([1.0] * 5, 4, studies=1)
+    moved = logs + np.array([0.0, 0.5, 0.0, 0.0])
+    before, after = share_scatter(effects_of(logs)), share_scatter(effects_of(moved))
+    assert [one.spread.sd for one in after.values()] == pytest.approx([one.spread.sd for one in before.values()])
+
+
+def test_an_arm_that_scatters_more_keeps_its_own_variance():
+    """The comparison of a noisy arm is not made narrower than its estimate by quiet ones."""
+    (logs,) = simulated([1.0] * 6, 8, studies=1)
+    logs[3] += np.array([0.3, -0.3] * 4)
+    effects = effects_of(logs)
+    shared = share_scatter(effects)
+    assert shared["3"].spread.sd == pytest.approx(effects["3"].spread.sd, rel=0.05)
+    assert shared["4"].spread.sd < 0.7 * shared["3"].spread.sd
+
+
+def test_degrees_of_freedom_and_their_source_are_in_the_reason():
+    """A reader sees how many comparisons share the scatter, and its degrees of freedom."""
+    (logs,) = simulated([1.0] * 4, 3, studies=1)
+    found = decide(share_scatter(effects_of(logs))["1"], RULE)
+    assert f"scatter shared by 3 comparisons, {2 + PRIOR_DF} degrees of freedom" in found.reason
+
+
+def test_one_comparison_and_one_replicate_share_nothing():
+    """There is nothing to share: the effects are returned as they are."""
+    (logs,) = simulated([1.0] * 4, 3, studies=1)
+    alone = effects_of(logs[:2])
+    assert share_scatter(alone) == alone
+    single = effects_of(logs[:, :1])
+    assert share_scatter(single) == single
+
+
+def test_effects_of_different_replicates_are_refused():
+    """Columns of different lengths have no two-way layout."""
+    effects = {"a": paired_effect(np.array([0.1, 0.2]), "turn"), "b": paired_effect(np.array([0.1, 0.2, 0.3]), "turn")}
+    with pytest.raises(ValueError, match="share no scatter"):
+        share_scatter(effects)
+
+
+@pytest.mark.parametrize(
+    ("df", "family", "critical"), [(6, 2, 2.86), (6, 5, 3.39), (10, 3, 2.76), (20, 9, 2.95), (5, 1, 2.571)]
+)
+def test_critical_values_are_those_of_dunnetts_table(df, family, critical):
+    """Two-sided 5 % points of Dunnett (1964, Biometrics 20), and Student's t for one comparison."""
+    assert quantile(df, dunnett_tail(df, 0.05, family)) == pytest.approx(critical, abs=0.01)
+
+
+def test_identical_arms_without_any_scatter_are_equivalent():
+    """Zero variance everywhere is no division by zero."""
+    effects = effects_of(np.zeros((4, 3)))
+    assert {one.verdict for one in decide_family(share_scatter(effects), tolerance=0.01, margin=0.05).values()} == {
+        "equivalent"
+    }
