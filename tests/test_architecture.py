@@ -126,8 +126,8 @@ def test_no_circle(package):
     "path", [path for package in ("harness", "kernels_check") for path in modules(package)], ids=module_of
 )
 def test_modules_are_one_idea(path):
-    """None is longer than 350 lines."""
-    assert len(path.read_text().splitlines()) <= 350
+    """None is longer than 500 lines."""
+    assert len(path.read_text().splitlines()) <= 500
 
 
 def test_a_room_holds_nothing_but_its_name():

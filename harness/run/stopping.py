@@ -16,8 +16,8 @@ from harness.records.record import TrialRecord
 from harness.records.units import format_count
 from harness.run.budget import MEDIAN_TURNS, Budget
 from harness.run.plan import Group, Plan
-from harness.stats import Comparison, is_precise, optimal_rounds, relative_half_width
-from harness.verdicts.series import compare_series, series_of
+from harness.stats import Comparison, VerdictRule, is_precise, optimal_rounds, relative_half_width
+from harness.verdicts.series import compare_series, effects_against, series_of
 
 LEAST_TO_STOP = 5
 """Fewer give a standard deviation that is itself too uncertain to stop on."""
@@ -94,15 +94,19 @@ class Stopping:
 
     def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
         """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
-        found: list[Comparison] = []
         reference, own = self._plan.study.reference, bool(self._plan.own_workloads)
         metrics = [primary_metric(phase, own_workloads=own) for phase in self._plan.phases]  # type: ignore[arg-type]
-        base_side = "base" if any(record.side for record in records) else ""
+        if not any(record.side for record in records):
+            groups = series_of(records)
+            if (reference, "variant") not in groups:
+                return []
+            effects = [effects_against(groups, reference, metric) for metric in metrics]
+            return [one.compare(VerdictRule()) for found in effects for one in found.values()]
+        bases, found = series_of(records, "base"), []
         for side in sorted({record.side for record in records}):
-            groups, bases = series_of(records, side), series_of(records, base_side)  # type: ignore[arg-type]
-            for (name, role), series in groups.items():
-                key = (name if side else reference, "variant")
-                if key not in bases or (side == base_side and (name, role) == key):
+            for (name, role), series in series_of(records, side).items():
+                key = (name, "variant")
+                if key not in bases or (side == "base" and (name, role) == key):
                     continue
                 for metric in metrics:
                     comparison = compare_series(bases[key], series, metric)

@@ -141,17 +141,21 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
                 level = _level(series, metric)
                 pairs.append(SidePair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
             else:
-                pairs.append(_pair(metric, (sides[0], sides[1]), (series[0], series[1])))
+                control = groups[0].get((variant.name, "control"))
+                pairs.append(_pair(metric, (sides[0], sides[1]), (series[0], series[1]), control))
     return pairs
 
 
-def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series]) -> SidePair:
+def _pair(
+    metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series], control: Series | None
+) -> SidePair:
     """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
     name, level = sides[0].name, _level(series, metric)
     if is_memory(metric):
         return SidePair(variant=name, metric=metric, interleaving=level, sides=sides)
     found = pairs_of(*series, metric)
     base, candidate = (found.base, found.candidate) if found else ([], [])
+    again = None if control is None else pairs_of(series[0], control, metric)
     return SidePair(
         variant=name,
         metric=metric,
@@ -162,6 +166,7 @@ def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[S
         ),
         pairing=pairing_of(series[0], metric),
         drops=found.drops if found else None,
+        control=None if again is None else (again.base, again.candidate),
     )
 
 

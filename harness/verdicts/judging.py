@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 from harness.records.metrics import PEAKS, PHASES, PRIMARY
 from harness.records.record import Interleaving
-from harness.stats import Comparison, KeptPairs, Pairing, compare_bytes
-from harness.stats.comparison import decide_family, effect_of
-from harness.stats.effect import Effect
+from harness.stats import Comparison, Effect, KeptPairs, Pairing, compare_bytes, decide_family, effect_of, share_scatter
 from harness.verdicts.comparand import Measurements, is_memory
 from harness.verdicts.outcome import Compared
-from harness.verdicts.series import oriented, with_drops, without_numbers
+from harness.verdicts.series import Trials, oriented, with_drops, without_numbers
 
 TOLERANCE = 0.01
 MARGIN = 0.05
@@ -62,6 +60,8 @@ class SidePair:
     """What trial i of either side have in common."""
     drops: KeptPairs | None = None
     """Which pairs of trials are left; None where none could be dropped."""
+    control: tuple[Trials, Trials] | None = None
+    """The base and its second measurement in the same replicates, whose scatter the pair shares; None without one."""
     refusal: Comparison | None = None
     """The verdict where there is nothing to compare, or where the numbers do not count."""
 
@@ -107,7 +107,7 @@ def judge_pairs(pairs: Iterable[SidePair], limits_of: LimitsOf) -> dict[Key, Com
                 found[pair.key] = compare_bytes(base, candidate, tolerance=limits_of(*pair.key).tolerance)
                 continue
             ours, theirs = (oriented(side.trials[pair.metric], pair.metric) for side in pair.sides)
-            effect = effect_of(ours, theirs, pair.pairing)
+            effect = _effect(pair, ours, theirs)
         except ValueError as error:
             found[pair.key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
             continue
@@ -126,6 +126,17 @@ def judge_pairs(pairs: Iterable[SidePair], limits_of: LimitsOf) -> dict[Key, Com
         margin={key: limits_of(*key).margin for key in effects},
         alpha=ALPHA,
     )
+
+
+def _effect(pair: SidePair, base: Trials, candidate: Trials) -> Effect:
+    """The effect of the candidate. With a control of the same replicates it has the scatter that both share."""
+    effect = effect_of(base, candidate, pair.pairing)
+    if pair.control is None:
+        return effect
+    ours, again = (oriented(trials, pair.metric) for trials in pair.control)
+    control = effect_of(ours, again, pair.pairing)
+    alike = control.replicates == effect.replicates
+    return share_scatter({"candidate": effect, "control": control})["candidate"] if alike else effect
 
 
 def rows_of(pairs: Iterable[SidePair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[Compared, ...]:

@@ -17,8 +17,9 @@ from harness.run.executors.local import LocalExecutor
 from harness.run.measure import measure
 from harness.run.plan import make_plan
 from harness.run.stopping import Stopping, turn_ratios
+from harness.stats import VerdictRule
 from harness.verdicts.comparand import comparand_of
-from harness.verdicts.series import compare_series, series_of
+from harness.verdicts.series import compare_series, effects_against, series_of
 
 QUIET, LOUD = 0.001, 0.05
 """Scatter of the log ratios; with 5 replicates an interval of ± 0.1 to 0.2 %, and of ± 6 to 10 %."""
@@ -93,8 +94,7 @@ def test_every_interval_must_be_as_narrow_as_was_asked(rule):
     taken = records(8, loud=("", "nf4", "variant", "train"))
     assert rule(precision=0.01)(taken) is None
     said = rule(precision=0.1)(taken)
-    base, other = (series_of(taken)[key] for key in (("plain", "variant"), ("nf4", "variant")))
-    comparison = compare_series(base, other, "step_time_s")
+    comparison = effects_against(series_of(taken), "plain", "step_time_s")["nf4", "variant"].compare(VerdictRule())
     width = math.sqrt(comparison.high / comparison.low) - 1
     assert said.startswith(f"every interval is within ±{100 * width:.2g} % after 8")
 

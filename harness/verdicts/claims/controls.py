@@ -15,7 +15,8 @@ from harness.stats import Comparison
 from harness.studies.claim import Part
 from harness.studies.study import Study
 from harness.verdicts.claims.questions import spoken
-from harness.verdicts.series import Groups, Series, compare_series, is_difference
+from harness.verdicts.series import Groups, is_difference
+from harness.verdicts.standing import control_of
 
 Controls = Mapping[str, Comparison | None]
 """By metric, the reference against itself; None where it was not measured."""
@@ -29,17 +30,16 @@ def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls
     primaries = [PRIMARY[phase] for phase in PHASES if phase in phases]
     claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in metrics_of(part))
     others = [name for name in claimed if name in METRICS and name not in primaries]
-    ours, twin = groups.get((study.reference, "variant")), groups.get((study.reference, "control"))
     return {
-        name: _against_itself(ours, twin, name, len(family)) if ours and twin else None
+        name: _against_itself(groups, study.reference, name, len(family))
         for family in (primaries, others)
         for name in family
     }
 
 
-def _against_itself(ours: Series, twin: Series, metric: str, family: int) -> Comparison | None:
+def _against_itself(groups: Groups, reference: str, metric: str, family: int) -> Comparison | None:
     try:
-        return compare_series(ours, twin, metric, family=family)
+        return control_of(groups, reference, metric, family=family)
     except InvalidRunError:  # values without a logarithm have no ratio, and what is claimed of them is not judged
         return None
 
