@@ -7,13 +7,14 @@ its hash, and what it said is lost; it is written again when the same is found a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UsageError
+from harness.errors import UsageError, redact
 from harness.records import codec, inputs, journal
 from harness.records.forms import check_evidence
 
@@ -43,14 +44,15 @@ class EvidenceFile:
         self._damaged = 0
 
     def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-        """The hashes of these checks; those that are new are on the disk afterwards.
+        """The hashes of these checks, redacted, as they may repeat an error's text; those that are new are on the disk
+        afterwards.
 
         Raises:
             OSError: the disk refuses.
             UsageError: what is there is no evidence.
         """
         self._look()
-        hashed = [(_hash_of(check), check) for check in checks]
+        hashed = [(_hash_of(check), check) for check in map(_redacted, checks)]
         new = {name: check for name, check in hashed if name not in self._checks}
         if new:
             journal.append(self._path, "".join(f"{_line_of(name, check)}\n" for name, check in new.items()))
@@ -100,6 +102,18 @@ class EvidenceFile:
         if sound := evidence.hash == _hash_of(evidence.check):
             self._checks[evidence.hash] = evidence.check
         return sound
+
+
+_redact = functools.lru_cache(maxsize=4096)(redact)
+"""Checks are nearly the same in all trials."""
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return _redact(value)
+    if isinstance(value, Mapping):
+        return {key: _redacted(item) for key, item in value.items()}
+    return [_redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _hash_of(check: Mapping[str, Any]) -> str:

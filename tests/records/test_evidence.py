@@ -210,3 +210,15 @@ def test_evidence_that_the_disk_refuses_is_an_error_with_its_remedy(tmp_path, mo
     monkeypatch.setattr(inputs, "open_plain", refuse)
     with pytest.raises(UsageError, match=r"checks\.jsonl: cannot be read: Permission denied\. Make it readable"):
         EvidenceFile(tmp_path).find(hashes)
+
+
+def test_a_credential_in_a_reason_is_not_written(tmp_path):
+    """A reason may repeat what an error of a library says."""
+    reason = "OSError: 401 for https://me:hunter2@host/x, password=hunter2"
+    writer = RunWriter(tmp_path, manifest())
+    for number in range(2):
+        writer.append(record(number, BITS | {"reason": reason}))
+    assert "hunter2" not in "".join(path.read_text() for path in writer.path.glob("*.json*"))
+    assert len((writer.path / CHECKS).read_text().splitlines()) == 1
+    (found, _) = read(writer.path).records
+    assert found.checks[0]["reason"] == "OSError: 401 for https://***@host/x, password=***"
