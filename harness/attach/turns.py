@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 from harness.attach.follower import Next, Phase, StepReading, Training
 from harness.attach.peaks import Peaks
+from harness.errors import redact
 from harness.machine.memory import host_bytes
 from harness.machine.software import own_software
 from harness.records import codec
@@ -192,7 +193,7 @@ def _facts_of(training: Training) -> dict[str, Any]:
 
 
 def _error(error: BaseException) -> dict[str, Any]:
-    text = "".join(traceback.format_exception(error))
-    message = str(error).strip().splitlines()
+    text = redact("".join(traceback.format_exception(error)))
+    message = redact(str(error)).strip().splitlines()
     said = message[0] if message else type(error).__name__
     return {"error": type(error).__name__, "message": said, "traceback": text[-MOST_TRACEBACK:]}
