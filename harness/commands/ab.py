@@ -16,7 +16,7 @@ from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
     from harness.machine.provenance import Machine
-    from harness.records.record import Notice, Side
+    from harness.records.record import Notice
     from harness.records.store import Run
     from harness.run.plan import Plan
     from harness.run.sites.venue import Venue
@@ -90,7 +90,6 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
-    from harness.run.executors.sides import check_side
     from harness.run.sites.sides import write_sides
     from harness.run.sites.venue import open_venue
     from harness.studies.place import HERE
@@ -111,12 +110,8 @@ def run_ab(options: argparse.Namespace) -> int:
             raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
     of, command = given or (None, "")
     study = read_study(options, "", of=of)
-    sides: dict[Side, str] = {} if command else {"base": options.base, "candidate": options.candidate}
-    if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue, or for the device
-        write_sides(sides, Path.cwd(), study.protocol.place.said)
-    else:
-        for spec in sides.values():
-            check_side(spec, Path.cwd())
+    if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue
+        write_sides({"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place.said)
     with open_venue(study, options.runs_dir) as venue:
         run = _measured_there(venue, read_study(options, venue.machine.kind, of=of), command, options, policy)
     return EXIT_PASS if run is None else show_ab(run, options)
@@ -132,6 +127,7 @@ def _measured_there(
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import DEFAULT_PHASES, arms_of_commands, measure_ab, plan_ab
+    from harness.run.executors.sides import check_side
     from harness.run.measure import measure
 
     runs = store.runs_dir(options.runs_dir, make=not options.dry_run)
@@ -149,6 +145,8 @@ def _measured_there(
         )
 
     plan, notices = venue.plan(make)
+    for spec in () if command or venue.stations else (options.base, options.candidate):
+        check_side(spec, Path.cwd())
     if options.dry_run:
         show_plan(plan, venue.machine, notices, runs, as_json=options.json)
         return None

@@ -205,6 +205,11 @@ class Conductor:
 
     def _launch(self, launch: tuple[Slot, ...]) -> None:
         sheet = self._sheet
+        if rehearsal := self._plan.failed.get(launch[0].contender.name):  # of scripts, which have a process each
+            trial = launch[0].trial
+            sheet.add(trial, Fragment(status=rehearsal.status, failure=rehearsal.failure))
+            sheet.records[trial] = sheet.records[trial].replaced(log=rehearsal.log)
+            return
         sheet.begin(launch)
         try:
             worker = self._executors[launch[0].arm].launch()

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from harness.errors import UsageError
 from harness.records.metrics import PHASES
-from harness.records.record import Instrument, Interleaving, Measure, Role, Side
+from harness.records.record import Instrument, Interleaving, Measure, Role, Side, TrialRecord
 from harness.run.cold_starts import cold_replicates, own_measures, takes_turns_first
 from harness.run.contenders import CONTROL_SUFFIX, Contender, check_phases, contenders_of, workloads_of
 from harness.studies import limits
@@ -105,6 +105,8 @@ class Plan:
     groups: tuple[Group, ...]
     provisional: bool = False
     """Whether its level is still to be settled by a rehearsal of its scripts (`harness.run.rehearsal`)."""
+    failed: Mapping[str, TrialRecord] = field(default_factory=dict)
+    """Records of the rehearsals that failed, by contender: their trials are not started."""
 
     @property
     def workloads(self) -> tuple[Workload, ...]:

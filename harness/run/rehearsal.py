@@ -1,8 +1,8 @@
 """Scripts are tried once, alone and for a moment, where nothing else says how much memory they take.
 
-What a variant of lorameter's own needs is counted before it runs. A script's model is its own affair, so each is
+What a variant of lorameter's own needs is counted before it runs. A script's model is not known, so each script is
 started once, takes two steps and is stopped, and what it took says whether all fit side by side. It shows as well
-whether it trains and can be stopped; that is told before the run begins, and the run has its trials all the same.
+whether the script trains and can be stopped. A script that fails is not started again: its trials fail as it did.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def rehearse(
             seen[key] = _rehearse(plan, slot, executors[slot.arm], site)
     level, why = _level(plan, seen, free)
     settled = make_plan(plan.study, contenders=plan.contenders, phases=plan.phases, interleaving=level, why=why)
-    return settled, tuple(dict.fromkeys(_notices(seen.values())))
+    failed = {one.name: record for one in plan.contenders if (record := seen[_key(one)].record).status != "ok"}
+    return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(_notices(seen.values())))
 
 
 def _key(contender: Contender) -> str:
@@ -71,7 +72,7 @@ def _key(contender: Contender) -> str:
 
 def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: Site) -> Rehearsed:
     trial = f"rehearsal-{slot.contender.name}"
-    record = begin_record(slot, "ok").replaced(trial=trial)
+    record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
     place = executor.make_place(trial, trial)
     request = dataclasses.replace(request_of(plan, slot, site, place), trial=trial, instrument="spy")
     try:
@@ -112,7 +113,7 @@ def _notices(seen: Iterable[Rehearsed]) -> Iterator[Notice]:
             yield Notice(
                 code="rehearsal-failed",
                 message=f"{one.name}: {one.record.status} in {failure.phase}: {failure.message.rstrip('.')}.",
-                remedy=f"Its log is logs/{one.record.trial}.log in the run; mend the script or the command.",
+                remedy=f"It is not started again. Its log is {one.record.log} in the run; correct the script or the command.",
             )
         for notice in one.record.notices:
             if notice.code == "not-stopped":

@@ -160,3 +160,22 @@ def test_a_launcher_runs_in_the_interpreter_of_each_side(scripted, tmp_path, mon
     assert "sides-alike" not in {notice["code"] for notice in found["notices"]}
     code, _, err = scripted("ab", "--command", f"{sys.executable} scripted.py plain", *words)
     assert (code, "runs in this interpreter on both sides" in err) == (2, True)
+
+
+def test_a_candidate_that_fails_its_rehearsal_is_not_started_again(scripted, tmp_path):
+    """Each of its trials fails as the rehearsal did and names the rehearsal's log; the base is measured."""
+    starts = tmp_path / "starts"
+    script = f"open({str(starts)!r}, 'a').write('started\\n')\nraise ValueError('no such data set')\n"
+    (tmp_path / "broken.py").write_text(script)
+    words = ("ab", "--base-command", FAST, "--candidate-command", "python broken.py", "--replicates", "3")
+    code, out, err = scripted(*words, "--steps", "4", "--allow-disturbed", "--json")
+    assert code == 4
+    assert "rehearsal" in err
+    run = store.read_run(json.loads(out)["run"], tmp_path / "runs")
+    sides = {side: [record for record in run.records if record.side == side] for side in ("base", "candidate")}
+    assert len(sides["candidate"]) == 3
+    assert {record.status for record in sides["candidate"]} == {"crashed"}
+    assert {record.log for record in sides["candidate"]} == {"logs/rehearsal-scripted-candidate.log"}
+    assert "no such data set" in (run.path / "logs" / "rehearsal-scripted-candidate.log").read_text()
+    assert {record.status for record in sides["base"]} == {"ok"}
+    assert starts.read_text() == "started\n"
