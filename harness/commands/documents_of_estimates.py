@@ -42,15 +42,12 @@ class DeviceOf(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ErrorOf(msgspec.Struct, forbid_unknown_fields=True):
-    """How far estimates were from peaks: estimate over peak, less 1."""
+    """How far a peak may be from its estimate: peak over estimate, less 1."""
 
-    counted_with: float
-    """Either way; the range is from expected / (1 + it) to expected / (1 - it)."""
-    measured: list[float]
-    """The least and the greatest of `measured_on`."""
-    measured_on: str
-    published: list[float]
-    published_of: str
+    low: float
+    high: float
+    basis: str
+    """The comparison of peaks and estimates that supports it."""
 
 
 class KnobOf(msgspec.Struct, forbid_unknown_fields=True):

@@ -136,10 +136,12 @@ def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str
 
 
 def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) -> dict[str, Any]:
-    from harness.models.costs.memory import ERRS_BY, MEASURED_ERRORS, MEASURED_ON, PUBLISHED_ERRORS, PUBLISHED_OF
+    from harness.models.costs.memory import PEAK_RANGES
+    from harness.report.fitting import describe_basis
     from harness.run.fitting import Needs
 
     device = advice.device
+    low, high = PEAK_RANGES[device.machine.device]
     return {
         "device": {
             "name": device.name,
@@ -151,16 +153,11 @@ def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) 
         "standing": advice.standing,
         "needs": _needs_document(advice.needs),
         "phases": {
-            phase: _needs_document(Needs(expected_bytes=estimate.needed_bytes)) for phase, estimate in estimates.items()
+            phase: _needs_document(Needs.of(estimate.needed_bytes, device.machine.device))
+            for phase, estimate in estimates.items()
         },
         "spare_bytes": device.usable_bytes - advice.needs.high_bytes,
-        "error": {
-            "counted_with": ERRS_BY,
-            "measured": MEASURED_ERRORS,
-            "measured_on": MEASURED_ON,
-            "published": PUBLISHED_ERRORS,
-            "published_of": PUBLISHED_OF,
-        },
+        "error": {"low": low - 1, "high": high - 1, "basis": describe_basis(device.machine.device)},
         "knobs": [
             {
                 "writes": knob.writes,

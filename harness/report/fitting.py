@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from harness.models.costs.memory import ERRS_BY, MEASURED_ERRORS, MEASURED_ON, PUBLISHED_ERRORS, PUBLISHED_OF
-from harness.records.units import format_bytes, format_percent, split_interval
+from harness.models.costs.memory import (
+    MEASURED_ERRORS,
+    MEASURED_ON,
+    PEAK_RANGES,
+    PUBLISHED_PEAKS,
+    PUBLISHED_WITHIN,
+)
+from harness.records.units import format_bytes, split_interval
 from harness.report.table import (
     Block,
     Cell,
@@ -95,13 +101,19 @@ def _assumed(device: Device) -> Iterator[Line]:
 
 
 def _errors(device: Device) -> Iterator[Line]:
-    """What the range rests on."""
-    on_card = device.machine.device == "cuda"
-    yield say(
-        f"The range is that of an estimate which is {format_percent(ERRS_BY)} off: more than the "
-        f"{_span(MEASURED_ERRORS)} by which it missed {MEASURED_ON}.",
-        f" No card was measured. It missed {PUBLISHED_OF}, by {_span(PUBLISHED_ERRORS)}." if on_card else "",
-    )
+    """The range, and what supports it."""
+    low, high = PEAK_RANGES[device.machine.device]
+    yield say(f"Range: {_span((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}")
+
+
+def describe_basis(device: str) -> str:
+    """The comparison of peaks and estimates that supports the range for a "cpu" or for "cuda"."""
+    if device == "cuda":
+        return (
+            f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks of GPUs lie within it; all are of batches of one "
+            "length. None was measured by this project."
+        )
+    return f"The estimate missed {MEASURED_ON} by {_span(MEASURED_ERRORS)}."
 
 
 def _span(errors: tuple[float, float]) -> str:

@@ -15,7 +15,7 @@ from harness.errors import UsageError, shorten
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes, unknown_targets
-from harness.models.costs.memory import ERRS_BY, MemoryEstimate, birth_bytes, estimate_peak
+from harness.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, peak_range
 from harness.models.costs.peaks import stated_peak
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
@@ -200,26 +200,25 @@ def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
 
 def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:
     """What to know of a variant that may not fit into this machine, or not into the bytes that are free there now."""
-    has = _memory(machine)
-    if has is not None and expected.needed_bytes > (1 - ERRS_BY) * has:
+    has, (_, high) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
+    about = f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, or up to {format_bytes(high)}"
+    if has is not None and high > has:
         yield Notice(
             code="memory-short",
-            message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and this machine has "
-            f"{format_bytes(has)}.",
+            message=f"{about}, and this machine has {format_bytes(has)}.",
             remedy=_less_memory(expected),
         )
-    elif free is not None and expected.needed_bytes > (1 - ERRS_BY) * free:
+    elif free is not None and high > free:
         yield Notice(
             code="memory-taken",
-            message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and only {format_bytes(free)} "
-            "are free now: others hold the rest.",
+            message=f"{about}, and only {format_bytes(free)} are free now: others hold the rest.",
             remedy="End them (`lorameter doctor` names those on the card), or measure where that much is free.",
         )
 
 
 def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> None:
-    has = _memory(machine)
-    if has is not None and expected.needed_bytes > (1 + ERRS_BY) * has:
+    has, (low, _) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
+    if has is not None and low > has:
         raise UsageError(
             f"{where}: needs about {format_bytes(expected.needed_bytes)} and this machine has {format_bytes(has)}. "
             f"{_less_memory(expected)} `lorameter estimate` shows what takes it."

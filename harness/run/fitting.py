@@ -1,9 +1,9 @@
 """Whether a variant will fit on a device, and the most of it that does.
 
-It is said of estimates (`harness.models.costs.memory`), which may be off by a tenth (`ERRS_BY`). So what is needed is a
-range, and only what fits at its upper end is said to fit; what fits at the lower end alone may not. The most that fits
-is found by halving, since an estimate grows with batch and length; but on a CPU it falls once, where malloc no longer
-keeps what a step gives back, and either side of that is searched by itself.
+An estimate (`harness.models.costs.memory`) has a range in which the peak is expected. Only what fits at its upper end
+is reported as fitting; what fits at the lower end alone may not. The most that fits is found by halving, since an
+estimate grows with batch and length; but on a CPU it falls once, where malloc no longer keeps what a step gives back,
+and either side of that is searched by itself.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from harness.machine.provenance import Machine
 from harness.models.costs.cards import DRIVER_SHARE, DRIVER_SOURCE, Card
 from harness.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
-    ERRS_BY,
     estimate_peak,
     mapped_from_tokens,
+    peak_range,
 )
 from harness.models.shapes import ModelShape
 from harness.records.units import format_bytes, format_percent
@@ -56,16 +56,14 @@ class Needs:
     """What is needed of a device at the peak, as a range."""
 
     expected_bytes: int
+    low_bytes: int
+    high_bytes: int
 
-    @property
-    def low_bytes(self) -> int:
-        """Where the estimate is too high by as much as it may be."""
-        return int(self.expected_bytes / (1 + ERRS_BY))
-
-    @property
-    def high_bytes(self) -> int:
-        """Where it is too low by as much."""
-        return int(self.expected_bytes / (1 - ERRS_BY))
+    @classmethod
+    def of(cls, expected_bytes: int, device: str) -> Needs:
+        """Around an estimate, as wide as estimates for a "cpu" or for "cuda" are off."""
+        low, high = peak_range(expected_bytes, device)
+        return cls(expected_bytes=expected_bytes, low_bytes=low, high_bytes=high)
 
     def stand_in(self, usable_bytes: int) -> Standing:
         """Whether all of the range is within these bytes, a part of it, or nothing."""
@@ -135,7 +133,7 @@ class Fitter:
             variant, workload, self.shape, device=self.device.machine.device,
             repacks=self.device.machine.avx512_bf16, process_bytes=self.process_bytes,
         )  # fmt: skip
-        return Needs(expected_bytes=expected.needed_bytes)
+        return Needs.of(expected.needed_bytes, self.device.machine.device)
 
     def standing(self, needs: Needs) -> Standing:
         """Whether that fits."""

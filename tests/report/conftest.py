@@ -247,7 +247,7 @@ def fits() -> dict[str, Callable[[], Document]]:
     wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
     refusing = Variant(name="v", init_lora_weights="pissa")
     cases = {
-        "fit that is none": (on_card(MACHINE, find_card("RTX 4090")), refusing, wide),
+        "fit that is none": (on_card(MACHINE, find_card("RTX 5090")), refusing, wide),
         "fit": (on_card(MACHINE, find_card("H200")), Variant(name="v"), wide),
         "fit of nothing": (on_card(MACHINE, find_card("1GiB")), Variant(name="v"), wide),
         "fit here": (

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from harness.models.costs.memory import MEASURED_ERRORS, MEASURED_ON, PUBLISHED_ERRORS
+from harness.models.costs.memory import (
+    MEASURED_ERRORS,
+    MEASURED_ON,
+    PEAK_RANGES,
+    PUBLISHED_PEAKS,
+    PUBLISHED_WITHIN,
+)
 from harness.report.terminal import text_of
 
 
@@ -19,7 +25,7 @@ def said(every_report):
 
 
 @pytest.mark.parametrize(("name", "finding"), [
-    ("fit", "On H200 141GB fits: needs"), ("fit that is none", "On RTX 4090 24GB does not fit: needs"),
+    ("fit", "On H200 141GB fits: needs"), ("fit that is none", "On RTX 5090 32GB does not fit: needs"),
     ("fit of nothing", "On 1GiB does not fit: needs"), ("fit here", "On Test [CPU] fits: needs"),
 ])  # fmt: skip
 def test_the_finding_comes_first_with_its_range(said, name, finding):
@@ -35,12 +41,14 @@ def span(errors):
     return f"{least} to {greatest}"
 
 
-def test_the_error_is_that_of_a_cpu_and_is_said_to_be(said):
-    """No card was measured, and what others published of cards was missed by more."""
+def test_the_range_is_said_with_what_supports_it(said):
+    """Of a GPU published peaks, of a CPU measured ones."""
     for name, text in said.items():
-        assert f"{span(MEASURED_ERRORS)} by which it missed {MEASURED_ON}" in text
         on_card = name != "fit here"
-        assert ("No card was measured." in text) is (span(PUBLISHED_ERRORS) in text) is on_card
+        low, high = PEAK_RANGES["cuda" if on_card else "cpu"]
+        assert f"Range: {span((low - 1, high - 1))} of the estimate." in text
+        assert (f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks of GPUs lie within it" in text) is on_card
+        assert (f"missed {MEASURED_ON} by {span(MEASURED_ERRORS)}" in text) is not on_card
         assert ("Assumed, and measured on no card: the driver keeps 2 % of the card" in text) is on_card
 
 
@@ -58,7 +66,7 @@ def test_the_most_that_fits_is_said_with_what_bounds_it(said):
     """A sequence is one, and the model's context ends a length."""
     assert "batch_size: none, for not even 1 sequence of 1024 tokens would fit." in said["fit of nothing"]
     assert "sequence_length: none, for not even 6 sequences of 8 tokens would fit." in said["fit of nothing"]
-    assert "batch_size = 12: 12 sequences of 1024 tokens." in said["fit"]
+    assert "batch_size = 10: 10 sequences of 1024 tokens." in said["fit"]
 
 
 def test_a_profile_that_the_device_takes_is_named(said):

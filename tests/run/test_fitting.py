@@ -9,7 +9,7 @@ import pytest
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.models.costs.cards import find_card
-from harness.models.costs.memory import ERRS_BY, mapped_from_tokens
+from harness.models.costs.memory import PEAK_RANGES, mapped_from_tokens
 from harness.run.fitting import Fitter, Needs, on_card, on_machine
 from harness.studies.variant import Variant
 from harness.studies.workload import MOST_BATCH, Workload
@@ -35,10 +35,11 @@ def fitter(machine):
     return make
 
 
-def test_the_range_is_that_of_an_estimate_which_is_off():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_range_is_that_of_an_estimate_which_is_off(device):
     """Only what fits at its upper end fits, and what does not at its lower end does not."""
-    needs = Needs(expected_bytes=1000)
-    assert (needs.low_bytes, needs.high_bytes) == (int(1000 / (1 + ERRS_BY)), int(1000 / (1 - ERRS_BY)))
+    needs, (low, high) = Needs.of(1000, device), PEAK_RANGES[device]
+    assert (needs.low_bytes, needs.high_bytes) == (int(1000 * low), int(1000 * high))
     assert needs.stand_in(needs.high_bytes) == "fits"
     assert needs.stand_in(needs.high_bytes - 1) == needs.stand_in(needs.low_bytes) == "may-not-fit"
     assert needs.stand_in(needs.low_bytes - 1) == "does-not-fit"
