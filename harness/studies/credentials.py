@@ -30,7 +30,7 @@ def refuse_credentials(label: str, words: Sequence[str]) -> None:
         if shown != word:
             place = before if shown == HIDDEN else shown
             raise UsageError(
-                f"{label}: {shorten(place, 60)} reads like a credential, and what stands here is written into the run. "
+                f"{label}: a value reads like a credential ({shorten(place, 60)}), and it is written into the run. "
                 "Leave it out: scripts inherit the credentials of your environment, as HF_TOKEN, and ~/.netrc."
             )
 

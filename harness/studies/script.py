@@ -67,7 +67,7 @@ def check_script(label: str, variant: Variant) -> None:
         limits.check_text(label, f"env.{name}", value)
         if sounds_secret(name):
             raise UsageError(
-                f"{label}: env.{name}: a credential, and what stands here is written into the run. Set it where "
+                f"{label}: env.{name} is a credential, and it is written into the run. Set it where "
                 "lorameter is started: scripts inherit it."
             )
         refuse_credentials(f"{label}: env.{name}", [value])
