@@ -70,10 +70,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
     prompts = [key.removeprefix("answer_") for key in record.tokens if key.startswith("answer_")]
     chosen = [index for index in sorted(map(int, prompts)) if index < len(examples)][:count]
     if not chosen or not examples:
-        raise UsageError(
-            f"run {run.manifest.run}: no whole answers were measured. They need natural_tokens in the study's "
-            "[workload] and the phase generate."
-        )
+        raise _no_answers(run)
     source = catalogue.resolve(workload.model)
     from harness.trial.data.tokenizers import load_tokenizer
 
@@ -88,15 +85,25 @@ def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
         if record.role == "variant" and any(key.startswith("answer_") for key in record.tokens)
     ]
     names = list(dict.fromkeys(record.name for record in records))
+    if not names:
+        raise _no_answers(run)
     if variant not in names:
-        known = ", ".join(names) or "none"
-        raise UsageError(f"variant {variant!r}: run {run.manifest.run} has no answers of it. It has those of: {known}.")
+        raise UsageError(
+            f"variant {variant!r}: run {run.manifest.run} has no answers of it. It has those of: {', '.join(names)}."
+        )
     found = {record.replicate: record for record in records if record.name == variant}
     if replicate not in found:
         raise UsageError(
             f"replicate = {replicate}: run {run.manifest.run} has {', '.join(map(str, sorted(found)))} of {variant}."
         )
     return found[replicate]
+
+
+def _no_answers(run: Run) -> UsageError:
+    return UsageError(
+        f"run {run.manifest.run} kept no answers. Write natural_tokens = 64 in [workload] of the study and measure it "
+        "again with the phase generate."
+    )
 
 
 def _sample(record: TrialRecord, index: int, example: dict[str, str], tokenizer: Any, limit: int) -> Sample:

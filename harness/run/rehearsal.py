@@ -113,8 +113,8 @@ def _notices(seen: Iterable[Rehearsed]) -> Iterator[Notice]:
             yield Notice(
                 code="rehearsal-failed",
                 message=f"{one.name}: {one.record.status} in {failure.phase}: {failure.message.rstrip('.')}.",
-                remedy=f"It is not started again. Correct the script or the command; its log is {one.record.log} in the "
-                "run.",
+                remedy="It is not started again. Correct the script or the command; its log is "
+                f"{one.record.log} in the run.",
             )
         for notice in one.record.notices:
             if notice.code == "not-stopped":

@@ -61,6 +61,17 @@ def test_what_was_not_answered_is_refused(run, options, words):
         read_samples(run, **options)
 
 
+@pytest.mark.parametrize("variant", ["plain", "nf4"])
+def test_a_run_without_answers_says_how_to_get_some(write_run, capsys, variant):
+    """The key of the study that has them kept, and the command; not that it has those of none."""
+    path = write_run("bare", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]})
+    assert main(["sample", str(path), variant]) == 2
+    said = capsys.readouterr().err
+    assert "run bare kept no answers" in said
+    assert "Write natural_tokens = 64 in [workload] of the study and measure it again with the phase generate" in said
+    assert "none" not in said
+
+
 def test_the_command_prints_all_four_texts_and_one_document(run, capsys):
     """As panels for people, as one JSON document for programs."""
     assert main(["sample", str(run.path), "plain"]) == 0
