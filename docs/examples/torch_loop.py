@@ -28,8 +28,8 @@ class Model(nn.Module):
 torch.manual_seed(0)
 model = Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for _ in range(options.steps):
-    ids = torch.randint(0, 128, (4, 33))
+loader = torch.utils.data.DataLoader(torch.randint(0, 128, (4 * options.steps, 33)), batch_size=4, shuffle=True)
+for ids in loader:
     scores = model(ids[:, :-1])
     loss = nn.functional.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()

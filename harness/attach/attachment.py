@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harness.attach.follower import Follower, Training
+from harness.attach.follower import Follower, Source, Training
 from harness.attach.shield import NotFollowedError, Shield, say
 from harness.attach.steps import Steps
 from harness.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
@@ -57,8 +57,7 @@ class Attachment:
             self.steps.restart()
             return self.steps
         if self._pid is not None:
-            if self._pid == os.getpid() and self._follower is not None:
-                self._tell_of_another(training)
+            self.tell_of_another(training.source)
             return None
         if training.rank and os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) != DEFAULT_FOLLOWER:
             return None  # it follows what rank 0 shows
@@ -75,15 +74,17 @@ class Attachment:
         self.steps.begin()
         return self.steps
 
-    def _tell_of_another(self, training: Training) -> None:
-        """A second training: it is not followed, and who follows the first learns of it as of any that begins. It is
-        told once, since its optimizer shows it as well where a Trainer has."""
-        if self._told:
+    def tell_of_another(self, source: Source) -> None:
+        """Another training has begun. It is not followed, and who follows the first learns of it, once."""
+        if self._told or self._follower is None or self._pid != os.getpid():
             return
         self._told = True
-        say(f"another training of this script (seen by its {training.source}) is not followed: the first one is")
-        if self._follower is not None:
-            Shield().run(self._follower.begin, training)
+        say(f"another training of this script (seen by its {source}) is not followed: the first one is")
+        training = Training(
+            source=source, model=None, planned_steps=None, trainable_parameters=None, total_parameters=None,
+            accumulation=None,
+        )  # fmt: skip
+        Shield().run(self._follower.begin, training)
 
     def _end_with_process(self) -> None:
         """The process ends and the training has not: by an error, or because the script has let it go."""
@@ -91,6 +92,9 @@ class Attachment:
             return
         error = getattr(sys, "last_value", None)  # what the interpreter has just printed
         self.steps.end(error if isinstance(error, BaseException) else self._source_end(), seen=False)
+        tell_of_later: Any = getattr(self._source, "tell_of_later", None)
+        if tell_of_later is not None:
+            tell_of_later()
 
     def _see_exit(self) -> None:
         """`os._exit` leaves out what is registered for the end of a process. Scripts call it where a library would

@@ -8,6 +8,7 @@ on the device, so that whatever a follower does, or waits for, is in no step's t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -19,11 +20,11 @@ Phase = Literal["train", "evaluate", "save"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What is known of a training that stands before its first step."""
+    """What is known of a training before its first step. It keeps nothing of the script's alive."""
 
     source: Source
-    model: Any
-    """An ``nn.Module``; None where the source does not see it."""
+    model: weakref.ref[Any] | None
+    """To an ``nn.Module``; None where the source does not see it."""
     planned_steps: int | None
     trainable_parameters: int | None
     total_parameters: int | None
@@ -33,6 +34,19 @@ class Training:
     ranks: int = 1
     required: Mapping[str, Any] = field(default_factory=dict)
     """Paths of kernels_check that the script itself says a step must have."""
+
+    @property
+    def module(self) -> Any:
+        """The model; None if there is none, or no longer."""
+        return None if self.model is None else self.model()
+
+
+def weakly(model: Any) -> weakref.ref[Any] | None:
+    """A weak reference to a model, as a `Training` holds it; None for anything that cannot be referenced so."""
+    try:
+        return weakref.ref(model)
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from harness.attach.attachment import this_process
-from harness.attach.follower import Follower, Phase, Training
+from harness.attach.follower import Follower, Phase, Training, weakly
 from harness.attach.identity import count_parameters, device_of, rank_of
 from harness.attach.optimizer import StopTraining
+from harness.attach.patches import uncompiled
 from harness.attach.shield import Shield
 from harness.attach.sight import Sight
 from harness.attach.steps import Steps
@@ -26,7 +27,7 @@ class LoopSource:
     def __init__(
         self, model: Any, make: Callable[[], Follower] | None, required: Mapping[str, Any] | None = None
     ) -> None:
-        self._model = model
+        self._model = weakly(model)
         self._make = make
         self._required = dict(required or {})
         self._steps: Steps | None = None
@@ -44,24 +45,29 @@ class LoopSource:
             return
         iterator, taken = iter(batches), 0
         steps.restart()
-        while True:
-            with steps.during["data"]:
-                batch = next(iterator, _END)
-            if batch is _END:
-                break
-            steps.batch(batch)
-            if taken == 0:
-                steps.open_step()
-            yield batch  # type: ignore[misc]
-            taken = (taken + 1) % accumulation
-            if taken == 0 and not self._end_step(steps):
-                return
+        try:
+            self._look(True)
+            while True:
+                with steps.during["data"]:
+                    batch = next(iterator, _END)
+                if batch is _END:
+                    break
+                steps.batch(batch)
+                if taken == 0:
+                    steps.open_step()
+                yield batch  # type: ignore[misc]
+                taken = (taken + 1) % accumulation
+                if taken == 0 and not self._end_step(steps):
+                    return
+        finally:
+            self._look(False)
+            steps.break_off()
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, batch: Any) -> Iterator[None]:
         """The block is a step; what lies between two of them is in none. Raises `StopTraining` where the follower
         wants no further one; a block that fails is no step."""
-        steps = self._begin(None, counts=True)
+        steps = self._begin(None, counts=batch is None)
         if steps is None:
             yield
             return
@@ -69,9 +75,23 @@ class LoopSource:
             self.end(None)
             raise StopTraining
         steps.restart()
+        if batch is not None:
+            steps.batch(batch)
         steps.open_step()
-        yield
+        self._look(True)
+        try:
+            yield
+        except BaseException:
+            steps.break_off()
+            raise
+        finally:
+            self._look(False)
         self._end_step(steps)
+
+    def _look(self, within: bool) -> None:
+        """What happens from here on is within a step, or not."""
+        if self._sight is not None:
+            self._sight.within = within
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -109,7 +129,8 @@ class LoopSource:
 
     def _follow(self, accumulation: int | None, counts: bool) -> Steps | None:
         rank, ranks = rank_of()
-        trainable, total = count_parameters(self._model)
+        model = None if self._model is None else self._model()
+        trainable, total = count_parameters(model)
         training = Training(
             source="loop",
             model=self._model,
@@ -121,24 +142,35 @@ class LoopSource:
             ranks=ranks,
             required=self._required,
         )
-        steps = this_process().begin(self, training, device_of(self._model), self._make)
+        steps = this_process().begin(self, training, device_of(model), self._make)
         if steps is not None:
-            model = self._model if isinstance(self._model, torch.nn.Module) else None
-            self._sight = Sight(model, steps, batches=counts)
-            self._see_updates(steps)
+            self._sight = Sight(steps, batches=counts)
+            self._sight.within = False
+            self._see_updates(self._sight, steps)
         return steps
 
-    def _see_updates(self, steps: Steps) -> None:
-        """Every optimizer's update within a step is a part of it."""
+    def _see_updates(self, sight: Sight, steps: Steps) -> None:
+        """Every optimizer's update within a step is a part of it. Where one is compiled, the hook is nothing."""
+        compiling = torch.compiler.is_compiling
+
+        def hook_of(call: Callable[[], None]) -> Callable[..., None]:
+            call = uncompiled(call)
+
+            def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+                if not compiling() and sight.within:
+                    call()
+
+            return hook
+
         self._handles = [
-            register_optimizer_step_pre_hook(lambda *_: steps.during["optimizer"].begin()),
-            register_optimizer_step_post_hook(lambda *_: steps.during["optimizer"].end()),
+            register_optimizer_step_pre_hook(hook_of(steps.during["optimizer"].begin)),
+            register_optimizer_step_post_hook(hook_of(steps.during["optimizer"].end)),
         ]
 
     def _end_step(self, steps: Steps) -> bool:
         """Whether there is to be another."""
-        if self._sight is not None and not self._given_loss:
-            steps.run(self._sight.tell_loss)
+        if self._sight is not None:
+            steps.run(self._sight.end_step, not self._given_loss)
         self._given_loss = False
         return steps.end_step()
 

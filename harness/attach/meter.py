@@ -69,9 +69,9 @@ class Meter(TrainerSource):
         """
         return self._loop.steps(batches, accumulation)
 
-    def step(self) -> AbstractContextManager[None]:
-        """The block is one step."""
-        return self._loop.step()
+    def step(self, batch: Any = None) -> AbstractContextManager[None]:
+        """The block is one step. Tokens are those of the batch, or of what a DataLoader of torch has loaded for it."""
+        return self._loop.step(batch)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """The block evaluates: it is in no step's time, and its peak of memory is one of its own."""

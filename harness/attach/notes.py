@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.attach.follower import Training
+from harness.attach.follower import Source, Training
 from harness.attach.gathered import MOST_TIMED
 from harness.records.record import Notice
 from harness.records.units import format_bytes
@@ -15,6 +15,18 @@ SEEN_BY = {
     "loop": "steps are those that the loop names",
     "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
 }
+FORWARD = "forward lasts from the wait for data, or the last update or backward pass, until backward begins"
+NO_TOKENS = {
+    "trainer": "no tokens are known: the Trainer's batches hold no token ids",
+    "loop": "no tokens are known: the loop's batches hold no token ids",
+    "optimizer": "no tokens are known: no DataLoader of torch yielded batches with token ids",
+}
+
+
+def say_missing(source: Source, samples: Mapping[str, Any]) -> tuple[str, ...]:
+    """How forward passes were timed, and that no tokens were seen."""
+    forward = (FORWARD,) if source != "trainer" and "forward_time_s" in samples else ()
+    return forward if "turn_real_tokens" in samples or not samples else (*forward, NO_TOKENS[source])
 
 
 def say_seen(checks: Sequence[Mapping[str, Any]] | None) -> str:

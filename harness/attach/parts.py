@@ -56,12 +56,28 @@ class Parts:
         self.cuda = device.type == "cuda"
         self.borders: list[Border] = []
         """Of the step under way, in their order; whoever has the step end begins them anew."""
+        self._begun: Border = ("forward", True, 0.0, None)
         self.during: Mapping[Part, During] = {part: During(self, part) for part in get_args(Part)}
         """Each part by its name."""
+
+    def begin(self) -> None:
+        """A step begins here."""
+        self._begun = "forward", True, time.perf_counter(), self.stamp() if self.cuda else None
 
     def leave_out(self, seconds: float) -> None:
         """So much of what has just gone is no part of anything; what a device does meanwhile is its own."""
         self.borders.append((None, False, seconds, None))
+
+    def begin_backward(self) -> None:
+        """A backward pass begins, and what lies between it and the border before was its forward pass: for a loop whose
+        forward passes are not seen by themselves."""
+        place, (_, _, at, event) = next(
+            ((place, border) for place, border in reversed([*enumerate(self.borders, 1)]) if border[0] is not None),
+            (0, self._begun),
+        )
+        self.borders.insert(place, ("forward", True, at, event))
+        now, stamp = time.perf_counter(), self.stamp() if self.cuda else None
+        self.borders += [("forward", False, now, stamp), ("backward", True, now, stamp)]
 
     def stamp(self) -> Any:
         """An event of the device, here and now; None where that fails."""

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import sys
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -34,8 +35,6 @@ class Shield:
         self.up = True
         """Whether what is ours is still called: not after an error, and not in a fork of the process."""
         _shields().add(self)
-        self.error: Exception | None = None
-        """What made the meter stand aside."""
         self.on_error: Callable[[Exception], None] = _nothing
         """Is called once, after the error was told."""
 
@@ -51,7 +50,7 @@ class Shield:
 
     def stand_aside(self, error: Exception) -> None:
         """From here on nothing of ours is called. For what runs in every step and calls by itself, while it is `up`."""
-        self.up, self.error = False, error
+        self.up = False
         if isinstance(error, NotFollowedError):
             say(f"this training is not followed: {said_by(error)}")
         else:
@@ -71,6 +70,18 @@ def _shields() -> weakref.WeakSet[Shield]:
 
     os.register_at_fork(after_in_child=take_down)
     return shields
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """An error like this one for later, with its traceback as a note: its frames hold what the script works with."""
+    told = "".join(traceback.format_exception(error))
+    try:
+        found = type(error).__new__(type(error), *error.args)
+        str(found)
+    except Exception:
+        found = RuntimeError(f"{type(error).__name__}: {error}")
+    found.add_note(told)
+    return found
 
 
 def _nothing(error: Exception) -> None:

@@ -1,133 +1,178 @@
-"""What can be seen of a step from its model, where no Trainer says it: batches, passes, the loss, the gradients' norm.
+"""What can be seen of a step where no Trainer says it: its batches, passes, loss, and the norm of its gradients.
 
-The outermost module is hooked, and nothing inside it: hooks of inner modules would be traced by torch.compile and
-called a thousand times a step. A backward pass is seen where it begins, in `torch.autograd.backward`, through which a
-tensor's own `backward` goes, and the norm of the gradients where they are clipped by it, in
-`torch.nn.utils.clip_grad_norm_`; both are as they were once the training has ended.
+Nothing is hooked on the model. Batches are those of torch's DataLoader, with the wait for them. A backward pass is seen
+in `torch.autograd.backward`, through which a tensor's own `backward` goes. The forward pass before it began where
+the step, the wait for its data, or the pass or update before it had ended. The norm of the gradients is seen where they
+are clipped by it, in `torch.nn.utils.clip_grad_norm_`, and a loss that a scaler multiplies in its `scale`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import gc
-import inspect
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from harness.attach.patches import Patches
 from harness.attach.steps import Steps
+from harness.attach.tokens import Copied
+
+MOST_AHEAD = 64
+"""Batches of one loader that no backward pass has used yet; of more the oldest are forgotten."""
 
 
 class Sight:
-    """Looks at one model's passes for one training. Takes nothing from the passes and gives nothing to them."""
+    """Looks at the passes of one training. Takes nothing from them and gives nothing to them."""
 
-    def __init__(self, model: torch.nn.Module | None, steps: Steps, *, batches: bool) -> None:
+    def __init__(self, steps: Steps, *, batches: bool) -> None:
         """It looks from here on.
 
         Args:
-            model: the outermost module; None sees backward passes only.
             steps: told of what is seen.
             batches: whether batches are counted here, and nobody else tells of them.
         """
         self._steps = steps
-        self._batches = batches
-        self._given: list[weakref.ref[torch.Tensor]] = []
-        """What the model was given in this step, by its first tensor, which nobody keeps for that."""
+        self.within = True
+        """Whether what happens is part of a step; batches may be loaded before it."""
+        self._loaders = Loaders()
+        self._passes = 0
+        """Backward passes under way; one that checkpointing begins inside another is a part of that."""
         self._losses: list[torch.Tensor] = []
+        """That a scaler was given in this step."""
         self._roots: list[torch.Tensor] = []
-        self._scaled = model is not None and _has_scaler()
-        self._handles: list[Any] = []
-        self._replaced: list[tuple[Any, str, Any, Any]] = []
-        """Functions of torch with where they lie: the module, the name, what was there, and ours."""
-        if model is not None and _can_hook(model):
-            self._names = _parameter_names(model)
-            self._handles = [
-                model.register_forward_pre_hook(lambda *told: steps.run(self._enter, *told), with_kwargs=True),
-                model.register_forward_hook(lambda *told: steps.run(self._leave, *told)),
-            ]
-        self._replace(torch.autograd, "backward", self._backward)
-        self._replace(torch.nn.utils, "clip_grad_norm_", self._clip)
+        """That a backward pass began with."""
+        self._patches = patches = Patches()
+        patches.put(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward)
+        patches.put(torch.nn.utils, "clip_grad_norm_", after=self._clipped)
+        patches.put(torch.amp.GradScaler, "scale", after=self._scaled)
+        if batches:
+            patches.put(_BaseDataLoaderIter, "__next__", before=self._wait, after=self._came)
 
-    def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._looks(module):
+    def _wait(self, args: tuple[Any, ...]) -> None:
+        if self._is_for_training() and self.within:
+            self._steps.during["data"].begin()
+
+    def _came(self, args: tuple[Any, ...], batch: Any, error: BaseException | None) -> None:
+        if not self._is_for_training():
             return
-        if self._batches:
-            fields = dict(zip(self._names, args, strict=False)) | kwargs
-            self._count(fields if {"input_ids", "inputs_embeds"} & set(fields) else args or fields)
-        self._steps.during["forward"].begin()
+        if self.within:
+            self._steps.during["data"].end()
+        if error is None:
+            self._loaders.put(args[0], self._steps.copy(batch))
+        else:
+            self._loaders.end(args[0])
 
-    def _count(self, batch: Any) -> None:
-        """Each batch once a step, however often the model is given it: that is no more data."""
-        values = list(batch.values() if isinstance(batch, Mapping) else batch)
-        first = next((value for value in values if isinstance(value, torch.Tensor)), None)
-        if first is None or not any(first is one() for one in self._given):
-            self._given += [] if first is None else [weakref.ref(first)]
-            self._steps.batch(batch)
+    def _is_for_training(self) -> bool:
+        """Whether what is loaded may be for a training: not where gradients are off, as in an evaluation."""
+        return torch.is_grad_enabled() and self._steps.up
 
-    def _leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._looks(module):
+    def _begin_backward(self, args: tuple[Any, ...]) -> None:
+        self._passes += 1
+        if self._passes > 1 or not self._looks():
             return
-        self._steps.during["forward"].end()
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            self._losses.append(loss.detach())
+        if args and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
+            self._roots.append(args[0].detach())
+        for batch in self._loaders.take():
+            self._steps.count(batch)
+        self._steps.begin_backward()
 
-    def _looks(self, module: torch.nn.Module) -> bool:
-        return module.training and torch.is_grad_enabled() and self._steps.up
+    def _end_backward(self, args: tuple[Any, ...], result: Any, error: BaseException | None) -> None:
+        self._passes -= 1
+        if self._passes == 0 and self._looks():
+            self._steps.during["backward"].end()
 
-    def _replace(self, module: Any, name: str, call: Callable[..., Any]) -> None:
-        """Have what is called by this name call ours, which is given what was there."""
-        original = getattr(module, name)
+    def _looks(self) -> bool:
+        return self.within and self._steps.up
 
-        @functools.wraps(original)
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            return call(original, *args, **kwargs)
-
-        self._replaced.append((module, name, original, ours))
-        setattr(module, name, ours)
-
-    def _backward(self, original: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._steps.up:
-            return original(tensors, *args, **kwargs)
-        if isinstance(tensors, torch.Tensor) and tensors.numel() == 1:
-            self._roots.append(tensors.detach())
-        with self._steps.during["backward"]:
-            return original(tensors, *args, **kwargs)
-
-    def _clip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _clipped(self, args: tuple[Any, ...], norm: Any, error: BaseException | None) -> None:
         """A norm that lies on several ranks is left alone: reading it would have them wait for each other."""
-        norm = original(*args, **kwargs)
-        if type(norm) is torch.Tensor and not torch.compiler.is_compiling() and self._steps.up:
+        if type(norm) is torch.Tensor and self._looks():
             self._steps.gradient_norm(norm)
-        return norm
 
-    def tell_loss(self) -> None:
-        """The step is about to end. Its loss: as the model gave it in the mean of its passes, else that of which the
-        gradient was taken, their sum; unknown where a scaler multiplies it."""
-        losses, roots = self._losses, self._roots
-        self.forget()
-        if losses:
-            for loss in losses:
-                self._steps.loss(loss / len(losses))
-        elif roots and not self._scaled:
-            for root in roots:
-                self._steps.loss(root)
+    def _scaled(self, args: tuple[Any, ...], scaled: Any, error: BaseException | None) -> None:
+        if self._looks() and isinstance(args[1], torch.Tensor) and args[1].numel() == 1:
+            self._losses.append(args[1].detach())
 
-    def forget(self) -> None:
-        """What was seen belongs to no step."""
-        self._losses, self._roots, self._given = [], [], []
+    def end_step(self, shows_loss: bool = True) -> None:
+        """The step is about to end. Its loss is what the gradients were taken of, in the sum of its passes, before a
+        scaler multiplied it; `shows_loss`: nobody else tells of it."""
+        losses = self._losses or self._roots
+        self._losses, self._roots = [], []
+        for loss in losses if shows_loss else ():
+            self._steps.loss(loss)
+        for batch in self._loaders.end_step():
+            self._steps.count(batch)
 
     def end(self) -> None:
-        """It no longer looks; what somebody has put in place of ours since stays."""
-        while self._handles:
-            self._handles.pop().remove()
-        while self._replaced:
-            module, name, original, ours = self._replaced.pop()
-            if getattr(module, name) is ours:
-                setattr(module, name, original)
+        """It no longer looks."""
+        self._patches.take_off()
+        self._losses, self._roots = [], []
+
+
+@dataclass(slots=True)
+class _Loader:
+    """An iterator of a DataLoader."""
+
+    ahead: deque[Copied]
+    """Batches that no pass has used yet."""
+    early: bool
+    """Whether it had loaded batches before it was seen."""
+    loaded: int = 0
+    """Batches that it has loaded in this step."""
+    trains: bool = False
+    """Whether any was used."""
+    ended: bool = False
+
+
+class Loaders:
+    """Which of the loaded batches a step has used. A loader may be ahead of the training by a batch or more, so each
+    backward pass uses the oldest batch of each loader."""
+
+    def __init__(self) -> None:
+        self._loaders: dict[int, _Loader] = {}
+        """By the identity of their iterators."""
+
+    def put(self, iterator: Any, batch: Copied) -> None:
+        """It has loaded one."""
+        key, loaded = id(iterator), getattr(iterator, "_num_yielded", 1)
+        if loaded <= 1 or key not in self._loaders:
+            self._loaders[key] = _Loader(deque([Copied()] * (loaded - 1), maxlen=MOST_AHEAD), early=loaded > 1)
+        self._loaders[key].ahead.append(batch)
+        self._loaders[key].loaded += 1
+
+    def end(self, iterator: Any) -> None:
+        """It has loaded all. A loader of which no pass has used any batch is that of an evaluation."""
+        loader = self._loaders.get(id(iterator))
+        if loader is not None and loader.trains:
+            loader.ended = True
+        else:
+            self._loaders.pop(id(iterator), None)
+
+    def take(self) -> list[Copied]:
+        """What a pass uses, where that is known yet."""
+        ready = [loader for loader in self._loaders.values() if loader.ahead]
+        for loader in ready:
+            loader.trains = True
+        return [loader.ahead.popleft() for loader in ready if not loader.early]
+
+    def end_step(self) -> list[Copied]:
+        """What the step has used beside: all but the newest batch of each loader, which may be loaded ahead. The first
+        step that is seen has used as many as it has loaded, and so had the one before it, which was not."""
+        found = []
+        for loader in self._loaders.values():
+            if loader.early and loader.trains:
+                loader.early, batches = False, [*loader.ahead][loader.loaded :]
+                found += batches[: loader.loaded]
+                loader.ahead = deque(batches[loader.loaded :], maxlen=MOST_AHEAD)
+            while len(loader.ahead) > 1:
+                found.append(loader.ahead.popleft())
+            loader.loaded = 0
+        self._loaders = {key: one for key, one in self._loaders.items() if one.ahead or not one.ended}
+        return found
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:
@@ -147,22 +192,3 @@ def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | Non
     inner = {id(child) for holder in holders for child in holder.modules() if child is not holder}
     roots = [holder for holder in holders if id(holder) not in inner]
     return roots[0] if len(roots) == 1 else None
-
-
-def _can_hook(model: torch.nn.Module) -> bool:
-    """Not where the module's own call is compiled in place: a hook would be compiled with it."""
-    return getattr(model, "_compiled_call_impl", None) is None
-
-
-def _parameter_names(model: torch.nn.Module) -> tuple[str, ...]:
-    forward: Callable[..., Any] = model.forward
-    with contextlib.suppress(TypeError, ValueError):
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names = [name for name, one in inspect.signature(forward).parameters.items() if one.kind in kinds]
-        return tuple(names)
-    return ()
-
-
-def _has_scaler() -> bool:
-    """Whether a loss is multiplied before its gradient is taken, as under float16."""
-    return any(type(one).__name__ == "GradScaler" and one.is_enabled() for one in gc.get_objects())

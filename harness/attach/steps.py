@@ -86,14 +86,23 @@ class Steps:
 
     def batch(self, batch: Any) -> None:
         """The step computes this batch, before it is moved or changed."""
-        if not self._shield.up:
-            return
+        if self._shield.up:
+            self.count(self.copy(batch))
+
+    def copy(self, batch: Any) -> Copied:
+        """What counts of a batch, which a later step may compute."""
         begun = time.perf_counter()
-        try:
-            self._batches.append(copy_batch(batch))
-        except Exception as error:
-            self._shield.stand_aside(error)
+        copied = self._shield.run(copy_batch, batch) or Copied()
         self._leave_out(time.perf_counter() - begun)
+        return copied
+
+    def count(self, batch: Copied) -> None:
+        """The step computes this batch."""
+        self._batches.append(batch)
+
+    def begin_backward(self) -> None:
+        """A backward pass begins, and the forward pass before it, of which nothing else is seen, has ended."""
+        self._shield.run(self._parts.begin_backward)
 
     def loss(self, loss: Any) -> None:
         """A part of the step's loss; the parts add up. A tensor is read when the step has ended."""
@@ -103,20 +112,33 @@ class Steps:
         """The norm of the gradients that the step updates by."""
         self._gradient_norm = _without_graph(norm)
 
+    @property
+    def watch_is_due(self) -> bool:
+        """Whether a check was asked for that is not open yet."""
+        return self.up and self._next.watch is not None and not self._open
+
     def open_step(self) -> None:
         """The step's work begins, its data is there; where a check was asked for, it looks on from here."""
-        if self._next.watch is not None and not self._open:
+        if self._next.watch is not None and self.watch_is_due:
             self._shield.run(self._open_step, self._next.watch)
+
+    def break_off(self) -> None:
+        """The step under way will not be ended. Nothing that looks on at it stays on the model."""
+        watching, self._watching = self._watching, contextlib.ExitStack()
+        self._watch, self._open = None, False
+        self._shield.run(watching.__exit__, NotFollowedError, NotFollowedError("the step was broken off"), None)
 
     def _open_step(self, requirements: Mapping[str, Any]) -> None:
         if self._watch is None:
-            self._watch = make_watch(self._training.model, requirements)
+            self._watch = make_watch(self._training.module, requirements)
         if self._watch is not None:
             self._open = True
             self._watching.enter_context(self._watch)
 
     def restart(self) -> None:
         """Whatever was before belongs to no step: the clock of the next one starts now."""
+        if self._open:
+            self.break_off()
         self._shield.run(self._release)
 
     @contextlib.contextmanager
@@ -197,6 +219,7 @@ class Steps:
         """The next step begins. The CPU time that was `seen` a moment ago, at `seen_s`, is taken for that of now: some
         kernels take as long to tell it as a small part of a step."""
         self._forget()
+        self._parts.begin()
         now = time.perf_counter()
         spent = now - seen_s
         self._begun_cpu_s = seen_cpu_s + spent if spent < A_MOMENT_S else time.process_time()
@@ -221,11 +244,11 @@ class Steps:
         """The training has come to its end, as its source has `seen`, or its process has; later calls do nothing."""
         if not self.ended:
             self.ended = True
+            self.break_off()
             self._shield.run(self._end, error, seen)
 
     def _end(self, error: BaseException | None, seen: bool) -> None:
         self._tell()
-        self._watching.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
         self._follower.end(error, seen=seen)
 
     def _failed(self, error: Exception) -> None:
@@ -233,6 +256,7 @@ class Steps:
         on, so it has not ended."""
         with contextlib.suppress(Exception):
             self._watching.close()
+        self._watch = None
         with contextlib.suppress(Exception):  # it may be what has failed
             self._tell()
         failure = NotFollowedError(

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
 
 from harness.attach.attachment import UnendedError, this_process
-from harness.attach.follower import Follower, Training
+from harness.attach.follower import Follower, Training, weakly
 from harness.attach.identity import count_parameters, device_of, rank_of
 from harness.attach.logged import summarise
-from harness.attach.shield import Shield
+from harness.attach.shield import Shield, without_frames
 from harness.attach.steps import Steps
 
 TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
@@ -50,7 +51,7 @@ class TrainerSource(TrainerCallback):
         self._log = log
         self._required = dict(required or {})
         self._steps: Steps | None = None
-        self._trainer: Any = None
+        self._trainer_ref: Callable[[], Any] = lambda: None
         self._failed: BaseException | None = None
         self._replaced: list[str] = []
         self._micro = False
@@ -66,7 +67,7 @@ class TrainerSource(TrainerCallback):
         trainable, total = count_parameters(model)
         training = Training(
             source="trainer",
-            model=model,
+            model=weakly(model),
             planned_steps=state.max_steps or None,
             trainable_parameters=trainable,
             total_parameters=total,
@@ -79,8 +80,10 @@ class TrainerSource(TrainerCallback):
         if steps is not None:
             if self._log:
                 steps.keep_readings()
-            self._trainer = find_trainer(state)
-            self._time_methods()
+            trainer = find_trainer(state)
+            if trainer is not None:
+                self._trainer_ref = weakref.ref(trainer)
+                self._time_methods(trainer)
             if getattr(args, "eval_on_start", False):
                 steps.phase("evaluate")
         return steps
@@ -136,12 +139,13 @@ class TrainerSource(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """The Trainer has logged: what was measured since goes the same way, in no step's time."""
-        if not self._log or self._steps is None or self._trainer is None or "loss" not in (logs or {}):
+        trainer = self._trainer_ref()
+        if not self._log or self._steps is None or trainer is None or "loss" not in (logs or {}):
             return
         with self._steps.aside():
             if since := self._steps.take_readings():
                 beside = self._steps.so_far(since)
-                self._steps.run(lambda: self._trainer.log(summarise(since, beside)))
+                self._steps.run(lambda: trainer.log(summarise(since, beside)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training has come to its end."""
@@ -153,19 +157,22 @@ class TrainerSource(TrainerCallback):
         """What is said of a training that did not come to its end: the last error of one of its steps."""
         return self._failed or UnendedError("the process has ended before its training did")
 
-    def _time_methods(self) -> None:
+    def _time_methods(self, trainer: Any) -> None:
         """Time the methods of this trainer, of no other, until it is released."""
         for name in TIMED:
-            original = getattr(self._trainer, name, None)
+            original = getattr(trainer, name, None)
             if callable(original):
                 timed = functools.wraps(original)(functools.partial(getattr(self, f"_{name.strip('_')}"), original))
-                setattr(self._trainer, name, timed)
+                setattr(trainer, name, timed)
                 self._replaced.append(name)
 
     def _release_trainer(self) -> None:
+        trainer = self._trainer_ref()
         while self._replaced:
-            vars(self._trainer).pop(self._replaced.pop(), None)
-        self._trainer = None
+            name = self._replaced.pop()
+            if trainer is not None:
+                vars(trainer).pop(name, None)
+        self._trainer_ref = lambda: None
 
     def _get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         steps = self._steps
@@ -186,7 +193,8 @@ class TrainerSource(TrainerCallback):
         try:
             loss = original(*args, **kwargs)
         except BaseException as error:
-            self._failed = error
+            self._failed = without_frames(error)
+            steps.break_off()
             raise
         finally:
             self._micro = False

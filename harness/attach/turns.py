@@ -171,8 +171,8 @@ def _facts_of(training: Training) -> dict[str, Any]:
     has started the script knows no other interpreter than his own."""
     torch = sys.modules.get("torch")
     dtypes: dict[str, int] = {}
-    if training.model is not None:
-        for parameter in training.model.parameters():
+    if training.module is not None:
+        for parameter in training.module.parameters():
             if parameter.requires_grad:
                 name = str(parameter.dtype).removeprefix("torch.")
                 dtypes[name] = dtypes.get(name, 0) + parameter.numel()

@@ -160,7 +160,7 @@ def _why_nothing(code: int, loaded: bool) -> str:
             "nothing was measured: no Python of the command has loaded the hook. It must start a Python that reads "
             "PYTHONPATH (not -I, -E or -S, and not in a container of its own)"
         )
-    said = "no Trainer and no optimizer of torch had begun to train"
+    said = "no Trainer and no optimizer of torch had begun to train; an update that torch.compile compiles is not seen"
     if code:
         return f"nothing was measured: the command ended with {_exit_words(code)}, and {said}"
     return f"nothing was measured: the command has ended, and {said}"

@@ -25,19 +25,19 @@ from harness.attach.energy import Energy
 from harness.attach.follower import Next, Phase, StepReading, Training
 from harness.attach.gathered import MOST_TIMED, Gathered, tokens_in
 from harness.attach.identity import device_of
-from harness.attach.notes import SEEN_BY, not_kept, say_peaks, say_seen, second_training
+from harness.attach.notes import SEEN_BY, not_kept, say_missing, say_peaks, say_seen, second_training
 from harness.attach.peaks import Peaks
 from harness.attach.ranks import RankFile, Ranks
 from harness.attach.run_file import RunFile
 from harness.attach.shield import say
 from harness.attach.traces import command_of
 from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
-from harness.attach.work import mfu_of, work_of
+from harness.attach.work import Work
 from harness.errors import said_by
 from harness.machine.watch import Watch
 from harness.records import codec, store
 from harness.records.checkpoints import checkpoint_is_due
-from harness.records.record import Notice
+from harness.records.record import Notice, TrialRecord
 from harness.records.required import lacking
 from harness.studies.script import name_of_words
 
@@ -93,7 +93,7 @@ class Writer:
             return AT_ONCE
         self._training = training
         self._require = {**training.required, **self._require}  # who has started the command asks for more
-        self._gathered = Gathered(training.planned_steps)
+        self._gathered, self._work = Gathered(training.planned_steps), Work(training)
         path = self._path()
         if training.rank:
             self._rank = RankFile(path, training)
@@ -175,9 +175,9 @@ class Writer:
 
     def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
         """Peaks of memory, the card's energy, and MFU of these steps where the device has a stated peak."""
-        if self._file is None or self._training is None:
+        if self._file is None:
             return {}
-        return self._peaks.so_far() | self._energy.values() | mfu_of(self._training, readings, self._file.device_name)
+        return self._peaks.so_far() | self._energy.values() | self._work.mfu(readings, self._file.device_name)
 
     def _measured(self) -> dict[str, Any]:
         """What goes into the record, so far."""
@@ -210,14 +210,14 @@ class Writer:
             self._notices.append(not_kept(self._gathered.steps))
         measured = self._measured()
         measured["values"] |= {} if seen else {UNSEEN_END: 1.0}
-        measured["values"] |= work_of(self._training, self._gathered, self._file.device_name)
+        measured["values"] |= self._work.values(self._gathered, self._file.device_name)
         if self._ranks is not None:
             measured["samples"] = self._ranks.slowest(measured["samples"], self._gathered.timed_numbers, self._notices)
             measured["tokens"] = tokens_in(measured["samples"])
         record = self._file.record(
             status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
         )
-        self._file.finish(record, timed=self._gathered.timed, notes=self._notes(record.memory), notices=())
+        self._file.finish(record, timed=self._gathered.timed, notes=self._notes(record), notices=())
         path, self._finished, self._file = (
             self._file.path,
             self._file,
@@ -228,10 +228,12 @@ class Writer:
         else:
             say(f"run {path.name} is written")
 
-    def _notes(self, memory: Mapping[str, int]) -> tuple[str, ...]:
+    def _notes(self, record: TrialRecord) -> tuple[str, ...]:
         """What a reader must know of how the numbers were had."""
         source = self._training.source if self._training is not None else "loop"
-        notes = (SEEN_BY[source], *self._gathered.conventions, say_peaks(memory), say_seen(self._checks))
+        missing = say_missing(source, record.samples)
+        conventions = self._gathered.conventions
+        notes = (SEEN_BY[source], *missing, *conventions, say_peaks(record.memory), say_seen(self._checks))
         return tuple(note for note in notes if note)
 
     def _path(self) -> Path:
@@ -259,6 +261,6 @@ def _command() -> str:
 
 
 def _device_of(training: Training) -> str:
-    if training.model is None:
+    if training.module is None:
         return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
-    return str(device_of(training.model))
+    return str(device_of(training.module))

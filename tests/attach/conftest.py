@@ -141,7 +141,7 @@ class Follower:
 
     def begin(self, training):
         self.tell("begin", source=training.source, planned=training.planned_steps, rank=training.rank,
-                  trainable=training.trainable_parameters, ranks=training.ranks, model=type(training.model).__name__)
+                  trainable=training.trainable_parameters, ranks=training.ranks, model=type(training.module).__name__)
         return Next()
 
     def step(self, reading):

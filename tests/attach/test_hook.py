@@ -11,8 +11,7 @@ LOOP = """
     model = torch.nn.Sequential(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     def train(steps):
-        for _ in range(steps):
-            ids = torch.randint(0, 32, (2, 6))
+        for ids in torch.utils.data.DataLoader(torch.randint(0, 32, (2 * steps, 6)), batch_size=2):
             loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
             loss.backward()
             optimizer.step()

@@ -71,12 +71,12 @@ def test_accumulated_batches_are_one_step(listener, parts):
 
 @pytest.mark.usefixtures("unattached")
 def test_what_lies_between_two_blocks_is_in_no_step(listener, parts, clock):
-    """A step that is a block holds what is in the block, and sees its batch in the model's pass."""
+    """A step that is a block holds what is in the block, and has the tokens of the batch that it is given."""
     model, optimizer, batches = parts
     with meter_of(listener, model) as meter:
         for batch in batches[:3]:
             clock.wait(100.0)
-            with meter.step():
+            with meter.step(batch):
                 model(**batch).loss.backward()
                 update(optimizer)
     assert [one.padded_tokens for one in listener.readings] == [32, 32, 32]

@@ -1,25 +1,42 @@
 """A loop that nobody announces: its steps are seen by the updates of an optimizer, whoever calls or replaces them."""
 
+import functools
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
 
 from harness.attach.follower import Next
-from harness.attach.optimizer import OTHERS_TO_TAKE_OVER, OptimizerSource, StopTraining
+from harness.attach.optimizer import MOST_OTHERS, OptimizerSource, StopTraining
 
 ROWS = 3
 
 
 @pytest.fixture
-def source(listener, unattached):
-    """A source that a listener follows, told of all updates of this process."""
+def source(listener, unattached, monkeypatch):
+    """A source that a listener follows, around the updates of two kinds of optimizers."""
     made = OptimizerSource(lambda: listener)
-    handle = register_optimizer_step_post_hook(lambda optimizer, *_: made.see_update(optimizer))
+
+    def around(step):
+        @functools.wraps(step)
+        def update(*args):
+            made.begin_update()
+            try:
+                result = step(*args)
+            except BaseException:
+                made.end_update(None)
+                raise
+            made.end_update(args[0])
+            return result
+
+        return update
+
+    for kind in (torch.optim.SGD, torch.optim.LBFGS):
+        monkeypatch.setattr(kind, "step", around(kind.step))
     yield made
-    handle.remove()
     made.end()
 
 
@@ -33,34 +50,42 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def loss_of(model, rows=ROWS):
-    ids = torch.randint(0, 16, (rows, 5))
+def batches(count, rows=ROWS):
+    """A loader of so many batches of rows with five tokens."""
+    return torch.utils.data.DataLoader(torch.randint(0, 16, (count * rows, 5)), batch_size=rows)
+
+
+def loss_of(model, ids):
     return torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
 
 
-def train(model, optimizer, steps, rows=ROWS):
-    for _ in range(steps):
-        loss_of(model, rows).backward()
+def train(model, optimizer, loader):
+    for ids in loader:
+        loss_of(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 def tokens(listener):
-    """Real tokens of each step that was told."""
+    """Real tokens of each step."""
     return [reading.real_tokens for reading in listener.readings]
 
 
 @pytest.mark.usefixtures("source")
 def test_a_scalers_update_is_a_step_unless_it_is_skipped(listener, model):
-    """A gradient that is not finite leaves the update out, and what was computed for it belongs to the next one."""
+    """A gradient that is not finite leaves the update out, and what was computed for it belongs to the next one. The
+    loss is the one before it was multiplied."""
     optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=8.0)
-    for number in range(5):
-        loss = loss_of(model)
+    losses = []
+    for number, ids in enumerate(batches(5)):
+        loss = loss_of(model, ids)
+        losses.append(loss.item())
         scaler.scale(loss * (float("inf") if number == 2 else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
     assert tokens(listener) == [15, 30, 15]
+    assert [listener.readings[0].loss, listener.readings[2].loss] == pytest.approx([losses[1], losses[4]])
     assert all(reading.optimizer_time_s > 0 for reading in listener.readings)
 
 
@@ -77,8 +102,8 @@ def test_a_scaler_is_inside_the_step_with_its_own_work(listener, model):
         return found
 
     scaler._maybe_opt_step = told
-    for _ in range(3):
-        scaler.scale(loss_of(model)).backward()
+    for ids in batches(3):
+        scaler.scale(loss_of(model, ids)).backward()
         scaler.step(optimizer)
         scaler.update()
     assert order == [0, 0, 1]
@@ -89,50 +114,69 @@ def test_a_scaler_is_inside_the_step_with_its_own_work(listener, model):
 def test_a_scheduler_that_is_built_in_the_middle_does_no_harm(listener, model):
     """It takes the method apart that it finds on the optimizer and puts one of its own there."""
     optimizer = sgd(model)
-    train(model, optimizer, 3)
+    train(model, optimizer, batches(3))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    for _ in range(3):
-        train(model, optimizer, 1)
+    for ids in batches(3):
+        train(model, optimizer, [ids])
         scheduler.step()
     assert tokens(listener) == [15] * 5
     assert optimizer.param_groups[0]["lr"] == 0.1 / 8
 
 
-def test_an_update_that_somebody_replaces_is_followed_on(listener, model, source):
-    """What does not call ours is seen by the hook; the update in which that happens is a part of the step after it."""
+@pytest.mark.usefixtures("source")
+def test_an_update_that_somebody_replaces_is_followed_on(listener, model):
+    """Nothing of ours is on the optimizer."""
     optimizer = sgd(model)
-    train(model, optimizer, 3)
+    train(model, optimizer, batches(3))
+    assert "step" not in vars(optimizer)
     plain = type(optimizer).step
-    theirs = optimizer.step = lambda *args: plain(optimizer, *args)
-    train(model, optimizer, 4)
-    assert tokens(listener) == [15, 15, 30, 15, 15]
-    source.end()
-    assert vars(optimizer)["step"] is theirs
+    optimizer.step = lambda *args: plain(optimizer, *args)
+    train(model, optimizer, batches(4))
+    assert tokens(listener) == [15] * 6
 
 
-@pytest.mark.usefixtures("source")
-def test_another_optimizer_takes_over_where_the_first_is_given_up(listener, model):
-    """After so many updates of it; what lies between the two belongs to no step."""
+@pytest.mark.parametrize("how", ["freed", "kept"])
+def test_of_two_trainings_the_first_is_followed(listener, model, source, how, capfd):
+    """It has ended when its optimizer is freed, or when another one has long updated without it; the second training
+    is told of, once, and is in no step of the first."""
     first, second = sgd(model), sgd(model)
-    train(model, first, 3)
-    assert tokens(listener) == [15] * 2
-    train(model, second, OTHERS_TO_TAKE_OVER + 3, rows=2)
-    assert tokens(listener) == [15] * 2 + [10] * 3
-    assert "step" not in vars(first)
+    train(model, first, batches(4))
+    if how == "freed":
+        del first
+    steps = 3 if how == "freed" else MOST_OTHERS
+    train(model, second, batches(steps, rows=2))
+    assert tokens(listener) == [15] * 3
+    assert (listener.ends, listener.seen) == ([None], [False])
+    assert len(listener.trainings) == 2
+    train(model, sgd(model), batches(3))
+    source.tell_of_later()
+    assert len(listener.trainings) == 2
+    assert capfd.readouterr().err.count("another training of this script") == 1
 
 
-@pytest.mark.usefixtures("source")
-def test_two_in_turn_are_one_training(listener, model):
-    """The first marks the steps, and the other's updates are in them; as also where it updates twice."""
+def test_a_short_second_training_is_told_of_when_the_process_ends(listener, model, source):
+    """Where the first optimizer is still there, it might have gone on."""
+    first, second = sgd(model), sgd(model)
+    train(model, first, batches(4))
+    train(model, second, batches(4))
+    assert (len(listener.trainings), listener.ends) == (1, [])
+    source.tell_of_later()
+    assert len(listener.trainings) == 2
+    assert len(first.param_groups) == 1
+
+
+def test_two_in_turn_are_one_training(listener, model, source):
+    """The first marks the steps, and the other's updates are in them; as also where it updates five times."""
     ours, theirs = sgd(model), sgd(model)
-    for _ in range(6):
-        train(model, ours, 1)
-        train(model, theirs, 2, rows=1)
-    assert tokens(listener) == [15 + 2 * 5] * 5
+    for ids in batches(6):
+        train(model, ours, [ids])
+        train(model, theirs, [ids] * 5)
+    assert tokens(listener) == [15] * 5
+    source.tell_of_later()
+    assert len(listener.trainings) == 1
 
 
-@pytest.mark.usefixtures("source")
-def test_an_optimizer_of_each_parameter_is_one_training(listener):
+def test_an_optimizer_of_each_parameter_is_one_training(listener, source):
     """Updates inside the backward pass: many optimizers, each once a step."""
     model = torch.nn.Sequential(torch.nn.Embedding(16, 4), *(torch.nn.Linear(4, 4) for _ in range(4)))
     for parameter in model.parameters():
@@ -143,27 +187,35 @@ def test_an_optimizer_of_each_parameter_is_one_training(listener):
             optimizer.zero_grad()
 
         parameter.register_post_accumulate_grad_hook(update)
-    for _ in range(6):
-        model(torch.randint(0, 16, (ROWS, 5))).sum().backward()
+    for ids in batches(6):
+        model(ids).sum().backward()
     assert tokens(listener) == [15] * 5
+    source.tell_of_later()
+    assert len(listener.trainings) == 1
 
 
 def test_at_the_end_everything_is_as_it_was_found(listener, model, source):
-    """On the optimizer, on torch's scaler, and on torch."""
-    found = torch.amp.GradScaler.step, torch.autograd.backward
+    """On torch's functions and classes; nothing was ever on the model or the optimizer."""
+    loader = torch.utils.data.dataloader._BaseDataLoaderIter
+
+    def found():
+        scaler = torch.amp.GradScaler
+        return torch.autograd.backward, torch.nn.Module.__call__, loader.__next__, scaler.step, scaler.scale
+
+    before = found()
     optimizer = sgd(model)
-    train(model, optimizer, 2)
-    assert (torch.amp.GradScaler.step, torch.autograd.backward) != found
-    listener.answers = [Next(go_on=False)]
+    listener.answers = [Next(), Next(watch={}), Next(go_on=False)]
+    train(model, optimizer, batches(2))
+    assert not set(before) & set(found())
+    assert len(pickle.dumps(model)) > 100  # a step is to be watched, and may never come
     with pytest.raises(StopTraining):
-        train(model, optimizer, 1)
-    assert (torch.amp.GradScaler.step, torch.autograd.backward) == found
+        train(model, optimizer, batches(1))
+    assert found() == before
     assert "step" not in vars(optimizer)
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert listener.ends == [None]
     source.end()
-    train(model, optimizer, 1)
+    train(model, optimizer, batches(1))
     assert len(listener.readings) == 2
 
 
@@ -171,38 +223,93 @@ def test_at_the_end_everything_is_as_it_was_found(listener, model, source):
 def test_a_closures_passes_are_no_part_of_the_update(listener, model):
     """They are inside its call, and each is counted where it belongs."""
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    for ids in batches(3):
 
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        return loss
+        def closure(ids=ids):
+            optimizer.zero_grad()
+            loss = loss_of(model, ids)
+            loss.backward()
+            return loss
 
-    for _ in range(3):
         optimizer.step(closure)
+    assert tokens(listener) == [15] * 2
     for reading in listener.readings:
-        parts = [reading.forward_time_s, reading.backward_time_s, reading.optimizer_time_s]
+        parts = [reading.data_time_s, reading.forward_time_s, reading.backward_time_s, reading.optimizer_time_s]
         assert all(part > 0 for part in parts)
         assert sum(parts) <= reading.step_time_s * (1 + 1e-9)  # but for the last digits of sums
 
 
+class Ahead:
+    """Loads a batch while the one before is used, as Accelerate's loaders do."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        iterator = iter(self.loader)
+        batch = next(iterator, None)
+        while batch is not None:
+            coming = next(iterator, None)
+            yield batch
+            batch = coming
+
+
 @pytest.mark.usefixtures("source")
-def test_a_batch_that_is_given_twice_in_a_step_is_one(listener, model):
-    """Whatever it is given twice for; another one is counted as well, and in another step the same again."""
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_tokens_are_those_of_the_batches_that_a_step_uses(listener, model, ahead, passes):
+    """Whether its loader is ahead or not, over two epochs with a smaller last batch each, and an evaluation between
+    them, by passes of which several make a step."""
     optimizer = sgd(model)
-    train(model, optimizer, 1)
-    ids, other = torch.randint(0, 16, (ROWS, 5)), torch.randint(0, 16, (2, 5))
-    for batches in ((ids, ids), (ids, other, ids), (ids,)):
-        sum(model(one).sum() for one in batches).backward()
+    rows = torch.randint(0, 16, (ROWS * 7 + 2, 5))
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(rows, batch_size=ROWS)
+        for number, ids in enumerate(Ahead(loader) if ahead else loader, 1):
+            loss_of(model, ids).backward()
+            if number % passes == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        for ids in batches(2):
+            with torch.no_grad():
+                loss_of(model, ids)
+    epoch = [15] * 7 + [10] if passes == 1 else [30] * 3 + [25]
+    first = None if ahead else epoch[1]  # it was loaded before anything was followed
+    assert tokens(listener) == [first, *epoch[2:], *epoch]
+
+
+@pytest.mark.usefixtures("source")
+def test_a_batch_that_two_passes_use_is_one(listener, model):
+    """Whatever it is used twice for; and of two loaders each pass uses one."""
+    optimizer = sgd(model)
+    for ids, other in zip(batches(3), batches(3, rows=2), strict=True):
+        loss_of(model, ids).backward()
+        loss_of(model, other).backward()
         optimizer.step()
-    assert tokens(listener) == [15, 25, 15]
+    assert tokens(listener) == [25] * 2
+
+
+@pytest.mark.usefixtures("source")
+def test_a_pass_of_checkpointing_is_part_of_the_one_around_it(listener, model):
+    """Its loss is no step's, and what it computes once more is backward."""
+    optimizer = sgd(model)
+    for ids in batches(3):
+        hidden = model[0](ids)
+        loss = checkpoint(lambda one: model[1](one).sum(), hidden, use_reentrant=True)
+        loss.backward()
+        optimizer.step()
+        assert not listener.readings or listener.readings[-1].loss == pytest.approx(loss.item())
+    for reading in listener.readings:
+        assert 0 < reading.forward_time_s + reading.backward_time_s < reading.step_time_s
+    assert tokens(listener) == [15] * 2
 
 
 @pytest.mark.usefixtures("source")
 def test_a_batch_is_not_kept_by_who_counts_it(model):
     """It would be in the peak of memory, all batches of a step at once."""
-    train(model, sgd(model), 2)
-    ids = torch.randint(0, 16, (ROWS, 5))
+    optimizer = sgd(model)
+    train(model, optimizer, batches(2))
+    loader = iter(batches(2))
+    ids = next(loader)
     seen = weakref.ref(ids)
     model(ids).sum().backward()
     del ids

@@ -4,7 +4,6 @@ import dataclasses
 import os
 
 import pytest
-import torch
 
 from harness.attach import gathered, ranks
 from harness.attach.follower import StepReading, Training
@@ -28,7 +27,7 @@ def told(tmp_path, monkeypatch):
 
     def tell(steps, *, other=None, watched=(WATCHED,)):
         training = Training(
-            source="loop", model=torch.nn.Linear(2, 2), planned_steps=None, trainable_parameters=6,
+            source="loop", model=None, planned_steps=None, trainable_parameters=6,
             total_parameters=6, accumulation=1, ranks=2,
         )  # fmt: skip
         writers = [Writer(require={}), Writer(require={})]

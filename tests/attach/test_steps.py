@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.attach.follower import Next, Training
+from harness.attach.follower import Next, Training, weakly
 from harness.attach.shield import Shield
 from harness.attach.steps import Steps, make_watch
 
@@ -24,6 +24,13 @@ def test_on_a_cpu_the_spy_looks_on(model):
     assert make_watch(None, {}) is None
 
 
+def training_of(model):
+    return Training(
+        source="loop", model=weakly(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        accumulation=1,
+    )  # fmt: skip
+
+
 def threads():
     """Of this process, as the kernel counts them."""
     return len(list(Path("/proc/self/task").iterdir()))
@@ -32,9 +39,7 @@ def threads():
 def test_a_watched_step_leaves_no_thread_behind(model, listener_class):
     """A fork of the process would wait for it at its end. The step that was asked for is judged, no other."""
     listener = listener_class(Next(), Next(watch={"mode": "train"}))
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(listener, training, torch.device("cpu"), Shield())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     steps.begin()
@@ -53,9 +58,7 @@ def test_a_watched_step_leaves_no_thread_behind(model, listener_class):
 
 def test_a_part_that_fails_has_ended(model, listener):
     """As a pass that runs out of memory: what the script does about it is none of its time."""
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(listener, training, torch.device("cpu"), Shield())
     steps.begin()
 
@@ -73,9 +76,7 @@ def test_a_part_that_fails_has_ended(model, listener):
 
 def test_a_part_that_never_ended_is_not_in_the_next_step(model, listener):
     """What was seen of a step ends with it, and what was seen before a new beginning is nobody's."""
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(listener, training, torch.device("cpu"), Shield())
     steps.begin()
     for leave in (steps.end_step, steps.restart):
@@ -90,9 +91,7 @@ def test_a_part_that_never_ended_is_not_in_the_next_step(model, listener):
 
 def test_no_step_computes_for_less_than_no_time(model, listener):
     """Where the meter's own work inside a step was held up by other processes for longer than the step computed."""
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps, begin = Steps(listener, training, torch.device("cpu"), Shield()), time.perf_counter()
     steps.begin()
     with steps.aside():
@@ -130,9 +129,7 @@ def test_a_card_is_waited_for_once_a_step(model, listener, clock, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Stamp())
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(listener, training, torch.device("cuda"), Shield())
     steps.begin()
     for _ in range(3):
@@ -170,9 +167,7 @@ class Patient:
 def test_a_follower_that_has_time_is_told_of_many_steps_at_once(model):
     """Before anything else happens: another phase, the end, somebody who asks. Each step is as it was when it ended."""
     patient = Patient()
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(patient, training, torch.device("cpu"), Shield())
     steps.begin()
     steps.keep_readings()
@@ -210,9 +205,7 @@ def test_a_follower_that_has_time_is_told_of_many_steps_at_once(model):
 def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     """Nothing that was measured is lost by an error of ours in a later step."""
     patient = Patient()
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(patient, training, torch.device("cpu"), Shield())
     steps.begin()
     for _ in range(3):
@@ -229,9 +222,7 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
 @pytest.mark.parametrize("how", ["failed", "ended"])
 def test_what_a_training_goes_on_to_do_is_kept_by_nobody(model, listener, how, capfd):
     """Nothing is told of it, and nothing of it stays in memory, however long it takes."""
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(listener, training, torch.device("cpu"), Shield())
     steps.begin()
     if how == "failed":
@@ -255,9 +246,7 @@ def test_a_device_that_takes_no_stamp_ends_the_meter_and_not_the_training(model,
         raise RuntimeError("no context")
 
     monkeypatch.setattr(torch.cuda, "Event", fail)
-    training = Training(
-        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+    training = training_of(model)
     steps = Steps(listener, training, torch.device("cuda"), Shield())
     steps.begin()
     with steps.during["forward"]:

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 
-from harness.attach.follower import Next, StepReading, Training
+from harness.attach.follower import Next, StepReading, Training, weakly
 from harness.attach.turns import SOCKET, Turns, address
 from harness.machine.seating import seat
 
@@ -35,8 +35,9 @@ def parent(monkeypatch):
 
 def test_what_the_script_requires_is_said_before_its_first_step(parent):
     """And what the step is watched for is what it is told to."""
+    model = torch.nn.Linear(2, 2)
     training = Training(
-        source="loop", model=torch.nn.Linear(2, 2), planned_steps=None, trainable_parameters=6, total_parameters=6,
+        source="loop", model=weakly(model), planned_steps=None, trainable_parameters=6, total_parameters=6,
         accumulation=1, required={"base.bits": 4},
     )  # fmt: skip
     found = []

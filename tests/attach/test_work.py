@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.attach.follower import StepReading, Training
+from harness.attach.follower import StepReading, Training, weakly
 from harness.attach.gathered import Gathered
-from harness.attach.work import mfu_of, work_of
+from harness.attach.work import Work
 from harness.models.costs.flops import StepTokens, six_n, training_flops
 from harness.models.shapes import shape_of_config
 from harness.records.metrics import samples_of
@@ -30,10 +30,11 @@ def gathered():
     return found
 
 
-def training(model):
-    return Training(
-        source="trainer", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
-    )
+def work(model):
+    return Work(Training(
+        source="trainer", model=weakly(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        accumulation=1,
+    ))  # fmt: skip
 
 
 TOKENS = StepTokens(positions=20, pairs=110, passes=1)
@@ -43,11 +44,11 @@ def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
     """By the shape, ranks and targets of the model at hand; the peak is that of the type it multiplies in."""
     model = make_model()
     shape = shape_of_config(model.config.to_dict(), "model")
-    values = work_of(training(model), gathered, H100)
+    values = work(model).values(gathered, H100)
     variant = Variant(r=8, target_modules=("q_proj", "v_proj"))
     assert values["model_flops_per_step"] == training_flops(shape, variant, TOKENS).model
     assert values["peak_flops_per_s"] == pytest.approx(66.9e12)
-    assert work_of(training(model.to(torch.bfloat16)), gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)
+    assert work(model.to(torch.bfloat16)).values(gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)
 
 
 def test_a_model_without_an_adapter_trains_all(make_model, gathered):
@@ -57,7 +58,7 @@ def test_a_model_without_an_adapter_trains_all(make_model, gathered):
     shape = shape_of_config(model.config.to_dict(), "model")
     wrapped = torch.nn.Module()
     wrapped.module = model
-    assert work_of(training(wrapped), gathered, H100)["model_flops_per_step"] == six_n(shape, TOKENS)
+    assert work(wrapped).values(gathered, H100)["model_flops_per_step"] == six_n(shape, TOKENS)
 
 
 def test_a_family_that_is_not_known_is_counted_from_its_modules(gathered):
@@ -66,18 +67,18 @@ def test_a_family_that_is_not_known_is_counted_from_its_modules(gathered):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", vocab_size=128, **small))
     weights = 2 * (64 * 192 + 64 * 64 + 2 * 64 * 128) + 64 * 128
     attention = 6 * 2 * 110 * 2 * 64
-    assert work_of(training(model), gathered, H100)["model_flops_per_step"] == 6 * 20 * weights + attention
+    assert work(model).values(gathered, H100)["model_flops_per_step"] == 6 * 20 * weights + attention
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    assert 4 * 20 * weights < work_of(training(adapted), gathered, H100)["model_flops_per_step"] < 6 * 20 * weights
+    assert 4 * 20 * weights < work(adapted).values(gathered, H100)["model_flops_per_step"] < 6 * 20 * weights
 
 
 def test_what_is_not_known_is_left_out(make_model, gathered):
     """A device that is not listed, a model without a configuration, steps whose tokens nobody saw."""
-    assert "peak_flops_per_s" not in work_of(training(make_model()), gathered, "Test CPU")
-    assert work_of(training(torch.nn.Linear(2, 2)), gathered, H100) == {}
+    assert "peak_flops_per_s" not in work(make_model()).values(gathered, "Test CPU")
+    assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}
     unseen = Gathered(None)
     unseen.add(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
-    assert work_of(training(make_model()), unseen, H100) == {}
+    assert work(make_model()).values(unseen, H100) == {}
 
 
 def test_mfu_follows_from_both():
@@ -94,13 +95,13 @@ def test_mfu_follows_from_both():
 def test_mfu_of_some_steps_is_told_on_the_way(make_model, gathered):
     """As many FLOPs as in the mean step, over their time and the peak; a step that a check looked on at is none of
     them, and where the tokens of one were not seen, or the device has no peak, nothing is said."""
-    told = training(make_model())
-    values = work_of(told, gathered, H100)
+    told = work(make_model())
+    values = told.values(gathered, H100)
     plain = StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20)
     slow, watched = dataclasses.replace(plain, step_time_s=0.3), dataclasses.replace(plain, step_time_s=9.0, checks=())
     expected = values["model_flops_per_step"] / 0.2 / values["peak_flops_per_s"]
-    assert mfu_of(told, [plain, slow, watched], H100) == {"mfu": pytest.approx(expected)}
-    assert mfu_of(told, [plain], "Test CPU") == {}
-    assert mfu_of(told, [plain, dataclasses.replace(plain, real_tokens=None)], H100) == {}
-    assert mfu_of(told, [watched], H100) == {}
-    assert mfu_of(training(torch.nn.Linear(2, 2)), [plain], H100) == {}
+    assert told.mfu([plain, slow, watched], H100) == {"mfu": pytest.approx(expected)}
+    assert told.mfu([plain], "Test CPU") == {}
+    assert told.mfu([plain, dataclasses.replace(plain, real_tokens=None)], H100) == {}
+    assert told.mfu([watched], H100) == {}
+    assert work(torch.nn.Linear(2, 2)).mfu([plain], H100) == {}

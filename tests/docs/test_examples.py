@@ -22,7 +22,7 @@ EXAMPLES = ROOT / "docs" / "examples"
 TWO_LINES = {
     "trainer_lora.py": ("eval_dataset=rows[:8])", "eval_dataset=rows[:8], callbacks=[Meter()])"),
     "accelerate_loop.py": ("in loader:", "in Meter(model).steps(loader, accumulation=2):"),
-    "torch_loop.py": ("in range(options.steps):", "in Meter(model).steps(range(options.steps)):"),
+    "torch_loop.py": ("in loader:", "in Meter(model).steps(loader):"),
     "sft_qlora.py": ("    model=model,\n", "    model=model,\n    callbacks=[Meter()],\n"),
 }
 """What becomes of a line of each when a meter is put in; the other line imports it."""
@@ -76,7 +76,7 @@ def wrap(tmp_path):
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "tokens", "least"),
-    [("trainer_lora.py", 256, 8), ("accelerate_loop.py", 256, 5), ("torch_loop.py", 128, 20)],
+    [("trainer_lora.py", 256, 8), ("accelerate_loop.py", 256, 5), ("torch_loop.py", 132, 20)],
 )
 def test_an_example_becomes_a_run(wrap, name, tokens, least):
     """A Trainer with accumulation, evaluation and saving, a loop of Accelerate, and a plain one."""

@@ -103,16 +103,38 @@ def attach_trainer(module: Any) -> None:
 
 
 def attach_optimizers(module: Any) -> None:
-    """What lies between two updates is a step, where nobody else says what one is."""
+    """What lies between two updates is a step, where nobody else says what one is.
+
+    torch has a function around the `step` of each class of optimizers, and ours goes around that one. A hook of its own
+    for all optimizers would be compiled with a step that torch.compile is given; this one is not seen by it.
+    """
     source: "list[Any]" = []
+    plain = module.Optimizer.profile_hook_step
 
-    def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not source:
-            source.append(attempt(lambda: ours("harness.attach.optimizer").OptimizerSource()))
-        if source[0] is not None:
-            source[0].see_update(optimizer)
+    def profile_hook_step(func: Any) -> Any:
+        step, compiling = plain(func), sys.modules["torch"].compiler.is_compiling
 
-    module.register_optimizer_step_post_hook(after)
+        @functools.wraps(step)
+        def update(*args: Any, **kwargs: Any) -> Any:
+            if compiling():  # Dynamo takes it for true, and sees nothing else of this function
+                return step(*args, **kwargs)
+            if source and source[0] is not None:
+                source[0].begin_update()
+            try:
+                result = step(*args, **kwargs)
+            except BaseException:
+                if source and source[0] is not None:
+                    source[0].end_update(None)
+                raise
+            if not source:
+                source.append(attempt(lambda: ours("harness.attach.optimizer").OptimizerSource()))
+            if source[0] is not None:
+                source[0].end_update(args[0])
+            return result
+
+        return update
+
+    module.Optimizer.profile_hook_step = staticmethod(profile_hook_step)
 
 
 def named(entry: str) -> Any:
