@@ -14,7 +14,7 @@ from harness.machine.watch import COUNTER_PERIOD_S
 from harness.records.record import TrialRecord
 
 MOST_ERROR = 0.1
-"""Of an estimate: on the variants of reports/proof/estimate.txt a CPU's is off by less."""
+"""Of an estimate: on the variants of reports/proof/memory_estimate.txt a CPU's is off by less."""
 MOST_UNKNOWN = 0.01
 """Share of a profile's kernel time that may lie in kernels without a name of ours."""
 HAND_OVER_S = "0.003"

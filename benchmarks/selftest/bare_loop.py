@@ -1,10 +1,10 @@
-"""One replicate of the overhead measurement: the harness's timed step and a bare loop, taking turns in one process.
+"""One replicate of `harness_overhead.py`: the harness's timed step and bare loops take turns in one process.
 
-All use the same model, adapter, optimizer and stream; the order is shuffled each turn. The harness's turn is the
-trial's own, with the meters around it and without, and its step alone, from where the bare loop is called. Prints JSON:
-the step as recorded in each of these ways, the whole `turn` call as the parent waits for it, the bare loop, and that
-loop with one thing more that a step may have: the schedule, a sum of losses, a loss that is divided by the batches of a
-step, the end of the graph behind the loss, the switch to the trial's adapter and random numbers before it.
+    python bare_loop.py SEED TURNS
+
+All use the same model, adapter, optimizer and stream of batches; the order is shuffled in each turn. The harness's turn
+is the trial's own, with telemetry and without, and its step alone. Prints JSON: the step times of each, the wall time
+of the whole turn, the bare loop, and bare loops with one thing more that a step has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +26,9 @@ from harness.studies.study_file import load_study
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare
 from harness.trial.trial import Trial
+
+EXTRAS = ("", "scheduled", "freed")
+"""What a bare loop has besides forward, backward, clipping and update."""
 
 
 def main(seed: int, turns: int) -> None:
@@ -43,65 +45,50 @@ def main(seed: int, turns: int) -> None:
             ),
             SharedBase(),
         )  # fmt: skip
-        trial.run("build")
-        trial.run("verify")  # so that whatever it leaves behind would show
-        trial.run("warm_up")
+        for command in ("build", "verify", "warm_up"):  # what the check leaves behind would show
+            trial.run(command)
         trainee, stream = trial._built.trainee, trial._built.stream
     model, optimizer, seat = trainee.model, trainee.optimizer, trial._built.seat
     trained = [p for p in model.parameters() if p.requires_grad]
     times: dict[str, list[float]] = defaultdict(list)
 
-    def bare(
-        name: str, *, scheduled: bool = False, summed: bool = False, divided: bool = False, freed: bool = False
-    ) -> None:
+    def bare(extra: str, name: str) -> None:
         begin = time.perf_counter()
-        total = torch.zeros((), device=machine.device) if summed else None
         loss = model(**stream.take(), use_cache=False).loss
-        if divided:
-            loss = loss / 1
         loss.backward()
-        if total is not None:
-            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if scheduled:
+        if extra == "scheduled":
             trainee.schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if freed:
+        if extra == "freed":
             del loss
         if machine.device == "cuda":
             torch.cuda.synchronize()
         times[name].append(time.perf_counter() - begin)
 
-    def seated() -> None:
-        with seat.taken():
-            bare("seated")
+    def take(way: str) -> None:
+        if way == "seated":
+            with seat.taken():
+                bare("", way)
+        elif way == "unmetered":
+            with seat.taken():
+                times[way] += trial.turn(1).samples["step_time_s"]
+        elif way == "alone":
+            times[way].append(trial._take_step()[1].time_s)
+        elif way == "turn":
+            begin = time.perf_counter()
+            fragment = trial.run("turn", steps=1)
+            times[way].append(time.perf_counter() - begin)
+            times["metered"] += fragment.samples["step_time_s"]
+        else:
+            bare(way, way or "bare")
 
-    def metered() -> None:
-        begin = time.perf_counter()
-        fragment = trial.run("turn", steps=1)
-        times["turn"].append(time.perf_counter() - begin)
-        times["metered"] += fragment.samples["step_time_s"]
-
-    def unmetered() -> None:
-        with seat.taken():
-            times["unmetered"] += trial.turn(1).samples["step_time_s"]
-
-    def alone() -> None:
-        times["alone"].append(trial._take_step()[1].time_s)
-
-    ways: tuple[Callable[[], None], ...] = (
-        lambda: bare("bare"),
-        lambda: bare("scheduled", scheduled=True),
-        lambda: bare("summed", summed=True),
-        lambda: bare("divided", divided=True),
-        lambda: bare("freed", freed=True),
-        seated, alone, unmetered, metered,
-    )  # fmt: skip
+    ways = (*EXTRAS, "seated", "alone", "unmetered", "turn")
     shuffler = random.Random(seed)
     for _ in range(turns):
-        for take in shuffler.sample(ways, len(ways)):
-            take()
+        for way in shuffler.sample(ways, len(ways)):
+            take(way)
     print(json.dumps(times))
 
 

@@ -1,13 +1,10 @@
-"""The script that `meter_live.py` has take turns: a Trainer on a small model, or on one in a directory.
+"""A Trainer on a small model, or on one in a directory, whose meter is switched on and off between turns.
 
     python meter_script.py MODEL STEPS OUTPUT
 
-Before a turn it is told on its standard input whether the meter is on, and how many steps it has: "on 20", "off 20".
-After it it prints how many steps a meter has followed so far, of how many it has told its follower, how long that took,
-and when each step of the turn began by clocks that stand still meanwhile: all times on the wall and on its CPUs.
-
-Of a process that is wrapped, off means that the meter is taken off: what is left then is a training that knows nothing
-of it.
+It prints "ready" and reads a turn from standard input: whether the meter is on and its steps ("on 20", "off 20"). After
+the turn it prints how many steps the meter has seen, how many it has reported, the wall and CPU time that the reports
+took, and the wall and CPU time at the start of each step, on clocks that stop during a report.
 """
 
 import functools
@@ -29,90 +26,77 @@ from transformers import (
 )
 
 SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 512,
-}
-"""A step of about 10 ms."""
+    "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512,
+}  # fmt: skip
 
 
 class Switch:
-    """Takes the meter off a training, and puts it there again. It is the last callback that the Trainer was given."""
+    """Takes the meter off a training and puts it back; there is none in a process that is not wrapped."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.callbacks = trainer.callback_handler.callbacks
+        self.trainer, self.callbacks = trainer, trainer.callback_handler.callbacks
         last, self.hooks = self.callbacks[-1], dict(hooks)
         self.meter: Any = last if hasattr(last, "_time_methods") else None
-        """None in a process that is not wrapped."""
         self.on = self.meter is not None
-        self.told, self.telling, self.telling_cpu = 0, 0.0, 0.0
-        """Of how many steps the follower was told, and the seconds that it took."""
+        self.reported, self.wall, self.cpu = 0, 0.0, 0.0
 
     def turn(self, on: bool) -> None:
-        """What the next turn is to be."""
-        if on and not self.on:
+        """Switch the meter."""
+        if self.meter is None or on == self.on:
+            return
+        self.on = on
+        if on:
             self.callbacks.append(self.meter)
             hooks.update(self.hooks)
             self.meter._trainer = self.trainer
             self.meter._time_methods()
             self.meter._steps.restart()
-        elif self.on and not on:
+        else:
             self.callbacks.remove(self.meter)
             hooks.clear()
             self.meter._release_trainer()
-        self.on = on
 
-    @property
-    def followed(self) -> int:
-        """Steps that the meter has seen the end of."""
-        return 0 if self.meter is None else self.meter._steps._number
+    def time_reports(self) -> None:
+        """Time what the meter does for many steps at once."""
+        if self.meter is not None:
+            self.meter._steps._tell = functools.partial(self._report, self.meter._steps._tell)
 
-    def time_telling(self) -> None:
-        """What the meter does for many steps it does in one of them: it is timed by itself."""
-        if self.meter is not None and "_tell" not in vars(self.meter._steps):
-            self.meter._steps._tell = functools.partial(self._tell, self.meter._steps._tell)
-
-    def _tell(self, tell: Callable[[], None]) -> None:
-        number = len(self.meter._steps._noted)
+    def _report(self, report: Callable[[], None]) -> None:
+        self.reported += len(self.meter._steps._noted)
         wall, cpu = time.perf_counter(), time.process_time()
-        tell()
-        self.telling += time.perf_counter() - wall
-        self.telling_cpu += time.process_time() - cpu
-        self.told += number
+        report()
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
 
     def now(self) -> tuple[float, float]:
         """Both clocks."""
-        return time.perf_counter() - self.telling, time.process_time() - self.telling_cpu
+        return time.perf_counter() - self.wall, time.process_time() - self.cpu
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]
-    """Waits before a turn, and tells how long its steps were."""
+    """Waits for a turn, and prints the times of its steps."""
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.seen: list[tuple[float, float]] = []
-        """Of the turn under way: when each step began."""
-        self.switch: Switch
+    switch: Switch
+    steps = 0
+    starts: list[tuple[float, float]] = []  # noqa: RUF012
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """A step begins, its batch is there."""
         switch = self.switch
-        if self.seen:
-            self.seen.append(switch.now())
-            if len(self.seen) <= self.steps:
+        if self.starts:
+            self.starts.append(switch.now())
+            if len(self.starts) <= self.steps:
                 return
-            counts = switch.followed, switch.told, switch.telling, switch.telling_cpu
-            print("took", *counts, *(f"{wall} {cpu}" for wall, cpu in self.seen), flush=True)
+            seen = 0 if switch.meter is None else switch.meter._steps._number
+            numbers = (seen, switch.reported, switch.wall, switch.cpu, *(clock for one in self.starts for clock in one))
+            print("took", *numbers, flush=True)
         else:
-            switch.time_telling()
+            switch.time_reports()
             print("ready", flush=True)
         word, steps = sys.stdin.readline().split()
         self.steps = int(steps)
         switch.turn(word == "on")
-        self.seen = [switch.now()]
+        self.starts = [switch.now()]
 
 
 def main(name: str, steps: int, output: str) -> None:
@@ -127,15 +111,9 @@ def main(name: str, steps: int, output: str) -> None:
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     rows: Any = [{"input_ids": (row := torch.randint(3, 500, (length,))), "labels": row} for _ in range(steps)]
     arguments = TrainingArguments(
-        output_dir=output,
-        use_cpu=True,
-        max_steps=steps,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        per_device_train_batch_size=1,
-        logging_strategy="no",
-    )
+        output_dir=output, use_cpu=True, max_steps=steps, report_to=[], save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=1, logging_strategy="no",
+    )  # fmt: skip
     turns = Turns()
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[turns])
     turns.switch = Switch(trainer)

@@ -1,65 +1,193 @@
-"""Does the check say flash exactly when the step would run on flash alone? Every family of transformers that is small.
+"""What is true of a LoRA run of a small transformers family, found without the check, and compared with the check.
 
-    python benchmarks/selftest/oracle.py [--families gpt2 t5 vit]
+As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a step that
+succeeds under `sdpa_kernel(FLASH_ATTENTION)` alone runs on flash. A mode of torch's functions counts the attention
+calls, through the scaled dot product or written out. Then, for each instrument:
 
-In the manner of transformers' own dispatch tests: torch refuses a scaled dot product that its backends may not run, so
-a step that succeeds under ``sdpa_kernel(FLASH_ATTENTION)`` alone runs on flash, and one that fails does not. Which
-products of attention there are, through the scaled dot product or written out, is counted by a mode of torch's
-functions, which knows nothing of the check. Of each family and instrument:
-
-- flash is said exactly when every attention goes through the scaled dot product and the step succeeds on flash alone;
-- math, exactly when all goes through it in a step to which only math is left;
-- eager, exactly when every attention is written out;
-- and whatever else is required of a healthy LoRA run is active: stored, stepped, in its mode; attached, exactly when
-  PEFT adapts what it is asked to and a step calls it; frozen, exactly when two steps of a twin leave what is saved of
-  the base as it is; learning, exactly when a step of the twin changes every factor.
-
-Exit status 1, with the reasons, if anything is not so.
+- flash is active exactly if all attention is scaled dot products and the step succeeds on flash alone;
+- math, exactly if all of it is in a step to which only math is left;
+- eager, exactly if all attention is written out;
+- every other requirement of a healthy LoRA run is active: attached, exactly if PEFT adapts what it is asked to and a
+  step calls it; frozen, exactly if two steps leave the saved base as it is; learning, exactly if a step changes every
+  factor.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import argparse
-import logging
-import sys
-import warnings
+import copy
+import inspect
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import peft
 import torch
-from families import Family, UnfitError, families, inputs_of, logits_of
+import transformers
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 import kernels_check
+from kernels_check.check import INSTRUMENTS
 
-INSTRUMENTS = ("profile", "spy")
+PARAMETERS = 5_000_000
+"""More than this is not small."""
+ROWS, LENGTH, IMAGE, FRAMES = 2, 8, 32, 64
+NUMBERS = (
+    (32, """hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size n_embed projection_dim d_embed emb_dim
+        word_embed_proj_dim decoder_hidden_size encoder_hidden_size output_hidden_size out_hidden_size"""),
+    (48, """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner ffn_hidden_size mlp_dim
+        dim_ff feed_forward_size shared_expert_intermediate_size moe_intermediate_size"""),
+    (2, """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers depth
+        num_blocks encoder_num_hidden_layers decoder_num_hidden_layers num_attention_heads num_heads n_head n_heads
+        num_kv_heads encoder_attention_heads decoder_attention_heads num_key_value_heads decoder_num_attention_heads
+        encoder_num_attention_heads num_experts_per_tok num_encoder_layers n_group topk_group n_shared_experts
+        moe_topk num_selected_experts num_conv_pos_embedding_groups"""),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (16, """head_dim d_kv kv_channels attention_head_size kv_lora_rank q_lora_rank qk_nope_head_dim v_head_dim
+        rotary_dim num_conv_pos_embeddings d_state state_size"""),
+    (8, "qk_rope_head_dim patch_size"),
+    (IMAGE, "image_size img_size"),
+    (99, "vocab_size text_vocab_size"),
+    (64, """max_position_embeddings n_positions max_target_positions max_source_positions n_ctx max_seq_len
+        max_sequence_length sliding_window"""),
+)  # fmt: skip
+SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in names.split()} | {
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+FILLED_IN = ("num_key_value_heads", "vocab_size")
+"""Numbers that some configurations leave open, and their models need."""
+DROPPED = ("layerdrop", "layer_drop", "drop_path")
+"""Parts of the names of rates at which whole layers are left out, which would make every run another."""
+TASKS = tuple(f"AutoModelFor{task}" for task in (
+    "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "CTC", "SpeechSeq2Seq",
+    "ZeroShotImageClassification", "ImageTextToText",
+))  # fmt: skip
 SOFTMAXES = (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
 HEALTHY: dict[str, Any] = {
     "base.bits": 32, "base.quant_type": "none", "base.frozen": True, "lora.attached": True, "lora.dtype": "float32",
     "lora.dropout": 0.05, "optimizer.class": "torch.optim.AdamW", "optimizer.fused": False, "checkpointing": False,
-    "compile": False, "mode": "train",
+    "compile": False, "mode": "train", "lora.learning": True,
 }  # fmt: skip
 
 
+class UnfitError(Exception):
+    """The family is left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A model type and the class of its task."""
+
+    name: str
+    task: str
+
+    def build(self) -> Any:
+        """A model of random weights.
+
+        Raises:
+            UnfitError: it cannot be built, or is too large.
+        """
+        make = getattr(transformers, self.task).from_config
+        try:
+            config = _shrunk(CONFIG_MAPPING[self.name])
+            config.architectures = config.architectures or []  # None stops the choice among several classes for a task
+            with torch.device("meta"):
+                size = sum(value.numel() for value in make(copy.deepcopy(config)).parameters())
+        except Exception as error:
+            raise UnfitError("cannot be built") from error
+        if size > PARAMETERS:
+            raise UnfitError("too large")
+        torch.manual_seed(0)
+        return make(config)
+
+
+def families() -> Iterator[Family]:
+    """Every model type with a task, in the order of their names."""
+    mappings = {task: getattr(modeling_auto, task)._model_mapping._model_mapping for task in TASKS}
+    for name in sorted(CONFIG_MAPPING_NAMES):
+        for task in TASKS:
+            if name in mappings[task]:
+                yield Family(name=name, task=task)
+                break
+
+
+def inputs_of(model: Any) -> dict[str, Tensor]:
+    """A batch that the model takes, by the names of its forward's arguments.
+
+    Raises:
+        UnfitError: its input is none that is known.
+    """
+    torch.manual_seed(1)
+    known: dict[str, Any] = {
+        "input_ids": lambda: torch.randint(3, 90, (ROWS, LENGTH)),
+        "pixel_values": lambda: torch.randn(ROWS, _channels(model.config), IMAGE, IMAGE),
+        "input_values": lambda: torch.randn(ROWS, 4000),
+        "input_features": lambda: torch.randn(ROWS, getattr(model.config, "num_mel_bins", 80), FRAMES),
+    }
+    main = model.main_input_name
+    if main not in known:
+        raise UnfitError("its input is of another kind")
+    taken = inspect.signature(model.forward).parameters
+    batch = {main: known[main]()}
+    if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
+        batch["decoder_input_ids"] = known["input_ids"]()
+    if (
+        main == "input_ids"
+        and "pixel_values" in taken
+        and not type(model).__name__.endswith("ForConditionalGeneration")
+    ):
+        batch["pixel_values"] = known["pixel_values"]()
+    return batch
+
+
+def logits_of(output: Any) -> Tensor:
+    """The first output that depends on the weights."""
+    for name in ("logits", "logits_per_image", "logits_per_text"):
+        found = getattr(output, name, None)
+        if torch.is_tensor(found):
+            return found
+    raise UnfitError("no logits")
+
+
+def _channels(config: Any) -> int:
+    return next(
+        (one.num_channels for one in (config, getattr(config, "vision_config", None)) if hasattr(one, "num_channels")),
+        3,
+    )
+
+
+def _shrunk(kind: Any) -> Any:
+    """A configuration of this class with all known numbers small, in its parts as well."""
+    whole = kind()
+    names = {*whole.to_dict(), *getattr(kind, "attribute_map", {})}
+    given: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _counts(whole, name)}
+    given |= {name: 0.0 for name in names if any(part in name for part in DROPPED)}
+    given = {name: value for name, value in given.items() if getattr(kind, "attribute_map", {}).get(name) not in given}
+    for name in getattr(kind, "sub_configs", {}):
+        part = getattr(whole, name, None)
+        if part is not None:
+            given[name] = _shrunk(type(part)).to_dict()
+    return kind(**given)
+
+
+def _counts(config: Any, name: str) -> bool:
+    value = getattr(config, name, None)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return number or name.endswith("token_id") or (value is None and name in FILLED_IN)
+
+
 class Attentions(TorchFunctionMode):
-    """Counts attention as it is asked for: scaled dot products, those that flash refuses, and softmaxes over scores."""
+    """Counts attention calls: scaled dot products, those that flash refuses, and softmaxes over scores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,58 +195,53 @@ class Attentions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and call."""
-        multihead = (
-            function is torch.nn.functional.multi_head_attention_forward
-        )  # inside it, this mode is asked nothing
+        kwargs = kwargs or {}
+        multihead = function is multi_head_attention_forward  # the mode is not asked about what it calls
         if multihead and kwargs.get("need_weights", True):
             self.written += 1
-        elif multihead or function is torch.nn.functional.scaled_dot_product_attention:
+        elif multihead or function is scaled_dot_product_attention:
             self.scaled += 1
             try:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    return function(*args, **(kwargs or {}))
+                    return function(*args, **kwargs)
             except RuntimeError:
                 self.refused += 1
         elif function in SOFTMAXES:
             shape = (args[0] if args else kwargs["input"]).shape
-            # scores have a row for each query and a column for each key; a router's have none for the heads
+            # scores have a row for each query and a column for each key, unlike those of a router
             square = len(shape) > 3 or (len(shape) == 3 and shape[-1] == shape[-2])
             self.written += square and min(shape[-2:]) > 1
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 class Run:
-    """A LoRA run of one family: adapters on every linear layer that its forward calls."""
+    """A LoRA run of one family: adapters on every linear layer that its forward calls.
+
+    Raises:
+        UnfitError: it cannot be built small, or calls no linear layer.
+    """
 
     def __init__(self, family: Family) -> None:
         model = family.build().train()
-        self.inputs = inputs_of(model)
-        names = _called(model, self.inputs)
-        if not names:
-            raise UnfitError("no linear layer is called")
-        pattern = "|".join(name.replace(".", r"\.") for name in names)
+        self.inputs, self.around = inputs_of(model), nullcontext
+        names = _called_layers(model, self.inputs)
         torch.manual_seed(2)
+        pattern = "|".join(name.replace(".", r"\.") for name in names)
         self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.05, target_modules=f"({pattern})"))
         self.model.train()
         self.trained = [value for value in self.model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-2, weight_decay=0.0)
-        self.around: Any = nullcontext
-        self.lost = self._lost(names)
-        """Asked for and without an adapter, where PEFT made parameters of experts of their names and there are none."""
-
-    def _lost(self, names: list[str]) -> list[str]:
-        adapted = {id(one) for one in self.model.modules() if isinstance(one, BaseTunerLayer)}
-        if any(isinstance(one, ParamWrapper) for one in self.model.modules()):
-            return []
-        return [name for name in names if id(self.model.base_model.model.get_submodule(name)) not in adapted]
+        self.tuners = [one for one in self.model.modules() if isinstance(one, BaseTunerLayer)]
+        of_experts = any(isinstance(one, ParamWrapper) for one in self.model.modules())
+        layers = [self.model.base_model.model.get_submodule(name) for name in names]
+        self.complete = of_experts or all(layer in self.tuners for layer in layers)
+        """Whether PEFT adapted every layer; in a model of experts it adapts their parameters instead of some layers."""
 
     def base(self) -> dict[str, Tensor]:
-        """A copy of what is saved of the model and does not train."""
+        """A copy of what is saved of the model and is not trained."""
         trained = {value.data_ptr() for value in self.trained}
-        saved = self.model.state_dict().items()
-        return {
-            name: value.clone() for name, value in saved if torch.is_tensor(value) and value.data_ptr() not in trained
-        }
+        saved = {name: one for name, one in self.model.state_dict().items() if torch.is_tensor(one)}
+        return {name: value.clone() for name, value in saved.items() if value.data_ptr() not in trained}
 
     def step(self) -> None:
         """Forward, backward and an update."""
@@ -127,205 +250,147 @@ class Run:
             logits_of(self.model(**self.inputs)).float().pow(2).mean().backward()
             self.optimizer.step()
 
-    def calls_every_adapter(self) -> bool:
-        """Take a step; whether it calls each layer that is adapted."""
-        tuners = [one for one in self.model.modules() if isinstance(one, BaseTunerLayer)]
-        called = set[int]()
-        handles = [one.register_forward_hook(lambda module, *_: called.add(id(module))) for one in tuners]
-        self.step()
-        for handle in handles:
-            handle.remove()
-        return all(id(one) in called for one in tuners)
+    def step_calls(self, modules: Sequence[nn.Module]) -> bool:
+        """Take a step; whether it calls each of the modules."""
+        return len(_calls(modules, self.step)) == len(modules)
 
 
-def _called(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
-    """Linear layers that the forward calls, its head left out."""
-    called = dict[str, None]()
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: called.setdefault(name))
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
-    with torch.no_grad():
-        model(**inputs)
+def _calls(modules: Sequence[nn.Module], run: Any) -> list[nn.Module]:
+    """Those of the modules that a function calls, in the order of their first call."""
+    called = dict[nn.Module, None]()
+    handles = [one.register_forward_hook(lambda module, *_: called.setdefault(module)) for one in modules]
+    run()
     for handle in handles:
         handle.remove()
+    return list(called)
+
+
+def _called_layers(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
+    """Names of the linear layers that a forward pass calls, without the head."""
+    linears = {module: name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    with torch.no_grad():
+        called = _calls(list(linears), lambda: model(**inputs))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name in called if model.get_submodule(name) is not head]
+    names = [linears[module] for module in called if module is not head]
+    if not names:
+        raise UnfitError("no linear layer is called")
+    return names
 
 
-@dataclass(kw_only=True)
-class Result:
-    """What one family showed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What is true of a family's run; None: undecided."""
 
-    family: str
-    implementation: str
-    scaled: int
-    refused: int
-    """Scaled dot products that flash alone cannot do."""
-    written: int
-    alone: bool
-    """Whether a step succeeds on flash alone."""
+    backend: str | None
+    has_math: bool
+    """Whether math runs where only that is left."""
     attached: bool
-    """Whether every layer that PEFT adapted is called, and every name that it was asked to adapt is (``Run.lost``)."""
-    learns: bool | None
-    still: bool = True
-    """Whether nothing of what is saved of the base moves, as the statistics of a batch norm do."""
-    said: dict[str, Any] = field(default_factory=dict)
-    active: int = 0
-    required: int = 0
-    faults: list[str] = field(default_factory=list)
+    frozen: bool
+    learning: bool | None
+    faults: tuple[str, ...]
+    """Where the counts contradict the step on flash alone."""
 
-    @property
-    def truth(self) -> str | None:
-        """The backend of all attention, or None where there is none or several."""
-        if self.scaled and not self.written:
-            return "flash" if self.alone else "math" if self.refused == self.scaled else None
-        return "eager" if self.written and not self.scaled else None
+    def holds(self, path: str) -> bool | None:
+        """Whether a healthy requirement holds."""
+        truths = {
+            "lora.learning": self.learning if self.attached else self.learning and None,
+            "lora.attached": self.attached, "base.frozen": self.frozen, "lora.dropout": self.attached or None,
+        }  # fmt: skip
+        return truths.get(path, True)
 
 
-def examine(family: Family) -> Result:
-    """Build the family and compare what is said of it.
+def find(family: Family) -> Found:
+    """Take steps of a run of the family, and see what is true of it.
 
     Raises:
-        UnfitError: it is left out.
+        UnfitError: it does not train.
     """
     try:
-        twin = Run(family)
-        before = twin.base()
+        run = Run(family)
+        before = run.base()
         with Attentions() as seen:
-            attached = twin.calls_every_adapter() and not twin.lost
+            attached = run.step_calls(run.tuners) and run.complete
+        factors = [value.detach().clone() for value in run.trained]
+        run.step()
     except UnfitError:
         raise
     except Exception as error:
-        raise UnfitError(
-            f"does not train: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-        ) from error
-    learns = _learns(twin)
-    after = twin.base()
+        raise UnfitError("does not train") from error
+    changed = all(not torch.equal(old, new) for old, new in zip(factors, run.trained, strict=True))
+    reached = all(value.grad is not None and value.grad.any() for value in run.trained)
+    after = run.base()
     still = before.keys() == after.keys() and all(_same(value, after[name]) for name, value in before.items())
-    twin.around = lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    run.around = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
     try:
-        twin.step()
-        alone = True
+        run.step()
+        on_flash = True
     except RuntimeError:
-        alone = False
-    result = Result(
-        family=family.name, implementation=str(twin.model.config._attn_implementation), scaled=seen.scaled,
-        refused=seen.refused, written=seen.written, alone=alone, attached=attached,
-        still=still, learns=learns,
+        on_flash = False
+    backend = "eager" if seen.written and not seen.scaled else None
+    if seen.scaled and not seen.written:
+        backend = "flash" if on_flash else "math" if seen.refused == seen.scaled else None
+    agrees, said = (
+        on_flash == (seen.refused == 0),
+        f"flash refused {seen.refused} calls, a step on flash alone succeeds",
+    )
+    return Found(
+        backend=backend, has_math=bool(seen.scaled and not seen.written), attached=attached, frozen=still,
+        learning=True if changed else None if reached else False,  # an update may be lost in rounding
+        faults=() if agrees else (f"{said}: {on_flash}",),
     )  # fmt: skip
-    if alone != (seen.refused == 0):
-        result.faults.append(
-            f"{family.name}: flash refused {seen.refused} calls, and the step on flash alone says {alone}"
-        )
-    for forced in (False, True):
-        truth = "math" if forced and result.scaled and not result.written else result.truth
-        for instrument in INSTRUMENTS:
-            _judge(result, family, instrument, truth, forced=forced)
-    return result
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """To the bit, so that two that are no number are alike."""
+    """To the bit, so that two NaN are equal."""
     left, right = (value.contiguous().flatten().view(torch.uint8) for value in (one, other))
     return one.shape == other.shape and torch.equal(left, right)
 
 
-def _learns(twin: Run) -> bool | None:
-    """Whether every factor is changed by a step; None where some get gradients that are lost in rounding."""
-    before = [value.detach().clone() for value in twin.trained]
-    twin.step()
-    if all(not torch.equal(old, new) for old, new in zip(before, twin.trained, strict=True)):
-        return True
-    return None if all(value.grad is not None and value.grad.any() for value in twin.trained) else False
-
-
-def _judge(result: Result, family: Family, instrument: str, truth: str | None, *, forced: bool) -> None:
+def judge(family: Family, found: Found, instrument: Any, *, only_math: bool) -> Iterator[str]:
+    """Verify a run of the family; yield where the checks are not as they must be."""
     run = Run(family)
-    if forced:
-        run.around = only_math
-    required = HEALTHY | {"attention.backend": truth or "flash", "lora.learning": True}
-    where = f"{family.name}, {instrument}{', math alone' if forced else ''}"
-    try:
-        checks = {one.path: one for one in kernels_check.verify(run.model, run.step, required, instrument=instrument)}
-    except Exception as error:
-        result.faults.append(f"{where}: raised {error!r}")
-        return
-    backend = checks.get("attention.backend")
-    result.said[where.removeprefix(f"{family.name}, ")] = backend and backend.observed
-    result.faults += [f"{where}: {fault}" for fault in _faults(result, required, checks, truth)]
-    result.required += len(required)
-    result.active += sum(checks[path].status == "active" for path in required if path in checks)
-
-
-def only_math() -> AbstractContextManager[Any]:
-    """The scaled dot product with math alone."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def _faults(result: Result, required: dict[str, Any], checks: dict[str, Any], truth: str | None) -> Iterator[str]:
-    known = {"attention.backend": truth is not None, "lora.learning": result.learns, "lora.attached": result.attached}
-    known |= {"base.frozen": result.still}
-    if not result.attached:
-        known |= {"lora.dropout": None, "lora.learning": result.learns and None}
+    if only_math:
+        run.around = partial(sdpa_kernel, SDPBackend.MATH)
+    backend = "math" if only_math and found.has_math else found.backend
+    required = HEALTHY | {"attention.backend": backend or "flash"}
+    checks = {one.path: one for one in kernels_check.verify(run.model, run.step, required, instrument=instrument)}
     for path, value in required.items():
-        check = checks.get(path)
-        holds = known.get(path, True)
-        if holds is None:
-            continue
-        if check is None:
-            if holds:
-                yield f"{path} {value!r} holds, and is left out"
-        elif holds and check.status != "active":
-            yield f"{path} {value!r} holds, and is {check.status}: {check.reason}"
-        elif not holds and check.status == "active":
-            yield f"{path} {value!r} does not hold, and is active: {check.reason}"
+        holds, check = backend is not None if path == "attention.backend" else found.holds(path), checks.get(path)
+        active = check is not None and check.status == "active"
+        if holds is not None and holds != active and (holds or check is not None):
+            seen = "without a check" if check is None else f"{check.status}: {check.reason}"
+            yield f"{path} {value!r} {'holds' if holds else 'does not hold'}, and is {seen}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Examine the families; 0 where all that is said is so."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", metavar="NAME", help="model types; all where left out")
-    named = parser.parse_args(arguments).families
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    results, unfit = list[Result](), dict[str, str]()
-    for family in families():
-        if named is None or family.name in named:
+def examine(family: Family) -> tuple[Found, list[str]]:
+    """What is true of a family, and the faults of the check.
+
+    Raises:
+        UnfitError: it is left out.
+    """
+    found = find(family)
+    faults = [f"family {family.name}: {fault}" for fault in found.faults]
+    for only_math in (False, True):
+        for instrument in INSTRUMENTS:
+            where = f"family {family.name}, {instrument}{', only math' if only_math else ''}"
             try:
-                results.append(result := examine(family))
-            except UnfitError as reason:
-                unfit[family.name] = str(reason)
+                faults += [f"{where}: {fault}" for fault in judge(family, found, instrument, only_math=only_math)]
+            except Exception as error:
+                faults.append(f"{where}: raised {error!r}")
+    return found, faults
+
+
+def faults_of_families(names: Sequence[str]) -> Iterator[str]:
+    """Faults of the named families, or of all; prints how many were examined, by backend."""
+    backends, left_out = Counter[str](), 0
+    for family in families():
+        if family.name in names or "all" in names:
+            try:
+                found, faults = examine(family)
+            except UnfitError:
+                left_out += 1
                 continue
-            for fault in result.faults:
-                print(fault, flush=True)
-    Console(width=120, highlight=False).print(table(results))
-    print(f"left out: {len(unfit)} families")
-    for name, reason in unfit.items():
-        print(f"  {name}: {reason}")
-    truths = Counter(result.truth or "none or several" for result in results)
-    faulty = [result.family for result in results if result.faults]
-    print(f"{len(results)} families, {', '.join(f'{count} {truth}' for truth, count in truths.most_common())}")
-    print(f"at fault: {len(faulty)}{': ' if faulty else ''}{', '.join(faulty)}")
-    return 1 if faulty or not results else 0
-
-
-def table(results: list[Result]) -> Table:
-    """One row a family."""
-    drawn = Table(title="What is so, and what is said", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("family", "scaled", "refused", "written", "flash alone", "so", "said", "with math alone", "active"):
-        drawn.add_column(heading, overflow="fold")
-    for one in results:
-        plain = {str(one.said.get(instrument)) for instrument in INSTRUMENTS}
-        forced = {str(one.said.get(f"{instrument}, math alone")) for instrument in INSTRUMENTS}
-        drawn.add_row(
-            one.family, str(one.scaled), str(one.refused), str(one.written), "yes" if one.alone else "no",
-            one.truth or "-", " / ".join(sorted(plain)), " / ".join(sorted(forced)), f"{one.active} of {one.required}",
-        )  # fmt: skip
-    return drawn
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            backends[found.backend or "none or several"] += 1
+            yield from faults
+    said = ", ".join(f"{count} {backend}" for backend, count in backends.most_common())
+    print(f"{backends.total()} families: {said}; {left_out} cannot be built small or do not train", flush=True)

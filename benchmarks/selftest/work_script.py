@@ -1,6 +1,6 @@
-"""A training script of somebody's: a plain loop of torch, whose step is mostly so many equal pieces of work.
+"""A plain torch training loop whose step is mostly a number of equal matrix products.
 
-python attach_script.py [--pieces N] [--steps N]
+python work_script.py [--products N] [--steps N]
 """
 
 import argparse
@@ -8,7 +8,7 @@ import argparse
 import torch
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--pieces", type=int, default=100)
+parser.add_argument("--products", type=int, default=100)
 parser.add_argument("--steps", type=int, default=100_000)
 options = parser.parse_args()
 torch.set_num_threads(1)
@@ -20,7 +20,7 @@ for _ in range(options.steps):
     rows = torch.randn(8, 16)
     with torch.no_grad():
         work = torch.ones(160, 160)
-        for _ in range(options.pieces):
+        for _ in range(options.products):
             work = work @ weight
     loss = (model(rows) - rows).pow(2).mean() + 0 * work[0, 0].clamp(0, 1)
     loss.backward()

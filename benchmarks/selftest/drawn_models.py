@@ -1,0 +1,399 @@
+"""Random models for `random_models.py`: attention, storage and adapter, with what is true of each.
+
+The truth is written down where a choice is made, never read off the model afterwards. What an attention is follows from
+how it is written: on a CPU torch's scaled dot product is its flash kernel, unless that is forbidden around the call or
+the weights are dropped out; a softmax between two products is eager; attention of elementwise operations has no name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+WIDTH, HEADS, WORDS, PAD = 32, 2, 61, 0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""What may be required of a path whose requirement is a least share."""
+SDPA = ("flash", "math by context", "math by dropout")
+EAGER = ("eager by matmul", "eager by bmm", "eager by einsum")
+ELEMENTWISE = "elementwise"
+KINDS = (*SDPA, *EAGER, ELEMENTWISE)
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Which requirements of a path hold."""
+
+    holds: frozenset[Any] = frozenset()
+    free: frozenset[Any] = frozenset()
+    """Requirements of which the definition of the path does not say whether they hold."""
+    hidden: bool = False
+    """Whether `unknown` is right as well, since the path cannot be observed."""
+
+
+def true(*holds: Any, free: Any = (), hidden: bool = False) -> Truth:
+    """These requirements hold, and those that are free may."""
+    return Truth(frozenset(holds), frozenset(free), hidden)
+
+
+def at_least(share: float) -> Truth:
+    """A least share holds up to this one."""
+    return true(*(one for one in SHARES if one <= share))
+
+
+def undecided(truth: Truth) -> Truth:
+    """What held may hold and need not."""
+    return true(free=truth.holds | truth.free, hidden=truth.hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """How one layer attends; masks are none, causal (by flag), and explicit: additive, filled, boolean."""
+
+    kind: str
+    mask: str
+    upcast: bool = False
+    """Whether a softmax is computed in float32."""
+
+
+def allowed(length: int, padding: Tensor | None, segments: Tensor | None) -> Tensor:
+    """Which token sees which, [rows or 1, 1, length, length]: the past of its segment without padding."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    if padding is not None:
+        seen = seen & padding.bool()[:, None, None, :] | torch.eye(length, dtype=torch.bool)
+    if segments is not None:
+        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    return seen
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: Attending, *, training: bool) -> Tensor:
+    """Attention over [rows, heads, length, size]."""
+    additive = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+    if how.kind in SDPA:
+        options: dict[str, Any] = {"attn_mask": {"additive": additive, "boolean": seen}.get(how.mask)}
+        options |= {"is_causal": how.mask == "causal"}
+        options |= {"dropout_p": 0.1 if how.kind == "math by dropout" and training else 0.0}
+        with sdpa_kernel(SDPBackend.MATH) if how.kind == "math by context" else nullcontext():
+            return functional.scaled_dot_product_attention(query, key, value, **options)
+    if how.kind == ELEMENTWISE:
+        return elementwise(query, key, value, seen if how.mask != "none" else None)
+
+    def weigh(scores: Tensor) -> Tensor:
+        mask = additive.expand(rows, heads, *seen.shape[2:]).reshape(scores.shape)
+        if how.mask == "additive":
+            scores = scores + mask
+        elif how.mask == "filled":
+            scores = scores.masked_fill(mask != 0, torch.finfo(scores.dtype).min)
+        return functional.softmax(scores, -1, dtype=torch.float32 if how.upcast else None).to(scores.dtype)
+
+    rows, heads = query.shape[:2]
+    query = query / math.sqrt(query.shape[-1])
+    if how.kind == "eager by einsum":
+        return torch.einsum("bhqk,bhkd->bhqd", weigh(torch.einsum("bhqd,bhkd->bhqk", query, key)), value)
+    if how.kind == "eager by bmm":
+        flat = [one.flatten(0, 1) for one in (query, key, value)]
+        return torch.bmm(weigh(torch.bmm(flat[0], flat[1].transpose(1, 2))), flat[2]).view(query.shape)
+    return torch.matmul(weigh(torch.matmul(query, key.transpose(-1, -2))), value)
+
+
+def elementwise(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention without a matrix product and without a softmax."""
+    scores = (query.unsqueeze(3) * key.unsqueeze(2)).sum(-1) / math.sqrt(query.shape[-1])
+    weights = scores.clamp(-20, 20).exp() * (1 if seen is None else seen)
+    return ((weights / weights.sum(-1, keepdim=True)).unsqueeze(-1) * value.unsqueeze(2)).sum(3)
+
+
+class SelfAttention(nn.Module):
+    """Four projections and an attention between them."""
+
+    def __init__(self, how: Attending) -> None:
+        super().__init__()
+        self.how = how
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """Mix [rows, length, width]."""
+        split = [
+            one(hidden).unflatten(-1, (HEADS, -1)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+        mixed = attend(*split, seen, self.how, training=self.training)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2).to(hidden.dtype))
+
+
+class Block(nn.Module):
+    """A decoder layer, recomputed in the backward pass as a whole, in its MLP, or not at all."""
+
+    def __init__(self, how: Attending) -> None:
+        super().__init__()
+        self.attention, self.before, self.between = SelfAttention(how), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.recomputes, self.reentrant = "none", False
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """Transform [rows, length, width]."""
+        hidden = hidden + self.attention(self.before(hidden), seen)
+        inner = self.between(hidden)
+        if self.recomputes == "mlp" and torch.is_grad_enabled():
+            return hidden + checkpoint(self.mlp, inner, use_reentrant=self.reentrant)
+        return hidden + self.mlp(inner)
+
+
+class Decoder(nn.Module):
+    """A language model of a few blocks; packed records are told apart by positions that restart."""
+
+    merges: int | None = None
+    """The number of a boundary between records that is lost."""
+
+    def __init__(self, hows: list[Attending]) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(WORDS, WIDTH), nn.ModuleList(Block(how) for how in hows)
+        self.norm, self.lm_head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits, [rows, length, words], of ids, [rows, length]."""
+        segments = None if position_ids is None else (position_ids == 0).cumsum(-1)
+        if segments is not None and self.merges is not None:
+            segments = segments - (segments > self.merges).long()
+        seen, hidden = allowed(input_ids.shape[1], attention_mask, segments), self.embed(input_ids)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # a reentrant checkpoint passes gradients only to what requires one
+        for layer in self.layers:
+            if layer.recomputes == "all" and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, seen, use_reentrant=layer.reentrant)
+            else:
+                hidden = layer(hidden, seen)
+        return self.lm_head(self.norm(hidden))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """How the weight of a layer is stored, and what its products are computed in; None: not defined."""
+
+    bits: int
+    compute: str | None
+    quant: str = "none"
+    double: bool | None = None
+
+
+@dataclass(kw_only=True)
+class Drawn:
+    """A model and what is known of it."""
+
+    model: Any
+    layers: list[Any]
+    kinds: list[str]
+    about: list[str]
+    truths: dict[str, Truth]
+    style: str = "plain"
+    stored: dict[str, Stored] = field(default_factory=dict)
+
+    def stores(self, *bits: int) -> bool:
+        """Whether any layer is stored in so many bits."""
+        return any(stored.bits in bits for stored in self.stored.values())
+
+
+def draw_model(draw: random.Random) -> Drawn:
+    """Build a model of torch or of transformers, store it in fewer bits or not, and give it an adapter."""
+    drawn = _plain(draw) if draw.random() < 0.7 else _transformers(draw)
+    drawn.about += sorted({f"attention {kind}" for kind in drawn.kinds})
+    _quantise(drawn, draw)
+    _adapt(drawn, draw)
+    return drawn
+
+
+def _draw_kinds(draw: random.Random, kinds: tuple[str, ...]) -> list[str]:
+    """Of one to three layers: one kind for all in most models."""
+    one = draw.choice(kinds)
+    return [one if draw.random() < 0.85 else draw.choice(kinds) for _ in range(draw.randint(1, 3))]
+
+
+def _attention_truth(kinds: list[str], masks: list[str], dtype: str, *, upcast: bool) -> dict[str, Truth]:
+    backends = {kind.split()[0] for kind in kinds}
+    if ELEMENTWISE in backends:
+        free = {"eager"} if backends <= {"eager", ELEMENTWISE} else set()
+        masked = true(free={"none", "causal", "explicit"})
+        return {"attention.backend": true(free=free), "attention.dtype": true(free={dtype}), "attention.mask": masked}
+    names = {"flash": ("flash", "fused")}.get(*backends, tuple(backends)) if len(backends) == 1 else ()
+    return {
+        "attention.backend": true(*names),
+        "attention.dtype": true(free={dtype, "float32"}) if upcast else true(dtype),
+        "attention.mask": true(*masks[:1]) if len(set(masks)) == 1 else true(),
+    }
+
+
+def _plain(draw: random.Random) -> Drawn:
+    kinds, hows = _draw_kinds(draw, KINDS), []
+    first = draw.choice(("none", "additive"))
+    for kind in kinds:  # a mask of its own in a third of the models
+        masks = ("none", "causal", "additive", "boolean") if kind in SDPA else ("none", "additive", "filled")
+        hows.append(
+            Attending(
+                kind, first if len(kinds) > 1 and draw.random() < 0.7 else draw.choice(masks), draw.random() < 0.3
+            )
+        )
+    dtype = draw.choice(list(DTYPES))
+    model = Decoder(hows).to(DTYPES[dtype])
+    upcast = any(how.kind in EAGER and how.upcast for how in hows) and dtype == "bfloat16"
+    masks_seen = [how.mask if how.mask in ("none", "causal") else "explicit" for how in hows]
+    truths = _attention_truth(kinds, masks_seen, dtype, upcast=upcast)
+    return Drawn(model=model, layers=list(model.layers), kinds=kinds, about=["plain torch", dtype], truths=truths)
+
+
+def _registered() -> dict[str, str]:
+    """Names of transformers' attention functions by kind, those that it lacks registered."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def by_math(*given: Any, **options: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return sdpa_attention_forward(*given, **options)
+
+    def by_hand(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        return elementwise(query, key, value, allowed(query.shape[2], None, None)).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("drawn_math", by_math)
+    transformers.AttentionInterface.register("drawn_hand", by_hand)
+    return {"flash": "sdpa", "math by context": "drawn_math", "eager by matmul": "eager", ELEMENTWISE: "drawn_hand"}
+
+
+def _transformers(draw: random.Random) -> Drawn:
+    names, family = _registered(), draw.choice(["llama", "qwen2", "mistral", "gemma", "gpt2"])
+    kinds, dtype = _draw_kinds(draw, tuple(names)), draw.choice(list(DTYPES))
+    small: dict[str, Any] = {
+        "vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": len(kinds), "num_attention_heads": HEADS,
+        "max_position_embeddings": 32, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    own = {"num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS, "intermediate_size": 2 * WIDTH}
+    config = transformers.AutoConfig.for_model(
+        family, **small, **({"attn_pdrop": 0.0, "n_inner": 2 * WIDTH} if family == "gpt2" else own)
+    )
+    eager = all(kind in EAGER for kind in kinds)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if eager else "sdpa", dtype=DTYPES[dtype]
+    )
+    layers = list(model.transformer.h if family == "gpt2" else model.model.layers)
+    for layer, kind in zip(layers, kinds, strict=True):
+        attention = layer.attn if family == "gpt2" else layer.self_attn
+        attention.config = copy.copy(attention.config)
+        attention.config._attn_implementation = names[kind]
+    # in a mixed model transformers leaves the mask to sdpa's flag, so that eager layers have none
+    masks = ["explicit" if eager else "causal" if kind in SDPA else "none" for kind in kinds]
+    truths = _attention_truth(kinds, masks, dtype, upcast="eager by matmul" in kinds and dtype == "bfloat16")
+    about = [f"transformers {family}", dtype]
+    return Drawn(model=model, layers=layers, kinds=kinds, about=about, truths=truths, style=family)
+
+
+def _quantise(drawn: Drawn, draw: random.Random) -> None:
+    """Store the linear layers of the blocks in fewer bits: all, or all but some."""
+    dtype = next(name for name in DTYPES if name in drawn.about)
+    how = draw.choice(["none", "none", "nf4", "nf4", "fp4", "int8"])
+    linears = {
+        name: module
+        for name, module in drawn.model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and "lm_head" not in name
+    }
+    drawn.stored = dict.fromkeys(linears, Stored(bits=32 if dtype == "float32" else 16, compute=dtype))
+    drawn.about.append(how)
+    skipped = draw.random() if draw.random() < 0.4 else 0.0
+    double, compute = draw.random() < 0.5, draw.choice(list(DTYPES))
+    for name, linear in linears.items():
+        if how == "none" or type(linear) is not nn.Linear or draw.random() < skipped:
+            continue
+        sizes, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
+        small: Any
+        if how == "int8":
+            small = bnb.nn.Linear8bitLt(*sizes, has_bias, has_fp16_weights=False)
+            small.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+            drawn.stored[name] = Stored(bits=8, quant="int8", compute=None)
+        else:
+            small = bnb.nn.Linear4bit(*sizes, has_bias, compute_dtype=DTYPES[compute])
+            small.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, compress_statistics=double, quant_type=how, module=small
+            )
+            drawn.stored[name] = Stored(bits=4, quant=how, double=double, compute=compute)
+        small.bias = linear.bias
+        parent, _, last = name.rpartition(".")
+        setattr(drawn.model.get_submodule(parent), last, small.to("cpu"))
+
+
+METHODS: dict[str, Any] = {
+    "LoRA": lambda drop: peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=drop),
+    "rank-stabilised LoRA": lambda drop: peft.LoraConfig(r=4, lora_dropout=drop, use_rslora=True),
+    "DoRA": lambda drop: peft.LoraConfig(r=4, lora_dropout=drop, use_dora=True),
+    "IA3": lambda drop: peft.IA3Config(feedforward_modules=[]),
+    "LoHa": lambda drop: peft.LoHaConfig(r=4),
+    "LoKr": lambda drop: peft.LoKrConfig(r=4),
+    "FourierFT": lambda drop: peft.FourierFTConfig(n_frequency=16),
+    "AdaLoRA": lambda drop: peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_dropout=drop, total_step=100, tinit=10, tfinal=10
+    ),
+}
+"""PEFT's configurations, from a dropout."""
+FOR_QUANTISED = ("LoRA", "rank-stabilised LoRA", "DoRA", "IA3")
+WITH_DROPOUT = ("LoRA", "rank-stabilised LoRA", "DoRA", "AdaLoRA")
+
+
+def _adapt(drawn: Drawn, draw: random.Random) -> None:
+    """Give some or all linear layers an adapter, and take some of these out of the forward pass."""
+    names = list(drawn.stored)
+    if draw.random() < 0.5:
+        chosen = {name.rpartition(".")[2] for name in names if draw.random() < 0.5}
+        names = [name for name in names if name.rpartition(".")[2] in chosen] or names
+    kinds = FOR_QUANTISED if drawn.stores(4, 8) or drawn.style == "gpt2" else tuple(METHODS)
+    if drawn.stores(8):
+        kinds = tuple(kind for kind in kinds if kind != "DoRA")  # its norms lose the scales of 8-bit layers
+    method, dropout = draw.choice(["LoRA", "LoRA", draw.choice(kinds)]), draw.choice([0.0, 0.05, 0.1])
+    config = METHODS[method](dropout)
+    config.target_modules = set(names)
+    drawn.model = peft.get_peft_model(drawn.model, config, autocast_adapter_dtype=draw.random() < 0.8)
+    drawn.about.append(method)
+    drawn.truths |= _base_truth([drawn.stored[name] for name in names], list(drawn.stored.values()))
+    drawn.truths["lora.dropout"] = true(dropout) if method in WITH_DROPOUT else true(free={0.0, 0.05, 0.1})
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in drawn.model.parameters() if value.requires_grad}
+    drawn.truths["lora.dtype"] = true(*dtypes) if len(dtypes) == 1 else true()
+    drawn.truths["lora.attached"] = drawn.truths["lora.learning"] = true(True)
+    out = [name for name in names[1:] if draw.random() < 0.5]  # the first one stays: without any there is no step
+    if draw.random() < 0.2 and out:
+        way = draw.choice(["disabled", "merged"] if not drawn.stores(4, 8) else ["disabled"])
+        for name in out:
+            layer = drawn.model.base_model.model.get_submodule(name)
+            layer.merge() if way == "merged" else layer.enable_adapters(False)
+        drawn.truths["lora.attached"] = drawn.truths["lora.learning"] = true(free={False})
+        drawn.truths["lora.dropout"] = true(free={0.0, 0.05, 0.1})
+        drawn.about.append(f"adapters {way}")
+
+
+def _base_truth(targeted: list[Stored], every: list[Stored]) -> dict[str, Truth]:
+    """Of the targeted layers; where others differ, only what is true of none is wrong."""
+
+    def common(name: str) -> Truth:
+        values, others = ({getattr(one, name) for one in group} for group in (targeted, every))
+        if len(values) > 1 or None in values:
+            return true()
+        return true(*values) if others <= values else true(free=values)
+
+    four = {one.bits == 4 for one in targeted}
+    eight = any(one.bits == 8 for one in targeted)
+    return {
+        "base.bits": common("bits"),
+        "base.quant_type": common("quant"),
+        "base.compute_dtype": true(free={*DTYPES, "float16"}) if eight else common("compute"),
+        "base.double_quant": common("double") if four == {True} else true(free={False}),
+        "base.gemm_path": true("dequantize") if four == {True} else true(free={"dequantize"} if True in four else ()),
+        "base.frozen": true(True),
+    }

@@ -1,0 +1,286 @@
+"""Random training steps around a drawn model for `random_models.py`, with what is true of each.
+
+Inputs, precision, modes, recomputation, a copy of the model, the optimizer, compilation. Two runs of one seed are
+twins.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from drawn_models import (
+    ELEMENTWISE,
+    PAD,
+    SHARES,
+    WORDS,
+    Decoder,
+    Truth,
+    at_least,
+    draw_model,
+    true,
+    undecided,
+)
+from torch import Tensor
+from torch.nn import functional
+
+ROWS, LENGTH, RATE = 2, 12, 0.02
+IN_COMPILED = (
+    "attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path", "base.compute_dtype",
+    "lora.learning", "lora.dropout", "lora.attached", "checkpointing", "checkpointing.layers",
+)  # fmt: skip
+"""Paths that rest on operators or on calls inside blocks, which compiled code does not show."""
+OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | None]] = {
+    "AdamW": (lambda given: torch.optim.AdamW(given, lr=RATE), "torch.optim.AdamW", False),
+    "fused AdamW": (lambda given: torch.optim.AdamW(given, lr=RATE, fused=True), "torch.optim.AdamW", True),
+    "foreach AdamW": (lambda given: torch.optim.AdamW(given, lr=RATE, foreach=True), "torch.optim.AdamW", False),
+    "fused Adam": (lambda given: torch.optim.Adam(given, lr=RATE, fused=True), "torch.optim.Adam", True),
+    "SGD": (lambda given: torch.optim.SGD(given, lr=RATE, momentum=0.9), "torch.optim.SGD", False),
+    "fused SGD": (lambda given: torch.optim.SGD(given, lr=RATE, fused=True), "torch.optim.SGD", True),
+    "Adafactor": (lambda given: torch.optim.Adafactor(given, lr=RATE), "torch.optim.Adafactor", False),
+    "bitsandbytes' AdamW8bit": (
+        lambda given: bnb.optim.AdamW8bit(given, lr=RATE),
+        "bitsandbytes.optim.AdamW8bit",
+        None,
+    ),
+}
+"""From parameters to the optimizer; its class, and whether it is fused (None: not defined)."""
+
+
+class DrawnRun:
+    """One run, and what is true of it by path."""
+
+    def __init__(self, seed: int) -> None:
+        draw = random.Random(seed)
+        torch.manual_seed(seed)
+        self.drawn = draw_model(draw)
+        self.model: Any = self.drawn.model
+        self.trained: Any = self.model
+        """What the step trains: the model, or a copy of it."""
+        self.truths: dict[str, Truth] = self.drawn.truths
+        self.about = self.drawn.about
+        self.batch: dict[str, Any] | None = None
+        self.schedule: Any = None
+        self.reset: Callable[[], object] = lambda: None
+        """What is done to the model after each update."""
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.accumulate, self.training, self.evaluates = draw.choice([1, 1, 2, 3]), True, False
+        for choose in (
+            self._draw_inputs, self._draw_precision, self._draw_mode, self._draw_recomputation, self._draw_copy,
+            self._draw_optimizer, self._draw_compilation,
+        ):  # fmt: skip
+            choose(draw)
+        self.warm = draw.randint(0, 2)
+        """Steps before it is verified."""
+
+    def _draw_inputs(self, draw: random.Random) -> None:
+        """Whole rows, padded ones, or records packed into a row; no token repeats, so that padding is seen as such."""
+        ids = 3 + torch.randperm(WORDS - 3)[: ROWS * LENGTH].view(ROWS, LENGTH)
+        self.inputs, self.labels = {"input_ids": ids}, ids.clone()
+        plain = self.drawn.style == "plain"
+        self.truths["padding.share"] = true(0.0)
+        way = draw.choice(["whole", "whole", "padded", "packed" if plain else "padded"])
+        if way == "padded":
+            cut = draw.randint(2, LENGTH // 2)
+            mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+            mask[0, LENGTH - cut :] = 0
+            ids[0, LENGTH - cut :], self.labels[0, LENGTH - cut :] = PAD, -100
+            honest = draw.random() < 0.8
+            self.inputs["attention_mask"] = mask if honest else torch.ones_like(mask)
+            self.truths["padding.share"] = true(cut / (ROWS * LENGTH))
+            if not plain and honest and ELEMENTWISE not in self.drawn.kinds:
+                self.truths["attention.mask"] = true("explicit")
+            self.about.append("padded" if honest else "padded under a mask of ones")
+        elif way == "packed":
+            bounds = [0, *sorted(draw.sample(range(2, LENGTH - 1), draw.randint(1, 3))), LENGTH]
+            positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
+            self.inputs["position_ids"] = positions.expand(ROWS, -1).clone()
+            self.batch = dict(self.inputs)
+            decoder = next(module for module in self.model.modules() if isinstance(module, Decoder))
+            masked = all(layer.attention.how.mask not in ("none", "causal") for layer in self.drawn.layers)
+            if draw.random() < 0.4:
+                decoder.merges = draw.randint(1, len(bounds) - 2)
+            isolated = masked and decoder.merges is None
+            # one layer of several lets records through if its own mixing is large enough; dropout hides it
+            hidden = not masked or "math by dropout" in self.drawn.kinds
+            self.truths["packing.isolated"] = true(isolated, hidden=hidden)
+            self.about.append("packed" if isolated else "packed, records leak")
+
+    def _draw_precision(self, draw: random.Random) -> None:
+        if draw.random() < 0.2:
+            self.around = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+            written, both = any(kind.startswith("e") for kind in self.drawn.kinds), {"float32", "bfloat16"}
+            if self.truths["attention.dtype"].holds or self.truths["attention.dtype"].free:
+                self.truths["attention.dtype"] = true(free=both) if written else true("bfloat16")
+            small = self.drawn.stores(4, 8)
+            self.truths["base.compute_dtype"] = true(free=both | {"float16"}) if small else true("bfloat16")
+            self.about.append("autocast")
+
+    def _draw_mode(self, draw: random.Random) -> None:
+        """One forward in eval mode stores 4-bit layers anew on some processors, and loses the scales of 8-bit ones."""
+        way = 1.0 if self.drawn.stores(4, 8) else draw.random()
+        self.training, self.evaluates = way >= 0.08, 0.08 <= way < 0.2
+        self.truths["mode"] = true("train" if self.training else "eval")
+        dropped, drops = self.truths["lora.dropout"], "math by dropout" in self.drawn.kinds
+        if not self.training:
+            self.truths["lora.dropout"] = true(free={0.0, *(dropped.free if not dropped.holds else ())})
+            if drops:
+                only = {"flash", "math", "fused"} if len(set(self.drawn.kinds)) == 1 else ()
+                self.truths["attention.backend"] = true(free=only)
+            self.about.append("eval mode")
+        elif self.evaluates:
+            if drops:  # without dropout an evaluation takes another backend
+                self.truths["attention.backend"] = undecided(self.truths["attention.backend"])
+            self.about.append("evaluates in the step")
+
+    def _draw_recomputation(self, draw: random.Random) -> None:
+        self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(False), at_least(0.0)
+        if draw.random() < 0.65:
+            return
+        reentrant, layers = draw.random() < 0.4, self.drawn.layers
+        way = draw.choice(["all", "some", "mlp"]) if self.drawn.style == "plain" else "by transformers"
+        self.about.append(f"recomputes {way}")
+        recomputed = self.training or way != "by transformers"  # transformers does in training mode alone
+        self.truths["checkpointing"], self.truths["checkpointing.layers"] = (
+            true(recomputed),
+            at_least(float(recomputed)),
+        )
+        if way == "by transformers":
+            self.model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            self.model.base_model.model.enable_input_require_grads()
+            return
+        for place, layer in enumerate(layers):
+            layer.reentrant, layer.recomputes = reentrant, "mlp" if way == "mlp" else "all"
+            if way == "some" and place > 0:
+                layer.recomputes = "none"
+        if way == "mlp":
+            self.truths["checkpointing"] = true(free={True})
+            self.truths["checkpointing.layers"] = true(0.0, free=SHARES[1:])
+        elif way == "some" and len(layers) > 1:
+            self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(), at_least(1 / len(layers))
+
+    def _draw_copy(self, draw: random.Random) -> None:
+        """A copy that is trained in the model's place; 8-bit layers cannot be copied."""
+        if draw.random() > 0.05 or self.drawn.stores(8):
+            return
+        self.trained = copy.deepcopy(self.model)
+        stored = {path for path in self.truths if path.startswith("base.") and path != "base.gemm_path"}
+        for path, now in self.truths.items():
+            self.truths[path] = undecided(now) if path in stored | {"lora.dtype"} else true()
+        self.truths |= dict.fromkeys(("lora.attached", "lora.learning", "checkpointing"), true(free={False}))
+        self.truths |= {"mode": true(free={"train", "eval"}), "padding.share": true(free=(0.0,))}
+        self.truths |= {"lora.dropout": true(free={0.0, 0.05, 0.1}), "checkpointing.layers": true(free={0.0})}
+        if self.batch is not None:
+            self.truths["packing.isolated"] = true(free={True, False})
+        self.about.append("trains a copy")
+
+    def _draw_optimizer(self, draw: random.Random) -> None:
+        """An optimizer of all that is trainable or of all but one, with a fault or without."""
+        trainable = [one for one in self.trained.parameters() if one.requires_grad]
+        copied, sick = self.trained is not self.model, ""
+        if not copied and draw.random() < 0.2:
+            sick = draw.choice(["no rate", "reset", "left out", "base trains"])
+            self.about.append(f"fault: {sick}")
+        if sick == "base trains":
+            norms = [
+                one
+                for name, one in self.model.named_parameters()
+                if "norm" in name or "between" in name or "ln_" in name
+            ]
+            trainable.append(draw.choice(norms).requires_grad_())
+            self.truths["base.frozen"] = true(free={False})
+        one, given = draw.choice(trainable), trainable
+        if sick == "left out" and len(trainable) > 1:
+            given = [value for value in trainable if value is not one]
+        name = draw.choice(list(OPTIMIZERS)) if sick != "base trains" else "AdamW"
+        make, kind, fused = OPTIMIZERS[name]
+        self.optimizer = make(given)
+        self.truths["optimizer.fused"] = true(free={True, False}) if fused is None else true(fused)
+        self.truths["optimizer.class"] = true(kind)
+        self.about.append(f"optimizer {name}")
+        if sick in ("no rate", "reset", "left out") and not (sick == "left out" and len(trainable) == 1):
+            self.truths["lora.learning"] = true(free={False})
+        if sick == "no rate":
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+        elif sick == "reset":
+            kept = one.detach().clone()
+            self.reset = lambda: one.data.copy_(kept)
+        elif draw.random() < 0.1 and "Adam" in name and not sick:
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: min(1.0, done / 5))
+            self.about.append("warms up from a rate of 0")
+        coarse = any(value.dtype == torch.bfloat16 for value in trainable)
+        if coarse and (self.schedule is not None or "Adam" not in name):
+            self.truths["lora.learning"] = true(free={True, False})  # updates may round away
+        if copied:
+            self.truths["optimizer.class"] = undecided(self.truths["optimizer.class"])
+            self.truths["optimizer.fused"] = true(free={True, False})
+
+    def _draw_compilation(self, draw: random.Random) -> None:
+        """Compile blocks in place; nothing is compiled where code is known to break in pieces."""
+        self.truths["compile"] = true(False)
+        self.truths["compile.share"] = true(free={0.0}) if self.trained is not self.model else at_least(0.0)
+        plain = self.drawn.style == "plain" and self.training and not self.evaluates and self.batch is None
+        plain &= self.trained is self.model and not self.drawn.stores(4, 8)
+        plain &= bool({"LoRA", "rank-stabilised LoRA"} & {*self.about})
+        if not plain or any(one.startswith("recomputes") for one in self.about) or draw.random() < 0.5:
+            return
+        torch._dynamo.reset()  # runs of one class share the compiler's limit of recompilations
+        layers = self.drawn.layers
+        chosen = layers if draw.random() < 0.5 else layers[1:]
+        for layer in chosen:
+            layer.compile(backend="eager", fullgraph=True)
+        self.truths["compile"] = true(len(chosen) == len(layers)) if len(chosen) in (0, len(layers)) else true()
+        self.truths["compile.share"] = at_least(len(chosen) / len(layers))
+        if chosen:
+            self.truths |= {path: replace(self.truths[path], hidden=True) for path in IN_COMPILED}
+            self.about.append("compiled" if len(chosen) == len(layers) else "compiled in part")
+
+    def step(self) -> float:
+        """Forward and backward passes and an update; the loss."""
+        if self.evaluates:
+            self.trained.eval()
+            with torch.no_grad(), self.around():
+                self.trained(**self.inputs)
+        self.trained.train(self.training)
+        self.optimizer.zero_grad()
+        total = 0.0
+        for _ in range(self.accumulate):
+            with self.around():
+                loss = self._loss() / self.accumulate
+            loss.backward()
+            total += float(loss.detach())
+        self.optimizer.step()
+        self.reset()
+        if self.schedule is not None:
+            self.schedule.step()
+        return total
+
+    def _loss(self) -> Tensor:
+        output = self.trained(**self.inputs)
+        logits = (output if torch.is_tensor(output) else output.logits).float()
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.labels[:, 1:].flatten(), ignore_index=-100)
+
+    def state(self) -> dict[str, Any]:
+        """What `verify` restores, comparable to the bit: parameters, gradients, optimizer, random numbers, modes."""
+        named = {f"parameter {name}": one for name, one in self.model.named_parameters()}
+        named |= {f"gradient {name}": one.grad for name, one in self.model.named_parameters()}
+        for place, values in self.optimizer.state_dict()["state"].items():
+            named |= {f"optimizer {place} {key}": value for key, value in values.items()}
+        named |= {f"mode {name}": module.training for name, module in self.model.named_modules()}
+        return {name: _bits(value) for name, value in named.items()} | {"random": torch.get_rng_state().tolist()}
+
+
+def _bits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _bits(one) for key, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    return str(value.dtype), tuple(value.shape), value.detach().contiguous().flatten().view(torch.uint8).tolist()

@@ -1,0 +1,360 @@
+"""Coverage of the intervals and error rates of the verdicts, simulated and on noise recorded on a busy machine.
+
+    python benchmarks/selftest/noise_coverage.py [--draws N] [--part coverage families noise claims]
+
+- coverage: the 95 % interval holds the true ratio in 94 to 96 % of the runs under Gaussian noise; in 93 to 98 % under
+  heavy tails, bursts and drift, which break the assumption of Student's interval.
+- families: of ten comparisons of identical code at tolerance 0, any is called different in at most 5 % of the runs.
+- noise: runs drawn from the recording in $LORAMETER_NOISE or simulated from its variance components. Identical code is
+  called regressed in at most 2.5 % of the runs; with turns, 5 % slower code is found in 95 % of the runs with 8
+  replicates; without any pairing identical code is never called equivalent. Other decision rules on the same draws are
+  printed next to them. Skipped without the recording.
+- claims: simulated runs of the built-in study of LoRA parameters (`simulated_claims.py`). At most 5 % of the runs have
+  a wrong verdict on a claim, and 80 % find each planted effect.
+
+A bound holds unless an exact binomial test at 1 % rejects it.
+
+The recording has three files, one for each way to measure: `processes.csv.gz` has one process per arm and block,
+`lockstep.csv.gz` two live processes in turns, `one_process.csv.gz` all arms of one process in turns. Arms A1 and A2 are
+identical code, B5 does 5 % more work. Two variance components of the log times matter (Kalibera & Jones 2013): between
+replicates, which more steps do not average away, and within one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import simulated_claims
+from numpy.typing import NDArray
+from scipy import signal, stats
+from shared import Share, exit_code, print_origin
+
+from harness.stats import Pairing, compare_family, compare_trials
+
+WARM_UP, MIN_TIMED = 20, 10
+"""Steps that are dropped as warm-up where at least so many remain."""
+MIN_OCCUPANCY = 0.95
+RATIO = 1.05
+REPLICATES, TURNS = tuple(range(5, 13)), 10
+SD = 0.02
+"""Of the log time of a side in a replicate."""
+CHUNK = 1000
+FAMILY = 10
+SIZES = (5, 8)
+"""Replicates of a run that is drawn from the recording."""
+
+Times = NDArray[np.float64]
+Noise = Callable[[np.random.Generator, int, int], tuple[Times, Times]]
+"""From a generator, draws and replicates to the log times of two identical sides, draws × replicates × turns."""
+
+
+def gaussian(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
+    """Normal replicates, and ten times as much noise that both sides share."""
+    shared = rng.normal(0.0, 10 * SD, (draws, size, 1))
+    base, candidate = rng.normal(0.0, SD, (2, draws, size, 1))
+    return shared + base, shared + candidate
+
+
+def unshared(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
+    """Normal replicates that share nothing."""
+    base, candidate = rng.normal(0.0, SD, (2, draws, size, 1))
+    return base, candidate
+
+
+def heavy_tails(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
+    """Replicates from Student's t with three degrees of freedom, which has no fourth moment."""
+    base, candidate = SD * rng.standard_t(3, (2, draws, size, 1))
+    return base, candidate
+
+
+def bursts(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
+    """Normal replicates; a lognormal slow-down hits one turn of a side in five."""
+    hit = rng.random((2, draws, size, TURNS)) < 0.2
+    burst = hit * rng.lognormal(math.log(0.2), 1.0, hit.shape)
+    base, candidate = rng.normal(0.0, SD, (2, draws, size, 1)) + rng.normal(0.0, SD, hit.shape) + burst
+    return base, candidate
+
+
+def drift(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
+    """A machine that slows by half and wanders; the sides of a turn run one after the other in random order."""
+    moments = size * TURNS * 2
+    wander = signal.lfilter([1.0], [1.0, -0.95], rng.normal(0.0, SD, (draws, moments + 100)), axis=1)[:, 100:]
+    course = (wander + np.linspace(0.0, math.log(1.5), moments)).reshape(draws, size, TURNS, 2)
+    first = rng.random((draws, size, TURNS, 1)) < 0.5
+    course = np.where(first, course, course[..., ::-1])
+    base, candidate = rng.normal(0.0, SD, (2, draws, size, 1))
+    return base + course[..., 0], candidate + course[..., 1]
+
+
+NOISES: tuple[tuple[str, Noise, Pairing, float, float, float], ...] = (
+    ("Gaussian, paired", gaussian, "replicate", 0.94, 0.96, 1.0),
+    ("Gaussian, unpaired (Welch)", unshared, "none", 0.94, 0.96, 1.0),
+    ("heavy tails (t with 3 df)", heavy_tails, "replicate", 0.93, 0.98, 0.25),
+    ("lognormal bursts, by turn", bursts, "turn", 0.93, 0.98, 0.25),
+    ("linear and AR(1) drift, by turn", drift, "turn", 0.93, 0.98, 0.25),
+)
+"""Name, noise, pairing, least and most coverage, and the part of the draws."""
+
+
+def chunks(draws: int) -> Iterator[int]:
+    """Parts of the draws that fit into memory."""
+    for start in range(0, draws, CHUNK):
+        yield min(CHUNK, draws - start)
+
+
+def coverage(draws: int) -> Iterator[Share]:
+    """How often the interval holds the true ratio, by noise and number of replicates."""
+    for name, simulate, pairing, least, most, part in NOISES:
+        for size in REPLICATES:
+            rng, inside, count = np.random.default_rng([2, size]), 0, math.ceil(part * draws)
+            for chunk in chunks(count):
+                base, candidate = simulate(rng, chunk, size)
+                for ours, theirs in zip(np.exp(base), RATIO * np.exp(candidate), strict=True):
+                    found = compare_trials(ours, theirs, pairing=pairing)
+                    inside += found.low is not None and found.high is not None and found.low <= RATIO <= found.high
+            yield Share(f"{name}, {size} replicates: the interval holds the ratio", inside, count, least, most)
+
+
+def families(draws: int) -> Iterator[Share]:
+    """How often any of ten comparisons of identical code is called different, with bases of their own and with one."""
+    for one_reference, name in ((False, "a base each"), (True, "one base")):
+        for size in (5, 12):
+            rng, alarms, count = np.random.default_rng([3, size]), 0, math.ceil(draws / 5)
+            for chunk in chunks(count):
+                base, candidates = np.exp(rng.normal(0.0, SD, (2, chunk, FAMILY, size, 1)))
+                if one_reference:
+                    base[:] = base[:, :1]
+                for ours, theirs in zip(base, candidates, strict=True):
+                    pairs = {str(index): (ours[index], theirs[index]) for index in range(FAMILY)}
+                    found = compare_family(pairs, pairing="replicate", tolerance=0.0)
+                    alarms += any(one.verdict in ("regressed", "improved") for one in found.values())
+            yield Share(
+                f"{FAMILY} comparisons, {name}, {size} replicates: any is called different", alarms, count, most=0.05
+            )
+
+
+class Run(NamedTuple):
+    """Draws of one design: a base, identical code and slower code, each draws × replicates × turns."""
+
+    base: Times
+    same: Times
+    slow: Times
+
+
+Draw = Callable[[np.random.Generator, int, int], Run]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Times in nanoseconds, replicates × steps after warm-up, by arm."""
+
+    one_process: dict[str, Times]
+    lockstep: dict[str, tuple[Times, Times]]
+    """By kind: base and candidate."""
+    processes: dict[str, Times]
+    occupancy: Times
+    """CPU time over wall time of each process of identical code."""
+
+
+def read(folder: Path) -> Recording:
+    """Read the three files of a folder."""
+    shared, pairs, single = (
+        pd.read_csv(folder / f"{name}.csv.gz") for name in ("one_process", "lockstep", "processes")
+    )
+    sides = {arm: _times(side, ["kind", "pair"], "round", "ns") for arm, side in pairs.groupby("arm")}
+    processes, cpu = (_times(single, ["arm", "block"], "it", value) for value in ("ns", "cpu_ns"))
+    occupancy = [cpu[arm].sum(axis=1) / processes[arm].sum(axis=1) for arm in ("A1", "A2")]
+    return Recording(
+        one_process=_times(shared, ["arm", "proc"], "round", "ns"),
+        lockstep={kind: (sides["a"][kind], sides["b"][kind]) for kind in ("AA", "AB5")},
+        processes=processes,
+        occupancy=np.concatenate(occupancy),
+    )
+
+
+def _times(frame: pd.DataFrame, keys: list[str], step: str, value: str) -> dict[str, Times]:
+    """One array for each value of the first key, replicates × steps, without the warm-up."""
+    dropped = WARM_UP if frame[step].nunique() >= WARM_UP + MIN_TIMED else 0
+    wide = frame[frame[step] >= dropped].pivot(index=keys, columns=step, values=value)
+    if wide.isna().to_numpy().any():
+        raise ValueError(f"not every {keys[-1]} has every {step}")
+    return {str(name): group.to_numpy(dtype=float) for name, group in wide.groupby(level=0)}
+
+
+def log_ratios(base: Times, candidate: Times) -> Times:
+    """One for each replicate: the median of the turns' log ratios."""
+    return np.median(np.log(candidate) - np.log(base), axis=1)
+
+
+def simulate_turns(*sides: tuple[Times, Times]) -> tuple[float, Draw]:
+    """The standard deviation of a replicate's log ratio, pooled over pairs of arms, and a way to draw runs with it.
+
+    A drawn replicate is normal, with the turns of a recorded one in either direction; slower code takes 5 % more.
+    """
+    values = [log_ratios(base, candidate) for base, candidate in sides]
+    squares = sum(float(((value - value.mean()) ** 2).sum()) for value in values)
+    sd = math.sqrt(squares / sum(len(value) - 1 for value in values))
+    turns = [np.log(candidate / base) for base, candidate in sides]
+    inside = np.concatenate([one - np.median(one, axis=1, keepdims=True) for one in turns])
+
+    def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
+        def ratio() -> Times:
+            chosen = inside[rng.integers(len(inside), size=(draws, size))]
+            sign = rng.choice([-1.0, 1.0], size=(draws, size, 1))
+            return np.exp(rng.normal(0.0, sd, (draws, size, 1)) + sign * chosen)
+
+        return Run(np.ones((draws, size, inside.shape[1])), ratio(), 1.05 * ratio())
+
+    return sd, draw
+
+
+def designs(recording: Recording, least: int) -> Iterator[tuple[str, Pairing, Draw]]:
+    """Ways to measure, from the finest pairing to none. Files with fewer than `least` replicates are simulated."""
+    arms, blocks = recording.one_process, recording.processes
+    pairs = {
+        "one process": ((arms["A1"], arms["A2"]), (arms["A1"], arms["B5"])),
+        "two processes": tuple(recording.lockstep.values()),
+    }
+    if len(arms["A1"]) >= least:
+        yield f"by turn in one process, drawn from {len(arms['A1'])}", "turn", _draw_paired(arms)
+    for name, sides in pairs.items():
+        sd, draw = simulate_turns(*sides)
+        yield f"by turn in {name}, simulated with sd {100 * sd:.1f} %", "turn", draw
+    if len(blocks["A1"]) < least:
+        raise ValueError(f"processes.csv.gz has {len(blocks['A1'])} blocks, fewer than the {least} to draw runs from")
+    yield f"by block, drawn from {len(blocks['A1'])}", "replicate", _draw_paired(blocks)
+    yield f"unpaired (Welch), drawn from {2 * len(blocks['A1'])}", "none", _draw_separate(blocks)
+
+
+def _choose(rng: np.random.Generator, draws: int, population: int, size: int) -> NDArray[np.intp]:
+    """Draws × size indexes, none twice in a draw."""
+    return rng.random((draws, population)).argsort(axis=1)[:, :size]
+
+
+def _draw_paired(arms: dict[str, Times]) -> Draw:
+    """Replicates as recorded. Which of the identical arms is the base is drawn, so that their true ratio is 1."""
+
+    def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
+        chosen = _choose(rng, draws, len(arms["A1"]), size)
+        one, other = arms["A1"][chosen], arms["A2"][chosen]
+        first = rng.random(one.shape[:2])[:, :, None] < 0.5
+        return Run(np.where(first, one, other), np.where(first, other, one), arms["B5"][chosen])
+
+    return draw
+
+
+def _draw_separate(arms: dict[str, Times]) -> Draw:
+    """Processes of either side from the whole recording, which share nothing."""
+    identical = np.concatenate([arms["A1"], arms["A2"]])
+
+    def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
+        chosen = identical[_choose(rng, draws, len(identical), 2 * size)]
+        return Run(chosen[:, :size], chosen[:, size:], arms["B5"][_choose(rng, draws, len(arms["B5"]), size)])
+
+    return draw
+
+
+def facts(recording: Recording) -> Iterator[tuple[str, str]]:
+    """What docs/method.md says of the noise."""
+    arms, single = recording.one_process, recording.processes
+    times = np.log(np.concatenate([single["A1"], single["A2"]]))
+    within = float(times.var(axis=1, ddof=1).mean())
+    between = max(float(times.mean(axis=1).var(ddof=1)) - within / times.shape[1], 0.0)
+    medians = np.median(np.exp(times), axis=1)
+    quiet = medians[recording.occupancy >= MIN_OCCUPANCY]
+    block = np.log(np.median(single["A2"], axis=1) / np.median(single["A1"], axis=1))
+
+    def sd(values: Times) -> str:
+        return f"{100 * values.std(ddof=1):.1f} % ({len(values)} pairs)"
+
+    yield "sd of log time between / within", f"{between**0.5:.1%} / {within**0.5:.1%} ({len(times)} processes)"
+    yield "intraclass correlation", f"{between / (between + within):.2f}"
+    yield "CV of the processes' medians", f"{medians.std(ddof=1) / medians.mean():.1%}"
+    kept = f"{len(quiet) / len(medians):.1%} kept"
+    yield f"the same, occupancy ≥ {MIN_OCCUPANCY}", f"{quiet.std(ddof=1) / quiet.mean():.1%} ({kept})"
+    yield "sd of the A/A log ratio, unpaired", f"{math.sqrt(2) * np.log(medians).std(ddof=1):.1%}"
+    yield "the same, paired by block", sd(block)
+    yield "the same, in turns, two processes", sd(log_ratios(*recording.lockstep["AA"]))
+    yield "the same, in turns, one process", sd(log_ratios(arms["A1"], arms["A2"]))
+
+
+def recorded_noise(draws: int) -> Iterator[Share]:
+    """Verdicts on identical and on slower code, by design and number of replicates."""
+    found = read(Path(os.environ["LORAMETER_NOISE"]))
+    for name, value in facts(found):
+        print(f"{name:36} {value}")
+    for name, pairing, draw in designs(found, 2 * max(SIZES)):
+        for size in SIZES:
+            rng, same, slower, where = (
+                np.random.default_rng([size, draws]),
+                Counter[str](),
+                0,
+                f"{name}, {size} replicates",
+            )
+            for number, chunk in enumerate(chunks(draws)):
+                run = draw(rng, chunk, size)
+                for base, identical, slow in zip(*run, strict=True):
+                    same[compare_trials(base, identical, pairing=pairing).verdict] += 1
+                    slower += compare_trials(base, slow, pairing=pairing).verdict == "regressed"
+                if number == 0 and pairing == "none":
+                    yield from other_rules(run, size)
+            yield Share(f"{where}: identical code is called regressed", same["regressed"], draws, most=0.025)
+            equivalent = 0.0 if pairing == "none" else None
+            yield Share(f"{where}: identical code is called equivalent", same["equivalent"], draws, most=equivalent)
+            least = 0.95 if pairing == "turn" and size == max(SIZES) else None
+            yield Share(f"{where}: 5 % slower code is found", slower, draws, least)
+
+
+def other_rules(run: Run, size: int) -> Iterator[Share]:
+    """Rules that take steps for the sample, on identical code measured at different times."""
+    base, same = (times.reshape(len(times), -1) for times in (run.base, run.same))
+    t_test, u_test = stats.ttest_ind(same, base, axis=1), stats.mannwhitneyu(same, base, axis=1)
+    rules = {
+        "Student's t-test over all steps": (t_test.pvalue < 0.05) & (t_test.statistic > 0),
+        "U test over all steps": (u_test.pvalue < 0.05) & (np.median(same, axis=1) > np.median(base, axis=1)),
+        "mean more than 5 % above": same.mean(axis=1) > 1.05 * base.mean(axis=1),
+    }
+    for name, alarms in rules.items():
+        yield Share(
+            f"other rule, {name}, {size} processes: identical code is called slower", int(alarms.sum()), len(base)
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print each share; 1 where a bound does not hold."""
+    parts = {
+        "coverage": lambda draws: coverage(draws),
+        "families": lambda draws: families(draws),
+        "noise": lambda draws: recorded_noise(draws // 2),
+        "claims": lambda draws: simulated_claims.shares(math.ceil(draws / 40)),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--draws", type=int, default=20_000, help="runs for each share of Gaussian noise (default: %(default)s)"
+    )
+    parser.add_argument("--part", nargs="+", choices=list(parts), default=list(parts))
+    options = parser.parse_args(arguments)
+    print_origin()
+    broken = []
+    for part in options.part:
+        if part == "noise" and not os.environ.get("LORAMETER_NOISE"):
+            print("noise: skipped, LORAMETER_NOISE is not set")
+            continue
+        for share in parts[part](options.draws):
+            print(share, flush=True)
+            broken += [] if share.holds else [str(share)]
+    return exit_code(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Own scripts: `lorameter ab` on two of them, and the overhead of the meter in a training that is measured.
+
+    python benchmarks/selftest/own_scripts.py [--tries N] [--replicates N] [--model DIRECTORY]
+
+Verdicts, on `work_script.py`: a script against itself is called different in at most one of eight tries, and against
+one whose step has 104 products instead of 100 it is called slower in at least nine of ten. A comparison to a script
+without products measures how much of a step they are.
+
+Overhead, on `meter_script.py`: with the meter a step takes at most 0.5 % more, or 100 µs of a shorter step. The upper
+end of the 95 % interval is judged, of wall time and of CPU time, against the same process with the meter taken off (its
+callback, its hooks, the methods that it times) and against a process that was never wrapped. The processes take turns
+of a few steps, since other load comes and goes within a second. A step is timed from its start to the start of the next
+one; the first of a turn finds the caches as the other process has left them and is left out, unless a turn is one step.
+What the meter does for many steps at once is timed by itself and added to each by its share. A replicate is the median
+over rounds, whose order is shuffled, in new processes. A step takes about 10 ms, or that of the model in DIRECTORY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared import command_output, exit_code, print_origin
+
+from harness.attach.child import environment
+from harness.attach.variables import COMMAND, RUN
+from harness.machine.seating import cpus_of, seat
+from harness.records.units import format_ratio
+from harness.stats import mean_interval
+
+SCRIPT = Path(__file__).with_name("work_script.py")
+PRODUCTS, PLANTED = 100, 104
+REPLICATES, STEPS = "8", "40"
+MAX_ALARMS, MIN_FOUND = 1 / 8, 9 / 10
+LIMIT_S, LIMIT_SHARE = 100e-6, 0.005
+ALONE, OFF, AGAIN, ON = "a process that was never wrapped", "off", "off again", "on"
+TURNS = (ALONE, OFF, AGAIN, ON)
+DIFFERENCES = ((AGAIN, OFF), (ON, OFF), (ON, ALONE))
+KINDS = ("wall", "CPU")
+WARM_UP = 20
+"""Steps before the rounds: the meter's own warm-up of up to 13, and those that it watches."""
+METER_SCRIPT = Path(__file__).with_name("meter_script.py")
+
+
+def run_ab(products: int, folder: Path) -> dict[str, Any]:
+    """The document of an A/B of the script against one with so many products, and its step time as `step`."""
+    commands = [shlex.join(["python", SCRIPT.name, "--products", str(count)]) for count in (PRODUCTS, products)]
+    words = ["ab", "--base-command", commands[0], "--candidate-command", commands[1], "--replicates", REPLICATES]
+    words += ["--steps", STEPS, "--runs-dir", str(folder / "runs"), "--json"]
+    document: dict[str, Any] = json.loads(command_output(words, cwd=folder))
+    return document | {"step": next(row for row in document["comparisons"] if row["metric"] == "step_time_s")}
+
+
+def judge_verdicts(tries: int) -> Iterator[str]:
+    """Print the A/Bs of identical and of slower scripts, in turn; yield the bounds that do not hold."""
+    counts: dict[str, Counter[str]] = {"identical": Counter(), "planted": Counter()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shutil.copy(SCRIPT, folder)
+        share = 1 - run_ab(0, folder)["step"]["ratio"]
+        print(f"products are {share:.1%} of a step, so {share * (PLANTED / PRODUCTS - 1):.2%} are planted", flush=True)
+        for number in range(tries):
+            for part, products in (("identical", PRODUCTS), ("planted", PLANTED)):
+                document = run_ab(products, folder)
+                step, verdicts = document["step"], [row["verdict"] for row in document["comparisons"]]
+                counts[part][step["verdict"]] += 1
+                counts[part]["any"] += bool({"regressed", "improved"} & {*verdicts})
+                ratio = format_ratio(step["ratio"], step["low"], step["high"])
+                print(f"{part} {number}: {step['verdict']} {ratio}, {document['interleaving']}", flush=True)
+    alarms, found = counts["identical"]["any"], counts["planted"]["regressed"]
+    print(f"identical: {alarms} of {tries} are called different; planted: {found} of {tries} are called slower")
+    if alarms > MAX_ALARMS * tries:
+        yield f"identical: {alarms} of {tries} are called different, at most {MAX_ALARMS:.1%} are allowed"
+    if found < MIN_FOUND * tries:
+        yield f"planted: {found} of {tries} are called slower, {MIN_FOUND:.0%} are required"
+
+
+class Process:
+    """One process of the script."""
+
+    def __init__(self, folder: Path, steps: int, model: str, *, wrapped: bool) -> None:
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        if wrapped:
+            run = {RUN: str(folder / "runs" / "run"), COMMAND: f"python {METER_SCRIPT.name}"}
+            variables = environment(variables, variables=run)
+        command = [
+            sys.executable,
+            str(METER_SCRIPT),
+            model,
+            str(steps),
+            str(folder / ("wrapped" if wrapped else "plain")),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
+        )
+        self.counts = [0.0] * 4
+        """Steps that the meter has seen, steps that it has reported, and the wall and CPU time that this took."""
+
+    def wait(self) -> list[float]:
+        """The numbers of its next message."""
+        for line in self.process.stdout or ():
+            if line.startswith(("ready", "took")):
+                return [*map(float, line.split()[1:])]
+        raise SystemExit(f"a process ended with {self.process.wait()} before its turns")
+
+    def turn(self, name: str, steps: int) -> dict[str, float]:
+        """Take steps; their mean time of each kind."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{'on' if name == ON else 'off'} {steps}\n")
+        self.process.stdin.flush()
+        numbers = self.wait()
+        if numbers[0] - self.counts[0] != (steps if name == ON else 0):
+            raise SystemExit(f"the meter has seen {numbers[0] - self.counts[0]:.0f} steps of a turn with it {name}")
+        self.counts, starts = numbers[:4], (numbers[4::2], numbers[5::2])
+        spent = [[later - earlier for earlier, later in itertools.pairwise(one)] for one in starts]
+        return {kind: statistics.fmean(one[1:] or one) for kind, one in zip(KINDS, spent, strict=True)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replicate:
+    """Medians over the rounds, in seconds a step."""
+
+    step_s: dict[str, float]
+    """Without the meter, by kind of time."""
+    extra_s: dict[tuple[str, str, str], float]
+    """Paired differences, by kind of time and the two kinds of turn."""
+    written: bool
+    """Whether the wrapped process has left a run."""
+
+
+def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> Replicate:
+    """Start both processes on one CPU and let them take turns."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "runs").mkdir()
+        length = WARM_UP + (rounds + 1) * turn * len(TURNS) + 2
+        plain, wrapped = processes = [Process(folder, length, model, wrapped=one) for one in (False, True)]
+        cpus = cpus_of(os.getpid())
+        for one in processes:
+            one.wait()
+            seat(one.process.pid, {cpus[seed % len(cpus)]})
+        plain.turn(ALONE, WARM_UP)
+        wrapped.turn(ON, WARM_UP)
+        before, shuffler, found = wrapped.counts, random.Random(seed), []
+        for _ in range(1 + rounds):
+            order = shuffler.sample(TURNS, len(TURNS))
+            found.append({name: (plain if name == ALONE else wrapped).turn(name, turn) for name in order})
+        for one in processes:
+            one.process.kill()
+            one.process.wait()
+        written = (folder / "runs" / "run" / "manifest.json").is_file()
+    _, reported, *seconds = (now - then for now, then in zip(wrapped.counts, before, strict=True))
+    if not reported:
+        raise SystemExit("--rounds: the meter has reported no step in so few; make more")
+    reports = {kind: one / reported for kind, one in zip(KINDS, seconds, strict=True)}
+
+    def extra(one: dict[str, dict[str, float]], kind: str, name: str, base: str) -> float:
+        off = one[OFF][kind] if name == AGAIN else (one[OFF][kind] + one[AGAIN][kind]) / 2
+        return one[name][kind] + (reports[kind] if name == ON else 0.0) - (one[ALONE][kind] if base == ALONE else off)
+
+    counted = found[1:]  # the first round reads files and fills caches
+    return Replicate(
+        step_s={kind: statistics.median(one[ALONE][kind] for one in counted) for kind in KINDS},
+        extra_s={
+            (kind, *pair): statistics.median(extra(one, kind, *pair) for one in counted)
+            for kind in KINDS
+            for pair in DIFFERENCES
+        },
+        written=written,
+    )
+
+
+def judge_overhead(replicates: list[Replicate]) -> Iterator[str]:
+    """Print the differences between the processes; yield the bounds that do not hold."""
+    for kind in KINDS:
+        step = statistics.fmean(one.step_s[kind] for one in replicates)
+        print(f"{kind} time of a step without the meter: {step * 1e3:.3f} ms")
+        for name, base in DIFFERENCES:
+            mean, low, high = mean_interval([one.extra_s[kind, name, base] for one in replicates])
+            if low is None or high is None:
+                raise SystemExit("--replicates: one has no interval; make two at least")
+            microseconds = f"{mean * 1e6:.1f} µs [{low * 1e6:.1f}, {high * 1e6:.1f}]"
+            print(f"  {name} against {base}: {microseconds}, {mean / step:.3%} [{low / step:.3%}, {high / step:.3%}]")
+            limit = max(LIMIT_S, LIMIT_SHARE * step)
+            if name == ON and high > limit:
+                yield f"{kind} time against {base}: up to {high * 1e6:.1f} µs a step, {limit * 1e6:.0f} are allowed"
+    if not all(one.written for one in replicates):
+        yield "a wrapped process has left no run"
+
+
+def main() -> int:
+    """Measure and print both; 1 where a bound does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=10, help="A/Bs of identical and of slower scripts")
+    parser.add_argument("--replicates", type=int, default=12, help="pairs of processes with and without the meter")
+    parser.add_argument("--rounds", type=int, default=130, help="in each of which every kind of step has a turn")
+    parser.add_argument("--turn", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--model", default="small", metavar="DIRECTORY", help="default: a step of about 10 ms")
+    options = parser.parse_args()
+    print_origin()
+    broken = [*judge_verdicts(options.tries)] if options.tries else []
+    measured = (options.rounds, options.turn, options.model)
+    found = [measure_replicate(*measured, seed) for seed in range(options.replicates)]
+    print(f"meter: {options.replicates} replicates of {options.rounds} rounds of {options.turn} steps")
+    return exit_code([*broken, *judge_overhead(found)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

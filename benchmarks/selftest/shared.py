@@ -1,0 +1,82 @@
+"""What the programs share: the line that names the machine, the verdict on the bounds, and a loaded machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.machine.provenance import origin_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def print_origin() -> None:
+    """Print machine, libraries and commit."""
+    print(origin_of(ROOT), flush=True)
+
+
+def exit_code(broken: Iterable[str]) -> int:
+    """Print the bounds that do not hold; 1 where there are any."""
+    reasons = list(broken)
+    print("\n".join(f"does not hold: {reason}" for reason in reasons) or "holds: every bound", flush=True)
+    return 1 if reasons else 0
+
+
+def command_output(words: list[str], **options: object) -> str:
+    """What `lorameter` with these words prints, whatever its exit code.
+
+    Raises:
+        SystemExit: it prints nothing.
+    """
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", *words], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": search}, **options,
+    )  # fmt: skip
+    if not done.stdout.strip():
+        raise SystemExit(f"lorameter {' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of the draws have some property, and the least and most of them that may."""
+
+    what: str
+    count: int
+    draws: int
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether an exact binomial test at 1 % accepts both bounds."""
+        from scipy import stats  # not at import: programs that measure memory fork this process
+
+        return all(
+            bound is None or stats.binomtest(self.count, self.draws, bound, side).pvalue > 0.01
+            for bound, side in ((self.least, "less"), (self.most, "greater"))
+        )
+
+    def __str__(self) -> str:
+        bounds = [f"at least {self.least:.1%}"] if self.least is not None else []
+        bounds += [f"at most {self.most:.1%}"] if self.most is not None else []
+        required = f" ({', '.join(bounds)})" if bounds else ""
+        return f"{self.what}: {self.count / self.draws:.2%} of {self.draws}{required}"
+
+
+@contextlib.contextmanager
+def busy_cpus() -> Iterator[None]:
+    """Run a process that only computes on each CPU."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -1,0 +1,121 @@
+"""The bounds of the proof programs, on planted results: what breaks one is reported, and what holds is not."""
+
+import os
+
+import pytest
+
+import harness.stats
+
+
+def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, notices=()):
+    step = {"verdict": verdict, "ratio": 1.0, "low": low, "high": high}
+    return {"step": step, "seconds": seconds, "notices": [{"code": code} for code in notices]}
+
+
+@pytest.mark.parametrize(
+    ("part", "documents", "broken"),
+    [
+        ("identical", [ab_document()] * 8, ""),
+        ("identical", [ab_document()] * 7 + [ab_document("regressed")], "1 of 8 are called slower"),
+        ("identical", [ab_document(seconds=50.0)], "took 50 s"),
+        ("planted", [ab_document("regressed", 1.03, 1.06)] * 8, ""),
+        ("planted", [ab_document("regressed", 1.03, 1.06)] * 7 + [ab_document()], "planted: 7 of 8 are called slower"),
+        ("planted", [ab_document("regressed", 1.08, 1.09)] * 8, "0 of 8 intervals cover"),
+        ("loaded", [ab_document(seconds=95.0, notices=("contention",))] * 4, ""),
+        ("loaded", [ab_document(notices=("contention",)), ab_document()], "1 of 2 do not name the contention"),
+    ],
+)
+def test_verdicts_are_judged_by_part(program, part, documents, broken):
+    """Identical commits are never slower, a planted slow-down is found and covered, contention is named."""
+    found = [*program("verdicts_ab").judge(part, documents, 1.05 if part == "planted" else 1.0)]
+    assert bool(found) == bool(broken)
+    assert broken in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "extra_us", "broken"),
+    [(0.01, 99.0, False), (0.01, 101.0, True), (0.4, 1900.0, False), (0.4, 2100.0, True)],
+)
+def test_the_meter_may_cost_100_us_or_half_a_percent(program, step_s, extra_us, broken):
+    """The upper end of the interval is judged, of each difference to a step without the meter."""
+    own = program("own_scripts")
+
+    def replicate(off_us):
+        extra = {(kind, *pair): 0.0 for kind in own.KINDS for pair in own.DIFFERENCES}
+        extra["wall", own.ON, "off"] = (extra_us + off_us) * 1e-6
+        return own.Replicate(step_s=dict.fromkeys(own.KINDS, step_s), extra_s=extra, written=True)
+
+    found = [*own.judge_overhead([replicate(off_us) for off_us in (-0.1, 0.1, -0.1, 0.1)])]
+    assert bool(found) is broken
+
+
+@pytest.mark.parametrize(
+    ("count", "bounds", "holds"),
+    [(5, {"most": 0.05}, True), (9, {"most": 0.05}, True), (15, {"most": 0.05}, False), (75, {"least": 0.8}, True),
+     (60, {"least": 0.8}, False), (0, {}, True), (1, {"most": 0.0}, False), (0, {"most": 0.0}, True)],
+)  # fmt: skip
+def test_a_share_is_judged_by_a_binomial_test(program, count, bounds, holds):
+    """What chance can do in a hundred draws is within the bounds."""
+    assert program("shared").Share("something", count, 100, **bounds).holds is holds
+
+
+@pytest.mark.parametrize("part", ["coverage", "families", "claims"])
+def test_the_statistics_hold_in_few_draws(program, capsys, part):
+    """Every share is printed with its bounds."""
+    assert program("noise_coverage").main(["--draws", "200", "--part", part]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.count(" of ") > 3
+
+
+def test_the_statistics_hold_on_the_recorded_noise(program, capsys):
+    """On the recording of a busy machine, named by $LORAMETER_NOISE."""
+    if not os.environ.get("LORAMETER_NOISE"):
+        pytest.skip("LORAMETER_NOISE does not name the folder of the recorded noise")
+    assert program("noise_coverage").main(["--draws", "1000", "--part", "noise"]) == 0, capsys.readouterr().out
+
+
+def test_intervals_that_are_too_narrow_are_reported(program, monkeypatch, capsys):
+    """Exit code 1, with the share and its bounds."""
+    noise = program("noise_coverage")
+
+    def compare(base, candidate, **options):
+        found = harness.stats.compare_trials(base, candidate, **options)
+        return type(found)(**{**vars_of(found), "low": found.ratio, "high": found.ratio})
+
+    monkeypatch.setattr(noise, "compare_trials", compare)
+    assert noise.main(["--draws", "100", "--part", "coverage"]) == 1
+    assert "does not hold: Gaussian, paired, 5 replicates" in capsys.readouterr().out
+
+
+def vars_of(found):
+    """The fields of a dataclass with slots."""
+    return {name: getattr(found, name) for name in found.__dataclass_fields__}
+
+
+def test_large_runs_are_read_within_their_bounds(program, tmp_path, monkeypatch, capsys):
+    """A small run holds every bound; one that takes longer than allowed is reported."""
+    reading = program("reading")
+    path = reading.write_run(tmp_path, 3, 2, 20)
+    monkeypatch.setattr(reading, "MAX_MEMORY", 1e6)  # the files are small next to the interpreter
+    assert [*reading.judge(path, 30.0, page=False)] == []
+    assert capsys.readouterr().out.startswith("8 trials, ")
+    monkeypatch.setattr(reading, "copy_run", lambda path: path)
+    monkeypatch.setattr(reading, "command_cpu_s", lambda path, *words: 31.0)
+    assert len([*reading.judge(path, 30.0, page=False)]) == 2
+
+
+@pytest.mark.parametrize(("late_s", "broken"), [(40.0, 0), (60.0, 1)])
+def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s, broken, capsys):
+    """Time, replicates, share of measurement and intervals; without three of its replicates no promise is kept."""
+    import dataclasses
+
+    from harness.records import store
+    from harness.records.spending import Spending
+
+    real = program("real_models")
+    path = write_run("a", {"plain": [0.1, 0.101, 0.1, 0.1, 0.1], "nf4": [0.12, 0.121, 0.12, 0.12, 0.12]})
+    run = store.read_run(str(path), path.parent)
+    spending = Spending(wall_s=480.0 + late_s, limit_s=480.0, measured_s={"steps": 400.0})
+    run = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, spending=spending))
+    found = [*real.judge(run)]
+    assert len(found) == broken, found
+    assert "step time of nf4: ± " in capsys.readouterr().out
