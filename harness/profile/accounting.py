@@ -1,4 +1,4 @@
-"""What a profile comes to: a step in lines that add up, its tokens, decoding, and how near both came to the peak.
+"""What a profile comes to: a step in lines that add up, its tokens, and how near it came to the peak.
 
 A request is taken apart in the same way (`harness.profile.requests`). The lines of a step are medians of phases that
 were timed on their own, and the step is the median of plain steps that took turns with them. Nothing makes the sum of
@@ -17,12 +17,9 @@ from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import (
     Ceiling,
-    Utilisation,
-    bandwidth_utilisation,
     ceiling_of,
     ceiling_of_products,
 )
-from harness.models.costs.decoding import decode_cost, mean_context
 from harness.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
 from harness.models.costs.modules import from_values
 from harness.profile.facts import Profile, Watched
@@ -262,28 +259,12 @@ def find_observed(profile: Watched, path: str) -> object:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeAccount:
-    """One token after the first of each prompt of a request."""
-
-    token: TimeSpan
-    first_token: TimeSpan
-    bytes: int
-    """That must come from memory for it."""
-    context: int
-    """Tokens attended to, itself included."""
-    use: Utilisation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """How near training and decoding came to what the device does at best."""
+    """How near training came to what the device does at best."""
 
     train: Ceiling
     flops: TrainingFlops
     """Of what the operators were given."""
-    decode: DecodeAccount | None
-    """None where what a token reads does not follow from the shape; a profile of requests counts it from the
-    modules."""
 
 
 def step_flops(profile: Profile, variant: Variant) -> TrainingFlops:
@@ -302,19 +283,13 @@ def step_flops(profile: Profile, variant: Variant) -> TrainingFlops:
 
 
 def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
-    """MFU and HFU of the step, use of bandwidth of decoding; the reason where the model's layers or a peak are not
-    known."""
-    lacking = [name for name in ("product", "memory") if name not in profile.peaks]
-    if lacking:
+    """MFU and HFU of the step; the reason where the model's layers or the peak are not known."""
+    if "product" not in profile.peaks:
         return (
             f"what {profile.device_name} does at best is not stated here, and the trial left no memory to measure it: "
-            f"{', '.join(lacking)}"
+            "product"
         )
     variant, workload, values = profile.variant, profile.workload, profile.record.values
-    samples = profile.record.samples
-    repacked = bool(values.get("packed_4bit_decode"))
-    served = {"repacked": repacked, "merged": variant.merge_adapter}
-    token, context = span_of(samples["time_per_output_token_s"]), mean_context(workload)
     useful = StepTokens(
         positions=round(values["useful_positions"]),
         pairs=round(values["useful_pairs"]),
@@ -323,20 +298,10 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
     given = given_tokens(profile, useful)
     if (products := from_values(values)) is not None:
         counted = ceiling_of_products(products, variant, step, profile.peaks["product"], useful=useful, computed=given)
-        return Ceilings(train=counted, flops=step_flops(profile, variant), decode=None)
+        return Ceilings(train=counted, flops=step_flops(profile, variant))
     try:
         shape = shapes.shape(catalogue.resolve(workload.model))
         train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful, computed=given)
-        return Ceilings(
-            train=train,
-            flops=step_flops(profile, variant),
-            decode=DecodeAccount(
-                token=token,
-                first_token=span_of(samples["first_token_time_s"]),
-                bytes=decode_cost(shape, variant, context=context, prompts=workload.request_batch, **served).bytes,
-                context=context,
-                use=bandwidth_utilisation(shape, variant, workload, token, profile.peaks["memory"], **served),
-            ),
-        )
+        return Ceilings(train=train, flops=step_flops(profile, variant))
     except UsageError as error:
         return str(error)

@@ -54,7 +54,7 @@ class Profile(Watched):
     """All that was observed of one variant's steps."""
 
     memory: dict[str, MemoryAccount]
-    """Of a step and of a request, by phase."""
+    """Of a step, under "train"; profiles of older versions have one of a request as well."""
     estimates: dict[str, dict[str, int]] = field(default_factory=dict)
     """Bytes by kind as `harness.models.costs.memory` expects them from the shape alone, by phase; empty where the
     model's layers are not known."""

@@ -1,7 +1,7 @@
-"""One variant's profile: a solo trial in its own process, watched from its first step to its last token.
+"""One variant's profile: a solo trial in its own process whose steps are taken apart.
 
 It is the trial of any run, by the same worker and the same commands, up to the end of its training. Then its steps are
-taken apart, it answers requests, the device shows what it does at best, and at last the profiler records some steps.
+taken apart, the peaks of the device are measured, and at last the profiler records some steps.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ from harness.studies.workload import Workload
 
 DOCUMENT = "profile.json"
 """What a profile's folder holds beside the logs and the profiler's own recording: all facts."""
-LEAST_REQUESTS = 8
-"""The median of fewer than 6 has no interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,11 +184,11 @@ def profile_variant(
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
         trial, machine = opened.trial, opened.machine
-        _conduct(trial, list(opened.rates.values()), max(LEAST_REQUESTS, study.protocol.generate_requests))
+        _conduct(trial, list(opened.rates.values()))
         birth = trial.record.memory.get(BIRTH, birth_bytes(machine.cuda))
         profile = Profile(
             **opened.facts(ACTIVITY),
-            memory={phase: opened.read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
+            memory={"train": opened.read(MemoryAccount, ACCOUNTS["train"])},
             estimates=_estimates(variant, study.workload, machine.device, birth),
         )
         opened.keep(DOCUMENT, profile, (TRACE,))
@@ -198,27 +196,22 @@ def profile_variant(
 
 
 def _estimates(variant: Variant, workload: Workload, device: str, process_bytes: int) -> dict[str, dict[str, int]]:
-    """Bytes by kind as expected from the shape, and from what the process began with, by phase."""
+    """Bytes of a step by kind as expected from the shape, and from what the process began with."""
     try:
         source = catalogue.resolve(workload.model)
         shape, stored = shapes.shape(source), stored_dtype(source)
         found = estimate_phases(variant, workload, shape, device=device, stored=stored, process_bytes=process_bytes)
-        return {one.phase: one.kinds for one in found}
+        return {one.phase: one.kinds for one in found if one.phase == "train"}
     except UsageError:  # a model type whose layers are not known
         return {}
 
 
-def _conduct(trial: ConductedTrial, rates: list[Rate], requests: int) -> None:
+def _conduct(trial: ConductedTrial, rates: list[Rate]) -> None:
     """All of it, in the order in which no measurement is in the way of another."""
     trial.begin()
     trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
     trial.ask("account", phase="train")
     trial.ask("profile")
-    trial.ask("begin_generate")
-    for _ in range(requests):
-        trial.ask("request")
-    trial.ask("end_generate")
-    trial.ask("account", phase="generate")
     trial.ask("peak", rates=rates)
     trial.ask("activity")
     trial.end()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from harness.profile.accounting import Ceilings, DecodeAccount, StepAccount, TokenShares
+from harness.profile.accounting import Ceilings, StepAccount, TokenShares
 from harness.profile.diagnosis import OF_WHAT_RAN, RULES
 from harness.profile.facts import Profile
 from harness.profile.finding import Finding
 from harness.records.memory_account import in_order, title_of
-from harness.records.units import format_bytes, format_count, format_interval
+from harness.records.units import format_bytes, format_count
 from harness.report.findings import say_unfound, tabulate_findings
 from harness.report.notices import describe_notices
 from harness.report.step import tabulate_categories, tabulate_phases
@@ -51,32 +51,20 @@ def describe_profile(
 
 
 def _memory(profile: Profile) -> Table:
-    """Kinds side by side for a step and a request, each beside what was expected of it from the shape alone; what no
-    kind explains is a line of its own."""
-    accounts = tuple(profile.memory[phase] for phase in _MEMORY_HEADS)
-    expected = [profile.estimates.get(one.phase, {}) for one in accounts]
-    pairs = list(zip(accounts, expected, strict=True))
+    """Kinds of a step, each beside what was expected of it from the shape alone; what no kind explains is a line of
+    its own."""
+    one, guess = profile.memory["train"], profile.estimates.get("train", {})
     rows = [
-        write_row(
-            title_of(kind),
-            *(cell for one, guess in pairs for cell in (_bytes(one.kinds.get(kind)), _guess(guess.get(kind)))),
-        )
-        for kind in in_order(dict.fromkeys((kind for one, guess in pairs for kind in (*one.kinds, *guess)), 1))
+        write_row(title_of(kind), _bytes(one.kinds.get(kind)), _guess(guess.get(kind)))
+        for kind in in_order(dict.fromkeys((*one.kinds, *guess), 1))
     ]
-    rest = (f"{format_bytes(one.unexplained_bytes)} ({one.share:.1%})" for one in accounts)
-    rows.append(write_row("unexplained", *(cell for share in rest for cell in (share, ""))))
-    peaks = (
-        cell
-        for one, guess in pairs
-        for cell in (_bytes(one.peak_bytes), _expected(sum(guess.values()), one.peak_bytes))
-    )
-    rows.append(write_row("peak, as measured", *peaks, strong=True))
-    for kind in dict.fromkeys(kind for one in accounts for kind in one.beside):
-        sizes = (cell for one in accounts for cell in (_bytes(one.beside.get(kind)), ""))
-        rows.append(write_row(f"{kind.replace('_', ' ')}, beside it", *sizes))
+    rows.append(write_row("unexplained", f"{format_bytes(one.unexplained_bytes)} ({one.share:.1%})", ""))
+    expected = _expected(sum(guess.values()), one.peak_bytes)
+    rows.append(write_row("peak, as measured", _bytes(one.peak_bytes), expected, strong=True))
+    rows += [write_row(f"{kind.replace('_', ' ')}, beside it", _bytes(size), "") for kind, size in one.beside.items()]
     return Table(
         title=f"Memory of the {'device' if profile.device == 'cuda' else 'process'} at its peak",
-        heads=name_columns("kind", *(head for one in accounts for head in (_MEMORY_HEADS[one.phase], "estimated"))),
+        heads=name_columns("kind", "a step", "estimated"),
         rows=tuple(rows),
         apart=True,
     )
@@ -97,9 +85,6 @@ def _expected(estimate: int, measured: int) -> Cell:
     return Cell(detail=said, value=estimate, unit="byte") if estimate else _guess(None)
 
 
-_MEMORY_HEADS = {"train": "a step", "generate": "a request"}
-
-
 def _tokens(tokens: TokenShares) -> str:
     parts = (("real", tokens.real), ("padded", tokens.padded), ("recomputed", tokens.recomputed))
     return ", ".join(f"{count:.0f} {name} ({count / tokens.total:.1%})" for name, count in parts)
@@ -112,21 +97,9 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
     yield str(found.train.mfu)
     yield str(found.train.hfu)
     yield f"by the formula for full training, for comparison only: {found.train.six_n}"
-    yield from _decoding(found.decode, profile)
     for name, peak in profile.measured_peaks.items():
         if peak != profile.peaks.get(name):
             yield f"what this device reached when it was asked: {peak}"
-
-
-def _decoding(decode: DecodeAccount | None, profile: Profile) -> Iterator[str]:
-    if decode is None:
-        yield "decoding: what a token reads is counted from the modules with --phase generate"
-        return
-    token = format_interval(decode.token.value, decode.token.low, decode.token.high, "s")
-    prompts = profile.workload.request_batch
-    what = "a token" if prompts == 1 else f"a token of each of {prompts} prompts"
-    yield f"decoding: {token} {what}, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
-    yield str(decode.use)
 
 
 def _others(profile: Profile, findings: Sequence[Finding]) -> Iterator[str]:

@@ -676,7 +676,7 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
     samples = {f"phase_{name}_s": times(seconds) for name, seconds in PHASES.items()} | {
         "plain_step_time_s": times(whole), "plain_step_cpu_time_s": times(0.99 * whole),
         "bordered_step_time_s": times(whole), "bordered_step_cpu_time_s": times(0.99 * whole),
-        "between_steps_s": times(2e-5)[:7], "time_per_output_token_s": times(0.004), "first_token_time_s": times(0.009),
+        "between_steps_s": times(2e-5)[:7],
     }  # fmt: skip
     record = {
         "schema": 4, "trial": f"r0-{NF4}", "status": "ok", "name": NF4, "variant": template["variant"], "seed": 0,
@@ -704,10 +704,7 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
             "device": "cpu", "step_times_s": [0.2, 0.201, 0.199], "phases": [] if missing else phases,
             "missing": missing,
         },
-        "memory": {
-            "train": {"phase": "train", "kinds": kinds, "peak_bytes": 439 * MIB},
-            "generate": {"phase": "generate", "kinds": {"process": 337 * MIB}, "peak_bytes": 350 * MIB},
-        },
+        "memory": {"train": {"phase": "train", "kinds": kinds, "peak_bytes": 439 * MIB}},
         "estimates": {"train": kinds | {"gradients": 2 * MIB}},
     }  # fmt: skip
 

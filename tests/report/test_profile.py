@@ -72,8 +72,6 @@ SAMPLES = {
     "bordered_step_time_s": (0.1001,) * 8,
     "bordered_step_cpu_time_s": (0.1,) * 8,
     "between_steps_s": (2e-5,) * 7,
-    "time_per_output_token_s": (0.03,) * 8,
-    "first_token_time_s": (0.05,) * 8,
 } | {f"phase_{name}_s": (seconds,) * 8 for name, seconds in TIMES.items()}
 
 
@@ -94,7 +92,6 @@ def profile():
         record=record, activity=ACTIVITY,
         memory={
             "train": MemoryAccount(phase="train", kinds={"process": 2**28, "gradients": 2**29}, peak_bytes=2**30),
-            "generate": MemoryAccount(phase="generate", kinds={"kv_cache": 2**20}, peak_bytes=2**28),
         },
         peaks={
             "product": Peak(rate="bfloat16", per_s=1e12, **peak), "memory": Peak(rate="memory", per_s=1e10, **peak)
@@ -210,7 +207,7 @@ def test_all_of_a_profile_is_shown_and_read_back(profile):
     assert [finding.code for finding in findings] == ["needless-checkpointing", "padding", "dropout"]
     text = io.StringIO()
     show(describe_profile(profile, step, tokens, found, findings), console_for(text))
-    for words in ("remainder", "1.0%", "MFU", "HFU", "MBU", "constructed", "--try dropout", "aten::bernoulli_",
+    for words in ("remainder", "1.0%", "MFU", "HFU", "constructed", "--try dropout", "aten::bernoulli_",
                   "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "each 198 ms (× 2",
                   "looked for", "512 MiB", "256 MiB (25.0%)"):  # fmt: skip
         assert words in text.getvalue()
@@ -349,7 +346,7 @@ def test_a_family_that_is_not_known_has_the_ceilings_of_its_modules(profile, tmp
     text = io.StringIO()
     evidence = evidence_of(counted, step, token_shares(counted), found)
     show(describe_profile(counted, step, token_shares(counted), found, diagnose(evidence)), console_for(text))
-    assert "--phase generate" in text.getvalue()
+    assert "counted from the modules" in text.getvalue()
     pairs = 2 * 2 * 128**2 * 128
     assert evidence.recomputed == pytest.approx(
         1 - (2 * 256 * 1.9e6 + 7 * pairs) / (2 * 256 * 2.9e6 + 9 * pairs), abs=1e-6
