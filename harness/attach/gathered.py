@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.attach.follower import StepReading
-from harness.attach.samples import timed_samples, untimed_samples
+from harness.attach.samples import timed_columns, timed_samples, untimed_columns, untimed_samples
 from harness.stats import is_steady
 from harness.studies.protocol import Protocol
 
@@ -42,8 +42,8 @@ class Gathered:
         self.not_finite: StepReading | None = None
         """The first step whose loss was no number."""
 
-    def add(self, reading: StepReading) -> None:
-        """One more step."""
+    def add(self, reading: StepReading) -> dict[str, float | None]:
+        """One more step; what it adds to the samples."""
         self.steps += 1
         if reading.conventions != self._last_conventions:
             self._last_conventions = reading.conventions
@@ -51,14 +51,19 @@ class Gathered:
         if self.not_finite is None and reading.loss is not None and not math.isfinite(reading.loss):
             self.not_finite = reading
         if reading.checks is not None:
-            return
+            return {}
+        early = untimed_columns("warmup_loss", "warmup_real_tokens", reading)
         if self._first is None:
             self._first = reading
-        elif not self.warm:
+            return early
+        if not self.warm:
             self._warm.append(reading)
             self._look()
-        elif len(self._timed) < MOST_TIMED:
+            return early | {"warmup_step_time_s": reading.step_time_s}
+        if len(self._timed) < MOST_TIMED:
             self._timed.append(reading)
+            return timed_columns(reading)
+        return {}
 
     def _look(self) -> None:
         times = [one.step_time_s for one in self._warm]

@@ -1,8 +1,8 @@
 """The run on disk that a script's training becomes: a manifest, one trial, and its record.
 
 It is claimed by making its directory, which one process can do; whoever comes second is not followed. The record is
-written when the training begins, from time to time, and when it has ended, so that a process that is killed leaves what
-it had measured until then.
+written when the training begins and when it has ended, and each step as it comes, so that a process that is killed
+leaves what it had measured until then.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from harness.attach.command import study_of
 from harness.attach.shield import NotFollowedError
 from harness.machine import provenance
-from harness.records import codec, store
+from harness.records import codec, steps, store
 from harness.records.preparation import Hello
 from harness.records.record import UNDER_WAY, Failure, Notice, TrialRecord
+from harness.records.steps import Step
 from harness.records.store import Manifest, RunWriter
 from harness.studies.protocol import Protocol
 
@@ -33,8 +34,16 @@ PROTOCOL = Protocol(phases=("train",), replicates=1, turns=1, steps_per_turn=1, 
 class RunFile:
     """One run that is being written. Holds its lock until it is finished."""
 
-    def __init__(self, path: Path, *, command: str, device: str, requirements: Mapping[str, Any]) -> None:
-        """Claim the directory and write the manifest.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        command: str,
+        device: str,
+        requirements: Mapping[str, Any],
+        values: dict[str, float],
+    ) -> None:
+        """Claim the directory, and write the manifest and the record with these values.
 
         Raises:
             NotFollowedError: another process has claimed it.
@@ -54,6 +63,9 @@ class RunFile:
         self._manifest = self._first_manifest(device)
         self._writer = RunWriter(path.parent, self._manifest)
         self._last: TrialRecord | None = None
+        self._steps = self._held.enter_context((path / steps.FILE).open("ab", buffering=0))
+        failure = Failure(phase="train", kind=UNDER_WAY, message="under way when this was written")
+        self._writer.append(self.record(status="interrupted", failure=failure, values=values))
 
     def _first_manifest(self, device: str) -> Manifest:
         machine = provenance.probe_machine()
@@ -105,10 +117,9 @@ class RunFile:
             **measured,
         )
 
-    def keep(self, **measured: Any) -> None:
-        """Write what there is of a training that is under way."""
-        failure = Failure(phase="train", kind=UNDER_WAY, message="under way when this was written")
-        self._writer.append(self.record(status="interrupted", failure=failure, **measured))
+    def add(self, step: Step) -> None:
+        """Write what a step adds to the record."""
+        self._steps.write(steps.line_of(step))
 
     def finish(self, record: TrialRecord, *, timed: int, notes: tuple[str, ...], notices: tuple[Notice, ...]) -> None:
         """Write the last record, and with it what is known now: how many steps were timed, and what tokens are."""

@@ -27,6 +27,21 @@ def timed_samples(turns: Sequence[Sequence[StepReading]]) -> dict[str, tuple[flo
     return {name: samples for name, samples in (steps | _counts_of(turns)).items() if samples}
 
 
+def timed_columns(reading: StepReading) -> dict[str, float | None]:
+    """What a timed step adds to these samples as a turn of its own; None where it did not show it."""
+    found = {name: getattr(reading, field) for name, field in _TIMED.items()}
+    found |= {f"turn_{name}": getattr(reading, name) for name in ("sequences", "real_tokens", "loss_tokens")}
+    real, padded = reading.real_tokens, reading.padded_tokens
+    found["turn_padded_tokens"] = None if real is None or padded is None else padded - real
+    return {name: None if value is None else float(value) for name, value in found.items()}
+
+
+def untimed_columns(losses: str, tokens: str, reading: StepReading) -> dict[str, float | None]:
+    """What another step adds to `untimed_samples`."""
+    real = reading.real_tokens
+    return {losses: reading.loss, tokens: None if real is None else float(real)}
+
+
 def untimed_samples(losses: str, tokens: str, readings: Sequence[StepReading]) -> dict[str, tuple[float, ...]]:
     """Losses and real tokens of other steps, by these names."""
     found = {losses: _all([one.loss for one in readings]), tokens: _all([one.real_tokens for one in readings])}

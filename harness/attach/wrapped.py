@@ -14,12 +14,14 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.attach import traces
 from harness.attach.child import environment
+from harness.attach.gathered import tokens_in
 from harness.attach.shield import say
 from harness.attach.traces import seen_of
 from harness.attach.variables import COMMAND, LONGEST_BYTES, REQUIRE, RUN, UNSEEN_END
@@ -140,6 +142,7 @@ def settle(path: Path, code: int, *, required: bool) -> bool:
     (record,) = run.records[-1:] or (None,)
     if record is not None and manifest.status == "running":
         record = _ended(record, code)
+        record = record.replaced(tokens=record.tokens | tokens_in(record.samples))
         writer = RunWriter(path.parent, manifest)
         writer.append(record)
         writer.finish("complete" if record.settled else "interrupted")
@@ -180,7 +183,9 @@ def _ended(record: TrialRecord, code: int) -> TrialRecord:
         message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
     status: Status = "interrupted" if stopped else "crashed"
     failure = Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message)
-    return dataclasses.replace(record, status=status, failure=failure)
+    return dataclasses.replace(
+        record, status=status, failure=failure, wall_time_s=max(0.0, time.time() - record.started_unix_s)
+    )
 
 
 def _unseen_end(code: int) -> Failure:

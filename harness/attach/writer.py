@@ -2,7 +2,7 @@
 
 It asks for one step to be watched, the first after the warm-up, and for the next one where that left something unknown.
 What it does itself it does between steps, where no step's time is: a look at the machine where a stretch of training
-begins and ends, and from time to time what there is so far on the disk.
+begins and ends, and each step to the disk.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from harness.attach.work import Work
 from harness.errors import said_by
 from harness.machine.watch import Watch
 from harness.records import codec, store
-from harness.records.checkpoints import checkpoint_is_due
 from harness.records.record import Notice, TrialRecord
 from harness.records.required import lacking
+from harness.records.steps import Step
 from harness.studies.script import name_of_words
 
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
-PATIENT = Next(patience_s=2.0)
-"""So much of a training a process that is killed may take along: its last checkpoint is older by far."""
+PATIENT = Next(patience_s=1.0)
+"""So much of a training is lost by a process that is killed."""
 AT_ONCE = Next()
 
 
@@ -101,11 +101,12 @@ class Writer:
         device = _device_of(training)
         if training.ranks > 1:
             self._ranks = Ranks(path, training.ranks)
-        self._file = RunFile(path, command=_command(), device=device, requirements=self._require)
+        self._values = _counts_of(training)
+        self._file = RunFile(
+            path, command=_command(), device=device, requirements=self._require, values=dict(self._values)
+        )
         self._peaks, self._watch, self._energy = Peaks(device), Watch("train", device), Energy(device)
-        self._begun_s = self._kept_s = time.monotonic()
-        self._keeping_s = 0.0
-        self._file.keep()
+        self._read_s = time.monotonic()
         self._peaks.begin()
         return AT_ONCE
 
@@ -122,7 +123,7 @@ class Writer:
             self._watched += 1
             self._checks = tuple(codec.to_json(check) for check in reading.checks)
         was_warm = self._gathered.warm
-        self._gathered.add(reading)
+        self._file.add(Step(samples=self._gathered.add(reading), **self._so_far()))
         if self._gathered.warm and (not was_warm or self._watch_again(reading)):
             return Next(watch=self._require)
         if not was_warm:
@@ -141,16 +142,19 @@ class Writer:
         return bool(unknown & further) and self._watched < MOST_WATCHED
 
     def _look(self, reading: StepReading) -> None:
-        """Read the machine before the first timed step; keep what there is from time to time."""
+        """Read the machine before the first timed step."""
         if not self._watching:
             self._begin_stretch()
         elif reading.checks is None:
             self._energy.step(reading)
-        now = time.monotonic()
-        if self._file and checkpoint_is_due(now, begun_s=self._begun_s, saved_s=self._kept_s, took_s=self._keeping_s):
-            self._file.keep(**self._measured())
-            self._kept_s = time.monotonic()
-            self._keeping_s = self._kept_s - now
+
+    def _so_far(self) -> dict[str, Any]:
+        """What is known beside the steps, with what takes a system call once a second."""
+        values, now = self._gathered.values(), time.monotonic()
+        if now - self._read_s < PATIENT.patience_s:
+            return {"values": values}
+        self._read_s = now
+        return {"values": values | self._energy.values(), "memory": self._peaks.so_far()}
 
     def _begin_stretch(self) -> None:
         self._watching = True
@@ -180,18 +184,12 @@ class Writer:
         return self._peaks.so_far() | self._energy.values() | self._work.mfu(readings, self._file.device_name)
 
     def _measured(self) -> dict[str, Any]:
-        """What goes into the record, so far."""
-        training, gathered = self._training, self._gathered
-        values = self._values | gathered.values() | self._energy.values()
-        if training is not None:
-            for name in ("trainable_parameters", "total_parameters", "accumulation", "ranks"):
-                count = getattr(training, name)
-                values |= {name: float(count)} if count is not None else {}
-        samples = gathered.samples()
+        """What goes into the record."""
+        samples = self._gathered.samples()
         return {
             "samples": samples,
-            "turn_lengths": (1,) * gathered.timed,
-            "values": values | {"threads": float(torch.get_num_threads())},
+            "turn_lengths": (1,) * self._gathered.timed,
+            "values": self._values | self._gathered.values() | self._energy.values(),
             "memory": self._peaks.so_far(),
             "tokens": tokens_in(samples),
         }
@@ -218,11 +216,8 @@ class Writer:
             status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
         )
         self._file.finish(record, timed=self._gathered.timed, notes=self._notes(record), notices=())
-        path, self._finished, self._file = (
-            self._file.path,
-            self._file,
-            None,
-        )  # whatever fails from here on, the run is whole
+        path = self._file.path
+        self._finished, self._file = self._file, None  # whatever fails from here on, the run is whole
         if self._report:
             print_report(path)
         else:
@@ -258,6 +253,13 @@ def print_report(path: Path) -> None:
 def _command() -> str:
     written = os.environ.get(COMMAND) or (command_of(Path(run)) if (run := os.environ.get(RUN)) else "")
     return written or own_command()
+
+
+def _counts_of(training: Training) -> dict[str, float]:
+    """What is known before the first step, as values of the record."""
+    names = ("trainable_parameters", "total_parameters", "accumulation", "ranks")
+    counts = {name: getattr(training, name) for name in names} | {"threads": torch.get_num_threads()}
+    return {name: float(count) for name, count in counts.items() if count is not None}
 
 
 def _device_of(training: Training) -> str:

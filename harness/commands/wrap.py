@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_INVALID, UsageError, shorten
+from harness.errors import EXIT_INVALID, UsageError, said_by, shorten
 from harness.records import codec
+from kernels_check.visible import tell
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -47,15 +50,26 @@ def run_wrap(options: argparse.Namespace) -> int:
         raise UsageError("wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
     require = read_requirements(options.require)
     runs = store.runs_dir(options.runs_dir, make=True).absolute()
-    command = write_command(words)
+    command, invalid = write_command(words), True
     path = runs / store.new_run_id(name_of_words(words), runs)
     remove_abandoned(runs)
     with wrapping(path, command):
         code = run_command(words, path, command=command, require=require)
-        invalid = settle(path, code, required=bool(require))
+        with _telling():
+            invalid = settle(path, code, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():
-        _report(path)
+        with _telling():
+            _report(path)
     return code or (EXIT_INVALID if invalid and require else code)
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """Meanwhile an error, as of a full disk, is told and ends nothing: the exit code is the command's."""
+    try:
+        yield
+    except Exception as error:
+        tell(f"lorameter: {said_by(error)}")
 
 
 def read_requirements(given: list[str]) -> dict[str, Any]:

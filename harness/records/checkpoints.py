@@ -7,11 +7,8 @@ CHECKPOINT_S = 30.0
 """No more often than this."""
 CHECKPOINT_SHARE = 0.1
 """And no more often than in this share of all the time: what they take on the disk grows with its logarithm."""
-CHECKPOINT_COST = 1e-3
-"""And where what is measured waits for it, so that it takes no more than this share of its time."""
 
 
-def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float, took_s: float = 0.0) -> bool:
-    """Whether to save at `now_s` what began at `begun_s` and was last saved at `saved_s`, by which it was held up for
-    `took_s`."""
-    return now_s - saved_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now_s - begun_s), took_s / CHECKPOINT_COST)
+def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float) -> bool:
+    """Whether to save at `now_s` what began at `begun_s` and was last saved at `saved_s`."""
+    return now_s - saved_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now_s - begun_s))

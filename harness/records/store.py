@@ -5,6 +5,7 @@ RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of o
                      `checks` are hashes of lines of checks.jsonl; up to schema 4 they were the checks themselves
 RUN/checks.jsonl     what the checks of all trials found, each thing once, with its hash; fsynced before the record
 RUN/trials.jsonl.lock      held by the process that writes; one that was killed holds it no more
+RUN/steps.jsonl      what steps of a training script add to its record; removed when the run has ended
 RUN/logs/            what each trial printed
 RUN/tokens-*.safetensors   the token stream that all trials trained on
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.errors import UsageError
-from harness.records import codec, inputs, journal
+from harness.records import codec, inputs, journal, steps
 from harness.records.document import write_document, write_whole
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.locks import alone, is_locked
@@ -36,7 +37,7 @@ from harness.records.manifest import read_known_manifest
 from harness.records.manifest import read_manifest as read_manifest
 from harness.records.newer import Left, Newer
 from harness.records.packed import is_packed, unpacked
-from harness.records.record import Notice, TrialRecord, is_newer
+from harness.records.record import UNDER_WAY, Notice, TrialRecord, is_newer
 from harness.records.refusals import say_refused, say_unwritable
 from harness.records.spending import Spending
 from harness.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
@@ -119,6 +120,8 @@ class RunWriter:
             spending=spending or self._manifest.spending,
         )
         self._write_manifest()
+        with self.refusals():
+            steps.remove(self.path)
 
     def _write_manifest(self) -> None:
         with self.refusals():
@@ -212,7 +215,7 @@ def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
     return Run(
         path=path,
         manifest=manifest,
-        records=latest,
+        records=tuple(_as_far_as_it_came(record, path) for record in latest),
         damaged_lines=cut_short + without_evidence,
         without_evidence=without_evidence,
         measured_again=_measured_again(records),
@@ -220,6 +223,11 @@ def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
         live=is_live(path, manifest),
         newer=_newer_of(manifest, lines, [*left, *lines.left], unread),
     )
+
+
+def _as_far_as_it_came(record: TrialRecord, path: Path) -> TrialRecord:
+    under_way = record.failure is not None and record.failure.kind == UNDER_WAY
+    return steps.with_steps(record, path) if under_way else record
 
 
 def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread: Sequence[str]) -> Newer | None:

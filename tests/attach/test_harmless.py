@@ -1,6 +1,8 @@
 """A script comes to the same end whether it is measured or not: what it prints, what it writes, its exit code."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -238,3 +240,110 @@ def test_a_compiled_update_is_compiled_as_alone_and_not_measured(tmp_path):
     assert (done.returncode, alone.returncode) == (0, 0)
     assert "an update that torch.compile compiles is not seen" in done.stderr
     assert not store.list_runs(tmp_path / "runs")
+
+
+TRAINER = '''
+import gc, weakref
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+class Failing(Trainer):
+    """Fails in its 20th step."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 19:
+            raise ValueError("mine")
+        return super().training_step(*args, **kwargs)
+
+def train(kind):
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(50)]
+    arguments = TrainingArguments(output_dir="out", use_cpu=True, max_steps=25, report_to=[], save_strategy="no",
+                                  disable_tqdm=True, per_device_train_batch_size=2)
+    trainer = kind(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=rows)
+    try:
+        trainer.train()
+    except ValueError as error:
+        print(error)
+    torch.save(trainer.model, "model.pt")
+    return weakref.ref(trainer), weakref.ref(trainer.model)
+
+for kind in (Failing, Trainer):
+    freed = train(kind)
+    gc.collect()
+    print([one() for one in freed])
+'''
+
+
+def test_a_trainer_is_freed_however_its_training_ends(tmp_path):
+    """An error that the script catches keeps nothing alive either, and its training has crashed."""
+    (tmp_path / "train.py").write_text(TRAINER)
+    done = wrap(tmp_path, sys.executable, "train.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[None, None]", done.stderr
+    assert done.stdout.count("[None, None]") == 2
+    record = record_of(tmp_path)
+    assert (record.status, record.failure.kind, record.failure.message) == ("crashed", "ValueError", "ValueError: mine")
+    assert "training_step" in record.failure.traceback
+    assert [notice.code for notice in record.notices] == ["second-training"]
+
+
+KILLED = """
+import json, os, signal, sys, time
+import torch
+from harness.attach import Meter
+
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader, ends = torch.utils.data.DataLoader(torch.randn(4000, 4), batch_size=2), []
+for rows in Meter(model).steps(loader) if sys.argv[1:] else loader:
+    model(rows).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    time.sleep(0.01)
+    ends.append(time.monotonic())
+    if len(ends) > 20 and ends[-1] - ends[20] > 2.5:
+        json.dump(ends, open("ends.json", "w"))
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("metered", [False, True])
+def test_a_training_that_is_killed_loses_its_last_second_at_most(tmp_path, metered):
+    """Whoever reads its run has the steps until then: wrapped, or with a meter in it."""
+    (tmp_path / "train.py").write_text(KILLED)
+    start, words = (run, ["metered"]) if metered else (wrap, [])
+    done = start(tmp_path, sys.executable, "train.py", *words, LORAMETER_RUNS="runs")
+    assert done.returncode == (-signal.SIGKILL if metered else 128 + signal.SIGKILL)
+    ends = json.loads((tmp_path / "ends.json").read_text())
+    due = [end for end in ends[1:] if end < ends[-1] - 1.2]
+    record = record_of(tmp_path)
+    assert record.status == ("interrupted" if metered else "crashed")
+    assert len(due) > 100
+    assert record.values["training_steps"] >= len(due)
+    assert len(record.samples["step_time_s"]) >= len(due) - 20
+    assert len(record.samples["train_loss"]) == len(record.turn_lengths) == len(record.samples["step_time_s"])
+
+
+FULL = """
+import os, resource, sys
+import torch
+
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for rows in torch.utils.data.DataLoader(torch.randn(60, 4), batch_size=2):
+    model(rows).square().mean().backward()
+    optimizer.step()
+for process in (os.getpid(), os.getppid()):
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (200, 200))
+sys.exit(7)
+"""
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_commands_exit_code(tmp_path):
+    """What could not be written is said."""
+    (tmp_path / "train.py").write_text(FULL)
+    done = wrap(tmp_path, sys.executable, "train.py")
+    assert done.returncode == 7, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import subprocess
-import time
 
 import pytest
 
 from harness.attach.attachment import UnendedError
 from harness.attach.command import write_command
 from harness.attach.follower import StepReading, Training
-from harness.attach.run_file import RunFile
 from harness.attach.variables import COMMAND, RUN
 from harness.attach.wrapped import settle
 from harness.attach.writer import Writer
@@ -229,11 +227,22 @@ def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
     assert any("while training" in note and "evaluating" in note for note in run.manifest.study["notes"])
 
 
-def test_a_process_that_is_killed_leaves_a_run_that_began(write):
-    """Its one record says that it was under way."""
-    run, writer, _ = write(steps(5), end=False)
-    assert (run.state, run.records[0].status, run.records[0].failure.kind) == ("running", "interrupted", "UnderWay")
+def test_a_process_that_is_killed_leaves_the_steps_that_it_was_told_of(write):
+    """Its record says that it was under way, and has the samples that it would have had at its end."""
+    told = steps(15)
+    told[11] = dataclasses.replace(told[11], forward_time_s=None, loss=float("nan"))
+    run, writer, _ = write(told, end=False)
+    (killed,) = run.records
+    assert (run.state, killed.status, killed.failure.kind) == ("running", "interrupted", "UnderWay")
     writer.end(None)
+    (ended,) = store.read_run(str(run.path), run.path.parent).records
+    assert "forward_time_s" not in killed.samples
+    assert str(sorted(killed.samples.items())) == str(sorted(ended.samples.items()))
+    assert (killed.turn_lengths, len(killed.turn_lengths)) == (ended.turn_lengths, 7)
+    assert killed.values.items() <= ended.values.items()
+    assert sorted(path.name for path in run.path.iterdir() if path.is_file() and path.suffix == ".jsonl") == [
+        "checks.jsonl", "trials.jsonl",
+    ]  # fmt: skip
 
 
 def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
@@ -331,19 +340,3 @@ def test_a_record_is_read_as_that_of_any_trial(write):
     (row,) = encode_run(view)["tables"][0]["rows"]
     assert row["cells"][1].startswith("100 ms")
     assert json.dumps(encode_run(view))
-
-
-def test_what_a_checkpoint_took_says_when_the_next_is_due(write, monkeypatch):
-    """A training waits for it, so a dear one is made less often."""
-    took = []
-
-    def due(now_s, *, took_s, **since):
-        took.append(took_s)
-        return True
-
-    keep = RunFile.keep
-    monkeypatch.setattr("harness.attach.writer.checkpoint_is_due", due)
-    monkeypatch.setattr(RunFile, "keep", lambda self, **measured: (time.sleep(0.05), keep(self, **measured)))
-    write(steps(10))
-    assert took[0] == 0.0
-    assert min(took[1:]) >= 0.05

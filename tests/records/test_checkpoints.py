@@ -6,17 +6,10 @@ from harness.records.checkpoints import checkpoint_is_due
 
 
 @pytest.mark.parametrize(
-    ("now", "saved", "took", "due"),
-    [
-        (29.0, 0.0, 0.0, False),
-        (30.0, 0.0, 0.0, True),
-        (1000.0, 901.0, 0.0, False),
-        (1000.0, 900.0, 0.0, True),
-        (99.0, 0.0, 0.1, False),
-        (100.0, 0.0, 0.1, True),
-    ],
-    ids=["too soon", "after half a minute", "less than a tenth", "a tenth", "dear, too soon", "dear"],
+    ("now", "saved", "due"),
+    [(29.0, 0.0, False), (30.0, 0.0, True), (1000.0, 901.0, False), (1000.0, 900.0, True)],
+    ids=["too soon", "after half a minute", "less than a tenth", "a tenth"],
 )
-def test_saving_takes_a_small_share_of_the_time(now, saved, took, due):
-    """Of what was measured since the beginning, and of what waits for the disk."""
-    assert checkpoint_is_due(now, begun_s=0.0, saved_s=saved, took_s=took) is due
+def test_saving_takes_a_small_share_of_the_time(now, saved, due):
+    """Of what was measured since the beginning."""
+    assert checkpoint_is_due(now, begun_s=0.0, saved_s=saved) is due
