@@ -15,7 +15,7 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(_beside(target))
+    lock = filelock.FileLock(lock_of(target))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -41,7 +41,7 @@ def alone(target: Path, refusal: str) -> Iterator[None]:
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(_beside(target))
+    lock = filelock.FileLock(lock_of(target))
     try:
         lock.acquire(timeout=ASKING_S)
     except filelock.Timeout:
@@ -56,9 +56,9 @@ def is_locked(target: Path) -> bool:
     """Whether a process holds the lock beside `target`; one that was killed holds none."""
     import filelock
 
-    if not _beside(target).is_file():
+    if not lock_of(target).is_file():
         return False
-    lock = filelock.FileLock(_beside(target))
+    lock = filelock.FileLock(lock_of(target))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -69,5 +69,6 @@ def is_locked(target: Path) -> bool:
     return False
 
 
-def _beside(target: Path) -> Path:
+def lock_of(target: Path) -> Path:
+    """The file that is locked."""
     return target.with_name(f"{target.name}.lock")

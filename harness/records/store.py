@@ -27,7 +27,7 @@ from harness.errors import UsageError
 from harness.records import codec, inputs, journal, steps
 from harness.records.document import write_document, write_whole
 from harness.records.evidence import EvidenceFile, LostEvidenceError
-from harness.records.locks import alone, is_locked
+from harness.records.locks import alone, is_locked, lock_of
 from harness.records.manifest import MANIFEST as MANIFEST
 from harness.records.manifest import Manifest as Manifest
 from harness.records.manifest import Resumption as Resumption
@@ -285,6 +285,17 @@ def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
     found = folder.glob("*") if inputs.is_folder(folder) else ()
     return sorted(path for path in found if is_run(path))
+
+
+def list_unbegun(folder: Path) -> list[Path]:
+    """Directories of runs whose process was killed before it had written a manifest."""
+    found = folder.glob("*") if inputs.is_folder(folder) else ()
+    return sorted(path for path in found if is_held_by_nobody(path) and not is_run(path))
+
+
+def is_held_by_nobody(path: Path) -> bool:
+    """Whether a process has held this directory for writing, and none does now."""
+    return path.is_dir() and lock_of(path / TRIALS).is_file() and not is_locked(path / TRIALS)
 
 
 def is_run(path: Path) -> bool:

@@ -101,6 +101,11 @@ def choose(
         seen[one.study] += 1
         if (keep is None or seen[one.study] > keep) and (older_s is None or now - one.created_unix_s > older_s):
             asked.append(one)
+    unbegun = [
+        _candidate(path, study="killed before its first trial", created=path.lstat().st_mtime)
+        for path in store.list_unbegun(runs)
+    ]
+    asked += [one for one in unbegun if older_s is None or now - one.created_unix_s > older_s]
     going = tuple(reversed([one for one in asked if not one.why]))
     staying = (*reversed([one for one in asked if one.why]), *unknown)
     return Choice(going=going, staying=staying, kept=len(known) - len(asked))
@@ -168,9 +173,10 @@ def _left_behind(runs: Path) -> list[Path]:
 def _move_away(runs: Path, path: Path) -> tuple[Path | None, str]:
     """Where a run was moved to be deleted, or why it stays; neither where it is no longer there."""
     with deciding(runs):
-        if not store.is_run(path):
+        begun = store.is_run(path)
+        if not begun and not store.is_held_by_nobody(path):
             return None, ""
-        if why := _why_it_stays(path, store.read_manifest(path), _accepted(runs)):
+        if begun and (why := _why_it_stays(path, store.read_manifest(path), _accepted(runs))):
             return None, why
         with store.writing(path):
             moved = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=runs))

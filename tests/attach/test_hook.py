@@ -74,6 +74,18 @@ def test_a_script_that_never_trains_is_left_alone(wrapped, script):
     assert told == []
 
 
+def test_a_training_of_lorameters_own_is_not_followed(wrapped, script):
+    """As where `lorameter run` is wrapped: its worker measures by itself."""
+    script("train(3)")
+    text = """
+        import subprocess, sys
+        from harness.run.executors.local import worker_environment
+        subprocess.run([sys.executable, "train.py"], env=worker_environment(1), check=True)
+    """
+    done, told = wrapped("python", script(text, name="lorameter.py", loop=""), PYTHONSAFEPATH="1")
+    assert (done.returncode, told) == (0, []), done.stderr
+
+
 def test_a_script_that_makes_an_environment_of_its_own_is_followed(wrapped, script):
     """By what it was started with; else a run would be written where nobody asked for one, and its report printed."""
     done, told = wrapped("python", script("import os; os.environ.clear(); os.environ['TOLD'] = 'told.jsonl'; train(3)"))

@@ -208,6 +208,27 @@ def test_what_a_killed_removal_leaves_is_removed_by_the_next(runs, called):
     ]
 
 
+def test_what_a_run_leaves_that_was_killed_before_its_manifest_goes(runs, called):
+    """Unless it is being prepared, whatever else is to be kept."""
+    code = """if True:
+        import os, sys; from pathlib import Path; from harness.records import store
+        path = Path(sys.argv[1])
+        with store.writing(path):
+            (path / "logs").mkdir()
+            os.kill(os.getpid(), 9)
+    """
+    path = runs / "20260131-093000-study-a1b2"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
+    with store.writing(path):
+        assert path.name not in called("--keep", "9")[1]
+    assert path.is_dir()
+    assert f"would go  {path.name}" in called("--keep", "9", "--dry-run")[1]
+    assert path.name not in called("--keep", "9", "--older", "1h")[1]
+    assert f"removed  {path.name}" in called("--keep", "9")[1]
+    assert not path.exists()
+    assert len(store.list_runs(runs)) == 6
+
+
 def test_two_at_once_leave_nothing(runs):
     """What another one has removed is neither removed again nor refused."""
     first, second = choose(runs, keep=0), choose(runs, keep=0)

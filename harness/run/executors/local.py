@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness.attach.variables import ENV_FOLLOWER
 from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, redact, shorten
 from harness.machine import provenance
 from harness.machine.processes import CPUS, FAULTS, PARENT, exit_words
@@ -47,7 +48,8 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
 
     One BLAS thread in the zygote keeps forking safe, and none of pyarrow's allocator, which scikit-learn brings in
     through pandas wherever a library imports it; one OpenMP thread on a CPU because two collapse under contention; no
-    tokenizer threads; CUDA counted through NVML, which does not initialise the device.
+    tokenizer threads; CUDA counted through NVML, which does not initialise the device. No training in it is followed,
+    though lorameter itself may be wrapped.
     """
     inherited = (host or Host()).variables(os.environ)
     arrow = filter(None, [inherited.get(ARROW), "background_thread:false"])  # of two the last counts
@@ -64,6 +66,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         PARENT: str(os.getpid()),
+        ENV_FOLLOWER: "",
     }
     return inherited | fixed
 
