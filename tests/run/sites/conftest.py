@@ -12,7 +12,7 @@ import pytest
 from harness.cli import main
 from harness.records import store
 from harness.run import ab
-from harness.run.executors import ENV_EXECUTOR, EXECUTORS
+from harness.run.executors import ENV_EXECUTOR, EXECUTORS, sides
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide
 from harness.run.sites import local
@@ -147,3 +147,4 @@ def two_pythons(monkeypatch):
         yield OpenSide(spec=spec, kind="interpreter", host=Host(python=spec), label=spec, declared=("libraries",))
 
     monkeypatch.setattr(ab, "open_side", open_side)
+    monkeypatch.setattr(sides, "check_side", lambda spec, repository: None)
