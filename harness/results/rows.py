@@ -12,7 +12,7 @@ from harness.records.record import Role, Side, TrialRecord
 from harness.records.store import Run
 from harness.results.columns import TableName, Values
 from harness.results.settings import Settings
-from harness.stats import Comparison, QuantileEstimate
+from harness.stats import Comparison
 from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.verdicts.ab import report_of
@@ -24,7 +24,7 @@ from harness.verdicts.standing import discounted, ratios_of, standing_of
 _ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
 """Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
 _SIDES: tuple[Side, ...] = ("base", "candidate")
-MEAN, MEDIAN, RANGE = "95 % of the mean", "95 % of the median", "range"
+MEAN, RANGE = "95 % of the mean", "range"
 
 
 def rows_of(run: Run) -> dict[TableName, list[Values]]:
@@ -102,11 +102,10 @@ def _estimate(head: Values, series: Series, metric: str) -> Iterator[Values]:
     estimate = series.estimate(metric)
     if estimate is None or estimate.value is None:
         return
-    of_median = isinstance(estimate, QuantileEstimate)
     item, trials = METRICS[metric], series.trials(metric)
     yield (
         *head, item.phase, metric, item.unit, item.higher_is_better, estimate.value, estimate.low, estimate.high,
-        None if estimate.low is None else MEDIAN if of_median else MEAN,
+        None if estimate.low is None else MEAN,
         len(trials), sum(map(len, trials)), series.interleaving(metric),
     )  # fmt: skip
 
@@ -123,7 +122,7 @@ def _memory(head: Values, series: Series, metric: str | None) -> Iterator[Values
 
 def comparison_rows(run: Run, study: Study) -> Iterator[Values]:
     """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too. In
-    an invalid run each verdict is `invalid`, with the reason; an A/B has its own for each variant."""
+    an invalid run each verdict is `invalid`, with the reason; in an A/B those of the variants that are."""
     name, stands = run.manifest.run, standing_of(run, study)
     if run.manifest.sides:
         report = report_of(run)
@@ -132,7 +131,7 @@ def comparison_rows(run: Run, study: Study) -> Iterator[Values]:
         twin = next((one for one, role in series_of(run.records, "base") if role == "control"), "")
         for phase, control in stands.controls.items():
             if control is not None:
-                both, found = (report.base, report.base), discounted(control, stands.invalid)
+                both, found = (report.base, report.base), discounted(control, stands.broken)
                 yield _compared(name, twin, "control", both, PRIMARY[phase], found, run, side="base")
         return
     groups = series_of(run.records)

@@ -35,7 +35,6 @@ from harness.stats import (
     effective_size,
     estimate_trials,
     kept_pairs,
-    median_interval,
     percentile,
     share_scatter,
 )
@@ -93,17 +92,14 @@ class Series:
         found = next((record.interleaving for record, _ in self.measured(metric)), None)
         return "replicates" if found is not None and METRICS[metric].phase == "cold" else found
 
-    def estimate(self, metric: str) -> Estimate | QuantileEstimate | None:
+    def estimate(self, metric: str) -> Estimate | None:
         """The metric's estimate over replicates; None where nothing was measured.
 
         Where these were measured on several sites its interval is over the sites, which differ by more than what
-        replicates of one scatter by. A cold start is one value a process, of no known shape: its median, with the
-        interval of its order statistics.
+        replicates of one scatter by.
         """
         trials, sites = self.trials(metric), [record.site for record in self.measuring(metric)]
         with _named(self.name, metric):
-            if trials and METRICS[metric].phase == "cold":
-                return median_interval([sample for trial in trials for sample in trial])
             return estimate_trials(trials, blocks=sites) if trials else None
 
     def percentile(self, metric: str, q: float) -> QuantileEstimate | None:

@@ -159,7 +159,7 @@ def test_what_follows_a_long_lead_breaks_nowhere_within_a_number():
 def test_wider_terminals_show_more(every_report):
     """What people ask first at 80 columns, everything at 200."""
     narrow, wide = (text_of(every_report["run"], width=width, coloured=False) for width in (80, 200))
-    for word in ("× lora-r16", "verdict", "step time", "[1.090, 1.111]", "slower", "equivalent"):
+    for word in ("× lora-r16", "verdict", "step time", "[+9.1 %, +11 %]", "slower", "equivalent"):
         assert word in narrow
     assert "no room here for: peak memory" in narrow
     assert "no room here" not in wide

@@ -131,16 +131,17 @@ def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
     assert base.interleaving("step_time_s") == level
 
 
-def test_a_cold_start_is_a_median_with_order_statistics():
-    """One value a process: five reach no 95 % interval, six do."""
+def test_a_cold_start_has_an_interval_from_two_replicates_on():
+    """One value per process: Student's t on the logs, as for every other metric."""
 
     def series(count):
-        records = [record("a", i).replaced(samples={"cold_start_time_s": (float(i),)}) for i in range(count)]
+        records = [record("a", i).replaced(samples={"cold_start_time_s": (2.0 + i,)}) for i in range(count)]
         return Series(name="a", role="variant", records=tuple(records))
 
-    assert (series(5).estimate("cold_start_time_s").value, series(5).estimate("cold_start_time_s").low) == (2.0, None)
-    six = series(6).estimate("cold_start_time_s")
-    assert (six.low, six.high) == (0.0, 5.0)
+    assert series(1).estimate("cold_start_time_s").low is None
+    two = series(2).estimate("cold_start_time_s")
+    assert two.value == pytest.approx(6.0**0.5)
+    assert two.low < two.value < two.high
 
 
 def test_a_percentile_needs_its_samples():
