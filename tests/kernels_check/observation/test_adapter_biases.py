@@ -6,8 +6,6 @@ import torch
 from torch import nn
 
 from kernels_check import verify
-from kernels_check.observation.adapter_biases import biases_of_adapters
-from kernels_check.observation.adapter_layers import adapter_parameters, base_parameters
 
 
 def _base():
@@ -17,75 +15,6 @@ def _base():
 
 def _config(bias="none", **options):
     return peft.LoraConfig(r=2, bias=bias, **({"target_modules": ["0", "2"]} | options))
-
-
-def _made_trainable(model):
-    """What PEFT has marked of the base, by name."""
-    names = {name for name, value in model.named_parameters() if value.requires_grad}
-    return {name for name in names if name.endswith(".bias") and "lora_" not in name and "modules_to_save" not in name}
-
-
-@pytest.mark.parametrize("more", [{}, {"lora_bias": True}, {"modules_to_save": ["3"]}, {"use_dora": True}])
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_they_are_those_that_peft_makes_trainable(bias, more):
-    """Biases of a copy that is trained beside the adapter, or of its factors, are the adapter's in any case."""
-    model = peft.get_peft_model(_base(), _config(bias, **more))
-    assert biases_of_adapters(model).keys() == _made_trainable(model)
-    trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    assert trained == adapter_parameters(model)
-    assert not any(value.requires_grad for value in base_parameters(model).values())
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        peft.BOFTConfig(boft_block_size=4, target_modules=["0"], bias="boft_only"),
-        peft.OFTConfig(r=0, oft_block_size=4, target_modules=["0"], bias="oft_only"),
-        peft.HRAConfig(r=2, target_modules=["0"], bias="hra_only"),
-        peft.VeraConfig(r=2, target_modules=["0"], bias="all"),
-    ],
-)
-def test_every_method_is_asked_in_its_own_words(config):
-    """Each has a value of its own name."""
-    model = peft.get_peft_model(_base(), config)
-    assert biases_of_adapters(model).keys() == _made_trainable(model)
-
-
-def test_a_model_in_which_only_layers_were_put_is_asked_as_well():
-    """``inject_adapter_in_model`` leaves no tuner."""
-    model = peft.inject_adapter_in_model(_config("lora_only"), _base())
-    assert biases_of_adapters(model) == dict.fromkeys(("0.base_layer.bias", "2.base_layer.bias"), "bias='lora_only'")
-
-
-def test_a_model_with_adapters_of_several_methods_is_asked_as_peft_does():
-    """It takes whatever has ``bias`` in its name, and nothing else of the base."""
-    base = _base()
-    base.offset = nn.Parameter(torch.zeros(2))
-    base.bias_of_all = nn.Parameter(torch.zeros(2))
-    model = peft.PeftMixedModel(base, _config("all"))
-    found = biases_of_adapters(model)
-    assert {name.rpartition("model.")[2] for name in found} == {
-        *("0.base_layer.bias", "1.bias", "2.base_layer.bias", "3.bias", "bias_of_all"),
-    }
-    trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    assert {name for name in trained if "lora_" not in name} == found.keys()
-
-
-def test_only_the_adapter_in_use_asks():
-    """One that was put aside trains nothing."""
-    model = peft.get_peft_model(_base(), _config("all"))
-    model.add_adapter("second", _config())
-    assert len(biases_of_adapters(model)) == 4
-    model.set_adapter("second")
-    assert biases_of_adapters(model) == {}
-
-
-def test_a_shared_bias_has_a_name_for_each_layer():
-    """Whatever holds it."""
-    base = _base()
-    base[2].bias = base[0].bias
-    found = biases_of_adapters(peft.get_peft_model(base, _config("lora_only")))
-    assert found.keys() == {f"base_model.model.{place}.base_layer.bias" for place in (0, 2)}
 
 
 def _learning(model, optimizer, instrument):

@@ -5,10 +5,6 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from kernels_check.observation.adapter_updates import LEAST_RESTING, LEAST_UPDATES, ParameterUpdates, Updates
-from kernels_check.observation.adapter_values import KeptValue
-from kernels_check.observation.gradients import Gradients
-
 BOTH = ("lora.attached", "lora.learning")
 
 
@@ -327,96 +323,3 @@ def test_ranks_that_adalora_takes_away_are_no_loss(training):
 
     check = judged(run, step)
     assert check.met, check.reason
-
-
-def test_a_value_that_cannot_be_compared_leaves_the_step_alone(monkeypatch):
-    """It is unknown of that parameter."""
-    layer = torch.nn.Module()
-    layer.base_layer = torch.nn.Linear(2, 2).requires_grad_(False)
-    layer.lora_A = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = torch.optim.SGD([layer.lora_A], lr=0.1)
-    updates = Updates(Gradients(layer))
-    updates.begin(layer)
-    monkeypatch.setattr(KeptValue, "settle", lambda self: 1 / 0)
-    updates.before(optimizer, (optimizer,), {})
-    updates.after(optimizer, (optimizer,), {})
-    assert updates.parameters["lora_A"].unreadable == "ZeroDivisionError: division by zero"
-    assert updates.parameters["lora_A"].updates == 1
-
-
-def test_only_what_is_updated_can_rest():
-    """A parameter that no optimizer was given has no learning rate of zero: it has none."""
-    assert ParameterUpdates(updates=3, rate=0.0).resting
-    assert not ParameterUpdates(updates=3, rate=1e-3).resting
-    assert not ParameterUpdates(updates=0, rate=0.0).resting
-
-
-def test_another_call_is_waited_for_only_where_it_may_tell():
-    """Without a step until something else has written; where none was given the adapter, for two."""
-    updates = Updates(Gradients(torch.nn.Linear(2, 2)))
-    updates.parameters = {"lora_A": ParameterUpdates()}
-    assert updates.pending()
-    updates.parameters["lora_A"].written = 1
-    assert not updates.pending()
-    updates.steps = LEAST_UPDATES - 1
-    assert updates.pending()
-    updates.steps = LEAST_UPDATES
-    assert not updates.pending()
-
-
-def test_a_warm_up_is_waited_for_as_long_as_it_rests_once():
-    """By parameters whose learning rate has been zero in few updates; after more it stays there."""
-    updates = Updates(Gradients(torch.nn.Linear(2, 2)), steps=LEAST_RESTING)
-    for count, pending in ((LEAST_RESTING - 1, True), (LEAST_RESTING, False), (LEAST_RESTING + 1, False)):
-        updates.parameters = {"lora_A": ParameterUpdates(updates=count)}
-        assert updates.pending() is pending
-
-
-@pytest.mark.parametrize(
-    ("fed", "rate", "by", "found"),
-    [
-        (True, 0.1, 1.0, {"moved": 1, "learnt": 1}),
-        (False, 0.1, 1.0, {"moved": 1}),
-        (True, 0.1, 0.0, {"stuck": 1}),
-        (True, 1e-9, 0.0, {"faint": 1}),
-        (True, 0.0, 0.0, {}),
-        (False, 0.1, 0.0, {}),
-    ],
-)
-def test_an_update_is_counted_by_what_it_was_given_and_what_it_moved(fed, rate, by, found):
-    """Of two parameters the first; that any has moved is noted once."""
-    layer = torch.nn.Module()
-    layer.base_layer = torch.nn.Linear(2, 2).requires_grad_(False)
-    layer.lora_A, layer.lora_B = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    updates = Updates(Gradients(layer))
-    updates.begin(layer)
-    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=rate)
-    if fed:
-        layer.lora_A.grad = torch.ones(2, 2)
-        updates.gradients.waiting.add(id(layer.lora_A))
-    before = updates.gradients.moved
-    assert updates.before(optimizer, (optimizer,), {}) is None
-    layer.lora_A.data.add_(by)
-    updates.after(optimizer, (optimizer,), {})
-    seen = updates.parameters["lora_A"]
-    counts = {name: getattr(seen, name) for name in ("moved", "learnt", "stuck", "faint")}
-    assert {name: count for name, count in counts.items() if count} == found
-    assert updates.gradients.moved - before == (1 if by else 0)
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_an_optimizer_gets_its_closure_and_all_else_that_it_was_given(named):
-    """The closure by way of one that is watched, which answers the same."""
-    updates = Updates(Gradients(torch.nn.Linear(2, 2)))
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-
-    def closure():
-        return 3.0
-
-    given = (optimizer,) if named else (optimizer, closure)
-    args, kwargs = updates.before(optimizer, given, {"closure": closure, "other": 5} if named else {"other": 5})
-    assert args[0] is optimizer
-    assert kwargs["other"] == 5
-    watched = kwargs["closure"] if named else args[1]
-    assert watched is not closure
-    assert watched() == 3.0

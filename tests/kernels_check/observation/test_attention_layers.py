@@ -176,55 +176,6 @@ def test_a_flat_sequence_of_layers_is_no_alarm(verified):
     assert not verified(nn.Sequential(Attention(fused), Other(without_a_mask))).met
 
 
-def test_what_is_written_by_hand_beside_a_layer_deeper_in_its_block_is_found(verified):
-    """No module of the other block has the class or the place of the one that attends: its tokens see each other."""
-
-    class Around(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-
-        def forward(self, x):
-            return x + self.inner(x, x, x, need_weights=False)[0]
-
-    check = verified(Model(Block(Around()), Block(Other(by_hand))))
-    assert (check.status, check.observed) == ("fallback", "flash+unrecognised")
-    assert "layers.1" in check.reason
-    assert verified(Model(Block(Around()), Block(Around()), Block(Feed()))).met
-
-
-def test_what_a_block_does_by_hand_in_its_own_forward_is_found(verified):
-    """Without any module for it."""
-
-    class Bare(Feed):
-        def forward(self, x):
-            return super().forward(x + by_hand(x, x, x))
-
-    assert verified(Model(Block(Attention(fused)), Feed())).met
-    assert not verified(Model(Block(Attention(fused)), Bare())).met
-    assert not verified(nn.Sequential(Attention(fused), Feed(), Bare())).met
-
-
-def test_blocks_that_mix_tokens_in_a_known_way_are_no_alarm(verified):
-    """Convolutions, recurrences and norms over tokens between layers with attention, and a pooling behind them."""
-
-    class Through(nn.Module):
-        def __init__(self, inner, function):
-            super().__init__()
-            self.inner, self.function = inner, function
-
-        def forward(self, x):
-            return x + self.function(self.inner, x)
-
-    known = [
-        Through(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), lambda conv, x: conv(x.mT).mT),
-        Through(nn.GRU(WIDTH, WIDTH, batch_first=True), lambda one, x: one(x)[0]),
-        Through(nn.BatchNorm1d(WIDTH), lambda norm, x: norm(x.mT).mT),
-    ]
-    assert verified(Model(*(Block(Attention(fused)), *known))).met
-    assert verified(nn.Sequential(nn.Linear(WIDTH, WIDTH), Attention(fused), *known, nn.Flatten(1))).met
-
-
 def test_layers_of_different_kinds_are_named(verified):
     """A mix is a mix."""
     check = verified(stack(fused, forced_to_math, written_out))
@@ -353,48 +304,6 @@ def test_attention_beside_the_blocks_makes_nothing_good(training):
     assert "layers.0" in check.reason
 
 
-class Parts(nn.Module):
-    """Blocks whose parts lie in lists of their own, as those of XLM and FlauBERT do."""
-
-    def __init__(self, computed, feeds):
-        super().__init__()
-        self.config = SimpleNamespace(num_hidden_layers=len(feeds))
-        self.attentions = nn.ModuleList(map(Attention, computed))
-        self.ffns = nn.ModuleList(feeds)
-
-    def forward(self, x):
-        for attention, feed in zip(self.attentions, self.ffns, strict=True):
-            x = feed(attention(x))
-        return x
-
-
-class Wide(Feed):
-    """As large as it takes for its list to be the largest; what it does to tokens beside is given."""
-
-    def __init__(self, beside=None):
-        super().__init__()
-        self.gate, self.down, self.rest = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.beside = beside
-
-    def forward(self, x):
-        hidden = super().forward(x) * self.gate(x).sigmoid()
-        return self.down(hidden) + self.rest(hidden) + (0 if self.beside is None else self.beside(x, x, x))
-
-
-def test_parts_of_blocks_in_lists_of_their_own_are_no_alarm(verified):
-    """The list that is taken for the blocks holds no attention; one of its members that mixes tokens is found."""
-    assert verified(Parts([fused, fused], [Wide(), Wide()])).met
-    for broken, name in (
-        (Parts([fused, by_hand], [Wide(), Wide()]), "attentions.1"),
-        (Parts([fused, fused], [Wide(), Wide(by_hand)]), "ffns.1"),
-    ):
-        check = verified(broken)
-        assert (check.status, check.observed) == ("fallback", "flash+unrecognised")
-        assert check.reason.endswith(
-            f"1 call of 1 of {2 + name.startswith('f')} layers ran no attention that is recognised: {name}"
-        )
-
-
 def test_pruned_layers_and_other_depths_are_no_alarm(training):
     """What the configuration announces is not asked where the model shows it."""
     run = training()
@@ -445,7 +354,6 @@ def test_a_step_without_gradients_is_judged_whole(training):
 
 def test_a_hybrid_by_its_configuration_is_no_alarm(verified):
     """A layer that the configuration calls by another kind need not attend, whatever its class."""
-    from types import SimpleNamespace
 
     model = stack(fused, by_hand)
     assert not verified(model).met

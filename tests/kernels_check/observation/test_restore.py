@@ -6,10 +6,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import GlobalPageManager
 from torch.optim.optimizer import _global_optimizer_pre_hooks
-
-from kernels_check.observation.snapshot import Snapshot
 
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -116,23 +113,6 @@ def test_a_failing_step_is_raised_after_restoring(training):
     assert not any(module._forward_pre_hooks for module in run.model.modules())
     assert all(torch.equal(value, before[name]) for name, value in _adapter(run.model).items())
     assert len(run.optimizer.state) == 0
-
-
-def test_new_paged_state_leaves_the_page_list():
-    """A paged tensor that the watched steps created is taken off bitsandbytes' list, an older one stays."""
-    parameter = torch.nn.Parameter(torch.zeros(8))
-    model = torch.nn.ParameterList([parameter])
-    optimizer = torch.optim.AdamW([parameter])
-    older, newer = torch.zeros(8), torch.zeros(8)
-    optimizer.page_mng = GlobalPageManager.__new__(GlobalPageManager)
-    optimizer.page_mng.paged_tensors = [older]
-    snapshot = Snapshot(model)
-    snapshot.watch(optimizer)
-    optimizer.state[parameter] = {"state1": newer}
-    optimizer.page_mng.paged_tensors.append(newer)
-    snapshot.restore()
-    assert [id(tensor) for tensor in optimizer.page_mng.paged_tensors] == [id(older)]
-    assert parameter not in optimizer.state
 
 
 def test_a_parameter_that_trains_only_inside_the_step_is_restored(training):
