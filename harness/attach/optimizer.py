@@ -46,7 +46,9 @@ class OptimizerSource:
         self._model: Callable[[], Any] = lambda: None
         self._patches = Patches()
         self._call = Patches()
-        """The call of a module, until the model is called in a step that is to be watched."""
+        """The call of a module, until one of the model is called in a step that is to be watched."""
+        self._parts: frozenset[int] = frozenset()
+        """The identities of its modules, of which a loop may call any."""
         self._trained = True
         """Whether the model was in training mode at the last update."""
         self._inside = 0
@@ -69,6 +71,10 @@ class OptimizerSource:
     def _begin_update(self) -> None:
         self._inside += 1
         if self._inside == 1 and self._steps is not None and self._steps.up:
+            if self._sight is not None:
+                self._sight.updates = True
+                if self._sight.passes_in_update:
+                    self._steps.open_step()
             self._steps.during["optimizer"].begin()
 
     def _end_update(self, optimizer: Any) -> None:
@@ -84,6 +90,8 @@ class OptimizerSource:
         if self._inside or self._aside or not self._steps.up:
             return
         self._steps.during["optimizer"].end()
+        if self._sight is not None:
+            self._sight.updates = False
         if self._updated:
             self._updated = False
             self._end_step(self._steps)
@@ -117,15 +125,18 @@ class OptimizerSource:
         self._open_step(steps)
 
     def _open_step(self, steps: Steps) -> None:
-        """A step that is to be watched is opened when the model is called: after the last one nothing is."""
-        model = self._model()
-        if steps.watch_is_due and model is not None:
-            self._trained = model.training
+        """A step that is to be watched is opened when a module of the model is called: after the last step none is.
+        Where a closure of the update does so, the update opens it."""
+        model, in_update = self._model(), self._sight is not None and self._sight.passes_in_update
+        if steps.watch_is_due and model is not None and not in_update:
+            self._trained, self._parts = model.training, frozenset(map(id, model.modules()))
             self._call.put(torch.nn.Module, "__call__", before=self._called)
 
     def _called(self, args: tuple[Any, ...]) -> None:
         model = self._model()
-        if args[0] is model and torch.is_grad_enabled() and model.training == self._trained and self._steps is not None:
+        if model is None or self._steps is None or id(args[0]) not in self._parts:
+            return
+        if torch.is_grad_enabled() and model.training == self._trained:
             self._call.take_off()
             self._steps.open_step()
 

@@ -38,6 +38,10 @@ class Sight:
         self._steps = steps
         self.within = True
         """Whether what happens is part of a step; batches may be loaded before it."""
+        self.updates = False
+        """Whether an optimizer updates."""
+        self.passes_in_update = False
+        """Whether passes were seen inside an update, which was given a closure."""
         self._loaders = Loaders()
         self._passes = 0
         """Backward passes under way; one that checkpointing begins inside another is a part of that."""
@@ -74,6 +78,7 @@ class Sight:
         self._passes += 1
         if self._passes > 1 or not self._looks():
             return
+        self.passes_in_update = self.passes_in_update or self.updates
         if args and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
             self._roots.append(args[0].detach())
         for batch in self._loaders.take():

@@ -32,6 +32,14 @@ def ranks_of(run: Path) -> Path:
     return run.with_name(f".{run.name}.ranks")
 
 
+def lacking_in(seen: Path) -> str:
+    """What an interpreter that has loaded the hook lacks to be measured, in words; nothing where none does."""
+    try:
+        return seen.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def _wrapped_of(run: Path) -> Path:
     return run.with_name(f".{run.name}.wrapped")
 

@@ -23,7 +23,7 @@ from harness.attach import traces
 from harness.attach.child import environment
 from harness.attach.gathered import tokens_in
 from harness.attach.shield import say
-from harness.attach.traces import seen_of
+from harness.attach.traces import lacking_in, seen_of
 from harness.attach.variables import COMMAND, LONGEST_BYTES, REQUIRE, RUN, UNSEEN_END
 from harness.errors import UsageError, shorten
 from harness.machine.processes import exit_words
@@ -128,11 +128,11 @@ def settle(path: Path, code: int, *, required: bool) -> bool:
     Returns:
         Whether there is no valid trial.
     """
-    loaded = seen_of(path).exists()
+    loaded, lacking = seen_of(path).exists(), lacking_in(seen_of(path))
     traces.remove(path)
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
-        say(_why_nothing(code, loaded))
+        say(f"nothing was measured: {lacking}" if lacking else _why_nothing(code, loaded))
         return True
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):

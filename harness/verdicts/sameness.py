@@ -9,6 +9,7 @@ called the same only where that interval says so; what could not be seen is unkn
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,10 @@ TOLERANCE = 0.01
 """Difference of a mean number of tokens, or of a loss, that is worth a word."""
 MARGIN = 0.02
 """Within it losses are the same: kernels that compute the same in another order move a loss of 16 bits by less."""
+ROUNDING = 2.0**-8
+"""What bfloat16 rounds to; losses on the same batches may differ by as much."""
+FEWEST_STEPS = 16
+"""Of fewer it is not judged whether losses follow each other."""
 OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
 """Codes of notices that say that two scripts are not the same training."""
 SOFTWARE_DIFFERS = "software-differs"
@@ -143,9 +148,38 @@ def compare_losses(sides: Sides) -> Losses:
     unknown = "" if sides.same_tokens else "; whether both see the same tokens is not known"
     if is_difference(first) or is_difference(trend):
         return Losses(found="differ", reason=said + unknown)
+    if not _follow_each_other(sides):
+        return Losses(found="unknown", reason=f"{OTHER_BATCHES}: {said}")
     if trend.verdict == "equivalent":
         return Losses(found="unknown" if unknown else "agree", reason=said + unknown)
     return Losses(found="unknown", reason=f"{said}: {trend.reason}")
+
+
+OTHER_BATCHES = "losses of the same step are no closer to each other than losses of neighbouring steps"
+
+
+def _follow_each_other(sides: Sides) -> bool:
+    """Whether losses may be of the same batches in the same order, by how far each is from the mean of its neighbours.
+    Of the same batches those of the same step are the closest; of other batches half of them are closer to those of a
+    neighbouring step. What lies between is the border."""
+    aligned: list[float] = []
+    closer: list[bool] = []
+    for pair in sides.pairs:
+        base, candidate = (_scatter(_losses(pair[side])[begin:]) for side, begin in sides.begins)
+        for place in range(min(len(base), len(candidate)) - 1):
+            same = abs(base[place] - candidate[place])
+            aligned.append(same)
+            closer.append(same <= abs(base[place] - candidate[place + 1]))
+            closer.append(same <= abs(base[place + 1] - candidate[place]))
+    if len(aligned) < FEWEST_STEPS * len(sides.pairs) or statistics.median(aligned) <= ROUNDING:
+        return True
+    return sum(closer) / len(closer) >= 0.75
+
+
+def _scatter(losses: Sequence[float]) -> list[float]:
+    """Log ratios of each loss to those beside it, in which no trend is."""
+    logs = [math.log(loss) for loss in losses]
+    return [logs[place] - (logs[place - 1] + logs[place + 1]) / 2 for place in range(1, len(logs) - 1)]
 
 
 def _losses(record: TrialRecord) -> tuple[float, ...]:
@@ -180,6 +214,12 @@ def notices_of_sides(name: str, sides: Sides) -> Iterator[Notice]:
             code=LOSS_DIFFERS,
             message=f"{name}: the losses differ: {losses.reason}.",
             remedy="Find out why before believing the time: it is not that of the same training.",
+        )
+    elif losses.reason.startswith(OTHER_BATCHES):
+        yield Notice(
+            code="other-batches",
+            message=f"{name}: {losses.reason}.",
+            remedy="Give both the same seed and the same order of batches; else their losses cannot be compared.",
         )
 
 

@@ -347,3 +347,44 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_commands_exit_code(tmp_path):
     assert done.returncode == 7, done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+LIGHTNING = """
+import lightning
+import torch
+
+class Lit(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32))
+        self.metrics = open("metrics.jsonl", "w")
+
+    def training_step(self, batch, number):
+        loss = torch.nn.functional.cross_entropy(self.net(batch).flatten(0, 1), batch.flatten())
+        self.metrics.write(loss.item().hex() + "\\n")
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+lightning.seed_everything(0)
+loader = torch.utils.data.DataLoader(torch.randint(0, 32, (80, 6)), batch_size=2)
+lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                  enable_model_summary=False).fit(Lit(), loader)
+"""
+
+
+def test_a_training_of_lightning_is_measured_with_its_parts(tmp_path):
+    """Its passes are in a closure of the update, and are timed apart; its own metrics file is whole."""
+    pytest.importorskip("lightning")
+    (tmp_path / "train.py").write_text(LIGHTNING)
+    done = wrap(tmp_path, sys.executable, "train.py")
+    assert done.returncode == 0, done.stderr
+    losses = [float.fromhex(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 40
+    record = record_of(tmp_path)
+    samples = record.samples
+    assert samples["train_loss"] == pytest.approx(losses[-len(samples["train_loss"]) :])
+    assert set(samples["step_real_tokens"]) == {12.0}
+    assert {"data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s"} <= set(samples)
+    assert {check["path"]: check["observed"] for check in record.checks}["mode"] == "train"

@@ -1,9 +1,19 @@
 """The hook in a child: attached where there is a training, and nowhere else."""
 
+import importlib.metadata
+import os
+import subprocess
 import sys
 import textwrap
+import venv
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from harness.records import store
+
+ROOT = Path(__file__).parents[2]
 
 LOOP = """
     import torch
@@ -259,3 +269,44 @@ def test_a_console_script_passes_the_hook_on(wrapped, script):
     done, told = wrapped(program, "launch", "--cpu", "--num_processes", "1", script("train(3)"))
     assert done.returncode == 0, done.stderr
     assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
+
+
+def make_interpreter(folder, *packages):
+    """A virtual environment with torch, these packages, and what they need."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    wanted, known = ["torch", *packages], set()
+    while wanted:
+        found = importlib.metadata.distribution(wanted.pop())
+        if found.name in known:
+            continue
+        known.add(found.name)
+        required = map(Requirement, found.requires or ())
+        wanted += [one.name for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
+        for name in {path.parts[0] for path in found.files} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(Path(found.locate_file(name)))
+    return str(folder / "bin" / "python")
+
+
+@pytest.mark.parametrize("packages", [(), ("filelock", "msgspec", "xxhash")])
+def test_an_interpreter_needs_few_packages_to_be_measured(script, tmp_path, packages):
+    """One that lacks them says so before the training, which is as ever, and so does the command that wraps it."""
+    python = make_interpreter(tmp_path / "bare", *packages)
+    words = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", python]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, script("print('loss', train(20))")], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout[:5]) == (0, "loss "), done.stderr
+    runs = store.list_runs(tmp_path / "runs")
+    if packages:
+        (record,) = store.read_run(str(runs[0]), runs[0].parent).records
+        assert (record.status, len(runs)) == ("ok", 1)
+    else:
+        assert not runs
+        assert f"a training in this process is not measured: {python} lacks msgspec xxhash" in done.stderr
+        assert "nothing was measured: " in done.stderr
+        assert f"{python} -m pip install msgspec xxhash" in done.stderr
+        assert "no optimizer" not in done.stderr

@@ -220,10 +220,36 @@ def test_at_the_end_everything_is_as_it_was_found(listener, model, source):
 
 
 @pytest.mark.usefixtures("source")
+def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
+    """As by Lightning, whose loop calls a method of the outermost module."""
+
+    class Lit(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Embedding(16, 4), torch.nn.Linear(4, 16))
+
+        def training_step(self, ids):
+            return loss_of(self.net, ids)
+
+    lit = Lit()
+    optimizer = sgd(lit)
+    listener.answers = [Next(), Next(watch={})]
+    for ids in batches(4):
+        lit.training_step(ids).backward()
+        optimizer.step()
+    assert [reading.checks is not None for reading in listener.readings] == [False, True, False]
+    (mode,) = (check for check in listener.readings[1].checks if check.path == "mode")
+    assert mode.observed == "train"
+    assert len(listener.trainings) == 1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lit.modules())
+
+
+@pytest.mark.usefixtures("source")
 def test_a_closures_passes_are_no_part_of_the_update(listener, model):
-    """They are inside its call, and each is counted where it belongs."""
+    """They are inside its call, and each is counted where it belongs. A step of them is watched as a whole."""
+    listener.answers = [Next(), Next(watch={}), Next()]
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
-    for ids in batches(3):
+    for ids in batches(5):
 
         def closure(ids=ids):
             optimizer.zero_grad()
@@ -232,7 +258,9 @@ def test_a_closures_passes_are_no_part_of_the_update(listener, model):
             return loss
 
         optimizer.step(closure)
-    assert tokens(listener) == [15] * 2
+    assert tokens(listener) == [15] * 4
+    watched = listener.readings[1]
+    assert [check.observed for check in watched.checks if check.path == "mode"] == ["train"]
     for reading in listener.readings:
         parts = [reading.data_time_s, reading.forward_time_s, reading.backward_time_s, reading.optimizer_time_s]
         assert all(part > 0 for part in parts)

@@ -16,6 +16,8 @@ from typing import Any
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOME = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 OWN = ("harness", "kernels_check")
+NEEDED = ("filelock", "msgspec", "xxhash")
+PYTHON = (3, 11)
 TOLD = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
 
 
@@ -70,11 +72,15 @@ def attempt(call: Any) -> Any:
     try:
         return call()
     except Exception as error:
-        if sys.__stderr__ is not None:
-            text = "lorameter: the training is not followed: {}: {}".format(type(error).__name__, error)
-            visible = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
-            print(visible, file=sys.__stderr__, flush=True)
+        say("the training is not followed: {}: {}".format(type(error).__name__, error))
         return None
+
+
+def say(text: str) -> None:
+    """A line on the standard error that the process was started with."""
+    if sys.__stderr__ is not None:
+        visible = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+        print("lorameter: " + visible, file=sys.__stderr__, flush=True)
 
 
 def ours(name: str) -> Any:
@@ -91,8 +97,30 @@ def ours(name: str) -> Any:
     return importlib.import_module("harness.attach.loading").load(name)
 
 
+@functools.lru_cache(maxsize=None)
+def lacks() -> bool:
+    """Whether this interpreter lacks what a training is measured with, which is then told, and to who has started the
+    script by the file that says that the hook was loaded."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if sys.version_info < PYTHON:
+        text = "{} is older than Python {}.{}. Use a newer one".format(sys.executable, *PYTHON)
+    elif missing:
+        names = " ".join(missing)
+        text = "{0} lacks {1}. Install: {0} -m pip install {1}".format(sys.executable, names)
+    else:
+        return False
+    seen = os.environ.get("LORAMETER_SEEN")
+    if seen:
+        with open(seen, "w") as file:
+            file.write(text)
+    say("a training in this process is not measured: {}".format(text))
+    return True
+
+
 def attach_trainer(module: Any) -> None:
     """Every Trainer that is built has a meter, unless the script has given it one."""
+    if lacks():
+        return
     build = module.Trainer.__init__
 
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -108,6 +136,8 @@ def attach_optimizers(module: Any) -> None:
     torch has a function around the `step` of each class of optimizers, and ours goes around that one. A hook of its own
     for all optimizers would be compiled with a step that torch.compile is given; this one is not seen by it.
     """
+    if lacks():
+        return
     source: "list[Any]" = []
     plain = module.Optimizer.profile_hook_step
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from harness.attach.traces import lacking_in
 from harness.attach.turns import SOCKET, address
 from harness.attach.variables import SEEN
 from harness.machine.guard import Guard, kill_marked, marked
@@ -93,6 +94,11 @@ class ScriptProcess:
     def hooked(self) -> bool:
         """Whether a Python of it has loaded the hook, as far as that can be told; else nothing is ever heard."""
         return not self._seen or Path(self._seen).exists()
+
+    @property
+    def lacking(self) -> str:
+        """What its interpreter lacks to be measured, in words; nothing where that is all there."""
+        return lacking_in(Path(self._seen)) if self._seen else ""
 
     @property
     def closed(self) -> bool:

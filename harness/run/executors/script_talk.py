@@ -126,6 +126,8 @@ class Script:
                 "a Python that reads PYTHONPATH (not -I, -E or -S, and not in a container of its own).",
                 said,
             )
+        if self.process.lacking:
+            return EndedError("invalid", "Lacking", f"nothing can be measured: {self.process.lacking}", said)
         if code is None:
             message = f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer"
             return EndedError("timeout", "Silent", f"{message}. Raise step_timeout_s if it was at work", said)
