@@ -1,0 +1,158 @@
+"""Contract tests: what users and other programs rely on, checked through public doors only.
+
+They call the command line, pytest with the plugin, `python -m kernels_check`, the meter and the functions that load
+runs, and nothing behind them, so that what lies behind may be rewritten. Expected outputs are files under expected/:
+`LORAMETER_CONTRACT=write pytest tests/contract` renews them all. The two runs under runs/ were measured by
+make_runs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contract import doors
+from tests.contract.doors import Outcome
+
+ENVIRONMENT = {
+    "TZ": "UTC", "COLUMNS": "160", "LINES": "50", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "TERM": "dumb",
+    "LORAMETER_RUNS": "runs",
+}  # fmt: skip
+REMOVED = (
+    "FORCE_COLOR CLICOLOR_FORCE PY_COLORS TTY_COMPATIBLE TTY_INTERACTIVE JUPYTER_COLUMNS CI GITHUB_ACTIONS "
+    "BUILD_NUMBER GITHUB_STEP_SUMMARY PYTEST_ADDOPTS PYTEST_XDIST_WORKER PYTHONWARNINGS"
+).split()
+STEP_S = 0.05
+Change = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+def derive(folder: Path, name: str, record: Change = lambda one: one, manifest: Change = lambda one: one) -> None:
+    """A copy of the stored run "base" under another name, each record and the manifest changed; None drops a record."""
+    path = folder / name
+    shutil.copytree(doors.HERE / "runs" / "base", path)
+    lines = (path / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = filter(None, (record(json.loads(line)) for line in lines))
+    (path / "trials.jsonl").write_text("".join(json.dumps(one) + "\n" for one in changed), encoding="utf-8")
+    about = manifest(json.loads((path / "manifest.json").read_text(encoding="utf-8")) | {"run": name})
+    (path / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def steady(**factors: float) -> Change:
+    """Times that differ by 0.4 % from replicate to replicate and by 0.1 % within one, and by a factor for a variant or
+    for the control."""
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        arm = "control" if record["role"] == "control" else record["name"]
+        level = STEP_S * factors.get(arm, 1.0) * (1 + 0.004 * record["replicate"])
+        for metric, values in record["samples"].items():
+            if metric.endswith("_s"):
+                record["samples"][metric] = [level * (1 + 0.001 * (place % 2)) for place in range(len(values))]
+        return record
+
+    return change
+
+
+def crashed(record: dict[str, Any]) -> dict[str, Any]:
+    """One trial did not end well."""
+    if record["trial"] != "r1-qlora":
+        return record
+    why = {"phase": "timed", "kind": "SIGKILL", "message": "the process ended with signal 9", "traceback": ""}
+    return record | {"status": "crashed", "failure": why, "samples": {}, "values": {}, "turn_lengths": []}
+
+
+def elsewhere(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Measured on another machine."""
+    about = manifest["provenance"] | {"cpu_model": "Another CPU", "device_name": "Another CPU"}
+    return manifest | {"fingerprint": "0123456789ab", "provenance": about}
+
+
+def fill(folder: Path) -> Path:
+    """A folder with the stored runs in runs/, runs derived of them in derived/, and small files."""
+    shutil.copytree(doors.HERE / "runs", folder / "runs")
+    shutil.copytree(doors.HERE / "files", folder, dirs_exist_ok=True)
+    shutil.copy(doors.STUDY, folder)
+    shutil.copy(doors.SCRIPT, folder)
+    derived = folder / "derived"
+    derive(derived, "steady", steady())
+    derive(derived, "slower", steady(qlora=1.5))
+    derive(derived, "faster", steady(qlora=0.5))
+    derive(derived, "failed", crashed)
+    derive(derived, "elsewhere", steady(), elsewhere)
+    derive(derived, "interrupted", steady(), lambda manifest: manifest | {"status": "interrupted"})
+    derive(derived, "control-failed", steady(control=1.5))
+    derive(derived, "no-claims", manifest=lambda one: one | {"study": one["study"] | {"claims": []}})
+    (folder / "damaged" / "run").mkdir(parents=True)
+    (folder / "damaged" / "run" / "manifest.json").write_text('{"run": ', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which commands run that write nothing."""
+    return fill(tmp_path_factory.mktemp("contract"))
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one test alone, for commands that write."""
+    monkeypatch.chdir(fill(tmp_path / "own"))
+    return Path.cwd()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Nothing comes from the user's cache, and what one test prepares serves the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAMETER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def settled(filled: Path, monkeypatch: pytest.MonkeyPatch):
+    """Paths are relative, the clock shows UTC, and neither a terminal nor a CI is there."""
+    for name in REMOVED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(filled)
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.fixture
+def lorameter(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Outcome]:
+    """The command line, in this process."""
+
+    def called(line: str) -> Outcome:
+        capsys.readouterr()
+        code = doors.call(line)
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err)
+
+    return called
+
+
+@pytest.fixture
+def kernels_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Outcome]:
+    """`python -m kernels_check`, in this process."""
+
+    def called(line: str) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["kernels_check", *shlex.split(line)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module("kernels_check", run_name="__main__")
+        out, err = capsys.readouterr()
+        return Outcome(int(left.value.code or 0), out, err)
+
+    return called

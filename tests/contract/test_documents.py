@@ -1,0 +1,123 @@
+"""What `--json` prints: one document on standard output, floats to ten digits, and the exit code."""
+
+import subprocess
+
+import pytest
+
+from tests.contract.doors import COMMANDS
+from tests.contract.expected import check_document, check_shape, parse
+
+READING = {
+    "report": "report base",
+    "report-candidate": "report candidate",
+    "report-crashed": "report failed --runs-dir derived",
+    "report-phase": "report base --phase train --variant qlora --metric step_time_s",
+    "compare": "compare base candidate",
+    "compare-regressed": "compare steady slower --runs-dir derived",
+    "compare-improved": "compare steady faster --runs-dir derived",
+    "compare-not-comparable": "compare steady elsewhere --runs-dir derived",
+    "compare-metric": "compare base candidate --metric held_out_loss --metric '*peak*'",
+    "gate": "gate base candidate",
+    "gate-policy": "gate steady slower --policy strict.toml --runs-dir derived",
+    "claims": "claims base",
+    "sample": "sample base qlora",
+    "history": "history",
+    "list-runs": "list runs",
+    "list-runs-derived": "list runs --runs-dir derived",
+    "list-studies": "list studies",
+    "list-models": "list models",
+    "list-variants": "list variants lora-or-qlora",
+    "list-sizes": "list sizes study.toml",
+    "prune": "prune --keep 1 --dry-run",
+    "run-resume": "run --resume base",
+    "estimate-gpu": "estimate lora-or-qlora:lora-r16 --model llama2-7b --gpu 24GiB --max-batch",
+}
+"""Of stored runs and built-in names; they write nothing."""
+OF_THIS_MACHINE = {
+    "doctor": "doctor",
+    "estimate": "estimate study.toml:qlora",
+    "run-dry-run": "run study.toml --dry-run",
+}
+"""Of these, keys and types; sizes and times are the machine's."""
+
+
+def document_of(outcome):
+    """The one document on standard output, which has a schema number."""
+    assert outcome.out, outcome.err
+    document = parse(outcome.out)
+    assert isinstance(document["schema"], int)
+    return document
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_document(name, lorameter):
+    """Its values and the exit code are the expected ones."""
+    outcome = lorameter(f"{READING[name]} --json")
+    found = {"command": READING[name], "exit_code": outcome.code, "document": document_of(outcome)}
+    check_document(f"json/{name}", found)
+
+
+@pytest.mark.parametrize("name", OF_THIS_MACHINE)
+def test_a_document_of_this_machine(name, lorameter):
+    """Its keys and types are the expected ones."""
+    outcome = lorameter(f"{OF_THIS_MACHINE[name]} --json")
+    assert outcome.code in ((0, 4) if name == "doctor" else (0,))  # 4: unfit
+    document = document_of(outcome)
+    for phase in ("train", "generate") if name == "estimate" else ():
+        assert sum(document[phase].pop("kinds").values()) == document[phase]["total_bytes"]  # kinds: the CPU's
+    check_shape(f"json/{name}", document)
+
+
+def test_export_as_json(lorameter):
+    """All tables of a run, a row each."""
+    document = document_of(lorameter("export base --json"))
+    check_shape("json/export", document)
+    assert {row["run"] for row in document["trials"]} == {"base"}
+
+
+def test_accepting_a_run_prints_it(lorameter, own_folder):
+    """And the baseline that it replaces."""
+    first = document_of(lorameter("accept base --json"))
+    assert (first["accepted"]["run"], first["replaced"]) == ("base", None)
+    second = document_of(lorameter("accept candidate --json"))
+    assert (second["accepted"]["run"], second["replaced"]["run"]) == ("candidate", "base")
+    check_shape("json/accept", second)
+
+
+def test_pruning_prints_what_it_removed(lorameter, own_folder):
+    """And the folder is gone."""
+    assert lorameter("accept base --json").code == 0
+    document = document_of(lorameter("prune --keep 1 --json"))
+    check_shape("json/prune-removed", document)
+    left = sorted(path.name for path in (own_folder / "runs").iterdir() if path.is_dir())
+    assert left == sorted({"base", "candidate"} - {row["run"] for row in document["removed"]})
+
+
+def test_a_packed_run_is_read_like_a_run(lorameter, own_folder):
+    """`pack` prints the file, which `report` takes in place of a run."""
+    document = document_of(lorameter("pack base --json"))
+    check_shape("json/pack", document)
+    assert document["file"].endswith("base.lorameter.zip")
+    shown = document_of(lorameter(f"report {document['file']} --json"))
+    whole = document_of(lorameter("report base --json"))
+    assert shown["tables"] == whole["tables"]
+
+
+def test_what_a_bisection_would_try(lorameter, own_folder):
+    """The commits between both ends, of the repository in the present folder."""
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.org")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    for name in ("one", "two", "three"):
+        subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", name], check=True)
+    document = document_of(lorameter("bisect study.toml --good HEAD~2 --bad HEAD --dry-run --json"))
+    check_shape("json/bisect-dry-run", document)
+    assert len(document["candidates"]) == 3
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_of_a_shell(shell, lorameter):
+    """A script with the commands, as text and in a document."""
+    document = document_of(lorameter(f"completion {shell} --json"))
+    assert sorted(document) == ["schema", "script", "shell"]
+    assert [name for name in COMMANDS if name.split()[0] not in document["script"]] == []
+    assert lorameter(f"completion {shell}").out.strip() == document["script"].strip()

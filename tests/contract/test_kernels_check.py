@@ -1,0 +1,49 @@
+"""`python -m kernels_check`: what a recording shows, the rules, and what this machine can run."""
+
+import pytest
+
+from tests.contract import doors
+from tests.contract.expected import check_document, check_shape, check_text, parse
+
+
+@pytest.mark.parametrize("file", ["trace.json", "trace.csv"])
+def test_trace(file, kernels_check):
+    """Backends, 4-bit paths and shares of time, as text and as a document."""
+    text, document = kernels_check(f"trace {file}"), kernels_check(f"trace {file} --json")
+    assert (text.code, document.code) == (0, 0)
+    check_text(f"kernels_check/{file}.txt", text.out)
+    check_document(f"kernels_check/{file}", parse(document.out))
+
+
+def test_rules(kernels_check):
+    """Every rule with its pattern, its category and its evidence."""
+    text, outcome = kernels_check("rules"), kernels_check("rules --json")
+    assert (text.code, outcome.code) == (0, 0)
+    document = parse(outcome.out)
+    assert "torch" in document.pop("installed")
+    check_shape("kernels_check/rules", document)
+    check_document("kernels_check/rule-names", [rule["name"] for rule in document["rules"]])
+    assert all(rule["name"] in text.out for rule in document["rules"])
+
+
+@pytest.mark.parametrize("line", [
+    "no-such-command", "trace", "trace a b", "trace absent.json", "trace strict.toml", "rules --strict", "probe --fast",
+])  # fmt: skip
+def test_refusals(line, kernels_check):
+    """Exit code 2, the reason on standard error and nothing on standard output."""
+    outcome = kernels_check(line)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err
+
+
+def test_probe():
+    """A row a fast path, whether it ran, and how exact and how fast it was."""
+    outcome = doors.start("python", "-m", "kernels_check", "probe", "--json", CXX="/no/compiler")  # that takes long
+    document = parse(outcome.out)
+    assert document["machine"].pop("versions")["torch"]
+    check_shape("kernels_check/probe", document)
+    paths = {path["name"]: path for path in document["paths"]}
+    assert paths["SDPA math"]["ran"]
+    assert paths["NF4"]["status"] == "exact"
+    assert not paths["compile"]["ran"]
+    assert outcome.code == 0
