@@ -16,7 +16,6 @@ from harness.run.executors import ENV_EXECUTOR, EXECUTORS, sides
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide
 from harness.run.sites import local
-from tests.run.sites.desk_link import DeskLink
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -41,12 +40,6 @@ r = 4
 name = "large"
 r = 8
 """
-
-
-@pytest.fixture
-def desk_link():
-    """The class of these links."""
-    return DeskLink
 
 
 @pytest.fixture
@@ -99,7 +92,6 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setitem(EXECUTORS, "pretending", "pretending")
     monkeypatch.setenv(ENV_EXECUTOR, "pretending")
-    monkeypatch.setenv("PRETENDING", str(tmp_path))
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
     monkeypatch.setattr(local, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])

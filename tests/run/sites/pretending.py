@@ -1,24 +1,17 @@
-"""A job whose measuring processes only pretend, so that what becomes of jobs is tried with real ones in seconds.
+"""An executor whose measuring processes do no work, so that commands on several sites are tested in seconds.
 
-It is given to submitit in place of `SiteJob`, and imported in the process of the job. A turn of the site that the file
-`stuck` in the folder $PRETENDING names waits until that file is gone. On this machine it is an executor by the name
-`pretending`.
+It is added to the table of executors by the name `pretending`.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-import time
-from pathlib import Path
 
 from harness.machine.provenance import Facts, Machine
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.executors import Place
 from harness.run.executors.host import Host
-from harness.run.sites import block, job
-from harness.run.sites.job import SiteJob
 
 MACHINE = Machine(
     device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
@@ -105,9 +98,6 @@ class Fake:
             MEETINGS[-1].join(self.label[-1:])
         if command != "turn":
             return Fragment()
-        stuck = Path(os.environ["PRETENDING"]) / "stuck"
-        while stuck.exists() and self.label.endswith(stuck.read_text()):
-            time.sleep(0.02)
         factor = next((factor for (label, part), factor in SLOW.items() if label in self.label and part in trial), 1.0)
         return Fragment(samples={"step_time_s": (factor * 0.1,) * arguments["steps"]})
 
@@ -118,13 +108,3 @@ class Fake:
 def open_executor(*, host=None, label=""):
     """As `harness.run.executors.EXECUTORS` has them."""
     return Fake(label, host)
-
-
-class PretendingJob(SiteJob):
-    """Differs in what it measures by."""
-
-    def __call__(self):
-        block.open_executor = lambda name=None, *, host=None, label="": Fake(label, host)
-        block.harness_identity = lambda: "1.0 sha256:one"
-        job.STAY_S = 2
-        return super().__call__()

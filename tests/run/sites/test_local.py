@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from functools import partial
 
 import pytest
 
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import UsageError
 from harness.machine.cards import VisibleCard
-from harness.machine.cores import cores_of
 from harness.machine.reading import Reading, missing
-from harness.records.preparation import Hello
 from harness.run.executors.host import Host
 from harness.run.sites import local
-from harness.run.sites.local import check_alike, check_spreadable, local_sites
-from harness.studies.place import Place
+from harness.run.sites.local import local_sites
 
 
 @pytest.fixture(autouse=True)
@@ -46,27 +41,6 @@ def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=Non
     monkeypatch.setattr(local, "visible_cards", visible)
 
 
-def test_sites_of_a_cpu_share_no_core(machine):
-    """Each has an equal part, and its processes are told to stay there."""
-    sites = local_sites(("0", "1"), machine)
-    assert [site.name for site in sites] == ["cpus-0", "cpus-1"]
-    assert [site.host.environment for site in sites] == [{"LORAMETER_CPUS": "4,5"}, {"LORAMETER_CPUS": "6,7"}]
-
-
-@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
-def test_two_threads_of_a_core_are_never_of_two_sites(machine, monkeypatch, tmp_path, name):
-    """Linux often numbers all first threads and then all second ones; more sites than cores are refused."""
-    for cpu, core in ((4, "0,4"), (5, "5,7"), (6, "6"), (7, "5,7")):
-        folder = tmp_path / f"cpu{cpu}" / "topology"
-        folder.mkdir(parents=True)
-        (folder / name).write_text(f"{core}\n")
-    monkeypatch.setattr(local, "cores_of", partial(cores_of, root=tmp_path))
-    sites = local_sites(("0", "1", "2"), machine)
-    assert [site.host.environment["LORAMETER_CPUS"] for site in sites] == ["4", "5,7", "6"]
-    with pytest.raises(UsageError, match="4 sites and 4 CPUs of 3 cores that this process may use"):
-        local_sites(tuple("0123"), machine)
-
-
 @pytest.mark.parametrize("entries", [(2, 3), ("GPU-aaaa", "GPU-bbbb")])
 def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch, entries):
     """By the numbers that CUDA gives them; each sees its own, by what the variable calls it."""
@@ -77,12 +51,6 @@ def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch, entr
     assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == [str(entry) for entry in entries]
     (site,) = local_sites(("1",), there)
     assert (site.name, site.machine) == ("card-1", "H100 beside Test CPU")
-
-
-def test_more_sites_than_cpus_are_refused(machine):
-    """They would share cores."""
-    with pytest.raises(UsageError, match="5 sites and 4 CPUs"):
-        local_sites(tuple("01234"), machine)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +92,6 @@ def test_each_card_that_ranks_take_is_held(monkeypatch):
     assert local.executors_of_ranks(Host(), 3) == [None]
 
 
-def test_cards_of_a_machine_that_tells_of_none_are_refused(machine, monkeypatch):
-    """It may have some."""
-    monkeypatch.setattr(local, "visible_cards", lambda: missing("no driver"))
-    with pytest.raises(UsageError, match="which cards there are cannot be known here"):
-        local_sites(("0", "1"), dataclasses.replace(machine, device="cuda"))
-
-
 def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):
     """By what CUDA calls them; its device is held card by card."""
     (site,) = local_sites(("0+1",), machine)
@@ -150,25 +111,3 @@ def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(mach
         UsageError, match=r"ranks of one trial would be on cards of different kinds \(A100 at 700 W, H100"
     ):
         local_sites(("3+4",), there, mixed=True)
-
-
-@pytest.mark.parametrize(("ranks", "sites"), [(2, ("0", "1")), (2, ("0+1", "2")), (1, ("0+1",)), (3, ("0+1",))])
-def test_sites_of_other_than_a_card_for_each_rank_are_refused(small_study, ranks, sites):
-    """With what to write."""
-    several = {"ranks": ranks, "strategy": "ddp", "batch_size": 6} if ranks > 1 else {}
-    study = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, **several))
-    one, two = {1: ("0", "0,1"), 2: ("0+1", "0+1,2+3"), 3: ("0+1+2", "0+1+2,3+4+5")}[ranks]
-    with pytest.raises(UsageError, match=re.escape(f"has ranks = {ranks}. Write {one} for a site, {two} for two.")):
-        check_spreadable(study, Place(sites=sites))
-    check_spreadable(study, Place(sites=tuple(two.split(","))))
-    check_spreadable(study, Place(on="ray"))
-
-
-def test_a_site_whose_worker_is_another_program_is_refused():
-    """By its name, with what differs."""
-    ours = Hello(harness="1", pid=1, import_time_s=1.0, device="cpu", torch="2.13")
-    check_alike("card-1", [ours], [dataclasses.replace(ours, pid=2)])
-    with pytest.raises(
-        InvalidRunError, match=r"site card-1 is unlike the first: .* 2\.12, cpu there and .* 2\.13, cpu here"
-    ):
-        check_alike("card-1", [ours], [dataclasses.replace(ours, torch="2.12")])

@@ -20,7 +20,8 @@ import pytest
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
-from harness.run.sites.ray import _connect, berths_of
+from harness.run.sites.ray import berths_of
+from tests.run.sites.wholeness import sites_of_whole
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(3600)
@@ -61,15 +62,6 @@ def test_a_site_of_several_ranks_has_a_card_for_each():
     assert [berth.site for berth in berths_of([node("a", 1, CPU=2.0)], ranks=2)] == ["a"]
 
 
-def test_nodes_without_a_name_of_their_own_go_by_their_hosts():
-    """And are told apart where these agree."""
-    nodes = [node("10.0.0.1", 1, CPU=1.0), node("10.0.0.1", 2, CPU=1.0) | {"NodeManagerHostname": "host1"}]
-    first, second = (berth.site for berth in berths_of(nodes))
-    assert first.startswith("host1-")
-    assert second.startswith("host1-")
-    assert [berth.site for berth in berths_of(nodes[:1])] == ["host1"]
-
-
 def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
     """With those that are."""
     nodes = [node("a", 1, CPU=1.0), node("b", 2, CPU=1.0)]
@@ -90,28 +82,6 @@ def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
     said = " ".join(capsys.readouterr().err.split())
     assert words.replace("\\", "") in said
     assert f"on = {on!r}" in said
-
-
-class Busy:
-    """A Ray whose client port answers in vain so often, by one of its errors."""
-
-    def __init__(self, error, times):
-        self.error, self.times, self.asked = error, times, 0
-
-    def init(self, *, address, **options):
-        self.asked += 1
-        if self.asked <= self.times:
-            raise self.error
-
-
-def test_a_client_port_of_a_busy_node_is_asked_again_and_one_that_is_none_is_not():
-    """Ray gives up on the process that it starts for whoever comes before that has imported it."""
-    busy, wrong = Busy(ConnectionAbortedError("Initialization failure"), 2), Busy(ConnectionError("no such port"), 1)
-    _connect(busy, "ray://head:10001")
-    assert busy.asked == 3
-    with pytest.raises(UsageError, match="no Ray cluster answers: no such port"):
-        _connect(wrong, "ray://head:10001")
-    assert wrong.asked == 1
 
 
 class Nodes:
@@ -232,11 +202,7 @@ def check_spread(on, study, results_of, tmp_path):
     assert [results_of(record) for record in spread.records] == [results_of(record) for record in local.records]
     assert spread.manifest.fingerprint == local.manifest.fingerprint
     assert spread.manifest.tokens == local.manifest.tokens
-    sites = {}
-    for record in spread.records:
-        sites.setdefault(record.replicate, set()).add(record.site)
-    assert all(len(of_one) == 1 for of_one in sites.values())
-    assert set.union(*sites.values()) == {"alpha", "beta", "gamma"}
+    assert sites_of_whole(spread) == {"alpha", "beta", "gamma"}
     for record in spread.records:
         assert (there / spread.manifest.run / record.log).is_file()
 
@@ -254,13 +220,8 @@ def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes,
         driver.communicate(timeout=1800)
     assert driver.returncode == 0
     ended = only_run(runs)
-    assert {record.status for record in ended.records} == {"ok"}
-    assert len(ended.records) == len(ended.manifest.order)
+    sites_of_whole(ended)
     assert before.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
-    sites = {}
-    for record in ended.records:
-        sites.setdefault(record.replicate, set()).add(record.site)
-    assert all(len(of_one) == 1 for of_one in sites.values())
     (notice,) = (notice for notice in ended.manifest.notices if notice.code == "site-lost")
     assert "site gamma was lost" in notice.message
 
@@ -283,8 +244,7 @@ def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes
     name = only_run(runs).manifest.run
     run("--resume", name, "--on", "ray", runs=runs)
     ended = only_run(runs)
-    assert {record.status for record in ended.records} == {"ok"}
-    assert len(ended.records) == len(ended.manifest.order)
+    sites_of_whole(ended)
     assert {record.trial: record.started_unix_s for record in ended.records if record.replicate == 0} == {
         trial: line["started_unix_s"] for trial, line in before.items()
     }
@@ -293,20 +253,10 @@ def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes
 @pytest.mark.selftest
 def test_a_run_that_is_interrupted_ends_what_its_nodes_measure(nodes, study, tmp_path):
     """What was under way is `interrupted`, what never began `not_run`, and no process is left."""
-    check_interrupted("ray", nodes, study, tmp_path)
-
-
-@pytest.mark.selftest
-def test_behind_a_client_port_a_run_that_is_interrupted_ends_as_well(far, study, tmp_path):
-    """The same."""
-    check_interrupted(far.address, far, study, tmp_path)
-
-
-def check_interrupted(on, nodes, study, tmp_path):
     nodes.add("delta", PROOF="ray")
     runs = tmp_path / "runs"
     with subprocess.Popen(
-        command(study(replicates=2, turns=4000), "--on", on, "--sites", "delta", runs=runs),
+        command(study(replicates=2, turns=4000), "--on", "ray", "--sites", "delta", runs=runs),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as driver:  # fmt: skip
         wait_for(lambda: measuring() and lines(runs), driver)
@@ -335,28 +285,16 @@ def test_an_unlike_node_is_refused_by_name(nodes, study, tmp_path):
 
 
 @pytest.mark.selftest
-def test_an_exception_in_an_actor_is_no_pass(nodes, study, tmp_path):
-    """Of a node whose environment names an executor that there is not: it is named, and nothing is measured."""
-    nodes.add("delta", LORAMETER_EXECUTOR="none")
-    done = run(study(), "--on", "ray", runs=tmp_path / "runs", codes=(2,))
-    assert "site delta: executor 'none': not known" in " ".join(done.stderr.split())
-    assert not lines(tmp_path / "runs")
-
-
-@pytest.mark.selftest
 def test_an_ab_has_both_sides_on_each_node(nodes, study, tmp_path):
     """Each puts them up for itself, and the manifest has what is installed on them; a revision is of this machine."""
     runs = tmp_path / "runs"
     words = ("--replicates", "2", "--variant", "small", "--phase", "train", "--on", "ray", "--sites", "alpha,beta")
     run(study(), "--base", sys.executable, "--candidate", sys.executable, *words, runs=runs, word="ab", codes=(0, 3))
     ended = only_run(runs)
-    assert {record.status for record in ended.records} == {"ok"}
-    sites, sides = {}, {}
-    for record in ended.records:
-        sites.setdefault(record.replicate, set()).add(record.site)
-        sides.setdefault(record.replicate, set()).add(record.side)
-    assert sorted(map(sorted, sites.values())) == [["alpha"], ["beta"]]
-    assert all(of_one == {"base", "candidate"} for of_one in sides.values())
+    assert sites_of_whole(ended) == {"alpha", "beta"}
+    assert {(record.replicate, record.side) for record in ended.records} == {
+        (replicate, side) for replicate in range(2) for side in ("base", "candidate")
+    }
     for side in ("base", "candidate"):
         assert ended.manifest.sides[side]["facts"]["packages"]["peft"] == version("peft")
     done = run(

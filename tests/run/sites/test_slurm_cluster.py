@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -174,11 +173,6 @@ def lines(runs):
     return [json.loads(line) for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
 
 
-def job_on(node):
-    """The id of the job that runs there, which is none until it does."""
-    return said("squeue", "-h", "-r", "-t", "running", "-w", node, "-o", "%i").strip()
-
-
 def pending(partition="main"):
     """The id of the job that waits there, which is none until one does."""
     return said("squeue", "-h", "-r", "-p", partition, "-t", "pending", "-o", "%i").strip()
@@ -237,102 +231,6 @@ def test_a_job_that_is_requeued_comes_again_and_measures_what_is_left(study, fin
     assert before.items() <= began(ended).items()
     (lost,) = notices(ended, "site-lost")
     assert "its job was cancelled or preempted" in lost
-    assert len(notices(ended, "site-joined")) == 1
-
-
-def test_a_job_that_slurm_preempts_comes_again_and_measures_what_is_left(study, finished, tmp_path):
-    """Another takes its node, for which it is requeued; it comes when that one has ended, and what had ended stays."""
-    runs = tmp_path / "runs"
-    asked = "slurm:partition=main,nodelist=n1,silent_s=60"
-    with driving(study(replicates=3, turns=12), "--on", asked, runs=runs) as driver:
-        before = wait_for(lambda: finished(runs), driver)
-        urgent = ("--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
-        subprocess.run(["sbatch", *urgent], check=True)
-        name = wait_for(pending, driver)
-        wait_for(lambda: not said("squeue", "-h", "-p", "urgent"), driver)
-        start_now(name)
-        driver.wait(1800)
-    assert driver.returncode == 0, runs.with_name("said").read_text()
-    ended = only_run(runs)
-    assert sites_of_whole(ended) == {"n1"}
-    assert before.items() <= began(ended).items()
-    (lost,) = notices(ended, "site-lost")
-    assert "its job was cancelled or preempted" in lost
-    assert len(notices(ended, "site-joined")) == 1
-
-
-def test_a_job_whose_time_is_over_comes_again_and_measures_what_is_left(study, finished, tmp_path):
-    """SLURM tells it a minute and a half before, submitit has it requeued, and what had ended stays."""
-    runs = tmp_path / "runs"
-    with driving(study(replicates=100), "--on", "slurm:time=90,silent_s=60", runs=runs) as driver:
-        wait_for(lambda: finished(runs), driver)
-        name = said("squeue", "-h", "-t", "running", "-o", "%i").strip()
-        subprocess.run(["scontrol", "update", f"JobId={name}", "EndTime=now+80"], check=True)
-        wait_for(pending, driver)
-        before = finished(runs)
-        start_now(name)
-        subprocess.run(["scontrol", "update", f"JobId={name}", "TimeLimit=90"], check=True)
-        wait_for(lambda: len(finished(runs)) > len(before), driver)
-        driver.send_signal(signal.SIGINT)
-        driver.wait(1800)
-    ended = only_run(runs)
-    assert before.items() <= began(ended).items()
-    whole = {record.trial: record.replicate for record in ended.records if record.trial in finished(runs)}
-    assert set(whole.values()) >= set(range(max(whole.values()) + 1))  # what was lost was measured next
-    (lost,) = notices(ended, "site-lost")
-    assert "its job was told to end" in lost
-    assert len(notices(ended, "site-joined")) == 1
-
-
-def test_an_ab_has_both_sides_on_each_node(study, tmp_path):
-    """Each puts them up for itself, and the manifest has what is installed on them."""
-    runs = tmp_path / "runs"
-    sides = ("--base", sys.executable, "--candidate", sys.executable)
-    words = ("--replicates", "2", "--variant", "small", "--phase", "train", "--on", "slurm:sites=2")
-    run(study(), *sides, *words, runs=runs, word="ab", codes=(0, 3))
-    ended = only_run(runs)
-    assert sites_of_whole(ended) == {"n1", "n2"}
-    for one in {record.replicate for record in ended.records}:
-        assert {record.side for record in ended.records if record.replicate == one} == {"base", "candidate"}
-    for side in ("base", "candidate"):
-        assert ended.manifest.sides[side]["facts"]["packages"]["peft"] == version("peft")
-
-
-def test_an_unlike_node_is_refused_by_name(slurm, study, tmp_path):
-    """Before anything is measured, with what differs: another version of a library is planted on its path."""
-    planted = tmp_path / "planted" / "peft-0.0.1.dist-info"
-    planted.mkdir(parents=True)
-    (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
-    (slurm / "planted").write_text(str(planted.parent))
-    runs = tmp_path / "runs"
-    try:
-        done = run(study(), "--on", "slurm:sites=2", runs=runs, codes=(4,))
-    finally:
-        (slurm / "planted").unlink()
-    there, here = "'0.0.1'", f"'{version('peft')}'"
-    words = [f"site n2 is unlike the first, n1: libraries.peft is {there} there and {here} here"]
-    words += [f"site n1 is unlike the first, n2: libraries.peft is {here} there and {there} here"]  # it came first
-    assert any(one in " ".join(done.stderr.split()) for one in words), done.stderr
-    assert not [path for path in runs.iterdir() if path.name != FOLDER]
-    wait_for(lambda: not said("squeue", "-h"))
-
-
-def test_jobs_that_are_cancelled_make_room_for_one_that_had_not_started(study, tmp_path):
-    """That one was told of, and did not hold up the others."""
-    runs = tmp_path / "runs"
-    asked = "slurm:sites=3,start_minutes=1,silent_s=60"
-    with driving(study(replicates=3, turns=8), "--on", asked, runs=runs) as driver:
-        wait_for(lambda: lines(runs), driver)
-        first, second = job_on("n1"), job_on("n2")
-        assert first.split("_")[0] == second.split("_")[0]  # of one array
-        subprocess.run(["scancel", first, second], check=True)
-        driver.wait(1800)
-    assert driver.returncode == 0, runs.with_name("said").read_text()
-    ended = only_run(runs)
-    sites_of_whole(ended)
-    (late,) = notices(ended, "site-not-started")
-    assert "has not started within 1 min (PENDING (Resources))" in late
-    assert len(notices(ended, "site-lost")) == 2
     assert len(notices(ended, "site-joined")) == 1
 
 

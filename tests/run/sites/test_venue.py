@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
+import collections
 import json
 import os
+import signal
+import threading
 
 import pytest
 
-from harness.run.sites.venue import Venue
+from harness.errors import InvalidRunError
+from harness.records.record import Failure, Fragment
+from harness.run.executors import WorkerLostError
+from tests.run.sites.wholeness import sites_of_whole
 
 
 def sites_of(run):
@@ -31,12 +36,11 @@ def break_off(run, *, keep):
 def test_a_study_says_its_sites_and_a_run_is_gone_on_with_there(placed, run):
     """Without a word on the command line; the manifest holds them."""
     _, first, _ = run("run", placed('sites = ["0", "1"]'), meeting=2)
-    assert sites_of(first) == {"cpus-0", "cpus-1"}
+    assert sites_of_whole(first) == {"cpus-0", "cpus-1"}
     assert first.manifest.study["protocol"]["sites"] == ["0", "1"]
     break_off(first, keep=1)
     _, again, _ = run("run", "--resume", first.manifest.run, meeting=2)
-    assert sites_of(again) == {"cpus-0", "cpus-1"}
-    assert {record.status for record in again.records} == {"ok"}
+    assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
 def test_the_command_line_wins_and_another_place_goes_on(placed, run):
@@ -46,8 +50,7 @@ def test_the_command_line_wins_and_another_place_goes_on(placed, run):
     assert "sites" not in first.manifest.study["protocol"]
     break_off(first, keep=1)
     _, again, _ = run("run", "--resume", first.manifest.run, "--sites", "0,1", meeting=2)
-    assert sites_of(again) == {"cpus-0", "cpus-1"}
-    assert {record.status for record in again.records} == {"ok"}
+    assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
 def test_how_sites_differ_is_said_by_whatever_shows_the_run(placed, run, pretended):
@@ -96,15 +99,6 @@ def test_a_dry_run_plans_for_the_sites_of_the_study(placed, run):
     assert "3 sites and 2 CPUs" in said
 
 
-def test_sites_of_a_cpu_share_its_memory(pretended):
-    """What is free is divided by those who measure at once."""
-    from harness.run.sites.local import local_sites
-
-    grounds = local_sites(("0", "1"), pretended.MACHINE)
-    assert Venue(grounds=grounds).free_bytes == Venue().free_bytes // 2
-    assert not Venue(grounds=grounds[:1]).is_spread
-
-
 def test_both_sides_of_an_ab_stand_on_each_site(placed, run, pretended, two_pythons):
     """Base, control and candidate of a replicate on one, each in the interpreter of its side and on the CPUs of its
     site; the pairs are within a site."""
@@ -112,11 +106,7 @@ def test_both_sides_of_an_ab_stand_on_each_site(placed, run, pretended, two_pyth
     words = ("--sites", "0,1", "--variant", "small", "--phase", "train", "--json")
     code, last, said = run("ab", placed(""), *sides, *words, meeting=2)
     assert code in (0, 3), said
-    assert sites_of(last) == {"cpus-0", "cpus-1"}
-    of_one = {}
-    for record in last.records:
-        of_one.setdefault(record.replicate, set()).add(record.site)
-    assert all(len(sites) == 1 for sites in of_one.values())
+    assert sites_of_whole(last) == {"cpus-0", "cpus-1"}
     started = {one.label: one.host for one in pretended.MADE if hasattr(one, "folder")}
     assert set(started) == {f"{arm}-cpus-{n}" for arm in ("base", "control", "candidate") for n in (0, 1)}
     for label, host in started.items():
@@ -133,9 +123,7 @@ def test_an_ab_is_gone_on_with_on_its_sites(placed, run, two_pythons):
     _, first, _ = run("ab", placed('sites = ["0", "1"]'), *sides, "--phase", "train", meeting=2)
     break_off(first, keep=1)
     _, again, _ = run("ab", "--resume", first.manifest.run, meeting=2)
-    assert sites_of(again) == {"cpus-0", "cpus-1"}
-    assert {record.status for record in again.records} == {"ok"}
-    assert len(again.records) == len(first.records)
+    assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
 def test_a_calibration_takes_sites_of_this_machine_and_no_cluster(placed, run):
@@ -148,10 +136,57 @@ def test_a_calibration_takes_sites_of_this_machine_and_no_cluster(placed, run):
     assert "on = 'slurm': a calibration is of the machine that it is started on" in said
 
 
-def test_commands_of_one_device_measure_on_one(placed, pretended):
-    """Whatever the study says."""
-    from harness.commands.ab import read_study
+@pytest.mark.parametrize(("lost", "code"), [("1", 0), ("01", 4)])
+def test_a_lost_site_loses_the_replicate_under_way_and_no_other(placed, run, pretended, monkeypatch, lost, code):
+    """Another site measures it, and a notice names the reason; without another site the rest is not run."""
 
-    names = ("effort", "replicates", "model", "data", "max_minutes")
-    options = argparse.Namespace(**dict.fromkeys(names), allow_disturbed=False, study=str(placed('sites = ["0", "1"]')))
-    assert read_study(options, "cpu").protocol.place.is_plain
+    def launch(self):
+        if self.label[-1] in lost:
+            raise InvalidRunError("its zygote is gone")
+        return self
+
+    monkeypatch.setattr(pretended.Fake, "launch", launch)
+    ended, last, said = run("run", placed('sites = ["0", "1"]'))
+    assert ended == code, said
+    assert "its zygote is gone" in said
+    if code == 0:
+        assert sites_of_whole(last) == {"cpus-0"}
+        assert [notice.code for notice in last.manifest.notices].count("site-lost") == 1
+    else:
+        assert {record.status for record in last.records} <= {"interrupted", "not_run"}
+
+
+def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, monkeypatch):
+    """They are interrupted and not crashed, although their processes were killed for it; the others are not run."""
+    closed, both = collections.defaultdict(threading.Event), threading.Barrier(2)
+
+    def turn(self, command, trial, timeout_s, **arguments):
+        if command != "turn":
+            return Fragment()
+        if both.wait(30) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert closed[self.label].wait(30)
+        raise WorkerLostError("crashed", Failure(phase="turn", kind="ProcessDied", message="killed"))
+
+    monkeypatch.setattr(pretended.Fake, "ask", turn)
+    monkeypatch.setattr(pretended.Fake, "close", lambda self: closed[self.label].set())
+    code, last, _ = run("run", placed('sites = ["0", "1"]'))
+    assert (code, last.manifest.status) == (4, "interrupted")
+    states = [(record.status, record.site) for record in last.records]
+    assert {site for status, site in states if status == "interrupted"} == {"cpus-0", "cpus-1"}
+    assert {status for status, site in states if not site} == {"not_run"}
+    assert "crashed" not in {status for status, _ in states}
+
+
+def test_a_site_of_two_ranks_is_measured_on(placed, run, pretended):
+    """On the CPUs of both; one with a single share is refused before anything is opened."""
+    study = placed("")
+    study.write_text(study.read_text().replace("[workload]", '[workload]\nranks = 2\nstrategy = "ddp"'))
+    code, last, said = run("run", study, "--sites", "0,1")
+    assert (code, last) == (2, None)
+    assert "has ranks = 2. Write 0+1 for a site, 0+1,2+3 for two" in said
+    assert not any(hasattr(one, "folder") for one in pretended.MADE)
+    code, last, said = run("run", study, "--sites", "0+1")
+    assert {record.status for record in last.records} == {"ok"}, said
+    (started,) = (one for one in pretended.MADE if hasattr(one, "folder"))
+    assert started.host.environment["LORAMETER_CPUS"] == "4,5"
