@@ -18,7 +18,7 @@ from kernels_check.rules import (
     normalise,
     validated_against,
 )
-from kernels_check.trace.arguments import read_facts, template_arguments
+from kernels_check.trace.arguments import read_facts
 
 # Shapes of the names in the notes on kernels: torch 2.13 and bitsandbytes 0.50.2 binaries, published GPU traces.
 NAMES = json.loads((Path(__file__).parent / "trace_names.json").read_text())
@@ -111,13 +111,6 @@ def test_rules_are_stamped_complete_and_unique(load):
     assert {"torch", "bitsandbytes"} <= set(validated_against())
 
 
-def test_kernels_are_known_on_a_gpu_only():
-    """A kernel name cannot be confirmed on a CPU; of the operators, those that run on one are."""
-    assert all(rule.gpu_only for rule in load_rules())
-    assert {rule.name for rule in load_operator_rules() if not rule.gpu_only} >= {"OP-ATT-FLASH-CPU", "OP-BNB-DEQ"}
-    assert all("X" in rule.evidence or rule.gpu_only or rule.name == "OP-COMM" for rule in load_operator_rules())
-
-
 def test_a_rule_with_an_unknown_category_is_refused():
     """A typing error in the data must not lose time silently."""
     known = {"name": "N", "pattern": "p", "meaning": "m", "evidence": "X", "gpu_only": True, "library": None}
@@ -208,26 +201,6 @@ def test_names_tell_the_direction(rule, part, direction):
     assert _facts(_named(rule, part)).direction == direction
 
 
-def test_kernels_for_blackwell_say_whether_they_are_causal():
-    """In a word; the kernel that joins their parts says nothing."""
-    assert _facts(_named("ATT-TRTLLM", "Causal")).causal is True
-    assert _facts(_named("ATT-TRTLLM", "Dense")).causal is False
-    assert _facts(_named("ATT-TRTLLM", "Reduction")).causal is None
-
-
-def test_recorders_of_amd_add_an_ending():
-    """The kernel descriptor's, which hides nothing."""
-    assert normalise("Cijk_Ailk_Bljk_BBS_BH_MT16x16x32.kd") == "Cijk_Ailk_Bljk_BBS_BH_MT16x16x32"
-
-
-def test_flash_attention_3_proves_causality_in_its_forward_only():
-    """The forward mainloop has Is_causal eighth; of the backward only forks differ, so nothing is claimed."""
-    forward = _facts(_named("ATT-FA3", "FlashAttnFwdSm90"))
-    assert (forward.dtype, forward.causal, forward.direction) == ("bfloat16", True, "forward")
-    backward = _facts(_named("ATT-FA3", "FlashAttnBwdSm90"))
-    assert (backward.dtype, backward.causal, backward.direction) == ("bfloat16", None, "backward")
-
-
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
     [
@@ -277,12 +250,3 @@ def test_flash_attention_3_proves_causality_in_its_forward_only():
 def test_names_prove_the_compute_dtype(kernel, dtype):
     """The template's type counts, never a parameter's; cuDNN writes f16 for bfloat16 too, so it proves nothing."""
     assert _facts(kernel).dtype == dtype
-
-
-def test_template_arguments_are_split_at_outer_commas():
-    """Commas inside inner templates and parameter lists separate nothing; a name that was cut has fewer arguments."""
-    assert template_arguments("void a::k<T<1, 2>, f(int, g), {lambda(x, y)#1}, 3>(p, q)", "k") == [
-        "T<1, 2>", "f(int, g)", "{lambda(x, y)#1}", "3",
-    ]  # fmt: skip
-    assert template_arguments("k<1, T<2, 3", "k") == ["1"]
-    assert template_arguments("k2<1>", "k") == []

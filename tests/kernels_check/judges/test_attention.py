@@ -4,7 +4,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels_check.judges.attention import judge_backend
-from kernels_check.observation.attention_calls import AttentionCall
 
 
 def test_fused_accepts_the_flash_of_the_cpu(training):
@@ -12,14 +11,6 @@ def test_fused_accepts_the_flash_of_the_cpu(training):
     check = training().check("attention.backend", "fused")
     assert (check.status, check.observed) == ("active", "flash")
     assert "forward: 2 flash; backward: 2 flash; 2 of 2 attention layers" in check.reason
-
-
-def test_eager_attention_fails_fused(training):
-    """Softmax over scores without any SDPA operator is eager; the loss's log-softmax is not counted."""
-    check = training(attention="eager").check("attention.backend", "fused")
-    assert (check.status, check.observed) == ("fallback", "eager")
-    assert "forward: 2 eager; backward: 2 eager" in check.reason
-    assert "attn_implementation='eager'" in check.reason
 
 
 def test_a_router_softmax_is_not_attention(training):
@@ -47,27 +38,6 @@ def test_eager_reports_the_dtype_of_the_scores_and_its_mask(training):
     assert run.check("attention.mask", "explicit").met
 
 
-def test_math_forced_inside_the_step_is_seen(training):
-    """The model still says sdpa; the reason says where to look."""
-    run = training()
-
-    def step():
-        with sdpa_kernel(SDPBackend.MATH):
-            run.step()
-
-    check = run.check("attention.backend", "flash", step)
-    assert (check.status, check.observed) == ("fallback", "math")
-    assert "forward: 2 math; backward: 2 math" in check.reason
-    assert "sdpa_kernel" in check.reason
-
-
-def test_math_through_attention_dropout_names_the_dropout(training):
-    """Dropout inside attention is what sends the CPU's SDPA to math."""
-    check = training(attention_dropout=0.1).check("attention.backend", "fused")
-    assert check.status == "fallback"
-    assert "attention dropout is on" in check.reason
-
-
 def test_a_mix_is_a_fallback_with_counts(training):
     """One layer on math among flash layers is not flash."""
     run = training()
@@ -82,29 +52,6 @@ def test_a_mix_is_a_fallback_with_counts(training):
     check = run.check("attention.backend", "fused")
     assert (check.status, check.observed) == ("fallback", "flash+math")
     assert "forward: 1 flash, 1 math" in check.reason
-
-
-def test_a_layer_without_known_attention_is_not_overlooked(training):
-    """Fewer calls than layers means that some layer ran something else."""
-    run = training()
-    layer = next(module for name, module in run.model.named_modules() if name.endswith("layers.1.self_attn"))
-    layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
-    check = run.check("attention.backend", "flash")
-    assert check.status == "fallback"
-    assert "1 call of 1 of 2 layers ran no attention that is recognised" in check.reason
-    assert check.reason.endswith("layers.1.self_attn")
-
-
-def test_an_explicit_padding_mask_is_seen(training):
-    """CPU flash takes the mask and stays flash; the reason says that CUDA's would not."""
-    run = training()
-    mask = torch.ones_like(run.inputs["input_ids"])
-    mask[1, 10:] = 0
-    run.inputs["attention_mask"] = mask
-    check = run.check("attention.mask", "causal")
-    assert (check.status, check.observed) == ("fallback", "explicit")
-    assert "CUDA's would refuse" in check.reason
-    assert "CUDA flash would refuse" in run.check("attention.backend", "flash").reason
 
 
 def test_dtype_is_that_of_the_inner_operator_under_autocast(training):
@@ -133,19 +80,3 @@ def test_no_evidence_is_unknown_not_active(seen):
     finding = judge_backend(seen(regions=1), "fused")
     assert finding.against("attention.backend", "fused").status == "unknown"
     assert "compiled" in finding.reason
-
-
-def test_grouped_float32_on_cuda_is_explained(seen, monkeypatch):
-    """The trap of k-bit preparation without autocast: float32 and grouped heads leave only math."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    call = AttentionCall(
-        op="aten::_scaled_dot_product_attention_math",
-        backend="math",
-        direction="forward",
-        dtype="float32",
-        mask=False,
-        grouped=True,
-    )
-    reason = judge_backend(seen(call), "fused").reason
-    assert "dtype float32" in reason
-    assert "grouped key/value heads" in reason

@@ -208,30 +208,6 @@ def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
     assert "1 further blocks take no gradient" in check.reason
 
 
-class Direct(Model):
-    """Its blocks' forward is called directly, as SqueezeBERT does, so that they call no hook."""
-
-    def forward(self, ids):
-        hidden = self.embed(ids)
-        for layer in self.layers:
-            again = layer.way == "all"
-            hidden = checkpoint(layer.forward, hidden, use_reentrant=False) if again else layer.forward(hidden)
-        return self.head(hidden)
-
-
-def test_blocks_whose_forward_is_called_directly_are_seen_by_their_modules(judge):
-    """Where only the head trains nothing is to be recomputed; else it is told by what lies in them."""
-    frozen = Direct("none", "none")
-    frozen.embed.requires_grad_(False)
-    frozen.layers.requires_grad_(False)
-    check = judge(frozen)["checkpointing"]
-    assert (check.status, check.observed) == ("absent", False), check.reason
-    assert "no gradient comes back to the 2 blocks that ran" in check.reason
-    assert judge(Direct("all", "all"))["checkpointing"].met
-    assert judge(Direct("all", "none"))["checkpointing"].status == "fallback"
-    assert judge(Direct("none", "none"))["checkpointing"].status == "absent"
-
-
 def test_a_wrapper_changes_nothing(judge):
     """The blocks are found below it."""
     assert "2 of 2 blocks" in judge(Parallel(Model("all", "all")))["checkpointing"].reason

@@ -3,9 +3,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-import kernels_check
 from kernels_check.judges.optimizer import is_class
 
 ADAMW = ("torch.optim.adamw.AdamW", "torch.optim.adam.Adam", "torch.optim.optimizer.Optimizer", "builtins.object")
@@ -38,13 +36,6 @@ def test_the_observed_class_is_its_full_path(training):
     assert run.check("optimizer.class", "torch.optim.AdamW").status == "fallback"
 
 
-def test_fused_requested_but_not_built_is_caught(training):
-    """The default of a CPU is a loop."""
-    check = training().check("optimizer.fused", True)
-    assert (check.status, check.observed) == ("fallback", "loop")
-    assert "fused=None" in check.reason
-
-
 @pytest.mark.parametrize("kind", ["fused", "foreach"])
 def test_the_implementation_is_told_from_its_operators(training, kind):
     """One fused operator, or lists of elementwise ones."""
@@ -70,15 +61,6 @@ def test_a_bitsandbytes_optimizer_has_no_fused_switch(training):
     run = training(make_optimizer=lambda parameters: bnb.optim.AdamW8bit(parameters, lr=1e-3))
     check = run.check("optimizer.fused", True)
     assert (check.status, check.observed) == ("not_applicable", "bitsandbytes")
-
-
-def test_a_paged_optimizer_pages_nothing_on_a_cpu(training):
-    """The flag says paged; the bytes say zero."""
-    run = training(make_optimizer=lambda parameters: bnb.optim.PagedAdamW32bit(parameters, lr=1e-3))
-    check = run.check("optimizer.paged_share", 0.5)
-    assert (check.status, check.observed) == ("absent", 0.0)
-    assert "Paged optimizers are not supported on CPU" in check.reason
-    assert run.optimizer.is_paged is True
 
 
 def test_paged_bytes_are_counted_tensor_by_tensor(training):
@@ -109,59 +91,6 @@ def test_no_optimizer_is_absent(training):
     assert check.status == "unknown"
     assert "no torch.optim.Optimizer stepped in 8 calls" in check.reason
     assert "current_gradient_accumulation_steps" in check.reason
-
-
-def _beside(run, own):
-    """A step of the run, as far as it trains its own model, and one of another model's AdamW."""
-    other = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(other.parameters(), fused=True)
-
-    def step():
-        run.step() if own else run.gradients()
-        other(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-
-    return step
-
-
-def test_the_optimizer_of_another_model_is_none_of_this_one(training):
-    """Neither by its class nor by what it writes."""
-    run = training(quant=None, make_optimizer=lambda given: torch.optim.SGD(given, lr=1e-3))
-    checks = {check.path: check for check in run.verify({"optimizer.class": "torch.optim.SGD"}, _beside(run, own=True))}
-    assert (checks["optimizer.class"].met, checks["optimizer.class"].observed) == (True, "torch.optim.sgd.SGD")
-    assert checks["optimizer.fused"].reason.startswith("0 of 8 parameters updated by fused kernels; 8 aten::add_ in")
-
-
-def test_where_no_other_optimizer_steps_nothing_is_known_of_the_update(training):
-    """It may hold a copy of master weights, or be another model's: no proof, and not said to be none."""
-    run = training(quant=None)
-    required = {"optimizer.class": "torch.optim.AdamW", "optimizer.fused": True, "optimizer.paged_share": 0.0}
-    checks = {check.path: check for check in run.verify(required, _beside(run, own=False))}
-    for path in required:
-        assert checks[path].status == "unknown"
-        assert checks[path].reason.startswith("torch.optim.adamw.AdamW stepped and holds no parameter of the model")
-    assert checks["lora.learning"].observed is False
-    assert "8 of 8 parameters not given to the optimizer" in checks["lora.learning"].reason
-    watched = kernels_check.watch(run.model, required, instrument=run.instrument)
-    with watched:
-        _beside(run, own=False)()
-    checks = {check.path: check for check in watched.checks}
-    assert {checks[path].status for path in required} == {"unknown"}
-    assert "; so far: torch.optim.adamw.AdamW stepped and holds no" in checks["optimizer.class"].reason
-
-
-def _split(parameters, **second):
-    values = list(parameters)
-    return torch.optim.AdamW([{"params": values[:3], "fused": True}, {"params": values[3:], **second}], lr=1e-3)
-
-
-def test_a_fused_group_beside_one_that_is_not_is_caught(training):
-    """The parameters are counted, and the group is named."""
-    check = training(make_optimizer=lambda given: _split(given, fused=False)).check("optimizer.fused", True)
-    assert (check.status, check.observed) == ("fallback", "fused+loop")
-    assert "3 of 8 parameters updated by fused kernels" in check.reason
-    assert "not by fused kernels: group 1 of AdamW" in check.reason
-    assert training(make_optimizer=lambda given: _split(given, fused=True)).check("optimizer.fused", True).met
 
 
 def test_each_of_two_optimizers_counts(training):
@@ -255,21 +184,6 @@ def test_an_update_that_nobody_announces_is_unknown(training):
         assert "8 parameters changed" in check.reason
 
 
-def test_a_step_without_gradients_updates_nothing(training):
-    """Then no operator tells how it would."""
-    run = training(quant=None)
-
-    def step():
-        with torch.no_grad():
-            run.model(**run.inputs)
-        run.optimizer.zero_grad()
-        run.optimizer.step()
-
-    check = run.check("optimizer.fused", False, step)
-    assert (check.status, check.observed) == ("unknown", None)
-    assert "no parameter had a gradient" in check.reason
-
-
 def test_an_update_by_kernels_of_a_library_is_unknown(training):
     """An optimizer that writes in a way that no operator shows."""
 
@@ -285,21 +199,3 @@ def test_an_update_by_kernels_of_a_library_is_unknown(training):
     check = run.check("optimizer.fused", False)
     assert (check.status, check.observed) == ("unknown", None)
     assert "Foreign wrote no parameter by an operator" in check.reason
-
-
-def test_a_dispatch_mode_of_the_program_is_named_where_it_hides_the_update(training):
-    """The spy sees below it; a profile does not, and says why."""
-    run = training(quant=None)
-
-    def step():
-        with FlopCounterMode(display=False):
-            run.step()
-
-    check = run.check("optimizer.fused", False, step)
-    if run.instrument == "spy":
-        assert check.met
-    else:
-        assert (check.status, check.observed) == ("unknown", None)
-        assert "a dispatch mode of the program, as one that counts FLOPs, was active" in check.reason
-        assert "wrote no parameter by an operator" not in check.reason
-    assert run.check("optimizer.fused", False).met

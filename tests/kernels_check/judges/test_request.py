@@ -100,37 +100,6 @@ def test_a_real_request_is_watched(training, instrument, attention, observed):
     assert (check.status, check.observed) == ("fallback", observed)
 
 
-def test_what_the_spy_cannot_see_is_left_to_a_profile(training, monkeypatch):
-    """On a card a library without operators of its own; a check that is not there is no failure."""
-    run = training(quant=None)
-    assert kernels_check.watch_request(run.model, lambda: None, "fused", instrument="spy").status == "unknown"
-    monkeypatch.setattr("kernels_check.observation.spy.is_on_cuda", lambda model: True)
-    assert kernels_check.watch_request(run.model, lambda: None, "fused", instrument="spy") is None
-
-
-def test_a_profile_without_a_kernel_of_the_card_is_tried_once_more(training, monkeypatch):
-    """It may have begun on the heels of another; what the second has is taken."""
-    run = training(quant=None)
-    empty = StepProfile(attention=(), fourbit=(), kernels={}, unclassified={})
-    found = [empty, dataclasses.replace(empty, kernels={"ATT-CUDNN": 2})]
-    monkeypatch.setattr(serving, "profiled", lambda request: found.pop(0))
-    assert kernels_check.watch_request(run.model, lambda: None, "fused").status == "unknown"
-    assert len(found) == 1
-    found.insert(0, empty)
-    monkeypatch.setattr("kernels_check.observation.instruments.is_on_cuda", lambda model: True)
-    assert kernels_check.watch_request(run.model, lambda: None, "fused").met
-    assert not found
-
-
-def test_a_request_with_a_profiler_of_its_own_is_not_judged(training, monkeypatch):
-    """It ends ours, which then has nothing to tell; one around it is left alone, and the spy looks on."""
-    run = training(quant=None)
-    monkeypatch.setattr(serving, "profiled", lambda request: None)
-    assert kernels_check.watch_request(run.model, lambda: None) is None
-    monkeypatch.setattr(serving, "is_recording", lambda: True)
-    assert kernels_check.watch_request(run.model, lambda: None).status == "unknown"
-
-
 @pytest.mark.parametrize("given", [{"required": "flsh"}, {"required": 1}, {"instrument": "eyes"}])
 def test_what_nobody_can_judge_is_refused(training, given):
     """Before anything is asked."""

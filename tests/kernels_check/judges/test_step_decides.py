@@ -161,38 +161,6 @@ def test_breaks_and_refusals_are_told_beside_the_blocks(seen, regions, lookups, 
     assert words.replace("2 look-ups", "2 compiler cache look-ups") in judged.reason
 
 
-@pytest.mark.parametrize("judge", [execution.judge_compile, execution.judge_compiled_share])
-def test_a_step_that_compiles_anew_in_each_call_is_unknown(seen, judge):
-    """Nothing was hooked beside it, so that no block can be told from a helper."""
-    judged = judge(seen(model=Stack(), modules=Calls(), entered=(None,), lookups=1), True)
-    assert judged.status == "unknown"
-    assert "compiles anew" in judged.reason
-
-
-def test_why_a_part_ran_eagerly_is_said(seen):
-    """A refused recompilation, as far as there is one."""
-    watched = seen(model=Stack(), modules=log("", ZERO, *parts(ONE), "head"), entered=(1,), lookups=2)
-    assert "ran eagerly, because" not in execution.judge_compile(watched, True).reason
-    watched = dataclasses.replace(watched, compilations=REFUSED)
-    assert "part of the code ran eagerly, because" in execution.judge_compile(watched, True).reason
-
-
-def test_of_a_step_without_a_compiler_nothing_is_said_of_one(seen):
-    """Neither breaks nor recompiles where nothing was ever compiled."""
-    assert execution.judge_compile(seen(), None).reason == "0 compiled regions entered, 0 compiler cache look-ups"
-
-
-def test_modes_are_named_where_something_was_asked(seen):
-    """The odd ones with the remedy; without a requirement, without a remedy."""
-    mixed = seen(modes={"": True, "a": False, "b": False})
-    asked = execution.judge_mode(mixed, "train")
-    assert (asked.observed, "not in train mode: a, b" in asked.reason) == ("mixed", True)
-    assert "model.train()" in asked.reason
-    assert "not in eval mode: the model itself" in execution.judge_mode(mixed, None).reason
-    assert "call model" not in execution.judge_mode(mixed, None).reason
-    assert "call model" not in execution.judge_mode(seen(), "train").reason
-
-
 @pytest.mark.parametrize(
     ("called", "again", "status", "observed", "share", "words"),
     [
@@ -222,20 +190,6 @@ def test_checkpointing_is_told_by_blocks(seen, called, again, status, observed, 
     assert execution.judge_checkpointed_layers(watched, 0.5).observed == share
 
 
-def test_blocks_without_a_gradient_are_not_counted(seen):
-    """Nothing is kept for them, so that there is nothing to recompute; without any other it is none at all."""
-    calls = log(*BOTH, again=parts(ONE))
-    only = frozenset(number for number in calls.differentiable if ZERO not in calls.all[number].name)
-    judged = execution.judge_checkpointing(
-        seen(model=Stack(), modules=dataclasses.replace(calls, differentiable=only)), True
-    )
-    assert judged.observed is True
-    assert "1 of 1 blocks" in judged.reason
-    assert "1 further blocks take no gradient" in judged.reason
-    nothing = seen(model=Stack(), modules=dataclasses.replace(log(*BOTH), differentiable=frozenset()))
-    assert "nothing is to be recomputed" in execution.judge_checkpointing(nothing, True).reason
-
-
 FIRST = but(FLASH, region=1)
 AGAIN = but(FIRST, recomputed=True)
 
@@ -259,22 +213,6 @@ def test_in_compiled_code_checkpointing_is_told_by_attention(seen, attention, fl
     assert judged.against("checkpointing", True).status == status, judged.reason
     assert words in judged.reason
     assert execution.judge_checkpointed_layers(watched, 0.5).observed == share
-
-
-def test_a_flag_that_does_nothing_is_named_with_the_mode(seen):
-    """In train mode as in eval mode; not where nothing, or the opposite, was required."""
-
-    def judge(required=True, again=(), modes=None):
-        model = Stack()
-        model.is_activation_checkpointing = True
-        watched = seen(model=model, modules=log(*BOTH, again=again), modes=modes or {"": True})
-        return execution.judge_checkpointing(watched, required).against("checkpointing", required)
-
-    assert "recomputes in train mode" in judge().reason
-    sleeping = judge(modes={"": False})
-    assert (sleeping.status, "recomputes in eval mode" in sleeping.reason) == ("fallback", True)
-    assert judge(required=False).status == "active"
-    assert judge(again=parts(ZERO, ONE)).status == "active"
 
 
 PLAIN = {"optimizer": "AdamW", "index": 0, "has_fused": True, "built_with": False}
@@ -341,22 +279,6 @@ def test_fused_is_told_by_parameters(seen, writes, groups, required, status, wor
     assert absent not in check.reason
 
 
-def test_an_update_without_operators_may_be_compiled(seen):
-    """Compiled code was entered, so that is the likely cause."""
-    watched = seen(updated=(group(1),), optimizers=(ADAMW,), entered=(None,))
-    judged = optimizer.judge_fused(watched, False)
-    assert (judged.status, "may be compiled" in judged.reason) == ("unknown", True)
-
-
-def test_parameters_that_moved_without_an_optimizer_are_unknown(seen):
-    """Something else than a torch.optim.Optimizer updated them; where nothing moved there was none."""
-    watched = seen(changed=frozenset({"layers.0.first.weight"}))
-    for judge in (optimizer.judge_class, optimizer.judge_fused, optimizer.judge_paged_share):
-        judged = judge(watched, None)
-        assert judged.status == "unknown"
-        assert "1 parameter changed" in judged.reason
-
-
 @pytest.mark.parametrize(
     ("paged", "claims", "on_cpu", "required", "status", "words"),
     [
@@ -376,110 +298,3 @@ def test_paging_is_told_by_bytes(seen, paged, claims, on_cpu, required, status, 
     assert check.against("optimizer.paged_share", required).status == status
     for explanation in ("never paged", "not supported on CPU"):
         assert (explanation in check.reason) is (explanation == words)
-
-
-def test_without_an_optimizer_nothing_is_judged_of_it(seen):
-    """Absent on each of its paths."""
-    for judged in (optimizer.judge_fused(seen(), True), optimizer.judge_paged_share(seen(), 0.5)):
-        assert judged.against("optimizer.fused", True).status == "absent"
-        assert "no torch.optim.Optimizer stepped" in judged.reason
-
-
-def test_what_is_recomputed_is_not_named_where_nothing_is_missing(seen):
-    """Blocks that lack it are named where others have it, and modules where not all of a block ran again."""
-    for again, words in (([], "0 of 2 blocks computed again"), (parts(ZERO, ONE), "2 of 2 blocks computed again")):
-        judged = execution.judge_checkpointing(seen(model=Stack(), modules=log(*BOTH, again=again)), None)
-        assert judged.reason == f"{words} in the backward pass"
-    half = seen(model=Stack(), modules=log(*BOTH, again=[*parts(ZERO), f"{ONE}.second"]))
-    reason = execution.judge_checkpointing(half, None).reason
-    assert reason == "2 of 2 blocks computed again in the backward pass; called again: 1 of 2 modules of layers.1"
-
-
-@pytest.mark.parametrize(("again", "status"), [((), "absent"), ((ZERO,), "fallback"), ((ZERO, ONE), "active")])
-def test_a_share_of_nothing_is_absent(seen, again, status):
-    """Some recomputation, less than is required, is there all the same."""
-    watched = seen(model=Stack(), modules=log(*BOTH, again=parts(*again)))
-    judged = execution.judge_checkpointed_layers(watched, 1.0)
-    assert judged.against("checkpointing.layers", 1.0).status == status
-
-
-@pytest.mark.parametrize("attention", [[FIRST, but(AGAIN, direction="backward")], [FIRST, FLASH], [FIRST]])
-def test_only_forward_calls_in_compiled_code_tell_of_its_recomputation(seen, attention):
-    """The backward of attention is no second forward, nor is attention that ran eagerly beside it."""
-    watched = seen(*attention, model=Stack(), modules=log(""), entered=(0,), gradients=GRADIENTS)
-    judged = execution.judge_checkpointing(watched, True)
-    assert judged.observed is False
-    assert judged.reason.endswith("told by its attention: 1 forward calls for 1 layers")
-
-
-@pytest.mark.parametrize(
-    ("called", "entered", "status"),
-    [
-        (BOTH, (), "absent"),
-        (["", ZERO, *parts(ONE), "head"], (1,), "fallback"),
-        (["", ZERO, ONE, "head"], (1, 2), "active"),
-    ],
-)
-def test_a_compiled_share_of_nothing_is_absent(seen, called, entered, status):
-    """Less than is required is there all the same."""
-    watched = seen(model=Stack(), modules=log(*called), entered=entered)
-    judged = execution.judge_compiled_share(watched, 1.0)
-    assert judged.against("compile.share", 1.0).status == status
-
-
-def test_a_share_says_why_blocks_ran_eagerly_where_some_did(seen):
-    """A refusal of something else is none of theirs, and one entry for each look-up is none at all."""
-
-    def reason(called, entered, lookups):
-        more = {"entered": entered, "lookups": lookups, "compilations": REFUSED}
-        return execution.judge_compiled_share(seen(model=Stack(), modules=log(*called), **more), 1.0).reason
-
-    half, whole = ["", ZERO, *parts(ONE), "head"], ["", ZERO, ONE, "head"]
-    words = "part of the code ran eagerly, because"
-    assert words in reason(half, (1,), 2)
-    assert words not in reason(half, (1,), 1)
-    assert words not in reason(whole, (1, 2), 3)
-
-
-@pytest.mark.parametrize(
-    ("called", "entered", "words"),
-    [
-        (["", ZERO, ONE, "head"], (1, 2), "2 of 2 blocks ran in compiled code"),
-        (BOTH, (None,), "0 of 2 blocks ran in compiled code; 1 regions outside of its blocks, as of a loss"),
-        (
-            ["", ZERO, ONE, "head"],
-            (1, 2, None),
-            "2 of 2 blocks ran in compiled code; 1 regions outside of its blocks",
-        ),
-        (
-            ["", *parts(ZERO), *parts(ONE), "head"],
-            (2, 5, None),
-            "0 of 2 blocks ran in compiled code; eager in part: layers.0, layers.1; 1 regions outside of its blocks",
-        ),
-        (
-            ["", *parts(ZERO), *parts(ONE), "head"],
-            (2,),
-            "0 of 2 blocks ran in compiled code; eager in part: layers.0; eager: layers.1",
-        ),
-    ],
-)
-def test_eager_blocks_are_named_beside_those_that_are_compiled(seen, called, entered, words):
-    """In whole or in part, and not where there are none; regions beside them may be pieces of what holds the blocks."""
-    judged = execution.judge_compiled_share(seen(model=Stack(), modules=log(*called), entered=entered), None)
-    assert judged.reason == f"{len(entered)} compiled regions entered, 0 compiler cache look-ups; {words}"
-
-
-@pytest.mark.parametrize(
-    ("writes", "named"),
-    [
-        ([wrote(FUSED, 1), wrote(LOOP, 2)], "; not by fused kernels: group 1 of AdamW"),
-        ([wrote(FUSED, 1), wrote(FUSED, 2)], None),
-        ([wrote(LOOP, 1), wrote(LOOP, 2)], None),
-    ],
-)
-def test_groups_are_named_where_some_are_fused_and_some_are_not(seen, writes, named):
-    """Those that are not, and none where all are alike."""
-    watched = seen(writes=tuple(writes), updated=(group(1), group(2, index=1)), optimizers=(ADAMW,))
-    reason = optimizer.judge_fused(watched, None).reason
-    assert ("not by fused kernels" in reason) is (named is not None)
-    assert named is None or reason.endswith(named)
