@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from harness.cli import main, parser
+from harness.cli import parser
 from harness.records import codec, store
 from harness.records.document import write_document
 from harness.report.again import how_to_repeat
@@ -38,33 +37,6 @@ def test_the_line_of_every_run_is_a_command(path):
         assert "does not say by which words" in how_to_repeat(run)
     else:
         assert typed(run).command.__name__ == "run_study"
-
-
-def test_what_the_command_line_gave_is_given_again(write_run):
-    """Model, data and limits that are not the study's own; what a profile replaces is the profile's."""
-    study = load_study("lora-or-qlora").with_overrides(
-        model="random:smollm2-135m", data="mine.jsonl", precision=0.02, max_minutes=7.5, allow_disturbed=True
-    )
-    path = write_run("given", {"lora-r16": [1.0, 1.1]}, study=study)
-    options = typed(store.read_run("given", path.parent))
-    assert (options.study, options.model, options.data) == ("lora-or-qlora", "random:smollm2-135m", "mine.jsonl")
-    assert (options.precision, options.max_minutes, options.allow_disturbed) == (0.02, 7.5, True)
-    assert options.replicates == study.protocol.replicates
-    profiled = load_study("lora-or-qlora", profile="card")
-    path = write_run("profiled", {"lora-r16": [1.0, 1.1]}, study=profiled)
-    options = typed(store.read_run("profiled", path.parent))
-    assert (options.profile, options.model, options.data, options.max_minutes) == ("card", None, None, None)
-
-
-def test_the_place_is_given_again(write_run):
-    """As the options have it; on a machine without a word there is none."""
-    study = load_study("lora-or-qlora").with_overrides(on="ray", sites="n1,n2", mixed=True)
-    path = write_run("placed", {"lora-r16": [1.0, 1.1]}, study=study)
-    options = typed(store.read_run("placed", path.parent))
-    assert (options.on, options.sites, options.mixed) == ("ray", "n1,n2", True)
-    path = write_run("plain", {"lora-r16": [1.0, 1.1]}, study=load_study("lora-or-qlora"))
-    options = typed(store.read_run("plain", path.parent))
-    assert (options.on, options.sites, options.mixed) == (None, None, False)
 
 
 def side(kind, spec, *, commit=None, rows=0):
@@ -107,29 +79,6 @@ def test_commands_are_repeated_as_commands(ab):
     assert (one.study, one.script, one.base, one.candidate) == (None, "python train.py", "trl==1.0", "trl==1.1")
     for options in (one, two):
         assert (options.cwd, options.steps) == ("work", 12)
-
-
-def test_the_page_of_an_ab_ends_with_how_to_repeat_it(ab, tmp_path, capsys):
-    """As that of any other run."""
-    run = ab(
-        side("requirements", "peft==0.20.0"), side("requirements", "peft==0.21.2"), study=load_study("training-step")
-    )
-    page = tmp_path / "page.html"
-    assert main(["report", str(run.path), "--html", str(page), "--json"]) in (0, 1, 3, 4)
-    json.loads(capsys.readouterr().out)
-    assert "lorameter ab training-step --base peft==0.20.0" in page.read_text(encoding="utf-8").replace("&#x27;", "")
-
-
-def test_versions_are_those_that_scripts_tell(write_run):
-    """Of what their processes had in one version; where they had several no line could bring them all."""
-
-    def tell(record):
-        return record.replaced(software={"python": "3.12.1", "torch": "3.0", "peft": f"1.{record.replicate}"})
-
-    path = write_run("one", {"plain": [1.0, 1.1]}, change=tell, facts={"libraries": {"torch": "1.0", "peft": "0.1"}})
-    python, install, *_ = how_to_repeat(store.read_run("one", path.parent)).splitlines()
-    assert python.startswith("# Python 3.12.1;")
-    assert install == "pip install torch==3.0"
 
 
 @pytest.mark.parametrize("sided", [False, True])

@@ -66,17 +66,6 @@ def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
     opened.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_it_shuts_nobody_out(browser, file, width, scheme):
-    """Axe finds nothing. Of long tables it sees the first rows: the others are of the same kind, and its time for
-    colours grows by the square."""
-    opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    opened.goto(file.as_uri())
-    found = axe.Axe().run(opened, context={"exclude": [["tbody tr:nth-child(n+6)"]]})
-    assert found.violations_count == 0, found.generate_report()
-    opened.close()
-
-
 def test_it_is_complete_without_scripts(browser, file):
     """The same words and pictures, and no control that would do nothing."""
     both = []
@@ -109,16 +98,6 @@ def test_a_column_sorts_by_its_numbers_and_back(page):
     assert table.locator("tbody tr").all_inner_texts() == written
 
 
-def test_sorting_works_by_keyboard_and_says_so(page):
-    """A button in the tab order; the column tells its order to who listens."""
-    head = page.locator("table.sortable").first.locator("thead th").first
-    head.locator("button").focus()
-    page.keyboard.press("Enter")
-    assert head.get_attribute("aria-sort") == "ascending"
-    page.keyboard.press("Space")
-    assert head.get_attribute("aria-sort") == "descending"
-
-
 def test_a_variant_is_hidden_everywhere_and_shown_again(page):
     """In tables and in pictures at once."""
     box = page.locator("fieldset label").nth(1)
@@ -140,25 +119,6 @@ def test_evidence_opens_by_click_and_by_keyboard(page):
     entry.locator("summary").focus()
     page.keyboard.press("Enter")
     assert not entry.locator("p").first.is_visible()
-
-
-def test_a_long_table_is_filtered(page):
-    """By any word of a row."""
-    page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
-    table = page.locator("table.sortable").filter(has=page.locator("tbody tr:nth-child(9)")).first
-    word = table.locator("tbody tr").nth(3).locator("th").inner_text().split()[0]
-    page.get_by_label("Filter rows").first.fill(word)
-    shown = table.locator("tbody tr:visible").all_inner_texts()
-    assert shown
-    assert all(word in row for row in shown)
-    assert len(shown) < table.locator("tbody tr").count()
-
-
-def test_marks_tell_their_numbers_when_pointed_at(page):
-    """The title of a group is what a browser shows beside the pointer."""
-    told = page.locator("figure svg g.s > title").first.text_content()
-    assert "[" in told
-    assert "]" in told
 
 
 def test_paper_has_all_of_it_and_no_controls(page):

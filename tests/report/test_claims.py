@@ -1,20 +1,13 @@
 """What `lorameter claims` prints, in text and as JSON, and its exit codes."""
 
 import dataclasses
-import io
 import json
 
 import pytest
 
 from harness.cli import main
-from harness.records import store
-from harness.report.claims import describe_claims
-from harness.report.terminal import console_for, show
 from harness.studies.claim import Claim, Part
-from harness.studies.engine import Engine
-from harness.studies.study_file import builtin_studies, load_study
 from harness.studies.variant import Variant
-from harness.verdicts.claims import judge_claims
 
 STEPS = {"plain": [1.0, 1.1, 0.9, 1.2], "r8": [1.0, 1.14, 0.93, 1.2]}
 
@@ -125,54 +118,3 @@ def test_a_study_without_claims_is_a_usage_error(claims, small_study):
     code, text = claims("--json", study=small_study, steps={"plain": [1.0, 1.1], "nf4": [1.0, 1.1]})
     assert code == 2
     assert "claims nothing. Add [[claim]]" in text
-
-
-def test_an_unfinished_run_says_how_much_there_is(claims):
-    """A run that is still going on is judged, and its state is told."""
-    code, text = claims(status="running")
-    assert code == 0
-    assert "the run is 'running', so this is what it holds so far" in text
-
-
-def test_the_length_of_answers_is_told(write_run, study, tmp_path):
-    """Below the table: how much of the spread of natural requests is their length."""
-
-    def answered(record):
-        tokens = tuple(5.0 + index + 3 * (record.name == "r8") for index in range(4))
-        times = tuple(0.02 * count for count in tokens)
-        return record.replaced(samples=record.samples | {"natural_tokens": tokens, "natural_request_time_s": times})
-
-    run = store.read_run(str(write_run("mine", STEPS, study=study, change=answered)), tmp_path)
-    out = io.StringIO()
-    show(describe_claims(judge_claims(run)), console_for(out))
-    assert "the number of tokens explains 100.000 [100.000, 100.000] % of the variance" in out.getvalue()
-
-
-def test_a_verdict_on_an_engine_can_be_shown(claims, study):
-    """Machine, versions, what was seen of it, and the page, below the promise and its verdict."""
-    promise = Part(rule="faster", axis="engine", metric="step_time_s", by=0.2)
-    engine = Engine(title="the compiler", variant="r8", proof={"compile": True})
-    one = Claim(id="speed", says="20 % faster", parts=(promise,), source="https://example.org, read 2026-11-26")
-
-    def watched(record):
-        check = {"path": "compile", "required": None, "observed": record.name == "r8", "status": "active", "reason": ""}
-        return record.replaced(checks=(check,))
-
-    asked = dataclasses.replace(study, claims=(one,), engine=engine)
-    code, text = claims(study=asked, steps={"plain": [1.3] * 3, "r8": [1.0] * 3}, change=watched)
-    flat = " ".join(text.replace("│", " ").split())
-    for words in (
-        "speed, r8 / plain", "supported", "more than 20 % faster", "Machine and versions", "compile: active (yes in r8",
-        "speed: https://example.org, read 2026-11-26", "thread a process)",
-    ):  # fmt: skip
-        assert words in flat
-    assert code == 0
-
-
-def test_claims_of_built_in_studies_load():
-    """Each names levels and axes that its study sweeps; the study of LoRA's parameters has twelve, by number."""
-    ids = {name: [claim.id for claim in load_study(name).claims] for name in builtin_studies()}
-    assert {one.split()[0] for one in ids["llama2-lora-parameters"]} == {str(number) for number in range(1, 13)}
-    for name in builtin_studies():
-        for device in ("cpu", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"):
-            assert load_study(name, device=device).claims == load_study(name).claims

@@ -50,25 +50,3 @@ def test_the_range_is_said_with_what_supports_it(said):
         assert (f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks of GPUs lie within it" in text) is on_card
         assert (f"missed {MEASURED_ON} by {span(MEASURED_ERRORS)}" in text) is not on_card
         assert ("Assumed, and measured on no card: the driver keeps 2 % of the card" in text) is on_card
-
-
-def test_what_to_change_first_is_said_in_a_line(said):
-    """One, several, none or not enough; what is refused stands with its reason."""
-    assert "Nothing has to be changed." in said["fit"]
-    assert "Change first: gradient_checkpointing = true. It fits with that alone." in said["fit that is none"]
-    assert "left out, quantization = \"nf4\": variant 'v': init_lora_weights" in said["fit that is none"]
-    assert "All of them together are not enough" in said["fit of nothing"]
-    assert "batch_size is written in [workload]" in said["fit"]
-    assert "batch_size is written" not in said["fit here"]
-
-
-def test_the_most_that_fits_is_said_with_what_bounds_it(said):
-    """A sequence is one, and the model's context ends a length."""
-    assert "batch_size: none, for not even 1 sequence of 1024 tokens would fit." in said["fit of nothing"]
-    assert "sequence_length: none, for not even 6 sequences of 8 tokens would fit." in said["fit of nothing"]
-    assert "batch_size = 10: 10 sequences of 1024 tokens." in said["fit"]
-
-
-def test_a_profile_that_the_device_takes_is_named(said):
-    """What is estimated is what a run there would measure."""
-    assert "The study's profile 'h100' is taken" in said["fit"]

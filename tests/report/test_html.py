@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
-import shutil
-import struct
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.records import store
 from harness.report.curves import Axis, Curve, Curves
 from harness.report.figure import Bar, Bars, Front, Intervals, Mark, Part, Samples, Spot, Stretch
 from harness.report.figures import figures_of_run
-from harness.report.front import TwoMeasures
 from harness.report.html.page import write_html
-from harness.report.html.pictures import MOST_DOTS, draw
-from harness.report.html.raster import COLOURS
-from harness.report.html.scale import TICKS, scale_for
-from harness.report.html.svg import WIDTH
+from harness.report.html.pictures import draw
 from harness.report.run import describe_run
 from harness.report.table import Table, name_columns, say, write_row
 from harness.report.view import Asked, view_of
@@ -36,7 +24,6 @@ from harness.report.view import Asked, view_of
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file())
 HOSTILE = "</title><script>alert(1)</script>&\"'\x1b[31m\u202ex"
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Page(HTMLParser):
@@ -104,15 +91,6 @@ def test_the_policy_allows_the_page_and_nothing_else(committed):
     assert not re.search("unsafe|http", policy)
 
 
-def test_links_lead_somewhere_and_ids_are_of_one(committed):
-    """The list of figures at the top can be followed."""
-    page = Page(committed[3])
-    assert len(page.ids) == len(set(page.ids))
-    links = [value[1:] for tag, name, value in page.attributes if tag == "a" and name == "href"]
-    assert links
-    assert set(links) <= set(page.ids)
-
-
 def test_a_committed_run_fits_into_half_a_megabyte(committed):
     """It is sent by mail and kept on a branch."""
     assert len(committed[3].encode()) < 500_000
@@ -140,23 +118,6 @@ def test_texts_from_outside_are_texts():
 # --- its figures ------------------------------------------------------------------------------------------------------
 
 
-def test_a_figure_of_each_kind_is_there(committed):
-    """The study that began the project, and the default one: ratios, losses, memory, cost, samples, checks."""
-    titles = [figure.title for figure in committed[2]]
-    for word in ("ratios to", "Losses", "Memory", "Loss against cost", "Every step", "Checks"):
-        assert any(word in title for title in titles), (word, titles)
-
-
-def test_the_numbers_of_ratios_are_those_of_the_report(committed):
-    """No figure computes a verdict or a ratio of its own."""
-    shown = {(row.name, row.ratio.ratio, row.ratio.low, row.ratio.high)
-             for table in committed[1].tables for row in table.rows if row.ratio is not None}  # fmt: skip
-    ratios = [figure.drawing for figure in committed[2] if isinstance(figure.drawing, Intervals)]
-    drawn = {(mark.name, mark.value, mark.low, mark.high) for drawing in ratios for mark in drawing.marks}
-    assert drawn
-    assert drawn <= shown
-
-
 def test_every_picture_has_its_numbers_in_a_table(committed):
     """A row for each thing that is drawn."""
     for figure in committed[2]:
@@ -172,33 +133,6 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
             assert [row.cells[0].text for row in table.rows] == [spot.name for spot in drawing.spots]
         elif isinstance(drawing, Curves):
             assert {row.cells[0].text for row in table.rows} == {curve.name for curve in drawing.curves}
-
-
-def test_losses_are_those_of_the_charts():
-    """One curve of a variant wherever it is drawn: the median of the replicates."""
-    runs = ROOT / "tests" / "golden" / "runs"
-    run = store.read_run("swept", runs)
-    view = view_of(run)
-    (losses,) = [one.drawing for one in figures_of_run(run, view) if one.title == "Losses of all variants"]
-    charts = {chart.across.title: chart for gallery in view.tables[0].galleries for chart in gallery.charts}
-    both = [(curve, charts[curve.name]) for curve in losses.curves if curve.name in charts]
-    assert both
-    for curve, chart in both:
-        assert curve.points == chart.curves[0].points
-        assert all(low <= y <= high for (_, y), (_, low, high) in zip(curve.points, curve.band, strict=True))
-
-
-def test_the_stack_of_memory_ends_at_the_peak(committed):
-    """Its pieces do not overlap: all of them together are what was measured."""
-    run, _, figures, _ = committed
-    (bars,) = [one.drawing.bars for one in figures if one.title == "Memory of training"]
-    for bar in bars:
-        peaks = sorted(
-            record.memory["host_peak_train_bytes"]
-            for record in run.records
-            if (record.name, record.role) == (bar.name, "variant") and "host_peak_train_bytes" in record.memory
-        )
-        assert peaks[0] <= sum(part.value for part in bar.parts) <= peaks[-1]
 
 
 @pytest.mark.parametrize(
@@ -232,98 +166,7 @@ def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
     assert not cells & {"qlora-nf4-r64-a16", "qlora-nf4-r64-a256"}
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=8))
-def test_the_front_holds_what_nothing_beats(points):
-    """Against the definition, one by one: of losses less is better, of tokens a second more."""
-    marks = {str(n): (Mark(name=str(n), value=x), Mark(name=str(n), value=y)) for n, (x, y) in enumerate(points)}
-    for metric, sign in (("held_out_loss", 1), ("output_tokens_per_s", -1)):
-        spots = TwoMeasures(across="time_per_output_token_s", up=metric, marks=marks).spots
-        for (x, y), spot in zip(points, spots, strict=True):
-            assert spot.best == (not any(u <= x and sign * (v - y) <= 0 and (u, v) != (x, y) for u, v in points))
-        assert any(spot.best for spot in spots)
-
-
 # --- its pictures -----------------------------------------------------------------------------------------------------
-
-
-def elements(svg, tag):
-    return list(ElementTree.fromstring(svg).iter(SVG + tag))
-
-
-def test_a_mark_is_where_its_value_is():
-    """In order, with 1 between what is below and what is above, and its interval around it."""
-    marks = [Mark(name=str(value), value=value, low=value - 0.05, high=value + 0.05) for value in (0.8, 1.0, 1.3)]
-    svg = draw(Intervals(axis=Axis(title="ratio", line_at=1.0), marks=tuple(marks)), "t", "s", {})
-    dots = [float(dot.get("cx")) for dot in elements(svg, "circle")]
-    (one,) = [float(line.get("x1")) for line in elements(svg, "line") if line.get("class") == "one"]
-    assert dots[0] < dots[1] == one < dots[2] < WIDTH
-    assert (dots[2] - dots[1]) / (dots[1] - dots[0]) == pytest.approx(1.5, abs=0.01)
-    whiskers = [line for line in elements(svg, "line") if line.get("class") == "whisker"]
-    assert len(whiskers) == 9
-    assert float(whiskers[0].get("x1")) < dots[0] < float(whiskers[0].get("x2"))
-
-
-def test_what_has_no_interval_has_no_whisker():
-    """One replicate: a hollow dot, which is told as such."""
-    svg = draw(Intervals(axis=Axis(title="ratio"), marks=(Mark(name="a", value=2.0),)), "t", "s", {})
-    assert [dot.get("class") for dot in elements(svg, "circle")] == ["hollow"]
-    assert not [line for line in elements(svg, "line") if line.get("class") == "whisker"]
-    assert "no interval" in svg
-
-
-def test_pieces_of_a_bar_follow_each_other():
-    """Their widths are as their values, from zero on."""
-    bar = Bar(name="a", parts=(Part(kind="x", value=1.0), Part(kind="y", value=3.0)))
-    svg = draw(Bars(axis=Axis(title="time", unit="s"), bars=(bar,)), "t", "s", {})
-    first, second = [piece for piece in elements(svg, "rect") if piece.get("height") == "16.0"]
-    assert float(second.get("x")) == pytest.approx(float(first.get("x")) + float(first.get("width")), abs=0.2)
-    assert float(second.get("width")) == pytest.approx(3 * float(first.get("width")), abs=0.3)
-
-
-def decoded(png):
-    """The plane of an indexed PNG without filters, and its palette."""
-    at, kinds, data = 8, {}, b""
-    while at < len(png):
-        length, kind = struct.unpack(">I4s", png[at : at + 8])
-        body = png[at + 8 : at + 8 + length]
-        assert struct.unpack(">I", png[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
-        kinds[kind] = body
-        data += body if kind == b"IDAT" else b""
-        at += 12 + length
-    width, height = struct.unpack(">II", kinds[b"IHDR"][:8])
-    rows = np.frombuffer(zlib.decompress(data), dtype=np.uint8).reshape(height, width + 1)
-    assert not rows[:, 0].any()
-    return rows[:, 1:], kinds[b"PLTE"]
-
-
-def test_very_many_samples_are_a_picture_with_each_in_its_place():
-    """A slow half after a fast one; both in the colour of their variant, at the height of their value."""
-    half = MOST_DOTS
-    stretches = (
-        Stretch(name="a", began_s=0.0, ended_s=1.0, samples=(1.0,) * half),
-        Stretch(name="b", began_s=1.0, ended_s=2.0, samples=(3.0,) * half),
-    )
-    svg = draw(
-        Samples(across=Axis(title="time", unit="s"), up=Axis(title="step", unit="s"), stretches=stretches), "t", "s",
-        {"a": 0, "b": 1},
-    )  # fmt: skip
-    assert len(svg) < 50_000
-    (image,) = elements(svg, "image")
-    plane, palette = decoded(base64.b64decode(image.get("href").partition(",")[2]))
-    assert palette[3:6].hex() == COLOURS[0]
-    (low, left), (high, right) = (np.argwhere(plane == colour).mean(axis=0) for colour in (1, 2))
-    assert low > plane.shape[0] / 2 > high, "what takes longer is drawn higher"
-    assert left < plane.shape[1] / 2 < right
-
-
-@given(st.floats(1e-9, 1e9), st.floats(1.01, 1e6), st.sampled_from(["s", "byte", "1/s", "1"]))
-def test_ticks_are_round_few_and_inside(low, factor, unit):
-    """Whatever is measured, in whatever unit."""
-    scale = scale_for(Axis(title="t", unit=unit), [low, low * factor], 0.0, 100.0)
-    ticks = scale.ticks()
-    assert 1 <= len(ticks) <= 2 * TICKS + 2
-    assert len({text for _, text in ticks}) == len(ticks)
-    assert all(-1e-6 <= scale.place(value) <= 100 + 1e-6 for value, _ in ticks)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -341,31 +184,6 @@ def test_commands_write_a_page(line, write_run, tmp_path, capsys):
     assert out == printed
     assert str(page) in errors
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
-def test_claims_are_a_page(tmp_path, capsys):
-    """Of the study that this project began with."""
-    (path,) = [path for path in COMMITTED if "llama2" in path.name]
-    assert main(["claims", str(path), "--html", str(tmp_path / "page.html")]) == 0
-    said = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "refuted" in capsys.readouterr().out
-    assert "refuted" in said
-
-
-def test_a_history_is_a_page(tmp_path, capsys):
-    """A curve for each fingerprint, and a row for each run, whether it counts or not."""
-    shutil.copytree(ROOT / "tests" / "golden" / "runs", tmp_path / "runs")
-    page = tmp_path / "page.html"
-    line = ["history", "--study", "lora-or-qlora", "--variant", "qlora-nf4-r16", "--runs-dir", str(tmp_path / "runs")]
-    assert main([*line, "--html", str(page), "--json"]) == 0
-    (track,) = json.loads(capsys.readouterr().out)["tracks"]
-    said = page.read_text(encoding="utf-8")
-    for one in track["lines"]:
-        assert f"fingerprint {one['fingerprint'][:8]}" in said
-        for moment in one["moments"]:
-            assert moment["run"] in said
-    assert said.count('class="curve"') >= len([one for one in track["lines"] if any(
-        moment["why_not"] is None for moment in one["moments"])])  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -322,23 +319,3 @@ def test_the_live_display_shows_it_visibly(small_study):
         display.trial_ended(failed)
     assert "crashed" in out.getvalue()
     assert not acts(out.getvalue())
-
-
-@pytest.mark.parametrize("form", [[], ["--json"]])
-def test_a_stream_of_another_encoding_is_no_error(write_run, form):
-    """An ASCII terminal, and a path that is no UTF-8: what cannot be held is written out."""
-    path = write_run("plain", {"plain": [1.0] * 5, "nf4": [1.1] * 5})
-    odd = os.fsdecode(os.fsencode(path.parent) + b"/\xff")
-    path.rename(odd)
-    document = json.loads((open(f"{odd}/manifest.json")).read())  # noqa: PTH123, SIM115
-    document["study"]["title"] = "× Größe → €"
-    with open(f"{odd}/manifest.json", "w") as file:  # noqa: PTH123
-        json.dump(document, file)
-    done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", "report", odd, *form, "--runs-dir", str(path.parent)],
-        capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
-    assert done.returncode in (0, 4), done.stderr
-    assert done.stdout.isascii()
-    if form:
-        assert json.loads(done.stdout)["title"] == "× Größe → €"

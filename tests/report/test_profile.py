@@ -26,7 +26,6 @@ from harness.profile.evidence import evidence_of
 from harness.profile.facts import Profile
 from harness.profile.finding import Finding
 from harness.profile.remedy import Tried
-from harness.records import codec
 from harness.records.activity import Activity, OperatorUse, PhaseActivity
 from harness.records.memory_account import MemoryAccount
 from harness.records.record import Notice, TrialRecord
@@ -144,96 +143,6 @@ def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profil
     show(describe_profile(profile, step, token_shares(profile), "x", ()), console_for(text))
     assert ("cannot be told" in text.getvalue()) is (explained is None)
     assert ("do not explain" in text.getvalue()) is (explained is False)
-
-
-@pytest.mark.parametrize(
-    ("backend", "mask", "layout", "pairs"),
-    [
-        ("flash", "explicit", "packed", 2 * 128**2),
-        ("flash", "causal", "padded", 128 * 129),
-        ("flash_attention_2", "causal", "padded", 128 * 129),
-        ("flash_attention_2", "causal", "packed", 9312),
-        ("math", "causal", "packed", 2 * 128**2),
-        (None, None, "packed", 2 * 128**2),
-    ],
-)
-def test_hardware_utilisation_counts_what_the_kernel_computes(profile, backend, mask, layout, pairs):
-    """All pairs where it reads a mask or is not known to skip, else those of the causal order or of the records."""
-    checks = ({"path": "attention.backend", "observed": backend}, {"path": "attention.mask", "observed": mask})
-    seen = dataclasses.replace(
-        profile, record=profile.record.replaced(checks=checks),
-        workload=dataclasses.replace(profile.workload, layout=layout),
-    )  # fmt: skip
-    assert f"and {pairs} pairs a head" in ceilings(seen, step_account(seen).step).train.hfu.formula
-
-
-def test_what_a_profile_does_not_know_is_said(profile):
-    """Without records of the device nothing is said to have run or to have waited, and no rule takes it for idling."""
-    phases = tuple(dataclasses.replace(one, operators=(), busy_s=0.0, totals_s={}) for one in ACTIVITY.phases)
-    blind = Activity(device="cuda", step_times_s=(0.2,), phases=phases, missing="no kernel was recorded")
-    seen = dataclasses.replace(profile, activity=blind)
-    step = step_account(seen)
-    assert categories_s(seen, step) == {}
-    findings = diagnose(evidence_of(seen, step, token_shares(seen), "x"))
-    assert "launch-bound" not in {finding.code for finding in findings}
-    text = io.StringIO()
-    show(describe_profile(seen, step, token_shares(seen), "x", findings), console_for(text))
-    assert "not available: no kernel was recorded" in text.getvalue()
-    assert "not judged, since it is not known what ran: launch-bound, dequantisation" in text.getvalue()
-    assert "not found: dequantisation" not in text.getvalue()
-
-
-def test_an_estimate_stands_beside_the_measurement_and_disturbances_are_said(profile):
-    """Kinds beside kinds, the error at the peak; what the surroundings say against the trial is a notice."""
-    values = profile.record.values | {"device_samples_train": 10.0, "device_throttled_samples_train": 9.0}
-    seen = dataclasses.replace(
-        profile, record=profile.record.replaced(values=values),
-        estimates={"train": {"process": 2**28, "activations": 2**29, "gradients": 2**28}},
-        measured_peaks={"product": dataclasses.replace(profile.peaks["product"], per_s=5e11)},
-    )  # fmt: skip
-    text = io.StringIO()
-    found = ceilings(seen, step_account(seen).step)
-    show(describe_profile(seen, step_account(seen), token_shares(seen), found, ()), console_for(text))
-    for words in ("activations kept for backward", "1 GiB (+0.0%)", "held its clocks down", "500 bfloat16 GFLOP/s"):
-        assert words in text.getvalue()
-
-
-def test_all_of_a_profile_is_shown_and_read_back(profile):
-    """Padded and repeated tokens, ceilings with formula and peak, findings with cost; the file holds the facts."""
-    step = step_account(profile)
-    tokens, found = token_shares(profile), ceilings(profile, step.step)
-    assert (tokens.real, tokens.padded, tokens.recomputed) == (192.0, 64.0, 256.0)
-    findings = diagnose(evidence_of(profile, step, tokens, found))
-    assert [finding.code for finding in findings] == ["needless-checkpointing", "padding", "dropout"]
-    text = io.StringIO()
-    show(describe_profile(profile, step, tokens, found, findings), console_for(text))
-    for words in ("remainder", "1.0%", "MFU", "HFU", "constructed", "--try dropout", "aten::bernoulli_",
-                  "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "each 198 ms (× 2",
-                  "looked for", "512 MiB", "256 MiB (25.0%)"):  # fmt: skip
-        assert words in text.getvalue()
-    assert codec.from_json(Profile, json.loads(codec.dumps(profile)), "profile") == profile
-    other = dataclasses.replace(profile, variant=dataclasses.replace(profile.variant, target_modules=("lm_head",)))
-    assert "lm_head" in ceilings(other, step.step)
-
-
-def test_without_a_peak_there_is_no_share_of_it(profile):
-    """A trial that fills its device leaves no room to measure what it does at best; all else is shown."""
-    seen = dataclasses.replace(profile, peaks={"memory": profile.peaks["memory"]})
-    step = step_account(seen)
-    found = ceilings(seen, step.step)
-    assert found == "what a CPU does at best is not stated here, and the trial left no memory to measure it: product"
-    text = io.StringIO()
-    findings = diagnose(evidence_of(seen, step, token_shares(seen), found))
-    show(describe_profile(seen, step, token_shares(seen), found, findings), console_for(text))
-    assert "none: what a CPU does at best" in text.getvalue()
-
-
-def test_a_kernel_takes_as_long_as_it_was_seen_to_take(profile):
-    """On a GPU the profiler slows down the host only: what a plain phase leaves beside its kernels is idling."""
-    phases = (phase("forward", 0.060, use("nvjet_tst", "matmul", 0.02)), phase("backward", 0.120))
-    seen = dataclasses.replace(profile, activity=Activity(device="cuda", step_times_s=(0.2,), phases=phases))
-    found = categories_s(seen, step_account(seen))
-    assert (found["matmul"]["forward"], found[IDLE]["forward"]) == pytest.approx((0.02, 0.01))
 
 
 def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):

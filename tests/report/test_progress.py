@@ -9,7 +9,6 @@ import json
 import pytest
 from rich.console import Console
 
-from harness.cli import main
 from harness.records import store
 from harness.records.record import UNDER_WAY, Failure
 from harness.report.run import describe_run
@@ -73,25 +72,6 @@ def test_a_report_of_any_moment(broken_off, records):
     view = view_of(broken_off(records, "interrupted" if records % 2 else "running"))
     assert not view.valid
     assert view.state == ("interrupted" if records % 2 else "killed")
-
-
-def test_times_of_going_on_are_facts(broken_off):
-    """A run that was gone on with says when, also when it is complete."""
-    run = broken_off(9)
-    again = store.Resumption(unix_s=1.0e9, harness=None, commit=None)
-    manifest = dataclasses.replace(run.manifest, resumed=(again, again), status="complete")
-    (line,) = (fact for fact in view_of(dataclasses.replace(run, manifest=manifest)).facts if fact.lead == "resumed")
-    assert line.text.count("2001-09-09") == 2
-
-
-def test_the_list_of_runs_tells_a_killed_one(write_run, tmp_path, capsys):
-    """Its manifest could not say so itself."""
-    path = write_run("run", STEPS, status="running")
-    main(["list", "runs", "--runs-dir", str(path.parent)])
-    assert "killed" in capsys.readouterr().out
-    with store.writing(path):
-        main(["list", "runs", "--runs-dir", str(path.parent)])
-    assert "running" in capsys.readouterr().out
 
 
 def test_an_ab_that_broke_off_is_reported_too(write_run, tmp_path):

@@ -84,24 +84,6 @@ def test_the_command_prints_all_four_texts_and_one_document(run, capsys):
     assert [sample["trained"] for sample in document["samples"]] == ["Two?"]
 
 
-def test_answers_on_a_workload_of_its_own_stand_beside_its_own_prompts(write_run, small_study):
-    """Those of the study are of another format, and may be of another model's tokens."""
-    workload = dataclasses.replace(small_study.workload, natural_tokens=5)
-    own = {"nf4": {"prompt_format": "write-instruction"}}
-    study = dataclasses.replace(small_study, workload=workload, workloads=own)
-    path = write_run(
-        "own", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]}, study=study, own_workloads=study.own_workloads,
-        change=lambda record: record.replaced(tokens={"answer_0": [*b"Two?", END]}),
-    )  # fmt: skip
-    manifest = json.loads((path / "manifest.json").read_text())
-    theirs = [{"prompt": "Write: sky\n", "reference": "Blue."}]
-    manifest["tokens"] = {"examples": EXAMPLES, "own": {"nf4": {"examples": theirs}}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    run = store.read_run(str(path), path.parent)
-    assert [one.prompt for one in read_samples(run, "nf4")] == ["Write: sky\n"]
-    assert [one.prompt for one in read_samples(run, "plain")] == ["Input: 4\n"]
-
-
 def test_an_answer_acts_on_no_terminal(run, capsys):
     """What a model has made, and what it was asked, are text from outside; a program gets them as they are."""
     trials, manifest = run.path / "trials.jsonl", run.path / "manifest.json"
@@ -116,13 +98,6 @@ def test_an_answer_acts_on_no_terminal(run, capsys):
     assert "[2J" in shown
     assert main(["sample", str(run.path), "plain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"][0]["trained"].startswith("\x1b[2J")
-
-
-@pytest.mark.parametrize("count", ["0", "-1"])
-def test_a_count_of_none_is_refused_and_blames_no_run(count, capsys):
-    """Before any run is looked for."""
-    assert main(["sample", "no-such-run", "plain", "--count", count]) == 2
-    assert f"--count = {count}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

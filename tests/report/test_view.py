@@ -11,13 +11,11 @@ from rich.console import Console
 
 from harness.cli import main
 from harness.records import codec
-from harness.records.record import Failure, Notice, TrialRecord
+from harness.records.record import Failure, TrialRecord
 from harness.records.store import Manifest, Run
-from harness.report.live import LiveDisplay
 from harness.report.run import describe_run
 from harness.report.terminal import console_for, show
 from harness.report.view import view_of
-from harness.stats import estimate_trials
 from harness.studies.script_study import study_of_command
 
 
@@ -81,27 +79,6 @@ def test_every_variant_has_its_estimate_interval_and_ratio(small_study, tmp_path
     assert "synthetic-data" in text
 
 
-def test_host_peaks_are_said_to_include_the_process_at_birth(small_study, tmp_path):
-    """A fork maps what its zygote imported; on a card whose own peaks are shown there is nothing to say."""
-
-    def note(**memory):
-        run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
-        births = iter((336, 336, 340) * 10)
-        records = tuple(
-            record.replaced(memory=record.memory | {"host_baseline_bytes": next(births) * 2**20} | memory)
-            for record in run.records
-        )
-        view = view_of(dataclasses.replace(run, records=records))
-        assert view.tables[0].note in text_of(view)
-        return view.tables[0].note
-
-    assert note() == "host peaks include 336 MiB to 340 MiB with which each process begins"
-    assert note(host_baseline_bytes=336 * 2**20) == "host peaks include 336 MiB with which each process begins"
-    assert note(device_peak_allocated_train_bytes=2**30) == ""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
-    assert view_of(run).tables[0].note == ""
-
-
 def test_a_control_that_differs_makes_the_run_invalid(small_study, tmp_path):
     """Whatever the variants say."""
     slow = tuple(1.5 * s for s in QUIET)
@@ -145,34 +122,6 @@ def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
     """A number never stands alone."""
     view = view_of(run_of(small_study, tmp_path, steps={"plain": (0.1,), "nf4": (0.2,)}))
     assert "100 ms\n[no interval]".split("\n")[1] in text_of(view)
-
-
-def test_several_threads_are_no_contention(small_study, tmp_path):
-    """They wait for each other, so what they leave idle says nothing of other work; one thread is counted as such."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, occupancy=0.6)
-    records = tuple(
-        record.replaced(values=record.values | {"threads": 2.0 if record.name == "nf4" else 1.0})
-        for record in run.records
-    )
-    (notice,) = (n for n in view_of(dataclasses.replace(run, records=records)).notices if n.code == "contention")
-    assert notice.message.startswith("10 of 10 trials of one thread had less than 95% of a CPU")
-
-
-@pytest.mark.parametrize(
-    ("card", "said"),
-    [
-        ({"power_limit_w": 500.0, "default_power_limit_w": 700.0}, "1 thread), power limit 500 W of 700 W"),
-        ({"power_limit_w": 500.0, "default_power_limit_w": "not available: why"}, "1 thread), power limit 500 W"),
-        ({"power_limit_w": "not available: why", "default_power_limit_w": 700.0}, "1 thread)"),
-        (None, "1 thread)"),
-    ],
-)
-def test_a_card_stands_with_its_power_limit(small_study, tmp_path, card, said):
-    """In force and by default, as far as they are known; runs of before it was recorded have none."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
-    settings = {} if card is None else {"settings": {"card": card}}
-    manifest = dataclasses.replace(run.manifest, provenance=run.manifest.provenance | settings)
-    assert view_of(dataclasses.replace(run, manifest=manifest)).facts[0].text.endswith(said)
 
 
 @pytest.mark.parametrize(("occupancy", "noticed"), [(0.6, True), (0.99, False)])
@@ -221,65 +170,6 @@ def test_piped_output_is_complete_and_plain(small_study, tmp_path):
     assert "…" not in text
 
 
-def test_without_a_terminal_each_trial_is_a_line(small_study):
-    """Progress that a log can hold: run, trial, status, reason."""
-    from harness.run.plan import make_plan
-
-    buffer = io.StringIO()
-    plan = make_plan(small_study)
-    with LiveDisplay(Console(file=buffer, width=200)) as display:
-        display.starting(plan, "run-1")
-        display.trial_phase(plan.slots[0], "build")
-        display.trial_ended(
-            TrialRecord(
-                trial="r0-x", status="oom", name="x", variant="x", role="variant", replicate=0, position=0,
-                interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.5,
-                failure=Failure(phase="build", kind="MemoryError", message="no memory left"),
-            )
-        )  # fmt: skip
-    assert buffer.getvalue().splitlines() == [
-        "run run-1: 6 trials, 2 replicates; starting the worker",
-        "[1/6] r0-x oom in 1.5 s: no memory left",
-    ]
-
-
-def test_on_a_terminal_the_trial_under_way_is_shown(small_study):
-    """Replicate, variant, phase and the time left; redrawn when told and by no thread."""
-    import threading
-
-    from harness.run.plan import make_plan
-
-    buffer = io.StringIO()
-    plan = make_plan(small_study)
-    console = Console(file=buffer, width=120, force_terminal=True)
-    threads = threading.active_count()
-    with LiveDisplay(console) as display:
-        display.starting(plan, "run-1")
-        display.trial_phase(plan.slots[0], "turn")
-        assert threading.active_count() == threads
-    assert f"replicate 1/2  {plan.slots[0].variant.name}" in buffer.getvalue()
-    assert "timing steps" in buffer.getvalue()
-
-
-def test_a_notice_from_a_trial_is_shown_once(small_study, tmp_path):
-    """Five trials with the same notice make one line."""
-    import dataclasses
-
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
-    notice = Notice(code="fallback-allowed", message="m", remedy="r")
-    records = tuple(dataclasses.replace(record, notices=(notice,)) for record in run.records)
-    assert [n.code for n in view_of(dataclasses.replace(run, records=records)).notices].count("fallback-allowed") == 1
-
-
-def test_on_a_gpu_waiting_is_no_contention(small_study, tmp_path):
-    """The host of a GPU may rightly wait for it, also in trials that have no memory of their own."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, occupancy=0.2)
-    assert "contention" in {notice.code for notice in view_of(run).notices}
-    provenance = {**run.manifest.provenance, "device": "cuda"}
-    on_gpu = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, provenance=provenance))
-    assert "contention" not in {notice.code for notice in view_of(on_gpu).notices}
-
-
 def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
     """A change of level in the timed steps is a notice; steady ones are none."""
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
@@ -291,31 +181,6 @@ def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
     (drift,) = (n for n in view_of(dataclasses.replace(run, records=tuple(records))).notices if n.code == "drift")
     assert drift.message.startswith(f"1 of {len(records)} trials")
     assert records[0].trial in drift.message
-
-
-def test_the_level_and_its_reason_are_on_the_page(small_study, tmp_path):
-    """With what was measured outside it, and why the run ended early."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
-    manifest = dataclasses.replace(
-        run.manifest, interleaving="lockstep", why="they fit together", stopped="precise after 5 replicates"
-    )
-    text = text_of(view_of(dataclasses.replace(run, manifest=manifest)))
-    assert "lockstep: they fit together; peaks, cold starts and what needs its own base: solo trials" in text
-    assert "stopped   precise after 5 replicates" in text
-
-
-def test_a_step_that_was_watched_is_not_called_unchecked(small_study, tmp_path):
-    """Nothing may have been required of it; of one that nobody watched there is nothing."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
-    for checks, said in (
-        (
-            ({"path": "base.bits", "required": None, "observed": 4, "status": "active", "reason": ""},),
-            "nothing required",
-        ),
-        ((), "not checked"),
-    ):
-        seen = dataclasses.replace(run, records=tuple(record.replaced(checks=checks) for record in run.records))
-        assert said in text_of(view_of(seen), width=300)
 
 
 def report_of(path, capsys, code=0):
@@ -338,56 +203,3 @@ def test_a_training_that_was_followed_has_nothing_to_be_compared_with(write_run,
     assert "control" not in text
     assert "×" not in text
     assert "This run" not in text
-
-
-def test_a_study_with_a_reference_has_its_ratios_and_its_control(write_run, capsys):
-    """Also one of scripts, and also where it measured one of them alone."""
-    study = study_of_command("python train.py")
-    for name, options in (("plain", {}), ("train", {"study": study})):
-        text, data = report_of(write_run("compared", {name: [0.1] * 3}, **options), capsys)
-        (table,) = data["tables"]
-        assert table["heads"][2] == f"× {name}"
-        assert "alone" not in table
-        assert "control (the reference measured twice)" in text
-    text, data = report_of(write_run("lacking", {"train": [0.1] * 3}, study=study, control=None), capsys, 4)
-    assert "control: not measured" in text
-    assert not data["valid"]
-
-
-def test_a_followed_training_that_broke_off_is_not_gone_on_with(write_run, capsys):
-    """How it stands is said; how to go on would be refused."""
-    study = study_of_command("python train.py")
-    path = write_run("broken", {"train": [0.1]}, study=study, control=None, status="interrupted")
-    text, _ = report_of(path, capsys, 4)
-    assert "stopped by the user; 1 of 1 trials have come to their end" in text
-    assert "resume" not in text
-    assert main(["run", "--resume", "broken", "--runs-dir", str(path.parent)]) == 2
-    said = capsys.readouterr().err
-    assert "run broken: it is of a training that was followed while it ran, which cannot be gone on with" in said
-
-
-def test_a_range_of_peaks_is_not_called_an_interval(small_study, tmp_path):
-    """The brackets beside a peak are the least and the largest that was seen."""
-    text = text_of(view_of(run_of(small_study, tmp_path, steps={"plain": [1.0] * 5, "nf4": [2.0] * 5})), width=400)
-    assert "peak memory" in text
-    assert "memory: the largest of the trials, with the least and the largest" in text
-
-
-def test_scaling_efficiency_has_its_interval_over_replicates(write_run, capsys):
-    """Of several ranks: that of any metric, from one efficiency a replicate."""
-    alone, together = (0.19, 0.18, 0.185), (0.1, 0.101, 0.099)
-
-    def of_two_ranks(record):
-        times = (alone[record.replicate],) * 3
-        return record.replaced(
-            samples={**record.samples, "one_rank_step_time_s": times}, values={**record.values, "ranks": 2.0}
-        )
-
-    text, data = report_of(write_run("ranks", {"plain": together}, change=of_two_ranks), capsys)
-    (table,) = data["tables"]
-    assert "scaling efficiency" in table["heads"]
-    told = table["rows"][0]["values"]["scaling_efficiency"]
-    expected = estimate_trials([[one / (2 * step)] for one, step in zip(alone, together, strict=True)])
-    assert (told["value"], told["low"], told["high"]) == pytest.approx((expected.value, expected.low, expected.high))
-    assert told["low"] < told["value"] < told["high"]
-    assert "scaling efficiency" in text
