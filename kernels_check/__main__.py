@@ -79,9 +79,9 @@ def _add_probe(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_selftest(commands: argparse._SubParsersAction[Parser]) -> None:
-    selftest = commands.add_parser("selftest", help="run every negative control: broken runs caught, sound ones passed")
+    selftest = commands.add_parser("selftest", help="are twelve faults found on this machine, and do healthy runs pass")
     selftest.add_argument("--json", action="store_true", help="print one JSON document")
-    selftest.set_defaults(run="controls.selftest:run")
+    selftest.set_defaults(run="selftest:run")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ DOORS = ("cli", "pytest_plugin", "worker")
 RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER)) | {"entry": len(ORDER) + 1}
 FLOORS = (
     *"streams room visible check rules rules_report observation trace judges verification serving ranks".split(),
-    *"watching probe controls".split(),
+    *"watching probe selftest".split(),
 )
 """Those of kernels_check; its doors are its two dunder modules."""
 STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))

@@ -105,21 +105,6 @@ def names_are_known(evidence: Evidence) -> Decision:
     return decided(not told["unknown"], f"{count} kernels, unknown: {unknown or 'none'}")
 
 
-def controls_hold(evidence: Evidence) -> Decision:
-    """Every negative control of the card, broken and sound."""
-    found = evidence.document("selftest")
-    if "outcomes" not in found:
-        raise NotSeenError("selftest: rehearsed only")
-    failed = [
-        f"{one['control']} ({one['instrument']}): {one['fault']}" for one in found["outcomes"] if one["held"] is False
-    ]
-    on_card = [one for one in found["outcomes"] if one["control"].startswith("CUDA") and one["held"] is not None]
-    if not on_card:
-        return undecided("no control of a card was run")
-    said = f"{found['counts']['held']} held, {len(on_card)} of them a card's, {found['counts']['skipped']} skipped"
-    return decided(not failed, said + (f"; failed: {'; '.join(failed)}" if failed else ""))
-
-
 def step_is_explained(variant: str) -> Any:
     """A judge of one profile: its phases add up to the step."""
 

@@ -129,14 +129,11 @@ STEPS: tuple[Step, ...] = (
         limit_s=150,
     ),
     tests("7b", "does a trial of Llama-2-7B come to its end on either base", "tests/test_gpu_study.py", limit_s=480),
-    Step(
-        name="selftest",
-        asks="is every sabotage caught on the card, and does every twin pass",
-        words=(*KERNELS, "selftest", "--json"),
+    tests(
+        "controls",
+        "are faults that only a card shows found, and do their healthy controls pass",
+        "tests/kernels_check/test_negative_controls.py",
         limit_s=200,
-        rehearsal=(*KERNELS, "rules", "--json", "--check"),
-        left_out="the controls of a CPU are among the tests",
-        answers=VERDICTS,
     ),
     Step(
         name="paths",

@@ -50,10 +50,6 @@ PROFILE = {
 }  # fmt: skip
 RATIO = {"verdict": "equivalent", "ratio": 1.0, "low": 0.99, "high": 1.01}
 DOCUMENTS = {
-    "selftest": {
-        "outcomes": [{"control": "CUDA: one", "instrument": "spy", "held": True, "fault": None}],
-        "counts": {"held": 1, "failed": 0, "skipped": 0},
-    },
     "profile-lora-r16": PROFILE, "profile-qlora-nf4-r16": PROFILE,
     "estimate": {"train": {"measured_bytes": 100, "total_bytes": 105, "error": 0.05}},
     "same": {"comparisons": [RATIO | {"metric": "step_time_s"}], "control": {"train": RATIO}},
@@ -166,10 +162,6 @@ def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
 @pytest.mark.parametrize(
     ("name", "step", "change"),
     [
-        ("sabotage", "selftest", {"outcomes": [
-            {"control": "CUDA: one", "instrument": "spy", "held": True, "fault": None},
-            {"control": "CUDA: two", "instrument": "spy", "held": False, "fault": "missed"},
-        ]}),
         ("phases, bf16", "profile-lora-r16", {"step": PROFILE["step"] | {"explained": False}}),
         ("kernels of a step", "profile-lora-r16", {"categories_s": {"matmul": {"a": 0.9}, "other": {"a": 0.1}}}),
         ("MFU", "profile-qlora-nf4-r16", {"ceilings": {"train": {"hfu": {"value": 1.2}, "mfu": {"value": 1.0}}}}),
@@ -197,7 +189,6 @@ def test_a_document_that_says_otherwise_refutes(found, name, step, change):
         ("device start", lambda found: None),
         ("energy period", lambda found: found.facts["counters"].update(energy_period_ms=None)),
         ("names", lambda found: found.facts["names"].update(empty=["norm"])),
-        ("sabotage", lambda found: found.documents["selftest"].update(outcomes=[])),
         ("phases, bf16", lambda found: found.documents["profile-lora-r16"]["step"].update(explained=None)),
         ("MFU", lambda found: found.documents["profile-lora-r16"].update(ceilings={})),
         ("estimate", lambda found: found.documents["estimate"]["train"].update(measured_bytes=None)),

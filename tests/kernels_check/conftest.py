@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-
-from kernels_check.controls.small_run import SmallRun, build
+from negative_controls.small_run import SmallRun, build
 
 
 @pytest.fixture(params=["profile", "spy"])

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from negative_controls import execution_faults, faults
 from packaging.version import Version
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +24,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
-from kernels_check.controls import sabotage, sabotage_execution
 from kernels_check.observation.recording import quiet_kineto
 from kernels_check.rules import attention_backend, classify, classify_operator, load_operator_rules, load_rules
 from kernels_check.trace.file import open_recording
@@ -193,7 +193,7 @@ def test_a_forced_backend_is_told_in_both_directions(training, recorded, verifie
     run = training(device="cuda", tokens=64)
     run.around = partial(sdpa_kernel, SDPA[backend])
     if backend == "efficient":
-        sabotage.pad_one_token(run)  # it refuses grouped heads, which transformers repeats where there is a mask
+        faults.pad_one_token(run)  # it refuses grouped heads, which transformers repeats where there is a mask
     skip_where_refused(run.step)
     verified(run, "attention.backend", backend)
     verified(run, "attention.dtype", "bfloat16")
@@ -356,7 +356,7 @@ def is_managed(tensor):
 @runs("paged optimizer")
 def test_the_paged_share_is_what_the_driver_says(training, recorded, verified):
     """State of large tensors lives in managed memory, and the judge's share is the driver's."""
-    run = training(device="cuda", rank=1024, make_optimizer=sabotage_execution.paged_adamw)
+    run = training(device="cuda", rank=1024, make_optimizer=execution_faults.paged_adamw)
     recorded("paged optimizer", run.step, warm=False)  # the state is filled in the first step only
     state = [value for held in run.optimizer.state.values() for value in held.values() if torch.is_tensor(value)]
     distinct = {id(value): value for value in state}.values()
@@ -392,7 +392,7 @@ def test_tf32_is_told_by_flag_by_number_and_by_kernel(training, recorded, on):
     if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip(f"TF32 needs compute capability 8.0: this is {torch.cuda.get_device_name()}")
     run = training(device="cuda", quant=None, dtype="float32", targets="all-linear")
-    (sabotage.tf32_on if on else sabotage.tf32_off)(run)
+    (faults.tf32_on if on else faults.tf32_off)(run)
     check = run.check("tf32", on)
     assert check.met, check.reason
     left, right = (torch.randn(1024, 1024, device="cuda") for _ in range(2))
@@ -516,12 +516,12 @@ def test_a_collective_has_its_rule(recorded):
 def test_the_spy_leaves_out_tf32_and_agrees_on_the_rest(training, quant, backend):
     """On CUDA an eager step hides nothing else from operators, and no verdict differs from the profile's."""
     run = training(
-        device="cuda", quant=quant, targets="all-linear", tokens=64, make_optimizer=sabotage_execution.fused_adamw
+        device="cuda", quant=quant, targets="all-linear", tokens=64, make_optimizer=execution_faults.fused_adamw
     )
     if backend is not None:
         run.around = partial(sdpa_kernel, SDPA[backend])
     if backend == "efficient":
-        sabotage.pad_one_token(run)
+        faults.pad_one_token(run)
     skip_where_refused(run.step)
     verdicts = {}
     for run.instrument in ("profile", "spy"):

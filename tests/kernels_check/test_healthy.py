@@ -16,13 +16,13 @@ import peft.optimizers
 import pytest
 import torch
 import transformers
+from negative_controls.base_faults import int8
+from negative_controls.small_run import fourbit
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import kernels_check
-from kernels_check.controls.sabotage_base import int8
-from kernels_check.controls.small_run import fourbit
 
 VOCABULARY, ROWS, LENGTH = 96, 2, 12
 PLAIN = {

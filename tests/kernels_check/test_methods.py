@@ -155,9 +155,8 @@ def test_layers_that_share_a_factor_are_told_apart(training, shared):
 
 def test_experts_that_are_adapted_as_parameters_are_judged(instrument):
     """PEFT never calls the factors of `target_parameters`: gradients show that they ran."""
+    from negative_controls.small_run import SmallRun
     from transformers import AutoModelForCausalLM, MixtralConfig
-
-    from kernels_check.controls.small_run import SmallRun
 
     torch.manual_seed(7)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

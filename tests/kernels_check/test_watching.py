@@ -9,13 +9,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from negative_controls.adapter_faults import freeze_lora_a
+from negative_controls.layers import take_again
+from negative_controls.small_run import build
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kernels_check
-from kernels_check.controls.layers import take_again
-from kernels_check.controls.sabotage_adapter import freeze_lora_a
-from kernels_check.controls.small_run import build
 from kernels_check.judges.paths import REQUIREMENTS
 from kernels_check.observation import calls, compilations, natural
 from kernels_check.observation.instruments_beside import LEFT_BEHIND

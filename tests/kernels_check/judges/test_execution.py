@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from negative_controls import execution_faults
 
 import kernels_check
-from kernels_check.controls import sabotage_execution
 from kernels_check.observation import compilations
 
 
@@ -210,9 +210,9 @@ def test_one_graph_compiled_once_is_all_there_is(compiled):
 def test_a_layer_whose_mode_changes_between_micro_batches_is_found(training):
     """Every call counts, and not the first."""
     run = training(quant=None)
-    sabotage_execution.two_passes(run)
+    execution_faults.two_passes(run)
     assert run.check("mode", "train").met
-    sabotage_execution.forget_a_layer(run)
+    execution_faults.forget_a_layer(run)
     check = run.check("mode", "train")
     assert (check.status, check.observed) == ("fallback", "mixed")
     assert "layers.1.self_attn" in check.reason
@@ -239,7 +239,7 @@ def test_an_evaluation_or_a_generation_inside_the_step_is_no_alarm(training):
 def test_compiled_in_part_is_not_compiled(training, kind):
     """One layer of two, a part of each, or a helper beside the model."""
     run = training(quant=None)
-    getattr(sabotage_execution, f"compile_{kind}")(run)
+    getattr(execution_faults, f"compile_{kind}")(run)
     check = run.check("compile", True)
     compilations.forget()
     assert (check.status, check.observed) == (("absent", False) if kind == "loss" else ("fallback", "in part"))
@@ -248,7 +248,7 @@ def test_compiled_in_part_is_not_compiled(training, kind):
 def test_a_compiled_helper_is_no_compiled_model(training):
     """Where none is wanted, a loss of one's own may be compiled all the same."""
     run = training(quant=None)
-    sabotage_execution.compile_loss(run)
+    execution_faults.compile_loss(run)
     check = run.check("compile", False)
     compilations.forget()
     assert check.met

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from negative_controls.fused_kernel_controls import bind_norms, bind_one_norm
 
-from kernels_check.controls.of_fused_kernels import bind_norms, bind_one_norm
 from kernels_check.judges.fused import judge_fused
 from kernels_check.observation.calls import Calls
 from kernels_check.observation.swapped import Place

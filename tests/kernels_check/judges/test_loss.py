@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from negative_controls.loss_controls import accumulate
 
-from kernels_check.controls.of_the_loss import accumulate
 from kernels_check.judges.loss import judge_tokens
 from kernels_check.observation.loss_tokens import LossPass, LossSeen
 

@@ -5,11 +5,11 @@ from functools import partial
 import peft
 import pytest
 import torch
+from negative_controls.small_run import SmallRun
+from negative_controls.trained_part_controls import train_norms, with_embeddings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels_check
-from kernels_check.controls.of_trained_parts import train_norms, with_embeddings
-from kernels_check.controls.small_run import SmallRun
 from kernels_check.judges.trained import judge_norms
 from kernels_check.observation.trained_parts import PartSeen
 

@@ -6,9 +6,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
+from negative_controls.batch_controls import eight_bit
 
 import kernels_check
-from kernels_check.controls.batches import eight_bit
 from kernels_check.observation.records import record_numbers
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from negative_controls.batch_controls import pack, pack_without_cache
+from negative_controls.small_attention import SmallAttention, packed
+from negative_controls.small_run import autocast
 
 import kernels_check
-from kernels_check.controls.batches import pack, pack_without_cache
-from kernels_check.controls.small_attention import SmallAttention, packed
-from kernels_check.controls.small_run import autocast
 from kernels_check.observation.inputs import ModelCall
 from kernels_check.observation.packed_step import isolation_of_step
 

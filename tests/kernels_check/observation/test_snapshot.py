@@ -5,12 +5,12 @@ import threading
 import bitsandbytes as bnb
 import pytest
 import torch
+from negative_controls.random_run import check_restored
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.swa_utils import AveragedModel
 
 from kernels_check import verify
-from kernels_check.controls.random_run import check_restored
 from kernels_check.observation import snapshot as snapshot_module
 from kernels_check.observation.restore import as_found
 from kernels_check.observation.snapshot import RestoreError

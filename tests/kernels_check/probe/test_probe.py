@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
+from negative_controls.small_run import only_math
 
 from kernels_check.__main__ import main
-from kernels_check.controls.small_run import only_math
 from kernels_check.probe import attempt as probe_attempt
 from kernels_check.probe import attention as probe_attention
 from kernels_check.probe import base as probe_base

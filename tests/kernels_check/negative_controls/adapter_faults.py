@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kernels_check.controls.sabotage import dropout_off
-from kernels_check.controls.small_run import SmallRun
 from kernels_check.observation.adapter_layers import adapter_layers
+from negative_controls.faults import dropout_off
+from negative_controls.small_run import SmallRun
 
 
 def disable_beside_zeros(run: SmallRun) -> None:

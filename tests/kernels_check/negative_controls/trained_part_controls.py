@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from kernels_check.controls import astray
-from kernels_check.controls.control import Control, small
-from kernels_check.controls.small_run import SmallRun
+from negative_controls import bypassed_adapter
+from negative_controls.control import Control, small
+from negative_controls.small_run import SmallRun
 
 
 def with_embeddings() -> Any:
@@ -82,64 +82,64 @@ TRAINED_PARTS: tuple[Control, ...] = (
         name="embeddings that are saved with the adapter and left out of the optimizer",
         path="embedding.trained",
         required=True,
-        sabotage=small(astray.optimise_factors_only, adapter=with_embeddings),
-        twin=small(adapter=with_embeddings),
+        fault=small(bypassed_adapter.optimise_factors_only, adapter=with_embeddings),
+        healthy=small(adapter=with_embeddings),
         words=("0 of 2 embeddings updated", "modules_to_save", "not given to an optimizer"),
     ),
     Control(
         name="a head that trains where the embeddings were to stay",
         path="embedding.trained",
         required=False,
-        sabotage=small(adapter=astray.with_a_head),
-        twin=small(),
+        fault=small(adapter=bypassed_adapter.with_a_head),
+        healthy=small(),
         words=("1 of 2 embeddings updated", "embed_tokens.weight (frozen)"),
     ),
     Control(
         name="norms that require gradients and are left out of the optimizer",
         path="norms.trained",
         required=True,
-        sabotage=small(partial(train_norms, forgotten=True), quant=None, dtype="float32"),
-        twin=small(train_norms, quant=None, dtype="float32"),
+        fault=small(partial(train_norms, forgotten=True), quant=None, dtype="float32"),
+        healthy=small(train_norms, quant=None, dtype="float32"),
         words=("0 of 5 norms updated", "not given to an optimizer"),
     ),
     Control(
         name="one norm of five that trains",
         path="norms.trained",
         required=True,
-        sabotage=small(partial(train_norms, only="model.norm.weight"), quant=None, dtype="float32"),
-        twin=small(train_norms, quant=None, dtype="float32"),
+        fault=small(partial(train_norms, only="model.norm.weight"), quant=None, dtype="float32"),
+        healthy=small(train_norms, quant=None, dtype="float32"),
         words=("1 of 5 norms updated", "input_layernorm.weight (frozen)"),
     ),
     Control(
         name="updates of norms that bfloat16 rounds away",
         path="norms.trained",
         required=True,
-        sabotage=small(partial(train_norms, rate=1e-5), quant=None),
-        twin=small(partial(train_norms, rate=1e-5), quant=None, dtype="float32"),
+        fault=small(partial(train_norms, rate=1e-5), quant=None),
+        healthy=small(partial(train_norms, rate=1e-5), quant=None, dtype="float32"),
         words=("0 of 5 norms updated", "rounded away: keep it in float32"),
     ),
     Control(
         name="tokens that train where the embeddings were to stay",
         path="embedding.trained",
         required=False,
-        sabotage=small(read_the_tokens, adapter=with_tokens),
-        twin=small(read_the_tokens),
+        fault=small(read_the_tokens, adapter=with_tokens),
+        healthy=small(read_the_tokens),
         words=("1 of 2 embeddings updated", "3 of 96 tokens", "lm_head.weight (frozen)"),
     ),
     Control(
         name="embeddings that nothing but weight decay moves",
         path="embedding.trained",
         required=True,
-        sabotage=small(partial(train_the_embedding, masked=True), quant=None, dtype="float32"),
-        twin=small(train_the_embedding, quant=None, dtype="float32"),
+        fault=small(partial(train_the_embedding, masked=True), quant=None, dtype="float32"),
+        healthy=small(train_the_embedding, quant=None, dtype="float32"),
         words=("0 of 2 embeddings updated", "moved without a gradient"),
     ),
     Control(
         name="a norm of one's own class that trains where the norms were to stay",
         path="norms.trained",
         required=False,
-        sabotage=small(rename_the_norm, quant=None, dtype="float32"),
-        twin=small(partial(rename_the_norm, train=False), quant=None, dtype="float32"),
+        fault=small(rename_the_norm, quant=None, dtype="float32"),
+        healthy=small(partial(rename_the_norm, train=False), quant=None, dtype="float32"),
         words=("1 of 5 norms updated", "input_layernorm.weight (frozen)"),
     ),
 )

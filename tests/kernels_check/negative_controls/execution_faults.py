@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kernels_check.controls.small_run import SmallRun
 from kernels_check.observation import compilations
+from negative_controls.small_run import SmallRun
 
 
 def fused_adamw(parameters: Any) -> Any:

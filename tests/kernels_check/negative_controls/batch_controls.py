@@ -1,6 +1,6 @@
 """Negative controls of what is fed to the model: records that see each other, and padding.
 
-Each is a batch, or a way to pass one, that users have had; what was told of it is true in the twin alone.
+Each is a batch, or a way to pass one, that users have had; its requirement holds in the healthy control alone.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernels_check.controls.control import Build, Control, small
-from kernels_check.controls.sabotage import checkpoint, pad, pad_one_token
-from kernels_check.controls.small_run import PAD_TOKEN, SmallRun
+from negative_controls.control import Build, Control, small
+from negative_controls.faults import checkpoint, pad, pad_one_token
+from negative_controls.small_run import PAD_TOKEN, SmallRun
 
 _FOREIGN_PAD = 5
 """A token that pads without being the configuration's."""
@@ -180,111 +180,111 @@ _PADDING: dict[str, Any] = {"path": "padding.share", "required": 0.5}
 BATCHES = (
     Control(
         name="packed sequences that leak",
-        sabotage=small(pack),
-        twin=small(pack_without_cache),
+        fault=small(pack),
+        healthy=small(pack_without_cache),
         words=("train: changing the first record", "eval: changing the first record", "use_cache=False"),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak in evaluation only",
-        sabotage=small(checkpoint, pack),
-        twin=small(checkpoint, pack_without_cache),
+        fault=small(checkpoint, pack),
+        healthy=small(checkpoint, pack_without_cache),
         words=("eval: changing the first record", "use_cache=False"),
         not_words=("train:",),
         **_LEAK,
     ),
     Control(
         name="a boundary lost between later records",
-        sabotage=small(_lose_a_boundary),
-        twin=small(mask_blocks),
+        fault=small(_lose_a_boundary),
+        healthy=small(mask_blocks),
         words=("first those of record 4; 2 of 8 records see others", "a mask of blocks"),
         not_words=("changing the first record of row 0 changed",),
         **_LEAK,
     ),
     Control(
         name="tokens that see ahead in their own record",
-        sabotage=small(_see_ahead),
-        twin=small(mask_blocks),
+        fault=small(_see_ahead),
+        healthy=small(mask_blocks),
         words=("changing the last token or the second half of every record", "earlier tokens"),
         not_words=("records see others",),
         **_LEAK,
     ),
     Control(
         name="a step that passes a mask of ones, which its batch does not",
-        sabotage=small(pack_without_cache, _then_pass_a_mask_of_ones),
-        twin=small(pack_without_cache),
+        fault=small(pack_without_cache, _then_pass_a_mask_of_ones),
+        healthy=small(pack_without_cache),
         words=("the step's own call, train: changing the first record", "no attention_mask"),
         not_words=("eval:",),
         **_LEAK,
     ),
     Control(
         name="a step that builds a cache, which its batch does not",
-        sabotage=small(pack_without_cache, _then_pass(use_cache=True)),
-        twin=small(pack_without_cache),
+        fault=small(pack_without_cache, _then_pass(use_cache=True)),
+        healthy=small(pack_without_cache),
         words=("the step's own call, train: changing the first record", "use_cache=False"),
         not_words=("eval:",),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak in a step without a batch beside it",
-        sabotage=small(pack, _forget_batch),
-        twin=small(pack_without_cache, _forget_batch),
+        fault=small(pack, _forget_batch),
+        healthy=small(pack_without_cache, _forget_batch),
         words=("the step's own call, train: changing the first record",),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak in one of two accumulated batches",
-        sabotage=small(pack_without_cache, _accumulate(use_cache=True), _forget_batch),
-        twin=small(pack_without_cache, _accumulate(), _forget_batch),
+        fault=small(pack_without_cache, _accumulate(use_cache=True), _forget_batch),
+        healthy=small(pack_without_cache, _accumulate(), _forget_batch),
         words=("the step's own call, train: changing the first record",),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak behind a dropout that is no module",
-        sabotage=_with_dropout(pack),
-        twin=_with_dropout(pack_without_cache),
+        fault=_with_dropout(pack),
+        healthy=_with_dropout(pack_without_cache),
         words=("train: changing the first record", "eval: changing the first record"),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak beside outliers picked over the batch",
-        sabotage=small(pack, quant=eight_bit, dtype="float16"),
-        twin=small(pack_without_cache, quant=eight_bit, dtype="float16"),
+        fault=small(pack, quant=eight_bit, dtype="float16"),
+        healthy=small(pack_without_cache, quant=eight_bit, dtype="float16"),
         words=("train: changing the first record", "eval: changing the first record"),
         **_LEAK,
     ),
     Control(
         name="a batch that is mostly padding",
-        sabotage=small(pad_most),
-        twin=small(pad_one_token),
+        fault=small(pad_most),
+        healthy=small(pad_one_token),
         words=("70 of 96 positions (73%)", "attention_mask", "sort them by length"),
         **_PADDING,
     ),
     Control(
         name="padding under a mask of ones",
-        sabotage=small(_hide_in_ones),
-        twin=small(_then_pass_a_mask_of_ones),
+        fault=small(_hide_in_ones),
+        healthy=small(_then_pass_a_mask_of_ones),
         words=("65 of 96 positions (68%)", "runs of token 0 at the ends of the records"),
         **_PADDING,
     ),
     Control(
         name="padding with a token that only the labels tell",
-        sabotage=small(_pad_with_another_token),
-        twin=small(_label_the_answer),
+        fault=small(_pad_with_another_token),
+        healthy=small(_label_the_answer),
         words=("65 of 96 positions (68%)", "labels of -100"),
         **_PADDING,
     ),
     Control(
         name="padding in one of two accumulated batches",
-        sabotage=small(_pad_the_first_of_two),
-        twin=small(_accumulate()),
+        fault=small(_pad_the_first_of_two),
+        healthy=small(_accumulate()),
         words=("70 of 128 positions (55%)", "by call: 70 of 96, 0 of 32"),
         **_PADDING,
     ),
     Control(
         name="padding that fills packed rows up",
-        sabotage=small(_fill_the_row_up),
-        twin=small(pack_without_cache),
+        fault=small(_fill_the_row_up),
+        healthy=small(pack_without_cache),
         words=("18 of 32 positions (56%)",),
         **_PADDING,
     ),

@@ -1,7 +1,7 @@
 """Ways to lose an adapter without a word: around the step, inside it, or between two of them.
 
-Each has a healthy twin among these that does something like it and trains all the same: a reference inside the step, a
-projection after it, a warm-up, a closure.
+Each has a healthy control among these that does something like it and trains all the same: a reference inside the
+step, a projection after it, a warm-up, a closure.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from kernels_check.controls.small_run import SmallRun
 from kernels_check.observation.adapter_layers import adapter_layers
+from negative_controls.small_run import SmallRun
 
 
 def _loss(run: SmallRun, model: Any = None) -> Any:

@@ -6,9 +6,9 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-from kernels_check.controls import other_models
-from kernels_check.controls.control import Control, changed, small
-from kernels_check.controls.small_run import SmallRun
+from negative_controls import other_models
+from negative_controls.control import Control, changed, small
+from negative_controls.small_run import SmallRun
 
 _FIRST, _SECOND = 12, 4
 """Tokens with a label in each row of the two passes."""
@@ -100,64 +100,64 @@ LOSS: tuple[Control, ...] = (
         name="a mean of the means of unequal passes",
         path="loss.tokens",
         required=True,
-        sabotage=small(accumulate),
-        twin=small(partial(accumulate, told=True)),
+        fault=small(accumulate),
+        healthy=small(partial(accumulate, told=True)),
         words=("over 32 of 64 tokens", "in 2 passes of 24, 8", "some weigh 3 times as much", "num_items_in_batch"),
     ),
     Control(
         name="a sum of the means of equal passes",
         path="loss.tokens",
         required=True,
-        sabotage=small(partial(accumulate, even=True, divided=False)),
-        twin=small(partial(accumulate, even=True)),
+        fault=small(partial(accumulate, even=True, divided=False)),
+        healthy=small(partial(accumulate, even=True)),
         words=("add up to 2 and not to 1",),
     ),
     Control(
         name="a mean of means beside losses that are weighed by hand",
         path="loss.tokens",
         required=True,
-        sabotage=small(accumulate),
-        twin=small(partial(accumulate, weighed=True)),
+        fault=small(accumulate),
+        healthy=small(partial(accumulate, weighed=True)),
         words=("some weigh 3 times as much",),
     ),
     Control(
         name="a number of tokens that the forward is told and drops",
         path="loss.tokens",
         required=True,
-        sabotage=small(partial(accumulate, told=True), drop_the_number),
-        twin=small(partial(accumulate, told=True)),
+        fault=small(partial(accumulate, told=True), drop_the_number),
+        healthy=small(partial(accumulate, told=True)),
         words=("in 2 passes of 24, 8", "some weigh 3 times as much"),
     ),
     Control(
         name="a mean of means in a decoder whose labels are not shifted",
         path="loss.tokens",
         required=True,
-        sabotage=changed(other_models.encoder_decoder, partial(accumulate, shifted=False)),
-        twin=changed(other_models.encoder_decoder, partial(accumulate, shifted=False, weighed=True)),
+        fault=changed(other_models.encoder_decoder, partial(accumulate, shifted=False)),
+        healthy=changed(other_models.encoder_decoder, partial(accumulate, shifted=False, weighed=True)),
         words=("in 2 passes of 24, 8", "some weigh 3 times as much"),
     ),
     Control(
         name="a mean of means behind a learned prompt",
         path="loss.tokens",
         required=True,
-        sabotage=small(partial(accumulate, shifted=False), adapter=prompt),
-        twin=small(partial(accumulate, shifted=False, weighed=True), adapter=prompt),
+        fault=small(partial(accumulate, shifted=False), adapter=prompt),
+        healthy=small(partial(accumulate, shifted=False, weighed=True), adapter=prompt),
         words=("in 2 passes of 24, 8", "some weigh 3 times as much"),
     ),
     Control(
         name="a mean of means in each evaluation of a closure",
         path="loss.tokens",
         required=True,
-        sabotage=small(accumulate, search_along_a_line, quant=None, dtype="float32", lora_dropout=0.0),
-        twin=small(search_along_a_line, quant=None, dtype="float32", lora_dropout=0.0),
+        fault=small(accumulate, search_along_a_line, quant=None, dtype="float32", lora_dropout=0.0),
+        healthy=small(search_along_a_line, quant=None, dtype="float32", lora_dropout=0.0),
         words=("for 3 updates or evaluations", "some weigh 3 times as much"),
     ),
     Control(
         name="a mean of means in each of two updates",
         path="loss.tokens",
         required=True,
-        sabotage=small(accumulate, update_twice),
-        twin=small(update_twice),
+        fault=small(accumulate, update_twice),
+        healthy=small(update_twice),
         words=("in 4 passes of 24, 8, 24, 8, for 2 updates", "some weigh 3 times as much"),
     ),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from kernels_check.controls.small_run import SmallRun
+from negative_controls.small_run import SmallRun
 
 _LORA: dict[str, Any] = {"r": 4, "lora_dropout": 0.0}
 _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,8 +10,8 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-from kernels_check.controls.control import Control, small
-from kernels_check.controls.small_run import SmallRun
+from negative_controls.control import Control, small
+from negative_controls.small_run import SmallRun
 
 
 def bind_norms(run: SmallRun) -> None:
@@ -124,40 +124,40 @@ FUSED: tuple[Control, ...] = (
         name="fused norms asked for when the model was built already",
         path="fused.kernels",
         required="rms_norm",
-        sabotage=small(bind_too_late),
-        twin=small(bind_norms),
+        fault=small(bind_too_late),
+        healthy=small(bind_norms),
         words=("rms_norm 0 of 5", "apply it before the model is built"),
     ),
     Control(
         name="a fused norm in one place of five",
         path="fused.kernels",
         required="rms_norm",
-        sabotage=small(bind_one_norm),
-        twin=small(bind_norms),
+        fault=small(bind_one_norm),
+        healthy=small(bind_norms),
         words=("rms_norm 1 of 5 of liger_kernel",),
     ),
     Control(
         name="a fused norm that is passed by",
         path="fused.kernels",
         required="rms_norm",
-        sabotage=small(pass_one_by),
-        twin=small(bind_norms),
+        fault=small(pass_one_by),
+        healthy=small(bind_norms),
         words=("rms_norm 4 of 5 of liger_kernel, bound in 5",),
     ),
     Control(
         name="the attention of a library that keeps the model's projections",
         path="fused.kernels",
         required="qkv+o",
-        sabotage=small(partial(bind_attention, library="axolotl", home="monkeypatch.lora_kernels")),
-        twin=small(bind_attention),
+        fault=small(partial(bind_attention, library="axolotl", home="monkeypatch.lora_kernels")),
+        healthy=small(bind_attention),
         words=("rope 0 of 2, qkv 0 of 2, o 0 of 2",),
     ),
     Control(
         name="a fused loss in a model whose loss is made from logits",
         path="fused.kernels",
         required="loss",
-        sabotage=small(lose_outside),
-        twin=small(bind_loss),
+        fault=small(lose_outside),
+        healthy=small(bind_loss),
         words=("loss 0 of 1 of liger_kernel, bound in 1",),
     ),
 )

@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
-from kernels_check.controls.small_run import SmallRun, build
+from negative_controls.small_run import SmallRun, build
 
 
 def accumulate(run: SmallRun) -> None:

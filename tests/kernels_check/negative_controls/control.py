@@ -1,4 +1,4 @@
-"""What a negative control is, and what it means for it to hold."""
+"""A negative control, and when it holds."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
-from kernels_check.controls.small_run import SmallRun, build
 from kernels_check.observation import compilations
+from negative_controls.small_run import SmallRun, build
 
 Build: TypeAlias = Callable[[], SmallRun]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """One sabotage and its twin."""
+    """A run with a fault, and a healthy one."""
 
     name: str
     path: str
-    """The path that must catch it."""
+    """The path whose check must find the fault."""
     required: Json
-    sabotage: Build
-    twin: Build
+    fault: Build
+    healthy: Build
     words: tuple[str, ...]
     """All of them stand in the reason."""
     not_words: tuple[str, ...] = ()
@@ -47,10 +47,8 @@ class Outcome:
     instrument: str
     held: bool | None
     """None: skipped."""
-    fault: str | None
+    failure: str | None
     """What did not hold, or why it was skipped."""
-    sabotage: Check | None = None
-    twin: Check | None = None
 
 
 def small(*changes: Callable[[SmallRun], object], **options: Any) -> Build:
@@ -71,20 +69,20 @@ def _changed(make: Build, changes: tuple[Callable[[SmallRun], object], ...]) -> 
 
 
 def run_control(control: Control, instrument: Instrument) -> Outcome:
-    """Build both runs, verify them, and compare with what is promised; an exception is a control that failed."""
+    """Build both runs, verify them, and compare with what is required; an exception is a control that failed."""
     import torch
 
     if control.needs_cuda is not None and not torch.cuda.is_available():
         return _outcome(control, instrument, None, f"needs a CUDA device: {control.needs_cuda}")
     try:
-        broken = _verified(control.sabotage(), control, instrument)
-        sound = _verified(control.twin(), control, instrument)
+        broken = _verified(control.fault(), control, instrument)
+        sound = _verified(control.healthy(), control, instrument)
     except Exception as error:
         return _outcome(control, instrument, False, f"{type(error).__name__}: {error}")
     finally:
         compilations.forget()
-    fault = "; ".join(_faults(control, broken, sound)) or None
-    return _outcome(control, instrument, fault is None, fault, broken, sound)
+    failure = "; ".join(_failures(control, broken, sound)) or None
+    return _outcome(control, instrument, failure is None, failure)
 
 
 def _verified(run: SmallRun, control: Control, instrument: Instrument) -> Check:
@@ -93,41 +91,28 @@ def _verified(run: SmallRun, control: Control, instrument: Instrument) -> Check:
     return check
 
 
-def _faults(control: Control, broken: Check, sound: Check) -> list[str]:
-    """Everything that a control promises and that does not hold."""
-    faults = []
+def _failures(control: Control, broken: Check, sound: Check) -> list[str]:
+    """Everything that a control requires and that does not hold."""
+    failures = []
     if control.caught_by == "status" and broken.status not in ("fallback", "absent"):
-        faults.append(f"the sabotage is {broken.status}")
+        failures.append(f"the faulty run is {broken.status}")
     if control.caught_by == "unknown" and broken.status != "unknown":
-        faults.append(f"the sabotage is {broken.status}")
+        failures.append(f"the faulty run is {broken.status}")
     if control.caught_by == "reason" and not broken.met:
-        faults.append(f"the sabotage is {broken.status}, although what was required ran")
+        failures.append(f"the faulty run is {broken.status}, although what was required ran")
     missing = [word for word in control.words if word not in broken.reason]
-    faults += [f"its reason lacks {', '.join(map(repr, missing))}: {broken.reason}"] if missing else []
+    failures += [f"its reason lacks {', '.join(map(repr, missing))}: {broken.reason}"] if missing else []
     present = [word for word in control.not_words if word in broken.reason]
-    faults += [f"its reason has {', '.join(map(repr, present))}: {broken.reason}"] if present else []
+    failures += [f"its reason has {', '.join(map(repr, present))}: {broken.reason}"] if present else []
     if not sound.met:
-        faults.append(f"the untouched twin is {sound.status}: {sound.reason}")
+        failures.append(f"the healthy run is {sound.status}: {sound.reason}")
     if control.caught_by == "reason" and all(word in sound.reason for word in control.words):
-        faults.append(f"the untouched twin is given the same warning: {sound.reason}")
-    return faults
+        failures.append(f"the healthy run is given the same warning: {sound.reason}")
+    return failures
 
 
-def _outcome(
-    control: Control,
-    instrument: str,
-    held: bool | None,
-    fault: str | None,
-    sabotage: Check | None = None,
-    twin: Check | None = None,
-) -> Outcome:
+def _outcome(control: Control, instrument: str, held: bool | None, failure: str | None) -> Outcome:
     return Outcome(
-        control=control.name,
-        path=control.path,
-        required=control.required,
-        instrument=instrument,
-        held=held,
-        fault=fault,
-        sabotage=sabotage,
-        twin=twin,
-    )
+        control=control.name, path=control.path, required=control.required, instrument=instrument, held=held,
+        failure=failure,
+    )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernels_check.controls.small_run import SmallRun
 from kernels_check.observation.adapter_layers import adapter_layers
+from negative_controls.small_run import SmallRun
 
 
 def after_each_step(run: SmallRun, change: Callable[[], object]) -> None:

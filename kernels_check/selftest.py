@@ -1,0 +1,310 @@
+"""`python -m kernels_check selftest`: are twelve faults found on this machine, and do their healthy controls pass?
+
+Each fault is one that training scripts have had, in a small LoRA run of real libraries: a Llama of two layers with
+random weights, quantised by bitsandbytes, with an adapter of PEFT. A control holds if the check of its path is not
+active in the run with the fault, and active in the healthy run. The instruments' full set of controls is in the tests
+(`tests/kernels_check/negative_controls`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
+from kernels_check.visible import make_visible
+
+SCHEMA = 1
+EXIT_FAILED = 4
+WIDTH = 160
+"""Of the table where there is no terminal."""
+_ADAMW = "torch.optim.AdamW"
+_VERDICTS = {True: "[green]holds[/]", False: "[red]FAILED[/]"}
+
+
+@dataclass(kw_only=True)
+class SmallRun:
+    """A run that can be stepped and verified."""
+
+    model: Any
+    optimizer: Any
+    inputs: dict[str, Any]
+    batch: dict[str, Any] | None = None
+    """Packed records, for the path `packing.isolated`."""
+
+    def step(self) -> None:
+        """Forward, backward and an update."""
+        self.optimizer.zero_grad()
+        self.model(**self.inputs, labels=self.inputs["input_ids"]).loss.backward()
+        self.optimizer.step()
+
+    def check(self, path: str, required: Json, instrument: Instrument = "profile") -> Check:
+        """Verify one path."""
+        from kernels_check import verify
+
+        checks = verify(self.model, self.step, {path: required}, instrument=instrument, batch=self.batch)
+        return next(check for check in checks if check.path == path)
+
+
+def build(
+    *,
+    quantised: bool = True,
+    double: bool = True,
+    compute: str = "bfloat16",
+    attention: str = "sdpa",
+    skipped: tuple[str, ...] = ("lm_head",),
+    optimizer: str = "AdamW",
+) -> SmallRun:
+    """Build a run of a fixed seed.
+
+    Args:
+        quantised: store linear layers in NF4; otherwise in bfloat16.
+        double: quantise the scales too.
+        compute: compute dtype of the 4-bit layers.
+        attention: the model's `attn_implementation`.
+        skipped: ends of the names of linear layers that are not quantised.
+        optimizer: name of a class of torch.optim.
+    """
+    import bitsandbytes as bnb
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
+    for name, linear in [*model.named_modules()]:
+        if quantised and isinstance(linear, torch.nn.Linear) and not name.endswith(skipped):
+            small = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=getattr(torch, compute)
+            )
+            small.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=small
+            )
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, small.to("cpu"))
+    lora = peft.LoraConfig(r=4, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora).train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = torch.randint(1, 96, (2, 16))
+    made = getattr(torch.optim, optimizer)(trainable, lr=1e-3)
+    return SmallRun(model=model, optimizer=made, inputs={"input_ids": ids})
+
+
+Build: TypeAlias = Callable[[], SmallRun]
+
+
+def changed(change: Callable[[SmallRun], object], **options: Any) -> Build:
+    """Build a run with these options, and change it."""
+
+    def make() -> SmallRun:
+        run = build(**options)
+        change(run)
+        return run
+
+    return make
+
+
+def pack(run: SmallRun, *, cache: bool) -> None:
+    """Two records a row; with a cache transformers builds no mask from their positions, and they see each other."""
+    import torch
+
+    positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
+    run.inputs |= {"position_ids": positions, "use_cache": cache}
+    run.batch = dict(run.inputs)
+
+
+def train_norms(run: SmallRun) -> None:
+    """Train the norms, so that a step has gradients where the adapter gives none."""
+    for name, parameter in run.model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.requires_grad_(True)
+
+
+def disable_adapter(run: SmallRun) -> None:
+    """Disable the adapter for a comparison, and leave it so."""
+    run.model.base_model.disable_adapter_layers()
+    train_norms(run)
+
+
+def freeze_adapter(run: SmallRun) -> None:
+    """Freeze the adapter, as loading it for inference does."""
+    for parameter in run.model.parameters():
+        parameter.requires_grad_(False)
+    train_norms(run)
+
+
+def train_a_norm(run: SmallRun) -> None:
+    """Train a norm of the base with the adapter."""
+    norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
+    run.optimizer.add_param_group({"params": [norm.requires_grad_(True)], "lr": 0.1})
+
+
+def silence_dropout(run: SmallRun) -> None:
+    """Leave the dropout layers in eval mode."""
+    from torch.nn import Dropout
+
+    for module in run.model.modules():
+        if isinstance(module, Dropout):
+            module.eval()
+
+
+def checkpoint(run: SmallRun) -> None:
+    """Switch gradient checkpointing on."""
+    run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.model.enable_input_require_grads()
+
+
+def compile_layers(run: SmallRun, count: int) -> None:
+    """Compile so many of the two decoder layers."""
+    import torch
+
+    torch._dynamo.reset()  # the code of these layers is shared by all models of the process
+    run.inputs["use_cache"] = False  # a cache that fills up is another graph in every layer
+    run.model.enable_input_require_grads()
+    for layer in run.model.base_model.model.model.layers[:count]:
+        layer.forward = torch.compile(layer.forward, backend="eager", dynamic=False)
+    run.step()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A fault, and the requirement that shows it."""
+
+    name: str
+    path: str
+    required: Json
+    fault: Build
+    healthy: Build = build
+    instruments: tuple[Instrument, ...] = INSTRUMENTS
+
+
+CONTROLS: tuple[Control, ...] = (
+    Control(
+        name="attention falls back to eager", path="attention.backend", required="fused",
+        fault=partial(build, attention="eager"),
+    ),
+    Control(
+        name="packed records see each other", path="packing.isolated", required=True, instruments=("profile",),
+        fault=changed(partial(pack, cache=True)), healthy=changed(partial(pack, cache=False)),
+    ),
+    Control(
+        name="a targeted layer is not quantised", path="base.bits", required=4,
+        fault=partial(build, skipped=("lm_head", "layers.1.self_attn.v_proj")),
+    ),
+    Control(
+        name="scales are not quantised", path="base.double_quant", required=True, fault=partial(build, double=False)
+    ),
+    Control(
+        name="4-bit layers compute in float32", path="base.compute_dtype", required="bfloat16",
+        fault=partial(build, compute="float32"),
+    ),
+    Control(name="the base is not frozen", path="base.frozen", required=True, fault=changed(train_a_norm)),
+    Control(name="the adapter is disabled", path="lora.attached", required=True, fault=changed(disable_adapter)),
+    Control(name="the adapter does not learn", path="lora.learning", required=True, fault=changed(freeze_adapter)),
+    Control(name="dropout is inactive", path="lora.dropout", required=0.05, fault=changed(silence_dropout)),
+    Control(
+        name="another optimizer", path="optimizer.class", required=_ADAMW, fault=partial(build, optimizer="SGD")
+    ),
+    Control(
+        name="nothing is checkpointed", path="checkpointing", required=True, fault=build, healthy=changed(checkpoint)
+    ),
+    Control(
+        name="one layer of two is compiled", path="compile", required=True,
+        fault=changed(partial(compile_layers, count=1), quantised=False),
+        healthy=changed(partial(compile_layers, count=2), quantised=False),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A control with one instrument."""
+
+    control: str
+    path: str
+    required: Json
+    instrument: Instrument
+    held: bool
+    failure: str | None
+    """What did not hold."""
+    fault: Check | None = None
+    healthy: Check | None = None
+
+
+def run_control(control: Control, instrument: Instrument) -> Outcome:
+    """Build and verify both runs; an exception is a control that does not hold."""
+    outcome = partial(
+        Outcome, control=control.name, path=control.path, required=control.required, instrument=instrument
+    )
+    try:
+        fault, healthy = (
+            make().check(control.path, control.required, instrument) for make in (control.fault, control.healthy)
+        )
+    except Exception as error:
+        return outcome(held=False, failure=f"{type(error).__name__}: {error}")
+    failures = [] if fault.status in ("fallback", "absent") else [f"the fault is {fault.status}: {fault.reason}"]
+    failures += [] if healthy.met else [f"the healthy run is {healthy.status}: {healthy.reason}"]
+    return outcome(held=not failures, failure="; ".join(failures) or None, fault=fault, healthy=healthy)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the controls, print the table or one JSON document, and return 0 if all hold."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    outcomes = run_all(CONTROLS)
+    print(json.dumps(document(outcomes), indent=2, allow_nan=False)) if arguments.json else show(outcomes)
+    return 0 if all(outcome.held for outcome in outcomes) else EXIT_FAILED
+
+
+def run_all(controls: Iterable[Control]) -> list[Outcome]:
+    """Run the controls one after the other, each with every instrument that can observe it."""
+    outcomes = []
+    for control in controls:
+        print(f"kernels_check selftest: {control.name}", file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries warn of the faults
+            outcomes += [run_control(control, instrument) for instrument in control.instruments]
+    return outcomes
+
+
+def document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The JSON document: the verdict on all, and every outcome with both checks."""
+    held = [outcome.held for outcome in outcomes]
+    counts = {"held": held.count(True), "failed": held.count(False)}
+    return {"schema": SCHEMA, "held": all(held), "counts": counts, "outcomes": [asdict(one) for one in outcomes]}
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """Print the table, then what failed and why."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("fault", "path", "instrument", "with the fault", "healthy", ""):
+        table.add_column(name, overflow="fold", no_wrap=name == "fault")
+    for outcome in outcomes:
+        seen = [_describe(check) for check in (outcome.fault, outcome.healthy)]
+        table.add_row(outcome.control, outcome.path, outcome.instrument, *seen, _VERDICTS[outcome.held])
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(table)
+    lines = [f"FAILED: {one.control}, {one.instrument}: {one.failure}" for one in outcomes if not one.held]
+    for line in [*lines, f"{sum(one.held for one in outcomes)} of {len(outcomes)} hold"]:
+        console.print(make_visible(line), markup=False, highlight=False)
+
+
+def _describe(check: Check | None) -> str:
+    from rich.markup import escape
+
+    return "–" if check is None else escape(make_visible(f"{check.status} ({check.observed})"))

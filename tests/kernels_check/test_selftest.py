@@ -1,0 +1,63 @@
+"""`kernels_check selftest`: twelve faults are found on this machine, and what is not found fails the command."""
+
+import dataclasses
+import json
+
+import pytest
+
+from kernels_check import selftest
+from kernels_check.__main__ import main
+
+EAGER = selftest.CONTROLS[0]
+MISSED = dataclasses.replace(EAGER, name="missed", fault=EAGER.healthy)
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Run these controls instead of the twelve."""
+    return lambda *controls: monkeypatch.setattr(selftest, "CONTROLS", controls)
+
+
+def test_every_fault_is_found_and_every_healthy_run_passes(capsys):
+    """Twelve controls, each of a path of its own; a row for each instrument, exit code 0."""
+    assert main(["selftest"]) == 0
+    shown = capsys.readouterr().out
+    assert len({control.path for control in selftest.CONTROLS}) == 12
+    assert "fallback (eager)" in shown
+    assert "active (flash)" in shown
+    assert shown.rstrip().endswith("23 of 23 hold")
+    assert all(control.name in shown for control in selftest.CONTROLS)
+
+
+def test_a_fault_that_is_not_found_fails_the_command(only, capsys):
+    """Exit code 4 and the reason; so does a healthy run that does not pass, and an exception."""
+    broken = dataclasses.replace(EAGER, name="broken", healthy=EAGER.fault)
+    raises = dataclasses.replace(EAGER, name="raises", fault=lambda: selftest.build(attention="none"))
+    only(EAGER, MISSED, broken, raises)
+    assert main(["selftest"]) == 4
+    shown = capsys.readouterr().out
+    assert "FAILED: missed, profile: the fault is active" in shown
+    assert "FAILED: broken, profile: the healthy run is fallback" in shown
+    assert "FAILED: raises, profile: ValueError" in shown
+    assert "2 of 8 hold" in shown
+
+
+def test_json_is_one_document_with_both_checks(only, capsys):
+    """On stdout alone; progress goes to stderr."""
+    only(EAGER, MISSED)
+    assert main(["selftest", "--json"]) == 4
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert (document["schema"], document["held"], document["counts"]) == (1, False, {"held": 2, "failed": 2})
+    first = document["outcomes"][0]
+    assert (first["control"], first["path"], first["instrument"]) == (EAGER.name, "attention.backend", "profile")
+    assert (first["fault"]["status"], first["healthy"]["status"]) == ("fallback", "active")
+    assert EAGER.name in captured.err
+
+
+def test_bad_usage_is_its_own_exit_status(capsys):
+    """As in every command."""
+    with pytest.raises(SystemExit) as caught:
+        main(["selftest", "--fast"])
+    assert caught.value.code == 2
+    assert "--fast" in capsys.readouterr().err
