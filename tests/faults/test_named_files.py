@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.commands.output import ENV_SUMMARY, show_document
 from harness.errors import InvalidRunError, UsageError
 from harness.records import store
 from harness.records.outputs import replacing
 from harness.report.html.page import save_html
-from harness.report.table import say
 from harness.results.files import write_tables, write_text
 from harness.results.pack import pack
 
@@ -102,13 +100,6 @@ def test_no_room_to_unpack_is_no_fault_of_the_file(tmp_path):
         store.read_run(str(path), tmp_path)
 
 
-def test_a_summary_on_a_full_disk_is_no_bad_input(monkeypatch):
-    """The file is the right one, and the disk is full."""
-    monkeypatch.setenv(ENV_SUMMARY, "/dev/full")
-    with pytest.raises(InvalidRunError, match=r"/dev/full: No space left on device\. Free space there, or name a file"):
-        show_document((say("words"),), "github")
-
-
 def test_a_link_stays_one(tmp_path):
     """What it leads to is another file afterwards."""
     (tmp_path / "real").write_text("before")
@@ -119,18 +110,6 @@ def test_a_link_stays_one(tmp_path):
     assert (tmp_path / "real").read_text() == "after"
 
 
-def test_what_is_no_plain_file_is_written_to_as_it_is(tmp_path):
-    """As /dev/stdout, and what a shell makes of >(...)."""
-    read, write = os.pipe()
-    with replacing(Path(f"/dev/fd/{write}")) as draft:
-        draft.write_text("words")
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        assert pipe.read() == "words"
-    with pytest.raises(IsADirectoryError), replacing(tmp_path) as draft:
-        draft.write_text("words")
-
-
 def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
     """To put another in its place takes the right to its folder only."""
     (tmp_path / "named").write_text("before")
@@ -138,27 +117,3 @@ def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="named: cannot be written: Permission denied"):
         write_text("after", tmp_path / "named")
     assert (tmp_path / "named").read_text() == "before"
-
-
-@pytest.mark.parametrize("links", [True, False], ids=["a disk with links", "a disk without"])
-def test_what_came_to_be_there_meanwhile_is_not_replaced(tmp_path, monkeypatch, links):
-    """Where a file is to be anew; where nothing came it is there, and no draft is."""
-    if not links:
-
-        def refuse(*names):
-            raise PermissionError(errno.EPERM, "no links here")
-
-        monkeypatch.setattr(os, "link", refuse)
-    with replacing(tmp_path / "first", anew=True) as draft:
-        draft.write_text("ours")
-    assert (tmp_path / "first").read_text() == "ours"
-
-    def write():
-        with replacing(tmp_path / "second", anew=True) as draft:
-            draft.write_text("ours")
-            (tmp_path / "second").write_text("theirs")
-
-    with pytest.raises(FileExistsError):
-        write()
-    assert (tmp_path / "second").read_text() == "theirs"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]

@@ -4,26 +4,18 @@ message names what was refused, the exit code is that of a machine that cannot m
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from harness.errors import InvalidRunError
 from harness.records import store
-from harness.records.refusals import OF_THE_MACHINE, REFUSED, naming
+from harness.records.refusals import REFUSED
 from harness.run.executors.disk import Disk
 from harness.run.executors.local import LocalExecutor
-from harness.trial.failure import failure_of
-
-KIB = 1024
 
 
 def limited(most):
@@ -57,8 +49,6 @@ def whole_replicates(run):
     return [record for record in run.records if f"r{record.replicate}" not in broken]
 
 
-SIZES = [0, 100, 1_000, 2_000, 3_000, 5_000, 7_500]
-QUICK_SIZES = [0, 3_000]
 SPACES = [0, 4, 8, 12, 16, 20, 24]
 QUICK_SPACES = [4, 24]
 VERDICTS = (1, 3)
@@ -68,22 +58,6 @@ VERDICTS = (1, 3)
 def half(long, quick):
     """All values, those that are not quick marked for the long half."""
     return [pytest.param(one, marks=() if one in quick else pytest.mark.faults) for one in long]
-
-
-@pytest.mark.parametrize("most", half(SIZES, QUICK_SIZES))
-def test_a_limit_of_file_sizes_at_each_write(most, command, begun, resumed):
-    """Manifest, records, evidence, summary: whichever is the first that does not fit."""
-    done = subprocess.run(command(), preexec_fn=limited(most), capture_output=True, text=True, check=False)
-    run = begun()
-    check_kept(run, done.returncode, done.stderr)
-    said = "File too large. Raise the limit of file sizes (ulimit -f)"
-    assert (said if most else "No usable temporary directory found") in done.stderr
-    if run is not None:
-        kept = whole_replicates(run)
-        whole = resumed()
-        assert (whole.state, len(whole.records)) == ("complete", len(run.manifest.order))
-        if run.state != "complete":
-            assert [record for record in whole.records if record in kept] == kept
 
 
 @pytest.mark.parametrize("free_kib", half(SPACES, QUICK_SPACES))
@@ -151,51 +125,6 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
     assert {record.status for record in resumed().records} == {"ok"}
 
 
-@pytest.mark.parametrize("number", OF_THE_MACHINE)
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_refusal_is_known_in_whatever_wraps_it(number, wrapped):
-    """As the system raises it, or as the cause of a library's own error."""
-    try:
-        try:
-            raise OSError(number, os.strerror(number), "/somewhere")
-        except OSError as error:
-            if not wrapped:
-                raise
-            raise RuntimeError("could not save") from error
-    except Exception as error:
-        fragment = failure_of(error, "save_adapter")
-    assert (fragment.status, fragment.failure.kind) == ("interrupted", REFUSED)
-    assert f"/somewhere: {os.strerror(number)}. " in fragment.failure.message
-
-
-def test_what_a_library_was_refused_has_its_file():
-    """Most say what the system said, and not where; another error is as it was."""
-    with pytest.raises(OSError, match="No space left on device: '/somewhere'"), naming(Path("/somewhere")):
-        raise RuntimeError("I/O error: No space left on device (os error 28)")
-    with pytest.raises(OSError, match="/elsewhere"), naming(Path("/somewhere")):
-        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
-    with pytest.raises(ValueError, match="mine"), naming(Path("/somewhere")):
-        raise ValueError("mine")
-
-
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EINVAL])
-def test_what_is_a_trials_own_stays_its_own(number):
-    """A file that is missing, or may not be read, is missing to this trial."""
-    assert failure_of(OSError(number, os.strerror(number), "/somewhere"), "build").status == "crashed"
-
-
-def test_a_log_that_cannot_be_written_hides_no_traceback(monkeypatch):
-    """It stands in the record; the process does not die of what it could not print."""
-    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
-        try:
-            raise ValueError("broken on purpose")
-        except ValueError as error:
-            fragment = failure_of(error, "build")
-    assert fragment.status == "crashed"
-    assert "ValueError: broken on purpose" in fragment.failure.traceback
-
-
 def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_disk):
     """The tokenising process is real and its disk full: a machine that cannot measure (4), with what was refused."""
     local = LocalExecutor()
@@ -224,17 +153,6 @@ def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, 
     assert "Traceback" not in done.stderr
     assert (runs / "baselines.json").read_bytes() == before
     assert not list(runs.glob("*.tmp"))
-
-
-def test_a_baseline_on_a_full_disk_is_refused(command, runs, only_run, tiny_disk):
-    """No room at all, and none for its lock."""
-    tiny_disk(runs, 200)
-    assert subprocess.run(command(), capture_output=True, check=False).returncode == 0
-    (runs / "more").write_bytes(b"x" * (shutil.disk_usage(runs).free // (4 * KIB)) * 4 * KIB)
-    words = [sys.executable, "-m", "harness.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, "No space left on device. Free space there" in done.stderr) == (4, True), done.stderr
-    assert not (runs / "baselines.json").exists()
 
 
 @pytest.mark.parametrize("most", half([5_000, 12_000, 20_000, 30_000], [30_000]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -14,11 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import kernels_check.__main__
-import kernels_check.streams
 from harness.cli import main
-from harness.run.display import Shielded
-from kernels_check.streams import EXIT_CLOSED_PIPE, Aside
+from kernels_check.streams import EXIT_CLOSED_PIPE
 
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
 
@@ -47,15 +43,6 @@ def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, cl
     with open(closed_pipe, "w", closefd=False) as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(words) == EXIT_CLOSED_PIPE == 128 + 13
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("words", [["rules"], ["rules", "--json"]])
-def test_so_it_ends_the_other_program(words, closed_pipe, monkeypatch, capsys):
-    """`python -m kernels_check` as `lorameter`; its tables, too."""
-    with open(closed_pipe, "w", closefd=False) as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        assert kernels_check.__main__.main(words) == EXIT_CLOSED_PIPE
     assert capsys.readouterr().err == ""
 
 
@@ -131,42 +118,6 @@ def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
     assert only_run().state == "complete"
 
 
-@pytest.mark.parametrize(
-    "error", [BrokenPipeError(), SystemExit(1), ValueError("I/O operation on closed file"), KeyError()]
-)
-def test_a_display_raises_nothing_into_the_loop(error):
-    """Whatever goes wrong in it: it is asked once and no more."""
-
-    class Broken:
-        asked = 0
-
-        def trial_phase(self, slot, phase):
-            Broken.asked += 1
-            raise error
-
-        starting = trial_ended = trial_phase
-
-    shielded = Shielded(Broken())
-    shielded.starting(None, "")
-    shielded.trial_phase(None, "")
-    shielded.trial_ended(None)
-    assert Broken.asked == 1
-
-
-def test_what_a_display_dies_of_acts_on_no_terminal(capsys):
-    """It repeats text from outside, which may hold an escape sequence or a password."""
-
-    class Broken:
-        def trial_ended(self, record):
-            raise ValueError("\x1b]0;title\x07 of https://user:hunter2@host/x")
-
-    Shielded(Broken()).trial_ended(None)
-    told = capsys.readouterr().err
-    assert "host/x" in told
-    assert "\x1b" not in told
-    assert "hunter2" not in told
-
-
 def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
     """Other characters are escaped; one JSON document stays one."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
@@ -181,54 +132,10 @@ def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
         assert words[-1] != "--json" or json.loads(done.stdout)["schema"] == 2
 
 
-@pytest.fixture
-def unread():
-    """The ends of a pipe as small as can be, with so much in it already that nobody has read."""
-    read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    os.write(write, b"x" * 4000)
-    yield read, write
-    for end in (read, write):
-        with contextlib.suppress(OSError):
-            os.close(end)
-
-
-@pytest.mark.parametrize("end", ["stdout", "stderr"])
-def test_a_reader_that_is_slow_misses_nothing(end, command, only_run, unread):
-    """Who reads at last has all of it, and what waited for him has measured everything."""
-    read, write = unread
-    other = {"stdout": "stderr", "stderr": "stdout"}[end]
-    with subprocess.Popen(command(), **{end: write, other: subprocess.DEVNULL}) as process:
-        os.close(write)
-        wait_until_it_waits(process.pid)
-        with os.fdopen(os.dup(read), "rb") as reader:
-            said = reader.read()
-    assert process.returncode == 0
-    run = only_run()
-    assert (run.state, {record.status for record in run.records}) == ("complete", {"ok"})
-    assert (b"Training" if end == "stdout" else b"] r2-") in said
-
-
 def wait_until_it_waits(pid):
     """Return when the process sleeps because of a full pipe."""
     while not any(name in Path(f"/proc/{pid}/wchan").read_text() for name in ("pipe_w", "poll")):
         time.sleep(0.05)
-
-
-def test_asides_that_nobody_reads_are_dropped(unread, monkeypatch):
-    """After some patience, and for good: the second one waits no more."""
-    monkeypatch.setattr(kernels_check.streams, "PATIENCE_S", 0.2)
-    read, write = unread
-    with os.fdopen(os.dup(write), "w") as stream:
-        aside = Aside(stream)
-        begin = time.monotonic()
-        for _ in range(1000):
-            aside.write("to nobody\n" * 10)
-            aside.flush()
-        assert time.monotonic() - begin >= 0.2
-    os.close(write)
-    with os.fdopen(os.dup(read), "rb") as reader:
-        assert reader.read() == b"x" * 4000
 
 
 @pytest.mark.faults
