@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from harness.machine import cgroup
-from harness.machine.cgroup import CpuTimes, cpu_quota, memory_left
+from harness.machine.cgroup import cpu_quota, memory_left
 from harness.machine.host import CUMULATIVE, HostWatch, host_counters, withheld_share
 from harness.machine.system import memory_available_bytes, memory_bytes, system_facts
 
@@ -113,18 +112,6 @@ def test_a_process_that_is_moved_has_no_quota_of_that_stretch(root):
     assert "moved to another cgroup" in watch.missing["quota_stall_s"]
 
 
-def test_cgroups_are_looked_for_once(root, monkeypatch):
-    """A reading stands before and after each turn, and looking for folders was a third of it."""
-    looked = []
-    find = cgroup._folders
-    monkeypatch.setattr(cgroup, "_folders", lambda *given: looked.append(given) or find(*given))
-    watch = HostWatch(root(files()))
-    for _ in range(3):
-        watch.begin()
-        watch.end()
-    assert len(looked) == 1
-
-
 def test_a_counter_that_goes_back_is_missing(root):
     """Steal is known to; a difference below zero is no measurement."""
     watch = HostWatch(root(files(steal=500)))
@@ -144,19 +131,6 @@ def test_the_clock_has_a_range(root):
     root({name.format(CPU): "1600000\n"})
     totals = watch.end()
     assert (totals["clock_min_hz"], totals["clock_max_hz"]) == (1.6e9, 3.2e9)
-
-
-def test_the_slowest_clock_is_not_known_where_one_cpu_does_not_tell(root):
-    """It may be that one; and where one has no clock the others have none, so they are not asked."""
-    name = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_cur_freq"
-    told = {name.format(cpu): "3200000\n" for cpu in sorted(os.sched_getaffinity(0))[1:]}
-    assert "no cpufreq" in host_counters(root(told)).clock_hz.reason
-
-
-def test_an_end_without_a_begin_is_a_defect():
-    """Not a silent zero."""
-    with pytest.raises(RuntimeError, match="without begin"):
-        HostWatch().end()
 
 
 def test_the_real_machine_counts_this_process():
@@ -189,17 +163,6 @@ def test_the_real_machine_counts_this_process():
 def test_the_tightest_quota_counts(root, described, cpus):
     """Of either version, on the way up, and where the container's own name is not to be seen."""
     assert cpu_quota(root(described)).value == cpus
-
-
-def test_version_one_counts_in_nanoseconds(root):
-    """Under another name."""
-    described = {
-        "proc/self/cgroup": "4:cpu:/a\n3:cpuacct:/a\n", "sys/fs/cgroup/cpu/a/cpu.stat": "throttled_time 2500000000\n",
-        "sys/fs/cgroup/cpuacct/a/cpuacct.usage": "7500000000\n",
-    }  # fmt: skip
-    ((_, found),) = CpuTimes(root(described)).read().value.items()
-    assert (found.withheld_s, found.used_s.value) == (2.5, 7.5)
-    assert not CpuTimes(root({"proc/self/cgroup": "4:cpuset:/a\n"})).read().known
 
 
 @pytest.mark.parametrize(

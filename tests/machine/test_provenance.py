@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import subprocess
-import sys
 
 import pytest
 
-from harness.machine import provenance
 from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
 from harness.machine.steering import switches_of
 from harness.records import codec
-from harness.studies.engine import Engine
 
 CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
 
@@ -51,13 +47,6 @@ def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
     assert codec.to_json(told) == told
 
 
-def test_the_fingerprint_of_a_run_on_a_cpu_stays_what_it_was(small_study, machine):
-    """Runs that were written before the limit was recorded, and their baselines, stay comparable."""
-    facts = collect(small_study, read_facts(machine), 1)
-    assert fingerprint(facts) == before_limits(facts)
-    assert comparable(facts).keys() == set(FINGERPRINT)
-
-
 def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine):
     """Beside the study's, under the variant's name; where there is none nothing is said of it."""
     own = dataclasses.replace(small_study.workload, batch_size=4)
@@ -66,25 +55,6 @@ def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine
     assert both["workload"] == alone["workload"] | {"own": {"b": codec.to_json(own)}}
     assert "own" not in alone["workload"]
     assert fingerprint(both) != fingerprint(alone)
-
-
-def test_the_version_of_an_engine_is_said_by_its_study_alone(small_study, machine):
-    """Beside the libraries, and in no fingerprint; what nobody looked for is not said to be missing."""
-    engine = Engine(title="Liger", variant="nf4", proof={"fused.kernels": "any"}, package="liger-kernel")
-    facts = dataclasses.replace(read_facts(machine), packages={"liger-kernel": "0.8.5"})
-
-    def told(package, facts=facts):
-        named = dataclasses.replace(engine, package=package)
-        return collect(dataclasses.replace(small_study, engine=named), facts, 1)
-
-    assert told("liger-kernel")["engine"] == {"liger-kernel": "0.8.5"}
-    assert fingerprint(told("liger-kernel")) == fingerprint(collect(small_study, facts, 1))
-    assert "engine" not in told("torch")
-    assert told("Liger_Kernel")["engine"] == {"Liger_Kernel": "0.8.5"}
-    assert told("something-else")["engine"] == {"something-else": None}
-    elsewhere = dataclasses.replace(facts, host={"packages": {"something-else": "1.0"}})
-    assert told("something-else", elsewhere)["engine"] == {"something-else": "1.0"}
-    assert told("liger-kernel", elsewhere)["engine"] == {"liger-kernel": None}
 
 
 def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):
@@ -160,23 +130,3 @@ def test_another_interpreter_has_libraries_and_switches_of_its_own(steered):
 def test_only_what_steers_is_read_of_the_environment(name, steers):
     """By whole names: a run's record holds no other variable."""
     assert switches_of({name: "x"}) == ({name: "x"} if steers else {})
-
-
-def test_figures_of_a_copy_without_a_repository_say_so(tmp_path, monkeypatch):
-    """As on a machine that a checkout was sent to; what is not installed there has no version."""
-    versions = {"torch": "2.11.0"}
-    monkeypatch.setattr(provenance, "library_version", versions.get)
-    said = provenance.origin_of(tmp_path)
-    assert said.endswith("torch 2.11.0, transformers not installed, peft not installed, bitsandbytes not installed; "
-                         "no repository")  # fmt: skip
-    assert "None" not in said
-
-
-def test_what_a_run_says_of_its_machine_needs_no_torch():
-    """The parent of a run stays light."""
-    code = (
-        "import sys\nfrom harness.machine.system import settings\nimport harness.machine.provenance\n"
-        "settings(card=True)\n"
-        "print(sorted({'torch', 'numpy', 'psutil'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

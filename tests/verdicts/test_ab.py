@@ -16,7 +16,7 @@ from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.record import Failure, TrialRecord
 from harness.records.store import Manifest, RunWriter
-from harness.verdicts.ab import attribution_document, attribution_of, report_of
+from harness.verdicts.ab import attribution_of, report_of
 from harness.verdicts.standing import compare_base_to_itself
 
 TURNS = 30
@@ -149,20 +149,6 @@ def test_identical_sides_are_equivalent_by_a_control_that_is(write_ab, report):
         assert word in text
 
 
-def test_turns_of_two_attempts_are_no_pair(write_ab):
-    """A side that was measured again took other turns than the side it stands against."""
-
-    def again(record):
-        measured_again = (record.name, record.side, record.replicate) == ("nf4", "candidate", 0)
-        return record.replaced(attempt=1) if measured_again else record
-
-    found = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=again))
-    assert {row.variant: row.comparison.replicates for row in found.comparisons if row.metric == "step_time_s"} == {
-        "plain": 8,
-        "nf4": 7,
-    }
-
-
 def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
     """What was equivalent is open (3), and the reason names the control; peaks, which no clock decides, stay."""
     run = write_ab({"plain": 1.0, "nf4": 1.0}, control=alternating(0.1))
@@ -268,18 +254,6 @@ def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab)
         assert said in found.comparisons[0].comparison.reason
 
 
-def test_a_run_that_measured_nothing_says_why(write_ab, report):
-    """A row for every variant, invalid with the reason, and exit 4; also for metrics that one asked for."""
-    run = write_ab({"plain": 1.0, "nf4": 1.0}, status="failed", change=lambda record: None)
-    for metrics in ((), ("tokens_per_s",)):
-        found = report_of(run, metrics=metrics)
-        assert {row.variant: row.comparison.verdict for row in found.comparisons} == dict.fromkeys(
-            ("plain", "nf4"), "invalid"
-        )
-        assert all("status is 'failed'" in row.comparison.reason for row in found.comparisons)
-    assert report()[0] == 4
-
-
 def test_a_run_without_sides_is_refused(write_run, tmp_path):
     """Two runs are compared by another command, which the message names."""
     run = store.read_run(str(write_run("a", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]})), tmp_path / "runs")
@@ -318,25 +292,6 @@ def test_trials_that_ran_one_after_the_other_are_paired_by_replicate(write_ab):
     row = report_of(write_ab({"plain": 1.2}, level="replicates")).comparisons[0]
     assert (row.interleaving, row.verdict) == ("replicates", "regressed")
     assert "paired by replicate" in row.comparison.reason
-
-
-def test_disturbed_trials_that_took_no_turns_are_left_out(write_ab):
-    """Pairs with a low occupancy on either side go, as everywhere on a CPU, and the reason says so."""
-
-    def disturbed(record):
-        busy = (record.replicate, record.side) in ((1, "base"), (4, "candidate"))
-        if not (busy and record.role == "variant" and record.samples):
-            return record
-        times = tuple(3 * time for time in record.samples["step_time_s"])
-        return record.replaced(samples=record.samples | {"step_time_s": times})
-
-    run = write_ab({"plain": 1.2}, level="replicates", change=disturbed)
-    row = report_of(run).comparisons[0].comparison
-    assert (row.verdict, row.replicates) == ("regressed", 6)
-    assert row.ratio == pytest.approx(1.2, rel=0.02)
-    assert "disturbed trials" in row.reason
-    (part,) = [part.comparison for part in attribution_of(run).parts if part.metric == "step_time_s"]
-    assert row.ratio == pytest.approx(part.ratio)
 
 
 def test_verdicts_share_one_error_rate_over_the_variants(write_ab):
@@ -429,36 +384,6 @@ def test_a_policy_decides(write_ab, tmp_path, capsys, policy, code):
         assert {(row["tolerance"], row["margin"]) for row in document["comparisons"]} == {(0.1, 0.2)}
 
 
-def test_attribution_names_what_differs(write_ab):
-    """Distributions by their versions, an absent one as None; the commit beside them; equal ones are not listed."""
-    other = FACTS | {
-        "packages": {"peft": "0.20.0", "rich": "13"}, "git": {"commit": "abc", "dirty": False},
-    }  # fmt: skip
-    base = FACTS | {"packages": {"peft": "0.19.1", "rich": "13", "torchao": "0.1"}}
-    attribution = attribution_of(write_ab({"plain": 1.0}, sides=(base, other)))
-    assert attribution.packages == {"peft": ("0.19.1", "0.20.0"), "torchao": ("0.1", None)}
-    assert [difference.field for difference in attribution.differing] == ["git"]
-    document = json.loads(json.dumps(attribution_document(write_ab({"plain": 1.0}, sides=(base, other)))))
-    assert document["packages"] == {"peft": ["0.19.1", "0.20.0"], "torchao": ["0.1", None]}
-    assert document["differing"][0]["candidate"] == {"commit": "abc", "dirty": False}
-
-
-def test_what_the_processes_of_scripts_tell_goes_before_what_their_side_was_found_to_have(write_ab):
-    """A command that starts another interpreter than that of its side has the same on both."""
-    other = FACTS | {"packages": {"peft": "0.20.0"}}
-
-    def tell(**versions):
-        return lambda record: record.replaced(software={"python": "3.12.1", "peft": versions[record.side]})
-
-    run = write_ab({"plain": 1.0}, sides=(FACTS, other), change=tell(base="1.0", candidate="2.0"))
-    assert attribution_of(run).packages == {"peft": ("1.0", "2.0")}
-    assert not attribution_of(run).differing
-    assert "sides-alike" not in {notice.code for notice in report_of(run).notices}
-    same = write_ab({"plain": 1.0}, sides=(FACTS, other), change=tell(base="1.0", candidate="1.0"))
-    assert attribution_of(same).packages == {}
-    assert "sides-alike" in {notice.code for notice in report_of(same).notices}
-
-
 def test_attribution_shows_which_part_moved(write_ab):
     """The first token takes longer and the rest does not: both ratios stand beside the request's."""
 
@@ -478,40 +403,9 @@ def test_attribution_shows_which_part_moved(write_ab):
     assert "cold_start_time_s" not in ratios
 
 
-def test_a_part_without_a_ratio_costs_no_verdict(write_ab, report):
-    """A loss that reached zero can be divided by nothing; it is left out of the parts, and the run is judged."""
-
-    def learned(record):
-        return record.replaced(values=record.values | {"held_out_loss": 0.0})
-
-    run = write_ab({"plain": 1.0}, change=learned)
-    assert "held_out_loss" not in {part.metric for part in attribution_of(run).parts}
-    assert report("--json")[0] == 0
-
-
-def test_sides_that_are_alike_are_named_so(write_ab):
-    """A mistyped side would come out as equivalent; nothing is said where something differs or nothing is known."""
-
-    def codes(sides):
-        return [notice.code for notice in report_of(write_ab({"plain": 1.0}, sides=sides)).notices]
-
-    assert "sides-alike" in codes((FACTS, FACTS))
-    assert "sides-alike" not in codes((FACTS, FACTS | {"packages": {"peft": "0.20.0"}}))
-    assert "sides-alike" not in codes((None, None))
-
-
 def test_a_run_that_stopped_early_is_judged_and_says_why(write_ab, report):
     """Its reason stands above the verdicts."""
     write_ab({"plain": 1.0}, stopped="every interval is within ±1 %")
     code, text = report()
     assert code == 0
     assert "every interval is within ±1 %" in text
-
-
-@pytest.mark.parametrize(("form", "word"), [("markdown", "### Gate failed (exit 1)"), ("github", "::error")])
-def test_the_formats_of_the_gate_hold_for_an_ab(write_ab, capsys, monkeypatch, form, word):
-    """The same verdicts in Markdown and as annotations, with the same exit code."""
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    options = argparse.Namespace(json=False, format=form, policy=None)
-    assert show_ab(write_ab({"plain": 1.2}), options) == 1
-    assert word in capsys.readouterr().out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import random
 from pathlib import Path
@@ -17,7 +15,7 @@ from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.store import Manifest, Run
 from harness.stats import compare_trials, replicates_to_see
-from harness.verdicts.calibrate import EFFECTS, PILOT_ROWS, calibrate, planned_effects, rows_for
+from harness.verdicts.calibrate import EFFECTS, calibrate, planned_effects
 
 TURNS = 9
 
@@ -188,55 +186,6 @@ def test_trials_that_are_not_ok_do_not_count(ab_run, plain):
         result = calibrate(ab_run(change=failed(*arm)), plain)
         assert [rate.replicates for rate in result.rates] == [5]
     assert calibrate(ab_run(change=failed("base", "control")), plain).replicates == 8
-
-
-@pytest.mark.parametrize("missing", ["candidate", "control"])
-def test_a_run_without_one_of_its_arms_is_refused(ab_run, plain, missing):
-    """There is nothing to calibrate with, and the variant is named."""
-
-    def without(record):
-        return None if missing in (record.side, record.role) else record
-
-    with pytest.raises(InvalidRunError, match=r"run ab: no trial of plain"):
-        calibrate(ab_run(change=without), plain)
-
-
-@pytest.mark.parametrize("sd", [0.0, 0.01, 3.0])
-def test_the_document_has_no_nan(ab_run, plain, sd):
-    """No scatter at all and a hopeless one: what cannot be had is null."""
-    result = calibrate(ab_run(sd=sd), plain)
-    document = json.loads(json.dumps(codec.to_json(result), allow_nan=False))
-    assert document["sd"] == pytest.approx(sd, abs=1e-9)
-    assert [price["effect"] for price in document["prices"]] == list(EFFECTS)
-
-
-def test_no_practical_price_is_said_in_words(ab_run, plain):
-    """None is not "0 replicates"."""
-    result = calibrate(ab_run(), plain)
-    hopeless = dataclasses.replace(result.prices[0], replicates=None, minutes=None)
-    assert planned_effects(dataclasses.replace(result, prices=(hopeless,))) == [
-        "1 %: no practical number of replicates"
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("fixed", "each", "expected"), [(0.0, 0.001, 50), (0.02, 0.001, 30), (0.0, 0.0001, 500), (0.04, 0.00002, 500)]
-)
-def test_rows_lie_on_the_line_through_both_pilots(fixed, each, expected):
-    """What the calls cost whatever their size is taken off; a row costs what it costs between the pilots."""
-    few, many = (1 + fixed + each * rows for rows in PILOT_ROWS)
-    assert rows_for(0.05, few, many) == expected
-
-
-@pytest.mark.parametrize(
-    ("few", "many"),
-    [(1.0, 1.0), (1.02, 0.98), (math.nan, 1.1), (1.1, math.nan), (1.2, 1.3)],
-    ids=["no effect", "more is faster", "nothing", "nothing of the second", "one row is too much"],
-)
-def test_pilots_that_plan_nothing_are_refused(few, many):
-    """Both ratios are named, and the way out."""
-    with pytest.raises(InvalidRunError, match=f"{few:.4f} and {many:.4f}.*--inject-rows"):
-        rows_for(0.05, few, many)
 
 
 def test_scatter_and_prices_have_their_intervals(ab_run, plain):

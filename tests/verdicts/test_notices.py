@@ -98,15 +98,3 @@ def test_a_loss_that_moves_is_not_said_to_be_constant(notices):
 
     assert "loss-constant" not in notices(moving)
     assert "loss-constant" not in notices(lambda record: record.replaced(samples={"step_time_s": (1.0,) * 3}))
-
-
-@pytest.mark.parametrize(("device", "level", "names", "said"), [
-    ("cpu", "shared-base", ["plain", "nf4"], True), ("cpu", "shared-base", ["plain"], False),
-    ("cpu", "lockstep", ["plain", "nf4"], False), ("cuda", "shared-base", ["plain", "nf4"], False),
-])  # fmt: skip
-def test_variants_that_had_one_heap_are_said(write_run, small_study, tmp_path, device, level, names, said):
-    """On a CPU alone, and not of one variant and its control, which need the same."""
-    steps = {name: STEPS[name] for name in names}
-    write_run("run", steps, facts={"device": device}, change=lambda record: record.replaced(interleaving=level))
-    run = store.read_run("run", tmp_path / "runs")
-    assert ("one-heap" in {notice.code for notice in run_notices(run, small_study, {})}) is said

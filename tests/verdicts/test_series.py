@@ -1,14 +1,10 @@
 """From records to series: pairing by replicate, orientation, what is left out."""
 
-import dataclasses
-
 import pytest
 
 from harness.errors import InvalidRunError
-from harness.records.metrics import METRICS
 from harness.records.record import TrialRecord
-from harness.stats import compare_trials
-from harness.verdicts.series import Series, compare_series, series_of, without_equivalent
+from harness.verdicts.series import Series, compare_series, series_of
 
 
 def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **fields):
@@ -33,13 +29,6 @@ def test_only_trials_that_are_ok_count():
     assert compare_series(series, other, "step_time_s").replicates == 2
 
 
-def test_no_common_replicate_is_no_comparison():
-    """Pairs need both sides."""
-    one = Series(name="a", role="variant", records=(record("a", 0),))
-    other = Series(name="b", role="variant", records=(record("b", 1),))
-    assert compare_series(one, other, "step_time_s") is None
-
-
 def test_above_one_is_worse_whatever_the_direction():
     """Half the throughput and twice the time have the same ratio."""
     base = Series(name="a", role="variant", records=tuple(record("a", i, step=0.5) for i in range(3)))
@@ -48,22 +37,6 @@ def test_above_one_is_worse_whatever_the_direction():
         comparison = compare_series(base, slow, metric)
         assert comparison.ratio == pytest.approx(2.0)
         assert comparison.verdict == "regressed"
-
-
-def test_series_are_ordered_by_replicate():
-    """Whatever order they ran in."""
-    records = [record(replicate=i) for i in (2, 0, 1)]
-    assert [r.replicate for r in series_of(records)["a", "variant"].records] == [0, 1, 2]
-
-
-def test_equality_can_be_withheld():
-    """Only the verdict `equivalent` changes, with the reason why."""
-    equal = compare_trials([[1.0]] * 5, [[1.0]] * 5, pairing="replicate")
-    assert equal.verdict == "equivalent"
-    withheld = without_equivalent(equal, "the control does not bear it out")
-    assert (withheld.verdict, withheld.reason) == ("inconclusive", "the control does not bear it out")
-    slower = compare_trials([[1.0]] * 5, [[2.0]] * 5, pairing="replicate")
-    assert without_equivalent(slower, "x") is slower
 
 
 def timed(name, replicate, *, share=1.0, step=0.5, **fields):
@@ -191,40 +164,3 @@ def test_of_losses_only_those_after_the_most_steps_count():
     series = Series(name="a", role="variant", records=tuple(records))
     assert [one.replicate for one in series.measuring("held_out_loss")] == [0, 2]
     assert len(series.trials("step_time_s")) == 3
-
-
-def test_samples_are_worked_out_once_a_trial(monkeypatch):
-    """However often a table asks: a run may have hundreds of variants."""
-    asked = []
-    known = METRICS["train_loss"]
-
-    def derive(one):
-        asked.append(one.replicate)
-        return known.derive(one)
-
-    monkeypatch.setitem(METRICS, "train_loss", dataclasses.replace(known, derive=derive))
-    base, other = (
-        Series(name=name, role="variant", records=tuple(record(name, i) for i in range(5))) for name in ("a", "b")
-    )
-    for _ in range(3):
-        compare_series(base, other, "train_loss")
-        base.estimate("train_loss")
-    assert sorted(asked) == sorted([*range(5), *range(5)])
-
-
-def test_which_metrics_there_are_is_told_without_working_out_all_of_them(monkeypatch):
-    """They are those that have trials, and a failed trial has none."""
-    records = [record("a", replicate) for replicate in range(4)]
-    records[3] = record("a", 3, "oom").replaced(samples={"natural_tokens": (1.0,)})
-    series = Series(name="a", role="variant", records=tuple(records))
-    assert series.metrics == tuple(metric for metric in METRICS if series.trials(metric))
-    asked = []
-    known = METRICS["tokens_per_s"]
-
-    def derive(one):
-        asked.append(one.replicate)
-        return known.derive(one)
-
-    monkeypatch.setitem(METRICS, "tokens_per_s", dataclasses.replace(known, derive=derive))
-    assert "tokens_per_s" in Series(name="a", role="variant", records=tuple(records)).metrics
-    assert asked == [0]

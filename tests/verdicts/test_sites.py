@@ -12,7 +12,7 @@ from harness.records.record import TrialRecord
 from harness.stats import compare_trials
 from harness.stats.estimate import estimate_trials
 from harness.verdicts.series import series_of
-from harness.verdicts.sites import site_effects, site_notices, site_spread
+from harness.verdicts.sites import site_notices, site_spread
 
 SPEEDS = (0.92, 0.97, 1.03, 1.08)
 """Planted: by what the step times of each site are multiplied."""
@@ -35,13 +35,6 @@ def run_of(speeds):
     ]
 
 
-def test_the_planted_speeds_of_sites_are_found():
-    """Over all variants, whatever they cost."""
-    effects = site_effects(run_of(SPEEDS))
-    centre = math.exp(np.mean(np.log(SPEEDS)))
-    assert effects == pytest.approx({f"card-{n}": speed / centre - 1 for n, speed in enumerate(SPEEDS)})
-
-
 def test_a_run_of_several_sites_says_how_they_differ():
     """With each site, and their standard deviation; one site says nothing."""
     (notice,) = site_notices(run_of(SPEEDS))
@@ -57,12 +50,6 @@ def test_a_site_that_differs_from_its_like_is_named():
     notices = {notice.code: notice.message for notice in site_notices(run_of((1.0, 1.01, 1.5, 0.99)))}
     assert notices["site-unlike"] == "site card-2 is 49% slower than the median of its like."
     assert [notice.code for notice in site_notices(run_of((1.0, 1.5)))] == ["sites"]
-
-
-def test_sites_without_a_variant_in_common_are_not_compared():
-    """A failed trial counts for nothing, and neither does a variant that one site has not measured."""
-    records = [record("plain", 0, "a", 1.0), record("plain", 1, "b", 2.0, status="oom")]
-    assert site_effects(records) == {}
 
 
 def scattered(*sites):

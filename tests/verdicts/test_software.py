@@ -23,14 +23,6 @@ def telling(threads=None, **software):
     return dataclasses.replace(RECORD, software=told, values={} if threads is None else {"threads": threads})
 
 
-def test_without_a_word_of_the_trials_it_is_what_was_found():
-    """As of lorameter's own trials, and of runs that are older."""
-    stated = {"python": "3.11.7", "torch": "2.13.0", "flash-attn": "2.8", "liger_kernel": None}
-    assert versions_of(STATED, [RECORD]) == stated
-    assert facts_of(STATED, [RECORD]) == STATED
-    assert say_threads(STATED, [RECORD]) == "1 thread"
-
-
 def test_what_trials_tell_goes_before():
     """By the normal name of a package; what they do not have is not installed, whatever the other interpreter has."""
     records = [telling(4.0, python="3.12.1", torch="2.14.0", cuda="12.8", liger_kernel="0.8.5")]
@@ -42,23 +34,6 @@ def test_what_trials_tell_goes_before():
     assert (facts["python"], facts["cuda"], facts["device"]) == ("3.12.1", "12.8", "cpu")
     assert facts["libraries"] == {"torch": "2.14.0", "flash-attn": None}
     assert say_threads(STATED, records) == "4 threads"
-
-
-def test_the_libraries_of_a_card_are_those_that_trials_tell():
-    """Of the CUDA that their torch is built for; what the environment switches is that of both."""
-    kernels = {"cudnn": "9.20", "cublas": "13.1", "switches": {"NVIDIA_TF32_OVERRIDE": "0"}}
-    stated = STATED | {"device": "cuda", "cuda": "13.0", "kernels": kernels}
-    told = telling(python="3.12.1", torch="2.14.0", cuda="12.8", nvidia_cudnn_cu12="9.10", nvidia_cudnn_cu13="9.20")
-    assert facts_of(stated, [told])["kernels"] == kernels | {"cudnn": "9.10", "cublas": None}
-    assert facts_of(stated, [RECORD])["kernels"] == kernels
-    assert "kernels" not in facts_of(STATED, [told])
-
-
-def test_what_measures_is_ours_in_every_process():
-    """Whatever of it the interpreter of a script has installed, or has not."""
-    stated = STATED | {"libraries": {"lorameter": "1.2"}}
-    assert versions_of(stated, [telling(python="3.12.1")])["lorameter"] == "1.2"
-    assert not list(differing_versions([telling(lorameter="1.1", a="1")], [telling(a="1")]))
 
 
 @pytest.mark.parametrize(

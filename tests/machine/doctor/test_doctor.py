@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from harness import cli
 from harness.machine.card import CardFacts, CardSample, Memory
-from harness.machine.cards import VisibleCard
 from harness.machine.doctor import examine, is_fit
-from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey, cannot_load
-from harness.machine.filesystem import Place, place_of
+from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
+from harness.machine.filesystem import Place
 from harness.machine.links import NVLINK, Links, Pair
 from harness.machine.neighbours import Neighbours
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
-from harness.models import catalogue, shapes
-from harness.models.costs.memory import bare_process_bytes, estimate_memory
-from harness.records.units import format_bytes
 from harness.report.doctor import describe_checks
-from harness.report.terminal import show, text_of
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from harness.report.terminal import text_of
 
 GIB = 2**30
 DISK = Place(path="/runs", kind="ext4", options=("rw",), locks=Reading(value=True))
@@ -116,13 +107,6 @@ def test_a_card_that_no_program_can_use_is_unfit(found):
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in check.remedy
 
 
-@pytest.mark.parametrize(("library", "told"), [("libc.so.6", None), ("libno-such.so.1", "libno-such.so.1: ")])
-def test_the_loader_says_what_it_cannot_load(library, told):
-    """In its own words."""
-    found = cannot_load(library)
-    assert found is None if told is None else found.startswith(told)
-
-
 @pytest.mark.parametrize(
     ("name", "standing", "changes"),
     [
@@ -172,38 +156,6 @@ def test_a_bad_check_is_part_of_the_answer(found, load, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "counter", "seconds"),
-    [("waiting", "cpu_stall_s", 0.5), ("paging", "memory_stall_s", 0.05)],
-)
-def test_what_others_do_now_is_a_share_of_the_time_that_was_watched(found, name, counter, seconds):
-    """Beside the share from which it matters."""
-    check = by_name(dataclasses.replace(found, host=found.host | {counter: seconds}))[name]
-    assert check.standing == "bad"
-    assert f"{seconds:.0%} of 1.0 s" in check.found
-
-
-@pytest.mark.parametrize(
-    ("name", "withheld", "given"),
-    [("stolen time", "steal_s", "busy_s"), ("withheld time", "quota_stall_s", "quota_used_s")],
-)
-def test_what_was_not_given_is_a_share_of_the_cpu_time_that_was_asked_for(found, name, withheld, given):
-    """Of 64 CPUs 0.5 % is not much; of too little no share is told; what was given may be unknown."""
-
-    def check(**host):
-        known = {key: value for key, value in (found.host | host).items() if value is not None}
-        missing_ones = {given: "no permission"}
-        return by_name(dataclasses.replace(found, host=known, host_missing=missing_ones))[name]
-
-    assert check(**{withheld: 0.32, given: 63.68}).standing == "good"
-    much = check(**{withheld: 0.5, given: 1.5})
-    assert (much.standing, bool(much.remedy)) == ("bad", True)
-    assert "25% of 2.0 s of CPU time" in much.found
-    assert check(**{withheld: 0.01, given: 0.1}).standing == "note"
-    unknown = check(**{withheld: 0.5, given: None})
-    assert (unknown.standing, unknown.found) == ("note", "not available: no permission")
-
-
-@pytest.mark.parametrize(
     ("name", "standing", "changes"),
     [
         ("persistence", "bad", {"persistence": given(False)}),
@@ -227,24 +179,6 @@ def test_what_would_spoil_a_measurement_on_a_card(found, name, standing, changes
     assert is_fit(examine(one)) is (standing != "unfit")
 
 
-def test_root_may_lock_the_clocks(found):
-    """So that is nothing to note."""
-    one = dataclasses.replace(on_card(found, clocks_need_root=given(True)), root=True)
-    assert by_name(one)["clock lock"].standing == "good"
-
-
-def test_what_the_card_does_not_tell_is_a_note_with_its_reason(found):
-    """Nothing of it makes the machine unfit."""
-    why = missing("nvmlDevice...: not permitted")
-    silent = {field.name: why for part in (FACTS, SAMPLE) for field in dataclasses.fields(part) if field.name != "name"}
-    one = on_card(found, **silent, others=why, statement="cannot be seen")
-    checks = by_name(one)
-    assert is_fit(examine(one))
-    for name in ("energy", "clock reasons", "throttled time", "heat margin", "neighbours", "persistence", "ECC"):
-        assert checks[name].standing == "note"
-        assert "not permitted" in checks[name].found
-
-
 def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
     """With the command that installs them."""
     lacking = dataclasses.replace(found, packages=found.packages | {"peft": None})
@@ -255,56 +189,12 @@ def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
     assert is_fit(examine(extra))
 
 
-def test_where_trials_run_is_said_when_it_may_surprise(found):
-    """A card with a torch for CPUs, a torch for cards without one, cards of several kinds."""
-    unused = dataclasses.replace(on_card(found), machine=found.machine)
-    assert by_name(unused)["device"].standing == "bad"
-    absent = dataclasses.replace(found, machine=dataclasses.replace(found.machine, cuda="13.0"))
-    assert "no driver" in by_name(absent)["device"].found
-    mixed = dataclasses.replace(on_card(found), cards=given(("Fast", "Slow")))
-    assert by_name(mixed)["device order"].standing == "note"
-    ordered = dataclasses.replace(mixed, environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
-    assert "device order" not in by_name(ordered)
-
-
-@pytest.mark.parametrize("cuda", [None, "13.0"])
-def test_a_process_takes_what_torch_is_built_for(found, cuda):
-    """A build for CUDA more, also where there is no card: as much as the estimates say, or it does not fit."""
-    built = dataclasses.replace(found, machine=dataclasses.replace(found.machine, cuda=cuda))
-    least = bare_process_bytes(cuda)
-    for free, standing in ((least, "good"), (least - 1, "unfit")):
-        system = dataclasses.replace(SYSTEM, memory_available_bytes=given(free))
-        check = by_name(dataclasses.replace(built, system=system))["memory"]
-        assert check.standing == standing
-        assert f"takes {format_bytes(least)} before its model" in check.found
-
-
-def test_the_process_counts_in_the_models_that_fit(found):
-    """What one more MiB of it would push out is out: the smallest model, with just enough for a build for CPUs."""
-    shape = shapes.shape(catalogue.resolve("random:tiny-llama"))
-    room = estimate_memory(Variant(name="nf4", quantization="nf4"), Workload(), shape).needed_bytes
-    tight = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, memory_available_bytes=given(room)))
-    assert "tiny-llama" in by_name(tight)["models"].found
-    built = dataclasses.replace(tight, machine=dataclasses.replace(tight.machine, cuda="13.0"))
-    assert "tiny-llama" not in by_name(built)["models"].found
-
-
 def test_models_that_fit_follow_from_the_free_memory(found):
     """Less of it, fewer models; on a card its own counts."""
     little = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, memory_available_bytes=given(2 * GIB)))
     assert "llama2-7b" not in by_name(little)["models"].found
     assert "llama2-7b" in by_name(found)["models"].found.partition(";")[0]
     assert "llama2-7b" in by_name(on_card(little))["models"].found
-
-
-def test_the_table_shows_every_check(found):
-    """With the verdict in one line."""
-    checks = examine(on_card(found, events=given(("hw_slowdown",))))
-    console = Console(width=200, record=True, file=io.StringIO())
-    show(describe_checks(checks, fit=is_fit(checks)), console)
-    text = console.export_text()
-    assert all(check.name in text for check in checks)
-    assert "This machine is unfit" in text
 
 
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"peaks": False}, 4)])
@@ -338,13 +228,6 @@ def four_cards(through, active=(18, 18, 18, 18)):
     return given(Links(pairs=pairs, active=tuple((number, given(count)) for number, count in enumerate(active))))
 
 
-def test_one_card_has_nobody_to_reach(found):
-    """Nor has none."""
-    alone = given(Links(pairs=(), active=((0, missing("no NVLink")),)))
-    for links in (alone, missing("no driver")):
-        assert "interconnect" not in by_name(dataclasses.replace(on_card(found), links=links))
-
-
 def test_how_cards_reach_each_other_is_said(found):
     """All alike is good; ways that differ, or are not known, are worth a note with the cards' numbers."""
 
@@ -372,24 +255,6 @@ def test_a_card_whose_links_are_down_is_named(found):
     assert checks["NVLinks"].standing == "bad"
     assert "card 2 has 16 up, others 18" in checks["NVLinks"].found
     assert "NVLinks" not in by_name(dataclasses.replace(on_card(found), links=four_cards({})))
-
-
-def test_ranks_that_would_share_a_card_are_told_of(found):
-    """Instances of one card are named as they are made visible; cards of their own are nothing to tell of."""
-
-    def seen(*boards):
-        cards = (
-            VisibleCard(entry=f"MIG-{n}", name=given("1g.10gb"), board=board, power_limit_w=given(700.0))
-            for n, board in enumerate(boards)
-        )
-        return by_name(dataclasses.replace(on_card(found), visible=given(tuple(cards))))
-
-    check = seen(given("GPU-1"), given("GPU-2"), given("GPU-1"))["ranks"]
-    assert check.standing == "note"
-    assert "MIG-0 and MIG-2 are parts of one card" in check.found
-    assert "CUDA_VISIBLE_DEVICES" in check.remedy
-    for boards in ((given("GPU-1"), given("GPU-2")), (given("GPU-1"),), (missing("gone"), missing("gone"))):
-        assert "ranks" not in seen(*boards)
 
 
 def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
@@ -430,37 +295,3 @@ def test_where_runs_would_be_written(found, changes, standing, words):
     assert (check.standing, words in check.found) == (standing, True), check.found
     assert bool(check.remedy) == (standing != "good")
     assert is_fit(examine(found))
-
-
-def test_a_place_is_read_from_the_mounts(tmp_path):
-    """The longest mount above it, and of several on one point the last; a folder that is not there yet is that above
-    it. What the kernel does not say is missing."""
-    inner = tmp_path / "with space"
-    inner.mkdir()
-    escaped = str(inner).replace(" ", "\\040")
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(
-        "1 0 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
-        f"2 1 0:5 / {escaped} rw - nfs4 host:/export rw,vers=4.2,local_lock=none\n"
-        f"3 1 0:6 / {escaped} rw,noexec - lustre mds@tcp:/fs rw,flock\n"
-        "not a line of it\n"
-    )
-    place = place_of(inner / "runs" / "later", mounts).value
-    assert (place.path, place.kind, place.shared, place.local_locks) == (str(inner), "lustre", True, "")
-    assert "flock" in place.options
-    assert place.locks.value is True
-    assert place_of(tmp_path, mounts).value.kind == "ext4"
-    assert not list(inner.iterdir())
-    assert "cannot be read" in place_of(tmp_path, tmp_path / "none").reason
-    assert place_of(tmp_path).known  # of this machine
-
-
-def test_a_folder_that_cannot_be_looked_for_is_missing_with_the_reason(tmp_path, monkeypatch):
-    """The one in which the command was started was removed, or a name is longer than any file system takes."""
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    assert "No such file" in place_of(Path("runs")).reason
-    monkeypatch.chdir(tmp_path)
-    assert place_of(tmp_path / ("x" * 5000)).value.path == str(tmp_path.resolve())

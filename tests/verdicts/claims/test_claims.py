@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from harness.errors import UsageError
 from harness.records.record import Failure
 from harness.verdicts.claims import conjunction, judge_claims
 
@@ -86,15 +85,6 @@ def test_a_fall_is_told_as_a_ratio_below_one(make_run, claim):
     assert part.low < 1 / 1.06 < part.high < 1
     lowest = part_of(make_run([claim(rule="lowest", levels=(4,))], RISE))
     assert (lowest.about, lowest.ratio) == ("4 / 8", pytest.approx(1 / 1.03, abs=0.003))
-
-
-def test_equal_names_the_pair_that_is_furthest_apart(make_run, claim):
-    """The sentence begins with the change along the axis and goes on with the pair that decides."""
-    part = part_of(make_run([claim(rule="equal")], {"centre": 1.2}))
-    assert part.about in ("8 / 4", "16 / 8")
-    assert part.reason.startswith("from r 4 to 16 step time changes by ×")
-    assert "; furthest apart are " in part.reason
-    assert "they differ by more than 5 %" in part.reason
 
 
 def test_more_is_not_turned_over(make_run, claim):
@@ -206,20 +196,6 @@ def test_a_level_that_never_worked_is_named_with_its_status(make_run, claim):
     assert part_of(make_run([claim(rule="equal", axis="lora_alpha")], change=starved)).verdict == "supported"
 
 
-def test_a_run_that_goes_on_is_judged_by_what_it_holds(make_run, claim):
-    """Three of six replicates are there: judged by three; before any, the level is not measured yet."""
-    begun = make_run(
-        [claim(rule="trend-up")], RISE, change=lambda one: one if one.replicate < 3 else None, status="running"
-    )
-    report = judge_claims(begun)
-    assert (part_of(begun).verdict, part_of(begun).replicates) == ("supported", 3)
-    assert (report.status, report.replicates, report.trials) == ("running", 3, {"planned": 36, "ok": 18})
-    early = make_run(
-        [claim(rule="trend-up")], change=lambda one: one if one.name == "centre" else None, status="running"
-    )
-    assert "r 4, 16: not measured yet" in part_of(early).reason
-
-
 def test_a_replicate_counts_only_with_every_level(make_run, claim):
     """One level fails in one replicate: the others' trials of it do not count either, and it is said."""
 
@@ -230,17 +206,6 @@ def test_a_replicate_counts_only_with_every_level(make_run, claim):
     part = part_of(make_run([claim(rule="trend-up")], RISE, change=failing))
     assert (part.verdict, part.replicates, part.left_out) == ("supported", 5, 1)
     assert part.reason.endswith("; 1 replicate left out, where a level is missing")
-
-
-def test_turns_that_one_level_missed_are_left_out(make_run, claim):
-    """Turns are paired one by one: a replicate in which a level has fewer does not count."""
-
-    def short(record):
-        if record.name != "r4" or record.replicate:
-            return record
-        return record.replaced(samples={name: values[1:] for name, values in record.samples.items()})
-
-    assert part_of(make_run([claim(rule="trend-up")], RISE, change=short)).left_out == 1
 
 
 # --- the control ------------------------------------------------------------------------------------------------------
@@ -323,28 +288,7 @@ def test_what_is_not_judged_costs_the_others_nothing(make_run, claim):
     assert report.claims[-1].verdict == "supported"
 
 
-def test_what_differs_from_the_original_is_told(make_run, claim):
-    """Deviations, notes and what the original said go through to the report."""
-    report = judge_claims(make_run([claim(rule="equal")]))
-    assert report.deviations == ("workload.model = 'tiny-llama' in place of 'another'",)
-    assert (report.notes, report.claims[0].original, report.claims[0].says) == (("a note",), "a number", "a sentence")
-
-
 # --- what has no claims to judge --------------------------------------------------------------------------------------
-
-
-def test_a_study_without_claims_is_refused(make_run):
-    """With the word to add."""
-    with pytest.raises(UsageError, match=r"claims nothing. Add \[\[claim\]\]"):
-        judge_claims(make_run([]))
-
-
-def test_an_ab_is_refused(make_run, claim):
-    """Its trials have sides, and a claim compares variants."""
-    run = make_run([claim(rule="equal")])
-    sides = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, sides={"base": {}}))
-    with pytest.raises(UsageError, match="an A/B compares two sides"):
-        judge_claims(sides)
 
 
 def test_without_a_trial_that_is_ok_nothing_is_valid(make_run, claim):

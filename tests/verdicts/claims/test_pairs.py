@@ -60,28 +60,6 @@ def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
     assert too_much.verdict == "refuted"
 
 
-def test_the_order_of_a_pair_says_what_is_promised_of_which(judged):
-    """From nf4 to bf16 memory rises, and time falls."""
-    found = judged(part("lowers", "peak_memory", levels=("nf4", "none"), by=0.3),
-                   part("faster", "step_time_s", levels=("nf4", "none"), by=0.02))  # fmt: skip
-    assert [one.verdict for one in found] == ["refuted", "supported"]
-    assert found[0].ratio == pytest.approx(1 / 0.6, rel=1e-3)
-
-
-def test_levels_may_be_words_and_booleans(judged):
-    """They differ, are highest or lowest, and are equal or not; of more than a number's rules none is asked."""
-    found = judged(
-        part("differs", "step_time_s"),
-        part("lowest", "step_time_s", levels=("none",)),
-        part("differs", "step_time_s", axis="use_dora", levels=(False, True)),
-        part("equal", "step_time_s", levels=()),
-        part("costs-at-most", "step_time_s", axis="use_dora", levels=(False, True), by=0.1),
-    )
-    assert [one.verdict for one in found] == ["supported", "supported", "supported", "inconclusive", "refuted"]
-    assert "from quantization none to nf4 step time changes by" in found[0].reason
-    assert found[2].about == "true / false"
-
-
 def test_energy_and_kinds_of_memory_are_metrics_too(judged):
     """By name; bytes by the largest, energy as any number."""
     found = judged(
