@@ -1,4 +1,4 @@
-"""The bases of a run: each is prepared once, mapped by every trial, and counted."""
+"""The bases of a run: each is prepared once, and unused ones are removed."""
 
 import contextlib
 import dataclasses
@@ -7,18 +7,14 @@ import time
 
 import pytest
 
-from harness.errors import UsageError
 from harness.models.bases import DESCRIPTION, ENV_BASES, UNUSED_DAYS, in_use
 from harness.records.preparation import BaseSummary
 from harness.records.record import Failure
 from harness.records.refusals import RefusedError
-from harness.run.bases import Bases, foresee_cold, prepare_bases
+from harness.run.bases import prepare_bases
 from harness.run.contenders import sides_of
 from harness.run.executors import WorkerLostError
 from harness.run.plan import make_plan
-from harness.studies.request import base_key
-from harness.studies.script import script_workload
-from harness.studies.variant import Variant
 
 
 class Preparing:
@@ -117,34 +113,3 @@ def test_what_the_system_refuses_ends_the_run(study):
 
     with pytest.raises(RefusedError):
         prepare_bases(make_plan(study), {"": Preparing(refuse=refuse)}, "cpu", Watching())
-
-
-def test_scripts_have_none(study):
-    """They load their models themselves."""
-    script = Variant(name="plain", command="python train.py")
-    scripts = dataclasses.replace(
-        study, variants=(script,), reference="plain", workload=script_workload(1),
-        protocol=dataclasses.replace(study.protocol, phases=("train",)),
-    )  # fmt: skip
-    assert not prepare_bases(make_plan(scripts, phases=("train",)), {}, "cpu", Watching()).folders
-
-
-def test_cold_starts_are_foreseen_from_the_first_load(study):
-    """In the first replicate, each with the load of its own base and the imports; told where minutes are limited."""
-    limited = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, max_minutes=15))
-    loads = {base_key(variant, study.workload): 60.0 * variant.is_4bit for variant in study.variants}
-    plan, bases = make_plan(limited, interleaving="lockstep"), Bases(load_s=loads)
-    mean_s, (notice,) = foresee_cold(plan, bases, 5.0, 900.0)
-    assert mean_s == pytest.approx((2 * 5 + 2 * 65) / 4)  # two of NF4; none of the control
-    assert "of 15 minutes 4 cold starts" in notice.message
-    assert "2 min 20 s" in notice.message
-    assert foresee_cold(make_plan(study), bases, 5.0, float("inf"))[1] == ()
-    assert foresee_cold(make_plan(limited, phases=("train",)), bases, 5.0, 1.0) == (0.0, ())
-
-
-def test_a_limit_that_cold_starts_alone_exceed_is_refused(study):
-    """Not one replicate would fit: with the minutes that would do."""
-    limited = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, max_minutes=2))
-    loads = {base_key(variant, study.workload): 60.0 for variant in study.variants}
-    with pytest.raises(UsageError, match=r"max_minutes = 2: .*4 min 20 s .*Give 6 minutes or more, or leave"):
-        foresee_cold(make_plan(limited), Bases(load_s=loads), 5.0, 90.0)

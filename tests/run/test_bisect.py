@@ -2,11 +2,8 @@
 
 import math
 
-import msgspec
 import pytest
 
-from harness.commands.documents_of_many import BisectionOf
-from harness.records import codec
 from harness.report.bisect import describe_bisection
 from harness.report.terminal import text_of
 from harness.run.bisect import MOST_TIMES, Candidate, bisect
@@ -62,15 +59,6 @@ def test_one_commit_of_ten_percent_among_sixteen_takes_five_comparisons(culprit)
     assert len(asked.asked) == len(found.looks) <= 5
     assert found.low < 1.10 < found.high
     assert found.share == pytest.approx(1.0, abs=0.3)
-
-
-def test_two_neighbours_need_one_comparison():
-    """There is nothing to halve, and the interval is that of the one comparison."""
-    found = bisect(candidates(1), Constructed([1.0, 1.1]), replicates=8)
-    assert (found.culprit.label, len(found.looks)) == ("commit 1", 1)
-    comparison = found.looks[0].comparison
-    assert found.ratio == pytest.approx(comparison.ratio)
-    assert found.low <= comparison.low * 1.0001
 
 
 def test_small_steps_elsewhere_mislead_nobody():
@@ -149,12 +137,6 @@ def test_the_interval_of_a_step_is_of_both_comparisons():
     assert math.log(found.high / found.ratio) == pytest.approx(math.sqrt(2) * math.log(1.02))
 
 
-def test_both_ends_are_needed():
-    """One candidate is no range."""
-    with pytest.raises(ValueError, match="bad end"):
-        bisect(candidates(0), Constructed([1.0]), replicates=8)
-
-
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_report_says_what_was_found_first(width):
     """Then each comparison with its ratio, its replicates and its side."""
@@ -165,11 +147,3 @@ def test_the_report_says_what_was_found_first(width):
     assert "not measured" in text
     assert "of the whole effect" in text
     assert text.count("commit 4") == 2
-
-
-def test_the_document_is_of_its_type():
-    """With and without a step that was found."""
-    for truth in ([1.0, 1.1], [1.0, 1.0]):
-        found = bisect(candidates(1), Constructed(truth, spread=0.005), replicates=8)
-        beside = {"schema": 2, "found": found.found, "variant": "plain", "metric": "step_time_s"}
-        assert msgspec.convert(codec.to_json(found) | beside, BisectionOf).conclusion == found.conclusion

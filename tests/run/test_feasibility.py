@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UsageError
-from harness.models import catalogue, shapes
-from harness.run.contenders import contenders_of
+from harness.models import shapes
 from harness.run.feasibility import check_feasible
 from harness.studies.columns import Columns
 from harness.studies.engine import Engine
@@ -24,17 +23,6 @@ def with_variant(study, **changes):
 
 def with_workload(study, **changes):
     return dataclasses.replace(study, workload=dataclasses.replace(study.workload, **changes))
-
-
-def test_a_workload_of_a_variants_own_is_judged_too(small_study, machine):
-    """By its length, and by the memory of the variant on it."""
-    for changes, words in (
-        ({"sequence_length": 10**6}, "sequence_length = 1000000: longer"),
-        ({"batch_size": 10**5}, "'nf4': needs about"),
-    ):
-        own = {"nf4": dataclasses.replace(small_study.workload, **changes)}
-        with pytest.raises(UsageError, match=words):
-            check_feasible(small_study, machine, contenders_of(small_study, own_workloads=own))
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
@@ -113,18 +101,6 @@ def test_what_merely_surprises_is_a_notice(small_study, machine):
     assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}
 
 
-def test_what_a_paged_optimizer_costs_beside_its_paging_is_said_on_a_card(small_study, machine):
-    """It waits for the device once a tensor, and its state is in no figure of the allocator."""
-    card = dataclasses.replace(machine, device="cuda", device_name="Card", device_memory_bytes=2**40)
-    study = with_variant(small_study, r=300, optimizer="paged_adamw_32bit", target_modules=("all-linear",))
-    (notice,) = (one for one in check_feasible(study, card) if one.code == "paged-on-card")
-    layers = shapes.shape(catalogue.resolve(study.workload.model)).layers
-    assert f"waits for the device after each of its {2 * 7 * layers} tensors, in every step" in notice.message
-    assert "no figure of the allocator" in notice.message
-    fused = with_variant(small_study, r=300, optimizer="adamw_fused")
-    assert "paged-on-card" not in {one.code for one in check_feasible(fused, card)}
-
-
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
@@ -179,16 +155,6 @@ def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machi
     with pytest.raises(UsageError, match=r"needs about .* Use a smaller request_batch"):
         check_feasible(study, machine)
     check_feasible(study, machine, phases=("train",))
-
-
-def test_whole_answers_beside_requests_of_several_prompts_are_told_apart(small_study, machine):
-    """They stay at one prompt, and a notice says so; where there are none there is nothing to say."""
-    study = with_workload(small_study, request_batch=4, natural_tokens=8)
-    (notice,) = (one for one in check_feasible(study, machine) if one.code == "natural-alone")
-    assert "request_batch = 4" in notice.message
-    assert "natural-alone" not in {one.code for one in check_feasible(study, machine, phases=("train",))}
-    quiet = with_workload(small_study, request_batch=4)
-    assert "natural-alone" not in {one.code for one in check_feasible(quiet, machine)}
 
 
 @pytest.mark.parametrize(

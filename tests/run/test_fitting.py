@@ -9,7 +9,7 @@ import pytest
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.models.costs.cards import find_card
-from harness.models.costs.memory import PEAK_RANGES, mapped_from_tokens
+from harness.models.costs.memory import PEAK_RANGES
 from harness.run.fitting import Fitter, Needs, on_card, on_machine
 from harness.studies.variant import Variant
 from harness.studies.workload import MOST_BATCH, Workload
@@ -80,39 +80,6 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
         assert standing(found.value + 1) != "fits"
     else:
         assert found.value in (one.shape.context, MOST_BATCH)
-
-
-def test_where_not_even_one_fits_there_is_no_largest(fitter):
-    """Neither of sequences nor of tokens."""
-    one = fitter("llama2-70b", "24GiB")
-    for found, least in ((one.largest_batch(LORA, WIDE), 1), (one.largest_length(LORA, WIDE), 8)):
-        assert (found.value, found.least, found.bound) == (None, least, "memory")
-
-
-def test_a_length_is_bound_by_the_context_and_by_the_tokens_of_a_study(fitter):
-    """The first a model has, the second is what is prepared in memory."""
-    one = fitter("smollm2-135m", "H200")
-    assert one.largest_length(QLORA, Workload(batch_size=1)).bound == "context"
-    many = Workload(batch_size=1, sequence_length=8, train_sequences=2**20)
-    found = one.largest_length(QLORA, many)
-    assert (found.value, found.bound) == (256, "study")
-
-
-def test_where_an_estimate_falls_all_below_fits_too(fitter):
-    """On a CPU it falls where malloc keeps nothing more: with less memory than before that, nothing above it counts."""
-    here = fitter("smollm2-135m")
-    falls_at = mapped_from_tokens(LORA, here.shape)
-    before, after = (
-        here.needs(LORA, Workload(batch_size=rows, sequence_length=8)).high_bytes
-        for rows in (-(-falls_at // 8) - 1, -(-falls_at // 8))
-    )
-    assert after < before
-    tight = fitter("smollm2-135m", memory_bytes=(after + before) // 2)
-    found = tight.largest_batch(LORA, Workload(batch_size=1, sequence_length=8)).value
-    assert found * 8 < falls_at
-    assert fitter("smollm2-135m", memory_bytes=before).largest_batch(
-        LORA, Workload(batch_size=1, sequence_length=8)
-    ).value * 8 >= falls_at  # fmt: skip
 
 
 def test_of_this_machine_counts_what_is_free(machine):

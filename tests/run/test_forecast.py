@@ -4,15 +4,11 @@ import dataclasses
 
 import pytest
 
-from harness.machine.provenance import free_bytes, library_version, probe_machine
-from harness.machine.reading import Reading, missing
-from harness.machine.system import memory_bytes
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import birth_bytes, estimate_memory, passing_bytes
+from harness.models.costs.memory import estimate_memory
 from harness.records import codec, store
-from harness.records.metrics import BIRTH
-from harness.run.forecast import forecast, measured_peaks, process_bytes, together_bytes
+from harness.run.forecast import forecast, measured_peaks, together_bytes
 from harness.run.plan import make_plan
 from harness.studies.variant import Variant
 
@@ -71,25 +67,6 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
     assert nf4 < plain / 2
 
 
-def test_a_plan_counts_the_process_of_what_torch_is_built_for(small_study, machine, tmp_path):
-    """A build for CUDA takes more of the host, also where there is no card."""
-    plan = make_plan(small_study)
-    plain, built = (
-        forecast(plan, dataclasses.replace(machine, cuda=cuda), tmp_path).memory_bytes for cuda in (None, "13.0")
-    )
-    assert (built - plain) % (birth_bytes("13.0") - birth_bytes(None)) == 0 < built - plain
-
-
-def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp_path, write_run):
-    """Both go by the peaks of an earlier run where it measured a variant, and by the estimate of the others."""
-    write_run("run", {"plain": [0.1]}, peak=3 * 2**30)
-    machine, runs = dataclasses.replace(machine, device_name="Test CPU"), tmp_path / "runs"
-    plan = make_plan(small_study, interleaving="lockstep")
-    members = [contender.variant for contender in plan.contenders]
-    expected = forecast(plan, machine, runs).memory_bytes
-    assert expected == together_bytes(members, small_study.workload, machine, runs) > 6 * 2**30
-
-
 def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     """On a CPU, without what each casts for itself; a GPU has a copy for each, as has a process that rewrites it."""
     workload = dataclasses.replace(small_study.workload, model="random:llama2-7b")
@@ -113,51 +90,6 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     several = together_bytes([plain, half, plain], workload, machine, None)
     apart = sum(together_bytes([variant], workload, machine, None) for variant in (plain, half, plain))
     assert apart - several == base
-
-
-def test_logits_count_for_as_many_as_compute_at_once(small_study, machine):
-    """Of live processes on a CPU: their blocks are so large that malloc gives them back; smaller ones it may keep, and
-    where requests take as much as a step nothing of it is free for others."""
-    plain = small_study.variants[0]
-    large = dataclasses.replace(small_study.workload, model="random:llama2-7b", batch_size=4, sequence_length=128)
-
-    def saved(workload, machine):
-        one, two, six = (together_bytes([plain] * count, workload, machine, None) for count in (1, 2, 6))
-        return 6 * one - six - 5 * (2 * one - two)  # what is mapped once is saved for each but the first as well
-
-    each = 3 * 4 * 4 * 128 * 32_000
-    assert saved(large, machine) == 4 * each
-    assert saved(large, dataclasses.replace(machine, cpus=3)) == 3 * each
-    assert saved(large, dataclasses.replace(machine, device="cuda")) == 0
-    assert saved(dataclasses.replace(large, batch_size=1), machine) == 0
-    assert saved(dataclasses.replace(large, request_batch=64, prompt_tokens=4096), machine) == 0
-
-
-def test_logits_that_are_no_part_of_a_peak_are_not_taken_off_it(small_study):
-    """Of a step that recomputes its blocks the highest moment may come after them."""
-    workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=4096)
-    shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
-    plain = small_study.variants[0]
-    again = dataclasses.replace(plain, gradient_checkpointing=True)
-    assert "logits" not in estimate_memory(again, workload, shape).kinds
-    assert passing_bytes(again, workload, shape) == 0 < passing_bytes(plain, workload, shape)
-
-
-def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):
-    """The machine's own free memory is of no use to a process that is killed at its limit."""
-    monkeypatch.setattr("harness.machine.provenance.memory_available_bytes", lambda: Reading(value=2**30))
-    assert free_bytes(machine) == 2**30
-    monkeypatch.setattr(
-        "harness.machine.provenance.memory_available_bytes", lambda: missing("there is no /proc/meminfo")
-    )
-    assert free_bytes(machine) is None
-
-
-def test_the_memory_of_a_machine_is_what_this_process_may_have(monkeypatch):
-    """A study that a container's limit has no room for is refused by the same number."""
-    assert 0 < probe_machine().memory_bytes == memory_bytes().value
-    monkeypatch.setattr("harness.machine.provenance.memory_bytes", lambda: Reading(value=2**30))
-    assert probe_machine().memory_bytes == 2**30
 
 
 def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):
@@ -191,21 +123,3 @@ def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run)
     path.write_text(codec.dumps(dataclasses.replace(store.read_manifest(path.parent), resumed=(again,))))
     assert forecast(plan, machine, runs) == found
     assert found.time_s < 100
-
-
-def test_a_process_begins_with_what_the_latest_run_with_these_libraries_measured(write_run, tmp_path, machine):
-    """The largest of its trials; of other libraries or another machine it says nothing, and then torch's build does."""
-    here = {name: library_version(name) for name in ("torch", "transformers")}
-
-    def begun_with(size):
-        return lambda record: dataclasses.replace(record, memory={**record.memory, BIRTH: size})
-
-    for cuda in (None, "13.0"):
-        built = dataclasses.replace(machine, cuda=cuda)
-        assert process_bytes(built, tmp_path / "runs") == birth_bytes(cuda)
-    write_run("20260101", {"plain": [0.1, 0.1]}, facts={"libraries": here}, change=begun_with(300))
-    assert process_bytes(machine, tmp_path / "runs") == 300
-    write_run("20260102", {"plain": [0.1]}, facts={"libraries": here | {"torch": "0.1"}}, change=begun_with(400))
-    write_run("20260103", {"plain": [0.1]}, facts={"device_name": "Other"}, change=begun_with(500))
-    write_run("20260104", {"plain": [0.1]}, facts={"libraries": here})
-    assert process_bytes(machine, tmp_path / "runs") == 300

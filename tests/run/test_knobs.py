@@ -17,7 +17,6 @@ from harness.studies.workload import Workload
 
 LORA = Variant(name="lora", r=16)
 WIDE = Workload(batch_size=6, sequence_length=1024)
-TURNED = Variant(quantization="nf4", gradient_checkpointing=True, optimizer="paged_adamw_8bit")
 
 
 @pytest.fixture
@@ -91,47 +90,6 @@ def test_checkpointing_is_what_frees_most_of_a_wide_batch(advice):
     assert found.standing == "does-not-fit"
     assert found.knobs[0].writes == "gradient_checkpointing = true"
     assert found.turn == ("gradient_checkpointing = true",)
-
-
-def test_of_70_billion_the_batch_is_the_last_to_go_down(advice):
-    """Two of which neither is enough, and the batch stays."""
-    assert set(advice(LORA, model="llama2-70b", card="H100").turn) == {
-        "gradient_checkpointing = true", 'quantization = "nf4"',
-    }  # fmt: skip
-
-
-def test_what_is_turned_already_is_no_knob(advice):
-    """And a batch of one sequence cannot be smaller."""
-    found = advice(TURNED, Workload(batch_size=1))
-    assert (found.knobs, found.left_out, found.turn) == ((), (), ())
-    assert [knob.writes for knob in advice(TURNED, Workload(batch_size=4, sequence_length=512)).knobs] == [
-        "batch_size = 2"
-    ]
-
-
-def test_the_head_goes_to_16_bits_where_preparation_made_it_32(advice):
-    """It casts the embeddings and the norms too."""
-    prepared = dataclasses.replace(TURNED, prepare_for_kbit=True, autocast="bfloat16")
-    (knob,) = (knob for knob in advice(prepared).knobs if knob.table == "variant")
-    assert knob.writes == "prepare_for_kbit = false"
-    assert knob.freed_bytes > 2 * 32000 * 4096 * 2
-
-
-def test_what_the_variant_refuses_is_left_out_with_its_reason(advice):
-    """An initialisation that rewrites the base allows no 4 bits."""
-    found = advice(Variant(init_lora_weights="pissa"))
-    (left_out,) = found.left_out
-    assert left_out.writes == 'quantization = "nf4"'
-    assert "rewrites the base" in left_out.why
-
-
-def test_on_a_cpu_nothing_is_paged_and_widths_are_those_of_its_kernels(advice, machine):
-    """What would be refused there is no advice."""
-    assert {one.writes for one in advice(LORA, card=None).left_out} == {'optimizer = "paged_adamw_8bit"'}
-    narrow = dataclasses.replace(shapes.shape(catalogue.resolve("random:smollm2-135m")), intermediate_size=1000)
-    fitter = Fitter(device=on_machine(machine, None), shape=narrow, process_bytes=None)
-    refused = {one.writes: one.why for one in advise(fitter, LORA, WIDE).left_out}
-    assert "do not divide" in refused['quantization = "nf4"']
 
 
 def test_where_all_are_not_enough_it_is_said(advice):

@@ -6,7 +6,7 @@ import pytest
 
 from harness.errors import UsageError
 from harness.machine.provenance import probe_machine
-from harness.run.levels import MEMORY_SHARE, ONE_HEAP, choose_level, shared_base_obstacle
+from harness.run.levels import MEMORY_SHARE, choose_level, shared_base_obstacle
 from harness.run.measure import plan_study
 from harness.studies.variant import Variant
 
@@ -37,14 +37,6 @@ def test_what_does_not_fit_together_runs_one_after_the_other():
     assert choose_level(MIXED, together_bytes=1, free_bytes=None)[0] == "replicates"
 
 
-def test_variants_on_different_workloads_take_turns_in_processes_of_their_own():
-    """Even the same variant: what trials on one base share is of one workload."""
-    sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "workloads": 2}
-    assert choose_level((R8, R8), **sizes)[0] == "lockstep"
-    with pytest.raises(UsageError, match="on 2 workloads"):
-        choose_level((R8, R8), **sizes, asked="shared-base")
-
-
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -68,26 +60,6 @@ def test_what_touches_the_base_cannot_share_it(changes, word):
     assert obstacle is not None
     assert obstacle.startswith("other")
     assert word in obstacle
-
-
-def test_variants_that_would_have_one_heap_take_turns_in_processes_of_their_own_where_they_fit():
-    """A wish, which gives way to the memory: one base is better than one process at a time."""
-    sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "one_heap": True}
-    level, why = choose_level(SWEEP, **sizes)
-    assert level == "lockstep"
-    assert why.startswith(f"{ONE_HEAP}; all live together need about 3 GiB")
-    assert choose_level(SWEEP, **sizes, asked="shared-base") == ("shared-base", "asked for")
-    for unfit, said in (
-        ({"together_bytes": 9 * GIB}, "9 GiB"),
-        ({"together_bytes": None}, "need"),
-        ({"free_bytes": None}, "free"),
-    ):
-        level, why = choose_level(SWEEP, **sizes | unfit)
-        assert level == "shared-base"
-        assert why.startswith("the variants differ in their adapters only, and ")
-        assert said in why
-        assert choose_level(MIXED, **sizes | unfit)[0] == "replicates"
-    assert "nf4 differs" in choose_level(MIXED, **sizes)[1]
 
 
 @pytest.mark.parametrize(("device", "level"), [("cpu", "lockstep"), ("cuda", "shared-base")])

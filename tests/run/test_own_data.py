@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 
 from harness.cli import main
-from harness.records import codec, store
-from harness.records.forms import check_manifest
-from harness.report.view import view_of
-from harness.run.ab import _locate
+from harness.records import store
 
 STUDY = """
 title = "own"
@@ -82,29 +78,3 @@ def test_a_run_says_what_it_was_trained_on(folder, capsys):
     assert all(record.status == "ok" for record in run.records)
     assert "packed, loss on the answers alone" in printed.out
     assert f"loss over {tokens['loss_tokens']}" in printed.out
-
-
-def test_the_lines_of_a_report_without_what_came_later_are_as_before(write_run):
-    """A run that was measured before labels were counted shows no count, and has no key for it."""
-    path = write_run("old", {"plain": (1.0,)})
-    run = store.read_run(str(path), path.parent)
-    facts = "\n".join(fact.text for fact in view_of(run).facts)
-    assert "loss" not in facts
-    assert not {"loss", "columns"} & set(run.manifest.study["workload"])
-    counted = dataclasses.replace(run.manifest, tokens={"real_tokens": 9, "loss_tokens": 5, "without_loss": 2})
-    check_manifest(counted, "here")
-    facts = "\n".join(fact.text for fact in view_of(dataclasses.replace(run, manifest=counted)).facts)
-    assert "9 real and 0 padded in an epoch, loss over 5 (2 sequences without a label left out)" in facts
-
-
-def test_an_ab_finds_a_folder_from_everywhere(folder, small_study):
-    """A revision runs in another folder; what is of the hub stays as it is."""
-    (folder / "set").mkdir()
-    for data, there in (("set[test]", f"{folder}/set[test]"), ("owner/name[test]", "owner/name[test]")):
-        workload = dataclasses.replace(small_study.workload, data=data)
-        assert _locate(dataclasses.replace(small_study, workload=workload)).workload.data == there
-
-
-def test_a_revision_that_does_not_know_the_new_fields_reads_the_rest(small_study):
-    """What is sent to its processes holds none of them while they have their defaults."""
-    assert not {"loss", "columns"} & set(codec.to_json(small_study)["workload"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
 from harness.errors import InvalidRunError
 from harness.records.preparation import Hello
-from harness.run.plan import make_plan
-from harness.run.ready import count_lanes, greet
+from harness.run.ready import greet
 from harness.studies.variant import Variant
 
 PLAIN = Variant(name="plain")
@@ -44,13 +42,3 @@ def test_a_worker_on_another_device_is_refused(worker):
     """The plan was made for this one."""
     with pytest.raises(InvalidRunError, match="'cuda' and the plan was made for 'cpu'"):
         greet(worker(device="cuda"), [PLAIN])
-
-
-@pytest.mark.parametrize(("ranks", "threads", "lanes"), [(1, 1, 8), (1, 2, 4), (2, 2, 2)])
-def test_ranks_have_threads_of_their_own(small_study, ranks, threads, lanes):
-    """So a trial of two takes the cores of two; the arm with the fewest decides."""
-    strategy = {"strategy": "ddp"} if ranks > 1 else {}
-    workload = dataclasses.replace(small_study.workload, ranks=ranks, threads=threads, **strategy)
-    plan = make_plan(dataclasses.replace(small_study, workload=workload), phases=("train",))
-    executors = {cpus: SimpleNamespace(lanes=lambda each, cpus=cpus: cpus // each) for cpus in (8, 16)}
-    assert count_lanes(plan, executors) == lanes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import json
 import os
 import signal
@@ -18,17 +16,12 @@ import pytest
 import harness.run.executors.local
 import harness.run.measure
 from harness.cli import main
-from harness.errors import UsageError
 from harness.records import store
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
-from harness.records.record import SCHEMA, UNDER_WAY, Fragment
-from harness.report.live import LiveDisplay
-from harness.report.terminal import console_for
+from harness.records.record import UNDER_WAY, Fragment
 from harness.report.view import view_of
 from harness.run.executors import Place
 from harness.run.executors.local import LocalExecutor
-from harness.run.measure import measure, plan_study
-from harness.studies.study_file import load_study
 
 STUDY = """
 [workload]
@@ -61,11 +54,9 @@ class Executor(LocalExecutor):
     asked: tuple[str, ...] = ()
     harness = "0.1 sha256:one"
     tokens = "a" * 64
-    padded_tokens = "c" * 64
-    threads: tuple[int, ...] = ()
 
     def start(self, folder, threads):
-        Executor.threads = (*Executor.threads, threads)
+        pass
 
     def make_place(self, trial, log):
         return Place(scratch=trial, log_path=log)
@@ -83,10 +74,9 @@ class Executor(LocalExecutor):
         return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 
     def prepare_tokens(self, workload, *, keep=True):
-        found = Executor.tokens if workload.layout == "packed" else Executor.padded_tokens
         return TokenSummary(
-            path="t", hash=found, data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
-            real_tokens=1, padded_tokens=0, records=1,
+            path="t", hash=Executor.tokens, data="synthetic", synthetic=True, tokenizer_substituted=False,
+            train_sequences=1, real_tokens=1, padded_tokens=0, records=1,
         )  # fmt: skip
 
     def launch(self):
@@ -109,7 +99,7 @@ def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with the fake at the seam and a machine that is always the same."""
     monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
     monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda environment=None: machine)
-    for name in ("asked", "harness", "tokens", "padded_tokens", "threads"):
+    for name in ("asked", "harness", "tokens"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))
     (tmp_path / "small.toml").write_text(STUDY)
     return tmp_path / "runs"
@@ -242,11 +232,6 @@ def test_what_would_change_the_plan_is_refused(broken_off, capsys, options, said
     assert not Executor.asked
 
 
-def test_the_study_may_be_named(broken_off, tmp_path):
-    """The command line that broke off, with one option more."""
-    assert resume(broken_off(), str(tmp_path / "small.toml")) == 0
-
-
 def test_without_a_study_or_a_run_there_is_nothing_to_measure(capsys):
     """The message says how to name either."""
     assert main(["run"]) == 2
@@ -284,14 +269,6 @@ def test_another_power_limit_is_refused(broken_off, power_limit, capsys):
     assert "power_limit_w: 700 then, 400 now" in capsys.readouterr().err
 
 
-def test_a_run_of_before_power_limits_is_gone_on_with(broken_off, power_limit):
-    """It does not say which it was, and is no disagreement for that."""
-    power_limit(None)
-    path = broken_off()
-    power_limit(700.0)
-    assert resume(path) == 0
-
-
 def test_other_tokens_are_refused(broken_off, capsys):
     """The data has changed under its name: nothing is measured, and the run is as it was."""
     path = broken_off()
@@ -300,36 +277,6 @@ def test_other_tokens_are_refused(broken_off, capsys):
     assert "the tokens have the hash bbbbbbbbbbbb now and had aaaaaaaaaaaa" in capsys.readouterr().err
     assert not Executor.asked
     assert store.read_manifest(path).resumed == ()
-
-
-@pytest.mark.parametrize("schema", [4, SCHEMA])
-def test_a_run_on_two_workloads_is_gone_on_with(runs, tmp_path, machine, capsys, schema):
-    """Each variant has its own tokens and threads before and after, and other tokens of either are refused.
-
-    Up to schema 4 the study of the manifest said on which workload a variant of it was measured.
-    """
-    study = load_study(str(tmp_path / "small.toml"))
-    own = dataclasses.replace(study.workload, layout="padded", threads=2)
-    plan, _ = plan_study(study, machine, free_bytes=None, phases=("train",), own_workloads={"b": own})
-    path = measure(plan, runs=runs, display=LiveDisplay(console_for(io.StringIO()))).path
-    hashes = {(record.name, record.tokens["hash"]) for record in store.read_run(path.name, runs).records}
-    assert hashes == {("a", Executor.tokens), ("b", Executor.padded_tokens), ("c", Executor.tokens)}
-    assert sorted(Executor.threads) == [1, 1, 1, 2]
-    (path / "trials.jsonl").write_text("".join((path / "trials.jsonl").read_text().splitlines(keepends=True)[:6]))
-    change(path, status="running")
-    if schema < SCHEMA:
-        manifest = json.loads((path / "manifest.json").read_text())
-        study = manifest["study"] | {"own_workloads": manifest.pop("own_workloads")}
-        (path / "manifest.json").write_text(json.dumps(manifest | {"study": study, "schema": schema}))
-    Executor.asked, Executor.padded_tokens = (), "d" * 64
-    assert resume(path) == 2
-    assert "the tokens of b have the hash dddddddddddd now and had cccccccccccc" in capsys.readouterr().err
-    Executor.padded_tokens = "c" * 64
-    assert resume(path) == 0
-    assert "b has layout = padded, threads = 2; 1 real" in capsys.readouterr().out
-    assert {record.tokens["hash"] for record in store.read_run(path.name, runs).records if record.name == "b"} == {
-        "c" * 64
-    }
 
 
 def test_another_harness_is_said(broken_off, capsys):
@@ -356,14 +303,6 @@ def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
         assert resume(path) == 2
     assert "another process is measuring it" in capsys.readouterr().err
     assert not Executor.asked
-
-
-def test_an_ab_that_does_not_say_what_its_sides_were_is_refused(broken_off, capsys):
-    """As those of earlier versions; the message says what is left to do."""
-    path = broken_off()
-    change(path, sides={side: {"label": "x", "worker": "y"} for side in ("base", "candidate")})
-    assert resume(path) == 2
-    assert "it does not say what its sides were" in capsys.readouterr().err
 
 
 def test_a_complete_run_that_has_lost_a_line_is_mended(broken_off, capsys):
@@ -486,14 +425,6 @@ def test_what_no_record_can_be_added_to_is_not_gone_on_with(broken_off, capsys):
         assert f"{name}: cannot be written: No such file or directory. Restore it" in capsys.readouterr().err
         (path / name).unlink()
     assert not Executor.asked
-
-
-def test_an_unknown_run_is_named(runs, machine):
-    """With those that exist."""
-    from harness.run.resume import read_broken_off
-
-    with pytest.raises(UsageError, match="no-such-run"):
-        read_broken_off("no-such-run", runs)
 
 
 IMPATIENT = (

@@ -16,7 +16,7 @@ from harness.run.executors import Place
 from harness.run.executors.local import LocalExecutor
 from harness.run.measure import measure
 from harness.run.plan import make_plan
-from harness.run.stopping import Stopping, turn_ratios
+from harness.run.stopping import Stopping
 from harness.stats import VerdictRule
 from harness.verdicts.comparand import comparand_of
 from harness.verdicts.series import compare_series, effects_against, series_of
@@ -124,14 +124,6 @@ def test_nothing_measured_is_not_precise(rule):
     assert rule(precision=0.5)(records(8, failed=failed)) is None
 
 
-def test_an_ab_needs_no_reference(rule):
-    """A variant is compared with its own base, also where the study's reference was not selected."""
-    nf4 = tuple((side, "nf4", role) for side, _, role in AB[:3])
-    stop = rule(precision=0.01)
-    assert stop(records(5, nf4)) is not None
-    assert stop(records(5, nf4, loud=("candidate", "nf4", "variant", "train"))) is None
-
-
 def test_no_replicate_is_begun_that_would_end_too_late(rule, monkeypatch):
     """With a minute a replicate and a limit of 4.5, the fourth ends in time and the fifth would not."""
     now = 1000.0
@@ -155,37 +147,6 @@ def test_the_time_counts_whatever_the_precision_is(rule, monkeypatch):
     now += 60
     assert "minutes" in stop(wide)
     assert "interval" in stop(records(8))
-
-
-def test_without_a_limit_nothing_stops(rule, monkeypatch):
-    """However precise it is and however long it took."""
-    stop = rule()
-    monkeypatch.setattr("time.monotonic", lambda: 1e9)
-    assert stop(records(40)) is None
-
-
-def test_turns_are_paired_as_they_were_taken():
-    """A replicate's log ratios turn by turn, of each that is compared, with what was cut elsewhere left out."""
-
-    def trial(name, replicate, times, role="variant", side=""):
-        record = records(1)[0]
-        return record.replaced(
-            trial=f"{side}{role}{name}{replicate}", name=name, role=role, side=side, replicate=replicate,
-            samples={"step_time_s": times}, turn_lengths=(2,) * (len(times) // 2),
-        )  # fmt: skip
-
-    taken = [
-        trial("plain", 0, (1.0, 1.0, 2.0, 2.0)), trial("nf4", 0, (2.0, 2.0, 2.0, 2.0)),
-        trial("plain", 1, (1.0, 1.0)), trial("nf4", 1, (1.0, 1.0, 1.0, 1.0)),
-        trial("plain", 0, (1.0, 1.0, 2.0, 2.0), role="control"),
-    ]  # fmt: skip
-    (nf4,) = turn_ratios(taken, "plain")
-    assert nf4 == [pytest.approx([math.log(2), 0.0])]
-    sides = [
-        trial("nf4", 0, (1.0, 1.0), side="base"), trial("nf4", 0, (3.0, 3.0), side="candidate"),
-        trial("nf4", 0, (1.0, 1.0), side="base", role="control"),
-    ]  # fmt: skip
-    assert list(turn_ratios(sides, "plain")) == [[[pytest.approx(math.log(3))]]]
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

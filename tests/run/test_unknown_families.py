@@ -8,11 +8,7 @@ import json
 import pytest
 
 from harness.cli import main
-from harness.run.ab import plan_ab
 from harness.run.feasibility import check_feasible
-from harness.run.forecast import forecast, most_of, total_of
-from harness.run.measure import plan_study
-from harness.run.plan import make_plan
 
 CONFIG = {
     "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 100, "intermediate_size": 128,
@@ -47,37 +43,6 @@ def test_nothing_is_refused_on_a_guess(study, machine):
     assert (layers.code, weights.code) == ("layers-unknown", "random-weights")
     assert SENTENCE in layers.message
     assert REMEDY in layers.message
-
-
-def test_a_forecast_says_that_it_does_not_know(study, machine, tmp_path):
-    """Time, memory and disk are no number, each for the same reason."""
-    expected = forecast(make_plan(study), machine, tmp_path)
-    assert (expected.time_s, expected.memory_bytes, expected.disk_bytes) == (None, None, None)
-    assert expected.basis == expected.unknown
-    assert SENTENCE in expected.basis
-    assert REMEDY in expected.basis
-
-
-def test_a_level_is_chosen_without_the_memory(study, machine):
-    """What cannot be known to fit together is measured one after the other, and the plan says why; an A/B too."""
-    for plan, _ in (made(study, machine, free_bytes=2**40) for made in (plan_study, plan_ab)):
-        assert plan.interleaving == "replicates"
-        assert "memory" in plan.why
-        assert "cannot be known" in plan.why
-
-
-def test_peaks_of_an_earlier_run_are_known(study, machine, tmp_path, write_run):
-    """They are measured: then the memory is known although the layers are not."""
-    write_run("run", {"plain": [0.1], "nf4": [0.1]}, study=study, peak=3 * 2**30)
-    expected = forecast(make_plan(study, interleaving="replicates"), machine, tmp_path / "runs")
-    assert expected.memory_bytes == 3 * 2**30
-    assert expected.disk_bytes is None
-
-
-def test_a_sum_and_a_maximum_are_unknown_where_a_part_is():
-    """And known where all are."""
-    assert (most_of([1, 3, 2]), total_of([1, 3, 2])) == (3, 6)
-    assert most_of([1, None]) is total_of([1, None]) is None
 
 
 def test_a_dry_run_says_it(model, capsys, tmp_path):
