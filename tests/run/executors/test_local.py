@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import signal
-import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
-from harness.errors import InvalidRunError
-from harness.machine.processes import CPUS
-from harness.records.record import DISTURBED, Failure
 from harness.run.executors.forked import ForkedWorker
-from harness.run.executors.host import Host
-from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
 from harness.run.site import site_of
-from harness.trial import zygote
 
 
 class Quiet:
@@ -173,44 +164,6 @@ def test_a_dead_zygote_costs_the_trial_under_way_and_no_other(measure, executor,
     assert records[second].samples["step_time_s"]
 
 
-def test_without_another_zygote_what_never_began_is_not_run(small_study, tmp_path, monkeypatch):
-    """The run ends there with the reason, and its rest can be gone on with: no trial is to blame."""
-    broken = tmp_path / "path" / "transformers"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
-    local, saved = LocalExecutor(), []
-
-    def ruin(record):
-        if record.status == "ok":
-            monkeypatch.setenv("PYTHONPATH", str(broken.parent))
-            os.kill(local._zygote.pid, signal.SIGHUP)
-
-    try:
-        local.start(tmp_path, 1)
-        local.hello()
-        plan = make_plan(small_study, phases=("train",))
-        site = site_of(small_study.workload, local.prepare_tokens(small_study.workload), "cpu")
-        with pytest.raises(InvalidRunError, match=r"signal 1 \(SIGHUP\), and no other .* broken on purpose"):
-            run_plan(plan, {"": local}, site, save=saved.append, watcher=Quiet(at_end=ruin))
-    finally:
-        local.close()
-    assert [record.status for record in saved] == ["ok", *["not_run"] * (len(plan.slots) - 1)]
-
-
-def test_a_cold_start_that_fails_says_so_itself(measure, executor, small_study):
-    """Without its adapter it has an exception and no answer: crashed, with its own traceback."""
-
-    def spoil(slot, phase):
-        if phase == "cold" and slot.trial == "r0-nf4":
-            shutil.rmtree(executor._disk.scratch / slot.trial / "adapter")
-
-    study = dataclasses.replace(small_study, variants=small_study.variants[1:], reference="nf4")
-    failed = measure(study, phases=("train", "generate", "cold"), watcher=Quiet(spoil), only=["r0-nf4"])["r0-nf4"]
-    assert failed.status == "crashed"
-    assert "Traceback" in failed.failure.traceback
-    assert failed.samples["request_time_s"]
-
-
 def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, monkeypatch):
     """A stopped process answers nothing: timeout after the limit, and the process is gone.
 
@@ -281,96 +234,3 @@ def test_a_claim_that_does_not_hold_is_a_row(measure, small_study):
     assert allowed.status == "ok"
     assert any(notice.code == "fallback-allowed" for notice in allowed.notices)
     assert allowed.memory["paged_optimizer_state_bytes"] == 0
-
-
-def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(measure, executor, small_study, monkeypatch):
-    """The judgement is planted, the processes are real: the second is the first over again, to the bit."""
-    seen = []
-
-    def judged(record, *, on_cpu):
-        seen.append(record)
-        if record.role == "control" or record.attempt:
-            return record
-        return record.replaced(status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="planted"))
-
-    monkeypatch.setattr("harness.run.runner.judged", judged)
-    protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
-    study = dataclasses.replace(small_study, variants=small_study.variants[:1], protocol=protocol)
-    records = measure(study)
-    assert [(record.role, record.attempt) for record in seen if record.role == "variant"] == [
-        ("variant", 0), ("variant", 1)
-    ]  # fmt: skip
-    first, second = (record for record in seen if record.role == "variant")
-    assert first.samples["train_loss"] == second.samples["train_loss"]
-    assert records["r0-plain"] == second
-    assert {record.status for record in records.values()} == {"ok"}
-    assert not children_of(executor)
-
-
-def test_a_warm_zygote_has_one_thread_to_fork_with(executor):
-    """Before and after it forked, as the kernel counts."""
-    worker = executor.launch()
-    worker.close()
-    assert not children_of(executor)
-    assert psutil.Process(executor._zygote.pid).num_threads() == 1
-
-
-def test_a_zygote_with_threads_refuses_to_fork():
-    """Forking a process with a second thread can deadlock the child, so it is an error and not a gamble."""
-
-    release = threading.Event()
-    thread = threading.Thread(target=release.wait)
-    thread.start()
-    try:
-        read, write = os.pipe()
-        os.close(read)
-        answer = zygote._fork(write, None, set())
-    finally:
-        release.set()
-        thread.join()
-    assert "threads" in answer["error"]
-
-
-def test_the_files_of_a_trial_lie_where_the_executor_says(executor, tmp_path):
-    """By absolute paths: its folder until it is cleared, its log with the run; what is fetched is the parent's then."""
-    place = executor.make_place("t", "shared")
-    (Path(place.scratch) / "found.json").write_text("{}")
-    assert executor.fetch("t", "found.json", tmp_path).read_text() == "{}"
-    assert not [*Path(place.scratch).iterdir()]
-    assert Path(place.log_path).is_absolute()
-    assert (Path(place.log_path).parent.name, Path(place.log_path).name) == ("logs", "shared.log")
-    executor.clear_place("t")
-    executor.clear_place("t")
-    assert not Path(place.scratch).exists()
-
-
-def test_an_executor_answers_for_its_machine_before_it_is_started():
-    """A plan is made from what it says, and where nothing was started nothing can be asked of a worker."""
-    local = LocalExecutor()
-    assert local.machine() == local.facts().machine
-    assert 0 < local.free_bytes() <= local.machine().memory_bytes or local.machine().device == "cuda"
-    for ask in (local.hello, local.launch, lambda: local.make_place("t", "t")):
-        with pytest.raises(InvalidRunError, match="not started"):
-            ask()
-    local.close()
-
-
-def test_a_whole_cpu_has_lanes_and_a_share_of_one_has_none(monkeypatch, machine):
-    """As many as it has cores for their threads; who measures on the rest of a machine is timed meanwhile."""
-    monkeypatch.setattr(LocalExecutor, "machine", lambda self: dataclasses.replace(machine, device="cpu", cpus=6))
-    assert [LocalExecutor().lanes(threads) for threads in (1, 2, 4, 8)] == [6, 3, 1, 1]
-    assert LocalExecutor(host=Host(environment={CPUS: "0,1,2"})).lanes(1) == 1
-    monkeypatch.setattr(LocalExecutor, "machine", lambda self: dataclasses.replace(machine, device="cuda", cpus=6))
-    assert LocalExecutor().lanes(1) == 1
-
-
-def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypatch):
-    """No silent retry: the error names what the worker printed and where its log is."""
-    broken = tmp_path / "path" / "transformers"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
-    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
-    local = LocalExecutor()
-    local.start(Path(tmp_path), 1)
-    with pytest.raises(InvalidRunError, match="broken on purpose"):
-        local.hello()

@@ -1,4 +1,4 @@
-"""A script's process and its socket: where it lies, who may speak on it, and what a signal meanwhile does."""
+"""A script's process and its socket: which users may connect, and what signals do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import os
 import secrets
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import types
 
 import psutil
 import pytest
@@ -21,20 +18,10 @@ import pytest
 from harness.attach.turns import SOCKET, address
 from harness.machine.guard import marked
 from harness.run.executors import script_process
-from harness.run.executors.script import ScriptExecutor
 from harness.run.executors.script_process import ScriptProcess
 from harness.run.executors.script_talk import EndedError, Script
 from harness.run.executors.workplace import variables_of
 from harness.studies.variant import Variant
-
-SPEAKING = f"""
-import json, os, socket, time
-with socket.socket(socket.AF_UNIX) as connection:
-    connection.connect("\\0" + os.environ[{SOCKET!r}][1:])
-    connection.sendall(json.dumps({{"pid": os.getpid()}}).encode() + b"\\n")
-    time.sleep(60)
-"""
-"""What speaks as a follower would, without what it takes to import one."""
 
 
 @pytest.fixture
@@ -78,15 +65,6 @@ def test_a_python_that_reads_no_path_is_told_from_one_that_never_trains(tmp_path
     assert (caught.value.status, caught.value.kind) == ("invalid", kind)
 
 
-def test_who_connects_is_known_to_the_kernel():
-    """By user; the process is this one."""
-    one, other = socket.socketpair()
-    with one, other:
-        assert script_process._user_of(one) == os.geteuid()
-    theirs = types.SimpleNamespace(getsockopt=lambda *_: struct.pack("iII", 1, 4_294_967_294, 100))
-    assert script_process._user_of(theirs) == 4_294_967_294
-
-
 def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkeypatch):
     """A name that lies in no folder is open to all who know it."""
     users = iter([os.geteuid() + 1, os.geteuid()])
@@ -107,33 +85,6 @@ def test_nobody_but_another_user_is_nobody(start, monkeypatch):
     with speak(turns, "theirs"):
         assert process.first_word(30) is None
     assert process.ended(10) == 0
-
-
-def test_a_temporary_folder_may_have_a_path_of_any_length(tmp_path, monkeypatch):
-    """That of a socket may have 107 bytes, so it lies in no folder."""
-    deep = tmp_path / ("deep" * 40)
-    deep.mkdir()
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "train.py").write_text(SPEAKING)
-    monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("PATH", "/nowhere")  # no other python
-    executor = ScriptExecutor()
-    executor.start(tmp_path / "run", 1)
-    try:
-        place = executor.make_place("r0-a", "r0-a")
-        assert len(place.scratch) > 160
-        asked = types.SimpleNamespace(
-            trial="r0-a", variant=Variant(name="a", command="python train.py"), log_path=place.log_path
-        )
-        process = executor._start_trial(asked)
-        try:
-            assert process.first_word(60)["pid"] == process._process.pid
-        finally:
-            process.close()
-    finally:
-        executor.close()
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from harness.records.locks import alone
 from harness.run.executors.environments import (
     DESCRIPTION_FILE,
     UNUSED_DAYS,
-    _run,
     layered_environment,
     parse_requirements,
 )
@@ -98,13 +97,6 @@ def test_a_revision_is_checked_out_and_imported(opened, repository):
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
 
 
-def test_a_commit_needs_no_second_name(opened, repository):
-    """A hash is its own label."""
-    short = git(repository, "rev-parse", "--short=7", "HEAD")
-    with opened(short) as side:
-        assert side.label == short
-
-
 def test_the_repository_is_left_as_it_was(opened, repository):
     """No worktree, no folder and no change remains, also when the measurement in between fails."""
     before = git(repository, "status", "--porcelain")
@@ -127,25 +119,6 @@ def test_no_hook_of_the_repository_runs(opened, repository, tmp_path):
         assert not (tmp_path / "ran").exists()
 
 
-def test_a_hook_of_git_can_run_an_ab(opened, monkeypatch, tmp_path):
-    """Git's hooks export GIT_DIR; the repository that was named is still the one that is used."""
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
-    with opened("HEAD~1") as side:
-        assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
-
-
-def test_the_present_harness_measures_a_revision_that_has_none(opened):
-    """The folder holds lorameter's two packages and not the site-packages they may lie in."""
-    with opened("HEAD") as side:
-        origins = inspect(side.host, OWN_PACKAGES)["origins"]
-        assert sorted(path.name for path in Path(side.host.path[-1]).iterdir()) == sorted(OWN_PACKAGES)
-        for package in OWN_PACKAGES:
-            assert (
-                Path(origins[package]).resolve()
-                == Path(harness.__file__).resolve().parents[1] / package / "__init__.py"
-            )
-
-
 def test_a_src_layout_is_found(opened, repository):
     """The usual place of packages beside the top of the repository."""
     git(repository, "checkout", "--quiet", "--", ".")
@@ -153,16 +126,6 @@ def test_a_src_layout_is_found(opened, repository):
     git(repository, "mv", "gadget", "src/gadget")
     git(repository, "commit", "--quiet", "--message", "src layout")
     with opened("HEAD") as side:
-        assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
-
-
-def test_a_project_inside_a_repository_is_found(opened, repository):
-    """The folder that one stands in counts like the top."""
-    git(repository, "checkout", "--quiet", "--", ".")
-    (repository / "python" / "src").mkdir(parents=True)
-    git(repository, "mv", "gadget", "python/src/gadget")
-    git(repository, "commit", "--quiet", "--message", "a project of several")
-    with opened("HEAD", repository=repository / "python") as side:
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
 
 
@@ -308,14 +271,6 @@ def test_an_interpreter_without_the_libraries_is_refused(opened, environment):
         pass
 
 
-def test_the_folder_one_stands_in_does_not_shadow_an_interpreters_packages(opened, tmp_path, monkeypatch):
-    """Two environments compared from within a library's checkout would else be the checkout twice."""
-    (tmp_path / "peft.py").write_text("")
-    monkeypatch.chdir(tmp_path)
-    with opened(sys.executable) as side:
-        assert Path(inspect(side.host, ["peft"])["origins"]["peft"]).parent != tmp_path
-
-
 def test_a_name_is_a_python_on_path_unless_it_is_a_revision(opened, repository, tmp_path, monkeypatch):
     """python3.99 on PATH is an interpreter, a branch of that name goes before it, and a path before both."""
     (tmp_path / "bin").mkdir()
@@ -329,15 +284,6 @@ def test_a_name_is_a_python_on_path_unless_it_is_a_revision(opened, repository, 
         assert side.kind == "revision"
     with opened(str(tmp_path / "bin" / "python3.99")) as side:
         assert side.kind == "interpreter"
-
-
-def test_an_interpreter_that_is_too_old_is_refused(opened, tmp_path):
-    """By its own word, before anything is asked of its packages."""
-    old = tmp_path / "python"
-    old.write_text('#!/bin/sh\necho \'{"python": "3.8.18", "executable": "x", "packages": {}, "origins": {}}\'\n')
-    old.chmod(0o755)
-    with pytest.raises(UsageError, match=r"it is Python 3\.8\.18, and the harness needs 3\.11"), opened(str(old)):
-        pass
 
 
 # --- requirements -----------------------------------------------------------------------------------------------------
@@ -384,25 +330,6 @@ def test_requirements_win_over_what_is_installed(index, opened, cache):
         assert run(side.host, "import harness; print(harness.__file__)")
     check = [sys.executable, "-c", "import importlib.metadata as m; print(m.version('packaging'))"]
     assert subprocess.run(check, capture_output=True, text=True, check=True).stdout.strip() == present
-
-
-def test_a_worker_starts_on_requirements(index, opened, cache, tmp_path):
-    """torch and its kind are found beneath the layer."""
-    with opened(OLD_PACKAGING, cache=cache) as side:
-        executor = LocalExecutor(host=side.host, label="candidate")
-        executor.start(tmp_path, 1)
-        try:
-            assert executor.hello().harness == harness_identity()
-        finally:
-            executor.close()
-
-
-def test_an_environment_is_made_once(index, cache):
-    """The second time nothing is said and nothing is installed."""
-    layered_environment([OLD_PACKAGING], cache, report=silent)
-    lines = []
-    layered_environment([OLD_PACKAGING], cache, report=lines.append)
-    assert lines == []
 
 
 def test_this_process_can_build_extensions_afterwards(tmp_path):
@@ -464,18 +391,6 @@ def test_an_interrupted_install_is_never_used(index, tmp_path):
     assert not (python.parents[1] / "junk").exists()
 
 
-def test_a_path_in_front_that_hides_the_requirement_is_refused(index, opened, cache, tmp_path, monkeypatch):
-    """PYTHONPATH goes before every environment, so the layer would not be what runs."""
-    (tmp_path / "front").mkdir()
-    (tmp_path / "front" / "packaging.py").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "front"))
-    with (
-        pytest.raises(UsageError, match=r"packaging would not be measured: an import loads .*front"),
-        opened(OLD_PACKAGING, cache=cache),
-    ):
-        pass
-
-
 @pytest.mark.parametrize("spec", ["no-such-branch", "/no/such/python", "  ", "--force"])
 def test_what_is_nothing_is_refused_with_all_that_was_tried(opened, spec):
     """Interpreter, revision, requirements: each with its reason, and how to write one."""
@@ -488,9 +403,3 @@ def test_an_ab_outside_a_repository_says_so(opened, tmp_path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(UsageError, match="not a git repository"), opened("HEAD", repository=tmp_path / "plain"):
         pass
-
-
-def test_what_an_installer_says_in_another_encoding_is_no_defect(tmp_path):
-    """pip repeats names of folders as they are; what is no text in ours is shown as unreadable."""
-    with pytest.raises(UsageError, match="no folder l\ufffd"):
-        _run(["sh", "-c", r"printf 'no folder l\377\n'; exit 1"], ["peft"], silent)
