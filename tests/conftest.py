@@ -30,7 +30,7 @@ OLD_PACKAGING = "packaging==24.2"
 gc.disable()  # until all tests are collected: half of that time would go into looking for garbage among what stays
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
-INPUTS = tuple(f"LORAMETER_{name}" for name in "CACHE CONTRACT DOLLY GEMMA GOLDEN NOISE TRACES".split())
+INPUTS = tuple(f"LORAMETER_{name}" for name in "CACHE CONTRACT DOLLY GEMMA NOISE TRACES".split())
 """Variables that name what tests read; any other one of lorameter's would change what they measure, or where."""
 for name in [name for name in os.environ if name.startswith("LORAMETER_") and name not in INPUTS]:
     del os.environ[name]

@@ -19,32 +19,6 @@ from harness.report.front import SERVING
 from harness.studies.stored import read_study
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"]])
-def test_help_loads_nothing_heavy(arguments):
-    """No torch, numpy, pandas or scipy, nor rich or pytest, for a page of text."""
-    code = (
-        "import sys\nfrom harness.cli import main\n"
-        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-        "print('LOADED', sorted({'torch','numpy','pandas','scipy','rich','pytest','psutil'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "usage: lorameter" in done.stdout
-    assert "LOADED []" in done.stdout
-
-
-def test_lists_are_json_on_request(capsys, tmp_path):
-    """One document with a schema, for each list."""
-    for what, known in (("studies", "lora-or-qlora"), ("models", "tiny-llama")):
-        assert main(["list", what, "--json"]) == 0
-        document = json.loads(capsys.readouterr().out)
-        assert document["schema"] == 2
-        assert known in [row["name"] for row in document[what]]
-    assert main(["list", "runs", "--json", "--runs-dir", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"schema": 2, "runs": []}
-    assert main(["list", "variants", "lora-or-qlora"]) == 0
-    assert "quantization=nf4" in capsys.readouterr().out
-
-
 def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
     """A name with an escape sequence in it, or with half a character, is shown and not obeyed."""
     assert main(["report", "\x1b[2J\udcff", "--runs-dir", str(tmp_path)]) == 2
@@ -96,36 +70,6 @@ def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["run", "no-such-study"], "lora-or-qlora"),
-        (["run", "lora-or-qlora", "--variant", "nf5"], "nf5"),
-        (["run", "lora-or-qlora", "--model", "nothing"], "tiny-llama"),
-        (["run", "lora-or-qlora", "--data", "missing.jsonl"], "missing.jsonl"),
-        (["run", "lora-or-qlora", "--effort", "quick", "--replicates", "2"], "--replicates"),
-        (["run", "lora-or-qlora", "--replicates", "0"], "replicates = 0"),
-        (["report", "no-such-run"], "no-such-run"),
-        (["list", "variants"], "no study named"),
-        (["model", "fetch", "nothing"], "nothing"),
-    ],
-)
-def test_bad_input_exits_with_2(capsys, tmp_path, arguments, word):
-    """One line that names the offender, and nothing measured."""
-    assert main([*arguments, "--runs-dir", str(tmp_path)]) == 2
-    assert word in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_unexpected_error_is_70_and_never_1(capsys, monkeypatch):
-    """A defect of ours must not read as a regression."""
-    import harness.models.catalogue
-
-    monkeypatch.setattr(harness.models.catalogue, "CATALOGUE", None)
-    assert main(["list", "models"]) == 70
-    assert "defect" in capsys.readouterr().err
-
-
 WORKLOAD = "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nnew_tokens=4\n"
 PROTOCOL = (
     "[protocol]\nreplicates=1\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=2\ngenerate_requests=1\n"
@@ -152,21 +96,6 @@ def swept(tmp_path_factory):
     """A real run of two small variants that share their base: the finished process and the folder of its run."""
     folder = tmp_path_factory.mktemp("swept")
     return measured(folder, SWEEP, "--interleave", "shared-base"), folder / "runs"
-
-
-def test_a_run_prints_one_json_document(swept, capsys):
-    """A real run of two small variants: status, trials and control on stdout, progress on stderr, exit code 0."""
-    done, runs = swept
-    document = json.loads(done.stdout)
-    assert document["schema"] == 2
-    assert document["trials"] == {"ok": 3 + 3}  # taking turns on one base, and solo
-    assert (document["status"], done.returncode) == ("ok", 0)
-    assert set(document["control"]) == {"train", "generate", "cold"}
-    assert "[6/6]" in done.stderr
-    assert main(["report", document["run"], "--runs-dir", str(runs)]) == 0
-    text = capsys.readouterr().out
-    assert "no interval" in text
-    assert "synthetic-data" in text
 
 
 def test_a_sweep_of_adapters_runs_on_one_base(swept):
@@ -308,15 +237,6 @@ def test_every_command_ends_its_help_with_an_example_that_it_takes(monkeypatch):
         assert words[0] == "lorameter"
         assert words[1 : 1 + len(name.split())] == name.split() or name == "model"
         top.parse_args(words[1:])
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_a_shell_is_told_every_command(shell, capsys):
-    """A script for each shell, with all commands."""
-    assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    for name in EXAMPLES:
-        assert name.split()[0] in script
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")

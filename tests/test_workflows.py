@@ -17,6 +17,7 @@ import yaml
 
 from harness import errors
 from harness.cli import parser
+from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".github" / "workflows"
@@ -292,7 +293,7 @@ def history(tmp_path):
 
     def keep(run: str, **others: str) -> list[int]:
         shutil.rmtree(about["LORAMETER_RUNS"], ignore_errors=True)
-        shutil.copytree(ROOT / "tests" / "golden" / "runs" / run, Path(about["LORAMETER_RUNS"]) / run)
+        shutil.copytree(RUNS / run, Path(about["LORAMETER_RUNS"]) / run)
         steps = [("measure", "Pack the run"), ("keep", "Fetch the branch"), ("keep", "Write the page")]
         steps.append(("keep", "Keep both on the branch"))
         given = about | {"REMOTE": str(remote)} | others

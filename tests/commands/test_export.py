@@ -36,16 +36,6 @@ def test_the_words_of_the_command_are_those_of_the_formats():
     assert tuple(columns.TABLES) == export.TABLES
 
 
-def test_json_is_all_tables_in_one_document(called):
-    """With its schema, and the same by --json."""
-    code, out, _ = called()
-    document = json.loads(out)
-    assert code == 0
-    assert (document["schema"], document["run"]) == (1, "sound")
-    assert {name: len(document[name]) > 0 for name in columns.TABLES} == dict.fromkeys(columns.TABLES, True)
-    assert called("--json")[1] == out
-
-
 def test_csv_of_one_table(called):
     """Heads first, a line a row, every digit kept."""
     code, out, _ = called("--format", "csv", "--table", "estimates")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,7 @@ from harness.cli import main
 from harness.records import codec
 from harness.records.store import read_manifest
 from harness.verdicts.gate import Policy
-
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
+from tests.constructed import FILES, RUNS
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def test_variants_stand_in_the_order_asked_for(told):
         (["--phase", "cold"], "run sound has train, generate"),
         (["--format", "markdown", "--json"], "both choose the format"),
         (["--markdown", "--format", "github"], "both choose the format"),
-        (["--policy", str(RUNS.parent / "files" / "mistyped.toml")], "mistyped.toml"),
+        (["--policy", str(FILES / "mistyped.toml")], "mistyped.toml"),
     ],
 )
 def test_what_there_is_not_is_refused(told, options, words):
@@ -196,11 +194,3 @@ def test_a_table_of_several_ab_runs_shows_what_is_asked_for(told, tmp_path):
     assert "qlora-nf4-r16" in page.read_text(encoding="utf-8")
     for words in (("--variant", "nf5"), ("--phase", "cold"), ("--sort", "ratio")):
         assert told(*both, *words)[0] == 2
-
-
-def test_the_version_is_said(capsys):
-    """And nothing else happens."""
-    with pytest.raises(SystemExit) as left:
-        main(["--version"])
-    assert left.value.code == 0
-    assert capsys.readouterr().out.startswith("lorameter ")

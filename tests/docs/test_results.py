@@ -27,10 +27,10 @@ def executed(tmp_path, monkeypatch):
 
 
 def test_the_notebook_shows_what_its_cells_make(executed):
-    """Every cell runs, and its output is the one that stands there; LORAMETER_GOLDEN=write renews it."""
+    """Every cell runs, and its output is the one that stands there; LORAMETER_CONTRACT=write renews it."""
     kept, fresh = executed
     nbformat.validate(fresh)
-    if os.environ.get("LORAMETER_GOLDEN") == "write":
+    if os.environ.get("LORAMETER_CONTRACT") == "write":
         for cell in fresh.cells:
             cell.metadata.pop("execution", None)  # the times of day
         nbformat.write(fresh, PAGE)

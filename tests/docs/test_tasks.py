@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main, parser
+from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]
 PAGES = tuple(
@@ -37,7 +38,7 @@ def blocks(page, kind):
 def folder(tmp_path, monkeypatch):
     """A folder in which one stands, with the constructed runs that the pages name."""
     runs = tmp_path / ".lorameter" / "runs"
-    shutil.copytree(ROOT / "tests" / "golden" / "runs", runs)
+    shutil.copytree(RUNS, runs)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("LORAMETER_RUNS", raising=False)

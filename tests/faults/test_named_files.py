@@ -18,8 +18,8 @@ from harness.records.outputs import replacing
 from harness.report.html.page import save_html
 from harness.results.files import write_tables, write_text
 from harness.results.pack import pack
+from tests.constructed import RUNS
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "runs"
 TOO_LARGE = r"File too large\. Raise the limit of file sizes \(ulimit -f\), or "
 KIB = 1024
 
@@ -38,7 +38,7 @@ def limited(most=KIB):
 @pytest.fixture
 def run():
     """A run of some kilobytes."""
-    return store.read_run("sound", GOLDEN)
+    return store.read_run("sound", RUNS)
 
 
 WRITERS = {
@@ -83,19 +83,19 @@ def test_a_pack_that_does_not_fit_is_not_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(UsageError, match=r"no/x\.zip: cannot be written: No such file or directory\. Give another"):
-        pack("sound", GOLDEN, tmp_path / "no" / "x.zip")
+        pack("sound", RUNS, tmp_path / "no" / "x.zip")
     monkeypatch.setattr("harness.results.pack.write_packed", write_half)
     with pytest.raises(InvalidRunError, match=r"x\.zip: No space left on device\. Free space there, or give another"):
-        pack("sound", GOLDEN, tmp_path / "x.zip")
+        pack("sound", RUNS, tmp_path / "x.zip")
     assert not list(tmp_path.iterdir())
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UsageError, match="there is a file of that name"):
-        pack("sound", GOLDEN, tmp_path / "link")
+        pack("sound", RUNS, tmp_path / "link")
 
 
 def test_no_room_to_unpack_is_no_fault_of_the_file(tmp_path):
     """A packed run that is sound is not to be asked for again."""
-    path = pack("sound", GOLDEN, tmp_path / "x.zip")
+    path = pack("sound", RUNS, tmp_path / "x.zip")
     with limited(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
         store.read_run(str(path), tmp_path)
 

@@ -15,8 +15,7 @@ import pytest
 
 from harness.cli import main
 from kernels_check.streams import EXIT_CLOSED_PIPE
-
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
+from tests.constructed import RUNS
 
 
 @pytest.fixture

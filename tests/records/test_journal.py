@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,7 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.records import inputs, journal, store
 from harness.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "runs" / "sound"
+from tests.constructed import RUNS
 
 
 def make_pipe(path):
@@ -53,7 +51,7 @@ def no_journal(request, monkeypatch):
 @pytest.fixture
 def runs(tmp_path):
     """A folder with a run in it."""
-    shutil.copytree(GOLDEN, tmp_path / "it")
+    shutil.copytree(RUNS / "sound", tmp_path / "it")
     return tmp_path
 
 

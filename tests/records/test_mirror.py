@@ -18,6 +18,7 @@ from harness.records.mirror import MOST_SHARED, Reader
 from harness.records.record import Failure, Fragment, Notice, TrialRecord
 from harness.records.store import Manifest, Resumption
 from harness.records.trial_lines import WrittenRecord
+from tests.constructed import FOLDER
 
 ROOT = Path(__file__).parents[2]
 patient = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
@@ -185,7 +186,7 @@ def test_what_no_generator_finds(text):
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*ROOT.glob("tests/golden/*/*/trials.jsonl"), *ROOT.glob("reports/*/trials.jsonl")]),
+    "path", sorted([*FOLDER.glob("*/*/trials.jsonl"), *ROOT.glob("reports/*/trials.jsonl")]),
     ids=lambda path: path.parent.name,
 )  # fmt: skip
 def test_committed_runs_are_read_as_the_codec_reads_them(path):

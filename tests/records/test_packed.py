@@ -3,15 +3,15 @@
 import random
 import shutil
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from harness.errors import UsageError
 from harness.records import inputs, store
 from harness.records.packed import MEMBERS, UNPACKED_FREELY_BYTES, unpacked, write_packed
+from tests.constructed import RUNS
 
-RUN = Path(__file__).parents[1] / "golden" / "runs" / "sound"
+RUN = RUNS / "sound"
 
 
 def test_damaged_bytes_are_refused(tmp_path):

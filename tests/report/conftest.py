@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,9 +74,8 @@ from harness.verdicts.claims import judge_claims
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import judge, load_policy
 from harness.verdicts.series import without_numbers
+from tests.constructed import PROFILES, RUNS
 
-KEPT = Path(__file__).parents[1] / "golden"
-RUNS = KEPT / "runs"
 NOTICES = (Notice(code="contention", message="others ran.", remedy="Stop them."),)
 MACHINE = Machine(
     device="cpu", device_name="Test [CPU]", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
@@ -87,13 +85,13 @@ COMPARISON = compare_trials([[1.0], [1.1], [1.2]], [[2.0], [2.21], [2.4]], pairi
 
 
 def constructed_run(name: str) -> store.Run:
-    """One of the runs that are kept for the golden tests."""
+    """One of the constructed runs."""
     return store.read_run(str(RUNS / name), RUNS)
 
 
 def constructed_profile(name: str) -> Profile:
-    """One of the profiles that are kept for the golden tests."""
-    return codec.from_json(Profile, json.loads((KEPT / "profiles" / f"{name}.json").read_text()), name)
+    """One of the constructed profiles."""
+    return codec.from_json(Profile, json.loads((PROFILES / f"{name}.json").read_text()), name)
 
 
 def profile_document(name: str) -> Document:

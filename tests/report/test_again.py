@@ -15,10 +15,11 @@ from harness.records.document import write_document
 from harness.report.again import how_to_repeat
 from harness.studies.script_study import study_of_command
 from harness.studies.study_file import load_study
+from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]
 KEPT = [
-    *(ROOT / "tests" / "golden" / "runs").iterdir(),
+    *RUNS.iterdir(),
     *(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file()),
 ]
 

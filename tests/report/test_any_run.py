@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 from harness.cli import main
+from tests.constructed import RUNS
 
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
 ODD = (
     "failed one-replicate without-reference killed interrupted given-up noisy diverged fewer-variants fallback "
     "control-failed cold schema-1 schema-3 newer ab-failed ab-alike swept-in-part"

@@ -12,8 +12,7 @@ from harness.cli import main
 from harness.records import store
 from harness.report.figures import figures_of_run
 from harness.report.view import view_of
-
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
+from tests.constructed import RUNS
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
 def test_losses_are_those_of_the_trials_that_trained_to_the_end(run, replicates, steps, tmp_path, capsys):
     """Solo trials take four steps and are in no curve: the page and the terminal show every step of the training."""
     page = tmp_path / "report.html"
-    assert main(["report", str(RUNS.parents[2] / "reports" / run), "--html", str(page)]) == 0
+    assert main(["report", str(Path(__file__).parents[2] / "reports" / run), "--html", str(page)]) == 0
     assert "loss by step, median of the replicates" in capsys.readouterr().out
     figure = page.read_text(encoding="utf-8").rpartition("Losses of all variants</h2>")[2].partition("</figure>")[0]
     rows = re.findall(r"<tr[^>]*><th scope=\"row\">(.*?)</tr>", figure)

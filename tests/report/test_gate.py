@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,7 @@ from harness.report.terminal import text_of
 from harness.verdicts.baselines import read_comparand
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import GateResult, judge, load_policy
-
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
+from tests.constructed import RUNS
 
 
 @pytest.fixture(scope="module")

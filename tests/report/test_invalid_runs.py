@@ -6,14 +6,13 @@ import json
 import re
 from html import unescape
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 import harness
 from harness.cli import main
+from tests.constructed import RUNS
 
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
 COUNTED = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)
 INVALID = {
     "control-failed": "its control regressed in phase 'train': the reference differs from itself",

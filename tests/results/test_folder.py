@@ -1,12 +1,10 @@
 """Every run of a folder is read, and one that cannot be read hides no other."""
 
 import shutil
-from pathlib import Path
 
 from harness.results.folder import read_each, summary_of
 from harness.results.pack import pack
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.constructed import DAMAGED, RUNS
 
 
 def found_in(runs):
@@ -15,7 +13,7 @@ def found_in(runs):
 
 def test_every_constructed_run_is_summarised():
     """Verdicts are those of the reports."""
-    found = {one.content.run: one.content for one in read_each(GOLDEN / "runs", summary_of, newer=True)}
+    found = {one.content.run: one.content for one in read_each(RUNS, summary_of, newer=True)}
     names = ("sound", "failed", "control-failed", "ab", "ab-improved")
     verdicts = ["valid", "invalid", "invalid", "regressed", "improved"]
     assert [found[name].verdict for name in names] == verdicts
@@ -24,8 +22,8 @@ def test_every_constructed_run_is_summarised():
 
 def test_damaged_runs_are_named_and_hide_no_other(tmp_path):
     """Each has its reason."""
-    shutil.copytree(GOLDEN / "damaged", tmp_path / "runs")
-    shutil.copytree(GOLDEN / "runs" / "sound", tmp_path / "runs" / "sound")
+    shutil.copytree(DAMAGED, tmp_path / "runs")
+    shutil.copytree(RUNS / "sound", tmp_path / "runs" / "sound")
     found = found_in(tmp_path / "runs")
     assert found["sound"].error is None
     assert found["newer-schema"].content.newer_schema == 99

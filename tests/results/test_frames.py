@@ -16,14 +16,13 @@ from harness.results.columns import SETTINGS, TABLES
 from harness.results.frames import DTYPES, Frames
 from harness.studies.script import script_workload
 from harness.studies.variant import Variant
+from tests.constructed import DAMAGED, RUNS
 
 ROOT = Path(__file__).parents[2]
-RUNS = ROOT / "tests" / "golden" / "runs"
-DAMAGED = RUNS.parent / "damaged"
 
 
 def load_readable():
-    """All golden runs; one is of a newer schema, of which a table has no place for what is not known."""
+    """All constructed runs; one is of a newer schema, of which a table has no place for what is not known."""
     with pytest.warns(UserWarning, match="schema 6"):
         return harness.load_all(RUNS)
 
@@ -136,12 +135,6 @@ def test_a_run_that_cannot_be_read_hides_no_other_and_is_named():
     assert len(warned) == len(frames.unreadable)
     assert "schema 99" in frames.unreadable["newer-schema"]
     assert "unreadable: " in repr(frames)
-
-
-def test_no_run_of_that_name_is_refused():
-    """As by every command."""
-    with pytest.raises(UsageError, match="not found"):
-        harness.load("nothing", RUNS)
 
 
 def test_an_interval_of_one_replicate_is_missing():

@@ -23,8 +23,8 @@ from harness.records.record import Failure, Notice
 from harness.results import pack as packing
 from harness.results.pack import PRIVATE, pack
 from harness.results.rows import rows_of
+from tests.constructed import RUNS
 
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
 HOST, CARD = "rack7-node12", "GPU-8f9a1c2e-0b4d-4c11-9e7a-2f3b4c5d6e7f"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,7 @@ from harness.results.pack import pack
 from harness.results.points import read_nights
 from harness.results.rows import estimate_rows
 from harness.studies.stored import read_study
-
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
+from tests.constructed import RUNS
 
 
 def test_a_point_is_the_estimate_of_the_run(sound):

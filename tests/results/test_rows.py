@@ -1,7 +1,6 @@
 """Rows say what the records hold and what the reports say, and nothing else."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,9 @@ from harness.report.view import view_of
 from harness.results.columns import TABLES, names_of
 from harness.results.rows import rows_of, unit_of
 from harness.verdicts.ab import report_of
+from tests.constructed import RUNS
 
-CONSTRUCTED = sorted(path.name for path in (Path(__file__).parents[1] / "golden" / "runs").iterdir())
+CONSTRUCTED = sorted(path.name for path in RUNS.iterdir())
 
 
 def tables(run):

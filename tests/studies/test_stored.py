@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +11,11 @@ from harness.records import codec, store
 from harness.records.newer import Newer
 from harness.studies.stored import list_unread, read_own_workloads, read_study
 from harness.studies.study import Study
-
-RUNS = Path(__file__).parents[1] / "golden" / "runs"
+from tests.constructed import RUNS
 
 
 def run_with(change, *, newer=True):
-    """A golden run whose study was changed, as a newer version wrote it."""
+    """A constructed run whose study was changed, as a newer version wrote it."""
     run = store.read_run("sound", RUNS)
     manifest = dataclasses.replace(run.manifest, **change(dict(run.manifest.study)))
     return dataclasses.replace(run, manifest=manifest, newer=Newer(schema=9, unread=("a line",)) if newer else None)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from harness.cli import main
+from tests.constructed import FILES
 
-FILES = Path(__file__).parents[1] / "golden" / "files"
 FOREIGN = json.loads((FILES / "foreign.json").read_text())
 BENCHMARKS = {"tests/test_it.py::test_fast", "tests/test_it.py::test_slow"}
 

@@ -29,21 +29,6 @@ def recording(tmp_path):
     return path
 
 
-def test_json_is_one_document(recording, capsys):
-    """Nothing but the document is on stdout; the notice of the repeated event is on stderr as well."""
-    assert main(["trace", str(recording), "--json"]) == 0
-    out, err = capsys.readouterr()
-    document = json.loads(out)
-    assert document["schema"] == 1
-    assert document["attention"]["backends"]["flash"] == {
-        "calls": 2, "time_share": 0.5, "time_ms": 0.01, "forward_calls": 2, "backward_calls": 0,
-        "dtypes": {"bfloat16": 2}, "causal_calls": 2, "not_causal_calls": 0, "kernels": {FLASH: 2},
-    }  # fmt: skip
-    assert document["unclassified"]["names"] == ["renamed [bold] kernel"]
-    assert document["notices"] == ["1 events stood in the file more than once and were counted once"]
-    assert err == "notice: 1 events stood in the file more than once and were counted once\n"
-
-
 def test_tables_show_what_the_document_holds(recording, capsys, monkeypatch):
     """Names of kernels are text and no markup."""
     monkeypatch.setenv("COLUMNS", "160")
@@ -75,14 +60,6 @@ def test_an_unexpected_error_exits_with_70(recording, capsys, monkeypatch):
     assert out == ""
     assert "ZeroDivisionError" in err
     assert "unexpected error" in err
-
-
-@pytest.mark.parametrize("arguments", [["trace"], ["trace", "a", "b"], ["judge"], ["rules", "--strict"]])
-def test_wrong_usage_exits_with_2(arguments):
-    """Argparse says what is missing."""
-    done = subprocess.run([sys.executable, "-m", "kernels_check", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "usage: python -m kernels_check" in done.stderr
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(recording):

@@ -1,29 +1,29 @@
-"""Small runs with planted values, for the golden tests: `python tests/golden/construct.py` writes them all again.
+"""Small runs with planted values, for tests of what reads runs: they are written to a temporary folder on import.
 
 Manifests and the fields of a record that no test plants come from the two runs that are committed under reports/, so
 that the constructed ones have the form of measured ones. Their samples are drawn by seeded generators of the standard
 library and written with six digits. Nothing of `harness` is imported: what these files say must not follow it.
 
-runs/       what a user may have in a runs directory, whole and broken off
-damaged/    runs that cannot be read, each for another reason
-files/      pytest-benchmark files, policies and recordings of kernels
-profiles/   all facts of a profile, as `lorameter profile` writes them
+RUNS        what a user may have in a runs directory, whole and broken off
+DAMAGED     runs that cannot be read, each for another reason
+FILES       pytest-benchmark files, of a session and of another project, and a policy that cannot be read
+PROFILES    all facts of a profile, as `lorameter profile` writes them
 """
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import math
 import random
 import shutil
-import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-REPORTS = HERE.parents[1] / "reports"
+REPORTS = Path(__file__).parents[1] / "reports"
 MEASURED = {
     "lora-or-qlora": REPORTS / "2026-11-25_amd-epyc-2cpu_lora-or-qlora",
     "parameters": REPORTS / "2026-11-24_amd-epyc-2cpu_llama2-lora-parameters",
@@ -573,82 +573,6 @@ def foreign_file(scale: float) -> Json:
     return {"machine_info": machine, "benchmarks": rows, "version": "5.1.0"}
 
 
-POLICIES = {
-    "lenient": 'inconclusive = "pass"\ntolerance = 0.5\nmargin = 0.5\nmetrics = ["step_time_s"]\n',
-    "strict": (
-        'metrics = ["step_time_s", "*peak*", "held_out_loss"]\nrequired = ["lora-*", "absent-*"]\n\n'
-        '[[limit]]\nvariant = "qlora-*"\nmetric = "step_*"\ntolerance = 0.001\nmargin = 0.002\n'
-    ),
-    "mistyped": "tolerence = 0.01\n",
-    "impossible": "margin = 0\n",
-    "not-toml": "tolerance == 1\n",
-}
-FLASH = (
-    "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, "
-    "cutlass::bfloat16_t>, false, true, false, false, true, true, false, false>(pytorch_flash::Flash_fwd_params)"
-)
-NF4_KERNEL = (
-    "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float *, unsigned char *, float *, T1 *, int, int)"
-)
-KERNELS = (FLASH, NF4_KERNEL, "ampere_bf16_s16816gemm_bf16_128x64_tn", "renamed [bold] kernel", FLASH)
-
-
-def recording() -> Json:
-    """Two steps on a GPU, with copies, a name that no rule knows and one event that stands there twice."""
-    events: list[Json] = []
-    for step in range(2):
-        at = 1000 * step
-        mark = {"ph": "X", "cat": "user_annotation", "name": f"ProfilerStep#{step}", "ts": at, "dur": 900}
-        events.append(mark)
-        for index, name in enumerate((*KERNELS, "Memcpy HtoD (Pageable -> Device)")):
-            kind = "gpu_memcpy" if name.startswith("Memcpy") else "kernel"
-            place = {"device": 0, "stream": 7 + index % 2}
-            event = {"ph": "X", "cat": kind, "name": name, "ts": at + 60 * index, "dur": 50 + index, "args": place}
-            events.append(event | {"pid": 0, "tid": place["stream"]})
-    return {"schemaVersion": 1, "traceEvents": [*events, events[1]], "traceName": "constructed"}
-
-
-def host_recording() -> Json:
-    """A step of a CPU: operators that call each other."""
-    names = (
-        ("aten::linear", 0, 90),
-        ("aten::mm", 5, 70),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", 100, 40),
-    )
-    events = [
-        {"ph": "X", "cat": "cpu_op", "name": name, "pid": 1, "tid": 1, "ts": at, "dur": dur, "args": {}}
-        for name, at, dur in names
-    ]
-    return {"traceEvents": events}
-
-
-def kernel_table() -> str:
-    """What `nsys stats` prints."""
-    heads = "Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
-    rows = ((60.0, 6000000, 6, FLASH), (30.0, 3000000, 3, NF4_KERNEL), (10.0, 1000000, 2, "renamed_kernel"))
-    return heads + "".join(f'{share},{total},{count},1.0,1.0,1,1,0.0,"{name}"\n' for share, total, count, name in rows)
-
-
-def write_files(folder: Path, sound: Path) -> None:
-    folder.mkdir(parents=True)
-    run = next(run for run, _ in runs() if run.name == "sound")
-    documents = {
-        "sound.json": benchmark_file(run, sound),
-        "foreign.json": foreign_file(1.0),
-        "foreign-slower.json": foreign_file(1.5),
-        "not-a-benchmark.json": {"benchmarks": {}},
-        "kernels.json": recording(),
-        "operators.json": host_recording(),
-        "no-events.json": {"traceEvents": []},
-    }
-    for name, document in documents.items():
-        (folder / name).write_text(_text(document), encoding="utf-8")
-    (folder / "kernels.csv").write_text(kernel_table(), encoding="utf-8")
-    (folder / "not-json.json").write_text("{", encoding="utf-8")
-    for name, text in POLICIES.items():
-        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
-
-
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 PHASES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
@@ -709,27 +633,32 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
     }  # fmt: skip
 
 
-PROFILES = {
+FACTS = {
     "explained": profile(),
     "unexplained": profile(remainder=0.02),
     "unseen": profile(missing="the profiler recorded nothing (constructed)"),
 }
 
 
-def construct(target: Path) -> None:
-    """Write everything below `target`."""
-    for folder in ("runs", "damaged", "files", "profiles"):
-        shutil.rmtree(target / folder, ignore_errors=True)
+FOLDER = Path(tempfile.mkdtemp(prefix="lorameter-constructed-"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+RUNS, DAMAGED, FILES, PROFILES = (FOLDER / name for name in ("runs", "damaged", "files", "profiles"))
+
+
+def construct() -> None:
+    """Write everything."""
     paths = {}
     for run, afterwards in runs():
-        paths[run.name] = run.write(target / "runs")
-        afterwards(paths[run.name])
-    damage(target / "damaged")
-    write_files(target / "files", paths["sound"])
-    (target / "profiles").mkdir()
-    for name, document in PROFILES.items():
-        (target / "profiles" / f"{name}.json").write_text(_text(document, indent=1), encoding="utf-8")
+        paths[run.name] = run, run.write(RUNS)
+        afterwards(paths[run.name][1])
+    damage(DAMAGED)
+    FILES.mkdir()
+    (FILES / "foreign.json").write_text(_text(foreign_file(1.0)), encoding="utf-8")
+    (FILES / "sound.json").write_text(_text(benchmark_file(*paths["sound"])), encoding="utf-8")
+    (FILES / "mistyped.toml").write_text("tolerence = 0.01\n", encoding="utf-8")
+    PROFILES.mkdir()
+    for name, document in FACTS.items():
+        (PROFILES / f"{name}.json").write_text(_text(document, indent=1), encoding="utf-8")
 
 
-if __name__ == "__main__":
-    construct(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+construct()
