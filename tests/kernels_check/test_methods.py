@@ -130,29 +130,6 @@ def test_tokens_that_no_batch_holds_are_unknown(training):
     assert "none of their tokens was in the batches" in check.reason
 
 
-@pytest.mark.parametrize("shared", ["lora_A", "nothing"])
-def test_layers_that_share_a_factor_are_told_apart(training, shared):
-    """The factor's calls are counted for the layer in whose call it ran, and its hooks come off."""
-    run = training(quant=None, targets=("q_proj",))
-    first, second = (module for module in run.model.modules() if hasattr(module, "lora_A"))
-    if shared == "lora_A":
-        second.lora_A["default"] = first.lora_A["default"]
-    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
-    requirements = {"lora.attached": True, "lora.learning": True}
-    sound = {check.path: check for check in run.verify(requirements)}
-    assert sound["lora.attached"].met, sound["lora.attached"].reason
-    assert sound["lora.learning"].met, sound["lora.learning"].reason
-    second.forward = second.base_layer.forward
-    broken = {check.path: check for check in run.verify(requirements)}
-    assert "adapter not executed in 1 of 2 layers" in broken["lora.attached"].reason
-    assert broken["lora.learning"].status == "fallback"
-    for module in run.model.modules():
-        assert not module._forward_pre_hooks
-        assert not module._forward_hooks
-    for parameter in run.model.parameters():
-        assert not parameter._backward_hooks
-
-
 def test_experts_that_are_adapted_as_parameters_are_judged(instrument):
     """PEFT never calls the factors of `target_parameters`: gradients show that they ran."""
     from negative_controls.small_run import SmallRun

@@ -76,18 +76,6 @@ def test_bad_requirements_are_refused_before_anything_runs(requirements):
         kernels_check.verify(torch.nn.Linear(2, 2), pytest.fail, requirements)
 
 
-def test_at_most_eight_steps_are_taken(training):
-    """Two steps where the optimizer steps each time; as many as accumulation may take where it never does."""
-    run = training()
-    run.verify({})
-    assert len(run.losses) == 2
-    run = training()
-    run.optimizer.step = lambda: None
-    check = run.check("lora.learning", True)
-    assert len(run.losses) == 8
-    assert check.status == "unknown"
-
-
 def test_a_model_without_adapter_is_absent_not_active():
     """Nothing about an adapter or its base passes where there is no adapter."""
     model = torch.nn.Linear(4, 4)
