@@ -1,7 +1,7 @@
 """The main front door: what pytest-benchmark saves, compares and refuses.
 
 The session is real; at the one seam stands a fake executor with exact numbers, so that no clock decides a test. That
-the real executor gives such records is shown by `executors/test_local.py` and by the last test here.
+the real executor gives such records is shown by `executors/test_local.py` and by `contract/test_measured.py`.
 """
 
 from __future__ import annotations
@@ -538,25 +538,6 @@ def test_precision_and_minutes_are_those_of_the_command_line(suite):
     (manifest,) = suite.path.glob(".lorameter/runs/*/manifest.json")
     protocol = json.loads(manifest.read_text())["study"]["protocol"]
     assert (protocol["precision"], protocol["max_minutes"]) == (0.2, 30.0)
-
-
-def test_the_real_thing(suite, monkeypatch):
-    """The same suite on real processes: two variants trained, checked, served and saved."""
-    monkeypatch.setenv("REAL", "1")
-    once = (
-        "--lorameter-replicates=1", "--lorameter-interleave=replicates", "--lorameter-allow-disturbed",
-        "-k", "not cold",  # whose interpreters are what takes longest; test_cli measures them
-    )  # fmt: skip
-    result = suite("--benchmark-save=real", *once, "--lorameter-runs-dir=runs")
-    result.assert_outcomes(passed=4)
-    entries = saved(suite, "*real")["benchmarks"]
-    (run,) = (suite.path / "runs").iterdir()
-    records = {json.loads(line)["trial"]: json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()}
-    for entry in entries:
-        info = entry["extra_info"]
-        recorded = [records[t["trial"]]["samples"][info["metric"]] for t in info["trials"]]
-        assert entry["stats"]["data"] == [sample for samples in recorded for sample in samples]
-        assert {check["status"] for check in info["checks"] if check["required"] is not None} == {"active"}
 
 
 @pytest.mark.selftest
