@@ -80,7 +80,7 @@ HIDDEN = "***"
 _HINT = re.compile(r"token|secret|passw|passphrase|key|credential|auth|bearer|_PASS|_PWD|_PAT", re.IGNORECASE)
 """Part of each name that sounds like a credential: texts without one are not searched for names."""
 _NAMED = re.compile(
-    r"""(?<![-\w]) (?P<name>[-\w]++) (?:\\*["'])? \]?
+    r"""(?<![-\w/]) (?P<name>[-\w]++) (?:\\*["'])? \]?
         (?: \s*=\s*(?=\\*["']) | \s*(?P<colon>:)\s* | = | (?P<blank>(?:\s|\\\n)+) )""",
     re.VERBOSE,
 )
