@@ -216,14 +216,6 @@ def test_unlike_runs_are_not_compared(suite, base):
     result.stderr.fnmatch_lines(["*not comparable: workload*batch_size*2*1*"])
 
 
-def test_a_variant_that_changed_under_its_name_is_not_compared(suite, base):
-    """The same test id with another rank is another variant."""
-    (suite.path / "small.toml").write_text(STUDY.replace("r = 4", "r = 8"))
-    result = suite("--benchmark-compare")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*not comparable: variant *"])
-
-
 def test_skip_measures_nothing(suite):
     """--benchmark-skip skips the tests and no process is started."""
     suite("--benchmark-skip").assert_outcomes(skipped=6)
@@ -246,29 +238,6 @@ def test_disable_measures_nothing_and_stores_nothing(suite):
     assert not suite.measured()
     assert not (suite.path / ".lorameter").exists()
     assert not [*(suite.path / ".benchmarks").rglob("*.json")]
-
-
-def test_disable_still_refuses_what_could_not_be_measured(suite):
-    """A study that this machine cannot run, as without the option."""
-    (suite.path / "small.toml").write_text(STUDY.replace('quantization = "nf4"', 'attention = "flash_attention_2"'))
-    result = suite("--benchmark-disable")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert not suite.measured()
-
-
-def test_disable_goes_on_with_nothing(suite, base):
-    """A run that broke off stays as it is."""
-    before = (base / "trials.jsonl").read_bytes()
-    (base / "manifest.json").write_text((base / "manifest.json").read_text().replace('"complete"', '"interrupted"'))
-    suite("--benchmark-disable", f"--lorameter-resume={base.name}").assert_outcomes(skipped=6)
-    assert (base / "trials.jsonl").read_bytes() == before
-
-
-def test_json_and_histogram_are_written(suite):
-    """pytest-benchmark's own outputs need nothing of ours."""
-    suite("--benchmark-json=out.json", "--benchmark-histogram=hist").assert_outcomes(passed=6)
-    assert len(json.loads((suite.path / "out.json").read_text())["benchmarks"]) == 6
-    assert list(suite.path.glob("hist*.svg"))
 
 
 def test_the_report_is_written_as_a_page(suite):
@@ -492,16 +461,6 @@ def test_a_run_that_broke_off_is_gone_on_with_and_replayed(suite, base):
     assert all(len(entry["extra_info"]["trials"]) == 2 for entry in data["benchmarks"])
 
 
-def test_what_would_change_a_run_that_is_gone_on_with_is_refused(suite, base):
-    """By name, before anything is measured."""
-    options = ("--lorameter-model=tiny-llama", "--lorameter-allow-disturbed")
-    result = suite(f"--lorameter-resume={base.name}", *options)
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    names = "--lorameter-model, --lorameter-allow-disturbed"
-    result.stderr.fnmatch_lines([f"*{names} would change the study or the plan*"])
-    assert not suite.measured()
-
-
 def test_a_project_that_does_not_attach_is_left_alone(pytester):
     """Options exist; nothing else happens, and machine_info is pytest-benchmark's."""
     pytester.makepyfile("def test_x(benchmark): benchmark(lambda: 1)")
@@ -569,30 +528,6 @@ def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
     assert not (suite.path / "mark").exists()
 
 
-@pytest.mark.faults
-def test_a_training_that_was_followed_is_a_base(suite, monkeypatch):
-    """One process has no interval, so nothing is called equal to it, and a policy says what becomes of that."""
-    monkeypatch.setenv("REAL", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    shutil.copy(Path(__file__).parents[1] / "docs" / "examples" / "torch_loop.py", suite.path)
-    command = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", "runs", "--"]
-    words = ["python", "torch_loop.py", "--steps", "400"]
-    subprocess.run([*command, *words], check=True, cwd=suite.path, capture_output=True)
-    (base,) = (path.name for path in (suite.path / "runs").iterdir())
-    protocol = "[protocol]\nreplicates = 2\nturns = 2\nwarmup_steps_max = 4\nallow_disturbed = true\n"
-    variant = f'[[variant]]\nname = "torch_loop"\ncommand = "{" ".join(words)}"\n'
-    (suite.path / "small.toml").write_text(protocol + variant)
-    (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
-    options = (f"--lorameter-base={base}", "--lorameter-runs-dir=runs")
-    strict = suite(*options)
-    assert strict.ret == pytest.ExitCode.TESTS_FAILED
-    strict.stdout.fnmatch_lines(["Gate failed (exit 3)*", "*torch_loop*step time*inconclusive*"])
-    passed = suite(*options, "--lorameter-policy=open.toml")
-    passed.assert_outcomes(passed=1)
-    passed.stdout.fnmatch_lines(["Gate passed*"])
-
-
 def sites_of(run):
     return {json.loads(line).get("site", "") for line in (run / "trials.jsonl").read_text().splitlines()}
 
@@ -611,72 +546,4 @@ def test_replicates_are_measured_on_several_sites_and_replayed(suite):
     assert len(saved(suite, "*spread")["benchmarks"]) == 2
 
 
-CLUSTER = """
-import contextlib
-import sys
-import threading
-from harness.run.sites import ray
-from harness.run.sites.remote import RemoteStation
-sys.path.insert(0, "ROOT")
-from tests.run.sites.desk_link import DeskLink
-
-meeting = threading.Barrier(2)
-
-class Meeting(Executor):
-    alone = True
-    def launch(self):
-        if self.alone:
-            meeting.wait(60)
-        self.alone = False
-        return super().launch()
-
-@contextlib.contextmanager
-def open_stations(address, wanted=(), *, ranks=1):
-    with contextlib.ExitStack() as stack:
-        links = [DeskLink(), DeskLink()]
-        for link in links:
-            stack.callback(link.close)
-        yield tuple(RemoteStation(name, link) for name, link in zip(("alpha", "beta"), links))
-
-ray.open_stations = open_stations
-Executor = Meeting
-"""
 """A cluster of two nodes in the place of Ray's, whose posts are threads of the session and meet before they measure."""
-
-
-@pytest.mark.faults
-def test_a_session_is_measured_on_a_cluster_and_replayed(suite):
-    """Each replicate by one node; what is saved are the durations that they have sent, in the order of replicates."""
-    conftest = suite.path / "conftest.py"
-    conftest.write_text(conftest.read_text() + CLUSTER.replace("ROOT", str(Path(__file__).parents[1])))
-    result = suite("--lorameter-on=ray", "--benchmark-save=there")
-    result.assert_outcomes(passed=6)
-    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
-    assert sites_of(run) == {"alpha", "beta"}
-    assert (suite.path / "measured").read_text() == "xx"
-    step = 0.123456789012345678
-    by_name = {entry["name"]: entry for entry in saved(suite, "*there")["benchmarks"]}
-    assert by_name["test_train_step[nf4]"]["stats"]["data"] == [step] * 6 + [step * (1 + 1 / 7)] * 6
-    result.stdout.fnmatch_lines(["*sites*alpha*beta*"])
-
-
-def test_a_cluster_is_not_asked_where_nothing_is_measured(suite):
-    """With --benchmark-disable; what is said of it is read all the same, and else it is what is missing."""
-    suite("--lorameter-on=slurm:sites=2", "--benchmark-disable").assert_outcomes(skipped=6)
-    assert not (suite.path / ".lorameter").exists()
-    refused = suite("--lorameter-on=slurm:nodes=2", "--benchmark-disable")
-    assert refused.ret == pytest.ExitCode.USAGE_ERROR
-    refused.stderr.fnmatch_lines(["*on = 'slurm:nodes=2': 'nodes' is not known*"])
-    asked = suite("--lorameter-on=slurm:sites=2")
-    assert asked.ret == pytest.ExitCode.USAGE_ERROR
-    asked.stderr.fnmatch_lines(["*on = 'slurm:sites=2': *"])
-    assert not suite.measured()
-
-
-def test_unlike_sites_are_refused(suite):
-    """One row for a variant would take them together."""
-    (suite.path / "small.toml").write_text(STUDY.replace("[protocol]", '[protocol]\nsites = ["0", "1"]\nmixed = true'))
-    result = suite()
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*sites = '0,1', mixed: pytest-benchmark has one row for a variant*"])
-    assert not suite.measured()
