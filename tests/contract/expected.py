@@ -24,6 +24,7 @@ DIGITS = 10
 NOTICE = {"code": "str", "message": "str", "remedy": "str"}
 NULLABLE = {
     "low": "float", "high": "float", "mde80": "float", "replicates_needed": "int", "invalid": "str", "reason": "str",
+    "explained": "bool", "first_difference": "int",
 }  # fmt: skip
 """Whether such a value is there depends on the noise of the machine; its type where it is."""
 MACHINE = ("settings", "libraries", "git")

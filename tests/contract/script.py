@@ -12,7 +12,7 @@ for _ in range(24):
     tokens = torch.randint(0, 32, (2, 9))
     loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
-    time.sleep(0.03 if "--slow" in sys.argv else 0.01)
+    time.sleep(0.06 if "--slow" in sys.argv else 0.01)
     optimizer.step()
     optimizer.zero_grad()
 print(f"last loss {loss.item():.4f}")
