@@ -34,50 +34,6 @@ def test_the_clock_tells_waiting_from_working(pass_):
     assert watch(lambda: pass_(0.5, 1.0) or 7) == (7, Lap(0.5, 1.0))
 
 
-@pytest.fixture
-def device(monkeypatch):
-    """A stand-in for a CUDA device, which notes what it is asked and whose events are a second apart."""
-    asked = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            asked.append("event")
-
-        def elapsed_time(self, end):
-            return 1000.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("wait"))
-    return asked
-
-
-def test_what_happens_meanwhile_is_between_the_last_launch_and_the_waiting(device, pass_):
-    """The device's own stamps are both set by then, and the process's CPU time is without it."""
-
-    def call():
-        device.append("call")
-        pass_(0.25, 0.25)
-        return 7
-
-    def look():
-        device.append("look")
-        pass_(4.0, 4.0)
-
-    watch = Stopwatch("cuda:0")
-    assert watch(call, look) == (7, Lap(1.0, 0.25))
-    assert device == ["wait", "event", "call", "event", "look", "wait"]
-    watch(lambda: device.append("call"))
-    assert device[6:] == ["wait", "event", "call", "event", "wait"]
-
-
-def test_on_a_cpu_nothing_is_queued_to_look_into():
-    """The call is over when it returns."""
-    assert Stopwatch("cpu")(lambda: 7, lambda: pytest.fail("looked"))[0] == 7
-
-
 def test_the_host_peak_is_that_of_its_phase():
     """An allocation that is gone again still shows, and the next phase does not inherit it."""
     gauge = MemoryGauge("cpu")
@@ -89,22 +45,6 @@ def test_the_host_peak_is_that_of_its_phase():
     assert peak >= before + 60 * 2**20
     gauge.begin()
     assert gauge.peaks("train")["host_peak_train_bytes"] < peak - 30 * 2**20
-
-
-def test_the_peaks_of_the_allocator_stand_beside_each_other(monkeypatch):
-    """What tensors held, what of it could not be given out again yet, and what was taken from the device."""
-    stats = {f"{kind}_bytes.all.peak": size for kind, size in (("allocated", 10), ("active", 20), ("reserved", 30))}
-    counts = iter([{"num_alloc_retries": 1, "num_ooms": 0}, {"num_alloc_retries": 3, "num_ooms": 1}])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats | next(counts))
-    gauge = MemoryGauge("cuda")
-    gauge.begin()
-    peaks = gauge.peaks("train")
-    assert peaks.pop("host_peak_train_bytes") > 0
-    assert peaks == {
-        "device_peak_allocated_train_bytes": 10, "device_peak_active_train_bytes": 20,
-        "device_peak_reserved_train_bytes": 30, "device_alloc_retries_train": 2, "device_ooms_train": 1,
-    }  # fmt: skip
 
 
 def test_resident_bytes_are_exact_by_kind():

@@ -102,21 +102,6 @@ def test_training_goes_on_learning_after_an_evaluation(tokens):
     assert step.held_out_loss() < first
 
 
-def test_without_that_care_the_gradient_is_lost(tokens):
-    """The trap is real here: after a plain eval forward the adapters below a repacked layer learn nothing."""
-    trainee, stream, step = setting(dataclasses.replace(NF4, lora_dropout=0.0), tokens)
-    layer = next(m for m in trainee.model.modules() if hasattr(m, "support_avx512bf16_for_cpu"))
-    if not layer.support_avx512bf16_for_cpu:
-        pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack")
-    trainee.model.eval()
-    with torch.no_grad():
-        step.loss(stream.take())
-    trainee.model.train()
-    step.loss(stream.take()).backward()
-    gradients = [p.grad for p in lora_b(trainee.model)]
-    assert any(gradient is None or not gradient.any() for gradient in gradients)
-
-
 def test_an_evaluation_moves_nothing_that_training_uses(tokens):
     """Modes, RNG and optimizer are as before; two evaluations agree, so dropout is off."""
     trainee, _, step = setting(NF4, tokens)

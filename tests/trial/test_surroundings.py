@@ -77,13 +77,6 @@ def test_readings_stand_around_what_is_timed(surroundings):
     assert Recorded.asked == ["begin train", "call", "end train", *generate, *generate]
 
 
-def test_a_look_into_a_step_goes_to_the_watch_of_training(surroundings):
-    """It is a reading of the same card, between those at the ends."""
-    around, _ = surroundings("steps")
-    around.around(COMMANDS["turn"], lambda: around.look() or turn())
-    assert Recorded.asked == ["begin train", "look train", "call", "end train"]
-
-
 @pytest.mark.parametrize("command", ["build", "verify", "warm_up", "begin_generate", "merge", "close"])
 def test_what_is_not_timed_is_not_watched(surroundings, command):
     """Its time is in no result."""
@@ -100,17 +93,6 @@ def test_trials_that_take_turns_have_no_energy(surroundings):
     assert steps == []
 
 
-def test_a_timed_trial_that_is_alone_spends_its_energy_in_its_turns(surroundings):
-    """Counted over all of them; no further step is taken, since losses are compared after the same number."""
-    around, steps = surroundings("steps", "peaks")
-    around.around(COMMANDS["turn"], turn)
-    values = around.around(COMMANDS["turn"], turn).values
-    assert (values["energy_steps"], values["energy_tokens"]) == (4.0, 60.0)
-    assert values["device_energy_train_j"] == 900.0
-    assert "energy_steps" not in around.around(COMMANDS["finish_training"], Fragment).values
-    assert steps == []
-
-
 def test_a_solo_trial_takes_steps_for_its_energy_when_its_peaks_are_read(surroundings):
     """After the command, and the counts are those of the steps between the readings."""
     around, steps = surroundings("peaks", "merged")
@@ -123,34 +105,8 @@ def test_a_solo_trial_takes_steps_for_its_energy_when_its_peaks_are_read(surroun
     assert fragment.memory == {"adapter_bytes": 1}
 
 
-def test_a_trial_without_a_result_spends_nothing(surroundings):
-    """A diverged training would heat the card for no number."""
-    from harness.records.record import Failure
-
-    around, steps = surroundings("peaks")
-    failed = Fragment().failed("invalid", Failure(phase="train", kind="LossNotFinite", message="m"))
-    assert around.around(COMMANDS["finish_training"], lambda: failed).status == "invalid"
-    assert steps == []
-
-
 def test_a_cpu_has_no_energy_counter(surroundings):
     """So no step is taken for it, and no notice says so."""
     around, steps = surroundings("peaks", device="cpu")
     assert around.around(COMMANDS["finish_training"], Fragment) == Fragment()
     assert steps == []
-
-
-def test_what_the_card_does_not_tell_is_said_once(surroundings):
-    """At the end of training, not at every turn."""
-    around, _ = surroundings("steps")
-    assert around.around(COMMANDS["turn"], turn).notices == ()
-    assert [notice.code for notice in around.around(COMMANDS["finish_training"], Fragment).notices] == ["not-measured"]
-
-
-@pytest.mark.parametrize("command", ["profile", "end_generate"])
-def test_what_of_the_card_was_not_measured_is_said_of_every_phase(surroundings, command):
-    """When a phase has ended: a profile without NVML must not read as an undisturbed one."""
-    around, _ = surroundings("steps", "requests", "peaks")
-    assert [notice.code for notice in around.around(COMMANDS[command], Fragment).notices] == ["not-measured"]
-    on_cpu, _ = surroundings("steps", "requests", "peaks", device="cpu")
-    assert on_cpu.around(COMMANDS[command], Fragment).notices == ()

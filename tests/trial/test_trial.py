@@ -16,7 +16,6 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare
-from harness.trial.inference.server import Server
 from harness.trial.trial import Trial
 
 WORKLOAD = Workload(
@@ -100,11 +99,6 @@ def test_a_whole_answer_is_timed_counted_and_kept(trial):
     assert {key for key in record.tokens if key.startswith("untrained")} == {"untrained_0", "untrained_1"}
 
 
-def test_a_cpu_has_no_start_of_its_own(trial):
-    """Nor a number for one; on a card it comes before the load (tests of the process)."""
-    assert "device_start_time_s" not in record_of(trial("steps", "peaks"), "build").values
-
-
 @pytest.mark.parametrize("measures", [("steps", "requests"), ("steps", "requests", "peaks")])
 def test_the_attention_of_a_request_is_proved_too(trial, measures):
     """By a short request of its own, beside what a step ran; the answers are what they are without it."""
@@ -126,32 +120,6 @@ def test_a_request_without_the_attention_that_is_required_makes_its_trial_invali
     running._request = dataclasses.replace(running._request, allow_fallback=True)
     fragment = running.run("begin_generate")
     assert [notice.code for notice in fragment.notices] == ["fallback-allowed"]
-
-
-def test_on_a_card_whole_prompts_are_visited_before_they_are_timed(trial, monkeypatch):
-    """At each length once, since whoever comes first pays for its plan; the same answers are timed after that."""
-    asked = []
-    answer = Server.answer
-    monkeypatch.setattr(Server, "answer", lambda self, index: asked.append(index) or answer(self, index))
-    running = trial("steps", "requests", "natural", protocol=dataclasses.replace(PROTOCOL, natural_requests=3))
-    record_of(running, *TRAIN, "begin_generate")
-    assert asked == []
-    prompts = running._built.stream.natural_prompt_count
-    running._server.visit(2)
-    assert asked == [0, 1]
-    asked.clear()
-    running._server.visit(prompts + 7)
-    assert asked == list(range(prompts))
-    asked.clear()
-    device = running._request
-    running._request = dataclasses.replace(device, device="cuda:0")
-    monkeypatch.setattr("harness.trial.trial.release_unused", lambda device: None)
-    running.begin_generate()
-    assert asked == [0, 1, 2][:prompts]
-    running._request = dataclasses.replace(device, device="cuda:0", measures=("steps", "requests"))
-    asked.clear()
-    running.begin_generate()
-    assert asked == []
 
 
 def test_a_model_that_ends_at_once_answers_with_one_token(trial):
@@ -237,14 +205,6 @@ def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
         assert len(record.samples["warmup_step_time_s"]) == (2 if steady else 4)
         assert len(ends[steady]) == PROTOCOL.total_steps
     assert ends[True] == ends[False]
-
-
-def test_a_solo_trial_takes_the_fewest_steps(trial, monkeypatch):
-    """The first and the shortest warm-up: it settles the allocator, and nothing is timed."""
-    monkeypatch.setattr("harness.trial.training.is_steady", lambda *_: False)
-    record = record_of(trial("peaks"), *TRAIN)
-    assert len(record.samples["warmup_loss"]) == 1 + PROTOCOL.warmup_steps_min
-    assert "warmup_steady" not in record.values
 
 
 def test_a_loss_that_is_not_finite_is_invalid(trial):
@@ -336,54 +296,6 @@ def test_a_check_that_looks_on_finds_what_is_wrong(natural):
     assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")
 
 
-def test_what_another_on_the_base_finds_out_is_not_asked_again(trial):
-    """Neither the loss before training nor whether packed records see each other."""
-    running = trial("steps")
-    running._request = dataclasses.replace(running._request, asks_base=False, instrument="profile")
-    record = record_of(running, "build", "verify")
-    assert "held_out_loss_initial" not in record.values
-    assert "packing.isolated" not in {check["path"] for check in record.checks}
-
-
-def test_peaks_beside_others_are_those_of_steps_that_nobody_watched(natural):
-    """With the exact bytes that stay, and none of the first times of a process that is alone."""
-    running = natural("steps", "peaks", warm_up_steps=1, interleaving="lockstep")
-    record = record_of(running, "build", "verify", "warm_up", "turn", "finish_training")
-    assert set(record.memory) >= {"host_peak_train_bytes", "base_weight_bytes", "adapter_bytes"}
-    assert {"gradient_bytes", "host_peak_load_bytes"}.isdisjoint(record.memory)
-    assert {"load_time_s", "first_step_time_s"}.isdisjoint(record.values)
-
-
-def test_beside_others_no_first_time_is_its_own(trial):
-    """Nor where the check takes steps of its own, as beside compiled code: building goes side by side."""
-    running = trial("steps", "requests", "peaks")
-    running._request = dataclasses.replace(running._request, interleaving="lockstep")
-    record = record_of(running, *TRAIN, "begin_generate")
-    assert "host_peak_train_bytes" in record.memory
-    assert {"load_time_s", "first_step_time_s", "first_call_time_s"}.isdisjoint(record.values)
-
-
-def test_a_brief_first_call_leaves_its_answer_to_the_first_request(trial):
-    """Which is what a new interpreter must answer as well, and comes to the same tokens."""
-    brief = trial("steps", "requests", "merged")
-    record_of(brief, *TRAIN)
-    began = brief.run("begin_generate", brief=True)
-    assert "completion" not in began.tokens
-    assert began.values["foreseen_request_time_s"] > 0
-    answers = [brief.run("request").tokens for _ in range(2)]
-    brief.run("merge", brief=True)
-    plain = record_of(trial("steps", "requests"), *TRAIN, "begin_generate", "request")
-    assert answers == [{"completion": plain.tokens["completion"]}, {}]
-    assert brief.run("request").tokens == {}
-
-
-def test_a_held_out_loss_that_nobody_wants_is_not_taken(trial):
-    """As in a replicate that the minutes do not suffice for."""
-    running = trial("steps")
-    record_of(running, "build", "warm_up")
-    assert "held_out_loss" not in running.run("finish_training", held_out=False).values
-
-
 @pytest.mark.parametrize(
     "changes", [{"schedule": "linear", "warmup_ratio": 0.1}, {"schedule": "cosine", "warmup_ratio": 0.2}]
 )
@@ -403,31 +315,3 @@ def test_what_two_steps_leave_open_is_checked_in_steps_of_its_own(trial, changes
         assert len(fragment.samples.get("warmup_loss", ())) == natural
     assert found[0] == found[1]
     assert found[0]["lora.learning"] == "active"
-
-
-def test_the_first_prompt_is_answered_at_the_end_where_no_request_was_timed(trial):
-    """A new interpreter is held to it; where requests were timed the first of them has told it, once."""
-    for requests in (0, 1):
-        running = trial("steps", "requests", "cold")
-        for command in TRAIN:
-            running.run(command, **({"steps": PROTOCOL.steps_per_turn} if command == "turn" else {}))
-        assert running.run("begin_generate", brief=True).tokens == {}
-        timed = [running.run("request").tokens for _ in range(requests)]
-        ended = running.run("end_generate")
-        assert [bool(tokens) for tokens in (*timed, ended.tokens)] == [True] * requests + [not requests]
-        assert not ended.samples
-        assert not ended.memory
-
-
-def test_who_is_asked_late_finds_out_what_is_its_bases(trial):
-    """The isolation of packed records, and the base's own loss, as if it had been asked from the start."""
-    late, early = trial("steps"), trial("steps")
-    late._request = dataclasses.replace(late._request, asks_base=False, instrument="profile")
-    early._request = dataclasses.replace(early._request, instrument="profile")
-    found = []
-    for running, arguments in ((late, {"asks_base": True}), (early, {})):
-        built, verified = running.run("build"), running.run("verify", **arguments)
-        checks = {check["path"]: check["status"] for check in verified.checks}
-        found.append((checks["packing.isolated"], {**built.values, **verified.values}["held_out_loss_initial"]))
-    assert found[0] == found[1]
-    assert found[0][0] == "active"

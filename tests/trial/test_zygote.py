@@ -1,11 +1,7 @@
 """The worker: what a trial's process is told before it measures, and how it says what went wrong."""
 
-import contextlib
-import ctypes
 import os
 import sys
-import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +9,6 @@ import torch
 
 from harness.trial import zygote
 from harness.trial.failure import failure_of
-from harness.trial.zygote import other_threads
 
 
 class OutOfMemoryError(RuntimeError):
@@ -42,58 +37,6 @@ def test_running_out_of_memory_is_told_from_a_crash(error, status, capfd):
     assert fragment.failure.message == (str(error) or type(error).__name__)
     assert "raise error" in fragment.failure.traceback
     assert fragment.failure.traceback in capfd.readouterr().err
-
-
-def test_a_failure_is_named_in_one_line(capfd):
-    """The message is the first line of the exception; the rest is in the traceback."""
-    assert failure_of(RuntimeError("first\nsecond"), "turn").failure.message == "first"
-
-
-@contextlib.contextmanager
-def thread_named(name):
-    """A thread of that name, as native code names its own (PR_SET_NAME of prctl(2))."""
-    named, stop = threading.Event(), threading.Event()
-
-    def run():
-        ctypes.CDLL(None).prctl(15, name.encode(), 0, 0, 0)
-        named.set()
-        stop.wait()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert named.wait(60)
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_threads_are_those_that_the_kernel_knows():
-    """One more thread is one more, for as long as it lives, under its own name; those of others come and go."""
-    assert "one_more" not in other_threads()
-    with thread_named("one_more"):
-        found = other_threads()
-    assert found.count("one_more") == 1
-    assert found == sorted(found)
-    ended_s = time.monotonic() + 60  # the kernel's thread ends after the interpreter's
-    while "one_more" in other_threads():
-        assert time.monotonic() < ended_s
-
-
-@pytest.mark.parametrize(
-    ("name", "remedy"), [("jemalloc_bg_thd", "background_thread:false"), ("my_pool", "in an environment without")]
-)
-def test_a_zygote_with_a_second_thread_names_it(monkeypatch, name, remedy):
-    """Whoever reads that no trial can start learns which thread it is, and what keeps that one from starting."""
-    # Others are of whatever else this process of tests has loaded.
-    monkeypatch.setattr(zygote, "other_threads", lambda: [name] if name in other_threads() else [])
-    with thread_named(name):
-        refusal = zygote._cannot_fork()
-    assert "the zygote has 2 threads" in refusal
-    assert name in refusal
-    assert remedy in refusal
-    assert "OPENBLAS" not in refusal
 
 
 class FakeDriver:

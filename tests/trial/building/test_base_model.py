@@ -101,14 +101,6 @@ def test_global_random_state_is_left_alone(directory):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_layers_differ_and_have_the_architectures_scale():
-    """No two layers share their numbers, and all have the initialiser's standard deviation of 0.02; norms are one."""
-    layers = load("tiny-llama", Variant()).model.layers
-    assert not torch.equal(layers[0].mlp.up_proj.weight, layers[1].mlp.up_proj.weight)
-    assert layers[0].mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.02)
-    assert torch.equal(layers[0].input_layernorm.weight, torch.ones(256, dtype=torch.bfloat16))
-
-
 def uniform(_model, module):
     """An initialiser that draws other numbers in bfloat16 than in float32 (a normal one happens not to)."""
     for parameter in module.parameters(recurse=False):
@@ -139,15 +131,6 @@ def test_nf4_is_stored_packed_and_nested():
         assert (state.quant_type, state.nested, state.dtype) == ("nf4", True, torch.bfloat16)
         assert module.compute_dtype == torch.bfloat16
     assert next(model.buffers()).device.type == "cpu"
-
-
-def test_four_bit_options_reach_the_layers():
-    """fp4, single quantisation and a float16 compute type arrive as the variant says."""
-    variant = Variant(quantization="fp4", double_quant=False, compute_dtype="float16", dtype="float32")
-    layer = load("tiny-llama", variant).model.layers[3].mlp.gate_proj
-    assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == ("fp4", False)
-    assert layer.compute_dtype == torch.float16
-    assert layer.weight.quant_state.dtype == torch.float32
 
 
 def test_nf4_quantises_the_weights_of_its_unquantised_twin():
@@ -192,12 +175,6 @@ def test_tied_embeddings_stay_one_parameter(directory, variant):
     assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
 
 
-def test_attention_is_the_variants(directory):
-    """The attention implementation is set at build."""
-    for attention in ("sdpa", "eager", "flex_attention"):
-        assert load(directory(), Variant(attention=attention)).config._attn_implementation == attention
-
-
 @pytest.mark.parametrize("variant", [Variant(), *QUANTISED], ids=by_quantization)
 @pytest.mark.parametrize("prepare", [False, True], ids=["bare", "prepared"])
 def test_a_random_base_trains_with_peft(variant, prepare):
@@ -218,19 +195,6 @@ def test_a_random_base_trains_with_peft(variant, prepare):
     assert len(gradients) == 4 * 7 * 2
     assert all("lora_" in name for name in gradients)
     assert all(gradient.abs().sum() > 0 for name, gradient in gradients.items() if "lora_B" in name)
-
-
-def test_an_uninitialised_parameter_is_refused(directory, monkeypatch):
-    """A parameter that the architecture does not initialise is named instead of being left to chance."""
-    original = models.transformers.LlamaForCausalLM._init_weights
-
-    def forgetful(self, module):
-        if not isinstance(module, torch.nn.Embedding):
-            original(self, module)
-
-    monkeypatch.setattr(models.transformers.LlamaForCausalLM, "_init_weights", forgetful)
-    with pytest.raises(UsageError, match=r"initialise model\.embed_tokens\.weight"):
-        load(directory())
 
 
 @pytest.mark.parametrize(
@@ -329,17 +293,6 @@ def test_weights_that_are_not_there_are_not_drawn(directory):
         load(name)
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_files(directory, monkeypatch):
-    """The trial is out of memory then, and its model is not damaged."""
-
-    def full(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(models.transformers.AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        load(directory().removeprefix("random:"))
-
-
 def test_an_unreachable_hub_is_a_usage_error(monkeypatch):
     """A hub model that is not in the hub's cache fails at once with the ways out."""
     monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
@@ -358,14 +311,6 @@ def test_gguf_and_its_conversion_are_one_model(gguf_file, converted, variant):
     assert getattr(ours, "is_loaded_in_4bit", False) == variant.is_4bit
     assert getattr(ours, "quantization_method", None) == getattr(theirs, "quantization_method", None)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
-
-
-def test_random_gguf_has_the_files_shape(gguf_file):
-    """`random:` of a GGUF file needs its header only."""
-    model = load(f"random:{gguf_file}")
-    shape = shapes.shape(catalogue.resolve(str(gguf_file)))
-    assert (model.config.num_hidden_layers, model.config.vocab_size) == (shape.layers, shape.vocab_size)
-    assert isinstance(model.model.layers[1].mlp.up_proj, bnb.nn.Linear4bit)
 
 
 def test_fetch_converts_in_a_process_of_its_own(gguf_file, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from safetensors import safe_open
 
 from harness.models import bases, catalogue, shapes
 from harness.models.costs.memory import estimate_memory
@@ -130,12 +129,6 @@ def test_a_prepared_base_equals_one_of_its_files(saved, config, variant):
 
 
 @every_variant
-def test_a_prepared_base_equals_a_random_one(variant):
-    """Of random weights, which follow from the seed."""
-    assert_alike(*both("tiny-llama", variant))
-
-
-@every_variant
 def test_a_prepared_base_equals_one_of_a_gguf_file(gguf_file, variant):
     """Of a file that has to be dequantised first."""
     assert_alike(*both(str(gguf_file), variant))
@@ -161,16 +154,6 @@ def test_a_prepared_base_trains_and_answers_alike(saved, variant):
         assert torch.equal(left, right)
 
 
-def test_attention_and_the_multiplying_type_are_the_variants(saved):
-    """Neither is of what is stored: variants that differ in them stand on one base."""
-    model = saved()
-    summary = prepared.prepare(asked(model, VARIANTS["nf4"]))
-    other = dataclasses.replace(VARIANTS["nf4"], attention="eager", compute_dtype="float32")
-    assert asked(model, other).key == asked(model, VARIANTS["nf4"]).key
-    assert prepared.prepare(asked(model, other)).path == summary.path
-    assert_alike(directly(model, other), prepared.take(Path(summary.path), other, "cpu"))
-
-
 def test_a_base_is_made_once(saved):
     """The second time it is found, whoever asks; another seed, type or quantisation is another base."""
     model = saved()
@@ -183,14 +166,6 @@ def test_a_base_is_made_once(saved):
     assert len(others) == len(VARIANTS)
     drawn = {prepared.prepare(asked("tiny-llama", PLAIN, seed)).path for seed in (1, 2)}
     assert len(drawn) == 2
-
-
-def test_a_gguf_file_is_converted_once(gguf_file):
-    """For all that is quantised of it in one type."""
-    names = ("nf4", "bfloat16", "int8")
-    summaries = [prepared.prepare(asked(str(gguf_file), VARIANTS[name])) for name in names]
-    assert [one.conversions for one in summaries] == [1, 0, 0]
-    assert [one.quantisations for one in summaries] == [1, 0, 1]
 
 
 def test_a_source_that_changed_is_another_base(saved):
@@ -277,19 +252,6 @@ def test_the_estimate_counts_what_repacking_leaves_in_memory(saved):
     kinds = estimate_memory(variant, Workload(model=model), shape, phase="generate", repacks=True).kinds
     for kind in ("linear_weights", "quantization_state"):
         assert kinds[kind] == pytest.approx(sum(map(storage_bytes, tensors[kind])), rel=0.01)
-
-
-@every_variant
-def test_weights_lie_as_if_they_were_allocated(saved, variant):
-    """On whole cache lines, in a file that the library reads."""
-    summary = prepared.prepare(asked(saved(), variant))
-    folder = Path(summary.path)
-    base = prepared.take(folder, variant, "cpu")
-    askew = [name for name, one in base.named_parameters() if one.data_ptr() % 64 and one.nbytes % 64 == 0]
-    assert not askew
-    assert any(isinstance(one, bnb.nn.Params4bit) for one in base.parameters()) == variant.is_4bit
-    with safe_open(folder / bases.TENSORS, framework="pt") as file:
-        assert len(file.keys()) >= len(list(base.parameters()))
 
 
 def full(*_):

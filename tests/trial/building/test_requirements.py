@@ -3,7 +3,7 @@
 import pytest
 
 from harness.studies.variant import Variant
-from harness.trial.building.requirements import paged_share, requirements_of
+from harness.trial.building.requirements import requirements_of
 
 
 def test_a_variant_requires_what_it_says():
@@ -30,33 +30,6 @@ def test_what_a_variant_does_not_say_is_not_required():
     required = requirements_of(Variant(optimizer="adamw"), (1000,), packed=False)
     assert not {"base.double_quant", "base.compute_dtype", "optimizer.fused", "packing.isolated"} & set(required)
     assert required["base.bits"] == 16
-
-
-def test_preparation_without_autocast_means_float32_attention():
-    """PEFT casts the norms, and queries and keys follow them."""
-    prepared = Variant(quantization="nf4", prepare_for_kbit=True)
-    assert requirements_of(prepared, (1,), packed=False)["attention.dtype"] == "float32"
-
-
-@pytest.mark.parametrize(
-    ("shapes", "eight_bit", "share"),
-    [
-        ((50_000, 50_000), False, 0.0),
-        ((200_000,), False, 1.0),
-        ((200_000, 50_000), False, 0.8),
-        ((256_000,), True, 2 / (2 + 8 / 256)),
-    ],
-)
-def test_the_paged_share_is_counted_in_bytes(shapes, eight_bit, share):
-    """Tensors from 100,000 elements on; in 8 bits the constants beside the moments are never paged."""
-    assert paged_share(shapes, eight_bit=eight_bit) == pytest.approx(share)
-
-
-def test_an_optimizer_named_paged_must_page_what_bitsandbytes_would():
-    """Where every tensor is too small for it nothing is required, or no such variant could ever be measured."""
-    variant = Variant(optimizer="paged_adamw_32bit")
-    assert requirements_of(variant, (200_000,), packed=False)["optimizer.paged_share"] == pytest.approx(0.98)
-    assert "optimizer.paged_share" not in requirements_of(variant, (16 * 4096,) * 4, packed=False)
 
 
 @pytest.mark.parametrize(

@@ -137,12 +137,3 @@ def test_other_sizes_and_families(model, parameters):
         )
     )
     assert counted.trainable_parameters == 8 * parameters
-
-
-def test_a_type_whose_layers_nobody_has_written_down_is_counted_by_peft(tmp_path):
-    """GPT-2 has no formula here, and PEFT counts its adapter all the same: r (64 + 192) for each of two blocks."""
-    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    counted = sizes_of(Variant(name="v", r=4, target_modules=("c_attn",)), catalogue.resolve(f"random:{tmp_path}"))
-    assert counted.trainable_parameters == 2 * 4 * (64 + 192)
-    assert counted.adapter_bytes == 4 * counted.trainable_parameters

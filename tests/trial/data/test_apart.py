@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +14,7 @@ from pyarrow import parquet
 from harness.errors import UsageError
 from harness.run.executors.local import LocalExecutor
 from harness.studies.workload import Workload
-from harness.trial.data import apart, records
-from harness.trial.data.apart import read_answer
-from harness.trial.data.records import look_into, read_records
+from harness.trial.data.records import look_into
 
 SPOILT = Path(__file__).with_name("spoilt")
 """Data sets of a few rows, a few bytes of which were changed: of most the library dies."""
@@ -56,35 +52,6 @@ def test_data_that_the_tokens_die_of_is_refused_by_its_name(spoilt, tmp_path, sm
         local.close()
 
 
-def test_what_gives_no_answer_is_not_waited_for(monkeypatch):
-    """Its process is ended."""
-    monkeypatch.setattr(apart, "TIMEOUT_S", 0.0)
-    with pytest.raises(UsageError, match="no record came within 0 s"):
-        apart.look_apart(Workload(data="mine"))
-
-
-@pytest.mark.parametrize(
-    ("code", "printed", "said", "words"),
-    [
-        (-int(signal.SIGBUS), b"", b"", r"signal 7 \(SIGBUS\)"),
-        (1, b"", b"Traceback\nImportError: no such thing\n", "exit code 1: ImportError: no such thing"),
-        (0, b"noise", b"", "exit code 0"),
-        (0, b"", b"", "exit code 0"),
-        (0, b"[]", b"", "exit code 0"),
-        (0, b'{"error": "data: it is empty"}', b"", "^data: it is empty$"),
-    ],
-)
-def test_whatever_becomes_of_who_looks_is_said(code, printed, said, words):
-    """By how it ended, and by its last line."""
-    with pytest.raises(UsageError, match=words):
-        read_answer(code, printed, said, "data 'x'")
-
-
-def test_what_a_library_prints_is_no_answer():
-    """The last line is."""
-    assert read_answer(0, b'noise\n{"found": "it"}\n', b"", "x") == "it"
-
-
 @pytest.fixture
 def bomb(tmp_path):
     """A file of less than a kilobyte in which 2000 records have one text of 1 MiB."""
@@ -117,30 +84,3 @@ def test_a_file_that_says_one_text_without_end_takes_no_memory(bomb, what):
     assert int(peak_bytes) < {"look": 200 << 20, "read": 700 << 20}[what]
     assert bool(refused) == (what == "read")
     assert all("more than 256 MiB of text, over 1000 times what its files hold" in line for line in refused)
-
-
-def test_a_file_that_unpacks_to_more_than_any_text_is_refused(bomb, monkeypatch):
-    """By what it says of itself, before any of it is read."""
-    monkeypatch.setattr("harness.trial.data.files.LEAST_UNPACKED", 1 << 10)
-    monkeypatch.setattr("harness.trial.data.files.MOST_UNPACKED", 2)
-    with pytest.raises(UsageError, match=r"more than 0 MiB unpacked\. Use a part of it"):
-        read_records(Workload(data=str(bomb)))
-
-
-def test_tables_of_texts_are_looked_into_here(write, monkeypatch):
-    """No process is started for what only the standard library reads."""
-    monkeypatch.setattr(records, "look_apart", lambda workload: pytest.fail("started"))
-    path = write("x.jsonl", [{"text": "a"}] * 9)
-    assert look_into(Workload(data=str(path), held_out_records=1)) == "x.jsonl, 9 records of text"
-
-
-def test_who_looks_ends_with_who_asked(monkeypatch):
-    """It is told whose child it is."""
-    told = {}
-    monkeypatch.setattr(
-        apart.subprocess,
-        "run",
-        lambda words, **how: told.update(how) or subprocess.CompletedProcess(words, 0, b'{"found": "x"}', b""),
-    )
-    assert apart.look_apart(Workload(data="x")) == "x"
-    assert told["env"]["LORAMETER_PARENT"] == str(os.getpid())

@@ -65,16 +65,6 @@ def test_a_template_without_end_is_refused_by_its_name(tokenizer, chat, monkeypa
         ChatTemplate(tokenizer, "mine").text(chat(*TURNS))
 
 
-def test_a_template_has_an_end_for_all_records_together(tokenizer, chat, monkeypatch):
-    """One that stays below the limit of each record would still go on for hours."""
-    monkeypatch.setattr("harness.trial.data.chat.TOTAL_S", 0.05)
-    tokenizer.chat_template = CHATML + "{% for i in range(9999) %}{% endfor %}"
-    template = ChatTemplate(tokenizer, "mine")
-    said = r"line 7: the chat template of model 'mine' has computed for more than 0\.05 s"
-    with pytest.raises(UsageError, match=said):
-        [template.text(chat(*TURNS)) for _ in range(10_000)]
-
-
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
@@ -88,18 +78,6 @@ def test_a_template_has_an_end_for_all_records_together(tokenizer, chat, monkeyp
 def test_answers_are_what_the_assistant_says_and_what_ends_it(tokenizer, chat, template, expected):
     """Of every turn, and nothing of the header before it, which may hold the same word, nor the space behind it."""
     assert answers(tokenizer, template, chat(*TURNS)) == expected
-
-
-def test_marks_and_beginnings_agree(tokenizer, chat):
-    """Where a template can be read both ways."""
-    marked = CHATML.replace(
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}",
-        "{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
-        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
-        "{% endif %}{{ '\\n' }}",
-    )
-    assert "generation" in marked.replace("add_generation_prompt", "")
-    assert answers(tokenizer, marked, chat(*TURNS)) == answers(tokenizer, CHATML, chat(*TURNS))
 
 
 def test_a_turn_that_is_written_differently_later_is_refused(tokenizer, chat):
@@ -135,17 +113,6 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
         tokenizer.chat_template = template
         with pytest.raises(UsageError, match=r"model 'mine': its tokenizer has no chat template.*chat_template\.jinja"):
             ChatTemplate(tokenizer, "mine")
-
-
-def test_a_template_is_told_one_day(tokenizer, chat):
-    """Or the tokens of two runs would differ by the day."""
-    dated = "  {% if strftime_now is defined %}\n{{ strftime_now('%d %b %Y') }}{% endif %}\n" + CHATML
-    for begin in ("", "\n"):
-        tokenizer.chat_template = begin + dated
-        found = ChatTemplate(tokenizer, "mine").text(chat(*TURNS))
-        tokenizer.chat_template = begin + dated.replace("strftime_now('%d %b %Y')", "'01 Jan 2026'")
-        assert found == ChatTemplate(tokenizer, "mine").text(chat(*TURNS))
-        assert found.startswith(f"{begin}01 Jan 2026<|im_start|>")
 
 
 def test_a_prompt_ends_where_the_model_goes_on(tokenizer, chat):

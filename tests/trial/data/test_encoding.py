@@ -38,12 +38,6 @@ def test_the_answer_has_labels_and_the_prompt_has_none(tokenizer, name):
     assert Encoder(tokenizer, Workload()).whole(record) == ids[:-1]
 
 
-def test_writing_the_instruction_is_an_answer_too(tokenizer):
-    """Which is what the other format of prompts asks for."""
-    _, labels = encode(tokenizer, RECORDS["dolly"][0], loss="answer", prompt_format="write-instruction")
-    assert tokenizer.decode(learnt(labels)) == "ask</s>"
-
-
 def test_conversations_have_the_tokens_of_their_template(tokenizer, chat):
     """Nothing is put before or behind what it writes."""
     said = chat(("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "f"))
@@ -63,23 +57,6 @@ def test_a_token_with_a_character_of_the_answer_is_the_answers():
     assert mark_tokens(offsets, [(3, 6), (8, 9)]) == [False, False, True, True, True, False, True, False]
     assert mark_tokens(offsets, []) == [False] * 8
     assert mark_tokens(offsets, [(4, 4)]) == [False] * 8
-
-
-def test_a_tokenizer_that_knows_no_characters_is_refused(tokenizer):
-    """Those of pure Python; a loss on all needs none."""
-
-    class Slow:
-        bos_token_id, eos_token_id, pad_token_id = 1, 2, 2
-
-        def __call__(self, text, *, add_special_tokens, return_offsets_mapping=False):
-            if return_offsets_mapping:
-                raise NotImplementedError
-            return {"input_ids": [5, 6]}
-
-    record = RECORDS["completion"][0]
-    assert encode(Slow(), record) == ([1, 5, 6, 2], [IGNORED, 5, 6, 2])
-    with pytest.raises(UsageError, match="loss = 'answer': the tokenizer of tiny-llama does not tell"):
-        encode(Slow(), record, loss="answer")
 
 
 @pytest.mark.network_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 
 import pytest
@@ -35,23 +34,6 @@ def test_plain_text_is_a_record_a_line(write, packed):
     rows = [{"text": "one"}, {"text": "  "}, {"text": ""}, {"text": " two"}]
     found = read(write(f"mine.txt{packed}", rows))
     assert found == [("data, line 1", {"text": "one"}), ("data, line 4", {"text": " two"})]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("mine.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n'),
-        ("mine.json", b'\xef\xbb\xbf\r\n [{"text": "a"},\r\n {"text": "b"}]\r\n'),
-        ("mine.json", b'\n{"text": "a"}\n{"text": "b"}'),
-        ("mine.csv", b'\xef\xbb\xbftext\r\n"a"\r\n\r\nb\r\n'),
-        ("mine.txt", b"\xef\xbb\xbfa\r\nb\r\n"),
-    ],
-)
-def test_marks_of_other_systems_are_no_text(tmp_path, name, content):
-    """A byte order mark, line ends of Windows, blank lines, a record a line in a .json file."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    assert [row for _, row in read(path)] == [{"text": "a"}, {"text": "b"}]
 
 
 GOOD_LINE = b'{"text": "a"}\n'
@@ -114,41 +96,3 @@ def test_a_parquet_file_with_a_damaged_page_is_refused(write, place):
     path.write_bytes(bytes(content))
     with pytest.raises(UsageError, match=r"data, row [0-9]+: cannot be read"):
         read(path)
-
-
-def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path):
-    """As a table it would hold one of them."""
-    import pyarrow
-    from pyarrow import parquet
-
-    path = tmp_path / "x.parquet"
-    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
-    with pytest.raises(UsageError, match="two columns are called 'text'"):
-        read(path)
-
-
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.txt.gz", "x.csv.gz", "x.parquet.gz"])
-def test_what_unpacks_without_end_is_refused(write, name, monkeypatch):
-    """By the bound on what a file unpacks to."""
-    path = write(name, [{"text": f"{number}" * 8} for number in range(20_000)])
-    monkeypatch.setattr("harness.trial.data.files.FILE_BYTES", 1 << 16)
-    with pytest.raises(UsageError, match="more than 0 GiB"):
-        read(path)
-
-
-def test_a_cell_may_be_longer_than_the_csv_module_takes(write):
-    """128 KiB are its own limit, which stands again afterwards."""
-    limit = csv.field_size_limit()
-    assert len(read(write("x.csv", [{"text": "a" * 300_000}]))[0][1]["text"]) == 300_000
-    assert csv.field_size_limit() == limit
-
-
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
-def test_an_empty_file_has_no_columns(tmp_path, name):
-    """Nor rows; plain text has its one column always."""
-    path = tmp_path / name
-    for content in (b"", b"\xef\xbb\xbf", b"\r\n \n"):
-        path.write_bytes(content.replace(b" ", b"") if name.endswith("csv") else content)  # a space is a cell of CSV
-        table = open_table(path, "data")
-        assert table.names == (("text",) if name.endswith("txt") else None)
-        assert list(table.rows(("text",))) == []

@@ -50,23 +50,6 @@ def test_what_is_not_recognised_or_twice_is_refused(names, words):
     assert "columns = { instruction" in str(caught.value)
 
 
-def test_columns_of_other_names_are_mapped():
-    """A part that is not named goes by its own name, and a context that is not there is none."""
-    form = recognise("question response context extra".split(), Columns(instruction="question"), "data")
-    assert form.columns == {"instruction": "question", "context": "context", "response": "response"}
-    assert form.title == "question as instruction, context as context, response as response"
-    form = recognise(["question", "answer"], Columns(instruction="question", response="answer"), "data")
-    with pytest.raises(UsageError, match="line 2: it has 'context', and the first record has none"):
-        form.record({"question": "x", "answer": "y", "context": "z"}, "line 2")
-    form = recognise(["q", "a"], Columns(prompt="q", completion="a"), "data")
-    assert form.record({"q": "x", "a": "y"}, "data") == {"prompt": "x", "completion": "y"}
-    for columns in (Columns(prompt="q"), Columns(prompt="q", completion="b"), Columns(messages="m")):
-        with pytest.raises(UsageError, match=r"no column .*There are 'q', 'a'\. Mend \[workload\] columns"):
-            recognise(["q", "a"], columns, "data")
-    with pytest.raises(UsageError, match="no column 'c', which the study's columns name as context"):
-        recognise(["q", "a"], Columns(instruction="q", response="a", context="c"), "data")
-
-
 @pytest.mark.parametrize(
     ("names", "row", "words"),
     [
@@ -87,10 +70,3 @@ def test_a_row_that_differs_from_the_first_is_refused(names, row, words):
     form = recognise(names, Columns(), "data")
     with pytest.raises(UsageError, match=f"line 9: {words}"):
         form.record(row, "line 9")
-
-
-def test_a_context_may_be_null_and_nothing_else():
-    """It is then an empty text; another column of the same name as a part is not looked at."""
-    form = recognise(["instruction", "input", "output"], Columns(), "data")
-    found = form.record({"instruction": "a", "input": None, "output": "b", "context": "not this one"}, "data")
-    assert found == {"instruction": "a", "context": "", "response": "b"}

@@ -56,13 +56,6 @@ def test_what_is_no_text_is_refused_by_name(message, words):
         read(ASK, message, ANSWER)
 
 
-@pytest.mark.parametrize("value", [None, [], "a", {"role": "user"}, 3])
-def test_a_cell_without_messages_is_refused(value):
-    """An empty list is no conversation."""
-    with pytest.raises(UsageError, match=r"line 3: messages = .*: a list of messages is expected"):
-        read_conversation(value, "line 3", "messages")
-
-
 def test_a_conversation_without_an_answer_is_refused():
     """There would be nothing to learn from it."""
     with pytest.raises(UsageError, match="line 3: messages: no message is the assistant's"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 
 import pytest
 
@@ -55,16 +54,6 @@ def test_a_record_that_cannot_serve_is_named(tmp_path, lines, words, ending):
         look_into(Workload(data=str(path)))
 
 
-def test_a_record_needs_no_context(tmp_path):
-    """One without is read as one with an empty text, and a list of records as their lines."""
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps([GOOD, {**GOOD, "context": None}]))
-    found, label = read(path)
-    assert found == [GOOD, GOOD]
-    assert label == "mine.json, 2 records of instruction/context/response"
-    assert look_into(Workload(data=str(path), held_out_records=1)) == label
-
-
 def test_what_is_held_out_is_not_all(tmp_path):
     """Or nothing is left to train on."""
     path = tmp_path / "mine.jsonl"
@@ -72,31 +61,3 @@ def test_what_is_held_out_is_not_all(tmp_path):
     with pytest.raises(UsageError, match="16 records, and held_out_records = 16: none is left to train on"):
         look_into(Workload(data=str(path)))
     assert look_into(Workload(data=str(path), held_out_records=15)).startswith("mine.jsonl, 16 records")
-
-
-def test_of_a_large_file_the_first_records_are_looked_at(tmp_path, monkeypatch):
-    """Which is said; what is wrong behind them is found when it is read."""
-    monkeypatch.setattr("harness.trial.data.records.LOOKED_AT", 1000)
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join([json.dumps(GOOD)] * 500 + ["{"]))
-    words = "mine.jsonl, records of instruction/context/response; the first 126 were looked at"
-    assert look_into(Workload(data=str(path))) == words
-    with pytest.raises(UsageError, match="line 501: cannot be read as JSON"):
-        read(path)
-
-
-@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "cut", "bomb"])
-def test_a_file_that_is_none_is_not_waited_for(tmp_path, kind, monkeypatch):
-    """A pipe, a folder, a gzip file cut short, or one that unpacks without end."""
-    monkeypatch.setattr("harness.trial.data.files.FILE_BYTES", 1 << 20)
-    path = tmp_path / "mine.jsonl.gz"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "cut":
-        path.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 100)[:-10])
-    elif kind == "bomb":
-        path.write_bytes(gzip.compress((json.dumps(GOOD).encode() + b"\n") * 40_000))
-    with pytest.raises(UsageError, match=r"mine\.jsonl\.gz"):
-        read(path)

@@ -6,7 +6,6 @@ import datasets
 import pytest
 
 from harness.errors import UsageError
-from harness.studies.columns import Columns
 from harness.studies.workload import Workload
 from harness.trial.data.records import look_into, read_records
 
@@ -33,25 +32,6 @@ def test_a_saved_data_set_is_read_whole(tmp_path):
     assert label == "mine, 500 records of prompt/completion" == look_into(Workload(data=str(tmp_path / "mine")))
     expected = [{"prompt": row["prompt"], "completion": row["completion"]} for row in data]
     assert sorted(map(str, records)) == sorted(map(str, expected))
-
-
-def test_a_split_is_named_in_brackets(tmp_path):
-    """ "train" where none is; the only one where there is but one."""
-    path = tmp_path / "mine"
-    kinds = {"train": ROWS[:5], "test": ROWS[5:8]}
-    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in kinds.items()}).save_to_disk(path)
-    assert read(str(path))[1] == "mine[train], 5 records of prompt/completion"
-    assert read(f"{path}[test]")[1] == "mine[test], 3 records of prompt/completion"
-    datasets.DatasetDict(dev=datasets.Dataset.from_list(ROWS[:2])).save_to_disk(tmp_path / "other")
-    assert read(str(tmp_path / "other"))[1] == "other[dev], 2 records of prompt/completion"
-
-
-def test_conversations_of_a_saved_data_set(tmp_path):
-    """Nested columns come as they were."""
-    path = saved(tmp_path / "chats", [{"messages": CHAT, "id": 1}] * 3)
-    records, label = read(path)
-    assert label == "chats, 3 records of messages"
-    assert [one.role for one in records[0].messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "null", "number", "empty"])
@@ -92,29 +72,6 @@ def test_a_folder_of_files_is_one_data_set(write, tmp_path):
     assert read(f"{tmp_path}[test]")[1].endswith("[test], 1 records of prompt/completion")
 
 
-def test_files_of_a_folder_that_differ_are_refused(write, tmp_path):
-    """And a fault in one of them is said with its name and line."""
-    write("a.jsonl", ROWS[:2])
-    bad = write("b.jsonl", [ROWS[0], {"prompt": "a", "completion": None}])
-    with pytest.raises(UsageError, match=r"b\.jsonl, line 2: completion = null"):
-        read(str(tmp_path))
-    bad.write_text('{"text": "a"}')
-    with pytest.raises(UsageError, match=r"b\.jsonl: text, and .*a\.jsonl has prompt/completion"):
-        read(str(tmp_path))
-    bad.write_text("")
-    assert read(str(tmp_path))[1].endswith("2 records of prompt/completion")
-
-
-def test_columns_are_mapped_in_every_kind(write, tmp_path):
-    """The same three records, whatever they lie in."""
-    rows = [{"question": f"q{number}", "answer": "a", "id": str(number)} for number in range(3)]
-    paths = [write(f"x{kind}", rows) for kind in (".jsonl", ".json", ".csv", ".parquet", ".csv.gz")]
-    found = [read(str(path), columns=Columns(instruction="question", response="answer")) for path in paths]
-    found.append(read(saved(tmp_path / "set", rows), columns=Columns(instruction="question", response="answer")))
-    assert all(records == found[0][0] for records, _ in found)
-    assert found[0][1] == "x.jsonl, 3 records of question as instruction, answer as response"
-
-
 def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypatch):
     """It is read like a saved one; what the library says of one that cannot be had is said."""
     asked = []
@@ -137,22 +94,3 @@ def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypat
     ):
         read("owner/gone")
     assert asked == [("owner/name", "main", "test"), ("owner/gone", None, "train")]
-
-
-@pytest.mark.parametrize("answers", [True, False])
-def test_a_hub_that_never_answers_is_asked_once(answers, monkeypatch):
-    """The library then takes what its cache holds, and is afterwards as it was."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    asked = []
-    monkeypatch.setattr("harness.trial.data.sets.hub_answers", lambda file: asked.append(file) or answers)
-    offline = []
-
-    def load_dataset(*_, **__):
-        offline.append(datasets.config.HF_HUB_OFFLINE)
-        return datasets.Dataset.from_list([{"messages": CHAT}] * 40)
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    read("owner/name")
-    assert asked == ["datasets/owner/name/resolve/main/README.md"]
-    assert offline == [not answers]
-    assert datasets.config.HF_HUB_OFFLINE is False

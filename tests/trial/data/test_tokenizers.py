@@ -11,7 +11,6 @@ import pytest
 
 from harness.errors import UsageError
 from harness.models import catalogue
-from harness.models.chat_template import has_chat_template
 from harness.trial.data.tokenizers import BYTE_VOCABULARY, load_tokenizer
 
 LLAMA = {"model_type": "llama", "vocab_size": 320}
@@ -40,12 +39,6 @@ def test_byte_tokenizer_is_the_bytes():
     assert len(tokenizer) == BYTE_VOCABULARY
 
 
-def test_byte_tokens_agree_with_the_packaged_model():
-    """tiny-llama's configuration names the special tokens of the byte tokenizer."""
-    config = json.loads(catalogue.CATALOGUE["tiny-llama"].config.read_text())
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 257, 258)
-
-
 @pytest.mark.parametrize("name", ["random:llama2-7b", "random:smollm2-135m"])
 def test_bytes_stand_in_for_a_random_models_tokenizer(name, monkeypatch, tmp_path):
     """A random model whose tokenizer cannot be had gets bytes, and the caller is told."""
@@ -65,17 +58,6 @@ def test_no_bytes_for_a_real_models_tokenizer(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="hub cannot be reached"):
         load_tokenizer(catalogue.resolve("someone/absent-model-of-no-cache"), vocab_size=32000)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
-        load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma"])
-def test_a_tokenizer_without_a_vocabulary_is_none(family, tmp_path):
-    """Without its files transformers makes an empty tokenizer for some families: bytes stand in for that one too."""
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": family}))
-    tokenizer, substituted = load_tokenizer(catalogue.resolve(f"random:{tmp_path}"), vocab_size=320)
-    assert substituted
-    assert tokenizer("ab").input_ids == [97, 98]
     with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
         load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
 
@@ -111,16 +93,6 @@ def test_vocabularies_must_fit(converted, words):
         load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=258)
 
 
-def test_padding_beyond_the_table_falls_back(converted, words, tmp_path):
-    """A padding token that has no row in the embedding (Llama-2's <pad> is 32000 of 32000) becomes the end token."""
-    tokenizer, _ = load_tokenizer(catalogue.resolve(str(converted)), vocab_size=len(words))
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": len(words)}))
-    loaded, _ = load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=len(words))
-    assert loaded.pad_token_id == loaded.eos_token_id == 2
-
-
 def test_gguf_tokenizer_survives_conversion(gguf_file, converted, words):
     """The tokenizer of the file and of the directory agree, and padding falls back to the end token."""
     ids = []
@@ -131,12 +103,3 @@ def test_gguf_tokenizer_survives_conversion(gguf_file, converted, words):
         ids.append(tokenizer("tab", add_special_tokens=False).input_ids)
     assert ids[0] == ids[1]
     assert min(ids[0]) > 2
-
-
-def test_a_gguf_file_says_itself_whether_it_has_a_chat_template(gguf_file):
-    """Before anything is loaded; this one has none, and with random weights bytes may stand in for its tokenizer."""
-    source = catalogue.resolve(str(gguf_file))
-    assert has_chat_template(source) is False
-    assert has_chat_template(dataclasses.replace(source, random=True)) is None
-    assert has_chat_template(catalogue.resolve("tiny-llama")) is True
-    assert has_chat_template(catalogue.resolve("llama2-7b")) is None

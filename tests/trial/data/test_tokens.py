@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.studies.workload import Workload
-from harness.trial.data.encoding import IGNORED, prompt_and_target
-from harness.trial.data.synthetic import synthetic_records
+from harness.trial.data.encoding import IGNORED
 from harness.trial.data.tokenizers import load_tokenizer
 from harness.trial.data.tokens import hash_tensors, prepare
 
@@ -126,16 +125,6 @@ def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
             prepare(unlucky, tmp_path)
 
 
-def test_what_it_was_before_it_still_is(tmp_path):
-    """The tokens of a workload that says nothing new, by their hash, to the bit."""
-    hashes = {
-        "packed": "a335d233800abdcdbb8e826fbd55b4c597cfee78b933391833e864c60f1a43b0",
-        "padded": "4ac4ec63171b41a0ebad6a0b35a24c0b98957f341dcf43280f59fe5901aa182f",
-    }
-    for layout, expected in hashes.items():
-        assert prepare(dataclasses.replace(SMALL, layout=layout), tmp_path).hash == expected
-
-
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
 FORMS = {
     "dolly": {"instruction": "a", "context": "b", "response": "answer"},
@@ -183,26 +172,6 @@ def test_held_out_records_are_not_trained_on(tmp_path):
     assert not seen["train"] & seen["held_out"]
 
 
-def test_both_prompt_formats_hold_their_parts():
-    """Answering takes instruction and context to the response; writing takes the response to the instruction."""
-    record = {"instruction": "ASK", "context": "CTX", "response": "ANSWER", "category": "c"}
-    prompt, target = prompt_and_target(record, "answer-instruction")
-    assert "ASK" in prompt
-    assert "CTX" in prompt
-    assert target == "ANSWER"
-    prompt, target = prompt_and_target(record, "write-instruction")
-    assert "ANSWER" in prompt
-    assert "ASK" not in prompt
-    assert target == "ASK"
-
-
-def test_synthetic_records_are_seeded_and_of_dollys_schema():
-    """The same seed gives the same records, with dolly's four columns."""
-    first, again, other = (next(synthetic_records(seed)) for seed in (1, 1, 2))
-    assert first == again != other
-    assert set(first) == {"instruction", "context", "response", "category"}
-
-
 def test_the_real_data_set_is_read(dolly, tmp_path):
     """databricks-dolly-15k as .jsonl.gz, all of its records known."""
     summary = prepare(dataclasses.replace(SMALL, data=str(dolly), sequence_length=256), tmp_path)
@@ -235,16 +204,6 @@ def test_a_request_of_several_prompts_has_none_twice(tmp_path, batch, length):
     ]
     assert prompts.shape[1] == length
     assert len({tuple(prompt) for prompt in prompts.tolist()}) == len(prompts) >= batch
-
-
-def test_the_prompts_of_single_requests_are_what_they_were(tmp_path):
-    """So that the hash of their tokens stays, and requests of more begin with the same ones."""
-    one, four = (
-        load_file(prepare(dataclasses.replace(SMALL, prompt_tokens=64, request_batch=batch), tmp_path).path)["prompts"]
-        for batch in (1, 4)
-    )
-    assert len(one) == 6
-    assert (one == four).all()
 
 
 def test_too_few_held_out_tokens_for_the_prompts_of_a_request_are_refused(tmp_path):

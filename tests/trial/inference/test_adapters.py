@@ -160,19 +160,6 @@ def test_one_prompt_measures_switching_alone(begin):
     assert (record.status, len(record.samples["merged_request_time_s"])) == ("ok", 1)
 
 
-def test_the_others_are_of_the_size_of_the_trained_one(begin):
-    """The same names of parameters, shapes and types; the same weights at the same seed, and others at no other."""
-    running, _ = begin()
-    weights = {}
-    for name, parameter in lora.own_parameters(running._built.trainee.model).items():
-        adapter = next(one for one in reversed(running._serving._adapters.names) if one in name.split("."))
-        weights.setdefault(adapter, {})[name.replace(adapter, "")] = parameter
-    kinds = [{name: (one.shape, one.dtype) for name, one in found.items()} for found in weights.values()]
-    assert kinds[0] == kinds[1] == kinds[2]
-    first, second = (weights[f"default-beside{number}"] for number in (1, 2))
-    assert all(not torch.equal(one, second[name]) for name, one in first.items())
-
-
 def test_an_answer_that_goes_astray_though_a_whole_pass_is_right_is_found(begin, monkeypatch):
     """A fault of decoding alone: one token at a time, rows are answered by the adapter of another."""
     honest = Linear._mixed_batch_forward

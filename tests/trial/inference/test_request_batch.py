@@ -80,26 +80,6 @@ def test_throughput_is_of_all_prompts_and_latency_of_the_request(trial, batch):
     assert (check["observed"], check["status"]) == ("flash", "active")
 
 
-def test_a_record_that_does_not_say_is_of_one_prompt():
-    """As those are that were written before requests could have several."""
-    record = TrialRecord(
-        trial="t", status="ok", name="plain", variant="v", role="variant", replicate=0, position=0, seed=1,
-        interleaving="replicates", started_unix_s=0.0, wall_time_s=0.0, samples={"request_time_s": (2.0,)},
-        values={"new_tokens": 8.0},
-    )  # fmt: skip
-    assert samples_of(record, "output_tokens_per_s") == (4.0,)
-
-
-def test_a_request_to_the_models_own_end_has_one_prompt(trial):
-    """Also after one of several, with a cache that is made once."""
-    static = dataclasses.replace(VARIANT, kv_cache="static")
-    running, record = trial(4, static)
-    record = record.merged(running.run("request")).merged(running.run("natural")).merged(running.run("request"))
-    assert record.status == "ok"
-    assert len(record.tokens["completion"]) == 4 * 3
-    assert len(record.tokens["answer_0"]) == record.samples["natural_tokens"][0] <= 6
-
-
 def test_requests_of_a_merged_adapter_have_as_many_prompts(trial):
     """Merging begins again with the first prompts."""
     running, record = trial(3)

@@ -130,13 +130,6 @@ def test_merging_into_nf4_loses_and_into_dequantised_weights_does_not(nf4):
     assert into.cosine_mean.value > 0.9  # and none of the garbage that a merge into repacked weights gives
 
 
-def test_16_bits_lie_between(full):
-    """Nearer to float32 than 4 bits are, and not equal."""
-    reference = full["unmerged, float32"]
-    sixteen, four = (compare_served(reference, full[f"unmerged, {name}"]) for name in ("bfloat16", "nf4"))
-    assert 0 < sixteen.kl_mean_nats.value < four.kl_mean_nats.value
-
-
 def _observed(request_of, change):
     """What a merged model gives after something was done to it."""
     request = request_of(FULL, 0)
@@ -184,16 +177,6 @@ def test_a_way_that_raises_costs_itself_alone(request_of, full, monkeypatch):
     lost = dataclasses.replace(request_of(FULL, 0), adapter="/nowhere")
     (only,) = codec.from_json(tuple[Served, ...], serving.serve_adapter(lost).tokens["served"], "served")
     assert only.failure is not None
-
-
-def test_a_merged_model_is_not_taken_for_an_unmerged_one(request_of):
-    """An order of ways that asks so is a defect, and said to be one."""
-    request = request_of(FULL, 2)
-    beside, merged = request.ways
-    model = serving.load_served(request, beside)
-    serving.prepare_way(model, merged)
-    with pytest.raises(Exception, match="merged into this base already"):
-        serving.prepare_way(model, beside)
 
 
 def test_logits_are_those_that_chose_the_answer(request_of):

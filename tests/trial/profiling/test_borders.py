@@ -1,12 +1,10 @@
 """A real step taken apart: the same step in phases, and what ran in each of them."""
 
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness.profile.diagnosis import diagnose
@@ -20,7 +18,6 @@ from harness.trial.building.build import build
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.stream import TokenStream
 from harness.trial.data.tokens import prepare
-from harness.trial.profiling import borders as profiling
 from harness.trial.profiling.activity import MARK, activity_of
 from harness.trial.profiling.borders import BorderedStep, step_times
 from harness.trial.step import TrainStep
@@ -124,84 +121,3 @@ def test_what_ran_is_told_by_phase():
     assert forward.busy_s <= forward.window_s
     assert forward.totals_s["aten::matmul"] > names["aten::matmul"].time_s
     assert sum(use.time_s for use in forward.operators) == pytest.approx(forward.busy_s, rel=0.01)
-
-
-def event(name, start, end, *, device=DeviceType.CUDA, marked=False, stream=7):
-    """A record of the profiler, constructed; times in milliseconds."""
-    values = {
-        "name": name, "device_type": device, "is_user_annotation": marked, "is_hidden_event": False, "is_async": False,
-        "start_ns": int(start * 1e6), "end_ns": int(end * 1e6), "device_index": 0, "start_thread_id": 0,
-        "device_resource_id": stream, "sequence_nr": -1, "fwd_thread_id": 0, "dtypes": [],
-    }  # fmt: skip
-    return SimpleNamespace(**{key: (lambda value=value: value) for key, value in values.items()})
-
-
-def test_on_a_gpu_the_device_is_busy_where_kernels_run():
-    """Constructed records of two steps: overlapping streams count once as busy, the host's launches not at all."""
-    host = {"device": DeviceType.CPU}
-    events = []
-    for begin in (100, 200):
-        events += [
-            event(f"{MARK}forward", begin, begin + 20, marked=True, **host),
-            event(f"{MARK}forward", begin, begin + 20, marked=True),
-            event("aten::mm", begin, begin + 1, **host),
-            event("cudaLaunchKernel", begin, begin + 1, **host),
-            event("nvjet_tst_128x64", begin + 2, begin + 8),
-            event("Memcpy HtoD (Pageable -> Device)", begin + 6, begin + 10, stream=8),
-            event("kernel_nobody_knows", begin + 30, begin + 40),
-        ]
-    activity = activity_of(events, (0.1, 0.1), "cuda")
-    forward = activity.phases[1]
-    assert activity.device == "cuda"
-    assert (forward.window_s, forward.busy_s) == pytest.approx((0.020, 0.008))
-    assert forward.categories_s == pytest.approx({"matmul": 0.006, "copy": 0.004})
-    assert activity.calls == 2.0
-    with pytest.raises(ValueError, match="no phase"):
-        activity_of([], (0.1,), "cuda")
-
-
-def test_a_device_whose_kernels_were_not_recorded_is_no_cpu():
-    """Constructed records without any of the device: nothing is said to have run, and why is said."""
-    host = {"device": DeviceType.CPU}
-    events = [event(f"{MARK}forward", 0, 20, marked=True, **host), event("aten::mm", 1, 9, **host)]
-    activity = activity_of(events, (0.1,), "cuda")
-    assert (activity.device, activity.calls) == ("cuda", 0.0)
-    assert "CUPTI" in activity.missing
-    assert activity_of(events, (0.1,), "cpu").missing == ""
-
-
-@pytest.mark.parametrize(("missing", "kept"), [(["no kernel", ""], 1), ([""], 0), (["no kernel", "no kernel"], 1)])
-def test_a_profile_without_a_kernel_of_the_card_is_tried_once_more(monkeypatch, missing, kept):
-    """It may have begun on the heels of another; a card that never tells is asked no third time."""
-    sessions = [SimpleNamespace(missing=one) for one in missing]
-    left = list(sessions)
-    monkeypatch.setattr(profiling, "_session", lambda *asked: ((), ()))
-    monkeypatch.setattr(profiling, "activity_of", lambda *records, **names: left.pop(0))
-    assert profiling.profiled("step", "cuda", Path("folder")) is sessions[kept]
-    assert not left
-
-
-def test_pairs_are_taken_until_the_remainder_is_known(tmp_path, monkeypatch):
-    """A remainder that hardly varies takes the fewest looks, one that varies takes them all."""
-    request, stream = setting(tmp_path)
-    trainee = build(request, steps=8, shared=SharedBase())
-    step = BorderedStep(trainee, stream, request)
-    plain = TrainStep(trainee, stream, request.variant, "cpu")
-    monkeypatch.setattr(profiling, "PAIRS_AT_ONCE", 8)
-    monkeypatch.setattr(profiling, "MOST_PAIRS", 16)
-    for width, pairs in ((1e9, 8), (0.0, 16)):
-        monkeypatch.setattr(profiling, "REMAINDER_HALF_WIDTH", width)
-        assert len(step_times(plain, step, "cpu")["plain_step_time_s"]) == pairs
-
-
-def test_the_lengths_of_records_are_those_of_the_data(tmp_path):
-    """Packed rows are full; padded ones hold one record each, without its padding."""
-    _, stream = setting(tmp_path)
-    lengths = stream.record_lengths()
-    assert sum(lengths) == 8 * 32
-    assert len(lengths) >= 8
-    _, stream = setting(tmp_path, layout="padded")
-    for _ in range(4):
-        stream.take()
-    assert len(stream.record_lengths()) == 8
-    assert sum(stream.record_lengths()) == stream.real_tokens

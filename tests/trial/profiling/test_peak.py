@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.errors import LorameterError
 from harness.models.costs.peaks import stated_peak
 from harness.trial.clock import Lap
 from harness.trial.profiling import peak
@@ -22,27 +21,6 @@ def test_the_best_lap_of_all_sizes_counts(monkeypatch):
     monkeypatch.setattr(peak, "Stopwatch", lambda device: lambda call: (call(), Lap(next(laps), 0.0)))
     assert measured_product("cpu", "float32", tries=3).per_s == max(2 * 64**3 / 2.0, 2 * 128**3 / 8.0)
     assert next(laps, None) is None
-
-
-def test_a_peak_says_how_it_was_measured(monkeypatch):
-    """Threads, tries and sizes are in its source, and the process's own threads are as they were."""
-    monkeypatch.setattr(peak, "CPU_SIZES", (64,))
-    monkeypatch.setattr(peak, "CPU_COPY_BYTES", 2**20)
-    before = torch.get_num_threads()
-    product, memory = measured_product("cpu", "float32", threads=2, tries=2), measured_bandwidth("cpu", tries=2)
-    assert torch.get_num_threads() == before
-    assert (product.device, memory.device) == ("this CPU with 2 threads", "this CPU with 1 thread")
-    assert product.source == "measured: best of 2 square products each of 64"
-    assert memory.source == "measured: best of 2 copies and 2 sums of 1 MiB"
-    assert product.per_s > 0
-    assert memory.per_s > 0
-
-
-@pytest.mark.parametrize("rate", ["tf32", "memory"])
-def test_what_is_no_product_of_a_cpu(rate):
-    """TF32 is a type of tensor cores, and memory none at all."""
-    with pytest.raises(LorameterError, match=f"no product in {rate} on cpu"):
-        measured_product("cpu", rate)
 
 
 @pytest.mark.gpu

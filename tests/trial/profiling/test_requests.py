@@ -1,9 +1,7 @@
 """Real requests taken apart: the same tokens in phases, what a request finds, and weights that are copied in it."""
 
-import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,11 +28,10 @@ from harness.trial.building import lora
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare
 from harness.trial.inference.generate import generate
-from harness.trial.profiling import borders, phases, requests
+from harness.trial.profiling import borders
 from harness.trial.profiling import trial as profiled
-from harness.trial.profiling.activity import MARK, PART, activity_of
-from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of
-from harness.trial.profiling.requests import BorderedRequest, see_request, size_of, weights_by_shape
+from harness.trial.profiling.activity import MARK, activity_of
+from harness.trial.profiling.requests import BorderedRequest, see_request
 from harness.trial.profiling.trial import ProfiledTrial
 
 PROMPT, NEW = 12, 4
@@ -125,13 +122,6 @@ def test_a_remedy_changes_no_token(serving, tmp_path, fields):
     assert (sight.cache, sight.cache_moved) == cache
 
 
-def test_a_copied_input_of_the_head_is_folded(serving, tmp_path):
-    """In 16 bits, in which torch would copy the weight."""
-    trial = serving(copy_head_input=True)
-    trial.run("request_activity", merged=False)
-    assert all(phase.copies == () for phase in of(Activity, tmp_path, REQUEST_ACTIVITY).phases)
-
-
 def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     """The borders are hooks that leave everything as it was, and are gone afterwards."""
     trial = serving()
@@ -141,41 +131,6 @@ def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     bordered.phases.begin()
     assert bordered().tokens == generate(model, prompt, NEW).tokens
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.get_base_model().modules())
-
-
-@pytest.mark.parametrize("by_hook", [False, True])
-def test_a_head_that_raises_leaves_no_mark(monkeypatch, by_hook):
-    """In its forward pass, or in a hook before it: its mark is closed, and before that of the phase around it."""
-    model, opened, closed = wide_model(), [], []
-
-    class Mark:
-        def __init__(self, name):
-            self.name = name
-
-        def __enter__(self):
-            opened.append(self.name)
-
-        def __exit__(self, *raised):
-            assert opened.pop() == self.name
-            closed.append(self.name)
-
-    def fail(*_):
-        raise ZeroDivisionError
-
-    def ask_in_vain():
-        if by_hook:
-            model.lm_head.register_forward_pre_hook(fail)
-        else:
-            model.lm_head.forward = fail
-        return ask(model)
-
-    for module in (requests, phases):
-        monkeypatch.setattr(module, "record_function", Mark)
-    bordered = BorderedRequest(model, ask_in_vain, "cpu")
-    bordered.phases.begin(marked=True)
-    with pytest.raises(ZeroDivisionError):
-        bordered()
-    assert (opened, closed[-2:]) == ([], [f"{PART}{HEAD}", f"{MARK}prefill"])
 
 
 def wide_model(**config):
@@ -188,32 +143,6 @@ def wide_model(**config):
 
 def ask(model):
     return generate(model, torch.arange(10)[None], 3)
-
-
-def test_the_mode_in_which_a_model_answers_is_seen():
-    """Train mode and checkpointing, which in eval mode changes nothing; sizes are those of the modules."""
-    model = wide_model()
-    model.gradient_checkpointing_enable()
-    sight = see_request(model, lambda: ask(model), "cpu")
-    assert (sight.training, sight.checkpointing, sight.decode_rows) == (False, True, 1)
-    assert sight.size.linear_elements == 2 * (4 * 64 * 64 + 3 * 64 * 96)
-    assert (sight.size.head_elements, sight.size.adapter_elements) == (4096 * 64, 0)
-    model.train()
-    sight = see_request(model, lambda: ask(model), "cpu")
-    assert (sight.training, sight.checkpointing) == (True, True)
-
-
-def test_a_head_with_an_adapter_is_counted_once():
-    """As the head, and not among the linear layers as well, by elements as by bytes."""
-    alone, adapted = (
-        size_of(lora.attach(wide_model(), Variant(name="v", r=4, target_modules=names)))
-        for names in (("q_proj",), ("q_proj", "lm_head"))
-    )
-    assert alone.linear_elements == 2 * (4 * 64 * 64 + 3 * 64 * 96)
-    assert alone.linear_bytes == 4 * alone.linear_elements
-    assert adapted.adapter_elements == alone.adapter_elements + 4 * (64 + 4096)
-    grown = {"adapter_elements": adapted.adapter_elements, "adapter_bytes": adapted.adapter_bytes}
-    assert adapted == dataclasses.replace(alone, **grown)
 
 
 @pytest.mark.parametrize(
@@ -286,64 +215,4 @@ def test_a_copied_head_is_told_by_the_shape_of_the_copy(rows, requires_grad, rem
     assert [(copy.weight, copy.in_product) for copy in phases[0].copies] == ([("head", True)] if found else [])
 
 
-def test_what_is_no_weight_is_no_copy_of_one():
-    """Activations that a product lays out anew, and copies outside of products that have another shape."""
-    weight = torch.randn(512, 256)
-    hidden = torch.randn(256, 512).t()  # 512 rows that lie in columns
-    events = recorded(lambda: (functional.linear(hidden, weight), torch.randn(512, 300).t().contiguous()))
-    assert copies_of([one for one in events if "aten" in one.name()], {(512, 256): "w"}, None) == []
-    events = recorded(lambda: weight.to(torch.bfloat16))
-    (found,) = copies_of([one for one in events if "aten" in one.name()], {(512, 256): "w"}, None)
-    assert (found[1].weight, found[1].in_product) == ("w", False)
-
-
 NARROW_ONES, ONES = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, 64)
-
-
-@pytest.mark.parametrize(
-    ("call", "names"),
-    [
-        (lambda: ONES.to(torch.bfloat16), ["aten::to"]),
-        (lambda: ONES.to(torch.float32), []),  # nothing is copied
-        (lambda: ONES.t().contiguous(), []),
-        (lambda: ONES.double(), []),
-        (lambda: NARROW_ONES + ONES, ["aten::add"]),
-        (lambda: ONES * NARROW_ONES, ["aten::mul"]),
-        (lambda: NARROW_ONES * 2.0, []),
-        (lambda: NARROW_ONES + torch.tensor(1.0), []),
-        (lambda: NARROW_ONES + NARROW_ONES, []),
-    ],
-)
-def test_what_is_done_for_want_of_one_type_is_told(call, names):
-    """Copies between two types, with what is around them, and sums and products of two; nothing else."""
-    host = [one for one in recorded(call) if "aten" in one.name()]
-    meant = [(one.start_ns(), (one.end_ns() - one.start_ns()) / 1e9) for one in host if one.name() in names]
-    assert cast_times(host, None) == meant
-    assert len(meant) == len(names)
-
-
-def test_weights_of_one_shape_are_counted():
-    """Named by the first."""
-    names = weights_by_shape(wide_model())
-    assert names[4096, 64] == "lm_head.weight"
-    assert names[64, 64] == "model.layers.0.self_attn.q_proj.weight and 7 like it"
-
-
-def test_on_a_gpu_a_copy_takes_what_its_kernels_take():
-    """Constructed records: kernels are linked to the operator that launched them, wherever they run."""
-
-    def event(name, start_ms, end_ms, **values):
-        values = {"name": name, "start_ns": int(start_ms * 1e6), "end_ns": int(end_ms * 1e6)} | values
-        return SimpleNamespace(**{key: (lambda value=value: value) for key, value in values.items()})
-
-    host = [
-        event("aten::linear", 0, 1, shapes=[[1, 1, 64], [4096, 64], []], correlation_id=1),
-        event("aten::clone", 0.1, 0.9, shapes=[[1, 64, 4096]], correlation_id=2, start_thread_id=1),
-        event("aten::copy_", 0.2, 0.8, shapes=[[1, 64, 4096]], dtypes=["float", "c10::BFloat16"], correlation_id=3,
-              start_thread_id=1),
-    ]  # fmt: skip
-    kernels = [event("copy", 50, 80, linked_correlation_id=3), event("gemm", 80, 90, linked_correlation_id=1)]
-    times = KernelTimes(kernels, host)
-    ((_, copy),) = copies_of(host, {(4096, 64): "head"}, times)
-    assert (copy.weight, copy.operator, copy.time_s) == ("head", "aten::clone", pytest.approx(0.03))
-    assert cast_times(host, times) == [(200_000, pytest.approx(0.03))]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from harness.models.costs.modules import from_values
-from harness.models.costs.peaks import Peak
-from harness.records import codec
-from harness.records.activity import PEAKS
 from harness.studies.protocol import Protocol
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
@@ -35,20 +30,6 @@ def trial(tmp_path):
     one = ProfiledTrial(request, SharedBase())
     one.run("build")
     return one
-
-
-def test_a_rate_without_memory_for_it_is_left_out(trial, tmp_path, monkeypatch):
-    """The other is measured, and the trial goes on."""
-
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(profiled, "measured_product", full)
-    assert trial.run("peak", rates=["bfloat16", "memory"]).status == "ok"
-    peaks = codec.from_json(dict[str, Peak], json.loads((tmp_path / PEAKS).read_text()), PEAKS)
-    assert set(peaks) == {"memory"}
-    assert peaks["memory"].per_s > 0
-    assert trial.run("turn", steps=1).samples["step_time_s"]
 
 
 def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, monkeypatch):
