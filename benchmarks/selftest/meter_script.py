@@ -10,6 +10,7 @@ took, and the wall and CPU time at the start of each step, on clocks that stop d
 import functools
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +49,8 @@ class Switch:
         if on:
             self.callbacks.append(self.meter)
             hooks.update(self.hooks)
-            self.meter._trainer = self.trainer
-            self.meter._time_methods()
+            self.meter._trainer_ref = weakref.ref(self.trainer)
+            self.meter._time_methods(self.trainer)
             self.meter._steps.restart()
         else:
             self.callbacks.remove(self.meter)

@@ -49,6 +49,16 @@ def test_the_meter_may_cost_100_us_or_half_a_percent(program, step_s, extra_us, 
     assert bool(found) is broken
 
 
+@pytest.mark.selftest
+def test_the_meter_is_switched_off_and_on(program):
+    """In a wrapped training that takes turns with one that is not, and that leaves a run."""
+    own = program("own_scripts")
+    found = own.measure_replicate(30, 3, "small", 0)
+    assert found.written
+    assert found.step_s["wall"] > 0
+    assert set(found.extra_s) == {(kind, *pair) for kind in own.KINDS for pair in own.DIFFERENCES}
+
+
 @pytest.mark.parametrize(
     ("count", "bounds", "holds"),
     [(5, {"most": 0.05}, True), (9, {"most": 0.05}, True), (15, {"most": 0.05}, False), (75, {"least": 0.8}, True),
