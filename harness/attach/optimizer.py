@@ -117,6 +117,7 @@ class OptimizerSource:
             this_process().tell_of_another("optimizer")
 
     def _end_step(self, steps: Steps) -> None:
+        self._call.take_off()
         if self._sight is not None:
             steps.run(self._sight.end_step)
         if not steps.end_step():
