@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.pytest_plugin import attach
+from lorameter.pytest_plugin import attach
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from harness.machine.provenance import Machine
-from harness.records import codec
-from harness.studies.protocol import Protocol
-from harness.studies.study import Study
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.machine.provenance import Machine
+from lorameter.records import codec
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 pytest_plugins = ["pytester"]
 HERE = Path(__file__).parent
@@ -142,7 +142,7 @@ def dolly() -> Path:
 @pytest.fixture(scope="session")
 def words():
     """The vocabulary of `gguf_file`: token 1 begins and token 2 ends a text."""
-    from harness.trial.data.tokenizers import _byte_characters
+    from lorameter.trial.data.tokenizers import _byte_characters
 
     return ["<unk>", "<s>", "</s>", *_byte_characters(), "ta", "tab"]
 
@@ -202,9 +202,9 @@ def write_run(tmp_path: Path, small_study: Study):
     `steps` are the step times of each variant, one a replicate; the control repeats the reference's, times `control`.
     `facts` replaces fields of the provenance, `change` any record on its way to the disk.
     """
-    from harness.machine import provenance
-    from harness.records.record import TrialRecord
-    from harness.records.store import Manifest, RunWriter
+    from lorameter.machine import provenance
+    from lorameter.records.record import TrialRecord
+    from lorameter.records.store import Manifest, RunWriter
 
     def write(
         name, steps, *, study=small_study, control=1.0, facts=None, status="complete", change=lambda record: record,

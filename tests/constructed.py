@@ -43,7 +43,7 @@ LATER_FIELDS: dict[int, dict[str, tuple[str, ...]]] = {
     },
     4: {"record": ("attempt",), "protocol": ("retries", "allow_disturbed"), "study": ("own_workloads",)},
 }
-"""What each schema brought, as `harness.records.record` tells their history; an older run has none of it."""
+"""What each schema brought, as `lorameter.records.record` tells their history; an older run has none of it."""
 KEPT_VALUES = "host_watched_train_s new_tokens packed_4bit_decode threads trainable_parameters warmup_steady".split()
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 

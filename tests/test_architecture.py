@@ -154,10 +154,10 @@ def test_kernels_check_stands_alone(path):
 
 
 def test_the_statistics_know_numbers_and_not_trials():
-    """harness.stats imports nothing else of the harness."""
-    for path in modules("harness/stats"):
+    """lorameter.stats imports nothing else of the harness."""
+    for path in modules("harness/lorameter/stats"):
         others = {
-            name for name in imports(path) if name.startswith("harness.") and not name.startswith("harness.stats")
+            name for name in imports(path) if name.startswith("harness.") and not name.startswith("lorameter.stats")
         }
         assert not others, path
 

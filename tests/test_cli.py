@@ -13,10 +13,10 @@ import sys
 
 import pytest
 
-from harness.cli import EXAMPLES, commands_of, main, parser
-from harness.records import store
-from harness.report.front import SERVING
-from harness.studies.stored import read_study
+from lorameter.cli import EXAMPLES, commands_of, main, parser
+from lorameter.records import store
+from lorameter.report.front import SERVING
+from lorameter.studies.stored import read_study
 
 
 def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
@@ -82,7 +82,7 @@ def measured(folder, study, *options):
     """A real run of a study in a folder, on bases of its own, which another test may have prepared already: the
     finished process."""
     (folder / "mine.toml").write_text(study)
-    command = [sys.executable, "-m", "harness.cli", "run", str(folder / "mine.toml"), "--json", *options]
+    command = [sys.executable, "-m", "lorameter.cli", "run", str(folder / "mine.toml"), "--json", *options]
     bases = os.environ | {"LORAMETER_BASES": str(folder / "bases")}
     command += ["--runs-dir", str(folder / "runs")]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=bases)
@@ -176,7 +176,7 @@ def test_requests_of_every_size_are_measured(tmp_path, capsys):
 )
 def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypatch, arguments, word):
     """Numbers, names and files without bound; before anything is profiled, planned or made."""
-    monkeypatch.setattr("harness.profile.measure.profile_variant", lambda *_, **__: pytest.fail("profiled"))
+    monkeypatch.setattr("lorameter.profile.measure.profile_variant", lambda *_, **__: pytest.fail("profiled"))
     runs = tmp_path / "runs"
     assert main([*arguments, "--runs-dir", str(runs)]) == 2
     assert word in capsys.readouterr().err
@@ -254,11 +254,11 @@ import os, signal, sys
 
 class Interrupted:
     def find_spec(self, name, path=None, target=None):
-        if name == "harness.cli":
+        if name == "lorameter.cli":
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupted())
-from harness.entry import main
+from lorameter.entry import main
 sys.argv = ["lorameter", "list", "models"]
 sys.exit(main())
 """
@@ -276,7 +276,7 @@ def test_an_interrupt_while_it_imports_ends_it_in_silence(ignored, code):
 
 def test_an_interrupt_while_options_are_read_is_a_stop(monkeypatch, capsys):
     """With the exit code of what was not measured."""
-    monkeypatch.setattr("harness.cli.parser", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("lorameter.cli.parser", lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(["list", "models"]) == 4
     assert capsys.readouterr().err == "lorameter: stopped\n"
 

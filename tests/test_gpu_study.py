@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.records import store
+from lorameter.records import store
 
 ROOT = Path(__file__).parents[1]
 MOST_S = 220
@@ -58,7 +58,7 @@ def test_llama2_7b_trains_and_answers(tmp_path, quantization):
     """Random weights of the exact shape: every trial ok, every required path active, a peak that only a card has."""
     study = tmp_path / "study.toml"
     study.write_text(STUDY.format(quantization=quantization, double=str(quantization == "nf4").lower()))
-    words = ["-m", "harness.cli", "run", str(study), "--phase=train", "--phase=generate", "--json"]
+    words = ["-m", "lorameter.cli", "run", str(study), "--phase=train", "--phase=generate", "--json"]
     measured = subprocess.run(
         [sys.executable, *words, "--runs-dir", str(tmp_path / "runs")],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=MOST_S, check=False,

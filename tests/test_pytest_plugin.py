@@ -15,19 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from harness.machine.cores import cores_of
+from lorameter.machine.cores import cores_of
 
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
 """Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""
 FAKE = """
 import os
 from pathlib import Path
-import harness.run.executors.local
-from harness.pytest_plugin import attach
-from harness.records.preparation import BaseSummary, Hello, TokenSummary
-from harness.records.record import Failure, Fragment
-from harness.run.executors import Place
-from harness.run.executors.local import LocalExecutor
+import lorameter.run.executors.local
+from lorameter.pytest_plugin import attach
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import Failure, Fragment
+from lorameter.run.executors import Place
+from lorameter.run.executors.local import LocalExecutor
 
 STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345678"))}
 
@@ -84,7 +84,7 @@ class Executor(LocalExecutor):
 
 def pytest_configure(config):
     if not os.environ.get("REAL"):
-        harness.run.executors.local.LocalExecutor = Executor
+        lorameter.run.executors.local.LocalExecutor = Executor
     attach(config)
 """
 
@@ -315,7 +315,7 @@ def base(suite, measured_once):
 
 def lorameter(*arguments):
     """The command line beside pytest: its exit code and its JSON document."""
-    command = [sys.executable, "-m", "harness.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "lorameter.cli", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, json.loads(done.stdout)
 
@@ -437,7 +437,7 @@ def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
 
 def test_an_exception_in_the_gate_is_no_pass(suite, base):
     """The session fails with the traceback, and everything else is still reported."""
-    text = FAKE + "\nimport harness.commands.pytest_gate\nharness.commands.pytest_gate.compare = None\n"
+    text = FAKE + "\nimport lorameter.commands.pytest_gate\nharness.commands.pytest_gate.compare = None\n"
     (suite.path / "conftest.py").write_text(text)
     result = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
     result.assert_outcomes(passed=6)
@@ -475,7 +475,7 @@ def test_a_suite_that_forgot_to_attach_is_told_how(pytester):
     pytester.makepyfile(TESTS + "\ndef test_of_others(replay): pass\n")
     result = pytester.runpytest_subprocess(*LEAN)
     result.assert_outcomes(errors=4)
-    assert result.stdout.str().count("from harness.pytest_plugin import attach") == 3
+    assert result.stdout.str().count("from lorameter.pytest_plugin import attach") == 3
 
 
 def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):

@@ -12,15 +12,15 @@ import time
 import psutil
 import pytest
 
-from harness.machine.processes import CPUS
-from harness.run.executors.local import worker_environment
+from lorameter.machine.processes import CPUS
+from lorameter.run.executors.local import worker_environment
 
 STARTER = """
 import os, subprocess, sys
-from harness.run.executors.local import worker_environment
+from lorameter.run.executors.local import worker_environment
 what, descriptor = sys.argv[1], int(sys.argv[2])
 child = subprocess.Popen(
-    [sys.executable, "-m", "harness.worker", what, str(descriptor)],
+    [sys.executable, "-m", "lorameter.worker", what, str(descriptor)],
     pass_fds=[descriptor], stdin=descriptor, env=worker_environment(1), start_new_session=True,
 )
 print(child.pid, flush=True)
@@ -51,7 +51,7 @@ def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
     """It died between the fork and the first instruction, when nothing was watched yet."""
     environment = worker_environment(1) | {"LORAMETER_PARENT": str(os.getppid())}
     done = subprocess.run(
-        [sys.executable, "-m", "harness.worker", "tokens"],
+        [sys.executable, "-m", "lorameter.worker", "tokens"],
         env=environment,
         input=b"{}",
         capture_output=True,
@@ -63,7 +63,7 @@ def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
 @pytest.mark.parametrize("what", ["cold", "tokens", "look"])
 def test_an_interrupt_ends_a_process_as_any_signal_does(what):
     """It raises nothing that a library could take for an error of its own."""
-    words = [sys.executable, "-m", "harness.worker", what, *(["1"] if what == "cold" else [])]
+    words = [sys.executable, "-m", "lorameter.worker", what, *(["1"] if what == "cold" else [])]
     with subprocess.Popen(
         words, env=worker_environment(1), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

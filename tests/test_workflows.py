@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import errors
-from harness.cli import parser
+from lorameter import errors
+from lorameter.cli import parser
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[1]
@@ -282,7 +282,7 @@ def history(tmp_path):
     from the name of a constructed run to exit codes."""
     command = tmp_path / "bin" / "lorameter"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harness.cli "$@"\n', encoding="utf-8")
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lorameter.cli "$@"\n', encoding="utf-8")
     command.chmod(0o755)
     remote = tmp_path / "remote.git"
     subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)

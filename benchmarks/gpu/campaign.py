@@ -28,7 +28,7 @@ from benchmarks.gpu.evidence import Evidence, newest_run
 from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal, OtherMachineError, Outcome, hash_of_sources
 from benchmarks.gpu.pack import pack_results
 from benchmarks.gpu.steps import STEPS, Step, command
-from harness.machine.provenance import device_id, origin_of, probe_machine
+from lorameter.machine.provenance import device_id, origin_of, probe_machine
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".gpu" / "state"

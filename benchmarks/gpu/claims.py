@@ -65,7 +65,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="hand-over",
         says="a hand-over between turns does not slow the next step down",
-        file="harness/machine/watch.py",
+        file="harness/lorameter/machine/watch.py",
         quote="a hand-over of a millisecond between turns of 50 ms or more",
         judge=hand_over_costs_nothing,
     ),
@@ -185,7 +185,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="stated peaks",
         says="products and copies reach a fair share of the vendor's figures and never more",
-        file="harness/models/costs/peaks.py",
+        file="harness/lorameter/models/costs/peaks.py",
         quote="A peak is dense",
         judge=by_tests(
             "tests/trial/profiling/test_peak.py::test_products_on_a_known_gpu",

@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.steps import runs_of
-from harness.errors import LorameterError
-from harness.records import store
-from harness.records.store import Run
+from lorameter.errors import LorameterError
+from lorameter.records import store
+from lorameter.records.store import Run
 
 
 class NotSeenError(Exception):

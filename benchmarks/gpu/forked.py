@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from harness.trial import zygote
+from lorameter.trial import zygote
 
 
 def main() -> int:
@@ -61,7 +61,7 @@ def in_child() -> dict[str, Any]:
     """The first use of the device and every counter of NVML, each a value or the reason for having none."""
     import torch
 
-    from harness.machine.nvml import open_device
+    from lorameter.machine.nvml import open_device
 
     forked = threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"

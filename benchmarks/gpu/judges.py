@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.gpu.claim import Decision, decided, undecided
 from benchmarks.gpu.evidence import Evidence, NotSeenError
 from benchmarks.gpu.steps import BASES
-from harness.machine.watch import COUNTER_PERIOD_S
-from harness.records.record import TrialRecord
+from lorameter.machine.watch import COUNTER_PERIOD_S
+from lorameter.records.record import TrialRecord
 
 MOST_ERROR = 0.1
 """Of an estimate: on the variants of reports/proof/memory_estimate.txt a CPU's is off by less."""

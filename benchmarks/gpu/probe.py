@@ -35,7 +35,7 @@ def machine() -> Fact:
     torch.ones(1, device="cuda")
     torch.cuda.synchronize()
     started_s = time.perf_counter() - begin
-    from harness.machine.neighbours import neighbours_of
+    from lorameter.machine.neighbours import neighbours_of
 
     card = card_of_torch()
     own, facts = neighbours_of(card, generations=0).own_bytes, card.facts()
@@ -56,7 +56,7 @@ def machine() -> Fact:
 
 def zygote() -> Fact:
     """Whether a zygote forks, and what its child can do; in a process of its own, in a worker's environment."""
-    from harness.run.executors.local import worker_environment
+    from lorameter.run.executors.local import worker_environment
 
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.forked"], env=worker_environment(1), capture_output=True, text=True,
@@ -134,7 +134,7 @@ def lengths() -> Fact:
 
 def clock() -> Fact:
     """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the card."""
-    from harness.trial.clock import Stopwatch
+    from lorameter.trial.clock import Stopwatch
 
     work, watch = products(), Stopwatch("cuda")
     walls, laps = [], []
@@ -320,7 +320,7 @@ def products() -> Callable[[int], None]:
 
 def card_of_torch() -> Any:
     """The card that torch uses, as NVML sees it. Raises RuntimeError where it does not find it."""
-    from harness.machine.watch import card_of
+    from lorameter.machine.watch import card_of
 
     found = card_of("cuda")
     if found.value is None:

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.gpu.claim import VERDICTS, Claim, Decision
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.steps import Step, runs_of
-from harness.machine.provenance import Machine
+from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
 MOST_KEPT_BYTES = 2**20

@@ -18,7 +18,7 @@ BASES = ("lora-r16", "qlora-nf4-r16")
 SWEEP = str(Path(__file__).with_name("sweep.toml"))
 RUNS, XML = "{runs}", "{xml}"
 """Stand in a command for the folder of the step's runs, and for the file of its test results."""
-LORAMETER = ("-m", "harness.cli")
+LORAMETER = ("-m", "lorameter.cli")
 KERNELS = ("-m", "kernels_check")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rs", "-p", "no:cacheprovider", f"--junitxml={XML}")
 VERDICTS = (0, 1, 3, 4)

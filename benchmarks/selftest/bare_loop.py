@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from harness.machine.provenance import probe_machine
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.study_file import load_study
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.tokens import prepare
-from harness.trial.trial import Trial
+from lorameter.machine.provenance import probe_machine
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.study_file import load_study
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.trial import Trial
 
 EXTRAS = ("", "scheduled", "freed")
 """What a bare loop has besides forward, backward, clipping and update."""

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from shared import exit_code, print_origin
 
-from harness.records.units import format_ratio
-from harness.run.executors.local import worker_environment
-from harness.stats import Comparison, compare_trials
+from lorameter.records.units import format_ratio
+from lorameter.run.executors.local import worker_environment
+from lorameter.stats import Comparison, compare_trials
 
 PROGRAM = Path(__file__).with_name("bare_loop.py")
 MAX_RATIO = 1.005

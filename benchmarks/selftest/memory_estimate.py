@@ -27,16 +27,16 @@ from typing import Any
 
 from shared import exit_code, print_origin
 
-from harness.models import catalogue, shapes
-from harness.models.costs.memory import estimate_memory, stored_dtype
-from harness.records import codec
-from harness.records.activity import ACCOUNTS
-from harness.records.memory_account import MemoryAccount
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.zygote import import_libraries
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.memory import estimate_memory, stored_dtype
+from lorameter.records import codec
+from lorameter.records.activity import ACCOUNTS
+from lorameter.records.memory_account import MemoryAccount
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.zygote import import_libraries
 
 LIMIT, UNEXPLAINED = 0.10, 0.05
 WORKLOAD: dict[str, Any] = {
@@ -107,16 +107,16 @@ def in_child(variant: Variant, workload: Workload) -> Mapping[str, Any]:
 
 def prepared(workload: Workload, folder: str) -> str:
     """Path of the token file."""
-    from harness.trial.data.tokens import prepare
+    from lorameter.trial.data.tokens import prepare
 
     return str(prepare(workload, Path(folder)).path)
 
 
 def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
     """Peaks as a solo trial reports them, then one step and one request watched."""
-    from harness.trial.building.shared import SharedBase
-    from harness.trial.process import prepare_process
-    from harness.trial.profiling.trial import ProfiledTrial
+    from lorameter.trial.building.shared import SharedBase
+    from lorameter.trial.process import prepare_process
+    from lorameter.trial.profiling.trial import ProfiledTrial
 
     request = TrialRequest(
         trial="r0-solo", variant=variant, role="variant", replicate=0, seed=0, workload=workload, protocol=PROTOCOL,

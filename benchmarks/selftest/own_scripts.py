@@ -36,11 +36,11 @@ from typing import Any
 
 from shared import command_output, exit_code, print_origin
 
-from harness.attach.child import environment
-from harness.attach.variables import COMMAND, RUN
-from harness.machine.seating import cpus_of, seat
-from harness.records.units import format_ratio
-from harness.stats import mean_interval
+from lorameter.attach.child import environment
+from lorameter.attach.variables import COMMAND, RUN
+from lorameter.machine.seating import cpus_of, seat
+from lorameter.records.units import format_ratio
+from lorameter.stats import mean_interval
 
 SCRIPT = Path(__file__).with_name("work_script.py")
 PRODUCTS, PLANTED = 100, 104

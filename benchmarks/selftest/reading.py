@@ -24,13 +24,13 @@ from typing import Any
 
 from shared import ROOT, command_output, exit_code, print_origin
 
-from harness.records import codec, store
-from harness.records.evidence import EvidenceFile
-from harness.records.record import TrialRecord
-from harness.records.store import TRIALS
-from harness.records.trial_lines import line_of
-from harness.studies.study import Study
-from harness.studies.study_file import load_study
+from lorameter.records import codec, store
+from lorameter.records.evidence import EvidenceFile
+from lorameter.records.record import TrialRecord
+from lorameter.records.store import TRIALS
+from lorameter.records.trial_lines import line_of
+from lorameter.studies.study import Study
+from lorameter.studies.study_file import load_study
 
 COMMITTED = ROOT / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
 VARIANTS, SAMPLES = 99, 50
@@ -40,7 +40,7 @@ MAX_REPORT_S, MAX_LARGE_REPORT_S, MAX_PAGE_S, MAX_PAGE_BYTES = 3.0, 30.0, 10.0, 
 READ = """
 import json, sys, time
 from pathlib import Path
-from harness.records import store
+from lorameter.records import store
 
 def resident(kind):
     lines = Path("/proc/self/status").read_text().splitlines()

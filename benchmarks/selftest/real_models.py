@@ -21,10 +21,10 @@ from pathlib import Path
 
 from shared import command_output, exit_code, print_origin
 
-from harness.records import store
-from harness.records.units import format_duration
-from harness.report.view import view_of
-from harness.verdicts.series import compare_series, series_of
+from lorameter.records import store
+from lorameter.records.units import format_duration
+from lorameter.report.view import view_of
+from lorameter.verdicts.series import compare_series, series_of
 
 MIN_REPLICATES, MIN_SHARE, MAX_LATE_SHARE, MAX_HALF_WIDTH = 5, 0.6, 0.1, 0.05
 MINUTES = {"smollm2": 8, "gemma3": 15}

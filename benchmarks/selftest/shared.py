@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.machine.provenance import origin_of
+from lorameter.machine.provenance import origin_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def command_output(words: list[str], **options: object) -> str:
     """
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", *words], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "lorameter.cli", *words], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": search}, **options,
     )  # fmt: skip
     if not done.stdout.strip():

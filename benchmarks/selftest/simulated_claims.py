@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from scipy import signal
 from shared import Share
 
-from harness.records import codec
-from harness.records.record import Role, TrialRecord
-from harness.records.store import Manifest, Run
-from harness.studies.study import Study
-from harness.studies.study_file import load_study
-from harness.studies.variant import Variant
-from harness.verdicts.claims import judge_claims
+from lorameter.records import codec
+from lorameter.records.record import Role, TrialRecord
+from lorameter.records.store import Manifest, Run
+from lorameter.studies.study import Study
+from lorameter.studies.study_file import load_study
+from lorameter.studies.variant import Variant
+from lorameter.verdicts.claims import judge_claims
 
 STUDY = "llama2-lora-parameters"
 STEP_SD, PROCESS_SD = 0.01, 0.005

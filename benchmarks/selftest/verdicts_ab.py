@@ -29,12 +29,12 @@ from typing import Any
 
 from shared import busy_cpus, command_output, exit_code, print_origin
 
-from harness.records import store
-from harness.records.record import TrialRecord
-from harness.records.units import format_ratio
-from harness.run.levels import LEVELS
-from harness.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
-from harness.verdicts.series import compare_series, series_of
+from lorameter.records import store
+from lorameter.records.record import TrialRecord
+from lorameter.records.units import format_ratio
+from lorameter.run.levels import LEVELS
+from lorameter.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
+from lorameter.verdicts.series import compare_series, series_of
 
 STUDY = "training-step"
 MAX_TRY_S = 45.0

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.attach.attachment import this_process
-from harness.attach.child import environment
-from harness.attach.follower import Next
+from lorameter.attach.attachment import this_process
+from lorameter.attach.child import environment
+from lorameter.attach.follower import Next
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +125,7 @@ def tiny_model():
 
 FOLLOWER = '''
 import json, os
-from harness.attach.follower import Next
+from lorameter.attach.follower import Next
 
 class Follower:
     """Writes a line for each thing that it is told."""

@@ -6,7 +6,7 @@ import sys
 import pytest
 from huggingface_hub import hf_api
 
-from harness.attach import apart
+from lorameter.attach import apart
 
 
 def test_a_trainer_is_asked_to_save_report_and_push_nothing(tmp_path):
@@ -106,4 +106,4 @@ def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
 
 def test_the_hook_is_told_of_all_of_them():
     """By the import that each follows."""
-    assert apart.after_import().count("=harness.attach.apart:") == len(apart.CALLS)
+    assert apart.after_import().count("=lorameter.attach.apart:") == len(apart.CALLS)

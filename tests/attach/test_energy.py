@@ -2,10 +2,10 @@
 
 import pytest
 
-from harness.attach import energy as module
-from harness.attach.energy import Energy
-from harness.attach.follower import StepReading
-from harness.machine.reading import Reading, missing
+from lorameter.attach import energy as module
+from lorameter.attach.energy import Energy
+from lorameter.attach.follower import StepReading
+from lorameter.machine.reading import Reading, missing
 
 
 class Card:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.records import store
+from lorameter.records import store
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '''
@@ -56,7 +56,7 @@ def train(model, loader, compiled):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
     if os.environ.get("METER"):
-        from harness.attach import Meter
+        from lorameter.attach import Meter
         loader = Meter(model, report=False).steps(loader)
     for ids in loader:
         loss = compiled(model, ids)
@@ -100,7 +100,7 @@ def run(folder, *words, **variables):
 
 def wrap(folder, *words, **variables):
     """The same under `lorameter wrap`."""
-    ours = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", "runs", "--"]
+    ours = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--"]
     return run(folder, *ours, *words, **variables)
 
 
@@ -291,7 +291,7 @@ def test_a_trainer_is_freed_however_its_training_ends(tmp_path):
 KILLED = """
 import json, os, signal, sys, time
 import torch
-from harness.attach import Meter
+from lorameter.attach import Meter
 
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

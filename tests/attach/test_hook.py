@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from harness.records import store
+from lorameter.records import store
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def test_a_training_of_lorameters_own_is_not_followed(wrapped, script):
     script("train(3)")
     text = """
         import subprocess, sys
-        from harness.run.executors.local import worker_environment
+        from lorameter.run.executors.local import worker_environment
         subprocess.run([sys.executable, "train.py"], env=worker_environment(1), check=True)
     """
     done, told = wrapped("python", script(text, name="lorameter.py", loop=""), PYTHONSAFEPATH="1")
@@ -183,7 +183,7 @@ def test_a_package_of_the_scripts_own_with_our_name_is_its_own(wrapped, script, 
     """The training goes on unseen, and that is said."""
     (tmp_path / "harness").mkdir()
     (tmp_path / "harness" / "__init__.py").write_text("MINE = 1\n")
-    done, told = wrapped("python", script("train(3); import harness; print(harness.MINE)"))
+    done, told = wrapped("python", script("train(3); import lorameter; print(harness.MINE)"))
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert "the script has a package 'harness' of its own" in done.stderr
     assert told == []
@@ -293,7 +293,7 @@ def make_interpreter(folder, *packages):
 def test_an_interpreter_needs_few_packages_to_be_measured(script, tmp_path, packages):
     """One that lacks them says so before the training, which is as ever, and so does the command that wraps it."""
     python = make_interpreter(tmp_path / "bare", *packages)
-    words = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", python]
+    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", python]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*words, script("print('loss', train(20))")], cwd=tmp_path, env=environment, capture_output=True, text=True,

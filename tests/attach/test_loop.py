@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from harness.attach.follower import Next
-from harness.attach.meter import Meter
-from harness.attach.optimizer import StopTraining
+from lorameter.attach.follower import Next
+from lorameter.attach.meter import Meter
+from lorameter.attach.optimizer import StopTraining
 
 
 @pytest.fixture

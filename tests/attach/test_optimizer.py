@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from harness.attach.follower import Next
-from harness.attach.optimizer import MOST_OTHERS, OptimizerSource, StopTraining
+from lorameter.attach.follower import Next
+from lorameter.attach.optimizer import MOST_OTHERS, OptimizerSource, StopTraining
 
 ROWS = 3
 

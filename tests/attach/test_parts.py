@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from harness.attach import parts as module
-from harness.attach.parts import Parts, times_of
-from harness.attach.shield import Shield
+from lorameter.attach import parts as module
+from lorameter.attach.parts import Parts, times_of
+from lorameter.attach.shield import Shield
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from harness.attach import gathered, ranks
-from harness.attach.follower import StepReading, Training
-from harness.attach.ranks import folder_of
-from harness.attach.variables import RUN
-from harness.attach.writer import Writer
-from harness.records import store
+from lorameter.attach import gathered, ranks
+from lorameter.attach.follower import StepReading, Training
+from lorameter.attach.ranks import folder_of
+from lorameter.attach.variables import RUN
+from lorameter.attach.writer import Writer
+from lorameter.records import store
 from kernels_check import Check
 
 CHECK = Check(path="mode", required=None, observed="train", status="active", reason="seen")

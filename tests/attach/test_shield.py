@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from harness.attach import shield as module
-from harness.attach.shield import NotFollowedError, Shield
+from lorameter.attach import shield as module
+from lorameter.attach.shield import NotFollowedError, Shield
 
 
 def fail(error):

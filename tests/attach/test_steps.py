@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.attach.follower import Next, Training, weakly
-from harness.attach.shield import Shield
-from harness.attach.steps import Steps, make_watch
+from lorameter.attach.follower import Next, Training, weakly
+from lorameter.attach.shield import Shield
+from lorameter.attach.steps import Steps, make_watch
 
 
 @pytest.fixture

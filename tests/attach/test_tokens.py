@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
+from lorameter.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
 
 
 def tokens_of(batch):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from harness.attach.attachment import UnendedError, this_process
-from harness.attach.follower import Next
-from harness.attach.meter import Meter
-from harness.attach.trainer_hook import add_meter
+from lorameter.attach.attachment import UnendedError, this_process
+from lorameter.attach.follower import Next
+from lorameter.attach.meter import Meter
+from lorameter.attach.trainer_hook import add_meter
 
 
 def arguments(folder, **more):

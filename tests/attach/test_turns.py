@@ -13,9 +13,9 @@ import threading
 import pytest
 import torch
 
-from harness.attach.follower import Next, StepReading, Training, weakly
-from harness.attach.turns import SOCKET, Turns, address
-from harness.machine.seating import seat
+from lorameter.attach.follower import Next, StepReading, Training, weakly
+from lorameter.attach.turns import SOCKET, Turns, address
+from lorameter.machine.seating import seat
 
 LARGE_BYTES = 64 << 20
 
@@ -91,8 +91,8 @@ def test_an_evaluation_is_not_in_the_peak_of_training(parent):
 
 FORKING = """
 import os
-from harness.attach.follower import Training
-from harness.attach.turns import Turns
+from lorameter.attach.follower import Training
+from lorameter.attach.turns import Turns
 
 Turns().begin(Training(
     source="loop", model=None, planned_steps=None, trainable_parameters=6, total_parameters=6, accumulation=1

@@ -7,14 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.attach.follower import StepReading, Training, weakly
-from harness.attach.gathered import Gathered
-from harness.attach.work import Work
-from harness.models.costs.flops import StepTokens, six_n, training_flops
-from harness.models.shapes import shape_of_config
-from harness.records.metrics import samples_of
-from harness.records.record import TrialRecord
-from harness.studies.variant import Variant
+from lorameter.attach.follower import StepReading, Training, weakly
+from lorameter.attach.gathered import Gathered
+from lorameter.attach.work import Work
+from lorameter.models.costs.flops import StepTokens, six_n, training_flops
+from lorameter.models.shapes import shape_of_config
+from lorameter.records.metrics import samples_of
+from lorameter.records.record import TrialRecord
+from lorameter.studies.variant import Variant
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.attach import wrapped
-from harness.attach.traces import command_of, remove_abandoned, wrapping
-from harness.cli import main
-from harness.commands.wrap import read_requirements
-from harness.errors import UsageError
-from harness.records import store
+from lorameter.attach import wrapped
+from lorameter.attach.traces import command_of, remove_abandoned, wrapping
+from lorameter.cli import main
+from lorameter.commands.wrap import read_requirements
+from lorameter.errors import UsageError
+from lorameter.records import store
 
 LOOP = """
 import os, signal, sys, time
@@ -99,7 +99,7 @@ def test_an_exit_code_beside_an_end_that_was_seen_is_noted(wrap):
     """The training had ended before, so what was measured stands; the exit code is the command's."""
     text = LOOP.replace(
         "train(30)",
-        "from harness.attach import Meter\nwith Meter(model) as meter:\n    for _ in meter.steps(range(30)): train(1)",
+        "from lorameter.attach import Meter\nwith Meter(model) as meter:\n    for _ in meter.steps(range(30)): train(1)",
     )
     code, run = wrap(text + "sys.exit(3)\n", "--no-report")
     (record,) = run.records
@@ -331,7 +331,7 @@ def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch
 
 def test_the_hook_is_where_it_is_said_to_be():
     """It ships with the package."""
-    from harness.attach.child import HOOK
+    from lorameter.attach.child import HOOK
 
     assert (Path(HOOK) / "sitecustomize.py").is_file()
 
@@ -343,7 +343,7 @@ def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_
     os.mkfifo(fifo)
     runs = tmp_path / "runs"
     text = "open('runs-on', 'w').write('x'); open('until').read()"
-    words = [sys.executable, "-m", "harness.cli", "wrap", "--runs-dir", "runs", "--", sys.executable, "-c", text]
+    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--runs-dir", "runs", "--", sys.executable, "-c", text]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as process, fifo.open("w"):  # opened when the command waits
         (command,) = psutil.Process(process.pid).children()
         process.kill()

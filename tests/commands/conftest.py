@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli
+from lorameter import cli
 
 TESTS = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.records import store
+from lorameter.records import store
 
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"
 FAST, SLOW = "python scripted.py plain", "python scripted.py slow"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.models import catalogue
+from lorameter.cli import main
+from lorameter.models import catalogue
 
 STEPS = {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]}
 DEEP = 100_000

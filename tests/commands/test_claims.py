@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from harness import cli
+from lorameter import cli
 
 SMALL = """
 extends = "gradient-checkpointing"

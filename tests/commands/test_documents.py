@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.cli import main
-from harness.commands.documents import (
+from lorameter.cli import main
+from lorameter.commands.documents import (
     DOCUMENTS,
     PARTS,
     ClaimsOf,
@@ -20,7 +20,7 @@ from harness.commands.documents import (
     ReportOfRun,
     RunOf,
 )
-from harness.commands.output import SCHEMA
+from lorameter.commands.output import SCHEMA
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]

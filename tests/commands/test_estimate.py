@@ -12,16 +12,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.cli import main
-from harness.commands.documents_of_estimates import EstimateOf
-from harness.errors import UsageError
-from harness.machine import provenance
-from harness.models import catalogue, shapes
-from harness.models.costs.memory import birth_bytes, estimate_memory
-from harness.records.metrics import BIRTH
-from harness.run.contenders import Contender
-from harness.run.feasibility import check_feasible
-from harness.studies.study_file import load_study
+from lorameter.cli import main
+from lorameter.commands.documents_of_estimates import EstimateOf
+from lorameter.errors import UsageError
+from lorameter.machine import provenance
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.memory import birth_bytes, estimate_memory
+from lorameter.records.metrics import BIRTH
+from lorameter.run.contenders import Contender
+from lorameter.run.feasibility import check_feasible
+from lorameter.studies.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 SPEC = "lora-or-qlora:qlora-nf4-r16"
@@ -42,7 +42,7 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     """The largest peak of that variant and workload on this machine."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
-        "harness.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
+        "lorameter.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
     write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
     assert main(["estimate", "small:plain", "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
@@ -227,7 +227,7 @@ def test_peaks_of_a_cpu_are_not_set_beside_those_of_a_card(
     """Today's run was of another device."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
-        "harness.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
+        "lorameter.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
     write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
     runs = ["--runs-dir", str(tmp_path / "runs"), "--json"]
@@ -261,7 +261,7 @@ def test_nothing_is_loaded_for_a_card_that_is_not_here():
     """Neither torch nor a model."""
     done = subprocess.run(
         [sys.executable, "-c",
-         "import sys; from harness.cli import main; "
+         "import sys; from lorameter.cli import main; "
          f"code = main(['estimate', {SPEC!r}, '--model', 'llama2-70b', '--gpu', 'H100', '--max-batch']); "
          "print('LOADED', code, sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"],
         cwd=ROOT, capture_output=True, text=True, check=True,

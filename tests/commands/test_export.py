@@ -8,11 +8,11 @@ import tracemalloc
 import msgspec
 import pytest
 
-from harness import cli
-from harness.commands import export
-from harness.commands.documents_of_many import ExportedOf
-from harness.records import store
-from harness.results import columns, files
+from lorameter import cli
+from lorameter.commands import export
+from lorameter.commands.documents_of_many import ExportedOf
+from lorameter.records import store
+from lorameter.results import columns, files
 
 
 @pytest.fixture

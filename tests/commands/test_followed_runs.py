@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli
+from lorameter import cli
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "torch_loop.py"
 

@@ -5,9 +5,9 @@ import json
 import msgspec
 import pytest
 
-from harness import cli
-from harness.commands.documents_of_many import RunsOf
-from harness.verdicts.baselines import accept
+from lorameter import cli
+from lorameter.commands.documents_of_many import RunsOf
+from lorameter.verdicts.baselines import accept
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
-from harness.cli import parser
-from harness.commands.options import OPTIONS
-from harness.run.device import IfBusy
+from lorameter.cli import parser
+from lorameter.commands.options import OPTIONS
+from lorameter.run.device import IfBusy
 
 SHARED = ("model", "data", "if-busy")
 

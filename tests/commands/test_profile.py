@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import pytest
 
-import harness.run.executors.local
-from harness.cli import main
-from harness.records.preparation import Hello, TokenSummary
-from harness.records.record import Fragment
-from harness.run.executors import Place
-from harness.run.executors.local import LocalExecutor
+import lorameter.run.executors.local
+from lorameter.cli import main
+from lorameter.records.preparation import Hello, TokenSummary
+from lorameter.records.record import Fragment
+from lorameter.run.executors import Place
+from lorameter.run.executors.local import LocalExecutor
 
 
 class FakeExecutor(LocalExecutor):
@@ -53,7 +53,7 @@ class FakeExecutor(LocalExecutor):
 
 def test_a_profile_of_a_step_asks_for_no_request(tmp_path, monkeypatch, capsys):
     """The step is profiled, and nothing is done that `--phase generate` is for."""
-    monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", FakeExecutor)
+    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", FakeExecutor)
     monkeypatch.setattr(FakeExecutor, "asked", [])
     assert main(["profile", "training-step", "--runs-dir", str(tmp_path)]) == 4  # its process left nothing to be read
     assert "cannot be read" in capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_a_profile_of_a_step_asks_for_no_request(tmp_path, monkeypatch, capsys):
 @pytest.mark.xfail(strict=True, reason="profile has no option that limits its time")
 def test_a_profile_keeps_to_a_limit_of_minutes(tmp_path):
     """`--max-minutes` is taken, and the profile ends within it."""
-    command = [sys.executable, "-m", "harness.cli", "profile", "training-step", "--max-minutes", "1"]
+    command = [sys.executable, "-m", "lorameter.cli", "profile", "training-step", "--max-minutes", "1"]
     begin = time.monotonic()
     done = subprocess.run([*command, "--runs-dir", str(tmp_path)], capture_output=True, check=False)
     assert done.returncode == 0

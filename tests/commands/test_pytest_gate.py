@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.commands import pytest_gate
-from harness.errors import UsageError
-from harness.verdicts.comparand import Comparand
-from harness.verdicts.gate import Policy
+from lorameter.commands import pytest_gate
+from lorameter.errors import UsageError
+from lorameter.verdicts.comparand import Comparand
+from lorameter.verdicts.gate import Policy
 
 FACTS = {"device": "cpu", "python": "3.11.7", "cuda": "13.0", "libraries": {"torch": "2.15.0"}, "threads": 1}
 

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from harness.cli import main
-from harness.records import codec
-from harness.records.store import read_manifest
-from harness.verdicts.gate import Policy
+from lorameter.cli import main
+from lorameter.records import codec
+from lorameter.records.store import read_manifest
+from lorameter.verdicts.gate import Policy
 from tests.constructed import FILES, RUNS
 
 

@@ -40,7 +40,7 @@ COMMAND = "python scripted.py {slow|plain}"
 )
 def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, said, monkeypatch):
     """With exit code 2, what is wrong and the remedy; on a machine without a GPU."""
-    monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
+    monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     code, out, err = scripted("run", *words)
     assert (code, out) == (2, "")
     assert said in err
@@ -55,7 +55,7 @@ def test_an_engine_of_the_workload_has_no_sides(scripted):
 
 def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
     """And what it would take is said to be unknown here."""
-    monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
+    monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     code, out, _ = scripted("run", "liger-kernel", "--command", COMMAND, "--dry-run")
     assert code == 0
     for words in ("plain-control", "needs-gpu", "time    unknown (it cannot be measured on this machine)"):

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
-from harness.cli import main
+import lorameter
+from lorameter.cli import main
 
-METER_IMPORT = "from harness.attach import Meter"
+METER_IMPORT = "from lorameter.attach import Meter"
 """The line with which a script imports the meter."""
 COMMANDS = (
     "run", "ab", "calibrate", "bisect", "wrap", "doctor", "estimate", "profile", "parity", "report", "list", "model",
@@ -33,12 +33,12 @@ BIN = Path(sys.executable).parent
 
 def load(*arguments: object) -> Any:
     """`load` of the public API."""
-    return harness.load(*arguments)
+    return lorameter.load(*arguments)
 
 
 def load_all(*arguments: object) -> Any:
     """`load_all` of the public API."""
-    return harness.load_all(*arguments)
+    return lorameter.load_all(*arguments)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def test_the_page_says_what_is_printed(tmp_path):
         if line.startswith("$ "):
             words = shlex.split(line.removeprefix("$ lorameter"))
             done = subprocess.run(
-                [sys.executable, "-m", "harness.cli", *words, "--runs-dir", "runs"],
+                [sys.executable, "-m", "lorameter.cli", *words, "--runs-dir", "runs"],
                 cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
             printed = done.stdout + done.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main, parser
-from harness.studies.study_file import builtin_studies, load_study
+from lorameter.cli import main, parser
+from lorameter.studies.study_file import builtin_studies, load_study
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "engines.md"
@@ -43,8 +43,8 @@ def page(tmp_path, monkeypatch):
 
 def test_its_commands_print_what_stands_below_them(page, monkeypatch, capsys):
     """On a machine without a GPU, on which not all of a large model's variants fit side by side."""
-    monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
-    monkeypatch.setattr("harness.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
+    monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
+    monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
     lines = [line for block in blocks("console") for line in block.splitlines()]
     assert sum(line.startswith("$ ") for line in lines) == 6
     printed = ""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.models.catalogue import cache_dir
-from harness.records import store
+from lorameter.models.catalogue import cache_dir
+from lorameter.records import store
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def with_meter(name, folder):
     return folder / name
 
 
-IMPORT = "import torch\nfrom harness.attach import Meter\n"
+IMPORT = "import torch\nfrom lorameter.attach import Meter\n"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def wrap(tmp_path):
     """A function that wraps an example in a process of its own, and returns what was done and the run."""
 
     def run(name, *words, require=()):
-        command = ["-m", "harness.cli", "wrap", "--no-report", "--runs-dir", str(tmp_path / "runs")]
+        command = ["-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", str(tmp_path / "runs")]
         command += ["--require", *require] if require else []
         done = start(*command, "--", sys.executable, str(EXAMPLES / name), *words, folder=tmp_path)
         return done, only_run(tmp_path / "runs")
@@ -129,7 +129,7 @@ def test_two_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
     shutil.copy(EXAMPLES / name, tmp_path)
     commands = [f"python {name} --steps 400 {options}".strip() for options in (base, candidate)]
     done = start(
-        "-m", "harness.cli", "ab", "--base-command", commands[0], "--candidate-command", commands[1], "--replicates",
+        "-m", "lorameter.cli", "ab", "--base-command", commands[0], "--candidate-command", commands[1], "--replicates",
         "2", "--steps", "4", "--allow-disturbed", "--runs-dir", "runs", "--json", folder=tmp_path,
     )  # fmt: skip
     found = json.loads(done.stdout)
@@ -173,7 +173,7 @@ def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
     shutil.copy(EXAMPLES / "sft_qlora.py", tmp_path)
     command = shlex.join(["python", "sft_qlora.py", *sft_words, "--steps", "400"])
     done = start(
-        "-m", "harness.cli", "ab", "--base-command", command, "--candidate-command", f"{command} --bits 16",
+        "-m", "lorameter.cli", "ab", "--base-command", command, "--candidate-command", f"{command} --bits 16",
         "--replicates", "2", "--steps", "4", "--allow-disturbed", "--runs-dir", "runs", "--json", folder=tmp_path,
     )  # fmt: skip
     found = json.loads(done.stdout)

@@ -114,7 +114,7 @@ def test_an_example_does_what_it_says(example, tmp_path):
     for command, expected in example.commands:
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
         if words[0] == "lorameter":
-            words[:1] = [sys.executable, "-m", "harness.cli"]
+            words[:1] = [sys.executable, "-m", "lorameter.cli"]
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         printed = done.stdout + done.stderr
         for line in expected:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import parser
-from harness.studies.place import OF_SLURM, OURS, Place, is_batch, read_asked
-from harness.studies.study_file import load_study
+from lorameter.cli import parser
+from lorameter.studies.place import OF_SLURM, OURS, Place, is_batch, read_asked
+from lorameter.studies.study_file import load_study
 
 PAGE = (Path(__file__).parents[2] / "docs" / "machines.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import parser
+from lorameter.cli import parser
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "own-script.md"

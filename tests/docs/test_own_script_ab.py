@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import parser
-from harness.commands import ab_scripts
-from harness.run.executors import script_worker, workplace
-from harness.studies.protocol import STEPS_PER_TURN
-from harness.studies.study_file import load_study
-from harness.verdicts import sameness
+from lorameter.cli import parser
+from lorameter.commands import ab_scripts
+from lorameter.run.executors import script_worker, workplace
+from lorameter.studies.protocol import STEPS_PER_TURN
+from lorameter.studies.study_file import load_study
+from lorameter.verdicts import sameness
 
 PAGE = Path(__file__).parents[2] / "docs" / "own-script-ab.md"
 TEXT = PAGE.read_text(encoding="utf-8")

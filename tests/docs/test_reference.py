@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.commands.reference import documents_of, write_reference
-from harness.studies import study_file
-from harness.studies.claim import RULES, Claim, Part
-from harness.studies.columns import Columns
-from harness.studies.engine import Engine
-from harness.studies.protocol import Protocol
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.verdicts.gate import LimitRule, Policy
+from lorameter.cli import main
+from lorameter.commands.reference import documents_of, write_reference
+from lorameter.studies import study_file
+from lorameter.studies.claim import RULES, Claim, Part
+from lorameter.studies.columns import Columns
+from lorameter.studies.engine import Engine
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.verdicts.gate import LimitRule, Policy
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
 CLASSES = (Claim, Columns, Engine, LimitRule, Part, Policy, Protocol, Variant, Workload)

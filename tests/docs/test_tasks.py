@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main, parser
+from lorameter.cli import main, parser
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.records import store
+from lorameter.records import store
 
 PRETENDED = Path(__file__).with_name("pretended.py")
 STUDY = """
@@ -36,7 +36,7 @@ import pytest
 spec = importlib.util.spec_from_file_location("pretended", os.environ["PRETENDED"])
 pretended = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pretended)
-from harness.pytest_plugin import attach
+from lorameter.pytest_plugin import attach
 
 def pytest_configure(config):
     pretended.local.LocalExecutor = pretended.Pretended

@@ -22,11 +22,11 @@ import sys
 import time
 from pathlib import Path
 
-import harness.run.executors.local as local
-from harness.records.preparation import BaseSummary, Hello, TokenSummary
-from harness.records.record import Fragment
-from harness.run.executors.disk import Disk
-from harness.trial.failure import failure_of
+import lorameter.run.executors.local as local
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import Fragment
+from lorameter.run.executors.disk import Disk
+from lorameter.trial.failure import failure_of
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
 
@@ -142,7 +142,7 @@ class Pretended(local.LocalExecutor):
 
 
 if __name__ == "__main__":
-    from harness.cli import main
+    from lorameter.cli import main
 
     local.LocalExecutor = Pretended
     sys.exit(main(sys.argv[1:]))

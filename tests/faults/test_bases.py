@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.models import bases
-from harness.records.refusals import RefusedError
-from harness.run.bases import prepare_bases
-from harness.run.executors import WorkerLostError
-from harness.run.executors.local import LocalExecutor
-from harness.run.plan import make_plan
-from harness.studies.request import BaseRequest
+from lorameter.models import bases
+from lorameter.records.refusals import RefusedError
+from lorameter.run.bases import prepare_bases
+from lorameter.run.executors import WorkerLostError
+from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.plan import make_plan
+from lorameter.studies.request import BaseRequest
 
 
 @pytest.fixture(scope="module")

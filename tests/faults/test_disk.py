@@ -11,8 +11,8 @@ import subprocess
 
 import pytest
 
-from harness.records import journal, store
-from harness.records.document import write_document
+from lorameter.records import journal, store
+from lorameter.records.document import write_document
 
 
 def limited(**limits):
@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
     """The system takes what fits and then refuses; the file ends with the line before."""
     code = (
-        "import sys; from pathlib import Path; from harness.records import journal\n"
+        "import sys; from pathlib import Path; from lorameter.records import journal\n"
         "path = Path(sys.argv[1])\njournal.append(path, 'x' * 99 + '\\n')\n"
         "try: journal.append(path, 'y' * 99 + '\\n')\nexcept OSError as error: print(error.errno)"
     )

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import InvalidRunError, UsageError
-from harness.records import store
-from harness.records.outputs import replacing
-from harness.report.html.page import save_html
-from harness.results.files import write_tables, write_text
-from harness.results.pack import pack
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.records import store
+from lorameter.records.outputs import replacing
+from lorameter.report.html.page import save_html
+from lorameter.results.files import write_tables, write_text
+from lorameter.results.pack import pack
 from tests.constructed import RUNS
 
 TOO_LARGE = r"File too large\. Raise the limit of file sizes \(ulimit -f\), or "
@@ -84,7 +84,7 @@ def test_a_pack_that_does_not_fit_is_not_there(tmp_path, monkeypatch):
 
     with pytest.raises(UsageError, match=r"no/x\.zip: cannot be written: No such file or directory\. Give another"):
         pack("sound", RUNS, tmp_path / "no" / "x.zip")
-    monkeypatch.setattr("harness.results.pack.write_packed", write_half)
+    monkeypatch.setattr("lorameter.results.pack.write_packed", write_half)
     with pytest.raises(InvalidRunError, match=r"x\.zip: No space left on device\. Free space there, or give another"):
         pack("sound", RUNS, tmp_path / "x.zip")
     assert not list(tmp_path.iterdir())

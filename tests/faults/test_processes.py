@@ -12,13 +12,13 @@ import signal
 import psutil
 import pytest
 
-from harness.errors import InvalidRunError, UsageError
-from harness.machine.processes import FAULTS
-from harness.run.executors import WorkerLostError
-from harness.run.executors.disk import Disk
-from harness.run.executors.local import LocalExecutor
-from harness.run.plan import make_plan
-from harness.run.site import Site, request_of
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.machine.processes import FAULTS
+from lorameter.run.executors import WorkerLostError
+from lorameter.run.executors.disk import Disk
+from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.plan import make_plan
+from lorameter.run.site import Site, request_of
 
 DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
 
@@ -91,7 +91,7 @@ def test_a_cold_interpreter_that_is_stopped_is_a_row(executor, doomed, request_c
 
 def test_a_token_process_that_is_stopped_ends_the_run_before_it_begins(executor, doomed, small_study, monkeypatch):
     """After the time that a download may take; it is gone with its group, and the log is named."""
-    monkeypatch.setattr("harness.run.executors.local.TOKENS_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("lorameter.run.executors.local.TOKENS_TIMEOUT_S", 1.0)
     doomed("tokens", signal.SIGSTOP)
     with pytest.raises(InvalidRunError, match=r"tokens took over 1 s.*tokens\.log"):
         executor.prepare_tokens(small_study.workload)

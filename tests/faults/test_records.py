@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from harness.records.store import TRIALS
+from lorameter.records.store import TRIALS
 
 STUDY_TRIALS = 9
 """Three of each of two variants and of the control."""
@@ -28,7 +28,7 @@ def reported(runs):
     """A function that asks for the report of a run, as JSON is not asked for: what people read."""
 
     def report(name):
-        words = [sys.executable, "-m", "harness.cli", "report", name, "--runs-dir", str(runs)]
+        words = [sys.executable, "-m", "lorameter.cli", "report", name, "--runs-dir", str(runs)]
         return subprocess.run(words, capture_output=True, text=True, check=False)
 
     return report

@@ -11,11 +11,11 @@ import sys
 
 import pytest
 
-from harness.errors import InvalidRunError
-from harness.records import store
-from harness.records.refusals import REFUSED
-from harness.run.executors.disk import Disk
-from harness.run.executors.local import LocalExecutor
+from lorameter.errors import InvalidRunError
+from lorameter.records import store
+from lorameter.records.refusals import REFUSED
+from lorameter.run.executors.disk import Disk
+from lorameter.run.executors.local import LocalExecutor
 
 
 def limited(most):
@@ -145,7 +145,7 @@ def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_dis
 def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, only_run, tmp_path):
     """`accept` under a limit that its document does not fit into: the accepted run is the one that it was."""
     assert subprocess.run(command(), capture_output=True, check=False).returncode == 0
-    words = [sys.executable, "-m", "harness.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
+    words = [sys.executable, "-m", "lorameter.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0
     before = (runs / "baselines.json").read_bytes()
     done = subprocess.run(words, preexec_fn=limited(10), capture_output=True, text=True, check=False)
@@ -180,7 +180,7 @@ def test_what_pytest_cannot_save_is_in_the_run(session, only_run, tmp_path):
 
 @pytest.mark.parametrize("limit", ["AS", "DATA"])
 @pytest.mark.parametrize(
-    "words", [["harness.cli", "run", "training-step", "--dry-run"], ["harness.cli", "report", "x"], ["kernels_check"]]
+    "words", [["lorameter.cli", "run", "training-step", "--dry-run"], ["lorameter.cli", "report", "x"], ["kernels_check"]]
 )
 def test_no_room_for_numpy_is_no_verdict(words, limit):
     """OpenBLAS would end the process with 1, which means a regression, or try for minutes: 4, the limit, the remedy."""

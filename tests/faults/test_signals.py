@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 
-from harness.machine.guard import marked
+from lorameter.machine.guard import marked
 
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 ONE_OF_THEM = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.faults) for number in ASKED if number != 15)]
@@ -156,7 +156,7 @@ def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, git, st
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
     """Real ones, as soon as they are there: the zygote imports and the tokens are made."""
-    words = [sys.executable, "-m", "harness.cli", *command()[4:]]
+    words = [sys.executable, "-m", "lorameter.cli", *command()[4:]]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         parent = psutil.Process(process.pid)
         while len(children := parent.children(recursive=True)) < 2:
@@ -217,7 +217,7 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
         f"[[variant]]\nname = 'b'\ncommand = '{sys.executable} launch.py 2'\ncwd = '{tmp_path}'\n"
     )
     words = ["run", str(tmp_path / "study.toml"), "--runs-dir", str(tmp_path / "runs"), "--interleave", "replicates"]
-    with subprocess.Popen([sys.executable, "-m", "harness.cli", *words], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-m", "lorameter.cli", *words], stderr=subprocess.PIPE, text=True) as process:
         assert launcher[0].read_text() == "up"
         of_it = launcher[1]()
         process.send_signal(number)
@@ -237,7 +237,7 @@ def test_a_wrapped_command_that_is_told_to_stop(number, tmp_path):
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nopen(sys.argv[1], 'w').write('up')\n"
     )
     command = [sys.executable, "-c", f"{text}time.sleep(300)", str(tmp_path / "started")]
-    words = [sys.executable, "-m", "harness.cli", "wrap", "--runs-dir", str(tmp_path / "runs"), "--", *command]
+    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--runs-dir", str(tmp_path / "runs"), "--", *command]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert (tmp_path / "started").read_text() == "up"
         process.send_signal(number)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
+from lorameter.cli import main
 from kernels_check.streams import EXIT_CLOSED_PIPE
 from tests.constructed import RUNS
 
@@ -46,7 +46,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, cl
 
 
 @pytest.mark.parametrize(
-    "program", [["harness.cli", "list", "models"], ["kernels_check", "rules"], ["harness.cli", "--help"]]
+    "program", [["lorameter.cli", "list", "models"], ["kernels_check", "rules"], ["lorameter.cli", "--help"]]
 )
 def test_the_end_of_the_process_adds_nothing(program, closed_pipe):
     """What the interpreter still has in a buffer when it ends does not become its own complaint and 120."""
@@ -54,7 +54,7 @@ def test_the_end_of_the_process_adds_nothing(program, closed_pipe):
     assert (done.returncode, done.stderr) == (EXIT_CLOSED_PIPE, b"")
 
 
-@pytest.mark.parametrize("program", [["harness.cli", "list", "models"], ["kernels_check", "rules"]])
+@pytest.mark.parametrize("program", [["lorameter.cli", "list", "models"], ["kernels_check", "rules"]])
 def test_a_full_disk_behind_the_output_is_said(program):
     """One line and the code of what this machine could not do; no defect, no verdict."""
     with Path("/dev/full").open("w") as full:
@@ -122,7 +122,7 @@ def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     for words in (["report", "sound"], ["compare", "sound", "slower", "--json"]):
         done = subprocess.run(
-            [sys.executable, "-m", "harness.cli", *words, "--runs-dir", str(RUNS)],
+            [sys.executable, "-m", "lorameter.cli", *words, "--runs-dir", str(RUNS)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode in (0, 1)

@@ -17,9 +17,9 @@ from benchmarks.gpu import campaign, journal
 from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
 from benchmarks.gpu.steps import BASES, CARD, STEPS, STUDY, Step, command, runs_of
-from harness.cli import main, parser
-from harness.run.contenders import contenders_of
-from harness.studies.study_file import load_study, load_variant
+from lorameter.cli import main, parser
+from lorameter.run.contenders import contenders_of
+from lorameter.studies.study_file import load_study, load_variant
 
 ROOT = Path(__file__).parents[2]
 
@@ -177,7 +177,7 @@ def test_what_is_measured_on_a_card_can_be_planned_without_one(chosen, tmp_path,
 
 def check_words(words):
     assert words[1] == "-m"
-    if words[2] == "harness.cli":
+    if words[2] == "lorameter.cli":
         options = parser().parse_args(words[3:])
         assert options.json
         if study := getattr(options, "study", None):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from harness.machine.bounds import OverTimeError, memory_limit, time_limit
+from lorameter.machine.bounds import OverTimeError, memory_limit, time_limit
 
 
 def test_who_computes_for_too_long_is_ended():

@@ -13,7 +13,7 @@ def test_how_cards_reach_each_other_is_told(nvml):
     """By NVLink where the driver says so, else by where they meet; links that are up are counted; hidden cards and
     instances are left out."""
     lines = """
-        from harness.machine.cards import card_links
+        from lorameter.machine.cards import card_links
         told = card_links()
         tell([
             [[pair.first, pair.second, pair.through.value] for pair in told.value.pairs],
@@ -36,7 +36,7 @@ def test_how_cards_reach_each_other_is_told(nvml):
 
 
 VISIBLE = """
-    from harness.machine.cards import visible_cards
+    from lorameter.machine.cards import visible_cards
     tell([
         [one.entry, one.name.value, one.board.value, one.power_limit_w.value, one.name.reason]
         for one in visible_cards().value
@@ -65,10 +65,10 @@ def test_each_visible_card_is_known_by_whatever_name_it_has(nvml, visible, told)
 
 SITES = """
     import dataclasses
-    from harness.errors import UsageError
-    from harness.machine import provenance
-    from harness.run.executors.local import LocalExecutor
-    from harness.run.sites import local
+    from lorameter.errors import UsageError
+    from lorameter.machine import provenance
+    from lorameter.run.executors.local import LocalExecutor
+    from lorameter.run.sites import local
     provenance._torch_cuda = lambda: "13.0"
     local.share_cpus = lambda cpus, sites, asked: [[0]] * sites  # however many this machine has
     machine = provenance.probe_machine()

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from harness.machine.memory import MemoryGauge
-from harness.machine.neighbours import neighbours_of
-from harness.machine.throttle import IDLE
-from harness.machine.watch import Watch, card_of
-from harness.trial.clock import Stopwatch
+from lorameter.machine.memory import MemoryGauge
+from lorameter.machine.neighbours import neighbours_of
+from lorameter.machine.throttle import IDLE
+from lorameter.machine.watch import Watch, card_of
+from lorameter.trial.clock import Stopwatch
 
 pytestmark = pytest.mark.gpu
 CONTEXT_BYTES = 2 * 2**30

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from harness.machine.cgroup import cpu_quota, memory_left
-from harness.machine.host import CUMULATIVE, HostWatch, host_counters, withheld_share
-from harness.machine.system import memory_available_bytes, memory_bytes, system_facts
+from lorameter.machine.cgroup import cpu_quota, memory_left
+from lorameter.machine.host import CUMULATIVE, HostWatch, host_counters, withheld_share
+from lorameter.machine.system import memory_available_bytes, memory_bytes, system_facts
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")

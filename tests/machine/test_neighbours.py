@@ -7,8 +7,8 @@ import pytest
 GIB = 2**30
 ASK = """
     import dataclasses, os
-    from harness.machine.neighbours import neighbours_of
-    from harness.machine.nvml import open_device
+    from lorameter.machine.neighbours import neighbours_of
+    from lorameter.machine.nvml import open_device
     with open(os.environ["FAKE_NVML"], "a") as file:
         file.write("0.processes=" + {listed} + "\\n")
     found = neighbours_of(open_device().value, generations={generations})

@@ -9,7 +9,7 @@ from tests.machine.two_cards import MIG, TWO
 NOT_SUPPORTED, NO_PERMISSION, GPU_IS_LOST = 3, 4, 15
 SAMPLE = """
     import dataclasses
-    from harness.machine.nvml import open_device
+    from lorameter.machine.nvml import open_device
     device = open_device().value
     facts, sample = device.facts(), device.sample()
     tell({
@@ -18,7 +18,7 @@ SAMPLE = """
     })
 """
 NAME = """
-    from harness.machine.nvml import open_device
+    from lorameter.machine.nvml import open_device
     found = open_device()
     tell(found.reason if found.value is None else [found.value.facts().name.value, found.value.sliced])
 """

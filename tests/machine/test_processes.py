@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from harness.machine.processes import exit_words, held_back
+from lorameter.machine.processes import exit_words, held_back
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_process_leaves_with_its_code_and_its_words(code):
     """What is registered for the end is run, what was printed is written, and no thread is waited for."""
     program = (
         "import atexit, threading, time\n"
-        "from harness.machine.processes import leave\n"
+        "from lorameter.machine.processes import leave\n"
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"
         "atexit.register(print, 'at the end')\n"
         "print('before', end=' ')\n"

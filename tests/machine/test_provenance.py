@@ -7,9 +7,9 @@ import hashlib
 
 import pytest
 
-from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
-from harness.machine.steering import switches_of
-from harness.records import codec
+from lorameter.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
+from lorameter.machine.steering import switches_of
+from lorameter.records import codec
 
 CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
 
@@ -19,7 +19,7 @@ def on_card(small_study, machine, monkeypatch):
     """A function that collects the provenance of a run on a card with these settings; None: before they were kept."""
 
     def facts(told):
-        monkeypatch.setattr("harness.machine.provenance.settings", lambda *, card, environment: {"card": told})
+        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, card, environment: {"card": told})
         found = collect(small_study, read_facts(dataclasses.replace(machine, device="cuda", device_name="Card")), 1)
         if told is None:
             del found["settings"]

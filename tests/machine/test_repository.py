@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from harness.machine.repository import git_state, run_git
+from lorameter.machine.repository import git_state, run_git
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 ASK = """
-    from harness.machine.system import settings
+    from lorameter.machine.system import settings
     tell(settings(card=True)["card"])
 """
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from harness.machine.validity import judge
+from lorameter.machine.validity import judge
 
 QUIET = {
     "host_watched_train_s": 100.0, "host_cpu_stall_train_s": 0.5, "host_steal_train_s": 0.1,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from harness.machine.watch import Watch
+from lorameter.machine.watch import Watch
 
 WATCH = """
-    from harness.machine.nvml import open_device
-    from harness.machine.watch import DeviceWatch
+    from lorameter.machine.nvml import open_device
+    from lorameter.machine.watch import DeviceWatch
     watch = DeviceWatch(open_device().value, energy={energy})
     found = []
     for begin, end in {stretches}:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from harness.models import bases
-from harness.models.bases import Description
+from lorameter.models import bases
+from lorameter.models.bases import Description
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_what_a_run_holds_stays(home):
 
 def test_what_a_killed_process_has_left_goes(home):
     """A draft that nobody is at; one under way, whose place is locked, stays."""
-    from harness.records.locks import locked
+    from lorameter.records.locks import locked
 
     for name in ("left", "made"):
         (home / f"{name}.partial").mkdir(parents=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue
-from harness.models.catalogue import CATALOGUE
+from lorameter.errors import UsageError
+from lorameter.models import catalogue
+from lorameter.models.catalogue import CATALOGUE
 
 
 @pytest.fixture(autouse=True)

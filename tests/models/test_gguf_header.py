@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, gguf_header, shapes
-from harness.models.gguf_header import read_header
-from harness.records.inputs import NotReadableError
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, gguf_header, shapes
+from lorameter.models.gguf_header import read_header
+from lorameter.records.inputs import NotReadableError
 
 gguf = pytest.importorskip("gguf")
 
@@ -129,7 +129,7 @@ def test_a_dry_run_reads_the_header_once(gguf_file, tmp_path):
     (tmp_path / "study.toml").write_text(study)
     code = (
         "import sys\n"
-        "from harness.cli import main\n"
+        "from lorameter.cli import main\n"
         "opened = []\n"
         "sys.addaudithook(lambda event, told: event == 'open' and opened.append(str(told[0])))\n"
         f"code = main(['run', 'study.toml', '--model', {str(gguf_file)!r}, '--dry-run'])\n"

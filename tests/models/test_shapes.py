@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, shapes
-from harness.models.catalogue import CATALOGUE
-from harness.models.costs.memory import stored_dtype
-from harness.models.families import FAMILIES
-from harness.models.shapes import ModelShape
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.catalogue import CATALOGUE
+from lorameter.models.costs.memory import stored_dtype
+from lorameter.models.families import FAMILIES
+from lorameter.models.shapes import ModelShape
 
 LLAMA = {
     "model_type": "llama",
@@ -200,7 +200,7 @@ def test_broken_gguf_is_a_usage_error(tmp_path):
 def test_no_heavy_import():
     """Resolving a name and reading a shape load neither torch, transformers nor numpy."""
     code = (
-        "import sys; from harness.models import catalogue, shapes\n"
+        "import sys; from lorameter.models import catalogue, shapes\n"
         "shapes.shape(catalogue.resolve('random:llama2-7b'))\n"
         "assert not {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules), sys.modules.keys()"
     )

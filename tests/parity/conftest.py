@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.parity.facts import Parity
-from harness.records.parity import LogitDistance, Served
-from harness.studies.serving import AGAIN, ways_of
+from lorameter.parity.facts import Parity
+from lorameter.records.parity import LogitDistance, Served
+from lorameter.studies.serving import AGAIN, ways_of
 
 EQUAL = LogitDistance(
     positions=4, argmax_differs=0, kl_mean_nats=0.0, kl_max_nats=0.0, difference_mean=0.0, difference_max=0.0,

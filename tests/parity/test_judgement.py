@@ -8,15 +8,15 @@ import json
 import msgspec
 import pytest
 
-from harness.commands.documents_of_parity import ParityOf, parity_document
-from harness.parity.facts import Parity
-from harness.parity.judgement import first_difference, judge_parity
-from harness.records import codec
-from harness.records.parity import Served
-from harness.records.record import Failure
-from harness.report.parity import describe_parity, show_differing
-from harness.report.terminal import text_of
-from harness.stats import proportion
+from lorameter.commands.documents_of_parity import ParityOf, parity_document
+from lorameter.parity.facts import Parity
+from lorameter.parity.judgement import first_difference, judge_parity
+from lorameter.records import codec
+from lorameter.records.parity import Served
+from lorameter.records.record import Failure
+from lorameter.report.parity import describe_parity, show_differing
+from lorameter.report.terminal import text_of
+from lorameter.stats import proportion
 
 MERGED = "merged into nf4"
 AGAIN = "unmerged, nf4, asked again"

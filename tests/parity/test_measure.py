@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.cli import main
-from harness.commands.documents_of_parity import ParityOf
-from harness.parity.facts import DOCUMENT, Parity
-from harness.parity.measure import CONFIG, WEIGHTS, _read
-from harness.records import codec
-from harness.records.record import Failure, Fragment
-from harness.studies.serving import ways_of
-from harness.studies.variant import Variant
+from lorameter.cli import main
+from lorameter.commands.documents_of_parity import ParityOf
+from lorameter.parity.facts import DOCUMENT, Parity
+from lorameter.parity.measure import CONFIG, WEIGHTS, _read
+from lorameter.records import codec
+from lorameter.records.record import Failure, Fragment
+from lorameter.studies.serving import ways_of
+from lorameter.studies.variant import Variant
 
 STUDY = """
 [workload]
@@ -87,9 +87,9 @@ def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
     """Of a float32 base: merged, it gives the same answers with logits that rounding explains."""
     import torch
 
-    from harness.models import catalogue
-    from harness.trial.building import lora
-    from harness.trial.building.base_model import load_base
+    from lorameter.models import catalogue
+    from lorameter.trial.building import lora
+    from lorameter.trial.building.base_model import load_base
 
     variant = Variant(r=4, dtype="float32")
     model = lora.attach(load_base(catalogue.resolve("tiny-llama"), variant, device="cpu", seed=20), variant)

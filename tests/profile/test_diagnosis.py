@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from harness.profile.diagnosis import RULES, diagnose
-from harness.profile.evidence import Evidence
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.profile.diagnosis import RULES, diagnose
+from lorameter.profile.evidence import Evidence
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 GIB = 2**30
 HEALTHY = Evidence(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.profile.evidence import dropout_s, unpacking_s
-from harness.records.activity import OperatorUse, PhaseActivity
+from lorameter.profile.evidence import dropout_s, unpacking_s
+from lorameter.records.activity import OperatorUse, PhaseActivity
 
 
 def phase(*uses, **fields):

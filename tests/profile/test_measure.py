@@ -6,16 +6,16 @@ import json
 
 import pytest
 
-from harness.profile import accounting
-from harness.profile.diagnosis import diagnose
-from harness.profile.evidence import evidence_of
-from harness.profile.facts import Profile
-from harness.profile.measure import DOCUMENT, TRACE, profile_variant
-from harness.records import codec
-from harness.records.activity import STEP_PHASES
-from harness.report.profile import describe_profile
-from harness.report.terminal import console_for, show
-from harness.run.executors import open_executor
+from lorameter.profile import accounting
+from lorameter.profile.diagnosis import diagnose
+from lorameter.profile.evidence import evidence_of
+from lorameter.profile.facts import Profile
+from lorameter.profile.measure import DOCUMENT, TRACE, profile_variant
+from lorameter.records import codec
+from lorameter.records.activity import STEP_PHASES
+from lorameter.report.profile import describe_profile
+from lorameter.report.terminal import console_for, show
+from lorameter.run.executors import open_executor
 
 pytestmark = pytest.mark.selftest
 

@@ -4,19 +4,19 @@ import dataclasses
 
 import pytest
 
-from harness.commands.profile import _try
-from harness.errors import UsageError
-from harness.profile.finding import Finding
-from harness.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remedy, make_pair, phase_of
-from harness.records import store
-from harness.records.record import Failure
-from harness.report.view import view_of
-from harness.run.executors import open_executor
-from harness.run.measure import plan_study
-from harness.studies.protocol import Protocol
-from harness.studies.study_file import load_variant
-from harness.studies.workload import Workload
-from harness.trial.building.requirements import requirements_of
+from lorameter.commands.profile import _try
+from lorameter.errors import UsageError
+from lorameter.profile.finding import Finding
+from lorameter.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remedy, make_pair, phase_of
+from lorameter.records import store
+from lorameter.records.record import Failure
+from lorameter.report.view import view_of
+from lorameter.run.executors import open_executor
+from lorameter.run.measure import plan_study
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.study_file import load_variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.requirements import requirements_of
 
 
 def finding(code="dropout", *, workload=None, obstacle="", **changes):

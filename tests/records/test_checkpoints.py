@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.records.checkpoints import checkpoint_is_due
+from lorameter.records.checkpoints import checkpoint_is_due
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.errors import UsageError
-from harness.records import codec
-from harness.records.record import Failure, Fragment, Notice
-from harness.studies.variant import Variant
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.records.record import Failure, Fragment, Notice
+from lorameter.studies.variant import Variant
 
 fragments = st.builds(
     Fragment,

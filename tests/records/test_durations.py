@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.records.durations import measuring_time_s
-from harness.records.record import TrialRecord
+from lorameter.records.durations import measuring_time_s
+from lorameter.records.record import TrialRecord
 
 
 def record(started_unix_s, wall_time_s):

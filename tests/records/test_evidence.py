@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import InvalidRunError, UsageError
-from harness.records import codec, inputs, store
-from harness.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
-from harness.records.record import TrialRecord
-from harness.records.store import TRIALS, Manifest, Resumption, RunWriter
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.records import codec, inputs, store
+from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
+from lorameter.records.record import TrialRecord
+from lorameter.records.store import TRIALS, Manifest, Resumption, RunWriter
 
 BITS = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "60 of 60 layers: 4 – all"}
 MASK = {"path": "attention.mask", "required": None, "observed": "explicit", "status": "active", "reason": "seen"}

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from harness.cli import main
-from harness.errors import LorameterError, UsageError
-from harness.records.store import read_run
-from harness.run.forecast import measured_peaks
-from harness.studies.workload import Workload
+from lorameter.cli import main
+from lorameter.errors import LorameterError, UsageError
+from lorameter.records.store import read_run
+from lorameter.run.forecast import measured_peaks
+from lorameter.studies.workload import Workload
 
 DEEP = "[" * 700 + "]" * 700
 DAMAGES = {
@@ -131,7 +131,7 @@ def test_a_record_that_no_trial_could_leave_is_refused(change, path):
 )
 def test_evidence_that_says_nothing_is_lost(check, path):
     """A line of checks.jsonl without what was looked at and what was found is no evidence; its trials do not count."""
-    from harness.records.evidence import EvidenceFile
+    from lorameter.records.evidence import EvidenceFile
 
     trials = path / "trials.jsonl"
     hashes = EvidenceFile(path).add([check])

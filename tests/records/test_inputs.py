@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.records import codec, inputs
-from harness.records.inputs import NotReadableError, read_json, read_text, read_toml
+from lorameter.records import codec, inputs
+from lorameter.records.inputs import NotReadableError, read_json, read_text, read_toml
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-from harness.cli import main
-from harness.errors import UsageError
-from harness.records import inputs, journal, store
-from harness.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
+from lorameter.cli import main
+from lorameter.errors import UsageError
+from lorameter.records import inputs, journal, store
+from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
 from tests.constructed import RUNS
 
 

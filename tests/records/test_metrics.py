@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from harness.cli import main
-from harness.records.metrics import METRICS, PHASES, PRIMARY, Metric, columns_of, samples_of
-from harness.records.record import TrialRecord
+from lorameter.cli import main
+from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Metric, columns_of, samples_of
+from lorameter.records.record import TrialRecord
 
 
 def record(**fields):

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.errors import UsageError
-from harness.records import codec
-from harness.records.forms import check_record, check_tokens
-from harness.records.mirror import MOST_SHARED, Reader
-from harness.records.record import Failure, Fragment, Notice, TrialRecord
-from harness.records.store import Manifest, Resumption
-from harness.records.trial_lines import WrittenRecord
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.records.forms import check_record, check_tokens
+from lorameter.records.mirror import MOST_SHARED, Reader
+from lorameter.records.record import Failure, Fragment, Notice, TrialRecord
+from lorameter.records.store import Manifest, Resumption
+from lorameter.records.trial_lines import WrittenRecord
 from tests.constructed import FOLDER
 
 ROOT = Path(__file__).parents[2]

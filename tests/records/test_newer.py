@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records.newer import read_known
-from harness.records.record import SCHEMA, is_newer
+from lorameter.errors import UsageError
+from lorameter.records.newer import read_known
+from lorameter.records.record import SCHEMA, is_newer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

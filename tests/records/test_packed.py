@@ -6,9 +6,9 @@ import zipfile
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import inputs, store
-from harness.records.packed import MEMBERS, UNPACKED_FREELY_BYTES, unpacked, write_packed
+from lorameter.errors import UsageError
+from lorameter.records import inputs, store
+from lorameter.records.packed import MEMBERS, UNPACKED_FREELY_BYTES, unpacked, write_packed
 from tests.constructed import RUNS
 
 RUN = RUNS / "sound"

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from harness.cli import main
+from lorameter.cli import main
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.records.record import Fragment
-from harness.records.required import judge_required, lacking
+from lorameter.records.record import Fragment
+from lorameter.records.required import judge_required, lacking
 
 
 def check(path, status="active", reason="as made up"):

@@ -6,11 +6,11 @@ import subprocess
 
 import pytest
 
-from harness.errors import UsageError
-from harness.machine.repository import git_state
-from harness.records import store
-from harness.records.record import DISTURBED, SCHEMA, Failure, TrialRecord
-from harness.records.store import Manifest, RunWriter
+from lorameter.errors import UsageError
+from lorameter.machine.repository import git_state
+from lorameter.records import store
+from lorameter.records.record import DISTURBED, SCHEMA, Failure, TrialRecord
+from lorameter.records.store import Manifest, RunWriter
 
 
 def manifest(run="20260101-000000-s-0000"):

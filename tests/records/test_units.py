@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.records.units import (
+from lorameter.records.units import (
     format_bytes,
     format_duration,
     format_interval,

@@ -9,71 +9,71 @@ from typing import Any
 
 import pytest
 
-from harness.machine.doctor.check import Check
-from harness.machine.provenance import Machine
-from harness.models import catalogue, shapes
-from harness.models.costs.cards import find_card
-from harness.models.costs.memory import MemoryEstimate
-from harness.models.costs.peaks import Peak
-from harness.models.shapes import ModelShape
-from harness.parity.facts import Parity
-from harness.parity.judgement import judge_parity
-from harness.profile import accounting
-from harness.profile.diagnosis import diagnose
-from harness.profile.evidence import evidence_of
-from harness.profile.facts import Profile
-from harness.profile.finding import Finding
-from harness.profile.remedy import Tried
-from harness.profile.requests.accounting import request_accounts
-from harness.profile.requests.evidence import evidence_of_requests
-from harness.profile.requests.facts import RequestProfile
-from harness.profile.requests.rules import diagnose_requests
-from harness.records import codec, store
-from harness.records.activity import Activity, OperatorUse, PhaseActivity, WeightCopy
-from harness.records.memory_account import MemoryAccount
-from harness.records.parity import LogitDistance, Served
-from harness.records.record import Failure, Notice, TrialRecord
-from harness.records.request_sight import ModelSize, RequestSight
-from harness.report.attribution import describe_attribution
-from harness.report.bisect import describe_bisection
-from harness.report.calibration import describe_calibration
-from harness.report.claims import describe_claims
-from harness.report.comparison import describe_comparison
-from harness.report.doctor import describe_checks
-from harness.report.estimate import describe_estimate
-from harness.report.fitting import describe_fit
-from harness.report.gate import describe_gate
-from harness.report.history import describe_history
-from harness.report.matrix import Change, describe_matrix
-from harness.report.notices import describe_notices, tell_notices
-from harness.report.parity import describe_parity, show_differing
-from harness.report.plan import describe_plan
-from harness.report.profile import describe_profile
-from harness.report.requests import describe_requests
-from harness.report.run import describe_run
-from harness.report.runs import describe_runs
-from harness.report.sample import Sample, describe_samples
-from harness.report.sizes import describe_sizes
-from harness.report.table import Document
-from harness.report.tried import describe_tried
-from harness.report.view import Asked, view_of
-from harness.results.history import History, history_of
-from harness.run.bisect import Bisection, Candidate, bisect
-from harness.run.fitting import Device, Fitter, on_card, on_machine
-from harness.run.forecast import Forecast
-from harness.run.knobs import advise
-from harness.run.plan import make_plan
-from harness.stats import Comparison, compare_trials
-from harness.studies.serving import ways_of
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.verdicts.ab import attribution_of, report_of
-from harness.verdicts.baselines import read_comparand
-from harness.verdicts.calibrate import Calibration, Price, Rates
-from harness.verdicts.claims import judge_claims
-from harness.verdicts.compare import compare
-from harness.verdicts.gate import judge, load_policy
-from harness.verdicts.series import without_numbers
+from lorameter.machine.doctor.check import Check
+from lorameter.machine.provenance import Machine
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.cards import find_card
+from lorameter.models.costs.memory import MemoryEstimate
+from lorameter.models.costs.peaks import Peak
+from lorameter.models.shapes import ModelShape
+from lorameter.parity.facts import Parity
+from lorameter.parity.judgement import judge_parity
+from lorameter.profile import accounting
+from lorameter.profile.diagnosis import diagnose
+from lorameter.profile.evidence import evidence_of
+from lorameter.profile.facts import Profile
+from lorameter.profile.finding import Finding
+from lorameter.profile.remedy import Tried
+from lorameter.profile.requests.accounting import request_accounts
+from lorameter.profile.requests.evidence import evidence_of_requests
+from lorameter.profile.requests.facts import RequestProfile
+from lorameter.profile.requests.rules import diagnose_requests
+from lorameter.records import codec, store
+from lorameter.records.activity import Activity, OperatorUse, PhaseActivity, WeightCopy
+from lorameter.records.memory_account import MemoryAccount
+from lorameter.records.parity import LogitDistance, Served
+from lorameter.records.record import Failure, Notice, TrialRecord
+from lorameter.records.request_sight import ModelSize, RequestSight
+from lorameter.report.attribution import describe_attribution
+from lorameter.report.bisect import describe_bisection
+from lorameter.report.calibration import describe_calibration
+from lorameter.report.claims import describe_claims
+from lorameter.report.comparison import describe_comparison
+from lorameter.report.doctor import describe_checks
+from lorameter.report.estimate import describe_estimate
+from lorameter.report.fitting import describe_fit
+from lorameter.report.gate import describe_gate
+from lorameter.report.history import describe_history
+from lorameter.report.matrix import Change, describe_matrix
+from lorameter.report.notices import describe_notices, tell_notices
+from lorameter.report.parity import describe_parity, show_differing
+from lorameter.report.plan import describe_plan
+from lorameter.report.profile import describe_profile
+from lorameter.report.requests import describe_requests
+from lorameter.report.run import describe_run
+from lorameter.report.runs import describe_runs
+from lorameter.report.sample import Sample, describe_samples
+from lorameter.report.sizes import describe_sizes
+from lorameter.report.table import Document
+from lorameter.report.tried import describe_tried
+from lorameter.report.view import Asked, view_of
+from lorameter.results.history import History, history_of
+from lorameter.run.bisect import Bisection, Candidate, bisect
+from lorameter.run.fitting import Device, Fitter, on_card, on_machine
+from lorameter.run.forecast import Forecast
+from lorameter.run.knobs import advise
+from lorameter.run.plan import make_plan
+from lorameter.stats import Comparison, compare_trials
+from lorameter.studies.serving import ways_of
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.baselines import read_comparand
+from lorameter.verdicts.calibrate import Calibration, Price, Rates
+from lorameter.verdicts.claims import judge_claims
+from lorameter.verdicts.compare import compare
+from lorameter.verdicts.gate import judge, load_policy
+from lorameter.verdicts.series import without_numbers
 from tests.constructed import PROFILES, RUNS
 
 NOTICES = (Notice(code="contention", message="others ran.", remedy="Stop them."),)
@@ -229,7 +229,7 @@ def samples() -> tuple[Sample, ...]:
 
 def sizes() -> tuple[Any, ...]:
     """Two variants of one base."""
-    from harness.trial.building.sizes import Sizes  # loads torch, which no other report needs
+    from lorameter.trial.building.sizes import Sizes  # loads torch, which no other report needs
 
     counts = {"base_parameters": 3_115_264, "adapter_bytes": 2**22, "gradient_bytes": 2**22}
     counts |= {"optimizer_state_bytes": 2**23, "saved_bytes": 2**21}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import parser
-from harness.records import codec, store
-from harness.records.document import write_document
-from harness.report.again import how_to_repeat
-from harness.studies.script_study import study_of_command
-from harness.studies.study_file import load_study
+from lorameter.cli import parser
+from lorameter.records import codec, store
+from lorameter.records.document import write_document
+from lorameter.report.again import how_to_repeat
+from lorameter.studies.script_study import study_of_command
+from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]

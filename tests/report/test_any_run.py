@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from harness.cli import main
+from lorameter.cli import main
 from tests.constructed import RUNS
 
 ODD = (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.records import store
-from harness.report.figures import figures_of_run
-from harness.report.view import view_of
+from lorameter.cli import main
+from lorameter.records import store
+from lorameter.report.figures import figures_of_run
+from lorameter.report.view import view_of
 from tests.constructed import RUNS
 
 

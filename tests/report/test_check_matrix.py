@@ -7,8 +7,8 @@ from importlib import resources
 
 import pytest
 
-from harness.cli import main
-from harness.errors import EXIT_INVALID, EXIT_PASS
+from lorameter.cli import main
+from lorameter.errors import EXIT_INVALID, EXIT_PASS
 from kernels_check.check import STATUSES
 
 TONES = {"fallback": "bad", "absent": "bad", "unknown": "warning", "active": "good", "not_applicable": "warning"}
@@ -40,7 +40,7 @@ def matrix(write_run, tmp_path, capsys):
 def test_each_status_of_a_check_has_its_colour(matrix):
     """The statuses are those that `kernels_check` defines, and the style sheet has a colour for each."""
     assert set(TONES) == set(STATUSES)
-    style = resources.files("harness.report.html").joinpath("style.css").read_text("utf-8")
+    style = resources.files("lorameter.report.html").joinpath("style.css").read_text("utf-8")
     for status, tone in TONES.items():
         assert matrix(status) == (tone, status)
         assert re.search(rf"\.{tone}\b[^{{}}]*{{ *color:", style), tone

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from harness.cli import main
-from harness.studies.claim import Claim, Part
-from harness.studies.variant import Variant
+from lorameter.cli import main
+from lorameter.studies.claim import Claim, Part
+from lorameter.studies.variant import Variant
 
 STEPS = {"plain": [1.0, 1.1, 0.9, 1.2], "r8": [1.0, 1.14, 0.93, 1.2]}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
+from lorameter.cli import main
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(path.parent.relative_to(ROOT) for path in (ROOT / "reports").glob("2*/manifest.json"))

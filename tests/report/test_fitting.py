@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from harness.models.costs.memory import (
+from lorameter.models.costs.memory import (
     MEASURED_ERRORS,
     MEASURED_ON,
     PEAK_RANGES,
     PUBLISHED_PEAKS,
     PUBLISHED_WITHIN,
 )
-from harness.report.terminal import text_of
+from lorameter.report.terminal import text_of
 
 
 @pytest.fixture(scope="module")

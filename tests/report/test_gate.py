@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from harness.report.annotations import gate_annotations
-from harness.report.gate import describe_gate
-from harness.report.markdown import markdown_of
-from harness.report.terminal import text_of
-from harness.verdicts.baselines import read_comparand
-from harness.verdicts.compare import compare
-from harness.verdicts.gate import GateResult, judge, load_policy
+from lorameter.report.annotations import gate_annotations
+from lorameter.report.gate import describe_gate
+from lorameter.report.markdown import markdown_of
+from lorameter.report.terminal import text_of
+from lorameter.verdicts.baselines import read_comparand
+from lorameter.verdicts.compare import compare
+from lorameter.verdicts.gate import GateResult, judge, load_policy
 from tests.constructed import RUNS
 
 

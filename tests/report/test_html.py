@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.records import store
-from harness.report.curves import Axis, Curve, Curves
-from harness.report.figure import Bar, Bars, Front, Intervals, Mark, Part, Samples, Spot, Stretch
-from harness.report.figures import figures_of_run
-from harness.report.html.page import write_html
-from harness.report.html.pictures import draw
-from harness.report.run import describe_run
-from harness.report.table import Table, name_columns, say, write_row
-from harness.report.view import Asked, view_of
+from lorameter.cli import main
+from lorameter.records import store
+from lorameter.report.curves import Axis, Curve, Curves
+from lorameter.report.figure import Bar, Bars, Front, Intervals, Mark, Part, Samples, Spot, Stretch
+from lorameter.report.figures import figures_of_run
+from lorameter.report.html.page import write_html
+from lorameter.report.html.pictures import draw
+from lorameter.report.run import describe_run
+from lorameter.report.table import Table, name_columns, say, write_row
+from lorameter.report.view import Asked, view_of
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file())

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-import harness
-from harness.cli import main
+import lorameter
+from lorameter.cli import main
 from tests.constructed import RUNS
 
 COUNTED = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)
@@ -99,14 +99,14 @@ def test_no_verdict_of_an_invalid_run_counts(run, reported, capsys):
 @pytest.mark.parametrize("run", sorted(INVALID.keys() - {"newer"}))
 def test_the_frames_of_an_invalid_run_hold_no_verdict_that_counts(run):
     """Each is `invalid`, with the reason."""
-    frame = harness.load(run, RUNS).comparisons
+    frame = lorameter.load(run, RUNS).comparisons
     assert set(frame["verdict"]) <= {"invalid"}
     assert frame["reason"].str.startswith("the run is invalid: ").all()
 
 
 def test_the_numbers_of_an_invalid_run_stay(reported):
     """Its ratios and their intervals are shown and are in the frame."""
-    rows = harness.load("control-failed", RUNS).comparisons
+    rows = lorameter.load("control-failed", RUNS).comparisons
     assert len(rows) == 3
     assert rows[["ratio", "low", "high"]].notna().all(axis=None)
     text = "\n".join(reported("control-failed")["text"])
@@ -124,7 +124,7 @@ def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, re
     path = write_run("fell", {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}, change=fell_back)
     line = reported(path)["text"][0]
     assert line == "INVALID: trial r1-nf4: required path base.bits is fallback, not active"
-    assert set(harness.load(path).comparisons["verdict"]) == {"invalid"}
+    assert set(lorameter.load(path).comparisons["verdict"]) == {"invalid"}
 
 
 @pytest.mark.parametrize("run", ["ab-failed", "ab-unsure"])

@@ -10,10 +10,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from harness.records.record import Failure, TrialRecord
-from harness.report import live
-from harness.report.live import LiveDisplay
-from harness.run.plan import make_plan
+from lorameter.records.record import Failure, TrialRecord
+from lorameter.report import live
+from lorameter.report.live import LiveDisplay
+from lorameter.run.plan import make_plan
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from harness.report.curves import Axis, Curve, Curves
-from harness.report.markdown import COMMENT_CHARACTERS, escape, markdown_of
-from harness.report.table import (
+from lorameter.report.curves import Axis, Curve, Curves
+from lorameter.report.markdown import COMMENT_CHARACTERS, escape, markdown_of
+from lorameter.report.table import (
     Cell,
     Fold,
     Gallery,

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.errors import InvalidRunError, UsageError, redact
-from harness.records import codec
-from harness.records.record import Notice
-from harness.records.store import read_manifest
-from harness.report.annotations import annotation, gate_annotations
-from harness.report.attribution import describe_attribution
-from harness.report.gate import describe_gate
-from harness.report.live import LiveDisplay
-from harness.report.markdown import markdown_of
-from harness.report.terminal import console_for, text_of
-from harness.run.executors import sides
-from harness.run.executors.environments import DESCRIPTION_FILE, layered_environment, parse_requirements
-from harness.run.executors.host import Host
-from harness.run.executors.sides import OpenSide
-from harness.studies.study_file import load_study
-from harness.trial.failure import failure_of
-from harness.verdicts.ab import attribution_document, attribution_of, report_of
-from harness.verdicts.gate import Policy, gate_document, judge
+from lorameter.cli import main
+from lorameter.errors import InvalidRunError, UsageError, redact
+from lorameter.records import codec
+from lorameter.records.record import Notice
+from lorameter.records.store import read_manifest
+from lorameter.report.annotations import annotation, gate_annotations
+from lorameter.report.attribution import describe_attribution
+from lorameter.report.gate import describe_gate
+from lorameter.report.live import LiveDisplay
+from lorameter.report.markdown import markdown_of
+from lorameter.report.terminal import console_for, text_of
+from lorameter.run.executors import sides
+from lorameter.run.executors.environments import DESCRIPTION_FILE, layered_environment, parse_requirements
+from lorameter.run.executors.host import Host
+from lorameter.run.executors.sides import OpenSide
+from lorameter.studies.study_file import load_study
+from lorameter.trial.failure import failure_of
+from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
+from lorameter.verdicts.gate import Policy, gate_document, judge
 from kernels_check.__main__ import main as check_kernels
 from kernels_check.visible import make_visible
 
@@ -139,8 +139,8 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
             read.append((listed.read_text(), listed.stat().st_mode & 0o777))
             raise UsageError(f"ab: an environment with {requirement} could not be made")
 
-    monkeypatch.setattr("harness.run.executors.environments._run", run)
-    monkeypatch.setattr("harness.run.executors.environments.site_packages", lambda python: tmp_path)
+    monkeypatch.setattr("lorameter.run.executors.environments._run", run)
+    monkeypatch.setattr("lorameter.run.executors.environments.site_packages", lambda python: tmp_path)
     monkeypatch.setattr(sides, "_commit", lambda spec, repository: pytest.fail("git was given the address"))
     with (
         pytest.raises(UsageError) as caught,
@@ -160,14 +160,14 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
 
 def test_the_description_of_an_environment_holds_no_credential(tmp_path, monkeypatch):
     """The cache is kept, and may be shared."""
-    monkeypatch.setattr("harness.run.executors.environments._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True))
-    monkeypatch.setattr("harness.run.executors.environments.site_packages", lambda python: tmp_path)
+    monkeypatch.setattr("lorameter.run.executors.environments._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True))
+    monkeypatch.setattr("lorameter.run.executors.environments.site_packages", lambda python: tmp_path)
 
     def made(requirements, out, report):
         out.mkdir(parents=True)
         return real(requirements, out, report)
 
-    from harness.run.executors import environments
+    from lorameter.run.executors import environments
 
     real = environments._build
     monkeypatch.setattr(environments, "_build", made)
@@ -237,7 +237,7 @@ def test_no_form_of_a_gate_shows_it_raw(form, write_run, capsys):
 
 def test_no_form_of_an_ab_shows_it_raw(write_run):
     """Labels of sides and names of packages."""
-    from harness.records.store import read_run
+    from lorameter.records.store import read_run
 
     path = hostile_run(write_run, sides_too=True)
     run = read_run(str(path), path.parent)
@@ -297,7 +297,7 @@ def test_an_unexpected_error_is_shown_visibly(monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError(f"constructed {ESCAPE} {URLS[0]}")
 
-    monkeypatch.setattr("harness.records.store.list_runs", broken)
+    monkeypatch.setattr("lorameter.records.store.list_runs", broken)
     assert main(["list", "runs"]) == 70
     shown = capsys.readouterr().err
     assert "constructed" in shown
@@ -307,7 +307,7 @@ def test_an_unexpected_error_is_shown_visibly(monkeypatch, capsys):
 
 def test_the_live_display_shows_it_visibly(small_study):
     """A failure's message, as it happens."""
-    from harness.records.record import Failure, TrialRecord
+    from lorameter.records.record import Failure, TrialRecord
 
     out = io.StringIO()
     failed = TrialRecord(

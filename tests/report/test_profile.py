@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from harness import cli
-from harness.commands import profile as commands_profile
-from harness.models.costs.modules import StepProducts, to_values
-from harness.models.costs.peaks import Peak
-from harness.profile import measure as profiling
-from harness.profile.accounting import (
+from lorameter import cli
+from lorameter.commands import profile as commands_profile
+from lorameter.models.costs.modules import StepProducts, to_values
+from lorameter.models.costs.peaks import Peak
+from lorameter.profile import measure as profiling
+from lorameter.profile.accounting import (
     IDLE,
     TimeSpan,
     categories_s,
@@ -21,20 +21,20 @@ from harness.profile.accounting import (
     time_of,
     token_shares,
 )
-from harness.profile.diagnosis import diagnose
-from harness.profile.evidence import evidence_of
-from harness.profile.facts import Profile
-from harness.profile.finding import Finding
-from harness.profile.remedy import Tried
-from harness.records.activity import Activity, OperatorUse, PhaseActivity
-from harness.records.memory_account import MemoryAccount
-from harness.records.record import Notice, TrialRecord
-from harness.report.profile import describe_profile
-from harness.report.terminal import console_for, show
-from harness.report.tried import describe_tried
-from harness.stats import compare_trials
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.profile.diagnosis import diagnose
+from lorameter.profile.evidence import evidence_of
+from lorameter.profile.facts import Profile
+from lorameter.profile.finding import Finding
+from lorameter.profile.remedy import Tried
+from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
+from lorameter.records.memory_account import MemoryAccount
+from lorameter.records.record import Notice, TrialRecord
+from lorameter.report.profile import describe_profile
+from lorameter.report.terminal import console_for, show
+from lorameter.report.tried import describe_tried
+from lorameter.stats import compare_trials
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 TIMES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
 

@@ -9,12 +9,12 @@ import json
 import pytest
 from rich.console import Console
 
-from harness.records import store
-from harness.records.record import UNDER_WAY, Failure
-from harness.report.run import describe_run
-from harness.report.terminal import show
-from harness.report.view import view_of
-from harness.verdicts.ab import report_of
+from lorameter.records import store
+from lorameter.records.record import UNDER_WAY, Failure
+from lorameter.report.run import describe_run
+from lorameter.report.terminal import show
+from lorameter.report.view import view_of
+from lorameter.verdicts.ab import report_of
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from harness import cli
-from harness.commands import profile as commands_profile
-from harness.profile.requests import measure as measuring
-from harness.profile.requests.accounting import request_accounts
-from harness.profile.requests.evidence import evidence_of_requests
-from harness.profile.requests.rules import diagnose_requests
+from lorameter import cli
+from lorameter.commands import profile as commands_profile
+from lorameter.profile.requests import measure as measuring
+from lorameter.profile.requests.accounting import request_accounts
+from lorameter.profile.requests.evidence import evidence_of_requests
+from lorameter.profile.requests.rules import diagnose_requests
 
 LINE = "profile lora-or-qlora:lora-r16 --phase generate"
 

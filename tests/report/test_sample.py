@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from harness.cli import main
-from harness.errors import UsageError
-from harness.records import store
-from harness.report.sample import read_samples
+from lorameter.cli import main
+from lorameter.errors import UsageError
+from lorameter.records import store
+from lorameter.report.sample import read_samples
 
 EXAMPLES = [{"prompt": "Input: 4\n", "reference": "What is 2 + 2?"}, {"prompt": "Input: sky\n", "reference": "Blue?"}]
 END = 257

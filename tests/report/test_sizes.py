@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from harness import cli
+from lorameter import cli
 
 
 def test_sizes_are_listed_for_every_setting(capsys):

@@ -10,12 +10,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
 
-from harness.records.record import Failure, TrialRecord
-from harness.report.drawing import STYLES
-from harness.report.live import LiveDisplay
-from harness.report.table import Cell, Fold, Head, Line, Panel, Passage, Row, Section, Span, Table, say, write_row
-from harness.report.terminal import console_for, show, text_of
-from harness.run.plan import make_plan
+from lorameter.records.record import Failure, TrialRecord
+from lorameter.report.drawing import STYLES
+from lorameter.report.live import LiveDisplay
+from lorameter.report.table import Cell, Fold, Head, Line, Panel, Passage, Row, Section, Span, Table, say, write_row
+from lorameter.report.terminal import console_for, show, text_of
+from lorameter.run.plan import make_plan
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
 SHOWN = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"

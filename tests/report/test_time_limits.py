@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from harness.cli import main
-from harness.errors import EXIT_INVALID, EXIT_PASS
+from lorameter.cli import main
+from lorameter.errors import EXIT_INVALID, EXIT_PASS
 
 STEPS = {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}
 

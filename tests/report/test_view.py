@@ -9,14 +9,14 @@ import json
 import pytest
 from rich.console import Console
 
-from harness.cli import main
-from harness.records import codec
-from harness.records.record import Failure, TrialRecord
-from harness.records.store import Manifest, Run
-from harness.report.run import describe_run
-from harness.report.terminal import console_for, show
-from harness.report.view import view_of
-from harness.studies.script_study import study_of_command
+from lorameter.cli import main
+from lorameter.records import codec
+from lorameter.records.record import Failure, TrialRecord
+from lorameter.records.store import Manifest, Run
+from lorameter.report.run import describe_run
+from lorameter.report.terminal import console_for, show
+from lorameter.report.view import view_of
+from lorameter.studies.script_study import study_of_command
 
 
 def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0, damaged=0):

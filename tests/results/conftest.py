@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.records import store
+from lorameter.records import store
 from tests.constructed import RUNS
 
 

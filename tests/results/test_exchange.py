@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from harness.errors import InvalidRunError, UsageError
-from harness.records import store
-from harness.results.exchange import encode_action, encode_bencher, mllog_lines
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.records import store
+from lorameter.results.exchange import encode_action, encode_bencher, mllog_lines
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import shutil
 
-from harness.results.folder import read_each, summary_of
-from harness.results.pack import pack
+from lorameter.results.folder import read_each, summary_of
+from lorameter.results.pack import pack
 from tests.constructed import DAMAGED, RUNS
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import harness
-from harness.errors import UsageError
-from harness.records import codec, store
-from harness.records.document import write_document
-from harness.results.columns import SETTINGS, TABLES
-from harness.results.frames import DTYPES, Frames
-from harness.studies.script import script_workload
-from harness.studies.variant import Variant
+import lorameter
+from lorameter.errors import UsageError
+from lorameter.records import codec, store
+from lorameter.records.document import write_document
+from lorameter.results.columns import SETTINGS, TABLES
+from lorameter.results.frames import DTYPES, Frames
+from lorameter.studies.script import script_workload
+from lorameter.studies.variant import Variant
 from tests.constructed import DAMAGED, RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 def load_readable():
     """All constructed runs; one is of a newer schema, of which a table has no place for what is not known."""
     with pytest.warns(UserWarning, match="schema 6"):
-        return harness.load_all(RUNS)
+        return lorameter.load_all(RUNS)
 
 
 def test_every_column_has_the_type_that_its_kind_says(tmp_path):
     """Of a run, of none, and of many below each other."""
-    for frames in (harness.load("sound", RUNS), load_readable(), harness.load_all(tmp_path)):
+    for frames in (lorameter.load("sound", RUNS), load_readable(), lorameter.load_all(tmp_path)):
         for table, columns in TABLES.items():
             frame = getattr(frames, table)
             assert {name: str(kind) for name, kind in frame.dtypes.items()} == {
@@ -39,7 +39,7 @@ def test_every_column_has_the_type_that_its_kind_says(tmp_path):
 
 def test_all_runs_of_a_folder_stand_below_each_other():
     """Each as it is by itself."""
-    every, one = load_readable(), harness.load(RUNS / "sound")
+    every, one = load_readable(), lorameter.load(RUNS / "sound")
     assert set(every.trials["run"]) == {path.name for path in RUNS.iterdir()} - {"newer"}
     mine = every.samples[every.samples["run"] == "sound"].reset_index(drop=True)
     assert mine.equals(one.samples)
@@ -50,7 +50,7 @@ def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_pa
     """Of trials and of estimates; double quantisation is read of a 4-bit base only."""
     facts = {"git": {"commit": "a" * 40, "dirty": True}}
     write_run("set", {"plain": [1.0, 1.1], "nf4": [2.0, 2.1]}, study=small_study, facts=facts)
-    frames = harness.load("set", tmp_path / "runs")
+    frames = lorameter.load("set", tmp_path / "runs")
     for frame in (frames.trials, frames.estimates):
         by_variant = {name: rows.iloc[0] for name, rows in frame.groupby("variant")}
         plain, nf4 = by_variant["plain"], by_variant["nf4"]
@@ -65,7 +65,7 @@ def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_pa
 
 def test_each_side_of_an_ab_has_its_own_versions():
     """Those of its interpreter."""
-    estimates = harness.load("ab", RUNS).estimates
+    estimates = lorameter.load("ab", RUNS).estimates
     assert {tuple(pair) for pair in estimates[["side", "peft"]].to_numpy()} == {
         ("base", "0.20.0"),
         ("candidate", "0.21.2"),
@@ -79,7 +79,7 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
     study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
     told = {"torch": "9.9", "python": "3.12.0"}
     write_run("scripts", {"plain": [1.0]}, study=study, change=lambda record: record.replaced(software=told))
-    trials = harness.load("scripts", tmp_path / "runs").trials
+    trials = lorameter.load("scripts", tmp_path / "runs").trials
     assert set(trials["command"]) == {"python plain.py"}
     assert trials[["r", "quantization", "dtype", "workload_model"]].isna().all(axis=None)
     assert set(trials["torch"]) == {"9.9"}
@@ -97,7 +97,7 @@ def test_each_side_of_an_ab_of_two_commands_has_its_own(write_run, small_study, 
         for side, name in (("base", "a"), ("candidate", "b"))
     }
     write_document(path / "manifest.json", codec.to_json(store.read_manifest(path)) | {"sides": sides})
-    trials = harness.load("commands", tmp_path / "runs").trials
+    trials = lorameter.load("commands", tmp_path / "runs").trials
     assert trials.set_index("side")["command"].to_dict() == {"base": "python a.py", "candidate": "python b.py"}
 
 
@@ -108,7 +108,7 @@ def test_variants_that_differ_in_their_workload_have_different_ids(write_run, sm
     study = dataclasses.replace(small_study, variants=variants, workloads=lengths)
     steps = {name: [1.0, 1.1] for name in ("plain", "long", "longer")}
     write_run("own", steps, study=study, own_workloads=study.own_workloads)
-    frames = harness.load("own", tmp_path / "runs")
+    frames = lorameter.load("own", tmp_path / "runs")
     for frame in (frames.trials, frames.estimates):
         ids = frame.groupby("variant")["variant_id"].unique().map(list)
         assert len({one for (one,) in ids}) == 3
@@ -120,17 +120,17 @@ def test_variants_that_differ_in_their_workload_have_different_ids(write_run, sm
 def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
     """An empty table would say that there are no runs; one without runs is empty."""
     with pytest.raises(UsageError, match="/nope"):
-        harness.load_all("/nope")
+        lorameter.load_all("/nope")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="runs"):
-        harness.load_all()
-    assert len(harness.load_all(tmp_path).trials) == 0
+        lorameter.load_all()
+    assert len(lorameter.load_all(tmp_path).trials) == 0
 
 
 def test_a_run_that_cannot_be_read_hides_no_other_and_is_named():
     """With its reason, and with a warning."""
     with pytest.warns(UserWarning, match="left out") as warned:
-        frames = harness.load_all(DAMAGED)
+        frames = lorameter.load_all(DAMAGED)
     assert set(frames.unreadable) == {path.name for path in DAMAGED.iterdir()} - {"no-records"}
     assert len(warned) == len(frames.unreadable)
     assert "schema 99" in frames.unreadable["newer-schema"]
@@ -139,7 +139,7 @@ def test_a_run_that_cannot_be_read_hides_no_other_and_is_named():
 
 def test_an_interval_of_one_replicate_is_missing():
     """And is not zero wide."""
-    frames = harness.load("one-replicate", RUNS)
+    frames = lorameter.load("one-replicate", RUNS)
     steps = frames.estimates[frames.estimates["metric"] == "step_time_s"]
     assert steps["low"].isna().all()
     assert steps["interval"].isna().all()
@@ -148,7 +148,7 @@ def test_an_interval_of_one_replicate_is_missing():
 
 def test_importing_the_package_loads_no_pandas():
     """Every measuring process imports it."""
-    code = "import sys, harness; assert not {'pandas', 'numpy', 'msgspec'} & set(sys.modules); harness.load"
+    code = "import sys, harness; assert not {'pandas', 'numpy', 'msgspec'} & set(sys.modules); lorameter.load"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = harness.lode

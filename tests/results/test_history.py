@@ -10,16 +10,16 @@ import time
 import msgspec
 import pytest
 
-from harness import cli
-from harness.commands.documents_of_many import HistoryOf
-from harness.commands.output import SCHEMA
-from harness.errors import UsageError
-from harness.records import codec, store
-from harness.records.document import write_document
-from harness.report.history import describe_history
-from harness.report.history_figures import figures_of_history
-from harness.report.terminal import text_of
-from harness.results.history import Moment, confirming, history_of
+from lorameter import cli
+from lorameter.commands.documents_of_many import HistoryOf
+from lorameter.commands.output import SCHEMA
+from lorameter.errors import UsageError
+from lorameter.records import codec, store
+from lorameter.records.document import write_document
+from lorameter.report.history import describe_history
+from lorameter.report.history_figures import figures_of_history
+from lorameter.report.terminal import text_of
+from lorameter.results.history import Moment, confirming, history_of
 
 DAY_S = 86400.0
 HOUR = datetime.timedelta(hours=1)

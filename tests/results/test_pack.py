@@ -11,18 +11,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import harness
-from harness import cli
-from harness.commands import housekeeping
-from harness.commands.documents_of_many import PackedOf
-from harness.errors import UsageError
-from harness.records import beside, packed, store
-from harness.records.document import write_document
-from harness.records.locks import alone
-from harness.records.record import Failure, Notice
-from harness.results import pack as packing
-from harness.results.pack import PRIVATE, pack
-from harness.results.rows import rows_of
+import lorameter
+from lorameter import cli
+from lorameter.commands import housekeeping
+from lorameter.commands.documents_of_many import PackedOf
+from lorameter.errors import UsageError
+from lorameter.records import beside, packed, store
+from lorameter.records.document import write_document
+from lorameter.records.locks import alone
+from lorameter.records.record import Failure, Notice
+from lorameter.results import pack as packing
+from lorameter.results.pack import PRIVATE, pack
+from lorameter.results.rows import rows_of
 from tests.constructed import RUNS
 
 HOST, CARD = "rack7-node12", "GPU-8f9a1c2e-0b4d-4c11-9e7a-2f3b4c5d6e7f"
@@ -243,8 +243,8 @@ def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
 def test_a_packed_run_in_a_folder_is_loaded_with_the_others(tmp_path):
     """By its name, or with all that lie there."""
     pack("sound", RUNS, tmp_path / "sound.lorameter.zip")
-    one, every = harness.load(tmp_path / "sound.lorameter.zip"), harness.load_all(tmp_path)
-    assert len(one.trials) == len(every.trials) == len(harness.load("sound", RUNS).trials)
+    one, every = lorameter.load(tmp_path / "sound.lorameter.zip"), lorameter.load_all(tmp_path)
+    assert len(one.trials) == len(every.trials) == len(lorameter.load("sound", RUNS).trials)
 
 
 def test_the_words_of_the_command_are_those_of_the_packer():

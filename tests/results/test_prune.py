@@ -11,14 +11,14 @@ import filelock
 import msgspec
 import pytest
 
-from harness import cli
-from harness.commands.documents_of_many import PrunedOf
-from harness.errors import UsageError
-from harness.records import codec, inputs, store
-from harness.records.document import write_document
-from harness.records.locks import alone
-from harness.results.prune import choose, parse_age, remove
-from harness.verdicts.baselines import accept
+from lorameter import cli
+from lorameter.commands.documents_of_many import PrunedOf
+from lorameter.errors import UsageError
+from lorameter.records import codec, inputs, store
+from lorameter.records.document import write_document
+from lorameter.records.locks import alone
+from lorameter.results.prune import choose, parse_age, remove
+from lorameter.verdicts.baselines import accept
 
 DAY_S = 86400.0
 
@@ -195,7 +195,7 @@ def test_a_run_that_is_removed_while_it_is_accepted_is_no_baseline(runs):
 
 def test_what_a_killed_removal_leaves_is_removed_by_the_next(runs, called):
     """No command lists the rest, and the next prune takes it away."""
-    code = "import os, shutil, sys; from harness import cli; shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)"
+    code = "import os, shutil, sys; from lorameter import cli; shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)"
     command = [sys.executable, "-c", f"{code}; cli.main(sys.argv[1:])", "prune", "--keep", "0", "--runs-dir", str(runs)]
     assert subprocess.run(command, check=False).returncode == -9
     assert len(store.list_runs(runs)) == 5
@@ -211,7 +211,7 @@ def test_what_a_killed_removal_leaves_is_removed_by_the_next(runs, called):
 def test_what_a_run_leaves_that_was_killed_before_its_manifest_goes(runs, called):
     """Unless it is being prepared, whatever else is to be kept."""
     code = """if True:
-        import os, sys; from pathlib import Path; from harness.records import store
+        import os, sys; from pathlib import Path; from lorameter.records import store
         path = Path(sys.argv[1])
         with store.writing(path):
             (path / "logs").mkdir()

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import store
-from harness.records.metrics import METRICS
-from harness.records.record import DISTURBED, Failure
-from harness.report.view import view_of
-from harness.results.columns import TABLES, names_of
-from harness.results.rows import rows_of, unit_of
-from harness.verdicts.ab import report_of
+from lorameter.errors import UsageError
+from lorameter.records import store
+from lorameter.records.metrics import METRICS
+from lorameter.records.record import DISTURBED, Failure
+from lorameter.report.view import view_of
+from lorameter.results.columns import TABLES, names_of
+from lorameter.results.rows import rows_of, unit_of
+from lorameter.verdicts.ab import report_of
 from tests.constructed import RUNS
 
 CONSTRUCTED = sorted(path.name for path in RUNS.iterdir())
@@ -77,7 +77,7 @@ def test_an_ab_has_rows_of_both_sides_and_its_own_verdicts(read):
 
 def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
     """It stands before the attempt that counts, and gives no sample."""
-    from harness.records.trial_lines import line_of
+    from lorameter.records.trial_lines import line_of
 
     path = write_run("again", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]})
     lines = (path / store.TRIALS).read_text().splitlines(keepends=True)

@@ -17,16 +17,16 @@ from typing import ClassVar
 
 import pytest
 
-import harness.run.ab
-import harness.run.executors.local
-from harness.cli import main
-from harness.records import store
-from harness.records.preparation import BaseSummary, Hello, TokenSummary
-from harness.records.record import Fragment
-from harness.run.ab import plan_ab
-from harness.run.device import hold_device
-from harness.run.executors import Place
-from harness.run.executors.local import LocalExecutor
+import lorameter.run.ab
+import lorameter.run.executors.local
+from lorameter.cli import main
+from lorameter.records import store
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import Fragment
+from lorameter.run.ab import plan_ab
+from lorameter.run.device import hold_device
+from lorameter.run.executors import Place
+from lorameter.run.executors.local import LocalExecutor
 
 GIB = 2**30
 
@@ -36,7 +36,7 @@ def plan(small_study, machine, monkeypatch):
     """A function that plans the small study, where each process needs 1 GiB and `free` bytes are free."""
 
     def make(*, free=8 * GIB, study=small_study, replicates=5, **options):
-        monkeypatch.setattr(harness.run.ab, "together_bytes", lambda members, *_: len(members) * GIB)
+        monkeypatch.setattr(lorameter.run.ab, "together_bytes", lambda members, *_: len(members) * GIB)
         protocol = dataclasses.replace(study.protocol, replicates=replicates)
         return plan_ab(dataclasses.replace(study, protocol=protocol), machine, free_bytes=free, **options)[0]
 
@@ -261,7 +261,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(FakeExecutor, "asked", [])
     monkeypatch.setattr(FakeExecutor, "control", 1.0)
     monkeypatch.setattr(FakeExecutor, "noise", 0.001)
-    monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", FakeExecutor)
+    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", FakeExecutor)
     return FakeExecutor
 
 
@@ -468,7 +468,7 @@ def test_a_side_whose_credential_is_not_kept_says_so_first(broken_off, fake, lor
     manifest["sides"]["candidate"] |= {"kind": "requirements", "spec": "peft @ https://***@host.example/peft.whl"}
     source.write_text(json.dumps(manifest))
     opened = []
-    monkeypatch.setattr("harness.run.ab.open_side", lambda *words, **options: opened.append(words))
+    monkeypatch.setattr("lorameter.run.ab.open_side", lambda *words, **options: opened.append(words))
     code, said = lorameter("ab", "--resume", before["run"])
     assert (code, opened, fake.made) == (2, [], [])
     assert "its credential for host.example is not kept, and is needed again" in said

@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from harness.models.bases import DESCRIPTION, ENV_BASES, UNUSED_DAYS, in_use
-from harness.records.preparation import BaseSummary
-from harness.records.record import Failure
-from harness.records.refusals import RefusedError
-from harness.run.bases import prepare_bases
-from harness.run.contenders import sides_of
-from harness.run.executors import WorkerLostError
-from harness.run.plan import make_plan
+from lorameter.models.bases import DESCRIPTION, ENV_BASES, UNUSED_DAYS, in_use
+from lorameter.records.preparation import BaseSummary
+from lorameter.records.record import Failure
+from lorameter.records.refusals import RefusedError
+from lorameter.run.bases import prepare_bases
+from lorameter.run.contenders import sides_of
+from lorameter.run.executors import WorkerLostError
+from lorameter.run.plan import make_plan
 
 
 class Preparing:

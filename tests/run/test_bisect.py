@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from harness.report.bisect import describe_bisection
-from harness.report.terminal import text_of
-from harness.run.bisect import MOST_TIMES, Candidate, bisect
-from harness.stats import Comparison, compare_trials
-from harness.verdicts.series import without_numbers
+from lorameter.report.bisect import describe_bisection
+from lorameter.report.terminal import text_of
+from lorameter.run.bisect import MOST_TIMES, Candidate, bisect
+from lorameter.stats import Comparison, compare_trials
+from lorameter.verdicts.series import without_numbers
 
 
 def candidates(count):

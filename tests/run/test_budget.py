@@ -7,17 +7,17 @@ from collections import Counter
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records.metrics import PHASES
-from harness.records.record import Fragment
-from harness.run.budget import LEAST_ROUNDS, Budget
-from harness.run.executors import Place
-from harness.run.plan import make_plan
-from harness.run.runner import run_plan
-from harness.run.site import Site
-from harness.run.stopping import Stopping
-from harness.run.thinning import tell_left_out
-from harness.verdicts.series import compare_series, series_of
+from lorameter.errors import UsageError
+from lorameter.records.metrics import PHASES
+from lorameter.records.record import Fragment
+from lorameter.run.budget import LEAST_ROUNDS, Budget
+from lorameter.run.executors import Place
+from lorameter.run.plan import make_plan
+from lorameter.run.runner import run_plan
+from lorameter.run.site import Site
+from lorameter.run.stopping import Stopping
+from lorameter.run.thinning import tell_left_out
+from lorameter.verdicts.series import compare_series, series_of
 
 COSTS = {
     "build": 5.0, "verify": 4.0, "warm_up": 6.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,

@@ -1,6 +1,6 @@
 """The trials of a replicate: the selected variants, the reference, and the control."""
 
-from harness.run.contenders import contenders_of
+from lorameter.run.contenders import contenders_of
 
 
 def named(contenders):

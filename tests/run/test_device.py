@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from harness.errors import InvalidRunError
-from harness.run.device import hold_device
+from lorameter.errors import InvalidRunError
+from lorameter.run.device import hold_device
 
 
 class OnDevice:
@@ -24,7 +24,7 @@ class OnDevice:
 
 HOLDER = """
 import sys
-from harness.run.device import hold_device
+from lorameter.run.device import hold_device
 class On:
     def device_id(self): return sys.argv[1]
 with hold_device(On(), "wait", tell=lambda line: None):

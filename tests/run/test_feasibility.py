@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import shapes
-from harness.run.feasibility import check_feasible
-from harness.studies.columns import Columns
-from harness.studies.engine import Engine
-from harness.studies.engine_command import study_of_engine
-from harness.studies.study_file import load_study
+from lorameter.errors import UsageError
+from lorameter.models import shapes
+from lorameter.run.feasibility import check_feasible
+from lorameter.studies.columns import Columns
+from lorameter.studies.engine import Engine
+from lorameter.studies.engine_command import study_of_engine
+from lorameter.studies.study_file import load_study
 
 
 def with_variant(study, **changes):

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, shapes
-from harness.models.costs.cards import find_card
-from harness.models.costs.memory import PEAK_RANGES
-from harness.run.fitting import Fitter, Needs, on_card, on_machine
-from harness.studies.variant import Variant
-from harness.studies.workload import MOST_BATCH, Workload
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.cards import find_card
+from lorameter.models.costs.memory import PEAK_RANGES
+from lorameter.run.fitting import Fitter, Needs, on_card, on_machine
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import MOST_BATCH, Workload
 
 GIB = 2**30
 LORA = Variant(name="lora", r=16)

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from harness.models import catalogue, shapes
-from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import estimate_memory
-from harness.records import codec, store
-from harness.run.forecast import forecast, measured_peaks, together_bytes
-from harness.run.plan import make_plan
-from harness.studies.variant import Variant
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.lora import adapter_parameters
+from lorameter.models.costs.memory import estimate_memory
+from lorameter.records import codec, store
+from lorameter.run.forecast import forecast, measured_peaks, together_bytes
+from lorameter.run.plan import make_plan
+from lorameter.studies.variant import Variant
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import tomllib
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, shapes
-from harness.models.costs.cards import find_card
-from harness.run.fitting import Fitter, on_card, on_machine
-from harness.run.knobs import advise
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.cards import find_card
+from lorameter.run.fitting import Fitter, on_card, on_machine
+from lorameter.run.knobs import advise
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 LORA = Variant(name="lora", r=16)
 WIDE = Workload(batch_size=6, sequence_length=1024)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.machine.provenance import probe_machine
-from harness.run.levels import MEMORY_SHARE, choose_level, shared_base_obstacle
-from harness.run.measure import plan_study
-from harness.studies.variant import Variant
+from lorameter.errors import UsageError
+from lorameter.machine.provenance import probe_machine
+from lorameter.run.levels import MEMORY_SHARE, choose_level, shared_base_obstacle
+from lorameter.run.measure import plan_study
+from lorameter.studies.variant import Variant
 
 R8 = Variant(name="r8", r=8)
 SWEEP = (R8, Variant(name="r64", r=64, lora_alpha=128, lora_dropout=0.1, use_rslora=True, target_modules=("q_proj",)))

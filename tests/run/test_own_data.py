@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from harness.cli import main
-from harness.records import store
+from lorameter.cli import main
+from lorameter.records import store
 
 STUDY = """
 title = "own"

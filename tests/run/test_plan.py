@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from harness.errors import UsageError
-from harness.run.plan import make_plan
+from lorameter.errors import UsageError
+from lorameter.run.plan import make_plan
 
 
 def test_every_replicate_holds_every_variant_and_the_control_once(small_study):

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.errors import InvalidRunError
-from harness.records.preparation import Hello
-from harness.run.ready import greet
-from harness.studies.variant import Variant
+from lorameter.errors import InvalidRunError
+from lorameter.records.preparation import Hello
+from lorameter.run.ready import greet
+from lorameter.studies.variant import Variant
 
 PLAIN = Variant(name="plain")
 LACKS = "bitsandbytes has loaded its library for CPUs"

@@ -13,15 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-import harness.run.executors.local
-import harness.run.measure
-from harness.cli import main
-from harness.records import store
-from harness.records.preparation import BaseSummary, Hello, TokenSummary
-from harness.records.record import UNDER_WAY, Fragment
-from harness.report.view import view_of
-from harness.run.executors import Place
-from harness.run.executors.local import LocalExecutor
+import lorameter.run.executors.local
+import lorameter.run.measure
+from lorameter.cli import main
+from lorameter.records import store
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import UNDER_WAY, Fragment
+from lorameter.report.view import view_of
+from lorameter.run.executors import Place
+from lorameter.run.executors.local import LocalExecutor
 
 STUDY = """
 [workload]
@@ -97,8 +97,8 @@ class Executor(LocalExecutor):
 @pytest.fixture
 def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with the fake at the seam and a machine that is always the same."""
-    monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
-    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda environment=None: machine)
+    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", Executor)
+    monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
     for name in ("asked", "harness", "tokens"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))
     (tmp_path / "small.toml").write_text(STUDY)
@@ -255,7 +255,7 @@ def power_limit(monkeypatch):
 
     def put(watts):
         card = {} if watts is None else {"power_limit_w": watts}
-        monkeypatch.setattr("harness.machine.provenance.settings", lambda **_: {"card": card})
+        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda **_: {"card": card})
 
     return put
 
@@ -391,14 +391,14 @@ def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
 
 def test_a_run_completed_by_another_process_meanwhile_is_given_back(broken_off, machine):
     """Between reading and locking a second process may have ended it."""
-    from harness.run.resume import plan_of, read_broken_off
+    from lorameter.run.resume import plan_of, read_broken_off
 
     path = broken_off()
     run = read_broken_off(path.name, path.parent)
     plan = plan_of(run)
     resume(path)
     Executor.asked = ()
-    again = harness.run.measure.measure(plan, runs=path.parent, display=None, resume=path.name)
+    again = lorameter.run.measure.measure(plan, runs=path.parent, display=None, resume=path.name)
     assert again.manifest.status == "complete"
     assert not Executor.asked
 
@@ -428,8 +428,8 @@ def test_what_no_record_can_be_added_to_is_not_gone_on_with(broken_off, capsys):
 
 
 IMPATIENT = (
-    "import harness.records.checkpoints as c; c.CHECKPOINT_S = 0.0; "
-    "import sys; from harness.cli import main; sys.exit(main())"
+    "import lorameter.records.checkpoints as c; c.CHECKPOINT_S = 0.0; "
+    "import sys; from lorameter.cli import main; sys.exit(main())"
 )
 """The command line, but what is under way is saved however short it is."""
 

@@ -8,16 +8,16 @@ import signal
 
 import pytest
 
-from harness.records.evidence import EvidenceFile
-from harness.records.record import Failure, Fragment
-from harness.records.trial_lines import TrialLines, line_of
-from harness.run.budget import Budget
-from harness.run.executors import Place, WorkerLostError
-from harness.run.plan import Group, make_plan
-from harness.run.runner import run_plan
-from harness.run.site import Site, begin_record
-from harness.run.stops import Stops
-from harness.studies.request import TrialRequest
+from lorameter.records.evidence import EvidenceFile
+from lorameter.records.record import Failure, Fragment
+from lorameter.records.trial_lines import TrialLines, line_of
+from lorameter.run.budget import Budget
+from lorameter.run.executors import Place, WorkerLostError
+from lorameter.run.plan import Group, make_plan
+from lorameter.run.runner import run_plan
+from lorameter.run.site import Site, begin_record
+from lorameter.run.stops import Stops
+from lorameter.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
 SERVING = ["begin_generate", "request", "request", "end_generate", "merge", "request", "request"]

@@ -4,14 +4,14 @@ import subprocess
 
 import pytest
 
-from harness import cli
-from harness.errors import UsageError
-from harness.machine.provenance import probe_machine
-from harness.records import codec, store
-from harness.records.document import write_document
-from harness.run import steps
-from harness.run.ab import plan_ab
-from harness.run.steps import find_measured, list_steps
+from lorameter import cli
+from lorameter.errors import UsageError
+from lorameter.machine.provenance import probe_machine
+from lorameter.records import codec, store
+from lorameter.records.document import write_document
+from lorameter.run import steps
+from lorameter.run.ab import plan_ab
+from lorameter.run.steps import find_measured, list_steps
 
 
 @pytest.fixture

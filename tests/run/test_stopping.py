@@ -7,19 +7,19 @@ import math
 
 import pytest
 
-import harness.run.executors.local
-from harness.records import store
-from harness.records.metrics import PRIMARY
-from harness.records.preparation import BaseSummary, Hello, TokenSummary
-from harness.records.record import Fragment, TrialRecord
-from harness.run.executors import Place
-from harness.run.executors.local import LocalExecutor
-from harness.run.measure import measure
-from harness.run.plan import make_plan
-from harness.run.stopping import Stopping
-from harness.stats import VerdictRule
-from harness.verdicts.comparand import comparand_of
-from harness.verdicts.series import compare_series, effects_against, series_of
+import lorameter.run.executors.local
+from lorameter.records import store
+from lorameter.records.metrics import PRIMARY
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import Fragment, TrialRecord
+from lorameter.run.executors import Place
+from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.measure import measure
+from lorameter.run.plan import make_plan
+from lorameter.run.stopping import Stopping
+from lorameter.stats import VerdictRule
+from lorameter.verdicts.comparand import comparand_of
+from lorameter.verdicts.series import compare_series, effects_against, series_of
 
 QUIET, LOUD = 0.001, 0.05
 """Scatter of the log ratios; with 5 replicates an interval of ± 0.1 to 0.2 %, and of ± 6 to 10 %."""
@@ -214,8 +214,8 @@ class Silent:
 @pytest.fixture
 def measured(small_study, machine, tmp_path, monkeypatch):
     """A function that measures the small study with the fake at the seam and reads the run back."""
-    monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
-    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda environment=None: machine)
+    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", Executor)
+    monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
 
     def run(**changes):
         protocol = dataclasses.replace(small_study.protocol, **changes)

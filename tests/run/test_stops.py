@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from harness.run.stops import SIGNALS, StopRequested, Stops
+from lorameter.run.stops import SIGNALS, StopRequested, Stops
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from harness.cli import main
-from harness.run.feasibility import check_feasible
+from lorameter.cli import main
+from lorameter.run.feasibility import check_feasible
 
 CONFIG = {
     "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 100, "intermediate_size": 128,
@@ -17,7 +17,7 @@ CONFIG = {
 }  # fmt: skip
 """A width that blocks of 64 do not divide, were it the width of a linear layer."""
 SENTENCE = "the linear layers of model type 'mixtral' are not known"
-REMEDY = "add an entry for it to harness/models/families.py"
+REMEDY = "add an entry for it to harness/lorameter/models/families.py"
 
 
 @pytest.fixture

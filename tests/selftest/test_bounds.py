@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-import harness.stats
+import lorameter.stats
 
 
 def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, notices=()):
@@ -88,7 +88,7 @@ def test_intervals_that_are_too_narrow_are_reported(program, monkeypatch, capsys
     noise = program("noise_coverage")
 
     def compare(base, candidate, **options):
-        found = harness.stats.compare_trials(base, candidate, **options)
+        found = lorameter.stats.compare_trials(base, candidate, **options)
         return type(found)(**{**vars_of(found), "low": found.ratio, "high": found.ratio})
 
     monkeypatch.setattr(noise, "compare_trials", compare)
@@ -118,8 +118,8 @@ def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s,
     """Time, replicates, share of measurement and intervals; without three of its replicates no promise is kept."""
     import dataclasses
 
-    from harness.records import store
-    from harness.records.spending import Spending
+    from lorameter.records import store
+    from lorameter.records.spending import Spending
 
     real = program("real_models")
     path = write_run("a", {"plain": [0.1, 0.101, 0.1, 0.1, 0.1], "nf4": [0.12, 0.121, 0.12, 0.12, 0.12]})

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from harness.stats.allocation import optimal_rounds
+from lorameter.stats.allocation import optimal_rounds
 
 
 def simulate(between, within, *, processes, rounds, seed):

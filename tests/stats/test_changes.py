@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ruptures
 
-from harness.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes, penalty_of
+from lorameter.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes, penalty_of
 
 
 def noise(count, *, sd=0.02, seed=0):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.stats import MOST_ADVISED, compare_trials
+from lorameter.stats import MOST_ADVISED, compare_trials
 
 durations = st.floats(min_value=1e-6, max_value=1e6)
 sides = st.integers(1, 5).flatmap(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.stats import compare_family, compare_trials, step_down
+from lorameter.stats import compare_family, compare_trials, step_down
 
 
 def simulated(rng, effects, replicates=6, sd=0.02):

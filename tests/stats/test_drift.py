@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harness.stats import drifting, drifts
+from lorameter.stats import drifting, drifts
 
 STEP = np.arange(60)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.stats import kept_pairs
+from lorameter.stats import kept_pairs
 
 flags = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)
 

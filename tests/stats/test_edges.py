@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.stats import compare_bytes, compare_family, compare_trials, estimate_trials
+from lorameter.stats import compare_bytes, compare_family, compare_trials, estimate_trials
 
 LARGEST = 1.7976931348623157e308
 PAIRINGS = ["turn", "replicate", "none"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.stats.effect import checked_pairing, from_log, log_ratios, measure_effect, paired_effect
+from lorameter.stats.effect import checked_pairing, from_log, log_ratios, measure_effect, paired_effect
 
 
 def arrays(*trials):

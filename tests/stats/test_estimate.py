@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.stats import estimate_trials
+from lorameter.stats import estimate_trials
 
 
 def test_interval_covers_the_true_value():

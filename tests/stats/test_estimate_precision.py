@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harness.stats import compare_bytes, compare_trials, is_precise, relative_half_width
+from lorameter.stats import compare_bytes, compare_trials, is_precise, relative_half_width
 
 
 def paired(values):

@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from harness.stats.intervals import noncentrality, quantile
+from lorameter.stats.intervals import noncentrality, quantile
 
 
 @pytest.mark.parametrize("df", [1, 2, 4.3, 30, 5e5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness.stats import bootstrap_interval
+from lorameter.stats import bootstrap_interval
 
 
 def left(whole, part, axis=-1):

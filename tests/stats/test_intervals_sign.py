@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binomtest
 
-from harness.stats.intervals import sign_test
+from lorameter.stats.intervals import sign_test
 
 
 @pytest.mark.parametrize("tosses", [1, 2, 5, 6, 9, 30, 101])

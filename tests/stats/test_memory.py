@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from harness.stats import compare_bytes
+from lorameter.stats import compare_bytes
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.stats import count_outliers, label_outliers
+from lorameter.stats import count_outliers, label_outliers
 
 # Quartiles 25 and 75 by linear interpolation: the fences are at -50 and 150 (mild), -125 and 225 (severe).
 EVEN = [float(value) for value in range(101)]

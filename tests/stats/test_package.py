@@ -1,15 +1,15 @@
-"""What `import harness.stats` offers, and what it must not cost."""
+"""What `import lorameter.stats` offers, and what it must not cost."""
 
 import subprocess
 import sys
 
-import harness.stats
+import lorameter.stats
 
 
 def test_import_is_cheap():
     """Importing the package, with everything it exports, loads neither numpy nor scipy."""
     program = (
-        "import sys; import harness.stats as stats; [getattr(stats, name) for name in stats.__all__]; "
+        "import sys; import lorameter.stats as stats; [getattr(stats, name) for name in stats.__all__]; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'numpy', 'scipy', 'torch', 'pandas'}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -19,4 +19,4 @@ def test_import_is_cheap():
 def test_exports_the_contract():
     """The names that other programs rely on are there."""
     promised = {"compare_trials", "compare_family", "compare_bytes", "estimate_trials", "label_outliers", "drifts"}
-    assert promised | {"is_steady", "Comparison", "Estimate"} <= set(harness.stats.__all__)
+    assert promised | {"is_steady", "Comparison", "Estimate"} <= set(lorameter.stats.__all__)

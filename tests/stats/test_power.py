@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from harness.stats import compare_trials
-from harness.stats.effect import Spread
-from harness.stats.power import detectable_log_effect, replicates_needed, sd_interval
-from harness.stats.verdict import VerdictRule
+from lorameter.stats import compare_trials
+from lorameter.stats.effect import Spread
+from lorameter.stats.power import detectable_log_effect, replicates_needed, sd_interval
+from lorameter.stats.verdict import VerdictRule
 
 
 def rule(**changes):

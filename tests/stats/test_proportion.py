@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from harness.stats import clustered_proportion, mean_interval, proportion
+from lorameter.stats import clustered_proportion, mean_interval, proportion
 
 
 @pytest.mark.parametrize("of", [1, 2, 7, 32, 400])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.stats import median_interval, percentile
+from lorameter.stats import median_interval, percentile
 
 lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=80)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import signal
 
-from harness.stats import effective_size
+from lorameter.stats import effective_size
 
 
 def autoregressive(rng, count, phi):

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from harness.stats.samples import checked_number, checked_samples, checked_trials, medians_of
+from lorameter.stats.samples import checked_number, checked_samples, checked_trials, medians_of
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.5])

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from harness.stats import VerdictRule, decide, decide_family, share_scatter
-from harness.stats.effect import paired_effect
-from harness.stats.intervals import quantile
-from harness.stats.shared_scatter import PRIOR_DF, dunnett_tail
+from lorameter.stats import VerdictRule, decide, decide_family, share_scatter
+from lorameter.stats.effect import paired_effect
+from lorameter.stats.intervals import quantile
+from lorameter.stats.shared_scatter import PRIOR_DF, dunnett_tail
 
 STUDIES = 2000
 RULE = VerdictRule(tolerance=0.0, family=1)

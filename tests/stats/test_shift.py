@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.stats import run_wide_shift
+from lorameter.stats import run_wide_shift
 
 
 def named(values):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.stats.statement import beyond, opposite, within
+from lorameter.stats.statement import beyond, opposite, within
 
 TOLERANCE = math.log1p(0.01)
 MARGIN = math.log1p(0.05)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.stats.trend import leads, line_change, pair_differences, pairs, scores, sizes
+from lorameter.stats.trend import leads, line_change, pair_differences, pairs, scores, sizes
 
 ALPHAS = (16.0, 32.0, 64.0, 128.0, 256.0)
 finite = st.floats(-5, 5, allow_nan=False)

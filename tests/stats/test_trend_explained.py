@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harness.stats import explained_share
+from lorameter.stats import explained_share
 
 
 def blocks(noise, replicates=5, points=40):

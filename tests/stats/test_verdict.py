@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from harness.stats.effect import Spread
-from harness.stats.verdict import Comparison, VerdictRule
+from lorameter.stats.effect import Spread
+from lorameter.stats.verdict import Comparison, VerdictRule
 
 
 def rule(**changes):

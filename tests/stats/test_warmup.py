@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from harness.stats import is_steady, steady_after, steady_together
+from lorameter.stats import is_steady, steady_after, steady_together
 
 STEP = np.arange(60)
 

@@ -8,8 +8,8 @@ import re
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.cli import main
-from harness.studies.study_file import builtin_studies
+from lorameter.cli import main
+from lorameter.studies.study_file import builtin_studies
 
 LINES = builtin_studies()["lora-or-qlora"].read_text(encoding="utf-8").splitlines()
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=4)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from harness.errors import UsageError
-from harness.studies.claim import OF_PAIRS, RULES, Part
-from harness.studies.study_file import load_study
+from lorameter.errors import UsageError
+from lorameter.studies.claim import OF_PAIRS, RULES, Part
+from lorameter.studies.study_file import load_study
 
 STUDY = """
 [controls]

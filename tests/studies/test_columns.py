@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.machine import provenance
-from harness.records import codec
-from harness.studies.columns import Columns
-from harness.studies.study_file import load_study
-from harness.studies.workload import Workload
+from lorameter.errors import UsageError
+from lorameter.machine import provenance
+from lorameter.records import codec
+from lorameter.studies.columns import Columns
+from lorameter.studies.study_file import load_study
+from lorameter.studies.workload import Workload
 
 STUDY = """
 [workload]

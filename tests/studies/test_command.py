@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.studies.command import COMMANDS, ROUNDS, words_of
-from harness.trial.profiling.trial import ProfiledTrial
-from harness.trial.trial import Trial
+from lorameter.studies.command import COMMANDS, ROUNDS, words_of
+from lorameter.trial.profiling.trial import ProfiledTrial
+from lorameter.trial.trial import Trial
 
 
 def test_every_command_of_a_trial_is_a_method_of_it():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UsageError
-from harness.studies.data_source import make_absolute, resolve
+from lorameter.errors import UsageError
+from lorameter.studies.data_source import make_absolute, resolve
 
 
 @pytest.mark.parametrize(

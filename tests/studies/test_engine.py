@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import codec
-from harness.studies.claim import ENGINE
-from harness.studies.engine import Engine
-from harness.studies.engine_command import split_braces, study_of_engine
-from harness.studies.study import Study
-from harness.studies.study_file import builtin_studies, load_study, load_variant
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.studies.claim import ENGINE
+from lorameter.studies.engine import Engine
+from lorameter.studies.engine_command import split_braces, study_of_engine
+from lorameter.studies.study import Study
+from lorameter.studies.study_file import builtin_studies, load_study, load_variant
 
 ENGINES = ("compile", "flash-attention", "fused-optimizer", "gradient-checkpointing", "liger-kernel", "packing")
 TOML = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.cli import main
+from lorameter.cli import main
 
 ONE = "[[variant]]\nname = 'b'\n"
 LORA_ONLY = "only LoRA is measured, and its forms use_dora and use_rslora"

@@ -6,14 +6,14 @@ import re
 
 import pytest
 
-from harness.cli import main
-from harness.errors import UsageError
-from harness.run.contenders import contenders_of
-from harness.run.feasibility import check_feasible
-from harness.run.plan import make_plan
-from harness.studies.keys import KEYS
-from harness.studies.limits import NAME_BYTES
-from harness.studies.study_file import load_study
+from lorameter.cli import main
+from lorameter.errors import UsageError
+from lorameter.run.contenders import contenders_of
+from lorameter.run.feasibility import check_feasible
+from lorameter.run.plan import make_plan
+from lorameter.studies.keys import KEYS
+from lorameter.studies.limits import NAME_BYTES
+from lorameter.studies.study_file import load_study
 
 TWELVE = KEYS["controls"][:12]
 ONE = "[[variant]]\nname = 'x'\n"

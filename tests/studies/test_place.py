@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import codec
-from harness.studies.place import Asked, Place, read_asked
-from harness.studies.protocol import Protocol
-from harness.studies.study_file import load_study
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.studies.place import Asked, Place, read_asked
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.study_file import load_study
 
 STUDY = """
 title = "t"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from harness.studies.protocol import Protocol
+from lorameter.studies.protocol import Protocol
 
 
 def test_the_least_is_once_of_everything():

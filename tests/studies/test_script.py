@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import codec
-from harness.studies.script import name_of_command, name_of_words, split_command
-from harness.studies.script_study import study_of_command
-from harness.studies.study import Study
-from harness.studies.study_file import load_study
-from harness.studies.variant import Variant
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.studies.script import name_of_command, name_of_words, split_command
+from lorameter.studies.script_study import study_of_command
+from lorameter.studies.study import Study
+from lorameter.studies.study_file import load_study
+from lorameter.studies.variant import Variant
 
 TOML = """
 [[variant]]

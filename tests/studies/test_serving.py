@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from harness.records import codec
-from harness.studies.request import base_key
-from harness.studies.serving import Way, ways_of
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.records import codec
+from lorameter.studies.request import base_key
+from lorameter.studies.serving import Way, ways_of
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 NF4 = [
     "unmerged, nf4", "no adapter, nf4", "merged into nf4", "unmerged, nf4, asked again", "merged, nf4 dequantised",

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import codec, store
-from harness.records.newer import Newer
-from harness.studies.stored import list_unread, read_own_workloads, read_study
-from harness.studies.study import Study
+from lorameter.errors import UsageError
+from lorameter.records import codec, store
+from lorameter.records.newer import Newer
+from lorameter.studies.stored import list_unread, read_own_workloads, read_study
+from lorameter.studies.study import Study
 from tests.constructed import RUNS
 
 

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import codec
-from harness.studies.study import is_of_tokens
-from harness.studies.study_file import builtin_studies, load_study, load_variant
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.studies.study import is_of_tokens
+from lorameter.studies.study_file import builtin_studies, load_study, load_variant
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 GOOD = """
 title = "t"

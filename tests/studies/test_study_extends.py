@@ -5,8 +5,8 @@ import tomllib
 
 import pytest
 
-from harness import cli
-from harness.studies.study_file import builtin_studies, load_study
+from lorameter import cli
+from lorameter.studies.study_file import builtin_studies, load_study
 
 ORIGINAL = "llama2-lora-parameters"
 SAME_SWEEP = {"lora-parameters-other-size": "llama2-13b", "lora-parameters-other-model": "mistral-7b"}

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.studies import script
-from harness.studies.variant import Variant
+from lorameter.errors import UsageError
+from lorameter.studies import script
+from lorameter.studies.variant import Variant
 
 
 @pytest.mark.parametrize(

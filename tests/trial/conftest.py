@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture(scope="session")
 def converted(gguf_file, tmp_path_factory):
     """The same model as a directory."""
-    from harness.trial.building import base_model as models
+    from lorameter.trial.building import base_model as models
 
     out = tmp_path_factory.mktemp("converted")
     models.convert_gguf(gguf_file, out)

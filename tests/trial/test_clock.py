@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from harness.machine.memory import MemoryGauge, host_bytes
-from harness.trial.clock import Lap, Stopwatch
-from harness.trial.memory import resident_bytes
+from lorameter.machine.memory import MemoryGauge, host_bytes
+from lorameter.trial.clock import Lap, Stopwatch
+from lorameter.trial.memory import resident_bytes
 
 
 @pytest.fixture

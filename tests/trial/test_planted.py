@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.cli import main
-from harness.records import store
-from harness.verdicts.claims import judge_claims
+from lorameter.cli import main
+from lorameter.records import store
+from lorameter.verdicts.claims import judge_claims
 
 pytestmark = pytest.mark.selftest
 

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial import process
-from harness.trial.process import prepare_process
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial import process
+from lorameter.trial.process import prepare_process
 
 
 @pytest.fixture

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.build import build, seed_everything
-from harness.trial.building.lora import attach
-from harness.trial.building.packing import evaluating, unpack_4bit
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.stream import TokenStream
-from harness.trial.data.tokens import prepare
-from harness.trial.inference.generate import generate
-from harness.trial.step import TrainStep
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.build import build, seed_everything
+from lorameter.trial.building.lora import attach
+from lorameter.trial.building.packing import evaluating, unpack_4bit
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.stream import TokenStream
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.inference.generate import generate
+from lorameter.trial.step import TrainStep
 from kernels_check import probe_isolation, verify
 
 WORKLOAD = Workload(
@@ -230,8 +230,8 @@ def test_generation_gives_the_asked_number_of_tokens_whatever_eos_is(tokens):
 
 def test_the_seed_fixes_the_adapter():
     """Equal seeds give equal adapters on equal bases; another seed another one."""
-    from harness.models import catalogue
-    from harness.trial.building.base_model import load_base
+    from lorameter.models import catalogue
+    from lorameter.trial.building.base_model import load_base
 
     def factors(seed):
         base = load_base(catalogue.resolve("tiny-llama"), PLAIN, device="cpu", seed=0)

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import pytest
 
-from harness.records.record import Fragment, Notice
-from harness.studies.command import COMMANDS
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.surroundings import Surroundings
+from lorameter.records.record import Fragment, Notice
+from lorameter.studies.command import COMMANDS
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.surroundings import Surroundings
 
 
 class Recorded:
@@ -41,8 +41,8 @@ class Recorded:
 def surroundings(monkeypatch):
     """A function that makes the surroundings of a trial on a device, of which each step trains 10 tokens."""
     Recorded.asked = []
-    monkeypatch.setattr("harness.trial.surroundings.Watch", Recorded)
-    monkeypatch.setattr("harness.trial.surroundings.ENERGY_STRETCH_S", 0.02)
+    monkeypatch.setattr("lorameter.trial.surroundings.Watch", Recorded)
+    monkeypatch.setattr("lorameter.trial.surroundings.ENERGY_STRETCH_S", 0.02)
 
     def make(*measures, device="cuda"):
         request = TrialRequest(

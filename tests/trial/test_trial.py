@@ -7,16 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from harness.errors import LorameterError
-from harness.records.metrics import METRICS, samples_of
-from harness.records.record import TrialRecord
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.tokens import prepare
-from harness.trial.trial import Trial
+from lorameter.errors import LorameterError
+from lorameter.records.metrics import METRICS, samples_of
+from lorameter.records.record import TrialRecord
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
@@ -198,7 +198,7 @@ def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
     """However long the warm-up was: losses of a short and a long one are those of the same training."""
     ends = {}
     for steady in (True, False):
-        monkeypatch.setattr("harness.trial.training.is_steady", lambda *_, said=steady: said)
+        monkeypatch.setattr("lorameter.trial.training.is_steady", lambda *_, said=steady: said)
         record = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
         names = ("warmup_loss", "train_loss", "catch_up_loss")
         ends[steady] = [loss for name in names for loss in record.samples[name]]

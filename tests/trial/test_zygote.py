@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.trial import zygote
-from harness.trial.failure import failure_of
+from lorameter.trial import zygote
+from lorameter.trial.failure import failure_of
 
 
 class OutOfMemoryError(RuntimeError):

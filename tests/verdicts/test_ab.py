@@ -10,14 +10,14 @@ import random
 
 import pytest
 
-from harness.cli import main
-from harness.commands.ab_report import show_ab
-from harness.errors import UsageError
-from harness.records import codec, store
-from harness.records.record import Failure, TrialRecord
-from harness.records.store import Manifest, RunWriter
-from harness.verdicts.ab import attribution_of, report_of
-from harness.verdicts.standing import compare_base_to_itself
+from lorameter.cli import main
+from lorameter.commands.ab_report import show_ab
+from lorameter.errors import UsageError
+from lorameter.records import codec, store
+from lorameter.records.record import Failure, TrialRecord
+from lorameter.records.store import Manifest, RunWriter
+from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.standing import compare_base_to_itself
 
 TURNS = 30
 MIB = 2**20

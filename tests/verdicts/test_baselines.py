@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from harness.cli import main
-from harness.verdicts.baselines import accept, read_baselines
+from lorameter.cli import main
+from lorameter.verdicts.baselines import accept, read_baselines
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 FAST = {name: [time / 1.2 for time in times] for name, times in BASE.items()}

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from harness.cli import main
+from lorameter.cli import main
 from tests.constructed import FILES
 
 FOREIGN = json.loads((FILES / "foreign.json").read_text())

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import harness.verdicts.calibrate
-from harness.errors import InvalidRunError
-from harness.records import codec
-from harness.records.record import TrialRecord
-from harness.records.store import Manifest, Run
-from harness.stats import compare_trials, replicates_to_see
-from harness.verdicts.calibrate import EFFECTS, calibrate, planned_effects
+import lorameter.verdicts.calibrate
+from lorameter.errors import InvalidRunError
+from lorameter.records import codec
+from lorameter.records.record import TrialRecord
+from lorameter.records.store import Manifest, Run
+from lorameter.stats import compare_trials, replicates_to_see
+from lorameter.verdicts.calibrate import EFFECTS, calibrate, planned_effects
 
 TURNS = 9
 
@@ -65,7 +65,7 @@ def ab_run(small_study):
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     """Enough for shares to a few per cent, in a tenth of the time."""
-    monkeypatch.setattr(harness.verdicts.calibrate, "DRAWS", 200)
+    monkeypatch.setattr(lorameter.verdicts.calibrate, "DRAWS", 200)
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.cli import main
-from harness.errors import UsageError
-from harness.stats import Comparison
-from harness.studies.variant import Variant
-from harness.verdicts import outcome as verdicts
-from harness.verdicts.benchmark_json import read_benchmark_json
+from lorameter.cli import main
+from lorameter.errors import UsageError
+from lorameter.stats import Comparison
+from lorameter.studies.variant import Variant
+from lorameter.verdicts import outcome as verdicts
+from lorameter.verdicts.benchmark_json import read_benchmark_json
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from harness.records.record import TrialRecord
-from harness.verdicts.disturbance import disturbances
+from lorameter.records.record import TrialRecord
+from lorameter.verdicts.disturbance import disturbances
 
 
 def record(trial, *, interleaving="replicates", occupancy=None, **values):

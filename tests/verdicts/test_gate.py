@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import harness.verdicts.compare
-from harness.cli import main
-from harness.errors import UsageError
-from harness.report.annotations import annotation
-from harness.verdicts.gate import LimitRule, Policy, load_policy
-from harness.verdicts.judging import Limits
+import lorameter.verdicts.compare
+from lorameter.cli import main
+from lorameter.errors import UsageError
+from lorameter.report.annotations import annotation
+from lorameter.verdicts.gate import LimitRule, Policy, load_policy
+from lorameter.verdicts.judging import Limits
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 SLOW = BASE | {"nf4": [time * 1.2 for time in BASE["nf4"]]}
@@ -96,7 +96,7 @@ def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(harness.verdicts.compare, "compare", broken)
+    monkeypatch.setattr(lorameter.verdicts.compare, "compare", broken)
     assert gate(BASE, "inconclusive = 'pass'")[0] == 70
 
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from harness.records import store
-from harness.records.record import DISTURBED, Failure, TrialRecord
-from harness.verdicts.notices import run_notices
+from lorameter.records import store
+from lorameter.records.record import DISTURBED, Failure, TrialRecord
+from lorameter.verdicts.notices import run_notices
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 

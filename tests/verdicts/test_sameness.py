@@ -8,12 +8,12 @@ import types
 
 import pytest
 
-from harness.records.record import TrialRecord
-from harness.studies.script_study import study_of_command
-from harness.studies.variant import Variant
-from harness.verdicts.gate import Policy, judge
-from harness.verdicts.outcome import ComparisonReport
-from harness.verdicts.sameness import compare_losses, sameness_notices, sides_of_run
+from lorameter.records.record import TrialRecord
+from lorameter.studies.script_study import study_of_command
+from lorameter.studies.variant import Variant
+from lorameter.verdicts.gate import Policy, judge
+from lorameter.verdicts.outcome import ComparisonReport
+from lorameter.verdicts.sameness import compare_losses, sameness_notices, sides_of_run
 
 LOSSES = (3.0, 2.7, 2.5, 2.4, 2.3, 2.2)
 

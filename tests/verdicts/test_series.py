@@ -2,9 +2,9 @@
 
 import pytest
 
-from harness.errors import InvalidRunError
-from harness.records.record import TrialRecord
-from harness.verdicts.series import Series, compare_series, series_of
+from lorameter.errors import InvalidRunError
+from lorameter.records.record import TrialRecord
+from lorameter.verdicts.series import Series, compare_series, series_of
 
 
 def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **fields):

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from harness.records.record import TrialRecord
-from harness.stats import compare_trials
-from harness.stats.estimate import estimate_trials
-from harness.verdicts.series import series_of
-from harness.verdicts.sites import site_notices, site_spread
+from lorameter.records.record import TrialRecord
+from lorameter.stats import compare_trials
+from lorameter.stats.estimate import estimate_trials
+from lorameter.verdicts.series import series_of
+from lorameter.verdicts.sites import site_notices, site_spread
 
 SPEEDS = (0.92, 0.97, 1.03, 1.08)
 """Planted: by what the step times of each site are multiplied."""

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from harness.records.record import TrialRecord
-from harness.verdicts.software import differing_versions, facts_of, say_threads, versions_of
+from lorameter.records.record import TrialRecord
+from lorameter.verdicts.software import differing_versions, facts_of, say_threads, versions_of
 
 STATED = {
     "device": "cpu", "threads": 1, "python": "3.11.7", "libraries": {"torch": "2.13.0", "flash-attn": "2.8"},

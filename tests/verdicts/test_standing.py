@@ -2,10 +2,10 @@
 
 import pytest
 
-from harness.records import codec, store
-from harness.studies.study import Study
-from harness.verdicts.comparand import comparand_of
-from harness.verdicts.standing import MOST_FAULTS, control_faults, say_broken, standing_of
+from lorameter.records import codec, store
+from lorameter.studies.study import Study
+from lorameter.verdicts.comparand import comparand_of
+from lorameter.verdicts.standing import MOST_FAULTS, control_faults, say_broken, standing_of
 
 TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 

@@ -8,17 +8,17 @@ import json
 
 import pytest
 
-from harness import cli
-from harness.machine.card import CardFacts, CardSample, Memory
-from harness.machine.doctor import examine, is_fit
-from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
-from harness.machine.filesystem import Place
-from harness.machine.links import NVLINK, Links, Pair
-from harness.machine.neighbours import Neighbours
-from harness.machine.reading import Reading, missing
-from harness.machine.system import SystemFacts
-from harness.report.doctor import describe_checks
-from harness.report.terminal import text_of
+from lorameter import cli
+from lorameter.machine.card import CardFacts, CardSample, Memory
+from lorameter.machine.doctor import examine, is_fit
+from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
+from lorameter.machine.filesystem import Place
+from lorameter.machine.links import NVLINK, Links, Pair
+from lorameter.machine.neighbours import Neighbours
+from lorameter.machine.reading import Reading, missing
+from lorameter.machine.system import SystemFacts
+from lorameter.report.doctor import describe_checks
+from lorameter.report.terminal import text_of
 
 GIB = 2**30
 DISK = Place(path="/runs", kind="ext4", options=("rw",), locks=Reading(value=True))
@@ -200,7 +200,7 @@ def test_models_that_fit_follow_from_the_free_memory(found):
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"peaks": False}, 4)])
 def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, code):
     """One JSON document with a schema; 0 is fit, 4 unfit."""
-    monkeypatch.setattr("harness.machine.doctor.survey", lambda runs: dataclasses.replace(found, **change))
+    monkeypatch.setattr("lorameter.machine.doctor.survey", lambda runs: dataclasses.replace(found, **change))
     assert cli.main(["doctor", "--json"]) == code
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 2
@@ -212,7 +212,7 @@ def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, co
 
 def test_this_machine_can_be_looked_at(tmp_path):
     """Whatever it is, nothing raises and every check says something."""
-    from harness.machine.doctor import survey
+    from lorameter.machine.doctor import survey
 
     checks = examine(survey(tmp_path / "runs", look_s=0.01))
     assert {check.about for check in checks} == {"runs", "measures", "spoils"}

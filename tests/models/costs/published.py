@@ -2,7 +2,7 @@
 
     python tests/models/costs/published.py
 
-prints every row of `published_peaks.toml` and the range that `harness.models.costs.memory.PEAK_RANGES` has for CUDA:
+prints every row of `published_peaks.toml` and the range that `lorameter.models.costs.memory.PEAK_RANGES` has for CUDA:
 the central 95 % of the rows whose batches have one length, rounded outwards to whole percent.
 """
 
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.models import catalogue, shapes
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory
-from harness.models.costs.storage import width
-from harness.models.shapes import ModelShape, linear_layers
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory
+from lorameter.models.costs.storage import width
+from lorameter.models.shapes import ModelShape, linear_layers
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 TABLE = Path(__file__).with_name("published_peaks.toml")
 COVERED = 0.95

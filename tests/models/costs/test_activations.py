@@ -8,16 +8,16 @@ import json
 import pytest
 import torch
 
-from harness.models import catalogue, shapes
-from harness.models.costs.activations import Activations
-from harness.models.families import FAMILIES
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building import build, lora
-from harness.trial.building.base_model import load_base
-from harness.trial.memory import resident_tensors
-from harness.trial.profiling.account import watch_cache
-from harness.trial.profiling.live import LiveTensors
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.activations import Activations
+from lorameter.models.families import FAMILIES
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building import build, lora
+from lorameter.trial.building.base_model import load_base
+from lorameter.trial.memory import resident_tensors
+from lorameter.trial.profiling.account import watch_cache
+from lorameter.trial.profiling.live import LiveTensors
 
 ROWS, LENGTH, VOCABULARY = 2, 24, 320
 LLAMA = {

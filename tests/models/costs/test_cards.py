@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models.costs.cards import DRIVER_SHARE, find_card
-from harness.models.costs.peaks import DEVICES
+from lorameter.errors import UsageError
+from lorameter.models.costs.cards import DRIVER_SHARE, find_card
+from lorameter.models.costs.peaks import DEVICES
 
 GIB = 2**30
 

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.errors import LorameterError
-from harness.models.costs.ceiling import bandwidth_utilisation, ceiling_of, product_rate, utilisation
-from harness.models.costs.decoding import decode_cost, mean_context
-from harness.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
-from harness.models.costs.peaks import Peak
-from harness.models.shapes import ModelShape
-from harness.stats import Estimate
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.errors import LorameterError
+from lorameter.models.costs.ceiling import bandwidth_utilisation, ceiling_of, product_rate, utilisation
+from lorameter.models.costs.decoding import decode_cost, mean_context
+from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
+from lorameter.models.costs.peaks import Peak
+from lorameter.models.shapes import ModelShape
+from lorameter.stats import Estimate
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 SHAPE = ModelShape(
     hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=100, context=64,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from harness.models import catalogue, shapes
-from harness.models.costs.decoding import DecodeCost, decode_cost, mean_context
-from harness.models.shapes import ModelShape
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.decoding import DecodeCost, decode_cost, mean_context
+from lorameter.models.shapes import ModelShape
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 SMALL = ModelShape(
     hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=100, context=64,
@@ -70,10 +70,10 @@ def test_bytes_are_those_of_the_stored_tensors(options):
     """Weights, quantisation state, adapter and cache of a built model, the embedding as one row: equal to the byte."""
     import torch
 
-    from harness.trial.building.base_model import load_base
-    from harness.trial.building.lora import attach
-    from harness.trial.building.packing import evaluating
-    from harness.trial.memory import resident_bytes
+    from lorameter.trial.building.base_model import load_base
+    from lorameter.trial.building.lora import attach
+    from lorameter.trial.building.packing import evaluating
+    from lorameter.trial.memory import resident_bytes
 
     variant, source = Variant(r=4, **options), catalogue.resolve("tiny-llama")
     model = attach(load_base(source, variant, device="cpu", seed=0), variant)
@@ -92,9 +92,9 @@ def test_bytes_of_the_repacked_layout():
     """On a CPU that repacks 4-bit weights, the weights and scales that decoding reads, to the byte."""
     import torch
 
-    from harness.trial.building.base_model import load_base
-    from harness.trial.building.lora import attach
-    from harness.trial.building.packing import linear4bit_layers
+    from lorameter.trial.building.base_model import load_base
+    from lorameter.trial.building.lora import attach
+    from lorameter.trial.building.packing import linear4bit_layers
 
     variant, source = Variant(r=4, quantization="nf4"), catalogue.resolve("tiny-llama")
     model = attach(load_base(source, variant, device="cpu", seed=0), variant).eval()

@@ -14,22 +14,22 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.models import catalogue, shapes
-from harness.models.costs.decoding import decode_cost
-from harness.models.costs.flops import StepTokens, computed_tokens, training_flops
-from harness.models.costs.modules import UncountedError, count_products, from_values, to_values
-from harness.models.families import FAMILIES
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.base_model import empty_model, load_base
-from harness.trial.building.build import build
-from harness.trial.building.lora import attach
-from harness.trial.building.packing import evaluating
-from harness.trial.building.shared import SharedBase
-from harness.trial.profiling.wanted import see_wanted
-from harness.trial.step import TrainStep
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.decoding import decode_cost
+from lorameter.models.costs.flops import StepTokens, computed_tokens, training_flops
+from lorameter.models.costs.modules import UncountedError, count_products, from_values, to_values
+from lorameter.models.families import FAMILIES
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.base_model import empty_model, load_base
+from lorameter.trial.building.build import build
+from lorameter.trial.building.lora import attach
+from lorameter.trial.building.packing import evaluating
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.profiling.wanted import see_wanted
+from lorameter.trial.step import TrainStep
 
 
 def _counting():

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, shapes
-from harness.models.costs.flops import (
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.flops import (
     StepTokens,
     TrainingFlops,
     computed_tokens,
@@ -17,9 +17,9 @@ from harness.models.costs.flops import (
     six_n,
     training_flops,
 )
-from harness.models.shapes import ModelShape
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.models.shapes import ModelShape
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 SMALL = ModelShape(
     hidden_size=8, intermediate_size=12, layers=2, heads=2, kv_heads=1, head_dim=4, vocab_size=10, context=64,

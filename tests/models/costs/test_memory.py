@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.models import catalogue, shapes
-from harness.models.costs.memory import (
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     MEASURED_ERRORS,
     MEASURED_ON,
@@ -24,8 +24,8 @@ from harness.models.costs.memory import (
     mapped_from_tokens,
     stored_dtype,
 )
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 LLAMA = shapes.shape(catalogue.resolve("random:llama2-7b"))
 VARIANT = Variant(name="v", r=8, target_modules=("q_proj", "v_proj"))

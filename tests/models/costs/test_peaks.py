@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.models.costs.peaks import DEVICES, stated_peak
+from lorameter.models.costs.peaks import DEVICES, stated_peak
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.machine import provenance
-from harness.models.costs.memory import PEAK_RANGES, PUBLISHED_PEAKS, PUBLISHED_WITHIN
+from lorameter.cli import main
+from lorameter.machine import provenance
+from lorameter.models.costs.memory import PEAK_RANGES, PUBLISHED_PEAKS, PUBLISHED_WITHIN
 
 
 def _module():

@@ -8,21 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.profile.requests.accounting import request_accounts
-from harness.profile.requests.evidence import evidence_of_requests
-from harness.profile.requests.facts import COLD_PARTS, RequestProfile
-from harness.profile.requests.measure import DOCUMENT, _start_cold, profile_requests
-from harness.profile.requests.rules import diagnose_requests
-from harness.records import codec
-from harness.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
-from harness.records.record import Failure, Fragment, TrialRecord
-from harness.report.requests import describe_requests
-from harness.report.terminal import console_for, show
-from harness.run.executors import WorkerLostError, open_executor
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.profile.requests.accounting import request_accounts
+from lorameter.profile.requests.evidence import evidence_of_requests
+from lorameter.profile.requests.facts import COLD_PARTS, RequestProfile
+from lorameter.profile.requests.measure import DOCUMENT, _start_cold, profile_requests
+from lorameter.profile.requests.rules import diagnose_requests
+from lorameter.records import codec
+from lorameter.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
+from lorameter.records.record import Failure, Fragment, TrialRecord
+from lorameter.report.requests import describe_requests
+from lorameter.report.terminal import console_for, show
+from lorameter.run.executors import WorkerLostError, open_executor
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from harness.errors import UsageError
-from harness.profile.accounting import TimeSpan
-from harness.profile.requests.evidence import PassEvidence, RequestEvidence
-from harness.profile.requests.rules import (
+from lorameter.errors import UsageError
+from lorameter.profile.accounting import TimeSpan
+from lorameter.profile.requests.evidence import PassEvidence, RequestEvidence
+from lorameter.profile.requests.rules import (
     FIRST,
     LATER,
     REQUEST_RULES,
@@ -17,10 +17,10 @@ from harness.profile.requests.rules import (
     check_request_code,
     diagnose_requests,
 )
-from harness.records.activity import WeightCopy
-from harness.records.request_sight import ModelSize, RequestSight
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.records.activity import WeightCopy
+from lorameter.records.request_sight import ModelSize, RequestSight
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 MIB = 2**20
 PASSES = 31

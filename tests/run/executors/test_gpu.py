@@ -7,10 +7,10 @@ import statistics
 
 import pytest
 
-from harness.records import codec
-from harness.run.executors.local import LocalExecutor
-from harness.run.plan import make_plan
-from harness.run.site import request_of, site_of
+from lorameter.records import codec
+from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.plan import make_plan
+from lorameter.run.site import request_of, site_of
 
 pytestmark = pytest.mark.gpu
 STEPS = 60

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError, redact
-from harness.run.executors.environments import parse_requirements
-from harness.run.executors.hidden import asked_again
+from lorameter.errors import UsageError, redact
+from lorameter.run.executors.environments import parse_requirements
+from lorameter.run.executors.hidden import asked_again
 
 KEPT = redact("peft @ https://user:hunter2@host.example:8443/peft.whl torch==2.9.0")
 

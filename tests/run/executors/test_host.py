@@ -11,15 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-import harness
-from harness.errors import InvalidRunError, UsageError
-from harness.machine.provenance import (
+import lorameter
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.machine.provenance import (
     differing_packages,
 )
-from harness.records.record import SCHEMA
-from harness.run.executors import host
-from harness.run.executors.host import Host, describe, inspect
-from harness.run.executors.local import LocalExecutor
+from lorameter.records.record import SCHEMA
+from lorameter.run.executors import host
+from lorameter.run.executors.host import Host, describe, inspect
+from lorameter.run.executors.local import LocalExecutor
 
 
 def test_a_zygote_forks_beside_scikit_learn_pandas_and_pyarrow(tmp_path):
@@ -72,7 +72,7 @@ def test_a_package_installed_from_a_commit_is_told_by_it(tmp_path):
 
 def copy_of_the_packages(folder):
     """A copy of the packages, to be changed, as another revision would be."""
-    here = Path(harness.__file__).parents[1]
+    here = Path(lorameter.__file__).parents[1]
     for package in ("harness", "kernels_check"):
         subprocess.run(["cp", "-r", str(here / package), str(folder)], check=True)
     return folder

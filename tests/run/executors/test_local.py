@@ -10,10 +10,10 @@ import time
 import psutil
 import pytest
 
-from harness.run.executors.forked import ForkedWorker
-from harness.run.plan import make_plan
-from harness.run.runner import run_plan
-from harness.run.site import site_of
+from lorameter.run.executors.forked import ForkedWorker
+from lorameter.run.plan import make_plan
+from lorameter.run.runner import run_plan
+from lorameter.run.site import site_of
 
 
 class Quiet:

@@ -9,10 +9,10 @@ import signal
 import psutil
 import pytest
 
-from harness.records.metrics import samples_of
-from harness.run.plan import make_plan
-from harness.run.runner import run_plan
-from harness.run.site import site_of
+from lorameter.records.metrics import samples_of
+from lorameter.run.plan import make_plan
+from lorameter.run.runner import run_plan
+from lorameter.run.site import site_of
 
 
 class Watcher:

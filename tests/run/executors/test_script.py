@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.machine.provenance import probe_machine
-from harness.run.executors.host import Host
-from harness.run.executors.script import ScriptExecutor, python_of
-from harness.run.measure import measure, plan_study
-from harness.studies.protocol import Protocol
-from harness.studies.script import script_workload
-from harness.studies.study import Study
-from harness.studies.variant import Variant
-from harness.verdicts.sameness import Sides, notices_of_sides
+from lorameter.machine.provenance import probe_machine
+from lorameter.run.executors.host import Host
+from lorameter.run.executors.script import ScriptExecutor, python_of
+from lorameter.run.measure import measure, plan_study
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.script import script_workload
+from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
+from lorameter.verdicts.sameness import Sides, notices_of_sides
 
 SCRIPT = Path(__file__).parents[1] / "scripted.py"
 PROTOCOL = Protocol(

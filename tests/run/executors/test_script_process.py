@@ -15,13 +15,13 @@ import time
 import psutil
 import pytest
 
-from harness.attach.turns import SOCKET, address
-from harness.machine.guard import marked
-from harness.run.executors import script_process
-from harness.run.executors.script_process import ScriptProcess
-from harness.run.executors.script_talk import EndedError, Script
-from harness.run.executors.workplace import variables_of
-from harness.studies.variant import Variant
+from lorameter.attach.turns import SOCKET, address
+from lorameter.machine.guard import marked
+from lorameter.run.executors import script_process
+from lorameter.run.executors.script_process import ScriptProcess
+from lorameter.run.executors.script_talk import EndedError, Script
+from lorameter.run.executors.workplace import variables_of
+from lorameter.studies.variant import Variant
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from harness.attach.turns import SOCKET
-from harness.run.executors.script_process import ScriptProcess
+from lorameter.attach.turns import SOCKET
+from lorameter.run.executors.script_process import ScriptProcess
 turns, folder, launcher = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 words = [sys.executable, "-c", launcher]
 process = ScriptProcess(words, {**os.environ, SOCKET: turns}, folder=folder, log=folder / "log", turns=turns)

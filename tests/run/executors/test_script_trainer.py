@@ -8,12 +8,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from harness.machine.provenance import probe_machine
-from harness.run.measure import measure, plan_study
-from harness.studies.protocol import Protocol
-from harness.studies.script import script_workload
-from harness.studies.study import Study
-from harness.studies.variant import Variant
+from lorameter.machine.provenance import probe_machine
+from lorameter.run.measure import measure, plan_study
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.script import script_workload
+from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
 
 TRAINER = """
     import sys, torch

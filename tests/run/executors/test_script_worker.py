@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from harness.records import codec
-from harness.run.executors import Place
-from harness.run.executors.script import TOKENS
-from harness.run.executors.script_worker import ScriptWorker
-from harness.run.plan import make_plan
-from harness.run.site import request_of, site_of
-from harness.studies.script_study import study_of_command
+from lorameter.records import codec
+from lorameter.run.executors import Place
+from lorameter.run.executors.script import TOKENS
+from lorameter.run.executors.script_worker import ScriptWorker
+from lorameter.run.plan import make_plan
+from lorameter.run.site import request_of, site_of
+from lorameter.studies.script_study import study_of_command
 
 URL = "https://me:hf_abc@example.org/data?token=xyz"
 

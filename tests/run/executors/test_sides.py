@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
-import harness
-from harness.errors import UsageError
-from harness.machine.provenance import differing_packages, harness_identity
-from harness.records.locks import alone
-from harness.run.executors.environments import (
+import lorameter
+from lorameter.errors import UsageError
+from lorameter.machine.provenance import differing_packages, harness_identity
+from lorameter.records.locks import alone
+from lorameter.run.executors.environments import (
     DESCRIPTION_FILE,
     UNUSED_DAYS,
     layered_environment,
     parse_requirements,
 )
-from harness.run.executors.host import describe, inspect
-from harness.run.executors.local import LocalExecutor
-from harness.run.executors.sides import OWN_PACKAGES, open_side
+from lorameter.run.executors.host import describe, inspect
+from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.executors.sides import OWN_PACKAGES, open_side
 
 OLD_PACKAGING = "packaging==24.2"
 """Pure, small, and older than anything that depends on lorameter's own dependencies would bring."""
@@ -200,7 +200,7 @@ def test_an_import_hook_that_does_win_is_refused(opened, editable, repository, m
 @pytest.mark.selftest
 def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
     """lorameter is installed here, editable or not; the worker of its other revision imports that revision."""
-    here = Path(harness.__file__).parents[1]
+    here = Path(lorameter.__file__).parents[1]
     if not (here / ".git").exists():
         pytest.skip("not a git checkout")
     clone = tmp_path / "clone"
@@ -223,7 +223,7 @@ def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
             hello = executor.hello()
         finally:
             executor.close()
-        identity = run(side.host, "from harness.machine.provenance import harness_identity; print(harness_identity())")
+        identity = run(side.host, "from lorameter.machine.provenance import harness_identity; print(harness_identity())")
     assert hello.harness == identity != harness_identity()
 
 
@@ -257,10 +257,10 @@ def test_an_interpreter_is_given_the_present_harness(opened, environment):
         origins = inspect(side.host, OWN_PACKAGES)["origins"]
         for package in OWN_PACKAGES:
             assert Path(origins[package]).parent == Path(side.host.path[0]) / package
-        assert run(side.host, "import sys, harness.records.record; print(sys.prefix)") == str(Path(python).parents[1])
+        assert run(side.host, "import sys, lorameter.records.record; print(sys.prefix)") == str(Path(python).parents[1])
         folder = Path(side.host.path[0])
     assert not folder.exists()
-    assert Path(harness.__file__).is_file()
+    assert Path(lorameter.__file__).is_file()
 
 
 def test_an_interpreter_without_the_libraries_is_refused(opened, environment):
@@ -327,7 +327,7 @@ def test_requirements_win_over_what_is_installed(index, opened, cache):
         with opened(sys.executable) as other:
             candidate = describe(other.host)
         assert differing_packages(base, candidate) == {"packaging": ("24.2", present)}
-        assert run(side.host, "import harness; print(harness.__file__)")
+        assert run(side.host, "import lorameter; print(lorameter.__file__)")
     check = [sys.executable, "-c", "import importlib.metadata as m; print(m.version('packaging'))"]
     assert subprocess.run(check, capture_output=True, text=True, check=True).stdout.strip() == present
 
@@ -336,7 +336,7 @@ def test_this_process_can_build_extensions_afterwards(tmp_path):
     """Asking Python's finders about pip has setuptools give up its distutils for good; torch's extensions need it."""
     code = (
         "import pathlib, sys\n"
-        "from harness.run.executors import environments\n"
+        "from lorameter.run.executors import environments\n"
         "environments._run = lambda *_: None\n"
         "environments.site_packages = lambda python: pathlib.Path(sys.argv[1])\n"
         "environments._build(['packaging'], pathlib.Path(sys.argv[1]), print)\n"

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from harness.run.executors.local import LocalExecutor
+from lorameter.run.executors.local import LocalExecutor
 
 
 @pytest.mark.parametrize("where", ["sitecustomize", "tokenizers"])
@@ -16,7 +16,7 @@ def test_what_a_library_prints_is_no_answer(where, tmp_path, monkeypatch, small_
     noisy.mkdir()
     noise = (
         "import atexit, os, sys\nprint('noise', end='')\nos.write(1, b'loud')\n"
-        "if 'harness.worker' in sys.orig_argv: atexit.register(lambda: (print('[]'), os.write(1, b'bye\\n')))\n"
+        "if 'lorameter.worker' in sys.orig_argv: atexit.register(lambda: (print('[]'), os.write(1, b'bye\\n')))\n"
     )
     if where == "sitecustomize":
         (noisy / "sitecustomize.py").write_text(noise)

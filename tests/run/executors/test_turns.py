@@ -6,11 +6,11 @@ import dataclasses
 
 import psutil
 
-from harness.records import codec
-from harness.run.plan import make_plan
-from harness.run.runner import run_plan
-from harness.run.site import request_of, site_of
-from harness.studies.variant import Variant
+from lorameter.records import codec
+from lorameter.run.plan import make_plan
+from lorameter.run.runner import run_plan
+from lorameter.run.site import request_of, site_of
+from lorameter.studies.variant import Variant
 
 RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, quantization="nf4"))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records.scratch import scratch_folder
-from harness.run.executors import workplace
-from harness.run.executors.workplace import (
+from lorameter.errors import UsageError
+from lorameter.records.scratch import scratch_folder
+from lorameter.run.executors import workplace
+from lorameter.run.executors.workplace import (
     check_side,
     copy_snapshot,
     shared_notices,
@@ -19,7 +19,7 @@ from harness.run.executors.workplace import (
     variables_of,
     words_of,
 )
-from harness.studies.variant import Variant
+from lorameter.studies.variant import Variant
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
     assert found["MLFLOW_TRACKING_URI"] == f"file://{tmp_path}/mlflow"
     assert "HF_DATASETS_CACHE" not in found
     assert found["LORAMETER_TURNS"] == "/s"
-    assert found["LORAMETER_FOLLOWER"] == "harness.attach.turns:Turns"
+    assert found["LORAMETER_FOLLOWER"] == "lorameter.attach.turns:Turns"
 
 
 def test_the_word_python_is_the_interpreter_that_is_meant(project):

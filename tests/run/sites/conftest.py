@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.records import store
-from harness.run import ab
-from harness.run.executors import ENV_EXECUTOR, EXECUTORS, sides
-from harness.run.executors.host import Host
-from harness.run.executors.sides import OpenSide
-from harness.run.sites import local
+from lorameter.cli import main
+from lorameter.records import store
+from lorameter.run import ab
+from lorameter.run.executors import ENV_EXECUTOR, EXECUTORS, sides
+from lorameter.run.executors.host import Host
+from lorameter.run.executors.sides import OpenSide
+from lorameter.run.sites import local
 
 STUDY = """
 title = "two ranks of an adapter"

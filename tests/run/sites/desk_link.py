@@ -1,7 +1,7 @@
 """A link to a post in this process, in place of one to another machine."""
 
-from harness.run.sites.orders import read_message
-from harness.run.sites.ray import Desk
+from lorameter.run.sites.orders import read_message
+from lorameter.run.sites.ray import Desk
 
 
 class DeskLink:

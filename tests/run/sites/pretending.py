@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import threading
 
-from harness.machine.provenance import Facts, Machine
-from harness.records.preparation import BaseSummary, Hello, TokenSummary
-from harness.records.record import Fragment
-from harness.run.executors import Place
-from harness.run.executors.host import Host
+from lorameter.machine.provenance import Facts, Machine
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import Fragment
+from lorameter.run.executors import Place
+from lorameter.run.executors.host import Host
 
 MACHINE = Machine(
     device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
@@ -106,5 +106,5 @@ class Fake:
 
 
 def open_executor(*, host=None, label=""):
-    """As `harness.run.executors.EXECUTORS` has them."""
+    """As `lorameter.run.executors.EXECUTORS` has them."""
     return Fake(label, host)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from harness.verdicts import calibrate
+from lorameter.verdicts import calibrate
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.records import store
+from lorameter.records import store
 from tests.run.sites.wholeness import sites_of_whole
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
@@ -21,7 +21,7 @@ JOBS = ("--on", "submitit-local:sites=2")
 
 def run(*arguments, runs):
     """The run that the command has measured."""
-    words = [sys.executable, "-m", "harness.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
+    words = [sys.executable, "-m", "lorameter.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
     ways = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         words, cwd=ROOT, env=os.environ | {"PYTHONPATH": ways}, capture_output=True, text=True, check=False

@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-from harness.errors import UsageError
-from harness.machine.cards import VisibleCard
-from harness.machine.reading import Reading, missing
-from harness.run.executors.host import Host
-from harness.run.sites import local
-from harness.run.sites.local import local_sites
+from lorameter.errors import UsageError
+from lorameter.machine.cards import VisibleCard
+from lorameter.machine.reading import Reading, missing
+from lorameter.run.executors.host import Host
+from lorameter.run.sites import local
+from lorameter.run.sites.local import local_sites
 
 
 @pytest.fixture(autouse=True)

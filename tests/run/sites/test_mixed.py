@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from harness.records import store
-from harness.studies.stored import read_study
-from harness.verdicts.ab import attribution_of, report_of
-from harness.verdicts.standing import standing_of
+from lorameter.records import store
+from lorameter.studies.stored import read_study
+from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.standing import standing_of
 
 SITES = ("--sites", "0,1", "--mixed")
 SIDES = ("--base", "/a/python", "--candidate", "/b/python", "--phase", "train", "--variant", "small")

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.cli import main
-from harness.errors import UsageError
-from harness.records import store
-from harness.run.sites.ray import berths_of
+from lorameter.cli import main
+from lorameter.errors import UsageError
+from lorameter.records import store
+from lorameter.run.sites.ray import berths_of
 from tests.run.sites.wholeness import sites_of_whole
 
 ROOT = Path(__file__).parents[3]
@@ -142,7 +142,7 @@ def far(monkeypatch):
 
 
 def command(*arguments, runs, word="run"):
-    return [sys.executable, "-m", "harness.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
+    return [sys.executable, "-m", "lorameter.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
 
 
 def run(*arguments, runs, word="run", codes=(0,)):
@@ -178,7 +178,7 @@ def measuring():
     return [
         one.pid
         for one in psutil.process_iter(["cmdline", "environ"])
-        if "harness.worker" in (one.info["cmdline"] or []) and (one.info["environ"] or {}).get("PROOF") == "ray"
+        if "lorameter.worker" in (one.info["cmdline"] or []) and (one.info["environ"] or {}).get("PROOF") == "ray"
     ]
 
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from harness.cli import main
-from harness.errors import UsageError
-from harness.run.executors import open_executor
-from harness.run.sites.sides import write_sides
+from lorameter.cli import main
+from lorameter.errors import UsageError
+from lorameter.run.executors import open_executor
+from lorameter.run.sites.sides import write_sides
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.records import store
-from harness.run.sites.slurm import FOLDER
+from lorameter.records import store
+from lorameter.run.sites.slurm import FOLDER
 from tests.run.sites.wholeness import sites_of_whole
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
@@ -139,7 +139,7 @@ def empty(slurm):
 
 
 def command(*arguments, runs, word="run"):
-    return [sys.executable, "-m", "harness.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
+    return [sys.executable, "-m", "lorameter.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
 
 
 def run(*arguments, runs, word="run", codes=(0,)):
@@ -188,7 +188,7 @@ def measuring():
     return [
         one.pid
         for one in psutil.process_iter(["cmdline", "environ"])
-        if "harness.worker" in (one.info["cmdline"] or []) and (one.info["environ"] or {}).get("PROOF") == "slurm"
+        if "lorameter.worker" in (one.info["cmdline"] or []) and (one.info["environ"] or {}).get("PROOF") == "slurm"
     ]
 
 

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from harness.errors import InvalidRunError
-from harness.records.record import Failure, Fragment
-from harness.run.executors import WorkerLostError
+from lorameter.errors import InvalidRunError
+from lorameter.records.record import Failure, Fragment
+from lorameter.run.executors import WorkerLostError
 from tests.run.sites.wholeness import sites_of_whole
 
 

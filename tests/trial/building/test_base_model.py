@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.errors import UsageError
-from harness.models import catalogue, fetch, shapes
-from harness.studies.variant import Variant
-from harness.trial.building import base_model as models
-from harness.trial.data.tokenizers import load_tokenizer
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, fetch, shapes
+from lorameter.studies.variant import Variant
+from lorameter.trial.building import base_model as models
+from lorameter.trial.data.tokenizers import load_tokenizer
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -219,9 +219,9 @@ def test_an_empty_model_has_the_published_parameters(name, parameters):
 
 MEMORY_PROBE = """
 import sys
-from harness.models import catalogue
-from harness.trial.building import base_model as models
-from harness.studies.variant import Variant
+from lorameter.models import catalogue
+from lorameter.trial.building import base_model as models
+from lorameter.studies.variant import Variant
 
 def status(key):
     with open("/proc/self/status") as file:

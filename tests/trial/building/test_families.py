@@ -8,15 +8,15 @@ import json
 import pytest
 import torch
 
-from harness.models import catalogue, shapes
-from harness.models.costs.lora import adapter_parameters
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.tokens import prepare
-from harness.trial.trial import Trial
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.lora import adapter_parameters
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.trial import Trial
 
 NAMES = ("llama2-7b", "llama2-70b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "gemma-2b", "gemma-7b")
 VARIANT = Variant(

@@ -10,16 +10,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.build import build
-from harness.trial.building.injection import WIDTH
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.stream import TokenStream
-from harness.trial.data.tokens import prepare
-from harness.trial.step import TrainStep
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.build import build
+from lorameter.trial.building.injection import WIDTH
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.stream import TokenStream
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.step import TrainStep
 
 ROWS = 7  # no other product here has as many
 WORKLOAD = Workload(sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1)

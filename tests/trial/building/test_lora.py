@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from harness.models import catalogue
-from harness.studies.variant import Variant
-from harness.trial.building import lora
-from harness.trial.building.base_model import empty_model, load_base
-from harness.trial.building.shared import base_digest
+from lorameter.models import catalogue
+from lorameter.studies.variant import Variant
+from lorameter.trial.building import lora
+from lorameter.trial.building.base_model import empty_model, load_base
+from lorameter.trial.building.shared import base_digest
 
 TINY = catalogue.resolve("tiny-llama")
 VARIANT = Variant(name="v", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))

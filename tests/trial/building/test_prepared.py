@@ -10,16 +10,16 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from harness.models import bases, catalogue, shapes
-from harness.models.costs.memory import estimate_memory
-from harness.records.refusals import refusal_in
-from harness.studies.protocol import Protocol
-from harness.studies.request import BaseRequest, TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building import base_model, lora, prepared
-from harness.trial.memory import resident_tensors, storage_bytes
-from harness.trial.profiling.pages import read_pages
+from lorameter.models import bases, catalogue, shapes
+from lorameter.models.costs.memory import estimate_memory
+from lorameter.records.refusals import refusal_in
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import BaseRequest, TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building import base_model, lora, prepared
+from lorameter.trial.memory import resident_tensors, storage_bytes
+from lorameter.trial.profiling.pages import read_pages
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 192,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.studies.variant import Variant
-from harness.trial.building.requirements import requirements_of
+from lorameter.studies.variant import Variant
+from lorameter.trial.building.requirements import requirements_of
 
 
 def test_a_variant_requires_what_it_says():

@@ -9,13 +9,13 @@ import random
 import pytest
 import torch
 
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.shared import Seat, SharedBase, base_digest
-from harness.trial.data.tokens import prepare
-from harness.trial.trial import Trial
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.shared import Seat, SharedBase, base_digest
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.trial import Trial
 
 SMALL = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,

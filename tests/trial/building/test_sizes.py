@@ -6,17 +6,17 @@ import json
 import pytest
 import torch
 
-from harness.errors import UsageError
-from harness.models import catalogue
-from harness.studies.protocol import Protocol
-from harness.studies.study import Study
-from harness.studies.study_file import load_study
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building import build, lora
-from harness.trial.building.base_model import load_base
-from harness.trial.building.sizes import sizes_of, sizes_of_study
-from harness.trial.memory import resident_bytes
+from lorameter.errors import UsageError
+from lorameter.models import catalogue
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.study import Study
+from lorameter.studies.study_file import load_study
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building import build, lora
+from lorameter.trial.building.base_model import load_base
+from lorameter.trial.building.sizes import sizes_of, sizes_of_study
+from lorameter.trial.memory import resident_bytes
 
 TINY = catalogue.resolve("tiny-llama")
 R33 = Variant(r=33, target_modules=(), optimizer="adamw")

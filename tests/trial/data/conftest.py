@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.models import catalogue, shapes
-from harness.trial.data.messages import Conversation, Message
-from harness.trial.data.tokenizers import load_tokenizer
+from lorameter.models import catalogue, shapes
+from lorameter.trial.data.messages import Conversation, Message
+from lorameter.trial.data.tokenizers import load_tokenizer
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from harness.errors import UsageError
-from harness.run.executors.local import LocalExecutor
-from harness.studies.workload import Workload
-from harness.trial.data.records import look_into
+from lorameter.errors import UsageError
+from lorameter.run.executors.local import LocalExecutor
+from lorameter.studies.workload import Workload
+from lorameter.trial.data.records import look_into
 
 SPOILT = Path(__file__).with_name("spoilt")
 """Data sets of a few rows, a few bytes of which were changed: of most the library dies."""
@@ -65,9 +65,9 @@ def bomb(tmp_path):
 PEAK = """
 import resource, sys
 import pyarrow.parquet
-from harness.errors import UsageError
-from harness.studies.workload import Workload
-from harness.trial.data.records import look_here, read_records
+from lorameter.errors import UsageError
+from lorameter.studies.workload import Workload
+from lorameter.trial.data.records import look_here, read_records
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 before = peak()
 try: (look_here if sys.argv[1] == "look" else read_records)(Workload(data=sys.argv[2], held_out_records=1))

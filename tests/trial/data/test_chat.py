@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError
-from harness.trial.data.chat import ChatTemplate
+from lorameter.errors import UsageError
+from lorameter.trial.data.chat import ChatTemplate
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -58,8 +58,8 @@ ENDLESS = {
 @pytest.mark.parametrize(("template", "said"), ENDLESS.values(), ids=ENDLESS)
 def test_a_template_without_end_is_refused_by_its_name(tokenizer, chat, monkeypatch, template, said):
     """It is a program: time and memory are what it gets, whatever it does with them."""
-    monkeypatch.setattr("harness.trial.data.chat.RECORD_S", 0.2)
-    monkeypatch.setattr("harness.trial.data.chat.RECORD_BYTES", 64 << 20)
+    monkeypatch.setattr("lorameter.trial.data.chat.RECORD_S", 0.2)
+    monkeypatch.setattr("lorameter.trial.data.chat.RECORD_BYTES", 64 << 20)
     tokenizer.chat_template = template
     with pytest.raises(UsageError, match=f"line 7: the chat template of (model )?'?mine'? {said}"):
         ChatTemplate(tokenizer, "mine").text(chat(*TURNS))

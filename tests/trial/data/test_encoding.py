@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue, shapes
-from harness.studies.workload import Workload
-from harness.trial.data.encoding import IGNORED, Encoder, mark_tokens
-from harness.trial.data.tokenizers import load_tokenizer
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.studies.workload import Workload
+from lorameter.trial.data.encoding import IGNORED, Encoder, mark_tokens
+from lorameter.trial.data.tokenizers import load_tokenizer
 
 RECORDS = {
     "dolly": ({"instruction": "ask", "context": "ctx", "response": "it is é so"}, "it is é so"),

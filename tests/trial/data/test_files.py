@@ -6,8 +6,8 @@ import gzip
 
 import pytest
 
-from harness.errors import UsageError
-from harness.trial.data.files import open_table
+from lorameter.errors import UsageError
+from lorameter.trial.data.files import open_table
 
 ROWS = [
     {"prompt": "a, b", "completion": 'say "x"\nand y'},

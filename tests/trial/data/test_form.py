@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError
-from harness.studies.columns import Columns
-from harness.trial.data.form import recognise
+from lorameter.errors import UsageError
+from lorameter.studies.columns import Columns
+from lorameter.trial.data.form import recognise
 
 
 @pytest.mark.parametrize(

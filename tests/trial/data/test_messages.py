@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UsageError
-from harness.trial.data.messages import Message, read_conversation
+from lorameter.errors import UsageError
+from lorameter.trial.data.messages import Message, read_conversation
 
 PICTURE = {"type": "image_url", "image_url": "x"}
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

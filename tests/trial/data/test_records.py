@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from harness.errors import UsageError
-from harness.studies.workload import Workload
-from harness.trial.data.records import look_into, read_records
+from lorameter.errors import UsageError
+from lorameter.studies.workload import Workload
+from lorameter.trial.data.records import look_into, read_records
 
 GOOD = {"instruction": "say it", "context": "", "response": "it"}
 

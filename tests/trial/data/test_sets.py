@@ -5,9 +5,9 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from harness.errors import UsageError
-from harness.studies.workload import Workload
-from harness.trial.data.records import look_into, read_records
+from lorameter.errors import UsageError
+from lorameter.studies.workload import Workload
+from lorameter.trial.data.records import look_into, read_records
 
 datasets.disable_progress_bars()
 ROWS = [{"prompt": f"p{number}", "completion": "c", "score": number} for number in range(600)]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UsageError
-from harness.models import catalogue
-from harness.trial.data.tokenizers import BYTE_VOCABULARY, load_tokenizer
+from lorameter.errors import UsageError
+from lorameter.models import catalogue
+from lorameter.trial.data.tokenizers import BYTE_VOCABULARY, load_tokenizer
 
 LLAMA = {"model_type": "llama", "vocab_size": 320}
 
@@ -19,8 +19,8 @@ LLAMA = {"model_type": "llama", "vocab_size": 320}
 def test_the_tokenising_process_loads_no_model_library():
     """What makes the tokens starts without the libraries that only a model needs."""
     code = (
-        "import sys, harness.trial.data.tokens\n"
-        "loaded = {'peft', 'bitsandbytes', 'accelerate', 'harness.trial.building.base_model'} & set(sys.modules)\n"
+        "import sys, lorameter.trial.data.tokens\n"
+        "loaded = {'peft', 'bitsandbytes', 'accelerate', 'lorameter.trial.building.base_model'} & set(sys.modules)\n"
         "assert not loaded, loaded"
     )
     root = Path(catalogue.__file__).parents[2]

@@ -8,17 +8,17 @@ import pytest
 import torch
 from peft.tuners.lora.layer import Linear
 
-from harness.records.metrics import samples_of
-from harness.records.record import TrialRecord
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building import lora
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.tokens import prepare
-from harness.trial.inference.generate import generate
-from harness.trial.trial import Trial
+from lorameter.records.metrics import samples_of
+from lorameter.records.record import TrialRecord
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building import lora
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.inference.generate import generate
+from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=6, held_out_sequences=1, prompt_tokens=8,

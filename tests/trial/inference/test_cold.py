@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.errors import LorameterError
-from harness.models import bases, catalogue
-from harness.studies.protocol import Protocol
-from harness.studies.request import BaseRequest, TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building import base_model, lora, prepared
-from harness.trial.data.stream import TokenStream
-from harness.trial.data.tokens import prepare
-from harness.trial.inference import cold
-from harness.trial.inference.generate import generate
+from lorameter.errors import LorameterError
+from lorameter.models import bases, catalogue
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import BaseRequest, TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building import base_model, lora, prepared
+from lorameter.trial.data.stream import TokenStream
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.inference import cold
+from lorameter.trial.inference.generate import generate
 
 VARIANT = Variant(name="v", r=2, quantization="nf4", dtype="float32", compute_dtype="float32")
 WORKLOAD = Workload(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.trial.parity.distance import ROWS, measure_distance, sequence_losses
+from lorameter.trial.parity.distance import ROWS, measure_distance, sequence_losses
 
 
 @pytest.fixture

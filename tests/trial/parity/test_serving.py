@@ -7,20 +7,20 @@ import dataclasses
 import pytest
 import torch
 
-from harness.models import catalogue
-from harness.parity.judgement import compare_served
-from harness.records import codec
-from harness.records.parity import Served
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.serving import ServingRequest, ways_of
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building import lora
-from harness.trial.building.base_model import load_base
-from harness.trial.data.stream import TokenStream
-from harness.trial.data.tokens import prepare
-from harness.trial.parity import serving
+from lorameter.models import catalogue
+from lorameter.parity.judgement import compare_served
+from lorameter.records import codec
+from lorameter.records.parity import Served
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.serving import ServingRequest, ways_of
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building import lora
+from lorameter.trial.building.base_model import load_base
+from lorameter.trial.data.stream import TokenStream
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.parity import serving
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=2, train_sequences=8, held_out_records=4, held_out_sequences=2, prompt_tokens=8,

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from harness.trial.memory import resident_bytes, resident_tensors
-from harness.trial.profiling.account import account, take_birth
-from harness.trial.profiling.live import LiveTensors
+from lorameter.trial.memory import resident_bytes, resident_tensors
+from lorameter.trial.profiling.account import account, take_birth
+from lorameter.trial.profiling.live import LiveTensors
 
 ROWS, WIDTH = 16, 32
 

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from harness.profile.diagnosis import diagnose
-from harness.profile.evidence import Evidence
-from harness.records.activity import STEP_PHASES
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.build import build
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.stream import TokenStream
-from harness.trial.data.tokens import prepare
-from harness.trial.profiling.activity import MARK, activity_of
-from harness.trial.profiling.borders import BorderedStep, step_times
-from harness.trial.step import TrainStep
+from lorameter.profile.diagnosis import diagnose
+from lorameter.profile.evidence import Evidence
+from lorameter.records.activity import STEP_PHASES
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.build import build
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.stream import TokenStream
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.profiling.activity import MARK, activity_of
+from lorameter.trial.profiling.borders import BorderedStep, step_times
+from lorameter.trial.step import TrainStep
 
 
 def setting(folder, layout="packed"):
@@ -64,7 +64,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now_s = 100.0
-        for module in ("harness.trial.profiling.borders", "harness.trial.profiling.phases", "harness.trial.clock"):
+        for module in ("lorameter.trial.profiling.borders", "lorameter.trial.profiling.phases", "lorameter.trial.clock"):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=self.read, process_time=self.read))
 
     def read(self):

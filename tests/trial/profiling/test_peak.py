@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.models.costs.peaks import stated_peak
-from harness.trial.clock import Lap
-from harness.trial.profiling import peak
-from harness.trial.profiling.peak import measured_bandwidth, measured_product
+from lorameter.models.costs.peaks import stated_peak
+from lorameter.trial.clock import Lap
+from lorameter.trial.profiling import peak
+from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
 
 BOOST = 1.1
 """A GeForce card may clock above the boost that its figure is stated at; a data centre's card does not."""

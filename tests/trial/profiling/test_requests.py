@@ -9,8 +9,8 @@ import transformers
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from harness.records import codec
-from harness.records.activity import (
+from lorameter.records import codec
+from lorameter.records.activity import (
     CACHE,
     HEAD,
     REQUEST_ACTIVITY,
@@ -19,20 +19,20 @@ from harness.records.activity import (
     REQUEST_TRACE,
     Activity,
 )
-from harness.records.request_sight import RequestSight
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building import lora
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.tokens import prepare
-from harness.trial.inference.generate import generate
-from harness.trial.profiling import borders
-from harness.trial.profiling import trial as profiled
-from harness.trial.profiling.activity import MARK, activity_of
-from harness.trial.profiling.requests import BorderedRequest, see_request
-from harness.trial.profiling.trial import ProfiledTrial
+from lorameter.records.request_sight import RequestSight
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building import lora
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.inference.generate import generate
+from lorameter.trial.profiling import borders
+from lorameter.trial.profiling import trial as profiled
+from lorameter.trial.profiling.activity import MARK, activity_of
+from lorameter.trial.profiling.requests import BorderedRequest, see_request
+from lorameter.trial.profiling.trial import ProfiledTrial
 
 PROMPT, NEW = 12, 4
 

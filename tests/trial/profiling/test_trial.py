@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.models.costs.modules import from_values
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.building.shared import SharedBase
-from harness.trial.data.tokens import prepare
-from harness.trial.profiling import trial as profiled
-from harness.trial.profiling.trial import ProfiledTrial
-from harness.trial.trial import Trial
+from lorameter.models.costs.modules import from_values
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.tokens import prepare
+from lorameter.trial.profiling import trial as profiled
+from lorameter.trial.profiling.trial import ProfiledTrial
+from lorameter.trial.trial import Trial
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, m
     monkeypatch.setattr(profiled, "step_times", lambda *args: times)
     assert from_values(trial.run("profile").values) is None
     taken = trial._steps_taken
-    monkeypatch.setattr("harness.models.shapes.FAMILIES", {})
+    monkeypatch.setattr("lorameter.models.shapes.FAMILIES", {})
     found = from_values(trial.run("profile").values)
     assert trial._steps_taken == taken + 1
     block = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 704

@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness.records import codec
-from harness.records.record import TrialRecord
-from harness.studies.protocol import Protocol
-from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from lorameter.records import codec
+from lorameter.records.record import TrialRecord
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=4, train_sequences=32, held_out_records=4, held_out_sequences=2, prompt_tokens=8,
@@ -38,7 +38,7 @@ NF4 = {"quantization": "nf4"}
 
 def on_rank(number, change):
     """Apply `change` to the trial of one rank when it is made."""
-    from harness.trial.ranks import rank
+    from lorameter.trial.ranks import rank
 
     made = rank.RankTrial.__init__
 
@@ -52,7 +52,7 @@ def on_rank(number, change):
 
 def same_rows():
     """Every rank takes the part of the first, as without a sampler of its own."""
-    from harness.trial.data.stream import TokenStream
+    from lorameter.trial.data.stream import TokenStream
 
     def change(trial):
         take = TokenStream.take_share
@@ -68,7 +68,7 @@ def same_rows():
 
 def other_data():
     """Rank 1 reads its file from another place on."""
-    from harness.trial.data.stream import TokenStream
+    from lorameter.trial.data.stream import TokenStream
 
     def change(trial):
         rows = TokenStream._rows
@@ -79,7 +79,7 @@ def other_data():
 
 def unsynchronised():
     """No gradient is exchanged."""
-    from harness.trial.ranks import rank
+    from lorameter.trial.ranks import rank
 
     rank.distribute = lambda model, strategy, **_: model
     rank.exchanging = lambda forward, now: contextlib.nullcontext()
@@ -89,7 +89,7 @@ def summed():
     """Gradients are summed over the ranks and not divided."""
     import torch
 
-    from harness.trial.ranks import rank
+    from lorameter.trial.ranks import rank
 
     wrapped = rank.distribute
 
@@ -110,7 +110,7 @@ def summed():
 
 def summed_shards():
     """FSDP2 is told to divide by 1."""
-    from harness.trial.ranks import rank
+    from lorameter.trial.ranks import rank
 
     wrapped = rank.distribute
 
@@ -129,7 +129,7 @@ def asleep():
     """Rank 1 takes its time."""
 
     def change(trial):
-        from harness.trial.ranks.rank import RankStep
+        from lorameter.trial.ranks.rank import RankStep
 
         forward = RankStep.loss
         RankStep.loss = lambda self, batch: time.sleep(2.0) or forward(self, batch)
@@ -144,7 +144,7 @@ def stored_as(name):
         import torch
         from transformers import BitsAndBytesConfig
 
-        from harness.trial.ranks import rank
+        from lorameter.trial.ranks import rank
 
         made, wrapped = BitsAndBytesConfig.__init__, rank.distribute
 
@@ -175,7 +175,7 @@ def unsharded():
 
 def in_eval_mode():
     """The model is left as `from_pretrained` gives it."""
-    from harness.trial.ranks import rank
+    from lorameter.trial.ranks import rank
 
     wrapped = rank.distribute
     rank.distribute = lambda model, strategy, **options: wrapped(model.eval(), strategy, **options)
@@ -185,7 +185,7 @@ def at_turn(act):
     """What rank 1 does in its first timed step."""
 
     def sabotage():
-        from harness.trial.trial import Trial
+        from lorameter.trial.trial import Trial
 
         def change(trial):
             turn = Trial.turn
@@ -207,7 +207,7 @@ def out_of_memory():
 
 def alone_in_vain():
     """One rank alone does not fit."""
-    from harness.trial.ranks import trial
+    from lorameter.trial.ranks import trial
 
     def maker(request):
         return lambda: out_of_memory()
@@ -256,8 +256,8 @@ SCENARIOS = {
 
 def run(name: str, tokens: str, folder: Path) -> dict:
     """The record of one scenario, and which of its processes are left."""
-    from harness.trial.process import prepare_process
-    from harness.trial.ranks.trial import TrialOfRanks
+    from lorameter.trial.process import prepare_process
+    from lorameter.trial.ranks.trial import TrialOfRanks
 
     scenario = SCENARIOS[name]
     if scenario.sabotage:
@@ -285,8 +285,8 @@ def run(name: str, tokens: str, folder: Path) -> dict:
 
 
 def main(names: list[str]) -> None:
-    from harness.trial.data.tokens import prepare
-    from harness.trial.zygote import import_libraries
+    from lorameter.trial.data.tokens import prepare
+    from lorameter.trial.zygote import import_libraries
 
     import_libraries()
     with tempfile.TemporaryDirectory() as told:

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from harness.studies.variant import Variant
-from harness.trial.ranks.agreement import EXACT, ROUNDED, compare_losses, tolerance_of
+from lorameter.studies.variant import Variant
+from lorameter.trial.ranks.agreement import EXACT, ROUNDED, compare_losses, tolerance_of
 
 VARIANT = Variant(name="plain", r=4, dtype="float32")
 RIGHT = (4.93485, 4.89980, 4.85847, 4.80926)

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-from harness.trial.data.stream import TokenStream
-from harness.trial.data.tokens import prepare
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.data.stream import TokenStream
+from lorameter.trial.data.tokens import prepare
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=4, train_sequences=10, held_out_records=4, held_out_sequences=1, prompt_tokens=8,

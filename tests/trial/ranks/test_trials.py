@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.records import codec
-from harness.records.metrics import samples_of
-from harness.records.record import TrialRecord
-from harness.run.several_ranks import SHARDS_INTEGERS, shards_4bit
+from lorameter.records import codec
+from lorameter.records.metrics import samples_of
+from lorameter.records.record import TrialRecord
+from lorameter.run.several_ranks import SHARDS_INTEGERS, shards_4bit
 
 SCRIPT = Path(__file__).with_name("scenarios.py")
 SHARDED_4BIT = ("fsdp2, qlora", "fsdp2, qlora, repaired")

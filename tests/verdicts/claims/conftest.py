@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.records import codec
-from harness.records.record import Notice, TrialRecord
-from harness.records.store import Manifest, Run
-from harness.studies.claim import Claim, Part
-from harness.studies.variant import Variant
+from lorameter.records import codec
+from lorameter.records.record import Notice, TrialRecord
+from lorameter.records.store import Manifest, Run
+from lorameter.studies.claim import Claim, Part
+from lorameter.studies.variant import Variant
 
 TURNS = 9
 VARIANTS = (

@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.verdicts.claims.answers import answers_of
-from harness.verdicts.series import series_of
+from lorameter.verdicts.claims.answers import answers_of
+from lorameter.verdicts.series import series_of
 
 
 @pytest.fixture

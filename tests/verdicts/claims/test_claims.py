@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from harness.records.record import Failure
-from harness.verdicts.claims import conjunction, judge_claims
+from lorameter.records.record import Failure
+from lorameter.verdicts.claims import conjunction, judge_claims
 
 RISE = {"r4": 1.0, "centre": 1.03, "r16": 1.06}
 """Every doubling of r costs 3 %."""

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from harness.studies.engine import Engine
-from harness.verdicts.claims import judge_claims
+from lorameter.studies.engine import Engine
+from lorameter.verdicts.claims import judge_claims
 
 COMPILED = Engine(title="the compiler", variant="r16", proof={"compile": True})
 FASTER = {"rule": "faster", "axis": "engine", "by": 0.2}

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from harness.errors import UsageError
-from harness.records import store
-from harness.studies.claim import Claim, Part
-from harness.studies.study_file import load_study
-from harness.studies.variant import Variant
-from harness.verdicts.claims import judge_claims
+from lorameter.errors import UsageError
+from lorameter.records import store
+from lorameter.studies.claim import Claim, Part
+from lorameter.studies.study_file import load_study
+from lorameter.studies.variant import Variant
+from lorameter.verdicts.claims import judge_claims
 
 PAIR = ("none", "nf4")
 STEPS = {"plain": [1.0, 1.02, 0.99, 1.01], "nf4": [1.05, 1.07, 1.04, 1.06], "dora": [1.5, 1.53, 1.48, 1.51]}

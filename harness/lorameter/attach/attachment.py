@@ -1,0 +1,139 @@
+"""Which training of a process is followed: the first that begins, until it ends.
+
+A script may build two trainers, carry a meter of its own while it is wrapped, or fork. Whatever begins a training asks
+here first. The process is the one that begins; a fork of it is not followed, and two processes of one script never tell
+of one training (each follower sees to that where it writes).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lorameter.attach.follower import Follower, Source, Training
+from lorameter.attach.shield import NotFollowedError, Shield, say
+from lorameter.attach.steps import Steps
+from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
+
+
+class Attachment:
+    """The training of one process that is followed. Not shared between threads."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+        self._source: object = None
+        self._follower: Follower | None = None
+        self.steps: Steps | None = None
+        self._told = False
+        """Whether it was told of another training."""
+
+    @property
+    def occupied(self) -> bool:
+        """Whether whatever trains now is not to be followed: a training is under way, or this is a fork."""
+        return self._pid is not None and not (self.steps is not None and self.steps.ended and self._pid == os.getpid())
+
+    def begin(
+        self, source: object, training: Training, device: torch.device, make: Callable[[], Follower] | None = None
+    ) -> Steps | None:
+        """Follow a training from here on.
+
+        Args:
+            source: who sees its steps; of one that has begun and not ended it is the same training.
+            training: as it stands before its first step.
+            device: that it computes on.
+            make: makes its follower; None: the one that the environment names.
+
+        Returns:
+            What the source tells of the steps; None where another training is followed, or was.
+        """
+        if self._pid == os.getpid() and self._source is source and self.steps is not None and self.steps.up:
+            self.steps.restart()
+            return self.steps
+        if self._pid is not None:
+            self.tell_of_another(training.source)
+            return None
+        if training.rank and os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) != DEFAULT_FOLLOWER:
+            return None  # it follows what rank 0 shows
+        self._pid, self._source = os.getpid(), source
+        shield = Shield()
+        follower = shield.run(make or named_follower)
+        if follower is None:
+            return None
+        self._follower = follower
+        self.steps = Steps(follower, training, device, shield)
+        atexit.register(self._end_with_process)
+        if os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER:
+            self._see_exit()  # whoever lets a training take turns sees by itself that its process is gone
+        self.steps.begin()
+        return self.steps
+
+    def tell_of_another(self, source: Source) -> None:
+        """Another training has begun. It is not followed, and who follows the first learns of it, once."""
+        if self._told or self._follower is None or self._pid != os.getpid():
+            return
+        self._told = True
+        say(f"another training of this script (seen by its {source}) is not followed: the first one is")
+        training = Training(
+            source=source, model=None, planned_steps=None, trainable_parameters=None, total_parameters=None,
+            accumulation=None,
+        )  # fmt: skip
+        Shield().run(self._follower.begin, training)
+
+    def _end_with_process(self) -> None:
+        """The process ends and the training has not: by an error, or because the script has let it go."""
+        if self.steps is None or self._pid != os.getpid():
+            return
+        error = getattr(sys, "last_value", None)  # what the interpreter has just printed
+        self.steps.end(error if isinstance(error, BaseException) else self._source_end(), seen=False)
+        tell_of_later: Any = getattr(self._source, "tell_of_later", None)
+        if tell_of_later is not None:
+            tell_of_later()
+
+    def _see_exit(self) -> None:
+        """`os._exit` leaves out what is registered for the end of a process. Scripts call it where a library would
+        abort there, and their training is as whole as any."""
+        module: Any = os
+        leave = module._exit
+
+        @functools.wraps(leave)
+        def end_and_leave(status: int) -> None:
+            try:
+                self._end_with_process()
+            finally:
+                leave(status)
+
+        module._exit = end_and_leave
+
+    def _source_end(self) -> BaseException | None:
+        """What the source says of a training that nobody ended; one that knows no end of its own says nothing."""
+        unended: Any = getattr(self._source, "unended", None)
+        return None if unended is None else unended()
+
+
+class UnendedError(NotFollowedError):
+    """The process has ended, and its training had not."""
+
+
+@functools.cache  # of the process: what it follows is one thing, however many modules ask
+def this_process() -> Attachment:
+    """The attachment of this process; a fork has that of the process it was forked from, and is not followed."""
+    return Attachment()
+
+
+def named_follower() -> Follower:
+    """The follower that the environment names; else a run is written.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: it has no such name.
+    """
+    module, _, name = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER).partition(":")
+    make: Callable[[], Follower] = getattr(importlib.import_module(module), name)
+    return make()

@@ -1,0 +1,203 @@
+"""Attaches the meter to the first training of a process; every interpreter of a wrapped command imports this first.
+
+Nothing of lorameter is imported before there is a training: a Trainer that is built, or an optimizer that updates. So a
+launcher, a data worker or a script that does something else pays for a few lines. The user's own `sitecustomize`, which
+this one hides, is imported after it. Only the standard library is used, since the interpreter may be any.
+"""
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from typing import Any
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+HOME = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
+OWN = ("harness", "kernels_check")
+NEEDED = ("filelock", "msgspec", "xxhash")
+PYTHON = (3, 11)
+TOLD = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
+
+
+class Own:
+    """Finds lorameter's own packages, and nothing else of the folder that they lie in."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return importlib.machinery.PathFinder.find_spec(name, [HOME]) if name in OWN else None
+
+
+class After:
+    """Finds a module as all others are found, and has something called when it has been imported."""
+
+    def __init__(self, wanted: Any) -> None:
+        self.wanted = wanted
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in self.wanted:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if finder is not self and find is not None else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = Loader(spec.loader, self.wanted)
+                return spec
+        return None
+
+
+class Loader:
+    """Loads as the loader that it stands for, which is in its place again once the module is there."""
+
+    def __init__(self, loader: Any, wanted: Any) -> None:
+        self.loader = loader
+        self.wanted = wanted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        for call in self.wanted.pop(module.__name__, ()):
+            attempt(lambda call=call: call(module))
+
+
+def attempt(call: Any) -> Any:
+    """Call what is ours; what goes wrong in it is told, and the script goes on without it."""
+    try:
+        return call()
+    except Exception as error:
+        say("the training is not followed: {}: {}".format(type(error).__name__, error))
+        return None
+
+
+def say(text: str) -> None:
+    """A line on the standard error that the process was started with."""
+    if sys.__stderr__ is not None:
+        visible = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+        print("lorameter: " + visible, file=sys.__stderr__, flush=True)
+
+
+def ours(name: str) -> Any:
+    """A module of lorameter's, wherever this interpreter has it or not. It is told what the process was started with,
+    also where the script has made an environment of its own since."""
+    for variable, value in TOLD.items():
+        os.environ.setdefault(variable, value)
+    if not any(isinstance(finder, Own) for finder in sys.meta_path):
+        found = importlib.machinery.PathFinder.find_spec("harness")
+        for place in [] if found is None else found.submodule_search_locations or []:
+            if not os.path.isfile(os.path.join(place, "attach", "follower.py")):
+                raise ImportError("the script has a package 'harness' of its own, in {}".format(place))
+        sys.meta_path.insert(0, Own())
+    return importlib.import_module("lorameter.attach.loading").load(name)
+
+
+@functools.lru_cache(maxsize=None)
+def lacks() -> bool:
+    """Whether this interpreter lacks what a training is measured with, which is then told, and to who has started the
+    script by the file that says that the hook was loaded."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if sys.version_info < PYTHON:
+        text = "{} is older than Python {}.{}. Use a newer one".format(sys.executable, *PYTHON)
+    elif missing:
+        names = " ".join(missing)
+        text = "{0} lacks {1}. Install: {0} -m pip install {1}".format(sys.executable, names)
+    else:
+        return False
+    seen = os.environ.get("LORAMETER_SEEN")
+    if seen:
+        with open(seen, "w") as file:
+            file.write(text)
+    say("a training in this process is not measured: {}".format(text))
+    return True
+
+
+def attach_trainer(module: Any) -> None:
+    """Every Trainer that is built has a meter, unless the script has given it one."""
+    if lacks():
+        return
+    build = module.Trainer.__init__
+
+    def built(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        attempt(lambda: ours("lorameter.attach.trainer_hook").add_meter(self))
+
+    module.Trainer.__init__ = functools.wraps(build)(built)
+
+
+def attach_optimizers(module: Any) -> None:
+    """What lies between two updates is a step, where nobody else says what one is.
+
+    torch has a function around the `step` of each class of optimizers, and ours goes around that one. A hook of its own
+    for all optimizers would be compiled with a step that torch.compile is given; this one is not seen by it.
+    """
+    if lacks():
+        return
+    source: "list[Any]" = []
+    plain = module.Optimizer.profile_hook_step
+
+    def profile_hook_step(func: Any) -> Any:
+        step, compiling = plain(func), sys.modules["torch"].compiler.is_compiling
+
+        @functools.wraps(step)
+        def update(*args: Any, **kwargs: Any) -> Any:
+            if compiling():  # Dynamo takes it for true, and sees nothing else of this function
+                return step(*args, **kwargs)
+            if source and source[0] is not None:
+                source[0].begin_update()
+            try:
+                result = step(*args, **kwargs)
+            except BaseException:
+                if source and source[0] is not None:
+                    source[0].end_update(None)
+                raise
+            if not source:
+                source.append(attempt(lambda: ours("lorameter.attach.optimizer").OptimizerSource()))
+            if source[0] is not None:
+                source[0].end_update(args[0])
+            return result
+
+        return update
+
+    module.Optimizer.profile_hook_step = staticmethod(profile_hook_step)
+
+
+def named(entry: str) -> Any:
+    """What `module=package.module:function` asks for, as the module and what to call."""
+    module, _, function = entry.partition("=")
+    package, _, name = function.partition(":")
+    return module, lambda imported: getattr(ours(package), name)(imported)
+
+
+def install() -> None:
+    """Watch for the modules that trainings are made of."""
+    seen = os.environ.get("LORAMETER_SEEN")
+    if seen:
+        with open(seen, "a"):
+            pass
+    wanted = {"transformers.trainer": [attach_trainer], "torch.optim.optimizer": [attach_optimizers]}
+    for entry in filter(None, os.environ.get("LORAMETER_AFTER_IMPORT", "").split(",")):
+        module, call = named(entry)
+        wanted.setdefault(module, []).append(call)
+    sys.meta_path.insert(0, After(wanted))
+
+
+def give_way() -> None:
+    """Import the user's own sitecustomize, and leave its name and the path to it."""
+    sys.path[:] = [place for place in sys.path if os.path.abspath(place) != HERE]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize")
+    if spec is None or spec.loader is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sitecustomize"] = module
+    spec.loader.exec_module(module)
+
+
+if os.environ.get("LORAMETER_FOLLOWER"):
+    attempt(install)
+give_way()

@@ -1,0 +1,233 @@
+"""The steps of transformers' Trainer, and of all that inherits it.
+
+Callbacks say where a step begins and ends, and what the Trainer does beside. They do not say where its time goes: for
+that the methods that a step consists of (`get_batch_samples`, `training_step`, `compute_loss`) are timed on the one
+trainer at hand, from the beginning of its training to its end. What a subclass or a library has put in their place is
+what is called.
+
+The Trainer fetches the batches of a step before it says that the step begins, and logs, evaluates and saves after it
+has said that it has ended. So the wait for data is timed by itself, and evaluation and saving are phases of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lorameter.attach.attachment import UnendedError, this_process
+from lorameter.attach.follower import Follower, Training, weakly
+from lorameter.attach.identity import count_parameters, device_of, rank_of
+from lorameter.attach.logged import summarise
+from lorameter.attach.shield import Shield, without_frames
+from lorameter.attach.steps import Steps
+
+TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
+"""Methods of a Trainer that are timed or looked at; one that is not there leaves what it shows unknown."""
+
+
+class TrainerSource(TrainerCallback):
+    """Sees the steps of one Trainer, by whose events it is called."""
+
+    def __init__(
+        self,
+        make: Callable[[], Follower] | None = None,
+        *,
+        log: bool = True,
+        required: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Nothing is attached yet.
+
+        Args:
+            make: makes the follower; None: the one that the environment names.
+            log: whether what is measured goes through `trainer.log`.
+            required: paths of kernels_check that a step must have.
+        """
+        self._make = make
+        self._log = log
+        self._required = dict(required or {})
+        self._steps: Steps | None = None
+        self._trainer_ref: Callable[[], Any] = lambda: None
+        self._failed: BaseException | None = None
+        self._replaced: list[str] = []
+        self._micro = False
+        """Whether the Trainer is inside a pass of training, and not of evaluation."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything is set up, and no batch has been fetched."""
+        self._release_trainer()
+        self._steps = Shield().run(self._begin, args, state, kwargs.get("model"))
+
+    def _begin(self, args: Any, state: Any, model: Any) -> Steps | None:
+        rank, ranks = rank_of()
+        trainable, total = count_parameters(model)
+        training = Training(
+            source="trainer",
+            model=weakly(model),
+            planned_steps=state.max_steps or None,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            accumulation=args.gradient_accumulation_steps,
+            rank=rank,
+            ranks=ranks,
+            required=self._required,
+        )
+        steps = this_process().begin(self, training, device_of(model), self._make)
+        if steps is not None:
+            if self._log:
+                steps.keep_readings()
+            trainer = find_trainer(state)
+            if trainer is not None:
+                self._trainer_ref = weakref.ref(trainer)
+                self._time_methods(trainer)
+            if getattr(args, "eval_on_start", False):
+                steps.phase("evaluate")
+        return steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The batches of a step are there."""
+        if self._steps is not None:
+            self._steps.phase("train")
+            self._steps.open_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are there and clipped."""
+        if self._steps is not None:
+            self._steps.during["optimizer"].begin()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights are updated."""
+        if self._steps is not None:
+            self._steps.during["optimizer"].end()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is over. The flow of the Trainer has decided by now what it does next."""
+        if self._steps is None:
+            return
+        if not self._steps.end_step():
+            control.should_training_stop = True
+        self._enter_next(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch is over, after which the Trainer may evaluate or save."""
+        self._enter_next(control)
+
+    def _enter_next(self, control: Any) -> None:
+        """What the Trainer has decided to do before the next step."""
+        if self._steps is not None and (control.should_evaluate or control.should_save):
+            self._steps.phase("evaluate" if control.should_evaluate else "save")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A batch of an evaluation is done, which nobody may have announced."""
+        if self._steps is not None:
+            self._steps.phase("evaluate")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation is over; whether its result is worth saving is decided after this."""
+        if self._steps is not None:
+            saves = control.should_save or getattr(args.save_strategy, "value", args.save_strategy) == "best"
+            self._steps.phase("save" if saves else "train")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saving is over."""
+        if self._steps is not None:
+            self._steps.phase("train")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The Trainer has logged: what was measured since goes the same way, in no step's time."""
+        trainer = self._trainer_ref()
+        if not self._log or self._steps is None or trainer is None or "loss" not in (logs or {}):
+            return
+        with self._steps.aside():
+            if since := self._steps.take_readings():
+                beside = self._steps.so_far(since)
+                self._steps.run(lambda: trainer.log(summarise(since, beside)))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training has come to its end."""
+        self._release_trainer()
+        if self._steps is not None:
+            self._steps.end(None)
+
+    def unended(self) -> BaseException:
+        """What is said of a training that did not come to its end: the last error of one of its steps."""
+        return self._failed or UnendedError("the process has ended before its training did")
+
+    def _time_methods(self, trainer: Any) -> None:
+        """Time the methods of this trainer, of no other, until it is released."""
+        for name in TIMED:
+            original = getattr(trainer, name, None)
+            if callable(original):
+                timed = functools.wraps(original)(functools.partial(getattr(self, f"_{name.strip('_')}"), original))
+                setattr(trainer, name, timed)
+                self._replaced.append(name)
+
+    def _release_trainer(self) -> None:
+        trainer = self._trainer_ref()
+        while self._replaced:
+            name = self._replaced.pop()
+            if trainer is not None:
+                vars(trainer).pop(name, None)
+        self._trainer_ref = lambda: None
+
+    def _get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        steps = self._steps
+        if steps is None:
+            return original(*args, **kwargs)
+        steps.phase("train")
+        with steps.during["data"]:
+            found = original(*args, **kwargs)
+        for batch in found[0] if isinstance(found, tuple) and isinstance(found[0], list) else ():
+            steps.batch(batch)
+        return found
+
+    def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        steps = self._steps
+        if steps is None:
+            return original(*args, **kwargs)
+        self._micro = True
+        try:
+            loss = original(*args, **kwargs)
+        except BaseException as error:
+            self._failed = without_frames(error)
+            steps.break_off()
+            raise
+        finally:
+            self._micro = False
+            steps.during["backward"].end()
+        steps.loss(loss)
+        return loss
+
+    def _compute_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        steps = self._steps
+        if steps is None or not self._micro:
+            return original(*args, **kwargs)
+        with steps.during["forward"]:
+            found = original(*args, **kwargs)
+        steps.during["backward"].begin()
+        return found
+
+    def _get_grad_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        norm = original(*args, **kwargs)
+        if self._steps is not None and norm is not None:
+            self._steps.gradient_norm(norm)
+        return norm
+
+
+def find_trainer(state: Any) -> Any:
+    """The Trainer whose callback is being called; None where there is none.
+
+    A callback is told the arguments, the state and the model, and not whose they are. The Trainer is the `self` of a
+    frame that called, and its state is this one.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if owner is not None and getattr(owner, "state", None) is state and callable(getattr(owner, "log", None)):
+            return owner
+        frame = frame.f_back
+    return None

@@ -1,0 +1,145 @@
+"""What the command does that looks for the step that made it slower: `bisect`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorameter.commands.options import add_options
+from lorameter.commands.output import print_json
+from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_PASS, InvalidRunError, LorameterError, UsageError
+
+if TYPE_CHECKING:
+    from lorameter.records.store import Run
+    from lorameter.stats import Comparison
+    from lorameter.studies.study import Study
+
+END_HELP = "a git revision of the repository one stands in, or a release such as 'peft==0.19.0'"
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of `bisect`; `common` adds the options that every command has."""
+    bisect = commands.add_parser(
+        "bisect",
+        help="find the commit or release that made it slower",
+        description="Compare commits or releases between a good and a bad end with the good one, each in one job with "
+        "turns, halving what is left, until the step that made it slower is found.",
+    )
+    bisect.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
+    bisect.add_argument("--good", metavar="REV|REQ", required=True, help=END_HELP)
+    bisect.add_argument("--bad", metavar="REV|REQ", required=True, help="the same, later and slower")
+    bisect.add_argument("--metric", metavar="M", default="step_time_s", help="default: step_time_s")
+    bisect.add_argument("--variant", metavar="V", help="default: the reference of the study")
+    bisect.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
+    add_options(bisect.add_argument, "replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data")
+    bisect.add_argument(
+        "--resume", action="store_true", help="take comparisons that the runs directory has whole, and go on from there"
+    )
+    bisect.add_argument("--dry-run", action="store_true", help="list what lies between, and measure nothing")
+    common(bisect)
+    bisect.set_defaults(command=run_bisect)
+
+
+def run_bisect(options: argparse.Namespace) -> int:
+    """Search and print; a step that is found is a pass, whatever stays open is inconclusive."""
+    from lorameter.commands.ab import read_study
+    from lorameter.records import codec
+    from lorameter.records.metrics import METRICS
+    from lorameter.report.bisect import describe_bisection
+    from lorameter.report.terminal import console_for, show
+    from lorameter.run.bisect import bisect
+    from lorameter.run.device import hold_device
+    from lorameter.run.executors import open_executor
+    from lorameter.run.steps import list_steps
+
+    if options.metric not in METRICS:
+        raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
+    study = read_study(options, open_executor().machine().kind)
+    if study.of_scripts:
+        raise UsageError(f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`.")
+    variant = study.variant(options.variant or study.reference).name
+    candidates = list_steps(options.good, options.bad, Path.cwd())
+    if options.dry_run:
+        if options.json:
+            print_json({"candidates": codec.to_json(candidates)})
+        else:
+            from kernels_check.visible import make_visible
+
+            print(make_visible("\n".join(one.label for one in candidates)))
+        return EXIT_PASS
+    good = candidates[0].spec
+    with hold_device(open_executor(), options.if_busy):
+
+        def compare(side: str, replicates: int) -> Comparison:
+            ends = side in (good, candidates[-1].spec)
+            return _compared(study, variant, options, (good, side), replicates, must=ends)
+
+        found = bisect(candidates, compare, replicates=study.protocol.replicates)
+    if options.json:
+        print_json({**codec.to_json(found), "found": found.found, "variant": variant, "metric": options.metric})
+    else:
+        title = METRICS[options.metric].title
+        show(describe_bisection(found, f"{title} of {variant} in study {study.name}"), console_for())
+    return EXIT_PASS if found.found else EXIT_INCONCLUSIVE
+
+
+def _compared(
+    study: Study, variant: str, options: argparse.Namespace, sides: tuple[str, str], replicates: int, *, must: bool
+) -> Comparison:
+    """One A/B of the good end and a candidate; `must`: whether one that cannot be put up ends the search."""
+    import dataclasses
+
+    from lorameter.models import catalogue
+    from lorameter.records import store
+    from lorameter.records.metrics import METRICS
+    from lorameter.report.live import LiveDisplay
+    from lorameter.report.terminal import console_for
+    from lorameter.run.ab import measure_ab, plan_ab
+    from lorameter.run.executors import open_executor
+    from lorameter.run.steps import find_measured
+    from lorameter.verdicts.series import without_numbers
+
+    study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
+    plan, notices = plan_ab(
+        study,
+        executor.machine(),
+        free_bytes=executor.free_bytes(),
+        select=[variant],
+        phases=(METRICS[options.metric].phase,),
+        runs=runs,
+    )
+    errors = console_for(stderr=True)
+    earlier = find_measured(plan, sides, runs) if options.resume else None
+    if earlier is not None:
+        return _judged(earlier, options.metric)
+    try:
+        with LiveDisplay(errors) as display:
+            run = measure_ab(
+                plan,
+                base=sides[0],
+                candidate=sides[1],
+                repository=Path.cwd(),
+                cache=catalogue.cache_dir(),
+                runs=runs,
+                display=display,
+                notices=notices,
+            )
+    except LorameterError as error:
+        if must:
+            raise
+        return without_numbers("invalid", str(error))
+    if run.manifest.status == "interrupted":
+        raise InvalidRunError(
+            f"run {run.manifest.run} was stopped, and so is the search: what was found is in its runs."
+        )
+    return _judged(run, options.metric)
+
+
+def _judged(run: Run, metric: str) -> Comparison:
+    from lorameter.verdicts.ab import report_of
+    from lorameter.verdicts.series import without_numbers
+
+    compared = report_of(run, metrics=[metric]).comparisons
+    return compared[0].comparison if compared else without_numbers("invalid", f"run {run.manifest.run}: no number")

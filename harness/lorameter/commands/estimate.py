@@ -1,0 +1,184 @@
+"""The command that says what memory a variant will take, and whether a card holds it: `estimate`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from lorameter.commands.options import add_options
+from lorameter.commands.output import print_json
+from lorameter.errors import EXIT_PASS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorameter.machine.provenance import Machine
+    from lorameter.models.costs.memory import MemoryEstimate
+    from lorameter.records.memory_account import MemoryPhase
+    from lorameter.run.fitting import Needs
+    from lorameter.run.knobs import Advice
+    from lorameter.studies.variant import Variant
+    from lorameter.studies.workload import Workload
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of this command; `common` adds the options that every command has."""
+    estimate = commands.add_parser(
+        "estimate",
+        help="what memory a variant will take, by kind, without loading anything; whether a card holds it",
+        description="Estimate the peak memory of a variant's training and generation, by kind: on this machine, or on "
+        "a card that is not here.",
+    )
+    estimate.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
+    add_options(estimate.add_argument, "profile")
+    estimate.add_argument("--model", metavar="M", help="another model; its shape is enough, so random:M never loads")
+    estimate.add_argument("--data", metavar="FILE|ID", help="of the earlier run to set beside the estimate")
+    estimate.add_argument(
+        "--gpu",
+        metavar="SIZE|NAME",
+        help="whether it fits on a card that is not here, and what to change first where it does not: 24GiB, 24GB (of "
+        '10^9 bytes), H100, "RTX 4090"',
+    )
+    estimate.add_argument(
+        "--max-batch", action="store_true", help="the largest batch and the largest length that fit there, or here"
+    )
+    common(estimate)
+    estimate.set_defaults(command=run_estimate)
+
+
+def run_estimate(options: argparse.Namespace) -> int:
+    """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
+    from lorameter.models import catalogue, shapes
+    from lorameter.models.costs.cards import find_card
+    from lorameter.models.costs.memory import estimate_phases
+    from lorameter.records import store
+    from lorameter.records.memory_account import MEMORY_PHASES
+    from lorameter.run.executors import open_executor
+    from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
+    from lorameter.run.fitting import Fitter, on_card, on_machine
+    from lorameter.run.forecast import process_bytes
+    from lorameter.run.knobs import advise
+    from lorameter.studies.study_file import load_variant
+
+    card = None if options.gpu is None else find_card(options.gpu)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    here = executor.machine()
+    device = None if card is None else on_card(here, card)
+    if device is None and options.max_batch:
+        device = on_machine(here, executor.free_bytes())
+    machine = here if device is None else device.machine
+    study, variant = load_variant(options.variant, profile=options.profile, device=machine.kind)
+    workload = study.with_overrides(model=options.model, data=options.data).workload
+    source = catalogue.resolve(workload.model)
+    shape = shapes.shape(source)
+    unknown = shapes.unknown_layers(shape)
+    process = process_bytes(here, runs)
+    found = (
+        []
+        if unknown
+        else estimate_phases(
+            variant, workload, shape, device=machine.device, repacks=machine.avx512_bf16, process_bytes=process
+        )
+    )
+    estimates = {one.phase: one for one in found}
+    # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
+    measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
+    advice = None
+    if device is not None and not unknown:
+        fitter = Fitter(device=device, shape=shape, process_bytes=process)
+        advice = advise(fitter, variant, workload, with_largest=options.max_batch)
+    notices = [layers_notice(workload.model, unknown)] if unknown else []
+    notices += type_notices(variant, machine)
+    if estimates and card is None:
+        most = max(estimates.values(), key=lambda one: one.needed_bytes)
+        notices += memory_notices(variant, most, machine, executor.free_bytes())
+    profile = study.profile or None
+    if options.json:
+        told = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
+        phases: dict[str, Any] = {
+            phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES
+        }
+        asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
+        print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
+        return EXIT_PASS
+    from lorameter.report.estimate import describe_estimate
+    from lorameter.report.fitting import describe_fit
+    from lorameter.report.notices import tell_notices
+    from lorameter.report.terminal import console_for, show
+
+    estimated = describe_estimate(
+        variant, workload, machine, tuple(estimates.values()), measured, elsewhere=card is not None
+    )
+    fit = () if advice is None else describe_fit(advice, workload, profile)
+    show((*estimated, *fit, *tell_notices(notices)), console_for())
+    return EXIT_PASS
+
+
+def _measured(variant: Variant, workload: Workload, here: Machine, runs: Path) -> dict[str, int]:
+    """The largest peak of earlier runs on this machine, by phase."""
+    from lorameter.records.memory_account import MEMORY_PHASES
+    from lorameter.run.forecast import measured_peaks
+
+    kind = "device_peak_allocated_{}_bytes" if here.device == "cuda" else "host_peak_{}_bytes"
+    peaks = {phase: measured_peaks(workload, here, runs, kind.format(phase)) for phase in MEMORY_PHASES}
+    return {phase: found[variant.id] for phase, found in peaks.items() if variant.id in found}
+
+
+def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str, Any]:
+    total = None if estimate is None else estimate.total_bytes
+    return {
+        "kinds": {} if estimate is None else estimate.kinds,
+        "beside": {} if estimate is None else estimate.beside,
+        "total_bytes": total,
+        "measured_bytes": measured,
+        "error": None if measured is None or total is None else total / measured - 1,
+    }
+
+
+def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) -> dict[str, Any]:
+    from lorameter.models.costs.memory import PEAK_RANGES
+    from lorameter.report.fitting import describe_basis
+    from lorameter.run.fitting import Needs
+
+    device = advice.device
+    low, high = PEAK_RANGES[device.machine.device]
+    return {
+        "device": {
+            "name": device.name,
+            "total_bytes": device.total_bytes,
+            "usable_bytes": device.usable_bytes,
+            "source": device.source,
+            "assumed": device.assumed,
+        },
+        "standing": advice.standing,
+        "needs": _needs_document(advice.needs),
+        "phases": {
+            phase: _needs_document(Needs.of(estimate.needed_bytes, device.machine.device))
+            for phase, estimate in estimates.items()
+        },
+        "spare_bytes": device.usable_bytes - advice.needs.high_bytes,
+        "error": {"low": low - 1, "high": high - 1, "basis": describe_basis(device.machine.device)},
+        "knobs": [
+            {
+                "writes": knob.writes,
+                "table": knob.table,
+                "freed_bytes": knob.freed_bytes,
+                "needs": _needs_document(knob.needs),
+                "standing": knob.standing,
+            }
+            for knob in advice.knobs
+        ],
+        "left_out": [{"writes": one.writes, "why": one.why} for one in advice.left_out],
+        "turn": advice.turn,
+        "largest": [
+            {"key": one.key, "value": one.value, "least": one.least, "bound": one.bound} for one in advice.largest
+        ],
+    }
+
+
+def _needs_document(needs: Needs) -> dict[str, int]:
+    return {
+        "expected_bytes": needs.expected_bytes,
+        "low_bytes": needs.low_bytes,
+        "high_bytes": needs.high_bytes,
+    }

@@ -1,0 +1,63 @@
+"""What hands out a run to other programs: `export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorameter.commands.output import print_json
+from lorameter.errors import EXIT_PASS, UsageError
+from kernels_check.visible import make_visible
+
+FORMATS = ("json", "csv", "parquet", "github-action-benchmark", "bencher", "mllog")
+"""As `lorameter.results.files.FORMATS`, which would load what only a command needs; a test holds them equal."""
+TABLES = ("trials", "samples", "estimates", "comparisons")
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of `export`; `common` adds the options that every command has."""
+    export = commands.add_parser(
+        "export",
+        help="hand out a run to other programs",
+        description="Write a run as tables, or in the format of another program.",
+    )
+    export.add_argument("run", metavar="RUN", help="a run id, a run directory, or a packed run")
+    export.add_argument("--format", choices=FORMATS, help="default: json")
+    export.add_argument("--table", choices=TABLES, help="of csv and parquet only this table; default: a file for each")
+    export.add_argument(
+        "--metric", metavar="M", action="append", default=[],
+        help="for github-action-benchmark and bencher: only this metric or pattern of metrics; repeatable",
+    )  # fmt: skip
+    export.add_argument("--output", metavar="PATH", help="a file, or a folder for all tables; default: standard output")
+    common(export)
+    export.set_defaults(command=run_export)
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """Write the run; what was written is said, one path a line."""
+    from lorameter.records import store
+    from lorameter.results.files import OF_TRENDS, TABULAR, text_of, write_tables, write_text
+
+    form = options.format or "json"
+    if options.json and not options.output and form != "json":
+        raise UsageError(f"--json and --format {form} both choose what is printed. Give one of them, or an --output.")
+    if options.table and form not in TABULAR:
+        raise UsageError(f"--table {options.table}: --format {form} is no table. Use csv or parquet.")
+    if options.metric and form not in OF_TRENDS:
+        raise UsageError(f"--metric: --format {form} has all metrics. Leave it out.")
+    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
+    if form in TABULAR and options.output:
+        written = write_tables(run, form, Path(options.output), options.table)
+    else:
+        text = text_of(run, form, table=options.table, metrics=options.metric)
+        if not options.output:
+            sys.stdout.writelines(map(make_visible, text))
+            return EXIT_PASS
+        written = write_text(text, Path(options.output))
+    if options.json:
+        print_json({"run": run.manifest.run, "files": [str(path) for path in written]})
+    else:
+        print(make_visible("\n".join(map(str, written))))
+    return EXIT_PASS

@@ -1,0 +1,64 @@
+"""Options that several commands have, each said once, so that they cannot come to differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorameter.commands.output import FORMATS
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
+    "profile": {"metavar": "P", "help": "a profile of the study; default: the one of this machine"},
+    "model": {"metavar": "M", "help": "catalogue name, hub id, directory, GGUF file, or random:M"},
+    "data": {"metavar": "FILE|ID", "help": "a file, a folder, a hub id, or synthetic"},
+    "variant": {"metavar": "V", "action": "append", "default": [], "help": "only this variant; repeatable"},
+    "metric": {
+        "metavar": "M",
+        "action": "append",
+        "default": [],
+        "help": "only this metric or pattern of metrics; repeatable",
+    },
+    "policy": {"metavar": "FILE", "help": "TOML: limits, gated metrics, what inconclusive means"},
+    "format": {"choices": FORMATS, "help": "default: text"},
+    "markdown": {"action": "store_true", "help": "the same as {prefix}format markdown"},
+    "html": {"metavar": "FILE", "help": "write it as a page for a browser, too: one file, offline"},
+    "dry-run": {"action": "store_true", "help": "show the plan and what it will take, and measure nothing"},
+    "verbose": {"action": "store_true", "help": "say in full what is said in a line: notices, statistics"},
+    "precision": {
+        "type": float,
+        "metavar": "F",
+        "help": "stop when every interval is within ±F of its ratio; a fraction: 0.05 is 5 %%",
+    },
+    "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
+    "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
+    "sites": {
+        "metavar": "0,1,…",
+        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs, 0+1,2+3 for "
+        "trials of two ranks; with {prefix}on, on these nodes",
+    },
+    "on": {
+        "metavar": "CLUSTER",
+        "help": "measure replicates on the nodes of a Ray cluster (ray: that of this machine; ray://HOST:PORT: behind "
+        "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60) or, to try that, in "
+        "processes of this machine (submitit-local:sites=2); here: in place of what the study says",
+    },
+    "mixed": {
+        "action": "store_true",
+        "help": "let sites be unlike, other cards or CPUs: what is told is told of each site, and never of all",
+    },
+    "if-busy": {
+        "choices": ("wait", "refuse", "share"),
+        "default": "wait",
+        "help": "beside another measurement on the device: wait for its end (default), end at once, or measure beside "
+        "it",
+    },
+}
+"""What a parser is told of each, by its name."""
+
+
+def add_options(add: Callable[..., object], *names: str, prefix: str = "--") -> None:
+    """Add options of these names; `add` is `add_argument` of argparse or `addoption` of pytest."""
+    for name in names:
+        told = dict(OPTIONS[name])
+        add(f"{prefix}{name}", **told | {"help": told["help"].format(prefix=prefix)})

@@ -1,0 +1,93 @@
+"""The command that says whether an adapter answers the same when it is merged, or served on another base: `parity`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorameter.commands.options import add_options
+from lorameter.commands.output import print_json
+from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorameter.parity.facts import Parity
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of this command; `common` adds the options that every command has."""
+    parity = commands.add_parser(
+        "parity",
+        help="whether an adapter gives the same answers merged, in 4 bits and in 16",
+        description="Serve a trained adapter unmerged and merged, on its own base, in 16 bits and in 4, and compare "
+        "answers, logits and held-out loss with those of the adapter as it was trained.",
+    )
+    parity.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
+    add_options(parity.add_argument, "profile", "model", "data")
+    parity.add_argument(
+        "--adapter", metavar="DIR", help="a LoRA adapter that PEFT has saved; default: one is trained as the study says"
+    )
+    parity.add_argument("--epochs", type=float, metavar="E", help="train for at least so many epochs")
+    parity.add_argument("--prompts", type=int, metavar="N", help="ask of N held-out records; default: the study's")
+    parity.add_argument("--verbose", action="store_true", help="show some of the answers that differ, and all notices")
+    add_options(parity.add_argument, "html", "if-busy")
+    common(parity)
+    parity.set_defaults(command=run_parity)
+
+
+def run_parity(options: argparse.Namespace) -> int:
+    """Train or take the adapter, serve it, and say what differs."""
+    from lorameter.commands.page import check_page, save_page
+    from lorameter.parity.judgement import judge_parity
+    from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
+    from lorameter.records import store
+    from lorameter.report.parity import describe_parity, show_differing
+    from lorameter.report.table import Span, say
+    from lorameter.report.terminal import console_for, show
+    from lorameter.run.device import hold_device
+    from lorameter.run.executors import open_executor
+    from lorameter.studies.study_file import load_variant
+
+    if options.adapter is not None and options.epochs is not None:
+        raise UsageError("--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.")
+    check_page(options.html)
+    adapter = None if options.adapter is None else check_adapter(options.adapter)
+    executor = open_executor()
+    study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
+    study = study.with_overrides(model=options.model, data=options.data)
+    study = with_prompts(study, prompts=options.prompts, epochs=options.epochs)
+    runs = store.runs_dir(options.runs_dir, make=True)
+    errors = console_for(stderr=True)
+
+    def tell(text: str) -> None:
+        show((say(Span(text=text, tone="faint"), indented=False),), errors)
+
+    with hold_device(executor, options.if_busy):
+        parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, say=tell)
+    judgement = judge_parity(parity)
+    where = say(f"All facts are in {folder}", indented=False, apart=True)
+    said = (
+        *describe_parity(parity, judgement),
+        *(show_differing(parity, _decoder(parity)) if options.verbose else ()),
+        where,
+    )
+    if options.json:
+        from lorameter.commands.documents_of_parity import parity_document
+
+        print_json(parity_document(parity, judgement, folder))
+    else:
+        show(said, console_for(), verbose=options.verbose)
+    save_page(options.html, said, f"Parity of {options.variant}")
+    return EXIT_PASS if judgement.whole else EXIT_INVALID
+
+
+def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
+    """From tokens to text, by the tokenizer of the model."""
+    from lorameter.models import catalogue, shapes
+    from lorameter.trial.data.tokenizers import load_tokenizer
+
+    source = catalogue.resolve(parity.workload.model)
+    tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
+    return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True))

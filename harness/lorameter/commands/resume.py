@@ -1,0 +1,89 @@
+"""What `--resume` of `run` and `ab` does: say what a run has and lacks, and have the rest measured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorameter.commands.output import print_json
+from lorameter.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorameter.records.store import Run
+    from lorameter.run.sites.venue import Venue
+
+SHOWN = {"script": "command"}
+"""Options by the name under which they are kept, where that is another."""
+
+
+def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
+    """Go on with a run that broke off, lost lines or was disturbed; one of which nothing is left is given back.
+
+    The rest is measured where the run was, or where `--on` and `--sites` say.
+
+    Args:
+        options: of the command; the run in `resume`.
+        settled: names of those of its options that the run has settled, and that may not be given.
+        ab: whether the run must be an A/B.
+
+    Returns:
+        The run as it is then; None where it was only asked what is left (`--dry-run`).
+
+    Raises:
+        UsageError, InvalidRunError: it cannot be gone on with, here or at all.
+    """
+    from lorameter.records import store
+    from lorameter.report.table import say
+    from lorameter.report.terminal import console_for, show
+    from lorameter.run.resume import is_finished, read_broken_off, refuse_settled, study_of
+    from lorameter.run.sites.venue import open_venue
+    from lorameter.studies.study_file import load_study
+
+    given = {f"--{SHOWN.get(name, name)}": getattr(options, name.replace("-", "_")) for name in settled}
+    refuse_settled("--resume", given)
+    runs = store.runs_dir(options.runs_dir)
+    study = load_study(options.study).name if options.study else None
+    run = read_broken_off(options.resume, runs, study=study)
+    name = run.manifest.run
+    if ab and not run.manifest.sides:
+        raise UsageError(f"run {name} is no A/B. Go on with: lorameter run --resume {name}")
+    if is_finished(run):
+        errors = console_for(stderr=True)
+        show((say(f"run {name} is complete: nothing is left to be measured.", indented=False),), errors)
+        return run
+    there = study_of(run)
+    here = there.with_overrides(on=options.on, sites=options.sites, mixed=there.protocol.mixed)
+    with open_venue(here, options.runs_dir) as venue:
+        return _go_on_there(run, venue, options)
+
+
+def _go_on_there(run: Run, venue: Venue, options: argparse.Namespace) -> Run | None:
+    from lorameter.models.catalogue import cache_dir
+    from lorameter.report.live import LiveDisplay
+    from lorameter.report.table import say
+    from lorameter.report.terminal import console_for, show
+    from lorameter.run.ab import resume_ab
+    from lorameter.run.measure import measure
+    from lorameter.run.resume import check_place, plan_of
+    from lorameter.run.runner import find_unsettled
+
+    name, sides, errors = run.manifest.run, run.manifest.sides, console_for(stderr=True)
+    if not sides:  # those of an A/B are asked when they are there again
+        check_place(run, venue.facts)
+    plan = plan_of(run, max_minutes=options.max_minutes)
+    unsettled = find_unsettled(plan, run.records, whole=venue.is_spread)
+    left = [slot.trial for group in unsettled for slot in group.slots]
+    kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
+    show((say(f"run {name}: {kept}, {len(left)} are left to be measured.", indented=False),), errors)
+    if getattr(options, "dry_run", False):
+        if options.json:
+            print_json({"run": name, "order": left, "interleaving": plan.interleaving})
+        else:
+            show(tuple(say(trial, indented=False) for trial in left), console_for())
+        return None
+    with venue.hold(options.if_busy), LiveDisplay(errors) as display:
+        if sides:
+            return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display, venue=venue)
+        return measure(plan, runs=run.path.parent, display=display, resume=name, venue=venue)

@@ -1,0 +1,170 @@
+"""How the machine is set up: what does not change while something is measured, and decides what can be measured.
+
+Each setting here is known to move times by itself: a governor that lets the clock fall between two turns, turbo that
+lasts as long as the heat allows, huge pages that come and go with fragmentation, a process spread over memory nodes, a
+container with a quota that stops every thread for the rest of a period.
+
+A run writes them down once, with those of the card, as one document (`settings`), each with why it is not known: a
+limit of 400 W on a card of 700, an ECC mode or a governor is gone from every log when somebody asks for it. What
+changes from moment to moment (load, free memory, heat) is left to the readings around what is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorameter.machine.cgroup import cpu_quota, memory_left, memory_limit
+from lorameter.machine.cores import holds_any
+from lorameter.machine.host import NO_FREQUENCY, ROOT, HostWatch, load_average
+from lorameter.machine.neighbours import FIRST_PID_NAMESPACE
+from lorameter.machine.nvml import open_device
+from lorameter.machine.reading import Reading, count_of, missing, read_file, unavailable
+
+_CPU = "sys/devices/system/cpu"
+_CONTAINERS = ("docker", "kubepods", "containerd", "libpod", "lxc", "crio")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemFacts:
+    """Settings of the machine and limits of this process."""
+
+    cpus: int
+    """CPUs that this process may be scheduled on."""
+    quota_cpus: Reading[float]
+    """CPUs' worth of time that the tightest cgroup on the way up grants; missing where none limits it."""
+    governor: Reading[str]
+    turbo: Reading[bool]
+    huge_pages: Reading[str]
+    """Transparent huge pages: always, madvise or never."""
+    numa_nodes: Reading[int]
+    """Memory nodes that have CPUs which this process may use."""
+    load: Reading[float]
+    """Runnable and waiting processes, averaged over the last minute."""
+    memory_bytes: Reading[int]
+    memory_available_bytes: Reading[int]
+    swap_bytes: Reading[int]
+    swap_used_bytes: Reading[int]
+    container: Reading[str]
+    """How a container was recognised; missing where none was."""
+
+
+def system_facts(root: Path = ROOT) -> SystemFacts:
+    """Read them all; what is not there is missing with its reason."""
+    cpus = os.sched_getaffinity(0)
+    return SystemFacts(
+        cpus=len(cpus),
+        quota_cpus=cpu_quota(root),
+        governor=read_file(root / f"{_CPU}/cpu{min(cpus)}/cpufreq/scaling_governor", str.strip, NO_FREQUENCY),
+        turbo=_turbo(root),
+        huge_pages=read_file(
+            root / "sys/kernel/mm/transparent_hugepage/enabled",
+            lambda text: text.split("[", 1)[1].split("]", 1)[0],
+            "the kernel has no transparent huge pages",
+        ),
+        numa_nodes=_nodes(root, cpus),
+        load=load_average(root),
+        memory_bytes=memory_bytes(root),
+        memory_available_bytes=memory_available_bytes(root),
+        swap_bytes=_meminfo(root, lambda fields: fields["SwapTotal"]),
+        swap_used_bytes=_meminfo(root, lambda fields: fields["SwapTotal"] - fields["SwapFree"]),
+        container=_container(root),
+    )
+
+
+def memory_bytes(root: Path = ROOT) -> Reading[int]:
+    """What this process could ever have: the machine's memory, or a cgroup's limit where that is less."""
+    return _least(_meminfo(root, lambda fields: fields["MemTotal"]), memory_limit(root))
+
+
+def memory_available_bytes(root: Path = ROOT) -> Reading[int]:
+    """What could be taken now without swapping: of the machine, or what a cgroup's limit leaves where that is less."""
+    return _least(_meminfo(root, lambda fields: fields["MemAvailable"]), memory_left(root))
+
+
+def _turbo(root: Path) -> Reading[bool]:
+    """Intel's driver says whether turbo is off, every other one whether boost is on."""
+    intel = read_file(root / f"{_CPU}/intel_pstate/no_turbo", lambda text: text.strip() == "0", NO_FREQUENCY)
+    other = read_file(root / f"{_CPU}/cpufreq/boost", lambda text: text.strip() == "1", NO_FREQUENCY)
+    return intel if intel.known else other
+
+
+def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
+    folder = root / "sys/devices/system/node"
+    nodes = sorted(folder.glob("node[0-9]*"))
+    used = [
+        node for node in nodes if read_file(node / "cpulist", lambda text: holds_any(text, cpus), "not there").value
+    ]
+    return Reading(value=len(used)) if used else missing("the kernel tells of no memory nodes")
+
+
+def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
+    """Bytes out of /proc/meminfo, which counts in units of 1024 that it calls kB."""
+
+    def picked(text: str) -> int:
+        fields = (line.partition(":") for line in text.splitlines())
+        return pick({name: count_of(value.split()[0]) * 1024 for name, _, value in fields})
+
+    return read_file(root / "proc/meminfo", picked, "there is no /proc/meminfo")
+
+
+def _least(machine: Reading[int], granted: Reading[int]) -> Reading[int]:
+    known = [one.value for one in (machine, granted) if one.value is not None]
+    return Reading(value=min(known)) if known else machine
+
+
+def _container(root: Path) -> Reading[str]:
+    for mark in (".dockerenv", "run/.containerenv"):
+        if (root / mark).exists():
+            return Reading(value=f"/{mark} is there")
+    cgroup = read_file(root / "proc/self/cgroup", str, "there is no /proc/self/cgroup").value or ""
+    if word := next((word for word in _CONTAINERS if word in cgroup), None):
+        return Reading(value=f"the cgroup's name has {word!r} in it")
+    try:
+        own_numbers = os.readlink(root / "proc/self/ns/pid") != FIRST_PID_NAMESPACE  # noqa: PTH115 a link to no path
+    except OSError:
+        own_numbers = False
+    return Reading(value="process numbers of its own") if own_numbers else missing("nothing looks like a container")
+
+
+MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
+"""Facts of the system that are no settings."""
+
+
+def settings(*, card: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
+    """Of the machine (`system`), of its `card`, and which `host_counters_missing` there are, with the reason.
+
+    Values are those of `SystemFacts` and `CardFacts`, or "not available: REASON".
+
+    Args:
+        card: whether trials run on a card; if not, none is asked.
+        environment: of the trials, which says what card that is; None for this process's.
+        root: where the files of the kernel are.
+    """
+    watch = HostWatch(root)
+    watch.begin()
+    watch.end()
+    system = {name: value for name, value in _told(system_facts(root)).items() if name not in MOMENTARY}
+    return {
+        "system": system,
+        "card": _card(environment) if card else unavailable("trials do not run on a card"),
+        "host_counters_missing": watch.missing,
+    }
+
+
+def _card(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
+    opened = open_device(environment=environment)
+    if opened.value is None:
+        return unavailable(opened.reason)
+    facts = opened.value.facts()
+    opened.value.close()
+    return _told(facts)
+
+
+def _told(facts: Any) -> dict[str, Any]:
+    values = {one.name: getattr(facts, one.name) for one in dataclasses.fields(facts)}
+    return {name: value.told() if isinstance(value, Reading) else value for name, value in values.items()}

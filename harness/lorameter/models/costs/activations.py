@@ -1,0 +1,169 @@
+"""What a forward pass keeps for the backward pass, in closed form: every tensor that autograd saves, and no other.
+
+Korthikanti et al. (2022, arXiv 2205.05198, section 4.1) count 34 bytes a token, layer and hidden unit for a dense
+16-bit transformer. LoRA training is another matter: no frozen weight has a gradient, so no input of a frozen layer is
+kept for it; but each adapter keeps its own input, as PEFT casts it to the adapter's type, and its r columns. The rest
+follows the modules of transformers' Llama: a norm keeps its input in float32 and one number a token, an attention its
+operands, its output and a logarithm for each row, the gated activation its three factors. A tensor that two operators
+keep is kept once.
+
+Under checkpointing a block keeps its input alone, and the last norm what it always does.
+"""
+
+from __future__ import annotations
+
+from lorameter.models.costs.lora import adapted_widths
+from lorameter.models.costs.storage import width
+from lorameter.models.families import STAGES
+from lorameter.models.shapes import ModelShape, family_of, linear_layers, linear_widths
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+
+class Activations:
+    """Bytes that one micro-batch keeps. `device` is "cpu" or "cuda": they differ in the mask of a dropout.
+
+    Raises `UnknownLayersError` where the model's layers are not known.
+    """
+
+    def __init__(self, variant: Variant, workload: Workload, shape: ModelShape, device: str) -> None:
+        self._variant = variant
+        self._shape = shape
+        self._device = device
+        self._rows, self._length = workload.batch_size, workload.sequence_length
+        self._tokens = self._rows * self._length
+        self._adapted = adapted_widths(variant, shape)
+        self._family = family_of(shape)
+        layers = linear_layers(shape)
+        self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in STAGES}
+        self._stream = 4 if variant.prepare_for_kbit else width(variant.dtype)
+        self._adapter = width(variant.adapter_dtype or "float32")
+        cast = variant.autocast
+        self._product = self._adapter if cast is None else width(cast)
+        self._attention = self._stream if cast is None else width(cast)
+        # A quantised layer answers in the type that it was asked in, whatever autocast says.
+        self._gated = self._stream if cast is None or variant.quantization != "none" else width(cast)
+
+    def sum_kept(self) -> int:
+        """Of the whole model, the logits left out."""
+        blocks = self._shape.layers * (self._input() if self._variant.gradient_checkpointing else self.block())
+        outside = self._norm() + self._cast_head()
+        # Checkpointing asks for the embeddings' gradient; else the first block keeps nothing for its input.
+        return blocks + outside + (0 if self._variant.gradient_checkpointing else self._rotary() - self._not_first())
+
+    def block(self) -> int:
+        """Of one block, when its backward pass begins."""
+        return (
+            self._family.norms * self._norm() + self._adapters() + self._attended() + self._mlp() + self._cast_layers()
+        )
+
+    def _input(self) -> int:
+        return self._tokens * self._shape.hidden_size * self._stream
+
+    def _norm(self) -> int:
+        return self._normed(self._tokens, self._shape.hidden_size)
+
+    def _normed(self, rows: int, wide: int) -> int:
+        """Of one norm over rows so wide."""
+        return rows * (4 * wide + 4) + (4 * wide if self._family.shifted_norms else 0)
+
+    def _rotary(self) -> int:
+        """Cosine and sine, once for all blocks that rotate alike."""
+        kinds = 2 if 0 < self._family.global_every <= self._shape.layers else 1
+        return kinds * 2 * self._tokens * self._shape.head_dim * self._stream
+
+    def _not_first(self) -> int:
+        """What other blocks keep to hand a gradient down to their input."""
+        entering = [self._adapted[name] for name in self._stages["entering"]]
+        unwanted = self._norm() + sum(self._variant.r * inputs for inputs, _ in entering) * self._cast_adapter
+        if self._variant.lora_dropout:
+            unwanted += self._tokens * self._mask * sum(inputs for inputs, _ in entering)
+        if not entering:  # nothing above the attention asks for a gradient of what goes into it
+            unwanted += self._attended() + (0 if self._stages["attended"] else self._norm())
+        return unwanted
+
+    @property
+    def _mask(self) -> int:
+        """Bytes of an element of dropout's mask, which on a CPU is a factor in the type of the input."""
+        return self._adapter if self._device == "cpu" else 1
+
+    @property
+    def _cast_adapter(self) -> int:
+        """Bytes of an element of an adapter's weight in autocast's type, 0 where it is not cast."""
+        return 0 if self._variant.autocast is None or self._product == self._adapter else self._product
+
+    @property
+    def _shared(self) -> bool:
+        """Whether adapters take their input as it is; else each has a copy in its own type."""
+        return self._product == self._adapter == self._stream
+
+    def _adapters(self) -> int:
+        names, size, r = self._adapted, self._product, self._variant.r
+        total = self._tokens * r * size * len(names)
+        for stage, group in self._stages.items():
+            inputs = [names[name][0] for name in group]
+            if self._shared:
+                # The output's adapter takes what the attention keeps anyway, unless it is copied on the way.
+                same = stage == "attended" and self._variant.attention != "eager" and not self._variant.lora_dropout
+                total += 0 if same else self._tokens * size * max(inputs, default=0)
+            else:
+                total += self._tokens * size * sum(inputs)
+            if self._variant.lora_dropout:
+                total += self._dropped(inputs)
+        if self._variant.use_dora:
+            total += self._dora()
+        return total + sum(r * (inputs + outputs) for inputs, outputs in names.values()) * self._cast_adapter
+
+    def _dropped(self, inputs: list[int]) -> int:
+        """Masks, and inputs that can no longer be one for several adapters."""
+        copies = self._tokens * self._product * (sum(inputs) - max(inputs, default=0)) if self._shared else 0
+        return self._tokens * self._mask * sum(inputs) + copies
+
+    def _dora(self) -> int:
+        """PEFT takes the norm through the product of an identity matrix, which its A keeps. With dropout it multiplies
+        by the frozen weight a second time, in the adapter's type."""
+        total, dropped = 0, self._variant.lora_dropout > 0
+        for inputs, outputs in self._adapted.values():
+            total += self._adapter * (inputs * inputs + inputs * self._variant.r) + 12 * outputs
+            total += self._tokens * outputs * (self._adapter + (self._adapter if dropped else self._stream))
+            total += inputs * outputs * self._adapter if dropped and not self._shared else 0
+        return total
+
+    def _attended(self) -> int:
+        return self._head_norms() + self._scored()
+
+    def _head_norms(self) -> int:
+        """As other norms, one for each head's query and key."""
+        heads = (self._shape.heads, self._shape.kv_heads) if self._family.normed_heads else ()
+        return sum(self._normed(self._tokens * count, self._shape.head_dim) for count in heads)
+
+    def _scored(self) -> int:
+        """Of the attention alone."""
+        shape, size = self._shape, self._attention
+        query = self._tokens * shape.heads * shape.head_dim * size
+        key = self._tokens * shape.kv_heads * shape.head_dim * size
+        pairs = self._rows * self._length**2
+        if self._variant.attention == "eager":  # scores in float32, and again in the type of the values
+            return 3 * query + pairs * shape.heads * (4 + (size if size < 4 else 0))
+        logarithms = self._tokens * shape.heads * 4
+        if self._variant.attention == "sdpa":  # packed or padded: a mask, and keys repeated for each query head
+            repeats = shape.kv_heads > 1 or self._casts  # of a single one they are views
+            return 2 * query + 2 * (query if repeats else key) + logarithms + pairs * size
+        return 2 * query + 2 * key + logarithms
+
+    def _mlp(self) -> int:
+        return 3 * self._tokens * self._shape.intermediate_size * self._gated
+
+    def _cast_layers(self) -> int:
+        """Frozen weights that autocast casts anew in each product, and that their backward needs."""
+        if self._casts and self._variant.quantization == "none":
+            weights = sum(inputs * outputs for inputs, outputs in linear_widths(self._shape).values())
+            return weights * self._attention
+        return 0
+
+    def _cast_head(self) -> int:
+        return self._shape.vocab_size * self._shape.hidden_size * self._attention if self._casts else 0
+
+    @property
+    def _casts(self) -> bool:
+        return self._variant.autocast is not None and width(self._variant.autocast) != self._stream

@@ -1,0 +1,217 @@
+"""How near a step or a token came to what its device could do: MFU, hardware utilisation, and the use of bandwidth.
+
+The same step gives different figures by different formulas: 6 N says half as much again as LoRA takes, and a count with
+what checkpointing repeats says more than the model needs. So a figure is never without its formula and its peak:
+
+- MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): FLOPs that the model needs, over time and peak. Padding,
+  recomputation and masked pairs count for nothing, so it tells how well a variant uses the device for training.
+- Hardware utilisation (same place): all FLOPs that the operators were given. It tells how busy the products kept the
+  device, and bounds what a faster schedule could still gain.
+- Bandwidth utilisation, for decoding: bytes that a token must read, or one of each prompt of a request, over time and
+  bandwidth. Above 1 means that weights stayed in a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorameter.errors import LorameterError
+from lorameter.models.costs.decoding import decode_cost, mean_context
+from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
+from lorameter.models.costs.modules import StepProducts
+from lorameter.models.costs.peaks import Peak, Rate
+from lorameter.models.shapes import ModelShape
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+
+class Interval(Protocol):
+    """A time in seconds with the ends of its interval, None where it has none: `lorameter.stats.Estimate` is one."""
+
+    @property
+    def value(self) -> float:
+        """The time."""
+
+    @property
+    def low(self) -> float | None:
+        """Lower end."""
+
+    @property
+    def high(self) -> float | None:
+        """Upper end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utilisation:
+    """A share of a peak, with all that it takes to reproduce it."""
+
+    name: str
+    value: float
+    """A fraction of the peak."""
+    low: float | None
+    """From the upper end of the time's interval; None where it has none. The peak is taken as exact."""
+    high: float | None
+    formula: str
+    """In words and with its numbers."""
+    peak: Peak
+
+    def __str__(self) -> str:
+        places = "[no interval]" if self.low is None or self.high is None else f"[{self.low:.1%}, {self.high:.1%}]"
+        said = f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
+        return f"{said}; above 100 %: {self._beyond}" if self.value > 1 else said
+
+    @property
+    def _beyond(self) -> str:
+        if self.peak.rate == "memory":
+            return "what lies in a cache is not read from memory"
+        return "what ran was faster than the product by which the peak is known, which bounds nothing here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """What a training step reached."""
+
+    mfu: Utilisation
+    hfu: Utilisation
+    six_n: Utilisation
+    """By the formula for training all weights, which LoRA does not do: only to compare with figures made by it."""
+
+
+def utilisation(name: str, work: int, time_s: Interval, peak: Peak, formula: str) -> Utilisation:
+    """`work` (FLOPs, or bytes where the peak is of memory) done in a time, as a share of what the peak allows.
+
+    `formula` says what `work` is; the time and the division are added.
+    """
+
+    def share(seconds: float | None) -> float | None:
+        return work / (seconds * peak.per_s) if seconds else None
+
+    unit = "B" if peak.rate == "memory" else "FLOP"
+    return Utilisation(
+        name=name,
+        value=work / (time_s.value * peak.per_s),
+        low=share(time_s.high),
+        high=share(time_s.low),
+        formula=f"{formula} ({work:.4g} {unit}) / ({time_s.value:.4g} s × peak)",
+        peak=peak,
+    )
+
+
+def ceiling_of(
+    shape: ModelShape,
+    variant: Variant,
+    workload: Workload,
+    step_time_s: Interval,
+    peak: Peak,
+    *,
+    useful: StepTokens | None = None,
+    computed: StepTokens | None = None,
+) -> Ceiling:
+    """MFU and hardware utilisation of a variant's training step, with the interval that its step time has.
+
+    Args:
+        shape: of the model.
+        variant: as trained.
+        workload: as trained on.
+        step_time_s: of one optimizer step, all its micro-batches included.
+        peak: of products in the type that the step multiplies in (`product_rate`), stated or measured.
+        useful: what a step needs; None counts every position and one causal sequence a row (`row_tokens`).
+        computed: what its operators are given; None counts every pair of a row (`computed_tokens`), so that kernels
+            which skip masked pairs come out higher than they are.
+
+    Raises:
+        UsageError: a model type or a target whose layers are not known.
+        LorameterError: a peak of memory.
+    """
+    if peak.rate == "memory":
+        raise LorameterError(f"ceiling: a training step is measured against FLOP/s, and the peak is {peak}")
+    useful = useful or row_tokens(variant, workload)
+    computed = computed or computed_tokens(variant, workload)
+    needs, does = training_flops(shape, variant, useful), training_flops(shape, variant, computed)
+    return _ceiling(needs.model, does.hardware, six_n(shape, useful), step_time_s, peak, useful, computed)
+
+
+def ceiling_of_products(
+    products: StepProducts,
+    variant: Variant,
+    step_time_s: Interval,
+    peak: Peak,
+    *,
+    useful: StepTokens,
+    computed: StepTokens,
+) -> Ceiling:
+    """The same of a model whose family is not known, by what its modules multiply."""
+    does = products.flops(
+        computed, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager"
+    ).hardware
+    return _ceiling(
+        products.flops(useful).model, does, products.six_n(useful), step_time_s, peak, useful, computed,
+        counted=", counted from the modules",
+    )  # fmt: skip
+
+
+def _ceiling(
+    needs: int,
+    does: int,
+    full: int,
+    step_time_s: Interval,
+    peak: Peak,
+    useful: StepTokens,
+    computed: StepTokens,
+    *,
+    counted: str = "",
+) -> Ceiling:
+    return Ceiling(
+        mfu=utilisation(
+            "MFU", needs, step_time_s, peak,
+            f"forward and backward of LoRA for {useful.positions} tokens and {useful.pairs} pairs a head{counted}",
+        ),
+        hfu=utilisation(
+            "HFU", does, step_time_s, peak,
+            f"all products for {computed.positions} tokens and {computed.pairs} pairs a head, recomputed ones "
+            f"included{counted}",
+        ),
+        six_n=utilisation(
+            "6N", full, step_time_s, peak,
+            f"6 × weights × {useful.positions} tokens, which LoRA does not compute",
+        ),
+    )  # fmt: skip
+
+
+def bandwidth_utilisation(
+    shape: ModelShape,
+    variant: Variant,
+    workload: Workload,
+    token_time_s: Interval,
+    peak: Peak,
+    *,
+    merged: bool = False,
+    repacked: bool = False,
+) -> Utilisation:
+    """Share of the memory's bandwidth that decoding used, with the interval that its time per output token has.
+
+    `merged` and `repacked` are those of `lorameter.models.costs.decoding.decode_cost`.
+
+    Raises:
+        UsageError: a model type or a target whose layers are not known.
+        LorameterError: a peak of anything but memory.
+    """
+    if peak.rate != "memory":
+        raise LorameterError(f"ceiling: decoding is measured against bytes/s, and the peak is {peak}")
+    context = mean_context(workload)
+    prompts = workload.request_batch
+    cost = decode_cost(shape, variant, context=context, prompts=prompts, merged=merged, repacked=repacked)
+    said = f"weights as stored, and keys and values of {context} tokens{f' × {prompts}' if prompts > 1 else ''}"
+    return utilisation("MBU", cost.bytes, token_time_s, peak, said)
+
+
+def product_rate(variant: Variant) -> Rate:
+    """The type in which most of a step's products run: that of the frozen layers.
+
+    An adapter that PEFT keeps in float32 multiplies in float32, at a lower peak of its own, unless under autocast: a
+    step with a large rank cannot reach this one. int8 has no single peak (8 bits forward, 16 backward); it counts by
+    its 16-bit type.
+    """
+    dtype = variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
+    return "tf32" if dtype == "float32" and variant.tf32 else dtype

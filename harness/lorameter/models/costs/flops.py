@@ -1,0 +1,260 @@
+"""FLOPs of LoRA training as they are, in closed form and without torch.
+
+A product of an (m, k) by a (k, n) matrix is 2 m k n FLOPs. Only matrix products count, as in torch's FlopCounterMode:
+norms, activations, rotary embedding, softmax, loss and optimizer touch each element a fixed number of times.
+
+A frozen linear layer takes 2 FLOPs for each weight and position forward, and 2 backward for the gradient of its input.
+The last third of the 6 N that full training takes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), the gradient of
+its weights, is not there: LoRA training is about 4 N, and the adapter's share comes on top. Nor does a gradient go
+below the first layer that something trains on: the inputs of the first block need none.
+
+Attention is counted for each pair of a query and a key: 2 products forward (scores, values), and backward one for the
+gradient of each of its operands (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, where all pairs of a row count).
+How many pairs there are is the caller's to say (`StepTokens`): all that an operator is given, or only those that the
+mask lets through.
+
+What is computed beyond that is kept apart, because no perfect implementation would need it: products that are done
+again (by checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1), and
+gradients that nothing waits for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorameter.errors import impossible
+from lorameter.models.costs.lora import targets_of
+from lorameter.models.families import STAGES
+from lorameter.models.shapes import ModelShape, family_of, linear_layers, linear_widths
+from lorameter.studies.variant import ALL_LINEAR, Variant
+from lorameter.studies.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTokens:
+    """What one optimizer step runs through the model, all its micro-batches together."""
+
+    positions: int
+    """Tokens: rows of every linear product."""
+    pairs: int
+    """Pairs of a query and a key, for one head of one layer."""
+    passes: int = 1
+    """Forward passes; what does not depend on tokens (DoRA's norm) happens once in each."""
+
+
+def computed_tokens(variant: Variant, workload: Workload) -> StepTokens:
+    """What the operators of a step are given: padding included, and every pair of a row whatever the mask.
+
+    It is what FlopCounterMode counts, and what a kernel with an explicit mask computes. One that skips what the mask
+    hides (flash attention, causal or of variable length) does less, down to the pairs that each record sees of itself.
+    """
+    rows, length = _rows(variant, workload), workload.sequence_length
+    return StepTokens(positions=rows * length, pairs=rows * length**2, passes=variant.gradient_accumulation)
+
+
+def row_tokens(variant: Variant, workload: Workload, *, real: float | None = None) -> StepTokens:
+    """What a step needs, if each row is one causal sequence: n (n + 1) / 2 pairs for n tokens.
+
+    `real` is the mean number of real tokens a step, None where there is no padding; each row then counts with the mean
+    length. Pairs are too many for packed rows, whose records do not see each other, and too few for padded rows of
+    different lengths (the mean of squares is above the square of the mean).
+    """
+    rows = _rows(variant, workload)
+    mean = workload.sequence_length if real is None else real / rows
+    pairs = round(rows * mean * (mean + 1) / 2)
+    return StepTokens(positions=round(rows * mean), pairs=pairs, passes=variant.gradient_accumulation)
+
+
+def _rows(variant: Variant, workload: Workload) -> int:
+    return workload.batch_size * variant.gradient_accumulation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFlops:
+    """FLOPs of one optimizer step, by what they are spent on."""
+
+    linear: int
+    """The frozen linear layers: forward, and the gradients of those inputs that something below waits for."""
+    adapters: int
+    """A and B forward, the gradients of both and through both; with DoRA its norm, and its second product of the frozen
+    weights where dropout makes PEFT take one."""
+    attention: int
+    """Scores and values forward, and the gradients of those operands that something waits for."""
+    head: int
+    recomputed: int
+    """Done a second time: the forward pass of each block under checkpointing, and the scores in a fused backward."""
+    surplus: int
+    """Done for nothing: gradients that reach the embeddings because checkpointing asks for them, those of operands that
+    a fused backward computes unasked, and the product with an identity matrix in PEFT's DoRA."""
+
+    @property
+    def model(self) -> int:
+        """What the step needs, however it is implemented: the numerator of MFU."""
+        return self.linear + self.adapters + self.attention + self.head
+
+    @property
+    def hardware(self) -> int:
+        """All that the device computes: the numerator of hardware utilisation."""
+        return self.model + self.recomputed + self.surplus
+
+
+def training_flops(shape: ModelShape, variant: Variant, tokens: StepTokens) -> TrainingFlops:
+    """FLOPs of one optimizer step.
+
+    rsLoRA and dropout add no product. A quantised layer multiplies as any other, since dequantising is no product;
+    LLM.int8's second product for outlier columns, which depends on the data, is left out. Checkpointing is torch's
+    without re-entry, which stops a block's second forward pass at the last tensor that its backward needs, so that the
+    block's last product is not done again.
+
+    Raises:
+        UsageError: a model type or a target whose layers are not known here.
+    """
+    block = _Block(shape, variant, tokens)
+    forward, first, other = block.forward(), block.backward(entering=False), block.backward(entering=True)
+    run = other if variant.gradient_checkpointing else first  # checkpointing asks for the embeddings' gradient
+    above = shape.layers - 1
+
+    def spent(kind: str) -> int:
+        """What a step needs of one kind, over all blocks."""
+        return sum(
+            times * int(getattr(work, kind)) for times, work in ((shape.layers, forward), (1, first), (above, other))
+        )
+
+    again = shape.layers * (forward.total - block.tail()) if variant.gradient_checkpointing else 0
+    return TrainingFlops(
+        linear=spent("linear"),
+        adapters=spent("adapters"),
+        attention=spent("attention"),
+        head=2 * 2 * tokens.positions * shape.vocab_size * shape.hidden_size,
+        recomputed=again + run.recomputed + above * other.recomputed,
+        surplus=shape.layers * forward.surplus + run.needed - first.needed + run.surplus + above * other.surplus,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """FLOPs of one direction of one block; the kinds are those of `TrainingFlops`."""
+
+    linear: int
+    adapters: int
+    attention: int
+    recomputed: int = 0
+    surplus: int = 0
+
+    @property
+    def needed(self) -> int:
+        return self.linear + self.adapters + self.attention
+
+    @property
+    def total(self) -> int:
+        return self.needed + self.recomputed + self.surplus
+
+
+class _Block:
+    """The products of one block, and which of its gradients are wanted."""
+
+    def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
+        self._layers = linear_layers(shape)
+        self._widths = linear_widths(shape)
+        self._adapted = adapted_layers(shape, variant)
+        biased = family_of(shape).biased if variant.bias == "all" else frozenset()
+        self._training = self._adapted | biased
+        self._r = variant.r
+        self._positions, self._passes = tokens.positions, tokens.passes
+        self._fused = variant.attention != "eager"
+        self._dora = variant.use_dora
+        self._twice = variant.use_dora and variant.lora_dropout > 0
+        self._product = 2 * tokens.pairs * shape.heads * shape.head_dim  # grouped keys are repeated for each query head
+
+    def forward(self) -> _Work:
+        linear = sum(self._through(name) for name in self._widths)
+        adapters = sum(self._a(name) + self._b(name) for name in self._adapted)
+        identity = 0
+        if self._dora:  # the norm of W + BA needs BA: PEFT runs an identity matrix through A and then B
+            sizes = [self._widths[name] for name in self._adapted]
+            adapters += self._passes * sum(2 * inputs * self._r * outputs for inputs, outputs in sizes)
+            identity = self._passes * sum(2 * inputs * inputs * self._r for inputs, _ in sizes)
+        if self._twice:
+            adapters += sum(self._through(name) for name in self._adapted)
+        return _Work(linear=linear, adapters=adapters, attention=2 * self._product, surplus=identity)
+
+    def backward(self, *, entering: bool) -> _Work:
+        """`entering`: whether a gradient is wanted for what enters the block. DoRA's norm is held constant (Liu et al.
+        2024, arXiv 2402.09353, section 4.3) and has none."""
+        wanted = self._wanted(entering)
+        linear = sum(self._through(name) for name in self._widths if wanted[name])
+        adapters = 0
+        for name in self._adapted:
+            adapters += self._a(name) + 2 * self._b(name) + (self._a(name) if wanted[name] else 0)
+            adapters += self._through(name) if self._twice and wanted[name] else 0
+        made = {operand for name in self._training for operand in self._layers[name].makes}
+        query, key, value = (entering or operand in made for operand in ("query", "key", "value"))
+        operands = (query or key) + query + key + value  # the scores', and through them the query's and the key's
+        fused = self._fused and operands > 0
+        return _Work(
+            linear=linear,
+            adapters=adapters,
+            attention=operands * self._product,
+            recomputed=self._product if fused else 0,
+            surplus=(4 - operands) * self._product if fused else 0,
+        )
+
+    def tail(self) -> int:
+        """What checkpointing leaves out of a block's second forward pass: the products after the last saved tensor."""
+        last = [name for name, layer in self._layers.items() if layer.stage == STAGES[-1]]
+        return sum(
+            self._through(name) if name not in self._adapted else 0 if self._dora else self._b(name) for name in last
+        )
+
+    def _wanted(self, entering: bool) -> dict[str, bool]:
+        """Whether the gradient of each layer's input is wanted: something trains at or before what makes it."""
+        places = {name: STAGES.index(layer.stage) for name, layer in self._layers.items()}
+        first = min((places[name] for name in self._training), default=len(STAGES))
+        return {name: entering or first < place for name, place in places.items()}
+
+    def _through(self, name: str) -> int:
+        inputs, outputs = self._widths[name]
+        return 2 * self._positions * inputs * outputs
+
+    def _a(self, name: str) -> int:
+        return 2 * self._positions * self._widths[name][0] * self._r
+
+    def _b(self, name: str) -> int:
+        return 2 * self._positions * self._r * self._widths[name][1]
+
+
+def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
+    """Names of the linear layers of a block that have an adapter.
+
+    Raises:
+        UsageError: a target is none of them, such as the head, or layers of some blocks only.
+    """
+    widths, parents_known = linear_widths(shape), family_of(shape).parents
+    if variant.target_modules == (ALL_LINEAR,):
+        return frozenset(widths)
+    for target in variant.target_modules:
+        *parents, name = target.split(".")
+        if name not in widths or any(parent not in parents_known for parent in parents):
+            raise impossible(
+                "flops", "target_modules", target, f"only {', '.join(widths)} of every block are counted",
+                'Name these, or use ("all-linear",).',
+            )  # fmt: skip
+    return frozenset(target.rpartition(".")[2] for target in targets_of(variant, shape))
+
+
+def product_weights(shape: ModelShape) -> int:
+    """N: weights that every position is multiplied with, the head included and the embedding not (it is looked up).
+
+    Raises:
+        UsageError: a model type whose layers are not known here.
+    """
+    linear = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+    return linear + shape.vocab_size * shape.hidden_size
+
+
+def six_n(shape: ModelShape, tokens: StepTokens) -> int:
+    """6 N for each position, without attention: what training all weights would take, for comparison only.
+
+    Published figures for LoRA are often computed with it, and are half as high again as those of the true count.
+    """
+    return 6 * product_weights(shape) * tokens.positions

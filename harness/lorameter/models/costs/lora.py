@@ -1,0 +1,108 @@
+"""An adapter in numbers: which linear layers it is on, its parameters, and what its optimizer keeps.
+
+LoRA puts two matrices beside a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section
+4.1); DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Nothing here depends on a weight's
+value, and nothing needs torch. What is said of a model raises `UnknownLayersError` where its type is not among
+`lorameter.models.families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorameter.errors import impossible
+from lorameter.models.shapes import ModelShape, family_of, linear_widths
+from lorameter.studies.variant import ALL_LINEAR, Optimizer, Variant
+
+PAGED_FROM_ELEMENTS = 100_000
+"""bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
+EIGHT_BIT_FROM_ELEMENTS = 4096
+"""Smaller tensors keep float32 state in an 8-bit optimizer (its `min_8bit_size`)."""
+STEP_BYTES = 4
+"""torch counts the steps of each tensor in a float32 (`torch.optim.adam`, `_get_scalar_dtype`); bitsandbytes in a
+Python number."""
+BLOCK = 256
+"""Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Modules outside the blocks that PEFT can adapt; all known families call them so."""
+MOMENT_TABLE_BYTES = 256 * 4
+"""The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
+
+
+def targets_of(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
+    """The layers that a variant names, or those that PEFT takes where it names none.
+
+    Raises:
+        UsageError: neither names any, which PEFT would refuse.
+    """
+    targets = variant.target_modules or family_of(shape).targets
+    if not targets:
+        raise impossible(
+            f"variant {variant.name!r}", "target_modules", variant.target_modules,
+            f"PEFT has no default for model type {shape.architecture!r}", 'Name layers, or use ("all-linear",).',
+        )  # fmt: skip
+    return targets
+
+
+def unknown_targets(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
+    """The target modules of a variant that name neither a linear layer of the model nor its embedding or head."""
+    known = {ALL_LINEAR, *linear_widths(shape), *EMBEDDINGS}
+    return tuple(target for target in variant.target_modules if target.rpartition(".")[2] not in known)
+
+
+def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the layers of a block that have an adapter; a target that is none of its linear layers is
+    left out."""
+    targets = targets_of(variant, shape)
+    names = {target.rpartition(".")[2] for target in targets}
+    return {name: width for name, width in linear_widths(shape).items() if ALL_LINEAR in targets or name in names}
+
+
+def adapter_tensors(variant: Variant, shape: ModelShape) -> list[int]:
+    """Elements of each tensor that the adapter adds to the model."""
+    block = []
+    for inputs, outputs in adapted_widths(variant, shape).values():
+        block += [variant.r * inputs, variant.r * outputs, *([outputs] if variant.use_dora else [])]
+    return shape.layers * block
+
+
+def adapter_parameters(variant: Variant, shape: ModelShape) -> int:
+    """Parameters that the adapter adds: r (in + out) for each target, with DoRA a magnitude for each output too. Biases
+    of the base that train are not the adapter's."""
+    return sum(adapter_tensors(variant, shape))
+
+
+def optimizer_state_bytes(optimizer: Optimizer, trained: Iterable[tuple[int, int]]) -> int:
+    """All state after a first step, by the rules of torch 2.13 and bitsandbytes 0.50.
+
+    torch's AdamW keeps two moments in the type of the parameter and a step count. bitsandbytes keeps them in float32;
+    in 8 bits with a scale for each block of 256 elements, but in float32 for a tensor of less than 4096 elements.
+
+    Args:
+        optimizer: the variant's.
+        trained: elements of each tensor that trains, and bytes of one element.
+    """
+    tensors = list(trained)
+    if optimizer in ("adamw", "adamw_fused"):
+        return sum(2 * elements * size + STEP_BYTES for elements, size in tensors)
+    tables = _eight_bit(optimizer) and any(elements >= EIGHT_BIT_FROM_ELEMENTS for elements, _ in tensors)
+    return sum(_moments(optimizer, elements) for elements, _ in tensors) + (2 * MOMENT_TABLE_BYTES if tables else 0)
+
+
+def paged_state_bytes(optimizer: Optimizer, elements: Iterable[int]) -> int:
+    """The part of bitsandbytes' state that is paged on a GPU: the moments of large tensors, without the scales of 8-bit
+    ones."""
+    if not optimizer.startswith("paged"):
+        return 0
+    size = 2 if _eight_bit(optimizer) else 8
+    return sum(size * one for one in elements if one >= PAGED_FROM_ELEMENTS)
+
+
+def _eight_bit(optimizer: Optimizer) -> bool:
+    return optimizer == "paged_adamw_8bit"
+
+
+def _moments(optimizer: Optimizer, elements: int) -> int:
+    if _eight_bit(optimizer) and elements >= EIGHT_BIT_FROM_ELEMENTS:
+        return 2 * (elements + 4 * -(-elements // BLOCK))
+    return 8 * elements

@@ -1,0 +1,295 @@
+"""What a variant will take, by the kinds of `lorameter.records.memory_account`, from the model's shape alone.
+
+Most kinds are counts and exact: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
+2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, what the
+forward pass keeps (`lorameter.models.costs.activations`), logits. A step is highest at one of three moments: when the
+loss's gradient is taken (activations, and logits in float32 three times over: log-probabilities and two gradients),
+under checkpointing when a block has been computed again, or when the optimizer has all gradients.
+
+What a process takes beside its tensors on a CPU has no formula. Those constants are measured, each says on what, and
+they are for one thread and glibc. What it begins with depends on what torch is built for (`birth_bytes`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorameter.models.catalogue import ModelSource
+from lorameter.models.costs.activations import Activations
+from lorameter.models.costs.lora import adapter_parameters, adapter_tensors, optimizer_state_bytes, paged_state_bytes
+from lorameter.models.costs.storage import constant_bytes, weight_bytes, width
+from lorameter.models.shapes import ModelShape, family_of, linear_widths, read_config
+from lorameter.records.memory_account import MEMORY_PHASES, MemoryPhase, in_order
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+MIB = 2**20
+BIRTHS = {"cpu": 337 * MIB, "cuda": 520 * MIB}
+"""A forked trial before its model, by what torch is built for, whether or not there is a card. Measured with torch's
+build for CPUs, and with the one for CUDA 13 where transformers 5.17 finds scikit-learn, pandas and pyarrow."""
+AT_WORK = {"library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
+"""What libraries add once a trial works; measured over variants of smollm2-135m with the build for CPUs, where they
+move by some MiB. An account counts neither of the last two: they are in what it leaves unexplained."""
+CUDA_CONTEXT_BYTES = 600 * MIB
+"""Device memory of a process's CUDA context and libraries, which no allocator counts; 0.4 to 0.6 GiB is usual."""
+HEAP_SLACK = 0.25
+"""Of the heap that a step takes and gives back, what malloc holds beside it; measured 0.13 to 0.3 on smollm2-135m, and
+up to 0.7 in a trial whose check was the full profile."""
+IDLE_HEAP_BYTES = 25 * MIB
+"""What malloc still holds in a request after training, when it was asked to give all back; measured 10 to 44 MiB."""
+MAPPED_FROM_BYTES = 32 * MIB
+"""glibc maps larger blocks apart and gives them back whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
+PEAK_RANGES = {"cpu": (0.90, 1.10), "cuda": (0.89, 1.34)}
+"""The least and the greatest peak to expect, over the estimate. On a CPU it is wider than what was measured
+(`MEASURED_ERRORS`). On a GPU it is what published peaks support, of torch's allocator or of all that nvidia-smi shows:
+`python tests/models/costs/published.py` prints it."""
+PUBLISHED_WITHIN, PUBLISHED_PEAKS = 101, 105
+"""Published peaks within that range, and all of them; each is a row of tests/models/costs/published_peaks.toml."""
+MEASURED_ERRORS = (-0.069, 0.026)
+"""Estimate over measured peak, less 1: the least and the greatest of `MEASURED_ON` that `make proof-memory_estimate`
+prints."""
+MEASURED_ON = "18 peaks of smollm2-135m on a CPU"
+LOGIT_COPIES = 3 * 4
+"""Bytes for each logit when the loss's gradient is taken: log-probabilities, their gradient, the logits' gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Expected bytes at the peak of one phase, on the device that measures."""
+
+    phase: MemoryPhase
+    kinds: dict[str, int]
+    beside: dict[str, int] = field(default_factory=dict)
+    """Bytes outside CUDA's allocator: `context`, and `paged_optimizer_state`, which may lie on the host."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak: of the allocator on CUDA, else of the process's resident set."""
+        return sum(self.kinds.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free on the device: the peak, and what the process takes of it beside."""
+        return self.total_bytes + self.beside.get("context", 0)
+
+
+def peak_range(needed_bytes: int, device: str) -> tuple[int, int]:
+    """The least and the greatest bytes that a device may need for what is estimated to need so many."""
+    low, high = PEAK_RANGES[device]
+    return int(low * needed_bytes), int(high * needed_bytes)
+
+
+def birth_bytes(cuda: str | None) -> int:
+    """What a trial's process begins with on the host, where nothing was measured.
+
+    Args:
+        cuda: the version of CUDA that torch is built for; None for a build for CPUs.
+    """
+    return BIRTHS["cpu" if cuda is None else "cuda"]
+
+
+def bare_process_bytes(cuda: str | None) -> int:
+    """Resident in a trial's process beside tensors; `cuda` as for `birth_bytes`."""
+    return birth_bytes(cuda) + sum(AT_WORK.values())
+
+
+def estimate_memory(
+    variant: Variant,
+    workload: Workload,
+    shape: ModelShape,
+    *,
+    phase: MemoryPhase = "train",
+    device: str = "cpu",
+    stored: str | None = None,
+    repacks: bool = False,
+    process_bytes: int | None = None,
+) -> MemoryEstimate:
+    """The peak of a phase by kind.
+
+    Args:
+        variant: what trains, or has trained and answers.
+        workload: batches and lengths; a request is its prompts with their new tokens.
+        shape: of the model.
+        phase: "train" for a step, "generate" for a request.
+        device: "cpu" or "cuda".
+        stored: type of a checkpoint that the trial itself maps (`stored_dtype`). None where it maps a prepared base, as
+            in a run, or makes its weights in memory.
+        repacks: whether the CPU has AVX512-BF16 and the base is a prepared one. bitsandbytes then replaces the 4-bit
+            weights by a repacked copy at the first forward pass in eval mode (`Linear4bit.forward` of bitsandbytes
+            0.50), while the file with the originals stays mapped for the embeddings and norms.
+        process_bytes: what a trial's process begins with: as measured with the libraries of this machine, else
+            `birth_bytes` of its torch; None for that of a build for CPUs.
+
+    Raises:
+        UnknownLayersError: of a model type whose layers are not known.
+    """
+    kinds = _resident(variant, shape)
+    if phase == "train":
+        kinds |= _trained(variant, shape)
+        paged = kinds.pop("paged_optimizer_state") if device == "cuda" else 0
+        kinds |= _step(variant, workload, shape, device)
+    else:
+        paged = 0
+        kinds |= _request(variant, workload, shape, device)
+    if device == "cuda":
+        return MemoryEstimate(
+            phase=phase,
+            kinds=in_order(kinds),
+            beside={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
+        )
+    kinds |= {"process": birth_bytes(None) if process_bytes is None else process_bytes, **AT_WORK}
+    if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
+        # Embeddings and norms are still the file's own pages, and hold all of it in memory.
+        kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
+    if repacks and phase == "generate" and variant.is_4bit:
+        kinds["checkpoint_pages"] = kinds["linear_weights"] + kinds["quantization_state"]
+        kinds["quantization_state"] = _constants(variant, shape, repacked=True)
+    return MemoryEstimate(phase=phase, kinds=in_order(kinds))
+
+
+def estimate_phases(variant: Variant, workload: Workload, shape: ModelShape, **more: Any) -> list[MemoryEstimate]:
+    """Every phase, in order; arguments as for `estimate_memory`."""
+    return [estimate_memory(variant, workload, shape, phase=phase, **more) for phase in MEMORY_PHASES]
+
+
+def estimate_peak(
+    variant: Variant, workload: Workload, shape: ModelShape, *, answers: bool = True, **more: Any
+) -> MemoryEstimate:
+    """The phase in which a trial takes most; arguments as for `estimate_memory`, and whether it `answers` requests.
+
+    Mostly it is training. Requests of many prompts, or of one that is much longer than a training sequence, take more.
+    """
+    found = estimate_phases(variant, workload, shape, **more)
+    return max((one for one in found if answers or one.phase == "train"), key=lambda one: one.needed_bytes)
+
+
+def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
+    """What of a trial's peak on a CPU a process gives back between its commands: the logits of a step and what the loss
+    makes of them. 0 where they are so few that malloc may keep their blocks, or are no part of the peak: of a step that
+    takes more in another moment, or where requests take as much."""
+    step, request = estimate_phases(variant, workload, shape)
+    logits = step.kinds.get("logits", 0)
+    if logits < LOGIT_COPIES // 4 * MAPPED_FROM_BYTES:
+        return 0
+    return min(logits, max(0, step.total_bytes - request.total_bytes))
+
+
+def stored_dtype(source: ModelSource) -> str | None:
+    """Type of the checkpoint's weights as its configuration names it; None where they are not mapped from a file."""
+    if source.random or source.kind not in ("directory", "hub"):
+        return None
+    config = read_config(source)
+    told = config.get("dtype") or config.get("torch_dtype")
+    return str(told) if told else None
+
+
+def _linear(shape: ModelShape) -> int:
+    return shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+
+
+def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
+    """The base and the adapter."""
+    wide = width(variant.dtype)
+    outside, dtype = (4, "float32") if variant.prepare_for_kbit else (wide, variant.dtype)
+    widths = linear_widths(shape).values()
+    return {
+        "linear_weights": shape.layers * sum(weight_bytes(*sizes, variant) for sizes in widths),
+        "quantization_state": _constants(variant, shape),
+        f"embeddings_{dtype}": shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2) * outside,
+        f"norms_{dtype}": (family_of(shape).norms * shape.layers + 1) * shape.hidden_size * outside,
+        "adapter": adapter_parameters(variant, shape) * _adapter_width(variant),
+    }
+
+
+def _constants(variant: Variant, shape: ModelShape, *, repacked: bool = False) -> int:
+    """Of quantisation, in all linear layers."""
+    return shape.layers * sum(
+        constant_bytes(*sizes, variant, repacked=repacked) for sizes in linear_widths(shape).values()
+    )
+
+
+def mapped_bytes(variant: Variant, shape: ModelShape) -> int:
+    """What processes on one prepared base share: all of it but what each casts to float32 for itself."""
+    kinds = _resident(variant, shape)
+    if variant.prepare_for_kbit:
+        return kinds["linear_weights"] + kinds["quantization_state"]
+    return sum(size for kind, size in kinds.items() if kind != "adapter")
+
+
+def _adapter_width(variant: Variant) -> int:
+    return width(variant.adapter_dtype or "float32")
+
+
+def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
+    """Optimizer state, its paged part apart."""
+    tensors, size = adapter_tensors(variant, shape), _adapter_width(variant)
+    paged = paged_state_bytes(variant.optimizer, tensors)
+    state = optimizer_state_bytes(variant.optimizer, [(elements, size) for elements in tensors])
+    return {"optimizer_state": state - paged, "paged_optimizer_state": paged}
+
+
+def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
+    """What a step adds at its highest moment."""
+    activations = Activations(variant, workload, shape, device)
+    kept, tokens = activations.sum_kept(), workload.batch_size * workload.sequence_length
+    gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
+    accumulated = gradients if variant.gradient_accumulation > 1 else 0
+    slack = device == "cpu" and tokens < mapped_from_tokens(variant, shape)
+    again = activations.block() if variant.gradient_checkpointing else 0
+    taken = max(kept, gradients, kept + again + gradients if again else 0) if slack else 0
+    loss = {"activations": kept, "logits": LOGIT_COPIES * tokens * shape.vocab_size, "gradients": accumulated}
+    moments = [loss, {"gradients": gradients, "temporaries": gradients * _foreach(variant, device)}]
+    if variant.gradient_checkpointing:
+        wide = max(shape.intermediate_size, shape.hidden_size)
+        block = {"activations": kept, "temporaries": again + 3 * 4 * tokens * wide, "gradients": gradients}
+        moments.append(block | {"operator_scratch": _dequantised(variant, shape)})
+    for moment in moments:
+        if slack:
+            held = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)
+            moment["heap_slack"] = max(0, taken - held) + int(HEAP_SLACK * taken)
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
+    """Tokens of a step from which its activations are mapped apart on a CPU, so that malloc holds nothing beside them.
+
+    At this length, and only there, an estimate falls with more tokens.
+    """
+    return -(-MAPPED_FROM_BYTES // (shape.intermediate_size * width(variant.dtype)))
+
+
+def _foreach(variant: Variant, device: str) -> int:
+    """On a GPU torch's unfused AdamW works on all tensors at once, with a copy of them (torch.optim, "foreach")."""
+    return 1 if device == "cuda" and variant.optimizer == "adamw" else 0
+
+
+def _dequantised(variant: Variant, shape: ModelShape) -> int:
+    """The largest layer in the type that it multiplies in, while it does."""
+    largest = max(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+    return largest * width(variant.compute_dtype) if variant.is_4bit else 0
+
+
+def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
+    """What a request adds, for each of its prompts: the context's keys and values, one block's work on the prompt, the
+    last token's logits; and the adapters that lie beside each other meanwhile."""
+    size, prompts = 4 if variant.prepare_for_kbit else width(variant.dtype), workload.request_batch
+    context = workload.prompt_tokens + workload.new_tokens
+    kinds = {
+        "kv_cache": prompts * 2 * shape.layers * shape.kv_heads * shape.head_dim * context * size,
+        "logits": prompts * shape.vocab_size * (size + 4),
+        "adapter": workload.adapters * adapter_parameters(variant, shape) * _adapter_width(variant),
+        "temporaries": prompts * workload.prompt_tokens * 3 * shape.intermediate_size * size,
+        "operator_scratch": _dequantised(variant, shape),
+    }
+    if device == "cpu":
+        # oneDNN packs a 16-bit weight anew in each product; the largest is the head.
+        head = shape.vocab_size * shape.hidden_size * size if size == 2 else 0
+        kinds |= {"operator_scratch": max(head, kinds["operator_scratch"]), "heap_slack": IDLE_HEAP_BYTES}
+    return kinds
+
+
+def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
+    """Expected peak of training beyond the bare process (`lorameter.models.costs.memory`)."""
+    expected = estimate_memory(variant, workload, shape, device=device)
+    return expected.total_bytes - (bare_process_bytes(None) if device == "cpu" else 0)

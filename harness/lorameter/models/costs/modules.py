@@ -1,0 +1,281 @@
+"""FLOPs of a training step of a model whose family nobody has written down, counted from its modules.
+
+The rule is that of `lorameter.models.costs.flops`: two FLOPs for each weight and position forward, the same for the
+gradient of what the layer takes, and the same again where the weight trains. What a model multiplies with is seen in
+its modules: linear layers however they store their weights, and experts, of which each position meets a few.
+
+For which inputs a gradient is wanted is seen by watching a step, and which modules it goes through: not the towers for
+pictures of a model that is given text, nor what attends to an encoder of one that has none. Without that, all modules
+count, in the order in which they are defined, and every input after the first weight that trains has a gradient. Within
+the first block that is too many: layers beside the first one take what it takes. It is little of a model with many
+blocks.
+
+Attention counts by heads and their width, as for families that are known, and all pairs, also where a layer sees a
+window of them. What is no linear layer and no attention (a scan, a convolution, the router of experts) is not counted.
+Modules are told by what they have, not by their class, so that nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorameter.errors import LorameterError
+from lorameter.models.costs.flops import StepTokens, TrainingFlops
+
+PREFIX = "products_"
+"""Begins the names under which a record holds a count."""
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
+"""What configurations call the number of experts that a position meets."""
+_HOLDERS = ("ModuleList", "ModuleDict")
+"""Modules that hold others and are never called."""
+
+
+class UncountedError(LorameterError):
+    """A model whose modules do not say what a step of it multiplies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepProducts:
+    """Weights that each position of a step is multiplied with, in elements. An expert counts with the share of the
+    positions that meet it, so that these are no whole numbers."""
+
+    linear_forward: float
+    """Linear layers of the base without the output head."""
+    linear_inputs: float
+    """Of them, those for whose input a gradient is computed."""
+    linear_weights: float
+    """Of them, those that train."""
+    adapter_forward: float
+    adapter_inputs: float
+    adapter_weights: float
+    head_forward: float
+    head_inputs: float
+    head_weights: float
+    passes: float
+    """Products that are made once in each pass whatever its length, in pairs of factors: BA for DoRA's norm, and for
+    experts that are stored as one tensor, to which PEFT adds it."""
+    attention: float
+    """Heads times their width, summed over the layers that attend; the mean where scores and values differ in width."""
+
+    def flops(self, tokens: StepTokens, *, checkpointing: bool = False, fused: bool = True) -> TrainingFlops:
+        """FLOPs of one optimizer step.
+
+        `recomputed` holds all of a block's forward pass under `checkpointing`, its last product too, which torch leaves
+        out, and the scores that a `fused` backward of attention computes again.
+        """
+        twice, product = 2 * tokens.positions, 2 * tokens.pairs * self.attention
+        again = twice * (self.linear_forward + self.adapter_forward) + 2 * product if checkpointing else 0.0
+        adapters = self.adapter_forward + self.adapter_inputs + self.adapter_weights
+        return TrainingFlops(
+            linear=round(twice * (self.linear_forward + self.linear_inputs + self.linear_weights)),
+            adapters=round(twice * adapters + 2 * tokens.passes * self.passes),
+            attention=round(6 * product),
+            head=round(twice * (self.head_forward + self.head_inputs + self.head_weights)),
+            recomputed=round(again + (product if fused else 0.0)),
+            surplus=0,
+        )
+
+    def six_n(self, tokens: StepTokens) -> int:
+        """What training all weights would take, without attention; as of a family that is known."""
+        return round(6 * (self.linear_forward + self.head_forward) * tokens.positions)
+
+
+def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) -> StepProducts:
+    """What a step of this model multiplies with, as it stands: what trains, and the adapter that is active.
+
+    Args:
+        model: transformers', in PEFT's or not.
+        seen: the modules that a step has called, by their names in transformers' model, and whether a gradient is
+            wanted for what each takes; None where that did not show, which is then judged by the order of the modules,
+            as all are where no step was seen.
+
+    Raises:
+        UncountedError: no linear layer is among its modules, or it does not say how many of its experts a position
+            meets, or how many heads attend.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = dict.fromkeys(StepProducts.__slots__, 0.0)
+    head, adapters, stacked = _head_of(base), _adapter_parts(base), _stacked_weights(base)
+    below, known = False, dict(base.named_modules())
+    for name, module in known.items():
+        if seen is not None and not _ran(name, known, seen):
+            continue
+        elements = _elements(module) * _share(name, known, base) * adapters.get(id(module), True)
+        trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        kind = "adapter" if id(module) in adapters else "head" if module is head else "linear"
+        if elements and (trains or kind != "adapter"):  # an adapter that does not train is that of another trial
+            found[f"{kind}_forward"] += elements
+            wanted = None if seen is None else seen.get(name)
+            found[f"{kind}_inputs"] += elements * (below if wanted is None else wanted)
+            found[f"{kind}_weights"] += elements * _trained(module, stacked)
+        below = below or trains
+        found["passes"] += _once_a_pass(module)
+        found["attention"] += _attention_width(name, module, known, base)
+    if not found["linear_forward"]:
+        raise UncountedError("no linear layer is among the model's modules")
+    return StepProducts(**found)
+
+
+def _ran(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> bool:
+    """Whether a step went through a module: it was called, or what it is a part of, which may use its weights
+    otherwise. Experts are a part of what chooses among them, and attention takes place where any part of it was called.
+    """
+    path = name.split(".")
+    if "experts" in path:
+        path = path[: path.index("experts")]
+    elif "Attention" in type(known[name]).__name__:
+        return name in seen or any(other.startswith(f"{name}.") for other in seen)
+    while path and (place := ".".join(path)) not in seen:
+        path.pop()
+        if place != name and type(known[place]).__name__ not in _HOLDERS:
+            return False
+    return True
+
+
+def to_values(products: StepProducts) -> dict[str, float]:
+    """As a record holds them."""
+    return {f"{PREFIX}{name}": float(getattr(products, name)) for name in StepProducts.__slots__}
+
+
+def from_values(values: Mapping[str, float]) -> StepProducts | None:
+    """What `to_values` wrote; None where it did not."""
+    names = {name: values.get(f"{PREFIX}{name}") for name in StepProducts.__slots__}
+    held = {name: value for name, value in names.items() if value is not None}
+    return StepProducts(**held) if len(held) == len(names) else None
+
+
+def _head_of(base: Any) -> Any:
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return _unwrapped(head)
+
+
+def _is_adapted(module: Any) -> bool:
+    """Whether it is PEFT's, around a layer of the base."""
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def _adapter_parts(base: Any) -> dict[int, bool]:
+    """The layers that PEFT has added, by their identity, and whether positions go through them."""
+    found = dict[int, bool]()
+    for layer in filter(_is_adapted, base.modules()):
+        held: list[Any] = [getattr(layer, part, None) for part in layer.adapter_layer_names]
+        parts = [module for one in held if hasattr(one, "modules") for module in one.modules()]
+        found |= {id(module): not _is_stacked(layer) for module in parts}
+    return found
+
+
+def _elements(module: Any) -> float:
+    """Weights of a linear layer, or of experts that are stored as one tensor; 0 of anything else."""
+    if _is_adapted(module):
+        return 0.0
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # torch's, and GPT-2's Conv1D
+        inputs, outputs = (getattr(module, name, None) for name in names)
+        if isinstance(inputs, int) and isinstance(outputs, int) and getattr(module, "weight", None) is not None:
+            return float(inputs * outputs)
+    held = module.parameters(recurse=False) if _are_experts(module) else ()
+    return float(sum(one.numel() for one in held if one.dim() == 3))
+
+
+def _are_experts(module: Any) -> bool:
+    return "Expert" in type(module).__name__
+
+
+def _unwrapped(module: Any) -> Any:
+    """The base's own layer inside of what PEFT has put around it, once or several times."""
+    while _is_adapted(module):
+        module = module.base_layer
+    return module
+
+
+def _trained(module: Any, stacked: frozenset[int]) -> float:
+    """Share of a layer's weights of which a gradient is made: those that train, and those of experts to which PEFT adds
+    an update, whose gradient goes through theirs."""
+    weight = getattr(module, "weight", None)
+    if weight is not None:
+        return float(weight.requires_grad)
+    held = [one for one in module.parameters(recurse=False) if one.dim() == 3]
+    made = sum(one.numel() for one in held if one.requires_grad or id(one) in stacked)
+    return float(made / max(1, sum(one.numel() for one in held)))
+
+
+def _stacked_weights(base: Any) -> frozenset[int]:
+    """Weights of experts to which an adapter that trains is added, by their identity."""
+    layers = [layer for layer in base.modules() if _is_adapted(layer) and _is_stacked(layer)]
+    training = [one for one in layers if any(down.weight.requires_grad for down in one.lora_A.values())]
+    return frozenset(id(getattr(_unwrapped(one), one.parameter_name)) for one in training)
+
+
+def _share(name: str, known: Mapping[str, Any], base: Any) -> float:
+    """Share of the positions that meet a module: all, or those that choose the expert it belongs to."""
+    path = name.split(".")
+    if _are_experts(known[name]):
+        experts = known[name]
+    elif "experts" in path:
+        experts = _unwrapped(known[".".join(path[: path.index("experts") + 1])])
+    else:
+        return 1.0
+    stacked = [one.shape[0] for one in experts.parameters(recurse=False) if one.dim() == 3]
+    count = stacked[0] if stacked else sum(part.isdigit() for part in experts._modules)
+    if not count:
+        return 1.0
+    if (chosen := _said(base, _CHOSEN)) is None:
+        raise UncountedError(f"the configuration does not say how many of {count} experts a position meets")
+    return float(min(chosen, count) / count)
+
+
+def _said(base: Any, names: tuple[str, ...]) -> int | None:
+    """What the configuration of the text model gives under one of these names."""
+    config: Any = getattr(base, "config", None)
+    told = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((value for name in names if type(value := getattr(told, name, None)) is int), None)
+
+
+def _once_a_pass(module: Any) -> float:
+    """Factors in the products BA that one of PEFT's layers makes whole, over its adapters that train. DoRA's norm has
+    no gradient; what is added to a weight has those of A and of B."""
+    if not _is_adapted(module):
+        return 0.0
+    found = 0.0
+    for name, down in getattr(module, "lora_A", {}).items():
+        if not down.weight.requires_grad:
+            continue
+        if _is_stacked(module):
+            experts = max(1, down.out_features // module.r[name])
+            found += 3.0 * experts * module.r[name] * down.in_features * module.lora_B[name].out_features
+        elif getattr(module, "use_dora", {}).get(name):
+            found += float(down.in_features * module.r[name] * module.lora_B[name].out_features)
+    return found
+
+
+def _is_stacked(layer: Any) -> bool:
+    """Whether PEFT adapts a parameter of a module in place of the module, and adds BA to it in each pass."""
+    return hasattr(layer, "parameter_name")
+
+
+def _attention_width(name: str, module: Any, known: Mapping[str, Any], base: Any) -> float:
+    """Heads times width of a module that attends: one that is called so and holds linear layers itself."""
+    called = type(module).__name__
+    if "Attention" not in called or "Linear" in called or not any(_holds(module)):
+        return 0.0
+    heads = _own(module, ("num_heads", "num_attention_heads", "n_head")) or _said(
+        base, ("num_attention_heads", "n_head", "n_heads")
+    )
+    width = _own(module, ("head_dim", "attention_head_size"))
+    if heads is not None and width is None and (hidden := _said(base, ("hidden_size", "n_embd", "d_model"))):
+        width = hidden // heads
+    if heads is None or width is None:
+        raise UncountedError(f"{name} attends, and neither it nor the configuration says with how many heads")
+    scores, values = _own(module, ("qk_head_dim",)) or width, _own(module, ("v_head_dim",)) or width
+    return heads * (scores + values) / 2
+
+
+def _own(module: Any, names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if type(value := getattr(module, name, None)) is int), None)
+
+
+def _holds(module: Any) -> Iterator[bool]:
+    """Of each child whether it is a linear layer, PEFT's wrapping or not, or what a family calls so."""
+    for child in module.children():
+        yield bool(_elements(_unwrapped(child))) or "Linear" in type(child).__name__

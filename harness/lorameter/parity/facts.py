@@ -1,0 +1,43 @@
+"""What was observed of one adapter served in several ways, as it is kept; what it means is computed on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorameter.records.parity import Served
+from lorameter.records.record import Notice, TrialRecord
+from lorameter.studies.serving import Way
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+SCHEMA = 1
+DOCUMENT = "parity.json"
+"""What the folder holds beside the logs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """All facts; nothing is an estimate."""
+
+    schema: int = SCHEMA
+    study: str
+    variant: Variant
+    workload: Workload
+    device: str
+    device_name: str
+    adapter: str
+    """Folder of the adapter that was given; empty where it was trained here."""
+    record: TrialRecord | None
+    """The training of the adapter, with its checks; None of one that was given."""
+    ways: tuple[Way, ...]
+    """In the order in which they were asked; the first is the reference."""
+    served: tuple[Served, ...]
+    """What was observed, a way each."""
+    prompts: tuple[tuple[int, ...], ...]
+    """Tokens of each prompt."""
+    notices: tuple[Notice, ...] = ()
+
+    @property
+    def reference(self) -> Served:
+        """The adapter beside the base that it was trained on."""
+        return self.served[0]

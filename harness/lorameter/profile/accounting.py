@@ -1,0 +1,307 @@
+"""What a profile comes to: a step in lines that add up, its tokens, and how near it came to the peak.
+
+A request is taken apart in the same way (`lorameter.profile.requests`). The lines of a step are medians of phases that
+were timed on their own, and the step is the median of plain steps that took turns with them. Nothing makes the sum of
+the ones meet the other. What is between them is a line, with the cost of the borders beside it: where it is large,
+the phases are not to be trusted. Its interval is that of all these medians together, with the turns resampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.ceiling import (
+    Ceiling,
+    ceiling_of,
+    ceiling_of_products,
+)
+from lorameter.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
+from lorameter.models.costs.modules import from_values
+from lorameter.profile.facts import Profile, Watched
+from lorameter.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, WHOLE, PhaseActivity
+from lorameter.stats import bootstrap_interval, median_interval
+from lorameter.studies.variant import Variant
+from lorameter.verdicts.series import OCCUPANCY_FLOOR
+
+REMAINDER_LIMIT = 0.02
+"""Share of the step above which its phases do not explain it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """How the samples of what was taken apart are called (`lorameter.trial.profiling.borders.pair_times`)."""
+
+    what: str
+    phases: tuple[str, ...]
+    prefix: str = ""
+
+
+STEPS = Names(what="step", phases=STEP_PHASES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeSpan:
+    """A median of times in seconds, with its 95 % interval by order statistics; None where too few times are there."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def span_of(samples: Sequence[float]) -> TimeSpan:
+    """The median of samples with its interval. Raises ValueError without samples."""
+    found = median_interval(samples)
+    if found.value is None:
+        raise ValueError("a median of no samples")
+    return TimeSpan(value=found.value, low=found.low, high=found.high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepAccount:
+    """The time of a step, or of a request in its place, by its phases, in seconds."""
+
+    step: TimeSpan
+    phases: dict[str, TimeSpan]
+    between: TimeSpan
+    """From the end of a step to the beginning of the next; no part of the step."""
+    borders: TimeSpan
+    """By how much the borders of phases make a step longer, over pairs of neighbours."""
+    remainder: TimeSpan
+    """What the phases leave of the step; negative where they are more than it."""
+    covered: TimeSpan
+    """Share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike."""
+    profiler_slowdown: TimeSpan
+    """Time of a step under the profiler over that of a plain one, whose median is taken as exact."""
+    occupancy: float | None
+    """CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits."""
+    pairs: int
+    """Of a plain and a bordered step."""
+    counted: int
+    """Of them, those that were not disturbed, or all where these are too few."""
+
+    @property
+    def explained(self) -> bool | None:
+        """Whether the phases explain the step: the remainder's interval lies within the limit, or outside it; None
+        where it does not tell."""
+        limit, found = REMAINDER_LIMIT * self.step.value, self.remainder
+        low, high = (found.value if end is None else end for end in (found.low, found.high))
+        if -limit <= low and high <= limit:
+            return True
+        return False if high < -limit or low > limit else None
+
+
+def step_account(profile: Watched, names: Names = STEPS) -> StepAccount:
+    """The account of a profile's step, or of what `names` are the names of."""
+    samples, prefix, what = profile.record.samples, names.prefix, names.what
+
+    def keep(name: str) -> list[float]:
+        return counted_samples(profile, name, names)
+
+    plain, bordered = keep(f"plain_{what}_time_s"), keep(f"bordered_{what}_time_s")
+    step = span_of(plain)
+    phases = [keep(f"phase_{phase}_s") for phase in names.phases]
+    sums = [sum(times) for times in zip(*phases, strict=True)]
+    low, high = bootstrap_interval((plain, *phases), _remainder)
+    everything = range(_pairs(profile, names))
+    return StepAccount(
+        step=step,
+        phases=dict(zip(names.phases, map(span_of, phases), strict=True)),
+        remainder=TimeSpan(value=float(_remainder(plain, *phases)), low=low, high=high),
+        between=span_of(samples[f"{prefix}between_{what}s_s"]),
+        borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
+        covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]),
+        profiler_slowdown=span_of([slow / step.value for slow in profile.activity.step_times_s]),
+        occupancy=_occupancy(profile, everything, names) if profile.device == "cpu" else None,
+        pairs=len(everything),
+        counted=len(plain),
+    )
+
+
+def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
+    """The median of the steps less those of the phases."""
+    import numpy as np
+
+    return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
+
+
+def undisturbed_pairs(profile: Watched, names: Names = STEPS) -> Sequence[int]:
+    """Pairs of a plain and a bordered step that count: on a CPU those that had it to themselves.
+
+    The flag is the occupancy, which does not look at the times. All count where too few would be left, on a GPU, where
+    the host rightly waits, and with several threads, which wait for each other.
+    """
+    everything = range(_pairs(profile, names))
+    if profile.device != "cpu" or profile.threads > 1:
+        return everything
+    quiet = [index for index in everything if _occupancy(profile, (index,), names) >= OCCUPANCY_FLOOR]
+    return quiet if len(quiet) >= LEAST_STEP_PAIRS else everything
+
+
+def counted_samples(profile: Watched, name: str, names: Names = STEPS) -> list[float]:
+    """Samples of which each pair has one, by name without prefix; those of the pairs that count."""
+    samples = profile.record.samples[f"{names.prefix}{name}"]
+    return [samples[pair] for pair in undisturbed_pairs(profile, names)]
+
+
+def _pairs(profile: Watched, names: Names) -> int:
+    return len(profile.record.samples[f"{names.prefix}plain_{names.what}_time_s"])
+
+
+def _occupancy(profile: Watched, pairs: Sequence[int], names: Names) -> float:
+    """CPU time over wall time of pairs, per thread; that of the step which had less."""
+    samples = profile.record.samples
+
+    def share(kind: str) -> float:
+        stem = f"{names.prefix}{kind}_{names.what}"
+        cpu_s = sum(samples[f"{stem}_cpu_time_s"][index] for index in pairs)
+        return cpu_s / sum(samples[f"{stem}_time_s"][index] for index in pairs) / max(1, profile.threads)
+
+    return min(share("plain"), share("bordered"))
+
+
+IDLE = "idle"
+"""Beside the categories: the device waits, or the interpreter is between operators."""
+
+
+def categories_s(profile: Watched, step: StepAccount) -> dict[str, dict[str, float]]:
+    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last; nothing where
+    it is not known what ran."""
+    if profile.activity.missing:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for phase in profile.activity.phases:
+        idle = max(0.0, step.phases[phase.phase].value - plain_s(profile, step, phase, phase.busy_s))
+        times = {category: plain_s(profile, step, phase, seconds) for category, seconds in phase.categories_s.items()}
+        for category, seconds in {**times, IDLE: idle}.items():
+            found.setdefault(category, dict.fromkeys(step.phases, 0.0))[phase.phase] = seconds
+    return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
+
+
+def plain_s(
+    profile: Watched, step: StepAccount, phase: PhaseActivity, seconds: float, *, records: float | None = None
+) -> float:
+    """What takes so many seconds of a phase under the profiler, in seconds of a plain step.
+
+    A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records: if
+    it is known how many `records` lie in those seconds, each is taken to cost as much as any of the phase, else the
+    share of the phase is kept.
+    """
+    if profile.activity.device == "cuda":
+        return seconds
+    plain, whole = step.phases[phase.phase].value, phase.records.get(WHOLE)
+    if records is None or not whole:
+        return seconds * plain / phase.window_s if phase.window_s else 0.0
+    return max(0.0, seconds - records * max(0.0, phase.window_s - plain) / whole)
+
+
+Of = Callable[[PhaseActivity], float]
+"""Something of a phase."""
+
+
+def time_of(profile: Watched, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
+    """Seconds of a plain step for `seconds` of each of its phases under the profiler, which hold so many records."""
+    return sum(
+        plain_s(profile, step, phase, seconds(phase), records=None if records is None else records(phase))
+        for phase in profile.activity.phases
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenShares:
+    """Positions of a step, in tokens; shares are of all that go through the forward pass, repeated ones included."""
+
+    real: float
+    padded: float
+    recomputed: float
+    """Positions that checkpointing runs through the blocks once more."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.real + self.padded + self.recomputed
+
+
+def token_shares(profile: Profile) -> TokenShares:
+    """Positions of a mean step: real ones as counted in the data, repeated ones as the check saw them."""
+    positions = computed_tokens(profile.variant, profile.workload).positions
+    real = profile.record.values["useful_positions"]
+    again = float(positions) if find_observed(profile, "checkpointing") is True else 0.0
+    return TokenShares(real=real, padded=positions - real, recomputed=again)
+
+
+SKIPPING = frozenset({"flash", "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn"})
+"""Kernels of attention that leave out blocks which the causal order hides, where they are given no mask to read."""
+
+
+def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
+    """What the operators of a step compute, by what the check saw of attention.
+
+    All pairs of a row, unless the kernel skips: then those of the causal order, and of packed rows that flash-attn
+    takes record by record only those of each record. A kernel skips whole blocks, so it computes somewhat more.
+    """
+    every = computed_tokens(profile.variant, profile.workload)
+    backend, mask = find_observed(profile, "attention.backend"), find_observed(profile, "attention.mask")
+    if backend not in SKIPPING or mask != "causal":
+        return every
+    if profile.workload.layout == "packed" and str(backend).startswith("flash_attention"):
+        return dataclasses.replace(every, pairs=useful.pairs)
+    return dataclasses.replace(every, pairs=row_tokens(profile.variant, profile.workload).pairs)
+
+
+def find_observed(profile: Watched, path: str) -> object:
+    """What kernels_check saw under one of its paths; None where it saw nothing."""
+    return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """How near training came to what the device does at best."""
+
+    train: Ceiling
+    flops: TrainingFlops
+    """Of what the operators were given."""
+
+
+def step_flops(profile: Profile, variant: Variant) -> TrainingFlops:
+    """FLOPs of what the operators of a step are given: in closed form, or as the trial counted them from the modules.
+
+    Raises:
+        UsageError: the model's layers are not known, and were not counted.
+    """
+    tokens = computed_tokens(variant, profile.workload)
+    try:
+        return training_flops(shapes.shape(catalogue.resolve(profile.workload.model)), variant, tokens)
+    except UsageError:
+        if (products := from_values(profile.record.values)) is None:
+            raise
+        return products.flops(tokens, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager")
+
+
+def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
+    """MFU and HFU of the step; the reason where the model's layers or the peak are not known."""
+    if "product" not in profile.peaks:
+        return (
+            f"what {profile.device_name} does at best is not stated here, and the trial left no memory to measure it: "
+            "product"
+        )
+    variant, workload, values = profile.variant, profile.workload, profile.record.values
+    useful = StepTokens(
+        positions=round(values["useful_positions"]),
+        pairs=round(values["useful_pairs"]),
+        passes=variant.gradient_accumulation,
+    )
+    given = given_tokens(profile, useful)
+    if (products := from_values(values)) is not None:
+        counted = ceiling_of_products(products, variant, step, profile.peaks["product"], useful=useful, computed=given)
+        return Ceilings(train=counted, flops=step_flops(profile, variant))
+    try:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful, computed=given)
+        return Ceilings(train=train, flops=step_flops(profile, variant))
+    except UsageError as error:
+        return str(error)

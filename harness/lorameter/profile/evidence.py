@@ -1,0 +1,217 @@
+"""The evidence that the rules of `lorameter.profile.diagnosis` judge, and how it is read off a profile."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorameter.errors import UsageError
+from lorameter.machine.validity import waiting_share
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.flops import computed_tokens
+from lorameter.models.costs.memory import memory_bytes
+from lorameter.models.shapes import ModelShape
+from lorameter.profile.accounting import (
+    IDLE,
+    Ceilings,
+    StepAccount,
+    TokenShares,
+    categories_s,
+    find_observed,
+    step_flops,
+    time_of,
+)
+from lorameter.profile.facts import Profile, Watched
+from lorameter.records.activity import DROPOUT, DROPOUT_OPERATOR, PhaseActivity
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+SPARE_SHARE = 0.9
+"""Share of the memory that a remedy may be expected to fill: what it adds is estimated, within a tenth at best."""
+DROPOUT_KERNELS = ("dropout", "bernoulli")
+"""In the names of kernels that draw a mask; the fused one applies it as well."""
+UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
+"""bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply as ever."""
+DROPPED = (DROPOUT, "dropout_backward_s")
+"""Under which names a phase's records of dropout are counted."""
+_LEFT_OUT: Mapping[str, dict[str, Any]] = {
+    "quantization": {"quantization": "none", "prepare_for_kbit": False},
+    "gradient_checkpointing": {"gradient_checkpointing": False},
+}
+"""Fields of a variant where a saving of memory is left out."""
+
+
+def left_out(variant: Variant, saving: str) -> dict[str, Any]:
+    """What a variant is changed to so that it goes without this saving of memory; nothing that it has already."""
+    return {name: value for name, value in _LEFT_OUT[saving].items() if getattr(variant, name) != value}
+
+
+def saved_bytes(profile: Watched, shape: ModelShape, saving: str) -> int:
+    """What leaving a saving of memory out would add, as estimated.
+
+    Raises:
+        UsageError: a model type whose layers are not known.
+    """
+    without = dataclasses.replace(profile.variant, **left_out(profile.variant, saving))
+    with_it, without_it = (
+        memory_bytes(variant, profile.workload, shape, profile.device) for variant in (profile.variant, without)
+    )
+    return max(0, without_it - with_it)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What the rules judge. Shares are of a step; None where something was not seen or has no meaning."""
+
+    variant: Variant
+    workload: Workload
+    device: Literal["cpu", "cuda"]
+    step_s: float
+    phases_s: Mapping[str, float]
+    categories: Mapping[str, float] = field(default_factory=dict)
+    """Shares of what ran, by kernels_check's categories; the rest of the step is `idle`."""
+    idle: float = 0.0
+    """On a GPU the device waits, on a CPU the interpreter is between operators."""
+    calls: float = 0.0
+    """Kernels launched, or operators called, in a step."""
+    casts: float = 0.0
+    """Share of copies from one type to another, and of sums of two types."""
+    wide_products: float = 0.0
+    """Share of products of numbers of 32 bits."""
+    logits_bytes: int = 0
+    """Logits, their gradients and the loss's copies of them, where the memory was highest."""
+    liger: bool = False
+    """Whether the package liger-kernel is installed."""
+    unpacking: float = 0.0
+    """Share of what makes 16-bit weights of packed ones."""
+    dropout: float = 0.0
+    """Share of what draws masks and, where that can be told from other products, applies them."""
+    padded: float = 0.0
+    """Share of the positions."""
+    recomputed: float = 0.0
+    """Share of all FLOPs that go with checkpointing."""
+    masked_pairs: float = 0.0
+    """Share of the pairs given to attention that its mask hides."""
+    attention_backend: str | None = None
+    attention_mask: str | None = None
+    """"explicit" where attention was given a mask to read."""
+    adapter_dtype: str | None = None
+    flash_attn: bool = False
+    """Whether the package flash-attn is installed."""
+    wide_registers: bool = True
+    """Whether this CPU multiplies 16-bit numbers faster than 32-bit ones; a GPU does."""
+    occupancy: float | None = None
+    """CPU time over wall time for each thread."""
+    stalled: float | None = None
+    """Share of the time in which something that could run waited for a CPU, on the whole machine."""
+    threads: int = 1
+    cpus: int = 1
+    peak_bytes: int = 0
+    """Of training, on the device."""
+    memory_bytes: int = 0
+    """What the device had free before."""
+    extra_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What leaving a saving out would add, where known: "quantization", "gradient_checkpointing", "optimizer"."""
+    reserved_bytes: int | None = None
+    """What CUDA's allocator held at its peak, of which `peak_bytes` were in use."""
+    alloc_retries: int = 0
+
+    def fits(self, key: str) -> bool:
+        """Whether the memory takes what leaving this out would add; where that is not known it does not."""
+        return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
+
+
+def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> Evidence:
+    """What the rules read off a profile and its accounts."""
+    memory, step_s = profile.record.memory, step.step.value
+    shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
+    allocated = memory.get("device_peak_allocated_train_bytes")
+    pairs = computed_tokens(profile.variant, profile.workload).pairs
+    return Evidence(
+        variant=profile.variant,
+        workload=profile.workload,
+        device=profile.device,
+        step_s=step_s,
+        phases_s={phase: span.value for phase, span in step.phases.items()},
+        idle=shares.pop(IDLE, 0.0),
+        categories=shares,
+        calls=profile.activity.calls,
+        casts=time_of(profile, step, lambda phase: phase.casts_s, recorded("casts_s")) / step_s,
+        wide_products=time_of(profile, step, lambda phase: phase.wide_products_s, recorded("wide_products_s")) / step_s,
+        logits_bytes=profile.memory["train"].kinds.get("logits", 0),
+        liger=importlib.util.find_spec("liger_kernel") is not None,
+        unpacking=time_of(profile, step, unpacking_s) / step_s,
+        dropout=time_of(profile, step, dropout_s, recorded(*DROPPED)) / step_s,
+        padded=tokens.padded / (tokens.real + tokens.padded),
+        recomputed=_recomputed_share(profile, found),
+        masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
+        attention_backend=observed_word(profile, "attention.backend"),
+        attention_mask=observed_word(profile, "attention.mask"),
+        adapter_dtype=observed_word(profile, "lora.dtype"),
+        flash_attn=importlib.util.find_spec("flash_attn") is not None,
+        wide_registers=profile.device == "cuda" or profile.wide_registers,
+        occupancy=step.occupancy,
+        stalled=waiting_share(profile.record.values, "train"),
+        threads=profile.threads,
+        cpus=profile.cpus,
+        peak_bytes=allocated or memory["host_peak_train_bytes"],
+        memory_bytes=profile.memory_bytes,
+        extra_bytes=_extra_bytes(profile),
+        reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
+        alloc_retries=memory.get("device_alloc_retries_train", 0),
+    )
+
+
+def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
+    """Share of a step's FLOPs that go with its checkpointing; none where the check saw nothing being computed again.
+
+    Not all that is computed twice: a fused backward repeats the scores with checkpointing and without.
+    """
+    if isinstance(found, str) or find_observed(profile, "checkpointing") is not True:
+        return 0.0
+    without = dataclasses.replace(profile.variant, gradient_checkpointing=False)
+    return max(0.0, 1 - step_flops(profile, without).hardware / found.flops.hardware)
+
+
+def unpacking_s(phase: PhaseActivity) -> float:
+    """Seconds of a phase that unpack weights; on a CPU with what is done around that, and would not be without it.
+
+    Where nothing is unpacked, those functions multiply packed weights as they are.
+    """
+    unpacked = phase.categories_s.get("dequantize", 0.0)
+    return unpacked and unpacked + sum(one.time_s for one in phase.operators if one.name in UNPACKING)
+
+
+def recorded(*names: str) -> Callable[[PhaseActivity], float]:
+    """How many records of the profiler lie in what a phase tells apart under these names."""
+    return lambda phase: sum(phase.records.get(name, 0.0) for name in names)
+
+
+def dropout_s(phase: PhaseActivity) -> float:
+    """Seconds of a phase that draw masks and, where that can be told from other products, apply them."""
+    drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
+    forward = phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
+    return forward + phase.dropout_backward_s
+
+
+def observed_word(profile: Watched, path: str) -> str | None:
+    """What kernels_check saw under one of its paths, where that is a word."""
+    seen = find_observed(profile, path)
+    return seen if isinstance(seen, str) else None
+
+
+def _extra_bytes(profile: Profile) -> dict[str, int]:
+    """What leaving a saving out would add, as estimated; a paged optimizer's state by count."""
+    memory = profile.record.memory
+    moments = 8 * round(profile.record.values["trainable_parameters"])
+    resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
+    extra = {"optimizer": max(0, moments - resident)}
+    try:
+        shape = shapes.shape(catalogue.resolve(profile.workload.model))
+        extra |= {saving: saved_bytes(profile, shape, saving) for saving in _LEFT_OUT}
+    except UsageError:  # a model type whose layers are not known: then nothing is said to fit
+        pass
+    return extra

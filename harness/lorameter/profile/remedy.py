@@ -1,0 +1,166 @@
+"""A finding's remedy, tried: the present variant against the suggested one, measured like any two variants.
+
+A diagnosis counts what hangs on a thing; what is won without it shows only beside its replacement. So the remedy is a
+variant, the present one is the reference, and the control, the verdict and the interval are those of every study. A
+remedy of the workload is the same variant on a workload of its own: the two are compared by the time of a real token,
+since a step of either is another number of them, and not by their losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from lorameter.errors import UsageError
+from lorameter.profile.finding import Finding
+from lorameter.records.metrics import METRICS, Phase
+from lorameter.records.record import Notice
+from lorameter.records.store import Run
+from lorameter.stats import Comparison
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.stored import read_study
+from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.verdicts.notices import notices_of
+from lorameter.verdicts.series import is_difference, series_of
+from lorameter.verdicts.standing import control_of, phases_of, ratios_of, standing_of
+
+LEAST_TURNS = 2
+"""Of training, where requests are at issue: trials that take turns have some."""
+LEAST_REQUESTS = 12
+"""Of each trial, where requests are at issue."""
+
+
+def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
+    """The finding to try: the one named, or the most expensive that can be tried.
+
+    Raises:
+        UsageError: no such finding here, or nothing of it can be tried.
+    """
+    possible = [finding for finding in findings if finding.suggestion]
+    known = ", ".join(finding.code for finding in possible) or "none"
+    if code is None:
+        if not possible:
+            raise UsageError("--try: no finding here has a remedy that can be tried.")
+        return possible[0]
+    finding = next((finding for finding in findings if finding.code == code), None)
+    if finding is None:
+        raise UsageError(f"--try {code}: not found in this profile. Can be tried: {known}.")
+    if not finding.suggestion:
+        why = f"That cannot be tried here: {finding.obstacle}."
+        raise UsageError(f"--try {code}: {finding.remedy} {why} Can be tried: {known}.")
+    return finding
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RemedyStudy:
+    """What is measured to try a remedy."""
+
+    study: Study
+    own_workloads: Mapping[str, Workload] = dataclasses.field(default_factory=dict)
+    """What the suggested variant is measured on, by its name, where the remedy is one of the workload."""
+
+
+def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> RemedyStudy:
+    """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
+
+    As in a profile, a path that is not active is a notice: the present variant may be slow for want of it.
+
+    Raises:
+        UsageError: the change makes no variant or workload that could run.
+    """
+    name = f"without-{finding.code}"
+    own: dict[str, Workload] = {}
+    notes: tuple[str, ...] = ()
+    workload = study.workload
+    if phase_of(finding) != "train":  # requests of one length are at issue, and nothing else needs to be measured
+        protocol = dataclasses.replace(
+            protocol, epochs=0.0, merged=False, turns=min(protocol.turns, LEAST_TURNS),
+            generate_requests=max(protocol.generate_requests, LEAST_REQUESTS),
+        )  # fmt: skip
+        workload = dataclasses.replace(workload, natural_tokens=0)
+    if not finding.changes:
+        own = {name: dataclasses.replace(workload, **finding.workload_changes)}
+        notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
+        protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
+    pair = Study(
+        name=f"try-{finding.code}",
+        title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items()),
+        workload=workload,
+        protocol=protocol,
+        variants=(variant, dataclasses.replace(variant, name=name, **finding.changes)),
+        reference=variant.name,
+        allow_fallback=True,
+        requirements={path: value for path, value in study.requirements.items() if not _about(path, finding)},
+        notes=notes,
+    )
+    return RemedyStudy(study=pair, own_workloads=own)
+
+
+def phase_of(finding: Finding) -> Phase:
+    """In which phase the cost of a finding shows, and a remedy is measured."""
+    return METRICS[finding.metric].phase
+
+
+_STORED = tuple(f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype", "gemm_path"))
+_PATHS: Mapping[str, tuple[str, ...]] = {
+    "quantization": _STORED,
+    "compute_dtype": _STORED,
+    "dtype": (*_STORED, "attention.dtype"),
+    "prepare_for_kbit": ("attention.dtype",),
+    "adapter_dtype": ("lora.dtype",),
+    "lora_dropout": ("lora.dropout",),
+    "gradient_checkpointing": ("checkpointing",),
+    "layout": ("packing", "attention"),
+}
+"""What kernels_check judges a field of variant or workload by, where that has another name: paths, or heads of them."""
+
+
+def _about(path: str, finding: Finding) -> bool:
+    """Whether a requirement of the study is about what the remedy changes."""
+    heads = [head for key in finding.suggestion for head in _PATHS.get(key, (key,))]
+    return any(path == head or path.startswith(f"{head}.") for head in heads)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """What came of a remedy."""
+
+    finding: Finding
+    run: str
+    interleaving: str
+    metric: str
+    """By which the two are compared."""
+    comparison: Comparison | None
+    """The suggested variant over the present one, below 1 is a gain; None where either failed."""
+    control: Comparison | None
+    """The present variant against itself."""
+    failures: tuple[str, ...]
+    notices: tuple[Notice, ...]
+    """What must be known of the comparison and was not known before it was measured."""
+    valid: bool
+    """Whether the comparison counts: every trial ok, and the control no difference."""
+
+
+def judge_remedy(run: Run, finding: Finding) -> Tried:
+    """Judge the run of such a study."""
+    study = read_study(run)
+    stands, known = standing_of(run, study), run.manifest.notices
+    groups, phase = series_of(run.records), phases_of(run)[0]
+    metric, control = stands.primary[phase], stands.controls[phase]
+    if phase_of(finding) != "train":  # of a request the part that the finding is about
+        metric = finding.metric
+        control = control_of(groups, study.reference, metric, family=1)
+    comparison = next(iter(ratios_of(groups, study, metric, control).values()), None)
+    return Tried(
+        finding=finding,
+        run=run.manifest.run,
+        interleaving=run.manifest.interleaving,
+        metric=metric,
+        comparison=comparison,
+        control=control,
+        failures=stands.failures,
+        notices=tuple(notice for notice in notices_of(run, study, stands.controls) if notice not in known),
+        valid=stands.valid and comparison is not None and not (control is not None and is_difference(control)),
+    )

@@ -1,0 +1,279 @@
+"""What a request loses and what to try: rules from evidence to findings, as those of a step.
+
+A cost is of what a user waits for, the first token or each later one, and is the best forecast that there is of what
+the remedy gains: measured in the same process where that could be (merging), else what was seen to go with the cause,
+less what comes in its place where that can be counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.profile.diagnosis import BETWEEN, LEAST_IDLE, WORTH, advise_adapter_dtype
+from lorameter.profile.evidence import left_out
+from lorameter.profile.finding import Finding
+from lorameter.profile.requests.evidence import RequestEvidence
+from lorameter.records.units import format_bytes, format_value
+
+FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
+TITLES: Mapping[str, str] = {FIRST: "the time to first token", LATER: "a later token", WHOLE: "a request"}
+LAID_OUT_ANEW = "hidden.clone(memory_format=torch.contiguous_format)"
+"""What lays out a row of hidden states anew, in torch's words."""
+MOVED = 0.5
+"""Share of the tokens at which a cache lies elsewhere; one that only ever grows does so at each."""
+LATE = 0.05
+"""Share of the time to first token; less is no plan being made."""
+
+
+def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
+    """All findings, the one that costs a request most first."""
+    found = [finding for rule in REQUEST_RULES.values() for finding in rule(evidence)]
+    times = {FIRST: 1, LATER: evidence.passes, WHOLE: 1}
+    return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0) * times[finding.metric]))
+
+
+def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
+    """By the shape of what is copied: the output head inside its product before the first token, as a rule."""
+    for metric, one, name in ((FIRST, seen.prefill, "prefill"), (LATER, seen.decode, "decode")):
+        cost = sum(copy.time_s for copy in one.copies)
+        if not one.copies or cost <= WORTH * _whole(seen, metric):
+            continue
+        dearest = one.copies[0]
+        shape = " × ".join(map(str, dearest.shape))
+        copies = (
+            f"{name} copies the whole of {dearest.weight or 'a weight'} ({dearest.operator} of {shape}, "
+            f"{dearest.calls:.3g} times a pass)"
+        )
+        if not dearest.in_product:
+            yield _make_finding(
+                "weight-copied", seen, metric, cost,
+                f"{copies}, outside of any product: it is cast, or made anew, for each pass",
+                "Make that copy once, where the model is loaded: cast the weight there, or merge what changes it.",
+                obstacle="no field changes who copies that weight",
+            )  # fmt: skip
+            continue
+        is_head = dearest.weight == seen.sight.head != ""
+        if is_head and seen.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
+            cost += max(0.0, one.head_s - cost - seen.sight.size.head_bytes / seen.bytes_per_s)
+        folds = (
+            f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
+            "not help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
+        )
+        yield _make_finding(
+            "weight-copied", seen, metric, cost,
+            f"{copies}: torch's linear does not fold what comes in and goes by a batched product, which wants the "
+            "weight laid out anew",
+            f"copy_head_input = true hands the head {folds}" if is_head else f"That layer must be handed {folds}",
+            changes={"copy_head_input": True} if is_head and not seen.variant.copy_head_input else {},
+            obstacle="" if is_head and not seen.variant.copy_head_input else "no field changes what that layer takes",
+        )  # fmt: skip
+
+
+def _adapter_unmerged(seen: RequestEvidence) -> Iterator[Finding]:
+    merged, request = seen.merged, seen.request
+    if merged is None or request.low is None or merged.high is None or request.low <= merged.high:
+        return
+    cost = request.value - merged.value
+    if cost <= WORTH * request.value:
+        return
+    calls = ""
+    if seen.merged_calls is not None and seen.decode.calls:
+        unit = "launches" if seen.device == "cuda" else "operators"
+        calls = f", {seen.decode.calls - seen.merged_calls:.0f} of the {seen.decode.calls:.0f} {unit} of a token"
+    rounding = " Merging rounds the weights anew, to 4 bits where they are stored so: compare the answers."
+    yield _make_finding(
+        "adapter-unmerged", seen, WHOLE, cost,
+        f"the adapter beside the base takes {cost / request.value:.1%} of a request, as measured in the same process "
+        f"with it merged{calls}",
+        f"merge_adapter = true merges it before requests.{rounding if seen.variant.quantization != 'none' else ''}",
+        changes={"merge_adapter": True},
+    )  # fmt: skip
+
+
+def _dequantisation(seen: RequestEvidence) -> Iterator[Finding]:
+    unpacking = seen.decode.dequantise_s
+    if unpacking <= WORTH * seen.token.value:
+        return
+    extra = seen.unquantised_bytes
+    more = 0.0 if extra is None or not seen.bytes_per_s else extra / seen.bytes_per_s
+    fits = extra is not None and more < unpacking
+    yield _make_finding(
+        "dequantisation", seen, LATER, unpacking - more if fits else unpacking,
+        f"unpacking {seen.variant.quantization} weights takes {format_value(unpacking, 's')} of each later token",
+        f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
+        if fits
+        else "A kernel that multiplies packed weights as they are would not unpack them.",
+        changes=left_out(seen.variant, "quantization") if fits else {},
+        obstacle="" if fits else "there is no memory for the weights unpacked, or reading them would take longer",
+    )  # fmt: skip
+
+
+def _launch_bound(seen: RequestEvidence) -> Iterator[Finding]:
+    idle, decode = seen.decode.idle_s, seen.decode
+    if idle <= (LEAST_IDLE if seen.device == "cuda" else BETWEEN) * decode.time_s:
+        return
+    busy = format_value((decode.time_s - idle) / decode.calls, "s") if decode.calls else "–"
+    waits = (
+        f"the device waits {idle / decode.time_s:.0%} of a pass over one token for {decode.calls:.0f} launches"
+        if seen.device == "cuda"
+        else f"{idle / decode.time_s:.0%} of a pass over one token is spent between {decode.calls:.0f} operators"
+    )
+    yield _make_finding(
+        "launch-bound", seen, LATER, idle, f"{waits}, each of {busy} in the mean",
+        "Several prompts in a request share the launches (request_batch of [workload]), and a captured graph makes one "
+        "of them.",
+        obstacle="how many prompts a request has is the workload's, and no graph is captured",
+    )  # fmt: skip
+
+
+def _cache_reallocated(seen: RequestEvidence) -> Iterator[Finding]:
+    if seen.sight.cache_moved <= MOVED or seen.decode.cache_s <= WORTH * seen.token.value:
+        return
+    yield _make_finding(
+        "cache-reallocated", seen, LATER, seen.decode.cache_s,
+        f"the cache ({seen.sight.cache}) is made anew at {seen.sight.cache_moved:.0%} of the tokens, "
+        f"{format_bytes(seen.sight.cache_bytes)} at the end",
+        'kv_cache = "static" makes it once, of the whole length; attention then reads all of that.',
+        changes={"kv_cache": "static"},
+    )  # fmt: skip
+
+
+def _prompt_logits(seen: RequestEvidence) -> Iterator[Finding]:
+    rows = seen.sight.logit_rows
+    cost = seen.prefill.head_s * (rows - 1) / rows
+    if rows <= 1 or cost <= WORTH * seen.first_token.value:
+        return
+    yield _make_finding(
+        "prompt-logits", seen, FIRST, cost,
+        f"prefill makes logits for {rows} tokens, of which one is read",
+        "A model whose forward takes logits_to_keep makes those of the last token alone.",
+        obstacle="this model's forward does not take it",
+    )  # fmt: skip
+
+
+def _between_tokens(seen: RequestEvidence) -> Iterator[Finding]:
+    if seen.choose_s <= (LEAST_IDLE if seen.device == "cuda" else BETWEEN) * seen.token.value:
+        return
+    yield _make_finding(
+        "between-tokens", seen, LATER, seen.choose_s,
+        f"{seen.choose_s / seen.token.value:.0%} of each later token lies between two passes, on the host: choosing "
+        "the token, handing it over, preparing the next pass",
+        "Choose on the device and hand over several tokens at once; transformers' generate does neither.",
+        obstacle="it is generate's own",
+    )  # fmt: skip
+
+
+def _new_length(seen: RequestEvidence) -> Iterator[Finding]:
+    late = seen.new_length
+    if late is None or late.low is None or late.low <= 0 or late.value <= LATE * seen.first_token.value:
+        return
+    yield _make_finding(
+        "new-length", seen, FIRST, late.value,
+        f"the first token comes {format_value(late.value, 's')} later at a prompt's length that is met first",
+        "Ask once at each length before users do, or pad prompts to a few lengths.",
+        obstacle="all timed requests have one length, which was met before",
+    )  # fmt: skip
+
+
+def _mixed_types(seen: RequestEvidence) -> Iterator[Finding]:
+    variant, cost = seen.variant, seen.prefill.casts_s + seen.passes * seen.decode.casts_s
+    narrow = variant.compute_dtype if variant.is_4bit else variant.dtype
+    wide = seen.adapter_dtype == "float32" and not variant.merge_adapter
+    if narrow == "float32" or not (wide or variant.prepare_for_kbit) or cost <= WORTH * seen.request.value:
+        return
+    what = "adapters" if wide else "norms, embeddings and head"
+    yield _make_finding(
+        "mixed-types", seen, WHOLE, cost,
+        f"{what} in float32 beside weights in {narrow}: casts take {cost / seen.request.value:.1%} of a request",
+        advise_adapter_dtype(narrow)
+        if wide
+        else "prepare_for_kbit = false leaves them in the type of the base; look at the loss.",
+        changes={"adapter_dtype": narrow} if wide else {"prepare_for_kbit": False},
+    )  # fmt: skip
+
+
+def _train_mode(seen: RequestEvidence) -> Iterator[Finding]:
+    if not seen.sight.training:
+        return
+    cost = seen.prefill.dropout_s + seen.passes * seen.decode.dropout_s
+    yield _make_finding(
+        "train-mode", seen, WHOLE, cost, "the model answers in train mode: dropout falsifies what it says",
+        "Call model.eval() before generate.", obstacle=_OWN_MODE,
+    )  # fmt: skip
+
+
+def _no_cache(seen: RequestEvidence) -> Iterator[Finding]:
+    if seen.sight.decode_rows > 1 and not seen.sight.checkpointing:
+        yield _without_cache("no-cache", seen, "there is no cache", "Leave use_cache on.")
+
+
+def _checkpointing_left_on(seen: RequestEvidence) -> Iterator[Finding]:
+    if seen.sight.decode_rows > 1 and seen.sight.checkpointing:
+        why = "gradient checkpointing was left on, which in train mode turns the cache off"
+        remedy = "Call model.gradient_checkpointing_disable() and model.eval() before generate."
+        yield _without_cache("checkpointing-left-on", seen, why, remedy)
+
+
+def _without_cache(code: str, seen: RequestEvidence, why: str, remedy: str) -> Finding:
+    """A pass over one row takes at least the time of its share of the rows, and that of reading the weights."""
+    rows, time_s = seen.sight.decode_rows, seen.decode.time_s
+    least = max(time_s / rows, seen.decode_bytes / seen.bytes_per_s if seen.bytes_per_s else 0.0)
+    message = f"each later token takes a pass over up to {rows} tokens: {why}"
+    return _make_finding(code, seen, LATER, max(0.0, time_s - least), message, remedy, obstacle=_OWN_MODE)
+
+
+_OWN_MODE = "it is the state that the model's own code leaves it in, and no field of a variant"
+REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
+    "weight-copied": _weight_copied,
+    "adapter-unmerged": _adapter_unmerged,
+    "dequantisation": _dequantisation,
+    "launch-bound": _launch_bound,
+    "cache-reallocated": _cache_reallocated,
+    "prompt-logits": _prompt_logits,
+    "between-tokens": _between_tokens,
+    "new-length": _new_length,
+    "mixed-types": _mixed_types,
+    "train-mode": _train_mode,
+    "no-cache": _no_cache,
+    "checkpointing-left-on": _checkpointing_left_on,
+}
+"""The rules by the code of what they find."""
+OF_WHAT_RAN = frozenset(
+    ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "prompt-logits", "mixed-types")
+)
+"""Rules that judge what ran in a request, and find nothing where that is not known."""
+
+
+def check_request_code(code: str) -> None:
+    """Raises `UsageError` for what no rule finds, before anything is profiled for it."""
+    if code not in REQUEST_RULES:
+        raise UsageError(f"--try {code}: no finding of requests goes by that name. Known: {', '.join(REQUEST_RULES)}.")
+
+
+def _whole(seen: RequestEvidence, metric: str) -> float:
+    return {FIRST: seen.first_token, LATER: seen.token, WHOLE: seen.request}[metric].value
+
+
+def _make_finding(
+    code: str,
+    seen: RequestEvidence,
+    metric: str,
+    cost_s: float,
+    message: str,
+    remedy: str,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    obstacle: str = "",
+) -> Finding:
+    return Finding(
+        code=code,
+        message=message,
+        cost_s=cost_s,
+        cost_share=cost_s / _whole(seen, metric),
+        metric=metric,
+        remedy=remedy,
+        changes=changes or {},
+        obstacle=obstacle,
+    )

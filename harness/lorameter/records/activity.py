@@ -1,0 +1,121 @@
+"""What a profiled trial leaves behind: the names of its files, and what ran in the phases of its steps or requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorameter.records import codec
+from lorameter.records.memory_account import MemoryPhase
+
+ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
+ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "memory-generate.json"}
+"""What a profiled trial leaves in its folder: what ran, the trace that it was read from, peaks, and memory by phase."""
+STEP_PHASES = ("data", "forward", "backward", "update")
+"""Phases of a step: taking the batch, forward, backward, clipping and the optimizer."""
+REQUEST_PHASES = ("prepare", "prefill", "decode", "choose")
+"""Phases of a request: what comes before its first forward pass, that pass over the prompt, the passes over one token
+each, and what lies between passes and after the last: choosing a token, handing it over, getting the next one ready."""
+REQUEST_SIGHT, REQUEST_ACTIVITY, MERGED_ACTIVITY = "requests.json", "requests-activity.json", "merged-activity.json"
+REQUEST_TRACE, MERGED_TRACE = "requests-trace.json.gz", "merged-trace.json.gz"
+"""What a trial whose requests are taken apart leaves beside these: what was seen of one, what ran in some, and with
+the adapter merged."""
+DROPOUT_OPERATOR = "aten::dropout"
+"""Draws a mask and multiplies with it, by operators or kernels of its own."""
+WHOLE, DROPOUT = "phase", "dropout_s"
+"""Of `PhaseActivity.records`, beside the names of fields: all of a phase, and those in `DROPOUT_OPERATOR`."""
+CACHE, HEAD = "cache", "head"
+"""Parts of forward passes that are told apart: adding to the cache of keys and values, and the output head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightCopy:
+    """Copies of one whole weight: inside a product that could not take the weight as it lies, or by themselves."""
+
+    weight: str
+    """Name of the weight; of several that have its shape the first and how many there are; "" where none has."""
+    shape: tuple[int, ...]
+    """Of the copy, as the operator was given it."""
+    operator: str
+    calls: float
+    time_s: float
+    in_product: bool = field(default=True, metadata=codec.LATER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorUse:
+    """One kernel of a GPU, or one operator of a CPU without those that it calls, in a mean step."""
+
+    name: str
+    category: str
+    """As in kernels_check: "matmul", "dequantize", ..., "other"."""
+    calls: float
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseActivity:
+    """What ran in one phase of a mean step, or request, under the profiler."""
+
+    phase: str
+    window_s: float
+    """From border to border."""
+    busy_s: float
+    """Time in which anything of `operators` ran; on a GPU streams may overlap, so it can be less than their sum."""
+    operators: tuple[OperatorUse, ...]
+    """The longest first."""
+    totals_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of each operator by name with all that it calls; empty on a GPU, whose kernels call nothing."""
+    casts_s: float = field(default=0.0, metadata=codec.LATER)
+    """Time of the copies from one type to another, and of sums and products of two types."""
+    wide_products_s: float = field(default=0.0, metadata=codec.LATER)
+    """Time of the products of numbers of 32 bits."""
+    dropout_backward_s: float = field(default=0.0, metadata=codec.LATER)
+    """Time of the backward pass of what `DROPOUT_OPERATOR` has made."""
+    records: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)
+    """How many of the profiler's records of operators lie in the phase (`WHOLE`), and in what is told apart of it, by
+    its field's name. Each slows the phase down by about as much; empty on a GPU, whose kernels are not slowed down."""
+    copies: tuple[WeightCopy, ...] = field(default=(), metadata=codec.LATER)
+    """Whole weights that were copied, the dearest first."""
+    parts_s: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)
+    """Seconds of what is told apart inside the phase (`CACHE`, `HEAD`)."""
+
+    @property
+    def categories_s(self) -> dict[str, float]:
+        """Seconds of each category, the largest first."""
+        sums: dict[str, float] = {}
+        for one in self.operators:
+            sums[one.category] = sums.get(one.category, 0.0) + one.time_s
+        return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
+
+    @property
+    def calls(self) -> float:
+        """Launches, or calls of operators."""
+        return sum(one.calls for one in self.operators)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """What ran in some steps, or requests, under the profiler, as their mean."""
+
+    device: Literal["cpu", "cuda"]
+    """What `operators` are: operators of the host, or kernels."""
+    step_times_s: tuple[float, ...]
+    """Each profiled step, or request."""
+    phases: tuple[PhaseActivity, ...]
+    missing: str = ""
+    """Why it is not known what ran; empty where it is."""
+
+    @property
+    def window_s(self) -> float:
+        """Time of a step from border to border, over all phases."""
+        return sum(phase.window_s for phase in self.phases)
+
+    @property
+    def calls(self) -> float:
+        """Launches, or calls of operators, of a step."""
+        return sum(phase.calls for phase in self.phases)
+
+
+LEAST_STEP_PAIRS = 8
+"""Where fewer undisturbed pairs would remain, all count."""

@@ -1,0 +1,350 @@
+"""The metrics: what each is called, its unit, its phase, which way is worse, and how it follows from a record.
+
+A metric is one entry of the table below. Its samples, its column in a report, its row in a comparison and whether it is
+read as a loss follow from that entry, so a new one is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lorameter.errors import InvalidRunError
+from lorameter.records.record import TrialRecord
+from lorameter.records.units import Unit
+
+Phase = Literal["train", "generate", "cold"]
+PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
+Samples = tuple[float, ...]
+Column = Literal["", "always", "one workload", "own workloads"]
+"""Whether a metric is a column of its phase's table, beside the one that variants are compared by: never · always ·
+where all variants share a workload · where some have one of their own. Losses of different tokens are not set side by
+side, and tokens a second of the timed steps depend on whose records these held."""
+LOSSES = ("warmup_loss", "train_loss", "catch_up_loss")
+"""Samples that hold the loss of each step, in the order of the steps."""
+SCRIPT_TOKENS = ("warmup_real_tokens", "step_real_tokens", "catch_up_real_tokens")
+"""The same for the real tokens of each step of a script."""
+OF_SCRIPTS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
+"""Parts of a step that are told apart in somebody's script, and in no trial of the harness's own."""
+FINAL_SHARE = 4
+"""The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A named quantity."""
+
+    name: str
+    title: str
+    unit: Unit
+    phase: Phase
+    higher_is_better: bool = False
+    """Orients ratios: above 1 is always worse."""
+    derive: Callable[[TrialRecord], Samples] | None = None
+    """How its samples follow from a record, () where they do not; None where a record holds them under its name."""
+    is_loss: bool = False
+    """Whether it says nothing without the number of steps that were trained."""
+    column: Column = ""
+    of_trial: Literal["median", "mean"] = "median"
+    """What a trial's one value is of its steps: a rate is what was done in all of them over all of their time."""
+    per_token: bool = False
+    """Whether it compares steps that hold different numbers of real tokens."""
+
+    def samples_of(self, record: TrialRecord) -> Samples:
+        """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
+        if self.derive is not None:
+            try:
+                return self.derive(record)
+            except (ArithmeticError, LookupError, ValueError) as error:  # of a record that no trial can have left
+                raise InvalidRunError(
+                    f"trial {record.trial}: {self.name} cannot be computed from its record: {error}. Restore "
+                    "trials.jsonl, or measure again."
+                ) from None
+        if self.name in record.samples:
+            return record.samples[self.name]
+        return (record.values[self.name],) if self.name in record.values else ()
+
+
+def _tokens_per_s(record: TrialRecord) -> Samples:
+    return _rate(record, "turn_real_tokens")
+
+
+def _rate(record: TrialRecord, counted: str) -> Samples:
+    """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
+    seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
+    return (sum(counts) / seconds,) if seconds and counts else ()
+
+
+def _padded_tokens_per_s(record: TrialRecord) -> Samples:
+    """Of all positions, padding included; nothing where there is no padding, and it is the same number."""
+    padding = _rate(record, "turn_padded_tokens")
+    return (padding[0] + _tokens_per_s(record)[0],) if padding and padding[0] else ()
+
+
+def _mfu(record: TrialRecord) -> Samples:
+    """FLOPs that a step needs over its time and what the device could do at best, where both are known."""
+    needs, best = record.values.get("model_flops_per_step"), record.values.get("peak_flops_per_s")
+    times = record.samples.get("step_time_s", ())
+    return tuple(needs / (time_s * best) for time_s in times) if needs and best else ()
+
+
+def _time_per_real_token_s(record: TrialRecord) -> Samples:
+    """The time of each step over the real tokens that a step holds in the mean of an epoch.
+
+    A step takes as long for padding as for tokens. So dividing by the real tokens of the timed steps would put the
+    lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
+    """
+    times = record.samples.get("step_time_s", ())
+    if counts := real_tokens_of_steps(record):  # of a script, whose epoch is not known: the mean of all its steps
+        return tuple(seconds * len(counts) / sum(counts) for seconds in times) if sum(counts) else ()
+    real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
+    positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
+    if not times or not real or not positions:
+        return ()
+    tokens = positions / len(times) * real / (real + padded)
+    return tuple(seconds / tokens for seconds in times)
+
+
+def _scaling_efficiency(record: TrialRecord) -> Samples:
+    """The step of one rank over that of several and their number, turn by turn; 1 is the most they can be."""
+    ranks, one = record.values.get("ranks", 0.0), record.samples.get("one_rank_step_time_s", ())
+    pairs = zip(one, record.samples.get("step_time_s", ()), strict=False)
+    return tuple(alone / (ranks * together) for alone, together in pairs) if ranks else ()
+
+
+def real_tokens_of_steps(record: TrialRecord) -> Samples:
+    """Real tokens in each step that a script took, in their order; () where they were not seen."""
+    return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
+
+
+def _samples_per_s(record: TrialRecord) -> Samples:
+    return _rate(record, "turn_sequences")
+
+
+def _output_tokens_per_s(record: TrialRecord) -> Samples:
+    """Of all answers of a request; a record that does not say how many prompts it has is of one."""
+    tokens = record.values.get("new_tokens", 0.0) * record.values.get("request_batch", 1.0)
+    return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
+
+
+def _over_request(*names: str) -> Callable[[TrialRecord], Samples]:
+    """What takes so long together, over the request of the same prompts by one adapter without a switch."""
+
+    def derive(record: TrialRecord) -> Samples:
+        parts = zip(*(record.samples.get(name, ()) for name in (*names, "request_time_s")), strict=False)
+        return tuple(sum(taken) / alone for *taken, alone in parts)
+
+    return derive
+
+
+def _natural_time_per_token_s(record: TrialRecord) -> Samples:
+    pairs = zip(record.samples.get("natural_request_time_s", ()), record.samples.get("natural_tokens", ()), strict=True)
+    return tuple(seconds / tokens for seconds, tokens in pairs)
+
+
+def _final_train_loss(record: TrialRecord) -> Samples:
+    if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
+        return ()
+    losses = tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
+    return losses[-max(1, len(losses) // FINAL_SHARE) :]
+
+
+def _energy_per(count: str) -> Callable[[TrialRecord], Samples]:
+    """The device's energy over how many steps or tokens it was spent on; nothing where either was not measured."""
+
+    def derive(record: TrialRecord) -> Samples:
+        energy, counted = record.values.get("device_energy_train_j"), record.values.get(count)
+        return (energy / counted,) if energy is not None and counted else ()
+
+    return derive
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(name="step_time_s", title="step time", unit="s", phase="train", column="own workloads"),
+        Metric(name="step_cpu_time_s", title="step CPU time", unit="s", phase="train"),
+        # Parts of a script's step, where its source sees them.
+        Metric(name="data_time_s", title="wait for data", unit="s", phase="train", column="always"),
+        Metric(name="forward_time_s", title="forward", unit="s", phase="train", column="always"),
+        Metric(name="backward_time_s", title="backward", unit="s", phase="train", column="always"),
+        Metric(name="optimizer_time_s", title="optimizer", unit="s", phase="train", column="always"),
+        Metric(
+            name="tokens_per_s",
+            title="real tokens/s",
+            unit="1/s",
+            phase="train",
+            higher_is_better=True,
+            derive=_tokens_per_s,
+            of_trial="mean",
+            column="one workload",
+            per_token=True,
+        ),
+        Metric(
+            name="padded_tokens_per_s",
+            title="tokens/s with padding",
+            unit="1/s",
+            phase="train",
+            higher_is_better=True,
+            derive=_padded_tokens_per_s,
+            of_trial="mean",
+        ),
+        Metric(
+            name="mfu",
+            title="MFU",
+            unit="1",
+            phase="train",
+            higher_is_better=True,
+            derive=_mfu,
+            column="always",
+        ),
+        Metric(
+            name="time_per_real_token_s",
+            title="time per real token",
+            unit="s",
+            phase="train",
+            derive=_time_per_real_token_s,
+            per_token=True,
+        ),
+        Metric(
+            name="samples_per_s",
+            title="samples/s",
+            unit="1/s",
+            phase="train",
+            higher_is_better=True,
+            derive=_samples_per_s,
+            of_trial="mean",
+        ),
+        # Of several ranks: beside one rank alone on the same batches, and of profiled steps.
+        Metric(
+            name="scaling_efficiency",
+            title="scaling efficiency",
+            unit="1",
+            phase="train",
+            higher_is_better=True,
+            derive=_scaling_efficiency,
+            column="always",
+        ),
+        Metric(name="communication_share", title="communication", unit="1", phase="train", column="always"),
+        Metric(name="rank_imbalance", title="imbalance of ranks", unit="1", phase="train"),
+        Metric(name="gradient_norm", title="gradient norm", unit="1", phase="train"),
+        Metric(name="first_step_time_s", title="first step", unit="s", phase="train"),
+        Metric(
+            name="energy_per_step_j",
+            title="energy per step",
+            unit="J",
+            phase="train",
+            derive=_energy_per("energy_steps"),
+            of_trial="mean",
+        ),
+        Metric(
+            name="energy_per_token_j",
+            title="energy per real token",
+            unit="J",
+            phase="train",
+            derive=_energy_per("energy_tokens"),
+            of_trial="mean",
+            per_token=True,
+        ),
+        Metric(
+            name="train_loss",
+            title="train loss",
+            unit="1",
+            phase="train",
+            derive=_final_train_loss,
+            is_loss=True,
+            column="one workload",
+        ),
+        Metric(
+            name="held_out_loss", title="held-out loss", unit="1", phase="train", is_loss=True, column="one workload"
+        ),
+        Metric(name="request_time_s", title="request", unit="s", phase="generate"),
+        Metric(name="first_token_time_s", title="time to first token", unit="s", phase="generate", column="always"),
+        Metric(
+            name="time_per_output_token_s", title="time per output token", unit="s", phase="generate", column="always"
+        ),
+        Metric(
+            name="output_tokens_per_s",
+            title="output tokens/s",
+            unit="1/s",
+            phase="generate",
+            higher_is_better=True,
+            derive=_output_tokens_per_s,
+        ),
+        Metric(name="natural_request_time_s", title="request to its end", unit="s", phase="generate", column="always"),
+        Metric(name="natural_tokens", title="tokens to the end", unit="1", phase="generate", column="always"),
+        Metric(
+            name="natural_time_per_token_s",
+            title="per token, to the end",
+            unit="s",
+            phase="generate",
+            derive=_natural_time_per_token_s,
+        ),
+        Metric(name="first_call_time_s", title="first call", unit="s", phase="generate"),
+        Metric(name="merged_request_time_s", title="request, merged", unit="s", phase="generate", column="always"),
+        Metric(name="merged_first_token_time_s", title="first token, merged", unit="s", phase="generate"),
+        Metric(name="merged_time_per_output_token_s", title="per token, merged", unit="s", phase="generate"),
+        # Of several adapters on one base, beside requests of one of them; a factor of 1 is no cost.
+        Metric(name="switch_time_s", title="switch of adapters", unit="s", phase="generate", column="always"),
+        Metric(name="switched_request_time_s", title="request after a switch", unit="s", phase="generate"),
+        Metric(
+            name="switching_factor",
+            title="switching, factor",
+            unit="1",
+            phase="generate",
+            column="always",
+            derive=_over_request("switch_time_s", "switched_request_time_s"),
+        ),
+        Metric(name="mixed_request_time_s", title="request, mixed", unit="s", phase="generate", column="always"),
+        Metric(name="mixed_first_token_time_s", title="first token, mixed", unit="s", phase="generate"),
+        Metric(name="mixed_time_per_output_token_s", title="per token, mixed", unit="s", phase="generate"),
+        Metric(
+            name="mixing_factor",
+            title="mixing, factor",
+            unit="1",
+            phase="generate",
+            column="always",
+            derive=_over_request("mixed_request_time_s"),
+        ),
+        Metric(name="cold_start_time_s", title="cold start to completion", unit="s", phase="cold"),
+        Metric(name="cold_import_time_s", title="import", unit="s", phase="cold", column="always"),
+        Metric(name="cold_load_time_s", title="load", unit="s", phase="cold", column="always"),
+        Metric(name="cold_first_token_time_s", title="first token", unit="s", phase="cold", column="always"),
+        Metric(name="cold_completion_time_s", title="first completion", unit="s", phase="cold", column="always"),
+    )
+}
+"""By name, in the order in which they are shown."""
+
+PHASE_TITLES: dict[Phase, str] = {
+    "train": "Training",
+    "generate": "Warm generation",
+    "cold": "Cold start, a new interpreter to its first completion",
+}
+PEAKS: dict[Phase, tuple[str, ...]] = {
+    "train": ("device_peak_allocated_train_bytes", "host_peak_train_bytes"),
+    "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
+    "cold": (),
+}
+"""Kinds of memory whose peaks stand for a phase; the first that was measured is shown."""
+BIRTH = "host_baseline_bytes"
+"""The kind of memory that says how much of a host's peak each process had before it did anything."""
+PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
+"""The metric that stands for a phase in pytest-benchmark and in the ratio column."""
+
+
+def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
+    """The metric that variants are compared by in a phase. Steps of different workloads hold different numbers of
+    tokens, so their times say nothing beside each other; the time of a real token does."""
+    return "time_per_real_token_s" if phase == "train" and own_workloads else PRIMARY[phase]
+
+
+def samples_of(record: TrialRecord, metric: str) -> Samples:
+    """Samples of one trial; empty where it has none. Raises KeyError for a metric that does not exist."""
+    return METRICS[metric].samples_of(record)  # an unknown name must not read as "not measured"
+
+
+def columns_of(phase: Phase, *, own_workloads: bool) -> tuple[str, ...]:
+    """Metrics that are columns of a phase's table; `own_workloads`: whether variants are measured on different ones."""
+    shown = ("always", "own workloads" if own_workloads else "one workload")
+    return tuple(metric.name for metric in METRICS.values() if metric.phase == phase and metric.column in shown)

@@ -1,0 +1,113 @@
+"""A run in one file, as `lorameter pack` makes it: what a run's folder holds of it, in a zip archive.
+
+Whoever reads one gets a folder for the time of reading, so that there is one way to read a run. Nothing but the
+files of a run is taken out, under names of our own, and no more of them than a run can hold: what somebody sends may be
+anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorameter.errors import UsageError
+from lorameter.records import inputs
+from lorameter.records.refusals import OF_THE_MACHINE, say_unwritable
+from lorameter.records.scratch import scratch_folder
+
+SUFFIX = ".lorameter.zip"
+MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl", "beside.jsonl")
+"""The files of a run that say what was measured; the first is in every run."""
+MOST_BYTES = 4 << 30
+"""Of all of them together: three times the run of a hundred thousand trials."""
+UNPACKED_FREELY_BYTES = 16 << 20
+MOST_EXPANSION = 200
+"""What a run says unpacks to some twenty times its size; a zip archive can make a thousand times of what is none."""
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Others fail in ways of their own when what they read is damaged."""
+_REMEDY = "Ask for the file again, or for the run's directory."
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file with an archive in it is there."""
+    if not inputs.is_file(path):
+        return False
+    with contextlib.suppress(OSError):
+        return zipfile.is_zipfile(path)
+    return False
+
+
+def list_packed(folder: Path) -> list[Path]:
+    """The packed runs that lie in a folder, by name."""
+    if not inputs.is_folder(folder):
+        return []
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if is_packed(path))
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """A folder with the run of a packed file, removed at the end.
+
+    Meanwhile a refusal of what is in the folder names the file in its place, which is all that the reader knows of.
+
+    Raises:
+        UsageError: a file that holds no run, is damaged, or holds more than a run does.
+        InvalidRunError: there is no room to unpack it.
+    """
+    with scratch_folder() as folder:
+        with say_unwritable(f"{path}, unpacked into {folder.parent}", "Name another folder with TMPDIR."):
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    _extract(archive, path, folder)
+            except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+                    raise
+                raise UsageError(f"{path}: cannot be unpacked: {error}. {_REMEDY}") from None
+        try:
+            yield folder
+        except UsageError as error:
+            said = str(error).replace(f"{folder}{os.sep}", f"{path}: ")
+            raise UsageError(said if path.name in said else f"{path}: {said}") from None
+
+
+def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
+    held = {info.filename: info for info in archive.infolist()}
+    if MEMBERS[0] not in held:
+        raise UsageError(f"{path}: an archive without {MEMBERS[0]} is no packed run. {_REMEDY}")
+    left = MOST_BYTES
+    for name in MEMBERS:
+        if name not in held:
+            continue
+        if held[name].compress_type not in _METHODS:
+            raise UsageError(f"{path}: {name} is compressed as no packed run is. {_REMEDY}")
+        if held[name].file_size > left:  # reading stops at the size that is told, whatever follows
+            raise UsageError(f"{path}: it holds more than the {MOST_BYTES >> 30} GiB that are read. {_REMEDY}")
+        packed_bytes = min(held[name].compress_size, path.stat().st_size)
+        if held[name].file_size > max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * packed_bytes):
+            raise UsageError(
+                f"{path}: {name} unpacks from {packed_bytes:,} bytes to {held[name].file_size:,}, over "
+                f"{MOST_EXPANSION} times as many: no run is that empty. {_REMEDY}"
+            )
+        left -= held[name].file_size
+        with archive.open(held[name]) as source, (folder / name).open("wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+def write_packed(target: Path, folder: Path) -> None:
+    """Write the run in a folder as one file; equal runs become equal files.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for name in MEMBERS:
+            if (folder / name).is_file():
+                info = zipfile.ZipInfo(name)  # its default time, 1980, says nothing of who packed it when
+                info.compress_type = zipfile.ZIP_DEFLATED
+                with (folder / name).open("rb") as source, archive.open(info, "w", force_zip64=True) as member:
+                    shutil.copyfileobj(source, member)

@@ -1,0 +1,83 @@
+"""What is said before anything is measured: by a worker of itself, of the tokens that all trials will see, and of the
+bases that they will stand on.
+
+Both cross from a measuring process to its parent, and parts of both stand in the manifest of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lorameter.records import codec
+from lorameter.records.record import SCHEMA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """How a worker announces that it has imported what every trial needs."""
+
+    schema: int = SCHEMA
+    harness: str
+    """Version and content of the harness that it runs."""
+    pid: int
+    import_time_s: float
+    device: str
+    """"cuda" or "cpu", as torch sees it."""
+    torch: str
+    lacks: str | None = None
+    """Why bitsandbytes could not run on that device; None if it can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A held-out record that is put to the model whole: its prompt, and what the record continues it with."""
+
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSummary:
+    """What a plan must know of its tokens; goes into every record."""
+
+    path: str
+    """Absolute, on the machine that measures."""
+    hash: str
+    data: str
+    """What the records are, in words; says "synthetic" where they are."""
+    synthetic: bool
+    tokenizer_substituted: bool
+    train_sequences: int
+    real_tokens: int
+    """Tokens of records in one epoch of the training stream."""
+    padded_tokens: int
+    """Padding in one epoch of the training stream."""
+    records: int
+    loss_tokens: int | None = field(default=None, metadata=codec.LATER)
+    """Tokens that the loss is taken over in one epoch of the training stream; None is not counted."""
+    without_loss: int = field(default=0, metadata=codec.LATER)
+    """Sequences that were left out because no token of an answer is in them."""
+    examples: tuple[Example, ...] = ()
+    """The whole prompts, in the order of their numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSummary:
+    """A base that was prepared for all processes of a run: read, converted and quantised once, if it was not kept."""
+
+    path: str
+    """Its folder, absolute, on the machine that measures."""
+    hash: str
+    """SHA-256 of its file of tensors."""
+    base: str
+    """What it is, in words: model, type and quantisation."""
+    bytes: int
+    """Of that file."""
+    conversions: int
+    """How often it was read from its source and converted, or drawn, for this run: once, or not where it was kept."""
+    quantisations: int
+    """How often it was quantised for this run."""
+    seconds: float
+    """That making it took, or finding it whole."""
+    load_s: float = 0.0
+    """That making it of its source took when it was made, and takes whoever does it again, as a cold start does."""

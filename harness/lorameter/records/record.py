@@ -1,0 +1,201 @@
+"""What comes back from a process and reaches the disk: the record of a trial, and what it is merged of.
+
+Failure is data: whatever happens to a trial becomes a record with a status, and a sweep goes on. Facts only: samples
+and single values as measured; estimates are computed on demand from these and never stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lorameter.errors import UsageError, redact
+from lorameter.records import codec
+
+SCHEMA = 5
+"""Version of what crosses to a worker and of what a run has on disk. 1: first form. 2: requests say what a trial
+measures, with which instrument it is checked and how much work is injected; records name their side of an A/B. 3:
+requests to the model's own end; training that ends before its planned steps, and runs that were gone on with. 4:
+trials that are measured again because of their surroundings. 5: every measuring process is started by one door; a
+variant's own workload stands beside the study and no more in it; on disk a record names the evidence of its checks,
+which is stored once a run (`evidence`)."""
+READABLE = (1, 2, 3, 4, 5)
+"""Schemas that this version reads from disk: later fields have defaults."""
+
+
+def require_readable(data: Any, source: Path, *, newer: bool = False) -> int:
+    """The schema of what was read from a file of a run; `newer`: whether one that came later will do.
+
+    Raises:
+        UsageError: one that this version does not read.
+    """
+    if not isinstance(data, dict):
+        raise UsageError(f"{source}: {reprlib.repr(data)}: a table is expected. Measure again, or restore the file.")
+    schema: Any = data.get("schema")
+    if not (newer and is_newer(schema)) and schema not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UsageError(
+            f"{source}: schema {reprlib.repr(schema)}, and this version reads {known}. Use the version that wrote it."
+        )
+    return int(schema)
+
+
+def is_newer(schema: Any) -> bool:
+    """Whether it is a schema that came after those that this version knows."""
+    return type(schema) is int and SCHEMA < schema <= codec.MOST_INTEGER
+
+
+Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
+SETTLED: tuple[Status, ...] = ("ok", "invalid", "oom", "timeout", "crashed")
+"""How a trial can end by itself. The others say that somebody ended it, or that it never began."""
+Role = Literal["variant", "control"]
+Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
+Side = Literal["", "base", "candidate"]
+"""Which side of an A/B a trial stands on; empty where there are no sides."""
+Measure = Literal["steps", "requests", "natural", "merged", "peaks", "cold"]
+"""What a trial measures: timed training steps with their losses · warm requests of a fixed number of tokens · requests
+that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of memory, load
+and first calls, which need a process that is alone · the cold start of its saved adapter."""
+Instrument = Literal["profile", "spy"]
+"""How a trial's paths are checked: by a full profile, or by watching what is dispatched, which costs a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something that a reader of the numbers must know, with what to do about it. Its texts are redacted."""
+
+    code: str
+    message: str
+    remedy: str
+
+    def __post_init__(self) -> None:
+        _redact(self, "message", "remedy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a trial is not ok: the phase it happened in, the kind, the message, the child's own traceback. Its texts are
+    redacted, as libraries repeat what they were given."""
+
+    phase: str
+    kind: str
+    message: str
+    traceback: str = ""
+
+    def __post_init__(self) -> None:
+        _redact(self, "message", "traceback")
+
+
+def _redact(instance: Notice | Failure, *names: str) -> None:
+    for name in names:
+        object.__setattr__(instance, name, redact(getattr(instance, name)))
+
+
+UNDER_WAY = "UnderWay"
+"""Kind of the failure in a record that was written before its trial had ended."""
+DISTURBED = "Disturbed"
+"""Kind of the failure of a trial that came to its end in surroundings in which its numbers say nothing of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """What one command added to a trial; the parent merges fragments, so a death later loses nothing.
+
+    `samples` are raw values in the order measured, `values` single ones (seconds, tokens a second, loss), `memory`
+    bytes by kind, `checks` the evidence of kernels_check.
+    """
+
+    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    checks: tuple[dict[str, Any], ...] = ()
+    notices: tuple[Notice, ...] = ()
+    tokens: dict[str, Any] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict, metadata=codec.LATER)
+    failure: Failure | None = None
+    status: Status = "ok"
+
+    def failed(self, status: Status, failure: Failure) -> Fragment:
+        """This fragment as that of a trial that is not ok."""
+        return dataclasses.replace(self, status=status, failure=failure)
+
+    def with_notice(self, notice: Notice) -> Fragment:
+        """This fragment with one more notice."""
+        return dataclasses.replace(self, notices=(*self.notices, notice))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One trial as measured: one line of trials.jsonl."""
+
+    schema: int = SCHEMA
+    trial: str
+    status: Status
+    name: str
+    variant: str
+    """Content id of the variant."""
+    role: Role
+    replicate: int
+    position: int
+    """Place in the order of the run, from 0."""
+    attempt: int = 0
+    """How often the trial had been measured before in surroundings that made it invalid."""
+    interleaving: Interleaving
+    """How this trial alternated with those that it is compared with; "replicates" where it was alone in its turn."""
+    side: Side = ""
+    site: str = field(default="", metadata=codec.LATER)
+    """On which of several sites it was measured, with all that it is paired with; empty where there is one."""
+    machine: str = field(default="", metadata=codec.LATER)
+    """What kind of machine the site is, in a run whose sites may be unlike: then nothing is taken over all of them."""
+    seed: int
+    started_unix_s: float
+    wall_time_s: float
+    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    turn_lengths: tuple[int, ...] = ()
+    """Number of timed steps in each turn, in order; they sum to the length of the step samples."""
+    values: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    checks: tuple[dict[str, Any], ...] = ()
+    notices: tuple[Notice, ...] = ()
+    tokens: dict[str, Any] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict, metadata=codec.LATER)
+    """Versions of packages, and of `python` and `cuda`, as a script's own process tells them; empty for any other
+    trial, of which the run's provenance says it."""
+    failure: Failure | None = None
+    log: str = ""
+    """Path of the log, relative to the run's directory."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the trial came to its own end, good or bad."""
+        return self.status in SETTLED
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the trial is invalid because of its surroundings, and for no fault of its own."""
+        return self.failure is not None and self.failure.kind == DISTURBED
+
+    def replaced(self, **changes: Any) -> TrialRecord:
+        """This record with other values in some fields."""
+        return dataclasses.replace(self, **changes)
+
+    def merged(self, fragment: Fragment) -> TrialRecord:
+        """This record with a fragment added: samples are appended, the rest is united, a bad status stays."""
+        samples = dict(self.samples)
+        for name, values in fragment.samples.items():
+            samples[name] = samples.get(name, ()) + values
+        return dataclasses.replace(
+            self,
+            status=self.status if self.status != "ok" else fragment.status,
+            samples=samples,
+            values=self.values | fragment.values,
+            memory=self.memory | fragment.memory,
+            checks=self.checks + fragment.checks,
+            notices=self.notices + fragment.notices,
+            tokens=self.tokens | fragment.tokens,
+            software=self.software | fragment.software,
+            failure=self.failure or fragment.failure,
+        )

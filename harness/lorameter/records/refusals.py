@@ -1,0 +1,134 @@
+"""What the operating system refuses (a full disk, no more descriptors), in words and with what to do about it.
+
+It is no defect of lorameter and no fault of a trial. Whoever sees such a refusal ends as from a machine that cannot
+measure, and what was measured before stays what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lorameter.errors import InvalidRunError, UsageError
+
+_SPACE = "Free space there"
+REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EROFS: "Choose a folder that can be written",
+    errno.EACCES: "Choose a folder that can be written",
+    errno.EPERM: "Choose a folder that can be written",
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f)",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "Close what has too many files open",
+    errno.ENOMEM: "Free memory",
+    errno.EAGAIN: "End other processes, or raise their limit (ulimit -u)",
+    errno.EIO: "Check the disk",
+    errno.ESTALE: "Check the disk",
+    errno.ENAMETOOLONG: "Choose a shorter path",
+    errno.ENOENT: "Restore what was there, and leave it alone while something is measured",
+}
+"""What to do about it, by the error's number."""
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+"""Those that a trial meets through no fault of its own, and that the next trial meets as well."""
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError", "MemoryError", "std::bad_alloc")
+REFUSED = "Refused"
+"""Kind of the failure of a trial that one of them broke off."""
+
+
+class RefusedError(Exception):
+    """The system has refused something to a measuring process; the message says what, and what to do about it."""
+
+
+def words_of(error: OSError) -> str:
+    """What was refused and what to do about it."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    return f"{what}. {REMEDIES.get(error.errno or 0, 'Check the disk')}"
+
+
+def refusal_in(error: BaseException | None) -> str | None:
+    """The words of a refusal that is no fault of the trial that met it; None for any other error.
+
+    Libraries wrap what the system says: in an exception that was raised from it, or in one of their own that repeats
+    its words (safetensors: "I/O error: No space left on device (os error 28)").
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            return words_of(error)
+        if said := refusal_said(str(error)):
+            return said
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def refusal_said(text: str) -> str | None:
+    """The words of a refusal that a library or another program repeats in its own, as Rust or Python say it; None if
+    the text holds none."""
+    for one in OF_THE_MACHINE:
+        words = os.strerror(one)
+        if f"{words} (os error {one})" in text or f"[Errno {one}] {words}" in text:
+            return words_of(OSError(one, words))
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of the device or of the machine."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))  # as torch's allocator for the CPU raises
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether the last words of a program say so."""
+    return any(words in text for words in _OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Meanwhile a refusal to a library names the file that it was writing, which libraries do not."""
+    try:
+        yield
+    except Exception as error:
+        unnamed = {words_of(OSError(number, os.strerror(number))): number for number in OF_THE_MACHINE}
+        number = unnamed.get(refusal_in(error) or "")
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextlib.contextmanager
+def say_unwritable(where: str, remedy: str, *, done: str = "written") -> Iterator[None]:
+    """Meanwhile a refusal to write what a user has named is an `InvalidRunError` where the machine refuses it, as on a
+    full disk, else a `UsageError`.
+
+    Args:
+        where: the option or the variable, and what it names.
+        remedy: a sentence: what to name in its place.
+        done: what could not be done to it.
+    """
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        if number in OF_THE_MACHINE:
+            said = words_of(OSError(number, os.strerror(number)))
+            raise InvalidRunError(f"{where}: {said}, or {remedy[0].lower()}{remedy[1:]}") from None
+        raise UsageError(f"{where}: cannot be {done}: {error.strerror or error}. {remedy}") from None
+
+
+@contextlib.contextmanager
+def say_refused(told: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    """Meanwhile a refusal of the system is an `InvalidRunError`. `told` is asked then what it put an end to, and what
+    to do once its cause is gone ("" for nothing)."""
+    try:
+        yield
+    except (OSError, MemoryError, RefusedError) as error:
+        if isinstance(error, RefusedError):
+            said = str(error)
+        else:
+            said = words_of(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
+        where, then = told()
+        raise InvalidRunError(f"{where}: {said}{', then ' if then else ''}{then}.") from error

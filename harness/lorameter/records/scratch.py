@@ -1,0 +1,83 @@
+"""Temporary folders of this program, and what its killed processes have left of theirs.
+
+A folder holds a file that its process keeps locked as long as it lives, however it ends: whoever makes a folder removes
+those of the dead first. One without that file is nobody's, or is being made, and is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorameter.errors import InvalidRunError
+
+PREFIX = "lorameter-"
+OWNER = ".owner"
+"""The file that is locked. It gets this name when it is."""
+_DRAFT = f"{OWNER}.new"
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new temporary folder, removed at the end, by its resolved path.
+
+    Raises:
+        InvalidRunError: no folder for temporary files can be written.
+        OSError: the one that is there refuses.
+    """
+    remove_abandoned()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    except FileNotFoundError as error:  # the words of tempfile, with all folders that it has tried
+        raise InvalidRunError(f"{error.strerror}. Free space in one of them, or name another with TMPDIR.") from None
+    try:
+        draft = folder / _DRAFT
+        with draft.open("w") as owner:
+            with contextlib.suppress(OSError):  # a disk without locks: nobody can tell then, and it stays if it is left
+                fcntl.flock(owner, fcntl.LOCK_EX)
+                draft.rename(folder / OWNER)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_scratch(folder: Path) -> bool:
+    """Whether this is a temporary folder of ours, in use or abandoned."""
+    return folder.name.startswith(PREFIX) and any((folder / name).is_file() for name in (OWNER, _DRAFT))
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that made this temporary folder of ours has died without removing it."""
+    try:
+        with (folder / OWNER).open("r+") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody has it, or it is not ours
+        return False
+    return True
+
+
+def remove_abandoned() -> None:
+    """Remove what dead processes of this user have left where temporary folders are made now."""
+    with contextlib.suppress(OSError):
+        for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            with contextlib.suppress(OSError):  # another process removes it at the same time
+                made = folder.lstat()
+                if made.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink() and is_abandoned(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
+    """What is stopped before it has begun leaves no folder; `unless` is the file that says that it has. Of what ends by
+    an error the logs in it say why."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / unless).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,303 @@
+"""Where runs live: one directory a run, records appended and synced one by one, nothing ever rewritten but the status.
+
+RUN/manifest.json    what was planned, on which machine, with which versions; written before the first trial
+RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of one trial the last one counts. Its
+                     `checks` are hashes of lines of checks.jsonl; up to schema 4 they were the checks themselves
+RUN/checks.jsonl     what the checks of all trials found, each thing once, with its hash; fsynced before the record
+RUN/trials.jsonl.lock      held by the process that writes; one that was killed holds it no more
+RUN/steps.jsonl      what steps of a training script add to its record; removed when the run has ended
+RUN/logs/            what each trial printed
+RUN/tokens-*.safetensors   the token stream that all trials trained on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorameter.errors import UsageError
+from lorameter.records import codec, inputs, journal, steps
+from lorameter.records.document import write_document, write_whole
+from lorameter.records.evidence import EvidenceFile, LostEvidenceError
+from lorameter.records.locks import alone, is_locked, lock_of
+from lorameter.records.manifest import MANIFEST as MANIFEST
+from lorameter.records.manifest import Manifest as Manifest
+from lorameter.records.manifest import Resumption as Resumption
+from lorameter.records.manifest import RunStatus as RunStatus
+from lorameter.records.manifest import SiteFacts as SiteFacts
+from lorameter.records.manifest import read_known_manifest
+from lorameter.records.manifest import read_manifest as read_manifest
+from lorameter.records.newer import Left, Newer
+from lorameter.records.packed import is_packed, unpacked
+from lorameter.records.record import UNDER_WAY, Notice, TrialRecord, is_newer
+from lorameter.records.refusals import say_refused, say_unwritable
+from lorameter.records.spending import Spending
+from lorameter.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
+from lorameter.records.units import format_count
+
+RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
+"""How a run stands: its status, unless its process has ended without a word."""
+ENV_RUNS = "LORAMETER_RUNS"
+TRIALS = "trials.jsonl"
+
+
+def runs_dir(given: str | None, *, make: bool = False) -> Path:
+    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
+    named = given or os.environ.get(ENV_RUNS)
+    path = Path(named or Path(".lorameter") / "runs")
+    if not make and (inputs.is_folder(path) or not inputs.is_there(path)):
+        return path
+    with say_unwritable(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
+        path.mkdir(parents=True, exist_ok=True)
+        if not named:
+            _hide_from_git(path.parent)
+    return path
+
+
+def _hide_from_git(folder: Path) -> None:
+    """What is measured in a repository is no change of it, and the next run is not one "with local changes"."""
+    ignored = folder / ".gitignore"
+    if not ignored.exists() or not ignored.stat().st_size:
+        write_whole(ignored, "# made by lorameter\n*\n")
+
+
+def new_run_id(name: str, folder: Path) -> str:
+    """Sortable by time and of nothing that is in the folder, whatever the clock says: 20260131-093000-study-a1b2."""
+    while inputs.is_there(folder / (run := f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")):
+        pass
+    return run
+
+
+class RunWriter:
+    """Appends to one run. Raises `InvalidRunError` if the disk refuses; what it took before stays as it is."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.path = folder / manifest.run
+        self._manifest, self._begun = manifest, False
+        with self.refusals():
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        self._evidence = EvidenceFile(self.path)
+        self._write_manifest()
+        self._begun = True
+
+    def append(self, record: TrialRecord) -> None:
+        """Write one record, its new evidence before it, and wait until the disk has it."""
+        with self.refusals():
+            journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
+
+    @property
+    def has_records(self) -> bool:
+        """Whether anything was measured in this run, now or before."""
+        return inputs.is_file(self.path / TRIALS)
+
+    def finish(
+        self,
+        status: RunStatus,
+        *,
+        stopped: str | None = None,
+        measured: Sequence[str] | None = None,
+        notices: Sequence[Notice] = (),
+        came: Mapping[str, SiteFacts] | None = None,
+        spending: Spending | None = None,
+    ) -> None:
+        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap,
+        `notices` what came up on the way, `came` sites that joined it, and `spending` what its time went to."""
+        self._manifest = dataclasses.replace(
+            self._manifest,
+            status=status,
+            stopped=stopped,
+            order=self._manifest.order if measured is None else tuple(measured),
+            notices=(*self._manifest.notices, *notices),
+            site_facts={**self._manifest.site_facts, **(came or {})},
+            spending=spending or self._manifest.spending,
+        )
+        self._write_manifest()
+        with self.refusals():
+            steps.remove(self.path)
+
+    def _write_manifest(self) -> None:
+        with self.refusals():
+            write_document(self.path / MANIFEST, self._manifest)
+
+    def refusals(self) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile what the system refuses is an `InvalidRunError` that says what it means to this run."""
+        return say_refused(lambda: refusal_of(self.path, begun=self._begun))
+
+
+def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
+    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone; `begun`:
+    whether its manifest was there."""
+    there = (path / MANIFEST).is_file()
+    if not there and not begun:
+        return f"run {path.name} could not begin", ""
+    said = f"run {path.name} ended before its time, and what it had measured is {'kept' if there else 'gone'}"
+    return said, f"go on with: lorameter run --resume {path.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run as read back."""
+
+    path: Path
+    manifest: Manifest
+    records: tuple[TrialRecord, ...]
+    """The last record of each trial, in the order of the plan."""
+    damaged_lines: int = 0
+    """Lines that a crash cut short, or whose evidence is lost; their trials count as not run."""
+    without_evidence: int = 0
+    """Those among them that name evidence which checks.jsonl does not hold."""
+    measured_again: int = 0
+    """Trials that were begun more than once, because the process that measured them ended too early."""
+    disturbed: tuple[TrialRecord, ...] = ()
+    """Earlier measurements of trials that were measured again because of their surroundings."""
+    live: bool = False
+    """Whether a process is writing the run now."""
+    newer: Newer | None = None
+    """That it was written by a newer schema, and what of its files is not known; None where it was not."""
+
+    @property
+    def state(self) -> RunState:
+        """How the run stands."""
+        return "killed" if self.manifest.status == "running" and not self.live else self.manifest.status
+
+
+def read_run(name: str, folder: Path, *, newer: bool = False) -> Run:
+    """A run by id (in `folder`), by directory, or by a file that `lorameter pack` made.
+
+    Args:
+        name: of the run.
+        folder: where ids are looked for.
+        newer: whether one of a newer schema is read as far as it is known, for who shows it; who goes on with it, or
+            writes it elsewhere, would lose the rest.
+
+    Raises:
+        UsageError: no such run, or one written by another schema.
+    """
+    for place in (Path(name), folder / name):
+        if is_packed(place):
+            with unpacked(place) as inside:
+                return dataclasses.replace(_read(inside, place.name, folder, newer=newer), path=place)
+    path = Path(name) if inputs.is_file(Path(name) / MANIFEST) else folder / name
+    return _read(path, name, folder, newer=newer)
+
+
+def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
+    source = path / MANIFEST
+    if not inputs.is_file(source):
+        known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
+        raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
+    left: Left = {}
+    manifest = read_known_manifest(path, left, newer=newer)
+    lines = TrialLines(EvidenceFile(path), source, f"{name}, {TRIALS}", newer=newer)
+    records, cut_short, without_evidence, unread = [], 0, 0, list[str]()
+    with nothing_collected():
+        for line in journal.lines(path / TRIALS):
+            try:
+                records.append(lines.read(line))
+            except codec.NotJsonError:
+                cut_short += 1
+            except LostEvidenceError:
+                without_evidence += 1
+            except UnreadError as error:
+                unread.append(str(error))
+    latest = _latest(records, manifest)
+    if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
+        cut_short = without_evidence = 0  # whatever a line that was cut short told of has been measured again
+    counted = {record.trial: record for record in latest}
+    return Run(
+        path=path,
+        manifest=manifest,
+        records=tuple(_as_far_as_it_came(record, path) for record in latest),
+        damaged_lines=cut_short + without_evidence,
+        without_evidence=without_evidence,
+        measured_again=_measured_again(records),
+        disturbed=tuple(record for record in records if record.disturbed and record != counted.get(record.trial)),
+        live=is_live(path, manifest),
+        newer=_newer_of(manifest, lines, [*left, *lines.left], unread),
+    )
+
+
+def _as_far_as_it_came(record: TrialRecord, path: Path) -> TrialRecord:
+    under_way = record.failure is not None and record.failure.kind == UNDER_WAY
+    return steps.with_steps(record, path) if under_way else record
+
+
+def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread: Sequence[str]) -> Newer | None:
+    newest = max(manifest.schema, lines.newest)
+    if not is_newer(newest):
+        return None
+    first = f", the first since {unread[0].rstrip('.')}" if unread else ""
+    whole = [f"{format_count(len(unread), 'line')} of {TRIALS}{first}"] if unread else []
+    return Newer(schema=newest, unread=(*whole, *left))
+
+
+def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
+    """The last record of each trial that came to its end, else its last of all; none of trials that turned out needless
+    after they had been given up."""
+    planned = set(manifest.order)
+    ended = {record.trial: record for record in records if record.settled}
+    last = {
+        record.trial: ended.get(record.trial, record) for record in records if record.settled or record.trial in planned
+    }
+    return tuple(sorted(last.values(), key=lambda record: record.position))
+
+
+def _measured_again(records: Sequence[TrialRecord]) -> int:
+    """Trials with records of more than one start of the same attempt; one start has several where it was told of while
+    under way."""
+    starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
+    counts = Counter((trial, attempt) for trial, attempt, _ in starts)
+    return len({trial for (trial, _), count in counts.items() if count > 1})
+
+
+def is_live(path: Path, manifest: Manifest) -> bool:
+    """Whether a process is writing the run in this directory now."""
+    return manifest.status == "running" and is_locked(path / TRIALS)
+
+
+def state_of(path: Path, manifest: Manifest) -> RunState:
+    """How the run in this directory stands."""
+    return "killed" if manifest.status == "running" and not is_live(path, manifest) else manifest.status
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the run in this directory for writing. Raises `UsageError` where another process has it."""
+    return alone(path / TRIALS, refusal_while_live(path))
+
+
+def refusal_while_live(path: Path) -> str:
+    """What to say to a second process that would write the run in this directory."""
+    return (
+        f"run {path.name}: another process is measuring it, and two would disturb each other and mix their records. "
+        "Wait for it, or end it; then go on with --resume."
+    )
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
+    found = folder.glob("*") if inputs.is_folder(folder) else ()
+    return sorted(path for path in found if is_run(path))
+
+
+def list_unbegun(folder: Path) -> list[Path]:
+    """Directories of runs whose process was killed before it had written a manifest."""
+    found = folder.glob("*") if inputs.is_folder(folder) else ()
+    return sorted(path for path in found if is_held_by_nobody(path) and not is_run(path))
+
+
+def is_held_by_nobody(path: Path) -> bool:
+    """Whether a process has held this directory for writing, and none does now."""
+    return path.is_dir() and lock_of(path / TRIALS).is_file() and not is_locked(path / TRIALS)
+
+
+def is_run(path: Path) -> bool:
+    """Whether the directory of a run is there; another process may have removed it since it was listed."""
+    return os.path.lexists(path / MANIFEST)

@@ -1,0 +1,149 @@
+"""What it takes to measure a run again: versions, command, study and seed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.records.store import Run
+from lorameter.run.resume import INJECTED, PRESENT, of_commands
+from lorameter.studies.study_file import builtin_studies, load_study
+from lorameter.verdicts.software import BETWEEN, facts_of
+
+FILE = ".toml"
+NOT_BUILT_IN = "# the study is no built-in one: write it from the values below, or from `study` in the run's manifest"
+OVERRIDES = {
+    "workload": {"model": "--model", "data": "--data"},
+    "protocol": {
+        "precision": "--precision",
+        "max_minutes": "--max-minutes",
+        "allow_disturbed": "--allow-disturbed",
+        "on": "--on",
+        "sites": "--sites",
+        "mixed": "--mixed",
+    },
+}
+"""What a command line may give in place of the study's own values, by the option that gives it."""
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def how_to_repeat(run: Run) -> str:
+    """The lines to type, each said what it is; what is not known of a run is said as such."""
+    return "\n".join(_lines(run))
+
+
+def _lines(run: Run) -> Iterator[str]:
+    manifest, provenance = run.manifest, facts_of(run.manifest.provenance, run.records)
+    libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
+    known = {name: libraries[name] for name in LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
+    python, git = provenance.get("python", "unknown"), provenance.get("git", {})
+    yield _comment(f"Python {python}; {_revision(git)}; seed {manifest.seed}")
+    if known:
+        yield "pip install " + " ".join(shlex.quote(f"{name}=={version}") for name, version in known.items())
+    yield from _of_sides(run) if manifest.sides else _of_one(run)
+    yield f"# study: {json.dumps(manifest.study, ensure_ascii=False, sort_keys=True)}"
+
+
+def _comment(text: str) -> str:
+    """A comment of a shell. What a run says may have line ends, and the next line would be a command."""
+    return f"# {' '.join(text.splitlines())}"
+
+
+def _of_one(run: Run) -> Iterator[str]:
+    """A run that compares variants."""
+    manifest = run.manifest
+    named, given = _study(run)
+    if named.endswith(FILE):
+        yield NOT_BUILT_IN
+    words = ["lorameter", "run", named]
+    if profile := manifest.study.get("profile"):
+        words += ["--profile", str(profile)]
+    yield shlex.join([*words, *given, *_selected(run)])
+
+
+def _of_sides(run: Run) -> Iterator[str]:
+    """An A/B: what stood on either side, as it is named again."""
+    manifest = run.manifest
+    sides = {name: manifest.sides.get(name) or {} for name in ("base", "candidate")}
+    for name, side in sides.items():
+        yield _comment(f"{name}: {side.get('label', 'unknown')}")
+    if manifest.policy:
+        yield f"# judged by --policy FILE, of {json.dumps(manifest.policy, ensure_ascii=False, sort_keys=True)}"
+    specs = {name: _spec(side) for name, side in sides.items()}
+    if not all(specs.values()):
+        yield "# the run does not say by which words its sides were named"
+        return
+    named, given = _study(run)
+    sided = [word for name, spec in specs.items() for word in (f"--{name}", spec)]
+    rows = max(int(side.get(INJECTED) or 0) for side in sides.values())
+    extra = ["--inject-rows", str(rows)] if rows else []
+    command = str(manifest.study["variants"][0].get("command") or "")
+    if of_commands(manifest):
+        sided = [word for name, spec in specs.items() for word in (f"--{name}-command", spec)]
+        words = ["ab", *sided, *_of_script(run), *_selected(run, variants=False)]
+    elif command and named.endswith(FILE):  # a command is a study by itself
+        words = ["ab", "--command", command, *sided, *_of_script(run), *_selected(run, variants=False)]
+    else:
+        if named.endswith(FILE):
+            yield NOT_BUILT_IN
+        own = all(side.get("kind") == PRESENT for side in sides.values())
+        words = ["calibrate", named] if own else ["ab", named, *sided]
+        words += [*given, *extra, *_selected(run, phases=not own)]
+    yield shlex.join(["lorameter", *words])
+
+
+def _spec(side: Mapping[str, Any]) -> str:
+    """The words that name a side again: a branch may have moved since, its commit has not."""
+    if side.get("kind") == "revision":
+        return str(((side.get("facts") or {}).get("git") or {}).get("commit") or side.get("spec") or "")
+    return str(side.get("spec") or (side.get("kind") == PRESENT and PRESENT) or "")
+
+
+def _of_script(run: Run) -> list[str]:
+    """Where a command is run, and how many of its steps are timed."""
+    protocol, variant = run.manifest.study.get("protocol", {}), run.manifest.study["variants"][0]
+    steps = int(protocol.get("turns", 0)) * int(protocol.get("steps_per_turn", 0))
+    where = ["--cwd", str(variant["cwd"])] if variant.get("cwd") else []
+    return [*where, *(["--steps", str(steps)] if steps else [])]
+
+
+def _selected(run: Run, *, variants: bool = True, phases: bool = True) -> list[str]:
+    """What of the study was measured, and how often."""
+    manifest = run.manifest
+    words = [word for phase in manifest.phases for word in ("--phase", phase)] if phases else []
+    words += [word for name in manifest.selection for word in ("--variant", name)] if variants else []
+    return [*words, "--replicates", str(manifest.study.get("protocol", {}).get("replicates", ""))]
+
+
+def _study(run: Run) -> tuple[str, list[str]]:
+    """The word for the study, and what was given on the command line in place of its own values."""
+    stored = run.manifest.study
+    name = str(stored.get("name", ""))
+    if name not in builtin_studies():
+        return f"{name}{FILE}", []
+    try:
+        written = codec.to_json(load_study(name, profile=stored.get("profile") or None))
+    except UsageError:  # a profile that this version has no more
+        return name, []
+    return name, [
+        word
+        for table, keys in OVERRIDES.items()
+        for key, option in keys.items()
+        if (value := stored.get(table, {}).get(key)) is not None and value != written[table].get(key)
+        for word in ((option,) if value is True else (option, _given(value)))
+        if value is not False
+    ]
+
+
+def _given(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _revision(git: dict[str, object]) -> str:
+    commit = git.get("commit")
+    changes = " with local changes" if git.get("dirty") else ""
+    return f"commit {commit}{changes}" if commit else "no repository"

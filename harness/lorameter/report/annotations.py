@@ -1,0 +1,88 @@
+"""Annotations of a GitHub job, as workflow commands: of a gate, and of a run by itself.
+
+Worst verdict first, since GitHub shows ten annotations of a level and step, and the reason of everything that is not a
+pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorameter.report.comparison import invalid_of, list_differences, title_of_report, write_compared
+from lorameter.report.gate import outcome_of
+from lorameter.report.words import title_of
+from lorameter.verdicts.outcome import EXIT_OF, PRECEDENCE
+from kernels_check.visible import make_visible
+
+if TYPE_CHECKING:
+    from lorameter.report.view import RunView
+    from lorameter.verdicts.claims import ClaimsReport
+    from lorameter.verdicts.gate import GateResult
+    from lorameter.verdicts.outcome import ComparisonReport
+
+
+def gate_annotations(result: GateResult) -> str:
+    """The gate as workflow commands: an error for what fails, a warning for what the policy lets pass."""
+    level = "notice" if result.passed else "error"
+    said = f"{_invalid(invalid_of(result.report))}{outcome_of(result)}: {title_of_report(result.report)}"
+    whole = annotation(level, "lorameter gate", said)
+    found = _verdicts(result.report, lenient=result.policy.inconclusive == "pass")
+    unmet = [annotation("error", "lorameter: policy", line) for line in result.unmet]
+    return "\n".join([whole, *found, *unmet, *_differing(result.report)]) + "\n"
+
+
+def comparison_annotations(report: ComparisonReport) -> str:
+    """A comparison that no policy judges: an error for what is no pass."""
+    whole = annotation("notice", "lorameter compare", f"{_invalid(invalid_of(report))}{title_of_report(report)}")
+    return "\n".join([whole, *_verdicts(report, lenient=False), *_differing(report)]) + "\n"
+
+
+def _invalid(reasons: str | None) -> str:
+    return "" if reasons is None else f"INVALID: {reasons}. "
+
+
+def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
+    """The worst first; `lenient`: whether an open question is let pass."""
+    found: list[tuple[int, str]] = []
+    for compared in report.comparisons:
+        code = EXIT_OF[compared.verdict]
+        if code:
+            passes = compared.verdict == "inconclusive" and lenient
+            ratio = write_compared(compared)
+            said = f"{ratio.line}, " if ratio.value is not None else ""
+            title = f"lorameter: {compared.name}, {title_of(compared.metric)} {compared.verdict}"
+            message = f"{said}{compared.comparison.reason}"
+            found.append((PRECEDENCE.index(code), annotation("warning" if passes else "error", title, message)))
+    return [line for _, line in sorted(found, key=lambda item: item[0])]
+
+
+def _differing(report: ComparisonReport) -> list[str]:
+    return [annotation("warning", "lorameter: differing", line) for line in list_differences(report)]
+
+
+def annotation(level: str, title: str, message: str) -> str:
+    """One workflow command; what would end its title or its line early is escaped."""
+    for character, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A")):
+        title, message = title.replace(character, escaped), message.replace(character, escaped)
+    title = title.replace(":", "%3A").replace(",", "%2C")
+    return f"::{level} title={make_visible(title)}::{make_visible(message)}"
+
+
+def run_annotations(view: RunView) -> str:
+    """A run: an error for each trial without a result and for a run that does not count, a warning a notice."""
+    counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
+    said = f"{_invalid(view.invalid)}{view.run} is {'valid' if view.valid else 'invalid'}: {counted}"
+    lines = [annotation("notice" if view.valid else "error", "lorameter run", said)]
+    lines += [annotation("error", "lorameter: trial without a result", failure) for failure in view.failures]
+    lines += [annotation("warning", f"lorameter: {one.code}", f"{one.message} {one.remedy}") for one in view.notices]
+    return "\n".join(lines) + "\n"
+
+
+def claims_annotations(report: ClaimsReport) -> str:
+    """Claims: a warning for each that is refuted, a notice for each other; they are findings and no failures."""
+    lines = [annotation("notice" if report.valid else "error", "lorameter claims", f"{report.title}: run {report.run}")]
+    for claim in sorted(report.claims, key=lambda one: one.verdict != "refuted"):
+        level = "warning" if claim.verdict == "refuted" else "notice"
+        reasons = "; ".join(part.reason for part in claim.parts)
+        lines.append(annotation(level, f"lorameter: claim {claim.id} {claim.verdict}", f"{claim.says}: {reasons}"))
+    return "\n".join(lines) + "\n"

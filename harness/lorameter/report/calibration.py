@@ -1,0 +1,69 @@
+"""What a machine can see: false alarms, power and prices, each with what it rests on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorameter.report.table import (
+    Cell,
+    Document,
+    Section,
+    Span,
+    Table,
+    name_columns,
+    say,
+    say_each,
+    write_ratio,
+    write_row,
+)
+
+if TYPE_CHECKING:
+    from lorameter.verdicts.calibrate import Calibration
+
+
+def describe_calibration(result: Calibration, rows: int) -> Document:
+    """The scatter, both comparisons, the rates of gates drawn from them, and what it takes to see more."""
+    from lorameter.verdicts.calibrate import DRAWS, planned_effects
+
+    identical, planted = (
+        write_ratio(found, verdict=found.verdict).line for found in (result.identical, result.planted)
+    )
+    replicates = f"{result.replicates} replicates of"
+    rates = Table(
+        title=f"Gates drawn from these replicates, {DRAWS} a row, default limits",
+        heads=name_columns(
+            "replicates", "identical: regressed", "identical: equivalent", "slow-down: regressed", left=0
+        ),
+        rows=tuple(
+            write_row(str(rate.replicates), *map(_share, (rate.false_alarms, rate.equivalent, rate.found)))
+            for rate in result.rates
+        ),
+        notes=say_each(
+            [f"All draws are from {replicates} one run: they say what it could have said, not what another hour would."]
+        ),
+    )
+    beside = (
+        ()
+        if result.neighbours is None
+        else (say(f"beside neighbours {write_ratio(result.neighbours, verdict=result.neighbours.verdict).line}"),)
+    )
+    return (
+        say(
+            Span(text="What this machine can see", tone="strong"),
+            f": {result.device}, {result.interleaving}",
+            indented=False,
+        ),
+        say(
+            f"{replicates} {result.seconds_per_replicate:.1f} s; standard deviation of one replicate's log ratio on "
+            f"identical code {100 * result.sd:.2f} % [{100 * result.sd_low:.2f}, {100 * result.sd_high:.2f}]"
+        ),
+        say(f"identical code   {identical}"),
+        say(f"planted slow-down {planted} ({rows} rows in each adapted layer)"),
+        *beside,
+        rates,
+        Section(title="To see a slow-down in 80 % of the runs", lines=say_each(planned_effects(result)), apart=False),
+    )
+
+
+def _share(share: float) -> Cell:
+    return Cell(text=f"{100 * share:.1f} %", value=share, unit="1")

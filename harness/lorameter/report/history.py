@@ -1,0 +1,212 @@
+"""A history as a document: each line drawn small, its levels in a table, its breaks and changes with what changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import cast, get_args
+
+from lorameter.records.units import Unit, first_few, format_count, format_percent, format_value
+from lorameter.report.table import (
+    Block,
+    Cell,
+    Document,
+    Head,
+    Line,
+    Row,
+    Section,
+    Span,
+    Table,
+    name_columns,
+    say,
+    write_row,
+    write_value,
+)
+from lorameter.report.words import title_of
+from lorameter.results.columns import VERSIONS
+from lorameter.results.history import Break, History, Moment, Plateau, Suspicion, Track
+from lorameter.results.history import Line as Course
+from lorameter.stats.changes import LEAST_POINTS
+from lorameter.verdicts.comparand import Difference
+
+STEPS = "▁▂▃▄▅▆▇█"
+WIDEST = 60
+"""Characters of a drawn line; of more runs several share one."""
+LEVELS = (*name_columns("from", "to", "runs", "level", left=2), Head(text="with"))
+_RUNS = (
+    *name_columns("when", "run", "value", "replicates", left=2),
+    Head(text="commit"),
+    Head(text="versions", rank=1),
+    Head(text="fingerprint", rank=2),
+)
+SHOWN, REASONS = 4, 2
+"""Differences that are spelt out, and reasons why runs are left out."""
+
+
+def describe_history(history: History, *, every_run: bool = False) -> Document:
+    """All tracks, each by itself; `every_run` adds a table with a row a run."""
+    blocks: list[Block] = []
+    for track in history.tracks:
+        blocks += _track(track, every_run=every_run)
+    if history.unreadable:
+        lines = tuple(say(f"{name}: {why}") for name, why in history.unreadable.items())
+        blocks.append(Section(title="Not read", lines=lines))
+    return tuple(blocks)
+
+
+def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
+    yield Section(
+        title=f"{title_of(track.metric)} of {track.variant}",
+        beside=f"  study {track.study}",
+        lines=tuple(_drawn(track)),
+    )
+    yield Table(heads=LEVELS, rows=tuple(_levels(track)), apart=True)
+    for change in track.breaks:
+        yield from _break(change)
+    for line in track.lines:
+        for suspicion in line.suspicions:
+            yield from _suspicion(suspicion, track)
+        yield _silence(line, track)
+    if every_run:
+        yield dataclasses.replace(table_of_runs(track), apart=True)
+
+
+def table_of_runs(track: Track) -> Table:
+    """A row a run, with why it does not count."""
+    return Table(heads=_RUNS, rows=tuple(_run(one, line, track) for line in track.lines for one in line.moments))
+
+
+def _drawn(track: Track) -> Iterator[Line]:
+    """A line a fingerprint, all on one scale of logs; what does not count is a gap."""
+    values = [math.log(moment.value) for line in track.lines for moment in line.counting]
+    if not values:
+        yield say("no run counts")
+        return
+    low, high = min(values), max(values)
+    for number, line in enumerate(track.lines):
+        ends = f"{_day(line.moments[0])} to {_day(line.moments[-1])}"
+        yield say(f"{'┃ ' if number else '  '}{draw(line.moments, low, high)}  ", Span(text=ends, tone="faint"))
+    least, most = (format_value(math.exp(end), unit_of(track)) for end in (low, high))
+    yield say(Span(text=f"from {least} ({STEPS[0]}) to {most} ({STEPS[-1]}); ┃ is a known break", tone="faint"))
+
+
+def draw(moments: Sequence[Moment], low: float, high: float) -> str:
+    """Runs in their order as blocks of a height between two logs, several in one where there are many."""
+    per_block = max(1, math.ceil(len(moments) / WIDEST))
+    drawn = ""
+    for first in range(0, len(moments), per_block):
+        logs = [math.log(one.value) for one in moments[first : first + per_block] if one.why_not is None]
+        share = 0.0 if high <= low or not logs else (sum(logs) / len(logs) - low) / (high - low)
+        drawn += STEPS[min(int(share * len(STEPS)), len(STEPS) - 1)] if logs else " "
+    return drawn
+
+
+def _levels(track: Track) -> Iterator[Row]:
+    for number, line in enumerate(track.lines):
+        rows = [_level(plateau, line, track) for plateau in line.plateaus]
+        rows = rows or [write_row("", "", "0", "–", "no run counts")]
+        last = number == len(track.lines) - 1
+        yield from rows[:-1]
+        yield Row(cells=rows[-1].cells, ends_group=not last)
+
+
+def _level(plateau: Plateau, line: Course, track: Track) -> Row:
+    return write_row(
+        _day(plateau.first), _day(plateau.last), str(plateau.runs),
+        write_value(plateau.value, plateau.low, plateau.high, unit_of(track)),
+        f"{_versions(plateau.last)}; {_commits(plateau.first, plateau.last)}; {line.fingerprint}",
+    )  # fmt: skip
+
+
+def _break(change: Break) -> Iterator[Line]:
+    where = f"{_day(change.after)}, run {change.after.run}: "
+    yield say(Span(text="known break ", tone="odd"), where, _differences(change.differing), apart=True)
+    if change.confirm:
+        yield say("  what it did is measured by: ", Span(text=change.confirm, tone="command"))
+
+
+def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
+    ratio, low, high = (100 * (end - 1) for end in (found.ratio, found.low, found.high))
+    levels = " → ".join(format_value(level, unit_of(track)) for level in (found.level_before, found.level_after))
+    yield say(
+        Span(text=f"{found.direction} from {_day(found.after)} on, ", tone="bad" if found.ratio > 1 else "good"),
+        f"run {found.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
+        f"last before: {_day(found.before)}, run {found.before.run}. Changed between: ",
+        _differences(found.differing) or "nothing that is known",
+        apart=True,
+    )
+    if found.confirm:
+        yield say("  a suspicion; it is confirmed by: ", Span(text=found.confirm, tone="command"))
+    else:
+        yield say("  a suspicion, and nothing that could be named differs: measure once more.")
+
+
+def _silence(line: Course, track: Track) -> Line:
+    """What a line says where it shows no change: never that nothing has changed."""
+    counting, reasons = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
+    gaps = f"; {format_count(len(reasons), 'run')} left out ({first_few(reasons, REASONS, '; ')})" if reasons else ""
+    if line.scatter is None or line.detectable is None:
+        return say(
+            Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
+            f"{format_count(counting, 'counted run')}; changes are looked for from {LEAST_POINTS} on{gaps}",
+        )
+    count = len(line.suspicions)
+    found = f"{format_count(count, 'change')} suspected" if count else "no change found"
+    return say(
+        Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
+        f"{found}; runs scatter by {format_percent(line.scatter)} around their level, and only a change of "
+        f"{format_percent(line.detectable)} would be seen within three more with 80 % power{gaps}",
+    )
+
+
+def _run(moment: Moment, line: Course, track: Track) -> Row:
+    value = write_value(moment.value, moment.low, moment.high, unit_of(track))
+    if moment.why_not is not None:
+        value = dataclasses.replace(value, interval="", detail=f"does not count: {moment.why_not}")
+    return write_row(
+        Cell(text=write_time(moment), value=moment.created_unix_s), moment.run, value,
+        Cell(text=str(moment.replicates), value=moment.replicates), _commit(moment), _versions(moment),
+        line.fingerprint,
+    )  # fmt: skip
+
+
+def write_time(moment: Moment) -> str:
+    """When a run began, by the clock of whoever reads it, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment.created_unix_s))
+
+
+def _differences(differing: Sequence[Difference]) -> str:
+    """What differs, commits first and as a range."""
+    commits = {one.field: one for one in differing}.pop("git.commit", None)
+    said = [f"commits {str(commits.base)[:10]}..{str(commits.candidate)[:10]}"] if commits else []
+    said += [
+        f"{one.field.removeprefix('libraries.')} {one.base} → {one.candidate}"
+        for one in differing
+        if one.field != "git.commit"
+    ]
+    return first_few(said, SHOWN)
+
+
+def _versions(moment: Moment) -> str:
+    known = [f"{name} {version}" for name in VERSIONS if (version := moment.versions.get(name))]
+    return ", ".join(known) or "no versions known"
+
+
+def _commits(first: Moment, last: Moment) -> str:
+    one, other = _commit(first), _commit(last)
+    return one if one == other else f"{one}..{other}"
+
+
+def _commit(moment: Moment) -> str:
+    return f"{moment.commit[:10]}{'+' if moment.dirty else ''}" if moment.commit else "no commit"
+
+
+def _day(moment: Moment) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(moment.created_unix_s))
+
+
+def unit_of(track: Track) -> Unit:
+    """In which its values are; of one that we do not know, none."""
+    return cast(Unit, track.unit if track.unit in get_args(Unit) else "1")

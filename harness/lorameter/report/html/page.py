@@ -1,0 +1,94 @@
+"""A report as one HTML file: complete without scripts, offline, and with nothing that it would load from elsewhere.
+
+The page's own policy allows its one style sheet, its one script and pictures inside it, by their hashes. Every text is
+escaped by the template engine, and what would act on a reader's terminal or reorder letters is written out before.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from lorameter.records.outputs import replacing
+from lorameter.records.refusals import say_unwritable
+from lorameter.report.curves import Curves
+from lorameter.report.figure import Figure
+from lorameter.report.html.pictures import draw, draw_chart
+from lorameter.report.html.svg import series_class
+from lorameter.report.table import Cell, Document, Table, name_columns, says_invalid, tone_of, write_row, write_value
+from kernels_check.visible import make_visible
+
+
+def write_html(
+    document: Document, *, title: str, names: Sequence[str] = (), figures: Sequence[Figure] = (), again: str = ""
+) -> str:
+    """The page of a report.
+
+    Args:
+        document: what the terminal shows, too.
+        title: of the page.
+        names: the variants in their order, by which they have their colours and are hidden.
+        figures: pictures that follow the text, each with its table.
+        again: the command and all that it takes to measure this again; empty where that is not known.
+    """
+    series = {name: number for number, name in enumerate(names)}
+    invalid, document = (document[0], document[1:]) if document and says_invalid(document[0]) else (None, document)
+    style, script = _file("style.css"), _file("script.js")
+    return _environment().get_template("page").render(
+        title=title, invalid=invalid, document=document, figures=figures, again=again,
+        series={make_visible(name) for name in series},
+        names=[(make_visible(name), series_class(number)) for name, number in series.items()],
+        pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
+        chart=lambda chart, above: Markup(draw_chart(chart, above, series)),
+        style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
+    )  # fmt: skip
+
+
+def save_html(page: str, path: str | Path) -> Path:
+    """Write a page whole or not at all. Raises `UsageError` or `InvalidRunError` where it cannot be written."""
+    target = Path(path)
+    with say_unwritable(f"--html {target}", "Name a file in a folder that is there."), replacing(target) as draft:
+        draft.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return target
+
+
+def numbers_of(chart: Curves) -> Table:
+    """The points of a chart as a table."""
+    rows = []
+    for curve in chart.curves:
+        ends = {x: (low, high) for x, low, high in curve.band}
+        for x, y in curve.points:
+            low, high = ends.get(x, (None, None))
+            rows.append(write_row(Cell(text=f"{x:g}", value=x), write_value(y, low, high, chart.up.unit)))
+    return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({"page": _file("page.html.jinja")}), autoescape=True, undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+    )  # fmt: skip
+    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of, "kind_of": lambda block: type(block).__name__}
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    """Text from outside made visible; what is markup already, or no text, as it is."""
+    return make_visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,217 @@
+"""Parity: a verdict for each way of serving an adapter first, then the numbers that it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from lorameter.parity.facts import Parity
+from lorameter.parity.judgement import Judgement, Likeness, Mean, Verdict, first_difference
+from lorameter.records.units import format_count, format_percent, three_digits
+from lorameter.report.notices import describe_notices
+from lorameter.report.table import (
+    Cell,
+    Document,
+    Head,
+    Line,
+    Panel,
+    Passage,
+    Section,
+    Span,
+    Table,
+    Tone,
+    say,
+    say_each,
+    write_row,
+    write_value,
+)
+from lorameter.stats import Proportion
+
+SHOWN = 3
+"""Answers of each way that are shown beside the reference's."""
+
+
+def describe_parity(parity: Parity, judgement: Judgement) -> Document:
+    """All of it."""
+    notices = (*parity.notices, *(() if parity.record is None else parity.record.notices))
+    rows = [one for one in (*judgement.likenesses, judgement.without, judgement.floor) if one is not None]
+    return (
+        say(
+            Span(text=parity.variant.name or parity.adapter, tone="strong"),
+            f" of {parity.study} on {parity.device_name} ({parity.device}); {parity.workload.model}, ",
+            _adapter(parity),
+            indented=False,
+        ),
+        Section(title="Against ", beside=parity.reference.way, lines=tuple(_verdicts(judgement))),
+        _answers(rows),
+        _logits(rows),
+        _losses(rows, parity),
+        *describe_notices(notices),
+    )
+
+
+def _adapter(parity: Parity) -> str:
+    if parity.record is None:
+        return f"adapter {parity.adapter}"
+    return f"adapter trained for {format_count(round(parity.record.values['training_steps']), 'step')}"
+
+
+def _verdicts(judgement: Judgement) -> Iterator[Line]:
+    for one in judgement.likenesses:
+        said, tone = _SAID[one.verdict]
+        yield say(Span(text=said, tone=tone), f": {say_answers(one)}", lead=one.way)
+    for way, why in judgement.failures.items():
+        yield say(Span(text="no answer", tone="alarm"), f": {why}", lead=way)
+    if judgement.without is not None:
+        yield say(f"what the adapter changes: {say_answers(judgement.without)}", lead=judgement.without.way)
+    if judgement.floor is not None:
+        yield say(f"the noise floor: {say_answers(judgement.floor)}", lead=judgement.floor.way)
+    asked = judgement.without or judgement.floor
+    if asked is not None and judgement.distinct == 1 < asked.answers.of:
+        yield say(
+            Span(text="little is asked", tone="warning"),
+            f": the reference gives one answer to all {asked.answers.of} prompts, so that they are hardly more than "
+            "one. A model that has learnt something, or more training (--epochs), tells more.",
+        )
+    if judgement.trouble:
+        yield say(Span(text="no verdict can be relied on", tone="alarm"), f": {judgement.trouble}.")
+
+
+_SAID: Mapping[Verdict, tuple[str, Tone]] = {
+    "same": ("same answers", "note"),
+    "noise": ("answers differ no more than the reference's from its own", "note"),
+    "differ": ("answers differ", "warning"),
+}
+
+
+def say_answers(one: Likeness) -> str:
+    """What is known of its answers, and how far its logits are from the reference's."""
+    first = "" if one.first_difference is None else f", first at token {one.first_difference:g} (median)"
+    return f"{one.answers.count} of {one.answers.of} differ {_interval(one.answers)}{first}; {_logits_said(one)}"
+
+
+def _logits_said(one: Likeness) -> str:
+    if one.difference_max == 0:
+        return "no logit differs"
+    if one.verdict != "noise" and one.within_floor:
+        return "logits differ no more than the reference's from its own"
+    return f"logits differ by {three_digits(one.difference_max)} at most"
+
+
+def _interval(part: Proportion) -> str:
+    low, high = ("0 %" if end == 0 else format_percent(end) for end in (part.low, part.high))
+    return f"[{low}, {high}]"
+
+
+def _answers(rows: Sequence[Likeness]) -> Table:
+    return Table(
+        title="Answers, and what would be chosen next at each token of the reference's",
+        heads=(_WAY, Head(text="answers that differ", right=True), Head(text="first at", right=True, rank=1),
+               Head(text="tokens that differ", right=True)),
+        rows=tuple(
+            write_row(one.way, _part(one.answers), _place(one.first_difference), _part(one.tokens)) for one in rows
+        ),
+        notes=say_each(
+            [
+                "intervals of 95 %, of answers over prompts and of tokens over answers; the more prompts (--prompts), "
+                "the narrower"
+            ]
+        ),
+        apart=True,
+    )  # fmt: skip
+
+
+_WAY = Head(text="served")
+
+
+def _part(part: Proportion) -> Cell:
+    return Cell(
+        text=f"{part.count} of {part.of}", interval=_interval(part), value=part.share, low=part.low, high=part.high,
+        unit="1",
+    )  # fmt: skip
+
+
+def _place(place: float | None) -> Cell:
+    return Cell(text="–") if place is None else Cell(text=f"{place:g}", value=place, unit="1")
+
+
+def _logits(rows: Sequence[Likeness]) -> Table:
+    names = ("KL mean", "KL max", "|Δ| mean", "|Δ| max", "least cosine")
+    return Table(
+        title="Logits at the same positions",
+        heads=(_WAY, *(Head(text=name, right=True) for name in names)),
+        rows=tuple(
+            write_row(
+                one.way, _mean(one.kl_mean_nats), _largest(one.kl_max_nats), _mean(one.difference_mean),
+                _largest(one.difference_max), Cell(text=_cosine(one.cosine_min), value=one.cosine_min, unit="1"),
+            )
+            for one in rows
+        ),
+        notes=say_each(
+            [
+                "KL(reference ‖ other) of the next token's distribution in nats, |Δ| of the logits; over the tokens of "
+                "the reference's answers, so that both have read the same; means with intervals of 95 % over answers"
+            ]
+        ),
+        apart=True,
+    )  # fmt: skip
+
+
+def _largest(value: float) -> Cell:
+    return Cell(text=three_digits(value), value=value, unit="1")
+
+
+def _mean(mean: Mean, sign: str = "") -> Cell:
+    """In powers of ten where it is small: a scale of its own would hide how small."""
+    form = f"{sign}.3g"
+    interval = "[no interval]" if mean.low is None or mean.high is None else f"[{mean.low:{form}}, {mean.high:{form}}]"
+    return Cell(
+        text=f"{mean.value:{form}}", interval=interval, value=mean.value, low=mean.low, high=mean.high, unit="1"
+    )
+
+
+def _cosine(value: float) -> str:
+    """With as many digits as tell it from 1, six at most."""
+    return "1" if value > 1 - 5e-7 else f"{value:.6f}"
+
+
+def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
+    return Table(
+        title="Held-out loss, in nats",
+        heads=(_WAY, Head(text="loss", right=True), Head(text="above the reference's", right=True)),
+        rows=tuple(
+            write_row(
+                one.way,
+                write_value(one.held_out_loss.value, one.held_out_loss.low, one.held_out_loss.high, "1"),
+                _mean(one.loss_difference, "+"),
+            )
+            for one in rows
+        ),
+        notes=say_each([f"paired over {format_count(len(parity.reference.losses), 'held-out sequence')}"]),
+        apart=True,
+    )
+
+
+def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Document:
+    """The first answers of each way that differ, beside the reference's; of none that do not."""
+    controls = {way.name for way in parity.ways if way.is_control}
+    panels: list[Panel] = []
+    for one in parity.served[1:]:
+        if one.way in controls or one.failure is not None:
+            continue
+        pairs = zip(parity.prompts, parity.reference.answers, one.answers, strict=True)
+        differing = [
+            (index, place, *texts)
+            for index, texts in enumerate(pairs)
+            if (place := first_difference(texts[1], texts[2])) is not None
+        ]
+        panels += (
+            Panel(
+                title=f"{one.way}, prompt {index}, from token {place}",
+                passages=tuple(
+                    Passage(head=head, text=decode(tokens).strip() or "(nothing)")
+                    for head, tokens in (("prompt", prompt), (parity.reference.way, ours), (one.way, theirs))
+                ),
+            )
+            for index, place, prompt, ours, theirs in differing[:SHOWN]
+        )
+    return tuple(panels)

@@ -1,0 +1,42 @@
+"""What a plan would measure, in which order, and what that is expected to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lorameter.machine.provenance import Machine
+from lorameter.records.record import Notice
+from lorameter.records.units import format_bytes, format_count, format_duration
+from lorameter.report.notices import tell_notices
+from lorameter.report.table import Document, Span, say, say_each
+from lorameter.run.forecast import Forecast
+from lorameter.run.plan import Plan
+
+
+def describe_plan(
+    plan: Plan, expected: Forecast, machine: Machine, notices: Sequence[Notice], data: str | None = None
+) -> Document:
+    """A line a replicate, the level and why, time, memory and disk, and what `data` somebody gave was recognised as."""
+    size = f": {format_count(len(plan.slots), 'trial')} on {machine.device_name}"
+    return (
+        say(Span(text=plan.study.title, tone="strong"), size, indented=False),
+        *say_each(_lines(plan, expected)),
+        *say_each([f"data    {data}"] if data else []),
+        *tell_notices(notices),
+    )
+
+
+def _lines(plan: Plan, expected: Forecast) -> Iterator[str]:
+    for replicate in range(plan.study.protocol.replicates):
+        groups = [group for group in plan.groups if group.replicate == replicate]
+        names = "; ".join(", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in groups)
+        yield f"replicate {replicate + 1}: {names}"
+    yield f"level   {plan.interleaving}: {plan.why}"
+    took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
+    yield f"time    {took} ({expected.basis})"
+    for what, size, words in (
+        ("memory", expected.memory_bytes, " for what is live together, processes included"),
+        ("disk  ", expected.disk_bytes, ""),
+    ):
+        known = f"unknown ({expected.unknown})" if size is None else f"about {format_bytes(size)}{words}"
+        yield f"{what}  {known}"

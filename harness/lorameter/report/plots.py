@@ -1,0 +1,75 @@
+"""Charts as characters, by plotext: a line in braille, a dot a point, whiskers for intervals.
+
+plotext gets numbers alone, and ticks that are written here. What it draws has no colour: a chart is read by its shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lorameter.records.units import Unit, format_value
+from lorameter.report.curves import Axis, Curves
+
+HEIGHT = 8
+"""Lines of a chart, its ticks included."""
+MOST_TICKS = 5
+"""Named places along x; more would run into each other."""
+
+
+def plot(chart: Curves, width: int) -> list[str]:
+    """The lines of a chart, each of that many characters."""
+    import plotext
+
+    across, up = chart.across, chart.up
+    low, high = up.span or _span([end for curve in chart.curves for end in curve.ends])
+    plotext.clear_figure()
+    plotext.limit_size(False, False)
+    plotext.plot_size(width, HEIGHT)
+    plotext.theme("clear")
+    plotext.xaxes(True, False)
+    plotext.yaxes(True, False)
+    plotext.ylim(low, high)
+    for curve in chart.curves:
+        places, values = [_place(x, across) for x, _ in curve.points], [y for _, y in curve.points]
+        plotext.plot(places, values, marker="braille")
+        for x, least, most in curve.band:
+            plotext.plot([_place(x, across)] * 2, [max(least, low), min(most, high)], marker="braille")
+        if across.named:
+            plotext.scatter(places, values, marker="•")
+    ends = [x for curve in chart.curves for x, _ in curve.points]
+    named = _thinned(across.named or [(x, f"{x:g}") for x in (min(ends), max(ends))])
+    plotext.xticks([_place(x, across) for x, _ in named], [name for _, name in named])
+    marks = sorted({low, (low + high) / 2, high})
+    plotext.yticks(marks, _labels(marks, up.unit))
+    drawn = str(plotext.uncolorize(plotext.build()))
+    lines = [line.rstrip()[:width].ljust(width) for line in drawn.split("\n")]
+    return lines[:-1] if not lines[-1].strip() else lines
+
+
+def _place(x: float, across: Axis) -> float:
+    return math.log(x) if across.log else x
+
+
+def _span(ends: Sequence[float]) -> tuple[float, float]:
+    """From the least to the greatest of all points and whiskers, and a little beside where all are one."""
+    low, high = min(ends), max(ends)
+    slack = 0.02 * (abs(high) or 1.0)
+    return (low, high) if high - low > slack / 10 else (low - slack, high + slack)
+
+
+def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The ticks, or as many of them as have room, the first and the last among them."""
+    if len(ticks) <= MOST_TICKS:
+        return list(ticks)
+    steps = [round(place * (len(ticks) - 1) / (MOST_TICKS - 1)) for place in range(MOST_TICKS)]
+    return [ticks[place] for place in steps]
+
+
+def _labels(marks: Sequence[float], unit: Unit) -> list[str]:
+    """With as many digits as tell them apart."""
+    if unit != "1":
+        return [format_value(mark, unit) for mark in marks]
+    apart = (marks[-1] - marks[0]) / 2 if len(marks) > 1 else abs(marks[0])
+    places = max(0, 1 - math.floor(math.log10(apart))) if apart > 0 else 2
+    return [f"{mark:.{min(places, 6)}f}" for mark in marks]

@@ -1,0 +1,48 @@
+"""How far a run has come: what a report must say first of one that is under way, was killed or was interrupted."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+from lorameter.records.store import Run
+from lorameter.records.units import format_count
+from lorameter.report.table import Line, say
+from lorameter.run.resume import is_resumable
+from lorameter.studies.study import Study
+from lorameter.verdicts.standing import followed_alone
+
+_WORDS = {
+    "running": "under way: a process is measuring it",
+    "killed": "its process was killed",
+    "interrupted": "stopped by the user",
+    "failed": "ended by an error; the logs say which",
+}
+
+
+def standing(run: Run, study: Study) -> tuple[Line, ...]:
+    """Facts of a run of this study that is not complete, or was not at some time; none of any other."""
+    manifest = run.manifest
+    lines = []
+    if run.state != "complete":
+        ended, planned = sum(record.settled for record in run.records), len(manifest.order)
+        said = f"{_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
+        resumable = run.state != "running" and is_resumable(manifest) and not followed_alone(run, study)
+        said += f". Go on with: lorameter run --resume {manifest.run}" if resumable else ""
+        lines.append(say(said, lead="status"))
+    if manifest.resumed:
+        times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)
+        lines.append(say(times, lead="resumed"))
+    return tuple(lines)
+
+
+def replicates_said(run: Run) -> str:
+    """The replicates of a run; of one that is not complete those of which every trial has come to its end."""
+    planned: dict[str, set[str]] = defaultdict(set)
+    for trial in run.manifest.order or (record.trial for record in run.records):
+        planned[trial.partition("-")[0]].add(trial)
+    settled = {record.trial for record in run.records if record.settled}
+    whole = sum(trials <= settled for trials in planned.values())
+    if whole == len(planned):
+        return format_count(whole, "replicate")
+    return f"{whole} of {len(planned)} replicates complete"

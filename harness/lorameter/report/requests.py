@@ -1,0 +1,162 @@
+"""A profile of requests: where their time went, unmerged and merged, what ran, memory, a cold start, what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lorameter.profile.finding import Finding
+from lorameter.profile.requests.accounting import PassAccount, RequestAccount
+from lorameter.profile.requests.facts import COLD_PARTS, RequestProfile
+from lorameter.profile.requests.rules import OF_WHAT_RAN, REQUEST_RULES
+from lorameter.records.memory_account import in_order, title_of
+from lorameter.records.units import format_bytes, format_count
+from lorameter.report.findings import say_unfound, tabulate_findings
+from lorameter.report.notices import describe_notices
+from lorameter.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
+from lorameter.report.table import (
+    Cell,
+    Document,
+    Row,
+    Span,
+    Table,
+    name_columns,
+    say,
+    say_each,
+    write_bytes,
+    write_row,
+    write_seconds,
+    write_share,
+    write_value,
+)
+from lorameter.verdicts.disturbance import disturbances
+
+_MERGED = ", with the adapter merged"
+
+
+def describe_requests(
+    profile: RequestProfile,
+    served: RequestAccount,
+    merged: RequestAccount | None,
+    findings: Sequence[Finding],
+) -> Document:
+    """All of it; `merged` is the account with the adapter merged, where that is another."""
+    threads = format_count(profile.threads, "thread")
+    where = f"{profile.device_name} ({profile.device}, {threads})"
+    workload = profile.workload
+    prompts = f"{workload.request_batch} prompts of " if workload.request_batch > 1 else ""
+    each = " each" if prompts else ""
+    asked = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
+    said = disturbances([profile.record], on_cpu=profile.device == "cpu")
+    sides: list[tuple[RequestProfile, RequestAccount, str]] = [(profile, served, "")]
+    if merged is not None and profile.merged is not None:
+        sides.append((profile.merged, merged, _MERGED))
+    return (
+        say(
+            Span(text=profile.variant.name, tone="strong"),
+            f" of {profile.study} on {where}{asked}",
+            indented=False,
+        ),
+        *(tabulate_phases(side, account.whole, OF_REQUESTS, beside=beside) for side, account, beside in sides),
+        _passes(profile, [(account, beside) for _, account, beside in sides]),
+        *(tabulate_categories(side, account.whole, OF_REQUESTS, beside=beside) for side, account, beside in sides),
+        _memory(profile),
+        *([_cold(profile)] if profile.cold_parts_s else []),
+        tabulate_findings(
+            findings, say_unfound(REQUEST_RULES, findings, OF_WHAT_RAN if profile.activity.missing else ())
+        ),
+        *describe_notices((*profile.record.notices, *said)),
+    )
+
+
+def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Table:
+    rows: list[Row] = []
+    for account, beside in accounts:
+        rows.append(_pass(f"prefill{beside}", account.prefill))
+        rows.append(_pass(f"a token of decode{beside}", account.decode))
+    calls = "launches" if profile.device == "cuda" else "operators"
+    return Table(
+        title="Forward passes, and how near they came to the peak",
+        heads=name_columns("pass", "time", calls, "FLOPs", "MFU", "bytes", "MBU"),
+        rows=tuple(rows),
+        notes=say_each(_pass_lines(profile, accounts)),
+        apart=True,
+    )
+
+
+def _pass(title: str, one: PassAccount) -> Row:
+    return write_row(
+        title,
+        write_value(one.time.value, one.time.low, one.time.high, "s"),
+        "–" if one.calls is None else Cell(text=f"{one.calls:.0f}", value=one.calls, unit="1"),
+        Cell(text=f"{one.flops:.4g}", value=float(one.flops), unit="1"),
+        "–" if one.mfu is None else write_share(one.mfu.value),
+        write_bytes(one.bytes),
+        "–" if one.mbu is None else write_share(one.mbu.value),
+    )
+
+
+def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Iterator[str]:
+    for account, beside in accounts:
+        first, later = account.first_token, account.token
+        yield (
+            f"time to first token {write_value(first.value, first.low, first.high, 's').line}, per later token "
+            f"{write_value(later.value, later.low, later.high, 's').line}{beside}"
+        )
+    served = accounts[0][0]
+    for one in (served.prefill.mfu, served.decode.mbu):
+        if one is not None:
+            yield str(one)
+    lacking = [name for name in ("product", "memory") if name not in profile.peaks]
+    if lacking:
+        yield f"what this device does at best is neither stated nor measured: {', '.join(lacking)}"
+
+
+def _memory(profile: RequestProfile) -> Table:
+    account, memory, sight = profile.memory, profile.record.memory, profile.sight
+    rows = [write_row(title_of(kind), write_bytes(size)) for kind, size in in_order(account.kinds).items()]
+    rest = account.unexplained_bytes
+    rows.append(
+        write_row("unexplained", Cell(text=f"{format_bytes(rest)} ({account.share:.1%})", value=rest, unit="byte"))
+    )
+    rows.append(write_row("peak, as measured", write_bytes(account.peak_bytes), strong=True))
+    rows += [
+        write_row(f"{kind.replace('_', ' ')}, beside it", write_bytes(size)) for kind, size in account.beside.items()
+    ]
+    first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
+    lines = [] if first is None else [f"up to the first token, in a request of its own: {format_bytes(first)}"]
+    if sight.cache:
+        moved = f"is made anew at {sight.cache_moved:.0%} of the tokens" if sight.cache_moved else "stays where it is"
+        lines.append(f"cache: {sight.cache}, {format_bytes(sight.cache_bytes)} at the end of a request; it {moved}")
+    else:
+        lines.append("cache: none")
+    return Table(
+        title=f"Memory of the {'device' if profile.device == 'cuda' else 'process'} at the peak of a request",
+        heads=name_columns("kind", "bytes"),
+        rows=tuple(rows),
+        notes=say_each(lines),
+        apart=True,
+    )
+
+
+def _cold(profile: RequestProfile) -> Table:
+    parts, total = profile.cold_parts_s, profile.record.values["cold_start_time_s"]
+    rows: list[Row] = []
+    until = 0.0
+    for name, seconds in parts.items():
+        until += seconds
+        rows.append(
+            write_row(COLD_PARTS[name], write_seconds(seconds), write_share(seconds / total), write_seconds(until))
+        )
+    rows.append(write_row("cold start", write_seconds(total), "100 %", "", strong=True))
+    return Table(
+        title="A cold start, one after the other",
+        heads=name_columns("part", "time", "of it", "until its end"),
+        rows=tuple(rows),
+        notes=say_each(
+            [
+                "one start, with its parts timed; nothing is compiled for a request. Its interval is what "
+                "`lorameter run --phase cold` measures"
+            ]
+        ),
+        apart=True,
+    )

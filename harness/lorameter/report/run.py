@@ -1,0 +1,241 @@
+"""The report of a run: what was measured and how, what people ask of each phase, what failed, what to know of it.
+
+Of each phase first the variant, its ratio to the reference and the verdict on it, then what it takes and its memory,
+then everything else, as far as there is room. What is equal for all variants is said once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from lorameter.records.metrics import METRICS, PHASE_TITLES
+from lorameter.records.record import Interleaving
+from lorameter.records.units import first_few, format_bytes
+from lorameter.report.notices import describe_notices
+from lorameter.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, Column, PhaseTable, VariantRow
+from lorameter.report.spent import describe_spending
+from lorameter.report.table import (
+    Block,
+    Cell,
+    Document,
+    Fold,
+    Head,
+    Line,
+    Row,
+    Section,
+    Span,
+    Table,
+    list_sections,
+    say,
+    say_each,
+    say_invalid,
+    say_once,
+    write_ratio,
+)
+from lorameter.report.view import RunView
+from lorameter.report.words import say_effect, say_open, title_of, title_of_ratio, write_finding
+from lorameter.stats import Comparison
+from lorameter.verdicts.comparand import is_memory
+from lorameter.verdicts.series import is_difference
+
+_PAIRED = {
+    "shared-base": "the median of paired turns",
+    "lockstep": "the median of paired turns",
+    "replicates": "of the trials' medians, paired by replicate",
+    "separate": "of medians, not paired",
+}
+_LEADS = {PHASE_TITLES["train"]: "training", PHASE_TITLES["generate"]: "generation", PHASE_TITLES["cold"]: "cold start"}
+MOST_NAMED = 6
+"""Variants that are named of one kind; the table has them all."""
+ALL_ACTIVE = " active"
+"""Ends what is said of checks that are all as required."""
+
+
+def describe_run(view: RunView) -> Document:
+    """All of a run's report."""
+    return tuple(_blocks(view))
+
+
+def _blocks(view: RunView) -> Iterator[Block]:
+    yield from say_invalid(view.invalid)
+    yield Section(title=view.title, lines=(*_findings(view), *view.facts), apart=False)
+    for table in view.tables:
+        yield _table(table)
+        if table.serving is not None:
+            yield table.serving
+        yield from table.galleries
+    yield from list_sections({"Differs from the study as written": view.deviations, "Notes": view.notes})
+    if view.failures:
+        yield Section(title="Trials without a result", lines=say_each(view.failures), tone="bad")
+    yield from describe_notices(view.notices)
+    yield from _statistics(view)
+    yield from describe_spending(view.spending)
+    counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
+    yield say(f"Trials: {counted}. Run {view.run} in {view.path}", indented=False, apart=True)
+    if view.state != "complete":
+        what = f" ({view.state}): what is shown is what there is."
+        yield say(Span(text="This run is not complete", tone="alarm"), what, indented=False)
+
+
+def _findings(view: RunView) -> Iterator[Line]:
+    """The verdicts of each table in a line: which variants are slower or faster and by how much, which are equivalent,
+    and which are open or invalid."""
+    for table in view.tables:
+        found = [(row, row.ratio) for row in table.rows if row.ratio is not None]
+        told = [f"{row.name} {say_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)]
+        groups = {
+            "": told,
+            "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
+            "cannot tell: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
+            "invalid: ": [row.name for row, ratio in found if ratio.verdict == "invalid"],
+        }
+        parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
+        if parts:
+            line = say(Span(text="; ".join(parts), tone="strong"), lead=_lead(table))
+            yield dataclasses.replace(line, last=view.valid)
+
+
+def _lead(table: PhaseTable) -> str:
+    return table.site or _LEADS.get(table.title, title_of(table.metric))
+
+
+def _table(table: PhaseTable) -> Table:
+    places = {column.key: place for place, column in enumerate(table.columns)}
+    order = [VARIANT, *([] if table.alone else [RATIO]), table.metric, PEAK, CHECKS]
+    order += [column.key for column in table.columns if column.key not in order]
+    heads, columns = [], []
+    for rank, key in enumerate(one for one in order if one in places):
+        column = table.columns[places[key]]
+        heads.append(_head(column, table, rank))
+        columns.append([_cell(key, row.cells[places[key]], row, table) for row in table.rows])
+        if key == RATIO:
+            heads.append(Head(text="verdict"))
+            columns.append([_finding(row, table) for row in table.rows])
+    rows = zip(*columns, strict=True)
+    return say_once(
+        Table(
+            title=table.title,
+            heads=tuple(heads),
+            rows=tuple(Row(cells=cells, strong=row.reference) for cells, row in zip(rows, table.rows, strict=True)),
+            notes=tuple(_notes(table)),
+            apart=True,
+        )
+    )
+
+
+def _head(column: Column, table: PhaseTable, rank: int) -> Head:
+    if column.key == VARIANT:
+        return Head(text=column.head)
+    if column.key == RATIO:
+        turned = table.metric in METRICS and METRICS[table.metric].higher_is_better
+        return Head(text=f"{'slow-down ' if turned else ''}{column.head}", right=True, ratio=True)
+    if column.key == CHECKS:
+        return Head(text=column.head, rank=rank, once=True, plain="checks (what was required)")
+    if column.key == PEAK:
+        where = {cell.detail for cell in table.cells(PEAK)} - {""}
+        text = f"{column.head}, {min(where)}" if len(where) == 1 else column.head
+        return Head(text=text, right=True, rank=rank)
+    return Head(text=column.head, right=True, rank=0 if column.key == table.metric else rank, once=column.key == TAILS)
+
+
+def _cell(key: str, cell: Cell, row: VariantRow, table: PhaseTable) -> Cell:
+    """As it is, the verdict of a ratio in a column of its own, and bytes with one unit for all of them."""
+    if key == RATIO:
+        return dataclasses.replace(cell, verdict="")
+    if key == CHECKS and cell.text.endswith(ALL_ACTIVE):
+        return dataclasses.replace(cell, text="all active")
+    if cell.unit == "byte" and cell.value is not None and cell.low is not None and cell.high is not None:
+        low, high = (_bytes(end, cell.value) for end in (cell.low, cell.high))
+        one = len({detail.detail for detail in table.cells(PEAK)}) == 1
+        return dataclasses.replace(cell, interval=f"[{low}, {high}]", detail="" if one else cell.detail)
+    return cell
+
+
+def _bytes(size: float, largest: float) -> str:
+    """A size, without its unit where that is the one of the largest."""
+    written, unit = format_bytes(size), format_bytes(largest).partition(" ")[2]
+    return written.removesuffix(f" {unit}")
+
+
+def _finding(row: VariantRow, table: PhaseTable) -> Cell:
+    if row.ratio is None:
+        return Cell()
+    return write_finding(row.ratio, table.metric, row.margin, "variants")
+
+
+def _notes(table: PhaseTable) -> Iterator[Line]:
+    if not table.alone:
+        yield _control(table)
+        yield from _open(table)
+        yield from (say(f"{row.name}: {row.remark}") for row in table.rows if row.remark)
+        yield say(Span(text=_estimators(table), tone="faint"))
+    if len(set(table.cells(CHECKS))) > 1:
+        for row, cell in zip(table.rows, table.cells(CHECKS), strict=True):
+            if not cell.text.endswith(ALL_ACTIVE):
+                yield say(f"checks of {row.name}: ", Span(text=cell.text, tone="bad"))
+    if table.note:
+        yield say(table.note)
+
+
+def _control(table: PhaseTable) -> Line:
+    control = table.control
+    if control is None:
+        return say("control: not measured")
+    if control.ratio is None:
+        return say(f"control (the reference measured twice): not measured: {control.reason}")
+    said = write_finding(control, table.metric, 0.01 if is_memory(table.metric) else 0.05, "variants")
+    begin = f"control (the reference measured twice): {write_ratio(control).line} "
+    finding = Span(text=f"{said.said or said.verdict}", tone="strong")
+    if control.verdict != "inconclusive":
+        return say(begin, finding)
+    return say(begin, finding, f". {say_open(control, table.metric, _level(table))}")
+
+
+def _open(table: PhaseTable) -> Iterator[Line]:
+    """A sentence for each variant of which nothing can be told."""
+    for row in table.rows:
+        if row.ratio is not None and row.ratio.verdict == "inconclusive":
+            yield say(Span(text=row.name, tone="warning"), f": {say_open(row.ratio, table.metric, _level(table))}")
+
+
+def _level(table: PhaseTable) -> Interleaving:
+    return table.interleaving or "replicates"
+
+
+def _estimators(table: PhaseTable) -> str:
+    """Which number is what: a ratio is of pairs, an estimate of one variant alone."""
+    if is_memory(table.metric):
+        return "memory: the largest of the trials, with the least and the largest; its ratio is of the largest"
+    said = [f"ratio: {_PAIRED[_level(table)]}, above 1 is worse, its interval corrected for all variants"]
+    if any(column.key == PEAK for column in table.columns):
+        said.append("memory: the largest of the trials, with the least and the largest")
+    ways: dict[str, list[str]] = {}
+    for column in table.columns:
+        if column.key in METRICS:
+            ways.setdefault(_way(column.key), []).append(column.head)
+    first, *others = ways.items()
+    said.append(f"{'the rest' if not others or len(first[1]) > 1 else first[1][0]}: {first[0]}, 95 % interval")
+    said += [f"{', '.join(heads)}: {way}" for way, heads in others]
+    return "; ".join(said)
+
+
+def _way(metric: str) -> str:
+    if METRICS[metric].phase == "cold":
+        return "median of the processes"
+    return f"{METRICS[metric].of_trial} of each trial, geometric mean of the trials"
+
+
+def _statistics(view: RunView) -> Iterator[Block]:
+    """What each verdict rests on, for whoever asks."""
+    lines = []
+    for table in view.tables:
+        found: list[tuple[str, Comparison]] = [] if table.control is None else [("control", table.control)]
+        found += [(row.name, row.ratio) for row in table.rows if row.ratio and row.ratio.verdict != "invalid"]
+        about = title_of_ratio(table.metric)
+        lines += [say(f"{about}, {name}: ", Span(text=one.reason, tone="faint")) for name, one in found]
+    if lines and not all(table.alone for table in view.tables):
+        count = f"{len(lines)} comparisons rest" if len(lines) > 1 else "the comparison rests"
+        summary = say(Span(text=f"what {count} on", tone="faint"))
+        yield Section(title="Statistics")
+        yield Fold(summary=summary, lines=tuple(lines))

@@ -1,0 +1,123 @@
+"""What a trained adapter writes: the answers of a run beside the records' own, before and after training, one panel a
+prompt.
+
+The answers were generated, timed and kept while the run was measured (requests that the model ends itself); here they
+are only decoded, by the tokenizer of the run's model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.records.record import TrialRecord
+from lorameter.records.store import Run
+from lorameter.report.table import Document, Panel, Passage, Span, say
+from lorameter.studies.stored import read_workload_of
+
+
+def describe_samples(samples: Sequence[Sample], title: str) -> Document:
+    """Prompt, reference, and the model's answers before and after training."""
+    panels = (Panel(title=f"prompt {number}", passages=tuple(_passages(one))) for number, one in enumerate(samples))
+    return say(Span(text=title, tone="strong"), indented=False), *panels
+
+
+def _passages(sample: Sample) -> Iterator[Passage]:
+    end = "ended by the model" if sample.ended else "cut at the limit"
+    for head, text in (
+        ("prompt", sample.prompt),
+        ("reference", sample.reference),
+        ("before training", "not measured" if sample.untrained is None else sample.untrained),
+        (f"after training, {sample.tokens} tokens, {end}", sample.trained),
+    ):
+        yield Passage(head=head, text=text.strip() or "(nothing)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One prompt and what followed it."""
+
+    prompt: str
+    reference: str
+    """How the held-out record goes on."""
+    untrained: str | None
+    """The base model's answer; None where it was not asked."""
+    trained: str
+    tokens: int
+    """Tokens of the trained answer, the one that ends it included."""
+    ended: bool
+    """Whether the model ended the answer itself; otherwise it was cut at the workload's limit."""
+
+
+def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | None = None) -> tuple[Sample, ...]:
+    """The answers of one variant in one replicate, in the order of the prompts.
+
+    Args:
+        run: a run whose workload has `natural_tokens`.
+        variant: its name in the study.
+        replicate: which of the trained adapters, from 0.
+        count: as many at most; None for all.
+
+    Raises:
+        UsageError: no such variant or replicate, or no answers in the run, with what there is.
+    """
+    record = _record(run, variant, replicate)
+    workload, tokens = read_workload_of(run, variant), run.manifest.tokens
+    examples = tokens.get("own", {}).get(variant, tokens).get("examples", [])
+    prompts = [key.removeprefix("answer_") for key in record.tokens if key.startswith("answer_")]
+    chosen = [index for index in sorted(map(int, prompts)) if index < len(examples)][:count]
+    if not chosen or not examples:
+        raise _no_answers(run)
+    source = catalogue.resolve(workload.model)
+    from lorameter.trial.data.tokenizers import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
+    return tuple(_sample(record, index, examples[index], tokenizer, workload.natural_tokens) for index in chosen)
+
+
+def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
+    records = [
+        record
+        for record in run.records
+        if record.role == "variant" and any(key.startswith("answer_") for key in record.tokens)
+    ]
+    names = list(dict.fromkeys(record.name for record in records))
+    if not names:
+        raise _no_answers(run)
+    if variant not in names:
+        raise UsageError(
+            f"variant {variant!r}: run {run.manifest.run} has no answers of it. It has those of: {', '.join(names)}."
+        )
+    found = {record.replicate: record for record in records if record.name == variant}
+    if replicate not in found:
+        raise UsageError(
+            f"replicate = {replicate}: run {run.manifest.run} has {', '.join(map(str, sorted(found)))} of {variant}."
+        )
+    return found[replicate]
+
+
+def _no_answers(run: Run) -> UsageError:
+    return UsageError(
+        f"run {run.manifest.run} kept no answers. Write natural_tokens = 64 in [workload] of the study and measure it "
+        "again with the phase generate."
+    )
+
+
+def _sample(record: TrialRecord, index: int, example: dict[str, str], tokenizer: Any, limit: int) -> Sample:
+    trained: Sequence[int] = record.tokens[f"answer_{index}"]
+    untrained = record.tokens.get(f"untrained_{index}")
+    return Sample(
+        prompt=example["prompt"],
+        reference=example["reference"],
+        untrained=None if untrained is None else _text(tokenizer, untrained),
+        trained=_text(tokenizer, trained),
+        tokens=len(trained),
+        ended=len(trained) < limit or list(trained[-1:]) == [tokenizer.eos_token_id],
+    )
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,0 +1,294 @@
+"""What a report is made of: lines, sections, tables, charts and panels, typed, and written for no renderer.
+
+Every report is a document: a sequence of these blocks. It decides what is said, in which order and with how many
+digits, what may be left out where there is no room, and what is drawn; colours, widths, borders, escapes and how
+something is drawn are the renderer's alone. So a new renderer is one module that takes a document, and a new report is
+drawn by every renderer there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from lorameter.records.units import Unit, format_bytes, format_value, split_interval
+from lorameter.report.curves import Curves
+
+if TYPE_CHECKING:
+    from lorameter.stats import Comparison
+
+Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
+"""What a piece of text is to its reader; `odd` is neither good nor bad, a `command` is there to be typed."""
+
+_TONES: Mapping[str, Tone] = {
+    "regressed": "bad",
+    "improved": "good",
+    "equivalent": "note",
+    "inconclusive": "warning",
+    "invalid": "alarm",
+    "supported": "good",
+    "refuted": "bad",
+    "good": "good",
+    "note": "note",
+    "bad": "warning",
+    "unfit": "alarm",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A piece of text in one tone."""
+
+    text: str
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One paragraph."""
+
+    spans: tuple[Span, ...]
+    lead: str = ""
+    """What the paragraph is about, in a word; it stands before it, and the leads of a section below each other."""
+    indented: bool = True
+    """Whether it belongs to what stands above it."""
+    apart: bool = False
+    """Whether an empty line stands before it."""
+    last: bool = False
+    """Whether a terminal repeats it below the report."""
+
+    @property
+    def text(self) -> str:
+        """All of it but its lead, without its tones."""
+        return "".join(span.text for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A title and the lines below it."""
+
+    title: str
+    lines: tuple[Line, ...] = ()
+    beside: str = ""
+    """What follows the title on its line without being part of it."""
+    tone: Tone = "plain"
+    apart: bool = True
+    """Whether an empty line stands before it."""
+    last: bool = False
+    """Whether a terminal repeats it below the report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What a column holds."""
+
+    text: str
+    right: bool = False
+    """Whether its cells end below each other, as numbers do."""
+    rank: int = 0
+    """The higher, the sooner it may be left out where there is no room; 0 is never left out."""
+    once: bool = False
+    """Whether what is equal in all of its cells is said once, below the table."""
+    ratio: bool = False
+    """Whether its values are ratios of which 1 is no difference, to be drawn around it."""
+    plain: str = ""
+    """What it is called in a sentence, where that is something else than its text."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in a sentence."""
+        return self.plain or self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One fact, in the parts that it has. A renderer lays out the parts; it rounds nothing and parses nothing."""
+
+    name: str = ""
+    """What the text is about, in a word."""
+    text: str = ""
+    """Words, or the value with its unit."""
+    interval: str = ""
+    """What the value's interval is, in brackets."""
+    detail: str = ""
+    """What is read last, if at all."""
+    command: str = ""
+    """What to type."""
+    verdict: str = ""
+    """The finding's word, as programs know it; it decides the tone."""
+    said: str = ""
+    """What people are told in its place; empty where it is that word."""
+    value: float | None = None
+    """The number behind the text, in its base unit; None where there is none."""
+    low: float | None = None
+    high: float | None = None
+    unit: Unit | None = None
+
+    @property
+    def line(self) -> str:
+        """All parts on one line, in the words that programs know."""
+        parts = (self.name, self.text, self.interval, self.detail, self.command, self.verdict)
+        return " ".join(part for part in parts if part)
+
+    @property
+    def words(self) -> str:
+        """All parts on one line, in the words for people."""
+        return dataclasses.replace(self, verdict=self.said, said="").line if self.said else self.line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The cells of one row, in the order of the heads."""
+
+    cells: tuple[Cell, ...]
+    strong: bool = False
+    ends_group: bool = False
+    """Whether the next row is about something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows under heads."""
+
+    heads: tuple[Head, ...]
+    rows: tuple[Row, ...]
+    title: str = ""
+    notes: tuple[Line, ...] = ()
+    """What a reader of the table must know; below it."""
+    apart: bool = False
+    """Whether an empty line stands before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """What is said in one line, and in full to whoever asks."""
+
+    summary: Line
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gallery:
+    """Charts that stand beside each other, each called by the title of its axis across."""
+
+    title: str
+    charts: tuple[Curves, ...]
+    notes: tuple[Line, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """Words of somebody else, and whose they are."""
+
+    head: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Passages that belong together."""
+
+    title: str
+    passages: tuple[Passage, ...]
+
+
+Block: TypeAlias = Line | Section | Fold | Table | Gallery | Panel
+Document: TypeAlias = tuple[Block, ...]
+
+
+_INVALID = "INVALID: "
+
+
+def say(*parts: str | Span, lead: str = "", indented: bool = True, apart: bool = False) -> Line:
+    """One line of plain text and of spans."""
+    spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
+    return Line(spans=spans, lead=lead, indented=indented, apart=apart)
+
+
+def say_invalid(reasons: str | None) -> tuple[Line, ...]:
+    """The first line of a report that does not count; none of one that does."""
+    if reasons is None:
+        return ()
+    return (Line(spans=(Span(text=f"{_INVALID}{reasons}", tone="alarm"),), indented=False, last=True),)
+
+
+def says_invalid(block: Block) -> bool:
+    """Whether it is such a line."""
+    return isinstance(block, Line) and block.text.startswith(_INVALID)
+
+
+def say_each(texts: Iterable[str]) -> tuple[Line, ...]:
+    """A plain line of each text."""
+    return tuple(say(text) for text in texts)
+
+
+def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
+    """A section of each list by its title; an empty one is none."""
+    for title, texts in lists.items():
+        if texts:
+            yield Section(title=title, lines=say_each(texts))
+
+
+def name_columns(*texts: str, left: int = 1) -> tuple[Head, ...]:
+    """Heads of which the first so many are words and the others numbers."""
+    return tuple(Head(text=text, right=place >= left) for place, text in enumerate(texts))
+
+
+def write_row(*cells: str | Cell, strong: bool = False) -> Row:
+    """A row of words and of cells."""
+    return Row(cells=tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells), strong=strong)
+
+
+def write_value(value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "") -> Cell:
+    """A value with its interval, with as many digits as that supports; bytes each in the unit that reads best."""
+    if unit == "byte" and low is not None and high is not None:
+        text, interval = format_bytes(value), f"[{format_bytes(low)}, {format_bytes(high)}]"
+    else:
+        text, interval = split_interval(value, low, high, unit)
+    return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high, unit=unit)
+
+
+def write_seconds(seconds: float) -> Cell:
+    """A time that is a part of something with an interval."""
+    return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
+
+
+def write_bytes(size: int) -> Cell:
+    """A size that was counted."""
+    return Cell(text=format_bytes(size), value=size, unit="byte")
+
+
+def write_share(share: float) -> Cell:
+    """A part of a whole in percent."""
+    return Cell(text=f"{share:.1%}", value=share, unit="1")
+
+
+def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
+    """A ratio with its interval, and where asked for the verdict on it; a dash where there is no ratio."""
+    if found.ratio is None:
+        return Cell(text="–", verdict=verdict)
+    return dataclasses.replace(write_value(found.ratio, found.low, found.high, "1"), verdict=verdict)
+
+
+def say_once(table: Table) -> Table:
+    """The table without columns whose cells all say the same, which a line below it says instead."""
+    kept, notes = [], []
+    for place, head in enumerate(table.heads):
+        cells = [row.cells[place] for row in table.rows]
+        if head.once and len(cells) > 1 and len(set(cells)) == 1:
+            notes += [say(f"{head.name}: {cells[0].words}, in every row")] if cells[0].words not in ("", "–") else []
+        else:
+            kept.append(place)
+    return dataclasses.replace(
+        table,
+        heads=tuple(table.heads[place] for place in kept),
+        rows=tuple(dataclasses.replace(row, cells=tuple(row.cells[place] for place in kept)) for row in table.rows),
+        notes=(*notes, *table.notes),
+    )
+
+
+def tone_of(verdict: str) -> Tone:
+    """The tone of a finding's word; of one that is neither good nor bad, `odd`."""
+    return _TONES.get(verdict, "odd")

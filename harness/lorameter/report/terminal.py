@@ -1,0 +1,64 @@
+"""Reports on a terminal in colour; piped, as plain and complete text."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import Literal
+
+from rich.console import Console
+
+from lorameter.report.drawing import draw_block, draw_text
+from lorameter.report.table import Document, Fold, Line, Section
+
+PIPED_WIDTH = 200
+"""Nothing may be cut where there is no terminal whose width one could ask."""
+
+
+FOLDED = "Notices and statistics stand in full with --verbose."
+
+
+def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
+    """A console that knows whether it is a terminal; without one it is wide, plain and complete."""
+    console = Console(file=file, stderr=stderr, highlight=False)  # type: ignore[arg-type]
+    if not console.is_terminal:
+        console = Console(file=file, stderr=stderr, highlight=False, width=PIPED_WIDTH, no_color=True)  # type: ignore[arg-type]
+    return console
+
+
+def show(document: Document, console: Console, *, verbose: bool = False) -> None:
+    """Print a report and repeat its verdict below it; `verbose` unfolds what is folded, and so does what is no
+    terminal."""
+    verbose = verbose or not console.is_terminal
+    for block in document:
+        for drawn in draw_block(block, console, verbose=verbose):
+            console.print(drawn)
+    if not verbose and any(isinstance(block, Fold) for block in document):
+        console.print(draw_text(FOLDED, "faint"))
+    for block in _last(document):
+        for drawn in draw_block(block, console, verbose=verbose):
+            console.print(drawn)
+
+
+def _last(document: Document) -> Iterator[Section]:
+    """What is repeated below a report, so that a reader of a long one need not scroll up."""
+    for block in document:
+        if isinstance(block, Section) and block.last:
+            yield dataclasses.replace(block, apart=True)
+    found = [
+        block.lines if isinstance(block, Section) else [block]
+        for block in document
+        if isinstance(block, (Line, Section))
+    ]
+    if lines := tuple(line for lines in found for line in lines if line.last):
+        yield Section(title="", lines=lines, apart=False)
+
+
+def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:
+    """A report as the text that a terminal of that width would be sent."""
+    text = io.StringIO()
+    colours: Literal["auto"] | None = "auto" if coloured else None
+    console = Console(file=text, force_terminal=True, color_system=colours, width=width, highlight=False)
+    show(document, console, verbose=verbose)
+    return text.getvalue()

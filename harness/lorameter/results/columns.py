@@ -1,0 +1,161 @@
+"""The four tables that a run becomes, column by column: what each is called, what kind of value it holds, what it says.
+
+Whoever hands out numbers, as a DataFrame or as a file, takes them from here, so that a column has one name and one
+unit everywhere. Units are base units and stand in the name; where a column holds values of several metrics its row says
+the unit in `unit` (`s`, `byte`, `1/s`, `J`, `1`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, get_type_hints
+
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import OF_VARIANTS, Workload
+
+Kind = Literal["text", "count", "number", "flag"]
+TableName = Literal["trials", "samples", "estimates", "comparisons"]
+Values: TypeAlias = tuple[Any, ...]
+"""One row, in the order of its table's columns; None where there is no value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    kind: Kind
+    says: str
+
+
+def _column(name: str, kind: Kind, says: str) -> Column:
+    return Column(name=name, kind=kind, says=says)
+
+
+_RUN = _column("run", "text", "id of the run")
+_SIDE = _column("side", "text", "`base` or `candidate` of an A/B; missing where there are no sides")
+_ROLE = _column("role", "text", "`variant`, or `control`: the reference measured once more")
+_VARIANT = _column("variant", "text", "name of the variant in its study")
+_VARIANT_ID = _column("variant_id", "text", "hash of what the variant is, and of its workload where it has its own")
+_METRIC = _column("metric", "text", "name of the metric, of a single value or of a kind of memory")
+_PHASE = _column("phase", "text", "`train`, `generate` or `cold`; missing where it belongs to none")
+_UNIT = _column("unit", "text", "unit of the values in this row")
+_INTERLEAVING = _column("interleaving", "text", "how the trials alternated with those that they are compared with")
+
+_KINDS: Mapping[Any, Kind] = {int: "count", float: "number", bool: "flag"}
+"""Kinds of fields by their types; all other fields are texts."""
+_NO_SETTINGS = ("name", "cwd", "env", "python")
+"""Fields of a variant that are no columns: its label, and where its command is run."""
+VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
+"""Libraries whose versions are columns, and are shown with each run of a history."""
+
+
+def _settings(cls: type, prefix: str, names: Iterable[str], says: str) -> tuple[Column, ...]:
+    hints = get_type_hints(cls)
+    return tuple(_column(f"{prefix}{name}", _KINDS.get(hints[name], "text"), says.format(name=name)) for name in names)
+
+
+OF_VARIANT = _settings(
+    Variant, "", [field.name for field in fields(Variant) if field.name not in _NO_SETTINGS], "`{name}` of the variant"
+)
+OF_WORKLOAD = _settings(Workload, "workload_", OF_VARIANTS, "`{name}` of the workload that the variant is measured on")
+SETTINGS = (
+    *OF_VARIANT,
+    *OF_WORKLOAD,
+    _column("commit", "text", "commit of the repository that it was measured in; of an A/B of revisions the side's"),
+    _column("dirty", "flag", "whether the repository had changes that were not committed"),
+    *(_column(name, "text", f"version of {name}; of an A/B the side's") for name in VERSIONS),
+)
+"""The last columns of `trials` and `estimates`. Settings that are not read, as `double_quant` without a 4-bit base or
+all of a variant that is a command, are missing."""
+
+TABLES: Mapping[TableName, tuple[Column, ...]] = {
+    "trials": (
+        _RUN,
+        _column("study", "text", "name of the study"),
+        _column("fingerprint", "text", "hash of what must agree for two runs to be compared"),
+        _column("trial", "text", "id of the trial in its run"),
+        _VARIANT,
+        _VARIANT_ID,
+        _ROLE,
+        _SIDE,
+        _column("replicate", "count", "from 0; trials of one replicate are paired"),
+        _column("position", "count", "place in the order of the run, from 0"),
+        _column("attempt", "count", "how often it had been measured before in surroundings that made it invalid"),
+        _column("counts", "flag", "whether it is the last attempt, the one that numbers are taken from"),
+        _INTERLEAVING,
+        _column("seed", "count", "seed of the trial"),
+        _column("status", "text", "how it ended: `ok`, `invalid`, `oom`, `timeout`, `crashed`, …"),
+        _column("failed_in", "text", "phase in which it failed; missing where it did not"),
+        _column("failure", "text", "why it failed"),
+        _column("started_unix_s", "number", "when it began, seconds since 1970"),
+        _column("wall_time_s", "number", "how long it took"),
+        _column("log", "text", "path of its log in the run's folder"),
+        *SETTINGS,
+    ),
+    "samples": (
+        _RUN,
+        _column("trial", "text", "id of the trial"),
+        _VARIANT,
+        _ROLE,
+        _SIDE,
+        _column("replicate", "count", "from 0"),
+        _PHASE,
+        _METRIC,
+        _UNIT,
+        _column("sample", "count", "place in the order measured, from 0"),
+        _column("turn", "count", "the turn that a timed step belongs to, from 0; missing elsewhere"),
+        _column("value", "number", "as measured"),
+    ),
+    "estimates": (
+        _RUN,
+        _column("study", "text", "name of the study"),
+        _column("fingerprint", "text", "hash of what must agree for two runs to be compared"),
+        _VARIANT,
+        _VARIANT_ID,
+        _ROLE,
+        _SIDE,
+        _PHASE,
+        _METRIC,
+        _UNIT,
+        _column("higher_is_better", "flag", "which way is better"),
+        _column("value", "number", "the estimate over replicates; of memory the largest"),
+        _column("low", "number", "lower end of the interval; missing where there is none"),
+        _column("high", "number", "upper end"),
+        _column(
+            "interval", "text",
+            "what `low` and `high` are: `95 % of the mean` (Student's t over replicates), `95 % of the median` (order "
+            "statistics), or `range` (smallest and largest)",
+        ),
+        _column("replicates", "count", "trials behind it"),
+        _column("samples", "count", "samples of all trials together; they do not narrow the interval"),
+        _INTERLEAVING,
+        *SETTINGS,
+    ),
+    "comparisons": (
+        _RUN,
+        _VARIANT,
+        _column("role", "text", "`variant`, or `control`: the base of the comparison against itself"),
+        _column("base", "text", "what it is compared with: the reference, or the base of an A/B"),
+        _column("candidate", "text", "what is judged: the variant, or the candidate of an A/B"),
+        _METRIC,
+        _column("ratio", "number", "candidate over base, above 1 is worse, for rates too"),
+        _column("low", "number", "lower end of its interval; missing where there is none"),
+        _column("high", "number", "upper end"),
+        _column("verdict", "text", "`improved`, `regressed`, `equivalent`, `inconclusive`, `invalid`, …"),
+        _column("reason", "text", "what decided"),
+        _column("replicates", "count", "pairs of trials"),
+        _column("replicates_needed", "count", "what an open question takes in all; missing where nothing would do"),
+        _column("mde80", "number", "smallest slow-down, as a fraction, that would have been seen with 80 % power"),
+        _column("tolerance", "number", "smallest slow-down worth an alarm, as a fraction"),
+        _column("margin", "number", "within it two things count as equal, as a fraction"),
+        _INTERLEAVING,
+    ),
+}  # fmt: skip
+"""The columns of each table, in their order."""
+
+
+def names_of(table: TableName) -> tuple[str, ...]:
+    """The names of a table's columns."""
+    return tuple(column.name for column in TABLES[table])

@@ -1,0 +1,187 @@
+"""A run as rows of four tables, in plain Python: what DataFrames, files and histories are made of.
+
+Estimates and comparisons are those of the reports, by the same functions, so that a table cannot say anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from lorameter.records.metrics import METRICS, PEAKS, PRIMARY, Phase
+from lorameter.records.record import Role, Side, TrialRecord
+from lorameter.records.store import Run
+from lorameter.results.columns import TableName, Values
+from lorameter.results.settings import Settings
+from lorameter.stats import Comparison
+from lorameter.studies.stored import read_study
+from lorameter.studies.study import Study
+from lorameter.verdicts.ab import report_of
+from lorameter.verdicts.judging import default_limits
+from lorameter.verdicts.outcome import Compared
+from lorameter.verdicts.series import Series, series_of
+from lorameter.verdicts.standing import discounted, ratios_of, standing_of
+
+_ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
+"""Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
+_SIDES: tuple[Side, ...] = ("base", "candidate")
+MEAN, RANGE = "95 % of the mean", "range"
+
+
+def rows_of(run: Run) -> dict[TableName, list[Values]]:
+    """All four tables of a run, each in the order of its columns."""
+    study = read_study(run)
+    return {table: list(make(run, study)) for table, make in _MAKERS.items()}
+
+
+def table_of(run: Run, table: TableName) -> Iterable[Values]:
+    """One table of a run. Its samples are made one by one, since there may be millions."""
+    rows = _MAKERS[table](run, read_study(run))
+    return rows if table == "samples" else list(rows)
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric, of a single value or of a kind of memory, by its name."""
+    if metric in METRICS:
+        return METRICS[metric].unit
+    return next((unit for ending, unit in _ENDINGS if metric.endswith(ending)), "1")
+
+
+def phase_of(metric: str) -> Phase | None:
+    """The phase that it belongs to; None where it belongs to none, or to several."""
+    if metric in METRICS:
+        return METRICS[metric].phase
+    return next((phase for phase, kinds in PEAKS.items() if metric in kinds), None)
+
+
+def trial_rows(run: Run, study: Study) -> Iterator[Values]:
+    """A row a trial; earlier attempts of one that was measured again before it."""
+    about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
+    attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
+    for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
+        failure = record.failure
+        yield (
+            *about, record.trial, record.name, settings.id_of(record), record.role, record.side or None,
+            record.replicate, record.position, record.attempt, counts, record.interleaving, record.seed, record.status,
+            failure.phase if failure else None, failure.message if failure else None,
+            record.started_unix_s, record.wall_time_s, record.log or None, *settings.of([record]),
+        )  # fmt: skip
+
+
+def sample_rows(run: Run, _: Study) -> Iterator[Values]:
+    """A row a raw value of the trials that count, good or bad: samples in their order, single values, memory."""
+    for record in run.records:
+        head = (run.manifest.run, record.trial, record.name, record.role, record.side or None, record.replicate)
+        turns = _turns(record)
+        for metric, values in record.samples.items():
+            about = (*head, phase_of(metric), metric, unit_of(metric))
+            steps = turns if metric in ("step_time_s", "step_cpu_time_s", "train_loss") else ()
+            for place, value in enumerate(values):
+                yield (*about, place, steps[place] if place < len(steps) else None, value)
+        for metric, single in (record.values | record.memory).items():
+            yield (*head, phase_of(metric), metric, unit_of(metric), 0, None, float(single))
+
+
+def _turns(record: TrialRecord) -> tuple[int, ...]:
+    """The turn of each timed step."""
+    return tuple(turn for turn, length in enumerate(record.turn_lengths) for _ in range(length))
+
+
+def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Values]:
+    """A row for each metric and kind of memory that a variant has; only for `metric` where that is given."""
+    about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
+    for side in _SIDES if run.manifest.sides else ("",):
+        for (variant, role), series in series_of(run.records, side).items():
+            head = (*about, variant, settings.id_of(series.records[0]), role, side or None)
+            tail = settings.of(series.records)
+            for name in METRICS if metric is None else METRICS.keys() & {metric}:
+                yield from ((*row, *tail) for row in _estimate(head, series, name))
+            yield from ((*row, *tail) for row in _memory(head, series, metric))
+
+
+def _estimate(head: Values, series: Series, metric: str) -> Iterator[Values]:
+    estimate = series.estimate(metric)
+    if estimate is None or estimate.value is None:
+        return
+    item, trials = METRICS[metric], series.trials(metric)
+    yield (
+        *head, item.phase, metric, item.unit, item.higher_is_better, estimate.value, estimate.low, estimate.high,
+        None if estimate.low is None else MEAN,
+        len(trials), sum(map(len, trials)), series.interleaving(metric),
+    )  # fmt: skip
+
+
+def _memory(head: Values, series: Series, metric: str | None) -> Iterator[Values]:
+    for kind in dict.fromkeys(kind for record in series.ok for kind in record.memory if metric in (None, kind)):
+        values = [float(record.memory[kind]) for record in series.ok if kind in record.memory]
+        level = next(record.interleaving for record in series.ok if kind in record.memory)
+        yield (
+            *head, phase_of(kind), kind, "byte", False, max(values), min(values), max(values), RANGE,
+            len(values), len(values), level,
+        )  # fmt: skip
+
+
+def comparison_rows(run: Run, study: Study) -> Iterator[Values]:
+    """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too. In
+    an invalid run each verdict is `invalid`, with the reason; in an A/B those of the variants that are."""
+    name, stands = run.manifest.run, standing_of(run, study)
+    if run.manifest.sides:
+        report = report_of(run)
+        for compared in report.comparisons:
+            yield _judged(name, compared.variant, "variant", (report.base, report.candidate), compared)
+        twin = next((one for one, role in series_of(run.records, "base") if role == "control"), "")
+        for phase, control in stands.controls.items():
+            if control is not None:
+                both, found = (report.base, report.base), discounted(control, stands.broken)
+                yield _compared(name, twin, "control", both, PRIMARY[phase], found, run, side="base")
+        return
+    groups = series_of(run.records)
+    for phase, metric in stands.primary.items():
+        control = stands.controls[phase]
+        for variant, ratio in ratios_of(groups, study, metric, control).items():
+            found = discounted(ratio, stands.invalid)
+            yield _compared(name, variant, "variant", (study.reference, variant), metric, found, run)
+        if control is not None:
+            both = (study.reference, study.reference)
+            found = discounted(control, stands.invalid)
+            yield _compared(name, study.reference, "control", both, metric, found, run)
+
+
+def _compared(
+    name: str,
+    variant: str,
+    role: Role,
+    sides: tuple[str, str],
+    metric: str,
+    found: Comparison,
+    run: Run,
+    *,
+    side: Side = "",
+) -> Values:
+    limits = default_limits(variant, metric)
+    series = series_of(run.records, side).get((variant, role))
+    compared = Compared(
+        variant=variant,
+        metric=metric,
+        comparison=found,
+        tolerance=limits.tolerance,
+        margin=limits.margin,
+        interleaving=(series.interleaving(metric) if series else None) or "replicates",
+    )
+    return _judged(name, variant, role, sides, compared)
+
+
+def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compared: Compared) -> Values:
+    found = compared.comparison
+    return (
+        name, variant, role, *sides, compared.metric, found.ratio, found.low, found.high, found.verdict, found.reason,
+        found.replicates, found.replicates_needed, found.mde80, compared.tolerance, compared.margin,
+        compared.interleaving,
+    )  # fmt: skip
+
+
+_MAKERS: Mapping[TableName, Callable[[Run, Study], Iterator[Values]]] = {
+    "trials": trial_rows,
+    "samples": sample_rows,
+    "estimates": estimate_rows,
+    "comparisons": comparison_rows,
+}

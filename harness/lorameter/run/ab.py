@@ -1,0 +1,299 @@
+"""An A/B: base and candidate measured in one job, their live processes taking turns.
+
+Two runs of different times share nothing but the machine, and what the machine did in between is in their ratio (37 %
+on a noisy one). Here a base and a candidate process of each replicate stand side by side, one computing while the
+other waits on a pipe, so that whatever slows the machine slows both (2 %). The base is measured twice: what the
+harness says of the base against itself is what it would say of no difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.machine.provenance import Facts, Machine
+from lorameter.models.catalogue import RANDOM_PREFIX
+from lorameter.records import codec, inputs
+from lorameter.records.record import Interleaving, Notice, Side
+from lorameter.records.store import Run
+from lorameter.records.units import format_bytes
+from lorameter.run.contenders import CONTROL_SUFFIX, Contender, sides_of
+from lorameter.run.display import Display
+from lorameter.run.executors import open_executor
+from lorameter.run.executors.hidden import asked_again
+from lorameter.run.executors.host import Host
+from lorameter.run.executors.sides import OpenSide, open_side
+from lorameter.run.executors.workplace import check_side
+from lorameter.run.feasibility import check_feasible
+from lorameter.run.forecast import most_of, together_bytes
+from lorameter.run.levels import fits
+from lorameter.run.measure import Arm, executor_of, measure
+from lorameter.run.plan import Plan, make_plan
+from lorameter.run.rehearsal import REHEARSED
+from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
+from lorameter.run.sites.sides import open_as, write_sides
+from lorameter.run.sites.venue import Venue
+from lorameter.run.stops import Stops
+from lorameter.studies.data_source import make_absolute
+from lorameter.studies.script import SIDE
+from lorameter.studies.study import Study
+from lorameter.verdicts.comparand import differences
+
+SIDES: tuple[Side, ...] = ("base", "candidate")
+DEFAULT_PHASES = ("train", "generate")
+"""A cold start is mostly the imports of either side and takes seconds a trial, so it is measured when asked for."""
+
+
+def plan_ab(
+    study: Study,
+    machine: Machine,
+    *,
+    free_bytes: int | None,
+    select: Sequence[str] = (),
+    phases: Sequence[str] = DEFAULT_PHASES,
+    injected_rows: int = 0,
+    command: str = "",
+    runs: Path | None = None,
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """Base, candidate and the base once more, for each variant in each replicate, in an order shuffled by the seed.
+
+    Args:
+        study: what to measure on either side.
+        machine: where.
+        free_bytes: memory that is free there now; None where it cannot be known.
+        select: names of variants; empty for all. The reference carries the control, or the first that is selected.
+        phases: "train", "generate", "cold"; training always runs.
+        injected_rows: extra work in the candidate's adapters (`trial.building.injection`); 0 in an honest A/B.
+        command: the candidate's, where two scripts are compared.
+        runs: folder of earlier runs, whose measured peaks say what fits together.
+
+    Raises:
+        UsageError: an unknown variant or phase, or a study that this machine cannot run.
+    """
+    if injected_rows and study.of_scripts:
+        raise UsageError(
+            f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."
+        )
+    if study.own_workloads:
+        raise UsageError(
+            f"study {study.name}: its variants differ in what they are trained on, and an A/B compares two sides of "
+            f"one variant on one workload. Measure it with `lorameter run {study.name}`."
+        )
+    study = study if study.of_scripts else _locate(study)
+    variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
+    contenders = sides_of(study, variants, injected_rows=injected_rows, command=command)
+    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
+    level, why, provisional = _level(contenders, study, machine, free_bytes, runs)
+    plan = make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why, provisional=provisional)
+    return plan, notices
+
+
+def measure_ab(
+    plan: Plan,
+    *,
+    base: str,
+    candidate: str,
+    repository: Path,
+    cache: Path,
+    runs: Path,
+    display: Display,
+    notices: tuple[Notice, ...] = (),
+    policy: Mapping[str, Any] | None = None,
+    venue: Venue | None = None,
+) -> Run:
+    """Make both sides ready, measure, and take them down.
+
+    Args:
+        plan: from `plan_ab`.
+        base: a revision, an interpreter or requirements (`lorameter.run.executors.sides`).
+        candidate: the same.
+        repository: a folder in the repository whose revisions are meant.
+        cache: where environments of requirements are kept.
+        runs: where the run is written.
+        display: shows what is going on.
+        notices: what was known before.
+        policy: what it will be judged by, as JSON data; the manifest keeps it.
+        venue: on which sites; each has both sides.
+
+    Raises:
+        UsageError: a side that cannot be had, or that a command leaves no room for.
+        InvalidRunError: a side whose worker does not start, or speaks another schema.
+    """
+    specs: dict[Side, str] = {"base": base, "candidate": candidate}
+    with _open_sides(specs, repository, cache, venue) as sides:
+        if plan.study.of_scripts and any(side.kind != "revision" for side in sides.values()):
+            for contender in plan.contenders:
+                check_side(contender.variant)
+        arms: list[Arm] = []
+        for name, side in sides.items():
+            about = {"spec": side.spec, "kind": side.kind, "label": side.label}
+            rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
+            kind = executor_of(plan.study)
+            arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, venue=venue)
+
+
+def arms_of_commands(plan: Plan) -> list[Arm]:
+    """The sides of an A/B of two commands: nothing but the command differs between them."""
+    arms: list[Arm] = []
+    for name in SIDES:
+        command = next(one.variant.command for one in plan.contenders if one.side == name)
+        about = {"spec": command, "kind": SIDE, "label": command, INJECTED: 0}
+        arms += arms_of(name, None, (), about, executor_of(plan.study))
+    return arms
+
+
+def resume_ab(
+    run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, venue: Venue | None = None
+) -> Run:
+    """Go on with an A/B that broke off: its sides are put up again as they were, and only what is missing is measured.
+
+    Args:
+        run: from `lorameter.run.resume.read_broken_off`.
+        plan: its own.
+        repository: a folder in the repository whose revisions it compares.
+        cache: where environments of requirements are kept.
+        display: shows what is going on.
+        venue: on which sites.
+
+    Raises:
+        UsageError: another machine, a side that cannot be had any more, takes a credential that is not kept, or is
+            another now.
+        InvalidRunError: a side whose worker does not start.
+    """
+    before = run.manifest.sides
+    if of_commands(run.manifest):
+        arms = arms_of_commands(plan)
+        check_place(run, arms[0].executor.facts())
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
+    if is_calibration(run.manifest):
+        if venue is not None and venue.stations:
+            raise UsageError(
+                f"run {run.manifest.run} is a calibration, of the machine that it is started on. Use --on here."
+            )
+        arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
+        check_place(run, arms[0].executor.facts())
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
+    specs = {name: _spec_again(f"run {run.manifest.run}, {name}", before[name]) for name in SIDES}
+    with _open_sides(specs, repository, cache, venue) as sides:
+        kind, arms = executor_of(plan.study), []
+        for name, side in sides.items():
+            arms += arms_of(name, side.host, side.declared, {**before[name], "spec": side.spec}, kind)
+        check: Callable[[Mapping[str, Facts]], object] = partial(_check_same, run)
+        if venue is None or not venue.stations:  # else they say what is on their sides when these are put up
+            check({arm.name: arm.executor.facts() for arm in arms if arm.name == arm.side})
+            check = _believe
+        again = run.manifest.run
+        return measure(
+            plan, runs=run.path.parent, display=display, arms=arms, resume=again, venue=venue, check_facts=check
+        )
+
+
+@contextlib.contextmanager
+def _open_sides(
+    specs: Mapping[Side, str], repository: Path, cache: Path, venue: Venue | None
+) -> Iterator[dict[Side, OpenSide]]:
+    """Both sides, made ready; taken down at the end, whatever that is. Other machines put them up for themselves."""
+    if venue is not None and venue.stations:
+        yield {one.side: open_as(one) for one in write_sides(specs, repository, venue.said)}
+        return
+    with Stops() as stops, contextlib.ExitStack() as stack:
+        sides: dict[Side, OpenSide] = {}
+        for name, spec in specs.items():
+            with stops.interruptible():
+                sides[name] = stack.enter_context(open_side(spec, repository=repository, cache=cache))
+        yield sides
+
+
+def _spec_again(whose: str, side: Mapping[str, Any]) -> str:
+    """The word that names the same side again; a branch may have moved since, its commit has not.
+
+    Raises `UsageError` where it takes a credential that is not kept."""
+    if side["kind"] == "revision":
+        return str(side["facts"]["git"]["commit"])
+    return asked_again(whose, side["spec"]) if side["kind"] == "requirements" else str(side["spec"])
+
+
+def _believe(facts: Mapping[str, Facts]) -> None:
+    """What was checked before."""
+
+
+def _check_same(run: Run, facts: Mapping[str, Facts]) -> None:
+    """Raises `UsageError` where a side, or the machine, is not what it was; `facts` are by side."""
+    for name in SIDES:
+        _check_unchanged(run, name, facts[name].host or {})
+    check_place(run, facts["base"])
+
+
+def _check_unchanged(run: Run, name: Side, now: Mapping[str, Any]) -> None:
+    """Raises `UsageError` where a side is not what it was: trials of one run are compared without asking."""
+    side = run.manifest.sides[name]
+    fields = ("python", "libraries", "cuda", "packages", *(("git",) if side["kind"] == "revision" else ()))
+    was, found = ({field: facts.get(field) for field in fields} for facts in (side["facts"], codec.to_json(now)))
+    if was != found:
+        said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(was, found))
+        raise UsageError(
+            f"run {run.manifest.run}: it cannot be gone on with, because its {name} would be of two kinds: {said}. "
+            "Restore what it was, or measure a new A/B."
+        )
+
+
+def _locate(study: Study) -> Study:
+    """The study with absolute paths: a relative one would be another in the worktree that a revision runs in."""
+    workload = study.workload
+    prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
+    model = Path(workload.model.removeprefix(prefix))
+    if inputs.is_there(model):
+        workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
+    workload = dataclasses.replace(workload, data=make_absolute(workload.data))
+    return dataclasses.replace(study, workload=workload)
+
+
+def arms_of(
+    side: Side,
+    host: Host | None,
+    declared: tuple[str, ...],
+    about: Mapping[str, Any],
+    kind: str | None = None,
+) -> list[Arm]:
+    """Where one side is measured; the base has a second executor for its control (see `Arm` for the reason)."""
+    names = [side, CONTROL_SUFFIX] if side == "base" else [side]
+    return [
+        Arm(
+            name=name,
+            side=side,
+            executor=open_executor(kind, host=host, label=name),
+            host=host or Host(),
+            declared=declared,
+            about=about,
+        )
+        for name in names
+    ]
+
+
+def arms_of_present(injected_rows: int) -> list[Arm]:
+    """Both sides of a calibration: the present interpreter, and the same with extra work in the adapters."""
+    same = {"spec": "", "kind": PRESENT, "label": "the present interpreter", INJECTED: 0}
+    slowed = same | {"label": f"the same with {injected_rows} rows of extra work", INJECTED: injected_rows}
+    return [*arms_of("base", Host(), (), same), *arms_of("candidate", Host(), (), slowed)]
+
+
+def _level(
+    contenders: Sequence[Contender], study: Study, machine: Machine, free: int | None, runs: Path | None
+) -> tuple[Interleaving, str, bool]:
+    """Lockstep if three live processes of the largest variant fit; and whether a rehearsal is to show that."""
+    variants = {one.variant.id: one.variant for one in contenders}.values()
+    needed = most_of(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
+    if free is None:
+        return "replicates", "how much memory is free cannot be known", False
+    if needed is None and study.of_scripts:
+        return "lockstep", REHEARSED, True
+    if needed is None:
+        return "replicates", "how much memory three live processes need cannot be known", False
+    sizes = f"three live processes need about {format_bytes(needed)} of {format_bytes(free)} free"
+    return ("lockstep" if fits(needed, free) else "replicates"), sizes, False

@@ -1,0 +1,120 @@
+"""The bases of a run, prepared before anything is measured: each once, for every process that will stand on it.
+
+A base that cannot be prepared is no end of the run: its trials make theirs themselves, which takes longer and says in
+their records what is wrong. In an A/B the two sides then do so alike, or one would be measured on mapped weights and
+the other on its own.
+
+Then the disk is tidied where bases lie, while those of this run are held: what no run has asked for in a month goes,
+and what was used longest ago where all together are too large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorameter.errors import UsageError
+from lorameter.models.bases import prune
+from lorameter.records.preparation import BaseSummary
+from lorameter.records.record import Notice
+from lorameter.records.units import format_duration
+from lorameter.run.conductor import Watcher
+from lorameter.run.executors import Executor, WorkerLostError
+from lorameter.run.plan import Plan, Slot
+from lorameter.studies.request import BaseKey, BaseRequest, base_key, base_words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bases:
+    """What was prepared."""
+
+    folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
+    """By the arm that maps it."""
+    summaries: tuple[BaseSummary, ...] = ()
+    load_s: Mapping[BaseKey, float] = field(default_factory=dict)
+    """What a process takes that makes a base for itself."""
+    notices: tuple[Notice, ...] = ()
+
+
+def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, watcher: Watcher) -> Bases:
+    """Have each executor of a plan prepare the bases of its trials.
+
+    Raises:
+        RefusedError: the system refuses what keeping one takes.
+        InvalidRunError: no process can be started.
+    """
+    if plan.study.of_scripts:
+        return Bases()
+    first: dict[tuple[str, BaseKey], Slot] = {}
+    for slot in plan.slots:
+        first.setdefault((slot.arm, base_key(slot.variant, slot.workload)), slot)
+    made: dict[tuple[str, BaseKey], BaseSummary] = {}
+    notices: dict[BaseKey, Notice] = {}
+    for (arm, key), slot in first.items():
+        if key in notices:
+            continue
+        watcher.trial_phase(slot, "base")
+        request = BaseRequest(
+            workload=slot.workload, variant=slot.variant, device=device, threads=slot.workload.threads, log_path=""
+        )
+        try:
+            made[arm, key] = executors[arm].prepare_base(request)
+        except WorkerLostError as lost:
+            notices[key] = _notice(slot, lost)
+    prune()
+    return Bases(
+        folders={place: summary.path for place, summary in made.items() if place[1] not in notices},
+        summaries=tuple(made.values()),
+        load_s={key: summary.load_s for (_, key), summary in made.items()},
+        notices=tuple(notices.values()),
+    )
+
+
+def foresee_cold(plan: Plan, bases: Bases, import_s: float, left_s: float) -> tuple[float, tuple[Notice, ...]]:
+    """Seconds that a cold start takes in the mean, by the first load of the run, and what is to be told of them where
+    minutes are limited.
+
+    Args:
+        plan: of which the first replicate has any.
+        bases: with what making each has taken.
+        import_s: what importing the libraries took.
+        left_s: of the time that the run may take; infinite where it is not limited.
+
+    Raises:
+        UsageError: cold starts alone take more than that.
+    """
+    first = min((slot.replicate for slot in plan.slots), default=0)
+    each = [
+        import_s + bases.load_s.get(base_key(slot.variant, slot.workload), 0.0)
+        for slot in plan.slots
+        if slot.replicate == first and "cold" in slot.measures
+    ]
+    if not each:
+        return 0.0, ()
+    mean_s, minutes = sum(each) / len(each), plan.study.protocol.max_minutes
+    if minutes is None:
+        return mean_s, ()
+    took = format_duration(sum(each))
+    said = f"{len(each)} cold starts, which read, convert and quantise their bases, take about {took}"
+    if sum(each) > left_s:
+        needed = math.ceil(minutes + (sum(each) - left_s) / 60) + 1
+        raise UsageError(
+            f"max_minutes = {minutes:g}: {said} by the first load of this run, so not one replicate fits. "
+            f"Give {needed} minutes or more, or leave the phase cold out."
+        )
+    notice = Notice(
+        code="time-of-loads",
+        message=f"of {minutes:g} minutes {said}, by the first load of this run.",
+        remedy="Leave the phase cold out, or give more minutes, where that is too much of them.",
+    )
+    return mean_s, (notice,)
+
+
+def _notice(slot: Slot, lost: WorkerLostError) -> Notice:
+    return Notice(
+        code="base-not-prepared",
+        message=f"the base {base_words(slot.variant, slot.workload)} could not be prepared ({lost.status}: "
+        f"{lost.failure.message.rstrip('.')}), so each process reads, converts and quantises it itself.",
+        remedy="What is wrong stands in logs/base.log of the run and in the records of its trials.",
+    )

@@ -1,0 +1,119 @@
+"""One measurement at a time on a device: two of them would be in each other's numbers, and neither would know why.
+
+The lock is one of the kernel's on a file that is named by the device, so it ends with whoever held it, however that
+ended, and waiting for it costs no time of the CPU that is measured on. The file lies where every user of the machine
+looks, and is never removed: two processes that lock two files of one name exclude nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from lorameter.errors import InvalidRunError
+from lorameter.run.executors import Executor
+
+IfBusy = Literal["wait", "refuse", "share"]
+"""What to do beside another measurement: begin when it has ended · end at once · measure beside it."""
+ENV_LOCKS = "LORAMETER_LOCKS"
+SHARED_FOLDER = Path("/tmp")
+"""The same for all users and jobs, whatever their TMPDIR is."""
+
+
+def tell_stderr(line: str) -> None:
+    """Print it at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], object] = tell_stderr) -> Iterator[bool]:
+    """Meanwhile nobody else measures on the executor's device; says whether it had to wait for that, so that what was
+    known before of its free memory is so no more. Where no lock can be had at all, none is held.
+
+    Args:
+        executor: names its device.
+        if_busy: what to do where somebody measures on it; "share" asks for no lock.
+        tell: is told whom it waits for.
+
+    Raises:
+        InvalidRunError: somebody measures on it, and `if_busy` is "refuse"; or what should be locked is no file.
+    """
+    device = executor.device_id()
+    file = None if if_busy == "share" else _open(device)
+    if file is None:
+        yield False
+        return
+    waited = False
+    try:
+        with contextlib.suppress(_NoLocksError):
+            if not _lock(file, wait=False):
+                who = f"{_holder(file)} measures on this device ({device})"
+                if if_busy == "refuse":
+                    raise InvalidRunError(f"{who}. Wait for it, or measure beside it with --if-busy share.")
+                tell(f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures beside it.")
+                waited = _lock(file, wait=True)
+        yield waited
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def hold_devices(
+    executors: Sequence[Executor], if_busy: IfBusy, *, tell: Callable[[str], object] = tell_stderr
+) -> Iterator[bool]:
+    """`hold_device` for several, each device once and always in the same order, so that two processes that want the
+    same do not wait for each other for ever."""
+    devices = {executor.device_id(): executor for executor in executors}
+    with contextlib.ExitStack() as stack:
+        waited = [stack.enter_context(hold_device(devices[name], if_busy, tell=tell)) for name in sorted(devices)]
+        yield any(waited)
+
+
+class _NoLocksError(Exception):
+    """The disk knows no locks."""
+
+
+def _open(device: str) -> int | None:
+    """The file of a device; it may be another user's, who made it. Raises `InvalidRunError` where it is none."""
+    name = f"lorameter-{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
+    path = Path(os.environ.get(ENV_LOCKS) or SHARED_FOLDER) / name
+    never_waiting = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # of a pipe it would wait for who writes into it
+    for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # others may make it meanwhile
+        with contextlib.suppress(OSError):
+            file = os.open(path, flags | never_waiting, 0o644)
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                return file
+            os.close(file)
+            raise InvalidRunError(
+                f"{path}: no plain file, and measurements on this device ({device}) lock it so as not to disturb each "
+                f"other. Remove it, name another folder with {ENV_LOCKS}, or measure without it: --if-busy share."
+            )
+    return None
+
+
+def _lock(file: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        raise _NoLocksError from None
+    return True
+
+
+def _holder(file: int) -> str:
+    """Who holds it, as the kernel lists its locks: the process, where it is one that can be seen from here."""
+    inode = os.fstat(file).st_ino
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            held = re.match(rf"\d+: FLOCK +ADVISORY +WRITE +(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", line)
+            if held and held[1] != "0":
+                return f"process {held[1]}"
+    return "another process"

@@ -1,0 +1,66 @@
+"""What shows a run under way, and what keeps it from doing harm to the run."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from lorameter.errors import redact
+from lorameter.records.record import Notice, TrialRecord
+from lorameter.run.conductor import Watcher
+from lorameter.run.plan import Plan, Slot
+from kernels_check.visible import tell
+
+
+class Display(Watcher, Protocol):
+    """Shows a run under way."""
+
+    def starting(self, plan: Plan, run_id: str) -> None:
+        """The worker is being started."""
+
+    def tokens_prepared(self, data: str) -> None:
+        """What the data that somebody gave was recognised as."""
+
+    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
+        """The scripts of a plan have been rehearsed: the level that follows, and what is to be known of them."""
+
+
+class Shielded:
+    """A display that can do no harm: an error in it is told, once, and what it tells of goes on unseen."""
+
+    def __init__(self, display: Display) -> None:
+        self._display: Display | None = display
+
+    def starting(self, plan: Plan, run_id: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.starting(plan, run_id))
+
+    def tokens_prepared(self, data: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.tokens_prepared(data))
+
+    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.rehearsed(plan, notices))
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.trial_phase(slot, phase))
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.trial_ended(record))
+
+    def _tell(self, what: Callable[[Display], None]) -> None:
+        if self._display is None:
+            return
+        try:
+            what(self._display)
+        except MemoryError:  # the loop has no more of it either, and says so
+            self._display = None
+        except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
+            self._display = None
+            with contextlib.suppress(OSError, ValueError):
+                tell(redact(traceback.format_exc().rstrip("\n")))

@@ -1,0 +1,210 @@
+"""Requirements as an environment of their own, layered on the present one and kept in the cache.
+
+A side of an A/B that is another version of a library must not touch what is installed. So its requirements go into a
+virtual environment whose path continues into the present environment: what was asked for, and what pip had to bring
+along, wins, and everything else (torch is gigabytes) is shared. The layer is made once for the same requirements on
+the same present environment; like the models in the cache it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from lorameter.errors import InvalidRunError, UsageError, redact
+from lorameter.machine.processes import kill_group
+from lorameter.machine.provenance import LIBRARIES, library_version
+from lorameter.records.locks import alone, locked
+from lorameter.records.refusals import refusal_said
+
+DESCRIPTION_FILE = "lorameter.json"
+"""What the layer was made of; written last."""
+UNUSED_DAYS = 30
+"""A layer that no A/B has asked for in this time is removed by the next one that asks for any."""
+_LINE_LETTERS = 1 << 16
+"""Of what is read at once: what builds a package may print a line without an end."""
+_LAYER_FILE = "_lorameter_layer.pth"
+_PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
+"""Variables that would have pip install, or look, somewhere else than in the layer."""
+
+
+def parse_requirements(text: str) -> tuple[str, ...] | None:
+    """The requirements of one line in PEP 508's form, sorted; None if it is no such line.
+
+    Spaces separate requirements, and may stand around a comparison and an `@`. A name alone counts only if it is a
+    library that lorameter knows or that is installed: any mistyped word has the form of a name, and installing a
+    stranger's package for it would be worse than refusing.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    text = re.sub(r"\s*(===|==|~=|!=|>=|<=|<|>|,)\s*", r"\1", text)
+    text = re.sub(r"\s+@\s+", "@", text)
+    try:
+        requirements = [Requirement(word) for word in text.split()]
+    except InvalidRequirement:
+        return None
+    for each in requirements:
+        named_only = not each.specifier and each.url is None
+        if named_only and each.name not in LIBRARIES and library_version(each.name) is None:
+            return None
+    return tuple(sorted(str(each) for each in requirements)) or None
+
+
+def layered_environment(requirements: Sequence[str], cache: Path, *, report: Callable[[str], object]) -> Path:
+    """The interpreter of an environment with these requirements on top of the present one; made if it is not there.
+
+    pip's own configuration and PIP_* variables apply. Processes that ask at the same time wait for one another.
+
+    Args:
+        requirements: as from `parse_requirements`.
+        cache: lorameter's cache directory; the layer is `environments/KEY` in it.
+        report: told, one line each, what is being done, pip's own lines among them.
+
+    Raises:
+        UsageError: the environment cannot be made, or pip fails; with pip's last lines.
+        InvalidRunError: because of what the system refuses, as where the disk is full.
+    """
+    target = (cache / "environments" / _key(requirements)).absolute()
+    with locked(target, "waiting for another process that is making the same environment", report):
+        if not (target / DESCRIPTION_FILE).is_file():
+            partial = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed install left; the lock says that none is running
+            try:
+                _build(requirements, partial, report)
+                shutil.rmtree(target, ignore_errors=True)  # there, but not whole: something deleted in it
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        (target / DESCRIPTION_FILE).touch()  # when it was used last
+    _remove_unused(target.parent)
+    return target / "bin" / "python"
+
+
+@contextlib.contextmanager
+def in_use(python: Path) -> Iterator[None]:
+    """Meanwhile nobody removes the layer of this interpreter, however old it looks: by a clock that is wrong, or in an
+    A/B that takes weeks."""
+    with (python.parents[1] / DESCRIPTION_FILE).open("rb") as file:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove layers that nobody has asked for in a long time; each is hundreds of megabytes, and can be made anew."""
+    for description in folder.glob(f"*/{DESCRIPTION_FILE}"):
+        with contextlib.suppress(OSError, UsageError):  # another process has it, or removes it as well
+            if _is_unused(description):
+                with alone(description.parent, "being made"), description.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_unused(description):
+                        shutil.rmtree(description.parent)
+
+
+def _is_unused(description: Path) -> bool:
+    return time.time() - description.stat().st_mtime > UNUSED_DAYS * 24 * 3600
+
+
+def site_packages(python: Path) -> Path:
+    """The folder of a layer's own packages."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return python.parent.parent / "lib" / version / "site-packages"
+
+
+def _key(requirements: Sequence[str]) -> str:
+    """What the layer depends on: the requirements, the interpreter, and what is installed beneath."""
+    present = sorted(f"{each.metadata['Name']}=={each.version}" for each in importlib.metadata.distributions())
+    parts = [sorted(requirements), sys.version, sys.executable, present, _present_folders()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _present_folders() -> list[str]:
+    """The present environment's folders of installed packages, in the order of its path."""
+    known = {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
+    return [folder for folder in sys.path if folder in known]
+
+
+def _build(requirements: Sequence[str], out: Path, report: Callable[[str], object]) -> None:
+    """Make the environment in `out`. It is run by its path only, so renaming it afterwards does no harm."""
+    report(f"making an environment with {' '.join(requirements)}")
+    # Asked of the path alone: the finder that setuptools installs takes a question about pip for an import of pip, and
+    # withdraws its distutils from this process for good. Whoever imports setuptools afterwards then fails.
+    shared_pip = ["--without-pip"] if PathFinder.find_spec("pip", _present_folders()) else []
+    _run([sys.executable, "-m", "venv", *shared_pip, str(out)], requirements, lambda line: None)
+    python = out / "bin" / "python"
+    # addsitedir, unlike a line with a path, processes the .pth files there: editable installs go on working.
+    lines = [f"import site; site.addsitedir({folder!r})\n" for folder in _present_folders()]
+    (site_packages(python) / _LAYER_FILE).write_text("".join(lines), encoding="utf-8")
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    with _listed(requirements, out) as listed:
+        _run([*pip, "--requirement", str(listed)], requirements, report)
+    description = {
+        "requirements": [redact(each) for each in requirements],
+        "python": sys.version,
+        "executable": sys.executable,
+    }
+    (out / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _listed(requirements: Sequence[str], folder: Path) -> Iterator[Path]:
+    """A file of the requirements that nobody else may read, and none afterwards: their addresses may hold credentials,
+    and everybody on a machine sees the command lines of its processes."""
+    listed = folder / "requirements.txt"
+    try:
+        listed.touch(mode=0o600, exist_ok=False)
+        listed.write_text("".join(f"{each}\n" for each in requirements), encoding="utf-8")
+        yield listed
+    finally:
+        listed.unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[str], object]) -> None:
+    """Run venv or pip and hand on its lines; it is killed when this process is interrupted."""
+    last: collections.deque[str] = collections.deque(maxlen=4)
+    environment = {name: value for name, value in os.environ.items() if name not in _PIP_DESTINATIONS}
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in map(str.strip, iter(partial(process.stdout.readline, _LINE_LETTERS), "")):
+                if line and "Requirement already satisfied" not in line:
+                    last.append(line)
+                    report(line)
+        except BaseException:
+            kill_group(process.pid)  # with what builds a package for it
+            raise
+    if process.returncode and (refusal := refusal_said("\n".join(last))):
+        raise InvalidRunError(
+            f"ab: an environment with {' '.join(requirements)} could not be made: {refusal}, or where temporary files "
+            "are made (TMPDIR). Nothing was kept."
+        )
+    if process.returncode:
+        raise UsageError(
+            f"ab: an environment with {' '.join(requirements)} could not be made: {' / '.join(last) or 'no message'}. "
+            "Nothing was kept; check the names and versions, the connection and the index that pip is configured to "
+            "use (PIP_INDEX_URL, PIP_FIND_LINKS)."
+        )

@@ -1,0 +1,337 @@
+"""Trials on this machine, in one interpreter: the zygote is started once, each launch is a fork of it.
+
+The interpreter is the present one, or that of a `Host`: then two executors side by side are the two sides of an A/B.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from lorameter.attach.variables import ENV_FOLLOWER
+from lorameter.errors import EXIT_INVALID, InvalidRunError, UsageError, redact, shorten
+from lorameter.machine import provenance
+from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words
+from lorameter.machine.provenance import Facts, Machine
+from lorameter.models import bases
+from lorameter.records import codec
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import SCHEMA, Failure, Fragment
+from lorameter.records.refusals import REFUSED, RefusedError
+from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
+from lorameter.run.executors.answer import ask_once
+from lorameter.run.executors.disk import Disk
+from lorameter.run.executors.forked import silence
+from lorameter.run.executors.here import Here
+from lorameter.run.executors.host import Host, describe
+from lorameter.run.executors.zygote import Zygote, ZygoteLostError
+from lorameter.studies.request import BaseRequest, TrialRequest, base_words
+from lorameter.studies.workload import Workload
+
+TOKENS_TIMEOUT_S = 3600.0
+"""A data set, or a model, is downloaded in this time or not at all."""
+MOST_SAID = 8000
+"""Characters of what a cold interpreter printed before it died that its record keeps; the log has all."""
+
+ARROW = "JE_ARROW_MALLOC_CONF"
+"""What the jemalloc inside pyarrow reads when it is loaded."""
+
+
+def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
+    """The environment of every measuring process of a host.
+
+    One BLAS thread in the zygote keeps forking safe, and none of pyarrow's allocator, which scikit-learn brings in
+    through pandas wherever a library imports it; one OpenMP thread on a CPU because two collapse under contention; no
+    tokenizer threads; CUDA counted through NVML, which does not initialise the device. No training in it is followed,
+    though lorameter itself may be wrapped.
+    """
+    inherited = (host or Host()).variables(os.environ)
+    arrow = filter(None, [inherited.get(ARROW), "background_thread:false"])  # of two the last counts
+    fixed = {
+        ARROW: ",".join(arrow),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "KINETO_LOG_LEVEL": "99",
+        "TEARDOWN_CUPTI": "1",  # else the profiler of the check goes on slowing down the launches that are timed later
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        PARENT: str(os.getpid()),
+        ENV_FOLLOWER: "",
+    }
+    return inherited | fixed
+
+
+_OLD_DOOR = "invalid literal for int() with base 10: 'zygote'"
+"""What the door of a harness before schema 5 says, whose only process was the zygote."""
+
+
+class LocalExecutor(Here):
+    """Implements `Executor` with one zygote, and another where that has died. Raises `InvalidRunError` when none can be
+    started.
+
+    `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
+    executors can share a folder.
+    """
+
+    def __init__(self, *, host: Host | None = None, label: str = "") -> None:
+        self._host = host or Host()
+        self._whose = f"the worker of {label!r}" if label else "the worker"
+        self._suffix = f"-{label}" if label else ""
+        self._threads = 1
+        self._disk: Disk | None = None
+        self._zygote: Zygote | None = None
+        self._hello: Hello | None = None
+        self._held = contextlib.ExitStack()
+        """Bases that nobody may remove."""
+
+    def lanes(self, threads: int) -> int:
+        """On a CPU as many as it has cores for them; a card is one for all. Of the share of a machine on whose rest
+        others measure, one: they are timed while this works, and what a neighbour costs them is known of one process.
+        """
+        machine = self.machine()
+        if machine.device != "cpu" or CPUS in self._host.environment:
+            return 1
+        return max(1, machine.cpus // threads)
+
+    def machine(self) -> Machine:
+        """The present one, with the card that the host's processes see first."""
+        return provenance.probe_machine(self._host.variables(os.environ))
+
+    def free_bytes(self) -> int | None:
+        """On that card, or in this container, now."""
+        return provenance.free_bytes(self.machine(), self._host.variables(os.environ))
+
+    def device_id(self) -> str:
+        """The CPU, all of it, or the card that the host's processes see first, by its own number."""
+        return provenance.device_id(self._host.variables(os.environ))
+
+    def facts(self) -> Facts:
+        """Of the present machine and the card that the host's processes see first, and of the host if that is another.
+        Raises `UsageError` if it does not answer."""
+        host = None if self._host == Host() else describe(self._host)
+        return provenance.read_facts(self.machine(), host, self._host.variables(os.environ))
+
+    def start(self, folder: Path, threads: int) -> None:
+        """Start the zygote, which begins to import."""
+        self._threads = threads
+        self._disk = Disk(folder)
+        self._zygote = self._new_zygote()
+
+    def _new_zygote(self) -> Zygote:
+        return Zygote(lambda descriptor: self._spawn("zygote", descriptor, self._zygote_log))
+
+    def _spawn(
+        self, what: str, descriptor: int | None, log: Path, *, threads: int | None = None, **streams: int
+    ) -> subprocess.Popen[bytes]:
+        """Start a measuring process of the host, which answers on a descriptor or on its stdout and prints into a log.
+
+        It has a session of its own: what a terminal sends to all of its processes is heard by the parent alone.
+        """
+        arguments, passed = ([], []) if descriptor is None else ([str(descriptor)], [descriptor])
+        with log.open("ab") as file:
+            ends: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, **streams}
+            return subprocess.Popen(
+                self._host.command("lorameter.worker", what, *arguments),
+                pass_fds=passed,
+                env=worker_environment(threads or self._threads, self._host),
+                cwd=self._host.cwd,
+                start_new_session=True,
+                **ends,
+            )
+
+    @property
+    def _zygote_log(self) -> Path:
+        return self._required_disk().logs / f"zygote{self._suffix}.log"
+
+    def hello(self) -> Hello:
+        """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
+        self._hello = self._greet(self._required_zygote())
+        return self._hello
+
+    def _greet(self, zygote: Zygote) -> Hello:
+        hello = zygote.greet()
+        if hello is None:
+            log, ending = self._zygote_log, zygote.last_words()
+            zygote.close()
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or [f"it printed nothing; {ending}"]
+            if _OLD_DOOR in last[0]:
+                raise InvalidRunError(self._refusal("a schema before 5", "unknown"))
+            raise InvalidRunError(
+                f"{self._whose} did not start: {last[0]}. Its log is {log}. "
+                f"Check that torch, transformers, peft and bitsandbytes import in {self._host.python}."
+            )
+        if hello.get("schema") != SCHEMA:
+            raise InvalidRunError(self._refusal(f"schema {hello.get('schema')}", hello.get("harness", "unknown")))
+        return codec.from_json(Hello, hello, "greeting of the worker")
+
+    def _refusal(self, schema: str, harness: str) -> str:
+        return (
+            f"{self._whose} speaks {schema}, this program {SCHEMA} (its harness: {harness}). Choose a revision or an "
+            f"environment whose harness speaks schema {SCHEMA}, or run the A/B with the lorameter of that revision; "
+            "two revisions of lorameter that lie on either side of a schema cannot be measured beside each other."
+        )
+
+    def launch(self) -> Worker:
+        """Fork a worker from the zygote; from a new one where that has died since.
+
+        Raises `InvalidRunError` if there is no other to be had: nothing more can be measured here.
+        """
+        zygote = self._required_zygote()
+        try:
+            return zygote.fork()
+        except ZygoteLostError as lost:
+            self._replace(zygote, lost)
+        try:
+            return self._required_zygote().fork()
+        except ZygoteLostError as again:
+            raise InvalidRunError(
+                f"{self._whose}: {again}, as the one before it. Its log is {self._zygote_log}."
+            ) from None
+
+    def _replace(self, lost: Zygote, why: ZygoteLostError) -> None:
+        """Another zygote in place of one that is gone; trials of one run must not be of two harnesses."""
+        lost.close()
+        self._zygote = zygote = self._new_zygote()
+        try:
+            hello = self._greet(zygote)
+        except InvalidRunError as error:
+            raise InvalidRunError(f"{self._whose}: {why}, and no other could be started: {error}") from None
+        before = self._hello or hello
+        if (hello.harness, hello.device, hello.torch) != (before.harness, before.device, before.torch):
+            raise InvalidRunError(
+                f"{self._whose}: {why}, and another would be another program: harness {before.harness}, torch "
+                f"{before.torch}, {before.device} then; {hello.harness}, {hello.torch}, {hello.device} now."
+            )
+
+    def cold_start(self, request: TrialRequest) -> Fragment:
+        """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
+        log, timeout = Path(request.log_path), request.protocol.step_timeout_s
+        printed = log.stat().st_size if log.is_file() else 0
+        read, write = os.pipe()
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, read)
+            begin = time.monotonic()
+            try:
+                process = self._spawn("cold", write, log, stdin=subprocess.PIPE)
+            finally:
+                os.close(write)
+            message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
+            try:
+                text = ask_once(process, message.encode(), read, timeout).decode(errors="replace")
+            except TimeoutError:
+                raise WorkerLostError("timeout", silence("cold", timeout)) from None
+        if process.returncode != 0 or not text:
+            said = redact(log.read_bytes()[printed:].decode(errors="replace")).strip()
+            last = said.splitlines()[-1:] or ["it printed nothing"]
+            message = f"the cold interpreter ended with {exit_words(process.returncode)}: {last[0]}"
+            failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=said[-MOST_SAID:])
+            raise WorkerLostError("crashed", failure)
+        try:
+            return codec.from_json(Fragment, codec.parse(text), "cold start")
+        except (codec.NotJsonError, UsageError) as error:
+            message = f"the cold interpreter gave no answer that can be read: {error}"
+            raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None
+
+    def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
+        """Tokenise in a process of its own."""
+        disk = self._required_disk()
+        request = json.dumps(
+            {"workload": codec.to_json(workload), "folder": str(disk.folder if keep else disk.scratch)}
+        )
+        log_path = disk.logs / f"tokens{self._suffix}.log"
+        with self._spawn("tokens", None, log_path, threads=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            try:
+                written = ask_once(process, request.encode(), process.stdout, TOKENS_TIMEOUT_S)
+            except TimeoutError:
+                over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
+                raise InvalidRunError(over) from None
+        lines = written.decode(errors="replace").strip().splitlines()
+        answer = None
+        if process.returncode == 0 and lines:
+            with contextlib.suppress(codec.NotJsonError):
+                answer = codec.parse(lines[-1])
+        if process.returncode < 0 and -process.returncode in FAULTS:
+            raise UsageError(
+                f"data {shorten(repr(workload.data))}: what reads it, or the tokenizer of {workload.model}, ended with "
+                f"{exit_words(process.returncode)}, as on a damaged file. Restore it, or save it again. The log is "
+                f"{log_path}."
+            )
+        if not isinstance(answer, dict):
+            last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
+            why = " ".join(last) or f"their process ended with {exit_words(process.returncode)}"
+            raise InvalidRunError(f"the tokens could not be prepared: {why}. The log is {log_path}.")
+        if "error" in answer:
+            refused = InvalidRunError if answer.get("exit_code") == EXIT_INVALID else UsageError
+            raise refused(str(answer["error"]))
+        return codec.from_json(TokenSummary, answer, "summary of the tokens")
+
+    def prepare_base(self, request: BaseRequest) -> BaseSummary:
+        """In a process forked from the zygote, which has imported what it takes; its log is the one of the tokens' kind
+        (`base.log`)."""
+        disk = self._required_disk()
+        request = dataclasses.replace(request, log_path=str(disk.logs / f"base{self._suffix}.log"))
+        worker = self.launch()
+        try:
+            fragment = worker.ask("base", "base", TOKENS_TIMEOUT_S, request=codec.to_json(request))
+        finally:
+            worker.close()
+        if fragment.failure is not None:
+            if fragment.failure.kind == REFUSED:
+                raise RefusedError(
+                    f"the base {base_words(request.variant, request.workload)}: {fragment.failure.message}"
+                )
+            raise WorkerLostError(fragment.status, fragment.failure)
+        try:
+            summary = codec.from_json(BaseSummary, fragment.tokens.get("base"), "summary of a base")
+        except UsageError as error:
+            raise WorkerLostError("crashed", Failure(phase="base", kind="Garbled", message=str(error))) from None
+        self._held.enter_context(bases.in_use(Path(summary.path)))
+        return summary
+
+    def make_place(self, trial: str, log: str) -> Place:
+        """In a temporary folder of this executor; the log lies with the run from the start."""
+        return self._required_disk().make_place(trial, log)
+
+    def fetch(self, trial: str, name: str, folder: Path) -> Path:
+        """Moved: nothing else of the trial needs it. Where it does not fit, no part of it is left."""
+        return self._required_disk().fetch(trial, name, folder)
+
+    def clear_place(self, trial: str) -> None:
+        """Adapters and compile caches of a long run would fill the disk."""
+        self._required_disk().clear(trial)
+
+    def close(self) -> None:
+        """End the zygote; its children die with it."""
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
+        self._held.close()
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+
+    def _required_disk(self) -> Disk:
+        if self._disk is None:
+            raise InvalidRunError("the worker is not started. Call start() first.")
+        return self._disk
+
+    def _required_zygote(self) -> Zygote:
+        if self._zygote is None:
+            raise InvalidRunError("the worker is not started. Call start() first.")
+        return self._zygote
+
+
+def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
+    """What `lorameter.run.executors.open_executor` asks of its module."""
+    return LocalExecutor(host=host, label=label)

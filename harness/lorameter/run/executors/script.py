@@ -1,0 +1,200 @@
+"""Trials that are scripts: each is started as its command says, held before its first step, and let take its turns.
+
+There is no zygote: a script imports what it imports, and that is its own affair. The interpreter is the one that the
+command means where one stands, that of a side of an A/B, or that of the variant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.machine import provenance
+from lorameter.machine.provenance import Facts
+from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.record import Failure, Fragment
+from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
+from lorameter.run.executors.disk import Disk
+from lorameter.run.executors.here import Here
+from lorameter.run.executors.host import Host, describe, inspect
+from lorameter.run.executors.script_process import ScriptProcess
+from lorameter.run.executors.script_worker import ScriptWorker
+from lorameter.run.executors.workplace import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
+from lorameter.studies.request import BaseRequest, TrialRequest
+from lorameter.studies.script import OWN
+from lorameter.studies.workload import Workload
+
+TOKENS = TokenSummary(
+    path="",
+    hash=OWN,
+    data="what the scripts themselves read",
+    synthetic=False,
+    tokenizer_substituted=False,
+    train_sequences=0,
+    real_tokens=0,
+    padded_tokens=0,
+    records=0,
+)
+"""What is known of the tokens of scripts before they run."""
+
+
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Keeps the folder that one stands in off the path where the interpreter of a side is asked what it has. In front of a
+script's path is its own folder, as where it is started by hand."""
+
+
+def is_named(host: Host) -> bool:
+    """Whether a side names an interpreter, or requirements that became one, and no revision, which has its folder."""
+    return host != Host() and host.cwd is None
+
+
+def python_of(host: Host | None) -> str:
+    """What the word python means: the interpreter of a side, else the one on PATH, as it would where one stands; the
+    present one where that has no torch."""
+    if host is not None and is_named(host):
+        return host.python
+    found = shutil.which("python") or shutil.which("python3")
+    if found is None or Path(found).absolute() == Path(sys.executable).absolute():  # their links may meet
+        return sys.executable
+    try:
+        return found if inspect(Host(python=found), ["torch"])["origins"]["torch"] else sys.executable
+    except UsageError:  # it does not answer
+        return sys.executable
+
+
+class ScriptExecutor(Here):
+    """Implements `Executor`."""
+
+    def __init__(self, *, host: Host | None = None) -> None:
+        self._host = host
+        self._python: str | None = None
+        self._threads = 1
+        self._disk: Disk | None = None
+        self._snapshots: dict[Path, Path] = {}
+        self._homes: dict[str, Path] = {}
+        """The folder that a trial's process has to itself."""
+
+    def facts(self) -> Facts:
+        """Of the machine, and of the interpreter if that is not the present one. Raises `UsageError`."""
+        return provenance.read_facts(
+            self.machine(), None if self._interpreter == Host() else describe(self._interpreter)
+        )
+
+    def start(self, folder: Path, threads: int) -> None:
+        """Nothing is started before a trial is."""
+        self._threads = threads
+        self._disk = Disk(folder)
+
+    def hello(self) -> Hello:
+        """What is known without a worker; a script says itself what it computes on, when it has begun."""
+        machine = self.machine()
+        torch = provenance.library_version("torch")
+        if self._interpreter != Host():
+            torch = describe(self._interpreter)["libraries"].get("torch")
+        return Hello(
+            harness=provenance.harness_identity(),
+            pid=os.getpid(),
+            import_time_s=0.0,
+            device=machine.device,
+            torch=torch or "unknown",
+        )
+
+    def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
+        """Nothing: what is trained on is the script's."""
+        return TOKENS
+
+    def prepare_base(self, request: BaseRequest) -> BaseSummary:
+        """Scripts have none."""
+        message = "a script loads its model itself"
+        raise WorkerLostError("not_run", Failure(phase="base", kind="NotOfScripts", message=message))
+
+    def make_place(self, trial: str, log: str) -> Place:
+        """In a temporary folder of this executor; the log lies with the run from the start."""
+        return self._required_disk().make_place(trial, log)
+
+    def fetch(self, trial: str, name: str, folder: Path) -> Path:
+        """Moved: nothing else of the trial needs it."""
+        return self._required_disk().fetch(trial, name, folder)
+
+    def clear_place(self, trial: str) -> None:
+        """What the script wrote goes with its trial."""
+        self._required_disk().clear(trial)
+        if (home := self._homes.pop(trial, None)) is not None:
+            shutil.rmtree(home, ignore_errors=True)
+
+    def launch(self) -> Worker:
+        """A worker whose process is started when it is told which trial it is."""
+        return ScriptWorker(self._start_trial)
+
+    def cold_start(self, request: TrialRequest) -> Fragment:
+        """Scripts have none."""
+        message = "a script saves no adapter that could be loaded again"
+        raise WorkerLostError("not_run", Failure(phase="cold", kind="NotOfScripts", message=message))
+
+    def close(self) -> None:
+        """Remove all copies."""
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+
+    @property
+    def _interpreter(self) -> Host:
+        """Where the word python leads, with the paths of the side."""
+        if self._python is None:
+            self._python = python_of(self._host)
+        host = self._host or Host()
+        return Host(python=self._python, path=host.path, cwd=host.cwd, environment=host.environment)
+
+    def _snapshot(self, folder: Path) -> Path:
+        """The folder of a command as it was when it was first asked for. Raises `UsageError`."""
+        disk = self._required_disk()
+        if folder not in self._snapshots:
+            into = disk.scratch / f"snapshot-{len(self._snapshots)}"
+            self._snapshots[folder] = take_snapshot(folder, into)
+        return self._snapshots[folder]
+
+    def _start_trial(self, request: TrialRequest) -> ScriptProcess:
+        disk, variant, host = self._required_disk(), request.variant, self._interpreter
+        # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
+        # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
+        home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
+        origin = folder_of(variant, Path(host.cwd or Path.cwd()))
+        folder = copy_snapshot(self._snapshot(origin), home / "work")
+        turns = f"@lorameter-{secrets.token_hex(8)}"
+        side = host.python if self._host is not None and is_named(self._host) else ""
+        environment = {name: value for name, value in host.environment.items() if name != SAFE_PATH}
+        variables = variables_of(
+            variant,
+            dataclasses.replace(host, environment=environment).variables(os.environ),
+            scratch=home,
+            threads=self._threads,
+            port=_free_port(),
+            socket=turns,
+            side=side,
+        )
+        words = words_of(variant, host.python, variables, folder, origin=origin, side=side)
+        return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
+
+    def _required_disk(self) -> Disk:
+        if self._disk is None:
+            raise InvalidRunError("the executor is not started. Call start() first.")
+        return self._disk
+
+
+def _free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
+    """What `lorameter.run.executors.open_executor` asks of its module. No file of a script's is named by its side, so the
+    label is not needed."""
+    return ScriptExecutor(host=host)

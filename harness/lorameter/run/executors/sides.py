@@ -1,0 +1,345 @@
+"""The two sides of `lorameter ab`: one word names what differs, and becomes a host that trials can run in.
+
+Three things can be named: a revision of a repository, an interpreter, or requirements. What is measured must be what
+was named, so each kind ends with a proof: the file that an import *would* load lies in the worktree, or in the layer
+of the requirements; a side for which it does not (an import hook of an editable install can win over the path) is
+refused. A side that silently measured the other side's code would come out `equivalent`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from lorameter.errors import UsageError, impossible, redact
+from lorameter.machine.repository import run_git
+from lorameter.records import inputs
+from lorameter.records.scratch import PREFIX, is_abandoned, scratch_folder
+from lorameter.run.executors.environments import in_use, layered_environment, parse_requirements, site_packages
+from lorameter.run.executors.host import Host, inspect
+from kernels_check.visible import tell
+
+SideKind = Literal["revision", "interpreter", "requirements"]
+DECLARED: dict[SideKind, tuple[str, ...]] = {
+    "revision": ("git",),
+    "interpreter": ("python", "libraries", "cuda", "kernels"),
+    "requirements": ("libraries", "cuda", "kernels"),  # another torch may be built for another CUDA, with another cuDNN
+}
+OLDEST_PYTHON = (3, 11)
+"""As requires-python in pyproject.toml: the harness runs in the interpreter of either side."""
+NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes"}
+"""Modules that the worker imports, and the distributions that bring them."""
+NEEDED_ON_A_GPU = {"pynvml": "nvidia-ml-py"}
+OWN_PACKAGES = ("harness", "kernels_check")
+
+_PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
+_REMEDY = (
+    "Name a git revision (HEAD~1, v1.0, a commit), a Python executable (ENVIRONMENT/bin/python, python3.12) or "
+    'requirements ("peft==0.19.1 transformers>=5.17").'
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSide:
+    """One side of an A/B, ready to be measured."""
+
+    spec: str
+    """As the user wrote it, less what may be a credential: it goes into the record, as the label does."""
+    kind: SideKind
+    host: Host
+    label: str
+    """For tables and messages; a revision has its commit in it."""
+    declared: tuple[str, ...]
+    """Fields of the provenance in which this side is meant to differ from the other."""
+
+    def __post_init__(self) -> None:
+        for name in ("spec", "label"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
+
+
+@contextlib.contextmanager
+def open_side(
+    spec: str,
+    *,
+    repository: Path,
+    cache: Path,
+    report: Callable[[str], object] = tell,
+    kind: SideKind | None = None,
+) -> Iterator[OpenSide]:
+    """Make one side ready, and take down at the end what was put up for it.
+
+    Args:
+        spec: a revision, a Python executable, or requirements in one string.
+        repository: a folder in the repository whose revisions can be named.
+        cache: lorameter's cache directory, for the environments of requirements.
+        report: told, one line each, what takes long; standard error if left out, as output may be a document.
+        kind: what it names, where that was found out on another machine; an interpreter is then named by its path.
+
+    Raises:
+        UsageError: nothing goes by that name, it lacks a library that a trial needs, or it would not be what runs.
+    """
+
+    def tell_all(line: str) -> None:
+        report(redact(line))  # pip and git repeat the addresses that they were given
+
+    kind, full = (kind, spec) if kind else name_side(spec, repository)
+    with contextlib.ExitStack() as stack:
+        if kind == "revision":
+            yield _revision(spec, full, repository, stack, tell_all)
+        elif kind == "requirements":
+            if (requirements := parse_requirements(spec)) is None:
+                raise impossible("ab", "side", spec, "no requirements on this machine", _REMEDY)
+            yield _requirements(spec, requirements, cache, stack, tell_all)
+        else:
+            if not _is_executable_path(full):
+                raise impossible("ab", "side", spec, "no executable file of that path on this machine", _REMEDY)
+            yield _interpreter(spec, Path(full), stack)
+
+
+def check_side(spec: str, repository: Path) -> None:
+    """Raises `UsageError` for a side that cannot be measured, as far as that is seen without making it ready."""
+    kind, full = name_side(spec, repository)
+    if kind == "interpreter":
+        with contextlib.ExitStack() as stack:
+            _inspect_interpreter(spec, Path(full), stack)
+
+
+def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
+    """What a word names, and that in full: the path of an interpreter, a commit, or the requirements.
+
+    A path of an executable file goes before a revision, that before a Python found on PATH, and that before
+    requirements.
+
+    Raises:
+        UsageError: nothing goes by that name.
+    """
+    if not spec.strip() or "\0" in spec:
+        raise impossible("ab", "side", spec, "no word that anything goes by", _REMEDY)
+    if _is_executable_path(spec):
+        return "interpreter", str(Path(spec).absolute())
+    # No revision holds an address, and git need not see one, which may hold a credential.
+    commit, refusal = (None, "no revision holds '://'") if "://" in spec else _commit(spec, repository)
+    if commit is not None:
+        return "revision", commit
+    if _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
+        return "interpreter", str(Path(found).absolute())
+    if parse_requirements(spec):
+        return "requirements", spec
+    raise impossible("ab", "side", spec, _unknown(spec, repository, refusal), _REMEDY)
+
+
+def _is_executable_path(spec: str) -> bool:
+    return os.sep in spec and inputs.is_file(spec) and os.access(spec, os.X_OK)
+
+
+def _unknown(spec: str, repository: Path, refusal: str) -> str:
+    """Everything that was tried, for the message."""
+    if os.sep in spec and inputs.is_there(spec):
+        path = "it exists but is a folder" if inputs.is_folder(spec) else "the file is not executable"
+    else:
+        path = "no executable file of that path" if os.sep in spec else "no Python of that name on PATH"
+    return (
+        f"not an interpreter ({path}), not a revision of {repository} (git: {refusal}), and not requirements "
+        "(a name without a version counts only for a package that is installed: write NAME>=0 to mean another)"
+    )
+
+
+# --- a revision -------------------------------------------------------------------------------------------------------
+
+
+def _commit(spec: str, repository: Path) -> tuple[str | None, str]:
+    """The commit that a revision names; else None and git's reason."""
+    done = run_git(repository, "rev-parse", "--verify", "--end-of-options", f"{spec}^{{commit}}")
+    if done.returncode == 0:
+        return done.stdout.strip(), ""
+    return None, (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("fatal: ")
+
+
+def _revision(
+    spec: str, commit: str, repository: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
+) -> OpenSide:
+    tree = stack.enter_context(_worktree(commit, repository))
+    top = Path(run_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
+    roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
+    path = [str(folder) for folder in roots]
+    if not (tree / "harness" / "__init__.py").is_file():
+        path.append(_own_packages(stack))
+    host = Host(path=tuple(path), cwd=str(tree))
+    modules = {name: folder for folder in reversed(roots) for name in _modules(folder)}
+    if not modules:
+        why = "it has no Python package at its top or in src, so nothing of it would be measured"
+        raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
+    report(f"compiling the modules of {spec}")
+    _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
+    origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES])["origins"]
+    _prove(spec, {name: origins[name] for name in modules}, tree)
+    _prove_apart(spec, {name: origins[name] for name in (*NEEDED, *OWN_PACKAGES)}, top, tree)
+    short = commit[:9]
+    label = spec if short.startswith(spec) or commit.startswith(spec) else f"{spec} ({short})"
+    return OpenSide(spec=spec, kind="revision", host=host, label=label, declared=DECLARED["revision"])
+
+
+@contextlib.contextmanager
+def _worktree(commit: str, repository: Path) -> Iterator[Path]:
+    """A checkout of a commit in a folder of its own. No hook of the repository runs; submodules stay empty."""
+    _remove_abandoned(repository)
+    with scratch_folder() as folder:
+        tree = folder / commit[:12]
+        quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
+        try:
+            done = run_git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+            if done.returncode:
+                why = f"git could not check it out: {done.stderr.strip()}"
+                raise impossible("ab", "side", commit, why, "Check free disk space and `git worktree list`.")
+            yield tree
+        finally:
+            # Twice: of one that was killed while it was being made git thinks that it is still in use.
+            run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
+
+
+def _remove_abandoned(repository: Path) -> None:
+    """Take down the worktrees of A/Bs that were killed; those of others, and of A/Bs under way, stay."""
+    listed = run_git(repository, "worktree", "list", "--porcelain", "-z").stdout.split("\0")
+    for tree in (Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")):
+        folder = tree.parent
+        if folder.name.startswith(PREFIX) and (not folder.exists() or is_abandoned(folder)):
+            run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _roots(repository: Path, top: Path) -> list[Path]:
+    """Where packages can lie, relative to the top: there, in src, where one stands, and where editable installs point.
+
+    The last are the folders of the repository that are on the present path.
+    """
+    stood_in = repository.relative_to(top) if repository.is_relative_to(top) else Path()
+    usual = [Path(), Path("src"), stood_in, stood_in / "src"]
+    installed = [Path(entry).resolve() for entry in sys.path if entry]
+    return list(dict.fromkeys([*usual, *(entry.relative_to(top) for entry in installed if entry.is_relative_to(top))]))
+
+
+def _prove_apart(spec: str, origins: Mapping[str, str | None], top: Path, tree: Path) -> None:
+    """Nothing that a trial is made of would come from the working tree instead of the revision."""
+    installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
+    for name, origin in origins.items():
+        found = Path(origin or "").resolve()
+        if origin is None or found.is_relative_to(tree) or not found.is_relative_to(top):
+            continue
+        if not any(found.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
+            why = f"the revision has no {name} where the present installation points, and an import loads {origin}"
+            raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
+
+
+# --- an interpreter ---------------------------------------------------------------------------------------------------
+
+
+def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> OpenSide:
+    """Another Python, given the present harness; what else it has is its own."""
+    host = _inspect_interpreter(spec, python, stack)
+    _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
+    return OpenSide(spec=spec, kind="interpreter", host=host, label=spec, declared=DECLARED["interpreter"])
+
+
+def _inspect_interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> Host:
+    """A host of this interpreter. Raises `UsageError` where it is too old or lacks what a trial needs.
+
+    PYTHONSAFEPATH keeps the current folder off its path: its own packages are what is compared.
+    """
+    safe = {"PYTHONSAFEPATH": "1"}
+    facts = inspect(Host(python=str(python), environment=safe))
+    version = tuple(int(part) for part in facts["python"].split(".")[:2])
+    if version < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        why = f"it is Python {facts['python']}, and the harness needs {needed}"
+        raise impossible("ab", "side", spec, why, "Name a newer interpreter.")
+    # What it calls itself: a launcher in front of it (pyenv's) would be part of every cold start.
+    host = Host(python=facts["executable"], path=(_own_packages(stack),), environment=safe)
+    needed_modules = NEEDED | (NEEDED_ON_A_GPU if Path("/dev/nvidiactl").exists() else {})
+    origins = inspect(host, [*needed_modules])["origins"]
+    if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
+        why = f"Python {facts['python']} without {', '.join(missing)}"
+        raise impossible("ab", "side", spec, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
+    return host
+
+
+def _own_packages(stack: contextlib.ExitStack) -> str:
+    """A folder that holds the present harness and nothing else of the present environment."""
+    folder = stack.enter_context(scratch_folder()) / "packages"
+    folder.mkdir()
+    for package in OWN_PACKAGES:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise UsageError(f"ab: the package {package} is not importable. Reinstall lorameter.")
+        (folder / package).symlink_to(Path(found.origin).resolve().parent)
+    return str(folder)
+
+
+# --- requirements -----------------------------------------------------------------------------------------------------
+
+
+def _requirements(
+    spec: str, requirements: tuple[str, ...], cache: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
+) -> OpenSide:
+    python = layered_environment(requirements, cache, report=report)
+    stack.enter_context(in_use(python))
+    host = Host(python=str(python), environment={"PYTHONSAFEPATH": "1"})
+    layer = site_packages(python)
+    names = _modules(layer)
+    facts = inspect(host, [*names, *OWN_PACKAGES])
+    if any(facts["origins"][package] is None for package in OWN_PACKAGES):  # run from a checkout, not installed
+        host = replace(host, path=(_own_packages(stack),))
+    _prove(spec, inspect(host, names)["origins"], layer)  # of the host as it is now
+    _prove_versions(spec, requirements, facts["packages"])
+    label = " ".join(requirements)
+    return OpenSide(spec=spec, kind="requirements", host=host, label=label, declared=DECLARED["requirements"])
+
+
+def _prove_versions(spec: str, requirements: tuple[str, ...], packages: dict[str, str]) -> None:
+    """What was asked for is what the interpreter sees."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    for each in map(Requirement, requirements):
+        found = packages.get(canonicalize_name(each.name), "").split(" ")[0]
+        if not found or not each.specifier.contains(found, prereleases=True):
+            why = f"{each} was installed, and the interpreter sees {each.name} {found or 'nowhere'}"
+            raise impossible("ab", "side", spec, why, "Take what is in front of it off PYTHONPATH.")
+
+
+# --- what all kinds share ---------------------------------------------------------------------------------------------
+
+
+def _modules(folder: Path) -> list[str]:
+    """Top-level modules and packages in a folder, those left out that only a build or a test would import."""
+    names = [path.parent.name for path in folder.glob("*/__init__.py")]
+    names += [path.stem for path in folder.glob("*.py")]
+    skipped = {"setup", "conftest", "tests", "test", "docs", "noxfile", *sys.stdlib_module_names}
+    return sorted(name for name in {*names} if name.isidentifier() and name not in skipped)
+
+
+def _compile(host: Host, folders: list[str]) -> None:
+    """Write bytecode once: the first process to import a fresh checkout would else pay for it, on one side only."""
+    command = [host.python, "-c", Path(__file__).with_name("bytecode.py").read_text(encoding="utf-8"), *folders]
+    none = subprocess.DEVNULL  # what it says, nobody reads
+    subprocess.run(command, env=host.variables(os.environ), stdin=none, stdout=none, stderr=none, check=False)
+
+
+def _prove(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
+    """Each module of a side would be imported from `root`."""
+    for name, origin in origins.items():
+        if origin is None or not Path(origin).resolve().is_relative_to(root.resolve()):
+            why = f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead"
+            remedy = (
+                f"An import hook or .pth file of the present environment goes first: uninstall the editable install "
+                f"that provides {name}, or give each side an interpreter of its own."
+            )
+            raise impossible("ab", "side", spec, why, remedy)

@@ -1,0 +1,344 @@
+"""What cannot work is refused before any model is loaded; what merely surprises becomes a notice.
+
+`Variant` and `Workload` refuse what no machine could run. Here the model's shape and the machine come in: widths that
+this CPU's 4-bit kernels do not take, attention that this device does not have, more tokens than the model's context.
+Nothing is refused on a guess: where a model's layers are not known, what would follow from them is a notice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lorameter.errors import UsageError, shorten
+from lorameter.machine.provenance import Machine
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes, unknown_targets
+from lorameter.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, peak_range
+from lorameter.models.costs.peaks import stated_peak
+from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
+from lorameter.records.record import Notice
+from lorameter.records.units import format_bytes
+from lorameter.run.contenders import Contender, contenders_of, workloads_of
+from lorameter.run.executors.workplace import shared_notices
+from lorameter.run.several_adapters import check_adapters
+from lorameter.run.several_ranks import check_ranks, rank_notices
+from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.trial.data.records import look_into
+
+NOT_HERE = "needs-gpu"
+"""Code of the notice of a plan that is only shown: its engine needs another device than there is."""
+NF4_BLOCK = 64
+"""Elements per quantisation block, bitsandbytes' default."""
+
+
+def check_feasible(
+    study: Study,
+    machine: Machine,
+    contenders: Sequence[Contender] = (),
+    *,
+    free_bytes: int | None = None,
+    phases: Sequence[str] = (),
+    shown_only: bool = False,
+) -> tuple[Notice, ...]:
+    """Refuse a study that this model or machine cannot run.
+
+    Args:
+        study: what is to be measured.
+        machine: where.
+        contenders: those selected; all if left out.
+        free_bytes: memory that is free there now; None where it is not known.
+        phases: what is measured of them; the study's if left out.
+        shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
+
+    Returns:
+        Notices for what runs but should be known.
+
+    Raises:
+        UsageError: naming study, variant, key, value and remedy.
+    """
+    elsewhere = _check_engine(study, machine, shown_only)
+    if study.of_scripts:
+        _check_requirements(study)
+        commands = {one.variant.id: one.variant for one in contenders or contenders_of(study)}
+        return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
+    contenders = contenders or contenders_of(study)
+    sources = {one.model: catalogue.resolve(one.model) for one in workloads_of(study, contenders)}
+    shape_of = {model: shapes.shape(source) for model, source in sources.items()}
+    for workload in workloads_of(study, contenders):
+        _check_lengths(study.name, workload, shape_of[workload.model])
+    look_into(study.workload)
+    _check_requirements(study)
+    if elsewhere:
+        return elsewhere
+    unknown = {model: said for model, shape in shape_of.items() if (said := unknown_layers(shape))}
+    notices: list[Notice] = []
+    measured = phases or study.protocol.phases
+    answers = "generate" in measured or "cold" in measured
+    for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
+        where = f"study {study.name}, variant {variant.name!r}"
+        shape = shape_of[workload.model]
+        _check_attention(where, variant, machine)
+        _check_liger(where, variant, machine)
+        check_ranks(where, variant, workload, machine, here=study.protocol.place.is_plain)
+        notices += rank_notices(variant, workload)
+        check_adapters(where, variant, workload)
+        if variant.tf32 and machine.device == "cpu":
+            raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
+        notices += type_notices(variant, machine)
+        notices += _paged_notices(variant, machine, shape)
+        if workload.model in unknown:
+            continue
+        check_widths(where, variant, shape, machine)
+        notices += _target_notices(where, variant, workload.model, shape)
+        notices += _rank_notices(variant, shape)
+        if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
+            continue
+        expected = estimate_peak(
+            variant,
+            workload,
+            shape,
+            answers=answers,
+            device=machine.device,
+            repacks=machine.avx512_bf16,
+            process_bytes=birth_bytes(machine.cuda),
+        )
+        _check_memory(where, expected, machine)
+        notices += memory_notices(variant, expected, machine, free_bytes)
+    notices += [layers_notice(model, said) for model, said in unknown.items()]
+    notices += _natural_notices(workloads_of(study, contenders)) if "generate" in measured else ()
+    notices += [
+        Notice(
+            code="random-weights",
+            message=f"{model} has random weights: time and memory are those of the architecture, losses say only that "
+            "training works.",
+            remedy="Use --lorameter-model (pytest) or --model with a pretrained model to judge losses.",
+        )
+        for model, source in sources.items()
+        if source.random
+    ]
+    return tuple(notices)
+
+
+def _natural_notices(workloads: Sequence[Workload]) -> Iterator[Notice]:
+    """That answers to the model's own end are of one prompt, where other requests are of several."""
+    batches = sorted({one.request_batch for one in workloads if one.natural_tokens and one.request_batch > 1})
+    if batches:
+        yield Notice(
+            code="natural-alone",
+            message=f"requests that the model ends itself are of one prompt each, beside those of request_batch = "
+            f"{' and '.join(map(str, batches))}: answers that end at lengths of their own would be padded.",
+            remedy="Read their times as those of one prompt, or write natural_tokens = 0 to leave them out.",
+        )
+
+
+def _check_engine(study: Study, machine: Machine, shown_only: bool) -> tuple[Notice, ...]:
+    """Refuses a study of an engine that needs another device; where the plan is only shown, a notice says so."""
+    obstacle = "" if study.engine is None else study.engine.obstacle(machine.device)
+    if obstacle and not shown_only:
+        raise UsageError(f"study {study.name}: {obstacle}.")
+    remedy = f"lorameter run {study.name} there; nothing of this plan would be measured here."
+    return (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()
+
+
+def layers_notice(model: str, unknown: str) -> Notice:
+    """What to know of a model of whose memory and operations nothing can be said; `unknown` is the reason."""
+    return Notice(
+        code="layers-unknown",
+        message=f"{model}: parameters, FLOPs, memory and what a token reads are unknown before they are measured: "
+        f"{unknown}.",
+        remedy="Start with a small batch_size, since nobody can say whether it fits.",
+    )
+
+
+def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
+    for key, length in (
+        ("sequence_length", workload.sequence_length),
+        ("prompt_tokens + new_tokens", workload.prompt_tokens + workload.new_tokens),
+        ("natural_prompt_tokens + natural_tokens", workload.natural_prompt_tokens + workload.natural_tokens),
+    ):
+        if length > shape.context:
+            raise UsageError(
+                f"study {study}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
+                f"{shape.context} tokens. Use {shape.context} or fewer."
+            )
+
+
+def _check_requirements(study: Study) -> None:
+    """What kernels_check would refuse in every trial, or never tells."""
+    from kernels_check.judges.paths import PATHS, validate
+
+    try:
+        validate(study.requirements)
+    except ValueError as error:
+        raise UsageError(
+            f"study {study.name}, [requirements]: {shorten(str(error), 1000)}. Write a known path in quotes."
+        ) from None
+    for path in study.engine.proof if study.engine is not None else ():
+        if path not in PATHS:
+            raise UsageError(
+                f"study {study.name}, [engine.proof]: {shorten(path, 60)}: no path of kernels_check, so nothing would "
+                f"prove that the engine runs. Known: {', '.join(PATHS)}."
+            )
+
+
+def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
+    """That a card which is listed multiplies no bfloat16 (before Ampere), and a variant asks for it."""
+    asked = {variant.dtype, variant.autocast} | ({variant.compute_dtype} if variant.is_4bit else set())
+    listed = machine.device == "cuda" and stated_peak(machine.device_name, "float16") is not None
+    if listed and "bfloat16" in asked and stated_peak(machine.device_name, "bfloat16") is None:
+        yield Notice(
+            code="no-bfloat16",
+            message=f"{variant.name}: bfloat16 on a {machine.device_name}, which has no products of that type: what "
+            "fits there is slow.",
+            remedy='Write "float16" in its place, in dtype, compute_dtype and autocast.',
+        )
+
+
+def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:
+    """What to know of a variant that may not fit into this machine, or not into the bytes that are free there now."""
+    has, (_, high) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
+    about = f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, or up to {format_bytes(high)}"
+    if has is not None and high > has:
+        yield Notice(
+            code="memory-short",
+            message=f"{about}, and this machine has {format_bytes(has)}.",
+            remedy=_less_memory(expected),
+        )
+    elif free is not None and high > free:
+        yield Notice(
+            code="memory-taken",
+            message=f"{about}, and only {format_bytes(free)} are free now: others hold the rest.",
+            remedy="End them (`lorameter doctor` names those on the card), or measure where that much is free.",
+        )
+
+
+def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> None:
+    has, (low, _) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
+    if has is not None and low > has:
+        raise UsageError(
+            f"{where}: needs about {format_bytes(expected.needed_bytes)} and this machine has {format_bytes(has)}. "
+            f"{_less_memory(expected)} `lorameter estimate` shows what takes it."
+        )
+
+
+def _memory(machine: Machine) -> int | None:
+    """What the device that measures has in all."""
+    return machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
+
+
+def _less_memory(expected: MemoryEstimate) -> str:
+    """What would take less, where it is most."""
+    if expected.phase == "generate":
+        return 'Use a smaller request_batch, fewer prompt_tokens, quantization = "nf4", or a smaller model.'
+    return 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
+
+
+def _check_attention(where: str, variant: Variant, machine: Machine) -> None:
+    if machine.device == "cpu" and variant.attention in ("flash_attention_2", "flex_attention"):
+        why = {
+            "flash_attention_2": "the flash-attn package needs a CUDA device",
+            "flex_attention": "flex attention has no backward pass on a CPU",
+        }[variant.attention]
+        raise UsageError(
+            f"{where}: attention = {variant.attention!r}: {why}, and this machine measures on the CPU. "
+            'Use attention = "sdpa", whose flash kernel runs here.'
+        )
+    if variant.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UsageError(
+            f"{where}: attention = 'flash_attention_2': the package flash-attn is not installed. "
+            'Run pip install "lorameter[flash-attn]", or use attention = "sdpa".'
+        )
+
+
+def _check_liger(where: str, variant: Variant, machine: Machine) -> None:
+    if variant.liger_kernel and machine.device == "cpu":
+        raise UsageError(
+            f"{where}: liger_kernel = True: its kernels are Triton's, which need a GPU, and this machine measures on "
+            "the CPU. Leave it out here."
+        )
+    if variant.liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UsageError(
+            f"{where}: liger_kernel = True: the package liger-kernel is not installed. Run pip install liger-kernel."
+        )
+
+
+def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
+    """Raises `UsageError` for 4-bit layers of a width that bitsandbytes cannot run on this CPU."""
+    if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
+        return
+    taken = {layer.inputs for layer in linear_layers(shape).values()}
+    for name, width in _input_widths(shape):
+        if width in taken and width % NF4_BLOCK:
+            raise UsageError(
+                f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
+                "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
+                f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".'
+            )
+
+
+def _input_widths(shape: ModelShape) -> Iterator[tuple[str, int]]:
+    yield "hidden_size", shape.hidden_size
+    yield "intermediate_size", shape.intermediate_size
+    yield "heads × head_dim", shape.heads * shape.head_dim
+
+
+def _target_notices(where: str, variant: Variant, model: str, shape: ModelShape) -> Iterator[Notice]:
+    """That some target modules are none of the model's. Raises `UsageError` where all are: PEFT would refuse them."""
+    missing, layers = unknown_targets(variant, shape), ", ".join(linear_layers(shape))
+    if missing and len(missing) == len(variant.target_modules):
+        raise UsageError(
+            f"{where}: target_modules = {list(missing)}: the model {model} has no such module. Its linear layers are "
+            f"{layers}."
+        )
+    if missing:
+        yield Notice(
+            code="target-unknown",
+            message=f"{variant.name}: target_modules: the model {model} has no module {', '.join(missing)}; only the "
+            "others get an adapter.",
+            remedy=f"Check the names: its linear layers are {layers}.",
+        )
+
+
+def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
+    narrowest = min(min(layer.inputs, layer.outputs) for layer in linear_layers(shape).values())
+    if variant.r > narrowest:
+        yield Notice(
+            code="rank-above-width",
+            message=f"{variant.name}: r = {variant.r} is above the width of the narrowest layer, {narrowest}: the "
+            "update is no longer low-rank there.",
+            remedy=f"Use r ≤ {narrowest}, or read the result as that of a full-rank update with extra cost.",
+        )
+
+
+def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Iterator[Notice]:
+    if not variant.optimizer.startswith("paged"):
+        return
+    known = unknown_layers(shape) is None
+    if known and not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
+        yield Notice(
+            code="nothing-to-page",
+            message=f"{variant.name}: {variant.optimizer} pages nothing: each of its tensors has fewer than "
+            f"{PAGED_FROM_ELEMENTS} elements, which bitsandbytes keeps on the device.",
+            remedy="Read its memory as that of an optimizer that is not paged, or raise r.",
+        )
+    elif machine.device == "cpu":
+        yield Notice(
+            code="paged-on-cpu",
+            message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "
+            "study allows the fallback.",
+            remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
+        )
+    else:
+        tensors = len(adapter_tensors(variant, shape)) if known else None
+        yield Notice(
+            code="paged-on-card",
+            message=f"{variant.name}: {variant.optimizer} waits for the device after each of its "
+            f"{'tensors' if tensors is None else f'{tensors} tensors'}, in every step, and its paged state lies in "
+            "managed memory, which no figure of the allocator holds.",
+            remedy="Lay no more of its step time to paging than a run with adamw_fused leaves, and add "
+            "`paged_optimizer_state_bytes` to its peaks.",
+        )

@@ -1,0 +1,312 @@
+"""What a plan will take: time, memory and disk, before it runs. Each says what it rests on.
+
+Time comes from an earlier run of the same study on the same machine where there is one. Without one, a CPU's is
+estimated from its own matrix speed, measured for a moment; a GPU's is not guessed. Memory is that of an earlier run, or
+counted (`lorameter.models.costs.memory`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorameter.errors import LorameterError
+from lorameter.machine.provenance import Machine, library_version
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.lora import adapter_parameters
+from lorameter.models.costs.memory import (
+    CUDA_CONTEXT_BYTES,
+    birth_bytes,
+    estimate_peak,
+    mapped_bytes,
+    passing_bytes,
+)
+from lorameter.models.shapes import ModelShape, linear_widths, unknown_layers
+from lorameter.records import codec, store
+from lorameter.records.durations import measuring_time_s
+from lorameter.records.metrics import BIRTH
+from lorameter.records.units import format_duration
+from lorameter.run.plan import Group, Plan
+from lorameter.run.several_ranks import processes_on_device
+from lorameter.studies.request import BaseKey, base_key
+from lorameter.studies.script import OWN
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+PROCESS_START_S = 6.0
+"""A new interpreter with these imports, measured on two cores."""
+CHECK_S = 1.0
+"""Fork, build and check of a small model, measured on two cores; the check's own steps come on top."""
+CHECK_STEPS = 6
+"""Steps that the first step, the check and the held-out losses are worth."""
+RUNS_LOOKED_AT = 20
+"""Runs that are searched for measured peaks."""
+OF_SCRIPTS = "it is the scripts' own"
+LAYER_OVERHEAD_S = 3e-3
+"""Python and dispatch for one layer's forward and backward on a CPU, measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Expected cost of a plan; each is None where it would be a guess. `basis` says what the time rests on."""
+
+    time_s: float | None
+    basis: str
+    memory_bytes: int | None
+    disk_bytes: int | None
+    unknown: str | None = None
+    """Why memory or disk are not known."""
+
+
+def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
+    """Expected wall time, memory of what is live together at most (with its processes) and disk of a run."""
+    if plan.study.of_scripts:
+        earlier = _earlier_run_s(plan, machine, runs)
+        seconds = None if earlier is None else earlier[0] * plan.study.protocol.replicates
+        basis = "no earlier run of these scripts" if earlier is None else f"replicates of run {earlier[1]}"
+        seconds, basis = _within_limit(plan, seconds, basis)
+        return Forecast(time_s=seconds, basis=basis, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
+    shape_of = {one: shapes.shape(catalogue.resolve(one.model)) for one in plan.workloads}
+    unknown = next(filter(None, map(unknown_layers, shape_of.values())), None)
+    needs: dict[str, int | None] = {}
+    for one in plan.workloads:
+        needs |= needed_bytes([who.variant for who in plan.contenders if who.workload == one], one, machine, runs)
+    memory = most_of(_group_bytes(group, needs, machine) for group in plan.groups)
+    disk = None
+    if unknown is None:
+        tokens = sum(4 * 8 * one.sequence_length * (one.train_sequences + one.held_out_sequences) for one in shape_of)
+        adapters = [
+            adapter_parameters(contender.variant, shape_of[contender.workload]) for contender in plan.contenders
+        ]
+        disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
+    time_s, basis = _within_limit(plan, *_time(plan, machine, shape_of, runs))
+    return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
+
+
+def _within_limit(plan: Plan, time_s: float | None, basis: str) -> tuple[float | None, str]:
+    """What a run is expected to take where its minutes are limited: no more than these."""
+    minutes = plan.study.protocol.max_minutes
+    if minutes is None or (time_s is not None and time_s <= 60 * minutes):
+        return time_s, basis
+    whole = "" if time_s is None else f"; all that is planned would take {format_duration(time_s)}, by {basis}"
+    return 60 * minutes, f"the limit of {minutes:g} minutes{whole}"
+
+
+def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine) -> int | None:
+    """What is live together: each process counts with the largest of its trials, and once what they have once."""
+    total = total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+    first = [launch[0] for launch in group.launches]
+    return total and total - _had_once([(slot.variant, slot.workload) for slot in first], machine)
+
+
+def _had_once(processes: Sequence[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes by which the peaks of these processes add up to more than they take together on a CPU."""
+    return (_mapped_again(processes, machine) + _given_back(processes, machine)) if machine.device == "cpu" else 0
+
+
+def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes in the peak of each that only those hold which compute, no more than there are CPUs: logits."""
+    found = []
+    for variant, workload in processes:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        found.append(0 if unknown_layers(shape) else passing_bytes(variant, workload, shape))
+    return sum(sorted(found)[: -machine.cpus])
+
+
+def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes that these processes, each counted for itself, have in common: the base, which is mapped from one file. One
+    that the adapter's initialisation or the training of its biases rewrites is each process's own."""
+    seen: set[BaseKey] = set()
+    again = 0
+    for variant, workload in processes:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        if variant.rewrites_base or variant.bias != "none" or unknown_layers(shape):
+            continue
+        key = base_key(variant, workload)
+        again += mapped_bytes(variant, shape) if key in seen else 0
+        seen.add(key)
+    return again
+
+
+def most_of(sizes: Iterable[int | None]) -> int | None:
+    """The largest; None where one is not known."""
+    known = _known(sizes)
+    return None if known is None else max(known)
+
+
+def total_of(sizes: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    known = _known(sizes)
+    return None if known is None else sum(known)
+
+
+def _known(sizes: Iterable[int | None]) -> list[int] | None:
+    every = list(sizes)
+    known = [size for size in every if size is not None]
+    return known if len(known) == len(every) else None
+
+
+def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int | None:
+    """Expected memory of one live process for each member, with what they have once counted once; None where that of
+    one is not known."""
+    needs = needed_bytes(members, workload, machine, runs)
+    total = total_of(needs[variant.name] for variant in members)
+    if total is None or workload.model == OWN:
+        return total
+    return total - _had_once([(variant, workload) for variant in members], machine)
+
+
+def needed_bytes(
+    variants: Iterable[Variant], workload: Workload, machine: Machine, runs: Path | None
+) -> dict[str, int | None]:
+    """Expected memory of a trial's processes on a device, of each variant by name: the peak of an earlier run where
+    there is one, else the estimate, None where the model's layers are not known; on a GPU device memory."""
+    if workload.model == OWN:
+        return {variant.name: _measured_script(variant, workload, machine, runs) for variant in variants}
+    source = catalogue.resolve(workload.model)
+    shape, device = shapes.shape(source), machine.device
+    kind, extra = _kind_of_peak(device)
+    measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
+    processes, birth = processes_on_device(workload, device), birth_bytes(machine.cuda)
+
+    def need(variant: Variant) -> int | None:
+        peak, expected = measured.get(variant.id), None
+        if not unknown_layers(shape):
+            expected = estimate_peak(
+                variant, workload, shape, device=device, repacks=machine.avx512_bf16, process_bytes=birth
+            )
+        if peak:  # of training, and requests may take more
+            requests = expected.needed_bytes if expected is not None and expected.phase == "generate" else 0
+            return processes * max(peak + extra, requests)
+        return None if expected is None else processes * expected.needed_bytes
+
+    return {variant.name: need(variant) for variant in variants}
+
+
+def _measured_script(variant: Variant, workload: Workload, machine: Machine, runs: Path | None) -> int | None:
+    """What an earlier run of the same command took; None without one."""
+    kind, extra = _kind_of_peak(machine.device)
+    peaks = {} if runs is None else measured_peaks(workload, machine, runs, kind)
+    peak = peaks.get(variant.id)
+    return None if peak is None else peak + extra
+
+
+def _kind_of_peak(device: str) -> tuple[str, int]:
+    """The name of the peak that says what a process took, and what it took beside it."""
+    if device == "cuda":
+        return "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
+    return "host_peak_train_bytes", 0
+
+
+def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:
+    """Largest peak of each variant, by its id, measured on this workload in the latest runs on this machine; `kind` is
+    the name under which records hold it."""
+    peaks, wanted = dict[str, int](), codec.to_json(workload)
+    for path in store.list_runs(runs)[-RUNS_LOOKED_AT:]:
+        try:
+            run = store.read_run(str(path), runs)
+        except LorameterError:
+            continue
+        manifest = run.manifest
+        if manifest.provenance.get("device_name") != machine.device_name:
+            continue
+        for record in run.records:
+            measured_on = manifest.own_workloads.get(record.name, manifest.study.get("workload"))
+            if kind in record.memory and measured_on == wanted:
+                peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
+    return peaks
+
+
+def process_bytes(machine: Machine, runs: Path) -> int:
+    """What a trial's process begins with: as in the latest run on this machine with these libraries, else the constant
+    of what torch is built for."""
+    measured = _measured_process(machine, runs)
+    return birth_bytes(machine.cuda) if measured is None else measured
+
+
+def _measured_process(machine: Machine, runs: Path) -> int | None:
+    libraries = {name: library_version(name) for name in ("torch", "transformers")}
+    for path in reversed(store.list_runs(runs)[-RUNS_LOOKED_AT:]):
+        try:
+            run = store.read_run(str(path), runs)
+        except LorameterError:
+            continue
+        found = run.manifest.provenance
+        there = found.get("libraries") or {}
+        if found.get("device_name") == machine.device_name and libraries.items() <= there.items():
+            births = [record.memory[BIRTH] for record in run.records if BIRTH in record.memory]
+            if births:
+                return max(births)
+    return None
+
+
+def _time(
+    plan: Plan, machine: Machine, shape_of: Mapping[Workload, ModelShape], runs: Path
+) -> tuple[float | None, str]:
+    earlier = _earlier_run_s(plan, machine, runs)
+    if earlier is not None:
+        seconds, run = earlier
+        return PROCESS_START_S + seconds * plan.study.protocol.replicates, f"replicates of run {run}"
+    if machine.device != "cpu":
+        return None, "no earlier run of this study on this device"
+    if unknown := next(filter(None, map(unknown_layers, shape_of.values())), None):
+        return None, unknown
+    protocol, rate = plan.study.protocol, _matrix_rate()
+    costs = {workload: _step_and_token_s(workload, shape, rate) for workload, shape in shape_of.items()}
+    requests = 1 + protocol.generate_warmup + protocol.generate_requests
+    seconds = PROCESS_START_S
+    for slot in plan.slots:
+        new_tokens, (step, token) = slot.workload.new_tokens, costs[slot.workload]
+        timed = protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
+        steps = CHECK_STEPS + (timed if "steps" in slot.measures else protocol.warmup_steps_min)
+        requests_each = 3 if slot.workload.adapters > 1 else 1  # of one adapter, after a switch, mixed
+        served = requests_each * requests * sum(measure in slot.measures for measure in ("requests", "merged"))
+        cold = (PROCESS_START_S + new_tokens * token) * ("cold" in slot.measures)
+        seconds += CHECK_S + steps * step + served * new_tokens * token + cold
+    return seconds, "a rule of thumb from this CPU's matrix speed; expect a factor of 2"
+
+
+def _step_and_token_s(workload: Workload, shape: ModelShape, rate: float) -> tuple[float, float]:
+    """A training step, and a generated token of each prompt of a request, on a CPU of so many operations a second."""
+    weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+    weights += shape.vocab_size * shape.hidden_size
+    tokens = workload.batch_size * workload.sequence_length
+    step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
+    return step, 2 * weights * workload.request_batch / rate + shape.layers * LAYER_OVERHEAD_S / 3
+
+
+def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:
+    """Seconds a replicate in the latest run of the same study, level and phases on the same machine."""
+    for path in reversed(store.list_runs(runs)):
+        with contextlib.suppress(LorameterError):
+            manifest = store.read_manifest(path)  # a run of another study is not read for nothing
+            same = (
+                manifest.provenance.get("device_name") == machine.device_name
+                and manifest.study == codec.to_json(plan.study)
+                and manifest.own_workloads == codec.to_json(plan.own_workloads)
+                and manifest.interleaving == plan.interleaving
+                and manifest.phases == plan.phases
+                and manifest.status == "complete"
+            )
+            records = store.read_run(str(path), runs).records if same else ()
+            if replicates := {record.replicate for record in records}:
+                return measuring_time_s(records) / len(replicates), path.name
+    return None
+
+
+def _matrix_rate() -> float:
+    """Floating-point operations a second of a 512³ float32 product on one thread of this CPU, best of five."""
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    left = np.ones((512, 512), dtype=np.float32)
+    with threadpool_limits(1):
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            left @ left
+            times.append(time.perf_counter() - begin)
+    return float(2 * 512**3 / min(times))

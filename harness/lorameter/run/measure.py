@@ -1,0 +1,340 @@
+"""From a study to a run on disk: what the command line and the pytest plugin both call.
+
+The order is that of cost: everything that can be refused is refused first, then the worker starts, then tokens are
+prepared, and only then is anything measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorameter.errors import InvalidRunError
+from lorameter.machine import provenance
+from lorameter.machine.provenance import Facts, Machine
+from lorameter.records import codec, store
+from lorameter.records.beside import append as append_beside
+from lorameter.records.metrics import PHASES
+from lorameter.records.preparation import Hello
+from lorameter.records.record import Notice, Side
+from lorameter.records.refusals import say_refused
+from lorameter.records.scratch import leaving_nothing
+from lorameter.records.store import Manifest, Run, RunWriter
+from lorameter.run.budget import Budget, TooShortError
+from lorameter.run.contenders import contenders_of, variants_of, workloads_of
+from lorameter.run.display import Display, Shielded
+from lorameter.run.executors import SCRIPTS, Executor, open_executor
+from lorameter.run.executors.disk import redact_logs
+from lorameter.run.executors.host import Host
+from lorameter.run.feasibility import check_feasible
+from lorameter.run.forecast import together_bytes, total_of
+from lorameter.run.levels import choose_level
+from lorameter.run.manifest import describe_sites, describe_tokens
+from lorameter.run.plan import Plan, make_plan
+from lorameter.run.ready import get_ready
+from lorameter.run.rehearsal import REHEARSED, rehearse
+from lorameter.run.resume import continue_manifest, is_finished, mend_manifest
+from lorameter.run.runner import Measured, find_unsettled, keep_records, run_plan
+from lorameter.run.sites.beside import measure_beside
+from lorameter.run.sites.joining import Joining, prepare_late
+from lorameter.run.sites.local import LocalStation, check_all, open_station
+from lorameter.run.sites.remote import RemoteStation
+from lorameter.run.sites.spread import run_spread
+from lorameter.run.sites.station import Station
+from lorameter.run.sites.together import prepare_all
+from lorameter.run.sites.venue import Venue
+from lorameter.run.stopping import Stopping
+from lorameter.run.stops import Stops
+from lorameter.run.thinning import tell_left_out
+from lorameter.run.written import WrittenSide, write_plan
+from lorameter.studies.study import Study
+from lorameter.studies.workload import Workload
+from lorameter.verdicts.beside import neighbour_notices
+
+
+def plan_study(
+    study: Study,
+    machine: Machine,
+    *,
+    free_bytes: int | None,
+    select: Sequence[str] = (),
+    phases: Sequence[str] = PHASES,
+    interleaving: str | None = None,
+    runs: Path | None = None,
+    own_workloads: Mapping[str, Workload] | None = None,
+    shown_only: bool = False,
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """The plan of a study on this machine, at the finest level that its variants and the memory allow.
+
+    Args:
+        study: what to measure.
+        machine: where.
+        free_bytes: memory that is free there now; None where it cannot be known.
+        select: names of variants; empty for all.
+        phases: what to measure of them.
+        interleaving: a level to use instead.
+        runs: folder of earlier runs, whose measured peaks say what fits together.
+        own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
+        shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
+
+    Raises:
+        UsageError: anything that cannot work.
+    """
+    contenders = contenders_of(study, select, own_workloads)
+    workloads = workloads_of(study, contenders)
+    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
+    together = total_of(
+        together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
+        for workload in workloads
+    )
+    level, why = choose_level(
+        variants_of(contenders),
+        together_bytes=together,
+        free_bytes=free_bytes,
+        asked=interleaving,
+        workloads=len(workloads),
+        ranks=max(workload.ranks for workload in workloads),
+        adapters=max(workload.adapters for workload in workloads) if "generate" in phases else 1,
+        one_heap=machine.device == "cpu",
+    )
+    provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
+    if provisional:
+        level, why = "lockstep", REHEARSED
+    plan = make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why, provisional=provisional)
+    return plan, notices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """Where trials of a run are measured: an executor of its own. A run without sides has one, or one for each of those
+    that it compares where these differ in threads.
+
+    Processes of one zygote share its pages, and each finds them warm in the caches when the other has just run. So
+    what is compared in an A/B must come from one zygote or each from its own: with base and control from one zygote,
+    the candidate, from another, was measured 0.5 % slower on identical code.
+    """
+
+    name: str = ""
+    executor: Executor
+    """Not started yet; on several sites of this machine each has one like it."""
+    host: Host = field(default_factory=Host)
+    """Where its processes live."""
+    side: Side = ""
+    declared: tuple[str, ...] = ()
+    """Fields of the provenance in which this side is meant to differ."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the side beside its facts."""
+
+
+def executor_of(study: Study) -> str | None:
+    """The executor that a study's variants take; None for the one of the environment."""
+    return SCRIPTS if study.of_scripts else None
+
+
+def measure(
+    plan: Plan,
+    *,
+    runs: Path,
+    display: Display,
+    notices: tuple[Notice, ...] = (),
+    arms: Sequence[Arm] = (),
+    resume: str | None = None,
+    policy: Mapping[str, Any] | None = None,
+    venue: Venue | None = None,
+    rounds_beside: int = 0,
+    check_facts: Callable[[Mapping[str, Facts]], object] = lambda facts: None,
+) -> Run:
+    """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
+
+    Args:
+        plan: what to measure.
+        runs: where the run is written.
+        display: shows what is going on.
+        notices: what was known before.
+        arms: where trials are measured; those that the plan names, of the present interpreter, if left out.
+        resume: id of a run of this plan (`lorameter.run.resume`) to go on with; None for a new one.
+        policy: what it will be judged by, as JSON data; the manifest keeps it.
+        venue: on which sites: each of this machine has all arms, and others have arms of their own.
+        rounds_beside: how often, before its trials, it is measured what the sites of this machine cost each other.
+        check_facts: may refuse, before anything is measured, what is said of the arms, by name.
+
+    Raises:
+        UsageError: data that cannot be read, a run to go on with that another process writes or whose tokens differ, or
+            a limit of time that not one replicate keeps.
+        InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
+    """
+    study, venue = plan.study, venue or Venue()
+    remote: Sequence[RemoteStation] = venue.stations
+    threads = {slot.arm: slot.workload.threads for slot in plan.slots}
+    if not (arms or remote):
+        arms = [Arm(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
+    hosts = {arm.name: arm.host for arm in arms}
+    local = [open_station(ground, hosts, executor_of(study)) for ground in venue.grounds]
+    if local:
+        arms = [dataclasses.replace(arm, executor=local[0].executors[arm.name]) for arm in arms]
+    executors = {arm.name: arm.executor for arm in arms}
+    run_id = resume or store.new_run_id(study.name, runs)
+    shown = Shielded(display)
+    with Stops(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
+        stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
+        stack.enter_context(leaving_nothing(runs / run_id, unless=store.MANIFEST))
+        stack.enter_context(store.writing(runs / run_id))
+        earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
+        known = () if earlier is None else earlier.records
+        groups = find_unsettled(plan, known, whole=venue.is_spread)
+        if earlier is not None and not groups:
+            return earlier if is_finished(earlier) else _mend(earlier)
+        rest = dataclasses.replace(plan, groups=groups)
+        shown.starting(rest, run_id)
+        minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
+        budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
+        joining: Joining | None = None
+        lost, came = list[Notice](), dict[str, Facts]()
+        with stops.interruptible():
+            if remote:
+                stack.callback(redact_logs, runs / run_id / "logs")  # a line may have come in two parts
+                written, folder = write_plan(rest, plan, _written(arms)), runs / run_id
+                without = None if venue.arrivals is None else lost
+                ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
+                if venue.arrivals is not None:
+                    mixed = study.protocol.mixed
+                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder, mixed=mixed)
+
+                    def join(station: RemoteStation) -> None:
+                        late(station, left_s=budget.left_s)
+                        came[station.name] = station.facts
+
+                    joining = Joining(venue.arrivals, remote, join, ranks=venue.ranks)
+                there, site = ready.sides or {"": remote[0].facts}, None
+            else:
+                beside = [pair for station in local[1:] for pair in station.executors.items()]
+                for name, executor in (*executors.items(), *beside):
+                    stack.callback(executor.close)
+                    executor.start(runs / run_id, threads[name])
+                # While the workers import:
+                check = partial(check_all, local[1:], [slot.variant for slot in plan.slots])
+                ready, site = get_ready(
+                    rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
+                )
+                there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            present: list[RemoteStation | LocalStation] = [*remote, *local]
+            found = {station.name: station.facts for station in present}
+            check_facts(there)
+            budget.cold_s = ready.cold_s
+        stations: list[Station] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
+        notices = (*notices, *ready.base_notices, *ready.cold_notices)
+        if plan.provisional and site is not None:
+            with stops.interruptible():
+                plan, told = rehearse(plan, executors, site, shown)
+            shown.rehearsed(plan, told)
+            groups, notices = plan.groups, (*notices, *told)
+        tokens = describe_tokens(plan, ready.tokens_of(plan))
+        place = next(iter(there.values()))
+        facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
+        declared = sorted({name for arm in arms for name in arm.declared})
+        describe = partial(describe_sites, facts, declared)
+        if earlier is not None:
+            manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
+            manifest = dataclasses.replace(
+                manifest,
+                bases=(*manifest.bases, *ready.bases),
+                notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
+                site_facts={**manifest.site_facts, **describe(found)},
+            )
+        else:
+            manifest = Manifest(
+                run=run_id,
+                study=codec.to_json(study),
+                phases=plan.phases,
+                sites=tuple(station.name for station in stations) if study.protocol.mixed else (),
+                selection=tuple(variant.name for variant in variants_of(plan.contenders)),
+                own_workloads=codec.to_json(plan.own_workloads),
+                interleaving=plan.interleaving,
+                why=plan.why,
+                order=tuple(slot.trial for slot in plan.slots),
+                seed=study.protocol.seed,
+                created_unix_s=time.time(),
+                provenance=facts,
+                fingerprint=provenance.fingerprint(facts, without=declared),
+                tokens=tokens,
+                bases=ready.bases,
+                notices=notices,
+                sides=_sides(arms, ready.hellos, there),
+                policy=dict(policy or {}),
+                site_facts=describe(found),
+            )
+        writer = RunWriter(runs, manifest)
+        stack.enter_context(writer.refusals())
+        try:
+            if rounds_beside and len(local) > 1 and earlier is None:
+                with stops.interruptible():
+                    measure_beside(plan, stations, partial(append_beside, writer.path), rounds_beside, budget)
+            lost += [one for one in neighbour_notices(writer.path) if one not in manifest.notices]
+            stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
+            if venue.is_spread or site is None:
+                run = partial(run_spread, plan, stations, joining=joining)
+            else:
+                run = partial(run_plan, plan, executors, site)
+            measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
+        except BaseException as error:
+            with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be told
+                if isinstance(error, TooShortError) and not writer.has_records:  # so there is no run
+                    (writer.path / store.MANIFEST).unlink()
+                else:
+                    writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+        trials = [record.trial for record in measured.records]
+        stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
+        told = (*lost, *measured.notices, *tell_left_out(measured.left_out, measured.records))
+        spending = None if site is None or venue.is_spread else budget.spending()
+        writer.finish(
+            _status(measured),
+            stopped=stopped,
+            measured=trials,
+            notices=told,
+            came=describe(came),
+            spending=spending,
+        )
+    return store.read_run(str(writer.path), runs)
+
+
+def _written(arms: Iterable[Arm]) -> tuple[WrittenSide, ...]:
+    """What other machines are told of the sides of an A/B."""
+    return tuple(
+        WrittenSide(side=arm.side, kind=arm.about["kind"], spec=arm.about["spec"])
+        for arm in arms
+        if arm.side and arm.name == arm.side
+    )
+
+
+def _is_watched() -> bool:
+    """Whether somebody sits at a terminal, who is told of a Ctrl-C and can say it again."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
+def _mend(run: Run) -> Run:
+    """A run whose trials are all there, as one that is complete."""
+    RunWriter(run.path.parent, mend_manifest(run.manifest)).finish("complete", stopped=run.manifest.stopped)
+    return store.read_run(str(run.path), run.path.parent)
+
+
+def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str, Facts]) -> dict[str, Any]:
+    """What the manifest says of the sides of an A/B."""
+    return {
+        arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].harness}
+        | {"facts": facts[arm.name].host}
+        for arm in arms
+        if arm.side and arm.name == arm.side
+    }
+
+
+def _status(measured: Measured) -> store.RunStatus:
+    stopped = any(record.status in ("interrupted", "not_run") for record in measured.records)
+    return "interrupted" if stopped or measured.interrupted else "complete"

@@ -1,0 +1,330 @@
+"""The plan: every trial of a run in the order in which it will be measured, made before anything runs.
+
+Drift of a machine (heat, neighbours) is slower than a replicate and faster than a run. So each replicate holds all
+variants once, in an order shuffled by a recorded seed: drift then falls on all variants alike, and the trials of a
+replicate are paired. The reference is measured twice under two names (the A/A control): what the harness says of that
+pair is what it would say of no difference at all.
+
+A `Group` is what is live together. At `replicates` that is one process with one trial; at `lockstep` a process for
+each trial and at `shared-base` one process for all of them, and their steps take turns. What needs a process that is
+alone (peaks of memory, cold starts, a merged adapter on a base that others share) is then measured by further, solo
+trials of the same replicate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorameter.errors import UsageError
+from lorameter.records.metrics import PHASES
+from lorameter.records.record import Instrument, Interleaving, Measure, Role, Side, TrialRecord
+from lorameter.run.cold_starts import cold_replicates, own_measures, takes_turns_first
+from lorameter.run.contenders import CONTROL_SUFFIX, Contender, check_phases, contenders_of, workloads_of
+from lorameter.studies import limits
+from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+_PHASE_OF: dict[Measure, str] = {
+    "steps": "train", "requests": "generate", "natural": "generate", "merged": "generate", "peaks": "train",
+    "cold": "cold",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One trial in the plan."""
+
+    trial: str
+    contender: Contender
+    replicate: int
+    position: int
+    seed: int
+    interleaving: Interleaving
+    measures: tuple[Measure, ...]
+    instrument: Instrument = "profile"
+    arm: str = ""
+    """Which of the run's executors hosts the trial; a run without sides has one, unless its variants differ in
+    threads."""
+
+    @property
+    def variant(self) -> Variant:
+        """What the trial is of."""
+        return self.contender.variant
+
+    @property
+    def role(self) -> Role:
+        """Whether it is one of the control."""
+        return self.contender.role
+
+    @property
+    def side(self) -> Side:
+        """Which side of an A/B it stands on."""
+        return self.contender.side
+
+    @property
+    def workload(self) -> Workload:
+        """What it is measured on."""
+        return self.contender.workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Processes that are live together: `launches` are the processes, each with its trials.
+
+    `turns`, `requests` and `natural` are the orders of turns in training and in either kind of request: each entry is
+    one round over all trials of the group, by trial id.
+    """
+
+    replicate: int
+    launches: tuple[tuple[Slot, ...], ...]
+    turns: tuple[tuple[str, ...], ...] = ()
+    requests: tuple[tuple[str, ...], ...] = ()
+    natural: tuple[tuple[str, ...], ...] = ()
+    held_out: bool = True  # whether the loss on held-out records is taken after the turns
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All trials of the group."""
+        return tuple(slot for launch in self.launches for slot in launch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one run measures, in order."""
+
+    study: Study
+    contenders: tuple[Contender, ...]
+    phases: tuple[str, ...]
+    interleaving: Interleaving
+    why: str
+    """Why this level of interleaving."""
+    groups: tuple[Group, ...]
+    provisional: bool = False
+    """Whether its level is still to be settled by a rehearsal of its scripts (`lorameter.run.rehearsal`)."""
+    failed: Mapping[str, TrialRecord] = field(default_factory=dict)
+    """Records of the rehearsals that failed, by contender: their trials are not started."""
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """What is measured on, each once, the study's first."""
+        return workloads_of(self.study, self.contenders)
+
+    @property
+    def own_workloads(self) -> dict[str, Workload]:
+        """Workloads of variants that are not measured on the study's, by name."""
+        found = {contender.variant.name: contender.workload for contender in self.contenders}
+        return {name: workload for name, workload in found.items() if workload != self.study.workload}
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All trials in their order."""
+        return tuple(slot for group in self.groups for slot in group.slots)
+
+
+def make_plan(
+    study: Study,
+    *,
+    contenders: Sequence[Contender] = (),
+    phases: Sequence[str] = PHASES,
+    interleaving: Interleaving = "replicates",
+    why: str = "asked for",
+    provisional: bool = False,
+) -> Plan:
+    """Replicates × contenders, shuffled inside each replicate by `protocol.seed`.
+
+    Args:
+        study: what to measure.
+        contenders: whom; all variants of the study and its control if left out. Those of an A/B (`lorameter.run.ab`) are
+            compared side by side, and so each variant for itself.
+        phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
+        interleaving: the level of alternation (`lorameter.run.levels` picks one).
+        why: the reason for that level, for the report.
+        provisional: whether a rehearsal settles the level.
+
+    Raises:
+        UsageError: an unknown phase.
+    """
+    contenders = tuple(contenders) or contenders_of(study)
+    checked = check_phases(phases)
+    if study.of_scripts and checked != ("train",):
+        raise UsageError(
+            f"study {study.name}: phases {', '.join(checked)}: its variants are commands, of which training is "
+            "measured and nothing else. Leave the phase out."
+        )
+    if study.trains_only and checked != ("train",):
+        raise UsageError(
+            f"study {study.name}: phases {', '.join(checked)}: of ranks = {study.workload.ranks} training is measured "
+            'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
+        )
+    cold = cold_replicates(study, contenders)
+    together, alone = measures_of(study, interleaving, checked, cold_live=takes_turns_first(study, contenders))
+    _check_size(study, len(contenders))
+    arms = {contender: _arm(contender, contenders) for contender in contenders}
+    shuffler = random.Random(study.protocol.seed)
+    positions = itertools.count()
+    groups: list[Group] = []
+
+    def slot(contender: Contender, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
+        return Slot(
+            trial=f"r{replicate}-{contender.name}" + ("" if "steps" in measures else "-solo"),
+            contender=contender,
+            replicate=replicate,
+            position=next(positions),
+            seed=study.protocol.seed + replicate,
+            interleaving=level,
+            measures=measures,
+            instrument=_instrument(replicate, measures, contender.role),
+            arm=arms[contender],
+        )
+
+    for replicate in range(study.protocol.replicates):
+        live_measures, solo_measures = (
+            tuple(one for one in measures if one != "cold" or replicate < cold) for measures in (together, alone)
+        )
+        for panel in _panels(contenders, shuffler):
+            orders = _orders(panel, solo_measures, shuffler, twin=study.claims_peaks)
+            live = [slot(one, replicate, interleaving, own_measures(one, live_measures, cold)) for one in next(orders)]
+            groups += _group_slots(live, study, shuffler)
+            if _has_solo(study, solo_measures, replicate):
+                for one in next(orders):
+                    solo = slot(one, replicate, "replicates", own_measures(one, solo_measures, cold))
+                    groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
+    return Plan(
+        study=study,
+        contenders=contenders,
+        phases=checked,
+        interleaving=interleaving,
+        why=why,
+        groups=tuple(groups),
+        provisional=provisional,
+    )
+
+
+def _check_size(study: Study, contenders: int) -> None:
+    """Raises `UsageError` for a plan that would take longer to make, and to read, than anybody waits."""
+    protocol = study.protocol
+    rounds = protocol.turns + protocol.generate_requests + protocol.natural_requests
+    total = contenders * protocol.replicates * rounds
+    if total > limits.MOST_ROUNDS:
+        raise UsageError(
+            f"study {study.name}: {protocol.replicates} replicates of {contenders} trials with {rounds} turns and "
+            f"requests each are {total} in all, and a plan holds {limits.MOST_ROUNDS}. Use fewer of any of them."
+        )
+
+
+def measures_of(
+    study: Study, interleaving: Interleaving, phases: Sequence[str], *, cold_live: bool = False
+) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
+    """What the trials that take turns measure, once they have ended the cold start (`cold_live`), and what solo trials
+    beside them measure."""
+    if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
+        return ("steps", "peaks"), ()
+    unwanted = {"merged"} if not study.protocol.merged else set()
+    unwanted |= {"natural"} if not study.workload.natural_tokens else set()
+    wanted = tuple(
+        measure
+        for measure, phase in _PHASE_OF.items()
+        if (phase in phases or measure == "steps") and measure not in unwanted
+    )
+    wanted = (*(measure for measure in wanted if measure != "peaks"), "peaks")
+    solo: set[Measure] = {
+        "shared-base": {"merged", "peaks", "cold"},
+        "lockstep": {"peaks", "cold"},
+    }.get(interleaving, set())  # type: ignore[assignment]
+    solo -= {"cold"} if cold_live else set()
+    return (
+        tuple(measure for measure in wanted if measure not in solo),
+        tuple(measure for measure in wanted if measure in solo),
+    )
+
+
+def _panels(contenders: Sequence[Contender], shuffler: random.Random) -> list[list[Contender]]:
+    """Those who are compared with each other: all of a study at once, of an A/B the sides of a variant."""
+    if not contenders[0].side:
+        return [list(contenders)]
+    by_variant: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        by_variant.setdefault(contender.variant.name, []).append(contender)
+    return shuffler.sample(list(by_variant.values()), len(by_variant))
+
+
+def _orders(
+    panel: Sequence[Contender], alone: Sequence[Measure], shuffler: random.Random, *, twin: bool
+) -> Iterator[list[Contender]]:
+    """The order in which those who are compared come, and then that of their solo trials, the control's among them
+    where a `twin` is needed for peaks.
+
+    Each is drawn when it is asked for, and what a seed draws stays as it is: a run is gone on with by making its plan
+    again. In a study the order of the turns is shuffled on; that of sides is drawn for each by itself.
+    """
+    if panel[0].side:
+        yield shuffler.sample(panel, len(panel))
+        solo = _solo_members(panel, alone, twin=twin)
+        yield shuffler.sample(solo, len(solo))
+        return
+    order = list(panel)
+    shuffler.shuffle(order)
+    yield list(order)
+    shuffler.shuffle(order)
+    yield _solo_members(order, alone, twin=twin)
+
+
+def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
+    """Whether a replicate has solo trials for what they measure; peaks alone need few."""
+    return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
+
+
+def _solo_members(contenders: Sequence[Contender], alone: Sequence[Measure], *, twin: bool) -> list[Contender]:
+    """Who has solo trials; peaks are compared by their maximum, which takes no control, and a claim about them does."""
+    return [one for one in contenders if one.role == "variant" or twin or set(alone) != {"peaks"}]
+
+
+def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
+    """The groups of trials that are compared with each other, by the level that they carry."""
+    level = slots[0].interleaving
+    if level == "shared-base":
+        return [_take_turns([tuple(slots)], study, shuffler)]
+    if level == "lockstep":
+        return [_take_turns([(slot,) for slot in slots], study, shuffler)]
+    return [_take_turns([(slot,)], study, shuffler) for slot in slots]
+
+
+def _take_turns(launches: Sequence[tuple[Slot, ...]], study: Study, shuffler: random.Random) -> Group:
+    """A group whose trials take turns, in an order that is shuffled anew for each round."""
+    trials = [slot.trial for launch in launches for slot in launch]
+    measures = launches[0][0].measures
+
+    def rounds(count: int) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(shuffler.sample(trials, len(trials))) for _ in range(count))
+
+    return Group(
+        replicate=launches[0][0].replicate,
+        launches=tuple(launches),
+        turns=rounds(study.protocol.turns),
+        requests=rounds(study.protocol.generate_requests) if "requests" in measures else (),
+        natural=rounds(study.protocol.natural_requests) if "natural" in measures else (),
+    )
+
+
+def _solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
+    """Rounds of requests of a solo trial; it makes any only with its adapter merged."""
+    return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
+
+
+def _instrument(replicate: int, measures: Sequence[Measure], role: Role) -> Instrument:
+    """The full profile once a variant and run, in its first timed trial; the spy in all others, whose paths are the
+    same. The control is a variant that has one already."""
+    return "profile" if replicate == 0 and "steps" in measures and role == "variant" else "spy"
+
+
+def _arm(contender: Contender, contenders: Sequence[Contender]) -> str:
+    """The executor of a trial. Sides have one each. The number of threads is set where a process begins, so other
+    threads take another executor. Where there are several each of those that are compared has its own, for the reason
+    that `measure.Arm` gives."""
+    if contender.side:
+        return CONTROL_SUFFIX if contender.role == "control" else contender.side
+    return contender.name if len({one.workload.threads for one in contenders}) > 1 else ""

@@ -1,0 +1,257 @@
+"""A run that broke off is gone on with: its own plan, on the same machine, and only what is missing is measured.
+
+The plan follows from the study, the selection, the phases, the level and the seed, all of which the manifest holds, so
+it is made again; it must name the same trials. Machine, libraries, workload and tokens must be the same too, because
+trials of one run are compared without asking. Another version of the harness is only said: a run of days must be able
+to survive the mending of a defect elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.machine import provenance
+from lorameter.machine.kinds import OF_A_KIND
+from lorameter.machine.provenance import Facts
+from lorameter.machine.repository import git_state
+from lorameter.records import codec, journal, store
+from lorameter.records.evidence import CHECKS
+from lorameter.records.packed import is_packed
+from lorameter.records.record import Notice
+from lorameter.records.store import Manifest, Resumption, Run
+from lorameter.run.contenders import contenders_of, sides_of
+from lorameter.run.plan import Plan, make_plan
+from lorameter.run.written import restore_numbers
+from lorameter.studies.script import SIDE
+from lorameter.studies.stored import read_own_workloads, read_study
+from lorameter.studies.study import Study
+from lorameter.verdicts.comparand import differences
+from lorameter.verdicts.standing import followed_alone
+
+INJECTED = "injected_rows"
+"""What the manifest of an A/B says of each side's extra work (`Contender.injected_rows`)."""
+PRESENT = "present"
+"""Kind of a side that is the interpreter which measures, as both of a calibration are: the run's own facts are its."""
+SETTLED_OPTIONS = (
+    "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
+    "allow-disturbed", "mixed",
+)  # fmt: skip
+"""Options of either door that make a study and its plan; a run that is gone on with has both."""
+
+
+def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
+    """Raises `UsageError`, by the name of the option that resumes, for options that the run has settled.
+
+    `options` are those of the door by their names, with what was given for each: None, False, 0 and [] are nothing.
+    """
+    given = [name for name, value in options.items() if value not in (None, False, [])]
+    if given:
+        raise UsageError(
+            f"{resume}: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
+            "out, or measure a new run."
+        )
+
+
+def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
+    """The run to go on with, by id or directory; one of which nothing is left (`is_finished`) as well.
+
+    Args:
+        name: a run id, or a run directory.
+        runs: the folder of runs.
+        study: name of the study that the user believes it to be of; None to believe the run.
+
+    Raises:
+        UsageError, InvalidRunError: no such run, one of another study, or one that cannot be gone on with.
+    """
+    run = store.read_run(name, runs)
+    manifest = run.manifest
+    if study is not None and manifest.study.get("name") != study:
+        raise UsageError(
+            f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
+            "run holds its own."
+        )
+    if followed_alone(run, read_study(run)):
+        raise UsageError(
+            f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be gone on with. "
+            "Run it again."
+        )
+    if not is_resumable(manifest):
+        raise UsageError(
+            f"run {manifest.run}: it does not say what its sides were, as those of earlier versions do not, so they "
+            f"cannot be put up again. Measure it again; what there is, `lorameter report {manifest.run}` shows."
+        )
+    if run.live:
+        raise UsageError(store.refusal_while_live(run.path))
+    if is_packed(run.path):
+        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Go on where it was measured.")
+    if run.path.resolve().name != manifest.run:
+        raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
+    for name in (store.TRIALS, CHECKS):
+        journal.check_appendable(run.path / name)
+    return run
+
+
+def is_resumable(manifest: Manifest) -> bool:
+    """Whether a run says all that it takes to go on with it."""
+    return not manifest.sides or all(_is_told(manifest.sides.get(name)) for name in ("base", "candidate"))
+
+
+def _is_told(side: Any) -> bool:
+    """Whether a manifest says of a side what it takes to put it up again and to see that it is the same."""
+    if not isinstance(side, Mapping) or not isinstance(side.get(INJECTED), int):
+        return False
+    facts, declared = side.get("facts"), side.get("declared")
+    if side.get("kind") == PRESENT:
+        return isinstance(declared, list)
+    if side.get("kind") == SIDE:
+        return isinstance(declared, list) and isinstance(side.get("spec"), str)
+    return (
+        isinstance(side.get("kind"), str)
+        and isinstance(side.get("spec"), str)
+        and isinstance(declared, list)
+        and isinstance(facts, Mapping)
+        and isinstance(facts.get("git"), Mapping)
+        and (side["kind"] != "revision" or isinstance(facts["git"].get("commit"), str))
+    )
+
+
+def is_calibration(manifest: Manifest) -> bool:
+    """Whether a run is an A/B of the interpreter that measured it with itself."""
+    sides = [manifest.sides.get(name) for name in ("base", "candidate")]
+    return is_resumable(manifest) and all(isinstance(side, Mapping) and side.get("kind") == PRESENT for side in sides)
+
+
+def of_commands(manifest: Manifest) -> bool:
+    """Whether a run is an A/B of two commands."""
+    sides = [manifest.sides.get(name) for name in ("base", "candidate")]
+    return all(isinstance(side, Mapping) and side.get("kind") == SIDE for side in sides)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether nothing is left of a run that could still be measured: each of its trials has come to its own end, none
+    in surroundings that make it invalid, and no line of the file is lost."""
+    settled = {record.trial for record in run.records if record.settled and not record.disturbed}
+    return run.manifest.status == "complete" and not run.damaged_lines and settled >= set(run.manifest.order)
+
+
+def study_of(run: Run) -> Study:
+    """The study as the run's manifest holds it, its variants with the ids that they had."""
+    return restore_numbers(read_study(run), run.manifest.study)
+
+
+def check_place(run: Run, facts: Facts) -> None:
+    """Raises `UsageError` where the trials of a run would be of two kinds: on another machine or with other libraries.
+
+    `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are.
+    """
+    manifest, study = run.manifest, study_of(run)
+    here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
+    without = [name for side in manifest.sides.values() for name in side["declared"]]
+    before = provenance.comparable(manifest.provenance, without=without)
+    without += [name for name in provenance.LATER if name not in before]  # it was not recorded then
+    was = manifest.fingerprint
+    if study.protocol.mixed:  # whichever of its machines comes first now
+        without += OF_A_KIND
+        was = provenance.fingerprint(manifest.provenance, without=without)
+        before = provenance.comparable(manifest.provenance, without=without)
+    if provenance.fingerprint(here, without=without) != was:
+        before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=without))
+        said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
+        raise UsageError(
+            f"run {manifest.run}: it cannot be gone on with here, because its trials would be of two kinds: {said}. "
+            "Go on where it began and with what was installed there, or measure a new run."
+        )
+
+
+def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
+    """The plan of a run as it was made; `max_minutes` is a limit in place of the study's, and either counts from now.
+
+    Raises:
+        UsageError: a plan that comes out otherwise in this version.
+    """
+    manifest, study = run.manifest, study_of(run)
+    if manifest.sides:
+        variants = [study.variant(name) for name in manifest.selection]
+        side = manifest.sides["candidate"]
+        command = side["spec"] if of_commands(manifest) else ""
+        contenders = sides_of(study, variants, injected_rows=side[INJECTED], command=command)
+    else:
+        contenders = contenders_of(study, manifest.selection, read_own_workloads(run))
+    plan = make_plan(
+        study,
+        contenders=contenders,
+        phases=manifest.phases,
+        interleaving=manifest.interleaving,  # type: ignore[arg-type]
+        why=manifest.why,
+    )
+    if manifest.status == "complete":  # replicates that turned out needless are no more part of it
+        order = set(manifest.order)
+        plan = dataclasses.replace(
+            plan, groups=tuple(group for group in plan.groups if {slot.trial for slot in group.slots} <= order)
+        )
+    if tuple(slot.trial for slot in plan.slots) != manifest.order:
+        raise UsageError(
+            f"run {manifest.run}: this version of lorameter plans other trials than the one that began it. "
+            "Go on with that version, or measure a new run."
+        )
+    if max_minutes is None:
+        return plan
+    protocol = dataclasses.replace(study.protocol, max_minutes=max_minutes)
+    return dataclasses.replace(plan, study=dataclasses.replace(study, protocol=protocol))
+
+
+def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of a run's tokens, and of those of each variant with a workload of its own, by what they are called."""
+    own = {f"the tokens of {name}": str(one.get("hash")) for name, one in tokens.get("own", {}).items()}
+    return {"the tokens": str(tokens.get("hash")), **own}
+
+
+def mend_manifest(manifest: Manifest) -> Manifest:
+    """The manifest of a run that was gone on with although nothing had to be measured: a line that was lost told of
+    what other lines have, or its process was killed when all had been written."""
+    again = Resumption(
+        unix_s=time.time(), harness=provenance.harness_identity(), commit=git_state(Path.cwd())["commit"]
+    )
+    return dataclasses.replace(manifest, status="running", resumed=(*manifest.resumed, again))
+
+
+def continue_manifest(
+    manifest: Manifest, facts: Mapping[str, Any], tokens: Mapping[str, Any], max_minutes: float | None
+) -> Manifest:
+    """The manifest of a run from here on: under way again, with the time and the code that went on with it.
+
+    Args:
+        manifest: as it was when the run broke off.
+        facts: provenance of now.
+        tokens: what the manifest would say of the tokens as they were prepared now.
+        max_minutes: the limit from now on.
+
+    Raises:
+        UsageError: the tokens are not those that the run began with.
+    """
+    now = _hashes(tokens)
+    for which, before in _hashes(manifest.tokens).items():
+        if now.get(which) != before:
+            raise UsageError(
+                f"run {manifest.run}: {which} have the hash {str(now.get(which))[:12]} now and had {before[:12]}: "
+                "the data or the tokenizer has changed. Restore it, or measure a new run."
+            )
+    harness = facts["worker"]["harness"]
+    earlier = [manifest.provenance.get("worker", {}).get("harness"), *(one.harness for one in manifest.resumed)]
+    again = Resumption(unix_s=time.time(), harness=harness, commit=facts["git"]["commit"], max_minutes=max_minutes)
+    notices = manifest.notices
+    if harness != earlier[-1]:
+        notices += (
+            Notice(
+                code="another-harness",
+                message=f"the run was gone on with by harness {harness}; before it was {earlier[-1]}.",
+                remedy="Measure a new run if what changed in between bears on a number.",
+            ),
+        )
+    resumed = (*manifest.resumed, again)
+    return dataclasses.replace(manifest, status="running", resumed=resumed, notices=notices, spending=None)

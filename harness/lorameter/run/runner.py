@@ -1,0 +1,210 @@
+"""The parent's loop: measure a plan group by group, and keep what comes back.
+
+The parent only ever blocks on an answer; it redraws between turns. Each trial ends as a record whatever happens to it:
+a lost worker, an exception in the child, Ctrl-C. The sweep goes on after a failed trial, and the summary carries what
+the exit code must say. A run that broke off is gone on with by leaving out what its records settle.
+
+A trial whose surroundings were past a limit is measured again, with all that took turns with it, once the others of its
+replicate have been: near enough for its pairs to have met the same machine, and late enough for a job to have ended or
+a card to have cooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorameter.records.record import Notice, TrialRecord
+from lorameter.run.budget import Budget, TooShortError
+from lorameter.run.conductor import Conductor, Watcher
+from lorameter.run.executors import Executor
+from lorameter.run.plan import Group, Plan
+from lorameter.run.site import Site, begin_record
+from lorameter.run.stops import Stops
+from lorameter.run.thinning import Part, parts_in
+from lorameter.verdicts.disturbance import judged
+
+Stop = Callable[[Sequence[TrialRecord]], str | None]
+"""Is asked between replicates whether the run has what it needs; a reason ends the run there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What came of a plan: the records of all trials that belong to the run, and why it ended before its cap."""
+
+    records: tuple[TrialRecord, ...]
+    stopped: str | None = None
+    interrupted: bool = False
+    """Whether the user ended it."""
+    notices: tuple[Notice, ...] = ()
+    """What came up on the way."""
+    left_out: Mapping[int, frozenset[Part]] = field(default_factory=dict)
+    """What some replicates, by their number, had no time for."""
+
+
+def run_plan(
+    plan: Plan,
+    executors: Mapping[str, Executor],
+    site: Site,
+    *,
+    save: Callable[[TrialRecord], None],
+    watcher: Watcher,
+    stop: Stop = lambda records: None,
+    budget: Budget | None = None,
+    earlier: Sequence[TrialRecord] = (),
+    stops: Stops | None = None,
+) -> Measured:
+    """Measure every trial of the plan; each record is saved as soon as its trial has ended.
+
+    On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`;
+    `stops` raises it while a group is measured, and not while its records are saved. Of a limit that turns out to be
+    too short for one replicate there are no records.
+
+    Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is gone on with: what
+    they settle is not measured again.
+    """
+    budget, stops = budget or Budget(), stops or Stops()
+    budget.peaks_live = site.device == "cpu"
+    remaining = list(find_unsettled(plan, earlier))
+    attempts: dict[Group, int] = {}
+    begun: int | None = None
+    left_out: dict[int, frozenset[Part]] = {}
+    ended = {record.trial: record for record in keep_records(remaining, earlier)}
+    untouched = {record.trial: record for record in earlier if record.trial not in ended}
+
+    def keep(record: TrialRecord) -> None:
+        save(record)
+        ended[record.trial] = record
+        watcher.trial_ended(record)
+
+    def give_up(groups: Iterable[Group]) -> None:
+        for slot in (slot for group in groups for slot in group.slots if slot.trial not in ended):
+            if slot.trial in untouched:  # what it had when the run broke off is more than nothing
+                ended[slot.trial] = untouched[slot.trial]
+            else:
+                keep(begin_record(slot, "not_run"))
+
+    def in_order() -> tuple[TrialRecord, ...]:
+        """The plan's order, in whatever order its trials were measured: a run is gone on with by it."""
+        return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
+
+    on_cpu = site.device == "cpu"
+    again: list[Group] = []  # groups to be measured once more, when the others of their replicate have been
+    took_s: dict[Group, float] = {}
+    ended_by: BaseException | None = None
+    while (remaining or again) and ended_by is None:
+        retry = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
+        if not retry and remaining[0].replicate != begun:
+            begun = remaining[0].replicate
+            planned = [group for group in remaining if group.replicate == begun]
+            kept = budget.thin(plan, planned)
+            if missing := parts_in(planned) - parts_in(kept):
+                left_out[begun] = missing
+            remaining = [*kept, *remaining[len(planned) :]]
+            if not kept:
+                continue
+        group = again.pop(0) if retry else remaining.pop(0)
+        attempts.setdefault(group, _attempt(group, earlier))
+        if not retry or took_s[group] <= budget.left_s:
+            attempts[group] += retry
+            later = [other for other in remaining if other.replicate == group.replicate]
+            budget.enter(plan.study, group, later)
+            conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group], later)
+            begin = budget.clock()
+            ended_by = _conduct(conductor, stops)
+            if isinstance(ended_by, TooShortError):
+                if not any(record.status == "ok" for record in ended.values()):
+                    raise ended_by
+                return Measured(records=in_order(), stopped=str(ended_by), left_out=left_out)
+            if conductor.left_out:
+                left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | conductor.left_out
+            for record in conductor.records():
+                if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
+                    keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
+            budget.leave()
+            took_s[group] = budget.clock() - begin
+            disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
+            if disturbed and attempts[group] < _attempt(group, earlier) + plan.study.protocol.retries:
+                again.append(group)
+        while remaining and _is_beyond(plan, remaining[0], group, budget):
+            left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | parts_in([remaining.pop(0)])
+        between = not again and bool(remaining) and remaining[0].replicate != group.replicate
+        if between and ended_by is None and (reason := stop(in_order())):
+            return Measured(records=in_order(), stopped=reason, left_out=left_out)
+    give_up(remaining)
+    if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
+        raise ended_by
+    return Measured(records=in_order(), interrupted=ended_by is not None, left_out=left_out)
+
+
+def _is_beyond(plan: Plan, group: Group, before: Group, budget: Budget) -> bool:
+    """Whether a solo trial comes next in a replicate that the time does not suffice for."""
+    return group.replicate == before.replicate and not group.turns and not budget.affords(plan, group)
+
+
+def _conduct(conductor: Conductor, stops: Stops) -> BaseException | None:
+    """Measure a group; what ended it before its time, of which its records tell."""
+    try:
+        with stops.interruptible(worth_waiting=True):
+            conductor.measure()
+    except KeyboardInterrupt as interrupt:
+        conductor.interrupt()
+        return interrupt
+    except Exception as defect:  # one of ours must not cost what was measured
+        conductor.abandon(defect)
+        return defect
+    return None
+
+
+def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
+    """The number of the next measurement of a group: the one that broke off, or the one after those that ended."""
+    records = [record for record in earlier if record.trial in {slot.trial for slot in group.slots}]
+    last = max((record.attempt for record in records), default=0)
+    return last + any(record.disturbed and record.attempt == last for record in records)
+
+
+def find_unsettled(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool = False) -> tuple[Group, ...]:
+    """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
+    its own, or one that was disturbed, however often: whoever goes on with a run hopes for better surroundings. Trials
+    of one group took turns and are paired, so they are measured again together, and count only if they are of one
+    attempt. What is spread over sites is paired within one: of a replicate that was, or will be
+    (`whole`), all groups are measured again. What there was no time for stays left out."""
+    settled = {
+        record.trial: (record.attempt, record.site) for record in earlier if record.settled and not record.disturbed
+    }
+
+    def is_settled(group: Group) -> bool:
+        attempts = {settled.get(slot.trial) for slot in group.slots}
+        return None not in attempts and len(attempts) == 1
+
+    left = {group for group in plan.groups if not is_settled(group)} - set(_left_out(plan, earlier))
+    begun = {record.replicate for record in earlier if whole or record.site}
+    again = {group.replicate for group in left} & begun
+    again |= _of_two_sites(earlier)
+    return tuple(group for group in plan.groups if group in left or group.replicate in again)
+
+
+def _left_out(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
+    """Solo trials that minutes did not suffice for: they have no record, and what comes after them has. Where some were
+    left out, those of the replicate that broke off are as well."""
+    recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
+    groups = [] if plan.study.protocol.max_minutes is None else plan.groups
+    known = [any(slot.trial in recorded for slot in group.slots) for group in groups]
+    last = max((number for number, has in enumerate(known) if has), default=-1)
+    alone = [number for number, group in enumerate(groups) if not known[number] and not group.turns]
+    some = any(number < last for number in alone)
+    return [groups[number] for number in alone if some and groups[number].replicate in begun]
+
+
+def _of_two_sites(records: Collection[TrialRecord]) -> set[int]:
+    """Replicates with trials of more than one site: the first was lost, and the run ended before the other's end."""
+    sites: dict[int, set[str]] = {}
+    for record in records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+    return {replicate for replicate, found in sites.items() if len(found) > 1}
+
+
+def keep_records(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The records of trials that are in none of the groups to be measured."""
+    pending = {slot.trial for group in groups for slot in group.slots}
+    return [record for record in earlier if record.trial not in pending]

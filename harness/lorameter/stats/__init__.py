@@ -1,0 +1,80 @@
+"""Numbers in, verdicts out: the statistics of lorameter, pure functions that know nothing of disks or devices.
+
+The replicate is the unit (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one value before
+any interval is taken. A comparison has a verdict for "equal" and another for "cannot tell". Times go through
+`compare_trials` (several at once: `compare_family`), peaks of memory through `compare_bytes`; statements about several
+levels are judged by `lorameter.stats.statement` from the contrasts of `lorameter.stats.trend`.
+
+Importing this package loads neither numpy nor scipy: every function that needs them imports them when it is called, so
+that command lines and type annotations pay nothing.
+"""
+
+from __future__ import annotations
+
+from lorameter.stats.allocation import optimal_rounds
+from lorameter.stats.between import Between, sd_between
+from lorameter.stats.comparison import compare_family, compare_trials, decide, decide_family, effect_of, step_down
+from lorameter.stats.drift import drifting, drifts
+from lorameter.stats.drops import KeptPairs, kept_pairs
+from lorameter.stats.effect import Effect, Pairing
+from lorameter.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
+from lorameter.stats.intervals import bootstrap_interval, mean_interval
+from lorameter.stats.memory import compare_bytes
+from lorameter.stats.outliers import OutlierLabel, count_outliers, label_outliers
+from lorameter.stats.power import MOST_ADVISED, replicates_to_see, sd_interval
+from lorameter.stats.proportion import Proportion, clustered_proportion, proportion
+from lorameter.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
+from lorameter.stats.shared_scatter import share_scatter
+from lorameter.stats.shift import RunWideShift, run_wide_shift
+from lorameter.stats.trend import Share, explained_share
+from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
+from lorameter.stats.warmup import is_steady, steady_after, steady_together
+
+__all__ = [
+    "MOST_ADVISED",
+    "Between",
+    "Comparison",
+    "Effect",
+    "Estimate",
+    "KeptPairs",
+    "OutlierLabel",
+    "Pairing",
+    "Proportion",
+    "QuantileEstimate",
+    "RunWideShift",
+    "Share",
+    "Verdict",
+    "VerdictRule",
+    "bootstrap_interval",
+    "clustered_proportion",
+    "compare_bytes",
+    "compare_family",
+    "compare_trials",
+    "count_outliers",
+    "decide",
+    "decide_family",
+    "drifting",
+    "drifts",
+    "effect_of",
+    "effective_size",
+    "estimate_trials",
+    "explained_share",
+    "is_precise",
+    "is_steady",
+    "kept_pairs",
+    "label_outliers",
+    "mean_interval",
+    "median_interval",
+    "optimal_rounds",
+    "percentile",
+    "proportion",
+    "relative_half_width",
+    "replicates_to_see",
+    "run_wide_shift",
+    "sd_between",
+    "sd_interval",
+    "share_scatter",
+    "steady_after",
+    "steady_together",
+    "step_down",
+]

@@ -1,0 +1,172 @@
+"""The effect of a candidate: one log ratio a replicate, and how far these scatter.
+
+Times are compared as ratios, so the arithmetic is done on logs: the interval of a ratio comes out right (Kalibera &
+Jones 2013), and base and candidate may change places. Pairing takes out what both sides of a replicate shared.
+Measured on a noisy machine, the standard deviation of the log ratio of two identical builds falls from 37 % unpaired
+to 27 % paired by process and to 2 % paired turn by turn.
+
+Unpaired sides get Welch's interval (Welch 1947): unequal variances, with the degrees of freedom that go with them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from lorameter.stats.intervals import quantile
+from lorameter.stats.samples import medians_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy import float64
+    from numpy.typing import NDArray
+
+Pairing = Literal["none", "replicate", "turn"]
+
+# Logs of durations carry about 1e-15 of rounding; a scatter below this is a constant.
+ROUNDING = 1e-12
+_LOG_LARGEST = math.log(sys.float_info.max)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How log ratios scatter over replicates: all that an interval, or a plan for the next run, needs."""
+
+    standard_error: float
+    """Of the mean log ratio; 0 where the replicates do not differ."""
+    df: float
+    """Degrees of freedom of `standard_error`."""
+    sd: float
+    """Of one replicate's log ratio: with n replicates (a side) the standard error is `sd / sqrt(n)`."""
+    df_per_replicate: float
+    """Degrees of freedom gained by one more replicate (a side): 1 paired, between 1 and 2 unpaired."""
+    prior_df: float = 0.0
+    """Degrees of freedom that come from the other comparisons of the run (`lorameter.stats.shared_scatter`)."""
+    shared_by: int = 0
+    """Comparisons that share this scatter; 0 where it is the comparison's own."""
+
+    def half_width(self, tail: float) -> float:
+        """Half the interval that leaves `tail` out on either side, on the log scale."""
+        return max(quantile(self.df, tail), 0.0) * self.standard_error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """The log ratio of candidate to base, over replicates."""
+
+    log_ratio: float
+    replicates: int
+    """Pairs, or the smaller number of trials where the sides are not paired."""
+    spread: Spread | None
+    """None with one replicate: nothing is known about the scatter then."""
+    pairing: Pairing
+    log_ratios: tuple[float, ...] = ()
+    """The value of each replicate; empty where the sides are not paired."""
+
+
+def from_log(value: float) -> float | None:
+    """exp, or None where the result is larger than a float holds (JSON has no infinity)."""
+    return math.exp(value) if value < _LOG_LARGEST else None
+
+
+def checked_pairing(pairing: str) -> None:
+    """Raises ValueError unless `pairing` is one of the three words."""
+    if pairing not in get_args(Pairing):
+        raise ValueError(f"pairing is {pairing!r}: pass one of {', '.join(map(repr, get_args(Pairing)))}")
+
+
+def measure_effect(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing) -> Effect:
+    """The effect, from one array of positive samples a trial.
+
+    Raises ValueError if paired sides have different numbers of trials or, paired by turn, of samples in a pair.
+    """
+    if pairing == "none":
+        return _unpaired(_log_medians(base), _log_medians(candidate))
+    return paired_effect(log_ratios(base, candidate, pairing), pairing)
+
+
+def log_ratios(
+    base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing
+) -> NDArray[float64]:
+    """The log ratio of candidate to base in each replicate, of sides that are paired.
+
+    Raises ValueError for sides that are not, and as `measure_effect` does.
+    """
+    if pairing == "none":
+        raise ValueError("pairing is 'none': sides that are not paired have no ratio in a replicate")
+    if len(base) != len(candidate):
+        raise ValueError(
+            f"base has {len(base)} trials and candidate {len(candidate)}: pairing {pairing!r} needs one of each a "
+            "replicate; leave a replicate that failed on one side out on both, or pass pairing='none'"
+        )
+    if pairing == "replicate":
+        return _log_medians(candidate) - _log_medians(base)
+    return _log_ratios_by_turn(base, candidate)
+
+
+def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
+    import numpy as np
+
+    return np.asarray(np.log(medians_of(trials)))
+
+
+def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]]) -> NDArray[float64]:
+    """A replicate's value is the median of its log ratios, sample by sample."""
+    import numpy as np
+
+    ratios = []
+    for index, (ours, theirs) in enumerate(zip(base, candidate, strict=True)):
+        if ours.size != theirs.size:
+            raise ValueError(
+                f"trial {index}: base has {ours.size} samples and candidate {theirs.size}: pairing 'turn' pairs them "
+                "one by one; drop the samples of the turns that one side missed, or pass pairing='replicate'"
+            )
+        ratios.append(np.log(theirs) - np.log(ours))
+    return medians_of(ratios)
+
+
+def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:
+    """The effect over replicates of one log ratio, or any contrast of logs, a replicate."""
+    spread = None
+    if values.size > 1:
+        sd = _sd(values)
+        spread = Spread(standard_error=sd / math.sqrt(values.size), df=values.size - 1, sd=sd, df_per_replicate=1.0)
+    return Effect(
+        log_ratio=float(values.mean()),
+        replicates=int(values.size),
+        spread=spread,
+        pairing=pairing,
+        log_ratios=tuple(values.tolist()),
+    )
+
+
+def _unpaired(base: NDArray[float64], candidate: NDArray[float64]) -> Effect:
+    spread = None
+    if min(base.size, candidate.size) > 1:
+        spread = _welch(_sd(base) ** 2, base.size, _sd(candidate) ** 2, candidate.size)
+    return Effect(
+        log_ratio=float(candidate.mean() - base.mean()),
+        replicates=min(base.size, candidate.size),
+        spread=spread,
+        pairing="none",
+    )
+
+
+def _welch(variance_base: float, count_base: int, variance_candidate: float, count_candidate: int) -> Spread:
+    """Welch's standard error, with the degrees of freedom of Satterthwaite (1946)."""
+    error_base, error_candidate = variance_base / count_base, variance_candidate / count_candidate
+    error, variance = error_base + error_candidate, variance_base + variance_candidate
+    if error == 0:
+        return Spread(standard_error=0.0, df=count_base + count_candidate - 2, sd=0.0, df_per_replicate=2.0)
+    # Shares, not squared variances: those underflow for very quiet trials.
+    df = 1 / ((error_base / error) ** 2 / (count_base - 1) + (error_candidate / error) ** 2 / (count_candidate - 1))
+    gain = 1 / ((variance_base / variance) ** 2 + (variance_candidate / variance) ** 2)
+    return Spread(standard_error=math.sqrt(error), df=df, sd=math.sqrt(variance), df_per_replicate=gain)
+
+
+def _sd(values: NDArray[float64]) -> float:
+    sd = float(values.std(ddof=1))
+    return sd if sd > ROUNDING else 0.0

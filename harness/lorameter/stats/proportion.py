@@ -1,0 +1,90 @@
+"""A part of a whole that was counted, with its interval: how many of so many answers differ.
+
+Clopper & Pearson (1934) invert the binomial test itself, so that the interval holds its promise at none of few, where
+the normal approximation says "0 % [0 %, 0 %]". What is counted in clusters (the tokens of one answer, which are wrong
+together) is worth fewer independent looks than there are; Korn & Graubard (1998, "Confidence intervals for proportions
+with small expected number of positive counts estimated from survey data", Survey Methodology 24, 193–201) put that
+smaller number into the same formula. Where nothing, or everything, was counted the clusters tell no variance, and a
+cluster counts as one look: less than it may be worth, and never more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorameter.stats.intervals import quantile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proportion:
+    """`count` of `of`, and the two-sided interval of their ratio, a fraction."""
+
+    count: int
+    of: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        """The ratio, a fraction."""
+        return self.count / self.of
+
+
+def proportion(count: int, of: int, *, alpha: float = 0.05) -> Proportion:
+    """Of independent looks: Clopper & Pearson's interval at the level 1 - alpha.
+
+    Raises ValueError for a whole of none, and for a part that is none of it.
+    """
+    _check(count, of)
+    low, high = _interval(count, of, alpha)
+    return Proportion(count=count, of=of, low=low, high=high)
+
+
+def clustered_proportion(counts: Sequence[int], of: Sequence[int], *, alpha: float = 0.05) -> Proportion:
+    """Of looks that belong together: Korn & Graubard's interval at the level 1 - alpha.
+
+    Args:
+        counts: what was counted, a cluster each.
+        of: looks in each of the clusters, at least one.
+        alpha: error rate.
+
+    Raises ValueError for no cluster, for lists of different lengths, and for what `proportion` refuses.
+    """
+    if len(counts) != len(of):
+        raise ValueError(f"{len(counts)} counts of {len(of)} clusters: pass as many of both")
+    for pair in zip(counts, of, strict=True):
+        _check(*pair)
+    count, whole = sum(counts), sum(of)
+    _check(count, whole)
+    looks = _effective(counts, of, alpha)
+    low, high = _interval(count / whole * looks, looks, alpha)
+    return Proportion(count=count, of=whole, low=low, high=high)
+
+
+def _effective(counts: Sequence[int], of: Sequence[int], alpha: float) -> float:
+    """How many independent looks the clusters are worth: the binomial variance over the one that is seen between
+    clusters, with the penalty for estimating that from so few."""
+    clusters, whole = len(of), sum(of)
+    share = sum(counts) / whole
+    if clusters == 1 or share in (0, 1):
+        return float(clusters)
+    scatter = sum((count - share * size) ** 2 for count, size in zip(counts, of, strict=True))
+    if scatter == 0:
+        return float(whole)
+    variance = clusters / (clusters - 1) * scatter / whole**2
+    penalty = (quantile(max(1, whole - 1), alpha / 2) / quantile(clusters - 1, alpha / 2)) ** 2
+    return min(float(whole), share * (1 - share) / variance * penalty)
+
+
+def _interval(count: float, of: float, alpha: float) -> tuple[float, float]:
+    from scipy.special import betainccinv, betaincinv
+
+    low = 0.0 if count <= 0 else float(betaincinv(count, of - count + 1, alpha / 2))
+    high = 1.0 if count >= of else float(betainccinv(count + 1, of - count, alpha / 2))
+    return low, high
+
+
+def _check(count: int, of: int) -> None:
+    if of < 1 or not 0 <= count <= of:
+        raise ValueError(f"{count} of {of}: pass a part of something")

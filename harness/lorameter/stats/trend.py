@@ -1,0 +1,133 @@
+"""Contrasts over the ordered levels of an axis: one number a replicate for what a claim is about.
+
+Replicates are blocks: each holds every level, so what its levels shared (the seed, the machine's mood) cancels in a
+contrast, whose weights sum to zero. Contrasts are taken within each replicate and only then spread over replicates, so
+nothing is assumed of how the levels' noise is correlated, nor that it is equal. Logs go in, so a contrast is the log of
+a ratio.
+
+How much of the scatter of one quantity another accounts for is the squared correlation within a replicate: the share of
+the variance of y that a straight line in x takes away. Its interval is Student's t over replicates, clipped to [0, 1],
+which a share cannot leave.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lorameter.stats.intervals import quantile
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+
+Scale = Literal["log", "linear"]
+
+
+def scores(levels: Sequence[float], scale: Scale) -> tuple[float, ...]:
+    """How far apart levels are: their values, or the logarithms to base 2 of these.
+
+    Raises ValueError for fewer than two levels, for two that are equal, and for a logarithm of a level not above zero.
+    """
+    if len(set(levels)) < max(2, len(levels)):
+        raise ValueError(f"levels are {list(levels)}: pass two or more, each once")
+    if scale == "linear":
+        return tuple(levels)
+    if min(levels) <= 0:
+        raise ValueError(f"levels are {list(levels)}: {min(levels):g} has no logarithm; take the linear scale")
+    return tuple(math.log2(level) for level in levels)
+
+
+def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[float64]:
+    """What the least-squares line through each replicate's levels gains from the first level to the last.
+
+    `logs` is replicates × levels, `positions` what `scores` gives. With two levels it is their difference. A line uses
+    every level, and a value that only rises can be told from one that scatters; what bends is not seen as such.
+    """
+    import numpy as np
+
+    centred = np.asarray(positions) - np.mean(positions)
+    weights = centred / (centred @ centred) * (positions[-1] - positions[0])
+    return np.asarray(logs @ weights)
+
+
+def pairs(count: int) -> tuple[tuple[int, int], ...]:
+    """Every pair of so many levels, the lower one first."""
+    return tuple(itertools.combinations(range(count), 2))
+
+
+def pair_differences(logs: NDArray[float64]) -> NDArray[float64]:
+    """The higher level against the lower one, for every pair in the order of `pairs`: replicates × pairs."""
+    import numpy as np
+
+    return np.stack([logs[:, high] - logs[:, low] for low, high in pairs(logs.shape[1])], axis=1)
+
+
+def leads(logs: NDArray[float64], level: int) -> NDArray[float64]:
+    """One level (by its index) against each of the others in their order: replicates × others."""
+    import numpy as np
+
+    return np.stack([logs[:, level] - logs[:, other] for other in range(logs.shape[1]) if other != level], axis=1)
+
+
+def sizes(changes: NDArray[float64]) -> NDArray[float64]:
+    """Changes without their direction: each replicate's, in the direction of their mean.
+
+    Absolute values would turn the scatter of a change that is zero into a size.
+    """
+    import numpy as np
+
+    return np.asarray(changes * np.sign(changes.mean()))
+
+
+LEAST_POINTS = 3
+"""Any line goes through two."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A share with its 95 % interval over replicates."""
+
+    value: float
+    low: float | None
+    """None with one replicate."""
+    high: float | None
+    replicates: int
+    points: int
+    """Points (x, y) of all replicates together."""
+
+
+def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Share | None:
+    """R² of y on x, from one (x, y) a replicate; None where none can say.
+
+    A replicate says nothing with fewer than three points, or where x or y is the same at all of them.
+    Raises ValueError for x and y of unequal length.
+    """
+    import numpy as np
+
+    pairs = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in blocks]
+    telling = [(x, y) for x, y in pairs if _tells(x, y)]
+    if not telling:
+        return None
+    shares = np.array([np.corrcoef(x, y)[0, 1] ** 2 for x, y in telling])
+    mean = float(shares.mean())
+    half = None
+    if shares.size > 1:
+        half = quantile(shares.size - 1, 0.025) * float(shares.std(ddof=1)) / math.sqrt(shares.size)
+    return Share(
+        value=mean,
+        low=None if half is None else max(0.0, mean - half),
+        high=None if half is None else min(1.0, mean + half),
+        replicates=shares.size,
+        points=sum(x.size for x, _ in telling),
+    )
+
+
+def _tells(x: NDArray[float64], y: NDArray[float64]) -> bool:
+    if x.size != y.size:
+        raise ValueError(f"x has {x.size} points and y {y.size}: pass one pair a point")
+    return bool(x.size >= LEAST_POINTS and x.max() > x.min() and y.max() > y.min())

@@ -1,0 +1,105 @@
+"""The verdict: what it can be, and the rule that gives it.
+
+`regressed` and `improved` ask for an interval wholly beyond the tolerance, not for a difference from zero: a real
+slow-down of 0.2 % is not worth an alarm. `equivalent` is a finding of its own, by two one-sided tests (Schuirmann
+1987): the (1 - 2 alpha) interval lies inside the margin. What is left is `inconclusive`; silence is not equality.
+
+Both limits are ratios and symmetric on the log scale: a tolerance of 1 % means above 1.01 and below 1/1.01 (0.9901), a
+margin of 5 % means between 1/1.05 and 1.05. So a verdict does not depend on which side is called the base.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Literal
+
+from lorameter.stats.samples import checked_number
+from lorameter.stats.shared_scatter import dunnett_tail
+
+if TYPE_CHECKING:
+    from lorameter.stats.effect import Spread
+
+Verdict = Literal["improved", "regressed", "equivalent", "inconclusive", "invalid", "no_baseline", "not_comparable"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A candidate against a base. Nothing in it is NaN or infinite: what cannot be had is None; the reason says why."""
+
+    verdict: Verdict
+    ratio: float | None
+    """Candidate over base: 1.0 = equal, above = worse. None only where the base is zero (bytes)."""
+    low: float | None
+    """Lower end of the (1 - alpha/family) interval of the ratio; None with one replicate."""
+    high: float | None
+    """Upper end; None with one replicate, or where it is larger than a float holds."""
+    reason: str
+    """One sentence for people: what decided, with the numbers."""
+    replicates: int
+    """Pairs of trials, or the smaller number of trials where the sides are not paired."""
+    replicates_needed: int | None
+    """Replicates in all (not further ones) for 80 % power at the scatter seen; None if no number would do."""
+    mde80: float | None
+    """Smallest slow-down (fraction) that this many replicates would have called `regressed` with 80 % power."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictRule:
+    """The limits of one comparison. Raises ValueError naming the limit that makes no sense."""
+
+    tolerance: float = 0.01
+    """Smallest slow-down worth an alarm, a fraction >= 0."""
+    margin: float = 0.05
+    """Within it two things count as equal, a fraction > 0."""
+    alpha: float = 0.05
+    """Two-sided error rate of the interval, before `family`; each of the two one-sided equivalence tests has it too."""
+    family: int = 1
+    """Comparisons that share `alpha`."""
+
+    def __post_init__(self) -> None:
+        checked_number("tolerance", self.tolerance, at_least=0, strictly=False)
+        checked_number("margin", self.margin, at_least=0, strictly=True)
+        checked_alpha(self.alpha)
+        if not _is_count(self.family):
+            raise ValueError(f"family is {self.family!r}: pass the number of comparisons, a whole number from 1")
+
+    def tail(self, spread: Spread) -> float:
+        """Error rate on either side of the interval: Bonferroni's, or Dunnett's where the scatter is shared."""
+        if spread.shared_by:
+            return dunnett_tail(spread.df, self.alpha, self.family)
+        return self.alpha / self.family / 2
+
+    @property
+    def log_tolerance(self) -> float:
+        """The tolerance on the log scale."""
+        return math.log1p(self.tolerance)
+
+    @property
+    def log_margin(self) -> float:
+        """The margin on the log scale."""
+        return math.log1p(self.margin)
+
+    def judge(self, log_ratio: float, half_width: float, equivalence_half_width: float) -> Verdict:
+        """The verdict on a log ratio, from half its (1 - alpha/family) and half its (1 - 2 alpha) interval.
+
+        `family` does not widen the second: calling too much equal is an error of each comparison, not of the family.
+        """
+        if log_ratio - half_width > self.log_tolerance:
+            return "regressed"
+        if log_ratio + half_width < -self.log_tolerance:
+            return "improved"
+        if abs(log_ratio) + equivalence_half_width < self.log_margin:
+            return "equivalent"
+        return "inconclusive"
+
+
+def _is_count(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+
+
+def checked_alpha(alpha: float) -> None:
+    """Raises ValueError unless 0 < alpha < 1."""
+    if checked_number("alpha", alpha, at_least=0, strictly=True) >= 1:
+        raise ValueError(f"alpha is {alpha!r}: pass an error rate between 0 and 1, such as 0.05")

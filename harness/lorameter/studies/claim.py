@@ -1,0 +1,211 @@
+"""What a study claims, in a form that data can support or refute: `[[claim]]` in the study's TOML.
+
+[[claim]]
+id = "3"
+says = "inference gets faster as alpha rises"
+original = "3.48 s at alpha 16, 2.56 s at alpha 256"        # what the source published, for the report
+parts = [{ rule = "trend-down", axis = "lora_alpha", metric = "request_time_s" }]
+
+A claim is the conjunction of its parts: supported if every part is, refuted if one part is. `lorameter.verdicts.claims`
+judges. The axis `engine` has two levels, the reference and the variant that has the study's engine
+(`lorameter.studies.engine`); of any other field three rules take the pair of levels that they are about:
+
+[[claim]]
+id = "nf4"
+says = "nf4 needs less memory than bf16 and is at most 10 % slower"
+parts = [
+    { rule = "lowers", axis = "quantization", levels = ["none", "nf4"], metric = "peak_memory" },
+    { rule = "costs-at-most", axis = "quantization", levels = ["none", "nf4"], metric = "step_time_s", by = 0.1 },
+]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lorameter.errors import UsageError, impossible
+from lorameter.records import codec
+from lorameter.records.metrics import METRICS
+from lorameter.studies import limits
+
+ENGINE = "engine"
+"""The axis of a study's engine."""
+PEAK = "peak_memory"
+"""The peak of memory in training: of the device's allocator, or of a process on a CPU; for "lowers" and
+"costs-at-most", which take a kind of memory by its name as well (`device_peak_allocated_generate_bytes`)."""
+Level = float | bool | str
+"""A value of an axis; of what is no number in the words of the study."""
+UNSET = "not set"
+"""The level of a field without a value."""
+
+Rule = Literal[
+    "trend-up", "trend-down", "no-trend", "equal", "differs", "highest", "lowest", "best", "largest-effect", "rises",
+    "faster", "lowers", "costs-at-most",
+]  # fmt: skip
+"""trend-up, trend-down: the metric rises (falls) along the axis by more than the tolerance from the first level to the
+last, by a straight line through all levels · no-trend: that line changes by no more than the margin · equal: all levels
+lie within the margin of each other · differs: the two `levels` differ by more than the tolerance · highest, lowest: the
+one level of `levels` is above (below) every other by more than the tolerance · best: the one level of `levels` has the
+lowest weighted sum of log `metrics` of all levels · largest-effect: the line changes more along `axis` than along each
+axis of `against`, in either direction · rises: a counted quantity (parameters, bytes) is larger at every level than at
+the one before, exactly · faster: with the engine, or from the first to the second of `levels`, as much is done in less
+time, more than 1 + `by` times as fast · lowers: the metric falls by more than the share `by` · costs-at-most: the
+metric rises by no more than the share `by`.
+
+A rule has one limit, the tolerance of an effect, the margin of an equality or what was promised, and its negation is
+what lies on the limit's other side. So "differs" is refuted where two levels are within the tolerance, not within the
+margin: a real difference of 3 % would else be refuted by few replicates and supported by many."""
+
+_LEVELS: dict[Rule, int] = {"differs": 2, "highest": 1, "lowest": 1, "best": 1}
+_LIMITED: dict[Rule, Literal["tolerance", "margin", "by"]] = {
+    "trend-up": "tolerance",
+    "trend-down": "tolerance",
+    "differs": "tolerance",
+    "highest": "tolerance",
+    "lowest": "tolerance",
+    "no-trend": "margin",
+    "equal": "margin",
+    "faster": "by",
+    "lowers": "by",
+    "costs-at-most": "by",
+}
+OF_PAIRS: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
+"""Rules that compare two levels: the variant with the engine with the reference, or the second of `levels` with the
+first."""
+RULES: tuple[Rule, ...] = get_args(Rule)
+LINEAR: tuple[Rule, ...] = ("trend-up", "trend-down", "no-trend", "equal", "largest-effect")
+"""Rules that lay a line through the levels ("equal" for its estimate), and so use the scale."""
+COUNTED = ("trainable_parameters", "adapter_bytes", "optimizer_state_bytes")
+"""Quantities that are counted, not sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One testable statement. Raises `UsageError` where the rule and the rest do not go together."""
+
+    rule: Rule
+    """What is stated, see below."""
+    axis: str
+    """Field of Variant, of any kind, a field of the workload as in "workload.batch_size" or "workload.model", or
+    "engine"; its levels are the variants that differ from the reference in this field only."""
+    metric: str = ""
+    """Name of what is measured; of a quantity that is counted for "rises"."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """For "best": weight of each metric; 1 and 1 say that one per cent of either counts the same."""
+    levels: tuple[Level, ...] = ()
+    """Values of the axis that the rule is about."""
+    against: tuple[str, ...] = ()
+    """For "largest-effect": the other axes."""
+    scale: Literal["log", "linear"] = "log"
+    """How far apart levels are: by their logarithm or by their value. The axes of `against` go by their logarithm where
+    all their levels are above zero."""
+    tolerance: float = 0.01
+    """Smallest effect worth the word, a fraction; of "trend-up", "trend-down", "differs", "highest" and "lowest"."""
+    margin: float = 0.05
+    """Within it two things count as equal, a fraction; of "no-trend" and "equal"."""
+    by: float = field(default=0.01, metadata=codec.LATER)
+    """What is promised of an engine or a pair, a fraction: 0.2 is 1.2 times as fast, a metric that falls to 0.8, or one
+    that rises to 1.2 at most. A promise without a figure takes what is worth the word, 1 %."""
+
+    def __post_init__(self) -> None:
+        where = f"claim part {self.rule!r} on {self.axis!r}"
+        of_pair = self.rule in OF_PAIRS and self.axis != ENGINE
+        needed = 2 if of_pair else _LEVELS.get(self.rule, 0)
+        if of_pair and len(self.levels) != needed:
+            raise UsageError(
+                f"{where}: levels = {list(self.levels)}: the rule is about a pair. Name the two levels, what it starts "
+                f'from first, or write axis = "{ENGINE}".'
+            )
+        if len(self.levels) != needed:
+            raise UsageError(f"{where}: levels = {list(self.levels)}: {needed} expected. Name that many of the axis.")
+        if len(set(self.levels)) < len(self.levels):
+            raise UsageError(f"{where}: levels = {list(self.levels)}: the same one twice. Name two.")
+        if bool(self.metrics) != (self.rule == "best") or bool(self.metric) == (self.rule == "best"):
+            raise UsageError(f"{where}: give metrics (with weights) for rule 'best' and metric for any other rule.")
+        if bool(self.against) != (self.rule == "largest-effect"):
+            raise UsageError(f"{where}: against = {list(self.against)}: needed by 'largest-effect', and by it only.")
+        if self.axis in self.against:
+            raise UsageError(f"{where}: against = {list(self.against)}: holds the axis itself. Leave it out.")
+        of_memory = self.rule in ("lowers", "costs-at-most")
+        known = COUNTED if self.rule == "rises" else (*METRICS, *([PEAK] if of_memory else []))
+        for name in self.metrics or (self.metric,):
+            if name not in known and not (of_memory and name.endswith("_bytes")):
+                raise UsageError(f"{where}: metric {name!r}: not known for this rule. Known: {', '.join(known)}.")
+        name, limit = self.limit
+        if name in ("tolerance", "margin"):
+            limits.check_fraction(where, name, limit, zero=True)
+        self._check_pair(where)
+
+    @property
+    def of_memory(self) -> bool:
+        """Whether it is about bytes, which are judged by the largest and not by a test."""
+        return self.metric == PEAK or (self.rule in OF_PAIRS and self.metric.endswith("_bytes"))
+
+    def _check_pair(self, where: str) -> None:
+        if self.rule not in OF_PAIRS:
+            return
+        if self.rule == "faster" and (METRICS[self.metric].unit != "s" or METRICS[self.metric].higher_is_better):
+            raise UsageError(f"{where}: metric {self.metric!r}: no time. Name one, such as step_time_s.")
+        if not 0 < self.by < (1 if self.rule == "lowers" else 1000):
+            raise UsageError(
+                f"{where}: by = {self.by}: no share that can be promised. 0.2 is 20 %; nothing falls by 1 or more."
+            )
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """What the rule's limit is called and its value, a fraction; "" and 0 for rules without one."""
+        name = _LIMITED.get(self.rule)
+        return (name, float(getattr(self, name))) if name else ("", 0.0)
+
+
+def check_limits(part: Mapping[str, Any], where: str) -> None:
+    """Raises `UsageError` for a limit that is written of a part and is not its rule's: it would decide nothing, however
+    strict it reads. In a record of a study all of them stand, with what they are where nobody wrote one."""
+    rule = part.get("rule")
+    own = _LIMITED.get(rule) if rule in RULES else None
+    for name in dict.fromkeys(_LIMITED.values()) if rule in RULES else ():
+        if name in part and name != own:
+            has, remedy = (f"its limit is {own!r}", f"Write {own} = ..., or ") if own else ("it has no limit", "")
+            why = f"rule {rule!r} does not go by it: {has}"
+            raise impossible(where, name, part[name], why, f"{remedy}leave it out.".capitalize())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A sentence and the parts that it stands on."""
+
+    id: str
+    """What it is called in the report."""
+    says: str
+    """The sentence."""
+    parts: tuple[Part, ...]
+    """All of them must hold."""
+    original: str = ""
+    """What the source of the claim published."""
+    pretrained: bool = False
+    """Whether it says nothing of a model with random weights (a loss)."""
+    source: str = field(default="", metadata=codec.LATER)
+    """The page that says so, and the day on which it was read."""
+
+    def __post_init__(self) -> None:
+        if not self.id or not self.says or not self.parts:
+            raise UsageError(f"claim {self.id!r}: id, says and at least one of parts are needed. Add them.")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis that the claim speaks of."""
+        return tuple(dict.fromkeys(axis for part in self.parts for axis in (part.axis, *part.against)))
+
+
+def say_level(level: Level) -> str:
+    """A level in words."""
+    if isinstance(level, bool):
+        return str(level).lower()
+    return level if isinstance(level, str) else f"{level:g}"
+
+
+def is_number(level: Level) -> bool:
+    """Whether levels of its kind lie along a line."""
+    return not isinstance(level, (bool, str))

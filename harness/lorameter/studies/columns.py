@@ -1,0 +1,69 @@
+"""Which columns of the data a study trains on, where they have other names than those that are recognised."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from lorameter.errors import UsageError, shorten
+from lorameter.records import codec
+from lorameter.studies import limits
+
+FAMILIES: tuple[tuple[str, ...], ...] = (
+    ("instruction", "context", "response"),
+    ("prompt", "completion"),
+    ("messages",),
+    ("text",),
+)
+"""What a record can be made of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The column that plays each part; None is a part that the data names itself, or does not have.
+
+    Raises `UsageError` for parts that make no record together, and for a name that no column has.
+    """
+
+    instruction: str | None = field(default=None, metadata=codec.LATER)
+    """What is asked."""
+    context: str | None = field(default=None, metadata=codec.LATER)
+    """What the instruction is about; the only part that a record can be without."""
+    response: str | None = field(default=None, metadata=codec.LATER)
+    """What is to be answered."""
+    prompt: str | None = field(default=None, metadata=codec.LATER)
+    """What is asked, of a record of two parts."""
+    completion: str | None = field(default=None, metadata=codec.LATER)
+    """What is to be answered, of a record of two parts."""
+    messages: str | None = field(default=None, metadata=codec.LATER)
+    """A list of messages: role and content, or from and value."""
+    text: str | None = field(default=None, metadata=codec.LATER)
+    """All of a record that has no parts."""
+
+    def __post_init__(self) -> None:
+        given = self.given
+        for part, name in given.items():
+            limits.check_word("columns", part, name)
+            if not name:
+                raise UsageError(f"columns: {part} = '': no column named. Name one, or leave it out.")
+        if given and self.family is None:
+            said = ", ".join(f"{part} = {shorten(repr(name), 60)}" for part, name in given.items())
+            kinds = "; or ".join(", ".join(family) for family in FAMILIES)
+            raise UsageError(f"columns: {said}: parts of different records. Name those of one: {kinds}.")
+        for name in given.values():
+            if list(given.values()).count(name) > 1:
+                raise UsageError(
+                    f"columns: {shorten(repr(name), 60)} plays two parts. Name a column of its own for each."
+                )
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The parts that are named, with their columns."""
+        parts = ((one.name, getattr(self, one.name)) for one in dataclasses.fields(self))
+        return {part: name for part, name in parts if name is not None}
+
+    @property
+    def family(self) -> tuple[str, ...] | None:
+        """The parts of the records that these columns make; None where none is named, or they make none."""
+        given = set(self.given)
+        return next((family for family in FAMILIES if given and given <= set(family)), None)

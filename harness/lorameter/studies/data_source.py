@@ -1,0 +1,184 @@
+"""What a workload's `data` names: records of this program's own, a file, a folder, or a data set of the hub.
+
+    synthetic
+    FILE                              .jsonl, .json, .csv, .parquet or .txt, each also with .gz behind it
+    FOLDER, FOLDER[SPLIT]             saved by `datasets` (save_to_disk), or with such files in it
+    OWNER/NAME, OWNER/NAME:CONFIG     of the hub, either with [SPLIT] behind it
+
+Without a split it is "train", or the only one that there is. Doors resolve names, and provenance hashes what lies
+behind them, so nothing here opens a file of data.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorameter.errors import UsageError, shorten
+from lorameter.records import inputs
+
+SYNTHETIC = "synthetic"
+"""Name of the embedded data source: seeded instruction records, no download."""
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+PACKED = ".gz"
+ENDINGS = tuple(f"{kind}{packed}" for kind in KINDS for packed in ("", PACKED))
+MOST_FILES = 10_000
+"""Of one folder."""
+REMEDY = (
+    f"Give a file ({', '.join(KINDS)}, also with {PACKED}), a folder of such files or saved by datasets, "
+    f"a hub id such as owner/name:config[split], or {SYNTHETIC!r}."
+)
+DEFAULT_SPLIT = "train"
+_SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+"""Words in the name of a file that say of which split it is, as `datasets` reads them."""
+_NO_DATA = ("dataset_info.json", "dataset_infos.json")
+"""What `datasets` writes beside data."""
+_SPLIT = re.compile(r"(?P<name>.+)\[(?P<split>[\w.-]+)\]")
+_HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[^\[\]:/]+))?")
+
+Kind = Literal["synthetic", "file", "folder", "saved", "hub"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """Where records come from."""
+
+    kind: Kind
+    """"saved" is a folder that `datasets` saved, "folder" one with files of records in it."""
+    name: str
+    """Path, or id on the hub."""
+    config: str = ""
+    split: str = ""
+    """"" where there is but one."""
+    files: tuple[Path, ...] = ()
+    """The files that hold the data, in order; none of a data set of the hub."""
+
+    @property
+    def label(self) -> str:
+        """What it is called, wherever it lies."""
+        name = self.name if self.kind in ("hub", "synthetic") else Path(os.path.abspath(self.name)).name  # noqa: PTH100 unresolved
+        return f"{name}{f':{self.config}' if self.config else ''}{f'[{self.split}]' if self.split else ''}"
+
+
+def resolve(data: str) -> DataSource:
+    """What the text names. A file or folder that is there goes before a data set of the hub of the same name.
+
+    Raises:
+        UsageError: it names nothing, a file of no known kind, a folder without data, or a split that is not there.
+    """
+    where = f"data {shorten(repr(data))}"
+    if data == SYNTHETIC:
+        return DataSource(kind="synthetic", name=data)
+    name, split = data, ""
+    if not inputs.is_there(data) and (found := _SPLIT.fullmatch(data)):
+        name, split = found["name"], found["split"]
+    if inputs.is_folder(name):
+        return _folder(Path(name), split, where)
+    if inputs.is_there(name):
+        if split:
+            raise UsageError(f"{where}: a file has no splits. Leave [{split}] out.")
+        return _file(name, where)
+    if name.endswith(ENDINGS) or name.startswith((".", "/", "~")):
+        raise UsageError(f"{where}: no such file or folder. {REMEDY}")
+    if found := _HUB.fullmatch(name):
+        return DataSource(kind="hub", name=found["name"], config=found["config"] or "", split=split or DEFAULT_SPLIT)
+    raise UsageError(f"{where}: no such file or folder, and no id of the hub. {REMEDY}")
+
+
+def make_absolute(data: str) -> str:
+    """The same data by a name that holds in every folder."""
+    found = _SPLIT.fullmatch(data)
+    name, behind = (found["name"], f"[{found['split']}]") if found and not inputs.is_there(data) else (data, "")
+    return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and inputs.is_there(name) else data
+
+
+def _file(name: str, where: str) -> DataSource:
+    if not inputs.is_file(name):  # what is no plain file may never begin, or never end
+        raise UsageError(f"{where}: cannot be read: it is no plain file. {REMEDY}")
+    if not name.endswith(ENDINGS):
+        raise UsageError(f"{where}: a file of no known kind: its name ends in none of {', '.join(ENDINGS)}. {REMEDY}")
+    return DataSource(kind="file", name=name, files=(Path(name),))
+
+
+def _folder(path: Path, split: str, where: str) -> DataSource:
+    try:
+        names = sorted(entry.name for entry in os.scandir(path))
+    except OSError as error:
+        raise UsageError(f"{where}: cannot be read: {error.strerror}. {REMEDY}") from None
+    if len(names) > MOST_FILES:
+        raise UsageError(f"{where}: more than {MOST_FILES} files are in it. Join them, or name one.")
+    if "dataset_dict.json" in names:
+        return _saved_splits(path, split, where)
+    if {"state.json", "dataset_info.json"} <= set(names):
+        if split:
+            raise UsageError(f"{where}: it was saved without splits. Leave [{split}] out.")
+        return _saved(path, path, "")
+    return _files(path, [name for name in names if name.endswith(ENDINGS) and name not in _NO_DATA], split, where)
+
+
+def _saved_splits(path: Path, split: str, where: str) -> DataSource:
+    try:
+        data = inputs.read_json(path / "dataset_dict.json", inputs.STUDY_BYTES)
+    except inputs.NotReadableError as error:
+        raise UsageError(f"{where}, dataset_dict.json: cannot be read: {error}. Save it again.") from None
+    splits = data.get("splits") if isinstance(data, dict) else None
+    if not isinstance(splits, list) or not all(isinstance(one, str) and _is_name(one) for one in splits):
+        raise UsageError(f"{where}, dataset_dict.json: splits: a list of names is expected. Save it again.")
+    chosen = _choose(splits, split, where)
+    return _saved(path, path / chosen, chosen)
+
+
+def _is_name(text: str) -> bool:
+    """Whether it names a folder in this one, and none elsewhere."""
+    return re.fullmatch(r"[\w-][\w.-]*", text) is not None
+
+
+def _saved(path: Path, folder: Path, split: str) -> DataSource:
+    files = tuple(sorted(file for file in folder.glob("*.arrow") if file.is_file()))
+    return DataSource(kind="saved", name=str(path), split=split, files=files)
+
+
+def _files(path: Path, names: Sequence[str], split: str, where: str) -> DataSource:
+    if not names:
+        raise UsageError(f"{where}: no file in it is of a known kind ({', '.join(ENDINGS)}). {REMEDY}")
+    splits = {name: set(_splits_in(name)) for name in names}
+    known = sorted(set().union(*splits.values()))
+    chosen = _choose(known, split, where) if known or split else ""
+    if chosen and not split and chosen != DEFAULT_SPLIT and any(chosen not in of for of in splits.values()):
+        raise UsageError(
+            f"{where}: files of {chosen} and others are in it. Name the split, as in …[{chosen}], or a file."
+        )
+    taken = [name for name in names if not chosen or chosen in splits[name]]
+    kinds = sorted({ending for name in taken if (ending := Path(name.removesuffix(PACKED)).suffix)})
+    if len(kinds) > 1:
+        raise UsageError(
+            f"{where}: files of different kinds are in it: {', '.join(kinds)}. Name one file, or part them."
+        )
+    for name in taken:
+        if not inputs.is_file(path / name):
+            raise UsageError(f"{where}, {name}: cannot be read: it is no plain file. Take it out.")
+    return DataSource(kind="folder", name=str(path), split=chosen, files=tuple(path / name for name in taken))
+
+
+def _splits_in(name: str) -> Iterator[str]:
+    ending = next(ending for ending in reversed(ENDINGS) if name.endswith(ending))
+    words = re.split(r"[^a-z]+", name.removesuffix(ending).lower())
+    return (word for word in _SPLIT_WORDS if word in words)
+
+
+def _choose(splits: Sequence[str], asked: str, where: str) -> str:
+    if asked:
+        if asked in splits:
+            return asked
+        raise UsageError(
+            f"{where}: no split {asked!r}. There {'are' if splits else 'is'} {', '.join(splits) or 'none'}."
+        )
+    if DEFAULT_SPLIT in splits or len(splits) == 1:
+        return DEFAULT_SPLIT if DEFAULT_SPLIT in splits else splits[0]
+    if not splits:
+        raise UsageError(f"{where}: it has no split. Save it again.")
+    raise UsageError(f"{where}: it has the splits {', '.join(splits)}. Name one, as in …[{splits[0]}].")

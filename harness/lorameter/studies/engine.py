@@ -1,0 +1,91 @@
+"""An engine: something of somebody else's that is said to make training faster or smaller, as a study is about it.
+
+title = "Liger Kernel"            # what it is called
+variant = "liger"                 # the variant that has it; the reference is the one without
+needs = "cuda"                    # a device without which there is nothing to measure; left out where there is none
+package = "liger-kernel"          # the distribution whose version belongs to a result
+flag = "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
+
+[engine.workload]                 # what the variant trains on differs in, where the engine is one of the workload
+[engine.proof]                    # paths of kernels_check, and what each must show where the engine runs
+
+A promise is judged only where the engine was seen to run in the one variant and not in the other: a flag that a script
+ignores would otherwise refute a promise that nobody has tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorameter.errors import UsageError, shorten
+from lorameter.records import codec
+from lorameter.studies import limits
+from lorameter.studies.workload import Workload
+
+ANY = "any"
+"""Proof of a path that says what there is of a thing: some of it with the engine, none without."""
+LESS = "less"
+"""Proof of a share: below half of what it is without the engine."""
+SAFE = "not false"
+"""Proof that nothing is won unfairly: refuted where the path is seen to be false, and no obstacle where nobody could
+see it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """Whose promises a study judges. Raises `UsageError` for what cannot be."""
+
+    title: str
+    """What it is called."""
+    variant: str
+    """The variant that has it."""
+    proof: dict[str, Any]
+    """Path of kernels_check to what it must show: true, a word, or one of "any", "less" and "not false"."""
+    needs: Literal["", "cuda"] = ""
+    """A device without which there is nothing to measure."""
+    package: str = ""
+    """Distribution whose version belongs to a result."""
+    flag: str = ""
+    """What a training script is often given for it, in braces, for messages."""
+    workload: dict[str, Any] = field(default_factory=dict)
+    """Fields of the workload that the variant has a value of its own for."""
+
+    def __post_init__(self) -> None:
+        if not self.title or not self.variant:
+            raise UsageError("[engine]: title and variant are needed. Add them.")
+        for key in ("title", "package", "flag"):
+            limits.check_word("[engine]", key, getattr(self, key))
+        if not any(value != SAFE for value in self.proof.values()):
+            raise UsageError(
+                "[engine.proof]: nothing would show that the engine runs. Name a path of kernels_check, as in "
+                '"optimizer.fused" = true.'
+            )
+        for path, value in self.proof.items():
+            if value is not True and not (isinstance(value, str) and value):
+                raise UsageError(
+                    f"[engine.proof]: {shorten(path, 60)} = {shorten(repr(value), 60)}: nothing that can be seen. Use "
+                    f'true, a word, "{ANY}", "{LESS}" or "{SAFE}".'
+                )
+
+    def workload_of(self, workload: Workload) -> Workload:
+        """What the variant trains on, from what the study does. Raises `UsageError` for a field that it has not."""
+        if not self.workload:
+            return workload
+        common: Mapping[str, Any] = codec.to_json(workload)
+        changed = codec.from_json(Workload, {**common, **self.workload}, "[engine.workload]")
+        if (changed.model, changed.data) != (workload.model, workload.data):
+            raise UsageError("[engine.workload]: another model or other data. Leave them as they are in [workload].")
+        return changed
+
+    @property
+    def example(self) -> str:
+        """A script with it and without it, as one would ask for it."""
+        return f"'python train.py {self.flag or '{--flag}'}'"
+
+    def obstacle(self, device: str) -> str:
+        """Why there is nothing to measure on a device ("cpu" or "cuda"); empty where there is."""
+        if not self.needs or device == self.needs:
+            return ""
+        return f"{self.title} runs on a GPU only and this machine measures on the CPU; measure it on a machine with one"

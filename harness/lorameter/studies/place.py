@@ -1,0 +1,176 @@
+"""Where the replicates of a study are measured, as a study or a command line says it: `on` and `sites`.
+
+Both are words, and here is read what they mean and refused what means nothing, on whatever machine a study is read.
+Whether there is such a card, cluster or queue is found out where it is opened (`lorameter.run.sites`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorameter.errors import UsageError
+
+HERE = "here"
+RAY = "ray"
+SLURM, LOCAL = "slurm", "submitit-local"
+OF_SLURM: Mapping[str, type] = {
+    "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
+    "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
+    "exclusive": str,
+}  # fmt: skip
+"""What is passed on, by the names that sbatch has for it."""
+OURS: Mapping[str, type] = {"sites": int, "start_minutes": float, "silent_s": float}
+START_MINUTES = 10.0
+SILENT_S = 120.0
+"""Attributes of a file on NFS are a minute old at worst (nfs(5), acregmax), and a file server that is restarted is away
+for about as long."""
+LEAST_SILENT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What an `on` of a batch system asks for."""
+
+    on: str
+    kind: Literal["slurm", "submitit-local"]
+    sites: int = 1
+    start_minutes: float = START_MINUTES
+    """How long jobs are waited for before those that have started go on without the others."""
+    silent_s: float = SILENT_S
+    """After how long without a sign of life a job, or the driver, is taken for dead."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Passed on to the batch system."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What `on` and `sites` say. Raises `UsageError` for what means nothing."""
+
+    on: str = HERE
+    sites: tuple[str, ...] = ()
+    mixed: bool = False
+    """Whether sites may be unlike."""
+
+    def __post_init__(self) -> None:
+        if is_batch(self.on):
+            read_asked(self.on)
+            if self.sites:
+                raise UsageError(
+                    f"{say_on(self.on)}: its jobs are the sites. Write sites=N in it, and leave sites out."
+                )
+        elif self.on == HERE:
+            self._check_numbers()
+        elif self.on != RAY and not self.on.startswith(f"{RAY}://"):
+            raise UsageError(
+                f"{say_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, "
+                f"{SLURM}:KEY=VALUE,… or {LOCAL}."
+            )
+        if self.mixed and self.on == HERE and len(self.sites) < 2:
+            raise UsageError(
+                "mixed: there is one site here, which is like itself. Name several by sites, or take it out."
+            )
+        named = [number for name in self.sites for number in numbers_of(name)] if self.on == HERE else self.sites
+        if not all(self.sites) or len(set(named)) < len(named):
+            raise UsageError(
+                f"{say_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each "
+                "once."
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is said: one device of this machine, or all CPUs."""
+        return self.on == HERE and not self.sites
+
+    @property
+    def said(self) -> str:
+        """For messages: the word that the place hangs on."""
+        return say_sites(self.sites) if self.on == HERE else say_on(self.on)
+
+    def asked(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> Place:
+        """This place with what a command line says, None or False where that says nothing.
+
+        `sites` are names with commas between them. They, and whether they are unlike, are of one place, so another `on`
+        comes without them.
+        """
+        of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
+        named = of_place[1] if sites is None else split_sites(sites)
+        return Place(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
+
+    def _check_numbers(self) -> None:
+        if not all(_NUMBERS.fullmatch(name) for name in self.sites):
+            raise UsageError(
+                f"{say_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
+                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two cards each, where trials have two ranks.'
+            )
+
+
+_NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
+"""A site of this machine: a card, or those of a trial of several ranks."""
+
+
+def numbers_of(name: str) -> tuple[int, ...]:
+    """The cards of this machine, or shares of its CPUs, that are one site: "0", or "0+1"."""
+    return tuple(map(int, name.split("+")))
+
+
+def split_sites(text: str) -> tuple[str, ...]:
+    """The names in "0,1" or "node1, node2"."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def say_sites(sites: Sequence[str]) -> str:
+    """For messages."""
+    return f"sites = {','.join(sites)!r}"
+
+
+def say_on(on: str) -> str:
+    """For messages."""
+    return f"on = {on!r}"
+
+
+def is_batch(on: str) -> bool:
+    """Whether it names jobs of a batch system."""
+    return on.partition(":")[0] in (SLURM, LOCAL)
+
+
+def read_asked(on: str) -> Asked:
+    """What is asked for, such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
+
+    A value may hold commas: what has no "=" after one belongs to the value before it.
+
+    Raises:
+        UsageError: a key that is not known, or a value that is none.
+    """
+    name, _, listed = on.partition(":")
+    kind: Literal["slurm", "submitit-local"] = "slurm" if name == SLURM else "submitit-local"
+    known = {**OURS, **(OF_SLURM if kind == SLURM else {})}
+    found: dict[str, Any] = {}
+    for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
+        key, equals, text = part.partition("=")
+        if key not in known or not equals:
+            raise UsageError(f"{say_on(on)}: {key!r} is not known. Use KEY=VALUE of {', '.join(known)}.")
+        if key in found:
+            raise UsageError(f"{say_on(on)}: {key} is given twice. Give it once.")
+        found[key] = _read(on, key, text, known[key])
+    sites, silent_s = found.get("sites", 1), found.get("silent_s", SILENT_S)
+    if not 0 < sites < 1000:
+        raise UsageError(f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
+    if silent_s < LEAST_SILENT_S:
+        raise UsageError(f"{say_on(on)}: silent_s={silent_s:g}: give {LEAST_SILENT_S:g} seconds or more.")
+    passed = {key: value for key, value in found.items() if key not in OURS}
+    return Asked(on=on, kind=kind, parameters=passed, **{key: found[key] for key in OURS if key in found})
+
+
+def _read(on: str, key: str, text: str, kind: type) -> Any:
+    if kind is str and text and text.isprintable():
+        return text
+    if kind is not str and text.isascii():
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if 0 < value < 1e6:
+                return value
+    raise UsageError(f"{say_on(on)}: {key}={text!r}: a {'text' if kind is str else 'positive number'} is expected.")

@@ -1,0 +1,187 @@
+"""A protocol: how often and how long things are measured. Nothing about what is measured.
+
+The replicate (fresh processes) is the unit of inference; steps inside a process are sub-samples. Kalibera & Jones
+(2013, "Rigorous benchmarking in reasonable time") show why: processes differ more from each other than steps do, so
+repeating steps in one process buys little. One dial, `effort`, sets the number of replicates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.records.metrics import PHASES, Phase
+from lorameter.studies import limits
+from lorameter.studies.place import HERE, Place
+
+PRECISION_REPLICATES = 40
+"""Cap where a precision decides and nothing else is said."""
+LIMITED_REPLICATES = 12
+"""Cap where minutes decide and nothing else is said."""
+EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
+
+_RANGES: dict[str, limits.Range] = {
+    "replicates": (1, limits.MOST_REPLICATES),
+    "warmup_steps_min": (1, limits.MOST_STEPS),
+    "warmup_steps_max": (-limits.MOST_STEPS, limits.MOST_STEPS),
+    "turns": (1, limits.MOST_ROUNDS),
+    "steps_per_turn": (1, limits.MOST_STEPS),
+    "generate_warmup": (0, 10**6),
+    "generate_requests": (1, limits.MOST_ROUNDS),
+    "natural_requests": (1, limits.MOST_ROUNDS),
+    "peak_replicates": (1, limits.MOST_REPLICATES),
+    "retries": (0, 1000),
+    "seed": (0, limits.MOST_SEED - limits.MOST_REPLICATES),
+    "memory_limit_bytes": (1, 2**62),
+}
+
+
+STEPS_PER_TURN = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """Replicates, warm-up, timed turns and limits. Raises `UsageError` for values that measure nothing."""
+
+    replicates: int = EFFORT_REPLICATES["quick"]
+    """Passes over all variants in fresh processes: the unit of every interval."""
+    warmup_steps_min: int = 3
+    """Discarded steps at least."""
+    warmup_steps_max: int = 12
+    """Discarded steps at most; warming up ends when the steps are steady."""
+    turns: int = 8
+    """Timed turns of a trial in the training phase."""
+    steps_per_turn: int = STEPS_PER_TURN
+    """Timed steps of a turn."""
+    epochs: float = 0.0
+    """Train every trial for at least so many epochs: what the timed turns leave of them follows untimed, for the
+    losses. 0 ends the training with the timed turns."""
+    phases: tuple[Phase, ...] = PHASES
+    """What is measured unless the user asks for other phases."""
+    merged: bool = True
+    """Measure requests with the adapter merged, too."""
+    peak_replicates: int = 3
+    """Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
+    cold_replicates: int | None = field(default=None, metadata=codec.LATER)
+    """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
+    None: as many as their interval needs (`lorameter.run.plan`), and one where minutes are limited."""
+    generate_warmup: int = 1
+    """Discarded requests between the first call and the warm ones."""
+    generate_requests: int = 6
+    """Warm requests per trial and adapter state (unmerged, merged)."""
+    natural_requests: int = 6
+    """Requests that the model ends itself, where the workload has such."""
+    seed: int = 0
+    """Seeds the order of the plan and, with the replicate's number, the training."""
+    step_timeout_s: float = 600.0
+    """Longest silence of a worker during one command; a worker that is silent for longer is killed."""
+    memory_limit_bytes: int | None = None
+    """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
+    retries: int = 2
+    """Times that a trial is measured again whose surroundings were past a limit (`lorameter.machine.validity`), with all
+    that took turns with it, at the end of its replicate. Still past it, it stays invalid."""
+    allow_disturbed: bool = False
+    """Let such trials count, with a notice: for a machine that one cannot have to oneself."""
+    precision: float | None = None
+    """Stop as soon as every compared interval is at most this far from its centre (a fraction: 0.05 is 5 %; the
+    tolerance of 0.01 is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all
+    replicates."""
+    max_minutes: float | None = None
+    """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
+    is gone on with. They are spread over five replicates, if so many are planned: no further one is begun whose least
+    would end later, and within one whole rounds are dropped, for all variants alike (`lorameter.run.budget`). None sets
+    no limit."""
+    on: str = field(default=HERE, metadata=codec.LATER)
+    """Where replicates are measured by `run`, `ab`, `calibrate` and pytest, as `--on` has it: `here`, `ray`,
+    `ray://HOST:PORT`, `slurm:KEY=VALUE,…` or `submitit-local:KEY=VALUE,…`. Not in a profile, which is chosen by the
+    device that is there."""
+    sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)
+    """On which of them at once, as `--sites` has it: cards of this machine, or shares of its CPUs, as `["0", "1"]`, or
+    `["0+1", "2+3"]` for trials of two ranks; names of nodes on Ray; never with SLURM, whose `on` says how many. Empty:
+    one device here, all nodes of a cluster. Not in a profile."""
+    mixed: bool = field(default=False, metadata=codec.LATER)
+    """Let sites be unlike, other cards or CPUs, as `--mixed` has it: replicates are divided evenly, and every ratio is
+    of one site, with its own interval; nothing is taken over all of them. Not with a precision; not in a profile."""
+
+    def __post_init__(self) -> None:
+        limits.check_ranges("protocol", self, _RANGES)
+        if self.warmup_steps_max < self.warmup_steps_min:
+            raise UsageError(
+                f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
+                f"{self.warmup_steps_min}. Raise it."
+            )
+        if self.cold_replicates is not None:
+            limits.check_ranges("protocol", self, {"cold_replicates": (1, limits.MOST_REPLICATES)})
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UsageError(
+                f"protocol: max_minutes = {self.max_minutes!r}: must be positive. Leave it out to set no limit."
+            )
+        limits.check_ranges("protocol", self, {"max_minutes": (0, limits.YEAR_MINUTES)})
+        limits.check_fraction("protocol", "precision", self.precision)
+        if self.total_steps > limits.MOST_STEPS:
+            raise UsageError(
+                f"protocol: turns = {self.turns}, steps_per_turn = {self.steps_per_turn}, warmup_steps_max = "
+                f"{self.warmup_steps_max}: {self.total_steps} steps a trial, and {limits.MOST_STEPS} at most are "
+                "taken. Use fewer."
+            )
+        if not self.epochs >= 0:
+            raise UsageError(f"protocol: epochs = {self.epochs!r}: cannot be negative. Use 0 or more.")
+        if not self.phases:
+            raise UsageError(f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
+        if not self.step_timeout_s > 0:
+            raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
+        limits.check_ranges("protocol", self, {"step_timeout_s": (0, limits.WEEK_S), "epochs": (0, 10**6)})
+        if self.mixed and self.precision is not None:
+            raise UsageError(
+                f"protocol: precision = {self.precision:g}: it is of one interval, and with mixed each site has its "
+                "own. Leave one of the two out, and give replicates."
+            )
+        self.place  # noqa: B018  # what can be no place is refused
+
+    @property
+    def place(self) -> Place:
+        """Where replicates are measured."""
+        return Place(on=self.on, sites=self.sites, mixed=self.mixed)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a trial, however long its warm-up was: the first, the warm-up at most, the timed ones."""
+        return 1 + self.warmup_steps_max + self.turns * self.steps_per_turn
+
+    def all_steps(self, sequences: int, sequences_per_step: int) -> int:
+        """Those steps, or those of the epochs asked for where they are more; an epoch has so many sequences."""
+        return max(self.total_steps, math.ceil(self.epochs * sequences / sequences_per_step))
+
+    def with_effort(self, effort: str) -> Protocol:
+        """The same protocol at another effort: quick 3, standard 8, rigorous 12 replicates."""
+        if effort not in EFFORT_REPLICATES:
+            raise UsageError(f"effort = {effort!r}: unknown. Use one of {', '.join(EFFORT_REPLICATES)}.")
+        return dataclasses.replace(self, replicates=EFFORT_REPLICATES[effort])
+
+    def here(self) -> Protocol:
+        """The same protocol on one device of this machine."""
+        return dataclasses.replace(self, on=HERE, sites=(), mixed=False)
+
+    def least(self) -> Protocol:
+        """The least that still runs every phase once; nothing measured with it is reported."""
+        return dataclasses.replace(
+            self,
+            replicates=1,
+            warmup_steps_min=1,
+            warmup_steps_max=1,
+            turns=1,
+            steps_per_turn=1,
+            epochs=0.0,
+            peak_replicates=1,
+            cold_replicates=None,
+            generate_warmup=0,
+            generate_requests=1,
+            natural_requests=1,
+            retries=0,
+            allow_disturbed=True,
+            precision=None,
+            max_minutes=None,
+        )

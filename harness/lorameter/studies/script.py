@@ -1,0 +1,172 @@
+"""What a variant that is a command may say: a line of words for a training script of somebody else's.
+
+Such a variant names no LoRA parameter, no optimizer and no dtype: the script has them, and what stood beside it could
+contradict it. The words go to the system as they are, without a shell, so that what is measured is one program and what
+it starts, and so that a signal reaches it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from lorameter.errors import UsageError, shorten, sounds_secret
+from lorameter.studies import limits
+from lorameter.studies.credentials import hide_credentials, refuse_credentials
+from lorameter.studies.protocol import STEPS_PER_TURN, Protocol
+from lorameter.studies.workload import Workload
+
+if TYPE_CHECKING:
+    from lorameter.studies.study import Study
+    from lorameter.studies.variant import Variant
+
+FIELDS = ("command", "cwd", "env", "python")
+"""Fields of a variant that belong to its command."""
+SIDE = "command"
+"""Kind of a side of an A/B that is a command of its own: the two differ in nothing else."""
+OWN = "script"
+"""Model and data of a workload that its scripts bring themselves."""
+
+_SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
+_SHELL_OPTION = re.compile(r"-[a-z]*c")
+"""What comes after it, as in `sh -c` and `bash -lc`, is a line of words."""
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
+"""Names of an interpreter."""
+
+
+def check_script(label: str, variant: Variant) -> None:
+    """Raises `UsageError` for a command that cannot be one, or for fields beside it that only its script could mean."""
+    if not variant.command:
+        for key in FIELDS:
+            if getattr(variant, key):
+                raise UsageError(
+                    f"{label}: {key} = {getattr(variant, key)!r}: only a variant that is a command has it. "
+                    'Add command = "python train.py", or take it out.'
+                )
+        return
+    for field in dataclasses.fields(variant):
+        if field.name not in ("name", *FIELDS) and getattr(variant, field.name) != field.default:
+            raise UsageError(
+                f"{label}: {field.name} = {getattr(variant, field.name)!r}: the variant is a command, and its script "
+                "says what is trained. Give it to the script as an argument, and take it out here."
+            )
+    limits.check_text(label, "command", variant.command)
+    refuse_credentials(label, split_command(label, variant.command))
+    for key in ("cwd", "python"):
+        limits.check_word(label, key, getattr(variant, key))
+        refuse_credentials(f"{label}: {key}", [getattr(variant, key)])
+    for name, value in variant.env.items():
+        if not _VARIABLE.fullmatch(name) or "\0" in value:
+            raise UsageError(f"{label}: env.{shorten(name, 60)}: no variable can be called or be that. Mend the name.")
+        limits.check_text(label, f"env.{name}", value)
+        if sounds_secret(name):
+            raise UsageError(
+                f"{label}: env.{name} is a credential, and it is written into the run. Set it where "
+                "lorameter is started: scripts inherit it."
+            )
+        refuse_credentials(f"{label}: env.{name}", [value])
+
+
+def script_workload(threads: int = 1) -> Workload:
+    """The workload of scripts: what they train on is theirs, and so is the size of a batch; threads of the CPU are not,
+    since they are set where a process begins."""
+    return Workload(model=OWN, data=OWN, threads=threads)
+
+
+def check_scripts(study: Study) -> None:
+    """Raises `UsageError` for a study of commands that asks for something which only a script could do."""
+    where = f"study {study.name}"
+    for variant in study.variants:
+        if not variant.command:
+            raise UsageError(
+                f"{where}: variant {variant.name!r} has no command and others have one: a script and a variant of "
+                "lorameter's own have no step in common. Make it a study of its own."
+            )
+    plain = script_workload(study.workload.threads)
+    for field in dataclasses.fields(plain):
+        value = getattr(study.workload, field.name)
+        if value != getattr(plain, field.name):
+            raise UsageError(
+                f"{where}, [workload]: {field.name} = {value!r}: the variants are commands, and model, data and batch "
+                "are their scripts'. Give it to the scripts as an argument; only threads can be set here."
+            )
+    if study.protocol.phases != ("train",):
+        raise UsageError(
+            f"{where}, [protocol]: phases = {list(study.protocol.phases)}: the variants are commands, of which "
+            'training is measured and nothing else. Write phases = ["train"].'
+        )
+    if study.protocol.epochs:
+        raise UsageError(
+            f"{where}, [protocol]: epochs = {study.protocol.epochs:g}: the variants are commands, whose data is not "
+            "known. Set turns and steps_per_turn."
+        )
+
+
+def time_steps(protocol: Protocol, steps: int) -> Protocol:
+    """The protocol with so many timed steps of each process, in turns as long as they are by default.
+
+    Raises:
+        UsageError: no whole number of turns.
+    """
+    if steps < STEPS_PER_TURN or steps % STEPS_PER_TURN:
+        raise UsageError(
+            f"--steps = {steps}: {STEPS_PER_TURN} steps are timed in a turn. Use a multiple of {STEPS_PER_TURN}, "
+            f"{STEPS_PER_TURN} or more."
+        )
+    return dataclasses.replace(protocol, turns=steps // STEPS_PER_TURN, steps_per_turn=STEPS_PER_TURN)
+
+
+def split_command(label: str, command: str) -> list[str]:
+    """The words of a command line, quotes taken off; `label` names whose it is.
+
+    Raises:
+        UsageError: it is empty, an open quote, or means something to a shell, of which there is none.
+    """
+    if "\0" in command or len(command) > limits.TEXT_CHARACTERS:
+        raise UsageError(f"{label}: command = {shorten(repr(command), 80)}: too long, or no text. Mend it.")
+    named = f"{label}: command = {shorten(repr(' '.join(hide_credentials(command.split()))), 80)}"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"{named}: {error}. Close the quote.") from None
+    if not words or not words[0]:
+        raise UsageError(f'{label}: command = {command!r}: no program in it. Write one, as "python train.py --r 64".')
+    for word in words:
+        if word in _SHELL:
+            raise UsageError(
+                f"{named}: {word!r} is for a shell, and there is none. "
+                "Name the one command that trains; what comes before it belongs into a script or is done beforehand."
+            )
+    if _ASSIGNMENT.fullmatch(words[0]):
+        raise UsageError(
+            f"{named}: {hide_credentials(words)[0]!r} sets a variable, for which it takes a shell. Write it as "
+            "env = { ... } in a study, or put `env` in front of the command."
+        )
+    return words
+
+
+def name_of_command(command: str) -> str:
+    """A name for what a command runs: the script's without its ending, a module's, or the program's."""
+    return name_of_words(split_command("command", command))
+
+
+def name_of_words(words: Sequence[str]) -> str:
+    """The same of words that nobody has to take apart. A run's folder is named by it, so it holds no more of a line for
+    a shell than the script, and no credential."""
+    words = hide_credentials(words)
+    parts: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        of_shell = _SHELL_OPTION.fullmatch(before) is not None
+        parts += [part.strip("'\"();&|") for part in word.split()] if of_shell else [word]
+    named = [PurePath(part).stem for part in parts if part.endswith(".py") and "=" not in part]
+    if not named and "-m" in parts[1:-1]:
+        named = [parts[parts.index("-m") + 1]]
+    program = next((word for word in words if not PYTHON.fullmatch(PurePath(word).name)), words[0])
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "-", named[0] if named else PurePath(program).name).strip("-")
+    return name[: limits.NAME_BYTES] or "command"

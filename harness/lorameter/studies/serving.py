@@ -1,0 +1,108 @@
+"""The ways in which one trained adapter is served: beside a base or merged into it, and which base that is.
+
+The reference is the adapter beside the base that it was trained on. Everything else is what somebody does to it before
+users come: merge it, put it on the 16-bit weights, quantise the base. A 4-bit base offers two merges, and both are
+taken: PEFT adds the update to the dequantised weights and quantises the sum again, which loses what is smaller than a
+step of the 4-bit grid; or the weights are dequantised for good and the sum stays in the base's type.
+
+Two ways are controls. The reference is asked once more in another process, which shows what differs for no reason at
+all. And the base is asked without the adapter: where that is no different, no way of merging could be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorameter.studies.request import TrialRequest
+from lorameter.studies.variant import Quantization, Variant
+
+AGAIN = ", asked again"
+WITHOUT = "no adapter, "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way of serving an adapter."""
+
+    name: str
+    """For people, and unique among the ways of a variant."""
+    variant: Variant
+    """Says the base: its type and quantisation, and in which attention it is run."""
+    merged: bool = False
+    adapter: bool = True
+    """Whether the adapter takes part at all."""
+    dequantised: bool = False
+    """Whether the base's quantised weights are turned back into its type before anything else."""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is there to judge the others by."""
+        return not self.adapter or self.name.endswith(AGAIN)
+
+
+def ways_of(variant: Variant) -> tuple[tuple[Way, ...], ...]:
+    """All that apply, in groups of those that one process serves from one loaded base; the first is the reference.
+
+    Within a group a merge comes last: it changes the base.
+    """
+    own = dataclasses.replace(variant, init_lora_weights="default", merge_adapter=False)
+    name = _stored(own)
+    reference = Way(name=f"unmerged, {name}", variant=own)
+    groups: list[tuple[Way, ...]] = [
+        (
+            reference,
+            dataclasses.replace(reference, name=f"{WITHOUT}{name}", adapter=False),
+            dataclasses.replace(reference, name=f"merged into {name}", merged=True),
+        ),
+        (dataclasses.replace(reference, name=f"{reference.name}{AGAIN}"),),
+    ]
+    if own.quantization != "none":
+        groups.append((Way(name=f"merged, {name} dequantised", variant=own, merged=True, dequantised=True),))
+    for other in _other_bases(own):
+        beside = Way(name=f"unmerged, {_stored(other)}", variant=other)
+        groups.append((beside, dataclasses.replace(beside, name=f"merged into {_stored(other)}", merged=True)))
+    return tuple(groups)
+
+
+def _other_bases(own: Variant) -> list[Variant]:
+    """The 16-bit base and the 4-bit one, as far as they are not the variant's own. The 16-bit type is the variant's,
+    where it has one; the 4-bit one is NF4, with the other settings of the variant."""
+    sixteen = own.dtype if own.dtype != "float32" else "bfloat16"
+    plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
+    wanted = [dataclasses.replace(plain, dtype=sixteen)]
+    if not own.is_4bit:
+        wanted.append(dataclasses.replace(plain, quantization=_FOUR_BITS))
+    return [other for other in wanted if _stored(other) != _stored(own)]
+
+
+_FOUR_BITS: Quantization = "nf4"
+
+
+def _stored(variant: Variant) -> str:
+    """How the base stores its linear layers, in a word."""
+    return variant.dtype if variant.quantization == "none" else variant.quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRequest:
+    """What a process is asked: to serve an adapter in the ways of one group."""
+
+    trial: TrialRequest
+    """Says the workload, the prompts, the device and the folder in which the reference's logits lie."""
+    adapter: str
+    """Folder of the adapter, as PEFT saves it."""
+    ways: tuple[Way, ...]
+    reference: tuple[tuple[int, ...], ...] = ()
+    """The reference's answers, over which logits are compared; empty where the first way is the reference."""
+
+    @property
+    def seeks_reference(self) -> bool:
+        """Whether its first way is the reference."""
+        return not self.reference
+
+
+def name_reference(groups: Sequence[Sequence[Way]]) -> str:
+    """The reference's name."""
+    return groups[0][0].name

@@ -1,0 +1,331 @@
+"""A study: a named set of variants, what is held constant, how it is measured, and what it claims.
+
+`lorameter.studies.study_file` reads it from TOML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.studies import limits
+from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_number, say_level
+from lorameter.studies.engine import Engine
+from lorameter.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
+from lorameter.studies.script import check_scripts
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
+
+OF_WORKLOAD = "workload."
+"""Begins the name of an axis that is a field of the workload: `workload.batch_size`."""
+RESERVED = {"-control": "the A/A control", "-solo": "what is measured alone"}
+"""Endings by which a run tells trials of one variant apart; two trials of one name would overwrite each other."""
+
+
+def is_of_tokens(axis: str) -> bool:
+    """Whether a loss along this axis is at each level that of other tokens."""
+    return axis.startswith(OF_WORKLOAD) and axis.removeprefix(OF_WORKLOAD) in OF_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Variants that meet on one workload under one protocol."""
+
+    name: str
+    title: str
+    workload: Workload
+    protocol: Protocol
+    variants: tuple[Variant, ...]
+    reference: str
+    allow_fallback: bool = False
+    requirements: dict[str, Any] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the results must know and no field says."""
+    profile: str = ""
+    """Name of the profile that fitted the study to a machine."""
+    replaced: dict[str, Any] = field(default_factory=dict)
+    """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
+    engine: Engine | None = field(default=None, metadata=codec.LATER)
+    """Whose promises it is about, where it is about an engine's."""
+    workloads: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=codec.LATER)
+    """Fields of the workload that variants have a value of their own for, by the variant's name."""
+
+    def __post_init__(self) -> None:
+        limits.check_name("study", self.name)
+        names = [variant.name for variant in self.variants]
+        if len(names) > limits.MOST_VARIANTS:
+            raise UsageError(f"study {self.name}: {len(names)} variants. Use {limits.MOST_VARIANTS} or fewer.")
+        if not names:
+            raise UsageError(f"study {self.name}: no variants. Add [axes] or [[variant]].")
+        for name in names:
+            for ending, named in RESERVED.items():
+                if name.endswith(ending):
+                    raise UsageError(
+                        f"study {self.name}: variant name {name!r}: {named} is named so. Choose another ending than "
+                        f"{ending}."
+                    )
+            limits.check_name(f"study {self.name}: variant name", name, " /\\[]:")
+        doubles = {name for name, count in Counter(names).items() if count > 1}
+        if doubles:
+            raise UsageError(f"study {self.name}: variant name {min(doubles)!r} is used twice. Rename one.")
+        if self.reference not in names:
+            raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
+        for key in self.replaced:
+            if self._place_of(key) is None:
+                raise UsageError(f"study {self.name}: replaced = {key!r}: no field of it. Take it out.")
+        if any(variant.command for variant in self.variants):
+            check_scripts(self)
+        self._check_engine()
+        self._check_workloads(names)
+        self._check_claims()
+
+    @property
+    def claims_peaks(self) -> bool:
+        """Whether a claim is about peak memory."""
+        return any(part.of_memory for claim in self.claims for part in claim.parts)
+
+    @property
+    def of_scripts(self) -> bool:
+        """Whether its variants are commands, which bring model, data and training themselves."""
+        return bool(self.variants[0].command)
+
+    @property
+    def trains_only(self) -> bool:
+        """Whether training is all that is measured of its variants: of commands, and of several ranks."""
+        return self.of_scripts or self.workload.ranks > 1
+
+    @property
+    def own_workloads(self) -> dict[str, Workload]:
+        """Workloads of variants that are not measured on the study's, by name: as the study has them, and that of the
+        engine, where it is one of the workload."""
+        common, where = codec.to_json(self.workload), f"study {self.name}, workload of"
+        own = {
+            name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}")
+            for name, fields in self.workloads.items()
+        }
+        if self.engine is not None and self.engine.workload:
+            own[self.engine.variant] = self.engine.workload_of(self.workload)
+        return own
+
+    def check_distinct(self, own_workloads: Mapping[str, Workload] | None = None) -> None:
+        """Raises `UsageError` where two variants are the same configuration on the same workload; `own_workloads` are
+        those of variants that are not measured on the study's, by name, the study's own if left out."""
+        own = self.own_workloads if own_workloads is None else own_workloads
+        by_content = dict[tuple[str, Workload], str]()
+        for variant in self.variants:
+            content = (variant.id, own.get(variant.name, self.workload))
+            same = by_content.setdefault(content, variant.name)
+            if same != variant.name:
+                raise UsageError(
+                    f"study {self.name}: variants {same!r} and {variant.name!r} are the same "
+                    "configuration. Remove one; the harness adds an A/A control by itself."
+                )
+
+    def _check_workloads(self, names: Sequence[str]) -> None:
+        for name, fields in self.workloads.items():
+            where = f"study {self.name}, workload of {name!r}"
+            if name not in names:
+                raise UsageError(f"{where}: {unknown(name, names)}")
+            if name == self.reference:
+                raise UsageError(
+                    f"{where}: it is the reference, whose workload is the study's. Write its values in [workload], or "
+                    "name another reference."
+                )
+            if self.of_scripts or self.workload.ranks > 1:
+                raise UsageError(f"{where}: variants of commands and of several ranks have none. Leave it out.")
+            if self.engine is not None and self.engine.workload and name == self.engine.variant:
+                raise UsageError(f"{where}: [engine.workload] says it already. Leave one of them out.")
+            for key in fields:
+                if key not in OF_VARIANTS:
+                    raise UsageError(f"{where}: {key}: equal for all variants, or {unknown(key, OF_VARIANTS)}")
+        self.own_workloads  # noqa: B018  # what cannot be a workload is refused
+
+    def _check_engine(self) -> None:
+        if self.engine is None:
+            return
+        where = f"study {self.name}, [engine]"
+        if self.engine.variant not in [variant.name for variant in self.variants]:
+            raise UsageError(
+                f"{where}: variant = {self.engine.variant!r}: "
+                f"{unknown(self.engine.variant, [variant.name for variant in self.variants])}"
+            )
+        if self.engine.variant == self.reference:
+            raise UsageError(
+                f"{where}: variant = {self.engine.variant!r}: the reference. Name the one with the engine."
+            )
+        if self.engine.workload and self.of_scripts:
+            raise UsageError(f"{where}: workload: the variants are commands, whose batches are theirs. Leave it out.")
+        self.engine.workload_of(self.workload)
+
+    def _check_claims(self) -> None:
+        ids = Counter(claim.id for claim in self.claims)
+        levels = {axis: self.levels(axis) for axis in dict.fromkeys(axis for one in self.claims for axis in one.axes)}
+        for claim in self.claims:
+            where = f"study {self.name}, claim {claim.id!r}"
+            if ids[claim.id] > 1:
+                raise UsageError(f"{where}: the id is used twice. Rename one.")
+            for axis in claim.axes:
+                if axis == ENGINE and self.engine is None:
+                    raise UsageError(f"{where}: axis = {axis!r}: the study names no engine. Add [engine].")
+                if len(levels[axis]) < 2:
+                    raise UsageError(
+                        f"{where}: axis = {axis!r}: fewer than two variants differ from {self.reference!r} in this "
+                        "alone. Name a field of the variants that the study sweeps."
+                    )
+            for part in claim.parts:
+                known = [level for level, _ in levels[part.axis]]
+                numbers = [float(level) for level in known if is_number(level)]
+                if part.rule in LINEAR and part.rule != "equal" and len(numbers) < len(known):
+                    raise UsageError(
+                        f"{where}: axis = {part.axis!r}: its levels are no numbers, and {part.rule!r} lays a line "
+                        'through them. Use "differs", "equal", "highest", "lowest", "lowers" or "costs-at-most".'
+                    )
+                if part.rule in LINEAR and part.scale == "log" and numbers and min(numbers) <= 0:
+                    raise UsageError(
+                        f"{where}: axis = {part.axis!r}: level {min(numbers):g} has no logarithm. "
+                        'Write scale = "linear".'
+                    )
+                for level in part.levels:
+                    if level not in known:
+                        raise UsageError(
+                            f"{where}: level {say_level(level)} of {part.axis}: not in the study. It has "
+                            f"{', '.join(map(say_level, known))}."
+                        )
+
+    def levels(self, axis: str) -> tuple[tuple[Level, str], ...]:
+        """The values of one field of the variants or, as `workload.batch_size`, of what they are measured on, with the
+        variant that has each and else equals the reference: numbers ascending, others as the study has them, the
+        reference's first; of the engine 0 and 1."""
+        if axis == ENGINE:
+            return () if self.engine is None else ((0.0, self.reference), (1.0, self.engine.variant))
+        centre, own = self.variant(self.reference), self.own_workloads
+        of_workload, name = axis.startswith(OF_WORKLOAD), axis.removeprefix(OF_WORKLOAD)
+        if name == "name" or name not in {one.name for one in dataclasses.fields(Workload if of_workload else Variant)}:
+            return ()
+        found = [
+            (_level(getattr(own.get(variant.name, self.workload) if of_workload else variant, name)), variant.name)
+            for variant in (centre, *(one for one in self.variants if one is not centre))
+            if set(self._differences(variant, own)) <= {axis}
+        ]
+        return tuple(sorted(found)) if all(is_number(level) for level, _ in found) else tuple(found)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes in which variants differ from the reference, in the order of the variants that first do."""
+        own = self.own_workloads
+        return tuple(dict.fromkeys(axis for variant in self.variants for axis in self._differences(variant, own)))
+
+    def _differences(self, variant: Variant, workloads: Mapping[str, Workload]) -> tuple[str, ...]:
+        """The fields of its own, and of what it is measured on, in which a variant differs from the reference."""
+        own = workloads.get(variant.name, self.workload)
+        others = (
+            f"{OF_WORKLOAD}{one.name}"
+            for one in dataclasses.fields(own)
+            if getattr(own, one.name) != getattr(self.workload, one.name)
+        )
+        return (*variant.differences(self.variant(self.reference)), *others)
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """What differs from the study as written, a line each."""
+        lines = []
+        for key, was in self.replaced.items():
+            owner, name = self._place_of(key) or (self, key)
+            now = getattr(owner, name)
+            if now != was:
+                lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
+        return tuple(lines)
+
+    def _place_of(self, key: str) -> tuple[Any, str] | None:
+        """The part of the study and its field that a key such as `workload.batch_size` means; None for any other."""
+        section, _, name = key.partition(".")
+        owners: dict[str, Workload | Protocol | Variant] = {
+            "workload": self.workload,
+            "protocol": self.protocol,
+            "controls": self.variants[0],
+        }
+        owner = owners.get(section)
+        known = () if owner is None else [field.name for field in dataclasses.fields(owner)]
+        if name not in known:
+            return None
+        return (self.variant(self.reference) if section == "controls" else owner), name
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name; `UsageError` with the nearest names otherwise."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        names = [variant.name for variant in self.variants]
+        raise UsageError(f"study {self.name}: variant {name!r}: {unknown(name, names)}")
+
+    def with_overrides(
+        self,
+        *,
+        model: str | None = None,
+        data: str | None = None,
+        effort: str | None = None,
+        replicates: int | None = None,
+        precision: float | None = None,
+        max_minutes: float | None = None,
+        allow_disturbed: bool = False,
+        on: str | None = None,
+        sites: str | None = None,
+        mixed: bool = False,
+    ) -> Study:
+        """The same study on another model or data, at another effort, with limits or in another place; what is None
+        stays.
+
+        With a precision or minutes, and no number of replicates, their cap is raised, so that the precision can be
+        reached and the minutes be used.
+        """
+        workload, protocol, replaced = self.workload, self.protocol, dict(self.replaced)
+        for key, value in (("model", model), ("data", data)):
+            if value is not None:
+                replaced.setdefault(f"workload.{key}", getattr(workload, key))
+                workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
+        if effort is not None:
+            protocol = protocol.with_effort(effort)
+        if precision is not None:
+            cap = protocol.replicates if effort is not None else PRECISION_REPLICATES
+            protocol = dataclasses.replace(protocol, precision=precision, replicates=cap)
+        if replicates is not None:
+            protocol = dataclasses.replace(protocol, replicates=replicates)
+        if max_minutes is not None:
+            said = effort is not None or replicates is not None or precision is not None
+            cap = protocol.replicates if said else max(protocol.replicates, LIMITED_REPLICATES)
+            protocol = dataclasses.replace(protocol, max_minutes=max_minutes, replicates=cap)
+        if allow_disturbed:
+            protocol = dataclasses.replace(protocol, allow_disturbed=True)
+        place = protocol.place.asked(on=on, sites=sites, mixed=mixed)
+        protocol = dataclasses.replace(protocol, on=place.on, sites=place.sites, mixed=place.mixed)
+        return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
+
+
+def _level(value: Any) -> Level:
+    """A field's value as a level of its axis."""
+    if isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return float(value)
+    if value is None:
+        return UNSET
+    return "+".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, Mapping) else "+".join(value)
+
+
+def _shown(value: Any) -> str:
+    """A value as text; of a file its name, since its folder says something of one machine only."""
+    return repr(PurePath(value).name) if isinstance(value, str) and PurePath(value).is_absolute() else repr(value)
+
+
+def unknown(word: str, known: Sequence[str]) -> str:
+    """What to say of a word that is none of those known."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"not known. Did you mean {near[0]!r}?" if near else f"not known. Known: {', '.join(known)}."

@@ -1,0 +1,178 @@
+"""A workload: model, data, batch and sequence length — where variants meet.
+
+Every variant of a study trains on the identical token stream, so whatever belongs to the stream belongs here. Only
+where the workload itself is in question has a variant one of its own (`lorameter.run.contenders`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.studies import limits
+from lorameter.studies.columns import Columns
+from lorameter.studies.data_source import SYNTHETIC
+
+Layout = Literal["packed", "padded", "joined"]
+Loss = Literal["all", "answer"]
+LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
+"""In words."""
+PromptFormat = Literal["answer-instruction", "write-instruction"]
+Strategy = Literal["", "ddp", "fsdp2"]
+Repair = Literal["", "quant_state"]
+
+OF_VARIANTS = (
+    "model", "sequence_length", "batch_size", "layout", "loss", "prompt_format", "train_sequences", "prompt_tokens",
+    "new_tokens", "request_batch", "adapters", "threads",
+)  # fmt: skip
+"""Fields that variants of one study may have a value of their own for: the same records, in another form."""
+LISTED = ("request_batch", "prompt_tokens", "adapters")
+"""Those of which a study may list several values in [workload]: every variant is then measured at each of them."""
+OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
+"""Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
+that differ in one of them are not compared."""
+LEAST_LENGTH = 8
+"""Tokens of a sequence, at least."""
+MOST_BATCH = 2**20
+"""Sequences of a step, at most."""
+_RANGES: dict[str, limits.Range] = {
+    "sequence_length": (LEAST_LENGTH, 2**24),
+    "batch_size": (1, MOST_BATCH),
+    "train_sequences": (1, limits.MOST_TOKENS),
+    "held_out_records": (1, 10**6),
+    "held_out_sequences": (1, limits.MOST_TOKENS),
+    "data_seed": (0, limits.MOST_SEED),
+    "prompt_tokens": (1, 2**24),
+    "new_tokens": (2, 2**24),
+    "request_batch": (1, 4096),
+    "adapters": (1, 64),
+    "natural_tokens": (0, 2**24),
+    "natural_prompt_tokens": (1, 2**24),
+    "threads": (1, 4096),
+    "ranks": (1, 64),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is trained on what. Lengths are in tokens, sizes in sequences.
+
+    Raises `UsageError` for a value that no model could take.
+    """
+
+    model: str = "tiny-llama"
+    """Catalogue name, hub id, directory, GGUF file, or "random:" followed by any of these."""
+    data: str = SYNTHETIC
+    """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; what of these can be read and
+    how a configuration and a split are named stands in `lorameter.studies.data_source`."""
+    columns: Columns = field(default=Columns(), metadata=codec.LATER)
+    """Columns of the data that have other names than those that are recognised."""
+    loss: Loss = field(default="all", metadata=codec.LATER)
+    """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with
+    the token that ends it, and nothing of the prompt; sequences without a token of an answer are left out."""
+    prompt_format: PromptFormat = "answer-instruction"
+    """Words around an instruction in records that are no chat."""
+    sequence_length: int = 128
+    """Tokens of a sequence."""
+    batch_size: int = 4
+    """Sequences of a step."""
+    layout: Layout = "packed"
+    """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence;
+    "joined" fills sequences with records that see each other, as in pretraining, so that attention is plainly causal
+    and is given no mask."""
+    train_sequences: int = 256
+    """Sequences in one epoch; the stream starts again when they are used up."""
+    held_out_records: int = 16
+    """Records that are not trained on, of which prompts and the held-out loss are made."""
+    held_out_sequences: int = 8
+    """Sequences of the held-out loss, at most."""
+    data_seed: int = 20
+    """Seeds synthetic records, and which records are held out."""
+    prompt_tokens: int = 32
+    """Length of the inference prompt, cut from held-out records."""
+    new_tokens: int = 32
+    """Tokens generated per request, for each of its prompts; the end-of-sequence token is ignored so that every request
+    has this length."""
+    request_batch: int = field(default=1, metadata=codec.LATER)
+    """Prompts of a request, all different and of `prompt_tokens` each, that are answered together. Times are those of
+    the whole batch, and output tokens a second count all of its answers."""
+    adapters: int = field(default=1, metadata=codec.LATER)
+    """Adapters on the base while requests are answered: the trained one, and others of its size with random weights of
+    their own. With more than one, switching is measured beside requests of the trained adapter and, from two prompts a
+    request on, batches whose prompts name different adapters (PEFT's `adapter_names`)."""
+    natural_tokens: int = 0
+    """Most tokens of a request that ends where the model ends it; 0 makes no such requests. They are of one prompt,
+    whatever `request_batch` is: answers that end at lengths of their own would be padded to the longest."""
+    natural_prompt_tokens: int = 128
+    """Such requests are put whole: held-out records with longer prompts are left out."""
+    threads: int = 1
+    """CPU threads of a trial, of each of its ranks. Two on two cores collapse under contention, so one unless the study
+    is about threads."""
+    ranks: int = field(default=1, metadata=codec.LATER)
+    """Processes that train together in one trial, each on its part of every batch: `batch_size` is that of all."""
+    strategy: Strategy = field(default="", metadata=codec.LATER)
+    """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
+    repair: Repair = field(default="", metadata=codec.LATER)
+    """What is mended in the libraries for it. "quant_state": 4-bit weights that FSDP2 has sharded keep their
+    quantisation state (`lorameter.trial.ranks.strategies`), without which they are refused as wrong."""
+    scaling: bool = field(default=True, metadata=codec.LATER)
+    """Whether one rank alone takes turns with the ranks of a trial, on the same batches: what scaling efficiency and
+    losses are measured against. It needs a device that holds the whole model."""
+
+    def __post_init__(self) -> None:
+        limits.check_ranges("workload", self, _RANGES)
+        if self.request_batch * self.prompt_tokens > limits.MOST_TOKENS:
+            raise UsageError(
+                f"workload: request_batch = {self.request_batch}, prompt_tokens = {self.prompt_tokens}: "
+                f"{self.request_batch * self.prompt_tokens} tokens a request, and {limits.MOST_TOKENS} are prepared at "
+                "most. Use fewer."
+            )
+        for key, sequences in (("train", self.train_sequences), ("held_out", self.held_out_sequences)):
+            if sequences * self.sequence_length > limits.MOST_TOKENS:
+                raise UsageError(
+                    f"workload: {key}_sequences = {sequences}, sequence_length = {self.sequence_length}: "
+                    f"{sequences * self.sequence_length} tokens, and {limits.MOST_TOKENS} are prepared at most. "
+                    "Use fewer."
+                )
+        self._check_ranks()
+        if not self.model:
+            raise UsageError("workload: model = '': no model named. `lorameter list models` shows the catalogue.")
+        limits.check_word("workload", "model", self.model)
+        limits.check_word("workload", "data", self.data)
+
+    def _check_ranks(self) -> None:
+        if self.ranks == 1:
+            for key in ("strategy", "repair"):
+                if getattr(self, key):
+                    raise UsageError(
+                        f"workload: {key} = {getattr(self, key)!r}: there is one rank. Set ranks, or leave it out."
+                    )
+            return
+        if self.adapters > 1:
+            raise UsageError(
+                f"workload: adapters = {self.adapters}, ranks = {self.ranks}: several adapters are measured in "
+                "requests, and of several ranks training is measured and nothing else. Leave one of them out."
+            )
+        if not self.strategy:
+            raise UsageError(
+                f'workload: ranks = {self.ranks}: how they train together is not said. Write strategy = "ddp" or '
+                '"fsdp2".'
+            )
+        if self.batch_size % self.ranks:
+            raise UsageError(
+                f"workload: batch_size = {self.batch_size}, ranks = {self.ranks}: the batch is that of all ranks and "
+                "does not divide among them. Use a multiple."
+            )
+        if self.repair and self.strategy != "fsdp2":
+            raise UsageError(
+                f'workload: repair = {self.repair!r}: it is for strategy = "fsdp2", and this is {self.strategy!r}. '
+                "Leave it out."
+            )
+
+
+def identify(variant_id: str, own: Workload | None) -> str:
+    """The id of a variant that is measured on a workload of its own; that of its content where it has none."""
+    return variant_id if own is None else hashlib.sha256(f"{variant_id} {codec.dumps(own)}".encode()).hexdigest()[:12]

@@ -1,0 +1,245 @@
+"""Base models, quantised as the variant says, from files or with random weights of the exact architecture.
+
+Random weights are made one module at a time and quantised at once, so that a 7B model in NF4 never needs the
+13.5 GB of its 16-bit form: the peak is what is kept plus one layer. The architecture's own `_init_weights` draws
+every module from a seed of its own (run seed and module name), in float32 and then cast. So the weights depend on
+the seed and the name alone: two builds are bit-equal, a variant in NF4 quantises the very weights that its
+unquantised twin holds, and float32 and bfloat16 differ by rounding only. CPU and CUDA draw different numbers.
+
+A random model carries every mark that `from_pretrained` leaves on a quantised one, because PEFT and transformers
+choose their code by these marks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch import nn
+
+from lorameter.errors import LorameterError, impossible, said_by, shorten
+from lorameter.models import catalogue
+from lorameter.models.catalogue import ModelSource
+from lorameter.records.refusals import is_out_of_memory
+from lorameter.studies.variant import Variant
+from lorameter.trial.building.quantising import (
+    bnb_config,
+    dtype_of,
+    mark_quantised,
+    quantised,
+    quantised_names,
+    quantize_linears,
+)
+from lorameter.trial.data.tokenizers import gguf_tokenizer
+
+
+def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
+    """The frozen-to-be base model on `device`, in eval mode as `from_pretrained` leaves it, without an adapter.
+
+    Args:
+        source: from `catalogue.resolve`.
+        variant: read for dtype, quantization, double_quant, compute_dtype and attention.
+        device: as torch names it ("cpu", "cuda", "cuda:1").
+        seed: of random weights; not read otherwise. The global random state is left as it was.
+
+    Raises:
+        UsageError: the files cannot be had or loaded, lack weights, or hold a checkpoint that is quantised already.
+    """
+    if source.random:
+        return _random_model(source, variant, device, seed)
+    if source.kind == "gguf":
+        model = _from_gguf(source.location, variant.attention, dtype_of(variant.dtype))
+        quantize_linears(model, variant, device)
+        return model.eval()
+    return _from_files(source, variant, device)
+
+
+def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTrainedModel:
+    """The architecture on the meta device, unquantised: every shape and type of the base, and no storage.
+
+    Raises:
+        UsageError: its configuration cannot be had, or transformers makes no model of it.
+    """
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=dtype_of(variant.dtype))
+    except LorameterError:
+        raise
+    except Exception as error:  # which exception depends on the value that its class could not take
+        why = f"transformers makes no model of its configuration ({said_by(error)})"
+        raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
+
+
+def skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transformers.PreTrainedModel:
+    """The architecture, unquantised, with its parameters on the meta device and its buffers as they are made."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype_of(variant.dtype), attn_implementation=variant.attention
+        )
+
+
+def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
+    """Dequantise a GGUF file into a bfloat16 safetensors directory with its tokenizer.
+
+    bfloat16 because that is what the original checkpoints are published in: loading then costs what it costs with
+    them, and the rounding (2^-9) is far below that of the 4-bit source.
+    """
+    model = _from_gguf(str(gguf_path), "sdpa", torch.bfloat16)
+    model.save_pretrained(out_dir)
+    gguf_tokenizer(gguf_path).save_pretrained(out_dir)
+
+
+def _from_files(source: ModelSource, variant: Variant, device: str) -> transformers.PreTrainedModel:
+    hub = source.kind == "hub"
+    options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_has(source)}
+    with _refusals(source.label, hub=source if hub else None):
+        config = transformers.AutoConfig.from_pretrained(source.location, **options)
+        _refuse_quantised(config, source)
+        return _whole(
+            source.label,
+            source.location,
+            config=config,
+            dtype=dtype_of(variant.dtype),
+            attn_implementation=variant.attention,
+            quantization_config=bnb_config(variant),
+            device_map={"": device},
+            **options,
+        )
+
+
+def _whole(label: str, location: str | Path, **options: Any) -> transformers.PreTrainedModel:
+    """A model of files. Raises `UsageError` where they lack a weight, which transformers draws at random instead."""
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+    if lacking := sorted(found["missing_keys"]):
+        why = f"its files lack {len(lacking)} of its weights, {shorten(lacking[0], 60)} among them"
+        raise impossible("models", "model", label, why, _REMEDY)
+    loaded: transformers.PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
+    """Meanwhile whatever the libraries raise over files is a `UsageError`, but for memory that has run out."""
+    try:
+        yield
+    except Exception as error:  # which exception depends on what is wrong with its files
+        if isinstance(error, LorameterError) or is_out_of_memory(error):
+            raise
+        if hub is not None and isinstance(error, OSError):
+            raise catalogue.hub_failure(hub, error) from None
+        why = f"its files cannot be loaded ({said_by(error)})"
+        raise impossible("models", "model", label, why, _REMEDY) from None
+
+
+_REMEDY = "Save the model again."
+
+
+def _refuse_quantised(config: transformers.PretrainedConfig, source: ModelSource) -> None:
+    """A checkpoint's own quantisation silently overrules what the variant asks for."""
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        raise impossible(
+            "models",
+            "model",
+            source.label,
+            f"the checkpoint is quantised already ({method}), which overrules the variant",
+            "Name the unquantised checkpoint.",
+        )
+
+
+def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """A plain model on the CPU, without the marks of a quantised one that the GGUF loader leaves."""
+    path = Path(location)
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # else packed blocks run in kernels of their own where those are installed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _refusals(location):
+        model = _whole(
+            location, path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention, **options
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def _random_model(source: ModelSource, variant: Variant, device: str, seed: int) -> transformers.PreTrainedModel:
+    model = skeleton(_architecture(source), variant)
+    quantization = bnb_config(variant)
+    packed = set(quantised_names(model)) if quantization is not None else set()
+    with torch.no_grad(), _own_random_state(device):
+        for name in [name for name, _ in model.named_modules()]:  # by name: a held module would hold its weights
+            torch.manual_seed(_module_seed(seed, name))
+            module = model.get_submodule(name)
+            _materialise(model, name, module, device)
+            if name in packed:
+                model.set_submodule(name, quantised(module, quantization, device))
+    model.tie_weights()
+    if quantization is not None:
+        mark_quantised(model, quantization)
+    return model.eval()
+
+
+def _architecture(source: ModelSource) -> transformers.PretrainedConfig:
+    if source.kind == "gguf":
+        path = Path(source.location)
+        return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = transformers.AutoConfig.from_pretrained(catalogue.config_file(source))
+    if hasattr(config, "quantization_config"):  # of the weights, which are not used
+        del config.quantization_config
+    return config
+
+
+def _module_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
+
+
+@contextmanager
+def _own_random_state(device: str) -> Iterator[None]:
+    where = torch.device(device)
+    cuda = [where] if where.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        yield
+
+
+def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Module, device: str) -> None:
+    """Give the module's own parameters storage on `device` and random values; buffers are only moved.
+
+    A tied parameter stays on meta, for `tie_weights` to replace. NaN marks what the architecture leaves undrawn.
+    """
+    tied = model.all_tied_weights_keys
+    own = {
+        key: meta
+        for key, meta in module.named_parameters(recurse=False)
+        if f"{name}.{key}".removeprefix(".") not in tied
+    }
+    for key, meta in own.items():
+        blank = torch.full(meta.shape, torch.nan, dtype=torch.float32, device=device)
+        module.register_parameter(key, nn.Parameter(blank, requires_grad=False))
+    if own:
+        model._init_weights(module)
+    for key, meta in own.items():
+        drawn = module.get_parameter(key)
+        if drawn.isnan().any():
+            raise impossible(
+                "models",
+                "model",
+                model.config.model_type,
+                f"the architecture does not say how to initialise {name}.{key}",
+                "Use real weights.",
+            )
+        module.register_parameter(key, nn.Parameter(drawn.to(meta.dtype), requires_grad=meta.requires_grad))
+    for key, buffer in module.named_buffers(recurse=False):
+        module._buffers[key] = buffer.to(device)
+
+
+if __name__ == "__main__":  # `lorameter.models.fetch` converts in a process of its own
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,145 @@
+"""Linear layers in bitsandbytes' forms, as transformers puts them into a model and with every mark that it leaves.
+
+A layer is made in two ways: of weights, which are quantised, or of what quantising has left (`empty_layer`), for a base
+that was quantised before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lorameter.studies.variant import Variant
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's type of a variant's word for it."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
+    """The quantisation of a variant as transformers takes it; None for quantization "none"."""
+    if variant.quantization == "none":
+        return None
+    if variant.quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=variant.quantization,
+        bnb_4bit_use_double_quant=variant.double_quant,
+        bnb_4bit_compute_dtype=dtype_of(variant.compute_dtype),
+    )
+
+
+def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:
+    """Quantise a materialised model in place, layer by layer, and move it to `device`.
+
+    The same layers as transformers: every linear but the output head and what the architecture keeps in float32.
+    The model arrives on `device` in its quantised size; with quantization "none" it is only moved.
+    """
+    config = bnb_config(variant)
+    if config is not None:
+        for name in quantised_names(model):
+            model.set_submodule(name, quantised(model.get_submodule(name), config, device))
+    model.to(device)
+    if config is not None:
+        mark_quantised(model, config)
+
+
+def quantised_names(model: transformers.PreTrainedModel) -> list[str]:
+    """Names of the linear layers that transformers would quantise."""
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    ]
+
+
+def empty_layer(module: Any, config: transformers.BitsAndBytesConfig) -> Any:
+    """The bitsandbytes layer of a linear layer, with its weight on the meta device and the bias that it had."""
+    shape = module.weight.shape
+    out_features, in_features = reversed(shape) if isinstance(module, Conv1D) else shape  # GPT-2 stores (in, out)
+    layer: Any
+    if config.load_in_8bit:
+        layer = bnb.nn.Linear8bitLt(
+            in_features,
+            out_features,
+            bias=module.bias is not None,
+            has_fp16_weights=config.llm_int8_has_fp16_weight,
+            threshold=config.llm_int8_threshold,
+            device="meta",
+        )
+    else:
+        layer = bnb.nn.Linear4bit(
+            in_features,
+            out_features,
+            bias=module.bias is not None,
+            compute_dtype=config.bnb_4bit_compute_dtype,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+            device="meta",
+        )
+    if module.bias is not None:
+        layer.bias = nn.Parameter(module.bias.data, requires_grad=False)
+    layer.source_cls = type(module)  # transformers reads it when it dequantises
+    return layer
+
+
+def quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str) -> Any:
+    """The bitsandbytes layer of a materialised linear layer, on `device`."""
+    weight = module.weight.data
+    if isinstance(module, Conv1D):
+        weight = weight.T.contiguous()
+    layer = empty_layer(module, config)
+    if config.load_in_8bit:
+        packed = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        packed = bnb.nn.Params4bit(weight, requires_grad=False, **layer.weight.__dict__)
+    layer.weight = packed.to(device)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.data.to(device), requires_grad=False)
+    return layer
+
+
+def constants_of(weight: Any) -> dict[str, torch.Tensor]:
+    """What quantising has left beside a weight, by the names under which bitsandbytes itself keeps it.
+
+    A 4-bit weight must be in its stored layout (`lorameter.trial.building.packing`).
+    """
+    if isinstance(weight, bnb.nn.Params4bit):
+        return dict(weight.quant_state.as_dict(packed=True))
+    if isinstance(weight, bnb.nn.Int8Params):
+        return {"SCB": weight.SCB}
+    return {}
+
+
+def fill_layer(layer: Any, weight: torch.Tensor, constants: dict[str, torch.Tensor]) -> None:
+    """Give an `empty_layer` a weight that was quantised before, with its constants; both are taken as they lie."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        layer.weight = bnb.nn.Params4bit.from_prequantized(
+            weight, constants, requires_grad=False, device=weight.device, module=layer
+        )
+    else:
+        layer.weight = bnb.nn.Int8Params(
+            weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=constants["SCB"]
+        )
+
+
+def mark_quantised(model: transformers.PreTrainedModel, config: transformers.BitsAndBytesConfig) -> None:
+    """Leave the marks of `from_pretrained`: PEFT chooses its wrappers, and `save_pretrained` its format, by them."""
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.modules_to_not_convert = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)

@@ -1,0 +1,89 @@
+"""What a variant claims, as requirements for kernels_check: a variant that says nf4 requires nf4.
+
+A number is only worth reporting under a name that holds. Requirements follow from the variant; a study can add more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorameter.models.costs.lora import EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS
+from lorameter.studies.variant import Variant
+
+_BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
+_OPTIMIZER = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_fused": "torch.optim.AdamW",
+    "paged_adamw_32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
+}
+
+
+LIGER_KINDS = "rms_norm+mlp+loss"
+"""What Liger swaps in every architecture that it knows; the rotary embedding it leaves to some."""
+
+
+def paged_share(trained_shapes: tuple[int, ...], *, eight_bit: bool) -> float:
+    """Share of Adam's state that bitsandbytes pages, by bytes: the two moments of each tensor that is large enough.
+
+    In 8 bits each moment has a float32 constant for 256 elements beside it, which is never paged.
+    """
+    total = paged = 0.0
+    for size in trained_shapes:
+        quantised = eight_bit and size >= EIGHT_BIT_FROM_ELEMENTS
+        moments = 2.0 * size * (1 if quantised else 4)
+        total += moments + (2 * size / 256 * 4 if quantised else 0)
+        paged += moments if size >= PAGED_FROM_ELEMENTS else 0
+    return paged / total
+
+
+def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
+    """What a variant requires of its attention; `own` are the requirements of the study."""
+    return own.get("attention.backend", _BACKEND[variant.attention])
+
+
+def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool) -> dict[str, Any]:
+    """Requirements by path.
+
+    Args:
+        variant: the claim.
+        trained_shapes: elements of each trained tensor; decides which share of paged state bitsandbytes would page.
+        packed: whether the workload packs records, which must then be isolated.
+    """
+    bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
+    required: dict[str, Any] = {
+        "attention.backend": _BACKEND[variant.attention],
+        # PEFT's preparation casts the norms to float32, and queries and keys follow unless autocast brings them back.
+        "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
+        "base.bits": bits,
+        "base.quant_type": variant.quantization,
+        "lora.attached": True,
+        "lora.learning": True,
+        "lora.dropout": float(variant.lora_dropout),
+        "optimizer.class": _OPTIMIZER[variant.optimizer],
+        "checkpointing": variant.gradient_checkpointing,
+        "mode": "train",
+    }
+    if variant.is_4bit:
+        required["base.double_quant"] = variant.double_quant
+        required["base.compute_dtype"] = variant.compute_dtype
+    if variant.bias == "none":  # otherwise biases of the base train on purpose
+        required["base.frozen"] = True
+    if variant.adapter_dtype is not None:
+        required["lora.dtype"] = variant.adapter_dtype
+    if variant.optimizer == "adamw_fused":
+        required["optimizer.fused"] = True
+    if variant.optimizer.startswith("paged"):
+        share = paged_share(trained_shapes, eight_bit=variant.optimizer == "paged_adamw_8bit")
+        if share:  # tensors that are all too small for bitsandbytes to page are a notice (`lorameter.run.feasibility`)
+            required["optimizer.paged_share"] = max(0.01, share - 0.02)
+    if variant.tf32 and variant.multiplies_float32:
+        required["tf32"] = True
+    if variant.compile:
+        required["compile"] = True
+    if variant.liger_kernel:
+        required["fused.kernels"] = LIGER_KINDS
+    if packed:
+        required["packing.isolated"] = True
+    return required

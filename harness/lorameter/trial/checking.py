@@ -1,0 +1,52 @@
+"""What must be seen of a trial's step, and what is made of what was seen.
+
+A check takes steps of its own and takes them back, but where minutes are limited it looks on at two that the training
+takes anyway, neither of which is timed: at what the update of the first does, and at all of the one after it. It takes
+two to see that an update is kept and that both factors of an adapter learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import kernels_check
+from lorameter.records import codec
+from lorameter.records.record import Fragment
+from lorameter.records.required import judge_required
+from lorameter.studies.request import TrialRequest
+from lorameter.trial.building.build import Trainee
+from lorameter.trial.building.requirements import requirements_of
+from lorameter.trial.data.stream import Batch
+from kernels_check.check import Check
+
+
+def wanted_of(request: TrialRequest, trainee: Trainee, packed: Batch | None) -> dict[str, Any]:
+    """Requirements by path; `packed` is what the isolation of records is probed with."""
+    shapes = tuple(parameter.numel() for parameter in trainee.parameters)
+    return requirements_of(request.variant, shapes, packed=packed is not None) | request.requirements
+
+
+def look_on(
+    request: TrialRequest, trainee: Trainee, packed: Batch | None, inputs: Mapping[str, Any] | None
+) -> kernels_check.Watch | None:
+    """What looks on at the first steps of a trial; None where it is checked in steps of its own. `inputs` are those of
+    the `packed` batch."""
+    if not request.natural:
+        return None
+    wanted = wanted_of(request, trainee, packed)
+    return kernels_check.watch(trainee.model, wanted, instrument=request.instrument, batch=inputs)
+
+
+def judge_checks(fragment: Fragment, checks: Sequence[Check], request: TrialRequest) -> Fragment:
+    """The fragment that holds the checks, invalid where a required path is not active.
+
+    What only a profile tells is no row of a step under the spy: the replicate that was profiled judged it.
+    """
+    judged: Mapping[str, Any] = {check.path: check.required for check in checks if check.required is not None}
+    return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
+
+
+def as_data(checks: Sequence[Check]) -> tuple[dict[str, Any], ...]:
+    """The checks as a record holds them."""
+    return tuple(codec.to_json(check) for check in checks)

@@ -1,0 +1,145 @@
+"""Batches of a prepared token file, in one fixed order: every variant sees the identical stream.
+
+The file is mapped once; a batch is a view of it. With flash-attn the rows of a packed batch are joined into one, since
+its variable-length kernel takes one row of any number of isolated records (transformers detects it by the positions).
+
+Ranks that train together read the same file and take the same batches, each its own rows of them. So all together see
+the stream of one rank, and each knows without a word what share of a batch's loss is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Layout, Workload
+from lorameter.trial.data.encoding import IGNORED
+
+Batch = dict[str, torch.Tensor]
+_KEYS: dict[Layout, tuple[str, ...]] = {
+    "packed": ("input_ids", "labels", "position_ids"),
+    "padded": ("input_ids", "labels", "attention_mask"),
+    "joined": ("input_ids", "labels"),
+}
+"""What a model is given of a batch."""
+
+
+class TokenStream:
+    """Endless training batches, held-out batches and prompts of one token file; of training batches the rows of one
+    rank of several (`rank` of `ranks`)."""
+
+    def __init__(
+        self, path: Path, workload: Workload, variant: Variant, device: str, *, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self._tensors = load_file(path)
+        self._workload = workload
+        self._device = device
+        self._in_one_row = workload.layout == "packed" and variant.attention == "flash_attention_2"
+        self._next = 0
+        self._rank, self._ranks = rank, ranks
+        self._labelled = (self._tensors["train.labels"][:, 1:] != IGNORED).sum(dim=1)
+        self.real_tokens = 0
+        """Real tokens handed out for training so far."""
+        self.padded_tokens = 0
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in one epoch."""
+        return int(self._tensors["train.input_ids"].shape[0])
+
+    def take(self) -> Batch:
+        """The next training batch; after the last sequence the stream starts again."""
+        return self.take_share()[0]
+
+    def take_share(self) -> tuple[Batch, float]:
+        """The next training batch of this rank, and its share of the labelled tokens in that of all ranks."""
+        together = self._rows(self._next, self._workload.batch_size)
+        self._next = (together[-1] + 1) % self.sequences
+        each = len(together) // self._ranks
+        rows = together[self._rank * each : (self._rank + 1) * each]
+        mask = self._tensors["train.attention_mask"][rows]
+        real = int(mask.sum())
+        self.real_tokens += real
+        self.padded_tokens += mask.numel() - real
+        share = 1.0 if self._ranks == 1 else float(self._labelled[rows].sum() / self._labelled[together].sum())
+        return self._batch("train", rows), share
+
+    def upcoming(self, batches: int) -> torch.Tensor:
+        """Token ids of the sequences of the next batches, of all ranks together; shape (sequences, tokens)."""
+        ids: torch.Tensor = self._tensors["train.input_ids"][
+            self._rows(self._next, batches * self._workload.batch_size)
+        ]
+        return ids
+
+    def _rows(self, start: int, count: int) -> list[int]:
+        return [(start + offset) % self.sequences for offset in range(count)]
+
+    def record_lengths(self) -> tuple[int, ...]:
+        """Real tokens of every record, or piece of one, in one epoch: attention is causal within each of them."""
+        positions = self._tensors["train.position_ids"][self._tensors["train.attention_mask"].bool()]
+        starts = (positions == 0).nonzero().flatten().tolist()
+        return tuple(end - start for start, end in pairwise([*starts, len(positions)]))
+
+    def position(self) -> tuple[int, int, int]:
+        """Where the stream stands; `restore` brings it back there."""
+        return self._next, self.real_tokens, self.padded_tokens
+
+    def restore(self, position: tuple[int, int, int]) -> None:
+        """Go on from an earlier `position`, so that what a check consumed is trained on after all."""
+        self._next, self.real_tokens, self.padded_tokens = position
+
+    def held_out(self) -> Iterator[Batch]:
+        """All held-out batches, in order; the last may be smaller."""
+        count, size = int(self._tensors["held_out.input_ids"].shape[0]), self._workload.batch_size
+        for start in range(0, count, size):
+            yield self._batch("held_out", list(range(start, min(start + size, count))))
+
+    def packed_batch(self, rows: int | None = None) -> Batch | None:
+        """A training batch whose first row holds at least two records, for the isolation probe; None if none does. It
+        has so many rows, else as many as a step takes."""
+        starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
+        most = self._workload.batch_size // self._ranks if rows is None else rows
+        chosen = [int(row) for row in starts.argsort(descending=True)[:most]]
+        if self._workload.layout != "packed" or starts[chosen[0]] < 2:
+            return None
+        return self._batch("train", chosen)
+
+    def prompts(self, index: int) -> torch.Tensor:
+        """The prompts of request `index`, shape (request_batch, prompt_tokens): those that come after the ones of the
+        request before it, the first again after the last."""
+        batch = self._workload.request_batch
+        return torch.cat([self.prompt(index * batch + place) for place in range(batch)])
+
+    def prompt(self, index: int) -> torch.Tensor:
+        """Prompt `index` alone (modulo their number), whatever requests take; shape (1, prompt_tokens)."""
+        prompts = self._tensors["prompts"]
+        prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
+        return prompt
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts of a fixed length there are."""
+        return int(self._tensors["prompts"].shape[0])
+
+    def natural_prompt(self, index: int) -> torch.Tensor:
+        """Whole prompt `index` (modulo their number), shape (1, its own length)."""
+        prompts, lengths = self._tensors["natural.input_ids"], self._tensors["natural.length"]
+        row = index % prompts.shape[0]
+        prompt: torch.Tensor = prompts[row, : int(lengths[row])].unsqueeze(0).to(self._device)
+        return prompt
+
+    @property
+    def natural_prompt_count(self) -> int:
+        """How many whole prompts there are."""
+        return int(self._tensors["natural.length"].shape[0])
+
+    def _batch(self, split: str, rows: list[int]) -> Batch:
+        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in _KEYS[self._workload.layout]}
+        if self._in_one_row:
+            batch = {key: value.reshape(1, -1) for key, value in batch.items()}
+        return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}

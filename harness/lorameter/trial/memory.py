@@ -1,0 +1,116 @@
+"""The exact bytes of what a training step keeps resident, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+
+def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Exact bytes of what a training step keeps between steps, by kind; tied tensors count once, and of sharded ones
+    what lies here.
+
+    `base_weight_bytes` and `quantization_state_bytes` (constants of 4-bit and 8-bit layers) are the frozen base,
+    `adapter_bytes` whatever trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all optimizer
+    state and `paged_optimizer_state_bytes` the part of it in managed memory.
+    """
+    kinds = resident_tensors(model, optimizer)
+    found = {kind: sum(map(_size, tensors)) for kind, tensors in kinds.items()}
+    trained, paged = found.pop("adapter"), found.pop("paged_optimizer_state")
+    gradients, state = found.pop("gradients"), found.pop("optimizer_state")
+    quantization = found.pop("quantization_state")
+    return {
+        "base_weight_bytes": sum(found.values()),
+        "quantization_state_bytes": quantization,
+        "adapter_bytes": trained,
+        "gradient_bytes": gradients,
+        "optimizer_state_bytes": state + paged,
+        "paged_optimizer_state_bytes": paged,
+    }
+
+
+def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, list[torch.Tensor]]:
+    """What a training step keeps between steps, by kind (`lorameter.records.memory_account.MEMORY_KINDS`), each storage
+    once; without an optimizer nothing of its state.
+
+    What is neither a linear layer of a block nor trained is told apart by type: embeddings with the output head, norms,
+    buffers.
+    """
+    seen: set[int] = set()
+    kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
+    head = output_head(model)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                kind = _kind(module, parameter, head)
+                kinds.setdefault(kind, []).extend(_fresh((parameter,), seen))
+    kinds["adapter"] = list(_fresh((p for p in model.parameters() if p.requires_grad), seen))
+    for buffer in _fresh(model.buffers(), seen):
+        kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
+    kinds["quantization_state"] = list(_fresh(_quantization_state(model), seen))
+    kinds["gradients"] = [_here(p.grad) for p in model.parameters() if p.grad is not None]
+    states = () if optimizer is None else optimizer.state.values()
+    entries = (item for values in states for item in values.values())
+    state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
+    kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
+    kinds["optimizer_state"] = [item for item in state if not getattr(item, "is_paged", False)]
+    return kinds
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor holds in memory, which for a part of a larger one is more than its own size."""
+    return int(tensor.untyped_storage().nbytes())
+
+
+def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The base's output head, also where an adapter is on it; None where the model has none."""
+    found = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
+    head = None if found is None else found()
+    return getattr(head, "base_layer", head)  # PEFT's layer stands in its place
+
+
+def _kind(module: torch.nn.Module, parameter: torch.Tensor, head: torch.nn.Module | None) -> str:
+    if module is head or isinstance(module, torch.nn.Embedding):
+        return f"embeddings_{_name(parameter)}"
+    if isinstance(module, torch.nn.Linear) or parameter.dim() > 1:  # Conv1D, GPT-2's linear layer, is no Linear
+        return "linear_weights"
+    return f"norms_{_name(parameter)}"
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():  # 8-bit layers move their row scales from the weight to the layer's own state
+        for holder in (getattr(module, "weight", None), getattr(module, "state", None)):
+            extra = getattr(holder, "SCB", None)
+            if isinstance(extra, torch.Tensor):
+                yield extra
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    states += [vars(module).get("quant_state") for module in model.modules()]  # of a weight that is sharded
+    for state in states:
+        while state is not None:
+            for name in ("absmax", "code", "offset"):
+                tensor = getattr(state, name, None)
+                if isinstance(tensor, torch.Tensor):
+                    yield tensor
+            state = getattr(state, "state2", None)  # one that was repacked for a CPU has none
+
+
+def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
+    for tensor in map(_here, tensors):
+        key = tensor.untyped_storage().data_ptr()
+        if key not in seen:
+            seen.add(key)
+            yield tensor
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies on this rank of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

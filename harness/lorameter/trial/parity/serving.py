@@ -1,0 +1,143 @@
+"""An adapter as PEFT loads it, served in one way after another, and what is observed of each.
+
+Every way begins with the saved adapter, as a user's does, in eval mode, greedy, with the same seed. The reference's
+logits are written into the trial's folder, an answer each, for those that are compared with it in other processes: one
+that dies of a base that does not fit must not take with it what the others have found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorameter.errors import LorameterError
+from lorameter.models import catalogue
+from lorameter.records import codec
+from lorameter.records.parity import PROMPTS, SERVED, LogitDistance, Served
+from lorameter.records.record import Fragment
+from lorameter.studies.serving import ServingRequest, Way
+from lorameter.trial.building import lora
+from lorameter.trial.building.base_model import load_base
+from lorameter.trial.building.build import seed_everything, set_precision
+from lorameter.trial.building.packing import unpack_4bit
+from lorameter.trial.building.quantising import dtype_of
+from lorameter.trial.data.stream import TokenStream
+from lorameter.trial.failure import failure_of
+from lorameter.trial.inference.generate import generate
+from lorameter.trial.parity.distance import measure_distance, sequence_losses
+from lorameter.trial.process import prepare_process
+
+
+def serve_adapter(request: ServingRequest) -> Fragment:
+    """What is observed of each way of a group. One that raises is a failure of its own, and the others go on."""
+    prepare_process(request.trial)
+    set_precision(request.trial.variant)
+    stream = TokenStream(
+        Path(request.trial.tokens_path), request.trial.workload, request.trial.variant, request.trial.device
+    )
+    model: Any = None
+    served: list[Served] = []
+    answers = request.reference
+    for way in request.ways:
+        try:
+            if model is None:
+                model = load_served(request, way)
+            found = observe(prepare_way(model, way), way, stream, request, answers)
+        except Exception as error:
+            failed = failure_of(error, "parity")
+            if failed.status == "interrupted":  # the disk is full, and it is for the next one as well
+                return failed
+            found = Served(way=way.name, failure=failed.failure)
+        served.append(found)
+        if not answers:
+            if found.failure is not None:  # there is nothing to compare with
+                break
+            answers = found.answers
+    prompts = [prompt[0].tolist() for prompt in _prompts(stream, request)]
+    return Fragment(tokens={SERVED: codec.to_json(served), PROMPTS: prompts})
+
+
+def load_served(request: ServingRequest, way: Way) -> Any:
+    """The base of a way with the adapter beside it, in eval mode."""
+    trial = request.trial
+    base: Any = load_base(
+        catalogue.resolve(trial.workload.model), way.variant, device=trial.device, seed=trial.workload.data_seed
+    )
+    variant = way.variant
+    if way.dequantised:
+        base = dequantised(base, variant.dtype)
+        variant = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
+    seed_everything(trial.seed)
+    model = lora.load(base, variant, Path(request.adapter))
+    model.eval()
+    return model
+
+
+def dequantised(base: Any, dtype: str) -> Any:
+    """A quantised base with its weights turned back into a type, by transformers' own hand."""
+    unpack_4bit(base)
+    return base.dequantize(dtype=dtype_of(dtype))
+
+
+def prepare_way(model: Any, way: Way) -> Any:
+    """The model as the way has it: merged, where it asks for that, which nothing takes back."""
+    if way.merged:
+        lora.merge(model)
+    elif lora.is_merged(model):
+        raise LorameterError(f"{way.name}: the adapter is merged into this base already")
+    return model
+
+
+def observe(
+    model: Any, way: Way, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
+) -> Served:
+    """Answers, logits over the reference's answers (its own, where `reference` is empty), and held-out losses."""
+    folder = Path(request.trial.scratch)
+    seed_everything(request.trial.seed)
+    with lora.serving(model, adapter=way.adapter), torch.no_grad():
+        prompts = list(_prompts(stream, request))
+        answers = tuple(_answer(model, prompt, way, request) for prompt in prompts)
+        distances: list[LogitDistance] = []
+        for index, (prompt, answer) in enumerate(zip(prompts, reference or answers, strict=True)):
+            logits = answer_logits(model, prompt, answer)
+            kept = folder / f"reference-logits-{index}.safetensors"
+            if reference:
+                distances.append(measure_distance(load_file(kept)["logits"], logits.cpu()))
+            else:
+                save_file({"logits": logits.cpu().contiguous()}, kept)
+        losses = [loss for batch in stream.held_out() for loss in _losses(model, batch, request)]
+    return Served(way=way.name, answers=answers, distances=tuple(distances), losses=tuple(losses))
+
+
+def answer_logits(model: Any, prompt: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+    """The logits from which each token of an answer is chosen, given all that stands before it; shape (tokens,
+    vocabulary), in the model's type. One pass over prompt (shape (1, length)) and answer, without a cache."""
+    tokens = torch.tensor([list(answer)], dtype=prompt.dtype, device=prompt.device)
+    whole = torch.cat([prompt, tokens], dim=1)
+    logits: torch.Tensor = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits
+    return logits[0, prompt.shape[1] - 1 : -1]
+
+
+def _prompts(stream: TokenStream, request: ServingRequest) -> Iterator[torch.Tensor]:
+    """Whole prompts, where the workload has answers that the model ends itself; else those of a fixed length."""
+    whole = request.trial.workload.natural_tokens > 0
+    take: Callable[[int], torch.Tensor] = stream.natural_prompt if whole else stream.prompt
+    yield from (take(index) for index in range(stream.natural_prompt_count if whole else stream.prompt_count))
+
+
+def _answer(model: Any, prompt: torch.Tensor, way: Way, request: ServingRequest) -> tuple[int, ...]:
+    workload = request.trial.workload
+    if workload.natural_tokens:
+        return generate(model, prompt, workload.natural_tokens, until_end=True, variant=way.variant).tokens
+    return generate(model, prompt, workload.new_tokens, variant=way.variant).tokens
+
+
+def _losses(model: Any, batch: dict[str, torch.Tensor], request: ServingRequest) -> list[float]:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    return sequence_losses(logits, batch["labels"], request.trial.workload.sequence_length)

@@ -1,0 +1,227 @@
+"""The account of a trial's memory: one call watched, and beside the measured peak everything that can be counted.
+
+What is resident between steps is counted tensor by tensor. What lives during the step is watched
+(`lorameter.trial.profiling.live`) and taken as it stood where the memory was highest; what one operator held beyond its
+results at that point (a packed weight, an accumulator) shows in the peak around it. On the host the kernel counts the
+pages of code and of mapped weights, the interpreter its arenas, and what malloc keeps although it is free is what it
+gives back when it is asked to. Nobody counts what libraries and the interpreter's larger objects hold on the heap: that
+is the better part of what stays unexplained there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorameter.machine.memory import MemoryGauge, host_bytes
+from lorameter.records.memory_account import MemoryAccount, MemoryPhase, in_order
+from lorameter.trial.memory import resident_tensors, storage_bytes
+from lorameter.trial.process import give_back_free, resident_now
+from lorameter.trial.profiling.live import LiveTensors
+from lorameter.trial.profiling.pages import Pages, interpreter_bytes, read_pages
+
+WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
+    "train": ("activations", "logits", "gradients"),
+    "generate": ("kv_cache", "logits"),
+}
+"""Kinds that a phase's account names even where nothing of them was alive at the peak."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Birth:
+    """The process before it loads anything; taken first of all in a trial's process."""
+
+    resident_bytes: int
+    pages: Pages
+    interpreter_bytes: int | None
+
+
+def take_birth() -> Birth:
+    """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
+    give_back_free()
+    return Birth(resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes())
+
+
+def account(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    call: Callable[[], object],
+    *,
+    birth: Birth,
+    device: str,
+    phase: MemoryPhase = "train",
+    compiled: bool = False,
+) -> MemoryAccount:
+    """The memory of one call: a training step that has been taken before, or a request for tokens.
+
+    The call is watched operator by operator, takes several times as long and must not be timed. It is a real step, and
+    on the host it is taken twice: once to find where the memory is highest, once to ask there what malloc keeps, which
+    changes what comes after. Whoever must find the model as it was restores it. At least one step must have been taken
+    before in this process, or what is built once (optimizer state, code touched for the first time) would count as
+    temporary.
+
+    Args:
+        model: as PEFT makes it; a plain transformers model works too.
+        optimizer: its state counts as resident, as do gradients that are there; clear both before a request is watched.
+        call: does everything of the phase; gradients that it leaves behind stay.
+        birth: from `take_birth()`, before the model was loaded.
+        device: as torch names it.
+        phase: what `call` is.
+        compiled: whether the step was compiled; see `lorameter.trial.profiling.live`.
+    """
+    tensors = resident_tensors(model, optimizer)
+    kinds = {kind: sum(map(storage_bytes, found)) for kind, found in tensors.items()}
+    resident = [tensor for found in tensors.values() for tensor in found]
+    cuda = device.startswith("cuda")
+
+    def watched(looked: Callable[[dict[str, int]], None]) -> dict[str, int]:
+        return _watched(model, call, resident, looked, device=device, phase=phase, compiled=compiled)
+
+    crest = _Crest(cuda=cuda)
+    peaks = watched(crest.look)
+    kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
+    if cuda:
+        return _on_cuda(phase, kinds, peaks)
+    kinds |= _on_host(birth, resident)
+    peak = peaks[f"host_peak_{phase}_bytes"]
+    slack = _Slack(crest.place)
+    watched(slack.look)
+    kinds["heap_growth"] = max(0, peak - crest.peak)
+    if slack.bytes is not None:
+        kinds["heap_slack"] = slack.bytes
+    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak)
+
+
+def _watched(
+    model: Any,
+    call: Callable[[], object],
+    resident: Collection[torch.Tensor],
+    looked: Callable[[dict[str, int]], None],
+    *,
+    device: str,
+    phase: MemoryPhase,
+    compiled: bool,
+) -> dict[str, int]:
+    """The peaks of one call; `looked` is told of what is alive after each of its operators."""
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=looked)
+    gauge = MemoryGauge(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = watch_cache(model, live)
+    give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
+    gauge.begin()
+    looked(live.bytes)  # the peak so far is no operator's: what is given back from here on must not pass for one's own
+    try:
+        with live.watching(trained, compiled=compiled):
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return gauge.peaks(phase)
+
+
+class _Crest:
+    """The state after the operator in which the memory was highest.
+
+    On CUDA that is where the allocator's peak last rose. A resident set stays high when tensors are freed, and creeps
+    on while malloc serves small blocks from it; there it is where most was alive, counting what the operator itself
+    held, and what the peak rose later is a kind of its own.
+    """
+
+    def __init__(self, *, cuda: bool) -> None:
+        self._cuda = cuda
+        self._highest = 0
+        self._most = -1
+        self._looks = 0
+        self.place = 0
+        """How many times it was looked, up to this one."""
+        self.peak = 0
+        self.kinds: dict[str, int] = {}
+
+    def look(self, kinds: dict[str, int]) -> None:
+        """Keep what is alive now, if it is more than ever."""
+        self._looks += 1
+        peak = torch.cuda.max_memory_allocated() if self._cuda else host_bytes("VmHWM")
+        scratch = 0
+        if peak > self._highest:
+            now = torch.cuda.memory_allocated() if self._cuda else resident_now()
+            scratch = max(0, peak - now)
+        self._highest = peak
+        most = peak if self._cuda else sum(kinds.values()) + scratch
+        if most > self._most:
+            self._most, self.place, self.peak = most, self._looks, peak
+            self.kinds = kinds | {"operator_scratch": scratch}
+
+
+class _Slack:
+    """What malloc gives back at one place of a call: what it kept there although it was free."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+        self._looks = 0
+        self.bytes: int | None = None
+        """None where the call did not come so far, or the C library cannot be asked."""
+
+    def look(self, kinds: dict[str, int]) -> None:
+        """Ask, if this is the place."""
+        self._looks += 1
+        if self._looks == self._place:
+            self.bytes = give_back_free()
+
+
+def _on_host(birth: Birth, resident: Collection[torch.Tensor]) -> dict[str, int]:
+    """Kinds of which torch knows nothing: pages of files, and the interpreter's arenas."""
+    now, arenas = read_pages(), interpreter_bytes()
+    mapped: dict[str, int] = {}
+    for tensor in resident:
+        path = now.file_at(tensor.untyped_storage().data_ptr())
+        if path is not None:
+            mapped[path] = mapped.get(path, 0) + storage_bytes(tensor)
+    code = sum(size for path, size in now.files.items() if path not in mapped)
+    kinds = {
+        "process": birth.resident_bytes,
+        "library_code": code - sum(size for path, size in birth.pages.files.items() if path not in mapped),
+        "generated_code": now.generated_bytes - birth.pages.generated_bytes,
+        "checkpoint_pages": sum(now.files[path] - size for path, size in mapped.items()),
+    }
+    if arenas is not None and birth.interpreter_bytes is not None:
+        kinds["interpreter"] = arenas - birth.interpreter_bytes
+    return kinds
+
+
+def _on_cuda(phase: MemoryPhase, kinds: dict[str, int], peaks: dict[str, int]) -> MemoryAccount:
+    """What the allocator itself adds: rounding, by its own two counts, and the workspace that cuBLAS holds in it."""
+    stats = torch.cuda.memory_stats()
+    asked = stats.get("requested_bytes.all.current")
+    if asked is not None:
+        kinds["rounding"] = int(stats["allocated_bytes.all.current"] - asked)
+    before = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    kinds["blas_workspace"] = before - torch.cuda.memory_allocated()
+    peak = peaks[f"device_peak_allocated_{phase}_bytes"]
+    beside = {"fragmentation": peaks[f"device_peak_reserved_{phase}_bytes"] - peak}
+    beside["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
+    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, beside=beside)
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0]) if hasattr(model, "get_input_embeddings") else 0
+
+
+def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
+    """Mark keys and values of each layer as soon as its attention has added to them; returns the hooks to remove."""
+
+    def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
+        cache = given.get("cache", given.get("past_key_values"))  # the name changed within transformers 5
+        layers = getattr(cache, "layers", ())
+        if module.layer_idx < len(layers):
+            for name in ("keys", "values"):
+                tensor = getattr(layers[module.layer_idx], name, None)
+                if isinstance(tensor, torch.Tensor):
+                    live.note(tensor, "kv_cache")
+
+    attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return [module.register_forward_hook(mark, with_kwargs=True) for module in attentions]

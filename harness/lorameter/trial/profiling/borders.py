@@ -1,0 +1,251 @@
+"""Where the time of a step, or of a request, goes: its phases between borders, and what runs in them.
+
+Borders (`lorameter.trial.profiling.phases`) cost something, so plain and bordered steps take turns: both then meet the
+same machine, and the difference of a pair is the cost of the borders. They are taken until what the phases leave of a
+step is known well enough to be judged.
+
+The profiler comes last of all, after the requests too, in steps of its own: it slows down everything, and what it holds
+stays in the process.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from lorameter.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, TRACE, Activity
+from lorameter.studies.request import TrialRequest
+from lorameter.trial.building.build import Trainee
+from lorameter.trial.clock import Stopwatch
+from lorameter.trial.data.stream import Batch, TokenStream
+from lorameter.trial.profiling.activity import activity_of
+from lorameter.trial.profiling.phases import Phases
+from lorameter.trial.step import TrainStep
+
+MOST_PAIRS = 256
+PAIRS_AT_ONCE = 16
+"""Pairs between two looks at how well the remainder is known."""
+REMAINDER_HALF_WIDTH = 0.005
+"""Share of the step: a quarter of what the phases may leave of it. Looking at widths selects no value."""
+BUDGET_S = 40.0
+"""Pairs of steps are taken for so long at most, and the least of them in any case."""
+LEAST_PROFILED, MOST_PROFILED = 3, 12
+PROFILED_BUDGET_S = 3.0
+"""Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
+
+
+class BorderedStep(TrainStep):
+    """The same step with the time of each of its phases."""
+
+    def __init__(self, trainee: Trainee, stream: TokenStream, request: TrialRequest) -> None:
+        super().__init__(trainee, stream, request.variant, request.device)
+        self.phases = Phases(STEP_PHASES, request.device)
+
+    def take(self) -> Batch:
+        """The next batch, on the device."""
+        with self.phases.within("data"):
+            return super().take()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The forward pass."""
+        with self.phases.within("forward"):
+            return super().loss(batch)
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """The backward pass."""
+        with self.phases.within("backward"):
+            return super().backward(loss)
+
+    def update(self) -> None:
+        """Clipping and the optimizer."""
+        with self.phases.within("update"):
+            super().update()
+
+
+class Bordered(Protocol):
+    """What is called in phases: a step, or a request."""
+
+    phases: Phases
+
+    def __call__(self) -> Any:
+        """Once through all phases."""
+
+
+def step_times(
+    plain: Callable[[], torch.Tensor], bordered: BorderedStep, device: str, *, budget_s: float = BUDGET_S
+) -> dict[str, tuple[float, ...]]:
+    """Pairs of a plain and a bordered step, each first in every other pair.
+
+    Returns:
+        What `pair_times` does, and `train_loss` with the losses of all steps in order.
+    """
+
+    def told(loss: torch.Tensor, is_plain: bool) -> dict[str, float]:
+        return {"train_loss": float(loss)}
+
+    return pair_times(plain, bordered, device, what="step", told=told, budget_s=budget_s)
+
+
+def pair_times(
+    plain: Callable[[], Any],
+    bordered: Bordered,
+    device: str,
+    *,
+    what: str,
+    told: Callable[[Any, bool], Mapping[str, float]],
+    budget_s: float = BUDGET_S,
+) -> dict[str, tuple[float, ...]]:
+    """Pairs of a plain and a bordered call, each first in every other pair.
+
+    Args:
+        plain: the call as it is.
+        bordered: the same with the times of its phases.
+        device: as torch names it.
+        what: what a call is, in the names of the samples ("step").
+        told: samples of what a call gave, and whether it was a plain one.
+        budget_s: pairs are taken for so long at most, and the least of them in any case.
+
+    Returns:
+        Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
+        `phase_PHASE_s`, and `between_WHATs_s`, from the end of a call to the beginning of the next: reading what it
+        gave and keeping its times. Then those of `told`.
+    """
+    watch = Stopwatch(device)
+    found: dict[str, list[float]] = {}
+
+    def keep(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    def step(*, is_plain: bool, ended_s: float) -> float:
+        if not is_plain:
+            bordered.phases.begin()
+        elif not math.isnan(ended_s):
+            keep(f"between_{what}s_s", time.perf_counter() - ended_s)
+        given, lap = watch(plain if is_plain else bordered)
+        ended_s = time.perf_counter()
+        for name, value in told(given, is_plain).items():
+            keep(name, value)
+        kind = "plain" if is_plain else "bordered"
+        keep(f"{kind}_{what}_time_s", lap.time_s)
+        keep(f"{kind}_{what}_cpu_time_s", lap.cpu_time_s)
+        if not is_plain:
+            for phase, seconds in bordered.phases.times_s().items():
+                keep(f"phase_{phase}_s", seconds)
+        return ended_s
+
+    begin, pair, ended_s = time.perf_counter(), 0, math.nan
+    while pair < LEAST_STEP_PAIRS or (
+        pair < MOST_PAIRS
+        and time.perf_counter() - begin < budget_s
+        and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found, what))
+    ):
+        for is_plain in (True, False) if pair % 2 == 0 else (False, True):
+            ended_s = step(is_plain=is_plain, ended_s=ended_s)
+        pair += 1
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def _is_known(found: Mapping[str, Sequence[float]], what: str) -> bool:
+    """Whether the remainder's interval is narrow enough: that of the pairs' own remainders, and those of the two
+    medians whose difference it is, of the plain calls and of what the phases add up to.
+
+    Its ranks are those of the normal approximation: scipy, which has the exact ones, would be in the account of the
+    requests' memory.
+    """
+    plain = list(found[f"plain_{what}_time_s"])
+    phases = [values for name, values in found.items() if name.startswith("phase_")]
+    sums = [sum(times) for times in zip(*phases, strict=True)]
+    rests = [whole - parts for whole, parts in zip(plain, sums, strict=True)]
+    limit = 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
+    return all(_median_width(values) <= limit for values in (rests, plain, sums))
+
+
+def _median_width(values: Sequence[float]) -> float:
+    """Width of the 95 % interval of the median, by its order statistics."""
+    ordered, middle, spread = sorted(values), len(values) / 2, 0.98 * math.sqrt(len(values))
+    return ordered[min(math.ceil(middle + spread), len(ordered) - 1)] - ordered[math.floor(middle - spread)]
+
+
+def profiled(
+    bordered: Bordered,
+    device: str,
+    folder: Path,
+    *,
+    trace: str = TRACE,
+    phase_names: Sequence[str] = STEP_PHASES,
+    weights: Mapping[tuple[int, int], str] | None = None,
+) -> Activity:
+    """What ran in some steps, or requests, under the profiler; their trace is written to `folder`.
+
+    A plain one before them says how many there is time for and makes what the optimizer keeps. Another one is watched
+    and not recorded: the profiler's own start is not a step's. It is one session with them, since two on each other's
+    heels can collide in CUPTI. One that is without a kernel of the card for all that is tried once more.
+
+    `phase_names` and `weights` are those of `lorameter.trial.profiling.activity.activity_of`.
+    """
+
+    def session() -> Activity:
+        times, events = _session(bordered, device, folder / trace)
+        return activity_of(events, times, device, phase_names=phase_names, weights=weights)
+
+    found = session()
+    return session() if found.missing else found
+
+
+def _session(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
+    """Times of the calls that were recorded, and the records. The shapes are for what is copied (`copies`)."""
+    activities = [ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        activities.append(ProfilerActivity.CUDA)
+    watch = Stopwatch(device)
+    times: list[float] = []
+    bordered.phases.begin()
+    alone_s = watch(bordered)[1].time_s
+    steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
+    planned = schedule(wait=0, warmup=1, active=steps)
+    with profile(activities=activities, schedule=planned, record_shapes=True) as recorded:
+        for number in range(1 + steps):
+            bordered.phases.begin(marked=True)
+            lap = watch(bordered)[1]
+            if number:
+                times.append(lap.time_s)
+            if number < steps:  # the session must still be open when it is read
+                recorded.step()
+    _export(recorded, trace)
+    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+    return tuple(times), () if results is None else results.events()
+
+
+def _export(recorded: profile, path: Path) -> None:
+    """Write a recording to `path`, packed. By itself torch would write it unpacked among temporary files first.
+
+    Raises:
+        OSError: the disk refuses. The profiler only leaves its draft unfinished then, so the disk is asked why.
+    """
+    plain = path.with_suffix("")
+    recorded.export_chrome_trace(str(plain))
+    if not plain.is_file():
+        with Path(f"{plain}.tmp").open("ab", buffering=0) as draft:
+            draft.write(bytes(2**20))
+            os.fsync(draft.fileno())
+        raise RuntimeError(f"the profiler has not written {plain}, and does not say why")
+    with plain.open("rb") as read, gzip.open(path, "wb") as packed:
+        shutil.copyfileobj(read, packed)
+    plain.unlink()
+
+
+def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
+    """Mean real tokens of a step of `rows` sequences, and its pairs of a query and a key that attention must see."""
+    lengths, part = stream.record_lengths(), rows / stream.sequences
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}

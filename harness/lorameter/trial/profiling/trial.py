@@ -1,0 +1,159 @@
+"""A trial that is taken apart: the commands of `lorameter profile`, beside those of any trial.
+
+What they find goes into files of the trial's folder: it is the evidence of one process, and no comparison takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.flops import computed_tokens, training_flops
+from lorameter.models.costs.modules import UncountedError, count_products, to_values
+from lorameter.models.costs.peaks import Peak, Rate
+from lorameter.records import codec
+from lorameter.records.activity import (
+    ACCOUNTS,
+    ACTIVITY,
+    MERGED_ACTIVITY,
+    MERGED_TRACE,
+    PEAKS,
+    REQUEST_ACTIVITY,
+    REQUEST_PHASES,
+    REQUEST_SIGHT,
+    REQUEST_TRACE,
+)
+from lorameter.records.memory_account import MemoryPhase
+from lorameter.records.record import Fragment
+from lorameter.studies.command import words_of
+from lorameter.studies.request import TrialRequest
+from lorameter.trial.building.packing import unpack_4bit
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.process import release_unused
+from lorameter.trial.profiling.account import account, take_birth
+from lorameter.trial.profiling.borders import BorderedStep, pair_times, profiled, step_times, useful_tokens
+from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
+from lorameter.trial.profiling.requests import (
+    BorderedRequest,
+    first_token_peak,
+    length_times,
+    see_request,
+    told_of_request,
+    weights_by_shape,
+)
+from lorameter.trial.profiling.wanted import see_wanted
+from lorameter.trial.trial import Trial
+
+REQUESTS_BUDGET_S = 20.0
+"""For pairs of requests, of the adapter as it is and merged."""
+NEW_LENGTHS = 6
+"""Lengths of the prompt that nobody has asked at: the median of fewer times has no interval."""
+
+
+class ProfiledTrial(Trial):
+    """A solo trial, watched from its birth to its last token."""
+
+    COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, *words_of("profiled trial"))
+
+    def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
+        super().__init__(request, shared)
+        self._birth = take_birth()
+
+    def account(self, phase: MemoryPhase) -> Fragment:
+        """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""
+        request, trainee = self._request, self._built.trainee
+        call = self._built.step if phase == "train" else self._serving.request
+        release_unused(request.device)  # the check's records refer to each other, and would count as unexplained
+        found = account(
+            trainee.model, trainee.optimizer, call, birth=self._birth, device=request.device, phase=phase,
+            compiled=request.variant.compile,
+        )  # fmt: skip
+        self._write(ACCOUNTS[phase], found)
+        return Fragment()
+
+    def profile(self) -> Fragment:
+        """Where a step's time goes, and how many real tokens it holds; not yet what runs in it."""
+        request, parts = self._request, self._built
+        samples = step_times(parts.step, BorderedStep(parts.trainee, parts.stream, request), request.device)
+        values = useful_tokens(parts.stream, request.workload.batch_size * request.variant.gradient_accumulation)
+        return self._judged(Fragment(samples=samples, values=values | self._count()), list(samples["train_loss"]))
+
+    def _count(self) -> dict[str, float]:
+        """What a step multiplies, counted from the modules where no closed form says it. One step is watched for that,
+        which is none of those that were timed; not a compiled one, which hooks would compile anew."""
+        variant, workload, model = self._request.variant, self._request.workload, self._built.trainee.model
+        with contextlib.suppress(UsageError):
+            training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
+            return {}
+        with contextlib.suppress(UncountedError):
+            wanted = None if variant.compile else see_wanted(model, self._take_step)
+            return to_values(count_products(model, wanted))
+        return {}
+
+    def peak(self, rates: Sequence[Rate]) -> Fragment:
+        """What the device does at best; it fills caches and memory, so it comes when nothing else is timed.
+
+        A rate for whose large product or copy the trial has left no memory is left out.
+        """
+        device, threads = self._request.device, self._request.threads
+        peaks: dict[Rate, Peak] = {}
+        for rate in rates:
+            release_unused(device)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                peaks[rate] = (
+                    measured_bandwidth(device, threads=threads)
+                    if rate == "memory"
+                    else measured_product(device, rate, threads=threads)
+                )
+        self._write(PEAKS, peaks)
+        return Fragment()
+
+    def activity(self) -> Fragment:
+        """What runs in a step: the profiler's turn, after all else that a process is asked for. Training goes on."""
+        request, parts = self._request, self._built
+        unpack_4bit(parts.trainee.model)
+        parts.trainee.model.train()
+        bordered = BorderedStep(parts.trainee, parts.stream, request)
+        self._write(ACTIVITY, profiled(bordered, request.device, Path(request.scratch)))
+        return Fragment()
+
+    def apart(self, *, merged: bool) -> Fragment:
+        """Where a request's time goes, of the adapter as it is served or, after `merge`, merged into the base."""
+        prefix, serving = "merged_" if merged else "", self._serving
+        bordered = BorderedRequest(self._built.trainee.model, serving.ask, self._request.device)
+        found = pair_times(
+            serving.ask, bordered, self._request.device, what="request", told=told_of_request,
+            budget_s=REQUESTS_BUDGET_S,
+        )  # fmt: skip
+        return Fragment(samples={f"{prefix}{name}": times for name, times in found.items()})
+
+    def sight(self) -> Fragment:
+        """What a request finds and leaves: its cache, its logits, the mode of the model, the memory up to its first
+        token, and what it takes to begin at a length that nobody has asked at."""
+        request, serving = self._request, self._serving
+        model, length = self._built.trainee.model, request.workload.prompt_tokens
+        memory = first_token_peak(lambda: serving.ask_at(length, 1), request.device)
+        self._write(REQUEST_SIGHT, see_request(model, serving.ask, request.device))
+        lengths = list(range(max(1, length - NEW_LENGTHS), length))
+        return Fragment(memory=memory, samples=length_times(lambda length: serving.ask_at(length, 2), lengths))
+
+    def request_activity(self, *, merged: bool) -> Fragment:
+        """What runs in a request."""
+        request, model = self._request, self._built.trainee.model
+        bordered = BorderedRequest(model, self._serving.ask, request.device)
+        names = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
+        found = profiled(
+            bordered, request.device, Path(request.scratch), trace=names[1], phase_names=REQUEST_PHASES,
+            weights=weights_by_shape(model),
+        )  # fmt: skip
+        self._write(names[0], found)
+        return Fragment()
+
+    def _write(self, name: str, found: object) -> None:
+        (Path(self._request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")

@@ -1,0 +1,276 @@
+"""A trial of several ranks, to whoever asks for it a trial like any other.
+
+Its process trains nothing: it forks the ranks, passes each command on to all of them, and makes one answer of theirs.
+So it can tell which of them died or hangs while the others wait, and end these, who would wait for ever. Beside the
+ranks it can fork one that trains alone on the same batches, and takes turns with all of them: what a scaling efficiency
+is measured against within the same seconds, and losses are compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import selectors
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorameter.errors import shorten
+from lorameter.machine.processes import exit_words
+from lorameter.machine.visible import VARIABLE, visible_devices
+from lorameter.records.metrics import LOSSES
+from lorameter.records.record import Failure, Fragment, Notice, Status
+from lorameter.records.required import judge_required
+from lorameter.studies.request import TrialRequest
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.ranks.agreement import compare_losses
+from lorameter.trial.ranks.member import Member
+
+OF_RANKS, OF_ONE = 0.5, 0.4
+"""How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
+which of them gave no answer."""
+GRACE_S = 5.0
+"""How long the others have once one has failed: whoever waits for it learns so at once, or never."""
+_WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
+"""What the error of a rank says that waited for another in vain."""
+IMBALANCED = 1.4
+"""The slowest rank's own time over the mean of all from which the others are said to wait for it."""
+ONE_RANK = ("build", "warm_up", "turn")
+"""What one rank alone does as well."""
+
+
+class TrialOfRanks:
+    """Implements what `serve` asks of a trial, by the ranks' answers."""
+
+    shared: SharedBase | None = None
+    """No base that others could be on."""
+
+    def __init__(self, request: TrialRequest) -> None:
+        self._request = request
+        self._timeout_s = OF_RANKS * request.protocol.step_timeout_s
+        self._one_timeout_s = OF_ONE * request.protocol.step_timeout_s
+        self._losses: dict[str, list[float]] = {"ranks": [], "one": []}
+        self._turns = 0
+        self._members: list[Member] = []
+        for rank in range(request.workload.ranks):
+            self._fork(f"rank {rank} of {request.workload.ranks}", _rank_maker(request, rank))
+        self._one: Member | None = None
+        if request.workload.scaling and "steps" in request.measures:
+            self._one = self._fork("one rank alone", _one_maker(request))
+
+    def _fork(self, name: str, make: Callable[[], Any]) -> Member:
+        member = Member(name, make, list(self._members))
+        self._members.append(member)
+        return member
+
+    def run(self, command: str, **arguments: Any) -> Fragment:
+        """Have all ranks carry out a command; a failure of one ends them all."""
+        one_first = command == "turn" and self._turns % 2 == 1  # neither always runs on what the other has left warm
+        self._turns += command == "turn"
+        beside = self._ask_one(command, arguments) if one_first else Fragment()
+        fragment = self._ask_ranks(command, arguments)
+        if fragment.status != "ok":
+            self._end_all()
+            return fragment
+        if not one_first:
+            beside = self._ask_one(command, arguments)
+        fragment = dataclasses.replace(
+            fragment, samples=fragment.samples | beside.samples, notices=fragment.notices + beside.notices
+        )
+        self._losses["ranks"] += _losses_of(fragment)
+        if command == "verify" and (notice := _imbalance(fragment.values)):
+            fragment = fragment.with_notice(notice)
+        return self._compared(fragment) if command == "finish_training" else fragment
+
+    def _ask_ranks(self, command: str, arguments: Mapping[str, Any]) -> Fragment:
+        ranks = [member for member in self._members if member is not self._one]
+        answers = _answers(ranks, command, arguments, self._timeout_s)
+        failed = _failure(ranks, answers, command, self._timeout_s)
+        return failed if failed is not None else _merged([answers[member] for member in ranks])
+
+    def _ask_one(self, command: str, arguments: Mapping[str, Any]) -> Fragment:
+        """What one rank alone has to add; where it fails it is left out, and the trial goes on without it."""
+        if self._one is None or command not in ONE_RANK:
+            return Fragment()
+        answers = _answers([self._one], command, arguments, self._one_timeout_s)
+        failed = _failure([self._one], answers, command, self._one_timeout_s)
+        if failed is not None and failed.failure is not None:
+            self._one.end()
+            self._members.remove(self._one)
+            self._one = None
+            return Fragment().with_notice(_left_out(self._request.variant.name, failed.failure))
+        fragment = answers[self._one]
+        self._losses["one"] += _losses_of(fragment)
+        times = fragment.samples.get("step_time_s", ())
+        return Fragment(samples={"one_rank_step_time_s": times} if times else {})
+
+    def _compared(self, fragment: Fragment) -> Fragment:
+        """The fragment with the check of what was trained, where one rank alone has trained the same."""
+        if self._one is None:
+            return fragment
+        request = self._request
+        check = compare_losses(self._losses["ranks"], self._losses["one"], request.variant, request.workload.ranks)
+        added = dataclasses.replace(fragment, checks=(*fragment.checks, check))
+        if check["required"] is None:
+            return added
+        judged = judge_required(
+            Fragment(checks=(check,)), {check["path"]: True}, name=request.variant.name,
+            allow_fallback=request.allow_fallback,
+        )  # fmt: skip
+        return dataclasses.replace(
+            added, status=judged.status, failure=judged.failure, notices=added.notices + judged.notices
+        )
+
+    def _end_all(self) -> None:
+        for member in self._members:
+            member.end()
+
+
+def _rank_maker(request: TrialRequest, rank: int) -> Callable[[], Any]:
+    def make() -> Any:
+        from lorameter.trial.ranks.party import Party
+        from lorameter.trial.ranks.rank import RankTrial
+
+        _take_card(request.device, rank)
+        party = Party(rank, request.workload.ranks)
+        party.join(Path(request.scratch), request.device, request.protocol.step_timeout_s)
+        return RankTrial(request, party)
+
+    return make
+
+
+def _one_maker(request: TrialRequest) -> Callable[[], Any]:
+    def make() -> Any:
+        from lorameter.trial.trial import Trial
+
+        _take_card(request.device, 0)
+        workload = dataclasses.replace(request.workload, ranks=1, strategy="", repair="")
+        return Trial(dataclasses.replace(request, workload=workload, measures=("steps",)), SharedBase())
+
+    return make
+
+
+def _take_card(device: str, rank: int) -> None:
+    """Let this process see one card alone, that of its rank; nothing has initialised CUDA yet."""
+    if device.startswith("cuda"):
+        visible = visible_devices(os.environ)
+        os.environ[VARIABLE] = str(rank if visible is None else visible[rank])
+
+
+def _answers(
+    members: Sequence[Member], command: str, arguments: Mapping[str, Any], timeout_s: float
+) -> dict[Member, Fragment]:
+    """What each has to say, in the order in which they said it; those that died or gave no answer in time are not in
+    it. Once one has failed the others have `GRACE_S` left."""
+    answers: dict[Member, Fragment] = {}
+    for member in members:
+        member.tell(command, dict(arguments))
+    deadline = time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as waiting:
+        for member in members:
+            waiting.register(member, selectors.EVENT_READ)
+        while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in waiting.select(left):
+                member = key.fileobj  # type: ignore[assignment]
+                fallen = False
+                try:
+                    answer = member.hear()
+                except EOFError:
+                    waiting.unregister(member)
+                    member.reap()
+                    fallen = True
+                else:
+                    if answer is not None:
+                        waiting.unregister(member)
+                        answers[member] = answer
+                        fallen = answer.status != "ok"
+                if fallen:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+    return answers
+
+
+def _failure(
+    members: Sequence[Member], answers: Mapping[Member, Fragment], command: str, timeout_s: float
+) -> Fragment | None:
+    """What becomes of the trial where a rank died, failed or hangs; None where all are well. Whoever waited for one of
+    those in vain is not to blame."""
+    died = [member for member in members if member.code is not None]
+    silent = [member for member in members if member.code is None and member not in answers]
+    bad = [(member, answer) for member, answer in answers.items() if answer.failure is not None]
+    own = [(member, answer) for member, answer in bad if answer.failure and not _waited(answer.failure)]
+    same = len(own) == len(members) and len({answer.failure and answer.failure.message for _, answer in own}) == 1
+    for member, answer in sorted(own, key=lambda pair: pair[1].status != "oom"):
+        assert answer.failure is not None
+        whose = "" if same else f"{member.name}: "  # what all say is of all of them
+        failure = dataclasses.replace(answer.failure, message=f"{whose}{answer.failure.message}")
+        return dataclasses.replace(_ended(answer.status, failure), checks=answer.checks, values=answer.values)
+    if died:
+        who = died[0]
+        message = f"{who.name} ended with {exit_words(who.code)} during {command}; the others were ended with it"
+        if who.code == -signal.SIGKILL:
+            message += ". It was killed from outside, or by the kernel for want of memory (see dmesg)"
+        return _ended("crashed", Failure(phase=command, kind="RankDied", message=message))
+    if silent:
+        names = ", ".join(member.name for member in silent)
+        waited = [member.name for member, _ in bad]
+        message = f"{names} gave no answer within {timeout_s:g} s during {command}"
+        if waited:
+            message = f"{names} hangs in {command}: {', '.join(waited)} waited for it in vain"
+        return _ended("timeout", Failure(phase=command, kind="Silent", message=f"{message}; all were killed"))
+    for member, answer in bad:  # all of them waited for each other
+        assert answer.failure is not None
+        message = f"{member.name}: {shorten(answer.failure.message)}"
+        return _ended(answer.status, dataclasses.replace(answer.failure, message=message))
+    return None
+
+
+def _ended(status: Status, failure: Failure) -> Fragment:
+    return Fragment().failed(status, failure)
+
+
+def _waited(failure: Failure) -> bool:
+    return bool(_WAITING.search(failure.message) or failure.kind.startswith("Dist"))
+
+
+def _merged(answers: Sequence[Fragment]) -> Fragment:
+    """One answer of all ranks': that of the first, the memory of the one that takes most, and of each by its number."""
+    first, memory = answers[0], dict[str, int]()
+    for kind in dict.fromkeys(kind for answer in answers for kind in answer.memory):
+        sizes = [answer.memory.get(kind, 0) for answer in answers]
+        memory |= {kind: max(sizes)} | {f"rank{rank}_{kind}": size for rank, size in enumerate(sizes)}
+    values = {key: value for answer in reversed(answers) for key, value in answer.values.items()}
+    return dataclasses.replace(first, memory=memory, values=values)
+
+
+def _losses_of(fragment: Fragment) -> list[float]:
+    return [loss for name in LOSSES for loss in fragment.samples.get(name, ())]
+
+
+def _imbalance(values: Mapping[str, float]) -> Notice | None:
+    """That one rank has the others wait, by what each takes of its own in a profiled step."""
+    own = {int(found[1]): time_s for key, time_s in values.items() if (found := _OWN.fullmatch(key))}
+    if values.get("rank_imbalance", 1.0) < IMBALANCED:
+        return None
+    slowest = max(own, key=lambda rank: own[rank])
+    rest = [time_s for rank, time_s in own.items() if rank != slowest]
+    return Notice(
+        code="ranks-imbalanced",
+        message=f"rank {slowest} takes {own[slowest]:.3g} s of its own in a step and the others "
+        f"{sum(rest) / len(rest):.3g} s: they wait for it.",
+        remedy="Look at what runs beside it, at its card's clocks, and at how many tokens its part of a batch holds.",
+    )
+
+
+_OWN = re.compile(r"rank([0-9]+)_own_step_time_s")
+
+
+def _left_out(variant: str, failure: Failure) -> Notice:
+    return Notice(
+        code="one-rank-failed",
+        message=f"{variant}: one rank alone could not train beside the others, so there is no scaling efficiency and "
+        f"no loss to compare with: {shorten(failure.message)}",
+        remedy="Write scaling = false in [workload] where the model does not fit one device.",
+    )

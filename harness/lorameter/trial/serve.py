@@ -1,0 +1,86 @@
+"""The loop of a process that hosts trials: a command a line, each answered by a `Fragment`.
+
+Standard output and error go to the trial's log, so that nothing printed by a library can corrupt a result.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from lorameter.records import codec
+from lorameter.records.record import Fragment
+from lorameter.studies.request import BaseRequest, TrialRequest
+from lorameter.studies.serving import ServingRequest
+from lorameter.trial.failure import failure_of
+from lorameter.trial.lines import answer_lines
+
+
+def serve(connection: socket.socket) -> None:
+    """The loop of a trial's process: one reply for each command, until the parent closes the connection."""
+    trials: dict[str, Any] = {}
+    answer_lines(connection, lambda command: _answer(command, trials))
+
+
+def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
+    """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
+    from lorameter.trial.building.shared import SharedBase
+    from lorameter.trial.process import prepare_process
+    from lorameter.trial.trial import Trial
+
+    phase, trial = str(command.pop("do")), str(command.pop("trial"))
+    try:
+        if phase == "prepare":
+            request = codec.from_json(TrialRequest, command["request"], "trial request")
+            _log_to(Path(request.log_path))
+            prepare_process(request)
+            if request.workload.ranks > 1:
+                from lorameter.trial.ranks.trial import TrialOfRanks
+
+                trials[trial] = TrialOfRanks(request)
+                return Fragment()
+            shared = next((other.shared for other in trials.values()), None) or SharedBase()
+            trials[trial] = (_profiled_trial() if command.get("profiled") else Trial)(request, shared)
+            return Fragment()
+        if phase == "base":
+            return _prepared(codec.from_json(BaseRequest, command["request"], "base request"))
+        if phase == "parity":
+            return _served(codec.from_json(ServingRequest, command["request"], "serving request"))
+        return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
+    except Exception as error:
+        return failure_of(error, phase)
+
+
+def _prepared(request: BaseRequest) -> Fragment:
+    """A base that every process of the run will map, made by this one, which then ends."""
+    from lorameter.trial.building.prepared import prepare
+    from lorameter.trial.process import limit_threads
+
+    _log_to(Path(request.log_path))
+    limit_threads(request.device, request.threads)
+    return Fragment(tokens={"base": codec.to_json(prepare(request))})
+
+
+def _served(request: ServingRequest) -> Fragment:
+    """An adapter in the ways that one base allows, by this process alone, which then ends."""
+    from lorameter.trial.parity.serving import serve_adapter
+
+    _log_to(Path(request.trial.log_path))
+    return serve_adapter(request)
+
+
+def _profiled_trial() -> Any:
+    """The trial that `lorameter profile` takes apart; the others do not pay for its imports."""
+    from lorameter.trial.profiling.trial import ProfiledTrial
+
+    return ProfiledTrial
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)

@@ -1,0 +1,89 @@
+"""One training step, exactly as a plain loop would write it, and the held-out loss.
+
+Nothing of the harness is inside the step: its cost against a bare loop is a self-benchmark. `use_cache=False` is
+passed to every forward, training and evaluation alike: with a cache transformers skips the detection of packed
+records and their isolation is silently lost (about 29 logits leak; kernels_check probes it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from lorameter.studies.variant import Variant
+from lorameter.trial.building.build import Trainee
+from lorameter.trial.building.packing import evaluating
+from lorameter.trial.data.stream import Batch, TokenStream
+
+_FORWARD: dict[str, Any] = {"use_cache": False}
+
+
+def loss_of(forward: Any, batch: Batch, *, device: str, autocast: torch.dtype | None = None) -> torch.Tensor:
+    """Mean loss over the labelled tokens of a batch by `forward`, as a step takes it; `autocast` is the type to cast
+    to, if any."""
+    context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if autocast is not None:
+        context = torch.autocast(device.split(":")[0], dtype=autocast)
+    with context:
+        loss: torch.Tensor = forward(**batch, **_FORWARD).loss
+    return loss
+
+
+class TrainStep:
+    """Calling it takes one optimizer step on the next batches and returns the step's mean loss, still on the device."""
+
+    def __init__(self, trainee: Trainee, stream: TokenStream, variant: Variant, device: str) -> None:
+        self._trainee = trainee
+        self._stream = stream
+        self._accumulate = variant.gradient_accumulation
+        self._clip = variant.max_grad_norm
+        self._trained = trainee.parameters
+        self._device = device
+        self._autocast = getattr(torch, variant.autocast) if variant.autocast else None
+
+    def __call__(self) -> torch.Tensor:
+        """Forward and backward over the accumulated batches, clip, step, schedule."""
+        total = self.backward(self.loss(self.take())).float()
+        for _ in range(1, self._accumulate):
+            total += self.backward(self.loss(self.take()))
+        self.update()
+        return total
+
+    def take(self) -> Batch:
+        """The next batch."""
+        return self._stream.take()
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Add a batch's gradients to those of the step; returns its part of the step's loss."""
+        part = loss if self._accumulate == 1 else loss / self._accumulate
+        part.backward()
+        return part.detach()
+
+    def update(self) -> None:
+        """Clip, step, schedule, and let the gradients go."""
+        trainee = self._trainee
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
+        trainee.optimizer.step()
+        trainee.schedule.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean loss over the labelled tokens of a batch."""
+        return loss_of(self._trainee.forward, batch, device=self._device, autocast=self._autocast)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the forward pass is given for a batch, without the labels; for probes that look at the logits."""
+        return {key: value for key, value in batch.items() if key != "labels"} | _FORWARD
+
+    def held_out_loss(self) -> float:
+        """Mean loss over all labelled held-out tokens, dropout off; leaves model, optimizer and RNG as they were."""
+        total, count = 0.0, 0
+        with evaluating(self._trainee.model):
+            for batch in self._stream.held_out():
+                labelled = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(self.loss(batch)) * labelled
+                count += labelled
+        return total / count

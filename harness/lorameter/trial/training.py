@@ -1,0 +1,336 @@
+"""The training of one trial in its process: the commands, each a method that returns what it added as a `Fragment`.
+
+Order: build and first step, verify, warm up, timed turns, held-out loss and memory. What a command measures depends on
+what the request asks for: a trial that takes turns beside others has no first times of its own to report, and a solo
+trial has no turns. The first step comes before the check so that its time is that of a process's first step; the check
+leaves adapter, optimizer and RNG as it found them, and its cost is in no number. Where minutes are limited it looks
+on at the first step and at that of the warm-up after it instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import kernels_check
+from lorameter.errors import LorameterError
+from lorameter.machine.memory import MemoryGauge, host_bytes
+from lorameter.records.record import Failure, Fragment
+from lorameter.stats import is_steady
+from lorameter.studies.command import COMMANDS, words_of
+from lorameter.studies.request import TrialRequest
+from lorameter.trial.building import lora
+from lorameter.trial.building.build import Trainee, build
+from lorameter.trial.building.shared import Seat, SharedBase
+from lorameter.trial.checking import as_data, judge_checks, look_on, wanted_of
+from lorameter.trial.clock import Lap, Stopwatch
+from lorameter.trial.data.stream import Batch, TokenStream
+from lorameter.trial.memory import resident_bytes
+from lorameter.trial.process import release_unused, start_device
+from lorameter.trial.step import TrainStep
+from lorameter.trial.surroundings import Surroundings
+from kernels_check.check import Check
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a trial has once it is built."""
+
+    trainee: Trainee
+    step: TrainStep
+    stream: TokenStream
+    seat: Seat
+
+
+BRIEF: Mapping[str, Any] = {"window": 1, "tolerance": 0.05}
+"""How a warm-up is judged where minutes are short: one step against the one before it, with room for what single steps
+scatter by; else as the statistics do."""
+
+
+class Training:
+    """State of one trial between commands, up to the end of its training; what a library raises is the worker's to
+    report.
+
+    `shared` is the base model of the process, on which other trials may have their adapters; each command runs with
+    this trial's adapter active and its own random numbers.
+    """
+
+    COMMANDS: ClassVar[tuple[str, ...]] = words_of("trial")
+
+    def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
+        self._request = request
+        self.shared = shared
+        """The base of the process, for the trials that come after."""
+        self._watch = Stopwatch(request.device)
+        self._gauge = MemoryGauge(request.device)
+        self._surroundings = Surroundings(request, self._take_step, lambda: self._built.stream.real_tokens)
+        self._parts: _Parts | None = None
+        self._steps_taken = 0
+        self._total_steps = 0
+        self._looking: kernels_check.Watch | None = None
+        """What looks on at its first steps, if anything does, until it has."""
+
+    def run(self, command: str, **arguments: Any) -> Fragment:
+        """Carry out a command in this trial's seat. Raises ValueError for a command that does not exist."""
+        if command not in self.COMMANDS:
+            raise ValueError(f"unknown command {command!r}")
+        method: Callable[..., Fragment] = getattr(self, command)
+        if command == "build":
+            return method(**arguments)
+        with self._built.seat.taken():
+            return self._surroundings.around(COMMANDS[command], lambda: method(**arguments))
+
+    def build(self) -> Fragment:
+        """Load, attach, take the first step."""
+        request, protocol = self._request, self._request.protocol
+        baseline, started = host_bytes("VmRSS"), start_device(request.device)
+        if self._alone:
+            self._gauge.begin()
+        loads, conversions, begin = self.shared.loads, self.shared.conversions, time.perf_counter()
+        stream = self._open_stream()
+        per_step = request.workload.batch_size * request.variant.gradient_accumulation
+        self._total_steps = protocol.all_steps(stream.sequences, per_step)
+        trainee = self._build_trainee()
+        load_time = time.perf_counter() - begin
+        if request.variant.rewrites_base:
+            lora.save_initial(trainee.model, self._initial)
+        if request.interleaving == "shared-base":
+            self.shared.remember()
+        step = self._make_step(trainee, stream)
+        packed = self._packed(stream, asks_base=request.asks_base)
+        self._looking = look_on(request, trainee, packed, None if packed is None else step.inputs(packed))
+        self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
+        with self._parts.seat.taken():
+            memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
+            with contextlib.nullcontext() if self._looking is None else self._looking.glance():
+                loss, lap = self._take_step()
+            values = {
+                "threads": float(request.threads),
+                "build_step_time_s": lap.time_s,
+                "base_loads": float(self.shared.loads - loads),
+                "base_conversions": float(self.shared.conversions - conversions),
+            }
+            if self._alone:
+                values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
+            if request.asks_base:
+                values |= self._initial_loss()
+        return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
+
+    def _initial_loss(self) -> dict[str, float]:
+        """The base's own loss on held-out records, where a trial can tell it: once a run."""
+        request, parts = self._request, self._built
+        own = request.variant.rewrites_base or request.variant.bias != "none"  # is trained, and no part of the adapter
+        if not self._timed or request.replicate or own:
+            return {}
+        with lora.without_adapter(parts.trainee.model):  # which is what the adapter was before its first step
+            return {"held_out_loss_initial": self.shared.once("held_out_loss", parts.step.held_out_loss)}
+
+    def verify(self, *, asks_base: bool = False) -> Fragment:
+        """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid.
+
+        `asks_base` has it find out what is its base's, as nobody else has.
+        """
+        looked = Fragment()
+        if self._looking is not None:
+            looked, undecided = self._look_on(self._looking)
+            if looked.status != "ok" or not (undecided or asks_base):
+                return looked
+        found = self._check_apart(asks_base=asks_base or self._request.asks_base)
+        values = dict(found.values)
+        values["verify_time_s"] += looked.values.get("verify_time_s", 0.0)
+        if asks_base:
+            values |= self._initial_loss()
+        return dataclasses.replace(found, values=values, samples=looked.samples)
+
+    def _check_apart(self, *, asks_base: bool) -> Fragment:
+        """A check in steps of its own, which are taken back."""
+        parts, request = self._built, self._request
+        trainee, step, stream = parts.trainee, parts.step, parts.stream
+        packed = self._packed(stream, asks_base=asks_base)
+        position, schedule = stream.position(), trainee.schedule.state_dict()
+        batch = None if packed is None else step.inputs(packed)
+        losses: list[torch.Tensor] = []
+        begin = time.perf_counter()
+        checks, values = self._check(lambda: losses.append(step()), wanted_of(request, trainee, packed), batch)
+        release_unused(request.device)
+        seconds = time.perf_counter() - begin
+        stream.restore(position)
+        trainee.schedule.load_state_dict(schedule)
+        fragment = Fragment(checks=as_data(checks), values={"verify_time_s": seconds, **values})
+        diverged = self._judged(fragment, [float(loss) for loss in losses])
+        return judge_checks(fragment, checks, request) if diverged.status == "ok" else diverged
+
+    def _packed(self, stream: TokenStream, *, asks_base: bool) -> Batch | None:
+        """What the isolation of packed records is probed with beside the step's own calls, if this trial is to."""
+        if not asks_base:
+            return None
+        return stream.packed_batch(1 if self._request.natural else None)
+
+    def _look_on(self, looking: kernels_check.Watch) -> tuple[Fragment, bool]:
+        """The first step of the warm-up, watched after a glance at the first of the process; and whether it left open
+        what is required: under a learning rate that begins at zero no second step shows that both factors learn."""
+        begin = time.perf_counter()
+        with looking:
+            loss, lap = self._take_step()
+        checks, self._looking = looking.checks, None
+        del looking
+        gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
+        fragment = Fragment(
+            checks=as_data(checks),
+            values={"verify_time_s": time.perf_counter() - begin},
+            samples={"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)},
+        )
+        diverged = self._judged(fragment, [loss])  # explains every check that failed with it
+        if diverged.status != "ok":
+            return diverged, False
+        if any(check.required is not None and check.status == "unknown" for check in checks):
+            return dataclasses.replace(fragment, checks=()), True
+        return judge_checks(fragment, checks, self._request), False
+
+    def _check(
+        self, step: Callable[[], None], required: Mapping[str, Any], batch: Mapping[str, Any] | None
+    ) -> tuple[Sequence[Check], Mapping[str, float]]:
+        """What is found of a step, which is left without a trace, and values that come with it."""
+        model, instrument = self._built.trainee.model, self._request.instrument
+        return kernels_check.verify(model, step, required, batch=batch, instrument=instrument), {}
+
+    def _open_stream(self) -> TokenStream:
+        request = self._request
+        return TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+
+    def _build_trainee(self) -> Trainee:
+        return build(self._request, steps=self._total_steps, shared=self.shared)
+
+    def _make_step(self, trainee: Trainee, stream: TokenStream) -> TrainStep:
+        return TrainStep(trainee, stream, self._request.variant, self._request.device)
+
+    def warm_up(self, *, brief: bool = False) -> Fragment:
+        """Steps until their times are steady, or the cap, or as many as an earlier replicate has told; all are kept,
+        none is timed for the result.
+
+        A trial that times no steps takes the fewest: they settle the allocator, whose peaks it is there for. `brief`
+        has fewer steps decide.
+        """
+        protocol, told = self._request.protocol, self._request.warm_up_steps
+        judged_by = BRIEF if brief else {}
+        most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
+        if self._sees_peaks:
+            self._gauge.begin()  # to the last step is the training phase; the check's memory is not in its peak
+        times: list[float] = []
+        losses: list[float] = []
+        while len(times) + self._request.natural < (most if told is None else told):  # its first was watched
+            loss, lap = self._take_step()
+            times.append(lap.time_s)
+            losses.append(loss)
+            enough = len(times) + self._request.natural >= protocol.warmup_steps_min
+            if told is None and enough and is_steady(times, **judged_by):
+                break
+        fragment = Fragment(
+            samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
+            values={"warmup_steady": float(is_steady(times, **judged_by))} if self._timed and told is None else {},
+        )
+        return self._judged(fragment, losses)
+
+    def turn(self, steps: int) -> Fragment:
+        """`steps` timed steps, at least one."""
+        stream = self._built.stream
+        real, padded = stream.real_tokens, stream.padded_tokens
+        accumulated = self._request.variant.gradient_accumulation
+        # One look a turn, into its last step: what comes after it waits for nothing.
+        taken = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._surroundings.look)]
+        losses = [loss for loss, _ in taken]
+        counts = {"real_tokens": stream.real_tokens - real, "padded_tokens": stream.padded_tokens - padded}
+        samples = {
+            "step_time_s": tuple(lap.time_s for _, lap in taken),
+            "step_cpu_time_s": tuple(lap.cpu_time_s for _, lap in taken),
+            "train_loss": tuple(losses),
+            "turn_sequences": (float(steps * self._request.workload.batch_size * accumulated),),
+        } | {f"turn_{key}": (float(value),) for key, value in counts.items()}
+        return self._judged(Fragment(samples=samples), losses)
+
+    def train(self, steps: int) -> Fragment:
+        """`steps` untimed steps of the epochs asked for, or what is left of them."""
+        losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
+        return self._judged(Fragment(samples={"catch_up_loss": tuple(losses)}), losses)
+
+    def finish_training(self, steps: int | None = None, *, least: int = 0, held_out: bool = True) -> Fragment:
+        """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss if it is wanted.
+
+        How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
+        same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for; or after
+        `steps` of them, where the time does not reach further. The `least` of those is taken though it is more than
+        was planned: of more timed turns than that.
+        """
+        trainee, step = self._built.trainee, self._built.step
+        values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
+        memory: dict[str, int] = {}
+        samples: dict[str, tuple[float, ...]] = {}
+        losses: list[float] = []
+        if self._sees_peaks:
+            memory = self._gauge.peaks("train")
+        if self._timed:
+            last = self._total_steps if steps is None else max(least, min(steps, self._total_steps))
+            losses = [self._take_step()[0] for _ in range(last - self._steps_taken)]
+            samples["catch_up_loss"] = tuple(losses)
+            values |= {"training_steps": float(self._steps_taken)}
+            values |= {"training_steps_planned": float(self._total_steps)} if last != self._total_steps else {}
+        if self._alone:
+            # Gradients live only between backward and the optimizer, so they are made once more to be counted.
+            step.loss(self._built.stream.take()).backward()
+            memory |= resident_bytes(trainee.model, trainee.optimizer)
+            trainee.optimizer.zero_grad(set_to_none=True)
+        elif self._sees_peaks:
+            memory |= resident_bytes(trainee.model, trainee.optimizer)
+            del memory["gradient_bytes"]
+        if self._timed and held_out:
+            values["held_out_loss"] = step.held_out_loss()
+            losses = [*losses, values["held_out_loss"]]
+        return self._judged(Fragment(values=values, memory=memory, samples=samples), losses)
+
+    @property
+    def _timed(self) -> bool:
+        return "steps" in self._request.measures
+
+    @property
+    def _sees_peaks(self) -> bool:
+        return "peaks" in self._request.measures
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nothing else is at work beside it, so that first times are its own."""
+        return self._sees_peaks and self._request.interleaving != "lockstep"
+
+    @property
+    def _initial(self) -> Path:
+        return Path(self._request.scratch) / "initial"
+
+    @property
+    def _built(self) -> _Parts:
+        if self._parts is None:
+            raise LorameterError(f"trial {self._request.trial}: asked to run before it was built")
+        return self._parts
+
+    def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
+        loss, lap = self._watch(self._built.step, meanwhile)
+        self._steps_taken += 1
+        return float(loss), lap
+
+    def _judged(self, fragment: Fragment, losses: list[float]) -> Fragment:
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self._steps_taken - len(losses) + offset + 1
+                message = (
+                    f"the loss is {loss} near step {step}; a diverged run has no result. Lower learning_rate (now "
+                    f"{self._request.variant.learning_rate:g}) or set max_grad_norm."
+                )
+                return fragment.failed("invalid", Failure(phase="train", kind="LossNotFinite", message=message))
+        return fragment

@@ -1,0 +1,128 @@
+"""One trial in its process: the commands of its training, and of the inference that follows it.
+
+What a command measures depends on what the request asks for: a solo trial times its adapter merged, and one that takes
+turns beside others its warm requests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorameter.errors import LorameterError
+from lorameter.records.record import Failure, Fragment
+from lorameter.studies.request import TrialRequest
+from lorameter.trial.building import lora
+from lorameter.trial.building.packing import is_packed, unpack_4bit
+from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.inference.generate import Request
+from lorameter.trial.inference.proof import prove_attention, prove_mixing
+from lorameter.trial.inference.server import Server
+from lorameter.trial.process import release_unused
+from lorameter.trial.training import Training
+
+
+class Trial(Training):
+    """A trial whose training is followed by requests."""
+
+    def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
+        super().__init__(request, shared)
+        self._server: Server | None = None
+
+    def save_adapter(self) -> Fragment:
+        """Write the trained adapter where a new interpreter will load it from."""
+        initial = self._initial if self._request.variant.rewrites_base else None
+        lora.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=initial)
+        return Fragment()
+
+    def begin_generate(self, *, brief: bool = False) -> Fragment:
+        """First call and the discarded requests after it. Training has ended: the optimizer's state is let go.
+
+        `brief` has the first call be one of two tokens; what a new interpreter must answer as well is then said by the
+        first request that is timed, or at the end where there was none.
+        """
+        trainee, protocol = self._built.trainee, self._request.protocol
+        trainee.model.eval()
+        if self._request.variant.merge_adapter:
+            lora.merge(trainee.model)
+        trainee.optimizer.state.clear()  # a server holds none, so it is not in the peak
+        release_unused(self._request.device)
+        if self._sees_peaks:
+            self._gauge.begin()
+        self._server = Server(trainee.model, trainee.adapter, self._built.stream, self._request)
+        first: Request | None = None
+        values = {
+            "new_tokens": float(self._request.workload.new_tokens),
+            "request_batch": float(self._request.workload.request_batch),
+        }
+        if brief and self._request.workload.adapters == 1:
+            values["foreseen_request_time_s"] = self._server.warm_up_briefly()
+        else:
+            first = self._server.warm_up(1 + protocol.generate_warmup)
+        values["packed_4bit_decode"] = float(is_packed(trainee.model))
+        if self._alone and first is not None:
+            values["first_call_time_s"] = first.request_time_s
+        if "natural" in self._request.measures and self._request.device.startswith("cuda"):
+            self._server.visit(protocol.natural_requests)
+        fragment = Fragment(values=values, tokens=_completion(first))
+        fragment = prove_attention(fragment, trainee.model, self._server, self._request)
+        return prove_mixing(fragment, self._server, self._request)
+
+    def request(self) -> Fragment:
+        """One warm request, by the adapter beside the base or, after `merge`, merged into it."""
+        samples = self._serving.request()
+        return Fragment(samples=samples, tokens=_completion(self._serving.take_owed()))
+
+    def natural(self) -> Fragment:
+        """One request that the model ends itself; its answer goes into the record."""
+        index, request = self._serving.natural()
+        samples: dict[str, tuple[float, ...]] = {
+            "natural_request_time_s": (request.request_time_s,),
+            "natural_first_token_time_s": (request.first_token_time_s,),
+            "natural_tokens": (float(len(request.tokens)),),
+        }
+        return Fragment(samples=samples, tokens={f"answer_{index}": list(request.tokens)})
+
+    def untrained(self) -> Fragment:
+        """The answers to the same prompts before training: those of the base without an adapter."""
+        if self._request.variant.rewrites_base or self._request.variant.merge_adapter:
+            return Fragment()
+
+        def answers() -> dict[str, list[int]]:
+            with lora.without_adapter(self._built.trainee.model):
+                return {f"untrained_{index}": list(server.answer(index).tokens) for index in server.answered}
+
+        server = self._serving
+        return Fragment(tokens=self.shared.once("answers", answers))
+
+    def end_generate(self) -> Fragment:
+        """Peaks of generation, and the answer to the first prompt if a new interpreter is to be held to it."""
+        server = self._serving
+        memory = self._gauge.peaks("generate") if self._sees_peaks else {}
+        if server.owes and "cold" in self._request.measures:
+            server.ask()
+        return Fragment(memory=memory, tokens=_completion(server.take_owed()))
+
+    def merge(self, *, brief: bool = False) -> Fragment:
+        """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
+        foreseen = self._serving.merge(discard=1 + self._request.protocol.generate_warmup, brief=brief)
+        return Fragment(values={} if foreseen is None else {"foreseen_merged_request_time_s": foreseen})
+
+    def close(self) -> Fragment:
+        """The last word of a trial on a base that others share: the base must be what it was."""
+        unpack_4bit(self._built.trainee.model)
+        if self.shared.unchanged():
+            return Fragment()
+        message = "the base's weights changed while trials shared it, so none of them is what it would be alone"
+        return Fragment().failed("invalid", Failure(phase="close", kind="BaseChanged", message=message))
+
+    @property
+    def _serving(self) -> Server:
+        if self._server is None:
+            raise LorameterError(f"trial {self._request.trial}: asked for a request before generation began")
+        return self._server
+
+
+def _completion(request: Request | None) -> dict[str, Any]:
+    """What a new interpreter must answer to the first prompt, where it is known by now."""
+    return {} if request is None else {"completion": list(request.tokens)}

@@ -1,0 +1,236 @@
+"""A process that only imports, and forks the trials' processes.
+
+Importing torch, transformers, peft and bitsandbytes takes seconds and says nothing about a variant, so it is paid once:
+the zygote imports and then does nothing but fork, and every trial starts in milliseconds in an interpreter that has
+run no model. The zygote must have one thread when it forks (a BLAS thread would leave the child with a locked mutex)
+and must never have touched the device.
+
+Protocol: JSON lines over a socket. The parent sends `fork` (with the trial's own socket attached) and `reap`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorameter.errors import InvalidRunError
+from lorameter.machine.nvml import compute_capability
+from lorameter.machine.processes import end_with_parent, kill_group, outlive_parent
+from lorameter.machine.provenance import harness_identity
+from lorameter.models.families import FAMILIES
+from lorameter.records import codec
+from lorameter.records.preparation import Hello
+from lorameter.trial.lines import send
+from lorameter.trial.serve import serve
+
+PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "lorameter.trial.trial")
+"""What every trial needs; imported once by the zygote."""
+LAZY = (
+    *(family.module for family in FAMILIES.values() if family.preloaded),
+    "transformers.generation.utils",
+)
+"""Submodules that the libraries load at first use, beside PEFT's (`lorameter.trial.building.lora`), which would else be
+paid for by each trial's load or first step."""
+
+
+def import_libraries() -> None:
+    """All that every trial needs, and nothing more; what was imported is kept from the collector, which is at rest
+    meanwhile: it would look a fifth of the time for garbage among modules that stay."""
+    gc.disable()
+    with _capability_from_nvml():
+        for name in PRELOAD:
+            importlib.import_module(name)
+    from lorameter.trial.building import lora  # loads PEFT, so not before
+
+    for name in (*LAZY, *lora.LAZY):
+        with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
+            importlib.import_module(name)
+    gc.freeze()  # the collector would otherwise write to shared pages in every child
+    gc.enable()
+
+
+def zygote(control: socket.socket) -> None:
+    """Import, announce what was imported, then fork and reap on request until the parent goes away."""
+    begin = time.perf_counter()
+    import_libraries()
+    import_time_s = time.perf_counter() - begin
+    send(control, codec.to_json(_hello(import_time_s)))
+    outlive_parent()  # from here on its hanging up is heard, and there may be children to be ended first
+    children: set[int] = set()
+    try:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+            if not message:
+                return
+            command = json.loads(message)
+            if command["do"] == "fork":
+                send(control, _fork(descriptors[0], control, children))
+            else:
+                pid = int(command["pid"])
+                send(control, {"status": _reap(pid)})
+                children.discard(pid)
+    finally:
+        for pid in children:
+            kill_group(pid)
+
+
+REAP_TIMEOUT_S = 20.0
+"""A process that the kernel cannot end (a driver that hangs) must not block the zygote for ever."""
+
+
+def _reap(pid: int) -> int | None:
+    """Exit status of a child that was told to end; None if it does not."""
+    deadline = time.monotonic() + REAP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
+
+
+@contextlib.contextmanager
+def _capability_from_nvml() -> Iterator[None]:
+    """bitsandbytes asks at import for the compute capability, and torch answers by initialising CUDA, after which no
+    child can use the device. For the time of the imports NVML answers instead, which touches no context."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+
+    def capability(device: Any = 0) -> tuple[int, int]:
+        index = getattr(device, "idx", getattr(device, "index", device))
+        found = compute_capability(torch.cuda._get_nvml_device_index(index))
+        if found.value is None:
+            raise InvalidRunError(f"the compute capability of the device is not known: {found.reason}")
+        return found.value
+
+    asked, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = asked
+
+
+def _lacks_cuda() -> str | None:
+    """Why bitsandbytes could not run on the device that torch sees; None if it can, or if there is none.
+
+    Where it cannot tell the device it takes its CPU library without an error, and whatever needs it there fails.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or sys.modules["bitsandbytes.cextension"].lib.compiled_with_cuda:
+        return None
+    return (
+        "bitsandbytes has loaded its library for CPUs although torch sees a CUDA device; `python -m bitsandbytes` says "
+        "why. A MIG instance whose driver does not answer NVML, or a CUDA version without a build, are usual reasons"
+    )
+
+
+_CUDA_NOT_INITIALISED = 3
+"""CUDA_ERROR_NOT_INITIALIZED of the driver's cuda.h."""
+
+
+def _driver_started() -> bool:
+    """Whether anything in this process has called cuInit, which torch does not notice where another library did."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:  # nobody has loaded it
+        return False
+    return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != _CUDA_NOT_INITIALISED
+
+
+_QUIETED = {"jemalloc_bg_thd": "Set background_thread:false in MALLOC_CONF, which jemalloc reads"}
+"""What keeps a thread of this name from starting. What pyarrow's own jemalloc reads the executor has set already."""
+
+
+def other_threads() -> list[str]:
+    """Names of this process's threads beside the calling one, as the kernel has them; native code names its own."""
+    own, names = threading.get_native_id(), []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended since
+            if int(task.name) != own:
+                names.append((task / "comm").read_text().strip())
+    return sorted(names)
+
+
+def _fork(descriptor: int, control: socket.socket, children: set[int]) -> dict[str, Any]:
+    parent = os.getpid()
+    try:
+        if refusal := _cannot_fork():
+            return {"error": refusal}
+        pid = os.fork()
+        if pid == 0:
+            _child(descriptor, control, parent)
+    except OSError as error:
+        return {"error": f"the zygote cannot fork: {error.strerror}; free memory or processes"}
+    finally:
+        os.close(descriptor)  # the child never comes here
+    children.add(pid)
+    return {"pid": pid}
+
+
+def _child(descriptor: int, control: socket.socket, parent: int) -> NoReturn:
+    code = 1
+    try:
+        control.close()
+        end_with_parent(parent)
+        os.setsid()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it stays ignored where it is
+            # As an exception it would close the connection first, and the parent would take its own kill for the end.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with socket.socket(fileno=descriptor) as connection:
+            serve(connection)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # no handler that the zygote's imports registered may run here
+
+
+def _cannot_fork() -> str | None:
+    """Why a fork would not be safe, None if it is."""
+    if others := other_threads():
+        elsewhere = "Measure in an environment without the library that starts it when it is imported"
+        return (
+            f"the zygote has {1 + len(others)} threads and forks safely with one only; beside its own: "
+            f"{', '.join(others)}. {next(filter(None, map(_QUIETED.get, others)), elsewhere)}"
+        )
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "something imported by the zygote has initialised CUDA, and no fork of it could use the device"
+    if _driver_started():
+        return (
+            "something in the zygote has started the CUDA driver, and no fork of it could use the device: torch does "
+            "so itself where NVML does not answer, as for a MIG instance or in a container without it"
+        )
+    return None
+
+
+def _hello(import_time_s: float) -> Hello:
+    """The device as torch sees it, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK)."""
+    import torch
+
+    return Hello(
+        harness=harness_identity(),
+        pid=os.getpid(),
+        import_time_s=import_time_s,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        torch=torch.__version__,
+        lacks=_lacks_cuda(),
+    )

@@ -1,0 +1,158 @@
+"""Which run is trusted: the one that somebody accepted, for one fingerprint and one study.
+
+Never the newest and never by itself: the newest run may be the slow one, and a baseline that follows every run hides a
+slow-down that comes in small steps. Accepting is a decision, and a run that is not valid cannot be accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.records import codec, inputs, store
+from lorameter.records.document import write_document
+from lorameter.records.packed import is_packed
+from lorameter.studies.stored import read_study
+from lorameter.verdicts.comparand import Comparand, comparand_of
+from lorameter.verdicts.mixed import refuse_mixed
+from lorameter.verdicts.standing import standing_of
+
+WORD = "baseline"
+"""Names the accepted run of the candidate's fingerprint and study, in place of a base."""
+FILE = "baselines.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """One accepted run."""
+
+    fingerprint: str
+    study: str
+    run: str
+    accepted_unix_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baselines:
+    """The file: one baseline for each fingerprint and study."""
+
+    schema: int = 1
+    baselines: tuple[Baseline, ...] = ()
+
+    def of(self, fingerprint: str | None, study: str | None) -> Baseline | None:
+        """The accepted run; None where nobody accepted one."""
+        for baseline in self.baselines:
+            if (baseline.fingerprint, baseline.study) == (fingerprint, study):
+                return baseline
+        return None
+
+
+def read_baselines(runs: Path) -> Baselines:
+    """What was accepted in this runs directory. Raises `UsageError` for a damaged file."""
+    path = runs / FILE
+    if not inputs.is_there(path):
+        return Baselines()
+    try:
+        data = inputs.read_json(path, inputs.CONFIG_BYTES)
+    except inputs.NotReadableError as error:
+        raise UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it and accept again.") from None
+    read = codec.from_json(Baselines, data, str(path))
+    if read.schema != 1:
+        raise UsageError(f"{path}: schema {read.schema}, and this version reads 1. Use the version that wrote it.")
+    return read
+
+
+@contextlib.contextmanager
+def deciding(runs: Path) -> Iterator[None]:
+    """Hold the lock under which runs of this directory are accepted or removed, so that no baseline is removed."""
+    import filelock
+
+    with filelock.FileLock(runs / f".{FILE}.lock"):
+        yield
+
+
+def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
+    """Make a run the baseline of its fingerprint and study; the new baseline and the one it replaces.
+
+    Raises:
+        UsageError: no such run, or one that is not in this runs directory.
+        InvalidRunError: a run that is not valid as a whole.
+    """
+    run = store.read_run(name, runs)
+    if run.path.resolve().parent != runs.resolve():
+        raise UsageError(
+            f"run {name!r}: lies outside of {runs}, where its baseline would be kept. "
+            f"Give --runs-dir {run.path.parent}."
+        )
+    if run.manifest.sides:
+        raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
+    refuse_mixed(run, "a baseline")
+    stands = standing_of(run, read_study(run))
+    if stands.invalid:
+        raise InvalidRunError(
+            f"run {run.path.name}: not valid, so it was not accepted: {stands.invalid}. "
+            f"See `lorameter report {run.path.name}`."
+        )
+    accepted = Baseline(
+        fingerprint=run.manifest.fingerprint,
+        study=str(run.manifest.study["name"]),
+        run=run.path.name,
+        accepted_unix_s=time.time(),
+    )
+    with deciding(runs):
+        if not inputs.is_there(run.path):
+            raise UsageError(f"run {run.path.name}: it was removed while it was read. Accept another run.")
+        known = read_baselines(runs)
+        replaced = known.of(accepted.fingerprint, accepted.study)
+        others = tuple(baseline for baseline in known.baselines if baseline != replaced)
+        write_document(runs / FILE, Baselines(baselines=(*others, accepted)))
+    return accepted, replaced
+
+
+def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | None) -> Comparand:
+    """A base by name, or the accepted one for this fingerprint and study if the name is `baseline`.
+
+    Where none was accepted, a side that is absent: everything compared with it has the verdict `no_baseline`.
+    """
+    if name != WORD:
+        return read_comparand(name, runs)
+    baseline = read_baselines(runs).of(fingerprint, study) if fingerprint and study else None
+    if baseline is None:
+        about = f"study {study!r} with fingerprint {fingerprint}" if fingerprint else "a side without a fingerprint"
+        return Comparand(
+            name=WORD, absent=f"no run was accepted for {about} in {runs}: `lorameter accept RUN` accepts one"
+        )
+    try:
+        return comparand_of(store.read_run(baseline.run, runs, newer=True))
+    except UsageError as error:
+        raise UsageError(f"the accepted baseline cannot be read: {error} Accept another run.") from None
+
+
+def read_comparand(name: str, runs: Path) -> Comparand:
+    """A run by id, directory or packed file, a pytest-benchmark file, or a folder of such files.
+
+    Raises:
+        UsageError: none of these, or one that cannot be read.
+    """
+    if inputs.is_file(name) and not is_packed(Path(name)):
+        from lorameter.verdicts.benchmark_json import read_benchmark_json
+
+        return read_benchmark_json(Path(name))
+    folder = Path(name)
+    if inputs.is_folder(folder) and not store.is_run(folder) and not store.is_run(runs / name):
+        from lorameter.verdicts.benchmark_folder import list_benchmarks, read_benchmark_folder
+
+        if list_benchmarks(folder):
+            return read_benchmark_folder(folder)
+    try:
+        return comparand_of(store.read_run(name, runs, newer=True))
+    except UsageError as error:
+        if inputs.is_folder(runs / name) or inputs.is_there(name):
+            raise
+        raise UsageError(
+            f"{error} A pytest-benchmark .json file, or a folder of several, works too; there is none at {name!r}."
+        ) from None

@@ -1,0 +1,210 @@
+"""What this machine can see: the gate's own rate of false alarms and its power, measured.
+
+A verdict is only worth what the machine lets it be. One long A/B is measured here: the base, the base once more (the
+A/A pair) and the base with real extra work of known cause. Every run that the gate could have made is a subset of its
+replicates, so drawing such subsets shows how often identical code would have been called slower, and how often the
+slow-down would have been found. The scatter of the A/A pair then says how many replicates it takes to see 1, 2 and 5 %
+(noncentral t), and their duration what that costs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorameter.errors import InvalidRunError
+from lorameter.records.durations import measuring_time_s
+from lorameter.records.metrics import PRIMARY, Phase
+from lorameter.records.store import Run
+from lorameter.records.units import format_count
+from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
+from lorameter.stats.comparison import effect_of
+from lorameter.studies.variant import Variant
+from lorameter.verdicts.beside import cost_of_neighbours
+from lorameter.verdicts.judging import TOLERANCE
+from lorameter.verdicts.series import Pairs, Series, compare_series, pairs_of, series_of
+
+EFFECTS = (0.01, 0.02, 0.05)
+"""Slow-downs whose price is stated."""
+PLANTED = 0.05
+"""Slow-down that the extra work aims at; its true size is measured."""
+GATE_SIZES = (5, 8, 12)
+"""Replicates of the gates whose rates are shown."""
+LEAST_TO_CALIBRATE = min(GATE_SIZES) + 1
+"""With fewer every gate would be the whole run."""
+DRAWS = 2000
+PILOT_ROWS = (64, 512)
+"""Rows of the two pilots; a line through both has the fixed cost of the extra calls in it."""
+MOST_ROWS = 10**6
+"""Rows beyond which a plan is noise: their factor alone is 256 MB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How gates of one size would have judged, in shares of the subsets drawn."""
+
+    replicates: int
+    false_alarms: float
+    """Identical code called `regressed`."""
+    equivalent: float
+    """Identical code called `equivalent`."""
+    found: float
+    """The planted slow-down called `regressed`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What it takes to see a slow-down in 80 % of the runs."""
+
+    effect: float
+    tolerance: float
+    """That of the gate; below the effect, or the gate would not call it a regression."""
+    replicates: int | None
+    """At the scatter seen; None where no practical number would do."""
+    replicates_low: int | None
+    """At the lower end of the scatter's interval."""
+    replicates_high: int | None
+    """At its upper end."""
+    minutes: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What one A/B of identical code with a planted slow-down says of this machine."""
+
+    run: str
+    device: str
+    interleaving: str
+    replicates: int
+    seconds_per_replicate: float
+    identical: Comparison
+    """The base against itself, over all replicates."""
+    planted: Comparison
+    """The slow-down against the base, over all replicates: its true size with its interval."""
+    sd: float
+    """Standard deviation of the A/A log ratio of one replicate."""
+    sd_low: float
+    """Lower end of its 95 % interval (chi-square)."""
+    sd_high: float
+    rates: tuple[Rates, ...]
+    prices: tuple[Price, ...]
+    neighbours: Comparison | None = None
+    """A step while the other sites of the machine measured over one alone; None where there was one site."""
+
+
+def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration:
+    """Rates, power and prices from an A/B run whose candidate is the base with extra work.
+
+    Raises:
+        InvalidRunError: too few replicates are ok.
+    """
+    base_side, candidate_side = series_of(run.records, "base"), series_of(run.records, "candidate")
+    metric = PRIMARY[phase]
+    try:
+        base, twin = base_side[variant.name, "variant"], base_side[variant.name, "control"]
+        slow = candidate_side[variant.name, "variant"]
+    except KeyError:
+        raise InvalidRunError(f"run {run.manifest.run}: no trial of {variant.name} to calibrate with.") from None
+    same, other = _pairs(base, twin, metric, run), _pairs(base, slow, metric, run)
+    both = min(len(same.base), len(other.base))
+    identical, planted = compare_series(base, twin, metric), compare_series(base, slow, metric)
+    assert identical is not None and planted is not None  # noqa: PT018 - _pairs has looked
+    sd = _sd(same)
+    sd_low, sd_high = sd_interval(sd, len(same.base) - 1)
+    seconds = measuring_time_s(run.records) / len({record.replicate for record in run.records})
+    return Calibration(
+        run=run.manifest.run,
+        device=str(run.manifest.provenance.get("device_name", "")),
+        interleaving=str(base.interleaving(metric)),
+        replicates=len(same.base),
+        seconds_per_replicate=seconds,
+        identical=identical,
+        planted=planted,
+        sd=sd,
+        sd_low=sd_low,
+        sd_high=sd_high,
+        rates=tuple(_rates(same, other, size) for size in GATE_SIZES if size < both),
+        prices=tuple(_price(effect, (sd_low, sd, sd_high), seconds) for effect in EFFECTS),
+        neighbours=cost_of_neighbours(run.path),
+    )
+
+
+def rows_for(planted: float, few: float, many: float) -> int:
+    """Rows that slow the step by `planted`, from the ratios that the two pilots gave: cost is linear in the rows.
+
+    Raises:
+        InvalidRunError: more rows did not cost more, or fewer than one row would be too much already.
+    """
+    low, high = PILOT_ROWS
+    slope = (many - few) / (high - low)
+    rows = round(low + (1 + planted - few) / slope) if slope > 0 else 0
+    if not 1 <= rows <= MOST_ROWS:
+        raise InvalidRunError(
+            f"{low} and {high} rows of extra work gave ratios of {few:.4f} and {many:.4f}: no number of rows can be "
+            f"planned from them for {100 * planted:g} %. Give one with --inject-rows."
+        )
+    return rows
+
+
+def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pairs:
+    pairs = pairs_of(base, other, metric)
+    if pairs is None or len(pairs.base) < LEAST_TO_CALIBRATE:
+        count = 0 if pairs is None else len(pairs.base)
+        raise InvalidRunError(
+            f"run {run.manifest.run}: {format_count(count, 'replicate')} ok on both sides, and a calibration needs "
+            f"{LEAST_TO_CALIBRATE}. Look at its report, or raise --replicates."
+        )
+    return pairs
+
+
+def _rates(same: Pairs, slow: Pairs, size: int) -> Rates:
+    """Subsets of the replicates, without replacement: each is a run that the gate could have made."""
+    drawer = random.Random(size)
+    verdicts: Counter[tuple[str, str]] = Counter()
+    for _ in range(DRAWS):
+        for name, pairs in (("same", same), ("slow", slow)):
+            chosen = drawer.sample(range(len(pairs.base)), size)
+            left, right = [pairs.base[index] for index in chosen], [pairs.candidate[index] for index in chosen]
+            verdicts[name, compare_trials(left, right, pairing=pairs.pairing).verdict] += 1
+    return Rates(
+        replicates=size,
+        false_alarms=verdicts["same", "regressed"] / DRAWS,
+        equivalent=verdicts["same", "equivalent"] / DRAWS,
+        found=verdicts["slow", "regressed"] / DRAWS,
+    )
+
+
+def _price(effect: float, scatter: tuple[float, float, float], seconds: float) -> Price:
+    tolerance = min(TOLERANCE, effect / 2)
+    low, replicates, high = (replicates_to_see(effect, sd, tolerance=tolerance) for sd in scatter)
+    return Price(
+        effect=effect,
+        tolerance=tolerance,
+        replicates=replicates,
+        replicates_low=low,
+        replicates_high=high,
+        minutes=None if replicates is None else replicates * seconds / 60,
+    )
+
+
+def _sd(pairs: Pairs) -> float:
+    spread = effect_of(pairs.base, pairs.candidate, pairs.pairing).spread
+    assert spread is not None  # `_pairs` has seen to the replicates
+    return spread.sd
+
+
+def planned_effects(calibration: Calibration) -> Sequence[str]:
+    """The prices in words."""
+    said = []
+    for price in calibration.prices:
+        size = f"{100 * price.effect:g} %"
+        if price.replicates is None:
+            said.append(f"{size}: no practical number of replicates")
+            continue
+        note = "" if math.isclose(price.tolerance, TOLERANCE) else f" (with a tolerance of {100 * price.tolerance:g} %)"
+        ends = f"[{price.replicates_low}, {price.replicates_high or 'no practical number'}]"
+        said.append(f"{size}: {price.replicates} replicates {ends}, about {price.minutes:.1f} min{note}")
+    return said

@@ -1,0 +1,172 @@
+"""A comparison turned into pass or fail by a policy that a team keeps beside its code.
+
+inconclusive = "fail"            # or "pass"
+tolerance = 0.01                 # a fraction of times and of peaks: 0.01 is 1 %
+margin = 0.05                    # a fraction
+metrics = ["step_time_s", "*peak*"]   # gated; the primary metric of each phase and the peaks if left out
+required = ["nf4-*"]             # variants that must have been compared
+losses = "agree"                 # those of both sides of an A/B must; "any" if left out
+
+[[limit]]                        # the last one that matches wins, key by key
+variant = "nf4-*"
+metric = "cold_*"
+tolerance = 0.10
+
+A gate that passes in silence is worse than none. So an unknown key is refused, a required variant that is not there
+fails, a gated metric that nothing measured fails, and an open question fails unless the policy says that it may pass.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError
+from lorameter.records import codec, inputs
+from lorameter.records.store import Run
+from lorameter.studies.limits import check_fraction
+from lorameter.verdicts.judging import Limits, default_limits
+from lorameter.verdicts.outcome import ComparisonReport, document, exit_code, worst
+
+
+def _checked(tolerance: float | None, margin: float | None, where: str) -> None:
+    check_fraction(where, "tolerance", tolerance, zero=True)
+    check_fraction(where, "margin", margin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitRule:
+    """Limits for what two glob patterns match; what is None stays as it was."""
+
+    variant: str = "*"
+    """Pattern of names of variants."""
+    metric: str = "*"
+    """Pattern of metrics and kinds of memory."""
+    tolerance: float | None = None
+    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction: 0.05 is 5 %."""
+    margin: float | None = None
+    """Within it two things count as equal; a fraction."""
+
+    def __post_init__(self) -> None:
+        _checked(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
+
+    def matches(self, variant: str, metric: str) -> bool:
+        """Whether both patterns match."""
+        return fnmatch.fnmatchcase(variant, self.variant) and fnmatch.fnmatchcase(metric, self.metric)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What passes. Raises `UsageError` for a limit that makes no sense."""
+
+    inconclusive: Literal["fail", "pass"] = "fail"
+    """What an open question counts as."""
+    tolerance: float | None = None
+    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction, 0.01 (1 %) if left out."""
+    margin: float | None = None
+    """Within it two things count as equal; a fraction, 0.05 (5 %) if left out."""
+    metrics: tuple[str, ...] = ()
+    """Names or patterns of what is gated; the primary metric of each phase and the peaks if left out."""
+    required: tuple[str, ...] = ()
+    """Patterns of variants of which one at least must have been compared."""
+    losses: Literal["any", "agree"] = field(default="any", metadata=codec.LATER)
+    """Whether the losses of both sides of an A/B must agree."""
+    limit: tuple[LimitRule, ...] = ()
+    """Limits of their own for some variants and metrics."""
+
+    def __post_init__(self) -> None:
+        _checked(self.tolerance, self.margin, "policy")
+
+    def limits_of(self, variant: str, metric: str) -> Limits:
+        """Tolerance and margin of one comparison."""
+        limits = default_limits(variant, metric)
+        exact = limits.tolerance == 0  # computed bytes stay so unless a limit names them
+        general = LimitRule(tolerance=None if exact else self.tolerance, margin=self.margin)
+        for rule in (general, *self.limit):
+            if rule.matches(variant, metric):
+                limits = Limits(
+                    tolerance=limits.tolerance if rule.tolerance is None else rule.tolerance,
+                    margin=limits.margin if rule.margin is None else rule.margin,
+                )
+        return limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """A comparison judged by a policy."""
+
+    report: ComparisonReport
+    policy: Policy
+    unmet: tuple[str, ...]
+    """What the policy asks for and the comparison does not hold."""
+    exit_code: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate is open; nothing but exit code 0 is a pass."""
+        return self.exit_code == EXIT_PASS
+
+
+def load_policy(path: str | None) -> Policy:
+    """A policy file; the defaults without one.
+
+    Raises:
+        UsageError: no such file, not TOML, or anything in it that cannot be: file, key, value and remedy are named.
+    """
+    if path is None:
+        return Policy()
+    try:
+        data = inputs.read_toml(Path(path))
+    except inputs.NotReadableError as error:
+        raise UsageError(f"policy {path}: {error}") from None
+    return codec.from_json(Policy, data, path)
+
+
+def kept_policy(run: Run) -> Policy:
+    """The policy that an A/B run was measured to be judged by; the defaults where it says none."""
+    return codec.from_json(Policy, run.manifest.policy, f"run {run.manifest.run}: policy")
+
+
+def judge(report: ComparisonReport, policy: Policy) -> GateResult:
+    """The exit code of a comparison under a policy."""
+    unmet = tuple(_unmet(report, policy))
+    verdicts = exit_code(
+        report.comparisons, inconclusive=EXIT_PASS if policy.inconclusive == "pass" else EXIT_INCONCLUSIVE
+    )
+    return GateResult(
+        report=report,
+        policy=policy,
+        unmet=unmet,
+        exit_code=worst([verdicts, *([EXIT_NOT_COMPARABLE] if unmet else [])]),
+    )
+
+
+def _unmet(report: ComparisonReport, policy: Policy) -> Iterator[str]:
+    variants = {compared.variant for compared in report.comparisons}
+    metrics = {compared.metric for compared in report.comparisons}
+    for key, patterns, found in (("required", policy.required, variants), ("metrics", policy.metrics, metrics)):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in found):
+                yield f"{key} = {pattern!r} of the policy: nothing of that name was compared"
+    if not report.comparisons:
+        yield "nothing was compared"
+    if policy.losses == "agree":
+        for name, losses in report.losses.items():
+            if losses.found != "agree":
+                yield f"losses = 'agree' of the policy: {name}: {losses.found}: {losses.reason}"
+        if not report.losses:
+            yield "losses = 'agree' of the policy: no losses were compared, which is done in an A/B"
+
+
+def gate_document(result: GateResult) -> dict[str, Any]:
+    """The comparison's JSON document with what the gate made of it, without its `schema`."""
+    return {
+        **document(result.report),
+        "exit": result.exit_code,
+        "passed": result.passed,
+        "unmet": list(result.unmet),
+        "policy": codec.to_json(result.policy),
+    }

@@ -1,0 +1,273 @@
+"""What a reader of a run must know beside its numbers, each with what to do about it.
+
+A notice never changes a number. Those that cast doubt on one (contention, a control that failed) say how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from lorameter.errors import shorten
+from lorameter.records.metrics import LOSSES, PHASE_TITLES, Phase
+from lorameter.records.record import SCHEMA, Notice, TrialRecord
+from lorameter.records.store import Run
+from lorameter.records.units import first_few, format_count, format_ratio
+from lorameter.stats import MOST_ADVISED, Comparison, count_outliers, drifting
+from lorameter.studies.stored import list_unread
+from lorameter.studies.study import Study
+from lorameter.verdicts.disturbance import disturbances
+from lorameter.verdicts.sameness import sameness_notices
+from lorameter.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
+from lorameter.verdicts.sites import site_notices
+
+DRIFT = 0.05
+"""Change of level that is worth a word, a fraction."""
+LEAST_STEPS_FOR_DRIFT = 12
+"""Fewer steps show no change of level beside their noise."""
+_MOST_UNREAD, _LONGEST_UNREAD = 12, 160
+"""Names of what was not read that are spelt out, and characters of each."""
+
+
+def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
+    """All notices of a run, each once: those of its plan, of its trials, and what its records give reason for."""
+    titled = {PHASE_TITLES[phase]: control for phase, control in controls.items() if control is not None}
+    found = [*run.manifest.notices, *(notice for record in run.records for notice in record.notices)]
+    return tuple(dict.fromkeys((*found, *run_notices(run, study, titled))))
+
+
+def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
+    """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
+    ok = [record for record in run.records if record.status == "ok"]
+    yield from newer_notices(run)
+    yield from _data(run, study)
+    yield from sameness_notices(run, study)
+    on_cpu = run.manifest.provenance.get("device") == "cpu"
+    if on_cpu:
+        yield from _contention(ok)  # on a GPU the host may rightly wait
+        yield from _one_heap(ok)  # torch's allocator on a GPU keeps its blocks, of whomever they were
+    counted = [record for record in run.records if record.status == "ok" or record.disturbed]
+    yield from disturbances(counted, on_cpu=on_cpu)
+    yield from site_notices(run.records)
+    yield from _outliers(ok)
+    yield from _warmup(ok)
+    yield from _drift(ok)
+    yield from _constant_loss(ok)
+    yield from _cut_short(ok)
+    yield from _measured_again(run)
+    yield from _disturbed(run)
+    for title, control in controls.items():
+        yield from _control(title, control)
+    if cut_short := run.damaged_lines - run.without_evidence:
+        yield Notice(
+            code="damaged-lines",
+            message=f"{format_count(cut_short, 'line')} of trials.jsonl cut short: what was told there counts as not "
+            "run.",
+            remedy=f"Have it measured again: lorameter run --resume {run.manifest.run}",
+        )
+    if run.without_evidence:
+        yield Notice(
+            code="evidence-lost",
+            message=f"{format_count(run.without_evidence, 'line')} of trials.jsonl with checks that checks.jsonl does "
+            "not hold: what was told there counts as not run.",
+            remedy=f"Restore checks.jsonl, or have them measured again: lorameter run --resume {run.manifest.run}",
+        )
+
+
+def newer_notices(run: Run) -> Iterator[Notice]:
+    """That a newer schema wrote a run, and what of it was not read."""
+    if run.newer is None:
+        return
+    unread = [shorten(one, _LONGEST_UNREAD) for one in list_unread(run)]
+    said = f"Not read: {first_few(unread, _MOST_UNREAD, '; ')}" if unread else "All of its names are known"
+    yield Notice(
+        code="newer-schema",
+        message=f"the run was written by schema {run.newer.schema}, and this version knows schemas up to {SCHEMA}: it "
+        f"is shown as far as that goes, and no verdict on it counts. {said}.",
+        remedy="Use the version that wrote it, or a later one.",
+    )
+
+
+def _data(run: Run, study: Study) -> Iterator[Notice]:
+    if run.manifest.tokens.get("synthetic"):
+        yield Notice(
+            code="synthetic-data",
+            message="the records are synthetic: losses compare variants, and say nothing of real text.",
+            remedy="Give real records: --lorameter-data=FILE (pytest) or --data FILE.",
+        )
+    if run.manifest.tokens.get("tokenizer_substituted"):
+        yield Notice(
+            code="byte-tokenizer",
+            message=f"the tokenizer of {study.workload.model} could not be had; bytes stand in for its tokens.",
+            remedy="Give a local directory that holds the tokenizer files.",
+        )
+
+
+def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials of one thread that did not have their CPU; those of several are judged by the pressure around them."""
+    shares = [share for record in ok if (share := occupancy(record)) is not None]
+    disturbed = [share for share in shares if share < OCCUPANCY_FLOOR]
+    if disturbed:
+        yield Notice(
+            code="contention",
+            message=f"{len(disturbed)} of {len(shares)} trials of one thread had less than {OCCUPANCY_FLOOR:.0%} of a "
+            f"CPU while they were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
+            remedy="Stop it, or measure more replicates; the intervals already carry the noise.",
+        )
+
+
+def _one_heap(ok: list[TrialRecord]) -> Iterator[Notice]:
+    if len({record.variant for record in ok if record.interleaving == "shared-base"}) > 1:
+        yield Notice(
+            code="one-heap",
+            message="variants took turns in one process, which on a CPU has one heap for all of them: one that needs "
+            "less memory is served from what another has given back, and can be some per cent faster than by itself.",
+            remedy="Measure with --interleave lockstep, or --lorameter-interleave=lockstep (pytest), with so many "
+            "variants as fit into memory together.",
+        )
+
+
+def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
+    steps = [record.samples["step_time_s"] for record in ok if record.samples.get("step_time_s")]
+    count = count_outliers(steps)
+    if count:
+        yield Notice(
+            code="outliers",
+            message=f"{count} of {sum(map(len, steps))} timed steps are outliers by Tukey's fences; all are kept, and "
+            "each trial counts by its median.",
+            remedy="If they cluster in one variant, look at its step_time_s in trials.jsonl.",
+        )
+
+
+def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
+    warmed = [record for record in ok if "warmup_steady" in record.values]  # solo trials time no step
+    unsteady = [record.trial for record in warmed if record.values["warmup_steady"] == 0.0]
+    if unsteady:
+        yield Notice(
+            code="warm-up-cut-short",
+            message=f"{len(unsteady)} of {len(warmed)} trials were still getting faster when their warm-up ended, "
+            f"{unsteady[0]} among them.",
+            remedy="Raise warmup_steps_max in the study's [protocol].",
+        )
+
+
+def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose timed steps change level: a clock that throttles, a leak, a neighbour that came or went."""
+    timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= LEAST_STEPS_FOR_DRIFT]
+    found = drifting([record.samples["step_time_s"] for record in timed], tolerance=DRIFT)
+    changing = [record.trial for record, drifted in zip(timed, found, strict=True) if drifted]
+    if changing:
+        yield Notice(
+            code="drift",
+            message=f"{len(changing)} of {len(timed)} trials got slower or found no steady level while they were "
+            f"timed, {changing[0]} among them.",
+            remedy="Trials that took turns drifted together and are compared turn by turn; look at clocks and heat if "
+            "it is one variant only.",
+        )
+
+
+LEAST_STEPS_FOR_A_CONSTANT = 3
+"""Steps whose losses tell: fewer can be alike by chance where there are few numbers, as in 16 bits."""
+
+
+def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose loss is the same to the last bit in every step after the first, though the batches differ.
+
+    A rate so high that the first step drives the layers into saturation looks like this where what they saturate to is
+    a number, and is a diverged run as much as one whose loss is none.
+    """
+    stuck: list[TrialRecord] = []
+    for record in ok:
+        losses = [loss for name in LOSSES for loss in record.samples.get(name, ())][1:]
+        if len(losses) >= LEAST_STEPS_FOR_A_CONSTANT and len(set(losses)) == 1:
+            stuck.append(record)
+    if stuck:
+        names = ", ".join(dict.fromkeys(record.name for record in stuck))
+        yield Notice(
+            code="loss-constant",
+            message=f"the loss of {len(stuck)} of {len(ok)} trials ({names}) is the same to the last bit in every step "
+            "after the first, on batches that differ: they learned nothing.",
+            remedy="Lower learning_rate or lora_alpha, or set max_grad_norm; believe their times, and no loss.",
+        )
+
+
+_ROUNDS = {"steps": "timed turns", "requests": "requests", "natural": "whole answers", "merged": "merged requests"}
+
+
+def _cut_short(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose rounds were dropped because the time that was given did not suffice, with what is left of them."""
+    counts: dict[str, list[str]] = {}
+    for key, words in (*((f"{kind}_rounds", words) for kind, words in _ROUNDS.items()), ("training_steps", "steps")):
+        for record in ok:
+            if f"{key}_planned" in record.values:
+                taken, planned = record.values[key], record.values[f"{key}_planned"]
+                counts.setdefault(f"{taken:g} of {planned:g} {words}", []).append(record.trial)
+    if counts:
+        trials = {trial for cut in counts.values() for trial in cut}
+        said = "; ".join(f"{what} in {format_count(len(cut), 'trial')}" for what, cut in counts.items())
+        yield Notice(
+            code="cut-short",
+            message=f"the limit of time cut {len(trials)} of {len(ok)} trials short, all variants of a replicate "
+            f"alike: {said}.",
+            remedy="Give more minutes, fewer variants (--variant) or fewer phases (--phase).",
+        )
+
+
+def _measured_again(run: Run) -> Iterator[Notice]:
+    if run.measured_again:
+        yield Notice(
+            code="measured-again",
+            message=f"{format_count(run.measured_again, 'trial')} measured again after an interruption; only the last "
+            "measurement of each counts.",
+            remedy="Nothing to do; the earlier records are in trials.jsonl.",
+        )
+
+
+def _disturbed(run: Run) -> Iterator[Notice]:
+    """Trials that were measured again because of their surroundings, and those that still were past a limit at last."""
+    again = list(dict.fromkeys(record.trial for record in run.disturbed))
+    left = [record.trial for record in run.records if record.disturbed]
+    counting = sum(record.status == "ok" for record in run.records if record.trial in again)
+    if again:
+        first = run.disturbed[0]
+        why = first.failure.message if first.failure else ""
+        yield Notice(
+            code="disturbed",
+            message=f"{format_count(len(again), 'trial')} measured again because of the surroundings, {first.trial} "
+            f"among them: {why}; {counting} of them count now.",
+            remedy="Nothing to do for these; the earlier records are in trials.jsonl.",
+        )
+    if left:
+        yield Notice(
+            code="still-disturbed",
+            message=f"{format_count(len(left), 'trial')} left out because the surroundings were past a limit, "
+            f"{left[0]} among them.",
+            remedy="Quieten the machine and measure again; on one that you cannot have to yourself let such trials "
+            "count: --allow-disturbed, --lorameter-allow-disturbed (pytest), or allow_disturbed in [protocol].",
+        )
+
+
+def _control(title: str, control: Comparison) -> Iterator[Notice]:
+    ratio = control.reason if control.ratio is None else format_ratio(control.ratio, control.low, control.high)
+    if is_difference(control):
+        yield Notice(
+            code="control-failed",
+            message=f"{title}: the reference differs from itself, {ratio}, so this run is invalid.",
+            remedy="Quieten the machine and measure again; believe no difference of this run.",
+        )
+    elif control.verdict == "inconclusive" and control.ratio is None:
+        yield Notice(
+            code="control-inconclusive",
+            message=f"{title}: the control was not measured: {ratio}, so no two variants can be called equivalent.",
+            remedy="Give the run more minutes; cold starts are measured more often with cold_replicates in [protocol].",
+        )
+    elif control.verdict == "inconclusive":
+        count = control.replicates_needed
+        needed = f"--lorameter-replicates={count} (pytest) or --replicates {count}" if count else "5 to begin with"
+        more = f"Measure more replicates: {needed}."
+        unseen = f"; a slow-down of less than {control.mde80:.0%} would go unseen" if control.mde80 else ""
+        yield Notice(
+            code="control-inconclusive",
+            message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
+            f"{unseen}.",
+            remedy=more if (count or 0) <= MOST_ADVISED else "Stop other work on this machine, and measure again.",
+        )

@@ -1,0 +1,106 @@
+"""What several sites do to the numbers of a run, and which of them differs from its like.
+
+The site is a block: replicates are whole on one, so a ratio is within a site and what a site is slower by is on both of
+its sides. Absolute values are another matter. Cards of one model differ: by 8 % in the mean and by half for outliers in
+the clusters of a survey (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lorameter.records.metrics import PRIMARY, samples_of
+from lorameter.records.record import Notice, TrialRecord
+from lorameter.stats import Between, sd_between
+
+UNLIKE = 0.10
+"""How far a site may be from the median of its like, in step time, before it is named."""
+
+
+def site_effects(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """By how much each site is slower than the mean of all, as a share: of the mean over variants of the logarithms of
+    their median step times on it. Variants that were not measured on every site say nothing of them."""
+    times = _times(records)
+    logs = {
+        site: statistics.fmean(statistics.fmean(of_one.values()) for of_one in variants.values())
+        for site, variants in times.items()
+    }
+    if len(logs) < 2:
+        return {}
+    centre = statistics.fmean(logs.values())
+    return {site: math.expm1(log - centre) for site, log in sorted(logs.items())}
+
+
+def site_spread(records: Sequence[TrialRecord]) -> Between | None:
+    """The standard deviation of the sites' step times, as a share; None where no replicate of some site is whole."""
+    replicates = [_by_replicate(variants) for variants in _times(records).values()]
+    return sd_between(replicates) if len(replicates) > 1 and all(replicates) else None
+
+
+_Times = dict[str, dict[tuple[str, str, str], dict[int, float]]]
+"""Logarithms of median step times, by site, variant and replicate."""
+
+
+def _times(records: Sequence[TrialRecord]) -> _Times:
+    """Of the variants that every site has; empty where there are none."""
+    times: _Times = {}
+    for record in records:
+        steps = samples_of(record, PRIMARY["train"]) if record.status == "ok" and record.site else ()
+        if steps:
+            variants = times.setdefault(record.site, {})
+            key = (record.name, record.role, record.side)
+            variants.setdefault(key, {})[record.replicate] = math.log(statistics.median(steps))
+    common = set[Any].intersection(*(set(variants) for variants in times.values())) if times else set()
+    if not common:
+        return {}
+    return {site: {key: variants[key] for key in variants if key in common} for site, variants in times.items()}
+
+
+def _by_replicate(variants: Mapping[Any, Mapping[int, float]]) -> list[float]:
+    """The mean over variants of each replicate that has all of them, as variants of one share what it met."""
+    whole = set.intersection(*(set(of_one) for of_one in variants.values()))
+    return [statistics.fmean(of_one[replicate] for of_one in variants.values()) for replicate in sorted(whole)]
+
+
+def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
+    """What to know of a run that was measured on several sites."""
+    sites = {record.site for record in records if record.site}
+    effects, spread = site_effects(records), site_spread(records)
+    if len(sites) < 2:
+        return
+    if not effects or spread is None:
+        yield Notice(
+            code="sites",
+            message=f"replicates were spread over {len(sites)} sites, too few of them to compare these.",
+            remedy="Read ratios, which are within a site; measure more replicates for absolute values.",
+        )
+        return
+    said = ", ".join(f"{site} {effect:+.1%}" for site, effect in effects.items())
+    how = "without" if spread.alone else "with"
+    yield Notice(
+        code="sites",
+        message=f"replicates were spread over {len(effects)} sites, which differ by {spread.sd:.1%} "
+        f"[{spread.low:.1%}, {spread.high:.1%}] (standard deviation of their step times, {how} what replicates scatter "
+        f"by; seen: {said}). Ratios are within a site; an absolute value is the mean of these sites', and its interval "
+        "is over them, not over replicates.",
+        remedy="Measure on one site where absolute values matter.",
+    )
+    yield from _unlike(effects)
+
+
+def _unlike(effects: Mapping[str, float]) -> Iterator[Notice]:
+    if len(effects) < 3:  # of two nobody can say which one is unlike
+        return
+    centre = statistics.median(effects.values())
+    for site, effect in effects.items():
+        away = (1 + effect) / (1 + centre) - 1
+        if abs(away) > UNLIKE:
+            yield Notice(
+                code="site-unlike",
+                message=f"site {site} is {abs(away):.0%} {'slower' if away > 0 else 'faster'} than the median of its "
+                "like.",
+                remedy="Look at its clocks, its heat and what runs beside it (lorameter doctor), or leave it out.",
+            )
