@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kernels_check.trace.read import read_trace
     from kernels_check.trace.summary import KernelSummary
     from kernels_check.verification import verify
-    from kernels_check.watching import Watch, watch
+    from kernels_check.watch import Watch, watch
 
 __all__ = [
     "REQUIREMENTS",

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from kernels_check.room import lacking
-from kernels_check.streams import with_streams
-from kernels_check.visible import Parser, tell
+from kernels_check.memory_limit import lacking
+from kernels_check.pipes import with_streams
+from kernels_check.terminal import Parser, tell
 
 EXIT_CHECK_FAILED = 4
 EXIT_UNEXPECTED = 70

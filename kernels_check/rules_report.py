@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, TypeAlias
 
 from kernels_check.rules import GRADES, Rule, load_operator_rules, load_rules, validated_against
-from kernels_check.visible import make_visible, tell
+from kernels_check.terminal import make_visible, tell
 
 SCHEMA = 1
 EXIT_DONE = 0

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
-from kernels_check.visible import make_visible
+from kernels_check.terminal import make_visible
 
 SCHEMA = 1
 EXIT_FAILED = 4

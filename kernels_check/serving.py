@@ -14,7 +14,7 @@ from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.instruments import lacks_kernels
 from kernels_check.observation.recording import is_recording, profiled
-from kernels_check.observation.spy import spied
+from kernels_check.observation.dispatch_recorder import spied
 
 PATH = "request.attention"
 

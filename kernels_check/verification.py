@@ -15,7 +15,7 @@ from torch import nn
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observation.garbage import uncollected
+from kernels_check.observation.gc_pause import uncollected
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.observe import observe
 from kernels_check.observation.restore import as_found

@@ -15,8 +15,8 @@ import pytest
 
 from lorameter.cli import EXAMPLES, commands_of, main, parser
 from lorameter.records import store
-from lorameter.report.front import SERVING
-from lorameter.studies.stored import read_study
+from lorameter.report.pareto import SERVING
+from lorameter.studies.from_run import read_study
 
 
 def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):

@@ -24,7 +24,7 @@ import os
 from pathlib import Path
 import lorameter.run.executors.local
 from lorameter.pytest_plugin import attach
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import Failure, Fragment
 from lorameter.run.executors import Place
 from lorameter.run.executors.local import LocalExecutor

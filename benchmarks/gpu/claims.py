@@ -65,7 +65,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="hand-over",
         says="a hand-over between turns does not slow the next step down",
-        file="harness/lorameter/machine/watch.py",
+        file="harness/lorameter/machine/telemetry.py",
         quote="a hand-over of a millisecond between turns of 50 ms or more",
         judge=hand_over_costs_nothing,
     ),
@@ -106,7 +106,7 @@ CLAIMS: tuple[Claim, ...] = (
         says="an account of memory explains a step's peak within 2 %",
         file="docs/method.md",
         quote="sets the measured peak against kinds that are each measured by themselves",
-        judge=by_tests("tests/trial/profiling/test_account.py::test_a_step_on_a_gpu_is_explained_within_two_percent"),
+        judge=by_tests("tests/trial/profiling/test_memory_breakdown.py::test_a_step_on_a_gpu_is_explained_within_two_percent"),
     ),
     Claim(
         name="estimate",

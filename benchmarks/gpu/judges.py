@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.gpu.claim import Decision, decided, undecided
 from benchmarks.gpu.evidence import Evidence, NotSeenError
 from benchmarks.gpu.steps import BASES
-from lorameter.machine.watch import COUNTER_PERIOD_S
+from lorameter.machine.telemetry import COUNTER_PERIOD_S
 from lorameter.records.record import TrialRecord
 
 MOST_ERROR = 0.1

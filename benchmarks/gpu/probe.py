@@ -35,7 +35,7 @@ def machine() -> Fact:
     torch.ones(1, device="cuda")
     torch.cuda.synchronize()
     started_s = time.perf_counter() - begin
-    from lorameter.machine.neighbours import neighbours_of
+    from lorameter.machine.other_gpu_processes import neighbours_of
 
     card = card_of_torch()
     own, facts = neighbours_of(card, generations=0).own_bytes, card.facts()
@@ -320,7 +320,7 @@ def products() -> Callable[[int], None]:
 
 def card_of_torch() -> Any:
     """The card that torch uses, as NVML sees it. Raises RuntimeError where it does not find it."""
-    from lorameter.machine.watch import card_of
+    from lorameter.machine.telemetry import card_of
 
     found = card_of("cuda")
     if found.value is None:

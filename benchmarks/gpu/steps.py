@@ -125,7 +125,7 @@ STEPS: tuple[Step, ...] = (
         "a step after the check, measured peaks, an account of memory",
         "tests/run/executors/test_gpu.py",
         "tests/trial/profiling/test_peak.py",
-        "tests/trial/profiling/test_account.py",
+        "tests/trial/profiling/test_memory_breakdown.py",
         limit_s=150,
     ),
     tests("7b", "does a trial of Llama-2-7B come to its end on either base", "tests/test_gpu_study.py", limit_s=480),

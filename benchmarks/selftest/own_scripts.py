@@ -36,9 +36,9 @@ from typing import Any
 
 from shared import command_output, exit_code, print_origin
 
-from lorameter.attach.child import environment
+from lorameter.attach.child_env import environment
 from lorameter.attach.variables import COMMAND, RUN
-from lorameter.machine.seating import cpus_of, seat
+from lorameter.machine.affinity import cpus_of, seat
 from lorameter.records.units import format_ratio
 from lorameter.stats import mean_interval
 

@@ -23,7 +23,7 @@ from shared import command_output, exit_code, print_origin
 
 from lorameter.records import store
 from lorameter.records.units import format_duration
-from lorameter.report.view import view_of
+from lorameter.report.run_view import view_of
 from lorameter.verdicts.series import compare_series, series_of
 
 MIN_REPLICATES, MIN_SHARE, MAX_LATE_SHARE, MAX_HALF_WIDTH = 5, 0.6, 0.1, 0.05

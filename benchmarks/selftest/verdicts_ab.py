@@ -32,7 +32,7 @@ from shared import busy_cpus, command_output, exit_code, print_origin
 from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
-from lorameter.run.levels import LEVELS
+from lorameter.run.interleaving import LEVELS
 from lorameter.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
 from lorameter.verdicts.series import compare_series, series_of
 

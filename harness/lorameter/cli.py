@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from lorameter.commands import (
     ab,
     bisect,
-    catalogue,
+    list_cmd,
     claims,
     compare,
     completion,
@@ -20,7 +20,7 @@ from lorameter.commands import (
     estimate,
     export,
     history,
-    housekeeping,
+    prune_pack,
     parity,
     profile,
     report,
@@ -29,11 +29,11 @@ from lorameter.commands import (
     wrap,
 )
 from lorameter.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
-from lorameter.run.stops import Stops
-from kernels_check import visible
-from kernels_check.room import lacking
-from kernels_check.streams import with_streams
-from kernels_check.visible import tell
+from lorameter.run.interrupts import Stops
+from kernels_check import terminal
+from kernels_check.memory_limit import lacking
+from kernels_check.pipes import with_streams
+from kernels_check.terminal import tell
 
 EXAMPLES = {
     "run": "lorameter run lora-or-qlora --effort quick",
@@ -84,7 +84,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print("lorameter: stopped", file=sys.stderr)
         return EXIT_INVALID
     except Exception as error:
-        from lorameter.records.refusals import REMEDIES, words_of
+        from lorameter.records.os_errors import REMEDIES, words_of
 
         if isinstance(error, OSError) and error.errno in REMEDIES:
             tell(f"lorameter: {words_of(error)}.")
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     measuring = (run, ab, bisect, wrap, doctor, estimate, profile, parity)
-    showing = (report, catalogue, compare, sample, claims, export, history, housekeeping, completion)
+    showing = (report, list_cmd, compare, sample, claims, export, history, prune_pack, completion)
     for module in (*measuring, *showing):
         module.add_commands(subparsers, _common)
     subparsers.choices["completion"].set_defaults(top=top)
@@ -123,7 +123,7 @@ def commands_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse
         yield from commands_of(command)
 
 
-class Parser(visible.Parser):
+class Parser(terminal.Parser):
     """A parser whose refusals name the nearest command, option or choice, and repeat no credential of what was typed.
 
     argparse itself suggests names from Python 3.14 on.

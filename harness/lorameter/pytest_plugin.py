@@ -21,7 +21,7 @@ import pytest
 from lorameter.commands.options import add_options
 from lorameter.commands.pytest_output import Output
 from lorameter.commands.pytest_session import DEFAULT_STUDY, PLUGIN, Session
-from kernels_check.room import lacking
+from kernels_check.memory_limit import lacking
 
 PREFIX = "--lorameter-"
 

@@ -43,9 +43,9 @@ def main(arguments: list[str]) -> int:
         with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
             os.dup2(2, 1)
             if what == "look":
-                from lorameter.trial.data import look
+                from lorameter.trial.data import probe_child
 
-                return look.main(reply)
+                return probe_child.main(reply)
             from lorameter.trial.data import tokens
 
             return tokens.main(reply)

@@ -26,7 +26,7 @@ from kernels_check.check import (
 )
 
 if TYPE_CHECKING:
-    from kernels_check.observation.census import Census
+    from kernels_check.observation.weight_bits import Census
     from kernels_check.observation.digest import Change
     from kernels_check.observation.observation import Observation
     from kernels_check.observation.storage import Storage

@@ -10,7 +10,7 @@ from kernels_check.check import FLAG, SHARE, Check, Finding, Json, JudgedPath, S
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observation.isolation import IsolationSeen
+    from kernels_check.observation.packing_isolation import IsolationSeen
     from kernels_check.observation.observation import Observation
 
 _LEAK = (

@@ -13,7 +13,7 @@ from kernels_check.check import Finding, Json, JudgedPath, Requirement, join_val
 
 if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
-    from kernels_check.observation.swapped import Place
+    from kernels_check.observation.fused_kernels import Place
 
 _RULES = {"liger_kernel": "LIGER", "unsloth": "UNSLOTH", "unsloth_zoo": "UNSLOTH"}
 """The rule that knows the kernels of a library, see ``rules``."""

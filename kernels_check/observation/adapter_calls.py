@@ -21,7 +21,7 @@ from kernels_check.observation.adapter_kinds import AdapterLayer, active_in, is_
 from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.module_tree import ModelTree
-from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
+from kernels_check.observation.safe_hooks import ModuleHook, Shielding, unshielded
 
 
 @dataclass(slots=True, kw_only=True)

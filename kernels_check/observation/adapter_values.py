@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels_check.observation.gradients import largest
-from kernels_check.observation.off_heap import copy_of
+from kernels_check.observation.mmap_copy import copy_of
 from kernels_check.observation.tensor_copy import plain_parts
 
 STUCK_SHARE = 0.9

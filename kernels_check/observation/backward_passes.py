@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels_check.observation.gradients import largest
 from kernels_check.observation.module_tree import every_parameter
-from kernels_check.observation.spy import unseen
+from kernels_check.observation.dispatch_recorder import unseen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

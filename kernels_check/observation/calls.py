@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_check.observation.broken_calls import BrokenCalls, Output, outputs_of
+from kernels_check.observation.failed_calls import BrokenCalls, Output, outputs_of
 from kernels_check.observation.module_tree import named_modules
-from kernels_check.observation.replaced import replaced
-from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
+from kernels_check.observation.monkeypatch import replaced
+from kernels_check.observation.safe_hooks import ModuleHook, Shielding, unshielded
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels_check.observation.backward_passes import BackwardPass, BackwardPasses
-from kernels_check.observation.spy import unseen
+from kernels_check.observation.dispatch_recorder import unseen
 
 _OPERATORS = ("NllLossBackward0", "NllLoss2DBackward0")
 _MEAN, _SUM = 1, 2

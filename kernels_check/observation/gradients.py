@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kernels_check.observation.adapter_layers import adapter_parameters
 from kernels_check.observation.module_tree import ModelTree, every_parameter, named_parameters
-from kernels_check.observation.shield import Shielding, unshielded
+from kernels_check.observation.safe_hooks import Shielding, unshielded
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 _EXACT = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kernels_check.observation.backward_passes import BackwardPasses
 from kernels_check.observation.cross_entropies import LossMade, read_loss
-from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
+from kernels_check.observation.safe_hooks import ModuleHook, Shielding, unshielded
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""

@@ -20,7 +20,7 @@ from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.compilations import compiler_held
 from kernels_check.observation.events import CompilerSeen, StepProfile
 from kernels_check.observation.recording import entries, is_recording, profiled
-from kernels_check.observation.spy import Spy, is_on_cuda, spied
+from kernels_check.observation.dispatch_recorder import Spy, is_on_cuda, spied
 
 _IN_MODEL: tuple[Evidence, ...] = ("attention", "products", "product_paths")
 _ELSEWHERE = "ran in a thread of its own, whose operators the spy does not see: take a profile"

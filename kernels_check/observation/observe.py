@@ -32,12 +32,12 @@ from torch import nn
 from kernels_check.check import Instrument
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.digest import digest
-from kernels_check.observation.garbage import uncollected
+from kernels_check.observation.gc_pause import uncollected
 from kernels_check.observation.instruments import watch_by_profile, watch_by_spy
 from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.snapshot import Snapshot
-from kernels_check.observation.watcher import StepWatcher
+from kernels_check.observation.step_observer import StepWatcher
 
 MOST_CALLS = 8
 """Of which a run whose optimizer steps in each call takes two."""

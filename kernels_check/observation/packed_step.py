@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels_check.check import name_some
 from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
-from kernels_check.observation.isolation import IsolationSeen, perturb_records
+from kernels_check.observation.packing_isolation import IsolationSeen, perturb_records
 from kernels_check.observation.records import CUMULATED, PASSED_ON, LayoutError, Records, find_records
 
 _NO_DIFFERENCE = ("labels", "num_items_in_batch", "logits_to_keep", "return_dict", "input_ids", "inputs_embeds")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kernels_check.check import name_some
 from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
 from kernels_check.observation.module_tree import attribute, every_module
-from kernels_check.observation.perturbation import configurations, special_tokens
+from kernels_check.observation.token_perturbation import configurations, special_tokens
 from kernels_check.observation.records import PADDING, LayoutError, Records, find_records, hidden_by
 
 _IGNORED = -100

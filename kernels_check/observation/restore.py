@@ -26,7 +26,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from kernels_check.observation.garbage import uncollected
+from kernels_check.observation.gc_pause import uncollected
 from kernels_check.observation.module_tree import every_module
 from kernels_check.observation.snapshot import RestoreError, Snapshot
 

@@ -21,9 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 from kernels_check.check import name_some
 from kernels_check.observation.device import synchronise
 from kernels_check.observation.module_tree import named_modules
-from kernels_check.observation.picture import TRAINERS, Picture, Undo
+from kernels_check.observation.object_snapshot import TRAINERS, Picture, Undo
 from kernels_check.observation.random_state import RandomState
-from kernels_check.observation.reach import reach
+from kernels_check.observation.reachable_objects import reach
 from kernels_check.observation.tensor_copy import TensorCopy, is_wrapper, size_bytes
 
 COPIED_BYTES = 64 * 2**20

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kernels_check.probe.result import Exactness, PathReport, Speed
-from kernels_check.visible import make_visible
+from kernels_check.terminal import make_visible
 
 _MARKS = {
     "exact": "[green]ran, exact[/]",

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.child import environment
-from lorameter.attach.follower import Next
+from lorameter.attach.child_env import environment
+from lorameter.attach.observer import Next
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +125,7 @@ def tiny_model():
 
 FOLLOWER = '''
 import json, os
-from lorameter.attach.follower import Next
+from lorameter.attach.observer import Next
 
 class Follower:
     """Writes a line for each thing that it is told."""

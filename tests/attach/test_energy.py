@@ -4,7 +4,7 @@ import pytest
 
 from lorameter.attach import energy as module
 from lorameter.attach.energy import Energy
-from lorameter.attach.follower import StepReading
+from lorameter.attach.observer import StepReading
 from lorameter.machine.reading import Reading, missing
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorameter.attach.follower import Next
+from lorameter.attach.observer import Next
 from lorameter.attach.meter import Meter
 from lorameter.attach.optimizer import StopTraining
 

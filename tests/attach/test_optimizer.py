@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lorameter.attach.follower import Next
+from lorameter.attach.observer import Next
 from lorameter.attach.optimizer import MOST_OTHERS, OptimizerSource, StopTraining
 
 ROWS = 3

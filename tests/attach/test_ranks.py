@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from lorameter.attach import gathered, ranks
-from lorameter.attach.follower import StepReading, Training
+from lorameter.attach import step_samples, ranks
+from lorameter.attach.observer import StepReading, Training
 from lorameter.attach.ranks import folder_of
 from lorameter.attach.variables import RUN
 from lorameter.attach.writer import Writer
@@ -60,7 +60,7 @@ def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
 
 def test_of_a_long_training_the_first_timed_steps_are_compared(told, monkeypatch):
     """More steps than are kept, timed or of any kind, move none of them."""
-    monkeypatch.setattr(gathered, "MOST_TIMED", 3)
+    monkeypatch.setattr(step_samples, "MOST_TIMED", 3)
     monkeypatch.setattr(ranks, "MOST_KEPT", 12)
     record = told(40)
     assert record.samples["step_time_s"] == (9.0, 1000.0, 11.0)

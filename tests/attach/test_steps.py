@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorameter.attach.follower import Next, Training, weakly
-from lorameter.attach.shield import Shield
+from lorameter.attach.observer import Next, Training, weakly
+from lorameter.attach.error_guard import Shield
 from lorameter.attach.steps import Steps, make_watch
 
 

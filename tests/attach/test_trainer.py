@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.follower import Next
+from lorameter.attach.observer import Next
 from lorameter.attach.meter import Meter
 from lorameter.attach.trainer_hook import add_meter
 

@@ -8,9 +8,9 @@ import pytest
 
 from lorameter.attach.attachment import UnendedError
 from lorameter.attach.command import write_command
-from lorameter.attach.follower import StepReading, Training
+from lorameter.attach.observer import StepReading, Training
 from lorameter.attach.variables import COMMAND, RUN
-from lorameter.attach.wrapped import settle
+from lorameter.attach.launch import settle
 from lorameter.attach.writer import Writer
 from lorameter.records import store
 from kernels_check import Check
@@ -332,7 +332,7 @@ def test_credentials_of_a_command_are_not_written():
 
 def test_a_record_is_read_as_that_of_any_trial(write):
     """By the report as by a comparison of two runs."""
-    from lorameter.report.view import encode_run, view_of
+    from lorameter.report.run_view import encode_run, view_of
 
     run, _, _ = write(steps(20))
     view = view_of(run)

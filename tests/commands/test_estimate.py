@@ -19,7 +19,7 @@ from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import birth_bytes, estimate_memory
 from lorameter.records.metrics import BIRTH
-from lorameter.run.contenders import Contender
+from lorameter.run.arms import Contender
 from lorameter.run.feasibility import check_feasible
 from lorameter.studies.study_file import load_study
 

@@ -8,7 +8,7 @@ import pytest
 
 from lorameter.cli import parser
 from lorameter.commands.options import OPTIONS
-from lorameter.run.device import IfBusy
+from lorameter.run.device_lock import IfBusy
 
 SHARED = ("model", "data", "if-busy")
 

@@ -11,7 +11,7 @@ import pytest
 
 import lorameter.run.executors.local
 from lorameter.cli import main
-from lorameter.records.preparation import Hello, TokenSummary
+from lorameter.records.worker_info import Hello, TokenSummary
 from lorameter.records.record import Fragment
 from lorameter.run.executors import Place
 from lorameter.run.executors.local import LocalExecutor

@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.commands import pytest_gate
 from lorameter.errors import UsageError
-from lorameter.verdicts.comparand import Comparand
+from lorameter.verdicts.comparison_input import Comparand
 from lorameter.verdicts.gate import Policy
 
 FACTS = {"device": "cpu", "python": "3.11.7", "cuda": "13.0", "libraries": {"torch": "2.15.0"}, "threads": 1}

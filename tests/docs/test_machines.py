@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.cli import parser
-from lorameter.studies.place import OF_SLURM, OURS, Place, is_batch, read_asked
+from lorameter.studies.placement import OF_SLURM, OURS, Place, is_batch, read_asked
 from lorameter.studies.study_file import load_study
 
 PAGE = (Path(__file__).parents[2] / "docs" / "machines.md").read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ import pytest
 
 from lorameter.cli import parser
 from lorameter.commands import ab_scripts
-from lorameter.run.executors import script_worker, workplace
+from lorameter.run.executors import script_worker, script_sandbox
 from lorameter.studies.protocol import STEPS_PER_TURN
 from lorameter.studies.study_file import load_study
-from lorameter.verdicts import sameness
+from lorameter.verdicts import same_training
 
 PAGE = Path(__file__).parents[2] / "docs" / "own-script-ab.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -69,8 +69,8 @@ def codes_in(text):
 @pytest.mark.parametrize(
     ("title", "module"),
     [
-        ("Do they do the same?", sameness),
-        ("What a measured script writes", workplace),
+        ("Do they do the same?", same_training),
+        ("What a measured script writes", script_sandbox),
         ("The end", script_worker),
     ],
 )
@@ -83,14 +83,14 @@ def test_its_numbers_are_those_of_the_code():
     """Steps of a turn and of a process, what is copied, and what is a difference."""
     assert STEPS_PER_TURN == 2
     assert f"process ({re.search('default ([0-9]+)', inspect.getsource(ab_scripts.add_script_options))[1]})" in TEXT
-    assert f"Files above {workplace.LARGE_BYTES >> 20} MiB" in TEXT
-    assert f"more than {workplace.MOST_BYTES >> 30} GiB" in TEXT
-    assert f"differ by more than {sameness.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")
-    assert f"lies within {sameness.MARGIN:.0%}".replace("%", " %") in section("Do they do the same?")
+    assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
+    assert f"more than {script_sandbox.MOST_BYTES >> 30} GiB" in TEXT
+    assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")
+    assert f"lies within {same_training.MARGIN:.0%}".replace("%", " %") in section("Do they do the same?")
 
 
 def test_what_it_says_is_linked_is_linked():
     """Files that are read at most, and what tools keep for themselves."""
     assert set(re.findall(r"`([\w.]+)`", section("What a measured script writes"))) >= {".git", "__pycache__", "wandb"}
-    assert ".git" in workplace.LINKED
-    assert {"__pycache__", "wandb"} <= set(workplace.LEFT_OUT)
+    assert ".git" in script_sandbox.LINKED
+    assert {"__pycache__", "wandb"} <= set(script_sandbox.LEFT_OUT)

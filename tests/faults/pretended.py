@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import lorameter.run.executors.local as local
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import Fragment
 from lorameter.run.executors.disk import Disk
 from lorameter.trial.failure import failure_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.models import bases
-from lorameter.records.refusals import RefusedError
+from lorameter.records.os_errors import RefusedError
 from lorameter.run.bases import prepare_bases
 from lorameter.run.executors import WorkerLostError
 from lorameter.run.executors.local import LocalExecutor

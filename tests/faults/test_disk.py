@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from lorameter.records import journal, store
-from lorameter.records.document import write_document
+from lorameter.records.atomic_json import write_document
 
 
 def limited(**limits):

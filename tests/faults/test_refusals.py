@@ -13,7 +13,7 @@ import pytest
 
 from lorameter.errors import InvalidRunError
 from lorameter.records import store
-from lorameter.records.refusals import REFUSED
+from lorameter.records.os_errors import REFUSED
 from lorameter.run.executors.disk import Disk
 from lorameter.run.executors.local import LocalExecutor
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.cli import main
-from kernels_check.streams import EXIT_CLOSED_PIPE
+from kernels_check.pipes import EXIT_CLOSED_PIPE
 from tests.constructed import RUNS
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorameter.machine.memory import MemoryGauge
-from lorameter.machine.neighbours import neighbours_of
+from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.throttle import IDLE
-from lorameter.machine.watch import Watch, card_of
+from lorameter.machine.telemetry import Watch, card_of
 from lorameter.trial.clock import Stopwatch
 
 pytestmark = pytest.mark.gpu

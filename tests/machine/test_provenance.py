@@ -8,7 +8,7 @@ import hashlib
 import pytest
 
 from lorameter.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
-from lorameter.machine.steering import switches_of
+from lorameter.machine.kernel_env import switches_of
 from lorameter.records import codec
 
 CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}

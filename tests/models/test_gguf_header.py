@@ -11,7 +11,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, gguf_header, shapes
 from lorameter.models.gguf_header import read_header
-from lorameter.records.inputs import NotReadableError
+from lorameter.records.bounded_io import NotReadableError
 
 gguf = pytest.importorskip("gguf")
 

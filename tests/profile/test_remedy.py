@@ -10,7 +10,7 @@ from lorameter.profile.finding import Finding
 from lorameter.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remedy, make_pair, phase_of
 from lorameter.records import store
 from lorameter.records.record import Failure
-from lorameter.report.view import view_of
+from lorameter.report.run_view import view_of
 from lorameter.run.executors import open_executor
 from lorameter.run.measure import plan_study
 from lorameter.studies.protocol import Protocol

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.records import codec, inputs, store
+from lorameter.records import codec, bounded_io, store
 from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import TRIALS, Manifest, Resumption, RunWriter
@@ -207,7 +207,7 @@ def test_evidence_that_the_disk_refuses_is_an_error_with_its_remedy(tmp_path, mo
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(inputs, "open_plain", refuse)
+    monkeypatch.setattr(bounded_io, "open_plain", refuse)
     with pytest.raises(UsageError, match=r"checks\.jsonl: cannot be read: Permission denied\. Make it readable"):
         EvidenceFile(tmp_path).find(hashes)
 

@@ -10,7 +10,7 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.errors import UsageError
-from lorameter.records import inputs, journal, store
+from lorameter.records import bounded_io, journal, store
 from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
 from tests.constructed import RUNS
 
@@ -39,7 +39,7 @@ def make_line(path):
 @pytest.fixture(params=[make_pipe, make_link, make_sparse, make_line])
 def no_journal(request, monkeypatch):
     """A function that puts what is no journal in the place of a file."""
-    monkeypatch.setattr(inputs, "LINE_BYTES", 1024)
+    monkeypatch.setattr(bounded_io, "LINE_BYTES", 1024)
 
     def make(path):
         path.unlink(missing_ok=True)
@@ -111,8 +111,8 @@ def test_what_lines_are_added_to_is_a_file(what, tmp_path):
 @pytest.mark.parametrize(("line", "said"), [("\n", "blank"), ("{\n", "damaged")])
 def test_evidence_of_nothing_is_read_to_a_bound(tmp_path, monkeypatch, line, said):
     """What a small packed file can be made of takes minutes else."""
-    monkeypatch.setattr(inputs, "MOST_BLANK_LINES", 9)
-    monkeypatch.setattr(inputs, "MOST_DAMAGED_LINES", 9 if said == "damaged" else 99)
+    monkeypatch.setattr(bounded_io, "MOST_BLANK_LINES", 9)
+    monkeypatch.setattr(bounded_io, "MOST_DAMAGED_LINES", 9 if said == "damaged" else 99)
     (tmp_path / CHECKS).write_text(line * 9)
     with pytest.raises(LostEvidenceError):
         EvidenceFile(tmp_path).find(["0" * 16])

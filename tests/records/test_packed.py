@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.records import inputs, store
+from lorameter.records import bounded_io, store
 from lorameter.records.packed import MEMBERS, UNPACKED_FREELY_BYTES, unpacked, write_packed
 from tests.constructed import RUNS
 
@@ -68,8 +68,8 @@ BAD = r"cannot be read: more than 9 of its lines are"
 )
 def test_what_is_wrong_inside_is_said_of_the_file(tmp_path, monkeypatch, member, text, said):
     """Not of the folder that it was unpacked into, which nobody knows; a run's directory is refused alike."""
-    monkeypatch.setattr(inputs, "MOST_BLANK_LINES", 9)
-    monkeypatch.setattr(inputs, "MOST_DAMAGED_LINES", 9)
+    monkeypatch.setattr(bounded_io, "MOST_BLANK_LINES", 9)
+    monkeypatch.setattr(bounded_io, "MOST_DAMAGED_LINES", 9)
     folder = shutil.copytree(RUN, tmp_path / "plain")
     (folder / member).write_text(text)
     write_packed(tmp_path / "run.lorameter.zip", folder)

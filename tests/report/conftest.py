@@ -33,7 +33,7 @@ from lorameter.records.activity import Activity, OperatorUse, PhaseActivity, Wei
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.parity import LogitDistance, Served
 from lorameter.records.record import Failure, Notice, TrialRecord
-from lorameter.records.request_sight import ModelSize, RequestSight
+from lorameter.records.request_facts import ModelSize, RequestSight
 from lorameter.report.attribution import describe_attribution
 from lorameter.report.bisect import describe_bisection
 from lorameter.report.calibration import describe_calibration
@@ -41,7 +41,7 @@ from lorameter.report.claims import describe_claims
 from lorameter.report.comparison import describe_comparison
 from lorameter.report.doctor import describe_checks
 from lorameter.report.estimate import describe_estimate
-from lorameter.report.fitting import describe_fit
+from lorameter.report.memory_fit import describe_fit
 from lorameter.report.gate import describe_gate
 from lorameter.report.history import describe_history
 from lorameter.report.matrix import Change, describe_matrix
@@ -54,17 +54,17 @@ from lorameter.report.run import describe_run
 from lorameter.report.runs import describe_runs
 from lorameter.report.sample import Sample, describe_samples
 from lorameter.report.sizes import describe_sizes
-from lorameter.report.table import Document
-from lorameter.report.tried import describe_tried
-from lorameter.report.view import Asked, view_of
+from lorameter.report.blocks import Document
+from lorameter.report.remedy_result import describe_tried
+from lorameter.report.run_view import Asked, view_of
 from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
-from lorameter.run.fitting import Device, Fitter, on_card, on_machine
+from lorameter.run.memory_fit import Device, Fitter, on_card, on_machine
 from lorameter.run.forecast import Forecast
-from lorameter.run.knobs import advise
+from lorameter.run.memory_options import advise
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
-from lorameter.studies.serving import ways_of
+from lorameter.studies.serving_modes import ways_of
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.ab import attribution_of, report_of

@@ -11,7 +11,7 @@ from lorameter.records import store
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.run import describe_run
-from lorameter.report.view import view_of
+from lorameter.report.run_view import view_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install -e .[dev]")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core looks for what shuts people out")

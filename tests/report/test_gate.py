@@ -8,7 +8,7 @@ import pytest
 
 from lorameter.report.annotations import gate_annotations
 from lorameter.report.gate import describe_gate
-from lorameter.report.markdown import markdown_of
+from lorameter.report.render_markdown import markdown_of
 from lorameter.report.terminal import text_of
 from lorameter.verdicts.baselines import read_comparand
 from lorameter.verdicts.compare import compare

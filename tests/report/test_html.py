@@ -16,10 +16,10 @@ from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.figure import Bar, Bars, Front, Intervals, Mark, Part, Samples, Spot, Stretch
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.page import write_html
-from lorameter.report.html.pictures import draw
+from lorameter.report.html.charts import draw
 from lorameter.report.run import describe_run
-from lorameter.report.table import Table, name_columns, say, write_row
-from lorameter.report.view import Asked, view_of
+from lorameter.report.blocks import Table, name_columns, say, write_row
+from lorameter.report.run_view import Asked, view_of
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file())

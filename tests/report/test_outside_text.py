@@ -17,7 +17,7 @@ from lorameter.report.annotations import annotation, gate_annotations
 from lorameter.report.attribution import describe_attribution
 from lorameter.report.gate import describe_gate
 from lorameter.report.live import LiveDisplay
-from lorameter.report.markdown import markdown_of
+from lorameter.report.render_markdown import markdown_of
 from lorameter.report.terminal import console_for, text_of
 from lorameter.run.executors import sides
 from lorameter.run.executors.environments import DESCRIPTION_FILE, layered_environment, parse_requirements
@@ -28,7 +28,7 @@ from lorameter.trial.failure import failure_of
 from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
 from lorameter.verdicts.gate import Policy, gate_document, judge
 from kernels_check.__main__ import main as check_kernels
-from kernels_check.visible import make_visible
+from kernels_check.terminal import make_visible
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
 SECRET = "hunter2"

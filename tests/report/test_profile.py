@@ -31,7 +31,7 @@ from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.report.profile import describe_profile
 from lorameter.report.terminal import console_for, show
-from lorameter.report.tried import describe_tried
+from lorameter.report.remedy_result import describe_tried
 from lorameter.stats import compare_trials
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload

@@ -13,7 +13,7 @@ from lorameter.records import store
 from lorameter.records.record import UNDER_WAY, Failure
 from lorameter.report.run import describe_run
 from lorameter.report.terminal import show
-from lorameter.report.view import view_of
+from lorameter.report.run_view import view_of
 from lorameter.verdicts.ab import report_of
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}

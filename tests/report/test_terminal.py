@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.style import Style
 
 from lorameter.records.record import Failure, TrialRecord
-from lorameter.report.drawing import STYLES
+from lorameter.report.render_rich import STYLES
 from lorameter.report.live import LiveDisplay
-from lorameter.report.table import Cell, Fold, Head, Line, Panel, Passage, Row, Section, Span, Table, say, write_row
+from lorameter.report.blocks import Cell, Fold, Head, Line, Panel, Passage, Row, Section, Span, Table, say, write_row
 from lorameter.report.terminal import console_for, show, text_of
 from lorameter.run.plan import make_plan
 

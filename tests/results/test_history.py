@@ -15,7 +15,7 @@ from lorameter.commands.documents_of_many import HistoryOf
 from lorameter.commands.output import SCHEMA
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
-from lorameter.records.document import write_document
+from lorameter.records.atomic_json import write_document
 from lorameter.report.history import describe_history
 from lorameter.report.history_figures import figures_of_history
 from lorameter.report.terminal import text_of

@@ -13,11 +13,11 @@ import pytest
 
 import lorameter
 from lorameter import cli
-from lorameter.commands import housekeeping
+from lorameter.commands import prune_pack
 from lorameter.commands.documents_of_many import PackedOf
 from lorameter.errors import UsageError
-from lorameter.records import beside, packed, store
-from lorameter.records.document import write_document
+from lorameter.records import interference, packed, store
+from lorameter.records.atomic_json import write_document
 from lorameter.records.locks import alone
 from lorameter.records.record import Failure, Notice
 from lorameter.results import pack as packing
@@ -138,7 +138,7 @@ def spread(write_run, monkeypatch, tmp_path):
     write_document(path / "manifest.json", written)
     for site in sites:
         record = store.read_run(str(path), path.parent).records[0]
-        beside.append(path, record.replaced(trial=f"alone-0-{site}", site=site))
+        interference.append(path, record.replaced(trial=f"alone-0-{site}", site=site))
     return path
 
 
@@ -249,7 +249,7 @@ def test_a_packed_run_in_a_folder_is_loaded_with_the_others(tmp_path):
 
 def test_the_words_of_the_command_are_those_of_the_packer():
     """The parser names them without loading it."""
-    assert housekeeping.PRIVATE == PRIVATE
+    assert prune_pack.PRIVATE == PRIVATE
 
 
 def test_a_packed_run_is_not_gone_on_with(private, capsys):
@@ -265,9 +265,9 @@ def test_what_neighbours_cost_is_packed_with_its_samples(private, tmp_path):
     record = store.read_run(str(run), run.parent).records[0].replaced(status="ok", failure=None, samples=samples)
     assert HOST in str(record)
     for trial in ("alone-0-card", "beside-0-card"):
-        beside.append(run, record.replaced(trial=trial))
+        interference.append(run, record.replaced(trial=trial))
     target = pack(str(run), run.parent, tmp_path / "x.zip")
     assert HOST not in content(target)["beside.jsonl"]
     with packed.unpacked(target) as folder:
-        ((one, other),) = beside.read_pairs(folder)
+        ((one, other),) = interference.read_pairs(folder)
     assert one.samples == other.samples == samples

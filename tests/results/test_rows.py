@@ -8,7 +8,7 @@ from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import DISTURBED, Failure
-from lorameter.report.view import view_of
+from lorameter.report.run_view import view_of
 from lorameter.results.columns import TABLES, names_of
 from lorameter.results.rows import rows_of, unit_of
 from lorameter.verdicts.ab import report_of

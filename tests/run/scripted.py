@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from lorameter.attach.follower import StepReading, Training
-from lorameter.attach.turns import Turns
+from lorameter.attach.observer import StepReading, Training
+from lorameter.attach.turn_client import Turns
 
 HOW, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
 STEP_TIME_S = float(os.environ.get("STEP_TIME_S", "1e-3"))

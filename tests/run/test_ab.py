@@ -21,10 +21,10 @@ import lorameter.run.ab
 import lorameter.run.executors.local
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import Fragment
 from lorameter.run.ab import plan_ab
-from lorameter.run.device import hold_device
+from lorameter.run.device_lock import hold_device
 from lorameter.run.executors import Place
 from lorameter.run.executors.local import LocalExecutor
 

@@ -14,7 +14,7 @@ from lorameter.run.budget import LEAST_ROUNDS, Budget
 from lorameter.run.executors import Place
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan
-from lorameter.run.site import Site
+from lorameter.run.trial_setup import Site
 from lorameter.run.stopping import Stopping
 from lorameter.run.thinning import tell_left_out
 from lorameter.verdicts.series import compare_series, series_of

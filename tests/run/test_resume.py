@@ -17,9 +17,9 @@ import lorameter.run.executors.local
 import lorameter.run.measure
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import UNDER_WAY, Fragment
-from lorameter.report.view import view_of
+from lorameter.report.run_view import view_of
 from lorameter.run.executors import Place
 from lorameter.run.executors.local import LocalExecutor
 

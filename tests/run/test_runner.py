@@ -15,8 +15,8 @@ from lorameter.run.budget import Budget
 from lorameter.run.executors import Place, WorkerLostError
 from lorameter.run.plan import Group, make_plan
 from lorameter.run.runner import run_plan
-from lorameter.run.site import Site, begin_record
-from lorameter.run.stops import Stops
+from lorameter.run.trial_setup import Site, begin_record
+from lorameter.run.interrupts import Stops
 from lorameter.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]

@@ -10,7 +10,7 @@ import pytest
 import lorameter.run.executors.local
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import Fragment, TrialRecord
 from lorameter.run.executors import Place
 from lorameter.run.executors.local import LocalExecutor
@@ -18,7 +18,7 @@ from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
 from lorameter.run.stopping import Stopping
 from lorameter.stats import VerdictRule
-from lorameter.verdicts.comparand import comparand_of
+from lorameter.verdicts.comparison_input import comparand_of
 from lorameter.verdicts.series import compare_series, effects_against, series_of
 
 QUIET, LOUD = 0.001, 0.05

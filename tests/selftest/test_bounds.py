@@ -119,7 +119,7 @@ def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s,
     import dataclasses
 
     from lorameter.records import store
-    from lorameter.records.spending import Spending
+    from lorameter.records.time_breakdown import Spending
 
     real = program("real_models")
     path = write_run("a", {"plain": [0.1, 0.101, 0.1, 0.1, 0.1], "nf4": [0.12, 0.121, 0.12, 0.12, 0.12]})

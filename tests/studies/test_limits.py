@@ -8,7 +8,7 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.errors import UsageError
-from lorameter.run.contenders import contenders_of
+from lorameter.run.arms import contenders_of
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.keys import KEYS

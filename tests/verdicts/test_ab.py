@@ -17,7 +17,7 @@ from lorameter.records import codec, store
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, RunWriter
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.standing import compare_base_to_itself
+from lorameter.verdicts.run_validity import compare_base_to_itself
 
 TURNS = 30
 MIB = 2**20

@@ -16,7 +16,7 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.stats import Comparison
 from lorameter.studies.variant import Variant
-from lorameter.verdicts import outcome as verdicts
+from lorameter.verdicts import comparison_report as verdicts
 from lorameter.verdicts.benchmark_json import read_benchmark_json
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}

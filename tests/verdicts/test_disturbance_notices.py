@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorameter.records.record import TrialRecord
-from lorameter.verdicts.disturbance import disturbances
+from lorameter.verdicts.disturbed_trials import disturbances
 
 
 def record(trial, *, interleaving="replicates", occupancy=None, **values):

@@ -15,7 +15,7 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.report.annotations import annotation
 from lorameter.verdicts.gate import LimitRule, Policy, load_policy
-from lorameter.verdicts.judging import Limits
+from lorameter.verdicts.compare_pairs import Limits
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 SLOW = BASE | {"nf4": [time * 1.2 for time in BASE["nf4"]]}

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.follower import Follower, Source, Training
-from lorameter.attach.shield import NotFollowedError, Shield, say
+from lorameter.attach.observer import Follower, Source, Training
+from lorameter.attach.error_guard import NotFollowedError, Shield, say
 from lorameter.attach.steps import Steps
 from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
 

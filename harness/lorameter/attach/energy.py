@@ -1,7 +1,7 @@
 """The energy of a card over the stretches in which a script only trains, from the card's own counter.
 
 What a script does beside (evaluation, saving) is in no stretch, and one that is too short for the counter says nothing
-(`lorameter.machine.watch.energy_between`), so the steps are counted with the stretches that do.
+(`lorameter.machine.telemetry.energy_between`), so the steps are counted with the stretches that do.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lorameter.attach.follower import StepReading
+from lorameter.attach.observer import StepReading
 from lorameter.machine.nvml import Device
 from lorameter.machine.reading import Reading
-from lorameter.machine.watch import card_of, energy_between
+from lorameter.machine.telemetry import card_of, energy_between
 
 
 class Energy:

@@ -10,12 +10,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.follower import Follower, Phase, Training, weakly
+from lorameter.attach.observer import Follower, Phase, Training, weakly
 from lorameter.attach.identity import count_parameters, device_of, rank_of
 from lorameter.attach.optimizer import StopTraining
 from lorameter.attach.patches import uncompiled
-from lorameter.attach.shield import Shield
-from lorameter.attach.sight import Sight
+from lorameter.attach.error_guard import Shield
+from lorameter.attach.model_hooks import Sight
 from lorameter.attach.steps import Steps
 
 Batch = TypeVar("Batch")

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from lorameter.attach.attachment import named_follower
-from lorameter.attach.follower import Follower
+from lorameter.attach.observer import Follower
 from lorameter.attach.loop import LoopSource
 from lorameter.attach.trainer import TrainerSource
 from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.follower import Follower, Training, weakly
+from lorameter.attach.observer import Follower, Training, weakly
 from lorameter.attach.identity import count_parameters, rank_of
 from lorameter.attach.patches import Patches, compiles_here, uncompiled
-from lorameter.attach.shield import Shield, say
-from lorameter.attach.sight import Sight, find_root
+from lorameter.attach.error_guard import Shield, say
+from lorameter.attach.model_hooks import Sight, find_root
 from lorameter.attach.steps import Steps
 
 MOST_OTHERS = 100

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorameter.attach.follower import Phase
+from lorameter.attach.observer import Phase
 from lorameter.machine.memory import MemoryGauge
 
 

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.attach.follower import StepReading, Training
-from lorameter.attach.gathered import MOST_TIMED
-from lorameter.attach.traces import ranks_of
+from lorameter.attach.observer import StepReading, Training
+from lorameter.attach.step_samples import MOST_TIMED
+from lorameter.attach.marker_files import ranks_of
 from lorameter.attach.variables import RUN
-from lorameter.records import codec, inputs
-from lorameter.records.document import write_document
+from lorameter.records import codec, bounded_io
+from lorameter.records.atomic_json import write_document
 from lorameter.records.record import Notice
 
 WAIT_S = 10.0
@@ -128,7 +128,7 @@ class Ranks:
         while not all(path.is_file() for path in paths) and time.monotonic() < deadline:
             time.sleep(0.05)
         read = [
-            codec.from_json(RankTimes, inputs.read_json(path, MOST_BYTES), path.name)
+            codec.from_json(RankTimes, bounded_io.read_json(path, MOST_BYTES), path.name)
             for path in paths
             if path.is_file()
         ]

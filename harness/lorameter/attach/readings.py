@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorameter.attach.follower import StepReading
-from lorameter.attach.parts import Border, times_of
+from lorameter.attach.observer import StepReading
+from lorameter.attach.step_phases import Border, times_of
 from lorameter.attach.tokens import Copied, Tokens, count_tokens
 
 

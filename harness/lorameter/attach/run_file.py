@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from lorameter.attach.command import study_of
-from lorameter.attach.shield import NotFollowedError
+from lorameter.attach.error_guard import NotFollowedError
 from lorameter.machine import provenance
 from lorameter.records import codec, steps, store
-from lorameter.records.preparation import Hello
+from lorameter.records.worker_info import Hello
 from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
 from lorameter.records.steps import Step
 from lorameter.records.store import Manifest, RunWriter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lorameter.attach.follower import StepReading
+from lorameter.attach.observer import StepReading
 
 _TIMED: Mapping[str, str] = {
     "step_time_s": "step_time_s",

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.follower import Follower, Next, Phase, StepReading, Training
-from lorameter.attach.parts import Parts
+from lorameter.attach.observer import Follower, Next, Phase, StepReading, Training
+from lorameter.attach.step_phases import Parts
 from lorameter.attach.readings import Ended, readings_of
-from lorameter.attach.shield import NotFollowedError, Shield
+from lorameter.attach.error_guard import NotFollowedError, Shield
 from lorameter.attach.tokens import Copied, copy_batch
 from lorameter.records.units import format_count
 

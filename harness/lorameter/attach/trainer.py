@@ -20,10 +20,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.follower import Follower, Training, weakly
+from lorameter.attach.observer import Follower, Training, weakly
 from lorameter.attach.identity import count_parameters, device_of, rank_of
-from lorameter.attach.logged import summarise
-from lorameter.attach.shield import Shield, without_frames
+from lorameter.attach.trainer_log import summarise
+from lorameter.attach.error_guard import Shield, without_frames
 from lorameter.attach.steps import Steps
 
 TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")

@@ -20,24 +20,24 @@ from typing import Any
 import torch
 
 from lorameter.attach.command import own_command
-from lorameter.attach.endings import ending_of
+from lorameter.attach.exit_status import ending_of
 from lorameter.attach.energy import Energy
-from lorameter.attach.follower import Next, Phase, StepReading, Training
-from lorameter.attach.gathered import MOST_TIMED, Gathered, tokens_in
+from lorameter.attach.observer import Next, Phase, StepReading, Training
+from lorameter.attach.step_samples import MOST_TIMED, Gathered, tokens_in
 from lorameter.attach.identity import device_of
-from lorameter.attach.notes import SEEN_BY, not_kept, say_missing, say_peaks, say_seen, second_training
+from lorameter.attach.report_notes import SEEN_BY, not_kept, say_missing, say_peaks, say_seen, second_training
 from lorameter.attach.peaks import Peaks
 from lorameter.attach.ranks import RankFile, Ranks
 from lorameter.attach.run_file import RunFile
-from lorameter.attach.shield import say
-from lorameter.attach.traces import command_of
+from lorameter.attach.error_guard import say
+from lorameter.attach.marker_files import command_of
 from lorameter.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
-from lorameter.attach.work import Work
+from lorameter.attach.flops import Work
 from lorameter.errors import said_by
-from lorameter.machine.watch import Watch
+from lorameter.machine.telemetry import Watch
 from lorameter.records import codec, store
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.records.required import lacking
+from lorameter.records.requirements import lacking
 from lorameter.records.steps import Step
 from lorameter.studies.script import name_of_words
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorameter.records.record import Notice
     from lorameter.records.store import Run
     from lorameter.run.plan import Plan
-    from lorameter.run.sites.venue import Venue
+    from lorameter.run.sites.placement import Venue
     from lorameter.studies.study import Study
     from lorameter.verdicts.gate import Policy
 
@@ -91,8 +91,8 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
     from lorameter.run.sites.sides import write_sides
-    from lorameter.run.sites.venue import open_venue
-    from lorameter.studies.place import HERE
+    from lorameter.run.sites.placement import open_venue
+    from lorameter.studies.placement import HERE
     from lorameter.verdicts.calibrate import MOST_ROWS
     from lorameter.verdicts.gate import load_policy
 
@@ -186,9 +186,9 @@ def run_calibrate(options: argparse.Namespace) -> int:
     import dataclasses
 
     from lorameter.run.executors import open_executor
-    from lorameter.run.sites.beside import PAIRS
-    from lorameter.run.sites.venue import open_venue
-    from lorameter.studies.place import HERE, say_on
+    from lorameter.run.sites.interference import PAIRS
+    from lorameter.run.sites.placement import open_venue
+    from lorameter.studies.placement import HERE, say_on
     from lorameter.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, rows_for
 
     if options.resume:
@@ -321,7 +321,7 @@ def _measured_here(
 def read_study(options: argparse.Namespace, device: str, standard: int | None = None, of: Study | None = None) -> Study:
     """The study that is named, or `of`, with the options' changes; 8 replicates, or `standard`, unless something else
     is asked for. `device` chooses its profile."""
-    from lorameter.studies.place import HERE
+    from lorameter.studies.placement import HERE
     from lorameter.studies.study_file import load_study
 
     if options.effort and options.replicates is not None:

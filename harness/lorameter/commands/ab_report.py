@@ -12,7 +12,7 @@ from lorameter.commands.page import save_page
 if TYPE_CHECKING:
     from lorameter.records.store import Run
     from lorameter.verdicts.gate import GateResult
-    from lorameter.verdicts.outcome import Compared
+    from lorameter.verdicts.comparison_report import Compared
 
 
 def show_ab(
@@ -47,7 +47,7 @@ def show_ab(
     said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
     title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
     if html := getattr(options, "html", None):
-        from lorameter.report.again import how_to_repeat
+        from lorameter.report.reproduce import how_to_repeat
 
         save_page(html, said, title, figures=figures, again=how_to_repeat(run))
     if form == "json":
@@ -84,7 +84,7 @@ def show_matrix(
 
     from lorameter.report.annotations import annotation
     from lorameter.report.matrix import Change, describe_matrix, encode_matrix
-    from lorameter.verdicts.outcome import worst
+    from lorameter.verdicts.comparison_report import worst
 
     form = form_of(options)
     results = [judge_run(run, options, options.metric) for run in runs]

@@ -49,9 +49,9 @@ def run_bisect(options: argparse.Namespace) -> int:
     from lorameter.report.bisect import describe_bisection
     from lorameter.report.terminal import console_for, show
     from lorameter.run.bisect import bisect
-    from lorameter.run.device import hold_device
+    from lorameter.run.device_lock import hold_device
     from lorameter.run.executors import open_executor
-    from lorameter.run.steps import list_steps
+    from lorameter.run.bisect_candidates import list_steps
 
     if options.metric not in METRICS:
         raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
@@ -64,7 +64,7 @@ def run_bisect(options: argparse.Namespace) -> int:
         if options.json:
             print_json({"candidates": codec.to_json(candidates)})
         else:
-            from kernels_check.visible import make_visible
+            from kernels_check.terminal import make_visible
 
             print(make_visible("\n".join(one.label for one in candidates)))
         return EXIT_PASS
@@ -97,7 +97,7 @@ def _compared(
     from lorameter.report.terminal import console_for
     from lorameter.run.ab import measure_ab, plan_ab
     from lorameter.run.executors import open_executor
-    from lorameter.run.steps import find_measured
+    from lorameter.run.bisect_candidates import find_measured
     from lorameter.verdicts.series import without_numbers
 
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))

@@ -10,10 +10,10 @@ from lorameter.commands.options import add_options
 from lorameter.commands.output import form_of, print_json, show_document
 from lorameter.commands.page import check_page, save_page
 from lorameter.errors import EXIT_PASS, UsageError
-from kernels_check.visible import make_visible
+from kernels_check.terminal import make_visible
 
 if TYPE_CHECKING:
-    from lorameter.verdicts.comparand import Comparand
+    from lorameter.verdicts.comparison_input import Comparand
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -64,7 +64,7 @@ def run_compare(options: argparse.Namespace) -> int:
     """Print the comparison; the exit code is that of its verdicts, which a policy gives limits alone."""
     from lorameter.verdicts.compare import compare
     from lorameter.verdicts.gate import load_policy
-    from lorameter.verdicts.outcome import document, exit_code
+    from lorameter.verdicts.comparison_report import document, exit_code
 
     if options.metric and options.all_metrics:
         raise UsageError("--metric and --all-metrics both choose the metrics. Give one of them.")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lorameter.machine.provenance import Machine
     from lorameter.models.costs.memory import MemoryEstimate
     from lorameter.records.memory_account import MemoryPhase
-    from lorameter.run.fitting import Needs
-    from lorameter.run.knobs import Advice
+    from lorameter.run.memory_fit import Needs
+    from lorameter.run.memory_options import Advice
     from lorameter.studies.variant import Variant
     from lorameter.studies.workload import Workload
 
@@ -55,9 +55,9 @@ def run_estimate(options: argparse.Namespace) -> int:
     from lorameter.records.memory_account import MEMORY_PHASES
     from lorameter.run.executors import open_executor
     from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
-    from lorameter.run.fitting import Fitter, on_card, on_machine
+    from lorameter.run.memory_fit import Fitter, on_card, on_machine
     from lorameter.run.forecast import process_bytes
-    from lorameter.run.knobs import advise
+    from lorameter.run.memory_options import advise
     from lorameter.studies.study_file import load_variant
 
     card = None if options.gpu is None else find_card(options.gpu)
@@ -102,7 +102,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
         return EXIT_PASS
     from lorameter.report.estimate import describe_estimate
-    from lorameter.report.fitting import describe_fit
+    from lorameter.report.memory_fit import describe_fit
     from lorameter.report.notices import tell_notices
     from lorameter.report.terminal import console_for, show
 
@@ -137,8 +137,8 @@ def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str
 
 def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) -> dict[str, Any]:
     from lorameter.models.costs.memory import PEAK_RANGES
-    from lorameter.report.fitting import describe_basis
-    from lorameter.run.fitting import Needs
+    from lorameter.report.memory_fit import describe_basis
+    from lorameter.run.memory_fit import Needs
 
     device = advice.device
     low, high = PEAK_RANGES[device.machine.device]

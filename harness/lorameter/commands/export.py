@@ -9,7 +9,7 @@ from typing import Any
 
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
-from kernels_check.visible import make_visible
+from kernels_check.terminal import make_visible
 
 FORMATS = ("json", "csv", "parquet", "github-action-benchmark", "bencher", "mllog")
 """As `lorameter.results.files.FORMATS`, which would load what only a command needs; a test holds them equal."""

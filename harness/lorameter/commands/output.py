@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorameter.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorameter.report.table import Document
+    from lorameter.report.blocks import Document
 
 
 FORMATS = ("text", "json", "markdown", "github")
@@ -38,8 +38,8 @@ def show_document(
     document: Document, form: str, *, annotations: Callable[[], str] = lambda: "", verbose: bool = False
 ) -> None:
     """Print a report: as text, as Markdown, or as annotations of a GitHub job with its summary."""
-    from lorameter.records.refusals import say_unwritable
-    from lorameter.report.markdown import SUMMARY_BYTES, markdown_of
+    from lorameter.records.os_errors import say_unwritable
+    from lorameter.report.render_markdown import SUMMARY_BYTES, markdown_of
     from lorameter.report.terminal import console_for, show
 
     if form == "text":

@@ -12,8 +12,8 @@ from lorameter.errors import UsageError
 if TYPE_CHECKING:
     from lorameter.records.store import Run
     from lorameter.report.figure import Figure
-    from lorameter.report.table import Document
-    from lorameter.report.view import RunView
+    from lorameter.report.blocks import Document
+    from lorameter.report.run_view import RunView
 
 
 def check_page(path: str | None, option: str = "--html") -> None:
@@ -39,7 +39,7 @@ def save_page(
     if path is None:
         return
     from lorameter.report.html.page import save_html, write_html
-    from kernels_check.visible import tell
+    from kernels_check.terminal import tell
 
     check_page(path)
     page = write_html(document, title=title, names=names, figures=figures, again=again)
@@ -50,7 +50,7 @@ def save_run_page(path: str | None, run: Run, view: RunView, document: Document)
     """The page of a run: its report, its figures, and how to repeat it."""
     if path is None:
         return
-    from lorameter.report.again import how_to_repeat
+    from lorameter.report.reproduce import how_to_repeat
     from lorameter.report.figures import figures_of_run
 
     figures, again = figures_of_run(run, view), how_to_repeat(run)

@@ -16,7 +16,7 @@ from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 if TYPE_CHECKING:
     from lorameter.profile.finding import Finding
     from lorameter.profile.remedy import Tried
-    from lorameter.report.table import Document
+    from lorameter.report.blocks import Document
     from lorameter.run.executors import Executor
     from lorameter.studies.study import Study
     from lorameter.studies.variant import Variant
@@ -71,12 +71,12 @@ def run_profile(options: argparse.Namespace) -> int:
     from lorameter.profile.remedy import choose_finding
     from lorameter.profile.requests.rules import check_request_code
     from lorameter.records import codec, store
-    from lorameter.report.table import Span, say
+    from lorameter.report.blocks import Span, say
     from lorameter.report.terminal import console_for, show
-    from lorameter.report.tried import describe_tried
-    from lorameter.run.device import hold_device
+    from lorameter.report.remedy_result import describe_tried
+    from lorameter.run.device_lock import hold_device
     from lorameter.run.executors import open_executor
-    from lorameter.studies.place import HERE
+    from lorameter.studies.placement import HERE
     from lorameter.studies.study_file import load_variant
 
     of_requests = options.phase == "generate"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lorameter.errors import UsageError, redact
 from lorameter.records import store
 from lorameter.verdicts.baselines import WORD, read_base
-from lorameter.verdicts.comparand import (
+from lorameter.verdicts.comparison_input import (
     Comparand,
     Measurements,
     comparand_of,
@@ -23,7 +23,7 @@ from lorameter.verdicts.comparand import (
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import GateResult, Policy, judge, load_policy
 from lorameter.verdicts.software import TOLD
-from kernels_check.visible import make_visible
+from kernels_check.terminal import make_visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

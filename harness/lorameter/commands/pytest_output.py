@@ -9,7 +9,7 @@ import errno
 
 import pytest
 
-from kernels_check.streams import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, Unread
+from kernels_check.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, Unread
 
 
 class Output:

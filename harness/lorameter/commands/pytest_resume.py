@@ -19,14 +19,14 @@ from lorameter.run.resume import (
     refuse_settled,
     study_of,
 )
-from kernels_check.visible import tell
+from kernels_check.terminal import tell
 
 if TYPE_CHECKING:
     import pytest
 
     from lorameter.records.store import Run
     from lorameter.run.display import Display
-    from lorameter.run.sites.venue import Venue
+    from lorameter.run.sites.placement import Venue
 
 OPTION = "--lorameter-resume"
 

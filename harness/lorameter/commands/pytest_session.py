@@ -13,17 +13,17 @@ import pytest
 from lorameter.commands.page import check_page, save_run_page
 from lorameter.commands.pytest_clock import ReplayClock
 from lorameter.errors import LorameterError, UsageError
-from kernels_check.streams import Aside
-from kernels_check.visible import make_visible
+from kernels_check.pipes import Aside
+from kernels_check.terminal import make_visible
 
 if TYPE_CHECKING:
     from lorameter.machine.provenance import Facts
     from lorameter.records.record import Notice, TrialRecord
     from lorameter.records.store import Run
-    from lorameter.report.table import Document
+    from lorameter.report.blocks import Document
     from lorameter.run.executors import Executor
     from lorameter.run.plan import Plan
-    from lorameter.run.sites.venue import Venue
+    from lorameter.run.sites.placement import Venue
     from lorameter.studies.study import Study
     from lorameter.verdicts.gate import GateResult
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PLUGIN = "lorameter-session"
 DEFAULT_STUDY = "lora-or-qlora"
 HERE = "here"
-"""As `lorameter.studies.place` has it, which is not imported in projects that do not use the plugin."""
+"""As `lorameter.studies.placement` has it, which is not imported in projects that do not use the plugin."""
 DRY = "--lorameter-dry-run: the plan is shown at the end, and nothing was measured"
 NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
 
@@ -155,7 +155,7 @@ class Session:
             return
         from lorameter.report.gate import describe_gate
         from lorameter.report.run import describe_run
-        from lorameter.report.view import view_of
+        from lorameter.report.run_view import view_of
 
         view = view_of(self._run)
         said = describe_run(view)
@@ -175,7 +175,7 @@ class Session:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if self._run is None:
             return
-        from lorameter.verdicts.standing import standing_of
+        from lorameter.verdicts.run_validity import standing_of
 
         if not standing_of(self._run, self._study).valid and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -212,7 +212,7 @@ class Session:
     def _opened(self) -> AbstractContextManager[Venue]:
         """Where it is measured; for what measures nothing no cluster is asked."""
         from lorameter.run.sites.local import check_spreadable
-        from lorameter.run.sites.venue import Venue, open_venue
+        from lorameter.run.sites.placement import Venue, open_venue
 
         place = self._study.protocol.place
         if place.mixed:

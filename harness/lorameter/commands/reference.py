@@ -154,13 +154,13 @@ def _toml(value: Any) -> str:
 
 def write_documents() -> str:
     """The page of the JSON documents: what each command prints, and what that is made of."""
-    from lorameter.commands import documents
+    from lorameter.commands import json_schema
     from lorameter.commands.output import SCHEMA
 
     lines = ["# What `--json` prints", "", "Made by `lorameter list documents` from the types in "
-             "`harness/lorameter/commands/documents.py`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
-    lines += [inspect.cleandoc(documents.__doc__ or "").partition("\n\n")[2], "", f"The schema is {SCHEMA}."]
-    for title, classes in (("documents", documents.DOCUMENTS), ("parts", documents.PARTS)):
+             "`harness/lorameter/commands/json_schema.py`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
+    lines += [inspect.cleandoc(json_schema.__doc__ or "").partition("\n\n")[2], "", f"The schema is {SCHEMA}."]
+    for title, classes in (("documents", json_schema.DOCUMENTS), ("parts", json_schema.PARTS)):
         for cls in classes:
             lines += ["", f"## {cls.__name__}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
             lines += _fields(cls, inherited=title == "parts")

@@ -14,9 +14,9 @@ from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from lorameter.records.store import Run
-    from lorameter.report.table import Document
-    from lorameter.report.view import Asked, RunView
-    from lorameter.verdicts.outcome import Compared
+    from lorameter.report.blocks import Document
+    from lorameter.report.run_view import Asked, RunView
+    from lorameter.verdicts.comparison_report import Compared
 
 PHASE_WORDS = ("train", "generate", "cold")
 SORT_WORDS = ("study", "name", "ratio", "value", "memory")
@@ -40,7 +40,7 @@ def add_commands(commands: Any, common: Any) -> None:
 def run_report(options: argparse.Namespace) -> int:
     """Print the report of a run, whole or not; of an A/B the gate's, by the policy that it was judged by."""
     from lorameter.records import store
-    from lorameter.report.view import encode_run, view_of
+    from lorameter.report.run_view import encode_run, view_of
 
     form, folder = form_of(options), store.runs_dir(options.runs_dir)
     check_page(options.html)
@@ -70,7 +70,7 @@ def _filter(options: argparse.Namespace, *runs: Run) -> Callable[[Compared], boo
     an order."""
     import fnmatch
 
-    from lorameter.report.view import phase_of
+    from lorameter.report.run_view import phase_of
     from lorameter.studies.study import unknown
 
     name = ", ".join(run.manifest.run for run in runs)
@@ -106,8 +106,8 @@ def show_report(run: Run, view: RunView, form: str = "text", *, verbose: bool = 
 def document_of(run: Run, view: RunView) -> Document:
     """All that is said of a run that compares variants."""
     from lorameter.report.run import describe_run
-    from lorameter.studies.stored import read_study
-    from lorameter.verdicts.mixed import is_mixed
+    from lorameter.studies.from_run import read_study
+    from lorameter.verdicts.per_site import is_mixed
 
     document = describe_run(view)
     # A claim is of one kind of machine, and the notices say what this is.
@@ -118,14 +118,14 @@ def document_of(run: Run, view: RunView) -> Document:
         from lorameter.verdicts.claims import judge_claims
 
         return document + describe_verdicts(judge_claims(run))
-    from lorameter.report.table import Section, say
+    from lorameter.report.blocks import Section, say
 
     said = f"not judged: the run is invalid. `lorameter claims {view.run}` judges them by the trials that there are."
     return (*document, Section(title="Claims", lines=(say(said),)))
 
 
 def _asked(options: argparse.Namespace) -> Asked:
-    from lorameter.report.view import Asked
+    from lorameter.report.run_view import Asked
     from lorameter.verdicts.gate import load_policy
 
     return Asked(

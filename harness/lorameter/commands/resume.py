@@ -12,7 +12,7 @@ from lorameter.errors import UsageError
 
 if TYPE_CHECKING:
     from lorameter.records.store import Run
-    from lorameter.run.sites.venue import Venue
+    from lorameter.run.sites.placement import Venue
 
 SHOWN = {"script": "command"}
 """Options by the name under which they are kept, where that is another."""
@@ -35,10 +35,10 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
         UsageError, InvalidRunError: it cannot be gone on with, here or at all.
     """
     from lorameter.records import store
-    from lorameter.report.table import say
+    from lorameter.report.blocks import say
     from lorameter.report.terminal import console_for, show
     from lorameter.run.resume import is_finished, read_broken_off, refuse_settled, study_of
-    from lorameter.run.sites.venue import open_venue
+    from lorameter.run.sites.placement import open_venue
     from lorameter.studies.study_file import load_study
 
     given = {f"--{SHOWN.get(name, name)}": getattr(options, name.replace("-", "_")) for name in settled}
@@ -62,7 +62,7 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
 def _go_on_there(run: Run, venue: Venue, options: argparse.Namespace) -> Run | None:
     from lorameter.models.catalogue import cache_dir
     from lorameter.report.live import LiveDisplay
-    from lorameter.report.table import say
+    from lorameter.report.blocks import say
     from lorameter.report.terminal import console_for, show
     from lorameter.run.ab import resume_ab
     from lorameter.run.measure import measure

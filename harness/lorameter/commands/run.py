@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorameter.records.record import Notice
     from lorameter.records.store import Run
     from lorameter.run.plan import Plan
-    from lorameter.run.sites.venue import Venue
+    from lorameter.run.sites.placement import Venue
     from lorameter.studies.study import Study
 
 
@@ -49,7 +49,7 @@ def run_study(options: argparse.Namespace) -> int:
         raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
-    from lorameter.run.sites.venue import open_venue
+    from lorameter.run.sites.placement import open_venue
 
     with open_venue(_study(options, ""), options.runs_dir) as venue:
         return _run_on(venue, options)
@@ -126,9 +126,9 @@ def run_resumed(options: argparse.Namespace) -> int:
 def _show(run: Run, options: argparse.Namespace) -> int:
     """Print what was measured; the exit code says whether the run is valid."""
     from lorameter.report.notices import tell_notices
-    from lorameter.report.spent import encode_spending
+    from lorameter.report.time_breakdown import encode_spending
     from lorameter.report.terminal import console_for, show
-    from lorameter.report.view import view_of
+    from lorameter.report.run_view import view_of
 
     view = view_of(run)
     if options.json:

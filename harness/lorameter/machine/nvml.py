@@ -1,7 +1,7 @@
 """The card as NVML tells it (`lorameter.machine.nvml_calls`).
 
 NVML knows the whole machine and not CUDA_VISIBLE_DEVICES, so the card is found by the rules of
-`lorameter.machine.visible`; of several `lorameter.machine.cards` tells.
+`lorameter.machine.visible_gpus`; of several `lorameter.machine.gpus` tells.
 
 Units are base units: NVML's milliwatts, millijoules, megahertz and nanoseconds end here.
 """
@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from lorameter.machine.card import CardFacts, CardSample, Clocks, Memory, Occupant
+from lorameter.machine.gpu import CardFacts, CardSample, Clocks, Memory, Occupant
 from lorameter.machine.nvml_calls import asked, by_uuid, card_of, ended, handle_of, started, text_of
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.throttle import reasons_in
-from lorameter.machine.visible import visible_devices
+from lorameter.machine.visible_gpus import visible_devices
 
 V = TypeVar("V")
 

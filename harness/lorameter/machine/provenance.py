@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.machine import steering
+from lorameter.machine import kernel_env
 from lorameter.machine.nvml import Device, open_device
 from lorameter.machine.repository import git_state
 from lorameter.machine.software import cuda_of, installed_packages, normal_name
 from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
 from lorameter.records import codec
-from lorameter.records.preparation import Hello
+from lorameter.records.worker_info import Hello
 from lorameter.studies import data_source
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study
@@ -46,7 +46,7 @@ FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads"
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
 """One more, of runs on a card: its power limit in force, in whole watts, as far as it is known."""
-LATER = (POWER_LIMIT, steering.FIELD)
+LATER = (POWER_LIMIT, kernel_env.FIELD)
 """Of runs on a card. Runs that were written before they were recorded have none, so their fingerprints are what they
 were, and so are those of runs on a CPU."""
 
@@ -154,7 +154,7 @@ def read_facts(
         git=git_state(Path.cwd()),
         host=host,
         packages=installed_packages(),
-        switches=steering.switches_of(os.environ),
+        switches=kernel_env.switches_of(os.environ),
     )
 
 
@@ -199,7 +199,7 @@ def _kernels(facts: Facts) -> dict[str, Any]:
         return {}
     here = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches}
     there = here | (facts.host or {})
-    return {steering.FIELD: steering.steering(there["packages"], there["cuda"], there["switches"])}
+    return {kernel_env.FIELD: kernel_env.steering(there["packages"], there["cuda"], there["switches"])}
 
 
 def _engine(study: Study, facts: Facts) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def _digest_of(path: Path) -> str:
 def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
     fields = {key: provenance.get(key) for key in FINGERPRINT}
-    later = {POWER_LIMIT: power_limit_w(provenance), steering.FIELD: provenance.get(steering.FIELD)}
+    later = {POWER_LIMIT: power_limit_w(provenance), kernel_env.FIELD: provenance.get(kernel_env.FIELD)}
     known = fields | {key: value for key, value in later.items() if value is not None}
     return {key: value for key, value in known.items() if key not in without}
 

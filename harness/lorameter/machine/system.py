@@ -21,7 +21,7 @@ from typing import Any
 from lorameter.machine.cgroup import cpu_quota, memory_left, memory_limit
 from lorameter.machine.cores import holds_any
 from lorameter.machine.host import NO_FREQUENCY, ROOT, HostWatch, load_average
-from lorameter.machine.neighbours import FIRST_PID_NAMESPACE
+from lorameter.machine.other_gpu_processes import FIRST_PID_NAMESPACE
 from lorameter.machine.nvml import open_device
 from lorameter.machine.reading import Reading, count_of, missing, read_file, unavailable
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from lorameter.errors import LorameterError
 from lorameter.models import catalogue
-from lorameter.records import codec, inputs
-from lorameter.records.document import write_document
+from lorameter.records import codec, bounded_io
+from lorameter.records.atomic_json import write_document
 from lorameter.records.locks import is_locked
 
 ENV_BASES = "LORAMETER_BASES"
@@ -81,7 +81,7 @@ def read_description(folder: Path) -> Description | None:
     """What is said of the base in a folder; None where there is none, or one whose file has not the size that was
     written. That the bytes are those is `verify`'s to say."""
     try:
-        data = inputs.read_json(folder / DESCRIPTION, inputs.MANIFEST_BYTES)
+        data = bounded_io.read_json(folder / DESCRIPTION, bounded_io.MANIFEST_BYTES)
         description = codec.from_json(Description, data, "description of a base")
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
     except (OSError, ValueError, LorameterError):  # whatever is written there

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from lorameter.records import inputs
+from lorameter.records import bounded_io
 
 VERSIONS = (2, 3)
 MOST_ITEMS = 4_000_000
@@ -27,7 +27,7 @@ MOST_ENTRIES = 1_000_000
 MOST_NESTED = 8
 """Lists in one another."""
 MOST_DIMENSIONS = 8
-TEXT_BYTES = inputs.CONFIG_BYTES
+TEXT_BYTES = bounded_io.CONFIG_BYTES
 """Of a value that is a text; the longest are chat templates and licences."""
 NAME_BYTES = 65_535
 """Of a name, by the specification."""
@@ -61,12 +61,12 @@ def read_header(path: Path) -> Header:
         NotReadableError: it is no GGUF file, was cut short, or says of itself what no file has.
         OSError: there is none, or it may not be read.
     """
-    with inputs.open_plain(path) as file:
+    with bounded_io.open_plain(path) as file:
         return _Walk(file).header()
 
 
 def _refuse(why: str) -> NoReturn:
-    raise inputs.NotReadableError(why)
+    raise bounded_io.NotReadableError(why)
 
 
 class _Walk:

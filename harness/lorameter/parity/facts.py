@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorameter.records.parity import Served
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.studies.serving import Way
+from lorameter.studies.serving_modes import Way
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.machine.validity import CONTENDED
+from lorameter.machine.disturbances import CONTENDED
 from lorameter.profile.evidence import Evidence, left_out
 from lorameter.profile.finding import Finding
 from lorameter.records.units import format_bytes, format_count, format_value

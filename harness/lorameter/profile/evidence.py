@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorameter.errors import UsageError
-from lorameter.machine.validity import waiting_share
+from lorameter.machine.disturbances import waiting_share
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import computed_tokens
 from lorameter.models.costs.memory import memory_bytes

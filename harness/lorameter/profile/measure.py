@@ -21,21 +21,21 @@ from lorameter.models.costs.ceiling import product_rate
 from lorameter.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
 from lorameter.models.costs.peaks import Peak, Rate, stated_peak
 from lorameter.profile.facts import Profile
-from lorameter.records import codec, inputs
+from lorameter.records import codec, bounded_io
 from lorameter.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
-from lorameter.records.document import write_document
+from lorameter.records.atomic_json import write_document
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.metrics import BIRTH
 from lorameter.records.record import Fragment, Notice, TrialRecord
-from lorameter.records.refusals import say_refused
-from lorameter.records.scratch import leaving_nothing, scratch_folder
+from lorameter.records.os_errors import say_refused
+from lorameter.records.tempdirs import leaving_nothing, scratch_folder
 from lorameter.records.store import new_run_id
-from lorameter.run.contenders import Contender
+from lorameter.run.arms import Contender
 from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Plan, Slot, make_plan
-from lorameter.run.ready import greet
-from lorameter.run.site import Site, begin_record, request_of, site_of
+from lorameter.run.prepare import greet
+from lorameter.run.trial_setup import Site, begin_record, request_of, site_of
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -64,8 +64,8 @@ class OpenTrial:
         """What the trial left in its folder. Raises `InvalidRunError` where that cannot be read."""
         request = self.trial.request
         try:
-            data = inputs.read_json(self.executor.fetch(request.trial, name, self.scratch), inputs.MANIFEST_BYTES)
-        except inputs.NotReadableError as error:
+            data = bounded_io.read_json(self.executor.fetch(request.trial, name, self.scratch), bounded_io.MANIFEST_BYTES)
+        except bounded_io.NotReadableError as error:
             raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Measure again.") from None
         return codec.from_json(kind, data, name)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, redact
-from lorameter.records import codec, inputs, journal
-from lorameter.records.forms import check_evidence
+from lorameter.records import codec, bounded_io, journal
+from lorameter.records.validation import check_evidence
 
 CHECKS = "checks.jsonl"
 HASH_DIGITS = 16
@@ -78,18 +78,18 @@ class EvidenceFile:
     def _look(self) -> None:
         """Read what has been added since; a line that has no end yet is left for the next time. Raises `UsageError`
         for one that never ends, and where too many say nothing."""
-        if not inputs.is_file(self._path) or self._path.stat().st_size == self._seen_bytes:
+        if not bounded_io.is_file(self._path) or self._path.stat().st_size == self._seen_bytes:
             return
         try:
-            with inputs.open_plain(self._path) as file:
+            with bounded_io.open_plain(self._path) as file:
                 file.seek(self._seen_bytes)
-                for line in inputs.lines_of(file):
+                for line in bounded_io.lines_of(file):
                     if not line.endswith(b"\n"):
                         return
                     self._seen_bytes += len(line)
                     self._damaged += not self._keep(line)
                     journal.refuse_damaged(self._path, self._damaged)
-        except inputs.NotReadableError as error:
+        except bounded_io.NotReadableError as error:
             raise journal.refusal_of(self._path, error) from None
 
     def _keep(self, line: bytes) -> bool:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorameter.errors import UsageError
-from lorameter.records import inputs
-from lorameter.records.refusals import say_unwritable
+from lorameter.records import bounded_io
+from lorameter.records.os_errors import say_unwritable
 
 
 def append(path: Path, text: str) -> None:
@@ -51,10 +51,10 @@ def lines(path: Path) -> Iterator[str]:
     Raises:
         UsageError: the file is there and cannot be read: it is no plain one, a line of it has no end, or it is blank.
     """
-    if not inputs.is_there(path):
+    if not bounded_io.is_there(path):
         return
-    with say_unreadable(path), inputs.open_plain(path) as file:
-        for line in inputs.lines_of(file):
+    with say_unreadable(path), bounded_io.open_plain(path) as file:
+        for line in bounded_io.lines_of(file):
             if not line.isspace():
                 yield line.decode("utf-8", errors="backslashreplace")
 
@@ -65,21 +65,21 @@ def say_unreadable(path: Path) -> Iterator[None]:
     remedy."""
     try:
         yield
-    except inputs.NotReadableError as error:
+    except bounded_io.NotReadableError as error:
         raise refusal_of(path, error) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}. Make it readable, or restore it.") from None
 
 
-def refusal_of(path: Path, error: inputs.NotReadableError) -> UsageError:
+def refusal_of(path: Path, error: bounded_io.NotReadableError) -> UsageError:
     """What to say of a file that no run has written."""
     return UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it.")
 
 
 def refuse_damaged(path: Path, lines: int) -> None:
     """Raises `UsageError` where so many lines of a file say nothing that none of our crashes has done it."""
-    if lines > inputs.MOST_DAMAGED_LINES:
-        error = inputs.NotReadableError(f"more than {inputs.MOST_DAMAGED_LINES:,} of its lines are damaged")
+    if lines > bounded_io.MOST_DAMAGED_LINES:
+        error = bounded_io.NotReadableError(f"more than {bounded_io.MOST_DAMAGED_LINES:,} of its lines are damaged")
         raise refusal_of(path, error)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.errors import UsageError
-from lorameter.records import codec, inputs
-from lorameter.records.forms import check_manifest
-from lorameter.records.newer import Left, read_known
-from lorameter.records.preparation import BaseSummary
+from lorameter.records import codec, bounded_io
+from lorameter.records.validation import check_manifest
+from lorameter.records.forward_compat import Left, read_known
+from lorameter.records.worker_info import BaseSummary
 from lorameter.records.record import SCHEMA, Notice, is_newer, require_readable
-from lorameter.records.spending import Spending
+from lorameter.records.time_breakdown import Spending
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
@@ -99,10 +99,10 @@ def read_known_manifest(path: Path, left: Left, *, newer: bool) -> Manifest:
     """The same; what of a newer one is not known is noted in `left`."""
     source = path / MANIFEST
     try:
-        data = inputs.read_json(source, inputs.MANIFEST_BYTES)
+        data = bounded_io.read_json(source, bounded_io.MANIFEST_BYTES)
         schema = require_readable(data, source, newer=newer)
         codec.dumps(data).encode()  # what could not be written again would only fail later
-    except (inputs.NotReadableError, codec.NotJsonError, UnicodeError) as error:
+    except (bounded_io.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     data = _lift_workloads(data)
     known = is_newer(schema)

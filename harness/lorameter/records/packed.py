@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorameter.errors import UsageError
-from lorameter.records import inputs
-from lorameter.records.refusals import OF_THE_MACHINE, say_unwritable
-from lorameter.records.scratch import scratch_folder
+from lorameter.records import bounded_io
+from lorameter.records.os_errors import OF_THE_MACHINE, say_unwritable
+from lorameter.records.tempdirs import scratch_folder
 
 SUFFIX = ".lorameter.zip"
 MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl", "beside.jsonl")
@@ -35,7 +35,7 @@ _REMEDY = "Ask for the file again, or for the run's directory."
 
 def is_packed(path: Path) -> bool:
     """Whether a file with an archive in it is there."""
-    if not inputs.is_file(path):
+    if not bounded_io.is_file(path):
         return False
     with contextlib.suppress(OSError):
         return zipfile.is_zipfile(path)
@@ -44,7 +44,7 @@ def is_packed(path: Path) -> bool:
 
 def list_packed(folder: Path) -> list[Path]:
     """The packed runs that lie in a folder, by name."""
-    if not inputs.is_folder(folder):
+    if not bounded_io.is_folder(folder):
         return []
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if is_packed(path))
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Literal
 
 from lorameter.errors import UsageError
-from lorameter.records import codec, inputs, journal, steps
-from lorameter.records.document import write_document, write_whole
+from lorameter.records import codec, bounded_io, journal, steps
+from lorameter.records.atomic_json import write_document, write_whole
 from lorameter.records.evidence import EvidenceFile, LostEvidenceError
 from lorameter.records.locks import alone, is_locked, lock_of
 from lorameter.records.manifest import MANIFEST as MANIFEST
@@ -35,11 +35,11 @@ from lorameter.records.manifest import RunStatus as RunStatus
 from lorameter.records.manifest import SiteFacts as SiteFacts
 from lorameter.records.manifest import read_known_manifest
 from lorameter.records.manifest import read_manifest as read_manifest
-from lorameter.records.newer import Left, Newer
+from lorameter.records.forward_compat import Left, Newer
 from lorameter.records.packed import is_packed, unpacked
 from lorameter.records.record import UNDER_WAY, Notice, TrialRecord, is_newer
-from lorameter.records.refusals import say_refused, say_unwritable
-from lorameter.records.spending import Spending
+from lorameter.records.os_errors import say_refused, say_unwritable
+from lorameter.records.time_breakdown import Spending
 from lorameter.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
 from lorameter.records.units import format_count
 
@@ -53,7 +53,7 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
     """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
     named = given or os.environ.get(ENV_RUNS)
     path = Path(named or Path(".lorameter") / "runs")
-    if not make and (inputs.is_folder(path) or not inputs.is_there(path)):
+    if not make and (bounded_io.is_folder(path) or not bounded_io.is_there(path)):
         return path
     with say_unwritable(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
         path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _hide_from_git(folder: Path) -> None:
 
 def new_run_id(name: str, folder: Path) -> str:
     """Sortable by time and of nothing that is in the folder, whatever the clock says: 20260131-093000-study-a1b2."""
-    while inputs.is_there(folder / (run := f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")):
+    while bounded_io.is_there(folder / (run := f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")):
         pass
     return run
 
@@ -96,7 +96,7 @@ class RunWriter:
     @property
     def has_records(self) -> bool:
         """Whether anything was measured in this run, now or before."""
-        return inputs.is_file(self.path / TRIALS)
+        return bounded_io.is_file(self.path / TRIALS)
 
     def finish(
         self,
@@ -185,13 +185,13 @@ def read_run(name: str, folder: Path, *, newer: bool = False) -> Run:
         if is_packed(place):
             with unpacked(place) as inside:
                 return dataclasses.replace(_read(inside, place.name, folder, newer=newer), path=place)
-    path = Path(name) if inputs.is_file(Path(name) / MANIFEST) else folder / name
+    path = Path(name) if bounded_io.is_file(Path(name) / MANIFEST) else folder / name
     return _read(path, name, folder, newer=newer)
 
 
 def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
     source = path / MANIFEST
-    if not inputs.is_file(source):
+    if not bounded_io.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     left: Left = {}
@@ -283,13 +283,13 @@ def refusal_while_live(path: Path) -> str:
 
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
-    found = folder.glob("*") if inputs.is_folder(folder) else ()
+    found = folder.glob("*") if bounded_io.is_folder(folder) else ()
     return sorted(path for path in found if is_run(path))
 
 
 def list_unbegun(folder: Path) -> list[Path]:
     """Directories of runs whose process was killed before it had written a manifest."""
-    found = folder.glob("*") if inputs.is_folder(folder) else ()
+    found = folder.glob("*") if bounded_io.is_folder(folder) else ()
     return sorted(path for path in found if is_held_by_nobody(path) and not is_run(path))
 
 

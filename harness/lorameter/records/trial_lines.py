@@ -19,9 +19,9 @@ import msgspec
 from lorameter.errors import UsageError
 from lorameter.records import codec, journal
 from lorameter.records.evidence import EvidenceFile
-from lorameter.records.forms import check_evidence, check_finding, check_record, check_tokens
-from lorameter.records.mirror import Reader
-from lorameter.records.newer import Left, read_known
+from lorameter.records.validation import check_evidence, check_finding, check_record, check_tokens
+from lorameter.records.fast_decode import Reader
+from lorameter.records.forward_compat import Left, read_known
 from lorameter.records.record import SCHEMA, TrialRecord, require_readable
 
 Record = TypeVar("Record", bound=TrialRecord)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from lorameter.report.comparison import invalid_of, list_differences, title_of_report, write_compared
 from lorameter.report.gate import outcome_of
-from lorameter.report.words import title_of
-from lorameter.verdicts.outcome import EXIT_OF, PRECEDENCE
-from kernels_check.visible import make_visible
+from lorameter.report.phrases import title_of
+from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE
+from kernels_check.terminal import make_visible
 
 if TYPE_CHECKING:
-    from lorameter.report.view import RunView
+    from lorameter.report.run_view import RunView
     from lorameter.verdicts.claims import ClaimsReport
     from lorameter.verdicts.gate import GateResult
-    from lorameter.verdicts.outcome import ComparisonReport
+    from lorameter.verdicts.comparison_report import ComparisonReport
 
 
 def gate_annotations(result: GateResult) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lorameter.report.table import Document, Head, Section, Table, say, write_ratio, write_row
-from lorameter.report.words import title_of_ratio
+from lorameter.report.blocks import Document, Head, Section, Table, say, write_ratio, write_row
+from lorameter.report.phrases import title_of_ratio
 
 if TYPE_CHECKING:
     from lorameter.records.store import Run

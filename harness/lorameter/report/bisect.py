@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorameter.report.table import Cell, Document, Row, Span, Table, name_columns, say, write_ratio
+from lorameter.report.blocks import Cell, Document, Row, Span, Table, name_columns, say, write_ratio
 from lorameter.run.bisect import Bisection, Look
 
 HEADS = name_columns("compared with the good end", "ratio", "replicates", "is")

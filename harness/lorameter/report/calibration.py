@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorameter.report.table import (
+from lorameter.report.blocks import (
     Cell,
     Document,
     Section,

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 
 from lorameter.records.metrics import LOSSES, METRICS, Phase
 from lorameter.report.curves import Axis, Curve, Curves
-from lorameter.report.front import tabulate_serving
+from lorameter.report.pareto import tabulate_serving
 from lorameter.report.phase_table import PhaseTable
-from lorameter.report.table import Gallery, say
-from lorameter.report.words import title_of
+from lorameter.report.blocks import Gallery, say
+from lorameter.report.phrases import title_of
 from lorameter.studies.claim import is_number
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.verdicts.series import Groups, Series

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from lorameter.report.figure import Evidence, Figure, Matrix
-from lorameter.report.table import Tone
+from lorameter.report.blocks import Tone
 from lorameter.verdicts.series import Series
 from kernels_check.check import Status
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_count, format_interval
-from lorameter.report.table import (
+from lorameter.report.blocks import (
     Cell,
     Document,
     Head,
@@ -25,10 +25,10 @@ from lorameter.report.table import (
     write_row,
     write_value,
 )
-from lorameter.report.words import write_finding
+from lorameter.report.phrases import write_finding
 from lorameter.stats import Share
 from lorameter.verdicts.claims import ClaimResult, ClaimsReport, PartResult
-from lorameter.verdicts.judging import MARGIN
+from lorameter.verdicts.compare_pairs import MARGIN
 
 _HEADS = (
     Head(text="claim"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lorameter.records.units import first_few
 from lorameter.report.notices import describe_notices
-from lorameter.report.table import (
+from lorameter.report.blocks import (
     Block,
     Cell,
     Document,
@@ -29,11 +29,11 @@ from lorameter.report.table import (
     write_ratio,
     write_row,
 )
-from lorameter.report.words import say_effect, say_open, title_of, title_of_ratio, write_finding
+from lorameter.report.phrases import say_effect, say_open, title_of, title_of_ratio, write_finding
 from lorameter.stats import Verdict
-from lorameter.verdicts.comparand import is_memory
-from lorameter.verdicts.judging import MARGIN
-from lorameter.verdicts.outcome import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
+from lorameter.verdicts.comparison_input import is_memory
+from lorameter.verdicts.compare_pairs import MARGIN
+from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
 
 HEADS = (
     Head(text="variant"),

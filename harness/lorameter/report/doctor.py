@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from lorameter.machine.doctor.check import About, Check, Grade
-from lorameter.report.table import Block, Cell, Document, Span, Table, name_columns, say, write_row
+from lorameter.report.blocks import Block, Cell, Document, Span, Table, name_columns, say, write_row
 
 TITLES: dict[About, str] = {
     "runs": "What this machine can run",

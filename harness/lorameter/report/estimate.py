@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lorameter.records.memory_account import in_order, title_of
 from lorameter.records.units import format_bytes
-from lorameter.report.table import Block, Cell, Document, Row, Table, name_columns, say, write_row
-from lorameter.report.words import say_request
+from lorameter.report.blocks import Block, Cell, Document, Row, Table, name_columns, say, write_row
+from lorameter.report.phrases import say_request
 
 if TYPE_CHECKING:
     from lorameter.machine.provenance import Machine
@@ -33,7 +33,7 @@ def describe_estimate(
     """One row a kind, one column a phase; `measured` are peaks in bytes by phase, where a run has them.
 
     Without estimates, as of a model whose layers are not known, there are the measured peaks alone. `elsewhere` is said
-    of a device that is not here: whether it fits on that is another document (`lorameter.report.fitting`).
+    of a device that is not here: whether it fits on that is another document (`lorameter.report.memory_fit`).
     """
     return tuple(_blocks(variant, workload, machine, estimates, measured, elsewhere))
 

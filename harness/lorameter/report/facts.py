@@ -11,9 +11,9 @@ from lorameter.records.store import Run
 from lorameter.records.units import format_count
 from lorameter.report.progress import replicates_said, standing
 from lorameter.report.scripts import describe_scripts
-from lorameter.report.table import Line, say
-from lorameter.report.words import say_adapters, say_request
-from lorameter.studies.stored import read_own_workloads
+from lorameter.report.blocks import Line, say
+from lorameter.report.phrases import say_adapters, say_request
+from lorameter.studies.from_run import read_own_workloads
 from lorameter.studies.study import Study
 from lorameter.studies.workload import LOSSES, Workload
 from lorameter.verdicts.software import say_threads, versions_of

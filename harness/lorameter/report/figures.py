@@ -17,12 +17,12 @@ from lorameter.report.charts import losses_by_step
 from lorameter.report.check_matrix import checks_matrix
 from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.figure import Bar, Bars, Figure, Intervals, Mark, Part, Samples, Stretch
-from lorameter.report.front import draw_serving, measure_both, tabulate_front
+from lorameter.report.pareto import draw_serving, measure_both, tabulate_front
 from lorameter.report.phase_table import PhaseTable
-from lorameter.report.table import Cell, Row, Table, name_columns, write_row, write_value
-from lorameter.report.view import RunView
-from lorameter.report.words import title_of_ratio
-from lorameter.studies.stored import read_own_workloads, read_study
+from lorameter.report.blocks import Cell, Row, Table, name_columns, write_row, write_value
+from lorameter.report.run_view import RunView
+from lorameter.report.phrases import title_of_ratio
+from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.workload import OF_TOKENS
 from lorameter.verdicts.series import Series, series_of
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from lorameter.profile.finding import Finding
 from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_bytes, format_value
-from lorameter.report.table import Cell, Head, Table, say_each, write_bytes, write_row
+from lorameter.report.blocks import Cell, Head, Table, say_each, write_bytes, write_row
 
 
 def tabulate_findings(findings: Sequence[Finding], notes: Iterable[str]) -> Table:

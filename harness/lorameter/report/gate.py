@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lorameter.report.comparison import describe_comparison, invalid_of
-from lorameter.report.table import Document, Section, Span, Tone, say, say_invalid
+from lorameter.report.blocks import Document, Section, Span, Tone, say, say_invalid
 
 if TYPE_CHECKING:
     from lorameter.verdicts.gate import GateResult

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
 from lorameter.records.units import Unit, first_few, format_count, format_percent, format_value
-from lorameter.report.table import (
+from lorameter.report.blocks import (
     Block,
     Cell,
     Document,
@@ -24,12 +24,12 @@ from lorameter.report.table import (
     write_row,
     write_value,
 )
-from lorameter.report.words import title_of
+from lorameter.report.phrases import title_of
 from lorameter.results.columns import VERSIONS
 from lorameter.results.history import Break, History, Moment, Plateau, Suspicion, Track
 from lorameter.results.history import Line as Course
 from lorameter.stats.changes import LEAST_POINTS
-from lorameter.verdicts.comparand import Difference
+from lorameter.verdicts.comparison_input import Difference
 
 STEPS = "▁▂▃▄▅▆▇█"
 WIDEST = 60

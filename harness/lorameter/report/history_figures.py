@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.figure import Figure
 from lorameter.report.history import table_of_runs, unit_of, write_time
-from lorameter.report.words import title_of
+from lorameter.report.phrases import title_of
 from lorameter.results.history import History, Line, Track
 
 _DAY_S = 86_400.0

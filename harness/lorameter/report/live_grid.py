@@ -13,11 +13,11 @@ from lorameter.errors import InvalidRunError
 from lorameter.records.metrics import METRICS, PRIMARY, Phase, samples_of
 from lorameter.records.record import Role, Side, TrialRecord
 from lorameter.records.units import format_value
-from lorameter.report.table import Cell, write_ratio
+from lorameter.report.blocks import Cell, write_ratio
 from lorameter.run.plan import Plan, Slot
 from lorameter.stats import Comparison
 from lorameter.studies.command import COMMANDS
-from lorameter.verdicts.disturbance import disturbances_of
+from lorameter.verdicts.disturbed_trials import disturbances_of
 from lorameter.verdicts.series import compare_series, series_of
 
 Key = tuple[Side, str, Role]

@@ -14,9 +14,9 @@ from typing import Any
 
 from lorameter.records import codec
 from lorameter.report.comparison import write_compared, write_verdict
-from lorameter.report.table import Cell, Document, Head, Line, Span, Table, say, write_row
-from lorameter.report.words import title_of_ratio
-from lorameter.verdicts.outcome import Compared, ComparisonReport
+from lorameter.report.blocks import Cell, Document, Head, Line, Span, Table, say, write_row
+from lorameter.report.phrases import title_of_ratio
+from lorameter.verdicts.comparison_report import Compared, ComparisonReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import Judgement, Likeness, Mean, Verdict, first_difference
 from lorameter.records.units import format_count, format_percent, three_digits
 from lorameter.report.notices import describe_notices
-from lorameter.report.table import (
+from lorameter.report.blocks import (
     Cell,
     Document,
     Head,

@@ -14,15 +14,15 @@ from lorameter.records.metrics import BIRTH, METRICS, PEAKS, PHASE_TITLES, Phase
 from lorameter.records.record import Interleaving
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
-from lorameter.report.table import Cell, Gallery, Table, write_ratio, write_value
-from lorameter.report.words import title_of
+from lorameter.report.blocks import Cell, Gallery, Table, write_ratio, write_value
+from lorameter.report.phrases import title_of
 from lorameter.stats import Comparison, compare_bytes
 from lorameter.studies.study import Study
-from lorameter.verdicts.comparand import is_memory
-from lorameter.verdicts.judging import LimitsOf
-from lorameter.verdicts.sameness import sides_of_run
+from lorameter.verdicts.comparison_input import is_memory
+from lorameter.verdicts.compare_pairs import LimitsOf
+from lorameter.verdicts.same_training import sides_of_run
 from lorameter.verdicts.series import Groups, Series, pairs_of
-from lorameter.verdicts.standing import Standing, control_of, discounted, followed_alone, ratios_of
+from lorameter.verdicts.run_validity import Standing, control_of, discounted, followed_alone, ratios_of
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""

@@ -8,7 +8,7 @@ from lorameter.machine.provenance import Machine
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes, format_count, format_duration
 from lorameter.report.notices import tell_notices
-from lorameter.report.table import Document, Span, say, say_each
+from lorameter.report.blocks import Document, Span, say, say_each
 from lorameter.run.forecast import Forecast
 from lorameter.run.plan import Plan
 

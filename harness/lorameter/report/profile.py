@@ -13,7 +13,7 @@ from lorameter.records.units import format_bytes, format_count
 from lorameter.report.findings import say_unfound, tabulate_findings
 from lorameter.report.notices import describe_notices
 from lorameter.report.step import tabulate_categories, tabulate_phases
-from lorameter.report.table import (
+from lorameter.report.blocks import (
     Cell,
     Document,
     Section,
@@ -25,7 +25,7 @@ from lorameter.report.table import (
     write_bytes,
     write_row,
 )
-from lorameter.verdicts.disturbance import disturbances
+from lorameter.verdicts.disturbed_trials import disturbances
 
 
 def describe_profile(

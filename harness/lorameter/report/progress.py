@@ -7,10 +7,10 @@ from collections import defaultdict
 
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
-from lorameter.report.table import Line, say
+from lorameter.report.blocks import Line, say
 from lorameter.run.resume import is_resumable
 from lorameter.studies.study import Study
-from lorameter.verdicts.standing import followed_alone
+from lorameter.verdicts.run_validity import followed_alone
 
 _WORDS = {
     "running": "under way: a process is measuring it",

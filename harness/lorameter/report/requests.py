@@ -13,7 +13,7 @@ from lorameter.records.units import format_bytes, format_count
 from lorameter.report.findings import say_unfound, tabulate_findings
 from lorameter.report.notices import describe_notices
 from lorameter.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
-from lorameter.report.table import (
+from lorameter.report.blocks import (
     Cell,
     Document,
     Row,
@@ -28,7 +28,7 @@ from lorameter.report.table import (
     write_share,
     write_value,
 )
-from lorameter.verdicts.disturbance import disturbances
+from lorameter.verdicts.disturbed_trials import disturbances
 
 _MERGED = ", with the adapter merged"
 

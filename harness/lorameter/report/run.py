@@ -14,8 +14,8 @@ from lorameter.records.record import Interleaving
 from lorameter.records.units import first_few, format_bytes
 from lorameter.report.notices import describe_notices
 from lorameter.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, Column, PhaseTable, VariantRow
-from lorameter.report.spent import describe_spending
-from lorameter.report.table import (
+from lorameter.report.time_breakdown import describe_spending
+from lorameter.report.blocks import (
     Block,
     Cell,
     Document,
@@ -33,10 +33,10 @@ from lorameter.report.table import (
     say_once,
     write_ratio,
 )
-from lorameter.report.view import RunView
-from lorameter.report.words import say_effect, say_open, title_of, title_of_ratio, write_finding
+from lorameter.report.run_view import RunView
+from lorameter.report.phrases import say_effect, say_open, title_of, title_of_ratio, write_finding
 from lorameter.stats import Comparison
-from lorameter.verdicts.comparand import is_memory
+from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.series import is_difference
 
 _PAIRED = {

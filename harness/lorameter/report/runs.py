@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorameter.records.units import format_bytes
-from lorameter.report.table import Cell, Document, Row, Section, Table, name_columns, say
+from lorameter.report.blocks import Cell, Document, Row, Section, Table, name_columns, say
 
 HEADS = name_columns("run", "study", "state", "verdict", "size", left=4)
 

@@ -15,8 +15,8 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
-from lorameter.report.table import Document, Panel, Passage, Span, say
-from lorameter.studies.stored import read_workload_of
+from lorameter.report.blocks import Document, Panel, Passage, Span, say
+from lorameter.studies.from_run import read_workload_of
 
 
 def describe_samples(samples: Sequence[Sample], title: str) -> Document:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
-from lorameter.report.table import Line, say
+from lorameter.report.blocks import Line, say
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant

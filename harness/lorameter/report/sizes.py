@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorameter.report.table import Cell, Document, Row, Table, name_columns, say, write_row
+from lorameter.report.blocks import Cell, Document, Row, Table, name_columns, say, write_row
 
 if TYPE_CHECKING:
     from lorameter.trial.building.sizes import Sizes

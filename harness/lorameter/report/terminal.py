@@ -9,8 +9,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from lorameter.report.drawing import draw_block, draw_text
-from lorameter.report.table import Document, Fold, Line, Section
+from lorameter.report.render_rich import draw_block, draw_text
+from lorameter.report.blocks import Document, Fold, Line, Section
 
 PIPED_WIDTH = 200
 """Nothing may be cut where there is no terminal whose width one could ask."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from lorameter.report.table import Cell
+from lorameter.report.blocks import Cell
 
 LEAST_WIDTH, MOST_WIDTH = 11, 33
 """Odd, so that 1 has a character of its own."""

@@ -24,12 +24,12 @@ from lorameter.records.store import Run
 from lorameter.records.units import format_count
 from lorameter.results.columns import names_of
 from lorameter.results.rows import RANGE, estimate_rows
-from lorameter.studies.stored import read_own_workloads, read_study
+from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.judging import default_metrics, matching
-from lorameter.verdicts.standing import standing_of
+from lorameter.verdicts.compare_pairs import default_metrics, matching
+from lorameter.verdicts.run_validity import standing_of
 
 
 def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:

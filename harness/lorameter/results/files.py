@@ -15,8 +15,8 @@ from typing import get_args
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.records.outputs import replacing
-from lorameter.records.refusals import say_unwritable
+from lorameter.records.atomic_output import replacing
+from lorameter.records.os_errors import say_unwritable
 from lorameter.records.store import Run
 from lorameter.results.columns import TABLES, TableName, Values, names_of
 from lorameter.results.exchange import encode_action, encode_bencher, mllog_lines

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from lorameter.errors import LorameterError
-from lorameter.records import inputs, store
+from lorameter.records import bounded_io, store
 from lorameter.records.packed import list_packed
 from lorameter.records.store import Run
-from lorameter.studies.stored import read_study
+from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.outcome import EXIT_OF, worst
-from lorameter.verdicts.standing import standing_of
+from lorameter.verdicts.comparison_report import EXIT_OF, worst
+from lorameter.verdicts.run_validity import standing_of
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def read_each(runs: Path, read: Callable[[Run], T], *, newer: bool = False) -> I
             found = Read(path=path, content=read(store.read_run(str(path), path.parent, newer=newer)))
         except (LorameterError, UnicodeError) as error:  # one that cannot be read must not hide the others
             found = Read(path=path, error=str(error))
-        if inputs.is_file(path) or store.is_run(path):
+        if bounded_io.is_file(path) or store.is_run(path):
             yield found
 
 

@@ -21,7 +21,7 @@ from lorameter.results.columns import VERSIONS
 from lorameter.results.points import Night, Point, read_nights
 from lorameter.stats.changes import Change, Course, find_changes
 from lorameter.studies.study_file import builtin_studies
-from lorameter.verdicts.comparand import Difference, differences
+from lorameter.verdicts.comparison_input import Difference, differences
 
 DEFAULT_METRIC = PRIMARY["train"]
 Direction = Literal["slower", "faster", "worse", "better"]

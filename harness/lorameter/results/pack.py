@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError, redact
-from lorameter.records import beside, codec, inputs, journal, store
-from lorameter.records.document import write_document
+from lorameter.records import interference, codec, bounded_io, journal, store
+from lorameter.records.atomic_json import write_document
 from lorameter.records.evidence import EvidenceFile, LostEvidenceError
-from lorameter.records.outputs import replacing
+from lorameter.records.atomic_output import replacing
 from lorameter.records.packed import SUFFIX, is_packed, write_packed
 from lorameter.records.record import TrialRecord
-from lorameter.records.refusals import say_unwritable
-from lorameter.records.scratch import scratch_folder
+from lorameter.records.os_errors import say_unwritable
+from lorameter.records.tempdirs import scratch_folder
 from lorameter.records.store import MANIFEST, TRIALS, Manifest
 from lorameter.records.trial_lines import TrialLines, line_of
 from lorameter.results.private import without_hosts, without_paths
@@ -51,10 +51,10 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
     Raises:
         UsageError, InvalidRunError: no such run, one that is being measured, or a place that cannot be written.
     """
-    path = Path(name) if inputs.is_file(Path(name) / MANIFEST) else runs / name
+    path = Path(name) if bounded_io.is_file(Path(name) / MANIFEST) else runs / name
     if is_packed(Path(name)) or is_packed(path):
         raise UsageError(f"run {name!r}: it is packed already. Send that file.")
-    if not inputs.is_file(path / MANIFEST):
+    if not bounded_io.is_file(path / MANIFEST):
         store.read_run(name, runs)  # says that there is none, and which there are
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
@@ -93,8 +93,8 @@ def _write_records(folder: Path, path: Path, manifest: Manifest, clean: Callable
                 continue
             cleaned = _cleaned(record, clean, texts=texts)
             file.write(line_of(cleaned, evidence.add(cleaned.checks)))
-    for record in beside.read(path):
-        beside.append(folder, _cleaned(record, clean, texts=texts))
+    for record in interference.read(path):
+        interference.append(folder, _cleaned(record, clean, texts=texts))
 
 
 def _cleaned(record: TrialRecord, clean: Callable[[Any], Any], *, texts: bool) -> TrialRecord:

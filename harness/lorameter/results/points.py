@@ -12,11 +12,11 @@ from lorameter.records.store import Run
 from lorameter.results.columns import VERSIONS, names_of
 from lorameter.results.folder import read_each
 from lorameter.results.rows import estimate_rows
-from lorameter.studies.stored import read_study
-from lorameter.verdicts.mixed import is_mixed
+from lorameter.studies.from_run import read_study
+from lorameter.verdicts.per_site import is_mixed
 from lorameter.verdicts.series import series_of
 from lorameter.verdicts.software import facts_of
-from lorameter.verdicts.standing import newer_faults, say_broken, standing_of, trial_faults
+from lorameter.verdicts.run_validity import newer_faults, say_broken, standing_of, trial_faults
 
 _LEFT_OUT = ("worker", "packages")
 """Of the provenance: fields that are large and say nothing of what changed."""

@@ -13,13 +13,13 @@ from lorameter.records.store import Run
 from lorameter.results.columns import TableName, Values
 from lorameter.results.settings import Settings
 from lorameter.stats import Comparison
-from lorameter.studies.stored import read_study
+from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.judging import default_limits
-from lorameter.verdicts.outcome import Compared
+from lorameter.verdicts.compare_pairs import default_limits
+from lorameter.verdicts.comparison_report import Compared
 from lorameter.verdicts.series import Series, series_of
-from lorameter.verdicts.standing import discounted, ratios_of, standing_of
+from lorameter.verdicts.run_validity import discounted, ratios_of, standing_of
 
 _ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
 """Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""

@@ -11,7 +11,7 @@ from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.results.columns import OF_VARIANT, OF_WORKLOAD, VERSIONS, Values
 from lorameter.studies.script import SIDE
-from lorameter.studies.stored import read_own_workloads
+from lorameter.studies.from_run import read_own_workloads
 from lorameter.studies.study import Study
 from lorameter.studies.variant import OF_4BIT, Variant
 from lorameter.studies.workload import identify

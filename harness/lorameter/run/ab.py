@@ -18,31 +18,31 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Facts, Machine
 from lorameter.models.catalogue import RANDOM_PREFIX
-from lorameter.records import codec, inputs
+from lorameter.records import codec, bounded_io
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
-from lorameter.run.contenders import CONTROL_SUFFIX, Contender, sides_of
+from lorameter.run.arms import CONTROL_SUFFIX, Contender, sides_of
 from lorameter.run.display import Display
 from lorameter.run.executors import open_executor
-from lorameter.run.executors.hidden import asked_again
+from lorameter.run.executors.redacted_requirements import asked_again
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import OpenSide, open_side
-from lorameter.run.executors.workplace import check_side
+from lorameter.run.executors.script_sandbox import check_side
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import most_of, together_bytes
-from lorameter.run.levels import fits
+from lorameter.run.interleaving import fits
 from lorameter.run.measure import Arm, executor_of, measure
 from lorameter.run.plan import Plan, make_plan
-from lorameter.run.rehearsal import REHEARSED
+from lorameter.run.memory_probe import REHEARSED
 from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
 from lorameter.run.sites.sides import open_as, write_sides
-from lorameter.run.sites.venue import Venue
-from lorameter.run.stops import Stops
+from lorameter.run.sites.placement import Venue
+from lorameter.run.interrupts import Stops
 from lorameter.studies.data_source import make_absolute
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.verdicts.comparand import differences
+from lorameter.verdicts.comparison_input import differences
 
 SIDES: tuple[Side, ...] = ("base", "candidate")
 DEFAULT_PHASES = ("train", "generate")
@@ -248,7 +248,7 @@ def _locate(study: Study) -> Study:
     workload = study.workload
     prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
     model = Path(workload.model.removeprefix(prefix))
-    if inputs.is_there(model):
+    if bounded_io.is_there(model):
         workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
     workload = dataclasses.replace(workload, data=make_absolute(workload.data))
     return dataclasses.replace(study, workload=workload)

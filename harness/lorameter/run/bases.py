@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from lorameter.errors import UsageError
 from lorameter.models.bases import prune
-from lorameter.records.preparation import BaseSummary
+from lorameter.records.worker_info import BaseSummary
 from lorameter.records.record import Notice
 from lorameter.records.units import format_duration
-from lorameter.run.conductor import Watcher
+from lorameter.run.group_runner import Watcher
 from lorameter.run.executors import Executor, WorkerLostError
 from lorameter.run.plan import Plan, Slot
 from lorameter.studies.request import BaseKey, BaseRequest, base_key, base_words

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Measure
-from lorameter.run.contenders import Contender
+from lorameter.run.arms import Contender
 from lorameter.studies.study import Study
 
 COLD_REPLICATES = 3

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from lorameter.errors import redact
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.run.conductor import Watcher
+from lorameter.run.group_runner import Watcher
 from lorameter.run.plan import Plan, Slot
-from kernels_check.visible import tell
+from kernels_check.terminal import tell
 
 
 class Display(Watcher, Protocol):

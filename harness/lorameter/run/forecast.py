@@ -30,7 +30,7 @@ from lorameter.records.durations import measuring_time_s
 from lorameter.records.metrics import BIRTH
 from lorameter.records.units import format_duration
 from lorameter.run.plan import Group, Plan
-from lorameter.run.several_ranks import processes_on_device
+from lorameter.run.check_multi_rank import processes_on_device
 from lorameter.studies.request import BaseKey, base_key
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import Variant

@@ -14,8 +14,8 @@ from typing import Literal
 from lorameter.run.budget import Budget
 from lorameter.run.costs import HELD_OUT, MERGING, PREPARING, SERVING
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.sheet import Sheet
-from lorameter.run.site import Site
+from lorameter.run.group_records import Sheet
+from lorameter.run.trial_setup import Site
 from lorameter.stats import steady_together
 
 PROFILED_STEPS = 4

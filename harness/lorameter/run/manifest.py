@@ -9,7 +9,7 @@ from lorameter.machine import provenance
 from lorameter.machine.provenance import Facts
 from lorameter.records import codec
 from lorameter.records.manifest import SiteFacts
-from lorameter.records.preparation import TokenSummary
+from lorameter.records.worker_info import TokenSummary
 from lorameter.run.plan import Plan
 from lorameter.studies.workload import Workload
 

@@ -20,43 +20,43 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import Facts, Machine
 from lorameter.records import codec, store
-from lorameter.records.beside import append as append_beside
+from lorameter.records.interference import append as append_beside
 from lorameter.records.metrics import PHASES
-from lorameter.records.preparation import Hello
+from lorameter.records.worker_info import Hello
 from lorameter.records.record import Notice, Side
-from lorameter.records.refusals import say_refused
-from lorameter.records.scratch import leaving_nothing
+from lorameter.records.os_errors import say_refused
+from lorameter.records.tempdirs import leaving_nothing
 from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.run.budget import Budget, TooShortError
-from lorameter.run.contenders import contenders_of, variants_of, workloads_of
+from lorameter.run.arms import contenders_of, variants_of, workloads_of
 from lorameter.run.display import Display, Shielded
 from lorameter.run.executors import SCRIPTS, Executor, open_executor
 from lorameter.run.executors.disk import redact_logs
 from lorameter.run.executors.host import Host
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import together_bytes, total_of
-from lorameter.run.levels import choose_level
+from lorameter.run.interleaving import choose_level
 from lorameter.run.manifest import describe_sites, describe_tokens
 from lorameter.run.plan import Plan, make_plan
-from lorameter.run.ready import get_ready
-from lorameter.run.rehearsal import REHEARSED, rehearse
+from lorameter.run.prepare import get_ready
+from lorameter.run.memory_probe import REHEARSED, rehearse
 from lorameter.run.resume import continue_manifest, is_finished, mend_manifest
 from lorameter.run.runner import Measured, find_unsettled, keep_records, run_plan
-from lorameter.run.sites.beside import measure_beside
-from lorameter.run.sites.joining import Joining, prepare_late
+from lorameter.run.sites.interference import measure_beside
+from lorameter.run.sites.late_nodes import Joining, prepare_late
 from lorameter.run.sites.local import LocalStation, check_all, open_station
 from lorameter.run.sites.remote import RemoteStation
-from lorameter.run.sites.spread import run_spread
-from lorameter.run.sites.station import Station
-from lorameter.run.sites.together import prepare_all
-from lorameter.run.sites.venue import Venue
+from lorameter.run.sites.scheduler import run_spread
+from lorameter.run.sites.node import Station
+from lorameter.run.sites.prepare_nodes import prepare_all
+from lorameter.run.sites.placement import Venue
 from lorameter.run.stopping import Stopping
-from lorameter.run.stops import Stops
+from lorameter.run.interrupts import Stops
 from lorameter.run.thinning import tell_left_out
-from lorameter.run.written import WrittenSide, write_plan
+from lorameter.run.plan_spec import WrittenSide, write_plan
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.beside import neighbour_notices
+from lorameter.verdicts.interference import neighbour_notices
 
 
 def plan_study(

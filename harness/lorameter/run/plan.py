@@ -22,7 +22,7 @@ from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Instrument, Interleaving, Measure, Role, Side, TrialRecord
 from lorameter.run.cold_starts import cold_replicates, own_measures, takes_turns_first
-from lorameter.run.contenders import CONTROL_SUFFIX, Contender, check_phases, contenders_of, workloads_of
+from lorameter.run.arms import CONTROL_SUFFIX, Contender, check_phases, contenders_of, workloads_of
 from lorameter.studies import limits
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -104,7 +104,7 @@ class Plan:
     """Why this level of interleaving."""
     groups: tuple[Group, ...]
     provisional: bool = False
-    """Whether its level is still to be settled by a rehearsal of its scripts (`lorameter.run.rehearsal`)."""
+    """Whether its level is still to be settled by a rehearsal of its scripts (`lorameter.run.memory_probe`)."""
     failed: Mapping[str, TrialRecord] = field(default_factory=dict)
     """Records of the rehearsals that failed, by contender: their trials are not started."""
 
@@ -141,7 +141,7 @@ def make_plan(
         contenders: whom; all variants of the study and its control if left out. Those of an A/B (`lorameter.run.ab`) are
             compared side by side, and so each variant for itself.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
-        interleaving: the level of alternation (`lorameter.run.levels` picks one).
+        interleaving: the level of alternation (`lorameter.run.interleaving` picks one).
         why: the reason for that level, for the report.
         provisional: whether a rehearsal settles the level.
 

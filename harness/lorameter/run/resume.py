@@ -16,7 +16,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
-from lorameter.machine.kinds import OF_A_KIND
+from lorameter.machine.hardware_class import OF_A_KIND
 from lorameter.machine.provenance import Facts
 from lorameter.machine.repository import git_state
 from lorameter.records import codec, journal, store
@@ -24,14 +24,14 @@ from lorameter.records.evidence import CHECKS
 from lorameter.records.packed import is_packed
 from lorameter.records.record import Notice
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.contenders import contenders_of, sides_of
+from lorameter.run.arms import contenders_of, sides_of
 from lorameter.run.plan import Plan, make_plan
-from lorameter.run.written import restore_numbers
+from lorameter.run.plan_spec import restore_numbers
 from lorameter.studies.script import SIDE
-from lorameter.studies.stored import read_own_workloads, read_study
+from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.study import Study
-from lorameter.verdicts.comparand import differences
-from lorameter.verdicts.standing import followed_alone
+from lorameter.verdicts.comparison_input import differences
+from lorameter.verdicts.run_validity import followed_alone
 
 INJECTED = "injected_rows"
 """What the manifest of an A/B says of each side's extra work (`Contender.injected_rows`)."""

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.budget import Budget, TooShortError
-from lorameter.run.conductor import Conductor, Watcher
+from lorameter.run.group_runner import Conductor, Watcher
 from lorameter.run.executors import Executor
 from lorameter.run.plan import Group, Plan
-from lorameter.run.site import Site, begin_record
-from lorameter.run.stops import Stops
+from lorameter.run.trial_setup import Site, begin_record
+from lorameter.run.interrupts import Stops
 from lorameter.run.thinning import Part, parts_in
-from lorameter.verdicts.disturbance import judged
+from lorameter.verdicts.disturbed_trials import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
 """Is asked between replicates whether the run has what it needs; a reason ends the run there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lorameter.records.spending import Allocation, Spending
+from lorameter.records.time_breakdown import Allocation, Spending
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from lorameter.records.spending import Spending
+from lorameter.records.time_breakdown import Spending
 from lorameter.run.costs import PREPARING, Costs, name_of
 from lorameter.run.plan import Group
 from lorameter.run.spending import Ledger

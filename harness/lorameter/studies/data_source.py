@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorameter.errors import UsageError, shorten
-from lorameter.records import inputs
+from lorameter.records import bounded_io
 
 SYNTHETIC = "synthetic"
 """Name of the embedded data source: seeded instruction records, no download."""
@@ -74,11 +74,11 @@ def resolve(data: str) -> DataSource:
     if data == SYNTHETIC:
         return DataSource(kind="synthetic", name=data)
     name, split = data, ""
-    if not inputs.is_there(data) and (found := _SPLIT.fullmatch(data)):
+    if not bounded_io.is_there(data) and (found := _SPLIT.fullmatch(data)):
         name, split = found["name"], found["split"]
-    if inputs.is_folder(name):
+    if bounded_io.is_folder(name):
         return _folder(Path(name), split, where)
-    if inputs.is_there(name):
+    if bounded_io.is_there(name):
         if split:
             raise UsageError(f"{where}: a file has no splits. Leave [{split}] out.")
         return _file(name, where)
@@ -92,12 +92,12 @@ def resolve(data: str) -> DataSource:
 def make_absolute(data: str) -> str:
     """The same data by a name that holds in every folder."""
     found = _SPLIT.fullmatch(data)
-    name, behind = (found["name"], f"[{found['split']}]") if found and not inputs.is_there(data) else (data, "")
-    return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and inputs.is_there(name) else data
+    name, behind = (found["name"], f"[{found['split']}]") if found and not bounded_io.is_there(data) else (data, "")
+    return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and bounded_io.is_there(name) else data
 
 
 def _file(name: str, where: str) -> DataSource:
-    if not inputs.is_file(name):  # what is no plain file may never begin, or never end
+    if not bounded_io.is_file(name):  # what is no plain file may never begin, or never end
         raise UsageError(f"{where}: cannot be read: it is no plain file. {REMEDY}")
     if not name.endswith(ENDINGS):
         raise UsageError(f"{where}: a file of no known kind: its name ends in none of {', '.join(ENDINGS)}. {REMEDY}")
@@ -122,8 +122,8 @@ def _folder(path: Path, split: str, where: str) -> DataSource:
 
 def _saved_splits(path: Path, split: str, where: str) -> DataSource:
     try:
-        data = inputs.read_json(path / "dataset_dict.json", inputs.STUDY_BYTES)
-    except inputs.NotReadableError as error:
+        data = bounded_io.read_json(path / "dataset_dict.json", bounded_io.STUDY_BYTES)
+    except bounded_io.NotReadableError as error:
         raise UsageError(f"{where}, dataset_dict.json: cannot be read: {error}. Save it again.") from None
     splits = data.get("splits") if isinstance(data, dict) else None
     if not isinstance(splits, list) or not all(isinstance(one, str) and _is_name(one) for one in splits):
@@ -159,7 +159,7 @@ def _files(path: Path, names: Sequence[str], split: str, where: str) -> DataSour
             f"{where}: files of different kinds are in it: {', '.join(kinds)}. Name one file, or part them."
         )
     for name in taken:
-        if not inputs.is_file(path / name):
+        if not bounded_io.is_file(path / name):
             raise UsageError(f"{where}, {name}: cannot be read: it is no plain file. Take it out.")
     return DataSource(kind="folder", name=str(path), split=chosen, files=tuple(path / name for name in taken))
 

@@ -15,7 +15,7 @@ from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.metrics import PHASES, Phase
 from lorameter.studies import limits
-from lorameter.studies.place import HERE, Place
+from lorameter.studies.placement import HERE, Place
 
 PRECISION_REPLICATES = 40
 """Cap where a precision decides and nothing else is said."""
@@ -81,7 +81,7 @@ class Protocol:
     memory_limit_bytes: int | None = None
     """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
     retries: int = 2
-    """Times that a trial is measured again whose surroundings were past a limit (`lorameter.machine.validity`), with all
+    """Times that a trial is measured again whose surroundings were past a limit (`lorameter.machine.disturbances`), with all
     that took turns with it, at the end of its replicate. Still past it, it stays invalid."""
     allow_disturbed: bool = False
     """Let such trials count, with a notice: for a machine that one cannot have to oneself."""

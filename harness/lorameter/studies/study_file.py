@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, impossible, redact
-from lorameter.records import codec, inputs
+from lorameter.records import codec, bounded_io
 from lorameter.studies.claim import Claim, check_limits
 from lorameter.studies.engine import Engine
 from lorameter.studies.keys import KEYS, check_keys, unknown_key
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.rows import rows_of, split_lists, spread, variants_of, workloads_of
+from lorameter.studies.expand_variants import rows_of, split_lists, spread, variants_of, workloads_of
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study, unknown
 from lorameter.studies.variant import Variant
@@ -87,7 +87,7 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     Raises:
         UsageError: no such study or variant, a study of several and none named, or one of commands.
     """
-    named = ":" in spec and not inputs.is_file(spec)  # a file may have a colon in its name
+    named = ":" in spec and not bounded_io.is_file(spec)  # a file may have a colon in its name
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
     study = load_study(study_name, profile=profile, device=device)
     if study.of_scripts:
@@ -107,17 +107,17 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
     """The file and its content, with what it extends filled in."""
     known = builtin_studies()
     path = known.get(name_or_path, Path(name_or_path))
-    if not inputs.is_file(path) and (path.suffix == ".toml" or path.name != name_or_path):
+    if not bounded_io.is_file(path) and (path.suffix == ".toml" or path.name != name_or_path):
         raise UsageError(
             f"study {name_or_path!r}: file not found. Check the path; `lorameter list studies` prints those built in."
         )
-    if not inputs.is_file(path):
+    if not bounded_io.is_file(path):
         raise UsageError(
             f"study {name_or_path!r}: {unknown(name_or_path, list(known))} A path to a .toml file works too."
         )
     try:
-        data = inputs.read_toml(path)
-    except inputs.NotReadableError as error:
+        data = bounded_io.read_toml(path)
+    except bounded_io.NotReadableError as error:
         raise UsageError(f"{path.name}: {error}") from None
     for key in data:
         if key not in _KEYS:

@@ -13,7 +13,7 @@ from typing import Any
 import kernels_check
 from lorameter.records import codec
 from lorameter.records.record import Fragment
-from lorameter.records.required import judge_required
+from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.build import Trainee
 from lorameter.trial.building.requirements import requirements_of

@@ -8,7 +8,7 @@ import traceback
 
 from lorameter.errors import redact
 from lorameter.records.record import Failure, Fragment, Status
-from lorameter.records.refusals import REFUSED, is_out_of_memory, refusal_in
+from lorameter.records.os_errors import REFUSED, is_out_of_memory, refusal_in
 
 
 def failure_of(error: BaseException, phase: str) -> Fragment:

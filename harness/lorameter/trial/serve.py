@@ -13,7 +13,7 @@ from typing import Any
 from lorameter.records import codec
 from lorameter.records.record import Fragment
 from lorameter.studies.request import BaseRequest, TrialRequest
-from lorameter.studies.serving import ServingRequest
+from lorameter.studies.serving_modes import ServingRequest
 from lorameter.trial.failure import failure_of
 from lorameter.trial.lines import answer_lines
 
@@ -55,7 +55,7 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
 
 def _prepared(request: BaseRequest) -> Fragment:
     """A base that every process of the run will map, made by this one, which then ends."""
-    from lorameter.trial.building.prepared import prepare
+    from lorameter.trial.building.base_cache import prepare
     from lorameter.trial.process import limit_threads
 
     _log_to(Path(request.log_path))

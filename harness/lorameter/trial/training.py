@@ -37,7 +37,7 @@ from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.memory import resident_bytes
 from lorameter.trial.process import release_unused, start_device
 from lorameter.trial.step import TrainStep
-from lorameter.trial.surroundings import Surroundings
+from lorameter.trial.telemetry import Surroundings
 from kernels_check.check import Check
 
 

@@ -32,7 +32,7 @@ from lorameter.machine.processes import end_with_parent, kill_group, outlive_par
 from lorameter.machine.provenance import harness_identity
 from lorameter.models.families import FAMILIES
 from lorameter.records import codec
-from lorameter.records.preparation import Hello
+from lorameter.records.worker_info import Hello
 from lorameter.trial.lines import send
 from lorameter.trial.serve import serve
 

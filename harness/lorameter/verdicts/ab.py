@@ -20,14 +20,14 @@ from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
-from lorameter.studies.stored import read_study
+from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
-from lorameter.verdicts.comparand import Difference, Measurements, is_memory, measurements_of
-from lorameter.verdicts.judging import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
-from lorameter.verdicts.mixed import fault_of_sites, is_mixed, join_notices, runs_of_sites
+from lorameter.verdicts.comparison_input import Difference, Measurements, is_memory, measurements_of
+from lorameter.verdicts.compare_pairs import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
+from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.notices import run_notices
-from lorameter.verdicts.outcome import ComparisonReport
-from lorameter.verdicts.sameness import losses_of_run, sides_of_run
+from lorameter.verdicts.comparison_report import ComparisonReport
+from lorameter.verdicts.same_training import losses_of_run, sides_of_run
 from lorameter.verdicts.series import (
     Series,
     compare_series,
@@ -38,7 +38,7 @@ from lorameter.verdicts.series import (
     without_numbers,
 )
 from lorameter.verdicts.software import say_versions, versions_by_name
-from lorameter.verdicts.standing import newer_faults, run_faults, say_broken, standing_of
+from lorameter.verdicts.run_validity import newer_faults, run_faults, say_broken, standing_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

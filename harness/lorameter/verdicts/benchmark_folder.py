@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.verdicts.benchmark_json import FOREIGN, FOREIGN_METRIC, ONE_PROCESS, read_benchmark_json
-from lorameter.verdicts.comparand import Comparand, Measurements, differences
+from lorameter.verdicts.comparison_input import Comparand, Measurements, differences
 from lorameter.verdicts.series import Trials
 
 

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, impossible
-from lorameter.records import codec, inputs
+from lorameter.records import codec, bounded_io
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.comparand import Comparand, Measurements, comparand_of, fact_differences, is_memory
+from lorameter.verdicts.comparison_input import Comparand, Measurements, comparand_of, fact_differences, is_memory
 from lorameter.verdicts.series import Series, Trials
-from lorameter.verdicts.standing import control_faults
+from lorameter.verdicts.run_validity import control_faults
 
 FOREIGN_METRIC = "round_time_s"
 """What pytest-benchmark itself measures: the time of one round, whatever it held."""
@@ -48,8 +48,8 @@ def read_benchmark_json(path: Path) -> Comparand:
         UsageError: not JSON, or not of pytest-benchmark's shape; file, key and value are named.
     """
     try:
-        data = inputs.read_json(path, inputs.BENCHMARK_BYTES)
-    except inputs.NotReadableError as error:
+        data = bounded_io.read_json(path, bounded_io.BENCHMARK_BYTES)
+    except bounded_io.NotReadableError as error:
         raise UsageError(
             f"{path}: cannot be read as JSON: {error}. Give a file that pytest-benchmark wrote, or a run."
         ) from None

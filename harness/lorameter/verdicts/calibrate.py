@@ -23,8 +23,8 @@ from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from lorameter.stats.comparison import effect_of
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.beside import cost_of_neighbours
-from lorameter.verdicts.judging import TOLERANCE
+from lorameter.verdicts.interference import cost_of_neighbours
+from lorameter.verdicts.compare_pairs import TOLERANCE
 from lorameter.verdicts.series import Pairs, Series, compare_series, pairs_of, series_of
 
 EFFECTS = (0.01, 0.02, 0.05)

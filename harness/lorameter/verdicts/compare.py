@@ -19,7 +19,7 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records.metrics import METRICS, PRIMARY
 from lorameter.records.record import Interleaving, Notice
 from lorameter.stats import Comparison, run_wide_shift
-from lorameter.verdicts.comparand import (
+from lorameter.verdicts.comparison_input import (
     BYTES_SUFFIX,
     Comparand,
     Difference,
@@ -29,7 +29,7 @@ from lorameter.verdicts.comparand import (
     unknown_power_limit,
     variant_differences,
 )
-from lorameter.verdicts.judging import (
+from lorameter.verdicts.compare_pairs import (
     TOLERANCE,
     Key,
     LimitsOf,
@@ -40,7 +40,7 @@ from lorameter.verdicts.judging import (
     matching,
     rows_of,
 )
-from lorameter.verdicts.outcome import ComparisonReport
+from lorameter.verdicts.comparison_report import ComparisonReport
 from lorameter.verdicts.series import without_equivalent, without_numbers
 
 INTERLEAVING: Interleaving = "separate"

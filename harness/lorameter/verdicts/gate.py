@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError
-from lorameter.records import codec, inputs
+from lorameter.records import codec, bounded_io
 from lorameter.records.store import Run
 from lorameter.studies.limits import check_fraction
-from lorameter.verdicts.judging import Limits, default_limits
-from lorameter.verdicts.outcome import ComparisonReport, document, exit_code, worst
+from lorameter.verdicts.compare_pairs import Limits, default_limits
+from lorameter.verdicts.comparison_report import ComparisonReport, document, exit_code, worst
 
 
 def _checked(tolerance: float | None, margin: float | None, where: str) -> None:
@@ -119,8 +119,8 @@ def load_policy(path: str | None) -> Policy:
     if path is None:
         return Policy()
     try:
-        data = inputs.read_toml(Path(path))
-    except inputs.NotReadableError as error:
+        data = bounded_io.read_toml(Path(path))
+    except bounded_io.NotReadableError as error:
         raise UsageError(f"policy {path}: {error}") from None
     return codec.from_json(Policy, data, path)
 

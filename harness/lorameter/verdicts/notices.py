@@ -13,10 +13,10 @@ from lorameter.records.record import SCHEMA, Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count, format_ratio
 from lorameter.stats import MOST_ADVISED, Comparison, count_outliers, drifting
-from lorameter.studies.stored import list_unread
+from lorameter.studies.from_run import list_unread
 from lorameter.studies.study import Study
-from lorameter.verdicts.disturbance import disturbances
-from lorameter.verdicts.sameness import sameness_notices
+from lorameter.verdicts.disturbed_trials import disturbances
+from lorameter.verdicts.same_training import sameness_notices
 from lorameter.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
 from lorameter.verdicts.sites import site_notices
 

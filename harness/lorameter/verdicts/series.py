@@ -129,7 +129,7 @@ def series_of(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str
     """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance.
 
     Raises `UsageError` for records of sites that may be unlike: nobody takes them together by accident
-    (`lorameter.verdicts.mixed`).
+    (`lorameter.verdicts.per_site`).
     """
     if any(record.machine for record in records):
         raise UsageError(

@@ -10,7 +10,7 @@ from negative_controls.small_run import SmallRun
 from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
-from lorameter.run.several_ranks import SHARDS_INTEGERS, shards_4bit
+from lorameter.run.check_multi_rank import SHARDS_INTEGERS, shards_4bit
 from kernels_check import verify
 from kernels_check.judges import base_layers
 from kernels_check.observation.adapter_layers import adapter_layers

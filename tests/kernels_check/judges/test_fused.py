@@ -6,7 +6,7 @@ from negative_controls.fused_kernel_controls import bind_norms, bind_one_norm
 
 from kernels_check.judges.fused import judge_fused
 from kernels_check.observation.calls import Calls
-from kernels_check.observation.swapped import Place
+from kernels_check.observation.fused_kernels import Place
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_what_was_not_called_beside_compiled_code_is_unknown(seen):
 def test_calls_below_compiled_code_are_hidden():
     """Its modules call no hook."""
     from kernels_check.observation.module_tree import ModelTree
-    from kernels_check.observation.swapped import swapped_places
+    from kernels_check.observation.fused_kernels import swapped_places
 
     class RMSNorm(torch.nn.Module):
         def forward(self, x):

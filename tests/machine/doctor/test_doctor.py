@@ -9,12 +9,12 @@ import json
 import pytest
 
 from lorameter import cli
-from lorameter.machine.card import CardFacts, CardSample, Memory
+from lorameter.machine.gpu import CardFacts, CardSample, Memory
 from lorameter.machine.doctor import examine, is_fit
 from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
 from lorameter.machine.filesystem import Place
-from lorameter.machine.links import NVLINK, Links, Pair
-from lorameter.machine.neighbours import Neighbours
+from lorameter.machine.gpu_topology import NVLINK, Links, Pair
+from lorameter.machine.other_gpu_processes import Neighbours
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.system import SystemFacts
 from lorameter.report.doctor import describe_checks

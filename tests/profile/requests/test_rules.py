@@ -18,7 +18,7 @@ from lorameter.profile.requests.rules import (
     diagnose_requests,
 )
 from lorameter.records.activity import WeightCopy
-from lorameter.records.request_sight import ModelSize, RequestSight
+from lorameter.records.request_facts import ModelSize, RequestSight
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 

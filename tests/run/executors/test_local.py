@@ -13,7 +13,7 @@ import pytest
 from lorameter.run.executors.forked import ForkedWorker
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan
-from lorameter.run.site import site_of
+from lorameter.run.trial_setup import site_of
 
 
 class Quiet:

@@ -18,7 +18,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.sameness import Sides, notices_of_sides
+from lorameter.verdicts.same_training import Sides, notices_of_sides
 
 SCRIPT = Path(__file__).parents[1] / "scripted.py"
 PROTOCOL = Protocol(

@@ -15,12 +15,12 @@ import time
 import psutil
 import pytest
 
-from lorameter.attach.turns import SOCKET, address
-from lorameter.machine.guard import marked
+from lorameter.attach.turn_client import SOCKET, address
+from lorameter.machine.orphan_reaper import marked
 from lorameter.run.executors import script_process
 from lorameter.run.executors.script_process import ScriptProcess
-from lorameter.run.executors.script_talk import EndedError, Script
-from lorameter.run.executors.workplace import variables_of
+from lorameter.run.executors.script_client import EndedError, Script
+from lorameter.run.executors.script_sandbox import variables_of
 from lorameter.studies.variant import Variant
 
 
@@ -141,7 +141,7 @@ subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from lorameter.attach.turns import SOCKET
+from lorameter.attach.turn_client import SOCKET
 from lorameter.run.executors.script_process import ScriptProcess
 turns, folder, launcher = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 words = [sys.executable, "-c", launcher]

@@ -9,7 +9,7 @@ from lorameter.run.executors import Place
 from lorameter.run.executors.script import TOKENS
 from lorameter.run.executors.script_worker import ScriptWorker
 from lorameter.run.plan import make_plan
-from lorameter.run.site import request_of, site_of
+from lorameter.run.trial_setup import request_of, site_of
 from lorameter.studies.script_study import study_of_command
 
 URL = "https://me:hf_abc@example.org/data?token=xyz"

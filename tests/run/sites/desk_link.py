@@ -1,6 +1,6 @@
 """A link to a post in this process, in place of one to another machine."""
 
-from lorameter.run.sites.orders import read_message
+from lorameter.run.sites.messages import read_message
 from lorameter.run.sites.ray import Desk
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 
 from lorameter.machine.provenance import Facts, Machine
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import Fragment
 from lorameter.run.executors import Place
 from lorameter.run.executors.host import Host

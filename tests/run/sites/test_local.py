@@ -8,7 +8,7 @@ import os
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.machine.cards import VisibleCard
+from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
 from lorameter.run.executors.host import Host
 from lorameter.run.sites import local

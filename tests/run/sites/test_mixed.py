@@ -7,9 +7,9 @@ import json
 import pytest
 
 from lorameter.records import store
-from lorameter.studies.stored import read_study
+from lorameter.studies.from_run import read_study
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.standing import standing_of
+from lorameter.verdicts.run_validity import standing_of
 
 SITES = ("--sites", "0,1", "--mixed")
 SIDES = ("--base", "/a/python", "--candidate", "/b/python", "--phase", "train", "--variant", "small")

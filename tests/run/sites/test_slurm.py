@@ -17,12 +17,12 @@ from lorameter.errors import UsageError
 from lorameter.records import codec, locks
 from lorameter.run.sites import slurm
 from lorameter.run.sites.batch import check_here, sbatch_parameters
-from lorameter.run.sites.exchange import (
+from lorameter.run.sites.file_queue import (
     DRIVER,
 )
 from lorameter.run.sites.private import make_private
 from lorameter.run.sites.slurm import FOLDER, OWNER, Owner, clear_dead
-from lorameter.studies.place import read_asked
+from lorameter.studies.placement import read_asked
 
 
 def test_submitit_takes_all_that_is_passed_on(tmp_path, monkeypatch):

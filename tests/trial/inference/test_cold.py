@@ -17,7 +17,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import base_model, lora, prepared
+from lorameter.trial.building import base_model, lora, base_cache
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.inference import cold
@@ -46,8 +46,8 @@ def served(tmp_path, monkeypatch):
     random.save_pretrained(model)
     workload = dataclasses.replace(WORKLOAD, model=str(model))
     asked = BaseRequest(workload=workload, variant=VARIANT, device="cpu", threads=1, log_path="")
-    base = Path(prepared.prepare(asked).path)
-    trained = lora.attach(prepared.take(base, VARIANT, "cpu"), VARIANT)
+    base = Path(base_cache.prepare(asked).path)
+    trained = lora.attach(base_cache.take(base, VARIANT, "cpu"), VARIANT)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if "lora_B" in name:
@@ -78,7 +78,7 @@ def test_a_cold_start_takes_no_prepared_base(served, monkeypatch):
         return own(source, *given, **options)
 
     monkeypatch.setattr(base_model, "load_base", load)
-    monkeypatch.setattr(prepared, "take", lambda *_: pytest.fail("the prepared base was taken"))
+    monkeypatch.setattr(base_cache, "take", lambda *_: pytest.fail("the prepared base was taken"))
     for missing in (False, True):
         if missing:
             shutil.rmtree(served.base)

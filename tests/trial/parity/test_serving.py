@@ -13,7 +13,7 @@ from lorameter.records import codec
 from lorameter.records.parity import Served
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.serving import ServingRequest, ways_of
+from lorameter.studies.serving_modes import ServingRequest, ways_of
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import lora

@@ -19,7 +19,7 @@ from lorameter.records.activity import (
     REQUEST_TRACE,
     Activity,
 )
-from lorameter.records.request_sight import RequestSight
+from lorameter.records.request_facts import RequestSight
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -28,7 +28,7 @@ from lorameter.trial.building import lora
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.inference.generate import generate
-from lorameter.trial.profiling import borders
+from lorameter.trial.profiling import phase_timing
 from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.requests import BorderedRequest, see_request
@@ -40,7 +40,7 @@ PROMPT, NEW = 12, 4
 @pytest.fixture
 def serving(tmp_path, monkeypatch):
     """Makes a trial of the smallest model that answers requests; fields are those of its variant."""
-    monkeypatch.setattr(borders, "PROFILED_BUDGET_S", 0.0)
+    monkeypatch.setattr(phase_timing, "PROFILED_BUDGET_S", 0.0)
     monkeypatch.setattr(profiled, "REQUESTS_BUDGET_S", 0.0)
     torch.set_num_threads(1)
 

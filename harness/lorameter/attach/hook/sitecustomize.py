@@ -94,7 +94,7 @@ def ours(name: str) -> Any:
             if not os.path.isfile(os.path.join(place, "attach", "follower.py")):
                 raise ImportError("the script has a package 'harness' of its own, in {}".format(place))
         sys.meta_path.insert(0, Own())
-    return importlib.import_module("lorameter.attach.loading").load(name)
+    return importlib.import_module("lorameter.attach.deferred_import").load(name)
 
 
 @functools.lru_cache(maxsize=None)

@@ -8,7 +8,7 @@ from lorameter.machine.doctor.check import Check, Grade, say
 from lorameter.machine.doctor.survey import Card
 from lorameter.machine.reading import Reading
 from lorameter.machine.throttle import PROTECTING
-from lorameter.machine.validity import HOT_MARGIN_C, SHARED_INVALID_BYTES
+from lorameter.machine.disturbances import HOT_MARGIN_C, SHARED_INVALID_BYTES
 from lorameter.records.units import format_bytes
 
 

@@ -8,7 +8,7 @@ from lorameter.machine.doctor.check import Check, say
 from lorameter.machine.doctor.survey import Survey
 from lorameter.machine.host import GIVEN, LEAST_ASKED_S, withheld_share
 from lorameter.machine.reading import unavailable
-from lorameter.machine.validity import CONTENDED, NOTICED
+from lorameter.machine.disturbances import CONTENDED, NOTICED
 from lorameter.records.units import format_bytes
 from lorameter.studies.workload import Workload
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lorameter.machine.doctor.check import Check, say
 from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, Survey
-from lorameter.machine.visible import ORDER_VARIABLE, counts_along_the_bus
+from lorameter.machine.visible_gpus import ORDER_VARIABLE, counts_along_the_bus
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import bare_process_bytes, birth_bytes, estimate_memory
 from lorameter.records.units import format_bytes

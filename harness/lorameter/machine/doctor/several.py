@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lorameter.machine.cards import say_entries, shared_boards
+from lorameter.machine.gpus import say_entries, shared_boards
 from lorameter.machine.doctor.check import Check
 from lorameter.machine.doctor.survey import Survey
 from lorameter.machine.filesystem import IN_MEMORY, OBJECTS, Place
-from lorameter.machine.links import FAR, NVLINK, Links, Pair
+from lorameter.machine.gpu_topology import FAR, NVLINK, Links, Pair
 from lorameter.machine.reading import unavailable
 
 MPS_PIPES = "CUDA_MPS_PIPE_DIRECTORY"

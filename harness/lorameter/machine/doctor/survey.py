@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.machine.card import CardFacts, CardSample, Memory
-from lorameter.machine.cards import VisibleCard, card_links, card_names, visible_cards
+from lorameter.machine.gpu import CardFacts, CardSample, Memory
+from lorameter.machine.gpus import VisibleCard, card_links, card_names, visible_cards
 from lorameter.machine.filesystem import Place, place_of
 from lorameter.machine.host import LEAST_ASKED_S, HostWatch
-from lorameter.machine.links import Links
-from lorameter.machine.neighbours import Neighbours, neighbours_of
+from lorameter.machine.gpu_topology import Links
+from lorameter.machine.other_gpu_processes import Neighbours, neighbours_of
 from lorameter.machine.nvml import open_device
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading

@@ -13,7 +13,7 @@ from lorameter.profile.evidence import DROPPED, SPARE_SHARE, dropout_s, observed
 from lorameter.profile.requests.accounting import RequestAccount
 from lorameter.profile.requests.facts import RequestProfile
 from lorameter.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
-from lorameter.records.request_sight import RequestSight
+from lorameter.records.request_facts import RequestSight
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 

@@ -11,7 +11,7 @@ from lorameter.profile.accounting import Names
 from lorameter.profile.facts import Watched
 from lorameter.records.activity import REQUEST_PHASES, Activity
 from lorameter.records.memory_account import MemoryAccount
-from lorameter.records.request_sight import RequestSight
+from lorameter.records.request_facts import RequestSight
 
 SERVED = Names(what="request", phases=REQUEST_PHASES)
 MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")

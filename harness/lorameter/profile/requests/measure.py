@@ -27,7 +27,7 @@ from lorameter.records.activity import (
 )
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice
-from lorameter.records.request_sight import RequestSight
+from lorameter.records.request_facts import RequestSight
 from lorameter.run.executors import Executor
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant

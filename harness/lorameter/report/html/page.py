@@ -17,14 +17,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lorameter.records.outputs import replacing
-from lorameter.records.refusals import say_unwritable
+from lorameter.records.atomic_output import replacing
+from lorameter.records.os_errors import say_unwritable
 from lorameter.report.curves import Curves
 from lorameter.report.figure import Figure
-from lorameter.report.html.pictures import draw, draw_chart
+from lorameter.report.html.charts import draw, draw_chart
 from lorameter.report.html.svg import series_class
-from lorameter.report.table import Cell, Document, Table, name_columns, says_invalid, tone_of, write_row, write_value
-from kernels_check.visible import make_visible
+from lorameter.report.blocks import Cell, Document, Table, name_columns, says_invalid, tone_of, write_row, write_value
+from kernels_check.terminal import make_visible
 
 
 def write_html(

@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from lorameter.report.curves import Axis
 from lorameter.report.html.scale import Scale, scale_for
-from kernels_check.visible import make_visible
+from kernels_check.terminal import make_visible
 
 WIDTH = 720
 """Of every picture in its own pixels; the page stretches it."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Facts, Machine
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import Failure, Fragment, Status
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.workload import Workload

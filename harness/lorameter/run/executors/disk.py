@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from lorameter.errors import redact
-from lorameter.records.scratch import scratch_folder
+from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.executors import Place
 
 

@@ -30,7 +30,7 @@ from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.processes import kill_group
 from lorameter.machine.provenance import LIBRARIES, library_version
 from lorameter.records.locks import alone, locked
-from lorameter.records.refusals import refusal_said
+from lorameter.records.os_errors import refusal_said
 
 DESCRIPTION_FILE = "lorameter.json"
 """What the layer was made of; written last."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lorameter.errors import UsageError
 from lorameter.machine.processes import exit_words, kill_group
-from lorameter.machine.seating import cpus_of, seat
+from lorameter.machine.affinity import cpus_of, seat
 from lorameter.records import codec
 from lorameter.records.record import Failure, Fragment
 from lorameter.run.executors import WorkerLostError

@@ -22,10 +22,10 @@ from lorameter.errors import UsageError, impossible, shorten
 from lorameter.machine.provenance import LIBRARIES
 from lorameter.machine.repository import git_state
 from lorameter.machine.software import cuda_of
-from lorameter.machine.steering import switches_of
+from lorameter.machine.kernel_env import switches_of
 from lorameter.records import codec
 from lorameter.run.executors.answer import ask_once
-from kernels_check.visible import tell
+from kernels_check.terminal import tell
 
 _VERSION = re.compile(r"\d+\.\d+", re.ASCII)
 ANSWER_TIMEOUT_S = 120.0

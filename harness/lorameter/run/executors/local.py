@@ -21,9 +21,9 @@ from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words
 from lorameter.machine.provenance import Facts, Machine
 from lorameter.models import bases
 from lorameter.records import codec
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import SCHEMA, Failure, Fragment
-from lorameter.records.refusals import REFUSED, RefusedError
+from lorameter.records.os_errors import REFUSED, RefusedError
 from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
 from lorameter.run.executors.answer import ask_once
 from lorameter.run.executors.disk import Disk

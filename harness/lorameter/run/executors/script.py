@@ -17,7 +17,7 @@ from pathlib import Path
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import Facts
-from lorameter.records.preparation import BaseSummary, Hello, TokenSummary
+from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
 from lorameter.records.record import Failure, Fragment
 from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
 from lorameter.run.executors.disk import Disk
@@ -25,7 +25,7 @@ from lorameter.run.executors.here import Here
 from lorameter.run.executors.host import Host, describe, inspect
 from lorameter.run.executors.script_process import ScriptProcess
 from lorameter.run.executors.script_worker import ScriptWorker
-from lorameter.run.executors.workplace import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
+from lorameter.run.executors.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload

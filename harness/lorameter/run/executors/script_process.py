@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lorameter.attach.traces import lacking_in
-from lorameter.attach.turns import SOCKET, address
+from lorameter.attach.marker_files import lacking_in
+from lorameter.attach.turn_client import SOCKET, address
 from lorameter.attach.variables import SEEN
-from lorameter.machine.guard import Guard, kill_marked, marked
+from lorameter.machine.orphan_reaper import Guard, kill_marked, marked
 from lorameter.machine.processes import end_with_parent, held_back, kill_group
 from lorameter.run.executors.channel import Channel
-from lorameter.run.stops import SIGNALS
+from lorameter.run.interrupts import SIGNALS
 
 LOOK_S = 0.05
 """How often a process that has not spoken yet is looked at: it is loading, and nothing is timed."""
@@ -72,7 +72,7 @@ class ScriptProcess:
             variables: its environment; the socket's name is in it.
             folder: it works in.
             log: what it prints is appended to.
-            turns: name of the socket where it will be heard (`lorameter.attach.turns.address`).
+            turns: name of the socket where it will be heard (`lorameter.attach.turn_client.address`).
         """
         self._seen = variables.get(SEEN, "")
         self._marker = f"{SOCKET}={turns}".encode()

@@ -10,7 +10,7 @@ import time
 
 from lorameter.machine.host import HostWatch
 from lorameter.machine.nvml import open_device
-from lorameter.machine.watch import DeviceWatch, named
+from lorameter.machine.telemetry import DeviceWatch, named
 
 OF_A_PROCESS = ("voluntary_switches", "involuntary_switches", "major_faults")
 OF_NEIGHBOURS = ("own_bytes", "used_bytes", "others", "others_bytes", "hidden_bytes")

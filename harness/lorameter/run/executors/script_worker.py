@@ -17,21 +17,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.attach.endings import loss_not_finite
-from lorameter.attach.follower import StepReading
+from lorameter.attach.exit_status import loss_not_finite
+from lorameter.attach.observer import StepReading
 from lorameter.attach.samples import timed_samples, untimed_samples
 from lorameter.errors import UsageError
-from lorameter.machine.seating import cpus_of, has_children, seat
+from lorameter.machine.affinity import cpus_of, has_children, seat
 from lorameter.records import codec
 from lorameter.records.record import Failure, Fragment, Notice
-from lorameter.records.required import judge_required
+from lorameter.records.requirements import judge_required
 from lorameter.records.units import format_count
 from lorameter.run.executors import WorkerLostError
 from lorameter.run.executors.channel import GarbledError
 from lorameter.run.executors.script_process import ScriptProcess
-from lorameter.run.executors.script_talk import EndedError, Script
+from lorameter.run.executors.script_client import EndedError, Script
 from lorameter.run.executors.script_watch import ScriptWatch
-from lorameter.run.executors.script_words import Begun
+from lorameter.run.executors.script_messages import Begun
 from lorameter.stats import is_steady
 from lorameter.studies.request import TrialRequest
 

@@ -22,11 +22,11 @@ from typing import Literal
 
 from lorameter.errors import UsageError, impossible, redact
 from lorameter.machine.repository import run_git
-from lorameter.records import inputs
-from lorameter.records.scratch import PREFIX, is_abandoned, scratch_folder
+from lorameter.records import bounded_io
+from lorameter.records.tempdirs import PREFIX, is_abandoned, scratch_folder
 from lorameter.run.executors.environments import in_use, layered_environment, parse_requirements, site_packages
 from lorameter.run.executors.host import Host, inspect
-from kernels_check.visible import tell
+from kernels_check.terminal import tell
 
 SideKind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[SideKind, tuple[str, ...]] = {
@@ -138,13 +138,13 @@ def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
 
 
 def _is_executable_path(spec: str) -> bool:
-    return os.sep in spec and inputs.is_file(spec) and os.access(spec, os.X_OK)
+    return os.sep in spec and bounded_io.is_file(spec) and os.access(spec, os.X_OK)
 
 
 def _unknown(spec: str, repository: Path, refusal: str) -> str:
     """Everything that was tried, for the message."""
-    if os.sep in spec and inputs.is_there(spec):
-        path = "it exists but is a folder" if inputs.is_folder(spec) else "the file is not executable"
+    if os.sep in spec and bounded_io.is_there(spec):
+        path = "it exists but is a folder" if bounded_io.is_folder(spec) else "the file is not executable"
     else:
         path = "no executable file of that path" if os.sep in spec else "no Python of that name on PATH"
     return (

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, said_by, shorten
 from lorameter.run.sites.job import SiteJob
-from lorameter.studies.place import LOCAL, SLURM, Asked, say_on
+from lorameter.studies.placement import LOCAL, SLURM, Asked, say_on
 
 TIME_MINUTES = 60
 """Of a job, where `time` is not given; one whose time is over is requeued."""

@@ -1,4 +1,4 @@
-"""A job of a batch system: a post (`lorameter.run.sites.block`) whose orders and messages are lines of files.
+"""A job of a batch system: a post (`lorameter.run.sites.remote_worker`) whose orders and messages are lines of files.
 
 It ends when it is told to, by the driver or the batch system, and by itself when the driver gives no sign of life any
 more or when it was started again elsewhere: nobody would read what it measures. Whatever ends it in order is said in
@@ -24,9 +24,9 @@ from types import FrameType
 from typing import Any
 
 from lorameter.records import codec, journal
-from lorameter.records.document import write_whole
-from lorameter.run.sites.block import Post
-from lorameter.run.sites.exchange import (
+from lorameter.records.atomic_json import write_whole
+from lorameter.run.sites.remote_worker import Post
+from lorameter.run.sites.file_queue import (
     ABOUT,
     BEAT,
     DRIVER,
@@ -41,7 +41,7 @@ from lorameter.run.sites.exchange import (
     home_of,
     starts_of,
 )
-from lorameter.run.sites.orders import Message, read_message
+from lorameter.run.sites.messages import Message, read_message
 from lorameter.run.sites.private import check_private
 
 END, CLOSE = "end", "close"

@@ -13,25 +13,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.machine.cards import VisibleCard, say_entries, shared_boards, visible_cards
+from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visible_cards
 from lorameter.machine.cores import cores_of
-from lorameter.machine.kinds import say_kind
+from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.processes import CPUS
 from lorameter.machine.provenance import Facts, Machine
-from lorameter.machine.visible import VARIABLE
-from lorameter.records.preparation import Hello
+from lorameter.machine.visible_gpus import VARIABLE
+from lorameter.records.worker_info import Hello
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_count
 from lorameter.run.budget import Budget, TooShortError
-from lorameter.run.conductor import Watcher
+from lorameter.run.group_runner import Watcher
 from lorameter.run.executors import Executor, open_executor
 from lorameter.run.executors.host import Host
 from lorameter.run.plan import Plan
-from lorameter.run.ready import greet
+from lorameter.run.prepare import greet
 from lorameter.run.runner import run_plan
-from lorameter.run.site import Site
+from lorameter.run.trial_setup import Site
 from lorameter.run.thinning import Part
-from lorameter.studies.place import HERE, Place, numbers_of, say_sites
+from lorameter.studies.placement import HERE, Place, numbers_of, say_sites
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 

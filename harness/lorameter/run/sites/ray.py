@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, said_by
-from lorameter.run.sites.block import Post
-from lorameter.run.sites.orders import read_message
+from lorameter.run.sites.remote_worker import Post
+from lorameter.run.sites.messages import read_message
 from lorameter.run.sites.remote import RemoteStation
-from lorameter.studies.place import say_on, say_sites
+from lorameter.studies.placement import say_on, say_sites
 
 CLIENT = "ray://"
 START_TIMEOUT_S = 120.0

@@ -1,6 +1,6 @@
 """Sites on other machines, as whoever asks them sees them: orders go out, and records come back over a link.
 
-A link is what a scheduler gives: lines to a post and lines from it (`lorameter.run.sites.orders`). Whatever becomes of
+A link is what a scheduler gives: lines to a post and lines from it (`lorameter.run.sites.messages`). Whatever becomes of
 it, a node that is killed or an answer that cannot be read, the site is lost, and what it had not ended is measured
 elsewhere.
 """
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lorameter.errors import InvalidRunError, UsageError, redact, said_by
-from lorameter.machine.kinds import say_kind
+from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.provenance import Facts
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.run.budget import Budget
-from lorameter.run.conductor import Watcher
-from lorameter.run.device import IfBusy
+from lorameter.run.group_runner import Watcher
+from lorameter.run.device_lock import IfBusy
 from lorameter.run.plan import Plan
-from lorameter.run.ready import Ready
-from lorameter.run.sites.orders import (
+from lorameter.run.prepare import Ready
+from lorameter.run.sites.messages import (
     Describe,
     Description,
     Done,
@@ -35,7 +35,7 @@ from lorameter.run.sites.orders import (
     write_order,
 )
 from lorameter.run.thinning import Part
-from lorameter.run.written import WrittenPlan
+from lorameter.run.plan_spec import WrittenPlan
 
 T = TypeVar("T")
 

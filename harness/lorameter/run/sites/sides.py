@@ -18,8 +18,8 @@ from lorameter.records.record import Side
 from lorameter.run.executors.environments import parse_requirements
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import DECLARED, OpenSide, SideKind, name_side
-from lorameter.run.written import WrittenSide
-from lorameter.verdicts.comparand import differences
+from lorameter.run.plan_spec import WrittenSide
+from lorameter.verdicts.comparison_input import differences
 
 
 def write_sides(specs: Mapping[Side, str], repository: Path, asked: str) -> tuple[WrittenSide, ...]:

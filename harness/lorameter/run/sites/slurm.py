@@ -1,7 +1,7 @@
 """Sites that are jobs of a batch system: links to them over files, those that start late, and what dead drivers left.
 
 Whoever starts a run has a folder beside the runs, which all nodes must see, and in it one for each start of each job
-(`lorameter.run.sites.exchange`). A job that is requeued starts again: what it was before is lost, and what it is now is
+(`lorameter.run.sites.file_queue`). A job that is requeued starts again: what it was before is lost, and what it is now is
 a site that has come. So nobody here asks what a job does: it has started when it says so, and is lost when it says so,
 falls silent, or has started again.
 """
@@ -23,14 +23,14 @@ from pathlib import Path
 from secrets import token_hex
 
 from lorameter.errors import InvalidRunError, UsageError, shorten
-from lorameter.machine.visible import VARIABLE
+from lorameter.machine.visible_gpus import VARIABLE
 from lorameter.records import codec, journal, locks
-from lorameter.records.document import write_whole
+from lorameter.records.atomic_json import write_whole
 from lorameter.records.record import Notice
-from lorameter.run.device import IfBusy, tell_stderr
+from lorameter.run.device_lock import IfBusy, tell_stderr
 from lorameter.run.sites.batch import Batch, cancel_jobs, check_here, check_started
-from lorameter.run.sites.block import BOOT_ID
-from lorameter.run.sites.exchange import (
+from lorameter.run.sites.remote_worker import BOOT_ID
+from lorameter.run.sites.file_queue import (
     ABOUT,
     BEAT,
     DRIVER,
@@ -45,10 +45,10 @@ from lorameter.run.sites.exchange import (
     starts_of,
 )
 from lorameter.run.sites.job import CLOSE, END, About, SiteJob
-from lorameter.run.sites.orders import read_message
+from lorameter.run.sites.messages import read_message
 from lorameter.run.sites.private import check_private, make_private
 from lorameter.run.sites.remote import RemoteStation
-from lorameter.studies.place import LOCAL, SLURM, Asked
+from lorameter.studies.placement import LOCAL, SLURM, Asked
 
 FOLDER = f".jobs-{os.geteuid()}"
 """In the folder of the runs, one for each user; what it holds is removed when a run ends."""

@@ -27,7 +27,7 @@ from torch import nn
 from lorameter.errors import LorameterError, impossible, said_by, shorten
 from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
-from lorameter.records.refusals import is_out_of_memory
+from lorameter.records.os_errors import is_out_of_memory
 from lorameter.studies.variant import Variant
 from lorameter.trial.building.quantising import (
     bnb_config,

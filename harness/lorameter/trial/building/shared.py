@@ -4,7 +4,7 @@ The base is frozen, so trials can share it: each brings its own adapter, optimiz
 switched on for its turn only. To be bit-equal to a trial alone, an adapter is attached under its own seed, and the
 random numbers of a trial go on where its last turn left them. The switch is outside every timed window.
 
-Not for adapters that change the base (see `lorameter.run.levels`): the digest of the base must be the same at the end.
+Not for adapters that change the base (see `lorameter.run.interleaving`): the digest of the base must be the same at the end.
 """
 
 from __future__ import annotations

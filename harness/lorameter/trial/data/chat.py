@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorameter.errors import UsageError, shorten
-from lorameter.machine.bounds import OverTimeError, memory_limit, time_limit
+from lorameter.machine.rlimits import OverTimeError, memory_limit, time_limit
 from lorameter.models.chat_template import no_chat_template
 from lorameter.trial.data.messages import ASSISTANT, Conversation, Message
 

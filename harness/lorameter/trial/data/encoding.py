@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.records.preparation import Example
+from lorameter.records.worker_info import Example
 from lorameter.studies.workload import PromptFormat, Workload
 from lorameter.trial.data.chat import ChatTemplate, Span
 from lorameter.trial.data.messages import Conversation

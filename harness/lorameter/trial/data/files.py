@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from lorameter.errors import UsageError, shorten
-from lorameter.records import codec, inputs
+from lorameter.records import codec, bounded_io
 from lorameter.studies.data_source import PACKED
 
 LINE_BYTES = 16 << 20
@@ -151,7 +151,7 @@ def _json(path: Path, where: str) -> Table:
                 remedy = "A .json file holds a list of records, or a record a line."
                 yield from _records_of_lines(file, where, remedy)
                 return
-            for number, record in enumerate(_listed(file.read(inputs.BENCHMARK_BYTES + 1), where), 1):
+            for number, record in enumerate(_listed(file.read(bounded_io.BENCHMARK_BYTES + 1), where), 1):
                 yield f"{where}, record {number}", record
 
     return _json_table(rows)
@@ -164,8 +164,8 @@ def _begin(file: BinaryIO) -> bytes:
 
 
 def _listed(content: bytes, where: str) -> list[Any]:
-    if len(content) > inputs.BENCHMARK_BYTES:
-        most = inputs.BENCHMARK_BYTES >> 20
+    if len(content) > bounded_io.BENCHMARK_BYTES:
+        most = bounded_io.BENCHMARK_BYTES >> 20
         raise UsageError(f"{where}: a list of more than {most} MiB. Write a record a line, as .jsonl.")
     content = content.removeprefix(_BOM)
     try:

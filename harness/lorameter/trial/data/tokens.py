@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from lorameter.errors import EXIT_INVALID, LorameterError, UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records import codec
-from lorameter.records.preparation import Example, TokenSummary
-from lorameter.records.refusals import naming, refusal_in
+from lorameter.records.worker_info import Example, TokenSummary
+from lorameter.records.os_errors import naming, refusal_in
 from lorameter.records.units import format_count
 from lorameter.studies.data_source import SYNTHETIC
 from lorameter.studies.workload import Workload

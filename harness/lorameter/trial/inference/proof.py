@@ -12,7 +12,7 @@ from typing import Any
 import kernels_check
 from lorameter.records import codec
 from lorameter.records.record import Failure, Fragment, Instrument
-from lorameter.records.required import judge_required
+from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.requirements import attention_of
 from lorameter.trial.inference.server import Server

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorameter.machine.memory import MemoryGauge
 from lorameter.records.activity import CACHE, HEAD, REQUEST_PHASES
-from lorameter.records.request_sight import ModelSize, RequestSight
+from lorameter.records.request_facts import ModelSize, RequestSight
 from lorameter.trial.building import lora
 from lorameter.trial.inference.generate import Request
 from lorameter.trial.memory import output_head, resident_tensors, storage_bytes

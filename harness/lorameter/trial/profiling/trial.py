@@ -36,8 +36,8 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.packing import unpack_4bit
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.process import release_unused
-from lorameter.trial.profiling.account import account, take_birth
-from lorameter.trial.profiling.borders import BorderedStep, pair_times, profiled, step_times, useful_tokens
+from lorameter.trial.profiling.memory_breakdown import account, take_birth
+from lorameter.trial.profiling.phase_timing import BorderedStep, pair_times, profiled, step_times, useful_tokens
 from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
 from lorameter.trial.profiling.requests import (
     BorderedRequest,

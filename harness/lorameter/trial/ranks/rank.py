@@ -22,7 +22,7 @@ from lorameter.trial.building.build import Trainee, build
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.clock import Lap
 from lorameter.trial.data.stream import TokenStream
-from lorameter.trial.ranks.party import Party
+from lorameter.trial.ranks.process_group import Party
 from lorameter.trial.ranks.strategies import distribute, exchanging, shard_again
 from lorameter.trial.step import TrainStep, loss_of
 from lorameter.trial.trial import Trial

@@ -20,14 +20,14 @@ from typing import Any
 
 from lorameter.errors import shorten
 from lorameter.machine.processes import exit_words
-from lorameter.machine.visible import VARIABLE, visible_devices
+from lorameter.machine.visible_gpus import VARIABLE, visible_devices
 from lorameter.records.metrics import LOSSES
 from lorameter.records.record import Failure, Fragment, Notice, Status
-from lorameter.records.required import judge_required
+from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.ranks.agreement import compare_losses
-from lorameter.trial.ranks.member import Member
+from lorameter.trial.ranks.rank_process import Member
 
 OF_RANKS, OF_ONE = 0.5, 0.4
 """How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
@@ -131,7 +131,7 @@ class TrialOfRanks:
 
 def _rank_maker(request: TrialRequest, rank: int) -> Callable[[], Any]:
     def make() -> Any:
-        from lorameter.trial.ranks.party import Party
+        from lorameter.trial.ranks.process_group import Party
         from lorameter.trial.ranks.rank import RankTrial
 
         _take_card(request.device, rank)

@@ -22,7 +22,7 @@ from lorameter.records.store import Run
 from lorameter.stats import step_down
 from lorameter.stats.statement import Conclusion
 from lorameter.studies.claim import ENGINE, Claim, Part, say_level
-from lorameter.studies.stored import read_study
+from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.answers import Answers, answers_of
 from lorameter.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
@@ -31,7 +31,7 @@ from lorameter.verdicts.claims.peaks import judge_peaks
 from lorameter.verdicts.claims.questions import Question, question_of
 from lorameter.verdicts.claims.reasons import ratio_of, reason_of
 from lorameter.verdicts.claims.values import NotJudgedError, counts, pair_of
-from lorameter.verdicts.mixed import refuse_mixed
+from lorameter.verdicts.per_site import refuse_mixed
 from lorameter.verdicts.series import Groups, series_of
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]

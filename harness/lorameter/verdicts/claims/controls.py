@@ -16,7 +16,7 @@ from lorameter.studies.claim import Part
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.questions import spoken
 from lorameter.verdicts.series import Groups, is_difference
-from lorameter.verdicts.standing import control_of
+from lorameter.verdicts.run_validity import control_of
 
 Controls = Mapping[str, Comparison | None]
 """By metric, the reference against itself; None where it was not measured."""

@@ -17,7 +17,7 @@ from lorameter.studies.claim import Part
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.proof import Shown, obstacle_of, proof_of
 from lorameter.verdicts.claims.values import NotJudgedError
-from lorameter.verdicts.sameness import LOSS_DIFFERS, OTHER_PARAMETERS, Sides, notices_of_sides, sides_of_run
+from lorameter.verdicts.same_training import LOSS_DIFFERS, OTHER_PARAMETERS, Sides, notices_of_sides, sides_of_run
 from lorameter.verdicts.series import Groups
 from lorameter.verdicts.software import say_threads, versions_of
 

@@ -1,0 +1,67 @@
+"""What a measured script does not do, although it would: report to trackers, save checkpoints, publish.
+
+It is started many times and ended in the middle, and what it leaves behind would be that of a training which nobody
+asked for. The import hook calls these functions with a module right after that was imported. They change what is asked
+of a library and nothing of how it trains; what the script writes by itself goes into a folder of its own
+(`lorameter.run.executors.script_sandbox`).
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any, NoReturn
+
+CALLS = {
+    "transformers.training_args": "lorameter.attach.disable_side_effects:quiet_arguments",
+    "huggingface_hub.hf_api": "lorameter.attach.disable_side_effects:close_hub",
+}
+"""The functions of this module, by the import that they follow."""
+QUIET: dict[str, Any] = {
+    "report_to": "none",
+    "push_to_hub": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+}
+"""Arguments of transformers' Trainer that write or publish, and their values in a measured script. The best model is
+loaded from a checkpoint, of which there is none."""
+PUBLISHING = tuple(
+    "accept add batch cancel change comment copy create delete disable duplicate edit enable grant hide merge move "
+    "pause permanently preupload reject rename request rerun restart resume run scale set super suspend trigger "
+    "unlike update upload".split()
+)
+"""First words of the methods of the hub's client that change something there: repositories, discussions, jobs, all."""
+
+
+def after_import() -> str:
+    """What the hook is told, so that all of them are called (`lorameter.attach.child_env.environment`)."""
+    return ",".join(f"{module}={function}" for module, function in CALLS.items())
+
+
+def quiet_arguments(module: ModuleType) -> None:
+    """Have every TrainingArguments, and what inherits it, report to nobody, save nothing and push nothing."""
+    arguments = module.TrainingArguments
+    complete = arguments.__post_init__
+
+    def quietened(self: Any) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # as transformers takes it from that; a script may stop early by it
+        for name, value in QUIET.items():
+            setattr(self, name, value)
+        complete(self)
+
+    arguments.__post_init__ = quietened
+
+
+def close_hub(module: ModuleType) -> None:
+    """Have the hub's client refuse to publish, whatever the methods of its version are."""
+
+    def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            "lorameter: a measured script publishes nothing. Leave the upload to the script that is not measured."
+        )
+
+    for name in dir(module.HfApi):
+        if name.partition("_")[0] in PUBLISHING and name != "run_as_future":  # which calls another one elsewhere
+            setattr(module.HfApi, name, refuse)
+            setattr(module, name, functools.partial(refuse, None))  # of the module's own client, bound when it was made

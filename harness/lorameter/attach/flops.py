@@ -1,0 +1,110 @@
+"""What a step of a script needs of its device: the numerator of MFU.
+
+The counts are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its configuration gives
+the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N. One of
+a family whose layers are not known is counted from its modules (`lorameter.models.costs.modules`). Pairs of a query and a
+key are those of rows of the mean real length, so a few too few where lengths differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lorameter.attach.observer import StepReading, Training
+from lorameter.attach.step_samples import Gathered
+from lorameter.errors import LorameterError, UsageError
+from lorameter.models.costs.flops import StepTokens, six_n, training_flops
+from lorameter.models.costs.modules import count_products
+from lorameter.models.costs.peaks import Rate, stated_peak
+from lorameter.models.shapes import ModelShape, shape_of_config
+from lorameter.studies.variant import Variant
+
+RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+class Work:
+    """What is known of it before the first step, of the model as it is then. Holds nothing of the model."""
+
+    def __init__(self, training: Training) -> None:
+        """Reads the model of a training; where it cannot be counted nothing is known."""
+        model = getattr(training.module, "module", training.module)  # inside what distributes it
+        self._passes = training.accumulation or 1
+        self._flops: Callable[[StepTokens], int] | None = None
+        self._rate: Rate | None = None
+        if getattr(model, "config", None) is not None:
+            self._rate = _rate_of(model)
+            with contextlib.suppress(LorameterError, AttributeError, TypeError):
+                self._flops = _flops_of(model)
+
+    def values(self, gathered: Gathered, device_name: str) -> dict[str, float]:
+        """`model_flops_per_step`, the mean over the timed steps, and `peak_flops_per_s` of a device that is listed.
+
+        Empty where the model, its adapter or its tokens are not known.
+        """
+        samples = gathered.samples()
+        flops = self._of_a_step(samples.get("turn_real_tokens", ()), samples.get("turn_sequences", ()))
+        if flops is None:
+            return {}
+        peak = self._peak_per_s(device_name)
+        return {"model_flops_per_step": flops} | ({} if peak is None else {"peak_flops_per_s": peak})
+
+    def mfu(self, readings: Sequence[StepReading], device_name: str) -> dict[str, float]:
+        """`mfu` of these steps, those apart that a check looked on at; empty where the device has no stated peak."""
+        plain = [one for one in readings if one.checks is None]
+        real = [one.real_tokens for one in plain if one.real_tokens is not None]
+        rows = [one.sequences for one in plain if one.sequences is not None]
+        peak = self._peak_per_s(device_name)
+        if peak is None or not len(real) == len(rows) == len(plain):
+            return {}
+        flops = self._of_a_step(real, rows)
+        return {} if flops is None else {"mfu": flops * len(plain) / sum(one.step_time_s for one in plain) / peak}
+
+    def _of_a_step(self, real: Sequence[float], rows: Sequence[float]) -> float | None:
+        """Of the mean step, by the real tokens and the sequences of each; None where it is not known."""
+        if not real or not rows or self._flops is None:
+            return None
+        positions, mean_rows = sum(real) / len(real), sum(rows) / len(rows)
+        mean = positions / mean_rows
+        pairs = round(mean_rows * mean * (mean + 1) / 2)
+        tokens = StepTokens(positions=round(positions), pairs=pairs, passes=self._passes)
+        try:
+            return float(self._flops(tokens))
+        except (LorameterError, AttributeError, TypeError):
+            return None
+
+    def _peak_per_s(self, device_name: str) -> float | None:
+        peak = None if self._rate is None else stated_peak(device_name, self._rate)
+        return None if peak is None else peak.per_s
+
+
+def _flops_of(model: Any) -> Callable[[StepTokens], int]:
+    """In closed form where the layers of the model are known, else counted from its modules."""
+    config = model.config
+    try:
+        shape = shape_of_config(config.to_dict(), getattr(config, "name_or_path", "") or "the model")
+        known = _closed_form(shape, model)
+        known(StepTokens(positions=1, pairs=1, passes=1))  # raises for layers that are not known
+        return known
+    except UsageError:
+        products = count_products(model)
+        return lambda tokens: products.flops(tokens).model
+
+
+def _closed_form(shape: ModelShape, model: Any) -> Callable[[StepTokens], int]:
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return lambda tokens: six_n(shape, tokens)
+    adapter = adapters.get(getattr(model, "active_adapter", "default")) or next(iter(adapters.values()))
+    targets = adapter.target_modules
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    variant = Variant(r=adapter.r, target_modules=names, use_dora=bool(getattr(adapter, "use_dora", False)))
+    return lambda tokens: training_flops(shape, variant, tokens).model
+
+
+def _rate_of(model: Any) -> Rate:
+    """The type that most products run in: what a 4-bit base multiplies in, else that of the weights."""
+    computes = getattr(getattr(model.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
+    named = str(computes or getattr(model, "dtype", "float32")).removeprefix("torch.")
+    return RATES.get(named, "float32")

@@ -1,0 +1,276 @@
+"""Whether a trial's numbers can be trusted, by its surroundings and never by its times.
+
+A rule that looks at the outcome selects it; these look at clocks, heat, memory and the kernel's counters only. Each
+says what was found and where the limit is. Most disturbances are notices: the statistics bear with noise. Past a second
+limit a trial is not what the study asks about: it is invalid, and is measured again (`lorameter.run.runner`). That limit
+is far out on purpose: a filter that rejects much is a filter that ends with nothing.
+
+Limits rest on one number: within the margin of 5 % two things count as equal, so what may have moved a time by more
+than that is invalid, and a fifth of it is worth a notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from lorameter.machine.host import GIVEN, withheld_share
+from lorameter.machine.other_gpu_processes import UNEXPLAINED_LIMIT
+from lorameter.machine.telemetry import named
+from lorameter.records.units import format_bytes, format_count
+
+CLOCK_MARGIN = 0.05
+NOTICED = 0.01
+"""Share of the timed stretches that is worth a notice: the tolerance, the smallest slow-down worth an alarm."""
+THROTTLED_INVALID = 0.10
+"""Share with clocks held down by heat or supply. A card that protects itself runs at half its clock or less, so a tenth
+of the time costs half of that: the margin."""
+HOT_MARGIN_C = 5.0
+"""Degrees left to the slow-down. A sensor of 1 °C and a fan that reacts late make less than that a matter of luck."""
+CLOCK_MOVED = CLOCK_MARGIN
+"""Range of the SM clock over its maximum: a step that computes is as slow as its clock."""
+CLOCK_INVALID = 0.25
+"""nvbench discards samples whose clock is below 75 % of the default (its throttle threshold)."""
+SHARED_INVALID_BYTES = 2**30
+"""Held by processes of others. A CUDA context takes 0.3 to 0.6 GiB, so above this somebody keeps data there to work
+on; what is below may be a notebook that was left open."""
+PAGE_TIME_S = 1e-4
+"""What it takes to bring back one page of 4 KiB from a solid-state disk."""
+SWAP_INVALID_BYTES_PER_S = CLOCK_MARGIN / PAGE_TIME_S * 4096
+"""As many pages a second as take 5 % of it: about 2 MB/s."""
+CONTENDED = CLOCK_MARGIN
+"""Share of the time in which something that could run waited for a CPU; as for the occupancy, 5 %."""
+OCCUPANCY_INVALID = 0.5
+"""CPU time over wall time of a trial of one thread that nobody was compared with turn by turn: it ran half of the time
+at most. Several threads wait for each other, so theirs says nothing of other work."""
+WITHHELD_INVALID = 0.25
+"""Share of the CPU time that was asked for which a hypervisor or a quota kept. In bursts, which hit one step wholly and
+the next not at all, so the median bears with more than the margin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbance:
+    """One thing that casts doubt on a trial's numbers."""
+
+    code: str
+    message: str
+    """What was found and the limit, both as numbers; without the trial, which the caller knows."""
+    remedy: str
+    weight: float
+    """What was found over the limit for a notice: how bad it is, to sort by."""
+    invalid: bool = False
+    """Whether the trial does not count."""
+
+
+def judge(
+    values: Mapping[str, float],
+    memory: Mapping[str, int],
+    phase: str,
+    *,
+    in_turns: bool,
+    occupancy: float | None = None,
+) -> tuple[Disturbance, ...]:
+    """What the surroundings of one phase say against a trial, the worst first; what was not measured says nothing.
+
+    Args:
+        values: of the trial's record, as `lorameter.machine.telemetry` names them.
+        memory: of the record, as `lorameter.trial.memory` names it.
+        phase: "train" or "generate".
+        in_turns: whether others took turns with this trial. They shared what happened to the CPUs and their clocks, so
+            it does not make the trial invalid. Swapping hits the process whose pages went, and does.
+        occupancy: CPU time over wall time of the timed steps of one thread on a CPU; None for several threads, and on a
+            GPU, where the host rightly waits.
+    """
+    told = _Told(values, phase)
+    found = [
+        *_throttled(told),
+        *_power_capped(told),
+        *_hot(told),
+        *_clocks(told, in_turns=in_turns),
+        *_shared(told),
+        *_swapped(told),
+        *_retrying(memory, phase),
+        *_contended(told, occupancy, in_turns=in_turns),
+        *_withheld(told, in_turns=in_turns),
+    ]
+    return tuple(sorted(found, key=lambda disturbance: (not disturbance.invalid, -disturbance.weight)))
+
+
+def waiting_share(values: Mapping[str, float], phase: str) -> float | None:
+    """Share of the watched time of a phase in which something that could run waited for a CPU; None if not known."""
+    return _Told(values, phase).host_share("cpu_stall_s")
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Values of one phase by the names that the meters use."""
+
+    values: Mapping[str, float]
+    phase: str
+
+    def device(self, what: str) -> float | None:
+        return self.values.get(named("device", what, self.phase))
+
+    def host(self, what: str) -> float | None:
+        return self.values.get(named("host", what, self.phase))
+
+    def host_share(self, what: str) -> float | None:
+        """Of the time that was watched; None where either is not known."""
+        part, whole = self.host(what), self.host("watched_s")
+        return part / whole if part is not None and whole else None
+
+    def withheld_share(self, what: str) -> float | None:
+        """Of the CPU time that was asked for; None where that or what was withheld is not known."""
+        return withheld_share(self.host(what), self.host(GIVEN[what]))
+
+    def device_share(self, counter: str, samples: str) -> tuple[float, str] | None:
+        """By the card's own counter of time where there is one, else by the samples at the ends of the stretches."""
+        seconds, watched = self.device(counter), self.host("watched_s")
+        if seconds is not None and watched:
+            return min(1.0, seconds / watched), f"{seconds:.2f} of {watched:.2f} s"
+        hit, taken = self.device(samples), self.device("samples")
+        return (hit / taken, f"{hit:.0f} of {taken:.0f} samples") if hit is not None and taken else None
+
+
+def _throttled(told: _Told) -> Iterator[Disturbance]:
+    by_samples = told.device("throttled_samples")
+    found = told.device_share("thermal_slowdown_s", "throttled_samples")
+    taken = told.device("samples")
+    if by_samples and taken and (found is None or found[0] < by_samples / taken):
+        found = (by_samples / taken, f"{by_samples:.0f} of {taken:.0f} samples")  # the supply has no counter of time
+    if found is not None and found[0] > NOTICED:
+        yield Disturbance(
+            code="throttled",
+            message=f"the card held its clocks down to protect itself in {found[1]} ({found[0]:.0%}; from "
+            f"{NOTICED:.0%} it is said, above {THROTTLED_INVALID:.0%} the trial does not count)",
+            remedy="Give it air and power, or lock a lower clock (nvidia-smi -lgc), and measure again.",
+            weight=found[0] / NOTICED,
+            invalid=found[0] > THROTTLED_INVALID,
+        )
+
+
+def _power_capped(told: _Told) -> Iterator[Disturbance]:
+    found = told.device_share("power_slowdown_s", "power_capped_samples")
+    if found is not None and found[0] > NOTICED:
+        yield Disturbance(
+            code="power-capped",
+            message=f"the power limit set the clock in {found[1]} ({found[0]:.0%}; from {NOTICED:.0%} it is said)",
+            remedy="Times are those of this limit (nvidia-smi -q -d POWER); compare them under the same one.",
+            weight=found[0] / NOTICED,
+        )
+
+
+def _hot(told: _Told) -> Iterator[Disturbance]:
+    left, degrees = told.device("temperature_margin_c"), told.device("temperature_c")
+    if left is not None and left < HOT_MARGIN_C:
+        at = "" if degrees is None else f"at {degrees:.0f} °C "
+        yield Disturbance(
+            code="hot",
+            message=f"the card was {at}{left:.0f} °C below its slow-down (under {HOT_MARGIN_C:.0f} °C it is said)",
+            remedy="Give it air, or lower its power limit, before it slows down.",
+            weight=(HOT_MARGIN_C - left + 1) / HOT_MARGIN_C,
+        )
+
+
+def _clocks(told: _Told, *, in_turns: bool) -> Iterator[Disturbance]:
+    low, high = told.device("sm_clock_min_hz"), told.device("sm_clock_max_hz")
+    if low is not None and high and (moved := 1 - low / high) > CLOCK_MOVED:
+        yield Disturbance(
+            code="clocks-moving",
+            message=f"the SM clock was between {low / 1e6:.0f} and {high / 1e6:.0f} MHz, a range of {moved:.0%} (from "
+            f"{CLOCK_MOVED:.0%} it is said, above {CLOCK_INVALID:.0%} a trial that was alone does not count)",
+            remedy="Lock the clock (nvidia-smi -lgc MHZ) and turn persistence on (nvidia-smi -pm 1).",
+            weight=moved / CLOCK_MOVED,
+            invalid=moved > CLOCK_INVALID and not in_turns,
+        )
+
+
+def _shared(told: _Told) -> Iterator[Disturbance]:
+    others, held, hidden = told.device("others"), told.device("others_bytes"), told.device("hidden_bytes")
+    if others:
+        size = "memory of unknown size" if held is None else format_bytes(held)
+        yield Disturbance(
+            code="shared",
+            message=f"{others:.0f} other process{'es' * (others != 1)} held {size} of the device (from 1 process it "
+            f"is said, above {format_bytes(SHARED_INVALID_BYTES)} the trial does not count)",
+            remedy="End them, or measure on a card that is free (nvidia-smi lists them).",
+            weight=1 + (held or 0.0) / SHARED_INVALID_BYTES,
+            invalid=held is not None and held > SHARED_INVALID_BYTES,
+        )
+    elif hidden is not None and hidden > UNEXPLAINED_LIMIT:
+        yield Disturbance(
+            code="hidden",
+            message=f"{format_bytes(hidden)} of the device were in use by nobody who can be seen (from "
+            f"{format_bytes(UNEXPLAINED_LIMIT)} it is said)",
+            remedy="Look from outside the container (nvidia-smi on the machine), or start it with the machine's "
+            "process numbers (--pid=host).",
+            weight=hidden / UNEXPLAINED_LIMIT,
+        )
+
+
+def _swapped(told: _Told) -> Iterator[Disturbance]:
+    moved, watched = [told.host(name) for name in ("swap_in_bytes", "swap_out_bytes")], told.host("watched_s")
+    total = sum(size for size in moved if size is not None)
+    if total and watched:
+        rate = total / watched
+        yield Disturbance(
+            code="swapped",
+            message=f"the machine swapped {format_bytes(total)} in {watched:.2f} s (from one page it is said, above "
+            f"{format_bytes(SWAP_INVALID_BYTES_PER_S)} a second the trial does not count)",
+            remedy="Free memory or turn swap off (swapoff -a); a smaller batch takes less.",
+            weight=1 + rate / SWAP_INVALID_BYTES_PER_S,
+            invalid=rate > SWAP_INVALID_BYTES_PER_S,
+        )
+
+
+def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
+    """Not invalid however often: a variant that barely fits will retry again, and its times are what it costs."""
+    retries, failures = (memory.get(f"device_{what}_{phase}", 0) for what in ("alloc_retries", "ooms"))
+    if retries or failures:
+        yield Disturbance(
+            code="memory-retrying",
+            message=f"the allocator emptied its cache {format_count(retries, 'time')} and failed "
+            f"{format_count(failures, 'time')} for want of device memory (from 1 it is said)",
+            remedy="Each time stops the device; take a smaller batch, checkpointing, or a larger card to time compute.",
+            weight=float(retries + failures),
+        )
+
+
+def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Iterator[Disturbance]:
+    share, switches = told.host_share("cpu_stall_s"), told.host("involuntary_switches")
+    low = occupancy is not None and occupancy < OCCUPANCY_INVALID
+    if low or (share is not None and share > CONTENDED):
+        waited = "" if share is None else f"work waited for a CPU in {share:.0%} of the time"
+        had = "" if occupancy is None else f"the trial's one thread had a CPU for {occupancy:.0%} of its time"
+        taken = "" if switches is None else f"lost one {format_count(round(switches), 'time')}"
+        counts = f", with a CPU for less than {OCCUPANCY_INVALID:.0%} of the time a trial that was alone does not count"
+        limit = "" if occupancy is None else counts
+        yield Disturbance(
+            code="contended",
+            message=f"{', '.join(filter(None, (waited, had, taken)))} (from {CONTENDED:.0%} waiting it is said{limit})",
+            remedy="Stop other work on this machine, or give this process CPUs of its own (taskset, cpuset).",
+            weight=(share or 0.0) / CONTENDED + (1 - occupancy if occupancy is not None else 0.0),
+            invalid=low and not in_turns,
+        )
+
+
+def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Disturbance]:
+    for code, what, who, remedy in (
+        ("stolen", "steal_s", "the hypervisor gave this machine's CPUs to others", "Use a machine of its own."),
+        (
+            "quota",
+            "quota_stall_s",
+            "the container's CPU quota held work back",
+            "Raise the quota (docker run --cpus, limits.cpu), or use a cpuset instead.",
+        ),
+    ):
+        share = told.withheld_share(what)
+        if share is not None and share > NOTICED:
+            yield Disturbance(
+                code=code,
+                message=f"{who} for {share:.0%} of the CPU time that was asked for (from {NOTICED:.0%} it is said, "
+                f"above {WITHHELD_INVALID:.0%} a trial that was alone does not count)",
+                remedy=remedy,
+                weight=share / NOTICED,
+                invalid=share > WITHHELD_INVALID and not in_turns,
+            )

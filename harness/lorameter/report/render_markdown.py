@@ -1,0 +1,127 @@
+"""Blocks as GitHub's Markdown: what is said first first, tables as tables, what folds as details.
+
+Text from outside is text there too: it starts no markup, no link, no mention and no mathematics. GitHub takes 1 MiB a
+summary of a step and 65,536 characters a comment, and shows nothing of what is longer. So what does not fit is left out
+from the details on, then from the rows of the longest tables, and the end says what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from collections.abc import Iterator, Sequence
+
+from lorameter.errors import shorten
+from lorameter.records.units import format_count
+from lorameter.report.blocks import Block, Document, Fold, Gallery, Line, Panel, Section, Table
+from lorameter.report.terminal import text_of
+from kernels_check.terminal import make_visible
+
+SUMMARY_BYTES = 2**20
+"""Of a step's summary."""
+COMMENT_CHARACTERS = 65_536
+"""Of a comment, and of the body of an issue."""
+_CHART_WIDTH = 80
+_SUMMARY = 120
+"""Characters of a summary; all of it stands below."""
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
+_LIST = re.compile(r"^(\d*)([.)+-])(?=\s|$)|^()([-=]+)$")
+_ADDRESS = re.compile(r"\b(https?|ftp)(:)//|\b(www)(\.)", re.IGNORECASE)
+_BREAK = "<!-- -->"
+"""Shows as nothing, and keeps apart what would be a mention or a link together."""
+
+
+def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
+    """A document in at most so many characters, and at most four times as many bytes."""
+    blocks = list(document)
+    dropped: list[str] = []
+    while (length := len(text := _text(blocks, dropped))) > most:
+        folded = [place for place, block in enumerate(blocks) if isinstance(block, (Fold, Gallery, Panel))]
+        long = [place for place, block in enumerate(blocks) if isinstance(block, Table) and len(block.rows) > 1]
+        if folded:
+            dropped.append(_name(blocks.pop(folded[-1])))
+        elif long:
+            place = max(long, key=lambda one: len(blocks[one].rows))  # type: ignore[union-attr]
+            table = blocks[place]
+            assert isinstance(table, Table)
+            kept = max(1, len(table.rows) * most // (length + most))
+            dropped.append(f"{format_count(len(table.rows) - kept, 'row')} of {table.title or 'a table'}")
+            blocks[place] = dataclasses.replace(table, rows=table.rows[:kept])
+        elif len(blocks) > 1:
+            dropped.append(_name(blocks.pop()))
+        else:
+            return text[:most]
+    return text
+
+
+def escape(text: str) -> str:
+    """Outside text as text: on one line, starting nothing."""
+    text = _MARKUP.sub(r"\\\1", make_visible(" ".join(text.split())).replace("&", "&amp;"))
+    text = _LIST.sub(lambda found: f"{found[1] or ''}\\{found[2] or found[4]}", text)
+    text = _ADDRESS.sub(lambda found: f"{found[1] or found[3]}{_BREAK}{found[0][len(found[1] or found[3]) :]}", text)
+    return text.replace("@", f"@{_BREAK}")
+
+
+def _text(blocks: Sequence[Block], dropped: Sequence[str]) -> str:
+    first = next((block for block in blocks if isinstance(block, Section)), None)
+    parts = [part for block in blocks for part in _block(block, "###" if block is first else "####")]
+    if dropped:
+        parts.append(f"Left out, as this would be too long: {escape(', '.join(dropped))}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _block(block: Block, level: str) -> Iterator[str]:
+    if isinstance(block, Line):
+        yield _line(block)
+    elif isinstance(block, Section):
+        yield f"{level} {escape(block.title)}"
+        yield _bullets(block.lines)
+    elif isinstance(block, Fold):
+        yield _details(block.summary.text, _bullets(block.lines))
+    elif isinstance(block, Table):
+        yield f"#### {escape(block.title)}" if block.title else ""
+        yield _table(block)
+        yield _bullets(block.notes)
+    elif isinstance(block, Gallery):
+        drawn = text_of((dataclasses.replace(block, title=""),), width=_CHART_WIDTH, coloured=False)
+        yield _details(block.title, _fenced(drawn.strip("\n")))
+    else:
+        said = "\n\n".join(f"**{escape(one.head)}**\n\n{_fenced(make_visible(one.text))}" for one in block.passages)
+        yield _details(block.title, said)
+
+
+def _line(line: Line) -> str:
+    lead = f"**{escape(line.lead)}** " if line.lead else ""
+    return lead + escape(line.text)
+
+
+def _bullets(lines: Sequence[Line]) -> str:
+    return "\n".join(f"- {_line(line)}" for line in lines if line.text or line.lead)
+
+
+def _table(table: Table) -> str:
+    rows = [[escape(head.text) for head in table.heads], ["---:" if head.right else "---" for head in table.heads]]
+    rows += [
+        [f"**{text}**" if row.strong and text else text for text in (escape(cell.words) for cell in row.cells)]
+        for row in table.rows
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _details(summary: str, body: str) -> str:
+    """What unfolds; its summary is HTML, in which nothing is Markdown."""
+    said = html.escape(shorten(make_visible(" ".join(summary.split())), _SUMMARY), quote=False)
+    return f"<details><summary>{said.replace('@', f'@{_BREAK}')}</summary>\n\n{body}\n\n</details>"
+
+
+def _fenced(text: str) -> str:
+    """Text as it is, in a fence longer than any run of its own."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _name(block: Block) -> str:
+    if isinstance(block, Fold):
+        return block.summary.text
+    return block.text if isinstance(block, Line) else block.title

@@ -1,0 +1,336 @@
+"""Where a measured script works: a copy of its folder for each process, and nowhere to publish.
+
+Several processes of one script are live at a time, each is started anew in every replicate, and each is ended in the
+middle. In the folder that one stands in they would write over each other's output and over what a training before them
+has left. So the folder is copied once when the run begins, and each process works in a copy of that copy, which goes
+when its trial has ended. All processes of a run thus have the same files, whatever is edited meanwhile.
+
+Not copied are files too large for that (they are linked, and said), environments and repositories (linked), what
+tools keep for themselves, and the temporary folders that this is copied into, which TMPDIR may put here. What a script
+writes by an absolute path is out of reach of this; what of it can be read from its command is said before the start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Literal
+
+from lorameter.attach import disable_side_effects
+from lorameter.attach.child_env import environment
+from lorameter.attach.turn_client import SOCKET
+from lorameter.errors import UsageError, shorten
+from lorameter.records import bounded_io
+from lorameter.records.record import Notice
+from lorameter.records.tempdirs import is_scratch
+from lorameter.records.units import first_few, format_bytes
+from lorameter.studies.script import PYTHON, split_command
+from lorameter.studies.variant import Variant
+
+LARGE_BYTES = 64 * 2**20
+"""A larger file is data or weights, which are read; it is linked."""
+MOST_BYTES = 2**30
+"""Copied for each process. Whoever has more beside the script has a folder of data there."""
+MOST_FILES = 50_000
+LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
+"""Folders that a script reads at most."""
+LEFT_OUT = ("__pycache__", ".lorameter", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb")
+FOLLOWER = "lorameter.attach.turn_client:Turns"
+
+_QUIET: Mapping[str, str] = {
+    "WANDB_MODE": "disabled",
+    "WANDB_DISABLED": "true",
+    "COMET_MODE": "disabled",
+    "DISABLE_MLFLOW_INTEGRATION": "TRUE",
+    "NEPTUNE_MODE": "debug",
+    "SWANLAB_MODE": "disabled",
+    "CLEARML_OFFLINE_MODE": "1",
+    "DVC_STUDIO_OFFLINE": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",  # the modules beside a script that is named by an absolute path lie there
+}
+"""What trackers are told by their own variables; those that Trainer calls are turned off in its arguments as well."""
+UNVERSIONED = ("python", "python3")
+"""Words that mean the interpreter of where one stands, or of a side; python3.12 is that one and no other."""
+_LONGEST_LINE = 4096
+_PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
+_PORT_OPTIONS = ("--main_process_port", "--master_port", "--rdzv_endpoint")
+_WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
+
+How = Literal["folder", "copy", "link", "large", "within", "outside"]
+"""What becomes of an entry of a script's folder: made anew · copied · linked, because it is only read · linked, because
+it is too large to be copied · a link to what is copied as well · a link that leads out of the folder."""
+
+
+def take_snapshot(folder: Path, into: Path) -> Path:
+    """Copy a folder by the rules above; returns the copy.
+
+    Raises:
+        UsageError: it holds more than can be copied for each process.
+    """
+    into.mkdir(parents=True)
+    for source, how in _walk(folder, into):
+        target = into / source.relative_to(folder)
+        if how == "folder":
+            target.mkdir()
+        elif how == "copy":
+            shutil.copy2(source, target)
+        elif how == "within":
+            target.symlink_to(os.path.relpath(_led_to(source), _led_to(source.parent)))
+        else:
+            target.symlink_to(_led_to(source))
+    return into
+
+
+def _led_to(entry: Path) -> Path:
+    """Where links lead in the end; of a circle, which `Path.resolve` refuses, to one of its own."""
+    return Path(os.path.realpath(entry))
+
+
+def _walk(folder: Path, into: Path | None = None) -> Iterator[tuple[Path, How]]:
+    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked, and not the
+    copy itself.
+
+    Raises:
+        UsageError: it holds more than can be copied, or what cannot be read.
+    """
+    try:
+        yield from _entries(folder, into)
+    except OSError as error:
+        raise UsageError(
+            f"cwd = {str(folder)!r}: {error.filename}: {error.strerror}, and each process works in a copy. Make it "
+            "readable, or name the script's own folder as cwd."
+        ) from None
+
+
+def _entries(folder: Path, into: Path | None) -> Iterator[tuple[Path, How]]:
+    files, size, folders = 0, 0, [folder]
+    while folders:
+        for entry in sorted(folders.pop().iterdir()):
+            mode = entry.lstat().st_mode
+            if entry.name in LEFT_OUT or not (stat.S_ISLNK(mode) or stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                continue
+            if stat.S_ISDIR(mode) and (entry == into or is_scratch(entry)):
+                continue
+            if stat.S_ISDIR(mode) and entry.name not in LINKED and not (entry / "pyvenv.cfg").is_file():
+                folders.append(entry)
+                yield entry, "folder"
+            elif stat.S_ISREG(mode) and entry.stat().st_size <= LARGE_BYTES:
+                files, size = files + 1, size + entry.stat().st_size
+                if files > MOST_FILES or size > MOST_BYTES:
+                    raise UsageError(
+                        f"cwd = {str(folder)!r}: over {MOST_FILES} files or {format_bytes(MOST_BYTES)} below it, and "
+                        "each process works in a copy. Name the script's own folder as cwd, and move data out of it."
+                    )
+                yield entry, "copy"
+            elif stat.S_ISLNK(mode):
+                yield entry, "within" if _is_copied(_led_to(entry), _led_to(folder)) else "outside"
+            else:
+                yield entry, "large" if stat.S_ISREG(mode) else "link"
+
+
+def _is_copied(target: Path, folder: Path) -> bool:
+    """Whether what a link leads to is in the copy as well."""
+    return target.is_relative_to(folder) and not set(LEFT_OUT) & set(target.relative_to(folder).parts)
+
+
+def copy_snapshot(snapshot: Path, into: Path) -> Path:
+    """A process's own copy; returns its folder."""
+    shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True)
+    return into
+
+
+def folder_of(variant: Variant, stood_in: Path) -> Path:
+    """The folder of a variant's command. Raises `UsageError` where there is none."""
+    folder = stood_in / variant.cwd
+    if not bounded_io.is_folder(folder):
+        said = f"cwd = {shorten(repr(variant.cwd))}: no folder {shorten(str(folder))}"
+        raise UsageError(f"variant {variant.name!r}: {said}. Mend the path.")
+    return folder.resolve()
+
+
+def variables_of(
+    variant: Variant,
+    inherited: Mapping[str, str],
+    *,
+    scratch: Path,
+    threads: int,
+    port: int,
+    socket: str,
+    side: str = "",
+) -> dict[str, str]:
+    """The environment of a script's process: what it would have, silenced, with caches and a port of its own.
+
+    Args:
+        variant: its `env` goes before all but what the harness itself needs.
+        inherited: of the side that it runs on.
+        scratch: its folder, for caches.
+        threads: of the CPU, unless the user's environment or the variant says otherwise.
+        port: free, for what its ranks meet at.
+        socket: name of that where it waits for its turns.
+        side: the interpreter that a side of an A/B names; "" for none.
+    """
+    own = {
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "MLFLOW_TRACKING_URI": f"file://{scratch}/mlflow",
+        "TENSORBOARD_LOGGING_DIR": str(scratch / "tensorboard"),
+    } | dict.fromkeys(_PORTS, str(port))
+    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in inherited}
+    given = {**inherited, **limits, **_QUIET, **own, **variant.env}
+    if in_front := variant.python or side:
+        given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
+    return environment(
+        given, follower=FOLLOWER, after_import=disable_side_effects.after_import(), seen=scratch / "seen", variables={SOCKET: socket}
+    )
+
+
+def words_of(
+    variant: Variant, python: str, variables: Mapping[str, str], folder: Path, *, origin: Path, side: str = ""
+) -> list[str]:
+    """The command's words with its program resolved.
+
+    Args:
+        variant: whose command it is.
+        python: what the word python means.
+        variables: its environment.
+        folder: where it is started.
+        origin: the folder that this one is a copy of; words that lead out of it mean what lies beside that.
+        side: the interpreter that a side of an A/B names, in which a launcher runs that another environment has.
+
+    Raises:
+        UsageError: no such program, or no such script.
+    """
+    where = f"variant {variant.name!r}: command = {shorten(repr(variant.command))}"
+    words = _lead_out(split_command(f"variant {variant.name!r}", variant.command), origin)
+    if variant.python and not os.access(variant.python, os.X_OK):
+        raise UsageError(
+            f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python."
+        )
+    if words[0] in UNVERSIONED or (variant.python and PYTHON.fullmatch(words[0])):
+        words[0] = variant.python or python
+    elif (found := _which(words[0], variables, folder)) is not None:
+        words[:1] = [side, found] if side and _is_of_another(found, side) else [found]
+    else:
+        raise UsageError(f"{where}: no program {shorten(repr(words[0]))} on PATH. Install it, or write its path.")
+    if PYTHON.fullmatch(PurePath(words[0]).name):
+        script = next((word for word in words[1:] if not word.startswith("-")), None)
+        if script is not None and script == words[1] and not bounded_io.is_there(folder / script):
+            raise UsageError(
+                f"{where}: no file {shorten(repr(script))} in {folder}. Name its folder as cwd, or mend the path."
+            )
+    return words
+
+
+def _lead_out(words: Sequence[str], origin: Path) -> list[str]:
+    """The words, those that lead to something outside of the folder by their whole path: from a copy of it they would
+    lead to nothing. What is written to stays as it is, so that it is written beside the copy."""
+    found = []
+    for before, word in zip(["", *words[:-1]], words, strict=True):
+        option, equals, value = word.rpartition("=")
+        written = _WRITING.fullmatch(option if equals else before)
+        leads = value.startswith("..") and not written and (origin / value).exists()
+        found.append(f"{option}{equals}{os.path.normpath(origin / value)}" if leads else word)
+    return found
+
+
+def _is_of_another(program: str, side: str) -> bool:
+    """Whether a program is a script of Python that another environment has installed: its first line would start that
+    one's interpreter. pip writes it in two lines of a shell where the path is long or has blanks."""
+    if PurePath(program).parent == PurePath(side).parent:
+        return False
+    try:
+        with Path(program).open("rb") as file:
+            first, second = file.readline(_LONGEST_LINE), file.readline(_LONGEST_LINE)
+    except OSError:
+        return False
+    return first.startswith(b"#!") and (b"python" in first or second.startswith(b"'''exec'"))
+
+
+def check_side(variant: Variant) -> None:
+    """Raises `UsageError` for a command that brings an interpreter of its own: a side of an A/B could put no other in
+    its place, and both sides would be the same."""
+    program = split_command(f"variant {variant.name!r}", variant.command)[0]
+    if variant.python or (program not in UNVERSIONED and PYTHON.fullmatch(PurePath(program).name)):
+        raise UsageError(
+            f"variant {variant.name!r}: {variant.python or program}: it runs in this interpreter on both sides. Write "
+            "python in its place, which is that of the side."
+        )
+
+
+def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
+    if os.sep in word and not PurePath(word).is_absolute():
+        path = folder / word
+        return str(path) if bounded_io.is_file(path) and os.access(path, os.X_OK) else None
+    return shutil.which(word, path=variables.get("PATH"))
+
+
+def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
+    """What of this script cannot be kept apart, as far as its folder and its command tell.
+
+    Raises:
+        UsageError: no such folder, program or script, or a folder that holds too much.
+    """
+    folder = folder_of(variant, stood_in)
+    words = words_of(variant, "python", os.environ, folder, origin=folder)
+    large = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "large"]
+    if large:
+        yield Notice(
+            code="files-shared",
+            message=f"{variant.name}: {len(large)} files of its folder are larger than "
+            f"{format_bytes(LARGE_BYTES)} and are not copied: {first_few(large, 3)}. A script that writes "
+            "into one of them writes into the original.",
+            remedy="Nothing to do where it only reads them; else move them out of its folder.",
+        )
+    links = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "outside"]
+    if links:
+        yield Notice(
+            code="links-shared",
+            message=f"{variant.name}: {len(links)} links of its folder lead out of it: {first_few(links, 3)}. What is "
+            "there is not copied: a script that writes into it writes into the original.",
+            remedy="Nothing to do where it only reads there; else give the script another folder to write into.",
+        )
+    outside = [word for option, word in _options(words) if _WRITING.fullmatch(option) and _leaves(word)]
+    if outside:
+        yield Notice(
+            code="writes-outside",
+            message=f"{variant.name}: {first_few(outside, 3)} lies outside of its folder, and all of its processes "
+            "write there. Trainer saves and reports nothing while it is measured; what the script writes by itself "
+            "before its training ends is not held back.",
+            remedy="Give the script a relative path: it then writes into a copy that is thrown away.",
+        )
+    given = _options(words)
+    ports = [f"{option} {word}" for option, word in given if _with_underscores(option) in _PORT_OPTIONS and _port(word)]
+    if ports:
+        yield Notice(
+            code="port-shared",
+            message=f"{variant.name}: {first_few(ports, 3)} is the same for all of its processes, and they are live "
+            "at the same time.",
+            remedy="Leave the port out: each process has one of its own in MASTER_PORT.",
+        )
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option.startswith("-") or equals:  # Hydra's have no dashes
+            yield option, value if equals else following
+
+
+def _with_underscores(option: str) -> str:
+    return "--" + option.removeprefix("--").replace("-", "_")
+
+
+def _port(word: str) -> bool:
+    """Whether it names a port, and not 0, for which the system finds one."""
+    return word.rpartition(":")[2] != "0"
+
+
+def _leaves(word: str) -> bool:
+    return PurePath(word).is_absolute() or word.startswith(("..", "~"))

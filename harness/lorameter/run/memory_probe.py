@@ -1,0 +1,121 @@
+"""Scripts are tried once, alone and for a moment, where nothing else says how much memory they take.
+
+What a variant of lorameter's own needs is counted before it runs. A script's model is not known, so each script is
+started once, takes two steps and is stopped, and what it took says whether all fit side by side. It shows as well
+whether the script trains and can be stopped. A script that fails is not started again: its trials fail as it did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
+from lorameter.records import codec
+from lorameter.records.record import Fragment, Interleaving, Notice, TrialRecord
+from lorameter.records.units import format_bytes
+from lorameter.run.group_runner import Watcher
+from lorameter.run.arms import Contender
+from lorameter.run.executors import Executor, WorkerLostError
+from lorameter.run.interleaving import fits
+from lorameter.run.plan import Plan, Slot, make_plan
+from lorameter.run.trial_setup import Site, begin_record, request_of
+from lorameter.studies.command import COMMANDS
+
+REHEARSED = "a rehearsal of the scripts settles it"
+"""Why a plan has a level that is not settled."""
+WORDS = ("prepare", "build", "verify", "finish_training")
+"""What a script is asked in its rehearsal; it ends after the two steps of the second to last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """What came of one script's rehearsal."""
+
+    name: str
+    record: TrialRecord
+
+    @property
+    def needed_bytes(self) -> int | None:
+        """Of the device that it computed on, or of the host; None where it did not come to a step."""
+        memory = self.record.memory
+        reserved = memory.get("device_peak_reserved_train_bytes")
+        if reserved is not None:
+            return reserved + CUDA_CONTEXT_BYTES
+        peaks = [size for kind, size in memory.items() if kind.startswith("host_peak_")]
+        return max(peaks, default=None)
+
+
+def rehearse(
+    plan: Plan, executors: Mapping[str, Executor], site: Site, watcher: Watcher
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """The plan at the level that its scripts allow, and what was seen of them that is to be told before the start."""
+    first = next(iter(executors.values()))
+    free = first.free_bytes()
+    seen: dict[str, Rehearsed] = {}
+    for slot in plan.slots:
+        key = _key(slot.contender)
+        if key not in seen:
+            watcher.trial_phase(slot, "rehearsing")
+            seen[key] = _rehearse(plan, slot, executors[slot.arm], site)
+    level, why = _level(plan, seen, free)
+    settled = make_plan(plan.study, contenders=plan.contenders, phases=plan.phases, interleaving=level, why=why)
+    failed = {one.name: record for one in plan.contenders if (record := seen[_key(one)].record).status != "ok"}
+    return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(_notices(seen.values())))
+
+
+def _key(contender: Contender) -> str:
+    """Equal for a contender and its control, which are one script."""
+    return f"{contender.side} {contender.variant.id}"
+
+
+def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: Site) -> Rehearsed:
+    trial = f"rehearsal-{slot.contender.name}"
+    record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
+    place = executor.make_place(trial, trial)
+    request = dataclasses.replace(request_of(plan, slot, site, place), trial=trial, instrument="spy")
+    try:
+        worker = executor.launch()
+        try:
+            for word in WORDS:
+                if record.status != "ok":
+                    break
+                arguments = {"prepare": {"request": codec.to_json(request)}, "finish_training": {"steps": 0}}
+                record = record.merged(
+                    worker.ask(
+                        COMMANDS[word].word, trial, plan.study.protocol.step_timeout_s, **arguments.get(word, {})
+                    )
+                )
+        finally:
+            worker.close()
+    except WorkerLostError as lost:
+        record = record.merged(Fragment().failed(lost.status, lost.failure))
+    executor.clear_place(trial)
+    return Rehearsed(name=slot.contender.name, record=record)
+
+
+def _level(plan: Plan, seen: Mapping[str, Rehearsed], free: int | None) -> tuple[Interleaving, str]:
+    """Side by side if all of those that are compared with each other fit; one that does not train takes nothing."""
+    sizes = [size for one in plan.contenders if (size := seen[_key(one)].needed_bytes) is not None]
+    if free is None:
+        return "replicates", "how much memory is free cannot be known"
+    if not sizes:
+        return "replicates", "none of the scripts came to a step, so what they take together is not known"
+    said = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
+    return ("lockstep" if fits(sum(sizes), free) else "replicates"), said
+
+
+def _notices(seen: Iterable[Rehearsed]) -> Iterator[Notice]:
+    for one in seen:
+        failure = one.record.failure
+        if failure is not None:
+            yield Notice(
+                code="rehearsal-failed",
+                message=f"{one.name}: {one.record.status} in {failure.phase}: {failure.message.rstrip('.')}.",
+                remedy="It is not started again. Correct the script or the command; its log is "
+                f"{one.record.log} in the run.",
+            )
+        for notice in one.record.notices:
+            if notice.code == "not-stopped":
+                yield notice

@@ -1,0 +1,287 @@
+"""A base that is made once, kept in the form in which it is fastest to take, and mapped by every process of a run.
+
+What is kept is the model as `load_base` made it, tensor by tensor: parameters, buffers, and what bitsandbytes left
+beside each quantised weight. Taking it is building the architecture without storage and laying those tensors in. On a
+CPU they stay where they lie: the file is mapped privately (safetensors), so that all processes share its pages and one
+that writes to a weight gets a copy of its own. The two ways to a base are equal to the bit, which tests hold.
+
+4-bit weights are kept as they are stored. On CPUs with AVX512-BF16 bitsandbytes repacks them at the first evaluating
+forward, for each process anew; no forward has run when they are kept.
+
+The file is one of safetensors, written here because of its order: what is a multiple of 64 bytes comes first, behind a
+header that is one too, so that mapped weights lie as malloc would have laid them and not across two cache lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from lorameter.errors import impossible
+from lorameter.models import bases, catalogue
+from lorameter.models.bases import Description
+from lorameter.models.catalogue import ModelSource
+from lorameter.records.locks import locked
+from lorameter.records.worker_info import BaseSummary
+from lorameter.studies.request import BaseRequest, TrialRequest, base_words
+from lorameter.studies.variant import Variant
+from lorameter.trial.building import base_model, quantising
+from lorameter.trial.building.base_model import load_base, skeleton
+from lorameter.trial.building.quantising import (
+    bnb_config,
+    constants_of,
+    empty_layer,
+    fill_layer,
+    mark_quantised,
+    quantised_names,
+    quantize_linears,
+)
+
+FORMAT = 1
+ALIGNMENT = 64
+"""Bytes of a cache line, and of the widest register that reads weights."""
+LIBRARIES = ("transformers", "bitsandbytes")
+"""What has a hand in a base's content beside torch."""
+_MARK = "|"
+"""Between a weight's name and that of a constant beside it; no module's name has it."""
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
+    """The base of a trial, and whether this process had to make it of its source: where none was prepared, or the one
+    that was has gone or has not its size any more."""
+    variant = request.variant
+    if request.base:
+        model = take(Path(request.base), variant, request.device)
+        if model is not None:
+            return model, False
+    source = catalogue.resolve(request.workload.model)
+    return load_base(source, variant, device=request.device, seed=request.workload.data_seed), True
+
+
+def prepare(request: BaseRequest) -> BaseSummary:
+    """Make the base that is asked for, or find it whole where it was kept.
+
+    Raises:
+        UsageError: the model cannot be had or loaded (`load_base`).
+        OSError: the disk refuses, and no base that is kept could be removed to make room.
+    """
+    begin = time.perf_counter()
+    source = catalogue.resolve(request.workload.model)
+    follows_from = _follows_from(source, request)
+    folder = bases.folder_of(follows_from)
+    conversions = quantisations = 0
+    with locked(folder, "waiting for another process that makes the same base", print):
+        description = bases.verify(folder)
+        if description is None:
+            model, conversions, load_s = _make(source, request)
+            quantisations = int(request.variant.quantization != "none")
+            description = _keep(model, folder, follows_from, load_s)
+        bases.touch(folder)
+    return BaseSummary(
+        path=str(folder.absolute()),
+        hash=description.sha256,
+        base=base_words(request.variant, request.workload),
+        bytes=description.bytes,
+        conversions=conversions,
+        quantisations=quantisations,
+        seconds=time.perf_counter() - begin,
+        load_s=description.load_s,
+    )
+
+
+def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrainedModel | None:
+    """The base in a folder, mapped, on `device`; None where it is not what was written, as far as its size tells."""
+    description = bases.read_description(folder)
+    if description is None:
+        return None
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):  # it marks what is quantised, which nothing is yet
+        del config.quantization_config
+    config.name_or_path = description.name_or_path
+    quantization = bnb_config(variant)
+    with no_init_weights():  # drawing numbers for tensors that have none takes longer than all else here
+        model = skeleton(config, variant)
+        for name in quantised_names(model) if quantization is not None else ():
+            model.set_submodule(name, empty_layer(model.get_submodule(name), quantization))
+    _fill(model, load_file(folder / bases.TENSORS), frozenset(description.frozen), device)
+    model.tie_weights()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    if quantization is not None:
+        mark_quantised(model, quantization)
+    for name in description.marks.keys() - vars(model).keys():
+        setattr(model, name, description.marks[name])
+    if description.device_map is not None:
+        model.hf_device_map = dict(description.device_map)
+    model.generation_config = transformers.GenerationConfig.from_dict(description.generation)
+    return model.eval()
+
+
+def _make(source: ModelSource, request: BaseRequest) -> tuple[transformers.PreTrainedModel, int, float]:
+    """The model, how often it was converted for it, and the seconds that all of that takes. A GGUF file is dequantised
+    once, for all that is quantised of it in the same type."""
+    variant, begin = request.variant, time.perf_counter()
+    if source.kind == "gguf" and not source.random and variant.quantization != "none":
+        plain = dataclasses.replace(request, variant=dataclasses.replace(variant, quantization="none"))
+        summary = prepare(plain)
+        begin = time.perf_counter()
+        model = take(Path(summary.path), plain.variant, "cpu")
+        if model is not None:
+            quantize_linears(model, variant, request.device)
+            return model, summary.conversions, summary.load_s + time.perf_counter() - begin
+    model = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+    return model, 1, time.perf_counter() - begin
+
+
+def _keep(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> Description:
+    """Write a model where it is to be kept; where the disk is full, once more without the bases that nobody holds."""
+    try:
+        return _write(model, folder, follows_from, load_s)
+    except OSError as error:
+        if not (bases.is_full(error) and bases.prune(most_bytes=0)):
+            raise
+        return _write(model, folder, follows_from, load_s)
+
+
+def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> Description:
+    with bases.drafted(folder) as draft:
+        digest, size = _write_tensors(_tensors(model), draft / bases.TENSORS)
+        model.config.to_json_file(draft / "config.json", use_diff=False)
+        places = getattr(model, "hf_device_map", None)
+        description = Description(
+            sha256=digest,
+            bytes=size,
+            name_or_path=model.config.name_or_path,
+            frozen=tuple(name for name, one in model.named_parameters() if not one.requires_grad),
+            device_map=None if places is None else {name: str(place) for name, place in places.items()},
+            marks={name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
+            generation=json.loads(model.generation_config.to_json_string(use_diff=False)),
+            load_s=load_s,
+            follows_from=dict(follows_from),
+        )
+        bases.write_description(draft, description)
+    return description
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that is stored of a model, by name; tied parameters once."""
+    found: dict[str, torch.Tensor] = dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        found[name] = parameter.data
+        found |= {f"{name}{_MARK}{key}": value for key, value in constants_of(parameter).items()}
+    return found
+
+
+def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str], device: str) -> None:
+    """Lay tensors in a model that has none."""
+    constants: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, mark, key = name.partition(_MARK)
+        if mark:
+            constants.setdefault(owner, {})[key] = tensor.to(device)
+    for name, tensor in tensors.items():
+        if _MARK in name:
+            continue
+        place, _, key = name.rpartition(".")
+        module = model.get_submodule(place)
+        if key in module._buffers:
+            module._buffers[key] = tensor.to(device)
+        elif name in constants:
+            fill_layer(module, tensor.to(device), constants[name])
+        else:
+            module.register_parameter(key, nn.Parameter(tensor.to(device), requires_grad=name not in frozen))
+
+
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str, int]:
+    """Write a file of safetensors (its format, version 1: length of the header, header, data without gaps); its
+    SHA-256 and its size."""
+    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            file.write(part)
+        for name in order:
+            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest(), 8 + len(text) + end
+
+
+def _follows_from(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
+    """All that the content of a base follows from: where it differs, the base may."""
+    variant, cuda = request.variant, request.device.startswith("cuda")
+    return {
+        "format": FORMAT,
+        "code": _digest(Path(module.__file__).read_bytes() for module in (base_model, quantising) if module.__file__)
+        + _digest([Path(__file__).read_bytes()]),
+        "source": _identity(source),
+        "seed": request.workload.data_seed if source.random else None,
+        "dtype": variant.dtype,
+        "quantization": variant.quantization,
+        "double_quant": variant.double_quant if variant.is_4bit else None,
+        # Other kernels draw, and may round, other numbers.
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "libraries": {"torch": f"{torch.__version__} {torch.version.git_version}"}
+        | {name: _installed(name) for name in LIBRARIES},
+    }
+
+
+def _identity(source: ModelSource) -> Any:
+    """What a source's weights follow from, or of a random one its shape. Of files their state as the disk knows it,
+    which no change leaves as it was: reading 14 GB to hash them would take as long as to load them."""
+    if source.kind == "gguf":
+        return [_stamp(Path(source.location))]
+    if source.random:
+        return _digest([catalogue.config_file(source).read_bytes()])
+    if source.kind == "directory":
+        return [_stamp(path) for path in sorted(Path(source.location).iterdir()) if path.is_file()]
+    config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=not catalogue.hub_has(source))
+    if config._commit_hash is None:
+        why = "the cache of the hub does not say which revision of it lies there"
+        raise impossible("models", "model", source.label, why, "Nothing to do: each process loads it itself.")
+    return [source.location, config._commit_hash]
+
+
+def _stamp(path: Path) -> list[Any]:
+    state = path.stat()
+    return [str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _installed(name: str) -> str:
+    """A library's code, of which a side of an A/B may have another under the same version."""
+    folder = Path(str(importlib.import_module(name).__file__)).parent
+    files = sorted(path for ending in ("py", "so") for path in folder.rglob(f"*.{ending}"))
+    states = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    return _digest(f"{path} {state.st_size} {state.st_mtime_ns}".encode() for path, state in states)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""The meters around a trial's commands: what the machine and the card did while something was timed.
+
+Each command that times something is enclosed by readings, which are outside its stopwatch; `look` is one more, of the
+card's clocks, for while a step is still under way on it. Energy is a solo trial's:
+beside others that take turns the card's counter would be theirs as well. A solo trial that times no steps takes some
+for it, after its peaks have been read, for as long as the counter needs to mean something.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from lorameter.machine.telemetry import LEAST_S, Watch
+from lorameter.records.record import Fragment
+from lorameter.studies.command import COMMANDS, ROUNDS, Command
+from lorameter.studies.request import TrialRequest
+
+ENERGY_STRETCH_S = 1.5 * LEAST_S
+"""How long a solo trial takes steps for its energy: above the shortest stretch even if the last step comes early."""
+
+
+class Surroundings:
+    """The watches of one trial; `step` takes a training step, `real_tokens` counts those trained so far."""
+
+    def __init__(self, request: TrialRequest, step: Callable[[], object], real_tokens: Callable[[], int]) -> None:
+        self._step = step
+        self._real_tokens = real_tokens
+        alone = "peaks" in request.measures
+        self._spends = alone and "steps" not in request.measures and request.device.startswith("cuda")
+        self._energy = alone and request.device.startswith("cuda")
+        self._watches = {
+            phase: Watch(phase, request.device, energy=alone and phase == "train")
+            for phase in {one.watched for one in COMMANDS.values() if one.watched}
+        }
+        self._steps = 0
+        self._tokens = 0.0
+
+    def around(self, command: Command, call: Callable[[], Fragment]) -> Fragment:
+        """What `call` added to the trial, with what was found around it."""
+        fragment = call() if command.watched is None else self._watched(command, self._watches[command.watched], call)
+        if command.ends is None:
+            return fragment
+        if command.ends == "train" and self._spends and fragment.status == "ok":
+            fragment = self._spent(fragment)
+        notice = self._watches[command.ends].notice()
+        return fragment if notice is None else fragment.with_notice(notice)
+
+    def look(self) -> None:
+        """A timed step is under way on the card."""
+        self._watches["train"].look()
+
+    def _watched(self, command: Command, watch: Watch, call: Callable[[], Fragment]) -> Fragment:
+        watch.begin()
+        fragment = call()
+        values = watch.end()
+        if command is ROUNDS["steps"] and self._energy:
+            self._steps += len(fragment.samples["step_time_s"])
+            self._tokens += sum(fragment.samples["turn_real_tokens"])
+            values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
+        return dataclasses.replace(fragment, values=fragment.values | values)
+
+    def _spent(self, fragment: Fragment) -> Fragment:
+        """Training has ended, and its energy is still due: take steps for it."""
+        watch, tokens, steps = self._watches["train"], self._real_tokens(), 0
+        watch.begin()
+        begin = time.monotonic()
+        while time.monotonic() < begin + ENERGY_STRETCH_S:
+            self._step()
+            steps += 1
+        counts = {"energy_steps": float(steps), "energy_tokens": float(self._real_tokens() - tokens)}
+        return dataclasses.replace(fragment, values=fragment.values | watch.end() | counts)

@@ -1,0 +1,259 @@
+"""One side of a comparison, read from a run of ours: trials a variant and metric, and what forbids believing them.
+
+A comparison never looks at a run or a file itself. What it needs of a side is here, with the facts that must agree
+before any ratio is taken, so that a run directory and a saved benchmark file cannot be judged by different rules.
+
+Another GPU, another torch or another batch size moves a step time by more than most changes that one looks for, so a
+ratio across them answers no question. Which field differs, and both of its values, is what a user needs to mend it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorameter.errors import UsageError
+from lorameter.machine import provenance
+from lorameter.machine.provenance import LATER, POWER_LIMIT
+from lorameter.records import codec
+from lorameter.records.metrics import METRICS
+from lorameter.records.record import Notice
+from lorameter.records.store import Run
+from lorameter.stats import Comparison
+from lorameter.studies.from_run import read_study
+from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+from lorameter.verdicts.per_site import refuse_mixed
+from lorameter.verdicts.notices import newer_notices
+from lorameter.verdicts.series import Series, Trials, series_of
+from lorameter.verdicts.software import facts_of
+from lorameter.verdicts.run_validity import say_broken, standing_of, trial_faults
+
+BYTES_SUFFIX = "_bytes"
+"""Ends the name of every kind of memory."""
+
+
+def is_memory(metric: str) -> bool:
+    """Whether it is bytes, which are no time."""
+    return metric.endswith(BYTES_SUFFIX)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """One variant as one side measured it."""
+
+    name: str
+    id: str | None = None
+    """Content id of the variant; None where the file does not know it."""
+    variant: Variant | None = None
+    trials: Mapping[str, Trials] = field(default_factory=dict)
+    """One list of samples a trial, by metric."""
+    peaks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """One value a trial, by kind of memory."""
+    broken: str | None = None
+    """Why no number of this variant counts."""
+    no_interval: str | None = None
+    """Why these samples give a ratio and no more."""
+
+    def has(self, metric: str) -> bool:
+        """Whether this side measured that metric or kind of memory."""
+        return bool(self.peaks.get(metric) if is_memory(metric) else self.trials.get(metric))
+
+
+class _TrialsOf(Mapping[str, Trials]):
+    """The trials of a variant by metric, each worked out when it is asked for: of the three dozen metrics that a run
+    could have, two are compared, and working out all of them takes as long as reading the run."""
+
+    def __init__(self, series: Series) -> None:
+        self._series = series
+        self._metrics = series.metrics
+
+    def __getitem__(self, metric: str) -> Trials:
+        if metric not in METRICS or not (trials := self._series.trials(metric)):
+            raise KeyError(metric)
+        return trials
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metrics)
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparand:
+    """One side of a comparison."""
+
+    name: str
+    sides: Mapping[str, Measurements] = field(default_factory=dict)
+    facts: Mapping[str, Any] | None = None
+    """What must agree with the other side; None where nothing is known."""
+    fingerprint: str | None = None
+    study: str | None = None
+    phases: tuple[str, ...] = ()
+    control: Mapping[str, Comparison | None] = field(default_factory=dict)
+    """By phase; None: it should have been measured and was not."""
+    broken: str | None = None
+    """Why no number of this side counts."""
+    absent: str | None = None
+    """Why there is no such side at all: a baseline that nobody accepted."""
+    notices: tuple[Notice, ...] = ()
+    newer: int | None = None
+    """The schema of a run that a newer version wrote; None of any other."""
+
+    def without(self, names: frozenset[str]) -> Comparand:
+        """This side with some variants left out on purpose."""
+        return dataclasses.replace(self, sides={name: side for name, side in self.sides.items() if name not in names})
+
+
+def comparand_of(run: Run) -> Comparand:
+    """A run of ours as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides, and for one
+    whose sites are unlike."""
+    if run.manifest.sides:
+        raise UsageError(
+            f"run {run.manifest.run}: an A/B run holds both of its sides and its own comparison. Read it with "
+            f"`lorameter report {run.manifest.run}`."
+        )
+    refuse_mixed(run, "a side of a comparison")
+    study = read_study(run)
+    groups, stands = series_of(run.records), standing_of(run, study)
+    sides = {
+        name: measurements_of(series, study, run.manifest.run)
+        for (name, role), series in groups.items()
+        if role == "variant"
+    }
+    return Comparand(
+        name=run.manifest.run,
+        sides=sides,
+        facts=codec.to_json(provenance.comparable(facts_of(run.manifest.provenance, run.records))),
+        fingerprint=run.manifest.fingerprint,
+        study=study.name,
+        phases=run.manifest.phases,
+        control=dict(stands.controls.items()),
+        broken=stands.broken,
+        newer=run.newer.schema if run.newer else None,
+        notices=tuple(newer_notices(run)),
+    )
+
+
+def measurements_of(series: Series, study: Study, run: str) -> Measurements:
+    """One variant of a run, with the reason why it does not count, if there is one."""
+    faults = [fault for record in series.records for fault in trial_faults(record, study)]
+    variants = {variant.name: variant for variant in study.variants}
+    ids = {record.variant for record in series.records}
+    if len(ids) > 1:
+        faults.append(f"its trials are of {len(ids)} different variants")
+    kinds = dict.fromkeys(kind for record in series.ok for kind in record.memory if is_memory(kind))
+    return Measurements(
+        name=series.name,
+        id=series.records[0].variant,
+        variant=variants.get(series.name),
+        trials=_TrialsOf(series),
+        peaks={
+            kind: tuple(float(record.memory[kind]) for record in series.ok if kind in record.memory) for kind in kinds
+        },
+        broken=say_broken(run, faults),
+    )
+
+
+def machine_differences(base: Comparand, candidate: Comparand) -> list[Difference]:
+    """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing, and a run
+    of a newer schema may hold some."""
+    if base.absent is not None:
+        return []
+    if base.newer or candidate.newer:
+        return [Difference(field="schema", base=_schema_said(base), candidate=_schema_said(candidate))]
+    ours, theirs = base.facts, candidate.facts
+    if ours is None or theirs is None:
+        words = ["unknown" if facts is None else "known" for facts in (ours, theirs)]
+        return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
+    return fact_differences(codec.to_json(ours), codec.to_json(theirs))
+
+
+def _schema_said(side: Comparand) -> str:
+    return f"{side.newer}, newer than this version knows" if side.newer else "known"
+
+
+def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
+    """Facts of machine, libraries and workload that differ. A power limit, or what steers a card's choice of kernels,
+    that one side did not record differs from nothing: neither was recorded at first, and such runs stay comparable.
+    `unknown_power_limit` says so of the limit. A field of the workload that one side does not write has its default
+    there."""
+    found = [one if None not in (one.base, one.candidate) else _told(one) for one in differences(base, candidate)]
+    return [one for one in found if one.field not in LATER or None not in (one.base, one.candidate)]
+
+
+def _told(difference: Difference) -> Difference:
+    """The same with the default in place of what is not written of a workload while it has it (`codec.LATER`)."""
+    section, _, name = difference.field.rpartition(".")
+    later = {one.name: one.default for one in dataclasses.fields(Workload) if "later" in one.metadata}
+    if section != "workload" or name not in later:
+        return difference
+    given = {"base": difference.base, "candidate": difference.candidate}
+    told = {side: codec.to_json(later[name]) if value is None else value for side, value in given.items()}
+    return dataclasses.replace(difference, **told)
+
+
+def unknown_power_limit(base: Comparand, candidate: Comparand) -> Notice | None:
+    """That only one of two runs on a card says under which power limit it was measured."""
+    sides = [(side.name, side.facts) for side in (base, candidate) if side.facts and side.facts.get("device") == "cuda"]
+    limits = [facts[POWER_LIMIT] for _, facts in sides if POWER_LIMIT in facts]
+    silent = [name for name, facts in sides if POWER_LIMIT not in facts]
+    if not (limits and silent):
+        return None
+    return Notice(
+        code="power-limit-unknown",
+        message=f"{silent[0]} does not say under which power limit its card was, and the other side was under "
+        f"{limits[0]} W: what differs may be the limit's doing.",
+        remedy="Measure it again, or make sure that the limit was the same then.",
+    )
+
+
+def variant_differences(name: str, base: Comparand, candidate: Comparand) -> list[Difference]:
+    """How a variant changed under its name."""
+    ours, theirs = base.sides.get(name), candidate.sides.get(name)
+    if ours is None or theirs is None or ours.id == theirs.id or None in (ours.id, theirs.id):
+        return []
+    if ours.variant is None or theirs.variant is None or ours.variant == theirs.variant:
+        return [Difference(field=f"variant {name}", base=ours.id, candidate=theirs.id)]
+    return [
+        Difference(
+            field=f"variant {name}: {key}",
+            base=codec.to_json(getattr(ours.variant, key)),
+            candidate=codec.to_json(getattr(theirs.variant, key)),
+        )
+        for key in theirs.variant.differences(ours.variant)
+    ]
+
+
+def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    """Fields of two tables that differ, by dotted name; what one lacks is None there."""
+    found: list[Difference] = []
+    for key in dict.fromkeys((*base, *candidate)):
+        ours, theirs = base.get(key), candidate.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            found += differences(ours, theirs, f"{prefix}{key}.")
+        elif ours != theirs or (key in base) != (key in candidate):
+            found.append(Difference(field=f"{prefix}{key}", base=ours, candidate=theirs))
+    return found
+
+
+def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
+    """The reason of the verdict `not_comparable`; `force`: whether that option is there to be named."""
+    remedy = "Measure the base again under the same conditions" + (", or see a ratio with --force" if force else "")
+    return f"{'; '.join(map(str, found))}. {remedy}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A field that should agree and does not."""
+
+    field: str
+    base: Any
+    candidate: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.base!r} in the base, {self.candidate!r} in the candidate"

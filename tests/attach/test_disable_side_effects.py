@@ -1,0 +1,109 @@
+"""What a measured script does not do: report, save, publish."""
+
+import importlib.util
+import sys
+
+import pytest
+from huggingface_hub import hf_api
+
+from lorameter.attach import disable_side_effects
+
+
+def test_a_trainer_is_asked_to_save_report_and_push_nothing(tmp_path):
+    """Whatever its script says; all else of its arguments stays."""
+    from transformers import TrainingArguments, training_args
+
+    complete = TrainingArguments.__post_init__
+    try:
+        disable_side_effects.quiet_arguments(training_args)
+        made = TrainingArguments(
+            output_dir=str(tmp_path), save_strategy="steps", save_steps=5, push_to_hub=True, report_to=["wandb"],
+            use_cpu=True, learning_rate=0.5, eval_strategy="no", load_best_model_at_end=True,
+        )  # fmt: skip
+    finally:
+        TrainingArguments.__post_init__ = complete
+    assert (made.save_strategy.value, made.push_to_hub, made.report_to) == ("no", False, [])
+    assert (made.learning_rate, made.load_best_model_at_end) == (0.5, False)
+
+
+@pytest.mark.parametrize(("given", "metric"), [({}, "loss"), ({"metric_for_best_model": "accuracy"}, "accuracy")])
+def test_a_script_that_stops_early_finds_what_it_stops_by(tmp_path, given, metric):
+    """The best model is not loaded; what tells which it is stays as transformers would have it."""
+    from transformers import EarlyStoppingCallback, TrainingArguments, training_args
+
+    complete = TrainingArguments.__post_init__
+    told = {"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    plain = TrainingArguments(**told, load_best_model_at_end=True, save_strategy="steps", **given)
+    try:
+        disable_side_effects.quiet_arguments(training_args)
+        made = TrainingArguments(**told, load_best_model_at_end=True, save_strategy="steps", **given)
+        without = TrainingArguments(**told)
+    finally:
+        TrainingArguments.__post_init__ = complete
+    EarlyStoppingCallback().on_train_begin(made, None, None)
+    assert made.metric_for_best_model == plain.metric_for_best_model == metric
+    assert made.greater_is_better == plain.greater_is_better
+    assert without.metric_for_best_model is None
+
+
+def test_the_hub_is_closed():
+    """Every method that changes something there, and the functions that are made of them, say why."""
+    import types
+
+    class Api:
+        def create_repo(self):
+            return "made"
+
+        def model_info(self):
+            return "read"
+
+    module = types.ModuleType("hub")
+    module.HfApi, module.create_repo = Api, Api().create_repo
+    disable_side_effects.close_hub(module)
+    for publish in (Api().create_repo, module.create_repo):
+        with pytest.raises(RuntimeError, match="publishes nothing"):
+            publish("name")
+    assert Api().model_info() == "read"
+
+
+READING = """
+    auth bucket dataset download fetch file get hf inspect is kernel list model paper parse read repo resolve revision
+    search snapshot space sync url verify wait whoami
+""".split()
+"""First words of methods that change nothing, or only by one of the others; `run_as_future` calls one elsewhere."""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The real client's module once more, under another name: what is closed stays closed."""
+    spec = importlib.util.spec_from_file_location("huggingface_hub.closed_here", hf_api.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
+    """Whatever its version calls it: each of its methods either reads, by its first word, or refuses; and so does the
+    function of the same name."""
+    names = {name for name, one in vars(hub.HfApi).items() if callable(one) and not name.startswith("_")}
+    functions = {name for name in names if hasattr(hub, name)}
+    disable_side_effects.close_hub(hub)
+    closed = set()
+    for name in names - {"run_as_future"}:
+        if name.partition("_")[0] not in READING:
+            calls = [getattr(hub.HfApi(), name), *([getattr(hub, name)] if name in functions else [])]
+            for call in calls:
+                with pytest.raises(RuntimeError, match="publishes nothing"):
+                    call("me/model", repo_type="model")
+            closed.add(name)
+    wanted = """
+        create_repo create_commit create_branch create_tag upload_file upload_folder delete_repo delete_file
+        delete_files delete_folder move_repo update_repo_settings super_squash_history preupload_lfs_files
+    """
+    assert set(wanted.split()) <= closed & functions
+
+
+def test_the_hook_is_told_of_all_of_them():
+    """By the import that each follows."""
+    assert disable_side_effects.after_import().count("=lorameter.attach.disable_side_effects:") == len(disable_side_effects.CALLS)

@@ -1,0 +1,65 @@
+"""What an error of the meter's own is told as, and what it does."""
+
+import os
+
+import pytest
+
+from lorameter.attach import error_guard as module
+from lorameter.attach.error_guard import NotFollowedError, Shield
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "never"),
+    [
+        (NotFollowedError("another process of it is"), "this training is not followed: another process", "has failed"),
+        (OSError("no room left"), "the meter has failed and stands aside; the training goes on", "is not followed"),
+    ],
+)
+def test_an_error_is_told_as_what_it_is(capfd, error, said, never):
+    """A training that is not followed on purpose is no failure; either is told once, and nothing is called any more."""
+    shield, told = Shield(), []
+    shield.on_error = told.append
+    for _ in range(2):
+        assert shield.run(fail, error) is None
+    assert shield.run(len, "never called") is None
+    text = capfd.readouterr().err
+    assert text.count(said) == 1
+    assert never not in text
+    assert told == [error]
+    assert not shield.up
+
+
+def test_a_wish_to_end_the_process_goes_through():
+    """It is nobody's error."""
+    shield = Shield()
+    for wish in (SystemExit(0), KeyboardInterrupt()):
+        with pytest.raises(type(wish)):
+            shield.run(fail, wish)
+    assert shield.up
+
+
+def test_a_process_asks_once_to_be_told_of_forks(monkeypatch):
+    """However many trainings it follows: what is registered cannot be taken back, and would keep each of them."""
+    module._shields.cache_clear()
+    with monkeypatch.context() as patch:
+        asked = []
+        patch.setattr(os, "register_at_fork", lambda **told: asked.append(told))
+        shields = [Shield() for _ in range(3)]
+        assert len(asked) == 1
+        assert all(shield.up for shield in shields)
+        asked[0]["after_in_child"]()
+        assert not any(shield.up for shield in shields)
+    module._shields.cache_clear()
+
+
+def test_in_a_fork_only_what_was_made_there_is_called():
+    """Of what was made before nothing is."""
+    before = Shield()
+    if (child := os.fork()) == 0:
+        os._exit(int(before.up or not Shield().up))
+    assert os.waitpid(child, 0)[1] == 0
+    assert before.up

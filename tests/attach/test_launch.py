@@ -1,0 +1,374 @@
+"""`lorameter wrap`: a command as it is, and what becomes of the training in it, however it ends."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lorameter.attach import launch
+from lorameter.attach.marker_files import command_of, remove_abandoned, wrapping
+from lorameter.cli import main
+from lorameter.commands.wrap import read_requirements
+from lorameter.errors import UsageError
+from lorameter.records import store
+
+LOOP = """
+import os, signal, sys, time
+import torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def train(steps):
+    for ids in torch.utils.data.DataLoader(torch.randint(0, 32, (2 * steps, 6)), batch_size=2):
+        torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+train(30)
+print("trained")
+"""
+
+
+@pytest.fixture
+def wrap(tmp_path, monkeypatch):
+    """A function that wraps a script of this text; returns the exit code and the run, None where there is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(text, *options, python=(sys.executable,)):
+        (tmp_path / "train.py").write_text(textwrap.dedent(text))
+        code = main(["wrap", "--runs-dir", "runs", *options, "--", *python, "train.py"])
+        (path, *_) = [*store.list_runs(tmp_path / "runs"), None]
+        assert not [one for one in (tmp_path / "runs").iterdir() if one.name.startswith(".")]
+        return code, None if path is None else store.read_run(str(path), path.parent)
+
+    return run
+
+
+def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
+    """Its output is its own; the report goes to stderr, and nothing is written or changed beside the run."""
+    code, run = wrap(LOOP, "--require", "base.frozen=false", "mode=train")
+    (record,) = run.records
+    assert (code, run.state, record.status, record.name) == (0, "complete", "ok", "train")
+    assert len(record.samples["step_time_s"]) >= 5
+    assert {check["path"]: check["status"] for check in record.checks}["mode"] == "active"
+    assert not record.notices
+    told = capfd.readouterr()
+    assert told.out == "trained\n"
+    assert "real tokens/s" in told.err
+    assert "steps lie between two updates" in told.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "train.py"]
+    assert (tmp_path / "train.py").read_text() == LOOP
+
+
+LINE = f"HF_HOME=x WANDB_API_KEY={'0123abcd' * 5} exec python train.py"
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError('it is refused: password=hunter2')\n"])
+def test_no_credential_of_a_line_for_a_shell_is_kept(end, tmp_path, monkeypatch, capfd):
+    """The run is named by its script; no name and no file of it, packed or not, has the credential, nor has what is
+    printed, but for what the script prints itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    (tmp_path / "train.py").write_text(LOOP + end)
+    main(["wrap", "--runs-dir", "runs", "--", "sh", "-c", LINE])
+    (path,) = store.list_runs(tmp_path / "runs")
+    assert re.fullmatch(r"\d+-\d+-train-\w+", path.name)
+    (record,) = store.read_run(str(path), path.parent).records
+    assert (record.failure is None) == (not end)
+    assert main(["pack", str(path), "--include", "paths", "--include", "hosts", "--output", "run.zip"]) == 0
+    files = [one for one in (tmp_path / "runs").rglob("*") if one.is_file()]
+    with zipfile.ZipFile("run.zip") as archive:
+        packed = b"".join(map(archive.read, archive.namelist()))
+    written = packed + b"".join(one.read_bytes() for one in files) + "".join(map(str, files)).encode()
+    assert b"WANDB_API_KEY=***" in written
+    assert b"0123abcd" not in written
+    assert b"hunter2" not in written
+    assert "0123abcd" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.faults
+def test_an_exit_code_beside_an_end_that_was_seen_is_noted(wrap):
+    """The training had ended before, so what was measured stands; the exit code is the command's."""
+    text = LOOP.replace(
+        "train(30)",
+        "from lorameter.attach import Meter\nwith Meter(model) as meter:\n    for _ in meter.steps(range(30)): train(1)",
+    )
+    code, run = wrap(text + "sys.exit(3)\n", "--no-report")
+    (record,) = run.records
+    assert (code, record.status, record.failure) == (3, "ok", None)
+    assert [notice.code for notice in record.notices] == ["exit-code"]
+
+
+def test_an_exit_code_where_nobody_saw_the_end_is_no_pass(wrap, capfd):
+    """A loop that only its optimizer shows may have been broken off; what was measured is kept."""
+    code, run = wrap(LOOP + "sys.exit(3)\n")
+    (record,) = run.records
+    assert (code, record.status, record.failure.kind) == (3, "crashed", "ProcessDied")
+    assert "exit code 3, and nobody saw its training end" in record.failure.message
+    assert len(record.samples["step_time_s"]) >= 5
+    assert "Trials without a result" in capfd.readouterr().err
+
+
+def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
+    """The command ends by it, and the run says so."""
+    text = LOOP + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    code, run = wrap(text, "--no-report")
+    (record,) = run.records
+    assert code == 128 + signal.SIGTERM
+    assert (run.state, record.status) == ("interrupted", "interrupted")
+    assert "SIGTERM" in record.failure.message
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("end", "code", "status", "said"),
+    [
+        ("raise ValueError('mine')", 1, "crashed", "mine"),
+        ("os._exit(7)", 7, "crashed", "exit code 7"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "crashed", "SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "crashed", "SIGSEGV"),
+        ("signal.raise_signal(signal.SIGINT)", 130, "interrupted", "stopped"),
+        ("raise torch.OutOfMemoryError('CUDA out of memory')", 1, "oom", "out of memory"),
+        ("ids = model[1].weight.data.fill_(float('nan')); train(3)", 0, "invalid", "the loss is nan"),
+    ],
+    ids=["crash", "exit", "kill", "segfault", "ctrl-c", "memory", "nan"],
+)
+def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
+    """With its reason, the command's own exit code, and the steps until then."""
+    found, run = wrap(LOOP + end + "\n", "--no-report")
+    (record,) = run.records
+    assert (found, record.status, run.state != "running") == (code, status, True)
+    assert said in record.failure.message
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "ok"), (7, "crashed")])
+def test_a_process_that_leaves_by_itself_keeps_its_training(wrap, code, status):
+    """As scripts do whose libraries abort at the end of a process: it rests on the exit code, as any unseen end."""
+    found, run = wrap(LOOP + f"sys.stdout.flush(); os._exit({code})\n", "--no-report")
+    (record,) = run.records
+    assert (found, run.state, record.status) == (code, "complete", status)
+    assert len(record.samples["step_time_s"]) >= 5
+
+
+def test_a_crash_before_training_leaves_no_run(wrap, capfd):
+    """Nor does a command that trains nothing; why is said, and the exit code is the command's."""
+    assert wrap("raise SystemExit(5)") == (5, None)
+    assert (
+        "ended with exit code 5, and no Trainer and no optimizer of torch had begun to train" in capfd.readouterr().err
+    )
+    assert wrap("print('nothing')") == (0, None)
+    told = capfd.readouterr()
+    assert told.out == "nothing\n"
+    assert "nothing was measured: the command has ended, and no Trainer" in told.err
+
+
+def test_words_that_a_shell_would_take_are_the_commands_own(tmp_path):
+    """There is none, so they are handed on as they are."""
+    asked = ["sh", "-c", 'test "$1$2$3" = ">it\'sA=1" && exit 3', "sh", ">", "it's", "A=1"]
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", *asked]) == 3
+
+
+def test_a_python_that_reads_no_path_is_said(wrap, capfd):
+    """The hook was loaded by nobody."""
+    assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
+    assert "no Python of the command has loaded the hook" in capfd.readouterr().err
+
+
+def test_what_is_required_and_not_there_is_exit_code_4(wrap):
+    """Where the command's own is 0; a run that never was is not what was required."""
+    assert wrap("print('nothing')", "--require", "base.bits=4") == (4, None)
+
+
+@pytest.mark.faults
+def test_a_step_that_lacks_what_is_required_is_exit_code_4(wrap):
+    """It was watched, and what it ran stands beside what was asked for."""
+    code, run = wrap(LOOP, "--no-report", "--require", "mode=eval")
+    (record,) = run.records
+    assert (code, record.status, record.failure.kind) == (4, "invalid", "RequiredPathNotActive")
+    assert "train" in record.failure.message
+    assert len(record.samples["step_time_s"]) >= 5
+
+
+RANKS = """
+import atexit, os, time
+atexit.register(os._exit, 0)  # torch's gloo aborts some processes at their end, measured or not
+import torch.distributed as dist
+dist.init_process_group("gloo")
+"""
+
+
+@pytest.mark.faults
+def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
+    """Rank 1 takes 50 ms longer for each step, and rank 0 waits for it at the end alone; tokens are those of both."""
+    text = RANKS + LOOP.replace("batch_size=2):\n", "batch_size=2):\n        time.sleep(PAUSE_S)\n")
+    text = text.replace("def train", "PAUSE_S = 0.05 * dist.get_rank()\ndef train") + "dist.barrier()\n"
+    code, run = wrap(
+        text, "--no-report",
+        python=(
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+        ),
+    )  # fmt: skip
+    (record,) = run.records
+    assert (code, record.status, record.values["ranks"]) == (0, "ok", 2), record.failure
+    assert not record.notices
+    assert min(record.samples["step_time_s"]) >= 0.05
+    assert set(record.samples["turn_real_tokens"]) == {24.0}
+
+
+TRAINER = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+def train(steps):
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(2 * steps)]
+    arguments = TrainingArguments(output_dir="out", use_cpu=True, max_steps=steps, report_to=[], save_strategy="no",
+                                  disable_tqdm=True, per_device_train_batch_size=2)
+    Trainer(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=rows).train()
+train(30)
+train(7)
+"""
+
+
+@pytest.mark.faults
+def test_of_two_trainers_of_a_script_the_first_is_measured(wrap):
+    """And the second is noted."""
+    code, run = wrap(TRAINER, "--no-report")
+    (record,) = run.records
+    assert (code, record.status, record.values["training_steps"]) == (0, "ok", 30), record.failure
+    assert [notice.code for notice in record.notices] == ["second-training"]
+
+
+@pytest.mark.faults
+def test_a_console_script_of_trl_is_followed(tmp_path, monkeypatch, sft_command, capfd):
+    """`lorameter wrap -- trl sft …`: the Trainer that it builds, in whatever process, and no other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [*shlex.split(sft_command), "--max_steps", "30", "--lora_r", "4"]
+    code = main(["wrap", "--runs-dir", "runs", "--", *words])
+    (path,) = store.list_runs(tmp_path / "runs")
+    (record,) = store.read_run(str(path), path.parent).records
+    assert (code, record.status, record.values["training_steps"]) == (0, "ok", 30), record.failure
+    assert len(record.samples["step_time_s"]) >= 5
+    assert record.values["trainable_parameters"] < record.values["total_parameters"]
+    assert "steps are the Trainer's" in capfd.readouterr().err
+    assert not record.notices
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("base.bits", "PATH=VALUE is expected"),
+        ("no.such=1", "not known"),
+        ("base.bits=seven", "must be one of"),
+        ("base.bits=" + "9" * 5000, "must be one of"),
+        ("base.bits=" + "[" * 100_000, "must be one of"),
+        ("base.bits=NaN", "must be one of"),
+    ],
+)
+def test_a_requirement_that_cannot_be_is_refused(given, said):
+    """Before anything is started."""
+    with pytest.raises(UsageError, match=said):
+        read_requirements([given])
+    assert read_requirements(["base.bits=4", "lora.learning=True", "attention.backend=flash"]) == {
+        "base.bits": 4, "lora.learning": True, "attention.backend": "flash",
+    }  # fmt: skip
+
+
+def test_a_command_that_there_is_not_is_refused(tmp_path, capsys):
+    """As is none at all."""
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", "no-such-program"]) == 2
+    assert main(["wrap", "--runs-dir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "no-such-program: No such file or directory" in told
+    assert "no command. Write it behind --" in told
+
+
+def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
+    """The command has them already; all others, and those of a parent without a terminal, are passed on."""
+    sent = []
+
+    class Process:
+        def send_signal(self, number):
+            sent.append(number)
+
+    for in_terminal in (True, False):
+        monkeypatch.setattr(launch, "_in_terminal", lambda there=in_terminal: there)
+        with launch._passing_on() as pass_on_to:
+            pass_on_to(Process())
+            for number in (signal.SIGINT, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+    assert sent == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]
+
+
+def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch):
+    """This process does not end alone, whatever it would do by itself and whatever a terminal sends to whom."""
+    plain, ours = subprocess.Popen, []
+
+    def told(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", told)
+    monkeypatch.setattr(launch, "_in_terminal", lambda: True)
+    before = signal.signal(signal.SIGHUP, lambda *_: ours.append(1))
+    try:
+        code = launch.run_command(["sleep", "60"], tmp_path / "run", command="sleep 60", require={})
+        assert (code, ours) == (128 + signal.SIGHUP, [])
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert ours == [1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_hook_is_where_it_is_said_to_be():
+    """It ships with the package."""
+    from lorameter.attach.child_env import HOOK
+
+    assert (Path(HOOK) / "sitecustomize.py").is_file()
+
+
+def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_path, monkeypatch):
+    """Unless its command goes on without it, whose ranks meet there."""
+    monkeypatch.chdir(tmp_path)
+    fifo = tmp_path / "until"
+    os.mkfifo(fifo)
+    runs = tmp_path / "runs"
+    text = "open('runs-on', 'w').write('x'); open('until').read()"
+    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--runs-dir", "runs", "--", sys.executable, "-c", text]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process, fifo.open("w"):  # opened when the command waits
+        (command,) = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        left = {path.name for path in runs.iterdir()}
+        assert {name.rpartition(".")[2] for name in left} == {"seen", "wrapped"}
+        remove_abandoned(runs)
+        assert {path.name for path in runs.iterdir()} == left
+    psutil.wait_procs([command])
+    assert main(["wrap", "--runs-dir", "runs", "--", "true"]) == 0
+    assert not list(runs.iterdir())
+
+
+def test_a_command_longer_than_a_variable_runs(tmp_path, monkeypatch):
+    """Linux takes 128 KiB of one, and 2 MiB of a command; whoever writes the run finds it as it was typed."""
+    monkeypatch.chdir(tmp_path)
+    words = ["sh", "-c", "cp runs/.*.wrapped told; exit 3", *["word " * 20] * 2000]
+    assert main(["wrap", "--runs-dir", "runs", "--", *words]) == 3
+    assert shlex.split((tmp_path / "told").read_text()) == words
+    with wrapping(tmp_path / "run", "a b"):
+        assert command_of(tmp_path / "run") == "a b"
+    assert command_of(tmp_path / "run") == ""
+
+
+def test_a_command_without_a_name_is_quoted(tmp_path, capsys):
+    """Else nobody sees that there is none."""
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", ""]) == 2
+    assert "wrap: '': " in capsys.readouterr().err

@@ -1,0 +1,370 @@
+"""A watched step comes out as if nobody had looked, and what it showed is told; also when it fails."""
+
+import copy
+import gc
+import io
+import weakref
+from contextlib import ExitStack
+
+import pytest
+import torch
+from negative_controls.layers import take_again
+from negative_controls.small_run import build
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import kernels_check
+from kernels_check.judges.paths import REQUIREMENTS
+from kernels_check.observation import calls, compilations, live_step
+from kernels_check.observation.recording import is_recording
+
+WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
+
+
+def _traces(model):
+    """Whatever of a check could be left in the process or on the model."""
+    from torch.optim import optimizer
+
+    hooks = [one for module in model.modules() for one in (module._forward_hooks, module._forward_pre_hooks)]
+    tensor_hooks = [value._backward_hooks for value in model.parameters()]
+    return (
+        sum(map(len, hooks)),
+        sum(map(bool, tensor_hooks)),
+        len(optimizer._global_optimizer_pre_hooks),
+        len(optimizer._global_optimizer_post_hooks),
+        id(torch.nn.functional.scaled_dot_product_attention),
+        id(torch.autograd.profiler._enable_profiler),
+        id(torch._dynamo.eval_frame._is_skip_guard_eval_unsafe_stance),
+        len(torch._dynamo.callback_handler.start_callbacks),
+        _get_current_dispatch_mode_stack(),
+        is_recording(),
+        torch._dynamo.eval_frame._stance.stance,
+    )
+
+
+def _state(run):
+    """What a step may change: weights, buffers, gradients, the optimizer's state, random numbers, losses."""
+    model = run.model
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return copy.deepcopy({
+        "values": {name: value.detach() for name, value in held},
+        "gradients": {name: value.grad for name, value in model.named_parameters()},
+        "optimizer": run.optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "losses": run.losses,
+    })  # fmt: skip
+
+
+def _same(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
+
+
+def _by_path(watched):
+    return {check.path: check for check in watched.checks}
+
+
+def test_a_step_comes_out_as_if_never_watched(training, instrument):
+    """To the bit, dropout and random numbers included, over several steps; nothing is left in place."""
+    runs = [training(), training()]
+    before = _traces(runs[0].model)
+    for run in runs:
+        torch.manual_seed(5)
+        watched = kernels_check.watch(run.model, WANTED, instrument=instrument)
+        for _ in range(3):
+            if run is runs[0]:
+                run.step()
+            else:
+                with watched:
+                    run.step()
+    assert _same(_state(runs[0])["losses"], _state(runs[1])["losses"])
+    assert _same(_state(runs[0]), _state(runs[1]))
+    assert _traces(runs[1].model) == before
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+
+
+def test_one_step_does_not_tell_what_is_learnt_and_the_next_does(training, instrument):
+    """The reason says what to do, and it is all that is missing."""
+    run = training()
+    watched = kernels_check.watch(run.model, {"lora.learning": True}, instrument=instrument)
+    assert watched.checks == []
+    with watched:
+        run.step()
+    first = _by_path(watched)["lora.learning"]
+    assert (first.status, first.observed) == ("unknown", None)
+    assert "the same watch stand around the next step" in first.reason
+    with watched:
+        run.step()
+    assert _by_path(watched)["lora.learning"].met
+    verified = {check.path: (check.status, check.observed) for check in run.verify({"lora.learning": True})}
+    assert {path: (check.status, check.observed) for path, check in _by_path(watched).items()} == verified
+
+
+def test_an_error_of_the_step_goes_through(training, instrument):
+    """Everything is off, nothing passes, and the next step is watched as if it were the first."""
+    run = training()
+    before = _traces(run.model)
+    watched = kernels_check.watch(run.model, WANTED, instrument=instrument)
+
+    def fail(*_):
+        raise KeyError("the step's own")
+
+    broken = run.model.base_model.model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyError, match="the step's own"), watched:
+        run.step()
+    broken.remove()
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert all("the step raised KeyError" in check.reason for check in watched.checks)
+    assert [check.path for check in watched.checks] == [path for path in REQUIREMENTS if path != "packing.isolated"]
+    assert _traces(run.model) == before
+    with watched:
+        run.step()
+    assert all(check.met for check in watched.checks if check.required is not None)
+
+
+def test_a_model_is_copied_and_saved_while_it_is_watched(training, instrument):
+    """As for a checkpoint or an average; what a copy does later is nothing of the model's."""
+    run = training(quant=None)
+    before = _traces(run.model)
+    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+        average = copy.deepcopy(run.model)
+        run.step()
+        torch.save(run.model, io.BytesIO())
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+    assert _traces(run.model) == before
+    torch.save(copy.deepcopy(average), io.BytesIO())
+    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+        average(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "the model was not called" in watched.checks[0].reason
+
+
+def test_a_pass_that_failed_and_was_taken_again_counts_once(training, instrument):
+    """Its loss and its attention are none of the step's."""
+    run = training(quant=None)
+    take_again(run)
+    required = {"loss.tokens": True, "lora.attached": True, "attention.backend": "flash"}
+    with kernels_check.watch(run.model, required, instrument=instrument) as watched:
+        run.step()
+    assert all(_by_path(watched)[path].met for path in required), watched.checks
+    reason = _by_path(watched)["attention.backend"].reason
+    assert reason.startswith("forward: 2 flash; backward: 2 flash; 2 of 2 attention layers")
+    assert reason.endswith("; not judged: 2 in passes that failed (2 flash)")
+
+
+def test_what_is_asked_wrongly_is_refused_at_once(training):
+    """Before anything is hooked; and a watch cannot be opened twice."""
+    run = training()
+    with pytest.raises(ValueError, match=r"attention\.speed"):
+        kernels_check.watch(run.model, {"attention.speed": "fast"})
+    with pytest.raises(ValueError, match="instrument 'eyes'"):
+        kernels_check.watch(run.model, instrument="eyes")
+    watched = kernels_check.watch(run.model, instrument="spy")
+    with watched, pytest.raises(RuntimeError, match="open already"):
+        watched.__enter__()
+
+
+def test_a_block_in_which_nothing_ran_shows_nothing(training, instrument):
+    """It is no proof of an adapter that was not executed."""
+    run = training()
+    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+        torch.ones(2).sum()
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "the model was not called" in watched.checks[0].reason
+
+
+def test_an_accumulation_is_watched_whole_or_said_to_be_half(training, instrument):
+    """All that one update accumulates belongs into the block."""
+    run = training()
+    run.accumulated = [dict(run.inputs), dict(run.inputs)]
+    required = {"optimizer.class": "torch.optim.AdamW", "attention.backend": "flash", "lora.attached": True}
+    watched = kernels_check.watch(run.model, required, instrument=instrument)
+    with watched:
+        run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+    half = _by_path(watched)
+    assert half["optimizer.class"].status == half["lora.learning"].status == "unknown"
+    assert "all that one update accumulates" in half["optimizer.class"].reason
+    assert half["attention.backend"].met
+    with watched:
+        run.step()
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+
+
+def _recorder():
+    return profile(activities=[ProfilerActivity.CPU])
+
+
+def _names(recorded):
+    return {event.name for event in recorded.events()}
+
+
+@pytest.mark.parametrize("outlasts", [False, True])
+def test_a_profiler_begun_in_the_watch_keeps_its_events(training, outlasts):
+    """What ours would have told is unknown, whether theirs ends in the block or after it; hooks tell what they tell."""
+    run = training()
+    before = _traces(run.model)
+    own = _recorder()
+    with kernels_check.watch(run.model, WANTED) as watched:
+        own.start()
+        run.step()
+        if not outlasts:
+            own.stop()
+    assert is_recording() is outlasts
+    torch.ones(4).cumsum(0)
+    if outlasts:
+        own.stop()
+    assert "aten::mm" in _names(own)
+    assert ("aten::cumsum" in _names(own)) is outlasts
+    checks = _by_path(watched)
+    assert checks["attention.backend"].status == "unknown"
+    assert "runs a profiler of its own" in checks["attention.backend"].reason
+    assert checks["lora.attached"].met
+    assert checks["base.frozen"].met
+    assert _traces(run.model) == before
+
+
+def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
+    """As where a schedule of the program's runs out in the step."""
+    run = training()
+    own = _recorder()
+    own.start()
+    with kernels_check.watch(run.model, WANTED) as watched:
+        run.step()
+        own.stop()
+    assert "aten::mm" in _names(own)
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+
+
+@pytest.mark.parametrize(("instrument", "place"), [("profile", "whole"), ("spy", "layers")])
+def test_compiled_code_is_compiled_as_if_never_watched(instrument, place):
+    """No hook is in it, nothing is compiled or broken for a hook; the first step is unknown, the second told."""
+
+    def made():
+        compilations.forget()
+        run = build(quant=None)
+        if place == "whole":
+            run.model = torch.compile(run.model, backend="eager")
+        else:
+            for layer in run.model.base_model.model.model.layers:
+                layer.compile(backend="eager")
+        torch.manual_seed(3)
+        return run
+
+    plain = made()
+    for _ in range(2):
+        plain.step()
+    record = compilations.read()
+    run = made()
+    watched = kernels_check.watch(run.model, {"compile": True, "lora.attached": True}, instrument=instrument)
+    try:
+        with watched:
+            run.step()
+        assert {_by_path(watched)[path].status for path in ("compile", "lora.attached")} == {"unknown"}
+        assert "watch a later step" in _by_path(watched)["compile"].reason
+        with watched:
+            run.step()
+        assert _by_path(watched)["compile"].met, watched.checks
+        assert run.losses == plain.losses
+        assert compilations.read() == record
+    finally:
+        compilations.forget()
+
+
+def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
+    """Nothing is known then, which is said."""
+
+    def broken(self, *_, **__):
+        raise OSError("no more of it")
+
+    monkeypatch.setattr(calls.CallRecorder, "_enter", broken)
+    plain, run = training(instrument="spy"), training(instrument="spy")
+    torch.manual_seed(5)
+    plain.step()
+    torch.manual_seed(5)
+    with kernels_check.watch(run.model, WANTED, instrument="spy") as watched:
+        run.step()
+    assert run.losses == plain.losses
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "what looked on failed: OSError: no more of it" in watched.checks[0].reason
+
+
+def test_what_cannot_be_watched_is_unknown_and_trains_on(training, monkeypatch):
+    """A model that cannot even be read raises nothing."""
+
+    def unreadable(tree):
+        raise OSError("a class of its own")
+
+    run = training()
+    before = _traces(run.model)
+    monkeypatch.setattr(live_step, "digest", unreadable)
+    with kernels_check.watch(run.model, WANTED) as watched:
+        run.step()
+    assert len(run.losses) == 1
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "could not be watched: OSError" in watched.checks[0].reason
+    assert _traces(run.model) == before
+
+
+def test_records_are_probed_after_the_step_and_leave_no_trace(training):
+    """By the step's own calls, made once more with other tokens, and by the batch."""
+    packed = {"position_ids": torch.arange(8).repeat(2, 2), "use_cache": False}
+    runs = [training(), training()]
+    for run in runs:
+        run.inputs |= packed
+        torch.manual_seed(5)
+        watched = kernels_check.watch(run.model, {"packing.isolated": True}, batch=run.inputs)
+        if run is runs[0]:
+            run.step()
+        else:
+            with watched:
+                run.step()
+    assert _by_path(watched)["packing.isolated"].met, watched.checks
+    assert _same(_state(runs[0]), _state(runs[1]))
+    runs[1].inputs |= {"use_cache": True}
+    with kernels_check.watch(runs[1].model, {"packing.isolated": True}) as watched:
+        runs[1].step()
+    assert _by_path(watched)["packing.isolated"].status == "fallback"
+
+
+def test_a_model_that_was_watched_can_go(training):
+    """A watch that has ended holds on to nothing of the step but the model and what the next is compared with."""
+    run = training(instrument="spy")
+    inputs = {"input_ids": run.inputs["input_ids"].clone(), "use_cache": False}
+    gone = []
+    run.model.register_forward_hook(lambda module, args, output: gone.append(weakref.ref(output.logits)))
+    run.inputs = inputs
+    watched = kernels_check.watch(run.model, instrument="spy")
+    with watched:
+        run.step()
+    gc.collect()
+    assert gone[0]() is None
+    assert watched.checks
+
+
+def test_a_glance_at_one_step_lets_the_next_be_judged_of_both(training, instrument):
+    """As after two steps that were watched; to the bit as if nobody had looked, and nothing is left in place."""
+    runs = [training() for _ in range(3)]
+    before = _traces(runs[0].model)
+    watched = [kernels_check.watch(run.model, {**WANTED, "lora.learning": True}, instrument=instrument)
+               for run in runs[:2]]  # fmt: skip
+    for run, first in zip(runs, (watched[0].glance(), watched[1], ExitStack()), strict=True):
+        torch.manual_seed(5)
+        with first:
+            run.step()
+    assert not watched[0].checks
+    assert _by_path(watched[1])["lora.learning"].status == "unknown"
+    for run, then in zip(runs, (*watched, ExitStack()), strict=True):
+        torch.manual_seed(6)
+        with then:
+            run.step()
+    assert [(one.path, one.status, one.observed) for one in watched[0].checks] == [
+        (one.path, one.status, one.observed) for one in watched[1].checks
+    ]
+    assert _by_path(watched[0])["lora.learning"].status == "active"
+    assert _traces(runs[0].model) == before
+    assert _same(_state(runs[0]), _state(runs[2]))

@@ -1,0 +1,148 @@
+"""What the surroundings say against a trial: both numbers, a remedy, and invalid only past the stated limit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lorameter.machine.disturbances import judge
+
+QUIET = {
+    "host_watched_train_s": 100.0, "host_cpu_stall_train_s": 0.5, "host_steal_train_s": 0.1,
+    "host_busy_train_s": 100.0, "host_quota_used_train_s": 100.0,
+    "host_swap_in_train_bytes": 0.0, "host_swap_out_train_bytes": 0.0, "host_quota_stall_train_s": 0.0,
+    "host_involuntary_switches_train": 3.0, "device_samples_train": 40.0, "device_throttled_samples_train": 0.0,
+    "device_power_capped_samples_train": 0.0, "device_thermal_slowdown_train_s": 0.0,
+    "device_sm_clock_min_train_hz": 1.95e9, "device_sm_clock_max_train_hz": 1.98e9, "device_temperature_train_c": 60.0,
+    "device_temperature_margin_train_c": 27.0, "device_others_train": 0.0,
+    "device_others_train_bytes": 0.0, "device_hidden_train_bytes": 0.0,
+}  # fmt: skip
+GIB = 2**30
+
+
+def found(changes=None, memory=None, *, in_turns=False, occupancy=None, phase="train"):
+    return judge(QUIET | (changes or {}), memory or {}, phase, in_turns=in_turns, occupancy=occupancy)
+
+
+def test_a_quiet_trial_has_no_disturbances():
+    """Nor has one of which nothing was measured."""
+    assert found() == ()
+    assert judge({}, {}, "train", in_turns=False) == ()
+    assert found(occupancy=0.99) == ()
+
+
+@pytest.mark.parametrize(
+    ("code", "noticed", "past"),
+    [
+        ("throttled", {"device_thermal_slowdown_train_s": 2.0}, {"device_thermal_slowdown_train_s": 11.0}),
+        ("throttled", {"device_throttled_samples_train": 4.0}, {"device_throttled_samples_train": 5.0}),
+        ("clocks-moving", {"device_sm_clock_min_train_hz": 1.8e9}, {"device_sm_clock_min_train_hz": 1.4e9}),
+        ("shared", {"device_others_train": 1.0, "device_others_train_bytes": 5e8},
+         {"device_others_train": 1.0, "device_others_train_bytes": 2.0 * GIB}),
+        ("swapped", {"host_swap_in_train_bytes": 4096.0}, {"host_swap_in_train_bytes": 3e8}),
+        ("stolen", {"host_steal_train_s": 2.0}, {"host_steal_train_s": 36.0}),
+        ("quota", {"host_quota_stall_train_s": 2.0}, {"host_quota_stall_train_s": 36.0}),
+    ],
+)  # fmt: skip
+def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
+    """Each says both numbers and what to do."""
+    for changes, invalid in ((noticed, False), (past, True)):
+        (one,) = found(changes)
+        assert (one.code, one.invalid) == (code, invalid)
+        assert len(re.findall(r"\d", one.message)) >= 2
+        assert one.remedy.endswith((".", ")"))
+        assert one.weight > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("power-capped", {"device_power_capped_samples_train": 40.0}),
+        ("hot", {"device_temperature_margin_train_c": 1.0}),
+        ("hidden", {"device_hidden_train_bytes": 60.0 * GIB}),
+        ("contended", {"host_cpu_stall_train_s": 90.0}),
+    ],
+)
+def test_some_disturbances_never_make_a_trial_invalid(code, changes):
+    """Measuring again would find the same, or they say less than they seem to."""
+    (one,) = found(changes)
+    assert (one.code, one.invalid) == (code, False)
+
+
+def test_the_counter_of_time_goes_before_the_samples():
+    """Samples see the ends only."""
+    counted = {"device_power_slowdown_train_s": 50.0, "device_power_capped_samples_train": 1.0}
+    (one,) = found(counted)
+    assert "50.00 of 100.00 s (50%" in one.message
+    assert found({"device_power_slowdown_train_s": 0.0, "device_power_capped_samples_train": 40.0}) == ()
+
+
+def test_a_supply_that_brakes_shows_in_samples_only():
+    """The card's thermal counter stays at zero then."""
+    (one,) = found({"device_throttled_samples_train": 20.0})
+    assert "20 of 40 samples" in one.message
+    assert one.invalid
+
+
+def test_a_variant_that_barely_fits_is_told_and_stays_valid():
+    """Its times are what it costs, and would be again."""
+    (one,) = found(memory={"device_alloc_retries_train": 3, "device_ooms_train": 1})
+    assert (one.code, one.invalid) == ("memory-retrying", False)
+    assert "3 times and failed 1" in one.message
+    assert found(memory={"device_alloc_retries_train": 0, "device_ooms_train": 0}) == ()
+
+
+def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
+    """Trials that took turns are compared turn by turn."""
+    (alone,) = found(occupancy=0.4)
+    assert alone.invalid
+    (together,) = found(occupancy=0.4, in_turns=True)
+    assert (together.code, together.invalid) == ("contended", False)
+    assert "one thread had a CPU for 40%" in together.message
+    assert "does not count" in together.message
+
+
+def test_several_threads_are_judged_by_the_pressure_around_them_alone():
+    """They wait for each other, so no occupancy is given for them, and no limit of it is named."""
+    (one,) = found({"host_cpu_stall_train_s": 90.0})
+    assert "work waited for a CPU in 90% of the time" in one.message
+    assert "does not count" not in one.message
+
+
+def test_what_all_shared_makes_nobody_invalid_and_heat_does():
+    """A card that protects itself is not what the study asks about, however fairly it is shared."""
+    assert not any(one.invalid for one in found({"device_sm_clock_min_train_hz": 1.0e9}, in_turns=True))
+    assert not any(one.invalid for one in found({"host_steal_train_s": 50.0}, in_turns=True))
+    assert any(one.invalid for one in found({"device_thermal_slowdown_train_s": 50.0}, in_turns=True))
+
+
+def test_the_worst_stands_first():
+    """Invalid before notices, then by how far past its limit."""
+    codes = [
+        one.code
+        for one in found({
+            "device_temperature_margin_train_c": 4.0, "host_steal_train_s": 20.0,
+            "device_others_train": 1.0, "device_others_train_bytes": 2.0 * GIB,
+        })
+    ]  # fmt: skip
+    assert codes == ["shared", "stolen", "hot"]
+
+
+@pytest.mark.parametrize(
+    ("withheld", "given"),
+    [("host_steal_train_s", "host_busy_train_s"), ("host_quota_stall_train_s", "host_quota_used_train_s")],
+)
+def test_what_was_withheld_is_a_share_of_the_cpu_time_that_was_asked_for(withheld, given):
+    """Of 64 CPUs 0.5 % is a third of the wall clock and no disturbance; without what was given there is no share."""
+    assert found({withheld: 32.0, given: 6368.0}) == ()
+    (one,) = found({withheld: 100.0, given: 100.0})
+    assert one.invalid
+    assert "50% of the CPU time that was asked for" in one.message
+    unknown = {name: value for name, value in QUIET.items() if name != given} | {withheld: 99.0}
+    assert judge(unknown, {}, "train", in_turns=False) == ()
+
+
+def test_a_phase_is_judged_by_its_own_values():
+    """Training that was disturbed says nothing of generation."""
+    assert found({"host_steal_train_s": 50.0}, phase="generate") == ()

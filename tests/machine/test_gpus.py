@@ -1,0 +1,92 @@
+"""What NVML tells of several cards, with the driver's library scripted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.machine.two_cards import MIG, TWO
+
+NOT_SUPPORTED = 3
+
+
+def test_how_cards_reach_each_other_is_told(nvml):
+    """By NVLink where the driver says so, else by where they meet; links that are up are counted; hidden cards and
+    instances are left out."""
+    lines = """
+        from lorameter.machine.gpus import card_links
+        told = card_links()
+        tell([
+            [[pair.first, pair.second, pair.through.value] for pair in told.value.pairs],
+            [[number, count.value, count.reason] for number, count in told.value.active],
+        ])
+    """
+    three = {"count": 3, "0.nvlinks": 18, "1.nvlinks": 16, "0.nvlink.1": 0, "0.meet.2": 50, "1.meet.2": 30}
+    three |= {f"{number}.uuid": f"GPU-{number}{number}" for number in range(3)}
+    pairs, active = nvml(lines, three)
+    assert pairs == [[0, 1, "NVLink"], [0, 2, "the link between memory nodes"], [1, 2, "a PCIe host bridge"]]
+    assert [[number, count] for number, count, _ in active] == [[0, 18], [1, 16], [2, None]]
+    assert "no such device" in active[2][2]
+    assert nvml(lines, three, CUDA_VISIBLE_DEVICES="2,GPU-0")[0] == [[0, 2, "the link between memory nodes"]]
+    assert nvml(lines, three, CUDA_VISIBLE_DEVICES="1,7")[0] == []
+    assert nvml(lines, {**MIG, "count": 2}, CUDA_VISIBLE_DEVICES="MIG-bbbb") == [[], []]
+    refused = nvml(lines, {**three, "rc.nvmlDeviceGetP2PStatus": NOT_SUPPORTED, "0.meet.1": 20})
+    assert refused[0][0] == [0, 1, "several PCIe switches"]
+    unknown = nvml(lines, {**three, "0.meet.2": 60})
+    assert unknown[0][1] == [0, 2, None]
+
+
+VISIBLE = """
+    from lorameter.machine.gpus import visible_cards
+    tell([
+        [one.entry, one.name.value, one.board.value, one.power_limit_w.value, one.name.reason]
+        for one in visible_cards().value
+    ])
+"""
+FIRST = ["First", "GPU-aaaa1111-0000-0000-0000-000000000000", 700.0, ""]
+SECOND = ["Second", "GPU-aaaa2222-0000-0000-0000-000000000000", 400.0, ""]
+
+
+@pytest.mark.parametrize(
+    ("visible", "told"),
+    [
+        (None, [[0, *FIRST], [1, *SECOND]]),
+        ("1,0", [[1, *SECOND], [0, *FIRST]]),
+        ("GPU-aaaa2", [["GPU-aaaa2", *SECOND]]),
+        ("MIG-bbbb,0", [["MIG-bbbb", "Second MIG 1g.10gb", *SECOND[1:]], [0, *FIRST]]),
+        ("", []),
+        ("7", [[7, None, None, None, "nvmlDeviceGetHandleByIndex: there is no such device"]]),
+    ],
+)
+def test_each_visible_card_is_known_by_whatever_name_it_has(nvml, visible, told):
+    """Its own name, and the card that it is a part of, whose power limit counts."""
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert nvml(VISIBLE, {**MIG, "1.limit": 400000}, **variables) == told
+
+
+SITES = """
+    import dataclasses
+    from lorameter.errors import UsageError
+    from lorameter.machine import provenance
+    from lorameter.run.executors.local import LocalExecutor
+    from lorameter.run.sites import local
+    provenance._torch_cuda = lambda: "13.0"
+    local.share_cpus = lambda cpus, sites, asked: [[0]] * sites  # however many this machine has
+    machine = provenance.probe_machine()
+    try:
+        grounds = local.local_sites(("0", "1"), machine, mixed=MIXED)
+        facts = [LocalExecutor(host=ground.host).facts() for ground in grounds]
+        tell([[one.machine.device_name, one.settings["card"]["power_limit_w"]] for one in facts])
+    except UsageError as refused:
+        tell(str(refused))
+"""
+
+
+def test_sites_of_unlike_cards_are_refused_by_whatever_name_they_are_visible(nvml):
+    """With name and power limit; where they may be mixed each knows its own card."""
+    uuids = {"CUDA_VISIBLE_DEVICES": "GPU-aaaa2,GPU-aaaa1"}
+    answers = {**TWO, "1.limit": 400000}
+    refused = nvml(SITES.replace("MIXED", "False"), answers, **uuids)
+    assert "cards of different kinds (First at 700 W, Second at 400 W)" in refused
+    alike = {**answers, "1.name": "First", "0.limit": 400000}
+    assert nvml(SITES.replace("MIXED", "False"), alike, **uuids) == [["First", 400.0]] * 2
+    assert nvml(SITES.replace("MIXED", "True"), answers, **uuids) == [["Second", 400.0], ["First", 700.0]]

@@ -1,0 +1,84 @@
+"""Who is on the card: told apart from this run's own, and said so where a container hides them."""
+
+from __future__ import annotations
+
+import pytest
+
+GIB = 2**30
+ASK = """
+    import dataclasses, os
+    from lorameter.machine.other_gpu_processes import neighbours_of
+    from lorameter.machine.nvml import open_device
+    with open(os.environ["FAKE_NVML"], "a") as file:
+        file.write("0.processes=" + {listed} + "\\n")
+    found = neighbours_of(open_device().value, generations={generations})
+    tell({{one.name: getattr(found, one.name) if one.name == "statement" else
+          [getattr(found, one.name).value, getattr(found, one.name).reason] for one in dataclasses.fields(found)}})
+"""
+ME = 'f"{os.getpid()}:1073741824"'
+
+
+def ask(listed, generations=0):
+    return ASK.format(listed=listed, generations=generations)
+
+
+def test_a_process_that_is_alone_has_no_neighbours(nvml):
+    """Its own memory is known, and nothing is hidden."""
+    told = nvml(ask(ME), {"0.used": GIB})
+    assert told == {
+        "own_bytes": [GIB, ""], "used_bytes": [GIB, ""], "others": [[], ""],
+        "others_bytes": [0, ""], "hidden_bytes": [0, ""], "statement": "",
+    }  # fmt: skip
+
+
+def test_others_are_counted_and_their_memory_added(nvml):
+    """Process 1 is nobody's relative here."""
+    told = nvml(ask(ME + ' + ",1:5000"'), {"0.used": GIB + 5000})
+    assert told["others"] == [[1], ""]
+    assert told["others_bytes"] == [5000, ""]
+
+
+def test_the_processes_of_the_same_run_are_no_neighbours(nvml):
+    """Trials that take turns are live together; they descend from one parent, two generations up."""
+    sibling = 'f"{os.getppid()}:7,{os.getpid()}:1073741824"'
+    assert nvml(ask(sibling, generations=0))["others"][0] != []
+    assert nvml(ask(sibling, generations=1))["others"][0] == []
+
+
+def test_numbers_of_another_container_tell_nothing(nvml):
+    """None of them can be told from this process's own, so neither is named and no zero is given."""
+    told = nvml(ask('"999999999:5000,999999998:6000"'), {"0.used": 11000})
+    for name in ("own_bytes", "others", "others_bytes"):
+        value, reason = told[name]
+        assert value is None
+        assert "mean nothing in this container" in reason
+    assert "mean nothing in this container" in told["statement"]
+
+
+def test_what_is_in_use_is_known_where_the_processes_are_not(nvml):
+    """The device tells it without a list, and the list without sizes."""
+    told = nvml(ask('""'), {"rc.nvmlDeviceGetComputeRunningProcesses_v3": 4, "0.used": 7000})
+    assert told["used_bytes"] == [7000, ""]
+    assert told["own_bytes"][0] is None
+    told = nvml(ask('""'), {"rc.nvmlDeviceGetMemoryInfo_v2": 4, "rc.nvmlDeviceGetMemoryInfo": 4})
+    assert told["used_bytes"] == [None, "nvmlDeviceGetMemoryInfo: this process is not permitted to read it"]
+    assert told["own_bytes"] == [None, "this process is not listed as holding device memory"]
+
+
+def test_memory_that_nobody_holds_gives_hidden_processes_away(nvml):
+    """The list is empty, and 3 GiB are in use."""
+    told = nvml(ask('""'), {"0.used": 3 * GIB})
+    assert told["hidden_bytes"] == [3 * GIB, ""]
+    assert told["statement"].startswith("3 GiB of device memory are in use and no listed process holds them")
+
+
+@pytest.mark.parametrize(
+    ("answers", "listed", "words"),
+    [
+        ({"rc.nvmlDeviceGetComputeRunningProcesses_v3": 4}, '""', "not permitted"),
+        ({}, 'f"{os.getpid()}:?"', "does not say how much memory"),
+    ],
+)
+def test_a_list_that_is_not_given_is_no_empty_list(nvml, answers, listed, words):
+    """Not permitted, or without sizes."""
+    assert words in nvml(ask(listed), answers)["own_bytes"][1]

@@ -1,0 +1,81 @@
+"""What stands in a trial's record of its surroundings: differences, extremes at the ends, and reasons."""
+
+from __future__ import annotations
+
+from lorameter.machine.telemetry import Watch
+
+WATCH = """
+    from lorameter.machine.nvml import open_device
+    from lorameter.machine.telemetry import DeviceWatch
+    watch = DeviceWatch(open_device().value, energy={energy})
+    found = []
+    for begin, end in {stretches}:
+        watch.begin(begin)
+        for _ in range({looks}):
+            watch.look()
+        found.append(watch.end(end))
+    tell([found, watch.missing])
+"""
+
+
+def watched(nvml, answers, *stretches, energy=True, looks=0, **options):
+    lines = WATCH.format(energy=energy, looks=looks, stretches=repr(list(stretches)))
+    found, missing = nvml(lines, answers, **options)
+    return found, missing
+
+
+def test_energy_runs_from_the_first_begin_to_the_last_end(nvml):
+    """So that the steps of the counter do not add up turn by turn; a stretch that was too short grows long enough."""
+    answers = {"0.energy": "100000,400000,450000,1300000"}
+    found, missing = watched(nvml, answers, (10.0, 11.0), (11.1, 14.0))
+    assert "energy_j" not in found[0]
+    assert (found[1]["energy_j"], found[1]["energy_s"]) == (1200.0, 4.0)
+    assert "energy_j" not in missing
+
+
+def test_energy_is_not_given_where_others_take_turns(nvml):
+    """It would be theirs as well."""
+    found, missing = watched(nvml, {"0.energy": "0,900000"}, (0.0, 5.0), energy=False)
+    assert "energy_j" not in found[-1]
+    assert "energy_j" not in missing
+
+
+def test_extremes_over_all_ends(nvml):
+    """Clocks right after the work, the hottest moment, samples at both ends of each stretch."""
+    answers = {
+        "0.sm_clock": "1000,1980,1000,1500", "0.temperature": "40,70,50,80", "0.reasons": "0,0x20,0x4,0x4",
+        "0.power": "100000,600000,100000,500000", "0.thermal_ns": "0,1000000000,1500000000,1500000000",
+    }  # fmt: skip
+    found, _ = watched(nvml, answers, (0.0, 1.0), (2.0, 3.0))
+    last = found[-1]
+    assert (last["sm_clock_min_hz"], last["sm_clock_max_hz"]) == (1.5e9, 1.98e9)
+    assert (last["temperature_c"], last["temperature_margin_c"]) == (80.0, 7.0)
+    assert (last["samples"], last["throttled_samples"], last["power_capped_samples"]) == (4, 1, 2)
+    assert last["power_w"] == 550.0
+    assert last["thermal_slowdown_s"] == 1.0  # what fell between the stretches is not in it
+
+
+def test_the_clock_of_an_idle_card_says_nothing_of_a_step(nvml):
+    """It is left out, with the samples kept."""
+    found, _ = watched(nvml, {"0.reasons": "0,0x1,0,0", "0.sm_clock": "1980,345,1980,1980"}, (0.0, 1.0), (1.0, 2.0))
+    assert "sm_clock_min_hz" not in found[0]
+    assert found[1]["sm_clock_min_hz"] == 1.98e9
+
+
+def test_what_the_card_does_not_tell_has_its_reason(nvml):
+    """Everything else is there."""
+    refused = {f"rc.{name}": 3 for name in ("nvmlDeviceGetViolationStatus", "nvmlDeviceGetPowerUsage")}
+    found, missing = watched(nvml, refused | {"0.energy": "0,900000"}, (0.0, 5.0))
+    assert {"thermal_slowdown_s", "power_slowdown_s", "power_w"} <= set(missing)
+    assert "power_w" not in found[-1]
+    assert found[-1]["energy_j"] == 900.0
+
+
+def test_on_a_cpu_the_host_is_watched_and_no_card_is_asked():
+    """Nothing of a device, and no notice that there is none."""
+    watch = Watch("train", "cpu")
+    watch.begin()
+    values = watch.end()
+    assert values["host_watched_train_s"] >= 0
+    assert all(name.startswith("host_") for name in values)
+    assert watch.notice() is None

@@ -1,0 +1,35 @@
+"""A document is on the disk whole or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorameter.records.atomic_json import write_document
+
+
+def test_it_replaces_what_was_there_and_leaves_no_draft(tmp_path):
+    """One file in the end, with what was written last."""
+    path = tmp_path / "a.json"
+    for value in ({"a": 1}, {"a": 2}):
+        write_document(path, value)
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
+    """The reader never finds half of a document."""
+    path = tmp_path / "a.json"
+    write_document(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_document(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_character_that_utf_8_cannot_hold_costs_no_document(tmp_path):
+    """Half a surrogate pair, as in the name of a file that is no text, becomes a question mark; no draft is left."""
+    write_document(tmp_path / "told.json", {"name": "a\udcffb"})
+    assert json.loads((tmp_path / "told.json").read_text()) == {"name": "a?b"}
+    assert [path.name for path in tmp_path.iterdir()] == ["told.json"]

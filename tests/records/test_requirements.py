@@ -1,0 +1,43 @@
+"""What a step must really run: met by what was judged active, and by nothing that was not."""
+
+import pytest
+
+from lorameter.records.record import Fragment
+from lorameter.records.requirements import judge_required, lacking
+
+
+def check(path, status="active", reason="as made up"):
+    return {"path": path, "status": status, "reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("checks", "kind", "said"),
+    [
+        ([], "RequiredPathNotSeen", "mode: required 'train', no step was watched"),
+        ([check("base.bits")], "RequiredPathNotSeen", "no row of the watched step is about it"),
+        ([check("mode", "fallback")], "RequiredPathNotActive", "mode: required 'train', as made up"),
+        ([check("mode", "unknown")], "RequiredPathNotActive", "as made up"),
+    ],
+)
+def test_what_is_lacking_is_said(checks, kind, said):
+    """A path that nobody judged is told from one that does not hold, and neither is met."""
+    found = lacking(checks, {"mode": "train"})
+    assert found.kind == kind
+    assert said in found.message
+
+
+def test_nothing_is_lacking_where_all_is_active():
+    """Whatever else was found beside it."""
+    assert lacking([check("mode"), check("base.bits", "fallback")], {"mode": "train"}) is None
+    assert lacking([], {}) is None
+
+
+def test_a_fallback_is_allowed_by_a_notice_or_makes_the_trial_invalid():
+    """The same words in both."""
+    fragment = Fragment(checks=(check("mode", "fallback"),))
+    strict = judge_required(fragment, {"mode": "train"}, name="r4", allow_fallback=False)
+    lenient = judge_required(fragment, {"mode": "train"}, name="r4", allow_fallback=True)
+    assert (strict.status, lenient.status) == ("invalid", "ok")
+    assert [notice.code for notice in lenient.notices] == ["fallback-allowed"]
+    assert strict.failure.message in lenient.notices[0].message
+    assert judge_required(fragment, {}, name="r4", allow_fallback=False) is fragment

@@ -1,0 +1,37 @@
+"""The parts of a report: values are written once, and outside text is made harmless in one place."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels_check.terminal import make_visible
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain · ≥ é 😀 👩‍🔬", "plain · ≥ é 😀 👩‍🔬"),
+        ("two\n\tlines", "two\n\tlines"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("bell\a back\b nul\0 cr\r del\x7f", "bell\\x07 back\\x08 nul\\x00 cr\\x0d del\\x7f"),
+        ("C1 \x9b31m \x85", "C1 \\x9b31m \\x85"),
+        ("abc\u202egpj\u2066x\u2069", "abc\\u202egpj\\u2066x\\u2069"),
+        ("half \udcff", "half \\udcff"),
+    ],
+)
+def test_what_would_act_on_a_terminal_is_written_out(text, shown):
+    """Escape sequences, bells, erasing, reordering and what cannot be encoded; letters of any script stay."""
+    assert make_visible(text) == shown
+
+
+@given(st.text(st.characters(codec=None)))
+def test_no_text_keeps_a_control_character(text):
+    """Whatever comes in, what goes out can be written and acts on nothing."""
+    shown = make_visible(text)
+    assert not [one for one in shown if one not in "\n\t" and unicodedata.category(one) in ("Cc", "Cs")]
+    shown.encode()
+    assert make_visible(shown) == shown

@@ -1,0 +1,134 @@
+"""Markdown as GitHub renders it: tables stay tables, text from outside stays text, and the limits of size hold."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from lorameter.report.curves import Axis, Curve, Curves
+from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
+from lorameter.report.blocks import (
+    Cell,
+    Fold,
+    Gallery,
+    Head,
+    Panel,
+    Passage,
+    Section,
+    Table,
+    say,
+    write_row,
+)
+
+HOSTILE = (
+    "a|b *c* _d_ `e` <img src=x onerror=1> [f](http://g.example) ![h](i) **j** ~~k~~ # l $m$ &amp; @octocat \\| "
+    "https://evil.example www.evil.example </details> \x1b[31m\u202e"
+)
+READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+def kinds(text):
+    """Every token of a text, those within a line too."""
+    for token in READER.parse(text):
+        yield token.type
+        yield from (child.type for child in token.children or ())
+
+
+def said(text):
+    """What a reader sees of it: text and code, without what shows as nothing."""
+    return "".join(
+        child.content
+        for token in READER.parse(text)
+        for child in token.children or ()
+        if child.type in ("text", "code_inline")
+    )
+
+
+def everywhere(text):
+    """A document with the text in each place of it."""
+    heads = (Head(text=text), Head(text="b", right=True))
+    curve = Curve(name=text, points=((1.0, 1.0), (2.0, 2.0), (3.0, 3.0)))
+    return (
+        Section(title=text, lines=(say(text, lead=text),)),
+        say(text),
+        Table(title=text, heads=heads, rows=(write_row(text, Cell(name=text, verdict=text)),), notes=(say(text),)),
+        Fold(summary=say(text), lines=(say(text),)),
+        Gallery(title=text, charts=(Curves(across=Axis(title=text), up=Axis(title=text), curves=(curve,)),)),
+        Panel(title=text, passages=(Passage(head=text, text=f"{text}\n```\n{text}"),)),
+    )
+
+
+def test_text_from_outside_starts_nothing():
+    """No link, picture, code, emphasis, tag or mention, in any place; what is seen is what was written."""
+    text = markdown_of(everywhere(HOSTILE))
+    found = set(kinds(text))
+    assert not found & {"link_open", "image", "em_open", "code_inline", "s_open"}
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.M | re.S)  # what is fenced is code
+    assert "\\<img" in outside
+    assert "&lt;img" in outside  # of a summary, which is HTML
+    assert "<img" not in outside.replace("\\<img", "")
+    assert "@octocat" not in outside
+    assert outside.count("<details>") == outside.replace("\\</details", "").count("</details>") == 3
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+TEXTS = (
+    "a|b", "*a*", "_a_", "`a`", "<b>", "[a](b)", "# a", "1. a", "- a", "+ a", "===", "a@b", "https://a.example/b",
+    "&lt;", "$a$", "~~a~~", "\\|", "| a |", "---", "1.5 ms",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_escaped_text_is_read_as_itself(text):
+    """By a reader of GitHub's flavour, on a line of its own and in a table."""
+    assert said(escape(text)) == text
+    assert [kind for kind in kinds(escape(text)) if kind not in ("text", "html_inline")] == [
+        "paragraph_open", "inline", "paragraph_close",
+    ]  # fmt: skip
+    table = f"| a | b |\n| --- | --- |\n| {escape(text)} | x |"
+    assert list(kinds(table)).count("td_open") == 2
+    assert text in said(table)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zs", "Zl", "Zp", "Cf", "Cs")), min_size=1))
+def test_whatever_the_text_it_is_one_paragraph(text):
+    """No character of it is markup."""
+    shown = set(kinds(f"x {escape(text)}"))
+    assert shown <= {"paragraph_open", "inline", "paragraph_close", "text", "html_inline", "text_special"}
+
+
+def test_every_report_is_markdown(every_report):
+    """As many rows as the table has, each with as many cells as it has columns, and details that close."""
+    for name, document in every_report.items():
+        text = markdown_of(document)
+        tables = [block for block in document if isinstance(block, Table) and block.heads]
+        assert list(kinds(text)).count("table_open") == len(tables), name
+        cells = sum(len(table.heads) * (1 + len(table.rows)) for table in tables)
+        found = list(kinds(text))
+        assert found.count("td_open") + found.count("th_open") == cells, name
+        assert text.count("<details>") == text.count("</details>"), name
+
+
+@pytest.mark.parametrize("most", [2_000, COMMENT_CHARACTERS])
+def test_what_is_too_long_loses_details_before_rows_and_says_so(most):
+    """The first section stays whatever happens, and so do the first rows."""
+    rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))
+    long = Fold(summary=say("statistics"), lines=tuple(say("y" * 100) for _ in range(3_000)))
+    table = Table(title="Training", heads=(Head(text="variant"), Head(text="b")), rows=rows)
+    text = markdown_of((Section(title="Gate failed"), table, long), most=most)
+    assert len(text) <= most
+    assert text.startswith("### Gate failed\n")
+    assert "variant-0 " in text
+    assert "Left out, as this would be too long: statistics, " in text
+    assert "rows of Training" in text
+
+
+def test_what_fits_is_whole():
+    """Nothing is left out, and nothing says so."""
+    text = markdown_of((Section(title="Gate passed", lines=(say("all well"),)), say("")))
+    assert text == "### Gate passed\n\n- all well\n"

@@ -1,0 +1,104 @@
+"""How to repeat a run: with the versions that trained, by a command that is taken and means the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lorameter.cli import parser
+from lorameter.records import codec, store
+from lorameter.records.atomic_json import write_document
+from lorameter.report.reproduce import how_to_repeat
+from lorameter.studies.script_study import study_of_command
+from lorameter.studies.study_file import load_study
+from tests.constructed import RUNS
+
+ROOT = Path(__file__).parents[2]
+KEPT = [
+    *RUNS.iterdir(),
+    *(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file()),
+]
+
+
+def typed(run):
+    """The options of the line that measures the run again."""
+    (line,) = (line for line in how_to_repeat(run).splitlines() if line.startswith("lorameter "))
+    return parser().parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
+def test_the_line_of_every_run_is_a_command(path):
+    """Of an A/B that does not say by which words its sides were named there is none, and that is said."""
+    run = store.read_run(str(path), path.parent, newer=True)
+    if run.manifest.sides:
+        assert "does not say by which words" in how_to_repeat(run)
+    else:
+        assert typed(run).command.__name__ == "run_study"
+
+
+def side(kind, spec, *, commit=None, rows=0):
+    return {
+        "kind": kind, "spec": spec, "label": f"{spec} (label)", "worker": "1", "injected_rows": rows,
+        "facts": {"packages": {}, "git": {"commit": commit, "dirty": False}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def ab(write_run):
+    """A function that writes an A/B of two sides; gives the run as it is read back."""
+
+    def write(base, candidate, **options):
+        path = write_run("ab", {next(iter(options["study"].variants)).name: [1.0, 1.1]}, **options)
+        data = codec.to_json(store.read_manifest(path)) | {"sides": {"base": base, "candidate": candidate}}
+        write_document(path / "manifest.json", data)
+        return store.read_run("ab", path.parent)
+
+    return write
+
+
+def test_an_ab_is_repeated_as_an_ab(ab):
+    """A revision by its commit, since its branch may have moved; requirements as they were written."""
+    study = load_study("training-step")
+    options = typed(ab(side("revision", "main", commit="a" * 40), side("requirements", "peft==0.21.2"), study=study))
+    assert options.command.__name__ == "run_ab"
+    assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "peft==0.21.2")
+    planted = typed(ab(side("present", ""), side("present", "", rows=24), study=study))
+    assert (planted.command.__name__, planted.inject_rows) == ("run_calibrate", 24)
+
+
+def test_commands_are_repeated_as_commands(ab):
+    """Two against each other, or one on two sides, in the folder in which they ran."""
+    study = study_of_command("python train.py", name="train", cwd="work")
+    study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, turns=3, steps_per_turn=4))
+    two = typed(ab(side("command", "python train.py"), side("command", "python train.py --x"), study=study))
+    assert (two.base_command, two.candidate_command) == ("python train.py", "python train.py --x")
+    one = typed(ab(side("requirements", "trl==1.0"), side("requirements", "trl==1.1"), study=study))
+    assert (one.study, one.script, one.base, one.candidate) == (None, "python train.py", "trl==1.0", "trl==1.1")
+    for options in (one, two):
+        assert (options.cwd, options.steps) == ("work", 12)
+
+
+@pytest.mark.parametrize("sided", [False, True])
+def test_what_a_foreign_run_says_of_itself_runs_no_command(sided, write_run, tmp_path):
+    """The block is pasted into a shell; a field of the run with a line end in it stays a comment or a quoted word."""
+    evil = f"1\ntouch {tmp_path}/made; $(touch {tmp_path}/made) `touch {tmp_path}/made` ' \""
+    facts = {
+        "python": evil, "git": {"commit": evil, "dirty": True}, "libraries": {"torch": evil, "peft": evil},
+    }  # fmt: skip
+    path = write_run("foreign", {"plain": [1.0, 1.1]}, facts=facts)
+    manifest = codec.to_json(store.read_manifest(path))
+    study = manifest["study"] | {"name": evil.replace("\n", " "), "profile": evil}
+    sides = {
+        name: {"label": evil, "spec": evil, "kind": evil, "worker": "", "facts": {}} for name in ("base", "candidate")
+    }
+    changed = {"study": study, "selection": [evil], "sides": sides if sided else {}, "policy": {evil: evil}}
+    write_document(path / "manifest.json", manifest | changed)
+    lines = how_to_repeat(store.read_run("foreign", path.parent))
+    script = f"pip() {{ :; }}; lorameter() {{ :; }}\n{lines}\n"
+    done = subprocess.run(["bash", "-c", script], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,205 @@
+"""The view of a run: what is shown, what is withheld, what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lorameter.cli import main
+from lorameter.records import codec
+from lorameter.records.record import Failure, TrialRecord
+from lorameter.records.store import Manifest, Run
+from lorameter.report.run import describe_run
+from lorameter.report.terminal import console_for, show
+from lorameter.report.run_view import view_of
+from lorameter.studies.script_study import study_of_command
+
+
+def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0, damaged=0):
+    """A run of constructed records: `steps` gives each variant's step time by replicate."""
+    records = []
+    members = [*((name, "variant") for name in steps), (study.reference, "control")]
+    for name, role in members:
+        times = control if role == "control" and control else steps[name]
+        for replicate, step in enumerate(times):
+            status = (statuses or {}).get((name, role, replicate), "ok")
+            failure = Failure(phase="build", kind="X", message="it broke") if status != "ok" else None
+            records.append(
+                TrialRecord(
+                    trial=f"r{replicate}-{name}{'-control' if role == 'control' else ''}", status=status, name=name,
+                    variant=name, role=role, replicate=replicate, position=0, interleaving="replicates", seed=0,
+                    started_unix_s=0.0, wall_time_s=1.0, failure=failure, log=f"logs/{name}.log",
+                    samples={
+                        "step_time_s": (step,) * 4, "step_cpu_time_s": (step * occupancy,) * 4,
+                        "train_loss": (2.0,) * 4, "turn_real_tokens": (100.0,),
+                    },
+                    values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**30},
+                    checks=({"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": ""},),
+                )
+            )  # fmt: skip
+    manifest = Manifest(
+        run="run", study=codec.to_json(study), phases=("train",), interleaving="replicates", order=(), seed=0,
+        created_unix_s=0.0, fingerprint="f", status="complete",
+        tokens={"synthetic": True, "hash": "abc", "data": "synthetic records"},
+        provenance={
+            "device_name": "Test CPU", "device": "cpu", "threads": 1, "python": "3.11",
+            "git": {"commit": None, "dirty": None},
+            "libraries": dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1"),
+        },
+    )  # fmt: skip
+    return Run(path=tmp_path, manifest=manifest, records=tuple(records), damaged_lines=damaged)
+
+
+def text_of(view, width=160):
+    """The plain rendering."""
+    buffer = io.StringIO()
+    show(describe_run(view), Console(file=buffer, width=width))
+    return buffer.getvalue()
+
+
+QUIET = (0.100, 0.101, 0.099, 0.1005, 0.0995)
+
+
+def test_every_variant_has_its_estimate_interval_and_ratio(small_study, tmp_path):
+    """A clear slow-down is regressed, the control equivalent, and all of it is on the page."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": tuple(2 * s for s in QUIET)}, control=QUIET)
+    view = view_of(run)
+    (table,) = view.tables
+    assert [row.name for row in table.rows] == ["plain", "nf4"]
+    assert table.control.verdict == "equivalent"
+    assert table.rows[1].ratio.verdict == "regressed"
+    assert view.valid
+    text = text_of(view)
+    for word in ("plain", "nf4", "reference", "slower", "control", "1 GiB", "all active", "equivalent ±5 %"):
+        assert word in text
+    assert "synthetic-data" in text
+
+
+def test_a_control_that_differs_makes_the_run_invalid(small_study, tmp_path):
+    """Whatever the variants say."""
+    slow = tuple(1.5 * s for s in QUIET)
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=slow))
+    assert not view.valid
+    assert "control-failed" in {notice.code for notice in view.notices}
+    assert text_of(view).startswith("INVALID: its control regressed in phase 'train'")
+
+
+def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
+    """Two variants that look equal are not called so when the control cannot show what equal is."""
+    noisy = (0.092, 0.108, 0.095, 0.106, 0.099)
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=noisy))
+    assert view.tables[0].control.verdict == "inconclusive"
+    assert view.tables[0].rows[1].ratio.verdict == "inconclusive"
+    assert "control" in view.tables[0].rows[1].ratio.reason
+    assert view.valid
+
+
+def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path):
+    """Status, reason and log are listed; the estimate rests on the others; the run is not valid."""
+    run = run_of(
+        small_study, tmp_path, steps={"plain": QUIET, "nf4": (9.0, *QUIET[1:])}, control=QUIET,
+        statuses={("nf4", "variant", 0): "oom"},
+    )  # fmt: skip
+    view = view_of(run)
+    assert not view.valid
+    assert view.failures == ("r0-nf4: oom in build: it broke (log: logs/nf4.log)",)
+    assert view.tables[0].rows[1].ratio.replicates == 4
+    assert view.counts == {"ok": 14, "oom": 1}
+
+
+def test_a_variant_without_any_result_is_still_a_row(small_study, tmp_path):
+    """Dashes, not a crash."""
+    statuses = {("nf4", "variant", i): "crashed" for i in range(5)}
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, statuses=statuses))
+    assert view.tables[0].rows[1].cells[1].text == "–"
+
+
+def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
+    """A number never stands alone."""
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": (0.1,), "nf4": (0.2,)}))
+    assert "100 ms\n[no interval]".split("\n")[1] in text_of(view)
+
+
+@pytest.mark.parametrize(("occupancy", "noticed"), [(0.6, True), (0.99, False)])
+def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, noticed):
+    """CPU time over wall time, a flag that does not look at the outcome."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, occupancy=occupancy)
+    assert ("contention" in {notice.code for notice in view_of(run).notices}) is noticed
+
+
+@pytest.mark.parametrize(
+    "change", [{"status": "running"}, {"status": "failed"}, {"order": ("r0-plain", "r9-gone")}], ids=str
+)
+def test_a_run_that_is_not_whole_is_no_pass(small_study, tmp_path, change):
+    """The parent was killed, or trials of the plan have no record: not valid, and what is missing is named."""
+    import dataclasses
+
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
+    assert view_of(run).valid
+    view = view_of(dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, **change)))
+    assert not view.valid
+    assert ("r9-gone" in " ".join(view.failures)) is ("order" in change)
+
+
+def test_a_run_without_a_control_is_no_pass(small_study, tmp_path):
+    """Every control trial failed: nothing says what no difference looks like."""
+    statuses = {("plain", "control", i): "crashed" for i in range(5)}
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, statuses=statuses))
+    assert not view.valid
+    assert view.tables[0].control is None
+
+
+def test_damage_is_said_and_is_no_pass(small_study, tmp_path):
+    """A line cut short counts as a trial not run."""
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, damaged=1))
+    assert not view.valid
+    assert "damaged-lines" in {notice.code for notice in view.notices}
+
+
+def test_piped_output_is_complete_and_plain(small_study, tmp_path):
+    """No cut cell and no escape code without a terminal."""
+    buffer = io.StringIO()
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}))
+    show(describe_run(view), console_for(buffer))
+    text = buffer.getvalue()
+    assert "\x1b" not in text
+    assert "…" not in text
+
+
+def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
+    """A change of level in the timed steps is a notice; steady ones are none."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+    assert "drift" not in {notice.code for notice in view_of(run).notices}
+    steady = [0.1 + 0.0001 * (i % 3) for i in range(16)]
+    slower = [*steady[:8], *(1.3 * step for step in steady[8:])]
+    records = [record.replaced(samples={**record.samples, "step_time_s": tuple(steady)}) for record in run.records]
+    records[0] = records[0].replaced(samples={**records[0].samples, "step_time_s": tuple(slower)})
+    (drift,) = (n for n in view_of(dataclasses.replace(run, records=tuple(records))).notices if n.code == "drift")
+    assert drift.message.startswith(f"1 of {len(records)} trials")
+    assert records[0].trial in drift.message
+
+
+def report_of(path, capsys, code=0):
+    """A run as the command shows it, and as the data that it gives to programs."""
+    told = []
+    for options in ([], ["--json"]):
+        assert main(["report", str(path), *options]) == code
+        told.append(capsys.readouterr().out)
+    return told[0], json.loads(told[1])
+
+
+def test_a_training_that_was_followed_has_nothing_to_be_compared_with(write_run, capsys):
+    """No column of ratios, no word of a control; and it is valid without one."""
+    study = study_of_command("python train.py")
+    text, data = report_of(write_run("followed", {"train": [0.1]}, study=study, control=None), capsys)
+    (table,) = data["tables"]
+    assert (table["alone"], table["control"], data["valid"]) == (True, None, True)
+    assert not [head for head in table["heads"] if "×" in head]
+    assert len(table["heads"]) == len(table["rows"][0]["cells"])
+    assert "control" not in text
+    assert "×" not in text
+    assert "This run" not in text

@@ -1,0 +1,282 @@
+"""Where a script works: what is copied, linked or left out, what its environment says, what cannot be kept apart."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorameter.errors import UsageError
+from lorameter.records.tempdirs import scratch_folder
+from lorameter.run.executors import script_sandbox
+from lorameter.run.executors.script_sandbox import (
+    check_side,
+    copy_snapshot,
+    shared_notices,
+    take_snapshot,
+    variables_of,
+    words_of,
+)
+from lorameter.studies.variant import Variant
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder as projects are."""
+    folder = tmp_path / "project"
+    for name in (
+        "data/rows.jsonl",
+        "train.py",
+        ".git/HEAD",
+        "env/pyvenv.cfg",
+        "__pycache__/x.pyc",
+        "out/old/model.bin",
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (folder / "link").symlink_to("data/rows.jsonl")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+def test_each_process_has_a_copy_of_its_own(project, tmp_path):
+    """What is written there is in no other copy and not in the original; a link still leads to what it led to."""
+    first, second = (copy_snapshot(take_snapshot(project, tmp_path / f"s{n}"), tmp_path / f"c{n}") for n in (1, 2))
+    (first / "out" / "old" / "model.bin").write_text("trained")
+    (first / "train.py").write_text("edited")
+    assert (
+        (second / "out/old/model.bin").read_text() == (project / "out/old/model.bin").read_text() == "out/old/model.bin"
+    )
+    assert (project / "train.py").read_text() == "train.py"
+    assert (first / "link").read_text() == "data/rows.jsonl"
+
+
+def test_what_is_only_read_is_linked_and_what_tools_keep_is_left_out(project, tmp_path):
+    """Repositories and environments are not copied."""
+    copy = take_snapshot(project, tmp_path / "copy")
+    assert (copy / ".git").is_symlink()
+    assert (copy / "env").is_symlink()
+    assert sorted(path.name for path in copy.iterdir()) == [".git", "data", "env", "link", "out", "train.py"]
+
+
+def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
+    """Where TMPDIR lies in the folder, neither this run's temporary folder nor another's is copied into itself."""
+    monkeypatch.setattr("tempfile.tempdir", str(project))
+    with scratch_folder() as other, scratch_folder() as scratch:
+        copy = take_snapshot(project, scratch / "snapshot-0")
+        assert not {other.name, scratch.name} & {path.name for path in copy.iterdir()}
+        assert (copy / "train.py").is_file()
+    beside = take_snapshot(project, project / "beside")
+    assert "beside" not in {path.name for path in beside.iterdir()}
+
+
+def test_large_files_are_linked_and_said(project, tmp_path, monkeypatch):
+    """They are not copied for each process, so what is written into them is written into the original."""
+    monkeypatch.setattr(script_sandbox, "LARGE_BYTES", 10)
+    copy = take_snapshot(project, tmp_path / "copy")
+    assert (copy / "data" / "rows.jsonl").is_symlink()
+    codes = {
+        notice.code: notice.message for notice in shared_notices(Variant(name="a", command="python train.py"), project)
+    }
+    assert "data/rows.jsonl" in codes["files-shared"]
+
+
+LINKS = {
+    "to-file": "data/rows.jsonl",
+    "to-folder": "data",
+    "data/up": "../train.py",
+    "data/self": "..",
+    "self": ".",
+    "by-a-link": "to-folder/rows.jsonl",
+    "dangling": "not/yet.txt",
+    "loop-a": "loop-b",
+    "loop-b": "loop-a",
+    "loop-self": "loop-self",
+    "absolute": "{folder}/data",
+    "away": "../elsewhere",
+    "away-dangling": "../missing/file.txt",
+    "away-by-a-link": "away/kept.txt",
+    "parent": "..",
+}
+
+
+@pytest.fixture
+def linked(project):
+    """The same with links of every kind in it, and a folder beside it."""
+    (project.parent / "elsewhere").mkdir()
+    (project.parent / "elsewhere" / "kept.txt").write_text("kept")
+    for name, target in LINKS.items():
+        (project / name).symlink_to(target.format(folder=project))
+    return project
+
+
+def test_a_link_that_leads_outside_is_shared_and_said(linked, tmp_path):
+    """Also where nothing is there yet; those that stay within are not named."""
+    copy = take_snapshot(linked, tmp_path / "snapshot")
+    assert (copy / "away" / "kept.txt").read_text() == (copy / "away-by-a-link").read_text() == "kept"
+    (notice,) = shared_notices(Variant(name="a", command="python train.py"), linked)
+    assert notice.code == "links-shared"
+    assert "4 links of its folder lead out of it: away, away-by-a-link, away-dangling and 1 more" in notice.message
+
+
+def test_a_folder_that_cannot_be_read_is_refused(project, tmp_path, monkeypatch):
+    """By its name, with what to do."""
+
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied", str(path / "secret"))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UsageError, match=r"secret: Permission denied.*Make it readable"):
+        take_snapshot(project, tmp_path / "snapshot")
+
+
+def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
+    """Before anything is copied, with the remedy."""
+    monkeypatch.setattr(script_sandbox, "MOST_FILES", 2)
+    with pytest.raises(UsageError, match="Name the script's own folder as cwd"):
+        list(shared_notices(Variant(name="a", command="python train.py"), project))
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("python train.py --output_dir /data/out", "writes-outside"),
+        ("python train.py --save-path=../models", "writes-outside"),
+        ("python train.py --save_dir=/data/out", "writes-outside"),
+        ("python train.py --trainer.output_dir /data/out", "writes-outside"),
+        ("python train.py trainer.output_dir=/data/out", "writes-outside"),
+        ("python train.py +trainer.output_dir=/data/out", "writes-outside"),
+        ("python train.py hydra.run.dir=/data/out", "writes-outside"),
+        ("python train.py output_dir=~/out", "writes-outside"),
+        ("python train.py -o ../out", "writes-outside"),
+        ("accelerate launch --main_process_port 29500 train.py", "port-shared"),
+        ("accelerate launch --main-process-port 29500 train.py", "port-shared"),
+        ("accelerate launch --rdzv-endpoint=localhost:29400 train.py", "port-shared"),
+        ("python train.py --output_dir out --data /data/rows.jsonl", None),
+        ("accelerate launch --main_process_port 0 train.py", None),
+        ("accelerate launch --rdzv-endpoint=localhost:0 train.py", None),
+        ("python train.py --log_level info --save_steps 10 run_name=x --output_dir", None),
+        ("python train.py trainer.output_dir=out data.path=/data/rows.jsonl --lr=1e-3", None),
+    ],
+)
+def test_what_cannot_be_kept_apart_is_said_before_the_start(project, command, code):
+    """As far as the command tells: output outside of its folder, a port that all of its processes would listen on."""
+    (project / "accelerate").write_text("#!/bin/sh\n")
+    (project / "accelerate").chmod(0o755)
+    variant = Variant(name="a", command=command.replace("accelerate ", "./accelerate "))
+    found = [notice.code for notice in shared_notices(variant, project)]
+    assert found == ([code] if code else [])
+
+
+TRACKERS = ("WANDB", "COMET", "MLFLOW", "NEPTUNE", "SWANLAB", "CLEARML", "DVC")
+
+
+def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
+    """Trackers are off, caches that would collide and the ports are its own, threads are one unless somebody says
+    otherwise; that of data sets is whose it was."""
+    variant = Variant(name="a", command="python t.py", env={"OMP_NUM_THREADS": "4", "MINE": "1"})
+    found = variables_of(
+        variant, {"HOME": "/h", "MKL_NUM_THREADS": "3"}, scratch=tmp_path, threads=1, port=5, socket="/s"
+    )
+    assert (found["WANDB_MODE"], found["MASTER_PORT"], found["MINE"], found["HOME"]) == ("disabled", "5", "1", "/h")
+    assert (found["OMP_NUM_THREADS"], found["MKL_NUM_THREADS"]) == ("4", "3")
+    assert found.items() >= script_sandbox._QUIET.items()
+    assert all(any(tracker in name for name in script_sandbox._QUIET) for tracker in TRACKERS)
+    assert found["PET_MASTER_PORT"] == "5"
+    places = {
+        "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TENSORBOARD_LOGGING_DIR": "tensorboard",
+    }  # fmt: skip
+    assert {name: found[name] for name in places} == {name: str(tmp_path / place) for name, place in places.items()}
+    assert found["MLFLOW_TRACKING_URI"] == f"file://{tmp_path}/mlflow"
+    assert "HF_DATASETS_CACHE" not in found
+    assert found["LORAMETER_TURNS"] == "/s"
+    assert found["LORAMETER_FOLLOWER"] == "lorameter.attach.turn_client:Turns"
+
+
+def test_the_word_python_is_the_interpreter_that_is_meant(project):
+    """That of the side, or of the variant; what is no program or no file is refused."""
+    plain = Variant(name="a", command="python train.py --r 8")
+    assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
+    own = Variant(name="a", command="python3 train.py", python=sys.executable)
+    assert words_of(own, "/side/python", {}, project, origin=project)[0] == sys.executable
+    for command, said in (("python other.py", "no file 'other.py'"), ("nobody train.py", "no program 'nobody'")):
+        with pytest.raises(UsageError, match=said):
+            words_of(Variant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project, origin=project)
+    with pytest.raises(UsageError, match="no folder"):
+        list(shared_notices(Variant(name="a", command="python train.py", cwd="missing"), project))
+
+
+@pytest.mark.parametrize(
+    ("lines", "of_python"),
+    [
+        ("#!/other/bin/python3\nprint()\n", True),
+        ("#!/bin/sh\n'''exec' \"/a long path/bin/python\" \"$0\" \"$@\"\n' '''\n", True),
+        ("#!/bin/sh\nexec python $@\n", False),
+        ("\x7fELF python", False),
+    ],
+)
+def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(tmp_path, lines, of_python):
+    """Its first line would start that one's. What is no script of Python is left to find the side's on PATH."""
+    for name in ("side", "other"):
+        (tmp_path / name).mkdir()
+    launcher, side = tmp_path / "other" / "launch", str(tmp_path / "side" / "python")
+    launcher.write_text(lines)
+    launcher.chmod(0o755)
+    variant = Variant(name="a", command="launch train.py")
+    found = variables_of(
+        variant, {"PATH": str(launcher.parent)}, scratch=tmp_path, threads=1, port=5, socket="/s", side=side
+    )
+    words = words_of(variant, side, found, tmp_path, origin=tmp_path, side=side)
+    assert words == [*([side] if of_python else []), str(launcher), "train.py"]
+    assert words_of(variant, "/python", found, tmp_path, origin=tmp_path) == [str(launcher), "train.py"]
+    own = launcher.rename(tmp_path / "side" / "launch")
+    assert words_of(variant, side, found, tmp_path, origin=tmp_path, side=side) == [str(own), "train.py"]
+
+
+def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project):
+    """Both sides would be the same; the word python is that of the side."""
+    own = {"command": "env/bin/python3 train.py"}, {"command": "python t.py", "python": "/p/python"}
+    for fields in own:
+        with pytest.raises(UsageError, match="runs in this interpreter on both sides"):
+            check_side(Variant(name="a", **fields))
+    for command in ("python train.py", "accelerate launch train.py", "./train.sh"):
+        check_side(Variant(name="a", command=command))
+
+
+def test_a_version_in_the_word_python_is_meant(tmp_path):
+    """It is looked for on PATH, and no other interpreter stands in for it; nor can a side."""
+    (tmp_path / "python3.99").symlink_to(sys.executable)
+    variant = Variant(name="a", command="python3.99 -m train")
+    variables = {"PATH": str(tmp_path)}
+    assert words_of(variant, "/meant/python", variables, tmp_path, origin=tmp_path)[0] == str(tmp_path / "python3.99")
+    with pytest.raises(UsageError, match="no program"):
+        words_of(variant, "/meant/python", {"PATH": "/nowhere"}, tmp_path, origin=tmp_path)
+    with pytest.raises(UsageError, match="on both sides"):
+        check_side(variant)
+
+
+@pytest.mark.parametrize(
+    ("word", "leads"),
+    [
+        ("../data/rows.jsonl", "{}/data/rows.jsonl"),
+        ("--data=../data", "--data={}/data"),
+        ("data.path=../data", "data.path={}/data"),
+        ("../missing", "../missing"),
+        ("--out=../data", "--out=../data"),
+        ("--output_dir ../data", "--output_dir ../data"),
+        ("--data ../data", "--data {}/data"),
+        ("..", "{}"),
+    ],
+)
+def test_what_lies_beside_the_folder_is_found_from_its_copy(tmp_path, word, leads):
+    """By its whole path; what is written to stays beside the copy, where it goes with the trial."""
+    for name in ("data/rows.jsonl", "project/train.py", "scratch/copy/train.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    origin, copy = tmp_path / "project", tmp_path / "scratch" / "copy"
+    variant = Variant(name="a", command=f"python train.py {word}")
+    found = words_of(variant, "/python", {}, copy, origin=origin)
+    assert found == ["/python", "train.py", *leads.format(tmp_path).split()]

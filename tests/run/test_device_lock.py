@@ -1,0 +1,108 @@
+"""One measurement at a time on a device: the second one waits, is refused or goes beside it, as it is asked to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lorameter.errors import InvalidRunError
+from lorameter.run.device_lock import hold_device
+
+
+class OnDevice:
+    """An executor, as far as it is asked."""
+
+    def __init__(self, device="cpu"):
+        self.device = device
+
+    def device_id(self):
+        return self.device
+
+
+HOLDER = """
+import sys
+from lorameter.run.device_lock import hold_device
+class On:
+    def device_id(self): return sys.argv[1]
+with hold_device(On(), "wait", tell=lambda line: None):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path, monkeypatch):
+    """A process that holds the device until its stdin is closed or it is killed."""
+    monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, "GPU-1"], **streams) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_one_is_refused_if_it_asks_for_that(holder):
+    """With the process that is in the way, and what to do."""
+    with pytest.raises(
+        InvalidRunError, match=rf"process {holder.pid} measures on this device \(GPU-1\).*--if-busy share"
+    ):
+        hold_device(OnDevice("GPU-1"), "refuse").__enter__()
+
+
+def test_the_second_one_waits_and_says_for_whom(holder):
+    """It begins when the first one has ended; here that is ended as soon as it is told of."""
+    told = []
+
+    def tell(line):
+        told.append(line)
+        holder.stdin.close()
+
+    with hold_device(OnDevice("GPU-1"), "wait", tell=tell) as waited:
+        assert waited
+        assert holder.wait() == 0
+    assert f"process {holder.pid} measures on this device (GPU-1); waiting for its end" in told[0]
+
+
+def test_a_killed_one_holds_nothing(holder):
+    """The lock is the kernel's; the file that it leaves is in nobody's way."""
+    holder.kill()
+    holder.wait()
+    with hold_device(OnDevice("GPU-1"), "refuse") as waited:
+        assert not waited
+
+
+def test_another_device_is_free_and_sharing_asks_nobody(holder):
+    """The lock is that of a device."""
+    with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as beside:
+        assert not waited
+        assert not beside
+
+
+def test_where_no_lock_can_be_had_none_is_held(tmp_path, monkeypatch):
+    """A folder that is not there keeps nobody from measuring."""
+    monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path / "nowhere"))
+    with hold_device(OnDevice(), "refuse"), hold_device(OnDevice(), "refuse") as waited:
+        assert not waited
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
+    """A pipe would keep whoever opens it waiting for its writer; any user can make one of this name."""
+    monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
+    os.mkfifo(tmp_path / "lorameter-cpu.lock")
+    with pytest.raises(InvalidRunError, match=r"lorameter-cpu\.lock: no plain file.*Remove it.*--if-busy share"):
+        hold_device(OnDevice(), "wait").__enter__()
+    with hold_device(OnDevice(), "share") as waited:
+        assert not waited
+
+
+def test_a_name_leads_to_a_file_in_the_folder_and_to_no_other(tmp_path, monkeypatch):
+    """Whatever the driver calls the card; a link in its place is not followed."""
+    monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
+    with hold_device(OnDevice("../../a card"), "refuse"):
+        assert [path.name for path in tmp_path.iterdir()] == ["lorameter--a-card.lock"]
+    (tmp_path / "lorameter-cpu.lock").symlink_to(tmp_path / "elsewhere")
+    with hold_device(OnDevice("cpu"), "refuse"):
+        assert not (tmp_path / "elsewhere").exists()

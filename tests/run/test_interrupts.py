@@ -1,0 +1,161 @@
+"""Ctrl-C, TERM and HUP: taken where a process waits, deferred where it saves, and never taken twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from lorameter.run.interrupts import SIGNALS, StopRequested, Stops
+
+
+@pytest.fixture(autouse=True)
+def heard_before():
+    """Whatever a test does, the signals are heard afterwards as before; HUP and TERM would end the tests."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_where_a_process_waits_a_stop_is_taken_at_once(number):
+    """Each of the three, as a KeyboardInterrupt; nothing after it in the block is done."""
+    done = []
+
+    def wait():
+        with Stops() as stops, stops.interruptible():
+            send(number)
+            done.append("it went on")
+
+    with pytest.raises(KeyboardInterrupt, match=number.name):
+        wait()
+    assert not done
+
+
+def test_elsewhere_a_stop_is_remembered_and_the_next_block_does_not_begin():
+    """What is being saved is saved to its end."""
+    saved = []
+
+    def save():
+        with Stops() as stops:
+            for part in range(3):
+                send()
+                saved.append(part)
+            with stops.interruptible():
+                saved.append("measured")
+
+    with pytest.raises(StopRequested):
+        save()
+    assert saved == [0, 1, 2]
+
+
+def test_a_stop_that_no_block_took_is_raised_at_the_end():
+    """So that what follows in the program does not begin either."""
+    with pytest.raises(StopRequested), Stops():
+        send()
+
+
+def test_once_taken_nothing_interrupts_what_it_sets_off():
+    """A second Ctrl-C, and a third signal of another kind, cost nothing of what the first one saves and takes down."""
+    done = []
+    with Stops() as stops:
+        try:
+            with stops.interruptible():
+                send(signal.SIGINT)
+        except StopRequested:
+            send(signal.SIGINT)
+            send(signal.SIGHUP)
+            done.append("saved")
+        with stops.interruptible():
+            done.append("shown")
+    assert done == ["saved", "shown"]
+
+
+def test_one_inside_another_is_heard_first_and_then_the_other_again():
+    """What was heard before is heard afterwards."""
+    with Stops() as outer:
+        with pytest.raises(StopRequested), Stops() as inner, inner.interruptible():
+            send()
+        with pytest.raises(StopRequested), outer.interruptible():
+            send()
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+
+
+def test_somebody_who_can_say_it_twice_is_waited_for(capfd):
+    """The first Ctrl-C lets a block come to its end that is worth it, and the next one does not begin; it is said."""
+    done = []
+
+    def measure():
+        with Stops(patient=True) as stops:
+            with stops.interruptible(worth_waiting=True):
+                send(signal.SIGINT)
+                done.append("measured")
+            done.append("saved")
+            with stops.interruptible(worth_waiting=True):
+                done.append("measured again")
+
+    with pytest.raises(StopRequested):
+        measure()
+    assert done == ["measured", "saved"]
+    assert "once more ends at once" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM,),
+                                     (signal.SIGHUP,)])  # fmt: skip
+def test_the_second_and_whatever_is_no_ctrl_c_ends_at_once(numbers):
+    """Also where a first one is waited for."""
+    done = []
+
+    def measure():
+        with Stops(patient=True) as stops, stops.interruptible(worth_waiting=True):
+            for number in numbers:
+                send(number)
+            done.append("measured")
+
+    with pytest.raises(StopRequested, match=numbers[-1].name):
+        measure()
+    assert not done
+
+
+def test_a_first_ctrl_c_in_the_last_block_ends_nothing():
+    """All there was to measure is measured, and what follows in the program is its report."""
+    with Stops(patient=True) as stops, stops.interruptible(worth_waiting=True):
+        send(signal.SIGINT)
+
+
+def test_what_is_not_worth_waiting_for_ends_at_once():
+    """Workers that start, a device that is waited for; and everything where nobody sits before it."""
+    for patient, worth in ((True, False), (False, True)):
+        with pytest.raises(StopRequested), Stops(patient=patient) as stops, stops.interruptible(worth_waiting=worth):
+            send(signal.SIGINT)
+
+
+def test_what_was_ignored_is_ignored():
+    """As HUP under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stops() as stops, stops.interruptible():
+        send(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_in_another_thread_nothing_is_heard_and_nothing_refused():
+    """Signals reach the main thread only."""
+    done = []
+
+    def other():
+        with Stops() as stops, stops.interruptible():
+            done.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert done == [signal.default_int_handler]

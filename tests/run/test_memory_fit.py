@@ -1,0 +1,100 @@
+"""What fits is said of the upper end of a range; the largest that fits does, and one more does not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.cards import find_card
+from lorameter.models.costs.memory import PEAK_RANGES
+from lorameter.run.memory_fit import Fitter, Needs, on_card, on_machine
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import MOST_BATCH, Workload
+
+GIB = 2**30
+LORA = Variant(name="lora", r=16)
+QLORA = dataclasses.replace(LORA, name="qlora", quantization="nf4", gradient_checkpointing=True)
+WIDE = Workload(batch_size=6, sequence_length=1024)
+
+
+@pytest.fixture
+def fitter(machine):
+    """A function that makes a fitter of a model and a card, or of this machine with so many bytes."""
+
+    def make(model, card=None, memory_bytes=None):
+        if card is None:
+            device = on_machine(dataclasses.replace(machine, memory_bytes=memory_bytes or machine.memory_bytes), None)
+        else:
+            device = on_card(machine, find_card(card))
+        shape = shapes.shape(catalogue.resolve(f"random:{model}"))
+        return Fitter(device=device, shape=shape, process_bytes=None)
+
+    return make
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_range_is_that_of_an_estimate_which_is_off(device):
+    """Only what fits at its upper end fits, and what does not at its lower end does not."""
+    needs, (low, high) = Needs.of(1000, device), PEAK_RANGES[device]
+    assert (needs.low_bytes, needs.high_bytes) == (int(1000 * low), int(1000 * high))
+    assert needs.stand_in(needs.high_bytes) == "fits"
+    assert needs.stand_in(needs.high_bytes - 1) == needs.stand_in(needs.low_bytes) == "may-not-fit"
+    assert needs.stand_in(needs.low_bytes - 1) == "does-not-fit"
+
+
+@pytest.mark.parametrize(("model", "card", "variant", "standing"), [
+    ("llama2-7b", "24GiB", LORA, "does-not-fit"), ("llama2-7b", "24GiB", QLORA, "fits"),
+    ("llama2-7b", "RTX 4090", QLORA, "fits"), ("llama2-7b", "80GB", LORA, "may-not-fit"),
+    ("llama2-7b", "H200", LORA, "fits"), ("llama2-70b", "H100", LORA, "does-not-fit"),
+    ("llama2-70b", "H100", QLORA, "fits"), ("llama2-70b", "L40S", QLORA, "does-not-fit"),
+    ("mistral-7b", "24GiB", LORA, "does-not-fit"), ("mistral-7b", "24GiB", QLORA, "fits"),
+    ("qwen2.5-7b", "24GiB", LORA, "does-not-fit"), ("gemma-7b", "24GiB", LORA, "does-not-fit"),
+])  # fmt: skip
+def test_what_fits_on_a_card_that_is_not_here(fitter, model, card, variant, standing):
+    """Real shapes, six sequences of 1024 tokens: LoRA keeps all activations, checkpointed NF4 next to none."""
+    one = fitter(model, card)
+    assert one.device.machine.device == "cuda"
+    assert one.standing(one.needs(variant, WIDE)) == standing
+
+
+@pytest.mark.parametrize("key", ["batch_size", "sequence_length"])
+@pytest.mark.parametrize(("model", "card", "variant"), [
+    ("llama2-7b", "24GiB", QLORA), ("llama2-7b", "H200", LORA), ("mistral-7b", "24GiB", QLORA),
+    ("llama2-70b", "H100", QLORA), ("gemma-7b", "L40S", QLORA), ("smollm2-135m", None, LORA),
+    ("tiny-llama", None, LORA),
+])  # fmt: skip
+def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, key):
+    """Or it is as large as the model or a study lets it be."""
+    one = fitter(model, card)
+    workload = Workload(batch_size=2, sequence_length=512)
+    found = (one.largest_batch if key == "batch_size" else one.largest_length)(variant, workload)
+
+    def standing(size):
+        return one.standing(one.needs(variant, dataclasses.replace(workload, **{key: size})))
+
+    assert standing(found.value) == "fits"
+    if found.bound == "memory":
+        assert standing(found.value + 1) != "fits"
+    else:
+        assert found.value in (one.shape.context, MOST_BATCH)
+
+
+def test_of_this_machine_counts_what_is_free(machine):
+    """And never more than there is; what is assumed of a card is said of none here."""
+    device = on_machine(machine, 3 * GIB)
+    assert (device.usable_bytes, device.total_bytes, device.assumed) == (3 * GIB, machine.memory_bytes, ())
+    assert on_machine(machine, 2**60).usable_bytes == machine.memory_bytes
+    card = dataclasses.replace(machine, device="cuda", device_name="GPU", device_memory_bytes=24 * GIB)
+    assert on_machine(card, None).usable_bytes == 24 * GIB
+    with pytest.raises(UsageError, match=r"not known.*--gpu"):
+        on_machine(dataclasses.replace(card, device_memory_bytes=None), None)
+
+
+def test_what_is_assumed_of_a_card_is_said_with_what_it_rests_on(machine):
+    """The driver's share and CUDA's context, which nobody measured here."""
+    said = " ".join(on_card(machine, find_card("H100")).assumed)
+    for words in ("driver keeps 2 %", "torch's messages", "context", "fragments"):
+        assert words in said

@@ -1,0 +1,106 @@
+"""What to change first: keys of a study that are not turned yet, by what the estimate falls for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+
+import pytest
+
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.cards import find_card
+from lorameter.run.memory_fit import Fitter, on_card, on_machine
+from lorameter.run.memory_options import advise
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
+
+LORA = Variant(name="lora", r=16)
+WIDE = Workload(batch_size=6, sequence_length=1024)
+
+
+@pytest.fixture
+def advice(machine):
+    """A function that advises on a variant of a model on a card, or on this machine."""
+
+    def make(variant, workload=WIDE, *, model="llama2-7b", card="24GiB", **asked):
+        device = on_machine(machine, None) if card is None else on_card(machine, find_card(card))
+        shape = shapes.shape(catalogue.resolve(f"random:{model}"))
+        return advise(
+            Fitter(device=device, shape=shape, process_bytes=None), variant, workload, **asked
+        )  # fmt: skip
+
+    return make
+
+
+def turned(variant, workload, lines):
+    """Both with these lines of a study."""
+    for key, value in tomllib.loads("\n".join(lines)).items():
+        owner = workload if key == "batch_size" else variant
+        changed = dataclasses.replace(owner, **{key: value})
+        variant, workload = (variant, changed) if key == "batch_size" else (changed, workload)
+    return variant, workload
+
+
+CASES = [
+    (LORA, "llama2-7b", "24GiB"), (LORA, "llama2-70b", "H100"), (LORA, "gemma-7b", "RTX 4090"),
+    (Variant(r=512, dtype="float32"), "mistral-7b", "24GiB"), (Variant(r=64), "qwen2.5-7b", "T4"),
+    (Variant(quantization="nf4", prepare_for_kbit=True, autocast="bfloat16"), "llama2-13b", "24GiB"),
+    (Variant(quantization="int8", r=256), "llama2-13b", "A100 40GB"), (LORA, "llama2-7b", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "model", "card"), CASES)
+def test_each_is_a_variant_that_can_be_run_and_what_is_said_of_it_is_its_estimate(advice, variant, model, card):
+    """Its line is one of a study; what it frees is how far the estimate falls; what frees most is first."""
+    found = advice(variant, model=model, card=card)
+    assert found.knobs
+    for knob in found.knobs:
+        alone = advice(*turned(variant, WIDE, [knob.writes]), model=model, card=card)
+        assert alone.needs == knob.needs
+        assert alone.standing == knob.standing
+        assert knob.freed_bytes == found.needs.expected_bytes - knob.needs.expected_bytes > 0
+        assert (knob.table == "workload") is knob.writes.startswith("batch_size")
+    freed = [knob.freed_bytes for knob in found.knobs]
+    assert freed == sorted(freed, reverse=True)
+
+
+@pytest.mark.parametrize(("variant", "model", "card"), CASES)
+def test_the_fewest_make_it_fit_and_fewer_do_not(advice, variant, model, card):
+    """Of a set each is needed, and no single one would do where there are several."""
+    found = advice(variant, model=model, card=card)
+    assert found.standing != "fits"
+    if found.turn is None:
+        everything = turned(variant, dataclasses.replace(WIDE, batch_size=1), [
+            knob.writes for knob in found.knobs if knob.table == "variant"
+        ])  # fmt: skip
+        assert advice(*everything, model=model, card=card).standing != "fits"
+        return
+    assert advice(*turned(variant, WIDE, found.turn), model=model, card=card).standing == "fits"
+    for left in found.turn:
+        fewer = [line for line in found.turn if line != left]
+        assert advice(*turned(variant, WIDE, fewer), model=model, card=card).standing != "fits"
+    if len(found.turn) > 1:
+        assert all(knob.standing != "fits" for knob in found.knobs)
+
+
+def test_checkpointing_is_what_frees_most_of_a_wide_batch(advice):
+    """Llama-2-7B in bfloat16, six sequences of 1024 tokens, on 32 GiB: it fits with that alone."""
+    found = advice(LORA, card="32GiB")
+    assert found.standing == "does-not-fit"
+    assert found.knobs[0].writes == "gradient_checkpointing = true"
+    assert found.turn == ("gradient_checkpointing = true",)
+
+
+def test_where_all_are_not_enough_it_is_said(advice):
+    """70 billion parameters in 4 bits are 35 GB."""
+    found = advice(LORA, model="llama2-70b", card="24GiB")
+    assert found.turn is None
+    assert not advice(LORA, model="llama2-70b", card="24GiB").largest
+    assert [one.value for one in advice(LORA, model="llama2-70b", with_largest=True).largest] == [None, None]
+
+
+def test_several_ranks_are_refused(advice):
+    """What each holds of a model that is shared out nobody estimates."""
+    with pytest.raises(UsageError, match="ranks = 2"):
+        advice(LORA, Workload(ranks=2, strategy="ddp", batch_size=4))

@@ -1,0 +1,44 @@
+"""What a worker must be able to do before anything is measured by it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from lorameter.errors import InvalidRunError
+from lorameter.records.worker_info import Hello
+from lorameter.run.prepare import greet
+from lorameter.studies.variant import Variant
+
+PLAIN = Variant(name="plain")
+LACKS = "bitsandbytes has loaded its library for CPUs"
+
+
+@pytest.fixture
+def worker(machine):
+    """A function that makes the executor of a worker that says this of itself."""
+
+    def make(**said):
+        hello = Hello(**{"harness": "1.0", "pid": 1, "import_time_s": 1.0, "device": "cpu", "torch": "0"} | said)
+        return SimpleNamespace(hello=lambda: hello, machine=lambda: machine)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "changes", [{"quantization": "nf4"}, {"quantization": "int8"}, {"optimizer": "paged_adamw_32bit"}]
+)
+def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(worker, changes):
+    """By name, before its first trial; variants that do not need it are measured."""
+    needing = Variant(name="needing", **changes)
+    with pytest.raises(InvalidRunError, match=f"needing cannot be measured here: {LACKS}"):
+        greet(worker(lacks=LACKS), [PLAIN, needing])
+    assert greet(worker(lacks=LACKS), [PLAIN]).lacks == LACKS
+    assert greet(worker(), [PLAIN, needing]).lacks is None
+
+
+def test_a_worker_on_another_device_is_refused(worker):
+    """The plan was made for this one."""
+    with pytest.raises(InvalidRunError, match="'cuda' and the plan was made for 'cpu'"):
+        greet(worker(device="cuda"), [PLAIN])

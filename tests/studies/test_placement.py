@@ -1,0 +1,124 @@
+"""Where replicates are measured is said by a study or a command line, and refused where it means nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorameter.errors import UsageError
+from lorameter.records import codec
+from lorameter.studies.placement import Asked, Place, read_asked
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.study_file import load_study
+
+STUDY = """
+title = "t"
+[protocol]
+{protocol}
+[[variant]]
+name = "plain"
+"""
+
+
+def written(tmp_path, protocol, more=""):
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY.format(protocol=protocol) + more)
+    return str(path)
+
+
+def test_what_a_study_says_is_in_its_protocol(tmp_path):
+    """By the names that the options have."""
+    study = load_study(written(tmp_path, 'sites = ["0", "1"]'))
+    assert study.protocol.place == Place(sites=("0", "1"))
+    assert load_study(written(tmp_path, 'on = "slurm:sites=4"')).protocol.place == Place(on="slurm:sites=4")
+    assert Protocol().place.is_plain
+
+
+@pytest.mark.parametrize(
+    ("protocol", "words"),
+    [
+        ('on = "slurm:nodes=2"', r"small.toml, \[protocol\]: .*on = 'slurm:nodes=2': 'nodes' is not known"),
+        ('on = "k8s"', "on = 'k8s': not known. Use here, ray"),
+        ('on = ""', "on = '': not known"),
+        ('on = "slurm:sites=2"\nsites = ["0"]', "Write sites=N in it"),
+        ('sites = ["a"]', "sites = 'a': numbers .* are expected"),
+        ("sites = [0]", r"sites\[0\] = 0: str is expected"),
+        ('sites = ["0", "0"]', "sites = '0,0': one is named twice"),
+        ('on = "ray"\nsites = ["n1", "n1"]', "sites = 'n1,n1': one is named twice"),
+        ('on = "ray"\nsites = [""]', "has no name"),
+        ('sites = ["0,1"]', "sites = '0,1': numbers"),
+        ('sites = ["0+"]', r"sites = '0\+': numbers"),
+        ('sites = ["0+1", "1+2"]', r"sites = '0\+1,1\+2': one is named twice"),
+    ],
+)
+def test_what_means_nothing_is_refused_when_the_study_is_read(tmp_path, protocol, words):
+    """With file, key, value and remedy, before anything is opened."""
+    with pytest.raises(UsageError, match=words):
+        load_study(written(tmp_path, protocol))
+
+
+@pytest.mark.parametrize("line", ['protocol.on = "ray"', 'protocol.sites = ["0"]'])
+def test_a_profile_says_of_no_place(tmp_path, line):
+    """Which profile is taken depends on the device that is there."""
+    with pytest.raises(UsageError, match=r"\[profile.cpu\]: protocol.(on|sites) = .*Write it in \[protocol\]"):
+        load_study(written(tmp_path, "", f'[profile.cpu]\ndevices = ["cpu"]\n{line}\n'))
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({}, Place(on="ray", sites=("n1", "n2"))),
+        ({"sites": "n3, n4"}, Place(on="ray", sites=("n3", "n4"))),
+        ({"on": "slurm:sites=2"}, Place(on="slurm:sites=2")),
+        ({"on": "here"}, Place()),
+        ({"on": "here", "sites": "0,1"}, Place(sites=("0", "1"))),
+    ],
+)
+def test_the_command_line_wins(tmp_path, options, place):
+    """Sites are of one place: another one comes without the old ones."""
+    study = load_study(written(tmp_path, 'on = "ray"\nsites = ["n1", "n2"]'))
+    assert study.with_overrides(**options).protocol.place == place
+
+
+@pytest.mark.parametrize("sites", ["", "0,", "0,0", "a"])
+def test_a_list_that_is_none_is_refused(sites):
+    """An empty one, too."""
+    with pytest.raises(UsageError, match="sites = "):
+        Place().asked(sites=sites)
+
+
+def test_a_protocol_without_a_place_is_written_as_before():
+    """So hashes stay, and a side of an older revision reads it."""
+    assert {"on", "sites"}.isdisjoint(codec.to_json(Protocol()))
+    assert codec.to_json(Protocol(on="ray", sites=("n1",)).here()) == codec.to_json(Protocol())
+
+
+def test_what_is_asked_of_a_batch_system_is_keys_and_values():
+    """A value may hold commas; what is not ours is passed on under sbatch's names."""
+    asked = read_asked("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90,start_minutes=0.5")
+    assert (asked.kind, asked.sites, asked.start_minutes) == ("slurm", 4, 0.5)
+    assert asked.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
+    assert read_asked("slurm") == Asked(on="slurm", kind="slurm")
+    assert read_asked("submitit-local:sites=2").sites == 2
+    assert read_asked("slurm:").parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("on", "words"),
+    [
+        ("slurm:nodes=2", "'nodes' is not known. Use KEY=VALUE of sites, start_minutes, silent_s, partition"),
+        ("slurm:gpu", "'gpu' is not known"),
+        ("slurm:sites=0", "sites='0': a positive number"),
+        ("slurm:sites=1000", "1 to 999"),
+        ("slurm:time=1h", "time='1h': a positive number"),
+        ("slurm:partition=", "partition='': a text"),
+        ("slurm:partition=a\n", "a text"),
+        ("slurm:sites=1,sites=2", "sites is given twice"),
+        ("slurm:silent_s=1", "give 2 seconds or more"),
+        ("slurm:silent_s=nan", "a positive number"),
+        ("submitit-local:partition=gpu", "'partition' is not known"),
+    ],
+)
+def test_what_is_no_key_or_no_value_is_refused(on, words):
+    """With what there is."""
+    with pytest.raises(UsageError, match=words):
+        read_asked(on)

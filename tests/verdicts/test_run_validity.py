@@ -1,0 +1,81 @@
+"""Whether a run counts: one answer for the report, a comparison and a baseline, with the reasons."""
+
+import pytest
+
+from lorameter.records import codec, store
+from lorameter.studies.study import Study
+from lorameter.verdicts.comparison_input import comparand_of
+from lorameter.verdicts.run_validity import MOST_FAULTS, control_faults, say_broken, standing_of
+
+TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
+
+
+def stands(path):
+    """How a written run stands, and why a comparison would not believe it."""
+    run = store.read_run(str(path), path.parent)
+    found = standing_of(run, codec.from_json(Study, run.manifest.study, "run"))
+    assert comparand_of(run).broken == found.broken
+    return found
+
+
+def test_a_whole_run_is_valid(write_run):
+    """Every trial ok, and the control no difference: nothing is said against it."""
+    found = stands(write_run("a", TIMES))
+    assert (found.valid, found.broken, found.failures, found.faults) == (True, None, (), ())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"status": "interrupted"}, "its status is 'interrupted', not 'complete'"),
+        ({"control": 1.5}, "its control regressed in phase 'train': the reference differs from itself"),
+        ({"control": None}, "the control of phase 'train' was not measured"),
+    ],
+)
+def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, words):
+    """The report calls it invalid and a comparison says why, in the same breath."""
+    found = stands(write_run("a", TIMES, **options))
+    assert not found.valid
+    assert found.faults == (words,)
+    assert found.broken == f"run a: {words}"
+
+
+def test_a_trial_that_failed_is_its_own_variants_only(write_run):
+    """The run is not valid, but the numbers of the other variants can be compared."""
+
+    def fails(record):
+        return record.replaced(status="oom") if record.trial == "r1-nf4" else record
+
+    path = write_run("a", TIMES, change=fails)
+    found = stands(path)
+    assert (found.valid, found.faults) == (False, ())
+    assert found.failures == ("r1-nf4: oom (log: )",)
+    sides = comparand_of(store.read_run(str(path), path.parent)).sides
+    assert (sides["plain"].broken, sides["nf4"].broken) == (None, "run a: trial r1-nf4 is oom")
+
+
+def test_a_control_is_not_missing_where_nothing_has_an_interval(write_run):
+    """One cold start of each decides nothing, and the reference has no second one; with two its lack is a fault."""
+
+    def started(record, replicates):
+        cold = record.role == "variant" and record.replicate < replicates
+        return record.replaced(samples=record.samples | ({"cold_start_time_s": (2.0,)} if cold else {}))
+
+    for replicates in (1, 2):
+        path = write_run(
+            "a", TIMES, phases=("train", "cold"), change=lambda record, count=replicates: started(record, count)
+        )
+        found = stands(path)
+        if replicates == 1:
+            assert (found.valid, found.controls["cold"].verdict) == (True, "inconclusive")
+        else:
+            assert (found.valid, found.controls["cold"]) == (False, None)
+            assert "the control of phase 'cold' was not measured" in found.faults
+
+
+def test_many_faults_are_counted():
+    """A crash at the start of every trial has as many as there are trials."""
+    faults = [f"fault {index}" for index in range(MOST_FAULTS + 2)]
+    assert say_broken("a", faults) == "run a: fault 0; fault 1; fault 2; and 2 more"
+    assert say_broken("a", []) is None
+    assert list(control_faults([("train", None)])) == ["the control of phase 'train' was not measured"]

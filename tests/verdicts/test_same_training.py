@@ -1,0 +1,180 @@
+"""Whether two scripts do the same: tokens, parameters, batches, types and losses, each with both numbers."""
+
+from __future__ import annotations
+
+import random
+import re
+import types
+
+import pytest
+
+from lorameter.records.record import TrialRecord
+from lorameter.studies.script_study import study_of_command
+from lorameter.studies.variant import Variant
+from lorameter.verdicts.gate import Policy, judge
+from lorameter.verdicts.comparison_report import ComparisonReport
+from lorameter.verdicts.same_training import compare_losses, sameness_notices, sides_of_run
+
+LOSSES = (3.0, 2.7, 2.5, 2.4, 2.3, 2.2)
+
+
+def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
+    """A trial of a script as it is recorded: two steps, a warm-up of one, two timed ones, one to catch up."""
+    told = {key: values.pop(key) for key in ("loss_dtype", "trainable_dtype", "source") if key in values}
+    samples = {
+        "warmup_loss": losses[:3], "train_loss": losses[3:5], "catch_up_loss": losses[5:],
+        "step_time_s": (1.0, 1.0), "turn_sequences": (2 * values.pop("sequences", 4.0),),
+    }  # fmt: skip
+    if tokens is not None:
+        counts = tokens if isinstance(tokens, tuple) else (tokens,) * 6
+        samples |= {
+            "warmup_real_tokens": counts[:3],
+            "step_real_tokens": counts[3:5],
+            "catch_up_real_tokens": counts[5:],
+        }
+    return TrialRecord(
+        trial=f"r{replicate}-{name}-{side}", status="ok", name=name, variant="v", role="variant", replicate=replicate,
+        position=0, interleaving="lockstep", side=side, seed=0, started_unix_s=0.0, wall_time_s=1.0,
+        samples={key: tuple(found) for key, found in samples.items()}, tokens=told,
+        values={key: one for key, one in ({"trainable_parameters": 32.0, "accumulation": 1.0} | values).items() if one},
+    )  # fmt: skip
+
+
+def run_of(base, candidate, replicates=4):
+    """A run of two variants and its study; each argument is what differs in its records."""
+    study = study_of_command("python train.py", name="base")
+    import dataclasses
+
+    study = dataclasses.replace(study, variants=(*study.variants, Variant(name="other", command="python o.py")))
+    records = [
+        record(name, n, **fields) for n in range(replicates) for name, fields in (("base", base), ("other", candidate))
+    ]
+    return types.SimpleNamespace(manifest=types.SimpleNamespace(sides={}), records=records), study
+
+
+def told(base, candidate):
+    return {notice.code: notice.message for notice in sameness_notices(*run_of(base, candidate))}
+
+
+def losses(base, candidate, **more):
+    return compare_losses(sides_of_run(*run_of(base, candidate, **more))["other"])
+
+
+def test_scripts_that_do_the_same_have_nothing_to_be_told():
+    """Losses within the margin agree, and say by how much they differ."""
+    nearly = tuple(loss * 1.001 for loss in LOSSES)
+    assert told({}, {"losses": nearly}) == {}
+    found = losses({}, {"losses": nearly})
+    assert found.found == "agree"
+    said = "3 in base and 3.003 in other in the first step, and over 6 steps 1.001 [1.001, 1.001] of the first"
+    assert said in found.reason
+
+
+def test_a_trend_of_losses_has_its_interval():
+    """Over the replicates, of which each may find another ratio."""
+    records = [record("base", n) for n in range(4)]
+    records += [record("other", n, losses=tuple(loss * (1 + n / 1000) for loss in LOSSES)) for n in range(4)]
+    run, study = run_of({}, {})
+    run.records = records
+    found = compare_losses(sides_of_run(run, study)["other"])
+    ratio, low, high = map(float, re.search(r"over 6 steps ([\d.]+) \[([\d.]+), ([\d.]+)\]", found.reason).groups())
+    assert found.found == "agree"
+    assert ratio == pytest.approx(1.0015, abs=6e-4)
+    assert 0.998 < low < 1.0 < 1.003 < high < 1.005
+
+
+@pytest.mark.parametrize(
+    ("candidate", "code", "said"),
+    [
+        ({"tokens": 90.0}, "tokens-differ", ["100.0 real tokens in base and 90.0 in other", "4 sequences in 1 passes"]),
+        ({"trainable_parameters": 64.0}, "trains-other-parameters", ["32 parameters", "64 (float32) in other"]),
+        ({"trainable_dtype": "bfloat16"}, "trains-other-parameters", ["(float32)", "(bfloat16)"]),
+        ({"loss_dtype": "bfloat16"}, "loss-dtype-differs", ["float32 in base and bfloat16 in other"]),
+        (
+            {"sequences": 2.0, "accumulation": 2.0},
+            "batch-differs",
+            ["4 sequences in 1 passes", "2 sequences in 2 passes"],
+        ),
+        ({"losses": (3.3, *LOSSES[1:])}, "loss-differs", ["3 in base and 3.3 in other in the first step"]),
+        ({"losses": (3.0, 2.8, 2.7, 2.6, 2.5, 2.4)}, "loss-differs", ["over 6 steps 1.08"]),
+    ],
+)
+def test_what_differs_is_said_with_both_numbers(candidate, code, said):
+    """Each by its own notice, and by no other."""
+    known = {"trainable_dtype": "float32", "loss_dtype": "float32"}
+    found = told(known, known | candidate)
+    assert list(found) == [code]
+    assert all(words in found[code] for words in said), found[code]
+
+
+def test_losses_on_other_tokens_are_not_compared():
+    """Even where as many are in a step in the mean: they have nothing in common."""
+    other = (110.0, 90.0, 110.0, 90.0, 110.0, 90.0)
+    found = losses({}, {"tokens": other, "losses": (9.0,) * 6})
+    assert (found.found, "different tokens" in found.reason) == ("unknown", True)
+    assert "loss-differs" not in told({}, {"tokens": other, "losses": (9.0,) * 6})
+
+
+def test_what_was_not_seen_is_unknown():
+    """No loss, one replicate, a loss without a ratio; without tokens it is said that these are not known."""
+    assert losses({"losses": ()}, {"losses": ()}).found == "unknown"
+    assert losses({}, {}, replicates=1).found == "unknown"
+    assert "no ratio" in losses({"losses": (-1.0,) * 6}, {"losses": (-1.0,) * 6}).reason
+    assert "is not known" in losses({"tokens": None}, {"tokens": None, "losses": (4.0,) * 6}).reason
+
+
+@pytest.mark.parametrize("unseen", [0, 1, 2])
+def test_losses_on_tokens_that_were_not_seen_do_not_agree(unseen):
+    """Equal losses of which nobody knows what they are of: unknown, as long as one side was not seen."""
+    sides = [{"tokens": None} if place < unseen else {} for place in (0, 1)]
+    found = losses(*sides)
+    assert found.found == ("unknown" if unseen else "agree")
+    assert ("whether both see the same tokens is not known" in found.reason) == bool(unseen)
+    assert losses(sides[0], sides[1] | {"losses": (9.0,) * 6}).found == "differ"
+
+
+def report(found):
+    return ComparisonReport(base="a", candidate="b", comparisons=(), losses=found)
+
+
+def test_a_gate_can_demand_that_losses_agree():
+    """What is unknown, or was not compared, does not meet the demand."""
+    policy = Policy(losses="agree")
+    met = judge(report({"other": losses({}, {})}), policy)
+    assert not [line for line in met.unmet if "losses" in line]
+    for found in ({"other": losses({}, {"losses": (4.0,) * 6})}, {"other": losses({}, {}, replicates=1)}, {}):
+        unmet = [line for line in judge(report(found), policy).unmet if "losses = 'agree'" in line]
+        assert len(unmet) == 1
+    assert not [line for line in judge(report({}), Policy()).unmet if "losses" in line]
+
+
+def noisy(seed, trend=0.0):
+    """Losses of 40 steps, each of another batch by the seed: 0.6 % of scatter around 2, but for the first."""
+    draw = random.Random(seed)
+    return tuple(2 * (1 + 0.006 * (step > 0) * draw.gauss(0, 1)) - trend * step for step in range(40))
+
+
+@pytest.mark.parametrize("trend", [0.0, 0.002])
+def test_losses_of_another_seed_do_not_agree(trend):
+    """Though they lie within the margin, and as many tokens are in each step. Those of the same seed agree, also
+    where they are computed in another order, or where they learn something else."""
+    tokens = (100.0,) * 40
+    base = {"losses": noisy(0, trend), "tokens": tokens}
+    for seed in range(1, 6):
+        other = {"losses": noisy(seed, trend), "tokens": tokens}
+        assert losses(base, other).found == "unknown"
+        assert list(told(base, other)) == ["other-batches"]
+    rounded = tuple(loss * (1 + 0.001 * (-1) ** step) for step, loss in enumerate(noisy(0, trend)))
+    learned = tuple(loss * (1 - 0.0002 * step) for step, loss in enumerate(noisy(0, trend)))
+    for same in (noisy(0, trend), rounded, learned):
+        assert losses(base, {"losses": same, "tokens": tokens}).found == "agree"
+        assert told(base, {"losses": same, "tokens": tokens}) == {}
+
+
+def test_losses_of_the_same_batch_in_each_step_agree():
+    """They fall, and nothing else tells one step from the next."""
+    same = tuple(2 * 0.99**step for step in range(40))
+    slower = tuple(2 * 0.9895**step for step in range(40))
+    for candidate in (same, slower):
+        found = losses({"losses": same, "tokens": (9.0,) * 40}, {"losses": candidate, "tokens": (9.0,) * 40})
+        assert "neighbouring" not in found.reason
