@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from kernels_check.memory_limit import lacking
+from kernels_check.memory_limit import memory_limit_problem
 from kernels_check.pipes import with_streams
-from kernels_check.terminal import Parser, tell
+from kernels_check.terminal import SafeParser, print_stderr
 
 EXIT_CHECK_FAILED = 4
 EXIT_UNEXPECTED = 70
@@ -32,20 +32,20 @@ def _run(argv: Sequence[str] | None) -> int:
     if words in ([], ["--json"]):
         words.insert(0, "probe")
     arguments = _parser().parse_args(words)
-    if said := lacking():
-        tell(f"kernels_check: {said}")
+    if said := memory_limit_problem():
+        print_stderr(f"kernels_check: {said}")
         return EXIT_CHECK_FAILED
     module, _, function = arguments.run.partition(":")
     try:
         code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
     except Exception:
-        tell(f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command")
+        print_stderr(f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command")
         return EXIT_UNEXPECTED
     return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m kernels_check", description="What really ran, not what was asked for.")
+    parser = SafeParser(prog="python -m kernels_check", description="What really ran, not what was asked for.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_trace(commands)
     _add_rules(commands)
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_trace(commands: argparse._SubParsersAction[Parser]) -> None:
+def _add_trace(commands: argparse._SubParsersAction[SafeParser]) -> None:
     trace = commands.add_parser(
         "trace", help="judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV"
     )
@@ -63,7 +63,7 @@ def _add_trace(commands: argparse._SubParsersAction[Parser]) -> None:
     trace.set_defaults(run="trace.report:run")
 
 
-def _add_rules(commands: argparse._SubParsersAction[Parser]) -> None:
+def _add_rules(commands: argparse._SubParsersAction[SafeParser]) -> None:
     rules = commands.add_parser("rules", help="the ordered rules by which kernel names are told apart")
     rules.add_argument("--json", action="store_true", help="print one JSON document")
     rules.add_argument(
@@ -72,13 +72,13 @@ def _add_rules(commands: argparse._SubParsersAction[Parser]) -> None:
     rules.set_defaults(run="rules_report:run")
 
 
-def _add_probe(commands: argparse._SubParsersAction[Parser]) -> None:
+def _add_probe(commands: argparse._SubParsersAction[SafeParser]) -> None:
     probe = commands.add_parser("probe", help="which fast paths run on this machine, how exact and how fast (default)")
     probe.add_argument("--json", action="store_true", help="print one JSON document")
     probe.set_defaults(run="probe.probe:run")
 
 
-def _add_selftest(commands: argparse._SubParsersAction[Parser]) -> None:
+def _add_selftest(commands: argparse._SubParsersAction[SafeParser]) -> None:
     selftest = commands.add_parser("selftest", help="are twelve faults found on this machine, and do healthy runs pass")
     selftest.add_argument("--json", action="store_true", help="print one JSON document")
     selftest.set_defaults(run="selftest:run")

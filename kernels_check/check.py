@@ -80,7 +80,7 @@ DTYPE = Requirement(kind="choice", choices=("float64", "float32", "bfloat16", "f
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class PathObservation:
     """What a judge found on one path, before it is compared with what was required."""
 
     observed: Json
@@ -109,7 +109,7 @@ class JudgedPath:
     """One path: what may be required of it, who judges it, and what it takes to judge it."""
 
     requirement: Requirement
-    judge: Callable[[Any, Json], Finding]
+    judge: Callable[[Any, Json], PathObservation]
     """From the ``Observation`` and what was required (None where nothing was) to the finding."""
     instruments: tuple[Instrument, ...] = INSTRUMENTS
     """Those that can judge it at all."""
@@ -125,7 +125,7 @@ class JudgedPath:
     """Why one natural step may not decide it although another may show more, and what to do."""
 
 
-def judge_safely(path: str, required: Json, judge: Callable[[], Finding]) -> Check:
+def judge_safely(path: str, required: Json, judge: Callable[[], PathObservation]) -> Check:
     """Turn a judge's finding into a check; a judge that raises never passes, and spoils only its own path."""
     try:
         return judge().against(path, required)

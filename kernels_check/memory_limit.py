@@ -19,7 +19,7 @@ PATIENCE_S = 20.0
 LIMITS = {resource.RLIMIT_AS: "addresses (ulimit -v)", resource.RLIMIT_DATA: "data (ulimit -d)"}
 
 
-def lacking() -> str:
+def memory_limit_problem() -> str:
     """What is the matter and what to do about it; nothing where numpy starts."""
     limits = {words: resource.getrlimit(kind)[0] for kind, words in LIMITS.items()}
     set_here = {words: limit for words, limit in limits.items() if limit != resource.RLIM_INFINITY}

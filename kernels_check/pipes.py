@@ -26,7 +26,7 @@ EXIT_UNWRITABLE = 4
 """The exit code of what could not be done on this machine."""
 
 
-class OutputLostError(BaseException):
+class BrokenOutputError(BaseException):
     """Nothing more can be written to standard output. Not to be caught as a defect of what was writing."""
 
     def __init__(self, error: OSError) -> None:
@@ -87,7 +87,7 @@ PATIENCE_S = 10.0
 """Who reads asides may pause for as long; longer, and he is taken for one that has left."""
 
 
-class Aside(_Stream):
+class BestEffortStderr(_Stream):
     """A stream that takes whatever can be written, and drops the rest."""
 
     def _try(self, action: Callable[[], object]) -> None:
@@ -111,13 +111,13 @@ class Aside(_Stream):
 
 
 class Result(_Stream):
-    """A stream that must be written. Raises `OutputLostError` where it cannot."""
+    """A stream that must be written. Raises `BrokenOutputError` where it cannot."""
 
     def _lost(self, error: OSError) -> None:
-        raise OutputLostError(error)
+        raise BrokenOutputError(error)
 
 
-class Unread(_Stream):
+class CapturedStdout(_Stream):
     """A stream that drops what cannot be written and remembers why: what it tells of is to come to its end."""
 
     def __init__(self, stream: Any) -> None:
@@ -142,13 +142,13 @@ def with_streams(name: str, program: Callable[[], int]) -> int:
     """
     _open_closed()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Result(sys.stdout), Aside(sys.stderr)
+    sys.stdout, sys.stderr = Result(sys.stdout), BestEffortStderr(sys.stderr)
     try:
         try:
             return program()
         finally:
             sys.stdout.flush()
-    except OutputLostError as lost:
+    except BrokenOutputError as lost:
         if lost.closed:
             return EXIT_CLOSED_PIPE
         print(f"{name}: standard output cannot be written: {lost}.", file=sys.stderr)

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, TypeAlias
 
 from kernels_check.rules import GRADES, Rule, load_operator_rules, load_rules, validated_against
-from kernels_check.terminal import make_visible, tell
+from kernels_check.terminal import escape_control_chars, print_stderr
 
 SCHEMA = 1
 EXIT_DONE = 0
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(versions, rules=not arguments.check)
     for notice in notices:
-        tell(f"notice: {notice}")
+        print_stderr(f"notice: {notice}")
     return EXIT_DONE
 
 
@@ -122,5 +122,5 @@ def _print(versions: list[LibraryVersion], *, rules: bool) -> None:
     for heading in ("library", "validated against", "installed", ""):
         table.add_column(heading)
     for one in versions:
-        table.add_row(one.library, one.validated, make_visible(one.installed or "-"), one.standing)
+        table.add_row(one.library, one.validated, escape_control_chars(one.installed or "-"), one.standing)
     console.print(table)

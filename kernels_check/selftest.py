@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 SCHEMA = 1
 EXIT_FAILED = 4
@@ -301,10 +301,10 @@ def show(outcomes: Sequence[Outcome]) -> None:
     console.print(table)
     lines = [f"FAILED: {one.control}, {one.instrument}: {one.failure}" for one in outcomes if not one.held]
     for line in [*lines, f"{sum(one.held for one in outcomes)} of {len(outcomes)} hold"]:
-        console.print(make_visible(line), markup=False, highlight=False)
+        console.print(escape_control_chars(line), markup=False, highlight=False)
 
 
 def _describe(check: Check | None) -> str:
     from rich.markup import escape
 
-    return "–" if check is None else escape(make_visible(f"{check.status} ({check.observed})"))
+    return "–" if check is None else escape(escape_control_chars(f"{check.status} ({check.observed})"))

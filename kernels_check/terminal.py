@@ -19,19 +19,19 @@ _ACTING = frozenset(("Cc", "Cs", "Zl", "Zp"))
 """Control characters, halves of characters, and ends of lines and paragraphs that are not written as such."""
 
 
-def make_visible(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """The text with what would act on a terminal written out, all but line ends and tabs."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_write_out(character) if _acts(character) else character for character in text)
 
 
-def tell(text: str) -> None:
+def print_stderr(text: str) -> None:
     """A line on standard error, made visible."""
-    print(make_visible(text), file=sys.stderr, flush=True)
+    print(escape_control_chars(text), file=sys.stderr, flush=True)
 
 
-class Parser(argparse.ArgumentParser):
+class SafeParser(argparse.ArgumentParser):
     """A parser of command lines whose refusals repeat what was typed, made visible."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and end with exit code 2."""
-        super().error(make_visible(message))
+        super().error(escape_control_chars(message))
 
 
 def _acts(character: str) -> bool:

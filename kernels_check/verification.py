@@ -15,10 +15,10 @@ from torch import nn
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observation.gc_pause import uncollected
+from kernels_check.observation.gc_pause import gc_paused
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.observe import observe
-from kernels_check.observation.restore import as_found
+from kernels_check.observation.restore import restored
 
 
 def verify(
@@ -62,9 +62,9 @@ def verify(
     validate(requirements)
     if instrument not in INSTRUMENTS:
         raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
-    with as_found(model, step) as snapshot:
+    with restored(model, step) as snapshot:
         seen = observe(model, step, snapshot, instrument)
-        with uncollected():
+        with gc_paused():
             checks = judge_all(seen, requirements, instrument, packed=False)
     if batch is not None or any(PATHS[path].packed for path in requirements):
         checks |= judge_all(replace(seen, batch=batch, left=None), requirements, instrument, packed=True)

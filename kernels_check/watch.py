@@ -16,13 +16,13 @@ from torch import nn
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observation.gc_pause import uncollected
-from kernels_check.observation.live_step import COMPILED_MEANWHILE, NaturalSteps
+from kernels_check.observation.gc_pause import gc_paused
+from kernels_check.observation.live_step import COMPILED_MEANWHILE, LiveStepObserver
 from kernels_check.observation.observation import Observation
-from kernels_check.observation.trained_parts import PartSeen
+from kernels_check.observation.trained_parts import ParameterStatus
 from kernels_check.verification import judge_all
 
-_PARTS: Mapping[str, Callable[[Observation], list[PartSeen]]] = {
+_PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
     "embedding.trained": Observation.embeddings,
     "norms.trained": Observation.norms,
 }
@@ -79,7 +79,7 @@ class Watch:
             raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
         self._model, self._requirements = model, dict(requirements)
         self._instrument, self._batch = instrument, batch
-        self._steps = NaturalSteps(model, instrument)
+        self._steps = LiveStepObserver(model, instrument)
         self._is_open = False
         self._unopened: str | None = None
         """Why nothing could be watched."""
@@ -161,7 +161,7 @@ class Watch:
             self._steps.release()
 
     def _checks_of(self, seen: Observation) -> tuple[Check, ...]:
-        with uncollected():
+        with gc_paused():
             checks = judge_all(seen, self._requirements, self._instrument, packed=False)
         if self._asks_for_records():
             by_forwards = replace(seen, batch=self._batch, left=None)

@@ -38,7 +38,7 @@ from shared import command_output, exit_code, print_origin
 
 from lorameter.attach.child_env import environment
 from lorameter.attach.variables import COMMAND, RUN
-from lorameter.machine.affinity import cpus_of, seat
+from lorameter.machine.affinity import cpus_of, pin_to_cpus
 from lorameter.records.units import format_ratio
 from lorameter.stats import mean_interval
 
@@ -152,7 +152,7 @@ def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> Replicat
         cpus = cpus_of(os.getpid())
         for one in processes:
             one.wait()
-            seat(one.process.pid, {cpus[seed % len(cpus)]})
+            pin_to_cpus(one.process.pid, {cpus[seed % len(cpus)]})
         plain.turn(ALONE, WARM_UP)
         wrapped.turn(ON, WARM_UP)
         before, shuffler, found = wrapped.counts, random.Random(seed), []

@@ -24,7 +24,7 @@ from shared import command_output, exit_code, print_origin
 from lorameter.records import store
 from lorameter.records.units import format_duration
 from lorameter.report.run_view import view_of
-from lorameter.verdicts.series import compare_series, series_of
+from lorameter.verdicts.series import compare_series, group_trials
 
 MIN_REPLICATES, MIN_SHARE, MAX_LATE_SHARE, MAX_HALF_WIDTH = 5, 0.6, 0.1, 0.05
 MINUTES = {"smollm2": 8, "gemma3": 15}
@@ -60,7 +60,7 @@ def judge(run: store.Run) -> Iterator[str]:
         yield f"{replicates} replicates, {MIN_REPLICATES} are required"
     if spending.share < MIN_SHARE:
         yield f"{spending.share:.1%} of the time is measurement, {MIN_SHARE:.0%} are required"
-    series = series_of(run.records)
+    series = group_trials(run.records)
     reference = run.manifest.study["reference"]
     for name, role in series:
         if role != "variant" or name == reference:

@@ -34,7 +34,7 @@ from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
 from lorameter.run.interleaving import LEVELS
 from lorameter.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
-from lorameter.verdicts.series import compare_series, series_of
+from lorameter.verdicts.series import compare_series, group_trials
 
 STUDY = "training-step"
 MAX_TRY_S = 45.0
@@ -143,7 +143,7 @@ def measure_levels(minutes: float, rounds: int, folder: Path) -> dict[str, list[
 
 def judge_level(level: str, records: list[TrialRecord]) -> Iterator[str]:
     """Print control, detectable slow-down and cost of a level; yield the bounds that do not hold."""
-    series = series_of(records)
+    series = group_trials(records)
     reference = next(record.name for record in records if record.role == "control")
     control = compare_series(series[reference, "variant"], series[reference, "control"], "step_time_s")
     if control is None:

@@ -29,11 +29,11 @@ from lorameter.commands import (
     wrap,
 )
 from lorameter.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
-from lorameter.run.interrupts import Stops
+from lorameter.run.interrupts import InterruptHandler
 from kernels_check import terminal
-from kernels_check.memory_limit import lacking
+from kernels_check.memory_limit import memory_limit_problem
 from kernels_check.pipes import with_streams
-from kernels_check.terminal import tell
+from kernels_check.terminal import print_stderr
 
 EXAMPLES = {
     "run": "lorameter run lora-or-qlora --effort quick",
@@ -70,36 +70,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        with Stops() as stops, stops.interruptible():
+        with InterruptHandler() as stops, stops.interruptible():
             options = parser().parse_args(arguments)
             command: Callable[[argparse.Namespace], int] = options.command
-            if said := lacking():
-                tell(f"lorameter: {said}")
+            if said := memory_limit_problem():
+                print_stderr(f"lorameter: {said}")
                 return EXIT_INVALID
             return command(options)
     except LorameterError as error:
-        tell(f"lorameter: {error}")
+        print_stderr(f"lorameter: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("lorameter: stopped", file=sys.stderr)
         return EXIT_INVALID
     except Exception as error:
-        from lorameter.records.os_errors import REMEDIES, words_of
+        from lorameter.records.os_errors import REMEDIES, format_os_error
 
         if isinstance(error, OSError) and error.errno in REMEDIES:
-            tell(f"lorameter: {words_of(error)}.")
+            print_stderr(f"lorameter: {format_os_error(error)}.")
             return EXIT_INVALID
         if isinstance(error, MemoryError):
-            tell("lorameter: out of memory. Free memory, or raise the limit that this process has.")
+            print_stderr("lorameter: out of memory. Free memory, or raise the limit that this process has.")
             return EXIT_INVALID
-        tell(redact(traceback.format_exc().rstrip("\n")))
+        print_stderr(redact(traceback.format_exc().rstrip("\n")))
         print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
         return EXIT_UNEXPECTED
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    top = Parser(
+    top = RedactingParser(
         prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, and how sure that is."
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
@@ -123,7 +123,7 @@ def commands_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse
         yield from commands_of(command)
 
 
-class Parser(terminal.Parser):
+class RedactingParser(terminal.SafeParser):
     """A parser whose refusals name the nearest command, option or choice, and repeat no credential of what was typed.
 
     argparse itself suggests names from Python 3.14 on.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import DTYPE, SHARE, Finding, Json, JudgedPath, count_values, join_values, name_some
+from kernels_check.check import DTYPE, SHARE, PathObservation, Json, JudgedPath, count_values, join_values, name_some
 from kernels_check.judges.attached import BY_HAND, NO_ADAPTER, calls_that_count, is_trained_by_hand
 
 if TYPE_CHECKING:
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
 
 
-def judge_dtype(seen: Observation, required: Json) -> Finding:
+def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``lora.dtype``; copies of parts of the base that are trained beside the adapter keep the base's."""
     layers = seen.adapter_layers()
     if not layers:
-        return Finding(observed=None, present=False, reason=NO_ADAPTER)
+        return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
     copies = [layer for layer in layers if layer.copied]
     own = [layer for layer in layers if not layer.copied] or copies
     dtypes = _dtypes(own)
     if not dtypes:
-        return Finding(observed=None, present=False, reason="no adapter is active")
+        return PathObservation(observed=None, present=False, reason="no adapter is active")
     reason = f"adapter weights: {count_values(dtypes)}"
     if copies and own is not copies:
         reason += f"; copies trained beside it: {count_values(_dtypes(copies))}"
-    return Finding(observed=join_values(dtypes), reason=reason)
+    return PathObservation(observed=join_values(dtypes), reason=reason)
 
 
 def _dtypes(layers: Iterable[AdapterLayer]) -> list[str]:
@@ -38,17 +38,17 @@ def _dtypes(layers: Iterable[AdapterLayer]) -> list[str]:
     return [str(value.dtype).removeprefix("torch.") for value in weights.values()]
 
 
-def judge_dropout(seen: Observation, required: Json) -> Finding:
+def judge_dropout(seen: Observation, required: Json) -> PathObservation:
     """Judge ``lora.dropout``: the probability that was really applied, not the configured one."""
     layers = [layer for layer in seen.adapter_layers() if not layer.copied]
     if not layers:
-        return Finding(observed=None, present=False, reason=NO_ADAPTER)
+        return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
     if is_trained_by_hand(seen):
-        return Finding(observed=None, status="unknown", reason=BY_HAND)
+        return PathObservation(observed=None, status="unknown", reason=BY_HAND)
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]
     if unseen:
         reason = f"drawn inside the method's product, where nothing shows it: {name_some(unseen)}"
-        return Finding(observed=None, status="unknown", reason=reason)
+        return PathObservation(observed=None, status="unknown", reason=reason)
     applied: dict[str, float] = {}
     notes: dict[str, str] = {}
     for layer in layers:
@@ -57,7 +57,7 @@ def judge_dropout(seen: Observation, required: Json) -> Finding:
     if not applied:
         kinds = join_values({type(layer.module).__name__ for layer in layers})
         reason = f"{len(layers)} of {len(layers)} layers have no dropout: {kinds}"
-        return Finding(observed=0.0, present=False, reason=reason, satisfies=required in (None, 0))
+        return PathObservation(observed=0.0, present=False, reason=reason, satisfies=required in (None, 0))
     values = set(applied.values())
     expected = float(required) if isinstance(required, int | float) else max(values)
     odd = [f"{name} ({notes[name]})" for name, value in applied.items() if value != expected]
@@ -66,7 +66,7 @@ def judge_dropout(seen: Observation, required: Json) -> Finding:
     reason += f"; exceptions: {name_some(odd)}" if odd else f" ({join_values(notes.values())})"
     if any("eval mode" in notes[name] for name in applied):
         reason += "; call model.train() before the step"
-    return Finding(observed=observed, reason=reason, satisfies=not odd)
+    return PathObservation(observed=observed, reason=reason, satisfies=not odd)
 
 
 def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, format_count, join_values, name_some
+from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, format_count, join_values, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.adapter_calls import LayerCall
@@ -36,11 +36,11 @@ _PARTLY = "part of the calls with gradients skipped the adapter"
 _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace where no gradient reaches them"
 
 
-def judge_attached(seen: Observation, required: Json) -> Finding:
+def judge_attached(seen: Observation, required: Json) -> PathObservation:
     """Judge ``lora.attached``: present, active, enabled, not merged, and executed, wherever it was asked for."""
     layers = seen.adapter_layers()
     if not layers:
-        return Finding(observed=False, present=False, reason=NO_ADAPTER)
+        return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
     states = _states(layers, seen)
     faults: list[str] = []
     doubts: list[str] = []
@@ -64,8 +64,8 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
     if left:
         good += f"; {len(left)} layers of names that PEFT takes for experts have none: {name_some(left)}"
     if doubts and not faults:
-        return Finding(observed=None, status="unknown", reason="; ".join(doubts))
-    return Finding(observed=not faults, reason="; ".join([*faults, *doubts]) or good)
+        return PathObservation(observed=None, status="unknown", reason="; ".join(doubts))
+    return PathObservation(observed=not faults, reason="; ".join([*faults, *doubts]) or good)
 
 
 def _describe(layer: AdapterLayer, problem: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernels_check.check import (
     DTYPE,
-    Finding,
+    PathObservation,
     Json,
     JudgedPath,
     Requirement,
@@ -54,7 +54,7 @@ KERNEL_BACKENDS = {
 }
 
 
-def judge_backend(seen: Observation, required: Json) -> Finding:
+def judge_backend(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.backend``."""
     layers = seen.attention_layers()
     forward = layers.calls
@@ -86,7 +86,7 @@ def judge_backend(seen: Observation, required: Json) -> Finding:
             f"; on CUDA flash would refuse the head size {largest} (it takes up to {LARGEST_FLASH_HEAD}), and cuDNN "
             "too: memory-efficient would run, or math where it refuses as well"
         )
-    return Finding(
+    return PathObservation(
         observed=observed,
         reason=reason,
         status="unknown" if incomplete and not astray and _in_pieces(layers) else None,
@@ -94,7 +94,7 @@ def judge_backend(seen: Observation, required: Json) -> Finding:
     )
 
 
-def judge_dtype(seen: Observation, required: Json) -> Finding:
+def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.dtype``: what the inner operator was given, after any autocast."""
     layers = seen.attention_layers()
     forward = layers.calls
@@ -110,7 +110,7 @@ def judge_dtype(seen: Observation, required: Json) -> Finding:
     return _over_calls(layers, dtypes, len(forward) - len(dtypes), required, reason)
 
 
-def judge_mask(seen: Observation, required: Json) -> Finding:
+def judge_mask(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.mask``."""
     layers = seen.attention_layers()
     forward = layers.calls
@@ -125,7 +125,7 @@ def judge_mask(seen: Observation, required: Json) -> Finding:
     return _over_calls(layers, masks, masks.count("unknown"), required, reason)
 
 
-def _over_calls(layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str) -> Finding:
+def _over_calls(layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str) -> PathObservation:
     """One property over all calls: what some call does not tell is unknown, unless another already differs."""
     if untold:
         reason += f"; not told by {format_count(untold, 'call')}"
@@ -133,7 +133,7 @@ def _over_calls(layers: AttentionLayers, values: list[str], untold: int, require
     reason += f"; {missing}" if missing else ""
     differs = required is not None and any(value not in (required, "unknown") for value in values)
     status: Status | None = "unknown" if (untold or missing) and not differs else None
-    return Finding(observed=join_values(values), status=status, reason=reason + _aside(layers))
+    return PathObservation(observed=join_values(values), status=status, reason=reason + _aside(layers))
 
 
 def _is_whole(layers: AttentionLayers, name: str, accepted: Collection[Json] | None) -> bool:
@@ -189,11 +189,11 @@ def _aside(layers: AttentionLayers) -> str:
     return f"; not judged: {' and '.join(parts)}" if parts else ""
 
 
-def _nothing_of_the_model(layers: AttentionLayers) -> Finding | None:
+def _nothing_of_the_model(layers: AttentionLayers) -> PathObservation | None:
     """All attention of the step was another's: the model itself ran none."""
     if not (layers.elsewhere or layers.aside or layers.failed):
         return None
-    return Finding(observed=None, present=False, reason=f"no attention of the model itself was seen{_aside(layers)}")
+    return PathObservation(observed=None, present=False, reason=f"no attention of the model itself was seen{_aside(layers)}")
 
 
 def _mask(call: AttentionCall) -> str:
@@ -208,11 +208,11 @@ def _cpu_flash(forward: list[AttentionCall]) -> bool:
     return any(call.op.endswith("_for_cpu") for call in forward)
 
 
-def _unseen() -> Finding:
-    return Finding(observed=None, status="unknown", present=False, reason="no attention operator in the profiled step")
+def _unseen() -> PathObservation:
+    return PathObservation(observed=None, status="unknown", present=False, reason="no attention operator in the profiled step")
 
 
-def judge_kernels(profile: StepProfile, required: Json) -> Finding:
+def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:
     """Judge by kernel names alone: no operator is recorded under CUDA-graph replay."""
     kernels = Counter[str]()
     for rule, launches in profile.kernels.items():
@@ -220,14 +220,14 @@ def judge_kernels(profile: StepProfile, required: Json) -> Finding:
             kernels[KERNEL_BACKENDS[rule]] += launches
     if not kernels:
         compiled = " (a compiled step may hide it)" if profile.compiled_regions else ""
-        return Finding(
+        return PathObservation(
             observed=None,
             status="unknown",
             present=False,
             reason=f"neither an attention operator nor an attention kernel in the profiled step{compiled}",
         )
     accepted = FUSED_ATTENTION if required == "fused" else {required}
-    return Finding(
+    return PathObservation(
         observed=join_values(kernels),
         satisfies=set(kernels) <= accepted,
         reason=f"no operator recorded, kernel launches: {', '.join(f'{n} {name}' for name, n in kernels.items())}",

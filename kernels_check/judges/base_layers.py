@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kernels_check.check import (
     FLAG,
     SHARE,
-    Finding,
+    PathObservation,
     Json,
     JudgedPath,
     Requirement,
@@ -26,8 +26,8 @@ from kernels_check.check import (
 )
 
 if TYPE_CHECKING:
-    from kernels_check.observation.weight_bits import Census
-    from kernels_check.observation.digest import Change
+    from kernels_check.observation.weight_bits import WeightBits
+    from kernels_check.observation.digest import DigestDifference
     from kernels_check.observation.observation import Observation
     from kernels_check.observation.storage import Storage
 
@@ -48,7 +48,7 @@ _CACHE = "but for what was made anew by the forward, and not saved with the mode
 _ROUNDED = "but for rounding, since PEFT merges the adapter into nn.MultiheadAttention for each forward and out again"
 
 
-def judge_bits(seen: Observation, required: Json) -> Finding:
+def judge_bits(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.bits`` over every layer that carries an adapter."""
     stored = seen.storage()
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
@@ -64,7 +64,7 @@ def judge_bits(seen: Observation, required: Json) -> Finding:
     return replace(finding, reason=f"{finding.reason}; {rest}")
 
 
-def _rest_of_the_base(census: Census, bits: int) -> str:
+def _rest_of_the_base(census: WeightBits, bits: int) -> str:
     """Say how much of the base is not as its targeted layers are."""
     others = census.others(bits)
     if not others:
@@ -72,7 +72,7 @@ def _rest_of_the_base(census: Census, bits: int) -> str:
     return f"of the whole base {1 - census.share(bits):.1%} of the bytes are not in {bits} bits: {_largest(others)}"
 
 
-def judge_bytes_in_4bit(seen: Observation, required: Json) -> Finding:
+def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.bytes_in_4bit``, a minimum: the share of all bytes of the base, as stored, that are 4-bit weights.
 
     Scales count as bytes of their weights. What cannot be read may be either.
@@ -80,7 +80,7 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> Finding:
     census = seen.census()
     total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
     if not total:
-        return Finding(observed=None, present=False, reason=_NO_BASE)
+        return PathObservation(observed=None, present=False, reason=_NO_BASE)
     weights = f"{census.weight_share(4):.1%} of the weights"
     reason = f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales ({weights})"
     others = census.others(4)
@@ -88,7 +88,7 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> Finding:
     reason += f"; {unread:.1%} could not be read and may be either" if unread else ""
     minimum = float(required) if isinstance(required, int | float) else 0.0
     undecided = share < minimum <= share + unread
-    return Finding(
+    return PathObservation(
         observed=round(share, 6),
         reason=reason,
         status="unknown" if undecided else None,
@@ -108,25 +108,25 @@ def _size(size: int) -> str:
     return f"{size / scale:.1f} {unit}"
 
 
-def judge_quant_type(seen: Observation, required: Json) -> Finding:
+def judge_quant_type(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.quant_type``."""
     stored = seen.storage()
     remedy = f"set bnb_4bit_quant_type={required!r} (the library's default is 'fp4')"
     return _over_layers(stored, {name: item.quant_type for name, item in stored.items()}, required, "", remedy)
 
 
-def judge_double_quant(seen: Observation, required: Json) -> Finding:
+def judge_double_quant(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.double_quant``."""
     stored = seen.storage()
     remedy = f"set bnb_4bit_use_double_quant={required} (the library's default is False)"
     return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "", remedy)
 
 
-def judge_frozen(seen: Observation, required: Json) -> Finding:
+def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would move with one."""
     digest, change = seen.after, seen.after.since(seen.before)
     if not digest.parts and not seen.before.parts and not digest.unseen:
-        return Finding(observed=None, present=False, reason=_NO_BASE)
+        return PathObservation(observed=None, present=False, reason=_NO_BASE)
     what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
     faults, notes = _trained(seen)
     remedies = (
@@ -154,7 +154,7 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
     notes += _biases(seen)
     good = [] if faults or unknown else [f"{what} unchanged over {steps}, no gradient, not optimised"]
     told = [f"remedy: {remedy}" for remedy in remedies]
-    return Finding(
+    return PathObservation(
         observed=False if faults else None if unknown else True,
         reason="; ".join([*good, *faults, *told, *unknown, *notes]),
         status="unknown" if unknown and not faults else None,
@@ -168,7 +168,7 @@ def _biases(seen: Observation) -> list[str]:
     return [f"{len(found)} biases train with the adapter, as PEFT was asked to by {settings}"] if found else []
 
 
-def _unread(seen: Observation, change: Change) -> list[str]:
+def _unread(seen: Observation, change: DigestDifference) -> list[str]:
     """What of the base could not be compared, so that nobody can say that it is still."""
     reasons = []
     unseen = {**seen.before.unseen, **seen.after.unseen}
@@ -216,10 +216,10 @@ def _loose(seen: Observation) -> list[str]:
 
 def _over_layers(
     stored: Mapping[str, Storage], values: Mapping[str, Json], required: Json, reason: str, remedy: str | None
-) -> Finding:
+) -> PathObservation:
     """Compare one property over all targeted layers and name the exceptions."""
     if not stored:
-        return Finding(observed=None, present=False, reason="no layer carries an adapter")
+        return PathObservation(observed=None, present=False, reason="no layer carries an adapter")
     expected = required if required is not None else Counter(values.values()).most_common(1)[0][0]
     distinct = set(values.values())
     observed = distinct.pop() if len(distinct) == 1 else join_values(str(value) for value in values.values())
@@ -235,7 +235,7 @@ def _over_layers(
         parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {name_some(packed)}")
     parts += [f"remedy: {remedy}"] if odd and required is not None and remedy else []
     status: Status | None = "unknown" if unread and not odd else None
-    return Finding(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)
+    return PathObservation(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)
 
 
 _BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kernels_check.check import (
     DTYPE,
-    Finding,
+    PathObservation,
     Json,
     JudgedPath,
     Requirement,
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
 
 
-def judge_compute_dtype(seen: Observation, required: Json) -> Finding:
+def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.compute_dtype`` over every layer that carries an adapter, by its products."""
     stored = seen.storage()
     if not stored:
-        return Finding(observed=None, present=False, reason="no layer carries an adapter over a base layer")
+        return PathObservation(observed=None, present=False, reason="no layer carries an adapter over a base layer")
     ran = seen.base_products()
     values = {name: join_values(ran.dtypes(name)) for name in stored}
     expected = required if required is not None else _most_common(values)
@@ -45,7 +45,7 @@ def judge_compute_dtype(seen: Observation, required: Json) -> Finding:
         reason += f"; remedy: set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
     reason = "; ".join([reason, *sorted({item.note for item in stored.values() if item.note})])
     observed = join_values(part for value in values.values() if value is not None for part in value.split("+"))
-    return Finding(
+    return PathObservation(
         observed=observed,
         reason=reason,
         status="unknown" if untold and not odd else None,
@@ -53,14 +53,14 @@ def judge_compute_dtype(seen: Observation, required: Json) -> Finding:
     )
 
 
-def judge_gemm_path(seen: Observation, required: Json) -> Finding:
+def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.gemm_path`` from what ran inside the 4-bit operators of the forward pass."""
     layers = seen.fourbit_products()
     calls = layers.all
     if not calls:
         if layers.names or seen.census().bytes_of[4]:  # compiled layers call no hook, and have no name
-            return Finding(observed=None, status="unknown", reason="4-bit weights but no known 4-bit operator ran")
-        return Finding(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
+            return PathObservation(observed=None, status="unknown", reason="4-bit weights but no known 4-bit operator ran")
+        return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
     paths = [str(call.path) for call in calls]
     kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
     reason = f"forward 4-bit products: {count_values(paths)}" + (f"; kernels {kernels}" if kernels else "")
@@ -69,7 +69,7 @@ def judge_gemm_path(seen: Observation, required: Json) -> Finding:
         total = len(layers.names)
         reason += f"; {total - len(passed_by)} of {total} 4-bit layers, without one ran: {name_some(passed_by)}"
     astray = required is not None and any(path not in (required, "unknown") for path in paths)
-    return Finding(
+    return PathObservation(
         observed=join_values([*paths, *(["bypassed"] if passed_by else [])]),
         reason=reason,
         status="unknown" if "unknown" in paths and not astray and not passed_by else None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import FLAG, SHARE, Check, Finding, Json, JudgedPath, Status, judge_safely
+from kernels_check.check import FLAG, SHARE, Check, PathObservation, Json, JudgedPath, Status, judge_safely
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observation.packing_isolation import IsolationSeen
+    from kernels_check.observation.packing_isolation import IsolationResult
     from kernels_check.observation.observation import Observation
 
 _LEAK = (
@@ -37,40 +37,40 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     return judge_safely("packing.isolated", True, lambda: _judge_leaks(isolation_of_batch(model, batch)))
 
 
-def judge_isolation(seen: Observation, required: Json) -> Finding:
+def judge_isolation(seen: Observation, required: Json) -> PathObservation:
     """Judge ``packing.isolated``."""
     return _judge_leaks(seen.isolation())
 
 
-def _judge_leaks(seen: IsolationSeen) -> Finding:
+def _judge_leaks(seen: IsolationResult) -> PathObservation:
     if seen.leaks:
-        return Finding(observed=False, reason="; ".join([*seen.leaks, _LEAK, *seen.notes]))
+        return PathObservation(observed=False, reason="; ".join([*seen.leaks, _LEAK, *seen.notes]))
     if seen.unclear is not None:
-        return Finding(observed=None, status="unknown", present=seen.packed, reason=seen.unclear)
+        return PathObservation(observed=None, status="unknown", present=seen.packed, reason=seen.unclear)
     modes = " and ".join(f"in {mode}" for mode in seen.probed)
     reason = f"{seen.records} records: perturbations changed no other logit, {modes}"
-    return Finding(observed=True, reason="; ".join([reason, *seen.notes]))
+    return PathObservation(observed=True, reason="; ".join([reason, *seen.notes]))
 
 
-def judge_padding(seen: Observation, required: Json) -> Finding:
+def judge_padding(seen: Observation, required: Json) -> PathObservation:
     """Judge ``padding.share``, a maximum: by what is surely padding it must not be exceeded, nor by what may be."""
     from kernels_check.observation.padding import describe
 
     padding = seen.padding()
     if padding is None or not padding.tokens:
         missing = "no call of the model itself was seen" if padding is None else padding.unseen
-        return Finding(
+        return PathObservation(
             observed=None, present=False, status=None if required is None else "unknown", reason=f"{missing}"
         )
     share, most_there_is = (count / padding.tokens for count in (padding.padded, padding.padded + padding.doubtful))
     most = float(required) if isinstance(required, int | float) else 1.0
     reasons = [describe(padding), *([padding.unseen] if padding.unseen is not None else [])]
     if share > most:
-        return Finding(observed=round(share, 4), reason="; ".join([*reasons, _PADDED]), satisfies=False)
+        return PathObservation(observed=round(share, 4), reason="; ".join([*reasons, _PADDED]), satisfies=False)
     if padding.unseen is not None or most_there_is > most:
         status: Status | None = None if required is None else "unknown"
-        return Finding(observed=round(share, 4), status=status, reason="; ".join(reasons))
-    return Finding(observed=round(share, 4), reason="; ".join(reasons), satisfies=True)
+        return PathObservation(observed=round(share, 4), status=status, reason="; ".join(reasons))
+    return PathObservation(observed=round(share, 4), reason="; ".join(reasons), satisfies=True)
 
 
 PATHS: Mapping[str, JudgedPath] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, count_values, name_some
+from kernels_check.check import FLAG, SHARE, PathObservation, Json, JudgedPath, Requirement, count_values, name_some
 from kernels_check.observation.compilations import Compilations
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from kernels_check.observation.recomputed_blocks import BlockRecomputed
 
 
-def judge_checkpointing(seen: Observation, required: Json) -> Finding:
+def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
     """Judge ``checkpointing``: every block that a gradient comes back to is computed again, at each of its calls."""
     judged = _recomputed(seen)
-    if isinstance(judged, Finding):
+    if isinstance(judged, PathObservation):
         return judged
     share, happened, reason = judged
     if required is True and share < 1.0 and (happened or _flagged(seen.model)):
@@ -29,21 +29,21 @@ def judge_checkpointing(seen: Observation, required: Json) -> Finding:
             cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
         else:
             cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
-        return Finding(observed=happened, status="fallback", reason=f"{reason}; {cause}", present=happened)
-    return Finding(observed=happened, reason=reason, present=happened)
+        return PathObservation(observed=happened, status="fallback", reason=f"{reason}; {cause}", present=happened)
+    return PathObservation(observed=happened, reason=reason, present=happened)
 
 
-def judge_checkpointed_layers(seen: Observation, required: Json) -> Finding:
+def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservation:
     """Judge ``checkpointing.layers``, a minimum: the share of those blocks."""
     judged = _recomputed(seen)
-    if isinstance(judged, Finding):
+    if isinstance(judged, PathObservation):
         return judged
     share, _, reason = judged
     minimum = float(required) if isinstance(required, int | float) else 0.0
-    return Finding(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
+    return PathObservation(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
 
 
-def _recomputed(seen: Observation) -> Finding | tuple[float, bool, str]:
+def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     """The share of the blocks that are recomputed, whether anything is, and the words for it."""
     compiled = seen.compiled_blocks().compiled if seen.profile.compiled_regions else ()
     blocks = seen.recomputed_blocks()
@@ -54,10 +54,10 @@ def _recomputed(seen: Observation) -> Finding | tuple[float, bool, str]:
         idle = seen.blocks_without_gradient()
         if not idle:
             reason = "no layer call was seen in the step"
-            return Finding(observed=None, status="unknown", present=False, reason=reason)
+            return PathObservation(observed=None, status="unknown", present=False, reason=reason)
         return 0.0, False, f"no gradient comes back to the {len(idle)} blocks that ran: nothing is to be recomputed"
     if hidden and again is None:
-        return Finding(observed=None, status="unknown", present=False, reason=shown)
+        return PathObservation(observed=None, status="unknown", present=False, reason=shown)
     whole = [block for block in by_calls if block.whole]
     total = len(by_calls) + hidden
     share = (len(whole) + hidden * (again or 0.0)) / total
@@ -100,20 +100,20 @@ def _flagged(model: Any) -> bool:
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
-def judge_tf32(seen: Observation, required: Json) -> Finding:
+def judge_tf32(seen: Observation, required: Json) -> PathObservation:
     """Judge ``tf32``: kernels where CUDA ran, else what the flag allows."""
     import torch
 
     if not torch.cuda.is_available():
-        return Finding(observed=False, present=False, reason=f"no CUDA device: TF32 cannot run ({_tf32_flag()})")
+        return PathObservation(observed=False, present=False, reason=f"no CUDA device: TF32 cannot run ({_tf32_flag()})")
     kernels = seen.profile.kernels
     tensor_cores, plain = kernels.get("GEMM-TF32", 0), kernels.get("GEMM-FP32-SIMT", 0)
     reason = f"{tensor_cores} TF32 and {plain} plain float32 GEMM launches; {_tf32_flag()}"
     if not kernels:
-        return Finding(observed=None, status="unknown", present=False, reason=f"no kernel recorded; {_tf32_flag()}")
+        return PathObservation(observed=None, status="unknown", present=False, reason=f"no kernel recorded; {_tf32_flag()}")
     if not tensor_cores and not plain:
         reason += "; no float32 GEMM that the rules know, which a bfloat16 step need not contain"
-    return Finding(observed=tensor_cores > 0, reason=reason, present=tensor_cores > 0)
+    return PathObservation(observed=tensor_cores > 0, reason=reason, present=tensor_cores > 0)
 
 
 def _tf32_flag() -> str:
@@ -125,14 +125,14 @@ def _tf32_flag() -> str:
         return f"flag unreadable: {error}"
 
 
-def judge_compile(seen: Observation, required: Json) -> Finding:
+def judge_compile(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile``: all blocks in compiled code; breaks and recompiles are named and fail nothing."""
     regions, past = seen.profile.compiled_regions, seen.compilations
     blocks = seen.compiled_blocks()
     reason = _entered(seen)
     untold = _untold(seen)
     if untold is not None:
-        return Finding(observed=None, status="unknown", reason=f"{reason}; {untold}")
+        return PathObservation(observed=None, status="unknown", reason=f"{reason}; {untold}")
     whole = bool(blocks.compiled) and not blocks.not_whole
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
     if not whole:
@@ -146,20 +146,20 @@ def judge_compile(seen: Observation, required: Json) -> Finding:
     if whole and past.breaks:
         observed = f"in pieces: {name_some(past.breaks, '; ')}"
     satisfies = whole if required is True else not blocks.regions
-    return Finding(observed=observed, reason=reason, present=present, satisfies=satisfies)
+    return PathObservation(observed=observed, reason=reason, present=present, satisfies=satisfies)
 
 
-def judge_compiled_share(seen: Observation, required: Json) -> Finding:
+def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
     blocks = seen.compiled_blocks()
     reason = _entered(seen)
     untold = _untold(seen) or ("no block of the model was seen to run" if not blocks.ran else None)
     if untold is not None:
-        return Finding(observed=None, status="unknown", present=False, reason=f"{reason}; {untold}")
+        return PathObservation(observed=None, status="unknown", present=False, reason=f"{reason}; {untold}")
     share = len(blocks.compiled) / blocks.ran
     minimum = float(required) if isinstance(required, int | float) else 0.0
     reason += _eagerly(seen) if share < 1.0 else ""
-    return Finding(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
+    return PathObservation(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
 
 
 def _entered(seen: Observation) -> str:
@@ -200,7 +200,7 @@ def _eagerly(seen: Observation) -> str:
     )
 
 
-def judge_mode(seen: Observation, required: Json) -> Finding:
+def judge_mode(seen: Observation, required: Json) -> PathObservation:
     """Judge ``mode`` as the modules had it while the step ran."""
     names = {True: "train", False: "eval", None: "now train, now eval"}
     modes = [names[training] for training in seen.modes.values()]
@@ -209,7 +209,7 @@ def judge_mode(seen: Observation, required: Json) -> Finding:
     odd = [name or "the model itself" for name, training in seen.modes.items() if names[training] != wanted]
     reason = f"modules: {count_values(modes)}" + (f"; not in {wanted} mode: {name_some(odd)}" if odd else "")
     reason += f"; call model.{wanted}() before the step" if odd and required is not None else ""
-    return Finding(observed=observed, reason=reason)
+    return PathObservation(observed=observed, reason=reason)
 
 
 PATHS: Mapping[str, JudgedPath] = {

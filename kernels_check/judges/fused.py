@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import Finding, Json, JudgedPath, Requirement, join_values, name_some
+from kernels_check.check import PathObservation, Json, JudgedPath, Requirement, join_values, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
-    from kernels_check.observation.fused_kernels import Place
+    from kernels_check.observation.fused_kernels import FusedKernelSite
 
 _RULES = {"liger_kernel": "LIGER", "unsloth": "UNSLOTH", "unsloth_zoo": "UNSLOTH"}
 """The rule that knows the kernels of a library, see ``rules``."""
 _NOTHING = "nothing of a library of fused kernels is bound: apply it before the model is built, or to the model itself"
 
 
-def judge_fused(seen: Observation, required: Json) -> Finding:
+def judge_fused(seen: Observation, required: Json) -> PathObservation:
     """Judge ``fused.kernels``: kinds, joined by ``+``, each of which must have been called in all of its places."""
     places = seen.swapped()
     kinds = list(dict.fromkeys(place.kind for place in places))
@@ -42,23 +42,23 @@ def judge_fused(seen: Observation, required: Json) -> Finding:
     hidden = [place.name for place in idle if place.hidden or compiled]
     if hidden:
         parts.append(f"their calls in compiled code cannot be seen: {name_some(hidden)}")
-        return Finding(observed=None, status="unknown", reason="; ".join(parts))
+        return PathObservation(observed=None, status="unknown", reason="; ".join(parts))
     satisfied = bool(wanted) and not missing and all(kind in whole for kind in wanted)
     present = any(_ran(place, seen) for place in places)
-    return Finding(observed=join_values(whole), reason="; ".join(parts), satisfies=satisfied, present=present)
+    return PathObservation(observed=join_values(whole), reason="; ".join(parts), satisfies=satisfied, present=present)
 
 
-def _ran(place: Place, seen: Observation) -> bool:
+def _ran(place: FusedKernelSite, seen: Observation) -> bool:
     return place.library is not None and place.called and _launched(place, seen) is not False
 
 
-def _launched(place: Place, seen: Observation) -> bool | None:
+def _launched(place: FusedKernelSite, seen: Observation) -> bool | None:
     """Whether the profile has a kernel of the library; None where no kernel was recorded or no rule knows its own."""
     rule = _RULES.get(place.library or "")
     return None if rule is None or not seen.profile.kernels else seen.profile.kernels.get(rule, 0) > 0
 
 
-def _counted(kind: str, places: Sequence[Place], seen: Observation) -> str:
+def _counted(kind: str, places: Sequence[FusedKernelSite], seen: Observation) -> str:
     """In how many places something is bound, and in how many of them it was called."""
     bound = [place for place in places if place.library is not None]
     ran = sum(_ran(place, seen) for place in places)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, format_count, name_some
+from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, format_count, name_some
 from kernels_check.judges.attached import NO_ADAPTER
 
 if TYPE_CHECKING:
@@ -29,16 +29,16 @@ _NO_STEP = (
 )
 
 
-def judge_learning(seen: Observation, required: Json) -> Finding:
+def judge_learning(seen: Observation, required: Json) -> PathObservation:
     """Judge ``lora.learning``."""
     if not seen.adapter_layers():
-        return Finding(observed=False, present=False, reason=NO_ADAPTER)
+        return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
     everything = seen.trained_parameters()
     frozen = [name for name, value in everything.items() if not value.requires_grad]
     by_optimizer = [name for name in frozen if _kept_by_lora_fa(everything[name], seen)]
     judged = {name: value for name, value in everything.items() if name not in by_optimizer}
     if not judged:
-        return Finding(observed=False, reason="0 parameters of the adapter are trainable: no adapter is active")
+        return PathObservation(observed=False, reason="0 parameters of the adapter are trainable: no adapter is active")
     note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
     faults, doubts = _gradient_faults(judged, seen)
     if not seen.optimizer_steps and not seen.other_optimizers:
@@ -48,15 +48,15 @@ def judge_learning(seen: Observation, required: Json) -> Finding:
     if faults:
         if any(not value.requires_grad for value in judged.values()):
             doubts.append("remedy: load the adapter with is_trainable=True, and freeze the base before it is attached")
-        return Finding(observed=False, reason="; ".join([*faults, *doubts]) + note)
+        return PathObservation(observed=False, reason="; ".join([*faults, *doubts]) + note)
     if doubts:
-        return Finding(observed=None, status="unknown", reason="; ".join(doubts) + note)
+        return PathObservation(observed=None, status="unknown", reason="; ".join(doubts) + note)
     count = f"{len(judged)} of {len(everything)} trainable parameters"
     reason = f"gradients reached {count} and updates moved all of them, in {seen.optimizer_steps} updates"
     faint = [name for name in judged if not seen.updates[name].learnt]
     if faint:
         reason += f"; {len(faint)} of {len(judged)} by less than float32 shows, beside a factor that has just left zero"
-    return Finding(observed=True, reason=reason + note)
+    return PathObservation(observed=True, reason=reason + note)
 
 
 def _kept_by_lora_fa(value: Tensor, seen: Observation) -> bool:
@@ -91,18 +91,18 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
     return faults, doubts
 
 
-def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> Finding:
+def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> PathObservation:
     changed = [name for name in judged if name in seen.changed]
     reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
     if faults:
-        return Finding(observed=False, reason="; ".join([*faults, reason]))
+        return PathObservation(observed=False, reason="; ".join([*faults, reason]))
     if changed:
         reason += (
             f", although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, whose "
             "updates cannot be told from other writing"
         )
-        return Finding(observed=None, status="unknown", reason=reason)
-    return Finding(observed=None, status="unknown", reason=f"{reason}: {_NO_STEP}")
+        return PathObservation(observed=None, status="unknown", reason=reason)
+    return PathObservation(observed=None, status="unknown", reason=f"{reason}: {_NO_STEP}")
 
 
 def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:

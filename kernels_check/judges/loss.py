@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, Status, name_some
+from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, Status, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.loss_tokens import LossPass
@@ -19,7 +19,7 @@ _SUM_OF_MEANS = "a sum of means, as where the loss is not divided by the number 
 _NO_TOKENS = "a mean over no tokens is not a number: leave such rows out"
 
 
-def judge_tokens(seen: Observation, required: Json) -> Finding:
+def judge_tokens(seen: Observation, required: Json) -> PathObservation:
     """Judge ``loss.tokens``: the tokens of all passes that feed one update weigh the same, and are no sum of means.
 
     What their weights add up to is said and not judged, unless it is the number of passes, each a mean: a loss may be
@@ -28,7 +28,7 @@ def judge_tokens(seen: Observation, required: Json) -> Finding:
     loss = seen.loss()
     if loss.unseen is not None:
         status: Status | None = None if required is None else "unknown"
-        return Finding(observed=None, present=False, status=status, reason=loss.unseen)
+        return PathObservation(observed=None, present=False, status=status, reason=loss.unseen)
     passes = loss.passes
     counts = [one.tokens for one in passes]
     positions = sum(one.positions for one in passes)
@@ -37,7 +37,7 @@ def judge_tokens(seen: Observation, required: Json) -> Finding:
     sums = [[one for one in passes if one.sum == number] for number in sorted({one.sum for one in passes})]
     reason += f", for {len(sums)} updates or evaluations" if len(sums) > 1 else ""
     faults = list(dict.fromkeys(fault for together in sums for fault in _faults(together)))
-    return Finding(observed=not faults, reason="; ".join([reason, *(faults or [_praise(sums)])]))
+    return PathObservation(observed=not faults, reason="; ".join([reason, *(faults or [_praise(sums)])]))
 
 
 def _praise(sums: Sequence[Sequence[LossPass]]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kernels_check.check import (
     FLAG,
     SHARE,
-    Finding,
+    PathObservation,
     Json,
     JudgedPath,
     Requirement,
@@ -35,14 +35,14 @@ _FUSED_LOST = (
 )
 
 
-def judge_class(seen: Observation, required: Json) -> Finding:
+def judge_class(seen: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.class`` by the rule of ``is_class``."""
     if not seen.optimizers:
         return _no_optimizer(seen)
     observed = join_values(optimizer.classes[0] for optimizer in seen.optimizers)
     matches = all(is_class(optimizer.classes, str(required)) for optimizer in seen.optimizers)
     reason = f"{observed} stepped {format_count(seen.optimizer_steps, 'time')} in {format_count(seen.calls, 'call')}"
-    return Finding(observed=observed, reason=reason, satisfies=matches)
+    return PathObservation(observed=observed, reason=reason, satisfies=matches)
 
 
 def is_class(classes: tuple[str, ...], required: str) -> bool:
@@ -59,7 +59,7 @@ def is_class(classes: tuple[str, ...], required: str) -> bool:
     return own == required or own.rpartition(".")[2] == required.rpartition(".")[2]
 
 
-def judge_fused(seen: Observation, required: Json) -> Finding:
+def judge_fused(seen: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.fused``: torch's single-kernel update of every parameter that had a gradient."""
     if not seen.optimizers:
         return _no_optimizer(seen)
@@ -72,13 +72,13 @@ def judge_fused(seen: Observation, required: Json) -> Finding:
     reason = f"{fused} of {total} parameters updated by fused kernels; {counts} in one step; "
     reason += f"optimizers were built with fused={wished}"
     if not total or unseen == total:
-        return Finding(observed=None, status="unknown", reason=f"{reason}; {_why_unseen(seen, total)}")
+        return PathObservation(observed=None, status="unknown", reason=f"{reason}; {_why_unseen(seen, total)}")
     observed = join_values(kind for kind in kinds if kind != _UNSEEN)
     if unseen:
         reason += f"; of {unseen} parameters no update was seen"
     if kinds["bitsandbytes"] and kinds["bitsandbytes"] + fused == total:
         reason += "; bitsandbytes has kernels of its own"
-        return Finding(observed=observed, status="not_applicable", reason=reason)
+        return PathObservation(observed=observed, status="not_applicable", reason=reason)
     others = [group for group, counted in zip(seen.updated, updated, strict=True) if counted.total() > counted["fused"]]
     if fused and others:
         reason += f"; not by fused kernels: {name_some(f'group {one.index} of {one.optimizer}' for one in others)}"
@@ -86,8 +86,8 @@ def judge_fused(seen: Observation, required: Json) -> Finding:
         reason += f"; {_remedy(others)}"
     decided = fused if required is False else total - fused - unseen
     if unseen and not decided:
-        return Finding(observed=observed, status="unknown", reason=reason)
-    return Finding(observed=observed, reason=reason, satisfies=(fused == total) if required is True else not fused)
+        return PathObservation(observed=observed, status="unknown", reason=reason)
+    return PathObservation(observed=observed, reason=reason, satisfies=(fused == total) if required is True else not fused)
 
 
 def _remedy(groups: Sequence[GroupSeen]) -> str:
@@ -122,7 +122,7 @@ def _who_stepped(seen: Observation) -> str:
     return f"{names} stepped and holds no parameter of the model, but those of another, or a copy of master weights"
 
 
-def _no_optimizer(seen: Observation) -> Finding:
+def _no_optimizer(seen: Observation) -> PathObservation:
     """Nothing stepped that could be judged; what may have updated the model all the same makes it unknown."""
     reason = _who_stepped(seen)
     if seen.changed:
@@ -130,11 +130,11 @@ def _no_optimizer(seen: Observation) -> Finding:
             f"; {format_count(len(seen.changed), 'parameter')} changed all the same: by an optimizer of another kind?"
         )
     elif not seen.other_optimizers:
-        return Finding(observed=None, present=False, reason=reason)
-    return Finding(observed=None, status="unknown", present=False, reason=reason)
+        return PathObservation(observed=None, present=False, reason=reason)
+    return PathObservation(observed=None, status="unknown", present=False, reason=reason)
 
 
-def judge_paged_share(seen: Observation, required: Json) -> Finding:
+def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.paged_share``, a minimum, by bytes of state."""
     if not seen.optimizers:
         return _no_optimizer(seen)
@@ -147,7 +147,7 @@ def judge_paged_share(seen: Observation, required: Json) -> Finding:
     elif paged < total and any(optimizer.claims_paged for optimizer in seen.optimizers):
         reason += "; state of tensors below 100000 elements is never paged"
     minimum = float(required) if isinstance(required, int | float) else 0.0
-    return Finding(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=paged > 0)
+    return PathObservation(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=paged > 0)
 
 
 def _paging_refused(optimizer: OptimizerSeen) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kernels_check.check import Finding, Json, count_values, join_values
+from kernels_check.check import PathObservation, Json, count_values, join_values
 from kernels_check.judges.attention import FUSED_ATTENTION, judge_kernels, likely_cause
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kernels_check.observation.events import StepProfile
 
 
-def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> Finding:
+def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> PathObservation:
     """Judge the attention of one request by its operators, or by its kernels where it called none.
 
     Args:
@@ -37,4 +37,4 @@ def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> Fin
     reason += f"; {masked} with an explicit mask" if masked else ""
     if required is not None and astray:
         reason += f"; likely cause: {likely_cause(model, astray)}"
-    return Finding(observed=join_values(call.backend for call in forward), reason=reason, satisfies=not astray)
+    return PathObservation(observed=join_values(call.backend for call in forward), reason=reason, satisfies=not astray)

@@ -9,31 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, count_values, name_some
+from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, count_values, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
-    from kernels_check.observation.trained_parts import Fate, PartSeen
+    from kernels_check.observation.trained_parts import Fate, ParameterStatus
 
 _ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
 _MOVED = frozenset({"updated", "moved without a gradient", "undone after an update"})
 """What becomes of a parameter that does not stay as it was."""
 
 
-def judge_embeddings(seen: Observation, required: Json) -> Finding:
+def judge_embeddings(seen: Observation, required: Json) -> PathObservation:
     """Judge ``embedding.trained``: the input and the output embedding, tied ones once."""
     return _judge(seen, seen.embeddings(), "embeddings", required)
 
 
-def judge_norms(seen: Observation, required: Json) -> Finding:
+def judge_norms(seen: Observation, required: Json) -> PathObservation:
     """Judge ``norms.trained``: every norm with parameters."""
     return _judge(seen, seen.norms(), "norms", required)
 
 
-def _judge(seen: Observation, parts: Sequence[PartSeen], what: str, required: Json) -> Finding:
+def _judge(seen: Observation, parts: Sequence[ParameterStatus], what: str, required: Json) -> PathObservation:
     """True where all are updated, False where none is, else how many of how many."""
     if not parts:
-        return Finding(observed=None, present=False, reason=f"the model has no {what} with parameters that are known")
+        return PathObservation(observed=None, present=False, reason=f"the model has no {what} with parameters that are known")
     fates = {name: fate for part in parts for name, fate in part.fates.items()}
     updated = [part.name for part in parts if part.updated]
     partly = any(fate == "updated" for fate in fates.values())
@@ -46,11 +46,11 @@ def _judge(seen: Observation, parts: Sequence[PartSeen], what: str, required: Js
         reason += f"; {_ROUNDED}"
     why = _doubt(set(fates.values()), seen)
     if why is not None:
-        return Finding(observed=None, status="unknown", present=partly, reason=f"{reason}; {why}")
+        return PathObservation(observed=None, status="unknown", present=partly, reason=f"{reason}; {why}")
     whole = len(updated) == len(parts)
     observed: Json = whole or (f"{len(updated)} of {len(parts)}" if partly else False)
     kept = _MOVED.isdisjoint(fates.values())
-    return Finding(observed=observed, reason=reason, present=partly, satisfies=whole if required else kept)
+    return PathObservation(observed=observed, reason=reason, present=partly, satisfies=whole if required else kept)
 
 
 def _doubt(fates: Set[Fate], seen: Observation) -> str | None:

@@ -85,7 +85,7 @@ def attention_layers(
         ran.setdefault(calls.all[call.call or 0].name, []).append(call)
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
-        unknown=_Search(model, calls, ours, mixing, asked, blocks).unknown(),
+        unknown=_AttentionSearch(model, calls, ours, mixing, asked, blocks).unknown(),
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         aside=tuple(
@@ -145,7 +145,7 @@ def _kinds(config: Any) -> list[str]:
 
 
 @dataclass(slots=True)
-class _Search:
+class _AttentionSearch:
     """For calls in which attention should have run and no known implementation did."""
 
     model: nn.Module

@@ -34,7 +34,7 @@ _STATE = ("absmax", "code", "offset", "shape", "dtype", "blocksize", "quant_type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class BaseTensor:
     """One tensor without structure, or one fact, that belongs to the base."""
 
     name: str
@@ -48,7 +48,7 @@ class Part:
     """The last where its tensor cannot be taken apart."""
 
 
-def base_state(model: Model) -> Iterator[Part]:
+def base_state(model: Model) -> Iterator[BaseTensor]:
     """Every part of the base; a tensor that several layers share comes once for each."""
     tree = ModelTree.of(model)
     adapter, modules = adapters_of(tree), tree.modules
@@ -122,7 +122,7 @@ def is_packed(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def _tensor(name: str, kind: Kind, layer: nn.Module, tensor: Tensor) -> Iterator[Part]:
+def _tensor(name: str, kind: Kind, layer: nn.Module, tensor: Tensor) -> Iterator[BaseTensor]:
     if is_lazy(tensor):
         yield _part(name, kind, layer, ValueError("it has no shape yet"))
         return
@@ -133,11 +133,11 @@ def _tensor(name: str, kind: Kind, layer: nn.Module, tensor: Tensor) -> Iterator
         yield _part(name, kind, layer, error)
         return
     for part, plain in parts:
-        yield Part(name=part, owner=name, wrapper=wrapper, kind=kind, layer=layer, value=plain)
+        yield BaseTensor(name=part, owner=name, wrapper=wrapper, kind=kind, layer=layer, value=plain)
 
 
-def _part(name: str, kind: Kind, layer: nn.Module, value: str | Exception) -> Part:
-    return Part(name=name, owner=name, wrapper=None, kind=kind, layer=layer, value=value)
+def _part(name: str, kind: Kind, layer: nn.Module, value: str | Exception) -> BaseTensor:
+    return BaseTensor(name=name, owner=name, wrapper=None, kind=kind, layer=layer, value=value)
 
 
 def beside(layer: Any) -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from kernels_check.observation.failed_calls import BrokenCalls, Output, outputs_of
 from kernels_check.observation.module_tree import named_modules
-from kernels_check.observation.monkeypatch import replaced
+from kernels_check.observation.monkeypatch import patched
 from kernels_check.observation.safe_hooks import ModuleHook, Shielding, unshielded
 
 MARK = "lorameter.call#"
@@ -142,7 +142,7 @@ class Calls:
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenCall:
     """A call that is under way."""
 
     number: int
@@ -221,7 +221,7 @@ class CallRecorder:
         if module._compiled_call_impl is not None:
             # It would be compiled again with a hook, so what is compiled is called from here.
             self.unhooked.update(names)
-            hooks.enter_context(replaced(module, "_compiled_call_impl", partial(self._around, module, names)))
+            hooks.enter_context(patched(module, "_compiled_call_impl", partial(self._around, module, names)))
             return
 
         try:
@@ -281,7 +281,7 @@ class CallRecorder:
         if self.marked:
             mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")
             mark.__enter__()
-        stack.append(_Open(number, module, mark, sys.exc_info()[1]))
+        stack.append(_OpenCall(number, module, mark, sys.exc_info()[1]))
 
     def _leave(self, module: nn.Module, output: Any) -> None:
         """Close the call, and those inside it whose end no hook was told of."""
@@ -298,7 +298,7 @@ class CallRecorder:
             if closed.module is module:
                 return
 
-    def _note_output(self, closed: _Open, output: Any) -> None:
+    def _note_output(self, closed: _OpenCall, output: Any) -> None:
         """Note what a call gave back, if only an exception."""
         returned = tuple(outputs_of(closed.number, output)) if torch.is_grad_enabled() else ()
         closed.outputs += returned
@@ -308,14 +308,14 @@ class CallRecorder:
         if raised and not self.log[closed.number].in_backward:
             self.broken.add(closed.number, closed.outputs)
 
-    def _stack(self) -> list[_Open]:
-        found: list[_Open] | None = getattr(self._local, "stack", None)
+    def _stack(self) -> list[_OpenCall]:
+        found: list[_OpenCall] | None = getattr(self._local, "stack", None)
         if found is None:
             found = self._local.stack = []
         return found
 
 
-def _end_mark(closed: _Open) -> None:
+def _end_mark(closed: _OpenCall) -> None:
     if closed.mark is not None:
         closed.mark.__exit__(None, None, None)
 

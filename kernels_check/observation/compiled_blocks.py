@@ -54,13 +54,13 @@ def compiled_blocks(
         eager: calls in which products or attention ran outside of any region.
         gradients: names of the parameters that a gradient reached.
     """
-    return _Search(
+    return _CompiledSearch(
         model, calls, [one for one in regions if one is None or one in calls.relevant], eager, gradients
     ).sort()
 
 
 @dataclass(slots=True)
-class _Search:
+class _CompiledSearch:
     model: nn.Module
     calls: Calls
     regions: list[int | None]

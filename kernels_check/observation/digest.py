@@ -32,7 +32,7 @@ class Hashed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class DigestDifference:
     """What of a base differs between two digests, by name."""
 
     changed: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Digest:
         """Whether a part is one of a buffer."""
         return name in self.parts and self.parts[name].kind == "buffer"
 
-    def since(self, before: Digest) -> Change:
+    def since(self, before: Digest) -> DigestDifference:
         """What has changed since an earlier digest of the same model."""
         resharded = before.sharded ^ self.sharded
         found: dict[str, list[str]] = {}
@@ -83,7 +83,7 @@ class Digest:
             else:
                 kind = _difference(old, new)
             found.setdefault(kind, []).append(name)
-        return Change(**{kind: tuple(names) for kind, names in found.items()})
+        return DigestDifference(**{kind: tuple(names) for kind, names in found.items()})
 
 
 def digest(model: Model, before: Digest | None = None) -> Digest:

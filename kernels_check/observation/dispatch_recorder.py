@@ -40,7 +40,7 @@ from kernels_check.observation.operators import (
     Operator,
     ancestors,
 )
-from kernels_check.observation.monkeypatch import replaced
+from kernels_check.observation.monkeypatch import patched
 from kernels_check.observation.updates import Write, write, writes
 from kernels_check.rules import attention_backend
 
@@ -67,7 +67,7 @@ class _Role(Enum):
 _OTHER = _Role.OTHER
 
 
-class Spy(TorchDispatchMode):
+class DispatchRecorder(TorchDispatchMode):
     """Keeps the operators that tell something; use ``spied``."""
 
     supports_higher_order_operators = True
@@ -207,13 +207,13 @@ class Spy(TorchDispatchMode):
 
 
 @contextmanager
-def spied(calls: CallRecorder) -> Iterator[Spy]:
+def spied(calls: CallRecorder) -> Iterator[DispatchRecorder]:
     """Watch the operators of the block, each with the call of a module that ``calls`` is at.
 
     No compilation is started inside: a compiler that meets a dispatch mode would give up on that code for good. Code
     that is compiled already may run, or run eagerly; either way its entry is counted.
     """
-    spy = Spy(calls)
+    spy = DispatchRecorder(calls)
     with ExitStack() as stack:
         stack.enter_context(entries_counted(spy))
         stack.enter_context(compiler_held())
@@ -222,7 +222,7 @@ def spied(calls: CallRecorder) -> Iterator[Spy]:
             register_optimizer_step_post_hook(spy.after_update),
         ):
             stack.push(handle)
-        stack.enter_context(replaced(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
+        stack.enter_context(patched(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
         stack.enter_context(spy)
         yield spy
 
@@ -230,7 +230,7 @@ def spied(calls: CallRecorder) -> Iterator[Spy]:
 @contextmanager
 def unseen() -> Iterator[None]:
     """Let a spy see nothing of the block, which is the check's own work: what it sees takes several times as long."""
-    if isinstance(_get_current_dispatch_mode(), Spy):
+    if isinstance(_get_current_dispatch_mode(), DispatchRecorder):
         with _pop_mode_temporarily():
             yield
     else:
@@ -238,7 +238,7 @@ def unseen() -> Iterator[None]:
 
 
 @contextmanager
-def entries_counted(spy: Spy, before: Callable[[], object] = lambda: None) -> Iterator[None]:
+def entries_counted(spy: DispatchRecorder, before: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Count entries into code of torch.compile.
 
     Args:
@@ -255,7 +255,7 @@ def entries_counted(spy: Spy, before: Callable[[], object] = lambda: None) -> It
         return counted
 
     frames = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
-    with replaced(frames, _BEFORE_ENTRY, entered):
+    with patched(frames, _BEFORE_ENTRY, entered):
         yield
 
 

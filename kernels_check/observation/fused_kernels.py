@@ -36,7 +36,7 @@ _LABELS = ("labels", "shift_labels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class FusedKernelSite:
     """One place of a model where a fused kernel of some kind may stand."""
 
     kind: Kind
@@ -50,7 +50,7 @@ class Place:
     """Whether a call of it would not have been seen."""
 
 
-def swapped_places(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall]) -> list[Place]:
+def swapped_places(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall]) -> list[FusedKernelSite]:
     """Every place of every kind, in the order of the modules.
 
     Args:
@@ -61,7 +61,7 @@ def swapped_places(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall]) -
     unseen = tuple(f"{name}." if name else "" for name in calls.unhooked)
     returned = _trains_on_what_it_returns(inputs)
     return [
-        Place(
+        FusedKernelSite(
             kind=kind,
             name=name,
             library=library,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Collect nothing in the block; afterwards the collector is on if it was on before."""
     was_on = gc.isenabled()
     gc.disable()

@@ -20,7 +20,7 @@ from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.compilations import compiler_held
 from kernels_check.observation.events import CompilerSeen, StepProfile
 from kernels_check.observation.recording import entries, is_recording, profiled
-from kernels_check.observation.dispatch_recorder import Spy, is_on_cuda, spied
+from kernels_check.observation.dispatch_recorder import DispatchRecorder, is_on_cuda, spied
 
 _IN_MODEL: tuple[Evidence, ...] = ("attention", "products", "product_paths")
 _ELSEWHERE = "ran in a thread of its own, whose operators the spy does not see: take a profile"
@@ -28,7 +28,7 @@ AROUND = "a profiler of the program runs around this check, which another would 
 INSIDE = "the step runs a profiler of its own, which ends any other"
 
 
-class Watcher(Protocol):
+class CallWatcher(Protocol):
     """What is told of the step beside its operators."""
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Hooked(Protocol):
         """Args: marked: whether the profiler's records name them, too."""
 
 
-def watch_by_profile(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> StepProfile:
+def watch_by_profile(call: Callable[[], None], hooked: Hooked, watcher: CallWatcher) -> StepProfile:
     """Call once under the profiler, or by the spy where a profiler of the program is in the way."""
     if is_recording():
         return _in_place_of_a_profile(call, hooked, watcher, AROUND)
@@ -90,7 +90,7 @@ def lacks_kernels(profile: StepProfile | None, model: nn.Module) -> bool:
     return profile is not None and is_on_cuda(model) and not (profile.kernels or profile.unclassified)
 
 
-def watch_by_spy(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> StepProfile:
+def watch_by_spy(call: Callable[[], None], hooked: Hooked, watcher: CallWatcher) -> StepProfile:
     """Call once or twice with a dispatch mode, see ``observe``."""
     spy = _spied(call, hooked)
     if spy.compiled_calls:
@@ -103,7 +103,7 @@ def watch_by_spy(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> 
     return told(spy, watcher)
 
 
-def _compiler_seen(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> tuple[CompilerSeen, str | None]:
+def _compiler_seen(call: Callable[[], None], hooked: Hooked, watcher: CallWatcher) -> tuple[CompilerSeen, str | None]:
     """Bare calls of what is compiled, and why they do not show which code they enter."""
     if is_recording():
         with compiler_held(), hooked():
@@ -129,7 +129,7 @@ def _counted(held: CompilerSeen, bare: CompilerSeen) -> CompilerSeen:
     return replace(held, regions=bare.regions, lookups=bare.lookups)
 
 
-def _in_place_of_a_profile(call: Callable[[], None], hooked: Hooked, watcher: Watcher, reason: str) -> StepProfile:
+def _in_place_of_a_profile(call: Callable[[], None], hooked: Hooked, watcher: CallWatcher, reason: str) -> StepProfile:
     spy = _spied(call, hooked)
     compiler: dict[Evidence, str] = {}
     if spy.compiled_calls:
@@ -139,7 +139,7 @@ def _in_place_of_a_profile(call: Callable[[], None], hooked: Hooked, watcher: Wa
     return stand_in(told(spy, watcher), reason, compiler)
 
 
-def _spied(call: Callable[[], None], hooked: Hooked) -> Spy:
+def _spied(call: Callable[[], None], hooked: Hooked) -> DispatchRecorder:
     with hooked() as recorder, spied(recorder) as spy:
         call()
     return spy
@@ -157,7 +157,7 @@ def stand_in(spied: StepProfile, reason: str, untold: Mapping[Evidence, str]) ->
     return replace(spied, blind={}, untold={**hidden, **spied.untold, **untold})
 
 
-def told(spy: Spy, watcher: Watcher) -> StepProfile:
+def told(spy: DispatchRecorder, watcher: CallWatcher) -> StepProfile:
     """What the spy saw, without that of other threads."""
     untold: dict[Evidence, str] = {}
     if watcher.calls.in_other_threads():

@@ -19,27 +19,27 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from kernels_check.observation.calls import CallRecorder
-from kernels_check.observation.monkeypatch import replaced
+from kernels_check.observation.monkeypatch import patched
 from kernels_check.observation.safe_hooks import Shielding
-from kernels_check.observation.dispatch_recorder import Spy, entries_counted
+from kernels_check.observation.dispatch_recorder import DispatchRecorder, entries_counted
 
 
 @contextmanager
-def spied_beside(calls: CallRecorder, shield: Shielding) -> Iterator[Spy]:
+def spied_beside(calls: CallRecorder, shield: Shielding) -> Iterator[DispatchRecorder]:
     """Watch the operators of the block as ``spied`` does, as long as no compiled code is entered."""
-    spy = Spy(calls)
+    spy = DispatchRecorder(calls)
     with ExitStack() as stack:
         there = stack.enter_context(ExitStack())
         stack.enter_context(entries_counted(spy, there.close))
         there.push(register_optimizer_step_pre_hook(shield(spy.before_update)))
         there.push(register_optimizer_step_post_hook(shield(spy.after_update)))
-        there.enter_context(replaced(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
+        there.enter_context(patched(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
         there.callback(_leave, spy)
         TorchDispatchMode.__enter__(spy)
         yield spy
 
 
-class _LeftSpy(Spy):
+class _LeftSpy(DispatchRecorder):
     """A spy on the stack of the thread that opened it, closed by another, which cannot reach that: it sees nothing.
 
     Torch puts a mode back when its dispatch returns, so that it cannot take itself off in one. So at the next operator
@@ -59,7 +59,7 @@ class _LeftSpy(Spy):
             _leave(self)
 
 
-def _leave(mode: Spy) -> None:
+def _leave(mode: DispatchRecorder) -> None:
     """Take a mode off this thread's stack, and leave those above it there."""
     stack = _get_current_dispatch_mode_stack()
     place = next((index for index, one in enumerate(stack) if one is mode), None)

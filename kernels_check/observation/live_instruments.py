@@ -18,11 +18,11 @@ from torch import nn
 from kernels_check.check import Evidence, Instrument
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.events import StepProfile, reduce_operators
-from kernels_check.observation.instruments import AROUND, INSIDE, Watcher, stand_in, told
+from kernels_check.observation.instruments import AROUND, INSIDE, CallWatcher, stand_in, told
 from kernels_check.observation.module_tree import Model, every_module
-from kernels_check.observation.recording import Recording, is_recording
+from kernels_check.observation.recording import ProfilerRecording, is_recording
 from kernels_check.observation.safe_hooks import Shielding
-from kernels_check.observation.dispatch_recorder import Spy, blind_to, is_on_cuda
+from kernels_check.observation.dispatch_recorder import DispatchRecorder, blind_to, is_on_cuda
 from kernels_check.observation.live_dispatch_recorder import spied_beside
 
 TOLD_BY_A_PROFILE = "the spy does not see which compiled code is entered: take a profile"
@@ -42,7 +42,7 @@ class Beside(Protocol):
     def opened(self, calls: CallRecorder, shield: Shielding) -> AbstractContextManager[object]:
         """Look on until the end of the block."""
 
-    def told(self, watcher: Watcher) -> StepProfile:
+    def told(self, watcher: CallWatcher) -> StepProfile:
         """What it has to tell afterwards."""
 
     @property
@@ -64,12 +64,12 @@ class _ByProfile:
     left = None
 
     def __init__(self) -> None:
-        self._recording = Recording()
+        self._recording = ProfilerRecording()
 
     def opened(self, calls: CallRecorder, shield: Shielding) -> AbstractContextManager[object]:
         return self._recording.opened()
 
-    def told(self, watcher: Watcher) -> StepProfile:
+    def told(self, watcher: CallWatcher) -> StepProfile:
         if self._recording.lasted:
             return self._recording.operators()
         evidence: tuple[Evidence, ...] = get_args(Evidence)
@@ -81,7 +81,7 @@ class _BySpy:
 
     def __init__(self, *, in_place_of: str | None = None) -> None:
         self._in_place_of = in_place_of
-        self._spy: Spy | None = None
+        self._spy: DispatchRecorder | None = None
 
     @property
     def left(self) -> str | None:
@@ -92,7 +92,7 @@ class _BySpy:
         with spied_beside(calls, shield) as self._spy:
             yield
 
-    def told(self, watcher: Watcher) -> StepProfile:
+    def told(self, watcher: CallWatcher) -> StepProfile:
         if self._spy is None:
             raise RuntimeError("the spy was not opened")
         seen = told(self._spy, watcher)
@@ -107,12 +107,12 @@ class _ByNames:
     left = None
 
     def __init__(self) -> None:
-        self._recording = Recording(names_alone=True)
+        self._recording = ProfilerRecording(names_alone=True)
 
     def opened(self, calls: CallRecorder, shield: Shielding) -> AbstractContextManager[object]:
         return self._recording.opened()
 
-    def told(self, watcher: Watcher) -> StepProfile:
+    def told(self, watcher: CallWatcher) -> StepProfile:
         nothing = reduce_operators([])
         seen = replace(nothing, blind=blind_to(nothing, on_cuda=is_on_cuda(watcher.model), compiled=True))
         if not self._recording.lasted:

@@ -22,22 +22,22 @@ from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.compilations import compiler_held
 from kernels_check.observation.digest import Digest, digest
 from kernels_check.observation.fingerprint import Fingerprinter
-from kernels_check.observation.gc_pause import uncollected
+from kernels_check.observation.gc_pause import gc_paused
 from kernels_check.observation.live_instruments import Beside, choose
 from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.observe import MOST_CALLS
 from kernels_check.observation.random_state import RandomState
-from kernels_check.observation.restore import as_found
-from kernels_check.observation.safe_hooks import Shield
+from kernels_check.observation.restore import restored
+from kernels_check.observation.safe_hooks import HookGuard
 from kernels_check.observation.snapshot import RestoreError
 from kernels_check.observation.tensor_copy import plain_parts
-from kernels_check.observation.step_observer import StepWatcher
+from kernels_check.observation.step_observer import StepObserver
 
 COMPILED_MEANWHILE = "code was compiled in this step, and a hook beside it would stay in that code: watch a later step"
 
 
-class NaturalSteps:
+class LiveStepObserver:
     """Looks on at the steps of one model, each between ``begin`` and ``end``.
 
     Args:
@@ -47,8 +47,8 @@ class NaturalSteps:
 
     def __init__(self, model: nn.Module, instrument: Instrument) -> None:
         self._model, self._instrument = model, instrument
-        self._watcher: StepWatcher | None = None
-        self._shield = Shield()
+        self._watcher: StepObserver | None = None
+        self._shield = HookGuard()
         self._before: Digest | None = None
         self._values: Mapping[str, str] = {}
         self._random: RandomState | None = None
@@ -84,7 +84,7 @@ class NaturalSteps:
             Exception: something of the model cannot be hooked or read; nothing is left in place then.
         """
         with ExitStack() as stack:
-            with uncollected():
+            with gc_paused():
                 tree = ModelTree.of(self._model)
                 watcher = self._go_on(tree)
             self.compiled = False
@@ -108,7 +108,7 @@ class NaturalSteps:
                 the step has begun raises nothing, and the next step is the first then.
         """
         with ExitStack() as hooks:
-            with uncollected():
+            with gc_paused():
                 tree = ModelTree.of(self._model)
                 watcher = self._go_on(tree)
             hooks.enter_context(watcher.told_of_updates(tree))
@@ -137,7 +137,7 @@ class NaturalSteps:
         reached = watcher.gradients.reached()
         watcher.end_call()
         watcher.keep()
-        with uncollected():
+        with gc_paused():
             left = ModelTree.of(self._model)
             values = _values(left)
             return watcher.observation(
@@ -169,13 +169,13 @@ class NaturalSteps:
         if self._watcher is not None:
             self._watcher.inputs.calls.clear()
 
-    def _go_on(self, tree: ModelTree) -> StepWatcher:
+    def _go_on(self, tree: ModelTree) -> StepObserver:
         """Who has watched the steps so far, or somebody new where this one does not follow them."""
         if self._watcher is None or self.fault is not None or not self._watcher.updates.goes_on(tree):
-            self._shield = Shield()
+            self._shield = HookGuard()
             self._before = digest(tree)
             self._values = _values(tree)
-            self._watcher = StepWatcher(self._model, shield=self._shield)
+            self._watcher = StepObserver(self._model, shield=self._shield)
             self._watcher.updates.begin(tree)
         return self._watcher
 
@@ -204,7 +204,7 @@ class NaturalSteps:
         What is compiled runs eagerly in them: other shapes would have it compiled anew.
         """
         try:
-            with as_found(self._model), compiler_held("force_eager"):
+            with restored(self._model), compiler_held("force_eager"):
                 yield
         except RestoreError as error:
             self.unrestored = error

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class _Replacement:
+class _PatchedFunction:
     """Stands where a function stood, and calls what was made of it."""
 
     def __init__(self, original: Callable[..., Any], make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -34,9 +34,9 @@ class _Replacement:
 
 
 @contextmanager
-def replaced(holder: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def patched(holder: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Put what ``make`` makes of an attribute in its place, for the length of the block."""
-    ours = _Replacement(getattr(holder, name), make)
+    ours = _PatchedFunction(getattr(holder, name), make)
     setattr(holder, name, ours)
     try:
         yield
@@ -44,11 +44,11 @@ def replaced(holder: Any, name: str, make: Callable[[Callable[..., Any]], Callab
         _take_out(holder, name, ours)
 
 
-def _take_out(holder: Any, name: str, ours: _Replacement) -> None:
+def _take_out(holder: Any, name: str, ours: _PatchedFunction) -> None:
     outer = getattr(holder, name)
     if outer is ours:
         setattr(holder, name, ours.original)
-    while isinstance(outer, _Replacement):
+    while isinstance(outer, _PatchedFunction):
         if outer.original is ours:
             outer.link(ours.original)
         outer = outer.original

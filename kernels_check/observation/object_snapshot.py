@@ -93,7 +93,7 @@ class _Columns:
         return zip(*self._columns, strict=True)
 
 
-class Picture:
+class ObjectSnapshot:
     """The slots of what was added, as they were then."""
 
     def __init__(self) -> None:

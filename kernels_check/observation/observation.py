@@ -26,14 +26,14 @@ from kernels_check.observation.adapter_targets import layers_left_to_experts, un
 from kernels_check.observation.adapter_updates import ParameterUpdates
 from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
 from kernels_check.observation.calls import Calls
-from kernels_check.observation.weight_bits import Census, take_census
+from kernels_check.observation.weight_bits import WeightBits, take_census
 from kernels_check.observation.compilations import Compilations
 from kernels_check.observation.compiled_blocks import CompiledBlocks, compiled_blocks
 from kernels_check.observation.digest import Digest
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.inputs import ModelCall
-from kernels_check.observation.packing_isolation import IsolationSeen
+from kernels_check.observation.packing_isolation import IsolationResult
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
 from kernels_check.observation.loss_tokens import LossSeen, loss_of_step
 from kernels_check.observation.token_mixing import mixing_modules
@@ -43,8 +43,8 @@ from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observation.storage import Storage, read_wrapped, storage_in
-from kernels_check.observation.fused_kernels import Place, swapped_places
-from kernels_check.observation.trained_parts import PartSeen
+from kernels_check.observation.fused_kernels import FusedKernelSite, swapped_places
+from kernels_check.observation.trained_parts import ParameterStatus
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
 _T = TypeVar("_T")
@@ -215,7 +215,7 @@ class Observation:
         return {layer.name: read_wrapped(layer.module, read) for layer in wrapped}
 
     @_once
-    def census(self) -> Census:
+    def census(self) -> WeightBits:
         """How many bytes of the whole base are kept in how many bits."""
         return take_census(self.tree())
 
@@ -225,7 +225,7 @@ class Observation:
         return biases_of_adapters(self.tree())
 
     @_once
-    def swapped(self) -> list[Place]:
+    def swapped(self) -> list[FusedKernelSite]:
         """Where fused kernels of other libraries may stand, and what is bound there."""
         return swapped_places(self.tree(), self.modules, self.model_calls)
 
@@ -235,22 +235,22 @@ class Observation:
         return loss_of_step(self.model_calls)
 
     @_once
-    def embeddings(self) -> list[PartSeen]:
+    def embeddings(self) -> list[ParameterStatus]:
         """The input and output embedding, with what became of their parameters."""
         return self._fates(trained_parts.embeddings(self.tree()))
 
     @_once
-    def norms(self) -> list[PartSeen]:
+    def norms(self) -> list[ParameterStatus]:
         """Every norm with parameters, with what became of them."""
         return self._fates(trained_parts.norms(self.tree()))
 
-    def _fates(self, places: Mapping[str, trained_parts.Place]) -> list[PartSeen]:
+    def _fates(self, places: Mapping[str, trained_parts.TrainedModule]) -> list[ParameterStatus]:
         shown = trained_parts.TrainingSeen(
             changed=self.changed, gradients=self.gradients, updates=self.updates, optimizers=self.optimizers
         )
         return trained_parts.fates_of(places, self.tree(), shown)
 
-    def isolation(self) -> IsolationSeen:
+    def isolation(self) -> IsolationResult:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
         with self.undone():
             return isolation_of_step(self.model, self.model_calls, self.batch)

@@ -32,12 +32,12 @@ from torch import nn
 from kernels_check.check import Instrument
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.digest import digest
-from kernels_check.observation.gc_pause import uncollected
+from kernels_check.observation.gc_pause import gc_paused
 from kernels_check.observation.instruments import watch_by_profile, watch_by_spy
 from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.snapshot import Snapshot
-from kernels_check.observation.step_observer import StepWatcher
+from kernels_check.observation.step_observer import StepObserver
 
 MOST_CALLS = 8
 """Of which a run whose optimizer steps in each call takes two."""
@@ -47,10 +47,10 @@ def observe(
     model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
 ) -> Observation:
     """Call ``step`` a few times; the caller restores ``snapshot`` afterwards."""
-    with uncollected():
+    with gc_paused():
         found = ModelTree.of(model)  # what a step makes of it is read anew
         before = digest(found)
-    watcher = StepWatcher(model, snapshot.watch)
+    watcher = StepObserver(model, snapshot.watch)
 
     def call() -> None:
         watcher.begin_call()
@@ -60,7 +60,7 @@ def observe(
     def hooked(*, marked: bool = False) -> AbstractContextManager[CallRecorder]:
         return watcher.hooked(marked=marked, tree=None if watcher.begun else found)
 
-    with uncollected():
+    with gc_paused():
         watcher.updates.begin(found)
     with watcher.told_of_updates(found):
         if instrument == "spy":
@@ -71,7 +71,7 @@ def observe(
         reached = watcher.gradients.reached()
         while watcher.begun < MOST_CALLS and watcher.updates.pending():
             call()
-    with uncollected():
+    with gc_paused():
         left = ModelTree.of(model)
         after = digest(left, before)
     return watcher.observation(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels_check.check import name_some
 from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
-from kernels_check.observation.packing_isolation import IsolationSeen, perturb_records
+from kernels_check.observation.packing_isolation import IsolationResult, perturb_records
 from kernels_check.observation.records import CUMULATED, PASSED_ON, LayoutError, Records, find_records
 
 _NO_DIFFERENCE = ("labels", "num_items_in_batch", "logits_to_keep", "return_dict", "input_ids", "inputs_embeds")
@@ -24,7 +24,7 @@ _NO_DIFFERENCE = ("labels", "num_items_in_batch", "logits_to_keep", "return_dict
 _OWN = "the step's own call"
 
 
-def isolation_of_batch(model: nn.Module, batch: Mapping[str, Any], as_called: ModelCall | None = None) -> IsolationSeen:
+def isolation_of_batch(model: nn.Module, batch: Mapping[str, Any], as_called: ModelCall | None = None) -> IsolationResult:
     """Perturb a batch of its own, in training and in evaluation.
 
     Args:
@@ -37,7 +37,7 @@ def isolation_of_batch(model: nn.Module, batch: Mapping[str, Any], as_called: Mo
 
 def isolation_of_step(
     model: nn.Module, calls: Sequence[ModelCall], batch: Mapping[str, Any] | None = None
-) -> IsolationSeen:
+) -> IsolationResult:
     """Perturb the packed calls of a step, one of each way of calling, and the batch."""
     trained = [one for call in training_calls(calls) for one in call.told(_packs) or call.told(names_tokens) or [call]]
     packed, problem = _packed_calls(trained, batch)
@@ -46,7 +46,7 @@ def isolation_of_step(
         both = _as_calls(model, batch, trained[0] if trained else None)
         found.append(perturb_records(model, both[1:] if packed else both))
     elif not trained:
-        return IsolationSeen(
+        return IsolationResult(
             unclear="no call of the model itself was seen: pass batch=, its packed inputs", packed=False
         )
     if not packed and trained:
@@ -60,7 +60,7 @@ def isolation_of_step(
     return joined
 
 
-def _perturbed(model: nn.Module, call: ModelCall, records: Records) -> IsolationSeen:
+def _perturbed(model: nn.Module, call: ModelCall, records: Records) -> IsolationResult:
     """Perturb a call, or those inside it where it returns nothing to compare, as a model that returns its loss."""
     seen = perturb_records(model, [call], records)
     if seen.unclear is None or seen.leaks:
@@ -137,15 +137,15 @@ def _way(call: ModelCall, place: int) -> Any:
     return id(call.module), call.training, call.gradients, call.autocast, tuple(arguments)
 
 
-def _unpacked(calls: Sequence[ModelCall], batch: Mapping[str, Any] | None, problem: str | None) -> IsolationSeen:
+def _unpacked(calls: Sequence[ModelCall], batch: Mapping[str, Any] | None, problem: str | None) -> IsolationResult:
     """The step's calls tell no records: it does not pack, or does not tell the model, or just happened not to."""
     reason = problem or f"no call of the step tells of two records in a row, which takes {PASSED_ON}"
     if batch is None:
-        return IsolationSeen(unclear=reason, packed=False)
+        return IsolationResult(unclear=reason, packed=False)
     differences = list(dict.fromkeys(one for call in calls for one in _differences(call.arguments, batch)))
     if problem is None and not differences:
-        return IsolationSeen(notes=("the step's own rows held a record each",))
-    return IsolationSeen(
+        return IsolationResult(notes=("the step's own rows held a record each",))
+    return IsolationResult(
         unclear=f"the step calls the model otherwise than batch: {name_some([*differences, reason], '; ')}"
     )
 
@@ -166,13 +166,13 @@ def _spelled(value: Any) -> str:
     )
 
 
-def _named(seen: IsolationSeen) -> IsolationSeen:
+def _named(seen: IsolationResult) -> IsolationResult:
     unclear = None if seen.unclear is None else f"{_OWN}, {seen.unclear}"
     return replace(seen, leaks=tuple(f"{_OWN}, {leak}" for leak in seen.leaks), unclear=unclear)
 
 
-def _joined(found: Sequence[IsolationSeen]) -> IsolationSeen:
-    return IsolationSeen(
+def _joined(found: Sequence[IsolationResult]) -> IsolationResult:
+    return IsolationResult(
         records=next((seen.records for seen in found if seen.records), 0),
         leaks=tuple(leak for seen in found for leak in seen.leaks),
         unclear="; ".join(seen.unclear for seen in found if seen.unclear is not None) or None,

@@ -29,7 +29,7 @@ from kernels_check.observation.forwards import ForwardError, Forwards, by_row, i
 from kernels_check.observation.inputs import ModelCall, find_tokens
 from kernels_check.observation.token_perturbation import largest_difference, other_tokens, three_of
 from kernels_check.observation.records import PADDING, PASSED_ON, LayoutError, Records, find_records
-from kernels_check.observation.restore import as_found
+from kernels_check.observation.restore import restored
 
 _BEYOND_NOISE = 10.0
 """How many times what rows do to each other a leak must be to be called one."""
@@ -40,7 +40,7 @@ _SETTLING = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IsolationSeen:
+class IsolationResult:
     """What perturbing the records of one batch showed."""
 
     records: int = 0
@@ -56,7 +56,7 @@ class IsolationSeen:
     """What was not probed, and what else there is to know."""
 
 
-def perturb_records(model: nn.Module, calls: Sequence[ModelCall], records: Records | None = None) -> IsolationSeen:
+def perturb_records(model: nn.Module, calls: Sequence[ModelCall], records: Records | None = None) -> IsolationResult:
     """Make calls as they were and perturbed; everything is left as found.
 
     Args:
@@ -68,19 +68,19 @@ def perturb_records(model: nn.Module, calls: Sequence[ModelCall], records: Recor
     unfit = _unfit(model)
     tokens = find_tokens(call.arguments)
     if unfit is not None or tokens is None:
-        return IsolationSeen(unclear=unfit or _no_tokens(call))
+        return IsolationResult(unclear=unfit or _no_tokens(call))
     rows, length = tokens[1].shape[:2]
     try:
         records = records or find_records(call.arguments, rows, length)
     except LayoutError as error:
-        return IsolationSeen(unclear=str(error))
+        return IsolationResult(unclear=str(error))
     if records is None:
-        return IsolationSeen(unclear=f"nothing tells where records begin: pass {PASSED_ON}", packed=False)
+        return IsolationResult(unclear=f"nothing tells where records begin: pass {PASSED_ON}", packed=False)
     if not records.packed:
         reason = f"no row of the batch packs two records, as {records.by} has it"
-        return IsolationSeen(records=records.count, unclear=reason, packed=False)
+        return IsolationResult(records=records.count, unclear=reason, packed=False)
     leaks, notes = list[str](), dict[str, None]()
-    with as_found(model):
+    with restored(model):
         for one in calls:
             mode = "train" if one.training else "eval"
             with by_row(model, one.training):
@@ -88,10 +88,10 @@ def perturb_records(model: nn.Module, calls: Sequence[ModelCall], records: Recor
                 try:
                     leaks += [f"{mode}: {leak}" for leak in probe.leaks()]
                 except (_UnclearError, ForwardError) as error:
-                    return IsolationSeen(records=records.count, unclear=f"{mode}: {error}", leaks=tuple(leaks))
+                    return IsolationResult(records=records.count, unclear=f"{mode}: {error}", leaks=tuple(leaks))
                 notes |= dict.fromkeys(probe.notes)
     modes = tuple("train" if one.training else "eval" for one in calls)
-    return IsolationSeen(records=records.count, leaks=tuple(leaks), probed=modes, notes=tuple(notes))
+    return IsolationResult(records=records.count, leaks=tuple(leaks), probed=modes, notes=tuple(notes))
 
 
 def separating_sets(count: int) -> list[frozenset[int]]:

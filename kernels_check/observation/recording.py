@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from kernels_check.observation.calls import MARK, number_of
 from kernels_check.observation.device import synchronise
 from kernels_check.observation.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
-from kernels_check.observation.gc_pause import uncollected
+from kernels_check.observation.gc_pause import gc_paused
 from kernels_check.observation.operators import Operator, matters
-from kernels_check.observation.monkeypatch import replaced
+from kernels_check.observation.monkeypatch import patched
 from kernels_check.observation.updates import is_hidden_by_a_mode, recorded_writes
 
 
@@ -33,7 +33,7 @@ def profiled(call: Callable[[], object]) -> StepProfile | None:
         None where nothing was recorded: what was called runs a profiler of its own, which ends this one without a word.
     """
     synchronise()
-    recording = _recorded(call, Recording())
+    recording = _recorded(call, ProfilerRecording())
     return recording.operators() if recording.lasted else None
 
 
@@ -43,11 +43,11 @@ def entries(call: Callable[[], object]) -> CompilerSeen | None:
     Returns:
         None where nothing was recorded, as for ``profiled``.
     """
-    recording = _recorded(call, Recording(names_alone=True))
+    recording = _recorded(call, ProfilerRecording(names_alone=True))
     return recording.entered() if recording.lasted else None
 
 
-class Recording:
+class ProfilerRecording:
     """A profile between two moments of a program, such as those around a call.
 
     Args:
@@ -67,7 +67,7 @@ class Recording:
 
         Stopping this one then would end that of the program and take what it has recorded, so that it is let be.
         """
-        with replaced(torch.autograd.profiler, "_enable_profiler", self._noticing):
+        with patched(torch.autograd.profiler, "_enable_profiler", self._noticing):
             with quiet_kineto():
                 self._profile.start()
             self._another = False
@@ -86,7 +86,7 @@ class Recording:
 
     def operators(self) -> StepProfile:
         """What was recorded, where it ``lasted``."""
-        with uncollected():
+        with gc_paused():
             return _reduced(self._profile)
 
     def entered(self) -> CompilerSeen:
@@ -101,7 +101,7 @@ class Recording:
         return noticed
 
 
-def _recorded(call: Callable[[], object], recording: Recording) -> Recording:
+def _recorded(call: Callable[[], object], recording: ProfilerRecording) -> ProfilerRecording:
     with recording.opened():
         call()
     return recording

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from kernels_check.observation.gc_pause import uncollected
+from kernels_check.observation.gc_pause import gc_paused
 from kernels_check.observation.module_tree import every_module
 from kernels_check.observation.snapshot import RestoreError, Snapshot
 
@@ -44,7 +44,7 @@ class Modes:
 
 
 @contextmanager
-def as_found(model: nn.Module, step: Callable[[], object] | None = None) -> Iterator[Snapshot]:
+def restored(model: nn.Module, step: Callable[[], object] | None = None) -> Iterator[Snapshot]:
     """Restore everything at the end of the block, also when it raises.
 
     Raises:
@@ -52,7 +52,7 @@ def as_found(model: nn.Module, step: Callable[[], object] | None = None) -> Iter
         RestoreError: not everything could be put back.
         BaseException: whatever the block raised, with notes on what could not be put back.
     """
-    with uncollected():
+    with gc_paused():
         snapshot = Snapshot(model, step)
     try:
         yield snapshot

@@ -52,7 +52,7 @@ class ModuleHook:
         return getattr, (nullcontext(), "__exit__")
 
 
-class Shield:
+class HookGuard:
     """Keeps the first fault of any of its hooks."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from kernels_check.check import name_some
 from kernels_check.observation.device import synchronise
 from kernels_check.observation.module_tree import named_modules
-from kernels_check.observation.object_snapshot import TRAINERS, Picture, Undo
+from kernels_check.observation.object_snapshot import TRAINERS, ObjectSnapshot, Undo
 from kernels_check.observation.random_state import RandomState
 from kernels_check.observation.reachable_objects import reach
 from kernels_check.observation.tensor_copy import TensorCopy, is_wrapper, size_bytes
@@ -56,7 +56,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, step: Callable[[], object] | None = None) -> None:
         synchronise()
-        self._picture = Picture()
+        self._picture = ObjectSnapshot()
         self._copies: dict[int, TensorCopy] = {}
         """Of the model and the gradients; of frozen parameters only where their bytes lie."""
         self._spared: dict[int, TensorCopy] = {}

@@ -21,7 +21,7 @@ from kernels_check.observation.adapter_updates import Updates
 from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.digest import Digest
 from kernels_check.observation.events import StepProfile
-from kernels_check.observation.gc_pause import uncollected
+from kernels_check.observation.gc_pause import gc_paused
 from kernels_check.observation.gradients import Gradients
 from kernels_check.observation.inputs import InputLog
 from kernels_check.observation.module_tree import ModelTree, every_parameter, named_modules
@@ -33,7 +33,7 @@ from kernels_check.observation.updates import GroupSeen, groups_of, with_gradien
 
 
 @dataclass(slots=True)
-class StepWatcher:
+class StepObserver:
     """Looks on over some calls of a step of one model."""
 
     model: nn.Module
@@ -75,7 +75,7 @@ class StepWatcher:
             tree: of the model as it is.
         """
         with ExitStack() as hooks:
-            with uncollected():
+            with gc_paused():
                 hooks.enter_context(self.gradients.watched(tree))
             hooks.push(register_optimizer_step_pre_hook(self.shield(self._before_update)))
             hooks.push(register_optimizer_step_post_hook(self.shield(self._after_update)))
@@ -91,7 +91,7 @@ class StepWatcher:
         """
         recorder = CallRecorder(self.model, marked=marked, shield=self.shield)
         with ExitStack() as hooks:
-            with uncollected():
+            with gc_paused():
                 hooks.enter_context(recorder.hooked())
                 self.inputs.attach(self.model, hooks, recorder.current)
                 hooks.enter_context(self.adapter.watched(tree, recorder))

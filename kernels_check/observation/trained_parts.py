@@ -41,7 +41,7 @@ _OPEN: frozenset[Fate] = frozenset({"gradient zero", "moved without a gradient"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartSeen:
+class ParameterStatus:
     """One embedding or norm, and what became of each of its parameters, by name."""
 
     name: str
@@ -61,12 +61,12 @@ class PartSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class TrainedModule:
     """What stands for one embedding or norm."""
 
     values: list[Tensor]
     tokens: tuple[int, int] | None = None
-    """As in ``PartSeen``."""
+    """As in ``ParameterStatus``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class TrainingSeen:
     """All that stepped."""
 
 
-def embeddings(tree: ModelTree) -> dict[str, Place]:
+def embeddings(tree: ModelTree) -> dict[str, TrainedModule]:
     """What stands for the input and the output embedding, by the name of the module; tied ones once."""
     found: set[int] = set()
     for _, module in tree.modules:
@@ -93,7 +93,7 @@ def embeddings(tree: ModelTree) -> dict[str, Place]:
     return _places(tree, lambda module: id(module) in found)
 
 
-def norms(tree: ModelTree) -> dict[str, Place]:
+def norms(tree: ModelTree) -> dict[str, TrainedModule]:
     """What stands for every norm that has parameters, by the name of the module.
 
     The names of its classes tell a norm: those of a library or of one's own build on one that is called so. A head that
@@ -105,7 +105,7 @@ def norms(tree: ModelTree) -> dict[str, Place]:
     )
 
 
-def fates_of(places: Mapping[str, Place], tree: ModelTree, evidence: TrainingSeen) -> list[PartSeen]:
+def fates_of(places: Mapping[str, TrainedModule], tree: ModelTree, evidence: TrainingSeen) -> list[ParameterStatus]:
     """What became of the parameters in some places.
 
     Args:
@@ -128,7 +128,7 @@ def fates_of(places: Mapping[str, Place], tree: ModelTree, evidence: TrainingSee
         return ungiven or _updated(name, evidence, rates.get(id(value)))
 
     return [
-        PartSeen(
+        ParameterStatus(
             name=name, fates={names.get(id(value), "?"): fate(value) for value in place.values}, tokens=place.tokens
         )
         for name, place in places.items()
@@ -170,7 +170,7 @@ def _is_norm(kind: type) -> bool:
     return any("norm" in one.__name__.lower() for one in kind.__mro__)
 
 
-def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, Place]:
+def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, TrainedModule]:
     """Parameters of the modules in question, each once, by the name of the place."""
     layers = {layer.name: layer for layer in adapter_layers(tree)}
     own = adapters_of(tree)
@@ -180,14 +180,14 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, P
             place, acting = _acting(name, layers)
             standing.setdefault(place, (acting, module))
     seen = {id(value) for acting, _ in standing.values() for layer in acting for value in _beside(layer)}
-    places: dict[str, Place] = {}
+    places: dict[str, TrainedModule] = {}
     for name, (acting, module) in standing.items():
         weights = [value for layer in acting for _, value in layer.weights()]
         values = weights if acting else list(module.parameters(False))
         fresh = {id(value): value for value in values if id(value) not in seen}
         seen.update(fresh)
         if fresh:
-            places[name] = Place(values=list(fresh.values()), tokens=_tokens(acting))
+            places[name] = TrainedModule(values=list(fresh.values()), tokens=_tokens(acting))
     return places
 
 

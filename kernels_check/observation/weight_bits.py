@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from kernels_check.observation.base_state import PACKED, WEIGHTS, Part, base_state
+from kernels_check.observation.base_state import PACKED, WEIGHTS, BaseTensor, base_state
 from kernels_check.observation.module_tree import Model, ModelTree
 from kernels_check.observation.storage import storage_in
 
@@ -17,7 +17,7 @@ _PLACE = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(slots=True)
-class Census:
+class WeightBits:
     """The bytes of a base as they are stored here, scales included; memory that several layers share counts once."""
 
     bytes_of: Counter[int | None] = field(default_factory=Counter)
@@ -40,10 +40,10 @@ class Census:
         return [(name, size) for (found, name), size in self.largest.most_common() if found != bits]
 
 
-def take_census(model: Model) -> Census:
+def take_census(model: Model) -> WeightBits:
     """Count a base: whatever it saves, by the layer that holds it."""
-    census = Census()
-    layers: dict[int, list[Part]] = {}
+    census = WeightBits()
+    layers: dict[int, list[BaseTensor]] = {}
     tree = ModelTree.of(model)
     for part in base_state(tree):
         if part.kind != "cache":
@@ -54,7 +54,7 @@ def take_census(model: Model) -> Census:
     return census
 
 
-def _count(census: Census, parts: list[Part], seen: set[object], tree: ModelTree) -> None:
+def _count(census: WeightBits, parts: list[BaseTensor], seen: set[object], tree: ModelTree) -> None:
     bits_of = _Bits(parts, tree)
     for part in parts:
         if not isinstance(part.value, Tensor):
@@ -73,13 +73,13 @@ def _count(census: Census, parts: list[Part], seen: set[object], tree: ModelTree
 class _Bits:
     """In how many bits each part of one layer is kept, found out once for each of its weights."""
 
-    def __init__(self, parts: list[Part], tree: ModelTree) -> None:
+    def __init__(self, parts: list[BaseTensor], tree: ModelTree) -> None:
         self._tree, self._layer = tree, parts[0].layer
         packs = any(part.kind == "beside" or _key(part) in PACKED for part in parts)
         self._packed = storage_in(tree, self._layer, _weight_name(self._layer)).bits if packs else None
         self._packs = packs
 
-    def __getitem__(self, part: Part) -> int | None:
+    def __getitem__(self, part: BaseTensor) -> int | None:
         key = _key(part)
         if self._packs and key != "bias":
             return self._packed
@@ -92,7 +92,7 @@ def _weight_name(layer: nn.Module) -> str:
     return next((name for name in WEIGHTS if name in layer._parameters), "weight")
 
 
-def _key(part: Part) -> str:
+def _key(part: BaseTensor) -> str:
     return part.owner.rpartition(".")[2]
 
 
@@ -100,7 +100,7 @@ def _plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _weights(part: Part, bits: int | None, parts: list[Part]) -> int:
+def _weights(part: BaseTensor, bits: int | None, parts: list[BaseTensor]) -> int:
     """How many weights lie in a part: none in scales, and many in a word where they are packed."""
     value = part.value
     if not isinstance(value, Tensor) or part.kind == "beside":

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kernels_check.probe.result import Exactness, PathReport, Speed
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 _MARKS = {
     "exact": "[green]ran, exact[/]",
@@ -34,11 +34,11 @@ def show(reports: Sequence[PathReport], machine: Mapping[str, Any]) -> None:
     table.add_column("worst error", overflow="fold", ratio=2)
     table.add_column("speed [quartiles]", overflow="fold", ratio=2)
     for report in reports:
-        words = escape(make_visible((report.reason or report.evidence or "")[:_LONGEST_REASON]))
+        words = escape(escape_control_chars((report.reason or report.evidence or "")[:_LONGEST_REASON]))
         table.add_row(report.name, _MARKS[report.status], words, _worst(report.exactness), escape(_speed(report.speed)))
     console = Console(width=None if sys.stdout.isatty() else 150)
     said = f"{machine['device']} ({machine['name']}, {machine['cpu_capability']}), 1 thread; {versions}"
-    console.print(escape(make_visible(said)))
+    console.print(escape(escape_control_chars(said)))
     console.print(table)
     wrong = [report.name for report in reports if report.failed]
     ran = sum(report.ran for report in reports)

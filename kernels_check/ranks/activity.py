@@ -25,7 +25,7 @@ STEPS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class RankTime:
     """The time of some steps on one rank, in seconds a step."""
 
     step_s: float
@@ -40,7 +40,7 @@ class Share:
 Interval = tuple[float, float]
 
 
-def share_of(step: Callable[[], object], meet: Callable[[], object]) -> Share | None:
+def share_of(step: Callable[[], object], meet: Callable[[], object]) -> RankTime | None:
     """Take some steps under the profiler and say how they were spent; None where CUDA is in use and no kernel was
     recorded, as can happen on the heels of another session. It is not tried again, which all ranks would have to agree
     on: one without its times leaves the others' without a meaning.
@@ -63,7 +63,7 @@ def share_of(step: Callable[[], object], meet: Callable[[], object]) -> Share | 
     return share_in(recorded.events(), on_device=on_device)
 
 
-def share_in(events: Sequence[Any], *, on_device: bool) -> Share | None:
+def share_in(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
     """What the profiler's events say of the steps in them, `on_device` by the kernels of a card, else by the operators
     of the thread that takes them; None without any of the card. What is marked there, as a step is, is no work."""
     exchanged, computed, steps, thread = [], [], [], 0
@@ -86,7 +86,7 @@ def share_in(events: Sequence[Any], *, on_device: bool) -> Share | None:
     for whole in steps:
         inside = common(exchanges, [whole])
         found.append((length_of([whole]), length_of(inside), length_of(inside) - length_of(common(inside, busy))))
-    return Share(
+    return RankTime(
         step_s=sum(step_s for step_s, _, _ in found) / len(found),
         exchange_s=sum(exchange_s for _, exchange_s, _ in found) / len(found),
         exposed_s=sum(exposed_s for _, _, exposed_s in found) / len(found),

@@ -21,8 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kernels_check.observation.base_state import quant_state
 from kernels_check.observation.random_state import RandomState
-from kernels_check.observation.restore import as_found
-from kernels_check.ranks.activity import Share, share_of
+from kernels_check.observation.restore import restored
+from kernels_check.ranks.activity import RankTime, share_of
 
 REPEATS = 4
 """How often the same batch goes through forward and backward: weights gathered wrongly are right at first."""
@@ -64,7 +64,7 @@ class RankFacts:
     """Losses of the same batch with the same random numbers, between which nothing is updated."""
     base_losses: tuple[float, ...] = ()
     """Of one batch by the base alone: before the ranks shared it, as it is found, and after each of some steps."""
-    activity: Share | None = None
+    activity: RankTime | None = None
     """How a profiled step was spent."""
 
 
@@ -105,7 +105,7 @@ def observe_rank(
         gradients()
         update()
 
-    with as_found(model, step) as snapshot, _told_of_updates(snapshot.watch):
+    with restored(model, step) as snapshot, _told_of_updates(snapshot.watch):
         base_losses = [] if base_loss is None else [before, base_loss()]
         random, repeated = RandomState(), []
         for _ in range(REPEATS):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from kernels_check.check import Check, Finding, judge_safely, name_some
+from kernels_check.check import Check, PathObservation, judge_safely, name_some
 
 if TYPE_CHECKING:
     from kernels_check.ranks.facts import Gradient, RankFacts
@@ -36,7 +36,7 @@ NF4_BY_FSDP2 = (
 
 def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
     """Judge a training of several ranks by what each says of it, in the order of the ranks; one check a path."""
-    judges: dict[str, Callable[[Sequence[RankFacts]], Finding]] = {
+    judges: dict[str, Callable[[Sequence[RankFacts]], PathObservation]] = {
         "ranks.data": judge_data,
         "ranks.gradients": judge_gradients,
         "ranks.adapters": judge_adapters,
@@ -47,7 +47,7 @@ def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
     return [judge_safely(path, True, partial(judges[path], facts)) for path in PATHS if path in judges]
 
 
-def judge_data(facts: Sequence[RankFacts]) -> Finding:
+def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
     """Whether the ranks together train on each sequence of a step once, and each on those of the same step."""
     strangers = [one.rank for one in facts if one.whole != facts[0].whole]
     if strangers:
@@ -75,7 +75,7 @@ def judge_data(facts: Sequence[RankFacts]) -> Finding:
     return _good(f"{sum(wanted.values())} sequences of a step, each on one of {len(facts)} ranks")
 
 
-def judge_gradients(facts: Sequence[RankFacts]) -> Finding:
+def judge_gradients(facts: Sequence[RankFacts]) -> PathObservation:
     """Whether what the optimizers were given is the mean of the ranks' own gradients."""
     ranks, names = len(facts), list(facts[0].gradients)
     if not names or any(list(one.gradients) != names for one in facts):
@@ -147,7 +147,7 @@ def _divisor(wrong: Sequence[Sequence[Gradient]]) -> float | None:
     return sum(total**2 for total, _ in pairs) / below if below > 0 else None
 
 
-def judge_adapters(facts: Sequence[RankFacts]) -> Finding:
+def judge_adapters(facts: Sequence[RankFacts]) -> PathObservation:
     """Whether what trains is the same on all ranks after an update."""
     names = list(facts[0].adapter)
     if any(list(one.adapter) != names for one in facts):
@@ -164,7 +164,7 @@ def judge_adapters(facts: Sequence[RankFacts]) -> Finding:
     return _good(f"{len(names)} parameters are the same on {len(facts)} ranks after an update")
 
 
-def judge_sharded(facts: Sequence[RankFacts]) -> Finding:
+def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
     """Whether each rank holds its part of the base, and in 4 bits what was in 4 bits."""
     ranks, total = len(facts), sum(whole for _, whole in facts[0].base.values())
     whole = [name for name in facts[0].base if all(one.base.get(name, (0, 0))[0] == one.base[name][1] for one in facts)]
@@ -188,7 +188,7 @@ def judge_sharded(facts: Sequence[RankFacts]) -> Finding:
     return _good(f"each of {ranks} ranks holds {most / total:.0%} of the base's bytes or less{kept}")
 
 
-def judge_steady(facts: Sequence[RankFacts]) -> Finding:
+def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
     """Whether weights that nobody updates go on computing what they computed before ranks shared them: the base alone
     over some steps, and all of the model over forwards and backwards of one batch."""
     for one in facts:
@@ -214,16 +214,16 @@ def _named(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {name_some(map(str, ranks))}"
 
 
-def _fault(reason: str) -> Finding:
-    return Finding(observed=False, status="fallback", reason=reason)
+def _fault(reason: str) -> PathObservation:
+    return PathObservation(observed=False, status="fallback", reason=reason)
 
 
-def _good(reason: str) -> Finding:
-    return Finding(observed=True, reason=reason)
+def _good(reason: str) -> PathObservation:
+    return PathObservation(observed=True, reason=reason)
 
 
-def _unknown(reason: str) -> Finding:
-    return Finding(observed=None, status="unknown", reason=reason)
+def _unknown(reason: str) -> PathObservation:
+    return PathObservation(observed=None, status="unknown", reason=reason)
 
 
 def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:

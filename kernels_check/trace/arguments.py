@@ -44,7 +44,7 @@ _CAUSAL_WORD = re.compile(r"^fmhaSm\d+\w*?(Causal|Dense)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class KernelNameFacts:
     """What one kernel's name proves about it."""
 
     dtype: str | None
@@ -54,11 +54,11 @@ class Facts:
 
 
 @cache
-def read_facts(kernel: str, rule: Rule) -> Facts:
+def read_facts(kernel: str, rule: Rule) -> KernelNameFacts:
     """Read the name of a kernel that ``rule`` matched."""
     name = normalise(kernel)
     backward, forward = _BACKWARD.search(name), _FORWARD.search(name)
-    return Facts(
+    return KernelNameFacts(
         dtype=_dtype(name, rule),
         causal=_causal(name) if rule.category == "attention" else None,
         direction="backward" if backward else "forward" if forward else None,

@@ -40,7 +40,7 @@ class TraceError(ValueError):
     """The file cannot be judged; the message says what was found, how far it was read, and what to do."""
 
 
-class Recording:
+class TraceFile:
     """An open recording: bytes after decompression, counted."""
 
     def __init__(self, path: Path, stream: BinaryIO | io.RawIOBase, *, compressed: bool) -> None:
@@ -105,7 +105,7 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextmanager
-def open_recording(path: Path) -> Iterator[tuple[Recording, RecordingKind]]:
+def open_recording(path: Path) -> Iterator[tuple[TraceFile, RecordingKind]]:
     """Open ``path`` and tell its kind; failures to read it, also later ones, become a ``TraceError``.
 
     Raises:
@@ -122,7 +122,7 @@ def open_recording(path: Path) -> Iterator[tuple[Recording, RecordingKind]]:
                 raise TraceError(f"{path}: the file is empty (0 bytes); expected {EXPECTED}. Record it again")
             compressed = start.startswith(_GZIP)
             stream = _Unpacked(path, raw) if compressed else raw
-            recording = Recording(path, stream, compressed=compressed)
+            recording = TraceFile(path, stream, compressed=compressed)
             yield recording, _kind(recording)
     except FileNotFoundError:
         raise TraceError(f"{path}: there is no such file; expected {EXPECTED}") from None
@@ -139,12 +139,12 @@ def open_recording(path: Path) -> Iterator[tuple[Recording, RecordingKind]]:
         raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _damaged(path: Path, recording: Recording | None, what: str) -> str:
+def _damaged(path: Path, recording: TraceFile | None, what: str) -> str:
     read = recording.progress if recording is not None else "0 bytes"
     return f"{path}: {what}, after {read}. Copy or export it again; nothing of a damaged file is reported"
 
 
-def _kind(recording: Recording) -> RecordingKind:
+def _kind(recording: TraceFile) -> RecordingKind:
     head = recording.head()
     if not head:
         raise TraceError(f"{recording.path}: nothing is left after unpacking; expected {EXPECTED}. Record it again")

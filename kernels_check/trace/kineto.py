@@ -21,8 +21,8 @@ from typing import Any, SupportsFloat
 
 import ijson
 
-from kernels_check.trace.file import EXPECTED, Recording, TraceError
-from kernels_check.trace.limits import Limits
+from kernels_check.trace.file import EXPECTED, TraceFile, TraceError
+from kernels_check.trace.limits import JsonLimits
 
 _GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"})
 _LAUNCHES = frozenset({"cuda_runtime", "cuda_driver", "runtime", "driver"})
@@ -85,7 +85,7 @@ class Kineto:
     """GPU events that are not of phase X, so without a duration."""
 
 
-def read_kineto(recording: Recording) -> Kineto:
+def read_kineto(recording: TraceFile) -> Kineto:
     """Read every event of the trace.
 
     Raises:
@@ -112,10 +112,10 @@ def read_kineto(recording: Recording) -> Kineto:
 class _Bounded:
     """The recording as ijson reads it, each part held against the limits before it is parsed."""
 
-    def __init__(self, recording: Recording, kept: Kineto) -> None:
+    def __init__(self, recording: TraceFile, kept: Kineto) -> None:
         self._recording = recording
         self._kept = kept
-        self._limits = Limits()
+        self._limits = JsonLimits()
 
     def read(self, size: int = -1) -> bytes:
         """Next bytes, empty at the end."""
@@ -141,7 +141,7 @@ def _integers_of_any_length() -> Iterator[None]:
         sys.set_int_max_str_digits(limit)
 
 
-def _broken(recording: Recording, kept: Kineto, error: Exception) -> str:
+def _broken(recording: TraceFile, kept: Kineto, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     early = "parse error: premature EOF" in reason or "ncomplete" in reason
     what = "the JSON ends early: the file was cut off" if early else f"the JSON is corrupt ({reason})"

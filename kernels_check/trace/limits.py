@@ -23,7 +23,7 @@ _CLOSES = 4
 """The bit in which a closing bracket differs from an opening one, both of lists and of objects."""
 
 
-class Limits:
+class JsonLimits:
     """Follows the text of a JSON document, part by part; whether it is JSON is for the parser to say."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kernels_check.trace.file import EXPECTED, Recording, TraceError
+from kernels_check.trace.file import EXPECTED, TraceFile, TraceError
 
 _TOTAL = re.compile(r"^Total Time \((ns|us|μs|µs|ms|s|sec)\)$")
 _UNITS_MS = {"ns": 1e-6, "us": 1e-3, "μs": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "sec": 1e3}
@@ -39,7 +39,7 @@ class _Heading:
     table: str
 
 
-def read_nsys(recording: Recording) -> tuple[list[KernelTotal], list[str]]:
+def read_nsys(recording: TraceFile) -> tuple[list[KernelTotal], list[str]]:
     """Rows of the first kernel table, and of the first table of memory operations where there is one; and notices.
 
     Raises:
@@ -76,7 +76,7 @@ def read_nsys(recording: Recording) -> tuple[list[KernelTotal], list[str]]:
     return totals, notices
 
 
-def _rows(recording: Recording) -> Iterator[tuple[int, list[str]]]:
+def _rows(recording: TraceFile) -> Iterator[tuple[int, list[str]]]:
     text = recording.text()
     reader = csv.reader(_counted(recording, text), strict=True)
     try:
@@ -89,7 +89,7 @@ def _rows(recording: Recording) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def _counted(recording: Recording, lines: Iterator[str]) -> Iterator[str]:
+def _counted(recording: TraceFile, lines: Iterator[str]) -> Iterator[str]:
     for line in lines:
         recording.bytes_read += len(line)
         yield line
@@ -114,7 +114,7 @@ def _is_row(row: Sequence[str]) -> bool:
     return bool(row) and bool(re.match(r"^-?\d", row[0]))
 
 
-def _total(recording: Recording, number: int, row: Sequence[str], columns: _Heading) -> tuple[KernelTotal, float]:
+def _total(recording: TraceFile, number: int, row: Sequence[str], columns: _Heading) -> tuple[KernelTotal, float]:
     if len(row) != columns.width:
         raise TraceError(
             f"{recording.path}: line {number} has {len(row)} of {columns.width} columns: the table was cut off or "
@@ -134,7 +134,7 @@ def _total(recording: Recording, number: int, row: Sequence[str], columns: _Head
 
 
 def _end(
-    recording: Recording, columns: _Heading, rows: int, percent: float, seen: set[str], notices: list[str]
+    recording: TraceFile, columns: _Heading, rows: int, percent: float, seen: set[str], notices: list[str]
 ) -> None:
     """Close a table: its percentages add up to 100, unless rows are missing."""
     if columns.table in seen:

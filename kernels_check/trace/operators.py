@@ -14,7 +14,7 @@ import numpy as np
 
 from kernels_check.rules import Rule, classify_operator
 from kernels_check.trace.kineto import Events
-from kernels_check.trace.timeline import Columns
+from kernels_check.trace.timeline import EventArrays
 
 _CHUNK = 1 << 16
 
@@ -30,14 +30,14 @@ class OperatorTime:
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenOperator:
     end_us: float
     key: tuple[int, int]
     attention: int
     """Index of the attention operator around it, itself included; -1 outside."""
 
 
-def operator_times(events: Events, kept: Columns) -> list[OperatorTime]:
+def operator_times(events: Events, kept: EventArrays) -> list[OperatorTime]:
     """Own time and calls of each operator, those inside attention apart from the others.
 
     A call inside a call of the same name (the dispatcher records operators written in Python twice), or inside
@@ -51,7 +51,7 @@ def operator_times(events: Events, kept: Columns) -> list[OperatorTime]:
     order = np.lexsort((-kept.duration_us[usable], kept.start_us[usable], kept.lane[usable]))
     columns = [column[usable][order] for column in (kept.name, kept.lane)]
     times = [column[usable][order] for column in (kept.start_us, kept.duration_us)]
-    lane_before, stack = -1, list[_Open]()
+    lane_before, stack = -1, list[_OpenOperator]()
     for first in range(0, len(order), _CHUNK):  # lists of Python numbers take four times the memory of the columns
         part = slice(first, first + _CHUNK)
         names, lanes = (column[part].tolist() for column in columns)
@@ -70,7 +70,7 @@ def operator_times(events: Events, kept: Columns) -> list[OperatorTime]:
                 time_us[caller.key] -= min(duration, caller.end_us - start)
             if inside < 0 and (caller is None or caller.key[0] != name):
                 calls[key] += 1
-            stack.append(_Open(start + duration, key, attention))
+            stack.append(_OpenOperator(start + duration, key, attention))
     return [
         OperatorTime(
             name=events.names[name],

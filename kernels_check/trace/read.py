@@ -15,13 +15,13 @@ from os import PathLike
 from pathlib import Path
 
 from kernels_check.rules import classify
-from kernels_check.trace.arguments import Facts, read_facts
-from kernels_check.trace.file import Recording, TraceError, open_recording
+from kernels_check.trace.arguments import KernelNameFacts, read_facts
+from kernels_check.trace.file import TraceFile, TraceError, open_recording
 from kernels_check.trace.kineto import Kineto, read_kineto
 from kernels_check.trace.nsys import KernelTotal, read_nsys
 from kernels_check.trace.operators import operator_times
 from kernels_check.trace.summary import KernelSummary, Launches, summarise
-from kernels_check.trace.timeline import Columns, busy_share, columns, step_counts, totals
+from kernels_check.trace.timeline import EventArrays, busy_share, columns, step_counts, totals
 
 _AMD = re.compile(
     r"^(Custom_)?Cijk_A|ck_tile|\bck::|^_ZN(2ck|5aiter)\d|aotriton|\brocprim::|^__amd_rocclr_|^igemm_\w+_gtc|\bhip"
@@ -48,7 +48,7 @@ def read_trace(path: str | PathLike[str]) -> KernelSummary:
         return _judge_operators(recording, trace)
 
 
-def _judge_table(recording: Recording) -> KernelSummary:
+def _judge_table(recording: TraceFile) -> KernelSummary:
     rows, notices = read_nsys(recording)
     launches = _launches(rows)
     _require_time(recording, launches)
@@ -56,7 +56,7 @@ def _judge_table(recording: Recording) -> KernelSummary:
     return summarise(launches, source="nsys", notices=[*notices, *_name_notices(launches)])
 
 
-def _judge_kernels(recording: Recording, trace: Kineto) -> KernelSummary:
+def _judge_kernels(recording: TraceFile, trace: Kineto) -> KernelSummary:
     kept = columns(trace.gpu)
     launches = _launches(totals(trace.gpu, kept))
     _require_time(recording, launches)
@@ -70,7 +70,7 @@ def _judge_kernels(recording: Recording, trace: Kineto) -> KernelSummary:
     )
 
 
-def _judge_operators(recording: Recording, trace: Kineto) -> KernelSummary:
+def _judge_operators(recording: TraceFile, trace: Kineto) -> KernelSummary:
     if not len(trace.operators):
         raise TraceError(
             f"{recording.path}: {trace.events:,} trace events, none of them a GPU kernel or an operator: another "
@@ -104,11 +104,11 @@ def _launches(rows: Iterable[KernelTotal]) -> list[Launches]:
     return launches
 
 
-def _operator_facts(name: str) -> Facts:
-    return Facts(dtype=None, causal=None, direction="backward" if "ackward" in name else "forward")
+def _operator_facts(name: str) -> KernelNameFacts:
+    return KernelNameFacts(dtype=None, causal=None, direction="backward" if "ackward" in name else "forward")
 
 
-def _require_time(recording: Recording, launches: Iterable[Launches]) -> None:
+def _require_time(recording: TraceFile, launches: Iterable[Launches]) -> None:
     total_ms = sum(one.time_ms for one in launches)
     if not (total_ms > 0.0 and math.isfinite(total_ms)):
         raise TraceError(
@@ -117,7 +117,7 @@ def _require_time(recording: Recording, launches: Iterable[Launches]) -> None:
         )
 
 
-def _event_notices(kept: Columns, not_complete: int) -> Iterator[str]:
+def _event_notices(kept: EventArrays, not_complete: int) -> Iterator[str]:
     untimed = sum(map(math.isnan, kept.duration_us.tolist()))
     unplaced = sum(map(math.isnan, kept.start_us.tolist()))
     if kept.duplicates:

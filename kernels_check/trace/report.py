@@ -10,7 +10,7 @@ from kernels_check.check import format_count
 from kernels_check.trace.file import TraceError
 from kernels_check.trace.read import read_trace
 from kernels_check.trace.summary import BackendUse, KernelSummary, Use
-from kernels_check.terminal import make_visible, tell
+from kernels_check.terminal import escape_control_chars, print_stderr
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -23,14 +23,14 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         summary = read_trace(arguments.file)
     except TraceError as error:
-        tell(f"kernels_check: {error}")
+        print_stderr(f"kernels_check: {error}")
         return EXIT_BAD_INPUT
     if arguments.json:
         print(json.dumps(summary.to_json(), allow_nan=False))
     else:
         _print(summary)
     for notice in summary.notices:
-        tell(f"notice: {notice}")
+        print_stderr(f"notice: {notice}")
     return EXIT_DONE
 
 
@@ -61,7 +61,7 @@ def _print(summary: KernelSummary) -> None:
             printed.add_column("by name", overflow="fold")
         for name, use in rows.items():
             cells: list[Text | str] = [
-                Text(make_visible(name)),
+                Text(escape_control_chars(name)),
                 f"{use.calls:,}",
                 f"{use.time_ms:,.3f}",
                 f"{use.time_share:.1%}",

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kernels_check.rules import CATEGORIES, UNDECIDED, Category, Rule
-from kernels_check.trace.arguments import Facts
+from kernels_check.trace.arguments import KernelNameFacts
 from kernels_check.trace.timeline import StepCounts
 
 SCHEMA = 1
@@ -27,7 +27,7 @@ class Launches:
     calls: int
     time_ms: float
     rule: Rule | None
-    facts: Facts | None = None
+    facts: KernelNameFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

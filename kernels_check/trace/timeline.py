@@ -30,7 +30,7 @@ class StepCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class EventArrays:
     """Events as arrays, each kept once."""
 
     name: Integers
@@ -43,7 +43,7 @@ class Columns:
     """How many were dropped because another was the same in every column."""
 
 
-def columns(events: Events) -> Columns:
+def columns(events: Events) -> EventArrays:
     """Drop repetitions; the order of the events in the file does not matter afterwards."""
     name, lane = _integers(events.name), _integers(events.lane)
     start, duration = np.array(events.start_us, dtype=np.float64), np.array(events.duration_us, dtype=np.float64)
@@ -56,10 +56,10 @@ def columns(events: Events) -> Columns:
     for key in (name, lane, start, duration, correlation):
         same[1:] &= key[1:] == key[:-1]  # NaN equals nothing: without a time two events are two
     kept = ~same
-    return Columns(name[kept], lane[kept], start[kept], duration[kept], correlation[kept], int(same.sum()))
+    return EventArrays(name[kept], lane[kept], start[kept], duration[kept], correlation[kept], int(same.sum()))
 
 
-def totals(events: Events, kept: Columns) -> list[KernelTotal]:
+def totals(events: Events, kept: EventArrays) -> list[KernelTotal]:
     """Launches and summed time of each name; a launch without a usable duration counts with no time."""
     calls = np.bincount(kept.name, minlength=len(events.names))
     time_us = np.bincount(kept.name, weights=np.nan_to_num(kept.duration_us), minlength=len(events.names))
@@ -69,7 +69,7 @@ def totals(events: Events, kept: Columns) -> list[KernelTotal]:
     ]
 
 
-def busy_share(events: Events, kept: Columns) -> float | None:
+def busy_share(events: Events, kept: EventArrays) -> float | None:
     """Share of the time from the first start to the last end in which something ran, averaged over the devices.
 
     All devices are held against the same window, so one that finishes early is idle from then on. None where no event
@@ -101,7 +101,7 @@ def _union(start: Floats, end: Floats) -> float:
     return float(np.maximum(reached - np.maximum(before, start), 0.0).sum())
 
 
-def step_counts(trace: Kineto, kept: Columns) -> StepCounts | None:
+def step_counts(trace: Kineto, kept: EventArrays) -> StepCounts | None:
     """Count the kernels of each ProfilerStep; None where no step is marked.
 
     A kernel belongs to the step that launched it, which its correlation with the host's launch tells. Only where that

@@ -13,7 +13,7 @@ import torch
 
 from lorameter.attach.attachment import this_process
 from lorameter.attach.child_env import environment
-from lorameter.attach.observer import Next
+from lorameter.attach.observer import ObserverReply
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ class Listener:
         """What it knows beside what steps show."""
 
     def _next(self):
-        return self.answers.pop(0) if self.answers else Next()
+        return self.answers.pop(0) if self.answers else ObserverReply()
 
     def begin(self, training):
         self.trainings.append(training)

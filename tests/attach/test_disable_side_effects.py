@@ -15,7 +15,7 @@ def test_a_trainer_is_asked_to_save_report_and_push_nothing(tmp_path):
 
     complete = TrainingArguments.__post_init__
     try:
-        disable_side_effects.quiet_arguments(training_args)
+        disable_side_effects.disable_trainer_side_effects(training_args)
         made = TrainingArguments(
             output_dir=str(tmp_path), save_strategy="steps", save_steps=5, push_to_hub=True, report_to=["wandb"],
             use_cpu=True, learning_rate=0.5, eval_strategy="no", load_best_model_at_end=True,
@@ -35,7 +35,7 @@ def test_a_script_that_stops_early_finds_what_it_stops_by(tmp_path, given, metri
     told = {"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
     plain = TrainingArguments(**told, load_best_model_at_end=True, save_strategy="steps", **given)
     try:
-        disable_side_effects.quiet_arguments(training_args)
+        disable_side_effects.disable_trainer_side_effects(training_args)
         made = TrainingArguments(**told, load_best_model_at_end=True, save_strategy="steps", **given)
         without = TrainingArguments(**told)
     finally:
@@ -59,7 +59,7 @@ def test_the_hub_is_closed():
 
     module = types.ModuleType("hub")
     module.HfApi, module.create_repo = Api, Api().create_repo
-    disable_side_effects.close_hub(module)
+    disable_side_effects.block_hub_writes(module)
     for publish in (Api().create_repo, module.create_repo):
         with pytest.raises(RuntimeError, match="publishes nothing"):
             publish("name")
@@ -88,7 +88,7 @@ def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
     function of the same name."""
     names = {name for name, one in vars(hub.HfApi).items() if callable(one) and not name.startswith("_")}
     functions = {name for name in names if hasattr(hub, name)}
-    disable_side_effects.close_hub(hub)
+    disable_side_effects.block_hub_writes(hub)
     closed = set()
     for name in names - {"run_as_future"}:
         if name.partition("_")[0] not in READING:

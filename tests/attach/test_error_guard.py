@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lorameter.attach import error_guard as module
-from lorameter.attach.error_guard import NotFollowedError, Shield
+from lorameter.attach.error_guard import NotFollowedError, ErrorGuard
 
 
 def fail(error):
@@ -21,7 +21,7 @@ def fail(error):
 )
 def test_an_error_is_told_as_what_it_is(capfd, error, said, never):
     """A training that is not followed on purpose is no failure; either is told once, and nothing is called any more."""
-    shield, told = Shield(), []
+    shield, told = ErrorGuard(), []
     shield.on_error = told.append
     for _ in range(2):
         assert shield.run(fail, error) is None
@@ -35,7 +35,7 @@ def test_an_error_is_told_as_what_it_is(capfd, error, said, never):
 
 def test_a_wish_to_end_the_process_goes_through():
     """It is nobody's error."""
-    shield = Shield()
+    shield = ErrorGuard()
     for wish in (SystemExit(0), KeyboardInterrupt()):
         with pytest.raises(type(wish)):
             shield.run(fail, wish)
@@ -48,7 +48,7 @@ def test_a_process_asks_once_to_be_told_of_forks(monkeypatch):
     with monkeypatch.context() as patch:
         asked = []
         patch.setattr(os, "register_at_fork", lambda **told: asked.append(told))
-        shields = [Shield() for _ in range(3)]
+        shields = [ErrorGuard() for _ in range(3)]
         assert len(asked) == 1
         assert all(shield.up for shield in shields)
         asked[0]["after_in_child"]()
@@ -58,8 +58,8 @@ def test_a_process_asks_once_to_be_told_of_forks(monkeypatch):
 
 def test_in_a_fork_only_what_was_made_there_is_called():
     """Of what was made before nothing is."""
-    before = Shield()
+    before = ErrorGuard()
     if (child := os.fork()) == 0:
-        os._exit(int(before.up or not Shield().up))
+        os._exit(int(before.up or not ErrorGuard().up))
     assert os.waitpid(child, 0)[1] == 0
     assert before.up

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorameter.attach.observer import StepReading, Training, weakly
-from lorameter.attach.step_samples import Gathered
+from lorameter.attach.observer import StepReading, TrainingInfo, weakly
+from lorameter.attach.step_samples import StepSamples
 from lorameter.attach.flops import Work
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.shapes import shape_of_config
@@ -22,7 +22,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 @pytest.fixture
 def gathered():
     """Steps of two rows with ten real tokens each."""
-    found = Gathered(None)
+    found = StepSamples(None)
     for number in range(1, 21):
         found.add(StepReading(
             number=number, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20, padded_tokens=32
@@ -31,7 +31,7 @@ def gathered():
 
 
 def work(model):
-    return Work(Training(
+    return Work(TrainingInfo(
         source="trainer", model=weakly(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     ))  # fmt: skip
@@ -76,7 +76,7 @@ def test_what_is_not_known_is_left_out(make_model, gathered):
     """A device that is not listed, a model without a configuration, steps whose tokens nobody saw."""
     assert "peak_flops_per_s" not in work(make_model()).values(gathered, "Test CPU")
     assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}
-    unseen = Gathered(None)
+    unseen = StepSamples(None)
     unseen.add(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
     assert work(make_model()).values(unseen, H100) == {}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorameter.attach.observer import Next
+from lorameter.attach.observer import ObserverReply
 from lorameter.attach.meter import Meter
 from lorameter.attach.optimizer import StopTraining
 
@@ -104,7 +104,7 @@ def test_an_evaluation_is_a_phase(listener, parts, clock):
 def test_the_follower_ends_a_loop(listener_class, parts):
     """The loader ends; a block of its own is refused with the end of the script."""
     model, _, batches = parts
-    listener = listener_class(Next(), Next(), Next(go_on=False))
+    listener = listener_class(ObserverReply(), ObserverReply(), ObserverReply(go_on=False))
     meter = meter_of(listener, model)
     assert len(list(meter.steps(batches))) == 2
     assert list(meter.steps(batches)) == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lorameter.attach.observer import Next
+from lorameter.attach.observer import ObserverReply
 from lorameter.attach.optimizer import MOST_OTHERS, OptimizerSource, StopTraining
 
 ROWS = 3
@@ -204,7 +204,7 @@ def test_at_the_end_everything_is_as_it_was_found(listener, model, source):
 
     before = found()
     optimizer = sgd(model)
-    listener.answers = [Next(), Next(watch={}), Next(go_on=False)]
+    listener.answers = [ObserverReply(), ObserverReply(watch={}), ObserverReply(go_on=False)]
     train(model, optimizer, batches(2))
     assert not set(before) & set(found())
     assert len(pickle.dumps(model)) > 100  # a step is to be watched, and may never come
@@ -233,7 +233,7 @@ def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
 
     lit = Lit()
     optimizer = sgd(lit)
-    listener.answers = [Next(), Next(watch={})]
+    listener.answers = [ObserverReply(), ObserverReply(watch={})]
     for ids in batches(4):
         lit.training_step(ids).backward()
         optimizer.step()
@@ -247,7 +247,7 @@ def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
 @pytest.mark.usefixtures("source")
 def test_a_closures_passes_are_no_part_of_the_update(listener, model):
     """They are inside its call, and each is counted where it belongs. A step of them is watched as a whole."""
-    listener.answers = [Next(), Next(watch={}), Next()]
+    listener.answers = [ObserverReply(), ObserverReply(watch={}), ObserverReply()]
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
     for ids in batches(5):
 

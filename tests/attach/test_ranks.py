@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lorameter.attach import step_samples, ranks
-from lorameter.attach.observer import StepReading, Training
+from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.ranks import folder_of
 from lorameter.attach.variables import RUN
 from lorameter.attach.writer import Writer
@@ -26,7 +26,7 @@ def told(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "WAIT_S", 0.2)
 
     def tell(steps, *, other=None, watched=(WATCHED,)):
-        training = Training(
+        training = TrainingInfo(
             source="loop", model=None, planned_steps=None, trainable_parameters=6,
             total_parameters=6, accumulation=1, ranks=2,
         )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 
 from lorameter.attach import step_phases as module
 from lorameter.attach.step_phases import Parts, times_of
-from lorameter.attach.error_guard import Shield
+from lorameter.attach.error_guard import ErrorGuard
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def parts():
-    return Parts(torch.device("cpu"), Shield())
+    return Parts(torch.device("cpu"), ErrorGuard())
 
 
 def play(parts, clock, *events):
@@ -81,7 +81,7 @@ class Event:
 def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatch):
     """Also where one lies in the other; what the host does aside is none of its time. The card is pretended."""
     monkeypatch.setattr(module.torch.cuda, "Event", lambda enable_timing: Event(clock))
-    parts = Parts(torch.device("cuda"), Shield())
+    parts = Parts(torch.device("cuda"), ErrorGuard())
     play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")
     parts.leave_out(5.0)
     play(parts, clock, "-optimizer")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorameter.attach.observer import Next, Training, weakly
-from lorameter.attach.error_guard import Shield
+from lorameter.attach.observer import ObserverReply, TrainingInfo, weakly
+from lorameter.attach.error_guard import ErrorGuard
 from lorameter.attach.steps import Steps, make_watch
 
 
@@ -25,7 +25,7 @@ def test_on_a_cpu_the_spy_looks_on(model):
 
 
 def training_of(model):
-    return Training(
+    return TrainingInfo(
         source="loop", model=weakly(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     )  # fmt: skip
@@ -38,9 +38,9 @@ def threads():
 
 def test_a_watched_step_leaves_no_thread_behind(model, listener_class):
     """A fork of the process would wait for it at its end. The step that was asked for is judged, no other."""
-    listener = listener_class(Next(), Next(watch={"mode": "train"}))
+    listener = listener_class(ObserverReply(), ObserverReply(watch={"mode": "train"}))
     training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     steps.begin()
     before = threads()
@@ -59,7 +59,7 @@ def test_a_watched_step_leaves_no_thread_behind(model, listener_class):
 def test_a_part_that_fails_has_ended(model, listener):
     """As a pass that runs out of memory: what the script does about it is none of its time."""
     training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
     steps.begin()
 
     def fail():
@@ -77,7 +77,7 @@ def test_a_part_that_fails_has_ended(model, listener):
 def test_a_part_that_never_ended_is_not_in_the_next_step(model, listener):
     """What was seen of a step ends with it, and what was seen before a new beginning is nobody's."""
     training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
     steps.begin()
     for leave in (steps.end_step, steps.restart):
         steps.during["backward"].begin()
@@ -92,7 +92,7 @@ def test_a_part_that_never_ended_is_not_in_the_next_step(model, listener):
 def test_no_step_computes_for_less_than_no_time(model, listener):
     """Where the meter's own work inside a step was held up by other processes for longer than the step computed."""
     training = training_of(model)
-    steps, begin = Steps(listener, training, torch.device("cpu"), Shield()), time.perf_counter()
+    steps, begin = Steps(listener, training, torch.device("cpu"), ErrorGuard()), time.perf_counter()
     steps.begin()
     with steps.aside():
         time.sleep(0.05)
@@ -130,7 +130,7 @@ def test_a_card_is_waited_for_once_a_step(model, listener, clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Stamp())
     training = training_of(model)
-    steps = Steps(listener, training, torch.device("cuda"), Shield())
+    steps = Steps(listener, training, torch.device("cuda"), ErrorGuard())
     steps.begin()
     for _ in range(3):
         for part in ("data", "forward", "backward", "optimizer"):
@@ -151,11 +151,11 @@ class Patient:
         self.told, self.phases, self.errors = [], [], []
 
     def begin(self, training):
-        return Next(patience_s=3600.0)
+        return ObserverReply(patience_s=3600.0)
 
     def step(self, reading):
         self.told.append(reading)
-        return Next(patience_s=3600.0)
+        return ObserverReply(patience_s=3600.0)
 
     def phase(self, phase):
         self.phases.append((phase, len(self.told)))
@@ -168,7 +168,7 @@ def test_a_follower_that_has_time_is_told_of_many_steps_at_once(model):
     """Before anything else happens: another phase, the end, somebody who asks. Each step is as it was when it ended."""
     patient = Patient()
     training = training_of(model)
-    steps = Steps(patient, training, torch.device("cpu"), Shield())
+    steps = Steps(patient, training, torch.device("cpu"), ErrorGuard())
     steps.begin()
     steps.keep_readings()
     total = torch.zeros(())
@@ -206,7 +206,7 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     """Nothing that was measured is lost by an error of ours in a later step."""
     patient = Patient()
     training = training_of(model)
-    steps = Steps(patient, training, torch.device("cpu"), Shield())
+    steps = Steps(patient, training, torch.device("cpu"), ErrorGuard())
     steps.begin()
     for _ in range(3):
         steps.end_step()
@@ -223,7 +223,7 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
 def test_what_a_training_goes_on_to_do_is_kept_by_nobody(model, listener, how, capfd):
     """Nothing is told of it, and nothing of it stays in memory, however long it takes."""
     training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
     steps.begin()
     if how == "failed":
         steps.run(lambda: 1 / 0)
@@ -247,7 +247,7 @@ def test_a_device_that_takes_no_stamp_ends_the_meter_and_not_the_training(model,
 
     monkeypatch.setattr(torch.cuda, "Event", fail)
     training = training_of(model)
-    steps = Steps(listener, training, torch.device("cuda"), Shield())
+    steps = Steps(listener, training, torch.device("cuda"), ErrorGuard())
     steps.begin()
     with steps.during["forward"]:
         pass

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.observer import Next
+from lorameter.attach.observer import ObserverReply
 from lorameter.attach.meter import Meter
 from lorameter.attach.trainer_hook import add_meter
 
@@ -110,7 +110,7 @@ def test_a_wait_of_the_follower_is_in_no_step(listener_class, followed, clock):
 @pytest.mark.usefixtures("unattached")
 def test_the_follower_ends_the_training(listener_class, followed):
     """As the Trainer would by itself."""
-    listener = listener_class(Next(), Next(), Next(go_on=False))
+    listener = listener_class(ObserverReply(), ObserverReply(), ObserverReply(go_on=False))
     trainer = followed(listener)
     assert trainer.state.global_step == 2
     assert len(listener.readings) == 2

@@ -13,9 +13,9 @@ import threading
 import pytest
 import torch
 
-from lorameter.attach.observer import Next, StepReading, Training, weakly
-from lorameter.attach.turn_client import SOCKET, Turns, address
-from lorameter.machine.affinity import seat
+from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weakly
+from lorameter.attach.turn_client import SOCKET, TurnClient, address
+from lorameter.machine.affinity import pin_to_cpus
 
 LARGE_BYTES = 64 << 20
 
@@ -36,12 +36,12 @@ def parent(monkeypatch):
 def test_what_the_script_requires_is_said_before_its_first_step(parent):
     """And what the step is watched for is what it is told to."""
     model = torch.nn.Linear(2, 2)
-    training = Training(
+    training = TrainingInfo(
         source="loop", model=weakly(model), planned_steps=None, trainable_parameters=6, total_parameters=6,
         accumulation=1, required={"base.bits": 4},
     )  # fmt: skip
     found = []
-    child = threading.Thread(target=lambda: found.append(Turns().begin(training)), daemon=True)
+    child = threading.Thread(target=lambda: found.append(TurnClient().begin(training)), daemon=True)
     child.start()
     connection, _ = parent.accept()
     with connection, connection.makefile("rw") as lines:
@@ -52,17 +52,17 @@ def test_what_the_script_requires_is_said_before_its_first_step(parent):
     assert begun["trainable_dtypes"] == {"float32": 6}
     assert begun["software"]["python"] == platform.python_version()
     assert begun["software"]["torch"] == importlib.metadata.version("torch")
-    assert found == [Next(watch={"base.bits": 4})]
+    assert found == [ObserverReply(watch={"base.bits": 4})]
 
 
 def test_an_evaluation_is_not_in_the_peak_of_training(parent):
     """What it takes is in a peak of its own, though steps follow."""
-    training = Training(
+    training = TrainingInfo(
         source="trainer", model=None, planned_steps=None, trainable_parameters=6, total_parameters=6, accumulation=1
     )
 
     def train():
-        turns = Turns()
+        turns = TurnClient()
         turns.begin(training)
         turns.phase("evaluate")
         assert len(b"x" * LARGE_BYTES) == LARGE_BYTES
@@ -113,7 +113,7 @@ def test_what_a_script_forks_does_not_share_its_seat(parent):
     connection, _ = parent.accept()
     with script, connection, connection.makefile("rw") as lines:
         assert "begin" in json.loads(lines.readline())
-        seat(script.pid, {min(os.sched_getaffinity(0))})
+        pin_to_cpus(script.pid, {min(os.sched_getaffinity(0))})
         lines.write(json.dumps({"do": "go", "steps": 1}) + "\n")
         lines.flush()
         said = script.communicate(timeout=60)[0]

@@ -8,16 +8,16 @@ import pytest
 
 from lorameter.attach.attachment import UnendedError
 from lorameter.attach.command import write_command
-from lorameter.attach.observer import StepReading, Training
+from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.variables import COMMAND, RUN
-from lorameter.attach.launch import settle
+from lorameter.attach.launch import finalize_run
 from lorameter.attach.writer import Writer
 from lorameter.records import store
 from kernels_check import Check
 
 
 def training(**changes):
-    plain = Training(
+    plain = TrainingInfo(
         source="loop", model=None, planned_steps=None, trainable_parameters=6, total_parameters=6,
         accumulation=2,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def test_an_end_that_nobody_saw_rests_on_the_exit_code(write, source, code):
     run, writer, _ = write(steps(12), end=False, facts=training(source=source))
     error = UnendedError("the process has ended before its training did") if source == "trainer" else None
     writer.end(error, seen=False)
-    assert settle(run.path, code, required=False) == bool(code or error)
+    assert finalize_run(run.path, code, required=False) == bool(code or error)
     (record,) = store.read_run(str(run.path), run.path.parent).records
     kind = "UnendedError" if error else "ProcessDied"
     assert (record.status, record.failure and record.failure.kind) == (
@@ -132,7 +132,7 @@ def test_an_end_that_nobody_saw_rests_on_the_exit_code(write, source, code):
 def test_an_end_that_was_seen_stands_whatever_the_exit_code(write, code):
     """The code is noted beside what was measured."""
     run, _, _ = write(steps(12))
-    assert not settle(run.path, code, required=False)
+    assert not finalize_run(run.path, code, required=False)
     (record,) = store.read_run(str(run.path), run.path.parent).records
     assert (record.status, "ended_unseen" in record.values) == ("ok", False)
     assert [notice.code for notice in record.notices] == (["exit-code"] if code else [])

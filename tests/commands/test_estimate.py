@@ -18,8 +18,8 @@ from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import birth_bytes, estimate_memory
-from lorameter.records.metrics import BIRTH
-from lorameter.run.arms import Contender
+from lorameter.records.metrics import RSS_AT_START
+from lorameter.run.arms import Arm
 from lorameter.run.feasibility import check_feasible
 from lorameter.studies.study_file import load_study
 
@@ -62,7 +62,7 @@ def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run
     libraries = {name: provenance.library_version(name) for name in ("torch", "transformers")}
     write_run(
         "earlier", {"plain": [1.0]}, facts={"libraries": libraries},
-        change=lambda record: dataclasses.replace(record, memory={BIRTH: 515 * 2**20}),
+        change=lambda record: dataclasses.replace(record, memory={RSS_AT_START: 515 * 2**20}),
     )  # fmt: skip
     assert main(["estimate", SPEC, "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -72,7 +72,7 @@ def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run
 def test_what_fits_beside_one_build_of_torch_may_not_beside_another(machine):
     """A process begins with more where torch is built for CUDA, whether or not there is a card."""
     study = load_study("lora-or-qlora").with_overrides(model="random:tiny-llama")
-    chosen = [Contender(variant=study.variants[0], workload=study.workload)]
+    chosen = [Arm(variant=study.variants[0], workload=study.workload)]
     shape = shapes.shape(catalogue.resolve(study.workload.model))
     needed = estimate_memory(study.variants[0], study.workload, shape, process_bytes=birth_bytes("13.0")).needed_bytes
     small = dataclasses.replace(machine, memory_bytes=int(needed * 0.8))
@@ -93,7 +93,7 @@ def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
         return [
             notice.code
             for notice in check_feasible(
-                study, small, [Contender(variant=variant, workload=study.workload)], free_bytes=free
+                study, small, [Arm(variant=variant, workload=study.workload)], free_bytes=free
             )
         ]
 

@@ -11,9 +11,9 @@ import pytest
 
 import lorameter.run.executors.local
 from lorameter.cli import main
-from lorameter.records.worker_info import Hello, TokenSummary
-from lorameter.records.record import Fragment
-from lorameter.run.executors import Place
+from lorameter.records.worker_info import WorkerInfo, TokenSummary
+from lorameter.records.record import PartialRecord
+from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 
 
@@ -26,7 +26,7 @@ class FakeExecutor(LocalExecutor):
         pass
 
     def hello(self):
-        return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(
@@ -38,11 +38,11 @@ class FakeExecutor(LocalExecutor):
         return self
 
     def make_place(self, trial, log):
-        return Place(scratch=trial, log_path=log)
+        return TrialFiles(scratch=trial, log_path=log)
 
     def ask(self, command, trial, timeout_s, **arguments):
         self.asked.append(command)
-        return Fragment()
+        return PartialRecord()
 
     def fetch(self, trial, name, folder):
         return folder / name

@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.commands import pytest_gate
 from lorameter.errors import UsageError
-from lorameter.verdicts.comparison_input import Comparand
+from lorameter.verdicts.comparison_input import ComparisonInput
 from lorameter.verdicts.gate import Policy
 
 FACTS = {"device": "cpu", "python": "3.11.7", "cuda": "13.0", "libraries": {"torch": "2.15.0"}, "threads": 1}
@@ -17,7 +17,7 @@ def prepare(monkeypatch, tmp_path):
     """Checks a base of such facts against a session that has those above."""
 
     def check(*, of_scripts, **facts):
-        base = Comparand(name="base", facts=FACTS | facts)
+        base = ComparisonInput(name="base", facts=FACTS | facts)
         monkeypatch.setattr(pytest_gate, "read_base", lambda *_, **__: base)
         study = SimpleNamespace(name="small", variants=(), of_scripts=of_scripts)
         pytest_gate.SessionGate("base", Policy(), tmp_path).prepare(study, FACTS, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.cli import parser
-from lorameter.studies.placement import OF_SLURM, OURS, Place, is_batch, read_asked
+from lorameter.studies.placement import OF_SLURM, OURS, SiteSpec, is_batch, read_asked
 from lorameter.studies.study_file import load_study
 
 PAGE = (Path(__file__).parents[2] / "docs" / "machines.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def test_every_command_can_be_typed(pytestconfig):
         kinds.add(words[0])
         if words[0] == "lorameter":
             options = parser().parse_args(words[1:])
-            place = Place().asked(on=getattr(options, "on", None), sites=getattr(options, "sites", None))
+            place = SiteSpec().asked(on=getattr(options, "on", None), sites=getattr(options, "sites", None))
             assert not place.is_plain, words
             if is_batch(place.on):
                 assert read_asked(place.on).sites >= 1

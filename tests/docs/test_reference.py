@@ -10,8 +10,8 @@ import pytest
 from lorameter.cli import main
 from lorameter.commands.reference import documents_of, write_reference
 from lorameter.studies import study_file
-from lorameter.studies.claim import RULES, Claim, Part
-from lorameter.studies.columns import Columns
+from lorameter.studies.claim import RULES, Claim, ClaimPart
+from lorameter.studies.columns import DataColumns
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import Variant
@@ -19,7 +19,7 @@ from lorameter.studies.workload import Workload
 from lorameter.verdicts.gate import LimitRule, Policy
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
-CLASSES = (Claim, Columns, Engine, LimitRule, Part, Policy, Protocol, Variant, Workload)
+CLASSES = (Claim, DataColumns, Engine, LimitRule, ClaimPart, Policy, Protocol, Variant, Workload)
 
 
 def test_the_page_is_current(capsys):

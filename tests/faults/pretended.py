@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 
 import lorameter.run.executors.local as local
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import Fragment
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import PartialRecord
 from lorameter.run.executors.disk import Disk
 from lorameter.trial.failure import failure_of
 
@@ -92,8 +92,8 @@ class Pretended(local.LocalExecutor):
         self._disk = Disk(folder)
         stop("", "start")
 
-    def hello(self) -> Hello:
-        return Hello(harness="0.1 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
+    def hello(self) -> WorkerInfo:
+        return WorkerInfo(harness="0.1 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
     def lanes(self, threads):
         return 1
@@ -110,9 +110,9 @@ class Pretended(local.LocalExecutor):
     def launch(self) -> Pretended.Worker:
         return self.Worker()
 
-    def cold_start(self, request) -> Fragment:
+    def cold_start(self, request) -> PartialRecord:
         stop(request.trial, "cold")
-        return Fragment(samples={"cold_start_time_s": (1.0,)})
+        return PartialRecord(samples={"cold_start_time_s": (1.0,)})
 
     class Worker:
         """One process that is none."""
@@ -120,7 +120,7 @@ class Pretended(local.LocalExecutor):
         start_latency_s = 0.01
         prefix = ""
 
-        def ask(self, command, trial, timeout_s, **arguments) -> Fragment:
+        def ask(self, command, trial, timeout_s, **arguments) -> PartialRecord:
             try:
                 stop(trial, command)
             except RuntimeError as error:
@@ -130,12 +130,12 @@ class Pretended(local.LocalExecutor):
                 self.prefix = "merged_"
             if command == "request":
                 names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
-                return Fragment(samples={self.prefix + name: (0.1,) for name in names})
+                return PartialRecord(samples={self.prefix + name: (0.1,) for name in names})
             if command != "turn":
-                return Fragment()
+                return PartialRecord()
             counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,), "train_loss": (2.0,)}
             times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
-            return Fragment(samples=times | counts)
+            return PartialRecord(samples=times | counts)
 
         def close(self) -> None:
             pass

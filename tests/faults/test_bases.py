@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.models import bases
-from lorameter.records.os_errors import RefusedError
+from lorameter.records.os_errors import SystemLimitError
 from lorameter.run.bases import prepare_bases
 from lorameter.run.executors import WorkerLostError
 from lorameter.run.executors.local import LocalExecutor
@@ -49,7 +49,7 @@ def asked(study, seed):
 def test_a_base_that_does_not_fit_is_refused(executor, small_study, home, tiny_disk):
     """The process is real and its disk full: what, and what to do; nothing is left of it, and with room it is made."""
     ballast = tiny_disk(home, 512, 16 * 1024)
-    with pytest.raises(RefusedError, match=r"the base tiny-llama, bfloat16: .*No space left on device\. Free space"):
+    with pytest.raises(SystemLimitError, match=r"the base tiny-llama, bfloat16: .*No space left on device\. Free space"):
         executor.prepare_base(asked(small_study, 501))
     assert not list(home.glob("*/*"))
     ballast.unlink()
@@ -60,7 +60,7 @@ def test_a_base_that_is_kept_makes_room(executor, small_study, home, tiny_disk):
     """It can be made again, so it goes before a run is refused; one that a run holds does not."""
     ballast = tiny_disk(home, 9 * 1024, 16 * 1024)  # for one of 6 MB
     held = executor.prepare_base(asked(small_study, 502))
-    with pytest.raises(RefusedError):
+    with pytest.raises(SystemLimitError):
         executor.prepare_base(asked(small_study, 503))
     assert bases.verify(Path(held.path)) is not None
     executor._held.close()

@@ -18,7 +18,7 @@ from lorameter.run.executors import WorkerLostError
 from lorameter.run.executors.disk import Disk
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan
-from lorameter.run.trial_setup import Site, request_of
+from lorameter.run.trial_setup import RunContext, request_of
 
 DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
 
@@ -55,7 +55,7 @@ def request_cold(executor, small_study):
     """The request of a trial that has been trained."""
     plan = make_plan(small_study)
     slot = plan.slots[0]
-    site = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
+    site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
     return request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))
 
 

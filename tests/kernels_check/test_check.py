@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kernels_check.check import Check, Finding
+from kernels_check.check import Check, PathObservation
 from kernels_check.judges.paths import validate
 
 
@@ -43,15 +43,15 @@ def test_an_unknown_path_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("finding", "required", "status"),
     [
-        (Finding(observed="flash", reason=""), "flash", "active"),
-        (Finding(observed="math", reason=""), "flash", "fallback"),
-        (Finding(observed=None, reason="", present=False), "flash", "absent"),
-        (Finding(observed=False, reason="", present=False), False, "active"),
-        (Finding(observed="math", reason=""), None, "active"),
-        (Finding(observed=None, reason="", present=False), None, "not_applicable"),
-        (Finding(observed=None, reason="", status="unknown"), None, "unknown"),
-        (Finding(observed=None, reason="", status="unknown"), "flash", "unknown"),
-        (Finding(observed=0.75, reason="", satisfies=True), 0.5, "active"),
+        (PathObservation(observed="flash", reason=""), "flash", "active"),
+        (PathObservation(observed="math", reason=""), "flash", "fallback"),
+        (PathObservation(observed=None, reason="", present=False), "flash", "absent"),
+        (PathObservation(observed=False, reason="", present=False), False, "active"),
+        (PathObservation(observed="math", reason=""), None, "active"),
+        (PathObservation(observed=None, reason="", present=False), None, "not_applicable"),
+        (PathObservation(observed=None, reason="", status="unknown"), None, "unknown"),
+        (PathObservation(observed=None, reason="", status="unknown"), "flash", "unknown"),
+        (PathObservation(observed=0.75, reason="", satisfies=True), 0.5, "active"),
     ],
 )
 def test_status_follows_from_what_was_seen_and_asked(finding, required, status):

@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from lorameter.machine.memory import MemoryGauge
+from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.throttle import IDLE
-from lorameter.machine.telemetry import Watch, card_of
+from lorameter.machine.telemetry import Telemetry, card_of
 from lorameter.trial.clock import Stopwatch
 
 pytestmark = pytest.mark.gpu
@@ -100,7 +100,7 @@ def test_nvml_sees_what_the_allocator_takes(card):
 
 def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
     """The values that stand in a record; the clock is that of a card at work."""
-    watch = Watch("train", "cuda", energy=True)
+    watch = Telemetry("train", "cuda", energy=True)
     for _ in range(2):
         watch.begin()
         begin = time.monotonic()
@@ -123,7 +123,7 @@ def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
 
 def test_the_allocator_has_not_retried_where_memory_is_plenty():
     """The counts are those of the phase."""
-    gauge = MemoryGauge("cuda")
+    gauge = PeakMemoryTracker("cuda")
     gauge.begin()
     torch.empty(2**20, dtype=torch.uint8, device="cuda")
     peaks = gauge.peaks("train")
@@ -136,7 +136,7 @@ def test_the_allocator_has_not_retried_where_memory_is_plenty():
 
 def test_the_allocator_counts_what_it_could_not_have():
     """An allocation beyond the card fails after the cache was emptied, and both are counted."""
-    gauge = MemoryGauge("cuda")
+    gauge = PeakMemoryTracker("cuda")
     gauge.begin()
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(2 * torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lorameter.machine.cgroup import cpu_quota, memory_left
-from lorameter.machine.host import CUMULATIVE, HostWatch, host_counters, withheld_share
+from lorameter.machine.host import CUMULATIVE, HostTelemetry, host_counters, withheld_share
 from lorameter.machine.system import memory_available_bytes, memory_bytes, system_facts
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -50,7 +50,7 @@ def test_a_watch_tells_what_happened_between(root):
     """Seconds, bytes and counts, added up over two stretches; what happened outside them is not in it."""
     cpus = len(os.sched_getaffinity(0))
     place = root(files())
-    watch = HostWatch(place)
+    watch = HostTelemetry(place)
     watch.begin()
     root(files(stall_us=2_000_000, steal=TICK, busy=3 * TICK, swapped=3, withheld_us=500_000, used_us=1_000_005))
     watch.end()
@@ -70,7 +70,7 @@ def test_a_watch_tells_what_happened_between(root):
 
 def test_a_machine_that_tells_nothing_gives_reasons_and_no_zeros(root):
     """Only what the process counts itself is left."""
-    watch = HostWatch(root({}))
+    watch = HostTelemetry(root({}))
     watch.begin()
     assert set(watch.end()) == {"watched_s", "voluntary_switches", "involuntary_switches", "major_faults"}
     assert "CONFIG_PSI" in watch.missing["cpu_stall_s"]
@@ -92,7 +92,7 @@ def test_a_share_is_of_the_cpu_time_that_was_asked_for(withheld, given, share):
 def test_a_cgroup_is_paired_with_its_own_use(root):
     """The one whose quota withheld most, although another one used more."""
     inner, outer = "sys/fs/cgroup/jobs/ours/cpu.stat", "sys/fs/cgroup/jobs/cpu.stat"
-    watch = HostWatch(root(files() | {outer: "usage_usec 90000000\nthrottled_usec 90000000\n"}))
+    watch = HostTelemetry(root(files() | {outer: "usage_usec 90000000\nthrottled_usec 90000000\n"}))
     watch.begin()
     root({
         inner: "usage_usec 2000005\nthrottled_usec 3000000\n",
@@ -104,7 +104,7 @@ def test_a_cgroup_is_paired_with_its_own_use(root):
 
 def test_a_process_that_is_moved_has_no_quota_of_that_stretch(root):
     """The counters are those of two cgroups, so their difference says nothing; the next stretch has its own."""
-    watch = HostWatch(root(files()))
+    watch = HostTelemetry(root(files()))
     watch.begin()
     elsewhere = "sys/fs/cgroup/elsewhere/cpu.stat"
     root({"proc/self/cgroup": "0::/elsewhere\n", elsewhere: "usage_usec 5\nthrottled_usec 7000000\n"})
@@ -114,7 +114,7 @@ def test_a_process_that_is_moved_has_no_quota_of_that_stretch(root):
 
 def test_a_counter_that_goes_back_is_missing(root):
     """Steal is known to; a difference below zero is no measurement."""
-    watch = HostWatch(root(files(steal=500)))
+    watch = HostTelemetry(root(files(steal=500)))
     watch.begin()
     root(files(steal=100))
     assert "steal_s" not in watch.end()
@@ -124,7 +124,7 @@ def test_a_counter_that_goes_back_is_missing(root):
 def test_the_clock_has_a_range(root):
     """In hertz, from the kernel's kilohertz."""
     name = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_cur_freq"
-    watch = HostWatch(root({name.format(cpu): "3200000\n" for cpu in os.sched_getaffinity(0)}))
+    watch = HostTelemetry(root({name.format(cpu): "3200000\n" for cpu in os.sched_getaffinity(0)}))
     watch.begin()
     watch.end()
     watch.begin()
@@ -135,7 +135,7 @@ def test_the_clock_has_a_range(root):
 
 def test_the_real_machine_counts_this_process():
     """Sleeping gives the CPU up voluntarily, whatever else this machine tells."""
-    watch, begin = HostWatch(), time.perf_counter()
+    watch, begin = HostTelemetry(), time.perf_counter()
     watch.begin()
     for _ in range(5):
         time.sleep(0.001)
@@ -172,7 +172,7 @@ def test_the_tightest_quota_counts(root, described, cpus):
 )  # fmt: skip
 def test_where_a_cgroup_does_not_count_its_use_there_is_no_share(root, described):
     """What was withheld is known, what it is a share of is missing with its reason, and neither is guessed."""
-    watch = HostWatch(root(described))
+    watch = HostTelemetry(root(described))
     watch.begin()
     totals = watch.end()
     assert totals["quota_stall_s"] == 0.0

@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from lorameter.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
+from lorameter.machine.provenance import FINGERPRINT, collect, fingerprint_fields, fingerprint, power_limit_w, read_facts
 from lorameter.machine.kernel_env import switches_of
 from lorameter.records import codec
 
@@ -60,7 +60,7 @@ def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine
 def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):
     """In whole watts; one that is not known leaves the fingerprint as it was."""
     limited, default = on_card(CARD), on_card(CARD | {"power_limit_w": 700.0})
-    assert comparable(limited)["power_limit_w"] == 500
+    assert fingerprint_fields(limited)["power_limit_w"] == 500
     assert fingerprint(limited) == fingerprint(on_card(CARD | {"power_limit_w": 499.8}))
     assert fingerprint(limited) != fingerprint(default)
     for unknown in (None, "not available: no driver", CARD | {"power_limit_w": "not available: not permitted"}):
@@ -89,7 +89,7 @@ def test_what_steers_a_cards_choice_of_kernels_is_part_of_its_fingerprint(steere
     """cuDNN and cuBLAS of the CUDA that torch is built for, and each variable: another of any is another run."""
     facts = steered()
     assert facts["kernels"] == {"cudnn": "9.20.0.48", "cublas": "13.1.0.3", "switches": SWITCHES}
-    assert comparable(facts)["kernels"] == facts["kernels"]
+    assert fingerprint_fields(facts)["kernels"] == facts["kernels"]
     others = [
         steered(PACKAGES | {"nvidia-cudnn-cu13": "9.21"}),
         steered(PACKAGES | {"nvidia-cublas": "13.2"}),
@@ -101,7 +101,7 @@ def test_what_steers_a_cards_choice_of_kernels_is_part_of_its_fingerprint(steere
     assert fingerprint(steered(PACKAGES | {"nvidia-cudnn-cu12": "9.11"})) == fingerprint(facts)
     assert steered({}, cuda="12.8")["kernels"] == {"cudnn": None, "cublas": None, "switches": SWITCHES}
     assert steered(cuda="12.8")["kernels"]["cudnn"] == "9.10.2.21"
-    assert "kernels" not in comparable(facts, without=("kernels",))
+    assert "kernels" not in fingerprint_fields(facts, without=("kernels",))
 
 
 def test_a_cpu_chooses_no_kernels_of_a_card(steered):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorameter.machine.telemetry import Watch
+from lorameter.machine.telemetry import Telemetry
 
 WATCH = """
     from lorameter.machine.nvml import open_device
@@ -73,7 +73,7 @@ def test_what_the_card_does_not_tell_has_its_reason(nvml):
 
 def test_on_a_cpu_the_host_is_watched_and_no_card_is_asked():
     """Nothing of a device, and no notice that there is none."""
-    watch = Watch("train", "cpu")
+    watch = Telemetry("train", "cpu")
     watch.begin()
     values = watch.end()
     assert values["host_watched_train_s"] >= 0

@@ -13,7 +13,7 @@ from lorameter.commands.documents_of_parity import ParityOf
 from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.parity.measure import CONFIG, WEIGHTS, _read
 from lorameter.records import codec
-from lorameter.records.record import Failure, Fragment
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.studies.serving_modes import ways_of
 from lorameter.studies.variant import Variant
 
@@ -136,9 +136,9 @@ def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
     """With its reason, so that the others stand."""
     ways = ways_of(Variant(quantization="nf4"))[3]
     failure = Failure(phase="parity", kind="ProcessDied", message="killed")
-    found = _read(Fragment().failed("crashed", failure), ways)
+    found = _read(PartialRecord().failed("crashed", failure), ways)
     assert [(one.way, one.failure) for one in found] == [(way.name, failure) for way in ways]
-    assert [one.failure.kind for one in _read(Fragment(status="oom"), ways)] == ["Unknown"] * len(ways)
+    assert [one.failure.kind for one in _read(PartialRecord(status="oom"), ways)] == ["Unknown"] * len(ways)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from lorameter.profile.diagnosis import RULES, diagnose
-from lorameter.profile.evidence import Evidence
+from lorameter.profile.evidence import ProfileEvidence
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 GIB = 2**30
-HEALTHY = Evidence(
+HEALTHY = ProfileEvidence(
     variant=Variant(name="v", adapter_dtype="bfloat16"),
     workload=Workload(),
     device="cuda",

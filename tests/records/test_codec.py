@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.records.record import Failure, Fragment, Notice
+from lorameter.records.record import Failure, PartialRecord, Notice
 from lorameter.studies.variant import Variant
 
 fragments = st.builds(
-    Fragment,
+    PartialRecord,
     samples=st.dictionaries(st.text(max_size=5), st.lists(st.floats(), max_size=4).map(tuple), max_size=3),
     values=st.dictionaries(st.text(max_size=5), st.floats(), max_size=3),
     memory=st.dictionaries(st.text(max_size=5), st.integers(0, 2**60), max_size=3),
@@ -26,16 +26,16 @@ fragments = st.builds(
 @given(fragments)
 def test_a_fragment_survives_the_pipe(fragment):
     """What is written is read back equal, infinities and NaN included."""
-    read = codec.from_json(Fragment, __import__("json").loads(codec.dumps(fragment)), "test")
+    read = codec.from_json(PartialRecord, __import__("json").loads(codec.dumps(fragment)), "test")
     assert codec.dumps(read) == codec.dumps(fragment)
 
 
 def test_nan_is_named_not_written_as_json():
     """JSON text never holds NaN, and a float field gets it back."""
-    text = codec.dumps(Fragment(values={"loss": math.nan}))
+    text = codec.dumps(PartialRecord(values={"loss": math.nan}))
     assert "NaN" in text
     assert '"NaN"' in text
-    assert math.isnan(codec.from_json(Fragment, {"values": {"loss": "NaN"}}, "test").values["loss"])
+    assert math.isnan(codec.from_json(PartialRecord, {"values": {"loss": "NaN"}}, "test").values["loss"])
 
 
 @pytest.mark.parametrize(

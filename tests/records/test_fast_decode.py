@@ -15,7 +15,7 @@ from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.validation import check_record, check_tokens
 from lorameter.records.fast_decode import MOST_SHARED, Reader
-from lorameter.records.record import Failure, Fragment, Notice, TrialRecord
+from lorameter.records.record import Failure, PartialRecord, Notice, TrialRecord
 from lorameter.records.store import Manifest, Resumption
 from lorameter.records.trial_lines import WrittenRecord
 from tests.constructed import FOLDER
@@ -58,7 +58,7 @@ checks = st.lists(tables, max_size=3).map(tuple)
 instances = st.one_of(
     st.builds(TrialRecord, **common, **of_trial, checks=checks),
     st.builds(WrittenRecord, **common, **of_trial, checks=st.lists(names, max_size=3).map(tuple)),
-    st.builds(Fragment, **common, checks=checks),
+    st.builds(PartialRecord, **common, checks=checks),
     st.builds(
         Manifest,
         run=names,
@@ -182,7 +182,7 @@ def test_a_damaged_text_is_read_or_refused_as_the_codec_does(value, data):
 ])  # fmt: skip
 def test_what_no_generator_finds(text):
     """Numbers without end, depths without end, keys said twice, other ways to write the same."""
-    as_the_codec(Fragment, text)
+    as_the_codec(PartialRecord, text)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_committed_runs_are_read_as_the_codec_reads_them(path):
 
 def test_what_is_equal_in_many_texts_is_held_once():
     """The checks of a thousand records are one object each, and texts without end are not kept."""
-    reader = Reader(Fragment)
+    reader = Reader(PartialRecord)
     first, second = (reader.read(f'{{"checks": [{{"path": "a"}}, {{"path": "{other}"}}]}}', "") for other in "bc")
     assert first.checks[0] is second.checks[0]
     for number in range(MOST_SHARED + 10):

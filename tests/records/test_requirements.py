@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.records.requirements import judge_required, lacking
 
 
@@ -34,7 +34,7 @@ def test_nothing_is_lacking_where_all_is_active():
 
 def test_a_fallback_is_allowed_by_a_notice_or_makes_the_trial_invalid():
     """The same words in both."""
-    fragment = Fragment(checks=(check("mode", "fallback"),))
+    fragment = PartialRecord(checks=(check("mode", "fallback"),))
     strict = judge_required(fragment, {"mode": "train"}, name="r4", allow_fallback=False)
     lenient = judge_required(fragment, {"mode": "train"}, name="r4", allow_fallback=True)
     assert (strict.status, lenient.status) == ("invalid", "ok")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorameter.machine.doctor.check import Check
+from lorameter.machine.doctor.check import DoctorCheck
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card
@@ -44,8 +44,8 @@ from lorameter.report.estimate import describe_estimate
 from lorameter.report.memory_fit import describe_fit
 from lorameter.report.gate import describe_gate
 from lorameter.report.history import describe_history
-from lorameter.report.matrix import Change, describe_matrix
-from lorameter.report.notices import describe_notices, tell_notices
+from lorameter.report.matrix import MatrixRun, describe_matrix
+from lorameter.report.notices import describe_notices, warn_before_run
 from lorameter.report.parity import describe_parity, show_differing
 from lorameter.report.plan import describe_plan
 from lorameter.report.profile import describe_profile
@@ -56,10 +56,10 @@ from lorameter.report.sample import Sample, describe_samples
 from lorameter.report.sizes import describe_sizes
 from lorameter.report.blocks import Document
 from lorameter.report.remedy_result import describe_tried
-from lorameter.report.run_view import Asked, view_of
+from lorameter.report.run_view import ReportFilter, view_of
 from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
-from lorameter.run.memory_fit import Device, Fitter, on_card, on_machine
+from lorameter.run.memory_fit import MemoryDevice, Fitter, on_card, on_machine
 from lorameter.run.forecast import Forecast
 from lorameter.run.memory_options import advise
 from lorameter.run.plan import make_plan
@@ -73,7 +73,7 @@ from lorameter.verdicts.calibrate import Calibration, Price, Rates
 from lorameter.verdicts.claims import judge_claims
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import judge, load_policy
-from lorameter.verdicts.series import without_numbers
+from lorameter.verdicts.series import verdict_only
 from tests.constructed import PROFILES, RUNS
 
 NOTICES = (Notice(code="contention", message="others ran.", remedy="Stop them."),)
@@ -208,13 +208,13 @@ def calibration() -> Calibration:
     )  # fmt: skip
 
 
-def checks() -> tuple[Check, ...]:
+def checks() -> tuple[DoctorCheck, ...]:
     """One of each standing."""
     return (
-        Check(about="runs", name="device", standing="good", found="a CPU [2 cores]"),
-        Check(about="measures", name="energy", standing="note", found="no counter", remedy="Ask for RAPL."),
-        Check(about="spoils", name="swap", standing="bad", found="3 GiB of it used", remedy="Free memory."),
-        Check(about="spoils", name="clock", standing="unfit", found="held down", remedy="Cool it."),
+        DoctorCheck(about="runs", name="device", standing="good", found="a CPU [2 cores]"),
+        DoctorCheck(about="measures", name="energy", standing="note", found="no counter", remedy="Ask for RAPL."),
+        DoctorCheck(about="spoils", name="swap", standing="bad", found="3 GiB of it used", remedy="Free memory."),
+        DoctorCheck(about="spoils", name="clock", standing="unfit", found="held down", remedy="Cool it."),
     )
 
 
@@ -255,7 +255,7 @@ def fits() -> dict[str, Callable[[], Document]]:
         ),
     }
 
-    def make(device: Device, variant: Variant, workload: Workload) -> Callable[[], Document]:
+    def make(device: MemoryDevice, variant: Variant, workload: Workload) -> Callable[[], Document]:
         fitter = Fitter(device=device, shape=shape, process_bytes=None)
         return lambda: describe_fit(advise(fitter, variant, workload, with_largest=True), workload, "h100")
 
@@ -282,10 +282,10 @@ def tried() -> Tried:
     )  # fmt: skip
 
 
-def changes() -> tuple[Change, ...]:
+def changes() -> tuple[MatrixRun, ...]:
     """Two changes of versions of one study."""
     found = ((name, constructed_run(name)) for name in ("ab", "ab-improved"))
-    return tuple(Change(run=name, study=str(run.manifest.study["name"]), report=report_of(run)) for name, run in found)
+    return tuple(MatrixRun(run=name, study=str(run.manifest.study["name"]), report=report_of(run)) for name, run in found)
 
 
 def bisection(slow_from: int | None) -> Bisection:
@@ -294,7 +294,7 @@ def bisection(slow_from: int | None) -> Bisection:
     def ask(spec: str, replicates: int) -> Comparison:
         place = int(spec.removeprefix("c"))
         if place == 4:
-            return without_numbers("invalid", "it does not import [/b]")
+            return verdict_only("invalid", "it does not import [/b]")
         ratio = 1.1 if slow_from is not None and place >= slow_from else 1.0
         trials = [[ratio * (1 + 0.001 * number)] for number in range(replicates)]
         return compare_trials([[1.0]] * replicates, trials, pairing="replicate")
@@ -358,7 +358,7 @@ def every_report(small_study, history) -> dict[str, Document]:
         "cold run": lambda: describe_run(view_of(constructed_run("cold"))),
         "run with one replicate": lambda: describe_run(view_of(constructed_run("one-replicate"))),
         "noisy run": lambda: describe_run(view_of(constructed_run("noisy"))),
-        "run by a metric": lambda: describe_run(view_of(constructed_run("sound"), Asked(metrics=("*loss", "*_bytes")))),
+        "run by a metric": lambda: describe_run(view_of(constructed_run("sound"), ReportFilter(metrics=("*loss", "*_bytes")))),
         "failed run": lambda: describe_run(view_of(constructed_run("failed"))),
         "killed run": lambda: describe_run(view_of(constructed_run("killed"))),
         "comparison": lambda: describe_comparison(compared),
@@ -383,7 +383,7 @@ def every_report(small_study, history) -> dict[str, Document]:
         "doctor": lambda: describe_checks(checks(), fit=False),
         "plan": lambda: describe_plan(make_plan(small_study), expected, MACHINE, NOTICES),
         "notices": lambda: describe_notices(NOTICES),
-        "notices in full": lambda: tell_notices(NOTICES),
+        "notices in full": lambda: warn_before_run(NOTICES),
         "matrix": lambda: describe_matrix(changes()),
         "bisection": lambda: describe_bisection(bisection(slow_from=6), "step time of plain"),
         "bisection of nothing": lambda: describe_bisection(bisection(slow_from=None), "step time of plain"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ from kernels_check.terminal import make_visible
 )
 def test_what_would_act_on_a_terminal_is_written_out(text, shown):
     """Escape sequences, bells, erasing, reordering and what cannot be encoded; letters of any script stay."""
-    assert make_visible(text) == shown
+    assert escape_control_chars(text) == shown
 
 
 @given(st.text(st.characters(codec=None)))
 def test_no_text_keeps_a_control_character(text):
     """Whatever comes in, what goes out can be written and acts on nothing."""
-    shown = make_visible(text)
+    shown = escape_control_chars(text)
     assert not [one for one in shown if one not in "\n\t" and unicodedata.category(one) in ("Cc", "Cs")]
     shown.encode()
-    assert make_visible(shown) == shown
+    assert escape_control_chars(shown) == shown

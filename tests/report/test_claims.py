@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lorameter.cli import main
-from lorameter.studies.claim import Claim, Part
+from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.variant import Variant
 
 STEPS = {"plain": [1.0, 1.1, 0.9, 1.2], "r8": [1.0, 1.14, 0.93, 1.2]}
@@ -21,13 +21,13 @@ def study(small_study):
         claims=(
             Claim(
                 id="1", says="step time rises with r", original="33 min at r 4, 35 min at r 8",
-                parts=(Part(rule="trend-up", axis="r", metric="step_time_s"),),
+                parts=(ClaimPart(rule="trend-up", axis="r", metric="step_time_s"),),
             ),
             Claim(
                 id="2", says="more [parameters], equal time",
                 parts=(
-                    Part(rule="rises", axis="r", metric="trainable_parameters"),
-                    Part(rule="equal", axis="r", metric="step_time_s"),
+                    ClaimPart(rule="rises", axis="r", metric="trainable_parameters"),
+                    ClaimPart(rule="equal", axis="r", metric="step_time_s"),
                 ),
             ),
         ),

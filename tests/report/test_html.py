@@ -13,13 +13,13 @@ import pytest
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.report.curves import Axis, Curve, Curves
-from lorameter.report.figure import Bar, Bars, Front, Intervals, Mark, Part, Samples, Spot, Stretch
+from lorameter.report.figure import Bar, Bars, ParetoFront, Intervals, Mark, BarSegment, Samples, Spot, Stretch
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.page import write_html
 from lorameter.report.html.charts import draw
 from lorameter.report.run import describe_run
 from lorameter.report.blocks import Table, name_columns, say, write_row
-from lorameter.report.run_view import Asked, view_of
+from lorameter.report.run_view import ReportFilter, view_of
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file())
@@ -103,8 +103,8 @@ def test_texts_from_outside_are_texts():
     drawings = (
         Intervals(axis=axis, marks=(mark,)),
         Curves(across=axis, up=axis, curves=(Curve(name=HOSTILE, points=((1.0, 2.0), (2.0, 3.0))),) * 2),
-        Bars(axis=Axis(title=HOSTILE), bars=(Bar(name=HOSTILE, parts=(Part(kind=HOSTILE, value=1.0),)),)),
-        Front(across=axis, up=axis, spots=(Spot(name=HOSTILE, across=mark, up=mark, best=True),) * 2),
+        Bars(axis=Axis(title=HOSTILE), bars=(Bar(name=HOSTILE, parts=(BarSegment(kind=HOSTILE, value=1.0),)),)),
+        ParetoFront(across=axis, up=axis, spots=(Spot(name=HOSTILE, across=mark, up=mark, best=True),) * 2),
         Samples(across=axis, up=axis, stretches=(Stretch(name=HOSTILE, began_s=0, ended_s=1, samples=(1.0,)),)),
     )
     pictures = "".join(draw(one, HOSTILE, HOSTILE, {HOSTILE: 0}) for one in drawings)
@@ -129,7 +129,7 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
         elif isinstance(drawing, Bars):
             totals = [row.cells[-1].value for row in table.rows]
             assert totals == pytest.approx([sum(part.value for part in bar.parts) for bar in drawing.bars])
-        elif isinstance(drawing, Front):
+        elif isinstance(drawing, ParetoFront):
             assert [row.cells[0].text for row in table.rows] == [spot.name for spot in drawing.spots]
         elif isinstance(drawing, Curves):
             assert {row.cells[0].text for row in table.rows} == {curve.name for curve in drawing.curves}
@@ -138,9 +138,9 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
 @pytest.mark.parametrize(
     ("asked", "titles"),
     [
-        (Asked(variants=("qlora-nf4-r16",), metrics=("step_time_s",)), ["Training: step time: ratios to lora-r16"]),
+        (ReportFilter(variants=("qlora-nf4-r16",), metrics=("step_time_s",)), ["Training: step time: ratios to lora-r16"]),
         (
-            Asked(variants=("qlora-nf4-r16",), phases=("generate",)),
+            ReportFilter(variants=("qlora-nf4-r16",), phases=("generate",)),
             ["Warm generation: ratios to lora-r16", "Checks of the paths that ran"],
         ),
     ],
@@ -160,7 +160,7 @@ def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
     drawn = re.findall('data-variant="([^"]*)"', page)
     assert set(drawn) == {"lora-r16", "qlora-nf4-r16"}
     run = store.read_run(str(path), path.parent)
-    figures = figures_of_run(run, view_of(run, Asked(variants=("qlora-nf4-r16",))))
+    figures = figures_of_run(run, view_of(run, ReportFilter(variants=("qlora-nf4-r16",))))
     cells = {cell.line for figure in figures if figure.table for row in figure.table.rows for cell in row.cells}
     assert len(figures) == 9
     assert not cells & {"qlora-nf4-r64-a16", "qlora-nf4-r64-a256"}

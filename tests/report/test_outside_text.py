@@ -28,7 +28,7 @@ from lorameter.trial.failure import failure_of
 from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
 from lorameter.verdicts.gate import Policy, gate_document, judge
 from kernels_check.__main__ import main as check_kernels
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
 SECRET = "hunter2"
@@ -50,7 +50,7 @@ URLS = (
 
 
 def acts(text: str) -> bool:
-    return make_visible(text) != text
+    return escape_control_chars(text) != text
 
 
 @pytest.mark.parametrize("url", URLS)

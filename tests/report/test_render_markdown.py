@@ -13,11 +13,11 @@ from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
 from lorameter.report.blocks import (
     Cell,
-    Fold,
-    Gallery,
-    Head,
+    Collapsible,
+    ChartGroup,
+    ColumnHeader,
     Panel,
-    Passage,
+    Quote,
     Section,
     Table,
     say,
@@ -50,15 +50,15 @@ def said(text):
 
 def everywhere(text):
     """A document with the text in each place of it."""
-    heads = (Head(text=text), Head(text="b", right=True))
+    heads = (ColumnHeader(text=text), ColumnHeader(text="b", right=True))
     curve = Curve(name=text, points=((1.0, 1.0), (2.0, 2.0), (3.0, 3.0)))
     return (
         Section(title=text, lines=(say(text, lead=text),)),
         say(text),
         Table(title=text, heads=heads, rows=(write_row(text, Cell(name=text, verdict=text)),), notes=(say(text),)),
-        Fold(summary=say(text), lines=(say(text),)),
-        Gallery(title=text, charts=(Curves(across=Axis(title=text), up=Axis(title=text), curves=(curve,)),)),
-        Panel(title=text, passages=(Passage(head=text, text=f"{text}\n```\n{text}"),)),
+        Collapsible(summary=say(text), lines=(say(text),)),
+        ChartGroup(title=text, charts=(Curves(across=Axis(title=text), up=Axis(title=text), curves=(curve,)),)),
+        Panel(title=text, passages=(Quote(head=text, text=f"{text}\n```\n{text}"),)),
     )
 
 
@@ -118,8 +118,8 @@ def test_every_report_is_markdown(every_report):
 def test_what_is_too_long_loses_details_before_rows_and_says_so(most):
     """The first section stays whatever happens, and so do the first rows."""
     rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))
-    long = Fold(summary=say("statistics"), lines=tuple(say("y" * 100) for _ in range(3_000)))
-    table = Table(title="Training", heads=(Head(text="variant"), Head(text="b")), rows=rows)
+    long = Collapsible(summary=say("statistics"), lines=tuple(say("y" * 100) for _ in range(3_000)))
+    table = Table(title="Training", heads=(ColumnHeader(text="variant"), ColumnHeader(text="b")), rows=rows)
     text = markdown_of((Section(title="Gate failed"), table, long), most=most)
     assert len(text) <= most
     assert text.startswith("### Gate failed\n")

@@ -12,7 +12,7 @@ import pytest
 from lorameter.cli import parser
 from lorameter.records import codec, store
 from lorameter.records.atomic_json import write_document
-from lorameter.report.reproduce import how_to_repeat
+from lorameter.report.reproduce import reproduction_steps
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
@@ -26,7 +26,7 @@ KEPT = [
 
 def typed(run):
     """The options of the line that measures the run again."""
-    (line,) = (line for line in how_to_repeat(run).splitlines() if line.startswith("lorameter "))
+    (line,) = (line for line in reproduction_steps(run).splitlines() if line.startswith("lorameter "))
     return parser().parse_args(shlex.split(line)[1:])
 
 
@@ -35,7 +35,7 @@ def test_the_line_of_every_run_is_a_command(path):
     """Of an A/B that does not say by which words its sides were named there is none, and that is said."""
     run = store.read_run(str(path), path.parent, newer=True)
     if run.manifest.sides:
-        assert "does not say by which words" in how_to_repeat(run)
+        assert "does not say by which words" in reproduction_steps(run)
     else:
         assert typed(run).command.__name__ == "run_study"
 
@@ -97,7 +97,7 @@ def test_what_a_foreign_run_says_of_itself_runs_no_command(sided, write_run, tmp
     }
     changed = {"study": study, "selection": [evil], "sides": sides if sided else {}, "policy": {evil: evil}}
     write_document(path / "manifest.json", manifest | changed)
-    lines = how_to_repeat(store.read_run("foreign", path.parent))
+    lines = reproduction_steps(store.read_run("foreign", path.parent))
     script = f"pip() {{ :; }}; lorameter() {{ :; }}\n{lines}\n"
     done = subprocess.run(["bash", "-c", script], check=False, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,7 +13,7 @@ from rich.style import Style
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.report.render_rich import STYLES
 from lorameter.report.live import LiveDisplay
-from lorameter.report.blocks import Cell, Fold, Head, Line, Panel, Passage, Row, Section, Span, Table, say, write_row
+from lorameter.report.blocks import Cell, Collapsible, ColumnHeader, Line, Panel, Quote, Row, Section, Span, Table, say, write_row
 from lorameter.report.terminal import console_for, show, text_of
 from lorameter.run.plan import make_plan
 
@@ -25,15 +25,15 @@ STYLED = re.compile(r"\x1b\[[0-9;]*m")
 def hostile_document():
     """The same text in every place of a document that takes one."""
     cell = Cell(name=HOSTILE, text=HOSTILE, interval=HOSTILE, detail=HOSTILE, command=HOSTILE, verdict=HOSTILE)
-    heads = (Head(text=HOSTILE), Head(text=HOSTILE, right=True))
+    heads = (ColumnHeader(text=HOSTILE), ColumnHeader(text=HOSTILE, right=True))
     rows = (Row(cells=(cell, Cell(text=HOSTILE)), strong=True), write_row(HOSTILE, cell))
     lines = (say(HOSTILE, Span(text=HOSTILE, tone="alarm")),)
     return (
         Line(spans=(Span(text=HOSTILE),), indented=False, apart=True),
         Section(title=HOSTILE, beside=HOSTILE, lines=lines, tone="bad"),
         Table(title=HOSTILE, heads=heads, rows=rows, notes=lines),
-        Fold(summary=say("a line"), lines=lines),
-        Panel(title=HOSTILE, passages=(Passage(head=HOSTILE, text=HOSTILE),)),
+        Collapsible(summary=say("a line"), lines=lines),
+        Panel(title=HOSTILE, passages=(Quote(head=HOSTILE, text=HOSTILE),)),
     )
 
 
@@ -45,13 +45,13 @@ def test_outside_text_is_printed_as_it_is_and_acts_on_nothing(coloured):
     assert ("\x1b" in text) is coloured
     plain = STYLED.sub("", text)
     assert not [one for one in plain if one != "\n" and not one.isprintable()]
-    unfolded = repr([block for block in document if not isinstance(block, Fold)])
+    unfolded = repr([block for block in document if not isinstance(block, Collapsible)])
     assert plain.count(SHOWN) == unfolded.count(repr(HOSTILE)[1:-1]) + 2  # the two spans of the line that unfolds
 
 
 def test_what_folds_is_a_line_and_unfolds_when_asked():
     """It ends between words, and where something is folded it is said how it unfolds; a pipe gets all of it."""
-    fold = Fold(summary=say("noise  ", "one two three four five six"), lines=(say("all of it"),))
+    fold = Collapsible(summary=say("noise  ", "one two three four five six"), lines=(say("all of it"),))
     hint = "Notices and statistics stand in full with --verbose.\n"
     assert text_of((fold,), width=60, coloured=False) == f"  noise  one two three four five six\n{hint}"
     assert text_of((fold,), width=24, coloured=False).splitlines()[0] == "  noise  one two three …"

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from lorameter.attach.observer import StepReading, Training
-from lorameter.attach.turn_client import Turns
+from lorameter.attach.observer import StepReading, TrainingInfo
+from lorameter.attach.turn_client import TurnClient
 
 HOW, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
 STEP_TIME_S = float(os.environ.get("STEP_TIME_S", "1e-3"))
@@ -56,7 +56,7 @@ def train(steps, planned=None):
     """One training."""
     TOTAL["trained"] += 1
     follow = TURNS.begin(
-        Training(
+        TrainingInfo(
             source="loop",
             model=None,
             planned_steps=planned,
@@ -86,7 +86,7 @@ def train(steps, planned=None):
 
 
 TOTAL = {"trained": 0}
-TURNS = Turns()
+TURNS = TurnClient()
 Path("came").write_text("here")  # into the copy of its folder
 if HOW == "crash-before":
     raise ValueError("no such data set")
@@ -98,7 +98,7 @@ if HOW == "hang-before":
 if HOW == "never":
     sys.exit(0)
 if HOW == "nested":
-    TURNS.begin(Training(source="loop", model=None, planned_steps=None, trainable_parameters=1, total_parameters=1,
+    TURNS.begin(TrainingInfo(source="loop", model=None, planned_steps=None, trainable_parameters=1, total_parameters=1,
                          accumulation=1))  # fmt: skip
 try:
     train(STEPS, STEPS if HOW == "planned" else None)

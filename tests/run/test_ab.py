@@ -21,11 +21,11 @@ import lorameter.run.ab
 import lorameter.run.executors.local
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import Fragment
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import PartialRecord
 from lorameter.run.ab import plan_ab
 from lorameter.run.device_lock import hold_device
-from lorameter.run.executors import Place
+from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 
 GIB = 2**30
@@ -159,13 +159,13 @@ class FakeExecutor(LocalExecutor):
         self.step_s *= FakeExecutor.control if label == "control" else 1.0
 
     def make_place(self, trial, log):
-        return Place(scratch=trial, log_path=log)
+        return TrialFiles(scratch=trial, log_path=log)
 
     def clear_place(self, trial):
         pass
 
     def hello(self):
-        return Hello(harness="1.0 sha256:0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="1.0 sha256:0", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
     def lanes(self, threads):
         return 1
@@ -203,10 +203,10 @@ class FakeWorker:
             luck = 0.0 if self.executor.label == "base" else FakeExecutor.noise if even else -FakeExecutor.noise
             step = self.executor.step_s * (1 + self.rows / 1000) * (1 + luck)
             counts = {"turn_real_tokens": (32.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (1.0,)}
-            return Fragment(samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "train_loss": (2.0,)} | counts)
+            return PartialRecord(samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "train_loss": (2.0,)} | counts)
         if command == "finish_training" and trial.endswith("-solo"):
-            return Fragment(memory={"host_peak_train_bytes": 2**20})
-        return Fragment()
+            return PartialRecord(memory={"host_peak_train_bytes": 2**20})
+        return PartialRecord()
 
     def close(self):
         pass

@@ -10,7 +10,7 @@ import pytest
 from lorameter.models.bases import DESCRIPTION, ENV_BASES, UNUSED_DAYS, in_use
 from lorameter.records.worker_info import BaseSummary
 from lorameter.records.record import Failure
-from lorameter.records.os_errors import RefusedError
+from lorameter.records.os_errors import SystemLimitError
 from lorameter.run.bases import prepare_bases
 from lorameter.run.arms import sides_of
 from lorameter.run.executors import WorkerLostError
@@ -109,7 +109,7 @@ def test_what_the_system_refuses_ends_the_run(study):
     """As a full disk, which the next base would meet as well."""
 
     def refuse(request):
-        raise RefusedError("full")
+        raise SystemLimitError("full")
 
-    with pytest.raises(RefusedError):
+    with pytest.raises(SystemLimitError):
         prepare_bases(make_plan(study), {"": Preparing(refuse=refuse)}, "cpu", Watching())

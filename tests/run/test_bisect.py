@@ -8,7 +8,7 @@ from lorameter.report.bisect import describe_bisection
 from lorameter.report.terminal import text_of
 from lorameter.run.bisect import MOST_TIMES, Candidate, bisect
 from lorameter.stats import Comparison, compare_trials
-from lorameter.verdicts.series import without_numbers
+from lorameter.verdicts.series import verdict_only
 
 
 def candidates(count):
@@ -28,7 +28,7 @@ class Constructed:
         place = int(spec.removeprefix("c"))
         self.asked.append((place, replicates))
         if place in self.broken:
-            return without_numbers("invalid", "it does not import")
+            return verdict_only("invalid", "it does not import")
         ratios = [math.exp(self.rng.normal(math.log(self.truth[place]), self.spread)) for _ in range(replicates)]
         return compare_trials([[1.0]] * replicates, [[ratio] for ratio in ratios], pairing="replicate")
 

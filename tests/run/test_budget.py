@@ -9,15 +9,15 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.run.budget import LEAST_ROUNDS, Budget
-from lorameter.run.executors import Place
+from lorameter.run.executors import TrialFiles
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import Site
+from lorameter.run.trial_setup import RunContext
 from lorameter.run.stopping import Stopping
 from lorameter.run.thinning import tell_left_out
-from lorameter.verdicts.series import compare_series, series_of
+from lorameter.verdicts.series import compare_series, group_trials
 
 COSTS = {
     "build": 5.0, "verify": 4.0, "warm_up": 6.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
@@ -43,7 +43,7 @@ class Timed:
         return self.now
 
     def make_place(self, trial, log):
-        return Place(scratch=trial, log_path=log)
+        return TrialFiles(scratch=trial, log_path=log)
 
     def clear_place(self, trial):
         pass
@@ -64,18 +64,18 @@ class Timed:
         if command == "finish_training" and "solo" not in trial:
             self.limits[trial] = arguments.get("steps")
         if command == "build":
-            return Fragment(values={"build_step_time_s": self.costs["turn"] / 2})
+            return PartialRecord(values={"build_step_time_s": self.costs["turn"] / 2})
         if command == "warm_up":
             steps = self.requests[trial].get("warm_up_steps", WARM_UP)
-            return Fragment(samples={"warmup_step_time_s": (self.costs["turn"] / 2,) * steps})
+            return PartialRecord(samples={"warmup_step_time_s": (self.costs["turn"] / 2,) * steps})
         if command == "turn":
             steps = arguments["steps"]
-            return Fragment(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
-        return Fragment(samples={"request_time_s": (0.2,)}) if command == "request" else Fragment()
+            return PartialRecord(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
+        return PartialRecord(samples={"request_time_s": (0.2,)}) if command == "request" else PartialRecord()
 
     def cold_start(self, request):
         self.now += self.costs["cold"]
-        return Fragment(samples={"cold_start_time_s": (1.0,)})
+        return PartialRecord(samples={"cold_start_time_s": (1.0,)})
 
     def close(self):
         pass
@@ -103,7 +103,7 @@ def measured(small_study):
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
         executor = Timed(costs or {})
         budget = Budget(limit_s, clock=executor.clock, replicates=replicates, cold_s=executor.costs["cold"])
-        site = Site(device="cpu", threads=1, tokens_path="t", tokens={})
+        site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={})
         found = run_plan(
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
             stop=Stopping(plan, budget),
@@ -182,7 +182,7 @@ def test_losses_after_other_numbers_of_steps_are_not_compared(measured):
         cut = record.replicate == 1
         steps = {"training_steps": 9.0 if cut else 19.0} | ({"training_steps_planned": 19.0} if cut else {})
         kept.append(record.replaced(values=record.values | steps | {"held_out_loss": 2.0 - cut}))
-    groups = series_of([record for record in kept if "step_time_s" in record.samples])
+    groups = group_trials([record for record in kept if "step_time_s" in record.samples])
     plain, nf4 = groups["plain", "variant"], groups["nf4", "variant"]
     assert plain.trials("held_out_loss") == [(2.0,)]
     assert len(plain.trials("step_time_s")) == 2

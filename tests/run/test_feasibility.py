@@ -11,7 +11,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import shapes
 from lorameter.run.feasibility import check_feasible
-from lorameter.studies.columns import Columns
+from lorameter.studies.columns import DataColumns
 from lorameter.studies.engine import Engine
 from lorameter.studies.engine_command import study_of_engine
 from lorameter.studies.study_file import load_study
@@ -112,7 +112,7 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ("x.txt", "one\ntwo", {"loss": "answer"}, "loss = 'answer': text has no answer"),
         ("x.txt", "one\ntwo", {"natural_tokens": 8}, "natural_tokens = 8: text has no prompts"),
         ("x.jsonl", CHAT, {"prompt_format": "write-instruction"}, "'write-instruction': it is for instructions"),
-        ("x.jsonl", CHAT, {"columns": Columns(messages="talks")}, r"line 1: no column 'talks'.*There are 'messages'"),
+        ("x.jsonl", CHAT, {"columns": DataColumns(messages="talks")}, r"line 1: no column 'talks'.*There are 'messages'"),
         ("x.jsonl", "", {}, "no records are in it"),
     ],
 )

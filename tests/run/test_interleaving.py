@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
-from lorameter.run.interleaving import MEMORY_SHARE, choose_level, shared_base_obstacle
+from lorameter.run.interleaving import MEMORY_SHARE, choose_interleaving, shared_base_obstacle
 from lorameter.run.measure import plan_study
 from lorameter.studies.variant import Variant
 
@@ -18,12 +18,12 @@ GIB = 2**30
 
 def test_variants_that_differ_in_their_adapters_share_a_base():
     """Whatever the memory: the base is loaded once."""
-    assert choose_level(SWEEP, together_bytes=900 * GIB, free_bytes=GIB)[0] == "shared-base"
+    assert choose_interleaving(SWEEP, together_bytes=900 * GIB, free_bytes=GIB)[0] == "shared-base"
 
 
 def test_other_variants_take_turns_in_processes_that_fit_together():
     """The reason names what differs and both sizes."""
-    level, why = choose_level(MIXED, together_bytes=3 * GIB, free_bytes=8 * GIB)
+    level, why = choose_interleaving(MIXED, together_bytes=3 * GIB, free_bytes=8 * GIB)
     assert level == "lockstep"
     assert "nf4 differs from r8 in quantization" in why
     assert "3 GiB of 8 GiB" in why
@@ -32,9 +32,9 @@ def test_other_variants_take_turns_in_processes_that_fit_together():
 def test_what_does_not_fit_together_runs_one_after_the_other():
     """A machine that swaps measures nothing, so a forecast must leave room."""
     free = 8 * GIB
-    assert choose_level(MIXED, together_bytes=int(MEMORY_SHARE * free), free_bytes=free)[0] == "lockstep"
-    assert choose_level(MIXED, together_bytes=int(MEMORY_SHARE * free) + 1, free_bytes=free)[0] == "replicates"
-    assert choose_level(MIXED, together_bytes=1, free_bytes=None)[0] == "replicates"
+    assert choose_interleaving(MIXED, together_bytes=int(MEMORY_SHARE * free), free_bytes=free)[0] == "lockstep"
+    assert choose_interleaving(MIXED, together_bytes=int(MEMORY_SHARE * free) + 1, free_bytes=free)[0] == "replicates"
+    assert choose_interleaving(MIXED, together_bytes=1, free_bytes=None)[0] == "replicates"
 
 
 @pytest.mark.parametrize(
@@ -75,16 +75,16 @@ def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, lev
 
 def test_a_level_can_be_asked_for():
     """A coarser one always, shared-base only where the variants allow it, an unknown word never."""
-    assert choose_level(SWEEP, together_bytes=0, free_bytes=None, asked="replicates") == ("replicates", "asked for")
+    assert choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, asked="replicates") == ("replicates", "asked for")
     with pytest.raises(UsageError, match=r"nf4 differs from r8 in quantization.*Use lockstep"):
-        choose_level(MIXED, together_bytes=0, free_bytes=None, asked="shared-base")
+        choose_interleaving(MIXED, together_bytes=0, free_bytes=None, asked="shared-base")
     with pytest.raises(UsageError, match="interleave = 'shuffle'"):
-        choose_level(SWEEP, together_bytes=0, free_bytes=None, asked="shuffle")
+        choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, asked="shuffle")
 
 
 def test_several_adapters_on_a_base_are_those_of_one_trial():
     """A switch walks over all adapters of a base, so those of other trials would be in its time."""
     sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "adapters": 4}
-    assert choose_level(SWEEP, **sizes)[0] == "lockstep"
+    assert choose_interleaving(SWEEP, **sizes)[0] == "lockstep"
     with pytest.raises(UsageError, match="requests have 4 adapters on a base"):
-        choose_level(SWEEP, **sizes, asked="shared-base")
+        choose_interleaving(SWEEP, **sizes, asked="shared-base")

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from lorameter.run.interrupts import SIGNALS, StopRequested, Stops
+from lorameter.run.interrupts import SIGNALS, StopRequested, InterruptHandler
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def test_where_a_process_waits_a_stop_is_taken_at_once(number):
     done = []
 
     def wait():
-        with Stops() as stops, stops.interruptible():
+        with InterruptHandler() as stops, stops.interruptible():
             send(number)
             done.append("it went on")
 
@@ -46,7 +46,7 @@ def test_elsewhere_a_stop_is_remembered_and_the_next_block_does_not_begin():
     saved = []
 
     def save():
-        with Stops() as stops:
+        with InterruptHandler() as stops:
             for part in range(3):
                 send()
                 saved.append(part)
@@ -60,14 +60,14 @@ def test_elsewhere_a_stop_is_remembered_and_the_next_block_does_not_begin():
 
 def test_a_stop_that_no_block_took_is_raised_at_the_end():
     """So that what follows in the program does not begin either."""
-    with pytest.raises(StopRequested), Stops():
+    with pytest.raises(StopRequested), InterruptHandler():
         send()
 
 
 def test_once_taken_nothing_interrupts_what_it_sets_off():
     """A second Ctrl-C, and a third signal of another kind, cost nothing of what the first one saves and takes down."""
     done = []
-    with Stops() as stops:
+    with InterruptHandler() as stops:
         try:
             with stops.interruptible():
                 send(signal.SIGINT)
@@ -82,8 +82,8 @@ def test_once_taken_nothing_interrupts_what_it_sets_off():
 
 def test_one_inside_another_is_heard_first_and_then_the_other_again():
     """What was heard before is heard afterwards."""
-    with Stops() as outer:
-        with pytest.raises(StopRequested), Stops() as inner, inner.interruptible():
+    with InterruptHandler() as outer:
+        with pytest.raises(StopRequested), InterruptHandler() as inner, inner.interruptible():
             send()
         with pytest.raises(StopRequested), outer.interruptible():
             send()
@@ -95,7 +95,7 @@ def test_somebody_who_can_say_it_twice_is_waited_for(capfd):
     done = []
 
     def measure():
-        with Stops(patient=True) as stops:
+        with InterruptHandler(patient=True) as stops:
             with stops.interruptible(worth_waiting=True):
                 send(signal.SIGINT)
                 done.append("measured")
@@ -116,7 +116,7 @@ def test_the_second_and_whatever_is_no_ctrl_c_ends_at_once(numbers):
     done = []
 
     def measure():
-        with Stops(patient=True) as stops, stops.interruptible(worth_waiting=True):
+        with InterruptHandler(patient=True) as stops, stops.interruptible(worth_waiting=True):
             for number in numbers:
                 send(number)
             done.append("measured")
@@ -128,21 +128,21 @@ def test_the_second_and_whatever_is_no_ctrl_c_ends_at_once(numbers):
 
 def test_a_first_ctrl_c_in_the_last_block_ends_nothing():
     """All there was to measure is measured, and what follows in the program is its report."""
-    with Stops(patient=True) as stops, stops.interruptible(worth_waiting=True):
+    with InterruptHandler(patient=True) as stops, stops.interruptible(worth_waiting=True):
         send(signal.SIGINT)
 
 
 def test_what_is_not_worth_waiting_for_ends_at_once():
     """Workers that start, a device that is waited for; and everything where nobody sits before it."""
     for patient, worth in ((True, False), (False, True)):
-        with pytest.raises(StopRequested), Stops(patient=patient) as stops, stops.interruptible(worth_waiting=worth):
+        with pytest.raises(StopRequested), InterruptHandler(patient=patient) as stops, stops.interruptible(worth_waiting=worth):
             send(signal.SIGINT)
 
 
 def test_what_was_ignored_is_ignored():
     """As HUP under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Stops() as stops, stops.interruptible():
+    with InterruptHandler() as stops, stops.interruptible():
         send(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
@@ -152,7 +152,7 @@ def test_in_another_thread_nothing_is_heard_and_nothing_refused():
     done = []
 
     def other():
-        with Stops() as stops, stops.interruptible():
+        with InterruptHandler() as stops, stops.interruptible():
             done.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=other)

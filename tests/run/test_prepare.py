@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.worker_info import Hello
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.run.prepare import greet
 from lorameter.studies.variant import Variant
 
@@ -20,7 +20,7 @@ def worker(machine):
     """A function that makes the executor of a worker that says this of itself."""
 
     def make(**said):
-        hello = Hello(**{"harness": "1.0", "pid": 1, "import_time_s": 1.0, "device": "cpu", "torch": "0"} | said)
+        hello = WorkerInfo(**{"harness": "1.0", "pid": 1, "import_time_s": 1.0, "device": "cpu", "torch": "0"} | said)
         return SimpleNamespace(hello=lambda: hello, machine=lambda: machine)
 
     return make

@@ -17,10 +17,10 @@ import lorameter.run.executors.local
 import lorameter.run.measure
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import UNDER_WAY, Fragment
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import UNDER_WAY, PartialRecord
 from lorameter.report.run_view import view_of
-from lorameter.run.executors import Place
+from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 
 STUDY = """
@@ -59,13 +59,13 @@ class Executor(LocalExecutor):
         pass
 
     def make_place(self, trial, log):
-        return Place(scratch=trial, log_path=log)
+        return TrialFiles(scratch=trial, log_path=log)
 
     def clear_place(self, trial):
         pass
 
     def hello(self):
-        return Hello(harness=Executor.harness, pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness=Executor.harness, pid=1, import_time_s=1.0, device="cpu", torch="0")
 
     def lanes(self, threads):
         return 1
@@ -85,10 +85,10 @@ class Executor(LocalExecutor):
     def ask(self, command, trial, timeout_s, **arguments):
         Executor.asked = (*Executor.asked, trial)
         if command != "turn":
-            return Fragment()
+            return PartialRecord()
         counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,), "train_loss": (2.0,)}
         times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
-        return Fragment(samples=times | counts)
+        return PartialRecord(samples=times | counts)
 
     def close(self):
         pass

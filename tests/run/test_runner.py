@@ -9,14 +9,14 @@ import signal
 import pytest
 
 from lorameter.records.evidence import EvidenceFile
-from lorameter.records.record import Failure, Fragment
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.trial_lines import TrialLines, line_of
 from lorameter.run.budget import Budget
-from lorameter.run.executors import Place, WorkerLostError
+from lorameter.run.executors import TrialFiles, WorkerLostError
 from lorameter.run.plan import Group, make_plan
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import Site, begin_record
-from lorameter.run.interrupts import Stops
+from lorameter.run.trial_setup import RunContext, begin_record
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
@@ -36,11 +36,11 @@ class FakeWorker:
     def ask(self, command, trial, timeout_s, **arguments):
         self.executor.asked.append((trial, command))
         self.executor.now += self.executor.command_s
-        answer = self.executor.script.get((trial, command), Fragment())
+        answer = self.executor.script.get((trial, command), PartialRecord())
         if isinstance(answer, BaseException):
             raise answer
-        if command == "turn" and answer == Fragment():
-            return Fragment(samples={"step_time_s": (0.5,) * arguments["steps"]})
+        if command == "turn" and answer == PartialRecord():
+            return PartialRecord(samples={"step_time_s": (0.5,) * arguments["steps"]})
         return answer
 
     def close(self):
@@ -59,7 +59,7 @@ class FakeExecutor:
         self.places = {}
 
     def make_place(self, trial, log):
-        self.places[trial] = Place(scratch=f"/there/{trial}", log_path=f"/there/logs/{log}.log")
+        self.places[trial] = TrialFiles(scratch=f"/there/{trial}", log_path=f"/there/logs/{log}.log")
         return self.places[trial]
 
     def clear_place(self, trial):
@@ -71,7 +71,7 @@ class FakeExecutor:
 
     def cold_start(self, request: TrialRequest):
         self.asked.append((request.trial, "cold"))
-        answer = self.script.get((request.trial, "cold"), Fragment(values={"cold_start_time_s": 1.0}))
+        answer = self.script.get((request.trial, "cold"), PartialRecord(values={"cold_start_time_s": 1.0}))
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -104,7 +104,7 @@ def conduct(plan, script=None):
     return executor, {record.trial: record for record in records}
 
 
-SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
+SITE = RunContext(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
 
 
 def lost(status="crashed"):
@@ -166,7 +166,7 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
                 os.kill(os.getpid(), number)
             saved.append(record)
 
-        with Stops() as stops:
+        with InterruptHandler() as stops:
             measured = run_plan(plan, {"": executor}, SITE, save=save, watcher=Quiet(), stops=stops)
         assert measured.interrupted
         assert [record.trial for record in saved if record.status == "ok"] == together
@@ -188,7 +188,7 @@ def test_a_first_ctrl_c_lets_the_turns_come_to_their_end(small_study):
                 os.kill(os.getpid(), signal.SIGINT)
 
     saved = []
-    with Stops(patient=True) as stops:
+    with InterruptHandler(patient=True) as stops:
         measured = run_plan(
             plan, {"": FakeExecutor()}, SITE, save=saved.append, watcher=Sending(), stops=stops
         )  # fmt: skip
@@ -202,10 +202,10 @@ def test_another_cold_answer_is_invalid(small_study):
     plan = make_plan(small_study)
     victim, other = plan.slots[0].trial, plan.slots[1].trial
     script = {
-        (victim, "begin_generate"): Fragment(tokens={"completion": [1, 2]}),
-        (victim, "cold"): Fragment(tokens={"cold_completion": [1, 3]}),
-        (other, "begin_generate"): Fragment(tokens={"completion": [1, 2]}),
-        (other, "cold"): Fragment(tokens={"cold_completion": [1, 2]}),
+        (victim, "begin_generate"): PartialRecord(tokens={"completion": [1, 2]}),
+        (victim, "cold"): PartialRecord(tokens={"cold_completion": [1, 3]}),
+        (other, "begin_generate"): PartialRecord(tokens={"completion": [1, 2]}),
+        (other, "cold"): PartialRecord(tokens={"cold_completion": [1, 2]}),
     }
     _, records = conduct(plan, script)
     assert (records[victim].status, records[victim].failure.kind) == ("invalid", "OtherCompletion")
@@ -215,10 +215,10 @@ def test_another_cold_answer_is_invalid(small_study):
 @pytest.mark.parametrize(
     "fragment",
     [
-        Fragment(samples={"catch_up_loss": (3e38, 3e38)}),
-        Fragment(values={"held_out_loss": float("nan")}),
-        Fragment(tokens={"answer_0": "words"}),
-        Fragment(checks=({"path": "x"},)),
+        PartialRecord(samples={"catch_up_loss": (3e38, 3e38)}),
+        PartialRecord(values={"held_out_loss": float("nan")}),
+        PartialRecord(tokens={"answer_0": "words"}),
+        PartialRecord(checks=({"path": "x"},)),
     ],
     ids=["a loss beyond all", "no number", "an answer of words", "a check of nothing"],
 )
@@ -271,7 +271,7 @@ def test_a_long_group_is_saved_while_it_is_under_way(small_study, level):
     """All samples so far, as `interrupted`; never within a round; and its end is the last word on each trial."""
     check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
     plan = make_plan(small_study, interleaving=level, phases=("train", "generate"))
-    script = {(slot.trial, "verify"): Fragment(checks=(check,)) for slot in plan.slots}
+    script = {(slot.trial, "verify"): PartialRecord(checks=(check,)) for slot in plan.slots}
     _, records, saved = go_on(plan, script=script, command_s=20.0)
     under_way = [(record, asked) for record, asked in saved if record.failure]
     assert {(record.status, record.failure.kind) for record, _ in under_way} == {("interrupted", "UnderWay")}

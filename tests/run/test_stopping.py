@@ -10,16 +10,16 @@ import pytest
 import lorameter.run.executors.local
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import Fragment, TrialRecord
-from lorameter.run.executors import Place
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import PartialRecord, TrialRecord
+from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
 from lorameter.run.stopping import Stopping
 from lorameter.stats import VerdictRule
-from lorameter.verdicts.comparison_input import comparand_of
-from lorameter.verdicts.series import compare_series, effects_against, series_of
+from lorameter.verdicts.comparison_input import comparison_input
+from lorameter.verdicts.series import compare_series, effects_against, group_trials
 
 QUIET, LOUD = 0.001, 0.05
 """Scatter of the log ratios; with 5 replicates an interval of ± 0.1 to 0.2 %, and of ± 6 to 10 %."""
@@ -94,7 +94,7 @@ def test_every_interval_must_be_as_narrow_as_was_asked(rule):
     taken = records(8, loud=("", "nf4", "variant", "train"))
     assert rule(precision=0.01)(taken) is None
     said = rule(precision=0.1)(taken)
-    comparison = effects_against(series_of(taken), "plain", "step_time_s")["nf4", "variant"].compare(VerdictRule())
+    comparison = effects_against(group_trials(taken), "plain", "step_time_s")["nf4", "variant"].compare(VerdictRule())
     width = math.sqrt(comparison.high / comparison.low) - 1
     assert said.startswith(f"every interval is within ±{100 * width:.2g} % after 8")
 
@@ -104,7 +104,7 @@ def test_significance_stops_nothing(rule, arms):
     """Three times as slow beyond any doubt, and too wide: it goes on; narrow, it stops, equal or not."""
     side, name, role = arms[1]
     taken = records(8, arms, ratio=3.0, loud=(side, name, role, "train"))
-    others = series_of(taken, side)
+    others = group_trials(taken, side)
     assert compare_series(others["plain", "variant"], others[name, role], "step_time_s").verdict == "regressed"
     stop = rule(precision=0.01)
     assert stop(taken) is None
@@ -161,13 +161,13 @@ class Executor(LocalExecutor):
         pass
 
     def make_place(self, trial, log):
-        return Place(scratch=trial, log_path=log)
+        return TrialFiles(scratch=trial, log_path=log)
 
     def clear_place(self, trial):
         pass
 
     def hello(self):
-        return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
     def lanes(self, threads):
         return 1
@@ -186,10 +186,10 @@ class Executor(LocalExecutor):
 
     def ask(self, command, trial, timeout_s, **arguments):
         if command != "turn":
-            return Fragment()
+            return PartialRecord()
         counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,)}
         times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
-        return Fragment(samples=times | counts)
+        return PartialRecord(samples=times | counts)
 
     def close(self):
         pass
@@ -233,7 +233,7 @@ def test_a_run_that_stopped_is_whole_and_says_why(measured, tmp_path):
     assert {record.replicate for record in run.records} == set(range(5))
     assert run.manifest.order == tuple(record.trial for record in run.records)
     assert len(run.records) == 5 * 3
-    assert comparand_of(run).broken is None
+    assert comparison_input(run).broken is None
     assert store.read_run(run.manifest.run, tmp_path / "runs").manifest == run.manifest
 
 

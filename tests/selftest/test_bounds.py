@@ -119,12 +119,12 @@ def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s,
     import dataclasses
 
     from lorameter.records import store
-    from lorameter.records.time_breakdown import Spending
+    from lorameter.records.time_breakdown import TimeBreakdown
 
     real = program("real_models")
     path = write_run("a", {"plain": [0.1, 0.101, 0.1, 0.1, 0.1], "nf4": [0.12, 0.121, 0.12, 0.12, 0.12]})
     run = store.read_run(str(path), path.parent)
-    spending = Spending(wall_s=480.0 + late_s, limit_s=480.0, measured_s={"steps": 400.0})
+    spending = TimeBreakdown(wall_s=480.0 + late_s, limit_s=480.0, measured_s={"steps": 400.0})
     run = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, spending=spending))
     found = [*real.judge(run)]
     assert len(found) == broken, found

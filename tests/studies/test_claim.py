@@ -3,7 +3,7 @@
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.studies.claim import OF_PAIRS, RULES, Part
+from lorameter.studies.claim import OF_PAIRS, RULES, ClaimPart
 from lorameter.studies.study_file import load_study
 
 STUDY = """
@@ -101,7 +101,7 @@ def test_every_rule_has_one_limit_or_none():
     """The tolerance of an effect, the margin of an equality, what is promised of an engine, nothing where more is more
     and less is less."""
     made = {
-        rule: Part(
+        rule: ClaimPart(
             rule=rule, axis="engine" if rule in OF_PAIRS else "r", by=0.2,
             metric={"best": "", "rises": "adapter_bytes"}.get(rule, "step_time_s"),
             metrics={"step_time_s": 1.0} if rule == "best" else {},

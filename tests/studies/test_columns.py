@@ -9,7 +9,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.records import codec
-from lorameter.studies.columns import Columns
+from lorameter.studies.columns import DataColumns
 from lorameter.studies.study_file import load_study
 from lorameter.studies.workload import Workload
 
@@ -54,9 +54,9 @@ def test_the_loss_and_the_columns_are_part_of_what_is_compared(small_study):
         facts = {"workload": provenance._content_of_workloads(study.workload, {})}
         return provenance.fingerprint(facts)
 
-    changed = ({}, {"loss": "answer"}, {"columns": Columns(text="body")}, {"columns": Columns(text="title")})
+    changed = ({}, {"loss": "answer"}, {"columns": DataColumns(text="body")}, {"columns": DataColumns(text="title")})
     assert len({fingerprint(**changes) for changes in changed}) == 4
-    assert fingerprint() == fingerprint(loss="all", columns=Columns())
+    assert fingerprint() == fingerprint(loss="all", columns=DataColumns())
 
 
 @pytest.mark.parametrize(

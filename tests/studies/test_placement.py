@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.studies.placement import Asked, Place, read_asked
+from lorameter.studies.placement import BatchRequest, SiteSpec, read_asked
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_study
 
@@ -28,8 +28,8 @@ def written(tmp_path, protocol, more=""):
 def test_what_a_study_says_is_in_its_protocol(tmp_path):
     """By the names that the options have."""
     study = load_study(written(tmp_path, 'sites = ["0", "1"]'))
-    assert study.protocol.place == Place(sites=("0", "1"))
-    assert load_study(written(tmp_path, 'on = "slurm:sites=4"')).protocol.place == Place(on="slurm:sites=4")
+    assert study.protocol.place == SiteSpec(sites=("0", "1"))
+    assert load_study(written(tmp_path, 'on = "slurm:sites=4"')).protocol.place == SiteSpec(on="slurm:sites=4")
     assert Protocol().place.is_plain
 
 
@@ -66,11 +66,11 @@ def test_a_profile_says_of_no_place(tmp_path, line):
 @pytest.mark.parametrize(
     ("options", "place"),
     [
-        ({}, Place(on="ray", sites=("n1", "n2"))),
-        ({"sites": "n3, n4"}, Place(on="ray", sites=("n3", "n4"))),
-        ({"on": "slurm:sites=2"}, Place(on="slurm:sites=2")),
-        ({"on": "here"}, Place()),
-        ({"on": "here", "sites": "0,1"}, Place(sites=("0", "1"))),
+        ({}, SiteSpec(on="ray", sites=("n1", "n2"))),
+        ({"sites": "n3, n4"}, SiteSpec(on="ray", sites=("n3", "n4"))),
+        ({"on": "slurm:sites=2"}, SiteSpec(on="slurm:sites=2")),
+        ({"on": "here"}, SiteSpec()),
+        ({"on": "here", "sites": "0,1"}, SiteSpec(sites=("0", "1"))),
     ],
 )
 def test_the_command_line_wins(tmp_path, options, place):
@@ -83,7 +83,7 @@ def test_the_command_line_wins(tmp_path, options, place):
 def test_a_list_that_is_none_is_refused(sites):
     """An empty one, too."""
     with pytest.raises(UsageError, match="sites = "):
-        Place().asked(sites=sites)
+        SiteSpec().asked(sites=sites)
 
 
 def test_a_protocol_without_a_place_is_written_as_before():
@@ -97,7 +97,7 @@ def test_what_is_asked_of_a_batch_system_is_keys_and_values():
     asked = read_asked("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90,start_minutes=0.5")
     assert (asked.kind, asked.sites, asked.start_minutes) == ("slurm", 4, 0.5)
     assert asked.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
-    assert read_asked("slurm") == Asked(on="slurm", kind="slurm")
+    assert read_asked("slurm") == BatchRequest(on="slurm", kind="slurm")
     assert read_asked("submitit-local:sites=2").sites == 2
     assert read_asked("slurm:").parameters == {}
 

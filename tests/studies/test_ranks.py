@@ -12,7 +12,7 @@ from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
 from lorameter.records import codec
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.interleaving import choose_level
+from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.measure import plan_study
 from lorameter.run.plan import make_plan
 from lorameter.run.check_multi_rank import processes_on_device
@@ -153,7 +153,7 @@ def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, mac
 def test_ranks_share_no_base_with_other_trials(small_study, machine):
     """Adapters of one base have one process, and a rank is a process of its own."""
     variants = (Variant(name="a", r=4), Variant(name="b", r=8))
-    level, why = choose_level(variants, together_bytes=1, free_bytes=100, ranks=2)
+    level, why = choose_interleaving(variants, together_bytes=1, free_bytes=100, ranks=2)
     assert (level, why.split(",")[0]) == ("lockstep", "a trial has 2 ranks")
     workload = dataclasses.replace(small_study.workload, **DDP)
     study = dataclasses.replace(small_study, workload=workload)

@@ -8,7 +8,7 @@ import pytest
 
 from lorameter.records import codec
 from lorameter.studies.request import base_key
-from lorameter.studies.serving_modes import Way, ways_of
+from lorameter.studies.serving_modes import ServingMode, ways_of
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -54,5 +54,5 @@ def test_a_variant_that_no_other_base_takes_as_it_is():
 def test_a_way_crosses_a_process():
     """As JSON, and back."""
     for way in (way for group in ways_of(Variant(name="a", quantization="nf4")) for way in group):
-        assert codec.from_json(Way, codec.to_json(way), "way") == way
+        assert codec.from_json(ServingMode, codec.to_json(way), "way") == way
     assert dataclasses.replace(way, merged=False) != way

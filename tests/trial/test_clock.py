@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorameter.machine.memory import MemoryGauge, host_bytes
+from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.trial.clock import Lap, Stopwatch
 from lorameter.trial.memory import resident_bytes
 
@@ -36,7 +36,7 @@ def test_the_clock_tells_waiting_from_working(pass_):
 
 def test_the_host_peak_is_that_of_its_phase():
     """An allocation that is gone again still shows, and the next phase does not inherit it."""
-    gauge = MemoryGauge("cpu")
+    gauge = PeakMemoryTracker("cpu")
     gauge.begin()
     before = host_bytes("VmRSS")
     block = torch.ones(64 * 2**20 // 4)

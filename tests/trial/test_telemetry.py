@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import pytest
 
-from lorameter.records.record import Fragment, Notice
+from lorameter.records.record import PartialRecord, Notice
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.trial.telemetry import Surroundings
+from lorameter.trial.telemetry import TrialTelemetry
 
 
 class Recorded:
@@ -56,14 +56,14 @@ def surroundings(monkeypatch):
             steps.append(1)
             Recorded.asked.append("step")
 
-        return Surroundings(request, step, lambda: 10 * len(steps)), steps
+        return TrialTelemetry(request, step, lambda: 10 * len(steps)), steps
 
     return make
 
 
 def turn():
     Recorded.asked.append("call")
-    return Fragment(samples={"step_time_s": (0.1, 0.1), "turn_real_tokens": (30.0,)}, values={"threads": 1.0})
+    return PartialRecord(samples={"step_time_s": (0.1, 0.1), "turn_real_tokens": (30.0,)}, values={"threads": 1.0})
 
 
 def test_readings_stand_around_what_is_timed(surroundings):
@@ -71,8 +71,8 @@ def test_readings_stand_around_what_is_timed(surroundings):
     around, _ = surroundings("steps", "requests")
     fragment = around.around(COMMANDS["turn"], turn)
     assert fragment.values == {"threads": 1.0, "host_load_train": 1.0}
-    around.around(COMMANDS["request"], Fragment)
-    around.around(COMMANDS["natural"], Fragment)
+    around.around(COMMANDS["request"], PartialRecord)
+    around.around(COMMANDS["natural"], PartialRecord)
     generate = ["begin generate", "end generate"]
     assert Recorded.asked == ["begin train", "call", "end train", *generate, *generate]
 
@@ -89,14 +89,14 @@ def test_trials_that_take_turns_have_no_energy(surroundings):
     """The card's counter would hold that of the others."""
     around, steps = surroundings("steps", "requests")
     assert "energy_steps" not in around.around(COMMANDS["turn"], turn).values
-    around.around(COMMANDS["finish_training"], Fragment)
+    around.around(COMMANDS["finish_training"], PartialRecord)
     assert steps == []
 
 
 def test_a_solo_trial_takes_steps_for_its_energy_when_its_peaks_are_read(surroundings):
     """After the command, and the counts are those of the steps between the readings."""
     around, steps = surroundings("peaks", "merged")
-    fragment = around.around(COMMANDS["finish_training"], lambda: Fragment(memory={"adapter_bytes": 1}))
+    fragment = around.around(COMMANDS["finish_training"], lambda: PartialRecord(memory={"adapter_bytes": 1}))
     assert len(steps) >= 1
     assert Recorded.asked[0] == "begin train"
     assert Recorded.asked[-1] == "end train"
@@ -108,5 +108,5 @@ def test_a_solo_trial_takes_steps_for_its_energy_when_its_peaks_are_read(surroun
 def test_a_cpu_has_no_energy_counter(surroundings):
     """So no step is taken for it, and no notice says so."""
     around, steps = surroundings("peaks", device="cpu")
-    assert around.around(COMMANDS["finish_training"], Fragment) == Fragment()
+    assert around.around(COMMANDS["finish_training"], PartialRecord) == PartialRecord()
     assert steps == []

@@ -602,7 +602,7 @@ def compared(verdict):
     comparison = Comparison(
         verdict=verdict, ratio=None, low=None, high=None, reason="", replicates=0, replicates_needed=None, mde80=None
     )
-    return verdicts.Compared(
+    return verdicts.ComparisonRow(
         variant="a", metric="step_time_s", comparison=comparison, tolerance=0.01, margin=0.05, interleaving="separate"
     )
 

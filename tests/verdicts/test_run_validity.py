@@ -4,8 +4,8 @@ import pytest
 
 from lorameter.records import codec, store
 from lorameter.studies.study import Study
-from lorameter.verdicts.comparison_input import comparand_of
-from lorameter.verdicts.run_validity import MOST_FAULTS, control_faults, say_broken, standing_of
+from lorameter.verdicts.comparison_input import comparison_input
+from lorameter.verdicts.run_validity import MOST_FAULTS, control_faults, say_broken, run_validity
 
 TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 
@@ -13,8 +13,8 @@ TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.
 def stands(path):
     """How a written run stands, and why a comparison would not believe it."""
     run = store.read_run(str(path), path.parent)
-    found = standing_of(run, codec.from_json(Study, run.manifest.study, "run"))
-    assert comparand_of(run).broken == found.broken
+    found = run_validity(run, codec.from_json(Study, run.manifest.study, "run"))
+    assert comparison_input(run).broken == found.broken
     return found
 
 
@@ -50,7 +50,7 @@ def test_a_trial_that_failed_is_its_own_variants_only(write_run):
     found = stands(path)
     assert (found.valid, found.faults) == (False, ())
     assert found.failures == ("r1-nf4: oom (log: )",)
-    sides = comparand_of(store.read_run(str(path), path.parent)).sides
+    sides = comparison_input(store.read_run(str(path), path.parent)).sides
     assert (sides["plain"].broken, sides["nf4"].broken) == (None, "run a: trial r1-nf4 is oom")
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from lorameter.errors import InvalidRunError
 from lorameter.records.record import TrialRecord
-from lorameter.verdicts.series import Series, compare_series, series_of
+from lorameter.verdicts.series import Series, compare_series, group_trials
 
 
 def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **fields):
@@ -22,7 +22,7 @@ def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **field
 def test_only_trials_that_are_ok_count():
     """An invalid trial is in no estimate and in no pair."""
     records = [record(replicate=i, status="invalid" if i == 1 else "ok") for i in range(3)]
-    series = series_of(records)["a", "variant"]
+    series = group_trials(records)["a", "variant"]
     assert len(series.records) == 3
     assert series.estimate("step_time_s").replicates == 2
     other = Series(name="b", role="variant", records=tuple(record("b", i, step=0.6) for i in range(3)))

@@ -11,7 +11,7 @@ import pytest
 from lorameter.records.record import TrialRecord
 from lorameter.stats import compare_trials
 from lorameter.stats.estimate import estimate_trials
-from lorameter.verdicts.series import series_of
+from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.sites import site_notices, site_spread
 
 SPEEDS = (0.92, 0.97, 1.03, 1.08)
@@ -119,7 +119,7 @@ def test_intervals_of_absolute_values_cover_the_mean_of_such_sites():
 def test_an_estimate_of_a_run_is_over_its_sites():
     """One value a site, and as over replicates where there is one site."""
     run = [one for one in run_of(SPEEDS) if one.name == "plain"]
-    found = series_of(run)["plain", "variant"].estimate("step_time_s")
+    found = group_trials(run)["plain", "variant"].estimate("step_time_s")
     assert found == dataclasses.replace(estimate_trials([[speed] for speed in SPEEDS]), replicates=8, samples=24)
-    (alone,) = {one.estimate("step_time_s") for one in series_of(run_of((1.0,))[::2]).values()}
+    (alone,) = {one.estimate("step_time_s") for one in group_trials(run_of((1.0,))[::2]).values()}
     assert alone == estimate_trials([[1.0] * 3] * 2)

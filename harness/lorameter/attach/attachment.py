@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.observer import Follower, Source, Training
-from lorameter.attach.error_guard import NotFollowedError, Shield, say
+from lorameter.attach.observer import TrainingObserver, Source, TrainingInfo
+from lorameter.attach.error_guard import NotFollowedError, ErrorGuard, say
 from lorameter.attach.steps import Steps
 from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
 
@@ -29,7 +29,7 @@ class Attachment:
     def __init__(self) -> None:
         self._pid: int | None = None
         self._source: object = None
-        self._follower: Follower | None = None
+        self._follower: TrainingObserver | None = None
         self.steps: Steps | None = None
         self._told = False
         """Whether it was told of another training."""
@@ -40,7 +40,7 @@ class Attachment:
         return self._pid is not None and not (self.steps is not None and self.steps.ended and self._pid == os.getpid())
 
     def begin(
-        self, source: object, training: Training, device: torch.device, make: Callable[[], Follower] | None = None
+        self, source: object, training: TrainingInfo, device: torch.device, make: Callable[[], TrainingObserver] | None = None
     ) -> Steps | None:
         """Follow a training from here on.
 
@@ -62,7 +62,7 @@ class Attachment:
         if training.rank and os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) != DEFAULT_FOLLOWER:
             return None  # it follows what rank 0 shows
         self._pid, self._source = os.getpid(), source
-        shield = Shield()
+        shield = ErrorGuard()
         follower = shield.run(make or named_follower)
         if follower is None:
             return None
@@ -80,11 +80,11 @@ class Attachment:
             return
         self._told = True
         say(f"another training of this script (seen by its {source}) is not followed: the first one is")
-        training = Training(
+        training = TrainingInfo(
             source=source, model=None, planned_steps=None, trainable_parameters=None, total_parameters=None,
             accumulation=None,
         )  # fmt: skip
-        Shield().run(self._follower.begin, training)
+        ErrorGuard().run(self._follower.begin, training)
 
     def _end_with_process(self) -> None:
         """The process ends and the training has not: by an error, or because the script has let it go."""
@@ -127,7 +127,7 @@ def this_process() -> Attachment:
     return Attachment()
 
 
-def named_follower() -> Follower:
+def named_follower() -> TrainingObserver:
     """The follower that the environment names; else a run is written.
 
     Raises:
@@ -135,5 +135,5 @@ def named_follower() -> Follower:
         AttributeError: it has no such name.
     """
     module, _, name = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER).partition(":")
-    make: Callable[[], Follower] = getattr(importlib.import_module(module), name)
+    make: Callable[[], TrainingObserver] = getattr(importlib.import_module(module), name)
     return make()

@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 CALLS = {
-    "transformers.training_args": "lorameter.attach.disable_side_effects:quiet_arguments",
-    "huggingface_hub.hf_api": "lorameter.attach.disable_side_effects:close_hub",
+    "transformers.training_args": "lorameter.attach.disable_side_effects:disable_trainer_side_effects",
+    "huggingface_hub.hf_api": "lorameter.attach.disable_side_effects:block_hub_writes",
 }
 """The functions of this module, by the import that they follow."""
 QUIET: dict[str, Any] = {
@@ -38,7 +38,7 @@ def after_import() -> str:
     return ",".join(f"{module}={function}" for module, function in CALLS.items())
 
 
-def quiet_arguments(module: ModuleType) -> None:
+def disable_trainer_side_effects(module: ModuleType) -> None:
     """Have every TrainingArguments, and what inherits it, report to nobody, save nothing and push nothing."""
     arguments = module.TrainingArguments
     complete = arguments.__post_init__
@@ -53,7 +53,7 @@ def quiet_arguments(module: ModuleType) -> None:
     arguments.__post_init__ = quietened
 
 
-def close_hub(module: ModuleType) -> None:
+def block_hub_writes(module: ModuleType) -> None:
     """Have the hub's client refuse to publish, whatever the methods of its version are."""
 
     def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:

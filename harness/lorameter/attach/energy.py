@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from lorameter.attach.observer import StepReading
-from lorameter.machine.nvml import Device
+from lorameter.machine.nvml import NvmlDevice
 from lorameter.machine.reading import Reading
 from lorameter.machine.telemetry import card_of, energy_between
 
@@ -21,7 +21,7 @@ class Energy:
     def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device
         self._clock = clock
-        self._card: Device | None = None
+        self._card: NvmlDevice | None = None
         self._begun: tuple[float, Reading[float]] | None = None
         self._steps = self._tokens = self._of_steps = self._of_tokens = 0
         self._joules = 0.0

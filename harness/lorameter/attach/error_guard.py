@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from lorameter.errors import redact, said_by
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class NotFollowedError(Exception):
     """The training was not followed to its end, for a reason of the meter's own."""
 
 
-class Shield:
+class ErrorGuard:
     """Calls what is ours, in the process that made it and until the first error. Not shared between threads."""
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ class Shield:
 
 
 @functools.cache  # of the process: what is registered stays, however many trainings it follows
-def _shields() -> weakref.WeakSet[Shield]:
+def _shields() -> weakref.WeakSet[ErrorGuard]:
     """All of this process. A fork takes them down: they are asked many times a step, and getpid is a system call."""
-    shields: weakref.WeakSet[Shield] = weakref.WeakSet()
+    shields: weakref.WeakSet[ErrorGuard] = weakref.WeakSet()
 
     def take_down() -> None:
         for shield in list(shields):
@@ -93,4 +93,4 @@ def say(text: str) -> None:
     stream = sys.__stderr__
     with contextlib.suppress(Exception):
         if stream is not None:
-            print(make_visible(f"lorameter: {redact(text)}"), file=stream, flush=True)
+            print(escape_control_chars(f"lorameter: {redact(text)}"), file=stream, flush=True)

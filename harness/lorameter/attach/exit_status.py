@@ -5,17 +5,17 @@ from __future__ import annotations
 import traceback
 
 from lorameter.attach.observer import StepReading
-from lorameter.attach.step_samples import Gathered
+from lorameter.attach.step_samples import StepSamples
 from lorameter.attach.error_guard import NotFollowedError
 from lorameter.errors import said_by
 from lorameter.records.record import Failure, Status
-from lorameter.records.os_errors import REFUSED, is_out_of_memory, refusal_in
+from lorameter.records.os_errors import REFUSED, is_out_of_memory, find_system_error
 from lorameter.records.units import format_count
 
 Ending = tuple[Status, Failure | None]
 
 
-def ending_of(error: BaseException | None, gathered: Gathered, phase: str) -> Ending:
+def exit_status(error: BaseException | None, gathered: StepSamples, phase: str) -> Ending:
     """The status of a training that ended so, and the failure where it is not ok; `phase` is what it was in."""
     if error is not None:
         return _of_error(error, phase)
@@ -46,7 +46,7 @@ def _of_error(error: BaseException, phase: str) -> Ending:
         return "invalid", Failure(phase=phase, kind="NotFollowed", message=message, traceback=told)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", Failure(phase=phase, kind="Interrupted", message="stopped by the user")
-    if isinstance(error, Exception) and (refusal := refusal_in(error)):
+    if isinstance(error, Exception) and (refusal := find_system_error(error)):
         return "interrupted", Failure(phase=phase, kind=REFUSED, message=refusal, traceback=told)
     status: Status = "oom" if is_out_of_memory(error) else "crashed"
     return status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=told)

@@ -12,8 +12,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lorameter.attach.observer import StepReading, Training
-from lorameter.attach.step_samples import Gathered
+from lorameter.attach.observer import StepReading, TrainingInfo
+from lorameter.attach.step_samples import StepSamples
 from lorameter.errors import LorameterError, UsageError
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.costs.modules import count_products
@@ -27,7 +27,7 @@ RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16
 class Work:
     """What is known of it before the first step, of the model as it is then. Holds nothing of the model."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: TrainingInfo) -> None:
         """Reads the model of a training; where it cannot be counted nothing is known."""
         model = getattr(training.module, "module", training.module)  # inside what distributes it
         self._passes = training.accumulation or 1
@@ -38,7 +38,7 @@ class Work:
             with contextlib.suppress(LorameterError, AttributeError, TypeError):
                 self._flops = _flops_of(model)
 
-    def values(self, gathered: Gathered, device_name: str) -> dict[str, float]:
+    def values(self, gathered: StepSamples, device_name: str) -> dict[str, float]:
         """`model_flops_per_step`, the mean over the timed steps, and `peak_flops_per_s` of a device that is listed.
 
         Empty where the model, its adapter or its tokens are not known.

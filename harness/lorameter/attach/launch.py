@@ -117,7 +117,7 @@ def _in_terminal() -> bool:
         os.close(terminal)
 
 
-def settle(path: Path, code: int, *, required: bool) -> bool:
+def finalize_run(path: Path, code: int, *, required: bool) -> bool:
     """Write what the training process could not, and say what there is to say.
 
     Args:

@@ -10,12 +10,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.observer import Follower, Phase, Training, weakly
+from lorameter.attach.observer import TrainingObserver, Phase, TrainingInfo, weakly
 from lorameter.attach.identity import count_parameters, device_of, rank_of
 from lorameter.attach.optimizer import StopTraining
 from lorameter.attach.patches import uncompiled
-from lorameter.attach.error_guard import Shield
-from lorameter.attach.model_hooks import Sight
+from lorameter.attach.error_guard import ErrorGuard
+from lorameter.attach.model_hooks import ModelHooks
 from lorameter.attach.steps import Steps
 
 Batch = TypeVar("Batch")
@@ -25,13 +25,13 @@ class LoopSource:
     """Sees the steps of one loop."""
 
     def __init__(
-        self, model: Any, make: Callable[[], Follower] | None, required: Mapping[str, Any] | None = None
+        self, model: Any, make: Callable[[], TrainingObserver] | None, required: Mapping[str, Any] | None = None
     ) -> None:
         self._model = weakly(model)
         self._make = make
         self._required = dict(required or {})
         self._steps: Steps | None = None
-        self._sight: Sight | None = None
+        self._sight: ModelHooks | None = None
         self._handles: list[Any] = []
         self._begun = False
         self._given_loss = False
@@ -124,14 +124,14 @@ class LoopSource:
         if self._begun:
             return self._steps
         self._begun = True
-        self._steps = Shield().run(self._follow, accumulation, counts)
+        self._steps = ErrorGuard().run(self._follow, accumulation, counts)
         return self._steps
 
     def _follow(self, accumulation: int | None, counts: bool) -> Steps | None:
         rank, ranks = rank_of()
         model = None if self._model is None else self._model()
         trainable, total = count_parameters(model)
-        training = Training(
+        training = TrainingInfo(
             source="loop",
             model=self._model,
             planned_steps=None,
@@ -144,12 +144,12 @@ class LoopSource:
         )
         steps = this_process().begin(self, training, device_of(model), self._make)
         if steps is not None:
-            self._sight = Sight(steps, batches=counts)
+            self._sight = ModelHooks(steps, batches=counts)
             self._sight.within = False
             self._see_updates(self._sight, steps)
         return steps
 
-    def _see_updates(self, sight: Sight, steps: Steps) -> None:
+    def _see_updates(self, sight: ModelHooks, steps: Steps) -> None:
         """Every optimizer's update within a step is a part of it. Where one is compiled, the hook is nothing."""
         compiling = torch.compiler.is_compiling
 

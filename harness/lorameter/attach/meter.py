@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from lorameter.attach.attachment import named_follower
-from lorameter.attach.observer import Follower
+from lorameter.attach.observer import TrainingObserver
 from lorameter.attach.loop import LoopSource
 from lorameter.attach.trainer import TrainerSource
 from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
@@ -55,7 +55,7 @@ class Meter(TrainerSource):
         super().__init__(self._make_follower, log=log and written, required=required)
         self._loop = LoopSource(model, self._make_follower, required)
 
-    def _make_follower(self) -> Follower:
+    def _make_follower(self) -> TrainingObserver:
         if os.environ.get(ENV_FOLLOWER):
             return named_follower()
         from lorameter.attach.writer import Writer

@@ -25,7 +25,7 @@ MOST_AHEAD = 64
 """Batches of one loader that no backward pass has used yet; of more the oldest are forgotten."""
 
 
-class Sight:
+class ModelHooks:
     """Looks at the passes of one training. Takes nothing from them and gives nothing to them."""
 
     def __init__(self, steps: Steps, *, batches: bool) -> None:

@@ -19,7 +19,7 @@ Phase = Literal["train", "evaluate", "save"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class TrainingInfo:
     """What is known of a training before its first step. It keeps nothing of the script's alive."""
 
     source: Source
@@ -42,7 +42,7 @@ class Training:
 
 
 def weakly(model: Any) -> weakref.ref[Any] | None:
-    """A weak reference to a model, as a `Training` holds it; None for anything that cannot be referenced so."""
+    """A weak reference to a model, as a `TrainingInfo` holds it; None for anything that cannot be referenced so."""
     try:
         return weakref.ref(model)
     except TypeError:
@@ -81,7 +81,7 @@ class StepReading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Next:
+class ObserverReply:
     """What a follower wants of the step to come."""
 
     go_on: bool = True
@@ -94,13 +94,13 @@ class Next:
     answers the last one counts, so whoever has patience asks for nothing."""
 
 
-class Follower(Protocol):
+class TrainingObserver(Protocol):
     """Follows one training; it may block in ``begin`` and ``step``, which is in no step's time."""
 
-    def begin(self, training: Training) -> Next:
+    def begin(self, training: TrainingInfo) -> ObserverReply:
         """The training stands before its first step."""
 
-    def step(self, reading: StepReading) -> Next:
+    def step(self, reading: StepReading) -> ObserverReply:
         """A step has ended, as long ago at most as it had `patience`."""
 
     def phase(self, phase: Phase) -> None:

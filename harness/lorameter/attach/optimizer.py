@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.observer import Follower, Training, weakly
+from lorameter.attach.observer import TrainingObserver, TrainingInfo, weakly
 from lorameter.attach.identity import count_parameters, rank_of
 from lorameter.attach.patches import Patches, compiles_here, uncompiled
-from lorameter.attach.error_guard import Shield, say
-from lorameter.attach.model_hooks import Sight, find_root
+from lorameter.attach.error_guard import ErrorGuard, say
+from lorameter.attach.model_hooks import ModelHooks, find_root
 from lorameter.attach.steps import Steps
 
 MOST_OTHERS = 100
@@ -38,10 +38,10 @@ class StopTraining(SystemExit):
 class OptimizerSource:
     """Sees the steps of the first optimizer that updates, and holds nothing of its training."""
 
-    def __init__(self, make: Callable[[], Follower] | None = None) -> None:
+    def __init__(self, make: Callable[[], TrainingObserver] | None = None) -> None:
         self._make = make
         self._steps: Steps | None = None
-        self._sight: Sight | None = None
+        self._sight: ModelHooks | None = None
         self._optimizer: Callable[[], Any] = lambda: None
         self._model: Callable[[], Any] = lambda: None
         self._patches = Patches()
@@ -142,7 +142,7 @@ class OptimizerSource:
             self._steps.open_step()
 
     def _begin(self, optimizer: Any) -> None:
-        self._steps = Shield().run(self._follow, optimizer)
+        self._steps = ErrorGuard().run(self._follow, optimizer)
         if self._steps is None:
             self._aside = True
             return
@@ -162,7 +162,7 @@ class OptimizerSource:
         model = find_root(parameters)
         trainable, total = count_parameters(model)
         rank, ranks = rank_of()
-        training = Training(
+        training = TrainingInfo(
             source="optimizer",
             model=weakly(model),
             planned_steps=None,
@@ -176,7 +176,7 @@ class OptimizerSource:
         steps = this_process().begin(self, training, device, self._make)
         if steps is not None:
             self._model = training.model or self._model
-            self._sight = Sight(steps, batches=True)
+            self._sight = ModelHooks(steps, batches=True)
         return steps
 
     def _take_off(self) -> None:

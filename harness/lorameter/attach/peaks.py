@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorameter.attach.observer import Phase
-from lorameter.machine.memory import MemoryGauge
+from lorameter.machine.memory import PeakMemoryTracker
 
 
 class Peaks:
@@ -11,7 +11,7 @@ class Peaks:
 
     def __init__(self, device: str) -> None:
         """Nothing counts yet; a training is what comes first."""
-        self._gauge = MemoryGauge(device)
+        self._gauge = PeakMemoryTracker(device)
         self._found: dict[str, int] = {}
         self.phase: Phase = "train"
         """What the training does now."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.attach.observer import StepReading, Training
+from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.step_samples import MOST_TIMED
 from lorameter.attach.marker_files import ranks_of
 from lorameter.attach.variables import RUN
@@ -50,7 +50,7 @@ def folder_of(run: Path) -> Path:
 class RankFile:
     """The file of a rank that does not speak."""
 
-    def __init__(self, run: Path, training: Training) -> None:
+    def __init__(self, run: Path, training: TrainingInfo) -> None:
         self._path = folder_of(run) / f"{training.rank}.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._rank = training.rank

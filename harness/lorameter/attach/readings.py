@@ -17,7 +17,7 @@ from lorameter.attach.step_phases import Border, times_of
 from lorameter.attach.tokens import Copied, Tokens, count_tokens
 
 
-class Ended(NamedTuple):
+class FinishedStep(NamedTuple):
     """A step that has ended; of all that cannot be changed a tuple is made the soonest."""
 
     number: int
@@ -32,14 +32,14 @@ class Ended(NamedTuple):
     checks: tuple[Any, ...] | None
 
 
-def readings_of(ended: Sequence[Ended]) -> Iterator[StepReading]:
+def readings_of(ended: Sequence[FinishedStep]) -> Iterator[StepReading]:
     """What each of them showed. Waits for the device."""
     counted = iter(count_tokens([batch for one in ended for batch in one.batches]))
     for one in ended:
         yield _reading_of(one, [next(counted) for _ in one.batches])
 
 
-def _reading_of(ended: Ended, tokens: Sequence[Tokens]) -> StepReading:
+def _reading_of(ended: FinishedStep, tokens: Sequence[Tokens]) -> StepReading:
     parts, norm = times_of(ended.borders), ended.gradient_norm
     counted = tokens[0] if len(tokens) == 1 else _together(tokens)
     return StepReading(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorameter.attach.observer import Source, Training
+from lorameter.attach.observer import Source, TrainingInfo
 from lorameter.attach.step_samples import MOST_TIMED
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
@@ -51,7 +51,7 @@ def say_peaks(memory: Mapping[str, int]) -> str:
     return f"peak memory while {', '.join(found)} ({where.split('_')[0]})" if len(found) > 1 else ""
 
 
-def second_training(training: Training) -> Notice:
+def second_training(training: TrainingInfo) -> Notice:
     """A second training of one process is not measured."""
     return Notice(
         code="second-training",

@@ -21,7 +21,7 @@ from lorameter.attach.command import study_of
 from lorameter.attach.error_guard import NotFollowedError
 from lorameter.machine import provenance
 from lorameter.records import codec, steps, store
-from lorameter.records.worker_info import Hello
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
 from lorameter.records.steps import Step
 from lorameter.records.store import Manifest, RunWriter
@@ -73,7 +73,7 @@ class RunFile:
             machine = dataclasses.replace(
                 machine, device="cpu", device_name=machine.cpu_model, device_memory_bytes=None
             )
-        hello = Hello(
+        hello = WorkerInfo(
             harness=provenance.harness_identity(), pid=os.getpid(), import_time_s=0.0, device=device.split(":")[0],
             torch=torch.__version__,
         )  # fmt: skip

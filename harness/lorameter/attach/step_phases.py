@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lorameter.attach.error_guard import Shield
+from lorameter.attach.error_guard import ErrorGuard
 
 Part = Literal["data", "forward", "backward", "optimizer"]
 Border = tuple[Part | None, bool, float, Any]
@@ -24,7 +24,7 @@ Border = tuple[Part | None, bool, float, Any]
 none's."""
 
 
-class During:
+class PhaseTimer:
     """A part of a step: it begins and ends by itself, or with a block. It keeps nothing of either, so one serves all of
     a training: a generator would be made and run twice in the middle of each step."""
 
@@ -50,14 +50,14 @@ class Parts:
     """Times of the parts of the step under way, each the sum over its occurrences. A part that begins inside another,
     as the passes of a closure do inside its optimizer's update, is none of that one's time."""
 
-    def __init__(self, device: torch.device, shield: Shield) -> None:
+    def __init__(self, device: torch.device, shield: ErrorGuard) -> None:
         """`shield`: around what may fail, which on a CPU is nothing."""
         self._shield = shield
         self.cuda = device.type == "cuda"
         self.borders: list[Border] = []
         """Of the step under way, in their order; whoever has the step end begins them anew."""
         self._begun: Border = ("forward", True, 0.0, None)
-        self.during: Mapping[Part, During] = {part: During(self, part) for part in get_args(Part)}
+        self.during: Mapping[Part, PhaseTimer] = {part: PhaseTimer(self, part) for part in get_args(Part)}
         """Each part by its name."""
 
     def begin(self) -> None:

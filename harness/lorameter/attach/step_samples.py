@@ -19,7 +19,7 @@ MOST_TIMED = 10_000
 """Timed steps that are kept: a record is read whole, and the later steps of a long training say no more."""
 
 
-class Gathered:
+class StepSamples:
     """The steps of one training."""
 
     def __init__(self, planned_steps: int | None) -> None:

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.observer import Follower, Next, Phase, StepReading, Training
+from lorameter.attach.observer import TrainingObserver, ObserverReply, Phase, StepReading, TrainingInfo
 from lorameter.attach.step_phases import Parts
-from lorameter.attach.readings import Ended, readings_of
-from lorameter.attach.error_guard import NotFollowedError, Shield
+from lorameter.attach.readings import FinishedStep, readings_of
+from lorameter.attach.error_guard import NotFollowedError, ErrorGuard
 from lorameter.attach.tokens import Copied, copy_batch
 from lorameter.records.units import format_count
 
-A_MOMENT_S = 1e-3
+CPU_TIME_REUSE_S = 1e-3
 """What a follower takes that only writes something down."""
 
 
@@ -34,7 +34,7 @@ class Steps:
     """Tells one follower of one training. Every call is shielded: it raises nothing of ours, and nothing at all once
     something of ours has failed."""
 
-    def __init__(self, follower: Follower, training: Training, device: torch.device, shield: Shield) -> None:
+    def __init__(self, follower: TrainingObserver, training: TrainingInfo, device: torch.device, shield: ErrorGuard) -> None:
         self._follower = follower
         self._training = training
         self._device = device if device.type == "cuda" else None
@@ -48,8 +48,8 @@ class Steps:
         self._batches: list[Copied] = []
         self._losses: list[Any] = []
         self._gradient_norm: Any = None
-        self._next = Next()
-        self._noted: list[Ended] = []
+        self._next = ObserverReply()
+        self._noted: list[FinishedStep] = []
         """Steps that the follower has not been told of, the first of which ended a moment after `told_s`."""
         self._told_s = -math.inf
         self._since: list[StepReading] | None = None
@@ -179,7 +179,7 @@ class Steps:
         loss = sum(map(float, losses)) if losses else None
         dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
         borders = self._parts.borders
-        self._noted.append(Ended(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
+        self._noted.append(FinishedStep(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
         if checks is not None or ended_s - self._told_s >= self._next.patience_s:
             self._tell()
         self._release(ended_s, ended_cpu_s)
@@ -222,7 +222,7 @@ class Steps:
         self._parts.begin()
         now = time.perf_counter()
         spent = now - seen_s
-        self._begun_cpu_s = seen_cpu_s + spent if spent < A_MOMENT_S else time.process_time()
+        self._begun_cpu_s = seen_cpu_s + spent if spent < CPU_TIME_REUSE_S else time.process_time()
         self._begun_s = now
 
     def _forget(self) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.observer import Follower, Training, weakly
+from lorameter.attach.observer import TrainingObserver, TrainingInfo, weakly
 from lorameter.attach.identity import count_parameters, device_of, rank_of
 from lorameter.attach.trainer_log import summarise
-from lorameter.attach.error_guard import Shield, without_frames
+from lorameter.attach.error_guard import ErrorGuard, without_frames
 from lorameter.attach.steps import Steps
 
 TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
@@ -35,7 +35,7 @@ class TrainerSource(TrainerCallback):
 
     def __init__(
         self,
-        make: Callable[[], Follower] | None = None,
+        make: Callable[[], TrainingObserver] | None = None,
         *,
         log: bool = True,
         required: Mapping[str, Any] | None = None,
@@ -60,12 +60,12 @@ class TrainerSource(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Everything is set up, and no batch has been fetched."""
         self._release_trainer()
-        self._steps = Shield().run(self._begin, args, state, kwargs.get("model"))
+        self._steps = ErrorGuard().run(self._begin, args, state, kwargs.get("model"))
 
     def _begin(self, args: Any, state: Any, model: Any) -> Steps | None:
         rank, ranks = rank_of()
         trainable, total = count_parameters(model)
-        training = Training(
+        training = TrainingInfo(
             source="trainer",
             model=weakly(model),
             planned_steps=state.max_steps or None,

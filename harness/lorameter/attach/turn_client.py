@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from lorameter.attach.observer import Next, Phase, StepReading, Training
+from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
 from lorameter.attach.peaks import Peaks
 from lorameter.errors import redact
 from lorameter.machine.memory import host_bytes
@@ -49,7 +49,7 @@ def address(named: str) -> str:
     return "\0" + named.removeprefix("@")
 
 
-class Turns:
+class TurnClient:
     """Implements `Follower` in a script's process; a fork of that process is not followed."""
 
     def __init__(self) -> None:
@@ -61,10 +61,10 @@ class Turns:
         self._taken: list[dict[str, Any]] = []
         self._last = False
 
-    def begin(self, training: Training) -> Next:
+    def begin(self, training: TrainingInfo) -> ObserverReply:
         """Say that the training stands before its first step, and wait for the first turn."""
         if os.getpid() != self._pid:
-            return Next()
+            return ObserverReply()
         if self._connection is not None:
             self._stop_at("a second training began in the same process while the first had not ended")
         self._connect()
@@ -74,16 +74,16 @@ class Turns:
         self._peaks.begin()
         return self._wait()
 
-    def step(self, reading: StepReading) -> Next:
+    def step(self, reading: StepReading) -> ObserverReply:
         """Keep what a step showed; at the end of the turn tell it, and wait for the next one."""
         if os.getpid() != self._pid or self._connection is None:
-            return Next()
+            return ObserverReply()
         if self._last:
             self._stop_at("it was asked to end its training and took another step")
         self._taken.append(codec.to_json(reading))
         self._due -= 1
         if self._due > 0:
-            return Next()
+            return ObserverReply()
         self._tell({"steps": self._taken})
         self._taken = []
         return self._wait()
@@ -105,15 +105,15 @@ class Turns:
         self._tell({"end": told, "steps": self._taken})
         self._rest()
 
-    def _wait(self) -> Next:
+    def _wait(self) -> ObserverReply:
         while True:
             asked = self._receive()
             if asked["do"] == "go":
                 self._due = int(asked["steps"])
-                return Next(watch=asked.get("watch"))
+                return ObserverReply(watch=asked.get("watch"))
             if asked["do"] == "end":
                 self._last = True
-                return Next(go_on=False)
+                return ObserverReply(go_on=False)
             self._tell({"peaks": self._peaks.so_far()})
 
     def _stop_at(self, fault: str) -> NoReturn:
@@ -166,7 +166,7 @@ class Turns:
         return message
 
 
-def _facts_of(training: Training) -> dict[str, Any]:
+def _facts_of(training: TrainingInfo) -> dict[str, Any]:
     """What is told of a training: counts, types and versions, and nothing that would have to be carried over. Whoever
     has started the script knows no other interpreter than his own."""
     torch = sys.modules.get("torch")

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from lorameter.attach.command import own_command
-from lorameter.attach.exit_status import ending_of
+from lorameter.attach.exit_status import exit_status
 from lorameter.attach.energy import Energy
-from lorameter.attach.observer import Next, Phase, StepReading, Training
-from lorameter.attach.step_samples import MOST_TIMED, Gathered, tokens_in
+from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
+from lorameter.attach.step_samples import MOST_TIMED, StepSamples, tokens_in
 from lorameter.attach.identity import device_of
 from lorameter.attach.report_notes import SEEN_BY, not_kept, say_missing, say_peaks, say_seen, second_training
 from lorameter.attach.peaks import Peaks
@@ -34,7 +34,7 @@ from lorameter.attach.marker_files import command_of
 from lorameter.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
 from lorameter.attach.flops import Work
 from lorameter.errors import said_by
-from lorameter.machine.telemetry import Watch
+from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec, store
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.requirements import lacking
@@ -44,9 +44,9 @@ from lorameter.studies.script import name_of_words
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
-PATIENT = Next(patience_s=1.0)
+EVERY_TWO_SECONDS = ObserverReply(patience_s=1.0)
 """So much of a training is lost by a process that is killed."""
-AT_ONCE = Next()
+AT_ONCE = ObserverReply()
 
 
 class Writer:
@@ -71,7 +71,7 @@ class Writer:
         self._runs_dir = None if runs_dir is None else Path(runs_dir)
         self._require = dict(json.loads(os.environ.get(REQUIRE, "{}")) if require is None else require)
         self._report = self._named is None if report is None else report
-        self._training: Training | None = None
+        self._training: TrainingInfo | None = None
         self._file: RunFile | None = None
         self._finished: RunFile | None = None
         """The same when its last record is written."""
@@ -83,7 +83,7 @@ class Writer:
         self._watching = False
         self._values: dict[str, float] = {}
 
-    def begin(self, training: Training) -> Next:
+    def begin(self, training: TrainingInfo) -> ObserverReply:
         """Claim the run; a second training of the same process is noted and no more."""
         if self._training is not None:
             notice = second_training(training)
@@ -93,7 +93,7 @@ class Writer:
             return AT_ONCE
         self._training = training
         self._require = {**training.required, **self._require}  # who has started the command asks for more
-        self._gathered, self._work = Gathered(training.planned_steps), Work(training)
+        self._gathered, self._work = StepSamples(training.planned_steps), Work(training)
         path = self._path()
         if training.rank:
             self._rank = RankFile(path, training)
@@ -105,12 +105,12 @@ class Writer:
         self._file = RunFile(
             path, command=_command(), device=device, requirements=self._require, values=dict(self._values)
         )
-        self._peaks, self._watch, self._energy = Peaks(device), Watch("train", device), Energy(device)
+        self._peaks, self._watch, self._energy = Peaks(device), Telemetry("train", device), Energy(device)
         self._read_s = time.monotonic()
         self._peaks.begin()
         return AT_ONCE
 
-    def step(self, reading: StepReading) -> Next:
+    def step(self, reading: StepReading) -> ObserverReply:
         """One more step; the first after the warm-up is watched."""
         if self._rank is not None:
             self._rank.add(reading)
@@ -125,11 +125,11 @@ class Writer:
         was_warm = self._gathered.warm
         self._file.add(Step(samples=self._gathered.add(reading), **self._so_far()))
         if self._gathered.warm and (not was_warm or self._watch_again(reading)):
-            return Next(watch=self._require)
+            return ObserverReply(watch=self._require)
         if not was_warm:
             return AT_ONCE
         self._look(reading)
-        return PATIENT
+        return EVERY_TWO_SECONDS
 
     def _watch_again(self, reading: StepReading) -> bool:
         """Whether a second step in a row may tell what the first did not."""
@@ -151,7 +151,7 @@ class Writer:
     def _so_far(self) -> dict[str, Any]:
         """What is known beside the steps, with what takes a system call once a second."""
         values, now = self._gathered.values(), time.monotonic()
-        if now - self._read_s < PATIENT.patience_s:
+        if now - self._read_s < EVERY_TWO_SECONDS.patience_s:
             return {"values": values}
         self._read_s = now
         return {"values": values | self._energy.values(), "memory": self._peaks.so_far()}
@@ -201,7 +201,7 @@ class Writer:
         if self._file is None or self._training is None:
             return
         self._end_stretch()
-        status, failure = ending_of(error, self._gathered, self._peaks.phase)
+        status, failure = exit_status(error, self._gathered, self._peaks.phase)
         if status == "ok" and (failure_of_checks := lacking(self._checks or (), self._require)):
             status, failure = "invalid", failure_of_checks
         if self._gathered.steps > MOST_TIMED:
@@ -255,14 +255,14 @@ def _command() -> str:
     return written or own_command()
 
 
-def _counts_of(training: Training) -> dict[str, float]:
+def _counts_of(training: TrainingInfo) -> dict[str, float]:
     """What is known before the first step, as values of the record."""
     names = ("trainable_parameters", "total_parameters", "accumulation", "ranks")
     counts = {name: getattr(training, name) for name in names} | {"threads": torch.get_num_threads()}
     return {name: float(count) for name, count in counts.items() if count is not None}
 
 
-def _device_of(training: Training) -> str:
+def _device_of(training: TrainingInfo) -> str:
     if training.module is None:
         return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
     return str(device_of(training.module))

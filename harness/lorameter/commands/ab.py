@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorameter.records.record import Notice
     from lorameter.records.store import Run
     from lorameter.run.plan import Plan
-    from lorameter.run.sites.placement import Venue
+    from lorameter.run.sites.placement import Placement
     from lorameter.studies.study import Study
     from lorameter.verdicts.gate import Policy
 
@@ -118,13 +118,13 @@ def run_ab(options: argparse.Namespace) -> int:
 
 
 def _measured_there(
-    venue: Venue, study: Study, command: str, options: argparse.Namespace, policy: Policy
+    venue: Placement, study: Study, command: str, options: argparse.Namespace, policy: Policy
 ) -> Run | None:
     """The A/B as measured on the sides that the options name, or of two commands; None after a dry run."""
     from lorameter.models import catalogue
     from lorameter.records import codec, store
     from lorameter.report.live import LiveDisplay
-    from lorameter.report.notices import tell_notices
+    from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
     from lorameter.run.ab import DEFAULT_PHASES, arms_of_commands, measure_ab, plan_ab
     from lorameter.run.executors.sides import check_side
@@ -155,7 +155,7 @@ def _measured_there(
     with venue.hold(options.if_busy) as waited:
         if waited:
             plan, notices = venue.plan(make)
-        show(tell_notices(notices), errors)
+        show(warn_before_run(notices), errors)
         with LiveDisplay(errors, device=venue.machine.device_name) as display:
             if command:
                 arms = arms_of_commands(plan)
@@ -175,9 +175,9 @@ def _measured_there(
 
 
 def _go_on(options: argparse.Namespace) -> int:
-    from lorameter.commands.resume import go_on
+    from lorameter.commands.resume import resume
 
-    run = go_on(options, SETTLED_OPTIONS, ab=True)
+    run = resume(options, SETTLED_OPTIONS, ab=True)
     return EXIT_PASS if run is None else show_ab(run, options)
 
 
@@ -234,7 +234,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 def _calibrate_on(options: argparse.Namespace) -> int:
     """Go on with a calibration that broke off; one of which nothing is left is shown as it is."""
-    from lorameter.commands.resume import go_on
+    from lorameter.commands.resume import resume
     from lorameter.records import store
     from lorameter.run.resume import is_calibration, study_of
     from lorameter.verdicts.calibrate import LEAST_TO_CALIBRATE
@@ -245,7 +245,7 @@ def _calibrate_on(options: argparse.Namespace) -> int:
         raise UsageError(f"run {name} is no calibration. Go on with: lorameter run --resume {name}")
     if study_of(run).protocol.replicates < LEAST_TO_CALIBRATE:
         raise UsageError(f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.")
-    whole = go_on(options, [one for one in SETTLED_OPTIONS if hasattr(options, one.replace("-", "_"))], ab=True)
+    whole = resume(options, [one for one in SETTLED_OPTIONS if hasattr(options, one.replace("-", "_"))], ab=True)
     assert whole is not None  # that is the answer to --dry-run, which there is none of here
     return _show_calibration(whole, options)
 
@@ -279,9 +279,9 @@ def _show_calibration(run: Run, options: argparse.Namespace) -> int:
 def calibration_ratio(run: Run, name: str) -> float:
     """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
     from lorameter.records.metrics import PRIMARY
-    from lorameter.verdicts.series import compare_series, series_of
+    from lorameter.verdicts.series import compare_series, group_trials
 
-    base, candidate = (series_of(run.records, side).get((name, "variant")) for side in ("base", "candidate"))
+    base, candidate = (group_trials(run.records, side).get((name, "variant")) for side in ("base", "candidate"))
     found = compare_series(base, candidate, PRIMARY["train"]) if base and candidate else None
     if found is None or found.ratio is None:
         raise InvalidRunError(f"run {run.manifest.run}: the pilot measured nothing; see its report.")
@@ -289,12 +289,12 @@ def calibration_ratio(run: Run, name: str) -> float:
 
 
 def _measured_here(
-    study: Study, name: str, rows: int, venue: Venue, options: argparse.Namespace, *, rounds_beside: int = 0
+    study: Study, name: str, rows: int, venue: Placement, options: argparse.Namespace, *, rounds_beside: int = 0
 ) -> Run:
     """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
     from lorameter.records import store
     from lorameter.report.live import LiveDisplay
-    from lorameter.report.notices import tell_notices
+    from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
     from lorameter.run.ab import arms_of_present, plan_ab
     from lorameter.run.measure import measure
@@ -310,7 +310,7 @@ def _measured_here(
         runs=runs,
     )
     errors = console_for(stderr=True)
-    show(tell_notices(notices), errors)
+    show(warn_before_run(notices), errors)
     with venue.hold(options.if_busy), LiveDisplay(errors) as display:
         arms = arms_of_present(rows)
         return measure(

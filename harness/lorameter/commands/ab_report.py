@@ -12,7 +12,7 @@ from lorameter.commands.page import save_page
 if TYPE_CHECKING:
     from lorameter.records.store import Run
     from lorameter.verdicts.gate import GateResult
-    from lorameter.verdicts.comparison_report import Compared
+    from lorameter.verdicts.comparison_report import ComparisonRow
 
 
 def show_ab(
@@ -20,7 +20,7 @@ def show_ab(
     options: argparse.Namespace,
     *,
     metrics: Sequence[str] = (),
-    keep: Callable[[Compared], bool] = lambda compared: True,
+    keep: Callable[[ComparisonRow], bool] = lambda compared: True,
 ) -> int:
     """Print an A/B run in the format asked for; the exit code is that of its verdicts under the policy, which is the
     one that it was measured for unless another is given.
@@ -47,9 +47,9 @@ def show_ab(
     said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
     title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
     if html := getattr(options, "html", None):
-        from lorameter.report.reproduce import how_to_repeat
+        from lorameter.report.reproduce import reproduction_steps
 
-        save_page(html, said, title, figures=figures, again=how_to_repeat(run))
+        save_page(html, said, title, figures=figures, again=reproduction_steps(run))
     if form == "json":
         about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
         print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
@@ -76,14 +76,14 @@ def judge_run(run: Run, options: argparse.Namespace, metrics: Sequence[str] = ()
 
 
 def show_matrix(
-    runs: Sequence[Run], options: argparse.Namespace, keep: Callable[[Compared], bool] = lambda compared: True
+    runs: Sequence[Run], options: argparse.Namespace, keep: Callable[[ComparisonRow], bool] = lambda compared: True
 ) -> int:
     """Several A/B runs in one table, studies by changes of versions; the exit code is the worst of them, of all that
     they compare, whatever of it is kept in the table."""
     import dataclasses
 
     from lorameter.report.annotations import annotation
-    from lorameter.report.matrix import Change, describe_matrix, encode_matrix
+    from lorameter.report.matrix import MatrixRun, describe_matrix, encode_matrix
     from lorameter.verdicts.comparison_report import worst
 
     form = form_of(options)
@@ -93,7 +93,7 @@ def show_matrix(
         for result in results
     ]
     changes = [
-        Change(run=run.manifest.run, study=str(run.manifest.study["name"]), report=report)
+        MatrixRun(run=run.manifest.run, study=str(run.manifest.study["name"]), report=report)
         for run, report in zip(runs, shown, strict=True)
     ]
     said = describe_matrix(changes)

@@ -64,9 +64,9 @@ def run_bisect(options: argparse.Namespace) -> int:
         if options.json:
             print_json({"candidates": codec.to_json(candidates)})
         else:
-            from kernels_check.terminal import make_visible
+            from kernels_check.terminal import escape_control_chars
 
-            print(make_visible("\n".join(one.label for one in candidates)))
+            print(escape_control_chars("\n".join(one.label for one in candidates)))
         return EXIT_PASS
     good = candidates[0].spec
     with hold_device(open_executor(), options.if_busy):
@@ -98,7 +98,7 @@ def _compared(
     from lorameter.run.ab import measure_ab, plan_ab
     from lorameter.run.executors import open_executor
     from lorameter.run.bisect_candidates import find_measured
-    from lorameter.verdicts.series import without_numbers
+    from lorameter.verdicts.series import verdict_only
 
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
@@ -129,7 +129,7 @@ def _compared(
     except LorameterError as error:
         if must:
             raise
-        return without_numbers("invalid", str(error))
+        return verdict_only("invalid", str(error))
     if run.manifest.status == "interrupted":
         raise InvalidRunError(
             f"run {run.manifest.run} was stopped, and so is the search: what was found is in its runs."
@@ -139,7 +139,7 @@ def _compared(
 
 def _judged(run: Run, metric: str) -> Comparison:
     from lorameter.verdicts.ab import report_of
-    from lorameter.verdicts.series import without_numbers
+    from lorameter.verdicts.series import verdict_only
 
     compared = report_of(run, metrics=[metric]).comparisons
-    return compared[0].comparison if compared else without_numbers("invalid", f"run {run.manifest.run}: no number")
+    return compared[0].comparison if compared else verdict_only("invalid", f"run {run.manifest.run}: no number")

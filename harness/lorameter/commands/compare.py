@@ -10,10 +10,10 @@ from lorameter.commands.options import add_options
 from lorameter.commands.output import form_of, print_json, show_document
 from lorameter.commands.page import check_page, save_page
 from lorameter.errors import EXIT_PASS, UsageError
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
-    from lorameter.verdicts.comparison_input import Comparand
+    from lorameter.verdicts.comparison_input import ComparisonInput
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -151,11 +151,11 @@ def run_accept(options: argparse.Namespace) -> int:
     else:
         instead = f" in place of {replaced.run}" if replaced else ""
         said = f"{accepted.run} is the baseline of {accepted.study}, fingerprint {accepted.fingerprint}{instead}"
-        print(make_visible(said))
+        print(escape_control_chars(said))
     return EXIT_PASS
 
 
-def _read(options: argparse.Namespace) -> tuple[Comparand, Comparand]:
+def _read(options: argparse.Namespace) -> tuple[ComparisonInput, ComparisonInput]:
     from lorameter.records import store
     from lorameter.verdicts.baselines import read_base, read_comparand
 

@@ -103,14 +103,14 @@ def run_estimate(options: argparse.Namespace) -> int:
         return EXIT_PASS
     from lorameter.report.estimate import describe_estimate
     from lorameter.report.memory_fit import describe_fit
-    from lorameter.report.notices import tell_notices
+    from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
 
     estimated = describe_estimate(
         variant, workload, machine, tuple(estimates.values()), measured, elsewhere=card is not None
     )
     fit = () if advice is None else describe_fit(advice, workload, profile)
-    show((*estimated, *fit, *tell_notices(notices)), console_for())
+    show((*estimated, *fit, *warn_before_run(notices)), console_for())
     return EXIT_PASS
 
 

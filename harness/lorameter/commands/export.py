@@ -9,7 +9,7 @@ from typing import Any
 
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 FORMATS = ("json", "csv", "parquet", "github-action-benchmark", "bencher", "mllog")
 """As `lorameter.results.files.FORMATS`, which would load what only a command needs; a test holds them equal."""
@@ -53,11 +53,11 @@ def run_export(options: argparse.Namespace) -> int:
     else:
         text = text_of(run, form, table=options.table, metrics=options.metric)
         if not options.output:
-            sys.stdout.writelines(map(make_visible, text))
+            sys.stdout.writelines(map(escape_control_chars, text))
             return EXIT_PASS
         written = write_text(text, Path(options.output))
     if options.json:
         print_json({"run": run.manifest.run, "files": [str(path) for path in written]})
     else:
-        print(make_visible("\n".join(map(str, written))))
+        print(escape_control_chars("\n".join(map(str, written))))
     return EXIT_PASS

@@ -39,7 +39,7 @@ class Ratio(msgspec.Struct, forbid_unknown_fields=True):
     """The smallest slow-down that would have been seen with 80 % power, a fraction."""
 
 
-class Told(msgspec.Struct, forbid_unknown_fields=True):
+class NoticeDocument(msgspec.Struct, forbid_unknown_fields=True):
     """A notice."""
 
     code: str
@@ -102,7 +102,7 @@ class ReportOfRun(msgspec.Struct, forbid_unknown_fields=True):
     notes: list[str]
     tables: list[TableOf]
     failures: list[str]
-    notices: list[Told]
+    notices: list[NoticeDocument]
     counts: dict[str, int]
     """Trials by status."""
     state: str
@@ -151,7 +151,7 @@ class ComparisonOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     control: dict[str, Ratio | None]
     """By phase."""
     differing: list[Differs]
-    notices: list[Told]
+    notices: list[NoticeDocument]
     losses: dict[str, dict[str, str]] = {}
     """By variant, whether the losses of both sides agree; where anybody has looked."""
 
@@ -277,7 +277,7 @@ DOCUMENTS: tuple[type[msgspec.Struct], ...] = (
 )  # fmt: skip
 """What commands print as a whole."""
 PARTS: tuple[type[msgspec.Struct], ...] = (
-    Value, Ratio, Told, VariantOf, TableOf, TimeOf, ComparedOf, Differs, AttributionOf, PartOf, ClaimOf,
+    Value, Ratio, NoticeDocument, VariantOf, TableOf, TimeOf, ComparedOf, Differs, AttributionOf, PartOf, ClaimOf,
     *documents_of_estimates.PARTS, *documents_of_many.PARTS, *documents_of_parity.PARTS,
 )  # fmt: skip
 """What they are made of."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, LorameterError
-from kernels_check.terminal import make_visible, tell
+from kernels_check.terminal import escape_control_chars, print_stderr
 
 if TYPE_CHECKING:
     from lorameter.results.folder import Summary
@@ -55,7 +55,7 @@ def run_list(options: argparse.Namespace) -> int:
         show(describe_runs(rows), console_for())
     else:
         for row in rows:
-            print(make_visible("  ".join(str(value) for value in row.values())))
+            print(escape_control_chars("  ".join(str(value) for value in row.values())))
     return EXIT_PASS
 
 
@@ -135,7 +135,7 @@ def _run_rows(folder: Path) -> list[dict[str, Any]]:
     try:
         accepted = {baseline.run for baseline in read_baselines(folder).baselines}
     except LorameterError as error:  # which of them are baselines is then unknown; what there is, is not
-        tell(f"lorameter: {error}")
+        print_stderr(f"lorameter: {error}")
     found = sorted(read_each(folder, summary_of, newer=True), key=lambda one: one.path.name)
     return [_run_row(one.path, one.content, one.error, accepted) for one in found]
 
@@ -164,11 +164,11 @@ def run_fetch(options: argparse.Namespace) -> int:
     """Get a catalogue model and say where it lies."""
     from lorameter.models import fetch
 
-    path = fetch.fetch(options.name, report=tell)
+    path = fetch.fetch(options.name, report=print_stderr)
     if options.json:
         print_json({"model": options.name, "path": str(path)})
     else:
-        print(make_visible(str(path)))
+        print(escape_control_chars(str(path)))
     return EXIT_PASS
 
 

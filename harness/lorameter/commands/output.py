@@ -38,7 +38,7 @@ def show_document(
     document: Document, form: str, *, annotations: Callable[[], str] = lambda: "", verbose: bool = False
 ) -> None:
     """Print a report: as text, as Markdown, or as annotations of a GitHub job with its summary."""
-    from lorameter.records.os_errors import say_unwritable
+    from lorameter.records.os_errors import translate_write_errors
     from lorameter.report.render_markdown import SUMMARY_BYTES, markdown_of
     from lorameter.report.terminal import console_for, show
 
@@ -53,7 +53,7 @@ def show_document(
             text = markdown_of(document, most=SUMMARY_BYTES // 4)
             # Whoever looks at the summary alone would see no failure, so to lose it is no pass.
             with (
-                say_unwritable(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
+                translate_write_errors(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
                 open(_append_to(summary), "a", encoding="utf-8") as file,
             ):
                 file.write(text)

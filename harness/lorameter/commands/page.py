@@ -39,19 +39,19 @@ def save_page(
     if path is None:
         return
     from lorameter.report.html.page import save_html, write_html
-    from kernels_check.terminal import tell
+    from kernels_check.terminal import print_stderr
 
     check_page(path)
     page = write_html(document, title=title, names=names, figures=figures, again=again)
-    tell(f"page: {save_html(page, path)}")
+    print_stderr(f"page: {save_html(page, path)}")
 
 
 def save_run_page(path: str | None, run: Run, view: RunView, document: Document) -> None:
     """The page of a run: its report, its figures, and how to repeat it."""
     if path is None:
         return
-    from lorameter.report.reproduce import how_to_repeat
+    from lorameter.report.reproduce import reproduction_steps
     from lorameter.report.figures import figures_of_run
 
-    figures, again = figures_of_run(run, view), how_to_repeat(run)
+    figures, again = figures_of_run(run, view), reproduction_steps(run)
     save_page(path, document, view.title, names=view.variants, figures=figures, again=again)

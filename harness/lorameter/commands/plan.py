@@ -22,7 +22,7 @@ def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Pat
     from lorameter.studies.data_source import SYNTHETIC
     from lorameter.studies.script import OWN
     from lorameter.studies.workload import LOSSES
-    from lorameter.trial.data.records import look_into
+    from lorameter.trial.data.records import describe_data
 
     expected = forecast(plan, machine, runs)
     if any(notice.code == NOT_HERE for notice in notices):  # what it would take on another machine is not known here
@@ -30,7 +30,7 @@ def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Pat
         expected = Forecast(time_s=None, basis=why, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
     workload = plan.study.workload
     own = workload.data in (SYNTHETIC, OWN)
-    data = None if own else f"{look_into(workload)}; {LOSSES[workload.loss]}"
+    data = None if own else f"{describe_data(workload)}; {LOSSES[workload.loss]}"
     if as_json:
         print_json(
             {

@@ -56,7 +56,7 @@ def add_commands(commands: Any, common: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class _ProfileResult:
     """What was profiled, as it is printed and shown, and what can be tried."""
 
     folder: Path
@@ -116,7 +116,7 @@ def run_profile(options: argparse.Namespace) -> int:
     return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
 
 
-def _see_step(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _Seen:
+def _see_step(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _ProfileResult:
     from lorameter.profile import accounting
     from lorameter.profile.diagnosis import diagnose
     from lorameter.profile.evidence import evidence_of
@@ -137,10 +137,10 @@ def _see_step(study: Study, variant: Variant, executor: Executor, runs: Path, te
         "profile": codec.to_json(profile),
     }
     said = describe_profile(profile, step, tokens, found, findings)
-    return _Seen(folder=folder, document=document, said=said, findings=findings)
+    return _ProfileResult(folder=folder, document=document, said=said, findings=findings)
 
 
-def _see_requests(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _Seen:
+def _see_requests(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _ProfileResult:
     from lorameter.profile.accounting import categories_s
     from lorameter.profile.requests.accounting import request_accounts
     from lorameter.profile.requests.evidence import evidence_of_requests
@@ -165,14 +165,14 @@ def _see_requests(study: Study, variant: Variant, executor: Executor, runs: Path
         "profile": codec.to_json(profile),
     }
     said = describe_requests(profile, served, merged, findings)
-    return _Seen(folder=folder, document=document, said=said, findings=findings)
+    return _ProfileResult(folder=folder, document=document, said=said, findings=findings)
 
 
 def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, runs: Path) -> Tried:
     """Measure the present variant and the suggested one, as any two."""
     from lorameter.profile.remedy import judge_remedy, make_pair, phase_of
     from lorameter.report.live import LiveDisplay
-    from lorameter.report.notices import tell_notices
+    from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
     from lorameter.run.measure import measure, plan_study
 
@@ -187,7 +187,7 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
         own_workloads=pair.own_workloads,
     )
     errors = console_for(stderr=True)
-    show(tell_notices(notices), errors)
+    show(warn_before_run(notices), errors)
     with LiveDisplay(errors) as display:
         run = measure(plan, runs=runs, display=display, notices=notices)
     return judge_remedy(run, finding)

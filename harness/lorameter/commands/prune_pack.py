@@ -9,7 +9,7 @@ from typing import Any
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
 from lorameter.records.units import format_count
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 PRIVATE = ("paths", "hosts", "texts")
 """As `lorameter.results.pack.PRIVATE`, which would load what only the command needs; a test holds them equal."""
@@ -62,9 +62,9 @@ def run_prune(options: argparse.Namespace) -> int:
         return EXIT_PASS
     word = "would go" if options.dry_run else "removed"
     for one in gone:
-        print(make_visible(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}"))
+        print(escape_control_chars(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}"))
     for one in (*choice.staying, *refused):
-        print(make_visible(f"stays  {one.run}  {one.why}"))
+        print(escape_control_chars(f"stays  {one.run}  {one.why}"))
     freed = format_bytes(sum(one.size_bytes for one in gone))
     said = f"{format_count(len(gone), 'run')}, {freed}{' would be' if options.dry_run else ''} freed"
     print(f"{said}; {choice.kept} kept as asked for")
@@ -84,5 +84,5 @@ def run_pack(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"file": str(target), "size_bytes": size, "left_out": [*left_out, "logs"]})
         return EXIT_PASS
-    print(make_visible(f"{target}  {format_bytes(size)}, without {', '.join([*left_out, 'logs'])}"))
+    print(escape_control_chars(f"{target}  {format_bytes(size)}, without {', '.join([*left_out, 'logs'])}"))
     return EXIT_PASS

@@ -13,9 +13,9 @@ from lorameter.errors import UsageError, redact
 from lorameter.records import store
 from lorameter.verdicts.baselines import WORD, read_base
 from lorameter.verdicts.comparison_input import (
-    Comparand,
+    ComparisonInput,
     Measurements,
-    comparand_of,
+    comparison_input,
     disagreement,
     machine_differences,
     variant_differences,
@@ -23,7 +23,7 @@ from lorameter.verdicts.comparison_input import (
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import GateResult, Policy, judge, load_policy
 from lorameter.verdicts.software import TOLD
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +57,7 @@ class SessionGate:
         self._name = base
         self._policy = policy
         self._runs = runs
-        self._base: Comparand | None = None
+        self._base: ComparisonInput | None = None
 
     def prepare(self, study: Study, facts: Mapping[str, Any], fingerprint: str) -> None:
         """Read the base and check it against what is about to be measured. What a script's process tells itself is not
@@ -73,7 +73,7 @@ class SessionGate:
         if study.of_scripts:
             known = base.facts or {}
             facts = {**facts, **{name: known[name] for name in TOLD if name in known}}
-        session = Comparand(
+        session = ComparisonInput(
             name="this session",
             facts=facts,
             sides={
@@ -94,11 +94,11 @@ class SessionGate:
         try:
             return self._judge(run)
         except Exception:
-            return f"Gate failed: the comparison ended in an error.\n{make_visible(redact(traceback.format_exc()))}"
+            return f"Gate failed: the comparison ended in an error.\n{escape_control_chars(redact(traceback.format_exc()))}"
 
     def _judge(self, run: Run) -> GateResult:
         """The verdicts on a run. Variants that were not selected are not asked for."""
-        base, candidate = self._base, comparand_of(run)
+        base, candidate = self._base, comparison_input(run)
         if base is None or self._name == WORD:  # the run's fingerprint is the one that was measured
             base = read_base(self._name, self._runs, fingerprint=candidate.fingerprint, study=candidate.study)
         studied = frozenset(variant["name"] for variant in run.manifest.study["variants"])

@@ -9,7 +9,7 @@ import errno
 
 import pytest
 
-from kernels_check.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, Unread
+from kernels_check.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, CapturedStdout
 
 
 class Output:
@@ -17,7 +17,7 @@ class Output:
 
     def __init__(self) -> None:
         self._session: pytest.Session | None = None
-        self._stream: Unread | None = None
+        self._stream: CapturedStdout | None = None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -25,7 +25,7 @@ class Output:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         screen = getattr(reporter, "_tw", None)
         if screen is not None and hasattr(screen, "_file"):
-            self._session, self._stream = session, Unread(screen._file)
+            self._session, self._stream = session, CapturedStdout(screen._file)
             screen._file = self._stream
 
     @pytest.hookimpl(trylast=True)

@@ -19,14 +19,14 @@ from lorameter.run.resume import (
     refuse_settled,
     study_of,
 )
-from kernels_check.terminal import tell
+from kernels_check.terminal import print_stderr
 
 if TYPE_CHECKING:
     import pytest
 
     from lorameter.records.store import Run
     from lorameter.run.display import Display
-    from lorameter.run.sites.placement import Venue
+    from lorameter.run.sites.placement import Placement
 
 OPTION = "--lorameter-resume"
 
@@ -65,7 +65,7 @@ class ResumedRun:
         """Whether nothing is left of it."""
         return is_finished(self._run)
 
-    def measure(self, venue: Venue, display: Display) -> Run:
+    def measure(self, venue: Placement, display: Display) -> Run:
         """What is left of the run; one of which nothing is, or not here, is given back as it is.
 
         Raises `UsageError` and `InvalidRunError`.
@@ -74,7 +74,7 @@ class ResumedRun:
 
         run = self._run
         if is_finished(run):
-            tell(f"run {run.manifest.run} is complete: nothing is left to be measured.")
+            print_stderr(f"run {run.manifest.run} is complete: nothing is left to be measured.")
             return run
         try:
             check_place(run, venue.facts)
@@ -82,6 +82,6 @@ class ResumedRun:
         except UsageError as refusal:
             if run.manifest.status != "complete":
                 raise
-            tell(f"{refusal} What it has is replayed.")  # it came to its end, if not to a good one
+            print_stderr(f"{refusal} What it has is replayed.")  # it came to its end, if not to a good one
             return run
         return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run, venue=venue)

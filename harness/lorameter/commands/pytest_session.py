@@ -13,17 +13,17 @@ import pytest
 from lorameter.commands.page import check_page, save_run_page
 from lorameter.commands.pytest_clock import ReplayClock
 from lorameter.errors import LorameterError, UsageError
-from kernels_check.pipes import Aside
-from kernels_check.terminal import make_visible
+from kernels_check.pipes import BestEffortStderr
+from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
-    from lorameter.machine.provenance import Facts
+    from lorameter.machine.provenance import MachineFacts
     from lorameter.records.record import Notice, TrialRecord
     from lorameter.records.store import Run
     from lorameter.report.blocks import Document
     from lorameter.run.executors import Executor
     from lorameter.run.plan import Plan
-    from lorameter.run.sites.placement import Venue
+    from lorameter.run.sites.placement import Placement
     from lorameter.studies.study import Study
     from lorameter.verdicts.gate import GateResult
 
@@ -55,7 +55,7 @@ class Session:
             check_page(self._html, "--lorameter-html")
             self._resumed = load_resumed(config)
             self._study = self._load("")
-            self._facts: Facts | None = None
+            self._facts: MachineFacts | None = None
             """Of where it is measured, if that is another machine."""
             if self._study.protocol.on == HERE:  # else the profile is that of what is found there
                 self._study = self._load(self._executor().machine().kind)
@@ -97,10 +97,10 @@ class Session:
             if venue.stations:
                 self._facts, self._study = venue.facts, self._load(venue.machine.kind)
             if self._gate is not None:
-                from lorameter.machine.provenance import comparable, fingerprint
+                from lorameter.machine.provenance import fingerprint_fields, fingerprint
 
                 facts = self._provenance()
-                self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
+                self._gate.prepare(self._study, fingerprint_fields(facts), fingerprint(facts))
             if self._dry:
                 self._planned = self._foresee(names, phases, venue)
             elif not self._disabled:
@@ -120,14 +120,14 @@ class Session:
         def replayed() -> None:
             from lorameter.records.metrics import PRIMARY
             from lorameter.verdicts.benchmark_json import extra_info
-            from lorameter.verdicts.series import series_of
+            from lorameter.verdicts.series import group_trials
 
             if self._disabled:
                 benchmark(_nothing)  # its fixture would warn that nobody has used it
                 pytest.skip(NOTHING_MEASURED)
             if self._run is None or phase is None:
                 pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
-            series = series_of(self._run.records)[variant_name, "variant"]
+            series = group_trials(self._run.records)[variant_name, "variant"]
             failed = [record for record in series.records if record.status != "ok"]
             if failed:
                 pytest.fail("\n".join(_failure(record, self._run.path) for record in failed), pytrace=False)
@@ -175,16 +175,16 @@ class Session:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if self._run is None:
             return
-        from lorameter.verdicts.run_validity import standing_of
+        from lorameter.verdicts.run_validity import run_validity
 
-        if not standing_of(self._run, self._study).valid and session.exitstatus == pytest.ExitCode.OK:
+        if not run_validity(self._run, self._study).valid and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         """Device, libraries and workload, as far as two runs must agree on them to be compared."""
-        from lorameter.machine.provenance import comparable
+        from lorameter.machine.provenance import fingerprint_fields
 
-        machine_info["lorameter"] = comparable(self._provenance())
+        machine_info["lorameter"] = fingerprint_fields(self._provenance())
 
     def pytest_benchmark_compare_machine_info(
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
@@ -209,10 +209,10 @@ class Session:
 
             output_json["lorameter"] = about_run(self._run)
 
-    def _opened(self) -> AbstractContextManager[Venue]:
+    def _opened(self) -> AbstractContextManager[Placement]:
         """Where it is measured; for what measures nothing no cluster is asked."""
         from lorameter.run.sites.local import check_spreadable
-        from lorameter.run.sites.placement import Venue, open_venue
+        from lorameter.run.sites.placement import Placement, open_venue
 
         place = self._study.protocol.place
         if place.mixed:
@@ -223,7 +223,7 @@ class Session:
         nothing = self._disabled or (self._resumed is not None and self._resumed.is_finished)
         if nothing and place.on != HERE:
             check_spreadable(self._study, place)
-            return nullcontext(Venue())
+            return nullcontext(Placement())
         return open_venue(self._study, self._config.getoption("--lorameter-runs-dir"))
 
     def _load(self, device: str) -> Study:
@@ -246,24 +246,24 @@ class Session:
             **place,
         )
 
-    def _measure(self, names: list[str], phases: set[str], venue: Venue) -> Run:
+    def _measure(self, names: list[str], phases: set[str], venue: Placement) -> Run:
         from lorameter.commands.display import display_of
         from lorameter.report.live import LiveDisplay
-        from lorameter.report.notices import tell_notices
+        from lorameter.report.notices import warn_before_run
         from lorameter.report.terminal import console_for, show
         from lorameter.run.measure import measure
 
-        console = console_for(Aside(sys.stderr))
+        console = console_for(BestEffortStderr(sys.stderr))
         held = venue.hold(self._config.getoption("--lorameter-if-busy"))
         if self._resumed is not None:
             with held, LiveDisplay(console) as display:
                 return self._resumed.measure(venue, display)
         plan, notices, runs = self._plan(names, phases, venue, make=True)
-        show(tell_notices(notices), console)
+        show(warn_before_run(notices), console)
         with held, display_of(plan, venue.machine, runs, console) as display:
             return measure(plan, runs=runs, display=display, notices=notices, venue=venue)
 
-    def _foresee(self, names: list[str], phases: set[str], venue: Venue) -> Document:
+    def _foresee(self, names: list[str], phases: set[str], venue: Placement) -> Document:
         """The plan of the session and what it will take. Raises `UsageError` for what cannot be measured here."""
         from lorameter.report.plan import describe_plan
         from lorameter.run.forecast import forecast
@@ -274,7 +274,7 @@ class Session:
         return describe_plan(plan, forecast(plan, venue.machine, runs), venue.machine, notices)
 
     def _plan(
-        self, names: list[str], phases: set[str], venue: Venue, *, make: bool
+        self, names: list[str], phases: set[str], venue: Placement, *, make: bool
     ) -> tuple[Plan, tuple[Notice, ...], Path]:
         """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be
         measured there."""
@@ -312,7 +312,7 @@ class _usage_errors:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, LorameterError):
-            raise pytest.UsageError(make_visible(f"lorameter: {error}")) from None
+            raise pytest.UsageError(escape_control_chars(f"lorameter: {error}")) from None
 
 
 def _phase_of(item: pytest.Item) -> str | None:
@@ -326,7 +326,7 @@ def _phase_of(item: pytest.Item) -> str | None:
 
 def _failure(record: TrialRecord, run: Path) -> str:
     why = f" in {record.failure.phase}: {record.failure.message}" if record.failure else ""
-    return make_visible(f"{record.trial}: {record.status}{why} (log: {run / record.log})")
+    return escape_control_chars(f"{record.trial}: {record.status}{why} (log: {run / record.log})")
 
 
 def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> None:

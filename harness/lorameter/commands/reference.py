@@ -30,8 +30,8 @@ def write_reference() -> str:
 
 def _lines() -> Iterator[str]:
     from lorameter.studies import claim, study_file
-    from lorameter.studies.claim import Claim, Part
-    from lorameter.studies.columns import Columns
+    from lorameter.studies.claim import Claim, ClaimPart
+    from lorameter.studies.columns import DataColumns
     from lorameter.studies.engine import Engine
     from lorameter.studies.protocol import Protocol
     from lorameter.studies.variant import Variant
@@ -49,7 +49,7 @@ def _lines() -> Iterator[str]:
             f"What all variants train on and answer. {', '.join(f'`{key}`' for key in LISTED)} may each be a list of "
             "values: every variant is then measured at each, and keeps its name at the first, which the reference has.",
         ),
-        ("workload.columns", Columns, "The column of the data that plays each part, where it has another name."),
+        ("workload.columns", DataColumns, "The column of the data that plays each part, where it has another name."),
         ("[protocol]", Protocol, "How often and how long it is measured."),
         (
             "[controls], [axes], [sweeps], [[variant]]",
@@ -60,7 +60,7 @@ def _lines() -> Iterator[str]:
         ),
         ("[engine]", Engine, "Whose promises the claims are."),
         ("[[claim]]", Claim, "A sentence and what it stands on."),
-        ("claim.parts", Part, "One statement that data can support or refute."),
+        ("claim.parts", ClaimPart, "One statement that data can support or refute."),
     )
     for title, cls, said in sections:
         yield from ("", f"## {title}", "", said, "")

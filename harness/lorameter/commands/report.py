@@ -15,8 +15,8 @@ from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 if TYPE_CHECKING:
     from lorameter.records.store import Run
     from lorameter.report.blocks import Document
-    from lorameter.report.run_view import Asked, RunView
-    from lorameter.verdicts.comparison_report import Compared
+    from lorameter.report.run_view import ReportFilter, RunView
+    from lorameter.verdicts.comparison_report import ComparisonRow
 
 PHASE_WORDS = ("train", "generate", "cold")
 SORT_WORDS = ("study", "name", "ratio", "value", "memory")
@@ -65,7 +65,7 @@ def run_report(options: argparse.Namespace) -> int:
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
-def _filter(options: argparse.Namespace, *runs: Run) -> Callable[[Compared], bool]:
+def _filter(options: argparse.Namespace, *runs: Run) -> Callable[[ComparisonRow], bool]:
     """Which comparisons of A/Bs are shown. Raises `UsageError` for a variant or a phase that none of them has, and for
     an order."""
     import fnmatch
@@ -87,7 +87,7 @@ def _filter(options: argparse.Namespace, *runs: Run) -> Callable[[Compared], boo
         if phase not in phases:
             raise UsageError(f"phase {phase!r}: run {name} has {', '.join(phases)}.")
 
-    def keep(compared: Compared) -> bool:
+    def keep(compared: ComparisonRow) -> bool:
         of_variant = any(fnmatch.fnmatchcase(compared.variant, pattern) for pattern in options.variant)
         of_phase = phase_of(compared.metric) in options.phase
         return (of_variant or not options.variant) and (of_phase or not options.phase)
@@ -124,11 +124,11 @@ def document_of(run: Run, view: RunView) -> Document:
     return (*document, Section(title="Claims", lines=(say(said),)))
 
 
-def _asked(options: argparse.Namespace) -> Asked:
-    from lorameter.report.run_view import Asked
+def _asked(options: argparse.Namespace) -> ReportFilter:
+    from lorameter.report.run_view import ReportFilter
     from lorameter.verdicts.gate import load_policy
 
-    return Asked(
+    return ReportFilter(
         metrics=tuple(options.metric),
         variants=tuple(options.variant),
         phases=tuple(options.phase),

@@ -12,13 +12,13 @@ from lorameter.errors import UsageError
 
 if TYPE_CHECKING:
     from lorameter.records.store import Run
-    from lorameter.run.sites.placement import Venue
+    from lorameter.run.sites.placement import Placement
 
 SHOWN = {"script": "command"}
 """Options by the name under which they are kept, where that is another."""
 
 
-def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
+def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
     """Go on with a run that broke off, lost lines or was disturbed; one of which nothing is left is given back.
 
     The rest is measured where the run was, or where `--on` and `--sites` say.
@@ -59,7 +59,7 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
         return _go_on_there(run, venue, options)
 
 
-def _go_on_there(run: Run, venue: Venue, options: argparse.Namespace) -> Run | None:
+def _go_on_there(run: Run, venue: Placement, options: argparse.Namespace) -> Run | None:
     from lorameter.models.catalogue import cache_dir
     from lorameter.report.live import LiveDisplay
     from lorameter.report.blocks import say
@@ -67,13 +67,13 @@ def _go_on_there(run: Run, venue: Venue, options: argparse.Namespace) -> Run | N
     from lorameter.run.ab import resume_ab
     from lorameter.run.measure import measure
     from lorameter.run.resume import check_place, plan_of
-    from lorameter.run.runner import find_unsettled
+    from lorameter.run.runner import find_unfinished
 
     name, sides, errors = run.manifest.run, run.manifest.sides, console_for(stderr=True)
     if not sides:  # those of an A/B are asked when they are there again
         check_place(run, venue.facts)
     plan = plan_of(run, max_minutes=options.max_minutes)
-    unsettled = find_unsettled(plan, run.records, whole=venue.is_spread)
+    unsettled = find_unfinished(plan, run.records, whole=venue.is_spread)
     left = [slot.trial for group in unsettled for slot in group.slots]
     kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
     show((say(f"run {name}: {kept}, {len(left)} are left to be measured.", indented=False),), errors)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorameter.records.record import Notice
     from lorameter.records.store import Run
     from lorameter.run.plan import Plan
-    from lorameter.run.sites.placement import Venue
+    from lorameter.run.sites.placement import Placement
     from lorameter.studies.study import Study
 
 
@@ -71,11 +71,11 @@ def _study(options: argparse.Namespace, device: str) -> Study:
     )
 
 
-def _run_on(venue: Venue, options: argparse.Namespace) -> int:
+def _run_on(venue: Placement, options: argparse.Namespace) -> int:
     """Measure there."""
     from lorameter.commands.display import display_of
     from lorameter.records import store
-    from lorameter.report.notices import tell_notices
+    from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
     from lorameter.run.measure import measure, plan_study
 
@@ -102,7 +102,7 @@ def _run_on(venue: Venue, options: argparse.Namespace) -> int:
     with venue.hold(options.if_busy) as waited:
         if waited:
             plan, notices = venue.plan(make)
-        show(tell_notices(notices), errors)
+        show(warn_before_run(notices), errors)
         with display_of(plan, machine, runs, errors) as display:
             run = measure(plan, runs=runs, display=display, notices=notices, venue=venue)
     return _show(run, options)
@@ -110,10 +110,10 @@ def _run_on(venue: Venue, options: argparse.Namespace) -> int:
 
 def run_resumed(options: argparse.Namespace) -> int:
     """Go on with a run, and show it as the command that began it does."""
-    from lorameter.commands.resume import go_on
+    from lorameter.commands.resume import resume
     from lorameter.run.resume import SETTLED_OPTIONS
 
-    run = go_on(options, (*SETTLED_OPTIONS, *SCRIPT_OPTIONS))
+    run = resume(options, (*SETTLED_OPTIONS, *SCRIPT_OPTIONS))
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
@@ -125,14 +125,14 @@ def run_resumed(options: argparse.Namespace) -> int:
 
 def _show(run: Run, options: argparse.Namespace) -> int:
     """Print what was measured; the exit code says whether the run is valid."""
-    from lorameter.report.notices import tell_notices
+    from lorameter.report.notices import warn_before_run
     from lorameter.report.time_breakdown import encode_spending
     from lorameter.report.terminal import console_for, show
     from lorameter.report.run_view import view_of
 
     view = view_of(run)
     if options.json:
-        show(tell_notices(view.notices), console_for(stderr=True))
+        show(warn_before_run(view.notices), console_for(stderr=True))
         print_json(
             {
                 "run": view.run,

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorameter.errors import EXIT_INVALID, UsageError, said_by, shorten
 from lorameter.records import codec
-from kernels_check.terminal import tell
+from kernels_check.terminal import print_stderr
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -41,7 +41,7 @@ def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; the exit code is its own, 128 and the number of the signal that ended it, or 4."""
     from lorameter.attach.command import write_command
     from lorameter.attach.marker_files import remove_abandoned, wrapping
-    from lorameter.attach.launch import run_command, settle
+    from lorameter.attach.launch import run_command, finalize_run
     from lorameter.records import store
     from lorameter.studies.script import name_of_words
 
@@ -56,7 +56,7 @@ def run_wrap(options: argparse.Namespace) -> int:
     with wrapping(path, command):
         code = run_command(words, path, command=command, require=require)
         with _telling():
-            invalid = settle(path, code, required=bool(require))
+            invalid = finalize_run(path, code, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():
         with _telling():
             _report(path)
@@ -69,7 +69,7 @@ def _telling() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        tell(f"lorameter: {said_by(error)}")
+        print_stderr(f"lorameter: {said_by(error)}")
 
 
 def read_requirements(given: list[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def cpus_of(pid: int) -> tuple[int, ...]:
         return ()
 
 
-def seat(pid: int, cpus: Collection[int]) -> None:
+def pin_to_cpus(pid: int, cpus: Collection[int]) -> None:
     """Have all threads of a process run on these CPUs only (sched_setaffinity(2)). Of one that is gone, or that is not
     ours to move, nothing happens."""
     with contextlib.suppress(OSError):
@@ -46,7 +46,7 @@ def has_children(pid: int) -> bool:
         return True
 
 
-def times_of(cpus: Collection[int]) -> dict[int, float]:
+def benchmark_cpus(cpus: Collection[int]) -> dict[int, float]:
     """Seconds that a fixed loop takes on each of these CPUs now, in the calling thread; nothing of those on which it
     may not run."""
     before, found = os.sched_getaffinity(0), dict[int, float]()

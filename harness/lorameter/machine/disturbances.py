@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from lorameter.machine.host import GIVEN, withheld_share
 from lorameter.machine.other_gpu_processes import UNEXPLAINED_LIMIT
-from lorameter.machine.telemetry import named
+from lorameter.machine.telemetry import telemetry_key
 from lorameter.records.units import format_bytes, format_count
 
 CLOCK_MARGIN = 0.05
@@ -109,10 +109,10 @@ class _Told:
     phase: str
 
     def device(self, what: str) -> float | None:
-        return self.values.get(named("device", what, self.phase))
+        return self.values.get(telemetry_key("device", what, self.phase))
 
     def host(self, what: str) -> float | None:
-        return self.values.get(named("host", what, self.phase))
+        return self.values.get(telemetry_key("host", what, self.phase))
 
     def host_share(self, what: str) -> float | None:
         """Of the time that was watched; None where either is not known."""

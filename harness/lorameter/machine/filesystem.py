@@ -45,7 +45,7 @@ IN_MEMORY = frozenset(("tmpfs", "ramfs"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class FolderLocation:
     """Where a folder lies."""
 
     path: str
@@ -74,7 +74,7 @@ class Place:
         return next((option for option in self.options if option in known), "")
 
 
-def place_of(folder: Path, mounts: Path = MOUNTS) -> Reading[Place]:
+def place_of(folder: Path, mounts: Path = MOUNTS) -> Reading[FolderLocation]:
     """Where a folder lies, which need not exist yet; missing where the kernel does not say."""
     try:
         nearest = folder.absolute()
@@ -92,7 +92,7 @@ def place_of(folder: Path, mounts: Path = MOUNTS) -> Reading[Place]:
         return missing(f"{mounts} has no mount above {nearest}")
     longest = max(len(Path(one[0]).parts) for one in found)
     _, kind, options = [one for one in found if len(Path(one[0]).parts) == longest][-1]  # the last covers the others
-    return Reading(value=Place(path=str(nearest), kind=kind, options=options, locks=_try_locks(nearest)))
+    return Reading(value=FolderLocation(path=str(nearest), kind=kind, options=options, locks=_try_locks(nearest)))
 
 
 def _mount(line: str) -> tuple[str, str, tuple[str, ...]] | None:

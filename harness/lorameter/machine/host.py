@@ -26,7 +26,7 @@ ROOT = Path("/")
 NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
 NO_FREQUENCY = "the kernel is not told the CPU's clock (no cpufreq), as is usual in a virtual machine"
 GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
-"""CPU time that was withheld, and what was given over the same CPUs, by the names of `HostWatch`."""
+"""CPU time that was withheld, and what was given over the same CPUs, by the names of `HostTelemetry`."""
 LEAST_ASKED_S = 1.0
 """CPU time of which a share is given. The kernel counts steal in ticks of 10 ms, and of less than this a single one
 would be more than the 1 % from which a share is worth a notice."""
@@ -117,7 +117,7 @@ def load_average(root: Path) -> Reading[float]:
     return read_file(root / "proc/loadavg", lambda text: float(text.split()[0]), "there is no /proc/loadavg")
 
 
-class HostWatch:
+class HostTelemetry:
     """What happened to the machine in the stretches between `begin` and `end`, added up over all of them.
 
     Both take a fraction of a millisecond and belong outside what is timed. Not shared between threads.

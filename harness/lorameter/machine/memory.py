@@ -23,7 +23,7 @@ def host_bytes(field: str) -> int:
     raise ValueError(f"/proc/self/status has no {field}: host memory cannot be measured on this system")
 
 
-class MemoryGauge:
+class PeakMemoryTracker:
     """Peaks of one phase at a time: `begin` resets, `peaks` reads, both in the process that is measured."""
 
     def __init__(self, device: str) -> None:

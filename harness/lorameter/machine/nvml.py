@@ -23,7 +23,7 @@ V = TypeVar("V")
 SLICED = "the counter is the whole card's, and other MIG instances share the card"
 
 
-class Device:
+class NvmlDevice:
     """One card, or one MIG instance of a card, for as long as it is open. Made by `open_device`."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
@@ -136,7 +136,7 @@ class Device:
         return asked(self._nvml, function, self._card, convert=convert, constants=constants)
 
 
-def open_device(uuid: str | None = None, environment: Mapping[str, str] | None = None) -> Reading[Device]:
+def open_device(uuid: str | None = None, environment: Mapping[str, str] | None = None) -> Reading[NvmlDevice]:
     """The device that CUDA would call number 0, to be closed after use; missing with the reason where there is none.
 
     Args:
@@ -152,7 +152,7 @@ def open_device(uuid: str | None = None, environment: Mapping[str, str] | None =
     if handle.value is None:
         ended(nvml.value)
         return missing(handle.reason)
-    return Reading(value=Device(nvml.value, handle.value))
+    return Reading(value=NvmlDevice(nvml.value, handle.value))
 
 
 def _first_visible(nvml: Any, visible: tuple[int | str, ...] | None) -> Reading[Any]:

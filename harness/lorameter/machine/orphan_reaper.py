@@ -40,7 +40,7 @@ def kill_marked(marker: bytes) -> None:
             break
 
 
-class Guard:
+class OrphanReaper:
     """Kills what has a variable in its environment as soon as this process has ended."""
 
     def __init__(self, marker: bytes) -> None:

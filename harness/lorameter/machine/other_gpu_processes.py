@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.machine.nvml import Device
+from lorameter.machine.nvml import NvmlDevice
 from lorameter.machine.reading import Reading, missing
 from lorameter.records.units import format_bytes
 
@@ -45,7 +45,7 @@ class Neighbours:
     """What a reader must know where the list cannot be trusted; empty where it can."""
 
 
-def neighbours_of(device: Device, *, generations: int = GENERATIONS, proc: Path = Path("/proc")) -> Neighbours:
+def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: Path = Path("/proc")) -> Neighbours:
     """Who shares the device with the run that this process belongs to.
 
     Args:

@@ -20,12 +20,12 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.machine import kernel_env
-from lorameter.machine.nvml import Device, open_device
+from lorameter.machine.nvml import NvmlDevice, open_device
 from lorameter.machine.repository import git_state
 from lorameter.machine.software import cuda_of, installed_packages, normal_name
 from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
 from lorameter.records import codec
-from lorameter.records.worker_info import Hello
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.studies import data_source
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study
@@ -124,7 +124,7 @@ def device_id(environment: Mapping[str, str] | None = None) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class MachineFacts:
     """What is to be said of where trials run: the machine, how it is set up, and what is installed there."""
 
     machine: Machine
@@ -144,10 +144,10 @@ class Facts:
 
 def read_facts(
     machine: Machine, host: dict[str, Any] | None = None, environment: Mapping[str, str] | None = None
-) -> Facts:
+) -> MachineFacts:
     """The facts of this machine; `host` describes the interpreter that trials run in, None for the present one, and
     `environment` says which card they see first."""
-    return Facts(
+    return MachineFacts(
         machine=machine,
         settings=settings(card=machine.device == "cuda", environment=environment),
         libraries={name: library_version(name) for name in LIBRARIES},
@@ -160,9 +160,9 @@ def read_facts(
 
 def collect(
     study: Study,
-    facts: Facts,
+    facts: MachineFacts,
     threads: int,
-    hello: Hello | None = None,
+    hello: WorkerInfo | None = None,
     own_workloads: Mapping[str, Workload] | None = None,
 ) -> dict[str, Any]:
     """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
@@ -177,7 +177,7 @@ def collect(
     }
 
 
-def place_of(facts: Facts) -> dict[str, Any]:
+def place_of(facts: MachineFacts) -> dict[str, Any]:
     """The part of the provenance that no study bears on."""
     return {
         **codec.to_json(facts.machine),
@@ -193,7 +193,7 @@ def _without(described: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name != key}
 
 
-def _kernels(facts: Facts) -> dict[str, Any]:
+def _kernels(facts: MachineFacts) -> dict[str, Any]:
     """What steers the choice of kernels on a card, where trials run on one."""
     if facts.machine.device != "cuda":
         return {}
@@ -202,7 +202,7 @@ def _kernels(facts: Facts) -> dict[str, Any]:
     return {kernel_env.FIELD: kernel_env.steering(there["packages"], there["cuda"], there["switches"])}
 
 
-def _engine(study: Study, facts: Facts) -> dict[str, Any]:
+def _engine(study: Study, facts: MachineFacts) -> dict[str, Any]:
     """The version of what a study's engine comes with, where no other field has it."""
     package = "" if study.engine is None else study.engine.package
     if not package or package in LIBRARIES:
@@ -272,7 +272,7 @@ def _digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+def fingerprint_fields(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
     fields = {key: provenance.get(key) for key in FINGERPRINT}
     later = {POWER_LIMIT: power_limit_w(provenance), kernel_env.FIELD: provenance.get(kernel_env.FIELD)}
@@ -282,7 +282,7 @@ def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> di
 
 def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
-    compared = codec.dumps(comparable(provenance, without))
+    compared = codec.dumps(fingerprint_fields(provenance, without))
     return hashlib.sha256(compared.encode(errors="backslashreplace")).hexdigest()[:12]
 
 
@@ -335,7 +335,7 @@ def free_bytes(machine: Machine, environment: Mapping[str, str] | None = None) -
 
 
 @contextlib.contextmanager
-def _first_gpu(environment: Mapping[str, str] | None = None) -> Iterator[Device | None]:
+def _first_gpu(environment: Mapping[str, str] | None = None) -> Iterator[NvmlDevice | None]:
     """The device that a worker will use, None where NVML finds none."""
     device = open_device(environment=environment).value
     try:

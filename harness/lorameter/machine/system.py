@@ -20,7 +20,7 @@ from typing import Any
 
 from lorameter.machine.cgroup import cpu_quota, memory_left, memory_limit
 from lorameter.machine.cores import holds_any
-from lorameter.machine.host import NO_FREQUENCY, ROOT, HostWatch, load_average
+from lorameter.machine.host import NO_FREQUENCY, ROOT, HostTelemetry, load_average
 from lorameter.machine.other_gpu_processes import FIRST_PID_NAMESPACE
 from lorameter.machine.nvml import open_device
 from lorameter.machine.reading import Reading, count_of, missing, read_file, unavailable
@@ -145,7 +145,7 @@ def settings(*, card: bool, environment: Mapping[str, str] | None = None, root: 
         environment: of the trials, which says what card that is; None for this process's.
         root: where the files of the kernel are.
     """
-    watch = HostWatch(root)
+    watch = HostTelemetry(root)
     watch.begin()
     watch.end()
     system = {name: value for name, value in _told(system_facts(root)).items() if name not in MOMENTARY}

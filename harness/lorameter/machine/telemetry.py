@@ -9,7 +9,7 @@ queued: the host has launched all and would only wait (`look`; `lorameter.trial.
 look in, as in a request, whose tokens the host waits for one by one, the clocks at the end have to do, and those of a
 card that idles by then are dropped.
 
-Names are those of `named`: who, what, phase and unit, as in `host_steal_train_s` and `device_sm_clock_min_train_hz`.
+Names are those of `telemetry_key`: who, what, phase and unit, as in `host_steal_train_s` and `device_sm_clock_min_train_hz`.
 
 Energy is a difference of two readings of the card's own counter. It moves in steps whose period NVML does not document,
 and on A100 and H100 the power sensor looks at a quarter of the time only (Yang, Adamek & Armour, "Part-time Power
@@ -25,9 +25,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lorameter.machine.gpu import CardSample, Clocks
-from lorameter.machine.host import HostWatch
+from lorameter.machine.host import HostTelemetry
 from lorameter.machine.other_gpu_processes import neighbours_of
-from lorameter.machine.nvml import Device, open_device
+from lorameter.machine.nvml import NvmlDevice, open_device
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.throttle import IDLE, POWER_CAPPED, PROTECTING
 from lorameter.records.record import Notice
@@ -39,20 +39,20 @@ what torch's allocator reserved say nearly the same."""
 
 
 @functools.cache  # a few dozen names, asked for of every trial
-def named(owner: str, what: str, phase: str) -> str:
+def telemetry_key(owner: str, what: str, phase: str) -> str:
     """The name under which a value stands in the record: the phase goes before the unit, where there is one."""
     stem, _, unit = what.rpartition("_")
     return f"{owner}_{stem}_{phase}_{unit}" if unit in UNITS else f"{owner}_{what}_{phase}"
 
 
-class DeviceWatch:
+class GpuTelemetry:
     """What a card did in the stretches between `begin` and `end`, over all of them.
 
     Energy is the difference from the first begin to the last end, so it holds what the card takes between stretches
     too: a hand-over of a millisecond between turns of 50 ms or more. Ask for it only where no other trial takes turns.
     """
 
-    def __init__(self, device: Device, *, energy: bool) -> None:
+    def __init__(self, device: NvmlDevice, *, energy: bool) -> None:
         self._device = device
         self._energy = energy
         self._first: tuple[float, CardSample] | None = None
@@ -172,7 +172,7 @@ _SOURCES = {
 }
 
 
-class Watch:
+class Telemetry:
     """Host and device around the timed stretches of one phase of a trial.
 
     `begin` and `end` take what NVML takes for about twelve answers, and 0.3 ms on the host together; both belong
@@ -194,8 +194,8 @@ class Watch:
         self._device = device
         self._energy = energy
         self._clock = clock
-        self._host = HostWatch()
-        self._card: DeviceWatch | None = None
+        self._host = HostTelemetry()
+        self._card: GpuTelemetry | None = None
         self._no_card = ""
 
     def begin(self) -> None:
@@ -203,7 +203,7 @@ class Watch:
         if self._card is None and self._device.startswith("cuda") and not self._no_card:
             opened = card_of(self._device)
             self._no_card = opened.reason
-            self._card = None if opened.value is None else DeviceWatch(opened.value, energy=self._energy)
+            self._card = None if opened.value is None else GpuTelemetry(opened.value, energy=self._energy)
         if self._card is not None:
             self._card.begin(self._clock())
         self._host.begin()
@@ -217,22 +217,22 @@ class Watch:
         """It has ended: all values so far, by their names in the record."""
         host = self._host.end()
         card = {} if self._card is None else self._card.end(self._clock())
-        values = {named("host", name, self._phase): value for name, value in host.items()}
-        return values | {named("device", name, self._phase): value for name, value in card.items()}
+        values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
+        return values | {telemetry_key("device", name, self._phase): value for name, value in card.items()}
 
     @property
     def missing(self) -> dict[str, str]:
         """Names of the record that have no value, with the reason."""
-        reasons = {named("host", name, self._phase): why for name, why in self._host.missing.items()}
+        reasons = {telemetry_key("host", name, self._phase): why for name, why in self._host.missing.items()}
         if self._no_card:
-            reasons[named("device", "all", self._phase)] = self._no_card
+            reasons[telemetry_key("device", "all", self._phase)] = self._no_card
         if self._card is not None:
-            reasons |= {named("device", name, self._phase): why for name, why in self._card.missing.items()}
+            reasons |= {telemetry_key("device", name, self._phase): why for name, why in self._card.missing.items()}
         return reasons
 
     def notice(self) -> Notice | None:
         """What of the device could not be measured; None where nothing is missing, and on a CPU."""
-        minor = {named("device", name, self._phase) for name in SUBSTITUTED}
+        minor = {telemetry_key("device", name, self._phase) for name in SUBSTITUTED}
         lacking = {name: why for name, why in self.missing.items() if name.startswith("device_") and name not in minor}
         if not lacking:
             return None
@@ -243,7 +243,7 @@ class Watch:
         )
 
 
-def card_of(device: str) -> Reading[Device]:
+def card_of(device: str) -> Reading[NvmlDevice]:
     """The card behind a torch device. CUDA runs already, so torch knows the card's UUID, whatever the environment."""
     import torch
 

@@ -42,7 +42,7 @@ _DRAFT = ".partial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
+class BaseDescription:
     """What a prepared base is, and how to tell that it is still what was written."""
 
     sha256: str
@@ -77,18 +77,18 @@ def folder_of(follows_from: Mapping[str, Any]) -> Path:
     return bases_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def read_description(folder: Path) -> Description | None:
+def read_description(folder: Path) -> BaseDescription | None:
     """What is said of the base in a folder; None where there is none, or one whose file has not the size that was
     written. That the bytes are those is `verify`'s to say."""
     try:
         data = bounded_io.read_json(folder / DESCRIPTION, bounded_io.MANIFEST_BYTES)
-        description = codec.from_json(Description, data, "description of a base")
+        description = codec.from_json(BaseDescription, data, "description of a base")
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
     except (OSError, ValueError, LorameterError):  # whatever is written there
         return None
 
 
-def verify(folder: Path) -> Description | None:
+def verify(folder: Path) -> BaseDescription | None:
     """The description of a base that is byte for byte what was written; None for any other. Reads all of it."""
     description = read_description(folder)
     if description is None:
@@ -101,7 +101,7 @@ def verify(folder: Path) -> Description | None:
     return description if found == description.sha256 else None
 
 
-def write_description(folder: Path, description: Description) -> None:
+def write_description(folder: Path, description: BaseDescription) -> None:
     """Say that the base in a folder is whole."""
     write_document(folder / DESCRIPTION, description)
 

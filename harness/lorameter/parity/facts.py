@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorameter.records.parity import Served
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.studies.serving_modes import Way
+from lorameter.studies.serving_modes import ServingMode
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -29,7 +29,7 @@ class Parity:
     """Folder of the adapter that was given; empty where it was trained here."""
     record: TrialRecord | None
     """The training of the adapter, with its checks; None of one that was given."""
-    ways: tuple[Way, ...]
+    ways: tuple[ServingMode, ...]
     """In the order in which they were asked; the first is the reference."""
     served: tuple[Served, ...]
     """What was observed, a way each."""

@@ -17,9 +17,9 @@ from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.profile.measure import ConductedTrial, OpenTrial, answer_of, open_trial, trouble_in
 from lorameter.records import codec, bounded_io
 from lorameter.records.parity import PROMPTS, SERVED, Served
-from lorameter.records.record import Failure, Fragment
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import Executor
-from lorameter.studies.serving_modes import ServingRequest, Way, ways_of
+from lorameter.studies.serving_modes import ServingRequest, ServingMode, ways_of
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 
@@ -130,7 +130,7 @@ def _serve(
     return served, prompts
 
 
-def _ask(executor: Executor, request: ServingRequest) -> Fragment:
+def _ask(executor: Executor, request: ServingRequest) -> PartialRecord:
     worker = executor.launch()
     try:
         trial = request.trial
@@ -140,7 +140,7 @@ def _ask(executor: Executor, request: ServingRequest) -> Fragment:
         worker.close()
 
 
-def _read(fragment: Fragment, ways: Sequence[Way]) -> list[Served]:
+def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:
     """What a process says of its ways; where it came to no good, its failure, for each of them."""
     if fragment.status == "ok":
         return list(codec.from_json(tuple[Served, ...], fragment.tokens.get(SERVED), "what was served"))

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.machine.disturbances import CONTENDED
-from lorameter.profile.evidence import Evidence, left_out
+from lorameter.profile.evidence import ProfileEvidence, left_out
 from lorameter.profile.finding import Finding
 from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import Variant
@@ -37,13 +37,13 @@ FRAGMENTED = 0.10
 """Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
 
 
-def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
+def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
     """All findings, the most expensive first, those of memory last."""
     found = [finding for rule in RULES.values() for finding in rule(evidence)]
     return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0)))
 
 
-def _launch_bound(seen: Evidence) -> Iterator[Finding]:
+def _launch_bound(seen: ProfileEvidence) -> Iterator[Finding]:
     if seen.idle <= (LEAST_IDLE if seen.device == "cuda" else BETWEEN):
         return
     each = format_value(seen.step_s * (1 - seen.idle) / seen.calls, "s") if seen.calls else "–"
@@ -62,7 +62,7 @@ def _launch_bound(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _dequantisation(seen: Evidence) -> Iterator[Finding]:
+def _dequantisation(seen: ProfileEvidence) -> Iterator[Finding]:
     share = seen.unpacking
     if share <= WORTH:
         return
@@ -82,7 +82,7 @@ def _dequantisation(seen: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _wide_adapter(seen: Evidence) -> Iterator[Finding]:
+def _wide_adapter(seen: ProfileEvidence) -> Iterator[Finding]:
     narrow, products = _compute_type(seen.variant), seen.wide_products
     if not seen.wide_registers or seen.variant.prepare_for_kbit:  # slower in 16 bits, or the head's own among them
         products = 0.0
@@ -98,7 +98,7 @@ def _wide_adapter(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _wide_compute(seen: Evidence) -> Iterator[Finding]:
+def _wide_compute(seen: ProfileEvidence) -> Iterator[Finding]:
     share, variant = seen.categories.get("matmul", 0.0), seen.variant
     if _compute_type(variant) != "float32" or variant.tf32 or not seen.wide_registers or share <= WORTH:
         return
@@ -110,7 +110,7 @@ def _wide_compute(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _masked_attention(seen: Evidence) -> Iterator[Finding]:
+def _masked_attention(seen: ProfileEvidence) -> Iterator[Finding]:
     share = seen.categories.get("attention", 0.0)
     written_out = seen.attention_backend in ("eager", "math")
     if not (written_out or seen.attention_mask == "explicit"):
@@ -145,7 +145,7 @@ def _masked_attention(seen: Evidence) -> Iterator[Finding]:
     yield _make_finding("masked-attention", seen, cost, message, remedy, changes=changes, obstacle=obstacle)
 
 
-def _padding(seen: Evidence) -> Iterator[Finding]:
+def _padding(seen: ProfileEvidence) -> Iterator[Finding]:
     if seen.padded <= WORTH:
         return
     packs = {"layout": "packed"} if seen.workload.layout == "padded" else {}
@@ -156,7 +156,7 @@ def _padding(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _checkpointing(seen: Evidence) -> Iterator[Finding]:
+def _checkpointing(seen: ProfileEvidence) -> Iterator[Finding]:
     if not seen.variant.gradient_checkpointing or not seen.fits("gradient_checkpointing"):
         return
     passes = (seen.phases_s.get("forward", 0.0) + seen.phases_s.get("backward", 0.0)) / seen.step_s
@@ -170,7 +170,7 @@ def _checkpointing(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _optimizer(seen: Evidence) -> Iterator[Finding]:
+def _optimizer(seen: ProfileEvidence) -> Iterator[Finding]:
     share = seen.phases_s.get("update", 0.0) / seen.step_s
     if seen.variant.optimizer == "adamw_fused" or share <= WORTH:
         return
@@ -182,7 +182,7 @@ def _optimizer(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _dropout(seen: Evidence) -> Iterator[Finding]:
+def _dropout(seen: ProfileEvidence) -> Iterator[Finding]:
     if seen.variant.lora_dropout <= 0 or seen.dropout <= WORTH:
         return
     yield _make_finding(
@@ -192,7 +192,7 @@ def _dropout(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _data(seen: Evidence) -> Iterator[Finding]:
+def _data(seen: ProfileEvidence) -> Iterator[Finding]:
     share = seen.phases_s.get("data", 0.0) / seen.step_s
     if share > WORTH:
         yield _make_finding(
@@ -202,7 +202,7 @@ def _data(seen: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _contention(seen: Evidence) -> Iterator[Finding]:
+def _contention(seen: ProfileEvidence) -> Iterator[Finding]:
     if seen.occupancy is None or not _is_crowded(seen) or _is_oversubscribed(seen):
         return
     lost = _lost_share(seen)
@@ -216,7 +216,7 @@ def _contention(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _oversubscription(seen: Evidence) -> Iterator[Finding]:
+def _oversubscription(seen: ProfileEvidence) -> Iterator[Finding]:
     if seen.occupancy is None or not _is_oversubscribed(seen):
         return
     yield _make_finding(
@@ -226,7 +226,7 @@ def _oversubscription(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _logits(seen: Evidence) -> Iterator[Finding]:
+def _logits(seen: ProfileEvidence) -> Iterator[Finding]:
     if seen.logits_bytes <= LARGE_LOGITS * seen.peak_bytes:
         return
     loss = seen.categories.get("loss", 0.0)
@@ -248,7 +248,7 @@ def _logits(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _fragmentation(seen: Evidence) -> Iterator[Finding]:
+def _fragmentation(seen: ProfileEvidence) -> Iterator[Finding]:
     if not seen.reserved_bytes:
         return
     lost = seen.reserved_bytes - seen.peak_bytes
@@ -269,7 +269,7 @@ def _fragmentation(seen: Evidence) -> Iterator[Finding]:
     )
 
 
-RULES: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
+RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
     "launch-bound": _launch_bound,
     "dequantisation": _dequantisation,
     "float32-adapter": _wide_adapter,
@@ -302,7 +302,7 @@ OF_WHAT_RAN = frozenset(
 
 def _make_finding(
     code: str,
-    seen: Evidence,
+    seen: ProfileEvidence,
     share: float,
     message: str,
     remedy: str,
@@ -332,17 +332,17 @@ def _compute_type(variant: Variant) -> str:
     return variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
 
 
-def _is_oversubscribed(seen: Evidence) -> bool:
+def _is_oversubscribed(seen: ProfileEvidence) -> bool:
     """More threads than CPUs, or as many and something else that wants one."""
     return seen.threads > 1 and (seen.threads > seen.cpus or (seen.threads == seen.cpus and _is_crowded(seen)))
 
 
-def _is_crowded(seen: Evidence) -> bool:
+def _is_crowded(seen: ProfileEvidence) -> bool:
     """Whether others took CPUs from the step. One thread that computes has its CPU all the time, unless it is taken;
     several wait for each other, and what tells is whether anything that could run had to wait."""
     return _lost_share(seen) > (1 - OCCUPANCY_FLOOR if seen.threads == 1 else CONTENDED)
 
 
-def _lost_share(seen: Evidence) -> float:
+def _lost_share(seen: ProfileEvidence) -> float:
     """Share of a step in which it wanted a CPU and had none."""
     return (1 - (seen.occupancy or 1.0)) if seen.threads == 1 else (seen.stalled or 0.0)

@@ -63,7 +63,7 @@ def saved_bytes(profile: Watched, shape: ModelShape, saving: str) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class ProfileEvidence:
     """What the rules judge. Shares are of a step; None where something was not seen or has no meaning."""
 
     variant: Variant
@@ -124,13 +124,13 @@ class Evidence:
         return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
 
 
-def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> Evidence:
+def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> ProfileEvidence:
     """What the rules read off a profile and its accounts."""
     memory, step_s = profile.record.memory, step.step.value
     shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
     allocated = memory.get("device_peak_allocated_train_bytes")
     pairs = computed_tokens(profile.variant, profile.workload).pairs
-    return Evidence(
+    return ProfileEvidence(
         variant=profile.variant,
         workload=profile.workload,
         device=profile.device,

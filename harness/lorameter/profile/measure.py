@@ -25,17 +25,17 @@ from lorameter.records import codec, bounded_io
 from lorameter.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from lorameter.records.atomic_json import write_document
 from lorameter.records.memory_account import MemoryAccount
-from lorameter.records.metrics import BIRTH
-from lorameter.records.record import Fragment, Notice, TrialRecord
-from lorameter.records.os_errors import say_refused
+from lorameter.records.metrics import RSS_AT_START
+from lorameter.records.record import PartialRecord, Notice, TrialRecord
+from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.tempdirs import leaving_nothing, scratch_folder
 from lorameter.records.store import new_run_id
-from lorameter.run.arms import Contender
-from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
+from lorameter.run.arms import Arm
+from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Plan, Slot, make_plan
 from lorameter.run.prepare import greet
-from lorameter.run.trial_setup import Site, begin_record, request_of, site_of
+from lorameter.run.trial_setup import RunContext, begin_record, request_of, site_of
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -98,7 +98,7 @@ class OpenTrial:
 
     def keep(self, document: str, found: object, traces: Sequence[str]) -> None:
         """Write what was found, and fetch the profiler's own recordings. Raises `UsageError` where the disk refuses."""
-        with say_refused(lambda: (f"{self.label} {self.folder.name} could not be written", "measure anew")):
+        with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure anew")):
             for trace in traces:
                 self.executor.fetch(self.trial.request.trial, trace, self.folder)
             write_document(self.folder / document, found)
@@ -128,7 +128,7 @@ def open_trial(
             f"Take the {label} with one rank; a run of the study says how its ranks spend a step."
         )
     study = dataclasses.replace(study, allow_fallback=True)
-    contender = Contender(variant=variant, workload=study.workload)
+    contender = Arm(variant=variant, workload=study.workload)
     machine = executor.machine()
     notices = check_feasible(study, machine, [contender], free_bytes=executor.free_bytes())
     plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
@@ -185,7 +185,7 @@ def profile_variant(
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
         trial, machine = opened.trial, opened.machine
         _conduct(trial, list(opened.rates.values()))
-        birth = trial.record.memory.get(BIRTH, birth_bytes(machine.cuda))
+        birth = trial.record.memory.get(RSS_AT_START, birth_bytes(machine.cuda))
         profile = Profile(
             **opened.facts(ACTIVITY),
             memory={"train": opened.read(MemoryAccount, ACCOUNTS["train"])},
@@ -221,7 +221,7 @@ class ConductedTrial:
     """One solo trial, command by command."""
 
     def __init__(
-        self, plan: Plan, slot: Slot, site: Site, place: Place, worker: Worker, say: Callable[[str], None]
+        self, plan: Plan, slot: Slot, site: RunContext, place: TrialFiles, worker: Worker, say: Callable[[str], None]
     ) -> None:
         self.request = request_of(plan, slot, site, place)
         self._worker = worker
@@ -240,7 +240,7 @@ class ConductedTrial:
         """How long it took goes into the record."""
         self.record = self.record.replaced(wall_time_s=time.monotonic() - self._begin)
 
-    def ask(self, command: str, **arguments: Any) -> Fragment:
+    def ask(self, command: str, **arguments: Any) -> PartialRecord:
         """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""
         self.tell(command)
         trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
@@ -256,7 +256,7 @@ class ConductedTrial:
             self._say(COMMANDS[command].says)
         self._asked = command
 
-    def take(self, command: str, fragment: Fragment) -> Fragment:
+    def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
         """Add a fragment to the record. Raises `InvalidRunError` for one that says of a failure."""
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
@@ -267,15 +267,15 @@ class ConductedTrial:
         return fragment
 
 
-def answer_of(ask: Callable[[], Fragment]) -> Fragment:
+def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
     """What a process answers; where it is lost, that it failed."""
     try:
         return ask()
     except WorkerLostError as lost:
-        return Fragment().failed(lost.status, lost.failure)
+        return PartialRecord().failed(lost.status, lost.failure)
 
 
-def trouble_in(fragment: Fragment) -> str:
+def trouble_in(fragment: PartialRecord) -> str:
     """What a fragment says of its failure, without a full stop."""
     failure = fragment.failure
     return f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"

@@ -23,8 +23,8 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.series import is_difference, series_of
-from lorameter.verdicts.run_validity import control_of, phases_of, ratios_of, standing_of
+from lorameter.verdicts.series import is_difference, group_trials
+from lorameter.verdicts.run_validity import control_of, phases_of, ratios_of, run_validity
 
 LEAST_TURNS = 2
 """Of training, where requests are at issue: trials that take turns have some."""
@@ -146,8 +146,8 @@ class Tried:
 def judge_remedy(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
     study = read_study(run)
-    stands, known = standing_of(run, study), run.manifest.notices
-    groups, phase = series_of(run.records), phases_of(run)[0]
+    stands, known = run_validity(run, study), run.manifest.notices
+    groups, phase = group_trials(run.records), phases_of(run)[0]
     metric, control = stands.primary[phase], stands.controls[phase]
     if phase_of(finding) != "train":  # of a request the part that the finding is about
         metric = finding.metric

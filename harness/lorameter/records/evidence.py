@@ -27,7 +27,7 @@ class LostEvidenceError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class CheckRecord:
     """One check: one line of checks.jsonl."""
 
     hash: str
@@ -95,7 +95,7 @@ class EvidenceFile:
     def _keep(self, line: bytes) -> bool:
         """Whether the line is evidence."""
         try:
-            evidence = codec.from_json(Evidence, codec.parse(line.decode("utf-8", errors="replace")), CHECKS)
+            evidence = codec.from_json(CheckRecord, codec.parse(line.decode("utf-8", errors="replace")), CHECKS)
             check_evidence([evidence.check], CHECKS)
         except (codec.NotJsonError, UsageError):
             return False

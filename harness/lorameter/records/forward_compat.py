@@ -24,7 +24,7 @@ Left = dict[str, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Newer:
+class NewerSchema:
     """That a run was written by a newer schema than this version reads whole."""
 
     schema: int

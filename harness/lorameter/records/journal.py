@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.records import bounded_io
-from lorameter.records.os_errors import say_unwritable
+from lorameter.records.os_errors import translate_write_errors
 
 
 def append(path: Path, text: str) -> None:
@@ -91,7 +91,7 @@ def check_appendable(path: Path) -> None:
     """
     if not os.path.lexists(path):
         return
-    with say_unwritable(str(path), "Restore it, or remove it."):
+    with translate_write_errors(str(path), "Restore it, or remove it."):
         number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(number).st_mode):

@@ -14,7 +14,7 @@ from lorameter.records.validation import check_manifest
 from lorameter.records.forward_compat import Left, read_known
 from lorameter.records.worker_info import BaseSummary
 from lorameter.records.record import SCHEMA, Notice, is_newer, require_readable
-from lorameter.records.time_breakdown import Spending
+from lorameter.records.time_breakdown import TimeBreakdown
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ class Manifest:
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()
-    spending: Spending | None = field(default=None, metadata=codec.LATER)
+    spending: TimeBreakdown | None = field(default=None, metadata=codec.LATER)
     """What the time of its last invocation went to."""
     status: RunStatus = "running"
     """"running" also says a manifest whose process was killed; see `Run.live`."""

@@ -25,7 +25,7 @@ LOSSES = ("warmup_loss", "train_loss", "catch_up_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
 SCRIPT_TOKENS = ("warmup_real_tokens", "step_real_tokens", "catch_up_real_tokens")
 """The same for the real tokens of each step of a script."""
-OF_SCRIPTS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
+SCRIPT_ONLY_METRICS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
 """Parts of a step that are told apart in somebody's script, and in no trial of the harness's own."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
@@ -327,7 +327,7 @@ PEAKS: dict[Phase, tuple[str, ...]] = {
     "cold": (),
 }
 """Kinds of memory whose peaks stand for a phase; the first that was measured is shown."""
-BIRTH = "host_baseline_bytes"
+RSS_AT_START = "host_baseline_bytes"
 """The kind of memory that says how much of a host's peak each process had before it did anything."""
 PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
 """The metric that stands for a phase in pytest-benchmark and in the ratio column."""

@@ -39,17 +39,17 @@ REFUSED = "Refused"
 """Kind of the failure of a trial that one of them broke off."""
 
 
-class RefusedError(Exception):
+class SystemLimitError(Exception):
     """The system has refused something to a measuring process; the message says what, and what to do about it."""
 
 
-def words_of(error: OSError) -> str:
+def format_os_error(error: OSError) -> str:
     """What was refused and what to do about it."""
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     return f"{what}. {REMEDIES.get(error.errno or 0, 'Check the disk')}"
 
 
-def refusal_in(error: BaseException | None) -> str | None:
+def find_system_error(error: BaseException | None) -> str | None:
     """The words of a refusal that is no fault of the trial that met it; None for any other error.
 
     Libraries wrap what the system says: in an exception that was raised from it, or in one of their own that repeats
@@ -57,7 +57,7 @@ def refusal_in(error: BaseException | None) -> str | None:
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-            return words_of(error)
+            return format_os_error(error)
         if said := refusal_said(str(error)):
             return said
         error = error.__cause__ or error.__context__
@@ -70,7 +70,7 @@ def refusal_said(text: str) -> str | None:
     for one in OF_THE_MACHINE:
         words = os.strerror(one)
         if f"{words} (os error {one})" in text or f"[Errno {one}] {words}" in text:
-            return words_of(OSError(one, words))
+            return format_os_error(OSError(one, words))
     return None
 
 
@@ -92,15 +92,15 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        unnamed = {words_of(OSError(number, os.strerror(number))): number for number in OF_THE_MACHINE}
-        number = unnamed.get(refusal_in(error) or "")
+        unnamed = {format_os_error(OSError(number, os.strerror(number))): number for number in OF_THE_MACHINE}
+        number = unnamed.get(find_system_error(error) or "")
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextlib.contextmanager
-def say_unwritable(where: str, remedy: str, *, done: str = "written") -> Iterator[None]:
+def translate_write_errors(where: str, remedy: str, *, done: str = "written") -> Iterator[None]:
     """Meanwhile a refusal to write what a user has named is an `InvalidRunError` where the machine refuses it, as on a
     full disk, else a `UsageError`.
 
@@ -114,21 +114,21 @@ def say_unwritable(where: str, remedy: str, *, done: str = "written") -> Iterato
     except OSError as error:
         number = error.errno or 0
         if number in OF_THE_MACHINE:
-            said = words_of(OSError(number, os.strerror(number)))
+            said = format_os_error(OSError(number, os.strerror(number)))
             raise InvalidRunError(f"{where}: {said}, or {remedy[0].lower()}{remedy[1:]}") from None
         raise UsageError(f"{where}: cannot be {done}: {error.strerror or error}. {remedy}") from None
 
 
 @contextlib.contextmanager
-def say_refused(told: Callable[[], tuple[str, str]]) -> Iterator[None]:
+def translate_os_errors(told: Callable[[], tuple[str, str]]) -> Iterator[None]:
     """Meanwhile a refusal of the system is an `InvalidRunError`. `told` is asked then what it put an end to, and what
     to do once its cause is gone ("" for nothing)."""
     try:
         yield
-    except (OSError, MemoryError, RefusedError) as error:
-        if isinstance(error, RefusedError):
+    except (OSError, MemoryError, SystemLimitError) as error:
+        if isinstance(error, SystemLimitError):
             said = str(error)
         else:
-            said = words_of(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
+            said = format_os_error(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
         where, then = told()
         raise InvalidRunError(f"{where}: {said}{', then ' if then else ''}{then}.") from error

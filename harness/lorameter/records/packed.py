@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.records import bounded_io
-from lorameter.records.os_errors import OF_THE_MACHINE, say_unwritable
+from lorameter.records.os_errors import OF_THE_MACHINE, translate_write_errors
 from lorameter.records.tempdirs import scratch_folder
 
 SUFFIX = ".lorameter.zip"
@@ -60,7 +60,7 @@ def unpacked(path: Path) -> Iterator[Path]:
         InvalidRunError: there is no room to unpack it.
     """
     with scratch_folder() as folder:
-        with say_unwritable(f"{path}, unpacked into {folder.parent}", "Name another folder with TMPDIR."):
+        with translate_write_errors(f"{path}, unpacked into {folder.parent}", "Name another folder with TMPDIR."):
             try:
                 with zipfile.ZipFile(path) as archive:
                     _extract(archive, path, folder)

@@ -49,7 +49,7 @@ def is_newer(schema: Any) -> bool:
 
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
-SETTLED: tuple[Status, ...] = ("ok", "invalid", "oom", "timeout", "crashed")
+FINAL_STATUSES: tuple[Status, ...] = ("ok", "invalid", "oom", "timeout", "crashed")
 """How a trial can end by itself. The others say that somebody ended it, or that it never began."""
 Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
@@ -101,7 +101,7 @@ DISTURBED = "Disturbed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fragment:
+class PartialRecord:
     """What one command added to a trial; the parent merges fragments, so a death later loses nothing.
 
     `samples` are raw values in the order measured, `values` single ones (seconds, tokens a second, loss), `memory`
@@ -118,11 +118,11 @@ class Fragment:
     failure: Failure | None = None
     status: Status = "ok"
 
-    def failed(self, status: Status, failure: Failure) -> Fragment:
+    def failed(self, status: Status, failure: Failure) -> PartialRecord:
         """This fragment as that of a trial that is not ok."""
         return dataclasses.replace(self, status=status, failure=failure)
 
-    def with_notice(self, notice: Notice) -> Fragment:
+    def with_notice(self, notice: Notice) -> PartialRecord:
         """This fragment with one more notice."""
         return dataclasses.replace(self, notices=(*self.notices, notice))
 
@@ -171,7 +171,7 @@ class TrialRecord:
     @property
     def settled(self) -> bool:
         """Whether the trial came to its own end, good or bad."""
-        return self.status in SETTLED
+        return self.status in FINAL_STATUSES
 
     @property
     def disturbed(self) -> bool:
@@ -182,7 +182,7 @@ class TrialRecord:
         """This record with other values in some fields."""
         return dataclasses.replace(self, **changes)
 
-    def merged(self, fragment: Fragment) -> TrialRecord:
+    def merged(self, fragment: PartialRecord) -> TrialRecord:
         """This record with a fragment added: samples are appended, the rest is united, a bad status stays."""
         samples = dict(self.samples)
         for name, values in fragment.samples.items():

@@ -35,11 +35,11 @@ from lorameter.records.manifest import RunStatus as RunStatus
 from lorameter.records.manifest import SiteFacts as SiteFacts
 from lorameter.records.manifest import read_known_manifest
 from lorameter.records.manifest import read_manifest as read_manifest
-from lorameter.records.forward_compat import Left, Newer
+from lorameter.records.forward_compat import Left, NewerSchema
 from lorameter.records.packed import is_packed, unpacked
 from lorameter.records.record import UNDER_WAY, Notice, TrialRecord, is_newer
-from lorameter.records.os_errors import say_refused, say_unwritable
-from lorameter.records.time_breakdown import Spending
+from lorameter.records.os_errors import translate_os_errors, translate_write_errors
+from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
 from lorameter.records.units import format_count
 
@@ -55,7 +55,7 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
     path = Path(named or Path(".lorameter") / "runs")
     if not make and (bounded_io.is_folder(path) or not bounded_io.is_there(path)):
         return path
-    with say_unwritable(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
+    with translate_write_errors(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
         path.mkdir(parents=True, exist_ok=True)
         if not named:
             _hide_from_git(path.parent)
@@ -106,7 +106,7 @@ class RunWriter:
         measured: Sequence[str] | None = None,
         notices: Sequence[Notice] = (),
         came: Mapping[str, SiteFacts] | None = None,
-        spending: Spending | None = None,
+        spending: TimeBreakdown | None = None,
     ) -> None:
         """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap,
         `notices` what came up on the way, `came` sites that joined it, and `spending` what its time went to."""
@@ -129,7 +129,7 @@ class RunWriter:
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
         """Meanwhile what the system refuses is an `InvalidRunError` that says what it means to this run."""
-        return say_refused(lambda: refusal_of(self.path, begun=self._begun))
+        return translate_os_errors(lambda: refusal_of(self.path, begun=self._begun))
 
 
 def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
@@ -160,7 +160,7 @@ class Run:
     """Earlier measurements of trials that were measured again because of their surroundings."""
     live: bool = False
     """Whether a process is writing the run now."""
-    newer: Newer | None = None
+    newer: NewerSchema | None = None
     """That it was written by a newer schema, and what of its files is not known; None where it was not."""
 
     @property
@@ -230,13 +230,13 @@ def _as_far_as_it_came(record: TrialRecord, path: Path) -> TrialRecord:
     return steps.with_steps(record, path) if under_way else record
 
 
-def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread: Sequence[str]) -> Newer | None:
+def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread: Sequence[str]) -> NewerSchema | None:
     newest = max(manifest.schema, lines.newest)
     if not is_newer(newest):
         return None
     first = f", the first since {unread[0].rstrip('.')}" if unread else ""
     whole = [f"{format_count(len(unread), 'line')} of {TRIALS}{first}"] if unread else []
-    return Newer(schema=newest, unread=(*whole, *left))
+    return NewerSchema(schema=newest, unread=(*whole, *left))
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:

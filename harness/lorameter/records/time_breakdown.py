@@ -22,7 +22,7 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spending:
+class TimeBreakdown:
     """Seconds of one invocation."""
 
     wall_s: float

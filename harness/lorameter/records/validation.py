@@ -66,17 +66,17 @@ _REMEDY = "Restore the file, or measure again."
 
 def check_manifest(manifest: Manifest, where: str) -> None:
     """Raises `UsageError` for a manifest whose tables have not the form that readers rest on."""
-    check_form(manifest.provenance, PROVENANCE, f"{where}, provenance")
-    check_form(manifest.study, STUDY, f"{where}, study")
+    validate_table(manifest.provenance, PROVENANCE, f"{where}, provenance")
+    validate_table(manifest.study, STUDY, f"{where}, study")
     variants = codec.from_json(tuple[dict[str, Any], ...], manifest.study.get("variants", ()), f"{where}, variants")
     for variant in variants:
-        check_form(variant, {"name": str}, f"{where}, study, variants")
+        validate_table(variant, {"name": str}, f"{where}, study, variants")
         _check_lines(f"{where}, study, variants", {"name": variant.get("name", "")})
     _check_lines(f"{where}, study", {key: manifest.study.get(key, "") for key in ("name", "title")})
     _check_lines(where, {"run": manifest.run, **{f"order[{n}]": trial for n, trial in enumerate(manifest.order)}})
     own = codec.from_json(dict[str, dict[str, Any]], manifest.tokens.get("own", {}), f"{where}, tokens, own")
     for place, tokens in (("tokens", manifest.tokens), *((f"tokens, own, {name}", one) for name, one in own.items())):
-        check_form(tokens, TOKENS, f"{where}, {place}")
+        validate_table(tokens, TOKENS, f"{where}, {place}")
         for example in tokens.get("examples", ()):
             _require(example, ("prompt", "reference"), f"{where}, {place}, examples")
     if manifest.sides:
@@ -84,7 +84,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     for name, side in manifest.sides.items():
         place = f"{where}, sides, {name}"
         side = codec.from_json(dict[str, Any], side, place)
-        check_form({**side, "facts": side.get("facts") or {}}, SIDE, place)
+        validate_table({**side, "facts": side.get("facts") or {}}, SIDE, place)
         _require(side, ("label", "worker"), place)
         if side.get("facts"):
             _require(side["facts"], ("packages",), f"{place}, facts")
@@ -136,10 +136,10 @@ def check_tokens(tokens: Mapping[str, Any], where: str) -> None:
         if not fits or (_ANSWER.match(key) and not (isinstance(value, list) and _NUMBERED.fullmatch(key))):
             raise UsageError(f"{where}: tokens.{shorten(key, 60)}: a number, a text or a list of tokens is expected. "
                              f"{_REMEDY}")  # fmt: skip
-    check_form(tokens, {key: TOKENS[key] for key in ("hash", "real_tokens", "padded_tokens")}, where)
+    validate_table(tokens, {key: TOKENS[key] for key in ("hash", "real_tokens", "padded_tokens")}, where)
 
 
-def flaw_of(record: TrialRecord) -> str | None:
+def validation_error(record: TrialRecord) -> str | None:
     """Why a record that was just measured could not be read again; None where nothing is wrong with it."""
     try:
         check_record(record, "record")
@@ -158,17 +158,17 @@ def check_evidence(checks: Iterable[Mapping[str, Any]], where: str) -> None:
 def check_finding(check: Mapping[str, Any], where: str) -> None:
     """The same of one check."""
     _require(check, ("path", "status", "required"), where)
-    check_form(check, CHECK, where)
+    validate_table(check, CHECK, where)
 
 
-def check_form(table: Mapping[str, Any], form: Form, where: str) -> None:
+def validate_table(table: Mapping[str, Any], form: Form, where: str) -> None:
     """Raises `UsageError` for a key of the form whose value is of another type."""
     for key, kind in form.items():
         if key not in table or (kind is str and type(table[key]) is str):  # nothing more is asked of a text
             continue
         if isinstance(kind, Mapping):
             below = codec.from_json(dict[str, Any], table[key], f"{where}, {key}")
-            check_form(below, kind, f"{where}, {key}")
+            validate_table(below, kind, f"{where}, {key}")
         else:
             codec.from_json(kind, table[key], f"{where}, {key}")
 

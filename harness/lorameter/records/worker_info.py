@@ -13,7 +13,7 @@ from lorameter.records.record import SCHEMA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hello:
+class WorkerInfo:
     """How a worker announces that it has imported what every trial needs."""
 
     schema: int = SCHEMA

@@ -12,7 +12,7 @@ from lorameter.report.comparison import invalid_of, list_differences, title_of_r
 from lorameter.report.gate import outcome_of
 from lorameter.report.phrases import title_of
 from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from lorameter.report.run_view import RunView
@@ -65,7 +65,7 @@ def annotation(level: str, title: str, message: str) -> str:
     for character, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A")):
         title, message = title.replace(character, escaped), message.replace(character, escaped)
     title = title.replace(":", "%3A").replace(",", "%2C")
-    return f"::{level} title={make_visible(title)}::{make_visible(message)}"
+    return f"::{level} title={escape_control_chars(title)}::{escape_control_chars(message)}"
 
 
 def run_annotations(view: RunView) -> str:

@@ -81,7 +81,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class ColumnHeader:
     """What a column holds."""
 
     text: str
@@ -152,7 +152,7 @@ class Row:
 class Table:
     """Rows under heads."""
 
-    heads: tuple[Head, ...]
+    heads: tuple[ColumnHeader, ...]
     rows: tuple[Row, ...]
     title: str = ""
     notes: tuple[Line, ...] = ()
@@ -162,7 +162,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fold:
+class Collapsible:
     """What is said in one line, and in full to whoever asks."""
 
     summary: Line
@@ -170,7 +170,7 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gallery:
+class ChartGroup:
     """Charts that stand beside each other, each called by the title of its axis across."""
 
     title: str
@@ -179,7 +179,7 @@ class Gallery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
+class Quote:
     """Words of somebody else, and whose they are."""
 
     head: str
@@ -191,10 +191,10 @@ class Panel:
     """Passages that belong together."""
 
     title: str
-    passages: tuple[Passage, ...]
+    passages: tuple[Quote, ...]
 
 
-Block: TypeAlias = Line | Section | Fold | Table | Gallery | Panel
+Block: TypeAlias = Line | Section | Collapsible | Table | ChartGroup | Panel
 Document: TypeAlias = tuple[Block, ...]
 
 
@@ -231,9 +231,9 @@ def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
             yield Section(title=title, lines=say_each(texts))
 
 
-def name_columns(*texts: str, left: int = 1) -> tuple[Head, ...]:
+def name_columns(*texts: str, left: int = 1) -> tuple[ColumnHeader, ...]:
     """Heads of which the first so many are words and the others numbers."""
-    return tuple(Head(text=text, right=place >= left) for place, text in enumerate(texts))
+    return tuple(ColumnHeader(text=text, right=place >= left) for place, text in enumerate(texts))
 
 
 def write_row(*cells: str | Cell, strong: bool = False) -> Row:
@@ -241,7 +241,7 @@ def write_row(*cells: str | Cell, strong: bool = False) -> Row:
     return Row(cells=tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells), strong=strong)
 
 
-def write_value(value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "") -> Cell:
+def value_cell(value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "") -> Cell:
     """A value with its interval, with as many digits as that supports; bytes each in the unit that reads best."""
     if unit == "byte" and low is not None and high is not None:
         text, interval = format_bytes(value), f"[{format_bytes(low)}, {format_bytes(high)}]"
@@ -269,10 +269,10 @@ def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
     """A ratio with its interval, and where asked for the verdict on it; a dash where there is no ratio."""
     if found.ratio is None:
         return Cell(text="–", verdict=verdict)
-    return dataclasses.replace(write_value(found.ratio, found.low, found.high, "1"), verdict=verdict)
+    return dataclasses.replace(value_cell(found.ratio, found.low, found.high, "1"), verdict=verdict)
 
 
-def say_once(table: Table) -> Table:
+def collapse_constant_columns(table: Table) -> Table:
     """The table without columns whose cells all say the same, which a line below it says instead."""
     kept, notes = [], []
     for place, head in enumerate(table.heads):

@@ -10,7 +10,7 @@ from lorameter.records.metrics import LOSSES, METRICS, Phase
 from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.pareto import tabulate_serving
 from lorameter.report.phase_table import PhaseTable
-from lorameter.report.blocks import Gallery, say
+from lorameter.report.blocks import ChartGroup, say
 from lorameter.report.phrases import title_of
 from lorameter.studies.claim import is_number
 from lorameter.studies.study import Study, is_of_tokens
@@ -28,7 +28,7 @@ _Point = tuple[float, float, float | None, float | None]
 """Place, value, and the ends of its interval where it has one."""
 
 
-def with_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
+def add_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
     """The table with its charts and what stands beside it, as far as there are any."""
     galleries = (*_sweeps(table, study, groups), *(_losses(study, groups) if table.phase == "train" else ()))
     serving = None
@@ -38,7 +38,7 @@ def with_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
     return dataclasses.replace(table, galleries=galleries, serving=serving)
 
 
-def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery]:
+def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[ChartGroup]:
     swept = {axis: levels for axis in study.axes if len(levels := _numbers(study, axis)) >= LEAST_LEVELS}
     ratios = {row.name: row.ratio for row in table.rows}
     charts = []
@@ -61,11 +61,11 @@ def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery
         yield from _gallery(f"{title_of(metric)}, along each field", charts)
 
 
-def _gallery(title: str, charts: Sequence[Curves]) -> Iterator[Gallery]:
+def _gallery(title: str, charts: Sequence[Curves]) -> Iterator[ChartGroup]:
     """Those that are curves, on one scale, so that what hardly matters looks so."""
     curves = [chart for chart in charts if len(chart.curves[0].points) >= LEAST_LEVELS]
     if curves:
-        yield Gallery(title=title, charts=tuple(_on_one_scale(title, curves)))
+        yield ChartGroup(title=title, charts=tuple(_on_one_scale(title, curves)))
 
 
 def _on_one_scale(title: str, charts: Sequence[Curves]) -> Iterator[Curves]:
@@ -96,7 +96,7 @@ def _estimated(groups: Groups, name: str, metric: str, level: float) -> _Point |
     return None if found is None or found.value is None else (level, found.value, found.low, found.high)
 
 
-def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
+def _losses(study: Study, groups: Groups) -> Iterator[ChartGroup]:
     """The median of the replicates at each step."""
     curves = [
         (variant.name, losses)
@@ -120,7 +120,7 @@ def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
         more = len(curves) - len(charts)
         notes = (say(f"and {more} more; --variant shows one"),) if more else ()
         title = "loss by step, median of the replicates"
-        yield Gallery(title=title, charts=tuple(_on_one_scale(title, charts)), notes=notes)
+        yield ChartGroup(title=title, charts=tuple(_on_one_scale(title, charts)), notes=notes)
 
 
 def losses_by_step(series: Series) -> list[tuple[float, ...]]:

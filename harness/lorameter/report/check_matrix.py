@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import cast
 
-from lorameter.report.figure import Evidence, Figure, Matrix
+from lorameter.report.figure import FigureCheck, Figure, Matrix
 from lorameter.report.blocks import Tone
 from lorameter.verdicts.series import Series
 from kernels_check.check import Status
@@ -36,7 +36,7 @@ def checks_matrix(shown: Mapping[str, Series]) -> Figure | None:
     )
 
 
-def _evidence(series: Series, path: str) -> Evidence | None:
+def _evidence(series: Series, path: str) -> FigureCheck | None:
     """All that was found of a path in a variant's trials, by the worst status."""
     found = [check for record in series.records for check in record.checks if check["path"] == path]
     if not found:
@@ -45,7 +45,7 @@ def _evidence(series: Series, path: str) -> Evidence | None:
     observed = Counter(str(check["observed"]) for check in found if check["status"] == worst).most_common(1)[0][0]
     required = any(check["required"] is not None for check in found)
     counted = Counter(f"{check['status']}: {check['reason']}" for check in found)
-    return Evidence(
+    return FigureCheck(
         text=f"{worst}: {observed}" if observed not in ("", "None") else worst,
         tone=_TONES.get(cast(Status, worst), "warning") if required else "plain",
         reasons=tuple(f"{reason} ({count} of {len(found)} trials)" for reason, count in counted.most_common()),

@@ -10,7 +10,7 @@ from lorameter.records.units import format_count, format_interval
 from lorameter.report.blocks import (
     Cell,
     Document,
-    Head,
+    ColumnHeader,
     Line,
     Row,
     Section,
@@ -20,22 +20,22 @@ from lorameter.report.blocks import (
     say,
     say_each,
     say_invalid,
-    say_once,
+    collapse_constant_columns,
     write_ratio,
     write_row,
-    write_value,
+    value_cell,
 )
-from lorameter.report.phrases import write_finding
-from lorameter.stats import Share
+from lorameter.report.phrases import verdict_cell
+from lorameter.stats import ShareEstimate
 from lorameter.verdicts.claims import ClaimResult, ClaimsReport, PartResult
 from lorameter.verdicts.compare_pairs import MARGIN
 
 _HEADS = (
-    Head(text="claim"),
-    Head(text="of", rank=3),
-    Head(text="ratio", right=True, ratio=True),
-    Head(text="verdict"),
-    Head(text="the original said", rank=2),
+    ColumnHeader(text="claim"),
+    ColumnHeader(text="of", rank=3),
+    ColumnHeader(text="ratio", right=True, ratio=True),
+    ColumnHeader(text="verdict"),
+    ColumnHeader(text="the original said", rank=2),
 )
 _LEGEND = (
     "ratio: with its 95 % interval, corrected for nothing. verdict: all differences asserted in this run "
@@ -60,7 +60,7 @@ def describe_verdicts(report: ClaimsReport) -> Document:
     legend = say(Span(text=_LEGEND, tone="faint"))
     control = "Control (the reference measured twice)"
     return (
-        say_once(Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), apart=True)),
+        collapse_constant_columns(Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), apart=True)),
         Section(title="Reasons", lines=tuple(_reasons(report))),
         *list_sections({control: tuple(_controls(report)), "Length of the answers": tuple(_answers(report))}),
         *list_sections(
@@ -95,7 +95,7 @@ def _rows(claim: ClaimResult) -> tuple[Row, ...]:
 
 
 def _estimate(part: PartResult) -> Cell:
-    return Cell(text="–") if part.ratio is None else write_value(part.ratio, part.low, part.high, "1")
+    return Cell(text="–") if part.ratio is None else value_cell(part.ratio, part.low, part.high, "1")
 
 
 def _reasons(report: ClaimsReport) -> Iterator[Line]:
@@ -109,7 +109,7 @@ def _controls(report: ClaimsReport) -> Iterator[str]:
     for name, control in report.control.items():
         said = "not measured"
         if control is not None:
-            found = write_finding(control, name, MARGIN, "variants")
+            found = verdict_cell(control, name, MARGIN, "variants")
             said = f"{write_ratio(control).line} {found.said or found.verdict}"
         yield f"{METRICS[name].title}: {said}"
 
@@ -150,7 +150,7 @@ def _place(report: ClaimsReport) -> Iterator[str]:
         yield f"{name}: {command}"
 
 
-def _share(share: Share) -> str:
+def _share(share: ShareEstimate) -> str:
     low, high = (None if end is None else 100 * end for end in (share.low, share.high))
     return f"{format_interval(100 * share.value, low, high, '1')} %"
 

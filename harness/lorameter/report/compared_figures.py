@@ -7,12 +7,12 @@ from lorameter.report.curves import Axis
 from lorameter.report.figure import Figure, Intervals, Mark
 from lorameter.report.blocks import Table, name_columns, write_ratio, write_row
 from lorameter.report.phrases import title_of_ratio
-from lorameter.verdicts.comparison_report import Compared, ComparisonReport
+from lorameter.verdicts.comparison_report import ComparisonRow, ComparisonReport
 
 
 def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
     """A figure a phase; ratios that could not be computed are in none."""
-    by_phase: dict[str, list[Compared]] = {}
+    by_phase: dict[str, list[ComparisonRow]] = {}
     for compared in report.comparisons:
         if compared.comparison.ratio is not None:
             known = METRICS.get(compared.metric)
@@ -20,7 +20,7 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
     return tuple(_figure(title, found) for title, found in by_phase.items())
 
 
-def _figure(title: str, found: list[Compared]) -> Figure:
+def _figure(title: str, found: list[ComparisonRow]) -> Figure:
     marks = tuple(
         Mark(
             name=f"{one.name}, {title_of_ratio(one.metric)}", value=one.comparison.ratio, low=one.comparison.low,

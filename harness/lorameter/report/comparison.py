@@ -14,8 +14,8 @@ from lorameter.report.blocks import (
     Block,
     Cell,
     Document,
-    Fold,
-    Head,
+    Collapsible,
+    ColumnHeader,
     Line,
     Row,
     Section,
@@ -24,24 +24,24 @@ from lorameter.report.blocks import (
     list_sections,
     say,
     say_invalid,
-    say_once,
+    collapse_constant_columns,
     tone_of,
     write_ratio,
     write_row,
 )
-from lorameter.report.phrases import say_effect, say_open, title_of, title_of_ratio, write_finding
+from lorameter.report.phrases import format_effect, format_inconclusive, title_of, title_of_ratio, verdict_cell
 from lorameter.stats import Verdict
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.compare_pairs import MARGIN
-from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
+from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE, ComparisonRow, ComparisonReport
 
 HEADS = (
-    Head(text="variant"),
-    Head(text="metric"),
-    Head(text="candidate / base", right=True, ratio=True),
-    Head(text="verdict"),
-    Head(text="tolerance", right=True, rank=3, once=True),
-    Head(text="replicates", right=True, rank=2, once=True),
+    ColumnHeader(text="variant"),
+    ColumnHeader(text="metric"),
+    ColumnHeader(text="candidate / base", right=True, ratio=True),
+    ColumnHeader(text="verdict"),
+    ColumnHeader(text="tolerance", right=True, rank=3, once=True),
+    ColumnHeader(text="replicates", right=True, rank=2, once=True),
 )
 NAMED = 3
 """Comparisons that are named where several have one reason."""
@@ -54,12 +54,12 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     one job."""
     lines = tuple(list_findings(report, ab=ab))
     more = lines[MOST_FINDINGS:]
-    folded = Fold(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
+    folded = Collapsible(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
     return (
         *say_invalid(invalid_of(report)),
         Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], apart=False),
         *([folded] if more else []),
-        say_once(Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), apart=True)),
+        collapse_constant_columns(Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), apart=True)),
         *_statistics(report),
         *list_sections({"Differing": list_differences(report)}),
         *describe_notices(report.notices),
@@ -91,13 +91,13 @@ def write_rows(report: ComparisonReport) -> Iterator[Row]:
         )
 
 
-def write_verdict(compared: Compared) -> Cell:
+def write_verdict(compared: ComparisonRow) -> Cell:
     """The finding in a word, with what equal is."""
     margin = compared.tolerance if is_memory(compared.metric) else compared.margin
-    return write_finding(compared.comparison, compared.metric, margin, "sides")
+    return verdict_cell(compared.comparison, compared.metric, margin, "sides")
 
 
-def write_compared(compared: Compared) -> Cell:
+def write_compared(compared: ComparisonRow) -> Cell:
     """The ratio; of peaks without a bracket, since the largest against the largest has no interval."""
     ratio = compared.comparison.ratio
     if is_memory(compared.metric) and ratio is not None:
@@ -123,16 +123,16 @@ def list_findings(report: ComparisonReport, *, ab: bool = False) -> Iterator[Lin
 _WORDS: dict[str, str] = {"no_baseline": "no baseline", "not_comparable": "not comparable"}
 
 
-def _finding(compared: Compared, *, ab: bool) -> str:
+def _finding(compared: ComparisonRow, *, ab: bool) -> str:
     comparison, verdict = compared.comparison, compared.verdict
     if verdict == "inconclusive":
-        return say_open(comparison, compared.metric, compared.interleaving, ab=ab)
+        return format_inconclusive(comparison, compared.metric, compared.interleaving, ab=ab)
     if verdict in ("regressed", "improved"):
-        return f", {say_effect(comparison, compared.metric)}"
+        return f", {format_effect(comparison, compared.metric)}"
     return f": {comparison.reason}"
 
 
-def name_of(compared: Compared) -> str:
+def name_of(compared: ComparisonRow) -> str:
     """Which comparison it is, in words."""
     return f"{compared.name}, {title_of(compared.metric)}"
 
@@ -143,7 +143,7 @@ def list_controls(report: ComparisonReport) -> tuple[str, ...]:
     for phase, control in report.control.items():
         word = "not measured"
         if control is not None:
-            cell = write_finding(control, "", MARGIN, "variants")
+            cell = verdict_cell(control, "", MARGIN, "variants")
             word = f"{write_ratio(control).line} {cell.said or cell.verdict}"
         said.append(f"control of {phase}: {word}")
     return tuple(said)
@@ -170,4 +170,4 @@ def _statistics(report: ComparisonReport) -> Iterator[Block]:
     if lines:
         count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
         yield Section(title="Statistics")
-        yield Fold(summary=say(Span(text=f"what {count} on", tone="faint")), lines=lines)
+        yield Collapsible(summary=say(Span(text=f"what {count} on", tone="faint")), lines=lines)

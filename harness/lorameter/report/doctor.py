@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from lorameter.machine.doctor.check import About, Check, Grade
+from lorameter.machine.doctor.check import About, DoctorCheck, Grade
 from lorameter.report.blocks import Block, Cell, Document, Span, Table, name_columns, say, write_row
 
 TITLES: dict[About, str] = {
@@ -16,12 +16,12 @@ TITLES: dict[About, str] = {
 }
 
 
-def describe_checks(checks: Sequence[Check], *, fit: bool) -> Document:
+def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
     """A table for each of the three questions, and the answer in one line."""
     return tuple(_blocks(checks, fit=fit))
 
 
-def _blocks(checks: Sequence[Check], *, fit: bool) -> Iterator[Block]:
+def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
     for about, title in TITLES.items():
         asked = (check for check in checks if check.about == about)
         rows = tuple(

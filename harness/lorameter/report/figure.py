@@ -33,7 +33,7 @@ class Intervals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class BarSegment:
     """A piece of a bar."""
 
     kind: str
@@ -45,7 +45,7 @@ class Bar:
     """Pieces that follow each other, of memory or of time."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[BarSegment, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Front:
+class ParetoFront:
     """Variants in two measures: of the one across less is better, of the other less or more."""
 
     across: Axis
@@ -102,7 +102,7 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class FigureCheck:
     """What a check found of a variant, and why."""
 
     text: str
@@ -115,10 +115,10 @@ class Matrix:
     """What was found of each path in each variant; it is its own table."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Evidence | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[FigureCheck | None, ...]], ...]
 
 
-Drawing: TypeAlias = Intervals | Curves | Bars | Front | Samples | Matrix
+Drawing: TypeAlias = Intervals | Curves | Bars | ParetoFront | Samples | Matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,22 +9,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from lorameter.records.metrics import BIRTH, PEAKS
+from lorameter.records.metrics import RSS_AT_START, PEAKS
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_bytes, format_value
 from lorameter.report.charts import losses_by_step
 from lorameter.report.check_matrix import checks_matrix
 from lorameter.report.curves import Axis, Curve, Curves
-from lorameter.report.figure import Bar, Bars, Figure, Intervals, Mark, Part, Samples, Stretch
+from lorameter.report.figure import Bar, Bars, Figure, Intervals, Mark, BarSegment, Samples, Stretch
 from lorameter.report.pareto import draw_serving, measure_both, tabulate_front
 from lorameter.report.phase_table import PhaseTable
-from lorameter.report.blocks import Cell, Row, Table, name_columns, write_row, write_value
+from lorameter.report.blocks import Cell, Row, Table, name_columns, write_row, value_cell
 from lorameter.report.run_view import RunView
 from lorameter.report.phrases import title_of_ratio
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.workload import OF_TOKENS
-from lorameter.verdicts.series import Series, series_of
+from lorameter.verdicts.series import Series, group_trials
 
 Shown = Mapping[str, Series]
 """The trials of each variant, in the order of the study."""
@@ -51,7 +51,7 @@ COLD = {
 def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     """All figures that the run has something for, in the order in which they are read: of the variants that the view
     shows, and beside its ratios of the phases that it shows whole."""
-    groups = series_of(run.records)
+    groups = group_trials(run.records)
     shown = {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     found = [_ratios(table) for table in view.tables]
@@ -131,16 +131,16 @@ def _memory(shown: Shown) -> Figure | None:
 
 def _held(name: str, series: Series) -> Bar | None:
     of_kind = {kind: [record.memory[kind] for record in series.ok if kind in record.memory] for kind in HELD}
-    parts = [Part(kind=HELD[kind], value=statistics.median(found)) for kind, found in of_kind.items() if any(found)]
+    parts = [BarSegment(kind=HELD[kind], value=statistics.median(found)) for kind, found in of_kind.items() if any(found)]
     kind = next((kind for kind in PEAKS["train"] if any(kind in record.memory for record in series.ok)), None)
     if not parts or kind is None:
         return None
     peak = statistics.median(record.memory[kind] for record in series.ok if kind in record.memory)
-    births = [record.memory[BIRTH] for record in series.ok if BIRTH in record.memory] if kind.startswith("host") else []
+    births = [record.memory[RSS_AT_START] for record in series.ok if RSS_AT_START in record.memory] if kind.startswith("host") else []
     if births:
-        parts.insert(0, Part(kind="process at birth", value=statistics.median(births)))
+        parts.insert(0, BarSegment(kind="process at birth", value=statistics.median(births)))
     beside = peak - sum(part.value for part in parts)
-    return Bar(name=name, parts=(*parts, Part(kind="rest of the peak", value=max(beside, 0.0))))
+    return Bar(name=name, parts=(*parts, BarSegment(kind="rest of the peak", value=max(beside, 0.0))))
 
 
 def _cold(shown: Shown) -> Figure | None:
@@ -151,7 +151,7 @@ def _cold(shown: Shown) -> Figure | None:
         if "first token" in medians and "the other tokens" in medians:  # a completion holds its first token
             medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
         if medians:
-            bars.append(Bar(name=name, parts=tuple(Part(kind=kind, value=value) for kind, value in medians.items())))
+            bars.append(Bar(name=name, parts=tuple(BarSegment(kind=kind, value=value) for kind, value in medians.items())))
     if not bars:
         return None
     return Figure(
@@ -226,7 +226,7 @@ def _of_marks(head: str, axis: Axis, marks: Sequence[Mark]) -> Table:
 
 
 def _written(mark: Mark, axis: Axis) -> Cell:
-    return write_value(mark.value, mark.low, mark.high, axis.unit)
+    return value_cell(mark.value, mark.low, mark.high, axis.unit)
 
 
 def _of_bars(bars: Sequence[Bar], kinds: Sequence[str], write: Callable[[float], str]) -> Table:

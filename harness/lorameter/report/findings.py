@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from lorameter.profile.finding import Finding
 from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_bytes, format_value
-from lorameter.report.blocks import Cell, Head, Table, say_each, write_bytes, write_row
+from lorameter.report.blocks import Cell, ColumnHeader, Table, say_each, write_bytes, write_row
 
 
 def tabulate_findings(findings: Sequence[Finding], notes: Iterable[str]) -> Table:
     """A row a finding; `notes` stand below."""
     rows = [write_row(one.code, one.message, _cost(one), _remedy(one)) for one in findings]
-    seen, cost = Head(text="seen"), Head(text="cost", right=True)
+    seen, cost = ColumnHeader(text="seen"), ColumnHeader(text="cost", right=True)
     return Table(
         title="Findings, and what was seen to hang on each",
-        heads=(Head(text="finding"), seen, cost, Head(text="what to try")),
+        heads=(ColumnHeader(text="finding"), seen, cost, ColumnHeader(text="what to try")),
         rows=tuple(rows or [write_row("none", "", "", "")]),
         notes=say_each(notes),
         apart=True,

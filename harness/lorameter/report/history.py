@@ -13,7 +13,7 @@ from lorameter.report.blocks import (
     Block,
     Cell,
     Document,
-    Head,
+    ColumnHeader,
     Line,
     Row,
     Section,
@@ -22,24 +22,24 @@ from lorameter.report.blocks import (
     name_columns,
     say,
     write_row,
-    write_value,
+    value_cell,
 )
 from lorameter.report.phrases import title_of
 from lorameter.results.columns import VERSIONS
 from lorameter.results.history import Break, History, Moment, Plateau, Suspicion, Track
-from lorameter.results.history import Line as Course
+from lorameter.results.history import HistorySeries as Course
 from lorameter.stats.changes import LEAST_POINTS
 from lorameter.verdicts.comparison_input import Difference
 
 STEPS = "▁▂▃▄▅▆▇█"
 WIDEST = 60
 """Characters of a drawn line; of more runs several share one."""
-LEVELS = (*name_columns("from", "to", "runs", "level", left=2), Head(text="with"))
+LEVELS = (*name_columns("from", "to", "runs", "level", left=2), ColumnHeader(text="with"))
 _RUNS = (
     *name_columns("when", "run", "value", "replicates", left=2),
-    Head(text="commit"),
-    Head(text="versions", rank=1),
-    Head(text="fingerprint", rank=2),
+    ColumnHeader(text="commit"),
+    ColumnHeader(text="versions", rank=1),
+    ColumnHeader(text="fingerprint", rank=2),
 )
 SHOWN, REASONS = 4, 2
 """Differences that are spelt out, and reasons why runs are left out."""
@@ -115,7 +115,7 @@ def _levels(track: Track) -> Iterator[Row]:
 def _level(plateau: Plateau, line: Course, track: Track) -> Row:
     return write_row(
         _day(plateau.first), _day(plateau.last), str(plateau.runs),
-        write_value(plateau.value, plateau.low, plateau.high, unit_of(track)),
+        value_cell(plateau.value, plateau.low, plateau.high, unit_of(track)),
         f"{_versions(plateau.last)}; {_commits(plateau.first, plateau.last)}; {line.fingerprint}",
     )  # fmt: skip
 
@@ -162,7 +162,7 @@ def _silence(line: Course, track: Track) -> Line:
 
 
 def _run(moment: Moment, line: Course, track: Track) -> Row:
-    value = write_value(moment.value, moment.low, moment.high, unit_of(track))
+    value = value_cell(moment.value, moment.low, moment.high, unit_of(track))
     if moment.why_not is not None:
         value = dataclasses.replace(value, interval="", detail=f"does not count: {moment.why_not}")
     return write_row(

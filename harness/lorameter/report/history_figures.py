@@ -6,7 +6,7 @@ from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.figure import Figure
 from lorameter.report.history import table_of_runs, unit_of, write_time
 from lorameter.report.phrases import title_of
-from lorameter.results.history import History, Line, Track
+from lorameter.results.history import History, HistorySeries, Track
 
 _DAY_S = 86_400.0
 
@@ -48,5 +48,5 @@ def _figure(track: Track) -> Figure:
     )
 
 
-def _name(line: Line) -> str:
+def _name(line: HistorySeries) -> str:
     return f"fingerprint {line.fingerprint[:8]}, variant {line.variant_id[:8]}"

@@ -47,7 +47,7 @@ _COMFORT_OF_RANKED = 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
+class ColumnSpec:
     """What a column needs."""
 
     least: int
@@ -60,17 +60,17 @@ class Column:
     """The higher, the sooner it is left out; 0 is never left out."""
 
 
-def measure(texts: Iterable[str], *, whole: bool, rank: int = 0) -> Column:
+def measure(texts: Iterable[str], *, whole: bool, rank: int = 0) -> ColumnSpec:
     """What these texts need below each other; `whole`: whether each of their lines stays on one line."""
     lines = [glue(line) for text in texts for line in text.split("\n")]
     natural = max(map(cell_len, lines), default=0)
     longest = max((cell_len(word) for line in lines for word in line.split()), default=0)
     least = natural if whole else longest
     good = max(least, min(natural, _COMFORT_OF_RANKED if rank else _COMFORT))
-    return Column(least=least, good=good, natural=natural, rank=rank)
+    return ColumnSpec(least=least, good=good, natural=natural, rank=rank)
 
 
-def fit(columns: Sequence[Column], width: int, *, whole: bool = False) -> tuple[int, ...] | None:
+def fit(columns: Sequence[ColumnSpec], width: int, *, whole: bool = False) -> tuple[int, ...] | None:
     """The width of each column, 0 for one that is left out; None where what must be shown does not fit, or, if it is
     wanted `whole`, where anything would be left out or be hard to read."""
     kept = list(range(len(columns)))
@@ -95,7 +95,7 @@ def _total(widths: Collection[int]) -> int:
     return sum(widths) + GAP * (len(widths) - 1)
 
 
-def _share_out(columns: Sequence[Column], begin: Mapping[int, int], left: int) -> dict[int, int]:
+def _share_out(columns: Sequence[ColumnSpec], begin: Mapping[int, int], left: int) -> dict[int, int]:
     """What is left goes to columns that wrap, by how much they lack."""
     widths = dict(begin)
     while left > 0:

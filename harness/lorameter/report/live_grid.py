@@ -18,7 +18,7 @@ from lorameter.run.plan import Plan, Slot
 from lorameter.stats import Comparison
 from lorameter.studies.command import COMMANDS
 from lorameter.verdicts.disturbed_trials import disturbances_of
-from lorameter.verdicts.series import compare_series, series_of
+from lorameter.verdicts.series import compare_series, group_trials
 
 Key = tuple[Side, str, Role]
 """Side, variant and role of a row."""
@@ -96,7 +96,7 @@ class Grid:
         )
         if key == against or not ours or not base or self.plan.study.protocol.mixed:
             return None
-        series = [series_of(records, one[0])[one[1], one[2]] for records, one in ((base, against), (ours, key))]
+        series = [group_trials(records, one[0])[one[1], one[2]] for records, one in ((base, against), (ours, key))]
         for metric in PRIMARY.values():
             with contextlib.suppress(InvalidRunError):  # what cannot be compared yet is not shown
                 if found := compare_series(series[0], series[1], metric):

@@ -14,13 +14,13 @@ from typing import Any
 
 from lorameter.records import codec
 from lorameter.report.comparison import write_compared, write_verdict
-from lorameter.report.blocks import Cell, Document, Head, Line, Span, Table, say, write_row
+from lorameter.report.blocks import Cell, Document, ColumnHeader, Line, Span, Table, say, write_row
 from lorameter.report.phrases import title_of_ratio
-from lorameter.verdicts.comparison_report import Compared, ComparisonReport
+from lorameter.verdicts.comparison_report import ComparisonRow, ComparisonReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class MatrixRun:
     """One A/B run: the study that it measured, and what it found."""
 
     run: str
@@ -33,17 +33,17 @@ class Change:
         return f"{self.report.candidate} against {self.report.base}"
 
 
-def describe_matrix(changes: Sequence[Change]) -> Document:
+def describe_matrix(changes: Sequence[MatrixRun]) -> Document:
     """A row for each metric of each variant of each study, a column for each change."""
     twice = Counter((change.study, change.name) for change in changes)
     names = [one.name if twice[one.study, one.name] == 1 else f"{one.name}, run {one.run}" for one in changes]
     columns = list(dict.fromkeys(names))
-    cells: dict[tuple[str, str, str], dict[str, Compared]] = {}
+    cells: dict[tuple[str, str, str], dict[str, ComparisonRow]] = {}
     for change, name in zip(changes, names, strict=True):
         for compared in change.report.comparisons:
             cells.setdefault((change.study, compared.name, compared.metric), {})[name] = compared
-    heads = [Head(text="study", once=True), Head(text="variant", once=True), Head(text="metric", once=True)]
-    heads += [Head(text=name, right=True) for name in columns]
+    heads = [ColumnHeader(text="study", once=True), ColumnHeader(text="variant", once=True), ColumnHeader(text="metric", once=True)]
+    heads += [ColumnHeader(text=name, right=True) for name in columns]
     rows = [
         write_row(study, variant, title_of_ratio(metric), *(_cell(found.get(name)) for name in columns))
         for (study, variant, metric), found in cells.items()
@@ -54,7 +54,7 @@ def describe_matrix(changes: Sequence[Change]) -> Document:
     )
 
 
-def encode_matrix(changes: Sequence[Change]) -> list[dict[str, Any]]:
+def encode_matrix(changes: Sequence[MatrixRun]) -> list[dict[str, Any]]:
     """A row a comparison, with its run, its study and its sides."""
     return [
         {
@@ -67,7 +67,7 @@ def encode_matrix(changes: Sequence[Change]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _cell(compared: Compared | None) -> Cell:
+def _cell(compared: ComparisonRow | None) -> Cell:
     if compared is None:
         return Cell(text="–")
     verdict = write_verdict(compared)
@@ -78,5 +78,5 @@ def _note() -> Line:
     return say(Span(text="candidate over base, above 1 is worse; each cell is of its own run", tone="faint"))
 
 
-def _run(change: Change) -> Line:
+def _run(change: MatrixRun) -> Line:
     return say(f"{change.study}, {change.name}: run {change.run}")

@@ -17,7 +17,7 @@ from lorameter.report.blocks import (
     Block,
     Cell,
     Document,
-    Head,
+    ColumnHeader,
     Line,
     Row,
     Section,
@@ -30,8 +30,8 @@ from lorameter.report.blocks import (
 )
 
 if TYPE_CHECKING:
-    from lorameter.run.memory_fit import Device, Largest, Needs, Standing
-    from lorameter.run.memory_options import Advice, Knob
+    from lorameter.run.memory_fit import MemoryDevice, Largest, Needs, Standing
+    from lorameter.run.memory_options import Advice, MemoryOption
     from lorameter.studies.workload import Workload
 
 _WORDS: Mapping[Standing, tuple[str, Tone]] = {
@@ -62,8 +62,8 @@ def _blocks(advice: Advice, workload: Workload, profile: str | None) -> Iterator
         yield Table(
             title="What can be changed, what frees most first",
             heads=(
-                Head(text="in the study"), Head(text="frees", right=True), Head(text="needs then", right=True),
-                Head(text="there"),
+                ColumnHeader(text="in the study"), ColumnHeader(text="frees", right=True), ColumnHeader(text="needs then", right=True),
+                ColumnHeader(text="there"),
             ),
             rows=tuple(map(_row, advice.knobs)),
             apart=True,
@@ -94,13 +94,13 @@ def _range(needs: Needs) -> Cell:
     return Cell(text=text, interval=interval, value=value, low=low, high=high, unit="byte")
 
 
-def _assumed(device: Device) -> Iterator[Line]:
+def _assumed(device: MemoryDevice) -> Iterator[Line]:
     yield say(f"It has {format_bytes(device.total_bytes)}: {device.source}.")
     if device.assumed:
         yield say(f"Assumed, and measured on no card: {'; '.join(device.assumed)}.")
 
 
-def _errors(device: Device) -> Iterator[Line]:
+def _errors(device: MemoryDevice) -> Iterator[Line]:
     """The range, and what supports it."""
     low, high = PEAK_RANGES[device.machine.device]
     yield say(f"Range: {_span((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}")
@@ -129,7 +129,7 @@ def _most(one: Largest, workload: Workload) -> Line:
     return say(f"{one.key} = {one.value}: {text}{_BOUNDS[one.bound]}.")
 
 
-def _row(knob: Knob) -> Row:
+def _row(knob: MemoryOption) -> Row:
     there = _WORDS[knob.standing][0]
     return write_row(knob.writes, write_bytes(knob.freed_bytes), _range(knob.needs), there)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorameter.records.record import Notice
-from lorameter.report.blocks import Block, Document, Fold, Line, Section, Span, say
+from lorameter.report.blocks import Block, Document, Collapsible, Line, Section, Span, say
 
 
 def describe_notices(notices: Sequence[Notice]) -> Document:
@@ -20,16 +20,16 @@ def describe_notices(notices: Sequence[Notice]) -> Document:
     return (Section(title="Notices"), *folds) if folds else ()
 
 
-def tell_notices(notices: Sequence[Notice]) -> Document:
+def warn_before_run(notices: Sequence[Notice]) -> Document:
     """All of each: before anything is measured, when there is still something to be done about them."""
     return (Section(title="Notices", lines=tuple(map(_line, notices))),) if notices else ()
 
 
-def _fold(alike: Sequence[Notice]) -> Fold:
+def _fold(alike: Sequence[Notice]) -> Collapsible:
     first, *others = alike
     more = f" (and {len(others)} more)" if others else ""
     code = Span(text=f"{first.code}{more}", tone="warning")
-    return Fold(summary=say(code, f"  {first.message} {first.remedy}"), lines=tuple(map(_line, alike)))
+    return Collapsible(summary=say(code, f"  {first.message} {first.remedy}"), lines=tuple(map(_line, alike)))
 
 
 def _line(notice: Notice) -> Line:

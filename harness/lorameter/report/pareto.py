@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from lorameter.records.metrics import METRICS
 from lorameter.report.curves import Axis
-from lorameter.report.figure import Figure, Front, Mark, Spot
-from lorameter.report.blocks import Cell, Table, name_columns, say, write_row, write_value
+from lorameter.report.figure import Figure, ParetoFront, Mark, Spot
+from lorameter.report.blocks import Cell, Table, name_columns, say, write_row, value_cell
 from lorameter.verdicts.series import Series
 
 LATENCY, THROUGHPUT = "time_per_output_token_s", "output_tokens_per_s"
@@ -37,9 +37,9 @@ class TwoMeasures:
         )
 
     @property
-    def drawing(self) -> Front:
+    def drawing(self) -> ParetoFront:
         """As a picture."""
-        return Front(across=axis_of(self.across), up=axis_of(self.up), spots=self.spots)
+        return ParetoFront(across=axis_of(self.across), up=axis_of(self.up), spots=self.spots)
 
     def _beats(self, one: tuple[Mark, Mark], other: tuple[Mark, Mark]) -> bool:
         """Whether it is better in one measure and no worse in the other."""
@@ -136,4 +136,4 @@ def _on_it(spot: Spot) -> str:
 
 
 def _written(mark: Mark, axis: Axis) -> Cell:
-    return write_value(mark.value, mark.low, mark.high, axis.unit)
+    return value_cell(mark.value, mark.low, mark.high, axis.unit)

@@ -11,10 +11,10 @@ from lorameter.report.notices import describe_notices
 from lorameter.report.blocks import (
     Cell,
     Document,
-    Head,
+    ColumnHeader,
     Line,
     Panel,
-    Passage,
+    Quote,
     Section,
     Span,
     Table,
@@ -22,7 +22,7 @@ from lorameter.report.blocks import (
     say,
     say_each,
     write_row,
-    write_value,
+    value_cell,
 )
 from lorameter.stats import Proportion
 
@@ -105,8 +105,8 @@ def _interval(part: Proportion) -> str:
 def _answers(rows: Sequence[Likeness]) -> Table:
     return Table(
         title="Answers, and what would be chosen next at each token of the reference's",
-        heads=(_WAY, Head(text="answers that differ", right=True), Head(text="first at", right=True, rank=1),
-               Head(text="tokens that differ", right=True)),
+        heads=(_WAY, ColumnHeader(text="answers that differ", right=True), ColumnHeader(text="first at", right=True, rank=1),
+               ColumnHeader(text="tokens that differ", right=True)),
         rows=tuple(
             write_row(one.way, _part(one.answers), _place(one.first_difference), _part(one.tokens)) for one in rows
         ),
@@ -120,7 +120,7 @@ def _answers(rows: Sequence[Likeness]) -> Table:
     )  # fmt: skip
 
 
-_WAY = Head(text="served")
+_WAY = ColumnHeader(text="served")
 
 
 def _part(part: Proportion) -> Cell:
@@ -138,7 +138,7 @@ def _logits(rows: Sequence[Likeness]) -> Table:
     names = ("KL mean", "KL max", "|Δ| mean", "|Δ| max", "least cosine")
     return Table(
         title="Logits at the same positions",
-        heads=(_WAY, *(Head(text=name, right=True) for name in names)),
+        heads=(_WAY, *(ColumnHeader(text=name, right=True) for name in names)),
         rows=tuple(
             write_row(
                 one.way, _mean(one.kl_mean_nats), _largest(one.kl_max_nats), _mean(one.difference_mean),
@@ -177,11 +177,11 @@ def _cosine(value: float) -> str:
 def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
     return Table(
         title="Held-out loss, in nats",
-        heads=(_WAY, Head(text="loss", right=True), Head(text="above the reference's", right=True)),
+        heads=(_WAY, ColumnHeader(text="loss", right=True), ColumnHeader(text="above the reference's", right=True)),
         rows=tuple(
             write_row(
                 one.way,
-                write_value(one.held_out_loss.value, one.held_out_loss.low, one.held_out_loss.high, "1"),
+                value_cell(one.held_out_loss.value, one.held_out_loss.low, one.held_out_loss.high, "1"),
                 _mean(one.loss_difference, "+"),
             )
             for one in rows
@@ -208,7 +208,7 @@ def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Do
             Panel(
                 title=f"{one.way}, prompt {index}, from token {place}",
                 passages=tuple(
-                    Passage(head=head, text=decode(tokens).strip() or "(nothing)")
+                    Quote(head=head, text=decode(tokens).strip() or "(nothing)")
                     for head, tokens in (("prompt", prompt), (parity.reference.way, ours), (one.way, theirs))
                 ),
             )

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorameter.records.metrics import BIRTH, METRICS, PEAKS, PHASE_TITLES, Phase, columns_of
+from lorameter.records.metrics import RSS_AT_START, METRICS, PEAKS, PHASE_TITLES, Phase, columns_of
 from lorameter.records.record import Interleaving
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
-from lorameter.report.blocks import Cell, Gallery, Table, write_ratio, write_value
+from lorameter.report.blocks import Cell, ChartGroup, Table, write_ratio, value_cell
 from lorameter.report.phrases import title_of
 from lorameter.stats import Comparison, compare_bytes
 from lorameter.studies.study import Study
@@ -22,7 +22,7 @@ from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.compare_pairs import LimitsOf
 from lorameter.verdicts.same_training import sides_of_run
 from lorameter.verdicts.series import Groups, Series, pairs_of
-from lorameter.verdicts.run_validity import Standing, control_of, discounted, followed_alone, ratios_of
+from lorameter.verdicts.run_validity import RunValidity, control_of, discounted, is_single_script_run, ratios_of
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
@@ -31,7 +31,7 @@ VARIANT, RATIO, TAILS, PEAK, CHECKS = "variant", "ratio", "tail", "peak_memory_b
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
+class PhaseColumn:
     """What stands below each other."""
 
     key: str
@@ -61,7 +61,7 @@ class PhaseTable:
     metric: str
     """What variants are compared by in it."""
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[PhaseColumn, ...]
     rows: tuple[VariantRow, ...]
     control: Comparison | None
     """The reference against itself measured twice."""
@@ -73,7 +73,7 @@ class PhaseTable:
     """Whether there is nothing that could be compared: one training, which was followed where it took place."""
     site: str = ""
     """Of which site alone, where sites are unlike; its title names it as well."""
-    galleries: tuple[Gallery, ...] = ()
+    galleries: tuple[ChartGroup, ...] = ()
     """What there is to be seen of it."""
     serving: Table | None = None
     """Throughput against latency, where requests have different numbers of prompts."""
@@ -90,7 +90,7 @@ class PhaseTable:
 
 
 def tabulate_phase(
-    phase: Phase, metric: str, stands: Standing, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
+    phase: Phase, metric: str, stands: RunValidity, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
 ) -> PhaseTable:
     """A phase by its primary metric, with every other metric that is a column of it."""
     shown = _shown(study, groups)
@@ -107,7 +107,7 @@ def tabulate_phase(
 
 
 def tabulate_metric(
-    metric: str, phase: Phase, stands: Standing, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
+    metric: str, phase: Phase, stands: RunValidity, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
 ) -> PhaseTable:
     """One metric or kind of memory that was asked for, with the control of its own."""
     if is_memory(metric):
@@ -133,13 +133,13 @@ def _tabulate(
     tails = [_tail(series, metric) for series in shown] if phase == "generate" and whole else []
     tailed = any(tail is not None for tail in tails)
     peaked = bool(PEAKS[phase]) and whole
-    alone = followed_alone(run, study)
-    columns = [Column(key=VARIANT, head="variant"), Column(key=metric, head=title_of(metric))]
-    columns += [] if alone else [Column(key=RATIO, head=f"× {study.reference}")]
-    columns += [Column(key=name, head=METRICS[name].title) for name in others]
-    columns += [Column(key=TAILS, head=f"p{100 * TAIL:g}")] if tailed else []
-    columns += [Column(key=PEAK, head="peak memory")] if peaked else []
-    columns += [Column(key=CHECKS, head="checks")] if whole else []
+    alone = is_single_script_run(run, study)
+    columns = [PhaseColumn(key=VARIANT, head="variant"), PhaseColumn(key=metric, head=title_of(metric))]
+    columns += [] if alone else [PhaseColumn(key=RATIO, head=f"× {study.reference}")]
+    columns += [PhaseColumn(key=name, head=METRICS[name].title) for name in others]
+    columns += [PhaseColumn(key=TAILS, head=f"p{100 * TAIL:g}")] if tailed else []
+    columns += [PhaseColumn(key=PEAK, head="peak memory")] if peaked else []
+    columns += [PhaseColumn(key=CHECKS, head="checks")] if whole else []
     reference = groups.get((study.reference, "variant"))
     rows = []
     for index, series in enumerate(shown):
@@ -241,17 +241,17 @@ def _tail(series: Series, metric: str) -> Cell | None:
     tail = series.percentile(metric, TAIL)
     if tail is None or tail.value is None:
         return None
-    return write_value(tail.value, tail.low, tail.high, METRICS[metric].unit)
+    return value_cell(tail.value, tail.low, tail.high, METRICS[metric].unit)
 
 
 def _estimate(series: Series, metric: str) -> Cell:
     if is_memory(metric):
         sizes = _sizes(series, metric)
-        return write_value(max(sizes), min(sizes), max(sizes), "byte") if sizes else Cell(text="–")
+        return value_cell(max(sizes), min(sizes), max(sizes), "byte") if sizes else Cell(text="–")
     estimate = series.estimate(metric)
     if estimate is None or estimate.value is None:
         return Cell(text="–")
-    return write_value(estimate.value, estimate.low, estimate.high, METRICS[metric].unit)
+    return value_cell(estimate.value, estimate.low, estimate.high, METRICS[metric].unit)
 
 
 def _ratio(ratio: Comparison | None, *, is_reference: bool) -> Cell:
@@ -268,7 +268,7 @@ def _peak(series: Series, phase: Phase) -> Cell:
     if not peaks:
         return Cell(text="–")
     where = "GPU" if kind.startswith("device") else "host"
-    return write_value(max(peaks), min(peaks), max(peaks), "byte", detail=where)
+    return value_cell(max(peaks), min(peaks), max(peaks), "byte", detail=where)
 
 
 def _peaks(series: Series, phase: Phase) -> tuple[str, list[int]]:
@@ -282,7 +282,7 @@ def _peaks(series: Series, phase: Phase) -> tuple[str, list[int]]:
 def _at_birth(shown: Iterable[Series], phase: Phase) -> str:
     """How much of the host's peaks each process had before it did anything: a fork maps what its zygote imported."""
     on_host = [series for series in shown if _peaks(series, phase)[0].startswith("host")]
-    births = [record.memory[BIRTH] for series in on_host for record in series.ok if BIRTH in record.memory]
+    births = [record.memory[RSS_AT_START] for series in on_host for record in series.ok if RSS_AT_START in record.memory]
     if not births:
         return ""
     low, high = format_bytes(min(births)), format_bytes(max(births))

@@ -22,26 +22,26 @@ Between = Literal["variants", "sides"]
 """What is compared: variants of a study, or a candidate with its base."""
 
 
-class Ways(NamedTuple):
+class VerdictWords(NamedTuple):
     """The words for a ratio above 1, which is worse, and for one below."""
 
     worse: str
     better: str
 
 
-_TIMES = Ways("slower", "faster")
-_BYTES = Ways("larger", "smaller")
-_LEVELS = Ways("higher", "lower")
+_TIMES = VerdictWords("slower", "faster")
+_BYTES = VerdictWords("larger", "smaller")
+_LEVELS = VerdictWords("higher", "lower")
 _PHASES = {"train": "training", "generate": "generation", "cold": "cold start"}
 
 
-def ways_of(metric: str) -> Ways:
+def ways_of(metric: str) -> VerdictWords:
     """In which words a metric gets worse and better; what no metric of ours is, another project's, is a time."""
     if metric.endswith("_bytes"):
         return _BYTES
     if metric not in METRICS or METRICS[metric].unit in ("s", "1/s"):
         return _TIMES
-    return Ways(*reversed(_LEVELS)) if METRICS[metric].higher_is_better else _LEVELS
+    return VerdictWords(*reversed(_LEVELS)) if METRICS[metric].higher_is_better else _LEVELS
 
 
 def title_of(metric: str) -> str:
@@ -73,7 +73,7 @@ def title_of_ratio(metric: str) -> str:
     return f"{title_of(metric)}, slow-down" if turned else title_of(metric)
 
 
-def write_finding(found: Comparison, metric: str, margin: float, between: Between) -> Cell:
+def verdict_cell(found: Comparison, metric: str, margin: float, between: Between) -> Cell:
     """The verdict in a word; that two things count as equal says within what."""
     worse, better = ways_of(metric)
     said = {
@@ -86,7 +86,7 @@ def write_finding(found: Comparison, metric: str, margin: float, between: Betwee
     return Cell(verdict=found.verdict, said=said.get(found.verdict, ""))
 
 
-def say_open(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
+def format_inconclusive(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
     """What an inconclusive verdict says: what the effect may be, what would have been seen, and what to do."""
     if found.low is None or found.high is None:
         return "Cannot tell: one replicate gives no interval. Measure 5."
@@ -95,7 +95,7 @@ def say_open(found: Comparison, metric: str, interleaving: Interleaving, *, ab: 
     return f"Cannot tell: {_between(found.low, found.high, ways)}{seen}. {_advice(found, metric, interleaving, ab=ab)}"
 
 
-def say_effect(found: Comparison, metric: str) -> str:
+def format_effect(found: Comparison, metric: str) -> str:
     """The effect in per cent, with its interval: "3.9 % slower [3.7 %, 4.2 %]"; empty where there is none."""
     if found.ratio is None:
         return ""
@@ -106,11 +106,11 @@ def say_effect(found: Comparison, metric: str) -> str:
     return f"{said} [{_signed(found.low)}, {_signed(found.high)}]"
 
 
-def _between(low: float, high: float, ways: Ways) -> str:
+def _between(low: float, high: float, ways: VerdictWords) -> str:
     return f"between {_effect(low, ways)} and {_effect(high, ways)}"
 
 
-def _effect(ratio: float, ways: Ways) -> str:
+def _effect(ratio: float, ways: VerdictWords) -> str:
     return f"{format_percent(abs(ratio - 1))} {ways.worse if ratio >= 1 else ways.better}"
 
 

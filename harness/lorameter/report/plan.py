@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from lorameter.machine.provenance import Machine
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes, format_count, format_duration
-from lorameter.report.notices import tell_notices
+from lorameter.report.notices import warn_before_run
 from lorameter.report.blocks import Document, Span, say, say_each
 from lorameter.run.forecast import Forecast
 from lorameter.run.plan import Plan
@@ -22,7 +22,7 @@ def describe_plan(
         say(Span(text=plan.study.title, tone="strong"), size, indented=False),
         *say_each(_lines(plan, expected)),
         *say_each([f"data    {data}"] if data else []),
-        *tell_notices(notices),
+        *warn_before_run(notices),
     )
 
 

@@ -10,7 +10,7 @@ from lorameter.records.units import format_count
 from lorameter.report.blocks import Line, say
 from lorameter.run.resume import is_resumable
 from lorameter.studies.study import Study
-from lorameter.verdicts.run_validity import followed_alone
+from lorameter.verdicts.run_validity import is_single_script_run
 
 _WORDS = {
     "running": "under way: a process is measuring it",
@@ -27,7 +27,7 @@ def standing(run: Run, study: Study) -> tuple[Line, ...]:
     if run.state != "complete":
         ended, planned = sum(record.settled for record in run.records), len(manifest.order)
         said = f"{_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
-        resumable = run.state != "running" and is_resumable(manifest) and not followed_alone(run, study)
+        resumable = run.state != "running" and is_resumable(manifest) and not is_single_script_run(run, study)
         said += f". Go on with: lorameter run --resume {manifest.run}" if resumable else ""
         lines.append(say(said, lead="status"))
     if manifest.resumed:

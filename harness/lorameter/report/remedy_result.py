@@ -9,7 +9,7 @@ from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_interval
 from lorameter.report.notices import describe_notices
 from lorameter.report.blocks import Document, Line, Section, Span, say, say_invalid, write_ratio
-from lorameter.report.phrases import write_finding
+from lorameter.report.phrases import verdict_cell
 from lorameter.verdicts.compare_pairs import MARGIN
 from lorameter.verdicts.series import is_difference
 
@@ -31,7 +31,7 @@ def _lines(tried: Tried) -> Iterator[Line]:
     yield from say_invalid(_invalid(tried))
     if comparison is not None:
         ratio = f"{title} with the remedy over without: {write_ratio(comparison).line} "
-        found = write_finding(comparison, tried.metric, MARGIN, "variants")
+        found = verdict_cell(comparison, tried.metric, MARGIN, "variants")
         yield say(ratio, Span(text=found.said or found.verdict if tried.valid else "invalid", tone="strong"))
         yield say(Span(text=comparison.reason, tone="faint"))
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
@@ -40,7 +40,7 @@ def _lines(tried: Tried) -> Iterator[Line]:
         seen = f"the diagnosis had seen {finding.cost_share:.1%} of {part} hang on it"
         yield say(f"gained {_gain(comparison.ratio, comparison.low, comparison.high)} of {of}; {seen}")
     if control is not None:
-        cell = write_finding(control, tried.metric, MARGIN, "variants")
+        cell = verdict_cell(control, tried.metric, MARGIN, "variants")
         said = f"{write_ratio(control).line} {cell.said or cell.verdict}"
         yield say(f"control (the present variant measured twice): {said}")
     for failure in tried.failures:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from lorameter.errors import shorten
 from lorameter.records.units import format_count
-from lorameter.report.blocks import Block, Document, Fold, Gallery, Line, Panel, Section, Table
+from lorameter.report.blocks import Block, Document, Collapsible, ChartGroup, Line, Panel, Section, Table
 from lorameter.report.terminal import text_of
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 SUMMARY_BYTES = 2**20
 """Of a step's summary."""
@@ -37,7 +37,7 @@ def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
     blocks = list(document)
     dropped: list[str] = []
     while (length := len(text := _text(blocks, dropped))) > most:
-        folded = [place for place, block in enumerate(blocks) if isinstance(block, (Fold, Gallery, Panel))]
+        folded = [place for place, block in enumerate(blocks) if isinstance(block, (Collapsible, ChartGroup, Panel))]
         long = [place for place, block in enumerate(blocks) if isinstance(block, Table) and len(block.rows) > 1]
         if folded:
             dropped.append(_name(blocks.pop(folded[-1])))
@@ -57,7 +57,7 @@ def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
 
 def escape(text: str) -> str:
     """Outside text as text: on one line, starting nothing."""
-    text = _MARKUP.sub(r"\\\1", make_visible(" ".join(text.split())).replace("&", "&amp;"))
+    text = _MARKUP.sub(r"\\\1", escape_control_chars(" ".join(text.split())).replace("&", "&amp;"))
     text = _LIST.sub(lambda found: f"{found[1] or ''}\\{found[2] or found[4]}", text)
     text = _ADDRESS.sub(lambda found: f"{found[1] or found[3]}{_BREAK}{found[0][len(found[1] or found[3]) :]}", text)
     return text.replace("@", f"@{_BREAK}")
@@ -77,17 +77,17 @@ def _block(block: Block, level: str) -> Iterator[str]:
     elif isinstance(block, Section):
         yield f"{level} {escape(block.title)}"
         yield _bullets(block.lines)
-    elif isinstance(block, Fold):
+    elif isinstance(block, Collapsible):
         yield _details(block.summary.text, _bullets(block.lines))
     elif isinstance(block, Table):
         yield f"#### {escape(block.title)}" if block.title else ""
         yield _table(block)
         yield _bullets(block.notes)
-    elif isinstance(block, Gallery):
+    elif isinstance(block, ChartGroup):
         drawn = text_of((dataclasses.replace(block, title=""),), width=_CHART_WIDTH, coloured=False)
         yield _details(block.title, _fenced(drawn.strip("\n")))
     else:
-        said = "\n\n".join(f"**{escape(one.head)}**\n\n{_fenced(make_visible(one.text))}" for one in block.passages)
+        said = "\n\n".join(f"**{escape(one.head)}**\n\n{_fenced(escape_control_chars(one.text))}" for one in block.passages)
         yield _details(block.title, said)
 
 
@@ -111,7 +111,7 @@ def _table(table: Table) -> str:
 
 def _details(summary: str, body: str) -> str:
     """What unfolds; its summary is HTML, in which nothing is Markdown."""
-    said = html.escape(shorten(make_visible(" ".join(summary.split())), _SUMMARY), quote=False)
+    said = html.escape(shorten(escape_control_chars(" ".join(summary.split())), _SUMMARY), quote=False)
     return f"<details><summary>{said.replace('@', f'@{_BREAK}')}</summary>\n\n{body}\n\n</details>"
 
 
@@ -122,6 +122,6 @@ def _fenced(text: str) -> str:
 
 
 def _name(block: Block) -> str:
-    if isinstance(block, Fold):
+    if isinstance(block, Collapsible):
         return block.summary.text
     return block.text if isinstance(block, Line) else block.title

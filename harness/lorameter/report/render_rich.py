@@ -18,14 +18,14 @@ from rich.panel import Panel as RichPanel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lorameter.report.layout import Column, fit, glue, measure, unglue
+from lorameter.report.layout import ColumnSpec, fit, glue, measure, unglue
 from lorameter.report.plots import plot
 from lorameter.report.blocks import (
     Block,
     Cell,
-    Fold,
-    Gallery,
-    Head,
+    Collapsible,
+    ChartGroup,
+    ColumnHeader,
     Line,
     Panel,
     Row,
@@ -36,7 +36,7 @@ from lorameter.report.blocks import (
     tone_of,
 )
 from lorameter.report.whisker import LEAST_WIDTH, MOST_WIDTH, draw_scale, draw_whisker, scale_of
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 STYLES: dict[Tone, str] = {
     "plain": "",
@@ -56,20 +56,20 @@ _WHISKER_RANK = 1
 """Left out last of all that may be: it shows what stands beside it."""
 
 
-def draw_block(block: Block, console: Console, *, verbose: bool = False) -> Iterator[RenderableType]:
+def render_block(block: Block, console: Console, *, verbose: bool = False) -> Iterator[RenderableType]:
     """What to print for a block, from its first line to its last; `verbose` unfolds."""
     if isinstance(block, Line):
         yield _paragraph(block, console, len(block.lead))
     elif isinstance(block, Section):
         yield from _section(block, console)
-    elif isinstance(block, Fold):
+    elif isinstance(block, Collapsible):
         yield from _fold(block, console, verbose=verbose)
     elif isinstance(block, Table):
         if block.apart:
             yield ""
         yield from _table(block, console)
         yield from _paragraphs(block.notes, console)
-    elif isinstance(block, Gallery):
+    elif isinstance(block, ChartGroup):
         yield from _gallery(block, console)
     else:
         yield _panel(block)
@@ -77,7 +77,7 @@ def draw_block(block: Block, console: Console, *, verbose: bool = False) -> Iter
 
 def draw_text(text: str, tone: Tone = "plain") -> Text:
     """Outside text, shown as it is."""
-    return Text(make_visible(text), style=STYLES[tone])
+    return Text(escape_control_chars(text), style=STYLES[tone])
 
 
 def _paragraphs(lines: Sequence[Line], console: Console) -> Iterator[Text]:
@@ -118,7 +118,7 @@ def _section(section: Section, console: Console) -> Iterator[Text]:
     yield from _paragraphs(section.lines, console)
 
 
-def _fold(fold: Fold, console: Console, *, verbose: bool) -> Iterator[Text]:
+def _fold(fold: Collapsible, console: Console, *, verbose: bool) -> Iterator[Text]:
     if verbose:
         yield from _paragraphs(fold.lines, console)
         return
@@ -149,7 +149,7 @@ def _table(table: Table, console: Console) -> Iterator[RenderableType]:
     yield from _records(table, console)
 
 
-def _heads(table: Table) -> list[tuple[Head, bool, int]]:
+def _heads(table: Table) -> list[tuple[ColumnHeader, bool, int]]:
     """The heads of what is drawn: behind that of a ratio the one of its whiskers; with the place of its cells."""
     return [
         (head, whisker, place)
@@ -158,23 +158,23 @@ def _heads(table: Table) -> list[tuple[Head, bool, int]]:
     ]
 
 
-def _columns(table: Table, *, stacked: bool) -> list[tuple[int, bool, Column]]:
+def _columns(table: Table, *, stacked: bool) -> list[tuple[int, bool, ColumnSpec]]:
     found = []
     for head, whisker, place in _heads(table):
         if whisker:
-            column = Column(least=LEAST_WIDTH, good=LEAST_WIDTH, natural=MOST_WIDTH, rank=_WHISKER_RANK)
+            column = ColumnSpec(least=LEAST_WIDTH, good=LEAST_WIDTH, natural=MOST_WIDTH, rank=_WHISKER_RANK)
             found.append((place, True, column))
             continue
         texts = (_cell(row.cells[place], stacked=stacked).plain for row in table.rows)
         cells = measure(texts, whole=head.right, rank=head.rank)
-        above = measure([make_visible(head.text)], whole=False).least
+        above = measure([escape_control_chars(head.text)], whole=False).least
         least, good, natural = (max(above, one) for one in (cells.least, cells.good, cells.natural))
-        found.append((place, False, Column(least=least, good=good, natural=natural, rank=head.rank)))
+        found.append((place, False, ColumnSpec(least=least, good=good, natural=natural, rank=head.rank)))
     return found
 
 
 def _drawn(
-    table: Table, columns: Sequence[tuple[int, bool, Column]], widths: Sequence[int], console: Console, *, stacked: bool
+    table: Table, columns: Sequence[tuple[int, bool, ColumnSpec]], widths: Sequence[int], console: Console, *, stacked: bool
 ) -> RichTable:
     drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     shown = [(place, whisker, width) for (place, whisker, _), width in zip(columns, widths, strict=True) if width]
@@ -205,7 +205,7 @@ def _records(table: Table, console: Console) -> Iterator[Text]:
     """The rows below each other, for a terminal that is narrower than what must be shown."""
     for row in table.rows:
         lines = [
-            say(cell.words, lead=make_visible(head.text))
+            say(cell.words, lead=escape_control_chars(head.text))
             for head, cell in zip(table.heads, row.cells, strict=True)
             if cell.words
         ]
@@ -232,7 +232,7 @@ def _cell(cell: Cell, *, stacked: bool) -> Text:
     return drawn
 
 
-def _gallery(gallery: Gallery, console: Console) -> Iterator[Text]:
+def _gallery(gallery: ChartGroup, console: Console) -> Iterator[Text]:
     """Charts side by side, as many as have room."""
     yield Text("\n").append_text(draw_text(gallery.title, "strong"))
     if not console.encoding.lower().startswith("utf"):

@@ -31,7 +31,7 @@ OVERRIDES = {
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def how_to_repeat(run: Run) -> str:
+def reproduction_steps(run: Run) -> str:
     """The lines to type, each said what it is; what is not known of a run is said as such."""
     return "\n".join(_lines(run))
 

@@ -26,7 +26,7 @@ from lorameter.report.blocks import (
     write_row,
     write_seconds,
     write_share,
-    write_value,
+    value_cell,
 )
 from lorameter.verdicts.disturbed_trials import disturbances
 
@@ -86,7 +86,7 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
 def _pass(title: str, one: PassAccount) -> Row:
     return write_row(
         title,
-        write_value(one.time.value, one.time.low, one.time.high, "s"),
+        value_cell(one.time.value, one.time.low, one.time.high, "s"),
         "–" if one.calls is None else Cell(text=f"{one.calls:.0f}", value=one.calls, unit="1"),
         Cell(text=f"{one.flops:.4g}", value=float(one.flops), unit="1"),
         "–" if one.mfu is None else write_share(one.mfu.value),
@@ -99,8 +99,8 @@ def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount
     for account, beside in accounts:
         first, later = account.first_token, account.token
         yield (
-            f"time to first token {write_value(first.value, first.low, first.high, 's').line}, per later token "
-            f"{write_value(later.value, later.low, later.high, 's').line}{beside}"
+            f"time to first token {value_cell(first.value, first.low, first.high, 's').line}, per later token "
+            f"{value_cell(later.value, later.low, later.high, 's').line}{beside}"
         )
     served = accounts[0][0]
     for one in (served.prefill.mfu, served.decode.mbu):

@@ -13,14 +13,14 @@ from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.record import Interleaving
 from lorameter.records.units import first_few, format_bytes
 from lorameter.report.notices import describe_notices
-from lorameter.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, Column, PhaseTable, VariantRow
+from lorameter.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, PhaseColumn, PhaseTable, VariantRow
 from lorameter.report.time_breakdown import describe_spending
 from lorameter.report.blocks import (
     Block,
     Cell,
     Document,
-    Fold,
-    Head,
+    Collapsible,
+    ColumnHeader,
     Line,
     Row,
     Section,
@@ -30,11 +30,11 @@ from lorameter.report.blocks import (
     say,
     say_each,
     say_invalid,
-    say_once,
+    collapse_constant_columns,
     write_ratio,
 )
 from lorameter.report.run_view import RunView
-from lorameter.report.phrases import say_effect, say_open, title_of, title_of_ratio, write_finding
+from lorameter.report.phrases import format_effect, format_inconclusive, title_of, title_of_ratio, verdict_cell
 from lorameter.stats import Comparison
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.series import is_difference
@@ -83,7 +83,7 @@ def _findings(view: RunView) -> Iterator[Line]:
     and which are open or invalid."""
     for table in view.tables:
         found = [(row, row.ratio) for row in table.rows if row.ratio is not None]
-        told = [f"{row.name} {say_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)]
+        told = [f"{row.name} {format_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)]
         groups = {
             "": told,
             "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
@@ -110,10 +110,10 @@ def _table(table: PhaseTable) -> Table:
         heads.append(_head(column, table, rank))
         columns.append([_cell(key, row.cells[places[key]], row, table) for row in table.rows])
         if key == RATIO:
-            heads.append(Head(text="verdict"))
+            heads.append(ColumnHeader(text="verdict"))
             columns.append([_finding(row, table) for row in table.rows])
     rows = zip(*columns, strict=True)
-    return say_once(
+    return collapse_constant_columns(
         Table(
             title=table.title,
             heads=tuple(heads),
@@ -124,19 +124,19 @@ def _table(table: PhaseTable) -> Table:
     )
 
 
-def _head(column: Column, table: PhaseTable, rank: int) -> Head:
+def _head(column: PhaseColumn, table: PhaseTable, rank: int) -> ColumnHeader:
     if column.key == VARIANT:
-        return Head(text=column.head)
+        return ColumnHeader(text=column.head)
     if column.key == RATIO:
         turned = table.metric in METRICS and METRICS[table.metric].higher_is_better
-        return Head(text=f"{'slow-down ' if turned else ''}{column.head}", right=True, ratio=True)
+        return ColumnHeader(text=f"{'slow-down ' if turned else ''}{column.head}", right=True, ratio=True)
     if column.key == CHECKS:
-        return Head(text=column.head, rank=rank, once=True, plain="checks (what was required)")
+        return ColumnHeader(text=column.head, rank=rank, once=True, plain="checks (what was required)")
     if column.key == PEAK:
         where = {cell.detail for cell in table.cells(PEAK)} - {""}
         text = f"{column.head}, {min(where)}" if len(where) == 1 else column.head
-        return Head(text=text, right=True, rank=rank)
-    return Head(text=column.head, right=True, rank=0 if column.key == table.metric else rank, once=column.key == TAILS)
+        return ColumnHeader(text=text, right=True, rank=rank)
+    return ColumnHeader(text=column.head, right=True, rank=0 if column.key == table.metric else rank, once=column.key == TAILS)
 
 
 def _cell(key: str, cell: Cell, row: VariantRow, table: PhaseTable) -> Cell:
@@ -161,7 +161,7 @@ def _bytes(size: float, largest: float) -> str:
 def _finding(row: VariantRow, table: PhaseTable) -> Cell:
     if row.ratio is None:
         return Cell()
-    return write_finding(row.ratio, table.metric, row.margin, "variants")
+    return verdict_cell(row.ratio, table.metric, row.margin, "variants")
 
 
 def _notes(table: PhaseTable) -> Iterator[Line]:
@@ -184,19 +184,19 @@ def _control(table: PhaseTable) -> Line:
         return say("control: not measured")
     if control.ratio is None:
         return say(f"control (the reference measured twice): not measured: {control.reason}")
-    said = write_finding(control, table.metric, 0.01 if is_memory(table.metric) else 0.05, "variants")
+    said = verdict_cell(control, table.metric, 0.01 if is_memory(table.metric) else 0.05, "variants")
     begin = f"control (the reference measured twice): {write_ratio(control).line} "
     finding = Span(text=f"{said.said or said.verdict}", tone="strong")
     if control.verdict != "inconclusive":
         return say(begin, finding)
-    return say(begin, finding, f". {say_open(control, table.metric, _level(table))}")
+    return say(begin, finding, f". {format_inconclusive(control, table.metric, _level(table))}")
 
 
 def _open(table: PhaseTable) -> Iterator[Line]:
     """A sentence for each variant of which nothing can be told."""
     for row in table.rows:
         if row.ratio is not None and row.ratio.verdict == "inconclusive":
-            yield say(Span(text=row.name, tone="warning"), f": {say_open(row.ratio, table.metric, _level(table))}")
+            yield say(Span(text=row.name, tone="warning"), f": {format_inconclusive(row.ratio, table.metric, _level(table))}")
 
 
 def _level(table: PhaseTable) -> Interleaving:
@@ -238,4 +238,4 @@ def _statistics(view: RunView) -> Iterator[Block]:
         count = f"{len(lines)} comparisons rest" if len(lines) > 1 else "the comparison rests"
         summary = say(Span(text=f"what {count} on", tone="faint"))
         yield Section(title="Statistics")
-        yield Fold(summary=summary, lines=tuple(lines))
+        yield Collapsible(summary=summary, lines=tuple(lines))

@@ -18,9 +18,9 @@ from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PHASES, Phase
 from lorameter.records.record import Notice
-from lorameter.records.time_breakdown import Spending
+from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.records.store import Run
-from lorameter.report.charts import with_charts
+from lorameter.report.charts import add_charts
 from lorameter.report.facts import facts_of
 from lorameter.report.phase_table import PEAK, RATIO, TAILS, PhaseTable, VariantRow, tabulate_metric, tabulate_phase
 from lorameter.report.time_breakdown import encode_spending
@@ -31,8 +31,8 @@ from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.compare_pairs import LimitsOf, default_limits, matching
 from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites, say_machines
 from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.series import Groups, series_of
-from lorameter.verdicts.run_validity import Standing, standing_of
+from lorameter.verdicts.series import Groups, group_trials
+from lorameter.verdicts.run_validity import RunValidity, run_validity
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
@@ -40,7 +40,7 @@ SORTS: tuple[Sort, ...] = get_args(Sort)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ReportFilter:
     """What somebody wants to see of a run; all of it where nothing is said."""
 
     metrics: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Asked:
     """Tolerance and margin by variant and metric."""
 
 
-EVERYTHING = Asked()
+EVERYTHING = ReportFilter()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class RunView:
     """How the run stands: complete, running, killed, interrupted or failed."""
     invalid: str | None
     """Why the run is invalid, so that no verdict counts; None where it is valid."""
-    spending: Spending | None = None
+    spending: TimeBreakdown | None = None
     """What its time went to, where it says so."""
 
     @property
@@ -89,7 +89,7 @@ class RunView:
         return self.invalid is None
 
 
-def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
+def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
     """The view of a run. Raises nothing for missing trials: what is not there is said.
 
     Raises:
@@ -98,8 +98,8 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
     study = read_study(run)
     if is_mixed(run):
         return _view_of_sites(run, study, asked)
-    groups = series_of(run.records)
-    stands, names = standing_of(run, study), _names(study, asked)
+    groups = group_trials(run.records)
+    stands, names = run_validity(run, study), _names(study, asked)
     tables = _tables(run, study, groups, stands, asked)
     return RunView(
         run=run.manifest.run,
@@ -120,9 +120,9 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
     )
 
 
-def _view_of_sites(run: Run, study: Study, asked: Asked) -> RunView:
+def _view_of_sites(run: Run, study: Study, asked: ReportFilter) -> RunView:
     """What each site says, side by side, and of all of them what is no number."""
-    stands = standing_of(run, study)
+    stands = run_validity(run, study)
     views = {site: view_of(part, asked) for site, part in runs_of_sites(run).items()}
     tables = [
         replace(table, site=site, title=f"{table.title} on {site}") for site in views for table in views[site].tables
@@ -147,7 +147,7 @@ def _view_of_sites(run: Run, study: Study, asked: Asked) -> RunView:
     )
 
 
-def _tables(run: Run, study: Study, groups: Groups, stands: Standing, asked: Asked) -> list[PhaseTable]:
+def _tables(run: Run, study: Study, groups: Groups, stands: RunValidity, asked: ReportFilter) -> list[PhaseTable]:
     phases = [phase for phase in stands.controls if not asked.phases or phase in asked.phases]
     if absent := [phase for phase in asked.phases if phase not in stands.controls]:
         raise UsageError(f"phase {absent[0]!r}: run {run.manifest.run} has {', '.join(stands.controls) or 'none'}.")
@@ -156,7 +156,7 @@ def _tables(run: Run, study: Study, groups: Groups, stands: Standing, asked: Ask
             tabulate_phase(phase, stands.primary[phase], stands, run, study, groups, asked.limits_of)
             for phase in phases
         ]
-        return [with_charts(table, _of(study, asked), groups) for table in tables]
+        return [add_charts(table, _of(study, asked), groups) for table in tables]
     known = _measured(run, groups)
     for pattern in asked.metrics:
         if not fnmatch.filter(known, pattern):
@@ -185,7 +185,7 @@ def phase_of(metric: str) -> Phase:
     return next((phase for phase in PHASES if metric in PEAKS[phase] or f"_{phase}_" in metric), "train")
 
 
-def _of(study: Study, asked: Asked) -> Study:
+def _of(study: Study, asked: ReportFilter) -> Study:
     """The study with the variants that are shown, which its charts are of."""
     names = _names(study, asked)
     if len(names) == len(study.variants):
@@ -193,7 +193,7 @@ def _of(study: Study, asked: Asked) -> Study:
     return replace(study, variants=tuple(one for one in study.variants if one.name in names), claims=(), engine=None)
 
 
-def _names(study: Study, asked: Asked) -> list[str]:
+def _names(study: Study, asked: ReportFilter) -> list[str]:
     """The variants that are shown; the reference always."""
     names = [variant.name for variant in study.variants]
     for pattern in asked.variants:

@@ -15,7 +15,7 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
-from lorameter.report.blocks import Document, Panel, Passage, Span, say
+from lorameter.report.blocks import Document, Panel, Quote, Span, say
 from lorameter.studies.from_run import read_workload_of
 
 
@@ -25,7 +25,7 @@ def describe_samples(samples: Sequence[Sample], title: str) -> Document:
     return say(Span(text=title, tone="strong"), indented=False), *panels
 
 
-def _passages(sample: Sample) -> Iterator[Passage]:
+def _passages(sample: Sample) -> Iterator[Quote]:
     end = "ended by the model" if sample.ended else "cut at the limit"
     for head, text in (
         ("prompt", sample.prompt),
@@ -33,7 +33,7 @@ def _passages(sample: Sample) -> Iterator[Passage]:
         ("before training", "not measured" if sample.untrained is None else sample.untrained),
         (f"after training, {sample.tokens} tokens, {end}", sample.trained),
     ):
-        yield Passage(head=head, text=text.strip() or "(nothing)")
+        yield Quote(head=head, text=text.strip() or "(nothing)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

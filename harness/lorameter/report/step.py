@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lorameter.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, categories_s, plain_s
 from lorameter.profile.facts import Watched
 from lorameter.records.units import format_count, format_interval, format_ratio, format_value
-from lorameter.report.blocks import Cell, Table, name_columns, say_each, write_row, write_seconds, write_share, write_value
+from lorameter.report.blocks import Cell, Table, name_columns, say_each, write_row, write_seconds, write_share, value_cell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def tabulate_phases(profile: Watched, step: StepAccount, words: Words = OF_STEPS
 
 
 def _time(span: TimeSpan) -> Cell:
-    return write_value(span.value, span.low, span.high, "s")
+    return value_cell(span.value, span.low, span.high, "s")
 
 
 def _count(calls: float | None) -> Cell:

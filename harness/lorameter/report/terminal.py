@@ -9,8 +9,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from lorameter.report.render_rich import draw_block, draw_text
-from lorameter.report.blocks import Document, Fold, Line, Section
+from lorameter.report.render_rich import render_block, draw_text
+from lorameter.report.blocks import Document, Collapsible, Line, Section
 
 PIPED_WIDTH = 200
 """Nothing may be cut where there is no terminal whose width one could ask."""
@@ -32,12 +32,12 @@ def show(document: Document, console: Console, *, verbose: bool = False) -> None
     terminal."""
     verbose = verbose or not console.is_terminal
     for block in document:
-        for drawn in draw_block(block, console, verbose=verbose):
+        for drawn in render_block(block, console, verbose=verbose):
             console.print(drawn)
-    if not verbose and any(isinstance(block, Fold) for block in document):
+    if not verbose and any(isinstance(block, Collapsible) for block in document):
         console.print(draw_text(FOLDED, "faint"))
     for block in _last(document):
-        for drawn in draw_block(block, console, verbose=verbose):
+        for drawn in render_block(block, console, verbose=verbose):
             console.print(drawn)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lorameter.records.time_breakdown import Allocation, Spending
+from lorameter.records.time_breakdown import Allocation, TimeBreakdown
 from lorameter.records.units import format_count, format_duration, format_percent
-from lorameter.report.blocks import Block, Fold, Line, Section, Span, say
+from lorameter.report.blocks import Block, Collapsible, Line, Section, Span, say
 
 SAID = {
     "steps": "timed steps", "requests": "requests", "natural": "requests to their end", "merged": "merged requests",
@@ -15,17 +15,17 @@ SAID = {
 }  # fmt: skip
 
 
-def describe_spending(spending: Spending | None) -> Iterator[Block]:
+def describe_spending(spending: TimeBreakdown | None) -> Iterator[Block]:
     """A section on the time of a run that has said what it went to."""
     if spending is None:
         return
     of_limit = "" if spending.limit_s is None else f" of {format_duration(spending.limit_s)}"
     summary = f"{format_duration(spending.wall_s)}{of_limit}, {format_percent(spending.share)} of it measurement"
     yield Section(title="Time")
-    yield Fold(summary=say(Span(text=summary, tone="faint")), lines=tuple(_lines(spending, of_limit)))
+    yield Collapsible(summary=say(Span(text=summary, tone="faint")), lines=tuple(_lines(spending, of_limit)))
 
 
-def _lines(spending: Spending, of_limit: str) -> Iterator[Line]:
+def _lines(spending: TimeBreakdown, of_limit: str) -> Iterator[Line]:
     parts = [f"{SAID[kind]} {format_duration(took)}" for kind, took in spending.measured_s.items() if kind in SAID]
     measured = f": {', '.join(parts)}" if parts else ""
     wall = format_duration(spending.wall_s)
@@ -41,7 +41,7 @@ def _said_of(one: Allocation) -> str:
     )
 
 
-def encode_spending(spending: Spending | None) -> dict[str, Any]:
+def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
     """The same for programs, as `time`; nothing of a run that does not say it."""
     if spending is None:
         return {}

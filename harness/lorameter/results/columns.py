@@ -21,7 +21,7 @@ Values: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
+class FrameColumn:
     """One column of a table."""
 
     name: str
@@ -29,8 +29,8 @@ class Column:
     says: str
 
 
-def _column(name: str, kind: Kind, says: str) -> Column:
-    return Column(name=name, kind=kind, says=says)
+def _column(name: str, kind: Kind, says: str) -> FrameColumn:
+    return FrameColumn(name=name, kind=kind, says=says)
 
 
 _RUN = _column("run", "text", "id of the run")
@@ -51,7 +51,7 @@ VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 """Libraries whose versions are columns, and are shown with each run of a history."""
 
 
-def _settings(cls: type, prefix: str, names: Iterable[str], says: str) -> tuple[Column, ...]:
+def _settings(cls: type, prefix: str, names: Iterable[str], says: str) -> tuple[FrameColumn, ...]:
     hints = get_type_hints(cls)
     return tuple(_column(f"{prefix}{name}", _KINDS.get(hints[name], "text"), says.format(name=name)) for name in names)
 
@@ -70,7 +70,7 @@ SETTINGS = (
 """The last columns of `trials` and `estimates`. Settings that are not read, as `double_quant` without a 4-bit base or
 all of a variant that is a command, are missing."""
 
-TABLES: Mapping[TableName, tuple[Column, ...]] = {
+TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
     "trials": (
         _RUN,
         _column("study", "text", "name of the study"),

@@ -29,7 +29,7 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.compare_pairs import default_metrics, matching
-from lorameter.verdicts.run_validity import standing_of
+from lorameter.verdicts.run_validity import run_validity
 
 
 def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def _require_valid(run: Run, study: Study) -> None:
-    if invalid := standing_of(run, study).invalid:
+    if invalid := run_validity(run, study).invalid:
         raise InvalidRunError(
             f"run {run.manifest.run} is invalid: {invalid}. A page of trends would keep its numbers as good ones. "
             "Measure again, or export it as json."

@@ -16,7 +16,7 @@ from typing import get_args
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.atomic_output import replacing
-from lorameter.records.os_errors import say_unwritable
+from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.store import Run
 from lorameter.results.columns import TABLES, TableName, Values, names_of
 from lorameter.results.exchange import encode_action, encode_bencher, mllog_lines
@@ -130,4 +130,4 @@ def _json_of(run: Run) -> Iterator[str]:
 
 
 def _refusals(output: Path) -> contextlib.AbstractContextManager[None]:
-    return say_unwritable(f"--output {output}", "Give another place.")
+    return translate_write_errors(f"--output {output}", "Give another place.")

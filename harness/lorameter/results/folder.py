@@ -15,7 +15,7 @@ from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.comparison_report import EXIT_OF, worst
-from lorameter.verdicts.run_validity import standing_of
+from lorameter.verdicts.run_validity import run_validity
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def summary_of(run: Run) -> Summary:
 
 def _verdict(run: Run, study: Study) -> str:
     if not run.manifest.sides:
-        return "valid" if standing_of(run, study).valid else "invalid"
+        return "valid" if run_validity(run, study).valid else "invalid"
     found = [compared.verdict for compared in report_of(run).comparisons]
     if not found:
         return "invalid"

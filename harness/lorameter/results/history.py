@@ -19,7 +19,7 @@ from lorameter.errors import UsageError
 from lorameter.records.metrics import PRIMARY
 from lorameter.results.columns import VERSIONS
 from lorameter.results.points import Night, Point, read_nights
-from lorameter.stats.changes import Change, Course, find_changes
+from lorameter.stats.changes import LevelShift, Course, find_changes
 from lorameter.studies.study_file import builtin_studies
 from lorameter.verdicts.comparison_input import Difference, differences
 
@@ -80,7 +80,7 @@ class Plateau:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class HistorySeries:
     """Runs of one fingerprint and one content of the variant."""
 
     fingerprint: str
@@ -122,7 +122,7 @@ class Track:
     metric: str
     unit: str
     higher_is_better: bool
-    lines: tuple[Line, ...]
+    lines: tuple[HistorySeries, ...]
     breaks: tuple[Break, ...]
 
 
@@ -213,10 +213,10 @@ def _moment(run: Night, point: Point) -> Moment:
     )
 
 
-def _line(nights: Nights, key: tuple[str, str], moments: Sequence[Moment], about: Point) -> Line:
+def _line(nights: Nights, key: tuple[str, str], moments: Sequence[Moment], about: Point) -> HistorySeries:
     counting = [moment for moment in moments if moment.why_not is None]
     course = find_changes([math.log(moment.value) for moment in counting])
-    return Line(
+    return HistorySeries(
         fingerprint=key[0],
         variant_id=key[1],
         moments=tuple(moments),
@@ -239,7 +239,7 @@ def _plateaus(course: Course, moments: Sequence[Moment]) -> Iterator[Plateau]:
         )
 
 
-def _suspicion(nights: Nights, change: Change, course: Course, moments: Sequence[Moment], about: Point) -> Suspicion:
+def _suspicion(nights: Nights, change: LevelShift, course: Course, moments: Sequence[Moment], about: Point) -> Suspicion:
     place = next(place for place, level in enumerate(course.levels) if level.first == change.first)
     before, after = moments[change.first - 1], moments[change.first]
     ends = (change.log_ratio, change.low, change.high)

@@ -24,7 +24,7 @@ from lorameter.records.evidence import EvidenceFile, LostEvidenceError
 from lorameter.records.atomic_output import replacing
 from lorameter.records.packed import SUFFIX, is_packed, write_packed
 from lorameter.records.record import TrialRecord
-from lorameter.records.os_errors import say_unwritable
+from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.records.store import MANIFEST, TRIALS, Manifest
 from lorameter.records.trial_lines import TrialLines, line_of
@@ -66,7 +66,7 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
     with scratch_folder() as folder:
         _write_manifest(folder, manifest, clean, texts="texts" in include)
         _write_records(folder, path, manifest, clean, texts="texts" in include)
-        with say_unwritable(str(target), "Give another --output."), replacing(target, anew=True) as draft:
+        with translate_write_errors(str(target), "Give another --output."), replacing(target, anew=True) as draft:
             write_packed(draft, folder)
     return target
 

@@ -14,9 +14,9 @@ from lorameter.results.folder import read_each
 from lorameter.results.rows import estimate_rows
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.per_site import is_mixed
-from lorameter.verdicts.series import series_of
+from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.software import facts_of
-from lorameter.verdicts.run_validity import newer_faults, say_broken, standing_of, trial_faults
+from lorameter.verdicts.run_validity import newer_faults, say_broken, run_validity, trial_faults
 
 _LEFT_OUT = ("worker", "packages")
 """Of the provenance: fields that are large and say nothing of what changed."""
@@ -90,8 +90,8 @@ def _night(run: Run, metric: str | None) -> Night:
 def _points(run: Run, metric: str | None) -> Iterator[Point]:
     if run.manifest.sides or is_mixed(run):
         return
-    study, groups = read_study(run), series_of(run.records)
-    whole = say_broken(run.manifest.run, tuple(newer_faults(run))) or standing_of(run, study).broken
+    study, groups = read_study(run), group_trials(run.records)
+    whole = say_broken(run.manifest.run, tuple(newer_faults(run))) or run_validity(run, study).broken
     for values in estimate_rows(run, study, metric):
         row = dict(zip(names_of("estimates"), values, strict=True))
         if row["role"] != "variant":

@@ -25,7 +25,7 @@ _REMOVED = ".removed-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class PruneDecision:
     """A run that goes, or that stays for a reason."""
 
     run: str
@@ -41,8 +41,8 @@ class Candidate:
 class Choice:
     """What becomes of the runs of a folder."""
 
-    going: tuple[Candidate, ...]
-    staying: tuple[Candidate, ...]
+    going: tuple[PruneDecision, ...]
+    staying: tuple[PruneDecision, ...]
     """What would go, but for a reason."""
     kept: int
     """Runs that nobody asked to remove."""
@@ -82,8 +82,8 @@ def choose(
     """
     accepted = _accepted(runs)
     now = time.time() if now_unix_s is None else now_unix_s
-    unknown: list[Candidate] = []
-    known: list[Candidate] = []
+    unknown: list[PruneDecision] = []
+    known: list[PruneDecision] = []
     for path in store.list_runs(runs):
         try:
             manifest = store.read_manifest(path)
@@ -96,7 +96,7 @@ def choose(
         one = _candidate(path, study=study, created=manifest.created_unix_s, why=why)
         known += [one] if store.is_run(path) else []
     seen: Counter[str] = Counter()
-    asked: list[Candidate] = []
+    asked: list[PruneDecision] = []
     for one in sorted(known, key=lambda one: -one.created_unix_s):
         seen[one.study] += 1
         if (keep is None or seen[one.study] > keep) and (older_s is None or now - one.created_unix_s > older_s):
@@ -111,9 +111,9 @@ def choose(
     return Choice(going=going, staying=staying, kept=len(known) - len(asked))
 
 
-def _candidate(path: Path, *, study: str = "", created: float = 0.0, why: str = "") -> Candidate:
+def _candidate(path: Path, *, study: str = "", created: float = 0.0, why: str = "") -> PruneDecision:
     size = size_of(path)
-    return Candidate(run=path.name, path=str(path), study=study, created_unix_s=created, size_bytes=size, why=why)
+    return PruneDecision(run=path.name, path=str(path), study=study, created_unix_s=created, size_bytes=size, why=why)
 
 
 def _accepted(runs: Path) -> set[str]:
@@ -129,7 +129,7 @@ def _why_it_stays(path: Path, manifest: Manifest, accepted: Collection[str]) -> 
     return "it is a link to a run that lies elsewhere" if path.is_symlink() else ""
 
 
-def remove(runs: Path, going: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+def remove(runs: Path, going: Sequence[PruneDecision]) -> tuple[tuple[PruneDecision, ...], tuple[PruneDecision, ...]]:
     """Remove runs, and what an earlier removal that was killed has left.
 
     A run is moved into a folder of its own name first, so that it is there as a whole or not at all.
@@ -145,8 +145,8 @@ def remove(runs: Path, going: Sequence[Candidate]) -> tuple[tuple[Candidate, ...
     for path in _left_behind(runs):
         with contextlib.suppress(OSError):
             _delete(path)
-    gone: list[Candidate] = []
-    refused: list[Candidate] = []
+    gone: list[PruneDecision] = []
+    refused: list[PruneDecision] = []
     for one in going:
         moved = None
         try:

@@ -17,9 +17,9 @@ from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.compare_pairs import default_limits
-from lorameter.verdicts.comparison_report import Compared
-from lorameter.verdicts.series import Series, series_of
-from lorameter.verdicts.run_validity import discounted, ratios_of, standing_of
+from lorameter.verdicts.comparison_report import ComparisonRow
+from lorameter.verdicts.series import Series, group_trials
+from lorameter.verdicts.run_validity import discounted, ratios_of, run_validity
 
 _ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
 """Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
@@ -90,7 +90,7 @@ def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator
     """A row for each metric and kind of memory that a variant has; only for `metric` where that is given."""
     about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
     for side in _SIDES if run.manifest.sides else ("",):
-        for (variant, role), series in series_of(run.records, side).items():
+        for (variant, role), series in group_trials(run.records, side).items():
             head = (*about, variant, settings.id_of(series.records[0]), role, side or None)
             tail = settings.of(series.records)
             for name in METRICS if metric is None else METRICS.keys() & {metric}:
@@ -123,18 +123,18 @@ def _memory(head: Values, series: Series, metric: str | None) -> Iterator[Values
 def comparison_rows(run: Run, study: Study) -> Iterator[Values]:
     """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too. In
     an invalid run each verdict is `invalid`, with the reason; in an A/B those of the variants that are."""
-    name, stands = run.manifest.run, standing_of(run, study)
+    name, stands = run.manifest.run, run_validity(run, study)
     if run.manifest.sides:
         report = report_of(run)
         for compared in report.comparisons:
             yield _judged(name, compared.variant, "variant", (report.base, report.candidate), compared)
-        twin = next((one for one, role in series_of(run.records, "base") if role == "control"), "")
+        twin = next((one for one, role in group_trials(run.records, "base") if role == "control"), "")
         for phase, control in stands.controls.items():
             if control is not None:
                 both, found = (report.base, report.base), discounted(control, stands.broken)
                 yield _compared(name, twin, "control", both, PRIMARY[phase], found, run, side="base")
         return
-    groups = series_of(run.records)
+    groups = group_trials(run.records)
     for phase, metric in stands.primary.items():
         control = stands.controls[phase]
         for variant, ratio in ratios_of(groups, study, metric, control).items():
@@ -158,8 +158,8 @@ def _compared(
     side: Side = "",
 ) -> Values:
     limits = default_limits(variant, metric)
-    series = series_of(run.records, side).get((variant, role))
-    compared = Compared(
+    series = group_trials(run.records, side).get((variant, role))
+    compared = ComparisonRow(
         variant=variant,
         metric=metric,
         comparison=found,
@@ -170,7 +170,7 @@ def _compared(
     return _judged(name, variant, role, sides, compared)
 
 
-def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compared: Compared) -> Values:
+def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compared: ComparisonRow) -> Values:
     found = compared.comparison
     return (
         name, variant, role, *sides, compared.metric, found.ratio, found.low, found.high, found.verdict, found.reason,

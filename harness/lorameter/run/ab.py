@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.machine.provenance import Facts, Machine
+from lorameter.machine.provenance import MachineFacts, Machine
 from lorameter.models.catalogue import RANDOM_PREFIX
 from lorameter.records import codec, bounded_io
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
-from lorameter.run.arms import CONTROL_SUFFIX, Contender, sides_of
+from lorameter.run.arms import CONTROL_SUFFIX, Arm, sides_of
 from lorameter.run.display import Display
 from lorameter.run.executors import open_executor
 from lorameter.run.executors.redacted_requirements import asked_again
@@ -32,13 +32,13 @@ from lorameter.run.executors.script_sandbox import check_side
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import most_of, together_bytes
 from lorameter.run.interleaving import fits
-from lorameter.run.measure import Arm, executor_of, measure
+from lorameter.run.measure import ArmExecutor, executor_of, measure
 from lorameter.run.plan import Plan, make_plan
 from lorameter.run.memory_probe import REHEARSED
 from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
 from lorameter.run.sites.sides import open_as, write_sides
-from lorameter.run.sites.placement import Venue
-from lorameter.run.interrupts import Stops
+from lorameter.run.sites.placement import Placement
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.studies.data_source import make_absolute
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
@@ -104,7 +104,7 @@ def measure_ab(
     display: Display,
     notices: tuple[Notice, ...] = (),
     policy: Mapping[str, Any] | None = None,
-    venue: Venue | None = None,
+    venue: Placement | None = None,
 ) -> Run:
     """Make both sides ready, measure, and take them down.
 
@@ -129,7 +129,7 @@ def measure_ab(
         if plan.study.of_scripts and any(side.kind != "revision" for side in sides.values()):
             for contender in plan.contenders:
                 check_side(contender.variant)
-        arms: list[Arm] = []
+        arms: list[ArmExecutor] = []
         for name, side in sides.items():
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
             rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
@@ -138,9 +138,9 @@ def measure_ab(
         return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, venue=venue)
 
 
-def arms_of_commands(plan: Plan) -> list[Arm]:
+def arms_of_commands(plan: Plan) -> list[ArmExecutor]:
     """The sides of an A/B of two commands: nothing but the command differs between them."""
-    arms: list[Arm] = []
+    arms: list[ArmExecutor] = []
     for name in SIDES:
         command = next(one.variant.command for one in plan.contenders if one.side == name)
         about = {"spec": command, "kind": SIDE, "label": command, INJECTED: 0}
@@ -149,7 +149,7 @@ def arms_of_commands(plan: Plan) -> list[Arm]:
 
 
 def resume_ab(
-    run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, venue: Venue | None = None
+    run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, venue: Placement | None = None
 ) -> Run:
     """Go on with an A/B that broke off: its sides are put up again as they were, and only what is missing is measured.
 
@@ -184,7 +184,7 @@ def resume_ab(
         kind, arms = executor_of(plan.study), []
         for name, side in sides.items():
             arms += arms_of(name, side.host, side.declared, {**before[name], "spec": side.spec}, kind)
-        check: Callable[[Mapping[str, Facts]], object] = partial(_check_same, run)
+        check: Callable[[Mapping[str, MachineFacts]], object] = partial(_check_same, run)
         if venue is None or not venue.stations:  # else they say what is on their sides when these are put up
             check({arm.name: arm.executor.facts() for arm in arms if arm.name == arm.side})
             check = _believe
@@ -196,13 +196,13 @@ def resume_ab(
 
 @contextlib.contextmanager
 def _open_sides(
-    specs: Mapping[Side, str], repository: Path, cache: Path, venue: Venue | None
+    specs: Mapping[Side, str], repository: Path, cache: Path, venue: Placement | None
 ) -> Iterator[dict[Side, OpenSide]]:
     """Both sides, made ready; taken down at the end, whatever that is. Other machines put them up for themselves."""
     if venue is not None and venue.stations:
         yield {one.side: open_as(one) for one in write_sides(specs, repository, venue.said)}
         return
-    with Stops() as stops, contextlib.ExitStack() as stack:
+    with InterruptHandler() as stops, contextlib.ExitStack() as stack:
         sides: dict[Side, OpenSide] = {}
         for name, spec in specs.items():
             with stops.interruptible():
@@ -219,11 +219,11 @@ def _spec_again(whose: str, side: Mapping[str, Any]) -> str:
     return asked_again(whose, side["spec"]) if side["kind"] == "requirements" else str(side["spec"])
 
 
-def _believe(facts: Mapping[str, Facts]) -> None:
+def _believe(facts: Mapping[str, MachineFacts]) -> None:
     """What was checked before."""
 
 
-def _check_same(run: Run, facts: Mapping[str, Facts]) -> None:
+def _check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
     """Raises `UsageError` where a side, or the machine, is not what it was; `facts` are by side."""
     for name in SIDES:
         _check_unchanged(run, name, facts[name].host or {})
@@ -260,11 +260,11 @@ def arms_of(
     declared: tuple[str, ...],
     about: Mapping[str, Any],
     kind: str | None = None,
-) -> list[Arm]:
-    """Where one side is measured; the base has a second executor for its control (see `Arm` for the reason)."""
+) -> list[ArmExecutor]:
+    """Where one side is measured; the base has a second executor for its control (see `ArmExecutor` for the reason)."""
     names = [side, CONTROL_SUFFIX] if side == "base" else [side]
     return [
-        Arm(
+        ArmExecutor(
             name=name,
             side=side,
             executor=open_executor(kind, host=host, label=name),
@@ -276,7 +276,7 @@ def arms_of(
     ]
 
 
-def arms_of_present(injected_rows: int) -> list[Arm]:
+def arms_of_present(injected_rows: int) -> list[ArmExecutor]:
     """Both sides of a calibration: the present interpreter, and the same with extra work in the adapters."""
     same = {"spec": "", "kind": PRESENT, "label": "the present interpreter", INJECTED: 0}
     slowed = same | {"label": f"the same with {injected_rows} rows of extra work", INJECTED: injected_rows}
@@ -284,7 +284,7 @@ def arms_of_present(injected_rows: int) -> list[Arm]:
 
 
 def _level(
-    contenders: Sequence[Contender], study: Study, machine: Machine, free: int | None, runs: Path | None
+    contenders: Sequence[Arm], study: Study, machine: Machine, free: int | None, runs: Path | None
 ) -> tuple[Interleaving, str, bool]:
     """Lockstep if three live processes of the largest variant fit; and whether a rehearsal is to show that."""
     variants = {one.variant.id: one.variant for one in contenders}.values()

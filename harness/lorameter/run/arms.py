@@ -24,7 +24,7 @@ CONTROL_SUFFIX = "control"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
+class Arm:
     """Who has one trial in each replicate."""
 
     variant: Variant
@@ -50,7 +50,7 @@ class Contender:
 
 def contenders_of(
     study: Study, select: Sequence[str] = (), own_workloads: Mapping[str, Workload] | None = None
-) -> tuple[Contender, ...]:
+) -> tuple[Arm, ...]:
     """The variants to measure and the control; the reference stays in whatever is selected.
 
     Args:
@@ -67,8 +67,8 @@ def contenders_of(
     chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
     chosen.add(study.reference)
 
-    def contender(variant: Variant, role: Role = "variant") -> Contender:
-        return Contender(variant=variant, role=role, workload=own.get(variant.name, study.workload))
+    def contender(variant: Variant, role: Role = "variant") -> Arm:
+        return Arm(variant=variant, role=role, workload=own.get(variant.name, study.workload))
 
     measured = [contender(variant) for variant in study.variants if variant.name in chosen]
     return (*measured, contender(study.variant(study.reference), "control"))
@@ -76,13 +76,13 @@ def contenders_of(
 
 def sides_of(
     study: Study, variants: Sequence[Variant], *, injected_rows: int = 0, command: str = ""
-) -> tuple[Contender, ...]:
+) -> tuple[Arm, ...]:
     """Each variant on both sides, and one of them on the base once more; `command` is the candidate's in place of the
     variants' own, where two scripts are the sides."""
     controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
-    found: list[Contender] = []
+    found: list[Arm] = []
     for variant in variants:
-        base = Contender(variant=variant, side="base", workload=study.workload)
+        base = Arm(variant=variant, side="base", workload=study.workload)
         other = dataclasses.replace(variant, command=command) if command else variant
         found += [base, dataclasses.replace(base, side="candidate", variant=other, injected_rows=injected_rows)]
         found += [dataclasses.replace(base, role="control")] if variant is controlled else []
@@ -101,12 +101,12 @@ def _check_own(study: Study, own: Mapping[str, Workload]) -> None:
             )
 
 
-def variants_of(contenders: Iterable[Contender]) -> tuple[Variant, ...]:
+def variants_of(contenders: Iterable[Arm]) -> tuple[Variant, ...]:
     """The variants that contend, each once."""
     return tuple({contender.variant.name: contender.variant for contender in contenders}.values())
 
 
-def workloads_of(study: Study, contenders: Iterable[Contender]) -> tuple[Workload, ...]:
+def workloads_of(study: Study, contenders: Iterable[Arm]) -> tuple[Workload, ...]:
     """What contenders are measured on, each once, the study's first."""
     return tuple(dict.fromkeys((study.workload, *(contender.workload for contender in contenders))))
 

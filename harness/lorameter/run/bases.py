@@ -19,7 +19,7 @@ from lorameter.models.bases import prune
 from lorameter.records.worker_info import BaseSummary
 from lorameter.records.record import Notice
 from lorameter.records.units import format_duration
-from lorameter.run.group_runner import Watcher
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.executors import Executor, WorkerLostError
 from lorameter.run.plan import Plan, Slot
 from lorameter.studies.request import BaseKey, BaseRequest, base_key, base_words
@@ -37,7 +37,7 @@ class Bases:
     notices: tuple[Notice, ...] = ()
 
 
-def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, watcher: Watcher) -> Bases:
+def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, watcher: ProgressListener) -> Bases:
     """Have each executor of a plan prepare the bases of its trials.
 
     Raises:

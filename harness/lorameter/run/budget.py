@@ -24,15 +24,15 @@ from lorameter.errors import UsageError
 from lorameter.records.units import format_duration
 from lorameter.run.costs import BEFORE, LEAST_ROUNDS, PREPARING, ROUND_KINDS, Work, name_of, work_in
 from lorameter.run.plan import Group, Plan
-from lorameter.run.thinning import SOUGHT_REPLICATES, may_leave_out, parts_in, thinned
-from lorameter.run.timekeeper import Timekeeper
+from lorameter.run.thinning import SOUGHT_REPLICATES, may_leave_out, parts_in, reduce_to_fit
+from lorameter.run.timekeeper import TimeLedger
 from lorameter.studies.command import RoundKind
 from lorameter.studies.study import Study
 
 T = TypeVar("T")
-LATE_SHARE = 0.1
+OVERRUN_TOLERANCE = 0.1
 """A limit is kept within this share of it."""
-GRACE_SHARE = 0.05
+OVERRUN_TOLERANCE_FOR_FIVE = 0.05
 """The share of a limit by which a replicate may be late without which there would be too few for an interval."""
 ROUNDED_SHARE = 0.02
 """The share of a limit by which a round may be late of which more than half fits."""
@@ -45,11 +45,11 @@ FULL_TURNS = 4
 for more than steps, and where so many of one do not fit a replicate leaves out what it can do without."""
 
 
-class TooShortError(UsageError):
+class TimeLimitTooShortError(UsageError):
     """A limit that not one replicate keeps."""
 
 
-class Budget(Timekeeper):
+class Budget(TimeLedger):
     """The clock of one invocation and what it has seen. `limit_s` None: no limit, every round is measured.
 
     `replicates` are those that are planned; `cold_s` is how long a cold start may be expected to take, where that is
@@ -95,7 +95,7 @@ class Budget(Timekeeper):
     def grace_s(self) -> float:
         """By how much a replicate may be late that is needed for an interval."""
         needed = self._limit_s is not None and self._left > 1
-        return GRACE_SHARE * (self._limit_s or 0.0) if needed else 0.0
+        return OVERRUN_TOLERANCE_FOR_FIVE * (self._limit_s or 0.0) if needed else 0.0
 
     def beside(self, replicates: int) -> Budget:
         """One from now on for a site that measures so many of the replicates while others measure theirs: it may take
@@ -182,12 +182,12 @@ class Budget(Timekeeper):
         before = sum(self.costs.of_gap(what, self._group) for what, one in BEFORE.items() if one == kind)
         least = work_in(plan.study, [self._group], most=LEAST_ROUNDS)[kind]
         needed_s = before + self.costs.of_work({kind: least}) + self.costs.of_colds([self._group, *self._later_groups])
-        return needed_s <= self.left_s + LATE_SHARE * self._limit_s
+        return needed_s <= self.left_s + OVERRUN_TOLERANCE * self._limit_s
 
     def _thinned(
         self, plan: Plan, groups: Sequence[Group], fits: Callable[[Sequence[Group]], bool]
     ) -> tuple[Group, ...]:
-        return thinned(plan, groups, fits, peaks_live=self.peaks_live)
+        return reduce_to_fit(plan, groups, fits, peaks_live=self.peaks_live)
 
     def affords(self, plan: Plan, group: Group) -> bool:
         """Whether a group of solo trials fits beside the replicates that are sought; where it may be left out."""
@@ -221,8 +221,8 @@ class Budget(Timekeeper):
         done_s = self.costs.of_gap(PREPARING, least[0])
         trials = sum(len(group.slots) for group in least)
         needed_s = self.spent_s + ahead_s + (self.least_s(plan.study, least) or 0.0) - done_s
-        if needed_s > (1 + LATE_SHARE) * self._limit_s:
-            raise TooShortError(
+        if needed_s > (1 + OVERRUN_TOLERANCE) * self._limit_s:
+            raise TimeLimitTooShortError(
                 f"max_minutes = {self._limit_s / 60:g}: by the first steps of this run a replicate of {trials} trials "
                 f"takes {format_duration(needed_s)} at least, so not even one fits. Give {math.ceil(needed_s / 60)} "
                 "minutes or more, fewer variants (--variant) or a smaller model."

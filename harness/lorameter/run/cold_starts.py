@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Measure
-from lorameter.run.arms import Contender
+from lorameter.run.arms import Arm
 from lorameter.studies.study import Study
 
 COLD_REPLICATES = 3
 """The fewest that give an interval worth the name."""
 
 
-def cold_replicates(study: Study, contenders: Sequence[Contender]) -> int:
+def cold_replicates(study: Study, contenders: Sequence[Arm]) -> int:
     """How many replicates measure cold starts. One reads, converts and quantises a model for seconds of measuring, so
     no more are made than their interval needs: all where it is asked for (two sides, a precision, a claim), else three,
     and one, without an interval, where minutes are limited."""
@@ -27,13 +27,13 @@ def cold_replicates(study: Study, contenders: Sequence[Contender]) -> int:
     return 1 if protocol.max_minutes is not None else COLD_REPLICATES
 
 
-def own_measures(contender: Contender, measures: tuple[Measure, ...], cold: int) -> tuple[Measure, ...]:
+def own_measures(contender: Arm, measures: tuple[Measure, ...], cold: int) -> tuple[Measure, ...]:
     """What one of them measures: a control tells what the difference of nothing looks like, and one cold start of each
     has no interval to tell it by. Both sides of a comparison have all they are asked for."""
     whole = contender.role == "variant" or contender.side or cold > 1
     return tuple(one for one in measures if one != "cold" or whole)
 
 
-def takes_turns_first(study: Study, contenders: Sequence[Contender]) -> bool:
+def takes_turns_first(study: Study, contenders: Sequence[Arm]) -> bool:
     """Whether cold starts are of the trials that took turns: where minutes are limited solo ones may be left out."""
     return study.protocol.max_minutes is not None and not any(one.side for one in contenders)

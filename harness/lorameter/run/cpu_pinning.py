@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from lorameter.machine.affinity import times_of
-from lorameter.run.executors import SeatedWorker
+from lorameter.machine.affinity import benchmark_cpus
+from lorameter.run.executors import PinnableWorker
 
 LOOK_EVERY_S = 4.0
 """CPUs are looked at no more often: it takes some hundredths of a second, and rounds may be shorter than that."""
@@ -22,7 +22,7 @@ SLOWER_SHARE = 0.03
 """By how much a CPU must be slower than another to be left for it."""
 
 
-class Seats:
+class CpuPinning:
     """Of the workers of a group, while they are timed; a context, at whose end they stand."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Seats:
         workers: Iterable[object],
         number: int,
         *,
-        look: Callable[[Collection[int]], Mapping[int, float]] = times_of,
+        look: Callable[[Collection[int]], Mapping[int, float]] = benchmark_cpus,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`number` says whose turn it is among the CPUs that all workers have, counted round."""
@@ -40,7 +40,7 @@ class Seats:
         self._cpu: int | None = None
         self._looked_s = float("-inf")
 
-    def __enter__(self) -> Seats:
+    def __enter__(self) -> CpuPinning:
         shared = [set(worker.cpus()) for worker in self._workers]
         self._cpus = tuple(sorted(set.intersection(*shared))) if len(shared) > 1 else ()
         return self
@@ -72,7 +72,7 @@ class Seats:
         return own if took.get(own, float("inf")) <= (1 + SLOWER_SHARE) * took[fastest] else fastest
 
 
-def _all_seated(workers: list[object]) -> list[SeatedWorker]:
+def _all_seated(workers: list[object]) -> list[PinnableWorker]:
     """All of them, or none where one cannot be told: those that are compared are treated alike."""
-    seated = [worker for worker in workers if isinstance(worker, SeatedWorker)]
+    seated = [worker for worker in workers if isinstance(worker, PinnableWorker)]
     return seated if len(seated) == len(workers) else []

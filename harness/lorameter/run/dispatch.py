@@ -9,30 +9,30 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
-from lorameter.records.record import Fragment
-from lorameter.records.os_errors import REFUSED, RefusedError
-from lorameter.run.executors import LaneWorker, Worker, WorkerLostError
-from lorameter.run.parallel import Errand, walk
+from lorameter.records.record import PartialRecord
+from lorameter.records.os_errors import REFUSED, SystemLimitError
+from lorameter.run.executors import AsyncWorker, Worker, WorkerLostError
+from lorameter.run.parallel import WorkerTasks, walk
 from lorameter.run.plan import Slot
-from lorameter.run.group_records import Sheet
+from lorameter.run.group_records import GroupRecords
 from lorameter.studies.command import COMMANDS, ROUNDS
 
 Arguments = Mapping[str, Mapping[str, Any]]
 """Of commands, by their words."""
 
 
-class Told(Protocol):
+class PhaseListener(Protocol):
     """Is told what is going on, between turns; must return quickly."""
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """A trial enters a phase."""
 
 
-class Asking:
+class Dispatcher:
     """Asks the workers of a group's trials."""
 
     def __init__(
-        self, sheet: Sheet, watcher: Told, clock: Callable[[], float], *, lanes: int, timeout_s: float
+        self, sheet: GroupRecords, watcher: PhaseListener, clock: Callable[[], float], *, lanes: int, timeout_s: float
     ) -> None:
         """`lanes` are the processes that may be at work at once where nothing is timed."""
         self.workers: dict[str, Worker] = {}
@@ -80,49 +80,49 @@ class Asking:
             hosted.setdefault(id(self.workers[trial]), []).append(trial)
         begun: dict[str, float] = {}
 
-        def begin(errand: Errand, word: str, trial: str) -> bool:
+        def begin(errand: WorkerTasks, word: str, trial: str) -> bool:
             measure, slot = COMMANDS[word].measure, self._sheet.slots[trial]
             if not self._sheet.is_ok(trial) or (measure is not None and measure not in slot.measures):
                 return False
             self._watcher.trial_phase(slot, word)
             begun[trial] = self._clock()
             own = self.own.get((trial, word), {})
-            cast(LaneWorker, errand.worker).send(word, trial, **arguments.get(word, {}), **own)
+            cast(AsyncWorker, errand.worker).send(word, trial, **arguments.get(word, {}), **own)
             return True
 
-        def end(errand: Errand, word: str, trial: str) -> None:
-            worker = cast(LaneWorker, errand.worker)
+        def end(errand: WorkerTasks, word: str, trial: str) -> None:
+            worker = cast(AsyncWorker, errand.worker)
             self._take(trial, lambda: worker.receive(word, self._timeout_s))
             seconds = self._clock() - begun[trial]
             busy[word] += seconds
             self._busy_s[trial] = self._busy_s.get(trial, 0.0) + seconds
 
         errands = [
-            Errand(self.workers[trials[0]], deque((word, trial) for word in words for trial in trials))
+            WorkerTasks(self.workers[trials[0]], deque((word, trial) for word in words for trial in trials))
             for trials in hosted.values()
         ]
 
-        def order(errand: Errand) -> tuple[bool, float]:
+        def order(errand: WorkerTasks) -> tuple[bool, float]:
             trials = hosted[id(errand.worker)]
             return self.first.isdisjoint(trials), -sum(self._busy_s.get(trial, 0.0) for trial in trials)
 
         errands.sort(key=order)
         walk(errands, lanes=self._lanes, begin=begin, end=end, timeout_s=self._timeout_s)
 
-    def _take(self, trial: str, answer: Callable[[], Fragment], turn: int | None = None) -> None:
+    def _take(self, trial: str, answer: Callable[[], PartialRecord], turn: int | None = None) -> None:
         try:
             fragment = answer()
         except WorkerLostError as lost:
             worker = self.workers[trial]
             for other, host in self.workers.items():
                 if host is worker and self._sheet.is_ok(other):
-                    self._sheet.add(other, Fragment().failed(lost.status, lost.failure))
+                    self._sheet.add(other, PartialRecord().failed(lost.status, lost.failure))
             return
         self._sheet.add(trial, fragment, turn=turn)
         raise_refused(trial, fragment)
 
 
-def raise_refused(trial: str, fragment: Fragment) -> None:
+def raise_refused(trial: str, fragment: PartialRecord) -> None:
     """What the system refuses to this trial it would refuse to the next ones, and none of them is to blame."""
     if fragment.failure is not None and fragment.failure.kind == REFUSED:
-        raise RefusedError(f"{trial} in {fragment.failure.phase}: {fragment.failure.message}")
+        raise SystemLimitError(f"{trial} in {fragment.failure.phase}: {fragment.failure.message}")

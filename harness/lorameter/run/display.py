@@ -9,12 +9,12 @@ from typing import Protocol
 
 from lorameter.errors import redact
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.run.group_runner import Watcher
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan, Slot
-from kernels_check.terminal import tell
+from kernels_check.terminal import print_stderr
 
 
-class Display(Watcher, Protocol):
+class Display(ProgressListener, Protocol):
     """Shows a run under way."""
 
     def starting(self, plan: Plan, run_id: str) -> None:
@@ -63,4 +63,4 @@ class Shielded:
         except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
             self._display = None
             with contextlib.suppress(OSError, ValueError):
-                tell(redact(traceback.format_exc().rstrip("\n")))
+                print_stderr(redact(traceback.format_exc().rstrip("\n")))

@@ -20,14 +20,14 @@ from lorameter.models.costs.peaks import stated_peak
 from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
-from lorameter.run.arms import Contender, contenders_of, workloads_of
+from lorameter.run.arms import Arm, contenders_of, workloads_of
 from lorameter.run.executors.script_sandbox import shared_notices
 from lorameter.run.check_multi_adapter import check_adapters
 from lorameter.run.check_multi_rank import check_ranks, rank_notices
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.records import look_into
+from lorameter.trial.data.records import describe_data
 
 NOT_HERE = "needs-gpu"
 """Code of the notice of a plan that is only shown: its engine needs another device than there is."""
@@ -38,7 +38,7 @@ NF4_BLOCK = 64
 def check_feasible(
     study: Study,
     machine: Machine,
-    contenders: Sequence[Contender] = (),
+    contenders: Sequence[Arm] = (),
     *,
     free_bytes: int | None = None,
     phases: Sequence[str] = (),
@@ -70,7 +70,7 @@ def check_feasible(
     shape_of = {model: shapes.shape(source) for model, source in sources.items()}
     for workload in workloads_of(study, contenders):
         _check_lengths(study.name, workload, shape_of[workload.model])
-    look_into(study.workload)
+    describe_data(study.workload)
     _check_requirements(study)
     if elsewhere:
         return elsewhere

@@ -27,7 +27,7 @@ from lorameter.models.costs.memory import (
 from lorameter.models.shapes import ModelShape, linear_widths, unknown_layers
 from lorameter.records import codec, store
 from lorameter.records.durations import measuring_time_s
-from lorameter.records.metrics import BIRTH
+from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.units import format_duration
 from lorameter.run.plan import Group, Plan
 from lorameter.run.check_multi_rank import processes_on_device
@@ -237,7 +237,7 @@ def _measured_process(machine: Machine, runs: Path) -> int | None:
         found = run.manifest.provenance
         there = found.get("libraries") or {}
         if found.get("device_name") == machine.device_name and libraries.items() <= there.items():
-            births = [record.memory[BIRTH] for record in run.records if BIRTH in record.memory]
+            births = [record.memory[RSS_AT_START] for record in run.records if RSS_AT_START in record.memory]
             if births:
                 return max(births)
     return None

@@ -14,8 +14,8 @@ from typing import Literal
 from lorameter.run.budget import Budget
 from lorameter.run.costs import HELD_OUT, MERGING, PREPARING, SERVING
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.group_records import Sheet
-from lorameter.run.trial_setup import Site
+from lorameter.run.group_records import GroupRecords
+from lorameter.run.trial_setup import RunContext
 from lorameter.stats import steady_together
 
 PROFILED_STEPS = 4
@@ -31,10 +31,10 @@ REQUEST = {"requests": "foreseen_request_time_s", "merged": "foreseen_merged_req
 WARM, CAUGHT_UP = "warmup_step_time_s", "catch_up_loss"
 
 
-class Foresight:
+class ReplicateCostEstimate:
     """Of one group; tells the budget."""
 
-    def __init__(self, plan: Plan, group: Group, later: Sequence[Group], budget: Budget, site: Site) -> None:
+    def __init__(self, plan: Plan, group: Group, later: Sequence[Group], budget: Budget, site: RunContext) -> None:
         self._plan, self._group, self._later = plan, group, later
         self._budget, self._lanes, self._on_cpu = budget, site.lanes, site.device == "cpu"
         self._trials = len(group.slots)
@@ -58,7 +58,7 @@ class Foresight:
         of any where somebody may find out what is the base's."""
         return self._group.replicate == 0 or not self._budget.costs.has_seen("steps")
 
-    def built(self, sheet: Sheet, building_s: float) -> None:
+    def built(self, sheet: GroupRecords, building_s: float) -> None:
         """Its processes have taken their first step.
 
         Raises:
@@ -79,13 +79,13 @@ class Foresight:
         self._budget.require_fit(self._plan, groups, ahead_s=(sum(steps) + WARM_STEPS * len(slots)) * beside_s)
         self._budget.judge_tightness(self._plan, groups, self._budget.replicates)
 
-    def warmed(self, sheet: Sheet, took_s: Mapping[str, float], *, shared: bool) -> None:
+    def warmed(self, sheet: GroupRecords, took_s: Mapping[str, float], *, shared: bool) -> None:
         """They are about to be timed. `shared` says that their warm-up was as long as an earlier replicate had told."""
         last = [times[-1] for trial in sheet.live() if (times := sheet.records[trial].samples.get(WARM))]
         self._step_s = sum(last) / len(last) if last else 0.0
         if not self._step_s:
             return
-        counts = warm_ups(sheet)
+        counts = warmup_lengths(sheet)
         if counts and not shared:
             known = self._budget.warm_up_steps or 1  # of the trials before these, where each is a group of its own
             self._budget.warm_up_steps = max(known, steady_together(_times(sheet)))
@@ -104,17 +104,17 @@ class Foresight:
         elif any(slot.instrument == "profile" for slot in self._group.slots):
             self._budget.pay_once(max(0.0, took_s["verify"] - SPIED_STEPS * beside_s * len(sheet.live())))
 
-    def served(self, sheet: Sheet, kind: Literal["requests", "merged"]) -> None:
+    def served(self, sheet: GroupRecords, kind: Literal["requests", "merged"]) -> None:
         """They have answered a request of two tokens, which says what a whole one takes."""
         records = (sheet.records[trial] for trial in sheet.live(kind))
         foreseen = [one for record in records if (one := record.values.get(REQUEST[kind]))]
         if foreseen:
             self._budget.expect(kind, sum(foreseen) / len(foreseen))
 
-    def ended(self, sheet: Sheet, finishing_s: float) -> None:
+    def ended(self, sheet: GroupRecords, finishing_s: float) -> None:
         """Their training has ended, by the steps with which shorter warm-ups are caught up and, if it was taken, the
         held-out loss. Those steps come only where trials find out themselves how long theirs need be."""
-        counts, taken = warm_ups(sheet), [len(record.samples.get(CAUGHT_UP, ())) for record in sheet.records.values()]
+        counts, taken = warmup_lengths(sheet), [len(record.samples.get(CAUGHT_UP, ())) for record in sheet.records.values()]
         caught_up_s = min(finishing_s, sum(taken) * self._step_s / self._lanes)
         if self._group.held_out and counts:
             self._budget.note_apart(HELD_OUT, self._group, finishing_s - caught_up_s)
@@ -136,10 +136,10 @@ class Foresight:
         return (tuple(drawn.sample(order, len(order))) for _ in iter(int, 1))
 
 
-def warm_ups(sheet: Sheet) -> list[int]:
+def warmup_lengths(sheet: GroupRecords) -> list[int]:
     """How many steps it took each trial to warm up."""
     return [len(times) for times in _times(sheet)]
 
 
-def _times(sheet: Sheet) -> list[tuple[float, ...]]:
+def _times(sheet: GroupRecords) -> list[tuple[float, ...]]:
     return [sheet.records[trial].samples.get(WARM, ()) for trial in sheet.live("steps")]

@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lorameter.records.checkpoints import checkpoint_is_due
-from lorameter.records.validation import flaw_of
-from lorameter.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
+from lorameter.records.validation import validation_error
+from lorameter.records.record import UNDER_WAY, Failure, PartialRecord, Measure, Status, TrialRecord
 from lorameter.run.plan import Group, Slot
-from lorameter.run.trial_setup import Site, begin_record
+from lorameter.run.trial_setup import RunContext, begin_record
 
 
-class Sheet:
+class GroupRecords:
     """One record a trial of the group."""
 
     def __init__(
         self,
         group: Group,
-        site: Site,
+        site: RunContext,
         save: Callable[[TrialRecord], None],
         clock: Callable[[], float],
         attempt: int,
@@ -61,7 +61,7 @@ class Sheet:
             if self.is_ok(trial) and (measure is None or measure in self.slots[trial].measures)
         ]
 
-    def add(self, trial: str, fragment: Fragment, turn: int | None = None) -> None:
+    def add(self, trial: str, fragment: PartialRecord, turn: int | None = None) -> None:
         """What was added to a trial, by a turn of so many steps if it was one."""
         record = self.records[trial].merged(fragment)
         changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self.slots[trial].workload).tokens}
@@ -71,9 +71,9 @@ class Sheet:
         if turn is not None:
             changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
         record = record.replaced(**changes)
-        if flaw := flaw_of(record):  # no reader would take it, and with it the whole run
+        if flaw := validation_error(record):  # no reader would take it, and with it the whole run
             failure = Failure(phase="record", kind="Unreadable", message=flaw)
-            record = self.records[trial].merged(Fragment().failed("invalid", failure))
+            record = self.records[trial].merged(PartialRecord().failed("invalid", failure))
         self.records[trial] = record
 
     def break_off(self, kind: str, message: str) -> None:
@@ -81,7 +81,7 @@ class Sheet:
         for trial in self.live():
             if trial not in self.ended:
                 status: Status = "interrupted" if trial in self._begun else "not_run"
-                self.add(trial, Fragment().failed(status, Failure(phase="run", kind=kind, message=message)))
+                self.add(trial, PartialRecord().failed(status, Failure(phase="run", kind=kind, message=message)))
 
     def checkpoint(self, command: str) -> None:
         """Save what every trial has so far; nothing is timed between the commands of a round and those of the next.

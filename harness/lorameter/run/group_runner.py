@@ -11,31 +11,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 from lorameter.records import codec
-from lorameter.records.record import Failure, Fragment, TrialRecord
+from lorameter.records.record import Failure, PartialRecord, TrialRecord
 from lorameter.records.time_breakdown import Allocation
-from lorameter.run.dispatch import Asking, Told, raise_refused
+from lorameter.run.dispatch import Dispatcher, PhaseListener, raise_refused
 from lorameter.run.budget import Budget
 from lorameter.run.costs import COLD, MERGING, SERVING
 from lorameter.run.executors import Executor, Worker, WorkerLostError
 from lorameter.run.shared_checks import find_askers, told_by
-from lorameter.run.foresight import Foresight, warm_ups
+from lorameter.run.foresight import ReplicateCostEstimate, warmup_lengths
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.cpu_pinning import Seats
-from lorameter.run.group_records import Sheet
-from lorameter.run.trial_setup import Site, request_of
+from lorameter.run.cpu_pinning import CpuPinning
+from lorameter.run.group_records import GroupRecords
+from lorameter.run.trial_setup import RunContext, request_of
 from lorameter.run.thinning import Part, parts_in
 from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from lorameter.studies.request import TrialRequest
 
 
-class Watcher(Told, Protocol):
+class ProgressListener(PhaseListener, Protocol):
     """Is told what is going on, between turns; must return quickly."""
 
     def trial_ended(self, record: TrialRecord) -> None:
         """A trial has its record."""
 
 
-class Conductor:
+class GroupRunner:
     """One group: its workers are live together and take the turns that the plan says; `later` are the groups of its
     replicate that come after it."""
 
@@ -44,8 +44,8 @@ class Conductor:
         plan: Plan,
         group: Group,
         executors: Mapping[str, Executor],
-        site: Site,
-        watcher: Watcher,
+        site: RunContext,
+        watcher: ProgressListener,
         save: Callable[[TrialRecord], None],
         budget: Budget,
         attempt: int = 0,
@@ -57,14 +57,14 @@ class Conductor:
         self._site = site
         self._watcher = watcher
         self._budget = budget
-        self._sheet = Sheet(group, site, save, budget.clock, attempt)
+        self._sheet = GroupRecords(group, site, save, budget.clock, attempt)
         self._askers = find_askers(group.slots)
-        self._foresight = Foresight(plan, group, tuple(later), budget, site)
+        self._foresight = ReplicateCostEstimate(plan, group, tuple(later), budget, site)
         self.left_out: set[Part] = set()
         """What there was no time for after all."""
         self._requests: dict[str, TrialRequest] = {}
         timeout_s = plan.study.protocol.step_timeout_s
-        self._asking = Asking(self._sheet, watcher, budget.clock, lanes=site.lanes, timeout_s=timeout_s)
+        self._asking = Dispatcher(self._sheet, watcher, budget.clock, lanes=site.lanes, timeout_s=timeout_s)
         self._asking.first = frozenset(self._askers.values())
 
     def measure(self) -> None:
@@ -174,7 +174,7 @@ class Conductor:
             )
         timed = sheet.live("steps")
         for trial in timed:
-            sheet.add(trial, Fragment(values={"turns_wall_time_s": wall_time_s}))
+            sheet.add(trial, PartialRecord(values={"turns_wall_time_s": wall_time_s}))
         planned = max((sheet.slots[trial].contender.rounds_after_turns(protocol) for trial in timed), default=0)
         orders = tuple(self._group.turns[number % len(self._group.turns)] for number in range(planned))
         # In rounds as well: a command that trained for hours could neither be cut nor be told from one that hangs.
@@ -183,7 +183,7 @@ class Conductor:
         arguments: dict[str, Any] = {} if self._group.held_out else {"held_out": False}
         if timed and (self._shares_warm_up or taken != (len(self._group.turns) + planned) * protocol.steps_per_turn):
             # All after the same step, if not the planned one: that of the longest warm-up that there was so far.
-            longest = max(warm_ups(sheet), default=0)
+            longest = max(warmup_lengths(sheet), default=0)
             before = 1 + (longest if self._shares_warm_up else self._budget.settle_warm_up(longest))
             arguments["steps"] = before + taken
             if turns > len(self._group.turns):
@@ -207,7 +207,7 @@ class Conductor:
         sheet = self._sheet
         if rehearsal := self._plan.failed.get(launch[0].contender.name):  # of scripts, which have a process each
             trial = launch[0].trial
-            sheet.add(trial, Fragment(status=rehearsal.status, failure=rehearsal.failure))
+            sheet.add(trial, PartialRecord(status=rehearsal.status, failure=rehearsal.failure))
             sheet.records[trial] = sheet.records[trial].replaced(log=rehearsal.log)
             return
         sheet.begin(launch)
@@ -215,7 +215,7 @@ class Conductor:
             worker = self._executors[launch[0].arm].launch()
         except WorkerLostError as lost:
             for slot in launch:
-                sheet.add(slot.trial, Fragment().failed(lost.status, lost.failure))
+                sheet.add(slot.trial, PartialRecord().failed(lost.status, lost.failure))
             return
         except BaseException:  # there is no process, so these have not begun
             sheet.unbegin(launch)
@@ -223,7 +223,7 @@ class Conductor:
         log = launch[0].trial  # trials of one process print into one log
         for slot in launch:  # all of them before any is asked: should it die then, it is a row for each
             self._asking.workers[slot.trial] = worker
-            sheet.add(slot.trial, Fragment(values={"start_latency_s": worker.start_latency_s}))
+            sheet.add(slot.trial, PartialRecord(values={"start_latency_s": worker.start_latency_s}))
             sheet.records[slot.trial] = sheet.records[slot.trial].replaced(log=f"logs/{log}.log")
         for slot in launch:
             if not sheet.is_ok(slot.trial):
@@ -281,7 +281,7 @@ class Conductor:
             return len(rounds)
         taken = 0
         each = arguments.get("steps", 1)
-        with Seats(self._seated(command), self._group.replicate) as seats:
+        with CpuPinning(self._seated(command), self._group.replicate) as seats:
             for order in self._budget.rounds(kind, rounds, len(measuring), each=each, more=more):
                 seats.begin_round()
                 for trial in order:
@@ -295,7 +295,7 @@ class Conductor:
         if taken < len(rounds):
             counts = {f"{kind}_rounds": float(taken), f"{kind}_rounds_planned": float(len(rounds))}
             for trial in measuring:
-                self._sheet.add(trial, Fragment(values=counts))
+                self._sheet.add(trial, PartialRecord(values=counts))
         return taken
 
     def _seated(self, command: Command) -> list[Worker]:
@@ -304,11 +304,11 @@ class Conductor:
         seated = command.timed and self._site.device == "cpu" and single
         return list(dict.fromkeys(self._asking.workers.values())) if seated else []
 
-    def _cold(self, trial: str) -> Fragment:
+    def _cold(self, trial: str) -> PartialRecord:
         try:
             fragment = self._executors[self._sheet.slots[trial].arm].cold_start(self._requests[trial])
         except WorkerLostError as lost:
-            return Fragment().failed(lost.status, lost.failure)
+            return PartialRecord().failed(lost.status, lost.failure)
         if fragment.status != "ok":  # it says itself why it has no answer
             return fragment
         warm, cold = self._sheet.records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")

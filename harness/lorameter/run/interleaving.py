@@ -26,7 +26,7 @@ the next one, which waits for fewer new pages than by itself. Measured on a tiny
 time): r 16 with nobody beside it 1,250 and 53.3 ms, beside DoRA 0 and 47.0 ms, while DoRA took 76 ms either way."""
 
 
-def choose_level(
+def choose_interleaving(
     variants: Sequence[Variant],
     *,
     together_bytes: int | None,

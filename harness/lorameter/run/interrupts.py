@@ -33,7 +33,7 @@ class StopRequested(KeyboardInterrupt):
     """Somebody wants this process to end."""
 
 
-class Stops:
+class InterruptHandler:
     """While it is open it hears the signals in place of whoever heard them before. A stop that it heard and that no
     block took is raised at its end.
 
@@ -50,7 +50,7 @@ class Stops:
         """Whether the only stop so far was a first Ctrl-C that waits."""
         self._waiting = False
 
-    def __enter__(self) -> Stops:
+    def __enter__(self) -> InterruptHandler:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 before = signal.getsignal(number)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorameter.machine import provenance
-from lorameter.machine.provenance import Facts
+from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.manifest import SiteFacts
 from lorameter.records.worker_info import TokenSummary
@@ -25,7 +25,7 @@ def describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> di
 
 
 def describe_sites(
-    provenance_of_run: Mapping[str, Any], declared: Sequence[str], sites: Mapping[str, Facts]
+    provenance_of_run: Mapping[str, Any], declared: Sequence[str], sites: Mapping[str, MachineFacts]
 ) -> dict[str, SiteFacts]:
     """Of each site; `declared` are the fields in which the sides of an A/B are meant to differ."""
     return {

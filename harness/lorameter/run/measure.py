@@ -18,16 +18,16 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError
 from lorameter.machine import provenance
-from lorameter.machine.provenance import Facts, Machine
+from lorameter.machine.provenance import MachineFacts, Machine
 from lorameter.records import codec, store
 from lorameter.records.interference import append as append_beside
 from lorameter.records.metrics import PHASES
-from lorameter.records.worker_info import Hello
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.records.record import Notice, Side
-from lorameter.records.os_errors import say_refused
+from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.tempdirs import leaving_nothing
 from lorameter.records.store import Manifest, Run, RunWriter
-from lorameter.run.budget import Budget, TooShortError
+from lorameter.run.budget import Budget, TimeLimitTooShortError
 from lorameter.run.arms import contenders_of, variants_of, workloads_of
 from lorameter.run.display import Display, Shielded
 from lorameter.run.executors import SCRIPTS, Executor, open_executor
@@ -35,25 +35,25 @@ from lorameter.run.executors.disk import redact_logs
 from lorameter.run.executors.host import Host
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import together_bytes, total_of
-from lorameter.run.interleaving import choose_level
+from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.manifest import describe_sites, describe_tokens
 from lorameter.run.plan import Plan, make_plan
-from lorameter.run.prepare import get_ready
-from lorameter.run.memory_probe import REHEARSED, rehearse
+from lorameter.run.prepare import prepare_run
+from lorameter.run.memory_probe import REHEARSED, probe_memory
 from lorameter.run.resume import continue_manifest, is_finished, mend_manifest
-from lorameter.run.runner import Measured, find_unsettled, keep_records, run_plan
-from lorameter.run.sites.interference import measure_beside
-from lorameter.run.sites.late_nodes import Joining, prepare_late
-from lorameter.run.sites.local import LocalStation, check_all, open_station
-from lorameter.run.sites.remote import RemoteStation
-from lorameter.run.sites.scheduler import run_spread
-from lorameter.run.sites.node import Station
+from lorameter.run.runner import Measured, find_unfinished, records_outside, run_plan
+from lorameter.run.sites.interference import measure_interference
+from lorameter.run.sites.late_nodes import LateNodes, prepare_late
+from lorameter.run.sites.local import LocalNode, check_all, open_station
+from lorameter.run.sites.remote import RemoteNode
+from lorameter.run.sites.scheduler import run_distributed
+from lorameter.run.sites.node import Node
 from lorameter.run.sites.prepare_nodes import prepare_all
-from lorameter.run.sites.placement import Venue
+from lorameter.run.sites.placement import Placement
 from lorameter.run.stopping import Stopping
-from lorameter.run.interrupts import Stops
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.thinning import tell_left_out
-from lorameter.run.plan_spec import WrittenSide, write_plan
+from lorameter.run.plan_spec import SideSpec, write_plan
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.interference import neighbour_notices
@@ -94,7 +94,7 @@ def plan_study(
         together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
         for workload in workloads
     )
-    level, why = choose_level(
+    level, why = choose_interleaving(
         variants_of(contenders),
         together_bytes=together,
         free_bytes=free_bytes,
@@ -112,7 +112,7 @@ def plan_study(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
+class ArmExecutor:
     """Where trials of a run are measured: an executor of its own. A run without sides has one, or one for each of those
     that it compares where these differ in threads.
 
@@ -144,12 +144,12 @@ def measure(
     runs: Path,
     display: Display,
     notices: tuple[Notice, ...] = (),
-    arms: Sequence[Arm] = (),
+    arms: Sequence[ArmExecutor] = (),
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
-    venue: Venue | None = None,
+    venue: Placement | None = None,
     rounds_beside: int = 0,
-    check_facts: Callable[[Mapping[str, Facts]], object] = lambda facts: None,
+    check_facts: Callable[[Mapping[str, MachineFacts]], object] = lambda facts: None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -170,11 +170,11 @@ def measure(
             a limit of time that not one replicate keeps.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
-    study, venue = plan.study, venue or Venue()
-    remote: Sequence[RemoteStation] = venue.stations
+    study, venue = plan.study, venue or Placement()
+    remote: Sequence[RemoteNode] = venue.stations
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
     if not (arms or remote):
-        arms = [Arm(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
+        arms = [ArmExecutor(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
     hosts = {arm.name: arm.host for arm in arms}
     local = [open_station(ground, hosts, executor_of(study)) for ground in venue.grounds]
     if local:
@@ -182,21 +182,21 @@ def measure(
     executors = {arm.name: arm.executor for arm in arms}
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
-    with Stops(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
-        stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
+    with InterruptHandler(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
+        stack.enter_context(translate_os_errors(lambda: store.refusal_of(runs / run_id)))
         stack.enter_context(leaving_nothing(runs / run_id, unless=store.MANIFEST))
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         known = () if earlier is None else earlier.records
-        groups = find_unsettled(plan, known, whole=venue.is_spread)
+        groups = find_unfinished(plan, known, whole=venue.is_spread)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else _mend(earlier)
         rest = dataclasses.replace(plan, groups=groups)
         shown.starting(rest, run_id)
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
-        joining: Joining | None = None
-        lost, came = list[Notice](), dict[str, Facts]()
+        joining: LateNodes | None = None
+        lost, came = list[Notice](), dict[str, MachineFacts]()
         with stops.interruptible():
             if remote:
                 stack.callback(redact_logs, runs / run_id / "logs")  # a line may have come in two parts
@@ -207,11 +207,11 @@ def measure(
                     mixed = study.protocol.mixed
                     late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder, mixed=mixed)
 
-                    def join(station: RemoteStation) -> None:
+                    def join(station: RemoteNode) -> None:
                         late(station, left_s=budget.left_s)
                         came[station.name] = station.facts
 
-                    joining = Joining(venue.arrivals, remote, join, ranks=venue.ranks)
+                    joining = LateNodes(venue.arrivals, remote, join, ranks=venue.ranks)
                 there, site = ready.sides or {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
@@ -220,19 +220,19 @@ def measure(
                     executor.start(runs / run_id, threads[name])
                 # While the workers import:
                 check = partial(check_all, local[1:], [slot.variant for slot in plan.slots])
-                ready, site = get_ready(
+                ready, site = prepare_run(
                     rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
                 )
                 there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
-            present: list[RemoteStation | LocalStation] = [*remote, *local]
+            present: list[RemoteNode | LocalNode] = [*remote, *local]
             found = {station.name: station.facts for station in present}
             check_facts(there)
             budget.cold_s = ready.cold_s
-        stations: list[Station] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
+        stations: list[Node] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
         notices = (*notices, *ready.base_notices, *ready.cold_notices)
         if plan.provisional and site is not None:
             with stops.interruptible():
-                plan, told = rehearse(plan, executors, site, shown)
+                plan, told = probe_memory(plan, executors, site, shown)
             shown.rehearsed(plan, told)
             groups, notices = plan.groups, (*notices, *told)
         tokens = describe_tokens(plan, ready.tokens_of(plan))
@@ -275,17 +275,17 @@ def measure(
         try:
             if rounds_beside and len(local) > 1 and earlier is None:
                 with stops.interruptible():
-                    measure_beside(plan, stations, partial(append_beside, writer.path), rounds_beside, budget)
+                    measure_interference(plan, stations, partial(append_beside, writer.path), rounds_beside, budget)
             lost += [one for one in neighbour_notices(writer.path) if one not in manifest.notices]
-            stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
+            stop = Stopping(plan, budget, earlier=records_outside(groups, known), sites=max(1, len(stations)))
             if venue.is_spread or site is None:
-                run = partial(run_spread, plan, stations, joining=joining)
+                run = partial(run_distributed, plan, stations, joining=joining)
             else:
                 run = partial(run_plan, plan, executors, site)
             measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
         except BaseException as error:
             with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be told
-                if isinstance(error, TooShortError) and not writer.has_records:  # so there is no run
+                if isinstance(error, TimeLimitTooShortError) and not writer.has_records:  # so there is no run
                     (writer.path / store.MANIFEST).unlink()
                 else:
                     writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -305,10 +305,10 @@ def measure(
     return store.read_run(str(writer.path), runs)
 
 
-def _written(arms: Iterable[Arm]) -> tuple[WrittenSide, ...]:
+def _written(arms: Iterable[ArmExecutor]) -> tuple[SideSpec, ...]:
     """What other machines are told of the sides of an A/B."""
     return tuple(
-        WrittenSide(side=arm.side, kind=arm.about["kind"], spec=arm.about["spec"])
+        SideSpec(side=arm.side, kind=arm.about["kind"], spec=arm.about["spec"])
         for arm in arms
         if arm.side and arm.name == arm.side
     )
@@ -325,7 +325,7 @@ def _mend(run: Run) -> Run:
     return store.read_run(str(run.path), run.path.parent)
 
 
-def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str, Facts]) -> dict[str, Any]:
+def _sides(arms: Sequence[ArmExecutor], hellos: Mapping[str, WorkerInfo], facts: Mapping[str, MachineFacts]) -> dict[str, Any]:
     """What the manifest says of the sides of an A/B."""
     return {
         arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].harness}

@@ -15,7 +15,7 @@ from typing import Literal
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Machine
-from lorameter.models.costs.cards import DRIVER_SHARE, DRIVER_SOURCE, Card
+from lorameter.models.costs.cards import DRIVER_SHARE, DRIVER_SOURCE, GpuSpec
 from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     estimate_peak,
@@ -34,7 +34,7 @@ Bound = Literal["memory", "context", "study"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class MemoryDevice:
     """Where something is to fit."""
 
     name: str
@@ -91,19 +91,19 @@ _OF_CARDS = (
 )
 
 
-def on_card(machine: Machine, card: Card) -> Device:
+def on_card(machine: Machine, card: GpuSpec) -> MemoryDevice:
     """The card, as if it was in this machine."""
     with_card = dataclasses.replace(
         machine, device="cuda", device_name=card.device_name, device_memory_bytes=card.total_bytes
     )
-    return Device(
+    return MemoryDevice(
         name=card.name, machine=with_card, total_bytes=card.total_bytes, usable_bytes=card.usable_bytes,
         source=card.source, is_here=False,
         assumed=(f"the driver keeps {format_percent(DRIVER_SHARE)} of the card ({DRIVER_SOURCE})", *_OF_CARDS),
     )  # fmt: skip
 
 
-def on_machine(machine: Machine, free_bytes: int | None) -> Device:
+def on_machine(machine: Machine, free_bytes: int | None) -> MemoryDevice:
     """The device of this machine, with what is free of it now.
 
     Raises:
@@ -112,7 +112,7 @@ def on_machine(machine: Machine, free_bytes: int | None) -> Device:
     total = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
     if total is None:
         raise UsageError(f"{machine.device_name}: how much memory it has is not known. Say it, as in --gpu 24GiB.")
-    return Device(
+    return MemoryDevice(
         name=machine.device_name, machine=machine, total_bytes=total, source="this machine", is_here=True,
         usable_bytes=total if free_bytes is None else min(free_bytes, total),
         assumed=_OF_CARDS[:2] if machine.device == "cuda" else (),
@@ -123,7 +123,7 @@ def on_machine(machine: Machine, free_bytes: int | None) -> Device:
 class Fitter:
     """Estimates of one model on one device."""
 
-    device: Device
+    device: MemoryDevice
     shape: ModelShape
     process_bytes: int | None
 

@@ -15,13 +15,13 @@ from typing import Literal
 from lorameter.errors import UsageError
 from lorameter.models.costs.storage import width
 from lorameter.run.feasibility import check_widths
-from lorameter.run.memory_fit import Device, Fitter, Largest, Needs, Standing
+from lorameter.run.memory_fit import MemoryDevice, Fitter, Largest, Needs, Standing
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Knob:
+class MemoryOption:
     """A change that frees memory."""
 
     writes: str
@@ -46,11 +46,11 @@ class LeftOut:
 class Advice:
     """What is needed of a device, what can be changed, and what to change."""
 
-    device: Device
+    device: MemoryDevice
     needs: Needs
     """As it is, in the phase that needs most."""
     standing: Standing
-    knobs: tuple[Knob, ...]
+    knobs: tuple[MemoryOption, ...]
     """Those that are not turned yet, what frees most first."""
     left_out: tuple[LeftOut, ...]
     turn: tuple[str, ...] | None
@@ -79,12 +79,12 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
         )
     before = fitter.needs(variant, workload)
     turns, left_out = _sort_out(fitter, variant, workload)
-    knobs: dict[_Turn, Knob] = {}
+    knobs: dict[_Turn, MemoryOption] = {}
     for turn in turns:
         after = fitter.needs(*turn.apply(variant, workload))
         freed = before.expected_bytes - after.expected_bytes
         if freed > 0:
-            knobs[turn] = Knob(
+            knobs[turn] = MemoryOption(
                 writes=turn.writes, table="variant" if turn.batch_size is None else "workload", needs=after,
                 freed_bytes=freed, standing=fitter.standing(after),
             )  # fmt: skip

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
 from lorameter.records import codec
-from lorameter.records.record import Fragment, Interleaving, Notice, TrialRecord
+from lorameter.records.record import PartialRecord, Interleaving, Notice, TrialRecord
 from lorameter.records.units import format_bytes
-from lorameter.run.group_runner import Watcher
-from lorameter.run.arms import Contender
+from lorameter.run.group_runner import ProgressListener
+from lorameter.run.arms import Arm
 from lorameter.run.executors import Executor, WorkerLostError
 from lorameter.run.interleaving import fits
 from lorameter.run.plan import Plan, Slot, make_plan
-from lorameter.run.trial_setup import Site, begin_record, request_of
+from lorameter.run.trial_setup import RunContext, begin_record, request_of
 from lorameter.studies.command import COMMANDS
 
 REHEARSED = "a rehearsal of the scripts settles it"
@@ -30,7 +30,7 @@ WORDS = ("prepare", "build", "verify", "finish_training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsed:
+class MemoryProbe:
     """What came of one script's rehearsal."""
 
     name: str
@@ -47,13 +47,13 @@ class Rehearsed:
         return max(peaks, default=None)
 
 
-def rehearse(
-    plan: Plan, executors: Mapping[str, Executor], site: Site, watcher: Watcher
+def probe_memory(
+    plan: Plan, executors: Mapping[str, Executor], site: RunContext, watcher: ProgressListener
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """The plan at the level that its scripts allow, and what was seen of them that is to be told before the start."""
     first = next(iter(executors.values()))
     free = first.free_bytes()
-    seen: dict[str, Rehearsed] = {}
+    seen: dict[str, MemoryProbe] = {}
     for slot in plan.slots:
         key = _key(slot.contender)
         if key not in seen:
@@ -65,12 +65,12 @@ def rehearse(
     return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(_notices(seen.values())))
 
 
-def _key(contender: Contender) -> str:
+def _key(contender: Arm) -> str:
     """Equal for a contender and its control, which are one script."""
     return f"{contender.side} {contender.variant.id}"
 
 
-def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: Site) -> Rehearsed:
+def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: RunContext) -> MemoryProbe:
     trial = f"rehearsal-{slot.contender.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
     place = executor.make_place(trial, trial)
@@ -90,12 +90,12 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: Site) -> Rehears
         finally:
             worker.close()
     except WorkerLostError as lost:
-        record = record.merged(Fragment().failed(lost.status, lost.failure))
+        record = record.merged(PartialRecord().failed(lost.status, lost.failure))
     executor.clear_place(trial)
-    return Rehearsed(name=slot.contender.name, record=record)
+    return MemoryProbe(name=slot.contender.name, record=record)
 
 
-def _level(plan: Plan, seen: Mapping[str, Rehearsed], free: int | None) -> tuple[Interleaving, str]:
+def _level(plan: Plan, seen: Mapping[str, MemoryProbe], free: int | None) -> tuple[Interleaving, str]:
     """Side by side if all of those that are compared with each other fit; one that does not train takes nothing."""
     sizes = [size for one in plan.contenders if (size := seen[_key(one)].needed_bytes) is not None]
     if free is None:
@@ -106,7 +106,7 @@ def _level(plan: Plan, seen: Mapping[str, Rehearsed], free: int | None) -> tuple
     return ("lockstep" if fits(sum(sizes), free) else "replicates"), said
 
 
-def _notices(seen: Iterable[Rehearsed]) -> Iterator[Notice]:
+def _notices(seen: Iterable[MemoryProbe]) -> Iterator[Notice]:
     for one in seen:
         failure = one.record.failure
         if failure is not None:

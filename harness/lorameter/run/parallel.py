@@ -27,7 +27,7 @@ class Readable(Protocol):
 
 
 @dataclass(slots=True)
-class Errand:
+class WorkerTasks:
     """What one process is asked, one thing after the other."""
 
     worker: Any
@@ -36,11 +36,11 @@ class Errand:
 
 
 def walk(
-    errands: Iterable[Errand],
+    errands: Iterable[WorkerTasks],
     *,
     lanes: int,
-    begin: Callable[[Errand, str, str], bool],
-    end: Callable[[Errand, str, str], None],
+    begin: Callable[[WorkerTasks, str, str], bool],
+    end: Callable[[WorkerTasks, str, str], None],
     timeout_s: float,
 ) -> None:
     """Carry errands out, so many processes at once, in their order.
@@ -54,9 +54,9 @@ def walk(
             finds nothing.
     """
     waiting = deque(errands)
-    at_work: dict[int, tuple[Errand, str, str, float]] = {}
+    at_work: dict[int, tuple[WorkerTasks, str, str, float]] = {}
 
-    def go_on(errand: Errand) -> None:
+    def go_on(errand: WorkerTasks) -> None:
         while errand.asked:
             command, trial = errand.asked.popleft()
             if begin(errand, command, trial):

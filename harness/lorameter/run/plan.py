@@ -22,7 +22,7 @@ from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Instrument, Interleaving, Measure, Role, Side, TrialRecord
 from lorameter.run.cold_starts import cold_replicates, own_measures, takes_turns_first
-from lorameter.run.arms import CONTROL_SUFFIX, Contender, check_phases, contenders_of, workloads_of
+from lorameter.run.arms import CONTROL_SUFFIX, Arm, check_phases, contenders_of, workloads_of
 from lorameter.studies import limits
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -39,7 +39,7 @@ class Slot:
     """One trial in the plan."""
 
     trial: str
-    contender: Contender
+    contender: Arm
     replicate: int
     position: int
     seed: int
@@ -97,7 +97,7 @@ class Plan:
     """What one run measures, in order."""
 
     study: Study
-    contenders: tuple[Contender, ...]
+    contenders: tuple[Arm, ...]
     phases: tuple[str, ...]
     interleaving: Interleaving
     why: str
@@ -128,7 +128,7 @@ class Plan:
 def make_plan(
     study: Study,
     *,
-    contenders: Sequence[Contender] = (),
+    contenders: Sequence[Arm] = (),
     phases: Sequence[str] = PHASES,
     interleaving: Interleaving = "replicates",
     why: str = "asked for",
@@ -168,7 +168,7 @@ def make_plan(
     positions = itertools.count()
     groups: list[Group] = []
 
-    def slot(contender: Contender, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
+    def slot(contender: Arm, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
         return Slot(
             trial=f"r{replicate}-{contender.name}" + ("" if "steps" in measures else "-solo"),
             contender=contender,
@@ -242,19 +242,19 @@ def measures_of(
     )
 
 
-def _panels(contenders: Sequence[Contender], shuffler: random.Random) -> list[list[Contender]]:
+def _panels(contenders: Sequence[Arm], shuffler: random.Random) -> list[list[Arm]]:
     """Those who are compared with each other: all of a study at once, of an A/B the sides of a variant."""
     if not contenders[0].side:
         return [list(contenders)]
-    by_variant: dict[str, list[Contender]] = {}
+    by_variant: dict[str, list[Arm]] = {}
     for contender in contenders:
         by_variant.setdefault(contender.variant.name, []).append(contender)
     return shuffler.sample(list(by_variant.values()), len(by_variant))
 
 
 def _orders(
-    panel: Sequence[Contender], alone: Sequence[Measure], shuffler: random.Random, *, twin: bool
-) -> Iterator[list[Contender]]:
+    panel: Sequence[Arm], alone: Sequence[Measure], shuffler: random.Random, *, twin: bool
+) -> Iterator[list[Arm]]:
     """The order in which those who are compared come, and then that of their solo trials, the control's among them
     where a `twin` is needed for peaks.
 
@@ -278,7 +278,7 @@ def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
     return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
 
 
-def _solo_members(contenders: Sequence[Contender], alone: Sequence[Measure], *, twin: bool) -> list[Contender]:
+def _solo_members(contenders: Sequence[Arm], alone: Sequence[Measure], *, twin: bool) -> list[Arm]:
     """Who has solo trials; peaks are compared by their maximum, which takes no control, and a claim about them does."""
     return [one for one in contenders if one.role == "variant" or twin or set(alone) != {"peaks"}]
 
@@ -321,7 +321,7 @@ def _instrument(replicate: int, measures: Sequence[Measure], role: Role) -> Inst
     return "profile" if replicate == 0 and "steps" in measures and role == "variant" else "spy"
 
 
-def _arm(contender: Contender, contenders: Sequence[Contender]) -> str:
+def _arm(contender: Arm, contenders: Sequence[Arm]) -> str:
     """The executor of a trial. Sides have one each. The number of threads is set where a process begins, so other
     threads take another executor. Where there are several each of those that are compared has its own, for the reason
     that `measure.Arm` gives."""

@@ -14,14 +14,14 @@ from typing import Any, Literal
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.record import Interleaving, Side
-from lorameter.run.arms import Contender, contenders_of, sides_of, variants_of
+from lorameter.run.arms import Arm, contenders_of, sides_of, variants_of
 from lorameter.run.plan import Group, Plan, make_plan
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenSide:
+class SideSpec:
     """One side of an A/B, by a word that means the same on every machine."""
 
     side: Side
@@ -30,7 +30,7 @@ class WrittenSide:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenPlan:
+class PlanSpec:
     """What a plan follows from; of an A/B the sides as well, which are not of commands."""
 
     study: dict[str, Any]
@@ -43,14 +43,14 @@ class WrittenPlan:
     """All trials of the whole plan."""
     trials: tuple[str, ...]
     """Those of the groups that are to be measured."""
-    sides: tuple[WrittenSide, ...] = ()
+    sides: tuple[SideSpec, ...] = ()
     injected_rows: int = 0
-    """Extra work of the candidate (`Contender.injected_rows`)."""
+    """Extra work of the candidate (`Arm.injected_rows`)."""
 
 
-def write_plan(plan: Plan, whole: Plan, sides: tuple[WrittenSide, ...] = ()) -> WrittenPlan:
+def write_plan(plan: Plan, whole: Plan, sides: tuple[SideSpec, ...] = ()) -> PlanSpec:
     """A plan, or what is left of the `whole` one, with the `sides` of an A/B."""
-    return WrittenPlan(
+    return PlanSpec(
         study=codec.to_json(whole.study),
         phases=whole.phases,
         selection=tuple(variant.name for variant in variants_of(whole.contenders)),
@@ -64,7 +64,7 @@ def write_plan(plan: Plan, whole: Plan, sides: tuple[WrittenSide, ...] = ()) -> 
     )
 
 
-def read_plan(written: WrittenPlan) -> Plan:
+def read_plan(written: PlanSpec) -> Plan:
     """The plan, with the groups that are to be measured. Raises `UsageError` where this version plans other trials."""
     study = codec.from_json(Study, written.study, "study of the plan")
     study = restore_numbers(study, written.study)
@@ -86,7 +86,7 @@ def read_plan(written: WrittenPlan) -> Plan:
     return take_trials(plan, wanted)
 
 
-def _contenders(study: Study, written: WrittenPlan) -> tuple[Contender, ...]:
+def _contenders(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
     if not written.sides:
         return contenders_of(study, written.selection, written.own_workloads)
     variants = [study.variant(name) for name in written.selection]

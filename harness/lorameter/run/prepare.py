@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorameter.errors import InvalidRunError
-from lorameter.machine.provenance import Facts
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
+from lorameter.machine.provenance import MachineFacts
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import Notice
 from lorameter.run.bases import foresee_cold, prepare_bases
-from lorameter.run.group_runner import Watcher
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.executors import Executor
 from lorameter.run.plan import Plan
-from lorameter.run.trial_setup import Site, site_of
+from lorameter.run.trial_setup import RunContext, site_of
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -28,7 +28,7 @@ from lorameter.studies.workload import Workload
 class Ready:
     """What a place says when it can measure a plan."""
 
-    hellos: dict[str, Hello]
+    hellos: dict[str, WorkerInfo]
     """By arm, the one that prepared the tokens first."""
     tokens: tuple[TokenSummary, ...]
     """Of the plan's workloads, in their order."""
@@ -39,11 +39,11 @@ class Ready:
     """What a cold start will take in the mean."""
     cold_notices: tuple[Notice, ...] = ()
     """Of what they take of a limit of time."""
-    sides: dict[str, Facts] = field(default_factory=dict)
+    sides: dict[str, MachineFacts] = field(default_factory=dict)
     """Of an A/B whose sides the place has put up itself: what is installed on each."""
 
     @property
-    def hello(self) -> Hello:
+    def hello(self) -> WorkerInfo:
         """Of the first arm."""
         return next(iter(self.hellos.values()))
 
@@ -52,15 +52,15 @@ class Ready:
         return dict(zip(plan.workloads, self.tokens, strict=True))
 
 
-def get_ready(
+def prepare_run(
     plan: Plan,
     executors: Mapping[str, Executor],
-    watcher: Watcher,
+    watcher: ProgressListener,
     *,
     left_s: float,
     tell_data: Callable[[str], object],
-    check: Callable[[Mapping[str, Hello]], None] = lambda hellos: None,
-) -> tuple[Ready, Site]:
+    check: Callable[[Mapping[str, WorkerInfo]], None] = lambda hellos: None,
+) -> tuple[Ready, RunContext]:
     """Have everything prepared that the trials of a plan need, by executors that are started; the first prepares the
     tokens of all. The site holds the paths, which are those of the executors' machine.
 
@@ -106,14 +106,14 @@ def count_lanes(plan: Plan, executors: Mapping[str, Executor]) -> int:
     return min(executor.lanes(threads) for executor in executors.values())
 
 
-def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> Site:
+def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> RunContext:
     """What the requests on the study's workload have in common, and what those on the others do."""
     sites = {workload: site_of(workload, tokens, device) for workload, tokens in prepared.items()}
     study = sites.pop(plan.study.workload)
     return dataclasses.replace(study, own=sites)
 
 
-def greet(executor: Executor, variants: Iterable[Variant]) -> Hello:
+def greet(executor: Executor, variants: Iterable[Variant]) -> WorkerInfo:
     """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on its machine."""
     hello, machine = executor.hello(), executor.machine()
     if hello.device != machine.device:

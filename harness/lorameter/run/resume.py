@@ -17,7 +17,7 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.machine.hardware_class import OF_A_KIND
-from lorameter.machine.provenance import Facts
+from lorameter.machine.provenance import MachineFacts
 from lorameter.machine.repository import git_state
 from lorameter.records import codec, journal, store
 from lorameter.records.evidence import CHECKS
@@ -31,7 +31,7 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.comparison_input import differences
-from lorameter.verdicts.run_validity import followed_alone
+from lorameter.verdicts.run_validity import is_single_script_run
 
 INJECTED = "injected_rows"
 """What the manifest of an A/B says of each side's extra work (`Contender.injected_rows`)."""
@@ -75,7 +75,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
             f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
             "run holds its own."
         )
-    if followed_alone(run, read_study(run)):
+    if is_single_script_run(run, read_study(run)):
         raise UsageError(
             f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be gone on with. "
             "Run it again."
@@ -144,7 +144,7 @@ def study_of(run: Run) -> Study:
     return restore_numbers(read_study(run), run.manifest.study)
 
 
-def check_place(run: Run, facts: Facts) -> None:
+def check_place(run: Run, facts: MachineFacts) -> None:
     """Raises `UsageError` where the trials of a run would be of two kinds: on another machine or with other libraries.
 
     `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are.
@@ -152,15 +152,15 @@ def check_place(run: Run, facts: Facts) -> None:
     manifest, study = run.manifest, study_of(run)
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
-    before = provenance.comparable(manifest.provenance, without=without)
+    before = provenance.fingerprint_fields(manifest.provenance, without=without)
     without += [name for name in provenance.LATER if name not in before]  # it was not recorded then
     was = manifest.fingerprint
     if study.protocol.mixed:  # whichever of its machines comes first now
         without += OF_A_KIND
         was = provenance.fingerprint(manifest.provenance, without=without)
-        before = provenance.comparable(manifest.provenance, without=without)
+        before = provenance.fingerprint_fields(manifest.provenance, without=without)
     if provenance.fingerprint(here, without=without) != was:
-        before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=without))
+        before, now = codec.to_json(before), codec.to_json(provenance.fingerprint_fields(here, without=without))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(
             f"run {manifest.run}: it cannot be gone on with here, because its trials would be of two kinds: {said}. "

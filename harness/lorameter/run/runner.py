@@ -15,14 +15,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.run.budget import Budget, TooShortError
-from lorameter.run.group_runner import Conductor, Watcher
+from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.run.group_runner import GroupRunner, ProgressListener
 from lorameter.run.executors import Executor
 from lorameter.run.plan import Group, Plan
-from lorameter.run.trial_setup import Site, begin_record
-from lorameter.run.interrupts import Stops
+from lorameter.run.trial_setup import RunContext, begin_record
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.thinning import Part, parts_in
-from lorameter.verdicts.disturbed_trials import judged
+from lorameter.verdicts.disturbed_trials import mark_disturbed
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
 """Is asked between replicates whether the run has what it needs; a reason ends the run there."""
@@ -45,14 +45,14 @@ class Measured:
 def run_plan(
     plan: Plan,
     executors: Mapping[str, Executor],
-    site: Site,
+    site: RunContext,
     *,
     save: Callable[[TrialRecord], None],
-    watcher: Watcher,
+    watcher: ProgressListener,
     stop: Stop = lambda records: None,
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
-    stops: Stops | None = None,
+    stops: InterruptHandler | None = None,
 ) -> Measured:
     """Measure every trial of the plan; each record is saved as soon as its trial has ended.
 
@@ -63,13 +63,13 @@ def run_plan(
     Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is gone on with: what
     they settle is not measured again.
     """
-    budget, stops = budget or Budget(), stops or Stops()
+    budget, stops = budget or Budget(), stops or InterruptHandler()
     budget.peaks_live = site.device == "cpu"
-    remaining = list(find_unsettled(plan, earlier))
+    remaining = list(find_unfinished(plan, earlier))
     attempts: dict[Group, int] = {}
     begun: int | None = None
     left_out: dict[int, frozenset[Part]] = {}
-    ended = {record.trial: record for record in keep_records(remaining, earlier)}
+    ended = {record.trial: record for record in records_outside(remaining, earlier)}
     untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
     def keep(record: TrialRecord) -> None:
@@ -109,10 +109,10 @@ def run_plan(
             attempts[group] += retry
             later = [other for other in remaining if other.replicate == group.replicate]
             budget.enter(plan.study, group, later)
-            conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group], later)
+            conductor = GroupRunner(plan, group, executors, site, watcher, save, budget, attempts[group], later)
             begin = budget.clock()
             ended_by = _conduct(conductor, stops)
-            if isinstance(ended_by, TooShortError):
+            if isinstance(ended_by, TimeLimitTooShortError):
                 if not any(record.status == "ok" for record in ended.values()):
                     raise ended_by
                 return Measured(records=in_order(), stopped=str(ended_by), left_out=left_out)
@@ -120,7 +120,7 @@ def run_plan(
                 left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | conductor.left_out
             for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
-                    keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
+                    keep(record if plan.study.protocol.allow_disturbed else mark_disturbed(record, on_cpu=on_cpu))
             budget.leave()
             took_s[group] = budget.clock() - begin
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
@@ -142,7 +142,7 @@ def _is_beyond(plan: Plan, group: Group, before: Group, budget: Budget) -> bool:
     return group.replicate == before.replicate and not group.turns and not budget.affords(plan, group)
 
 
-def _conduct(conductor: Conductor, stops: Stops) -> BaseException | None:
+def _conduct(conductor: GroupRunner, stops: InterruptHandler) -> BaseException | None:
     """Measure a group; what ended it before its time, of which its records tell."""
     try:
         with stops.interruptible(worth_waiting=True):
@@ -163,7 +163,7 @@ def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
     return last + any(record.disturbed and record.attempt == last for record in records)
 
 
-def find_unsettled(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool = False) -> tuple[Group, ...]:
+def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool = False) -> tuple[Group, ...]:
     """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
     its own, or one that was disturbed, however often: whoever goes on with a run hopes for better surroundings. Trials
     of one group took turns and are paired, so they are measured again together, and count only if they are of one
@@ -204,7 +204,7 @@ def _of_two_sites(records: Collection[TrialRecord]) -> set[int]:
     return {replicate for replicate, found in sites.items() if len(found) > 1}
 
 
-def keep_records(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
+def records_outside(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
     """The records of trials that are in none of the groups to be measured."""
     pending = {slot.trial for group in groups for slot in group.slots}
     return [record for record in earlier if record.trial not in pending]

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorameter.records.record import Fragment, TrialRecord
+from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.requirements import judge_required
 from lorameter.run.plan import Slot
 from lorameter.studies.variant import ADAPTER_FIELDS, Variant
@@ -38,16 +38,16 @@ def find_askers(slots: Iterable[Slot]) -> dict[str, str]:
     return found
 
 
-def told_by(record: TrialRecord, slot: Slot, *, allow_fallback: bool, word: str) -> Fragment:
+def told_by(record: TrialRecord, slot: Slot, *, allow_fallback: bool, word: str) -> PartialRecord:
     """What a trial's record adds to that of another on the same base, after a command."""
     if word == "build":
-        return Fragment(values={name: value for name, value in record.values.items() if name == INITIAL_LOSS})
+        return PartialRecord(values={name: value for name, value in record.values.items() if name == INITIAL_LOSS})
     profiled = slot.instrument == "profile"  # the spy cannot tell
     checks = tuple(_of_another(check, record) for check in record.checks if profiled and check.get("path") == OF_BASE)
     if profiled and not checks and record.status != "ok" and slot.workload.layout == "packed":
         reason = f"{record.name}, which was to find it out for all on this base, is {record.status}"
         checks = ({"path": OF_BASE, "required": True, "observed": None, "status": "unknown", "reason": reason},)
-    fragment = Fragment(checks=checks)
+    fragment = PartialRecord(checks=checks)
     required = {str(check["path"]): check["required"] for check in checks if check.get("required") is not None}
     return judge_required(fragment, required, name=slot.variant.name, allow_fallback=allow_fallback)
 

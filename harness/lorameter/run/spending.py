@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lorameter.records.time_breakdown import Allocation, Spending
+from lorameter.records.time_breakdown import Allocation, TimeBreakdown
 
 
 @dataclass(slots=True)
@@ -25,9 +25,9 @@ class Ledger:
         if before is None or allocation.turns < before.turns:
             self.allocations[allocation.replicate] = allocation
 
-    def sum(self, *, limit_s: float | None, wall_s: float) -> Spending:
+    def sum(self, *, limit_s: float | None, wall_s: float) -> TimeBreakdown:
         """As the manifest has it."""
-        return Spending(
+        return TimeBreakdown(
             limit_s=limit_s,
             wall_s=wall_s,
             measured_s=dict(self.measured_s),

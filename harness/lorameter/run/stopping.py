@@ -17,7 +17,7 @@ from lorameter.records.units import format_count
 from lorameter.run.budget import MEDIAN_TURNS, Budget
 from lorameter.run.plan import Group, Plan
 from lorameter.stats import Comparison, VerdictRule, is_precise, optimal_rounds, relative_half_width
-from lorameter.verdicts.series import compare_series, effects_against, series_of
+from lorameter.verdicts.series import compare_series, effects_against, group_trials
 
 LEAST_TO_STOP = 5
 """Fewer give a standard deviation that is itself too uncertain to stop on."""
@@ -97,14 +97,14 @@ class Stopping:
         reference, own = self._plan.study.reference, bool(self._plan.own_workloads)
         metrics = [primary_metric(phase, own_workloads=own) for phase in self._plan.phases]  # type: ignore[arg-type]
         if not any(record.side for record in records):
-            groups = series_of(records)
+            groups = group_trials(records)
             if (reference, "variant") not in groups:
                 return []
             effects = [effects_against(groups, reference, metric) for metric in metrics]
             return [one.compare(VerdictRule()) for found in effects for one in found.values()]
-        bases, found = series_of(records, "base"), []
+        bases, found = group_trials(records, "base"), []
         for side in sorted({record.side for record in records}):
-            for (name, role), series in series_of(records, side).items():
+            for (name, role), series in group_trials(records, side).items():
                 key = (name, "variant")
                 if key not in bases or (side == "base" and (name, role) == key):
                     continue

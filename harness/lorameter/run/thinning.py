@@ -41,7 +41,7 @@ SOUGHT_REPLICATES = 5
 uncertain."""
 
 
-def thinned(
+def reduce_to_fit(
     plan: Plan,
     groups: Sequence[Group],
     fits: Callable[[Sequence[Group]], bool],
@@ -71,7 +71,7 @@ def parts_in(groups: Iterable[Group]) -> frozenset[Part]:
 
 def may_leave_out(plan: Plan, groups: Sequence[Group], part: Part) -> bool:
     """Whether nobody waits for the interval of this part of what is measured."""
-    return part not in parts_in(thinned(plan, groups, lambda thinner: False))
+    return part not in parts_in(reduce_to_fit(plan, groups, lambda thinner: False))
 
 
 def tell_left_out(left_out: Mapping[int, frozenset[Part]], records: Iterable[TrialRecord]) -> tuple[Notice, ...]:

@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from lorameter.records.time_breakdown import Spending
+from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.run.costs import PREPARING, Costs, name_of
 from lorameter.run.plan import Group
 from lorameter.run.spending import Ledger
 from lorameter.studies.study import Study
 
 
-class Timekeeper:
+class TimeLedger:
     """Where the time goes; `limit_s` is what there is of it, None without a limit."""
 
     def __init__(self, limit_s: float | None, cold_s: float, clock: Callable[[], float] | None) -> None:
@@ -71,7 +71,7 @@ class Timekeeper:
         self._study, self._group, self._later_groups = study, group, later
         self._gap, self._gap_begin = PREPARING, self.clock()
 
-    def spending(self) -> Spending:
+    def spending(self) -> TimeBreakdown:
         """What the time went to until now."""
         return self.ledger.sum(limit_s=self._limit_s, wall_s=self.spent_s)
 

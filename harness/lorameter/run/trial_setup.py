@@ -8,7 +8,7 @@ from typing import Any
 
 from lorameter.records.worker_info import TokenSummary
 from lorameter.records.record import Status, TrialRecord
-from lorameter.run.executors import Place
+from lorameter.run.executors import TrialFiles
 from lorameter.run.plan import Plan, Slot
 from lorameter.studies.request import BaseKey, TrialRequest, base_key
 from lorameter.studies.script import OWN
@@ -16,7 +16,7 @@ from lorameter.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class RunContext:
     """What every request of a run has in common; paths are those of the machine that measures."""
 
     device: str
@@ -27,20 +27,20 @@ class Site:
     """Folders of the prepared bases, by arm and base."""
     lanes: int = 1
     """Processes that may be at work at once where nothing is timed."""
-    own: Mapping[Workload, Site] = field(default_factory=dict)
+    own: Mapping[Workload, RunContext] = field(default_factory=dict)
     """The same for other workloads than the study's."""
 
-    def of(self, workload: Workload) -> Site:
+    def of(self, workload: Workload) -> RunContext:
         """What the requests on this workload have in common."""
         return self.own.get(workload, self)
 
 
-def site_of(workload: Workload, tokens: TokenSummary, device: str) -> Site:
+def site_of(workload: Workload, tokens: TokenSummary, device: str) -> RunContext:
     """The site of trials that are measured on one workload."""
     if workload.data == OWN:  # its trials say what they saw
-        return Site(device=device, threads=workload.threads, tokens_path=tokens.path, tokens={})
+        return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens={})
     known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
-    return Site(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
+    return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
 
 
 def begin_record(slot: Slot, status: Status) -> TrialRecord:
@@ -63,7 +63,7 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
 
 
 def request_of(
-    plan: Plan, slot: Slot, site: Site, place: Place, *, asks_base: bool = True, natural: bool = False,
+    plan: Plan, slot: Slot, site: RunContext, place: TrialFiles, *, asks_base: bool = True, natural: bool = False,
     warm_up_steps: int | None = None,
 ) -> TrialRequest:  # fmt: skip
     """All that a worker must know of a trial; what the options say is the request's own."""

@@ -26,7 +26,7 @@ from lorameter.stats.proportion import Proportion, clustered_proportion, proport
 from lorameter.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
 from lorameter.stats.shared_scatter import share_scatter
 from lorameter.stats.shift import RunWideShift, run_wide_shift
-from lorameter.stats.trend import Share, explained_share
+from lorameter.stats.trend import ShareEstimate, explained_share
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
 from lorameter.stats.warmup import is_steady, steady_after, steady_together
 
@@ -42,7 +42,7 @@ __all__ = [
     "Proportion",
     "QuantileEstimate",
     "RunWideShift",
-    "Share",
+    "ShareEstimate",
     "Verdict",
     "VerdictRule",
     "bootstrap_interval",

@@ -66,7 +66,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class LevelShift:
     """From one level to the next."""
 
     first: int
@@ -84,7 +84,7 @@ class Course:
 
     levels: tuple[Level, ...]
     """In their order; one where no change was found, none of no values."""
-    changes: tuple[Change, ...]
+    changes: tuple[LevelShift, ...]
     scatter: float | None
     """Standard deviation of the logs around their levels; None of fewer than `LEAST_POINTS`."""
     detectable: float | None
@@ -189,8 +189,8 @@ def _level(values: NDArray[float64], first: int, end: int, scatter: float | None
     return Level(first=first, end=end, mean=mean, low=mean - half, high=mean + half)
 
 
-def _change(before: Level, after: Level, scatter: float, df: int) -> Change:
+def _change(before: Level, after: Level, scatter: float, df: int) -> LevelShift:
     ratio = after.mean - before.mean
     error = scatter * math.sqrt(1 / (before.end - before.first) + 1 / (after.end - after.first))
     half = quantile(df, ALPHA / 2) * error
-    return Change(first=after.first, log_ratio=ratio, low=ratio - half, high=ratio + half)
+    return LevelShift(first=after.first, log_ratio=ratio, low=ratio - half, high=ratio + half)

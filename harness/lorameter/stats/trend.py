@@ -89,7 +89,7 @@ LEAST_POINTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class ShareEstimate:
     """A share with its 95 % interval over replicates."""
 
     value: float
@@ -101,7 +101,7 @@ class Share:
     """Points (x, y) of all replicates together."""
 
 
-def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Share | None:
+def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> ShareEstimate | None:
     """R² of y on x, from one (x, y) a replicate; None where none can say.
 
     A replicate says nothing with fewer than three points, or where x or y is the same at all of them.
@@ -118,7 +118,7 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     half = None
     if shares.size > 1:
         half = quantile(shares.size - 1, 0.025) * float(shares.std(ddof=1)) / math.sqrt(shares.size)
-    return Share(
+    return ShareEstimate(
         value=mean,
         low=None if half is None else max(0.0, mean - half),
         high=None if half is None else min(1.0, mean + half),

@@ -82,7 +82,7 @@ COUNTED = ("trainable_parameters", "adapter_bytes", "optimizer_state_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ClaimPart:
     """One testable statement. Raises `UsageError` where the rule and the rest do not go together."""
 
     rule: Rule
@@ -180,7 +180,7 @@ class Claim:
     """What it is called in the report."""
     says: str
     """The sentence."""
-    parts: tuple[Part, ...]
+    parts: tuple[ClaimPart, ...]
     """All of them must hold."""
     original: str = ""
     """What the source of the claim published."""

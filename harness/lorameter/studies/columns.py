@@ -19,7 +19,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
+class DataColumns:
     """The column that plays each part; None is a part that the data names itself, or does not have.
 
     Raises `UsageError` for parts that make no record together, and for a name that no column has.

@@ -32,7 +32,7 @@ LEAST_SILENT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class BatchRequest:
     """What an `on` of a batch system asks for."""
 
     on: str
@@ -47,7 +47,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class SiteSpec:
     """What `on` and `sites` say. Raises `UsageError` for what means nothing."""
 
     on: str = HERE
@@ -90,7 +90,7 @@ class Place:
         """For messages: the word that the place hangs on."""
         return say_sites(self.sites) if self.on == HERE else say_on(self.on)
 
-    def asked(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> Place:
+    def asked(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> SiteSpec:
         """This place with what a command line says, None or False where that says nothing.
 
         `sites` are names with commas between them. They, and whether they are unlike, are of one place, so another `on`
@@ -98,7 +98,7 @@ class Place:
         """
         of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
         named = of_place[1] if sites is None else split_sites(sites)
-        return Place(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
+        return SiteSpec(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
 
     def _check_numbers(self) -> None:
         if not all(_NUMBERS.fullmatch(name) for name in self.sites):
@@ -137,7 +137,7 @@ def is_batch(on: str) -> bool:
     return on.partition(":")[0] in (SLURM, LOCAL)
 
 
-def read_asked(on: str) -> Asked:
+def read_asked(on: str) -> BatchRequest:
     """What is asked for, such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
 
     A value may hold commas: what has no "=" after one belongs to the value before it.
@@ -162,7 +162,7 @@ def read_asked(on: str) -> Asked:
     if silent_s < LEAST_SILENT_S:
         raise UsageError(f"{say_on(on)}: silent_s={silent_s:g}: give {LEAST_SILENT_S:g} seconds or more.")
     passed = {key: value for key, value in found.items() if key not in OURS}
-    return Asked(on=on, kind=kind, parameters=passed, **{key: found[key] for key in OURS if key in found})
+    return BatchRequest(on=on, kind=kind, parameters=passed, **{key: found[key] for key in OURS if key in found})
 
 
 def _read(on: str, key: str, text: str, kind: type) -> Any:

@@ -15,7 +15,7 @@ from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.metrics import PHASES, Phase
 from lorameter.studies import limits
-from lorameter.studies.placement import HERE, Place
+from lorameter.studies.placement import HERE, SiteSpec
 
 PRECISION_REPLICATES = 40
 """Cap where a precision decides and nothing else is said."""
@@ -142,9 +142,9 @@ class Protocol:
         self.place  # noqa: B018  # what can be no place is refused
 
     @property
-    def place(self) -> Place:
+    def place(self) -> SiteSpec:
         """Where replicates are measured."""
-        return Place(on=self.on, sites=self.sites, mixed=self.mixed)
+        return SiteSpec(on=self.on, sites=self.sites, mixed=self.mixed)
 
     @property
     def total_steps(self) -> int:

@@ -23,7 +23,7 @@ WITHOUT = "no adapter, "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class ServingMode:
     """One way of serving an adapter."""
 
     name: str
@@ -42,15 +42,15 @@ class Way:
         return not self.adapter or self.name.endswith(AGAIN)
 
 
-def ways_of(variant: Variant) -> tuple[tuple[Way, ...], ...]:
+def ways_of(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
     """All that apply, in groups of those that one process serves from one loaded base; the first is the reference.
 
     Within a group a merge comes last: it changes the base.
     """
     own = dataclasses.replace(variant, init_lora_weights="default", merge_adapter=False)
     name = _stored(own)
-    reference = Way(name=f"unmerged, {name}", variant=own)
-    groups: list[tuple[Way, ...]] = [
+    reference = ServingMode(name=f"unmerged, {name}", variant=own)
+    groups: list[tuple[ServingMode, ...]] = [
         (
             reference,
             dataclasses.replace(reference, name=f"{WITHOUT}{name}", adapter=False),
@@ -59,9 +59,9 @@ def ways_of(variant: Variant) -> tuple[tuple[Way, ...], ...]:
         (dataclasses.replace(reference, name=f"{reference.name}{AGAIN}"),),
     ]
     if own.quantization != "none":
-        groups.append((Way(name=f"merged, {name} dequantised", variant=own, merged=True, dequantised=True),))
+        groups.append((ServingMode(name=f"merged, {name} dequantised", variant=own, merged=True, dequantised=True),))
     for other in _other_bases(own):
-        beside = Way(name=f"unmerged, {_stored(other)}", variant=other)
+        beside = ServingMode(name=f"unmerged, {_stored(other)}", variant=other)
         groups.append((beside, dataclasses.replace(beside, name=f"merged into {_stored(other)}", merged=True)))
     return tuple(groups)
 
@@ -93,7 +93,7 @@ class ServingRequest:
     """Says the workload, the prompts, the device and the folder in which the reference's logits lie."""
     adapter: str
     """Folder of the adapter, as PEFT saves it."""
-    ways: tuple[Way, ...]
+    ways: tuple[ServingMode, ...]
     reference: tuple[tuple[int, ...], ...] = ()
     """The reference's answers, over which logits are compared; empty where the first way is the reference."""
 
@@ -103,6 +103,6 @@ class ServingRequest:
         return not self.reference
 
 
-def name_reference(groups: Sequence[Sequence[Way]]) -> str:
+def name_reference(groups: Sequence[Sequence[ServingMode]]) -> str:
     """The reference's name."""
     return groups[0][0].name

@@ -13,7 +13,7 @@ from typing import Literal
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.studies import limits
-from lorameter.studies.columns import Columns
+from lorameter.studies.columns import DataColumns
 from lorameter.studies.data_source import SYNTHETIC
 
 Layout = Literal["packed", "padded", "joined"]
@@ -68,7 +68,7 @@ class Workload:
     data: str = SYNTHETIC
     """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; what of these can be read and
     how a configuration and a split are named stands in `lorameter.studies.data_source`."""
-    columns: Columns = field(default=Columns(), metadata=codec.LATER)
+    columns: DataColumns = field(default=DataColumns(), metadata=codec.LATER)
     """Columns of the data that have other names than those that are recognised."""
     loss: Loss = field(default="all", metadata=codec.LATER)
     """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with

@@ -12,23 +12,23 @@ from typing import Any
 
 import kernels_check
 from lorameter.records import codec
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building.build import Trainee
+from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.building.requirements import requirements_of
 from lorameter.trial.data.stream import Batch
 from kernels_check.check import Check
 
 
-def wanted_of(request: TrialRequest, trainee: Trainee, packed: Batch | None) -> dict[str, Any]:
+def wanted_of(request: TrialRequest, trainee: TrainableModel, packed: Batch | None) -> dict[str, Any]:
     """Requirements by path; `packed` is what the isolation of records is probed with."""
     shapes = tuple(parameter.numel() for parameter in trainee.parameters)
     return requirements_of(request.variant, shapes, packed=packed is not None) | request.requirements
 
 
 def look_on(
-    request: TrialRequest, trainee: Trainee, packed: Batch | None, inputs: Mapping[str, Any] | None
+    request: TrialRequest, trainee: TrainableModel, packed: Batch | None, inputs: Mapping[str, Any] | None
 ) -> kernels_check.Watch | None:
     """What looks on at the first steps of a trial; None where it is checked in steps of its own. `inputs` are those of
     the `packed` batch."""
@@ -38,7 +38,7 @@ def look_on(
     return kernels_check.watch(trainee.model, wanted, instrument=request.instrument, batch=inputs)
 
 
-def judge_checks(fragment: Fragment, checks: Sequence[Check], request: TrialRequest) -> Fragment:
+def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:
     """The fragment that holds the checks, invalid where a required path is not active.
 
     What only a profile tells is no row of a step under the spy: the replicate that was profiled judged it.

@@ -7,20 +7,20 @@ import sys
 import traceback
 
 from lorameter.errors import redact
-from lorameter.records.record import Failure, Fragment, Status
-from lorameter.records.os_errors import REFUSED, is_out_of_memory, refusal_in
+from lorameter.records.record import Failure, PartialRecord, Status
+from lorameter.records.os_errors import REFUSED, is_out_of_memory, find_system_error
 
 
-def failure_of(error: BaseException, phase: str) -> Fragment:
+def failure_of(error: BaseException, phase: str) -> PartialRecord:
     """A fragment for an exception, with its traceback: `oom` when memory ran out, `interrupted` when the system refused
     what it would refuse to any trial (a full disk), else `crashed`. The log has it too, where it can be written."""
     text = redact(traceback.format_exc())
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()
-    if refusal := refusal_in(error):
+    if refusal := find_system_error(error):
         failure = Failure(phase=phase, kind=REFUSED, message=refusal, traceback=text)
-        return Fragment().failed("interrupted", failure)
+        return PartialRecord().failed("interrupted", failure)
     status: Status = "oom" if is_out_of_memory(error) else "crashed"
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return Fragment().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))
+    return PartialRecord().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))

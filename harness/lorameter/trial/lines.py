@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lorameter.records import codec
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 
 
-def answer_lines(connection: socket.socket, answer: Callable[[dict[str, Any]], Fragment]) -> None:
+def answer_lines(connection: socket.socket, answer: Callable[[dict[str, Any]], PartialRecord]) -> None:
     """Greet, then one answer for each command, until the other side closes the connection."""
     send(connection, {"pid": os.getpid(), "started_monotonic_s": time.monotonic()})
     with connection.makefile("r", encoding="utf-8") as lines:

@@ -1,4 +1,4 @@
-"""The loop of a process that hosts trials: a command a line, each answered by a `Fragment`.
+"""The loop of a process that hosts trials: a command a line, each answered by a `PartialRecord`.
 
 Standard output and error go to the trial's log, so that nothing printed by a library can corrupt a result.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.records import codec
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.serving_modes import ServingRequest
 from lorameter.trial.failure import failure_of
@@ -24,7 +24,7 @@ def serve(connection: socket.socket) -> None:
     answer_lines(connection, lambda command: _answer(command, trials))
 
 
-def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
+def _answer(command: dict[str, Any], trials: dict[str, Any]) -> PartialRecord:
     """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
     from lorameter.trial.building.shared import SharedBase
     from lorameter.trial.process import prepare_process
@@ -40,10 +40,10 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
                 from lorameter.trial.ranks.trial import TrialOfRanks
 
                 trials[trial] = TrialOfRanks(request)
-                return Fragment()
+                return PartialRecord()
             shared = next((other.shared for other in trials.values()), None) or SharedBase()
             trials[trial] = (_profiled_trial() if command.get("profiled") else Trial)(request, shared)
-            return Fragment()
+            return PartialRecord()
         if phase == "base":
             return _prepared(codec.from_json(BaseRequest, command["request"], "base request"))
         if phase == "parity":
@@ -53,17 +53,17 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
         return failure_of(error, phase)
 
 
-def _prepared(request: BaseRequest) -> Fragment:
+def _prepared(request: BaseRequest) -> PartialRecord:
     """A base that every process of the run will map, made by this one, which then ends."""
     from lorameter.trial.building.base_cache import prepare
     from lorameter.trial.process import limit_threads
 
     _log_to(Path(request.log_path))
     limit_threads(request.device, request.threads)
-    return Fragment(tokens={"base": codec.to_json(prepare(request))})
+    return PartialRecord(tokens={"base": codec.to_json(prepare(request))})
 
 
-def _served(request: ServingRequest) -> Fragment:
+def _served(request: ServingRequest) -> PartialRecord:
     """An adapter in the ways that one base allows, by this process alone, which then ends."""
     from lorameter.trial.parity.serving import serve_adapter
 

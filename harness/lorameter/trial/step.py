@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorameter.studies.variant import Variant
-from lorameter.trial.building.build import Trainee
+from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.building.packing import evaluating
 from lorameter.trial.data.stream import Batch, TokenStream
 
@@ -34,7 +34,7 @@ def loss_of(forward: Any, batch: Batch, *, device: str, autocast: torch.dtype | 
 class TrainStep:
     """Calling it takes one optimizer step on the next batches and returns the step's mean loss, still on the device."""
 
-    def __init__(self, trainee: Trainee, stream: TokenStream, variant: Variant, device: str) -> None:
+    def __init__(self, trainee: TrainableModel, stream: TokenStream, variant: Variant, device: str) -> None:
         self._trainee = trainee
         self._stream = stream
         self._accumulate = variant.gradient_accumulation

@@ -12,8 +12,8 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-from lorameter.machine.telemetry import LEAST_S, Watch
-from lorameter.records.record import Fragment
+from lorameter.machine.telemetry import LEAST_S, Telemetry
+from lorameter.records.record import PartialRecord
 from lorameter.studies.command import COMMANDS, ROUNDS, Command
 from lorameter.studies.request import TrialRequest
 
@@ -21,7 +21,7 @@ ENERGY_STRETCH_S = 1.5 * LEAST_S
 """How long a solo trial takes steps for its energy: above the shortest stretch even if the last step comes early."""
 
 
-class Surroundings:
+class TrialTelemetry:
     """The watches of one trial; `step` takes a training step, `real_tokens` counts those trained so far."""
 
     def __init__(self, request: TrialRequest, step: Callable[[], object], real_tokens: Callable[[], int]) -> None:
@@ -31,13 +31,13 @@ class Surroundings:
         self._spends = alone and "steps" not in request.measures and request.device.startswith("cuda")
         self._energy = alone and request.device.startswith("cuda")
         self._watches = {
-            phase: Watch(phase, request.device, energy=alone and phase == "train")
+            phase: Telemetry(phase, request.device, energy=alone and phase == "train")
             for phase in {one.watched for one in COMMANDS.values() if one.watched}
         }
         self._steps = 0
         self._tokens = 0.0
 
-    def around(self, command: Command, call: Callable[[], Fragment]) -> Fragment:
+    def around(self, command: Command, call: Callable[[], PartialRecord]) -> PartialRecord:
         """What `call` added to the trial, with what was found around it."""
         fragment = call() if command.watched is None else self._watched(command, self._watches[command.watched], call)
         if command.ends is None:
@@ -51,7 +51,7 @@ class Surroundings:
         """A timed step is under way on the card."""
         self._watches["train"].look()
 
-    def _watched(self, command: Command, watch: Watch, call: Callable[[], Fragment]) -> Fragment:
+    def _watched(self, command: Command, watch: Telemetry, call: Callable[[], PartialRecord]) -> PartialRecord:
         watch.begin()
         fragment = call()
         values = watch.end()
@@ -61,7 +61,7 @@ class Surroundings:
             values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
         return dataclasses.replace(fragment, values=fragment.values | values)
 
-    def _spent(self, fragment: Fragment) -> Fragment:
+    def _spent(self, fragment: PartialRecord) -> PartialRecord:
         """Training has ended, and its energy is still due: take steps for it."""
         watch, tokens, steps = self._watches["train"], self._real_tokens(), 0
         watch.begin()

@@ -1,4 +1,4 @@
-"""The training of one trial in its process: the commands, each a method that returns what it added as a `Fragment`.
+"""The training of one trial in its process: the commands, each a method that returns what it added as a `PartialRecord`.
 
 Order: build and first step, verify, warm up, timed turns, held-out loss and memory. What a command measures depends on
 what the request asks for: a trial that takes turns beside others has no first times of its own to report, and a solo
@@ -23,21 +23,21 @@ import torch
 
 import kernels_check
 from lorameter.errors import LorameterError
-from lorameter.machine.memory import MemoryGauge, host_bytes
-from lorameter.records.record import Failure, Fragment
+from lorameter.machine.memory import PeakMemoryTracker, host_bytes
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.stats import is_steady
 from lorameter.studies.command import COMMANDS, words_of
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
-from lorameter.trial.building.build import Trainee, build
-from lorameter.trial.building.shared import Seat, SharedBase
+from lorameter.trial.building.build import TrainableModel, build
+from lorameter.trial.building.shared import ActiveAdapter, SharedBase
 from lorameter.trial.checking import as_data, judge_checks, look_on, wanted_of
 from lorameter.trial.clock import Lap, Stopwatch
 from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.memory import resident_bytes
 from lorameter.trial.process import release_unused, start_device
 from lorameter.trial.step import TrainStep
-from lorameter.trial.telemetry import Surroundings
+from lorameter.trial.telemetry import TrialTelemetry
 from kernels_check.check import Check
 
 
@@ -45,10 +45,10 @@ from kernels_check.check import Check
 class _Parts:
     """What a trial has once it is built."""
 
-    trainee: Trainee
+    trainee: TrainableModel
     step: TrainStep
     stream: TokenStream
-    seat: Seat
+    seat: ActiveAdapter
 
 
 BRIEF: Mapping[str, Any] = {"window": 1, "tolerance": 0.05}
@@ -71,25 +71,25 @@ class Training:
         self.shared = shared
         """The base of the process, for the trials that come after."""
         self._watch = Stopwatch(request.device)
-        self._gauge = MemoryGauge(request.device)
-        self._surroundings = Surroundings(request, self._take_step, lambda: self._built.stream.real_tokens)
+        self._gauge = PeakMemoryTracker(request.device)
+        self._surroundings = TrialTelemetry(request, self._take_step, lambda: self._built.stream.real_tokens)
         self._parts: _Parts | None = None
         self._steps_taken = 0
         self._total_steps = 0
         self._looking: kernels_check.Watch | None = None
         """What looks on at its first steps, if anything does, until it has."""
 
-    def run(self, command: str, **arguments: Any) -> Fragment:
+    def run(self, command: str, **arguments: Any) -> PartialRecord:
         """Carry out a command in this trial's seat. Raises ValueError for a command that does not exist."""
         if command not in self.COMMANDS:
             raise ValueError(f"unknown command {command!r}")
-        method: Callable[..., Fragment] = getattr(self, command)
+        method: Callable[..., PartialRecord] = getattr(self, command)
         if command == "build":
             return method(**arguments)
         with self._built.seat.taken():
             return self._surroundings.around(COMMANDS[command], lambda: method(**arguments))
 
-    def build(self) -> Fragment:
+    def build(self) -> PartialRecord:
         """Load, attach, take the first step."""
         request, protocol = self._request, self._request.protocol
         baseline, started = host_bytes("VmRSS"), start_device(request.device)
@@ -108,7 +108,7 @@ class Training:
         step = self._make_step(trainee, stream)
         packed = self._packed(stream, asks_base=request.asks_base)
         self._looking = look_on(request, trainee, packed, None if packed is None else step.inputs(packed))
-        self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
+        self._parts = _Parts(trainee, step, stream, ActiveAdapter(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
             memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
             with contextlib.nullcontext() if self._looking is None else self._looking.glance():
@@ -123,7 +123,7 @@ class Training:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
             if request.asks_base:
                 values |= self._initial_loss()
-        return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
+        return self._judged(PartialRecord(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
     def _initial_loss(self) -> dict[str, float]:
         """The base's own loss on held-out records, where a trial can tell it: once a run."""
@@ -134,12 +134,12 @@ class Training:
         with lora.without_adapter(parts.trainee.model):  # which is what the adapter was before its first step
             return {"held_out_loss_initial": self.shared.once("held_out_loss", parts.step.held_out_loss)}
 
-    def verify(self, *, asks_base: bool = False) -> Fragment:
+    def verify(self, *, asks_base: bool = False) -> PartialRecord:
         """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid.
 
         `asks_base` has it find out what is its base's, as nobody else has.
         """
-        looked = Fragment()
+        looked = PartialRecord()
         if self._looking is not None:
             looked, undecided = self._look_on(self._looking)
             if looked.status != "ok" or not (undecided or asks_base):
@@ -151,7 +151,7 @@ class Training:
             values |= self._initial_loss()
         return dataclasses.replace(found, values=values, samples=looked.samples)
 
-    def _check_apart(self, *, asks_base: bool) -> Fragment:
+    def _check_apart(self, *, asks_base: bool) -> PartialRecord:
         """A check in steps of its own, which are taken back."""
         parts, request = self._built, self._request
         trainee, step, stream = parts.trainee, parts.step, parts.stream
@@ -165,7 +165,7 @@ class Training:
         seconds = time.perf_counter() - begin
         stream.restore(position)
         trainee.schedule.load_state_dict(schedule)
-        fragment = Fragment(checks=as_data(checks), values={"verify_time_s": seconds, **values})
+        fragment = PartialRecord(checks=as_data(checks), values={"verify_time_s": seconds, **values})
         diverged = self._judged(fragment, [float(loss) for loss in losses])
         return judge_checks(fragment, checks, request) if diverged.status == "ok" else diverged
 
@@ -175,7 +175,7 @@ class Training:
             return None
         return stream.packed_batch(1 if self._request.natural else None)
 
-    def _look_on(self, looking: kernels_check.Watch) -> tuple[Fragment, bool]:
+    def _look_on(self, looking: kernels_check.Watch) -> tuple[PartialRecord, bool]:
         """The first step of the warm-up, watched after a glance at the first of the process; and whether it left open
         what is required: under a learning rate that begins at zero no second step shows that both factors learn."""
         begin = time.perf_counter()
@@ -184,7 +184,7 @@ class Training:
         checks, self._looking = looking.checks, None
         del looking
         gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
-        fragment = Fragment(
+        fragment = PartialRecord(
             checks=as_data(checks),
             values={"verify_time_s": time.perf_counter() - begin},
             samples={"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)},
@@ -207,13 +207,13 @@ class Training:
         request = self._request
         return TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
 
-    def _build_trainee(self) -> Trainee:
+    def _build_trainee(self) -> TrainableModel:
         return build(self._request, steps=self._total_steps, shared=self.shared)
 
-    def _make_step(self, trainee: Trainee, stream: TokenStream) -> TrainStep:
+    def _make_step(self, trainee: TrainableModel, stream: TokenStream) -> TrainStep:
         return TrainStep(trainee, stream, self._request.variant, self._request.device)
 
-    def warm_up(self, *, brief: bool = False) -> Fragment:
+    def warm_up(self, *, brief: bool = False) -> PartialRecord:
         """Steps until their times are steady, or the cap, or as many as an earlier replicate has told; all are kept,
         none is timed for the result.
 
@@ -234,13 +234,13 @@ class Training:
             enough = len(times) + self._request.natural >= protocol.warmup_steps_min
             if told is None and enough and is_steady(times, **judged_by):
                 break
-        fragment = Fragment(
+        fragment = PartialRecord(
             samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
             values={"warmup_steady": float(is_steady(times, **judged_by))} if self._timed and told is None else {},
         )
         return self._judged(fragment, losses)
 
-    def turn(self, steps: int) -> Fragment:
+    def turn(self, steps: int) -> PartialRecord:
         """`steps` timed steps, at least one."""
         stream = self._built.stream
         real, padded = stream.real_tokens, stream.padded_tokens
@@ -255,14 +255,14 @@ class Training:
             "train_loss": tuple(losses),
             "turn_sequences": (float(steps * self._request.workload.batch_size * accumulated),),
         } | {f"turn_{key}": (float(value),) for key, value in counts.items()}
-        return self._judged(Fragment(samples=samples), losses)
+        return self._judged(PartialRecord(samples=samples), losses)
 
-    def train(self, steps: int) -> Fragment:
+    def train(self, steps: int) -> PartialRecord:
         """`steps` untimed steps of the epochs asked for, or what is left of them."""
         losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
-        return self._judged(Fragment(samples={"catch_up_loss": tuple(losses)}), losses)
+        return self._judged(PartialRecord(samples={"catch_up_loss": tuple(losses)}), losses)
 
-    def finish_training(self, steps: int | None = None, *, least: int = 0, held_out: bool = True) -> Fragment:
+    def finish_training(self, steps: int | None = None, *, least: int = 0, held_out: bool = True) -> PartialRecord:
         """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss if it is wanted.
 
         How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
@@ -294,7 +294,7 @@ class Training:
         if self._timed and held_out:
             values["held_out_loss"] = step.held_out_loss()
             losses = [*losses, values["held_out_loss"]]
-        return self._judged(Fragment(values=values, memory=memory, samples=samples), losses)
+        return self._judged(PartialRecord(values=values, memory=memory, samples=samples), losses)
 
     @property
     def _timed(self) -> bool:
@@ -324,7 +324,7 @@ class Training:
         self._steps_taken += 1
         return float(loss), lap
 
-    def _judged(self, fragment: Fragment, losses: list[float]) -> Fragment:
+    def _judged(self, fragment: PartialRecord, losses: list[float]) -> PartialRecord:
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
                 step = self._steps_taken - len(losses) + offset + 1

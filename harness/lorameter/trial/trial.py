@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import LorameterError
-from lorameter.records.record import Failure, Fragment
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
 from lorameter.trial.building.packing import is_packed, unpack_4bit
@@ -29,13 +29,13 @@ class Trial(Training):
         super().__init__(request, shared)
         self._server: Server | None = None
 
-    def save_adapter(self) -> Fragment:
+    def save_adapter(self) -> PartialRecord:
         """Write the trained adapter where a new interpreter will load it from."""
         initial = self._initial if self._request.variant.rewrites_base else None
         lora.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=initial)
-        return Fragment()
+        return PartialRecord()
 
-    def begin_generate(self, *, brief: bool = False) -> Fragment:
+    def begin_generate(self, *, brief: bool = False) -> PartialRecord:
         """First call and the discarded requests after it. Training has ended: the optimizer's state is let go.
 
         `brief` has the first call be one of two tokens; what a new interpreter must answer as well is then said by the
@@ -64,16 +64,16 @@ class Trial(Training):
             values["first_call_time_s"] = first.request_time_s
         if "natural" in self._request.measures and self._request.device.startswith("cuda"):
             self._server.visit(protocol.natural_requests)
-        fragment = Fragment(values=values, tokens=_completion(first))
+        fragment = PartialRecord(values=values, tokens=_completion(first))
         fragment = prove_attention(fragment, trainee.model, self._server, self._request)
         return prove_mixing(fragment, self._server, self._request)
 
-    def request(self) -> Fragment:
+    def request(self) -> PartialRecord:
         """One warm request, by the adapter beside the base or, after `merge`, merged into it."""
         samples = self._serving.request()
-        return Fragment(samples=samples, tokens=_completion(self._serving.take_owed()))
+        return PartialRecord(samples=samples, tokens=_completion(self._serving.take_owed()))
 
-    def natural(self) -> Fragment:
+    def natural(self) -> PartialRecord:
         """One request that the model ends itself; its answer goes into the record."""
         index, request = self._serving.natural()
         samples: dict[str, tuple[float, ...]] = {
@@ -81,40 +81,40 @@ class Trial(Training):
             "natural_first_token_time_s": (request.first_token_time_s,),
             "natural_tokens": (float(len(request.tokens)),),
         }
-        return Fragment(samples=samples, tokens={f"answer_{index}": list(request.tokens)})
+        return PartialRecord(samples=samples, tokens={f"answer_{index}": list(request.tokens)})
 
-    def untrained(self) -> Fragment:
+    def untrained(self) -> PartialRecord:
         """The answers to the same prompts before training: those of the base without an adapter."""
         if self._request.variant.rewrites_base or self._request.variant.merge_adapter:
-            return Fragment()
+            return PartialRecord()
 
         def answers() -> dict[str, list[int]]:
             with lora.without_adapter(self._built.trainee.model):
                 return {f"untrained_{index}": list(server.answer(index).tokens) for index in server.answered}
 
         server = self._serving
-        return Fragment(tokens=self.shared.once("answers", answers))
+        return PartialRecord(tokens=self.shared.once("answers", answers))
 
-    def end_generate(self) -> Fragment:
+    def end_generate(self) -> PartialRecord:
         """Peaks of generation, and the answer to the first prompt if a new interpreter is to be held to it."""
         server = self._serving
         memory = self._gauge.peaks("generate") if self._sees_peaks else {}
         if server.owes and "cold" in self._request.measures:
             server.ask()
-        return Fragment(memory=memory, tokens=_completion(server.take_owed()))
+        return PartialRecord(memory=memory, tokens=_completion(server.take_owed()))
 
-    def merge(self, *, brief: bool = False) -> Fragment:
+    def merge(self, *, brief: bool = False) -> PartialRecord:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
         foreseen = self._serving.merge(discard=1 + self._request.protocol.generate_warmup, brief=brief)
-        return Fragment(values={} if foreseen is None else {"foreseen_merged_request_time_s": foreseen})
+        return PartialRecord(values={} if foreseen is None else {"foreseen_merged_request_time_s": foreseen})
 
-    def close(self) -> Fragment:
+    def close(self) -> PartialRecord:
         """The last word of a trial on a base that others share: the base must be what it was."""
         unpack_4bit(self._built.trainee.model)
         if self.shared.unchanged():
-            return Fragment()
+            return PartialRecord()
         message = "the base's weights changed while trials shared it, so none of them is what it would be alone"
-        return Fragment().failed("invalid", Failure(phase="close", kind="BaseChanged", message=message))
+        return PartialRecord().failed("invalid", Failure(phase="close", kind="BaseChanged", message=message))
 
     @property
     def _serving(self) -> Server:

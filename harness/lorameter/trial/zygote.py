@@ -32,7 +32,7 @@ from lorameter.machine.processes import end_with_parent, kill_group, outlive_par
 from lorameter.machine.provenance import harness_identity
 from lorameter.models.families import FAMILIES
 from lorameter.records import codec
-from lorameter.records.worker_info import Hello
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.trial.lines import send
 from lorameter.trial.serve import serve
 
@@ -222,11 +222,11 @@ def _cannot_fork() -> str | None:
     return None
 
 
-def _hello(import_time_s: float) -> Hello:
+def _hello(import_time_s: float) -> WorkerInfo:
     """The device as torch sees it, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK)."""
     import torch
 
-    return Hello(
+    return WorkerInfo(
         harness=harness_identity(),
         pid=os.getpid(),
         import_time_s=import_time_s,

@@ -23,7 +23,7 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.comparison_input import Difference, Measurements, is_memory, measurements_of
-from lorameter.verdicts.compare_pairs import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
+from lorameter.verdicts.compare_pairs import LimitsOf, MetricPair, default_limits, default_metrics, judge_pairs, matching, rows_of
 from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.notices import run_notices
 from lorameter.verdicts.comparison_report import ComparisonReport
@@ -33,16 +33,16 @@ from lorameter.verdicts.series import (
     compare_series,
     pairing_of,
     pairs_of,
-    series_of,
-    without_equivalent,
-    without_numbers,
+    group_trials,
+    downgrade_equivalent,
+    verdict_only,
 )
 from lorameter.verdicts.software import say_versions, versions_by_name
-from lorameter.verdicts.run_validity import newer_faults, run_faults, say_broken, standing_of
+from lorameter.verdicts.run_validity import newer_faults, run_faults, say_broken, run_validity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class PhaseEffect:
     """One metric of the training, generation or start of a variant, to see where an effect comes from."""
 
     variant: str
@@ -58,7 +58,7 @@ class Attribution:
     """Distributions whose versions differ: base, candidate; None where it is not installed."""
     differing: tuple[Difference, ...]
     """Other facts of the two sides."""
-    parts: tuple[Part, ...]
+    parts: tuple[PhaseEffect, ...]
 
 
 def report_of(
@@ -80,14 +80,14 @@ def report_of(
         told = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
         return _report_of_sites(run, told)
     study = _study(run)
-    stands = standing_of(run, study)
+    stands = run_validity(run, study)
     control: dict[str, Comparison | None] = dict(stands.controls.items())
     broken = say_broken(run.manifest.run, (*stands.newer, *stands.faults))
     pairs = _pairs(run, study, broken, metrics)
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
-        verdicts |= {pair.key: without_equivalent(verdicts[pair.key], why) for pair in pairs if not pair.of_memory}
+        verdicts |= {pair.key: downgrade_equivalent(verdicts[pair.key], why) for pair in pairs if not pair.of_memory}
     sides = run.manifest.sides
     return ComparisonReport(
         base=str(sides["base"]["label"]),
@@ -105,7 +105,7 @@ def _report_of_sites(run: Run, told: Mapping[str, ComparisonReport]) -> Comparis
     sides, faults = run.manifest.sides, [*newer_faults(run), *run_faults(run), *fault_of_sites(run)]
     broken = say_broken(run.manifest.run, faults)
     rows = [
-        dataclasses.replace(row, site=site, comparison=without_numbers("invalid", broken) if broken else row.comparison)
+        dataclasses.replace(row, site=site, comparison=verdict_only("invalid", broken) if broken else row.comparison)
         for site, report in told.items()
         for row in report.comparisons
     ]
@@ -123,10 +123,10 @@ def _on(what: str, site: str) -> str:
     return f"{what} on {site}"
 
 
-def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[SidePair]:
+def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[MetricPair]:
     """Every metric that is wanted of every variant; `broken` forbids all numbers, also of what has none."""
-    groups = [series_of(run.records, side) for side in ("base", "candidate")]
-    pairs: list[SidePair] = []
+    groups = [group_trials(run.records, side) for side in ("base", "candidate")]
+    pairs: list[MetricPair] = []
     compared = sides_of_run(run, study) if study.of_scripts else {}
     for variant in study.variants:
         series = [side[variant.name, "variant"] for side in groups if (variant.name, "variant") in side]
@@ -137,9 +137,9 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
         differ = variant.name in compared and compared[variant.name].tokens_differ
         for metric in _wanted(run, sides, metrics, tokens_differ=differ):
             if said or len(sides) < 2 or not all(side.has(metric) for side in sides):
-                refusal = without_numbers("invalid", said[0] if said else f"one side has no {metric}")
+                refusal = verdict_only("invalid", said[0] if said else f"one side has no {metric}")
                 level = _level(series, metric)
-                pairs.append(SidePair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
+                pairs.append(MetricPair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
             else:
                 control = groups[0].get((variant.name, "control"))
                 pairs.append(_pair(metric, (sides[0], sides[1]), (series[0], series[1]), control))
@@ -148,15 +148,15 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
 
 def _pair(
     metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series], control: Series | None
-) -> SidePair:
+) -> MetricPair:
     """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
     name, level = sides[0].name, _level(series, metric)
     if is_memory(metric):
-        return SidePair(variant=name, metric=metric, interleaving=level, sides=sides)
+        return MetricPair(variant=name, metric=metric, interleaving=level, sides=sides)
     found = pairs_of(*series, metric)
     base, candidate = (found.base, found.candidate) if found else ([], [])
     again = None if control is None else pairs_of(series[0], control, metric)
-    return SidePair(
+    return MetricPair(
         variant=name,
         metric=metric,
         interleaving=level,
@@ -192,9 +192,9 @@ def attribution_of(run: Run) -> Attribution:
     )
 
 
-def _parts_of(run: Run) -> list[Part]:
+def _parts_of(run: Run) -> list[PhaseEffect]:
     study = _study(run)
-    base, candidate = series_of(run.records, "base"), series_of(run.records, "candidate")
+    base, candidate = group_trials(run.records, "base"), group_trials(run.records, "candidate")
     parts = []
     for variant in study.variants:
         ours, theirs = base.get((variant.name, "variant")), candidate.get((variant.name, "variant"))
@@ -203,7 +203,7 @@ def _parts_of(run: Run) -> list[Part]:
             with contextlib.suppress(InvalidRunError):  # samples without a ratio, as a loss of zero, cost no verdict
                 comparison = compare_series(ours, theirs, metric)  # type: ignore[arg-type]
             if comparison is not None:
-                parts.append(Part(variant=variant.name, metric=metric, comparison=comparison))
+                parts.append(PhaseEffect(variant=variant.name, metric=metric, comparison=comparison))
     return parts
 
 

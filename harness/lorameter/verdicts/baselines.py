@@ -17,9 +17,9 @@ from lorameter.records import codec, bounded_io, store
 from lorameter.records.atomic_json import write_document
 from lorameter.records.packed import is_packed
 from lorameter.studies.from_run import read_study
-from lorameter.verdicts.comparison_input import Comparand, comparand_of
+from lorameter.verdicts.comparison_input import ComparisonInput, comparison_input
 from lorameter.verdicts.per_site import refuse_mixed
-from lorameter.verdicts.run_validity import standing_of
+from lorameter.verdicts.run_validity import run_validity
 
 WORD = "baseline"
 """Names the accepted run of the candidate's fingerprint and study, in place of a base."""
@@ -91,7 +91,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
     if run.manifest.sides:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
     refuse_mixed(run, "a baseline")
-    stands = standing_of(run, read_study(run))
+    stands = run_validity(run, read_study(run))
     if stands.invalid:
         raise InvalidRunError(
             f"run {run.path.name}: not valid, so it was not accepted: {stands.invalid}. "
@@ -113,7 +113,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
     return accepted, replaced
 
 
-def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | None) -> Comparand:
+def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | None) -> ComparisonInput:
     """A base by name, or the accepted one for this fingerprint and study if the name is `baseline`.
 
     Where none was accepted, a side that is absent: everything compared with it has the verdict `no_baseline`.
@@ -123,16 +123,16 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
     baseline = read_baselines(runs).of(fingerprint, study) if fingerprint and study else None
     if baseline is None:
         about = f"study {study!r} with fingerprint {fingerprint}" if fingerprint else "a side without a fingerprint"
-        return Comparand(
+        return ComparisonInput(
             name=WORD, absent=f"no run was accepted for {about} in {runs}: `lorameter accept RUN` accepts one"
         )
     try:
-        return comparand_of(store.read_run(baseline.run, runs, newer=True))
+        return comparison_input(store.read_run(baseline.run, runs, newer=True))
     except UsageError as error:
         raise UsageError(f"the accepted baseline cannot be read: {error} Accept another run.") from None
 
 
-def read_comparand(name: str, runs: Path) -> Comparand:
+def read_comparand(name: str, runs: Path) -> ComparisonInput:
     """A run by id, directory or packed file, a pytest-benchmark file, or a folder of such files.
 
     Raises:
@@ -149,7 +149,7 @@ def read_comparand(name: str, runs: Path) -> Comparand:
         if list_benchmarks(folder):
             return read_benchmark_folder(folder)
     try:
-        return comparand_of(store.read_run(name, runs, newer=True))
+        return comparison_input(store.read_run(name, runs, newer=True))
     except UsageError as error:
         if bounded_io.is_folder(runs / name) or bounded_io.is_there(name):
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.verdicts.benchmark_json import FOREIGN, FOREIGN_METRIC, ONE_PROCESS, read_benchmark_json
-from lorameter.verdicts.comparison_input import Comparand, Measurements, differences
+from lorameter.verdicts.comparison_input import ComparisonInput, Measurements, differences
 from lorameter.verdicts.series import Trials
 
 
@@ -20,7 +20,7 @@ def list_benchmarks(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.json"))
 
 
-def read_benchmark_folder(folder: Path) -> Comparand:
+def read_benchmark_folder(folder: Path) -> ComparisonInput:
     """All files of a folder as replicates of one side.
 
     Raises:
@@ -46,7 +46,7 @@ def read_benchmark_folder(folder: Path) -> Comparand:
     )
 
 
-def _check_alike(first: Comparand, side: Comparand) -> None:
+def _check_alike(first: ComparisonInput, side: ComparisonInput) -> None:
     if not side.facts or side.facts.get("written_by") != FOREIGN:
         raise UsageError(f"{side.name}: it was written by lorameter and has all of its replicates. Name it by itself.")
     if found := differences(first.facts or {}, side.facts):

@@ -26,7 +26,7 @@ from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.comparison_input import Comparand, Measurements, comparand_of, fact_differences, is_memory
+from lorameter.verdicts.comparison_input import ComparisonInput, Measurements, comparison_input, fact_differences, is_memory
 from lorameter.verdicts.series import Series, Trials
 from lorameter.verdicts.run_validity import control_faults
 
@@ -41,7 +41,7 @@ FOREIGN = "pytest-benchmark alone"
 """What wrote a file that is not ours."""
 
 
-def read_benchmark_json(path: Path) -> Comparand:
+def read_benchmark_json(path: Path) -> ComparisonInput:
     """A file that pytest-benchmark wrote.
 
     Raises:
@@ -61,7 +61,7 @@ def read_benchmark_json(path: Path) -> Comparand:
     return _ours(where, rows, machine, data) if ours else _foreign(where, rows, machine)
 
 
-def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> Comparand:
+def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> ComparisonInput:
     sides: dict[str, Measurements] = {}
     for index, row in enumerate(rows):
         place = f"benchmarks[{index}]"
@@ -79,7 +79,7 @@ def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
             no_interval=ONE_PROCESS if trial else NO_SAMPLES,
         )
     cpu = machine.get("cpu")
-    return Comparand(
+    return ComparisonInput(
         name=where,
         sides=sides,
         facts={
@@ -91,7 +91,7 @@ def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
     )
 
 
-def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data: dict[str, Any]) -> Comparand:
+def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data: dict[str, Any]) -> ComparisonInput:
     about = _expect(where, "lorameter", data.get("lorameter", {}), dict)
     facts = machine.get("lorameter")
     variants = _variants(where, about)
@@ -111,7 +111,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
     control = _control(where, about)
     invalid = _optional(where, about, "invalid")
     reasons = [invalid] if invalid else list(control_faults((control or {}).items()))
-    return Comparand(
+    return ComparisonInput(
         name=where,
         sides=sides,
         facts=facts if isinstance(facts, dict) and facts else None,
@@ -320,7 +320,7 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
 
 def about_run(run: Run) -> dict[str, Any]:
     """What stands once in a file: the run, its fingerprint and variants, its control, and what does not count."""
-    side = comparand_of(run)
+    side = comparison_input(run)
     return {
         "schema": run.manifest.schema,
         "run": run.manifest.run,

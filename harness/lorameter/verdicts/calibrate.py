@@ -25,7 +25,7 @@ from lorameter.stats.comparison import effect_of
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.interference import cost_of_neighbours
 from lorameter.verdicts.compare_pairs import TOLERANCE
-from lorameter.verdicts.series import Pairs, Series, compare_series, pairs_of, series_of
+from lorameter.verdicts.series import Pairs, Series, compare_series, pairs_of, group_trials
 
 EFFECTS = (0.01, 0.02, 0.05)
 """Slow-downs whose price is stated."""
@@ -101,7 +101,7 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
     Raises:
         InvalidRunError: too few replicates are ok.
     """
-    base_side, candidate_side = series_of(run.records, "base"), series_of(run.records, "candidate")
+    base_side, candidate_side = group_trials(run.records, "base"), group_trials(run.records, "candidate")
     metric = PRIMARY[phase]
     try:
         base, twin = base_side[variant.name, "variant"], base_side[variant.name, "control"]

@@ -21,7 +21,7 @@ from lorameter.records.record import Interleaving, Notice
 from lorameter.stats import Comparison, run_wide_shift
 from lorameter.verdicts.comparison_input import (
     BYTES_SUFFIX,
-    Comparand,
+    ComparisonInput,
     Difference,
     disagreement,
     is_memory,
@@ -33,7 +33,7 @@ from lorameter.verdicts.compare_pairs import (
     TOLERANCE,
     Key,
     LimitsOf,
-    SidePair,
+    MetricPair,
     default_limits,
     default_metrics,
     judge_pairs,
@@ -41,7 +41,7 @@ from lorameter.verdicts.compare_pairs import (
     rows_of,
 )
 from lorameter.verdicts.comparison_report import ComparisonReport
-from lorameter.verdicts.series import without_equivalent, without_numbers
+from lorameter.verdicts.series import downgrade_equivalent, verdict_only
 
 INTERLEAVING: Interleaving = "separate"
 FEWEST_FOR_SHIFT = 6
@@ -49,8 +49,8 @@ FEWEST_FOR_SHIFT = 6
 
 
 def compare(
-    base: Comparand,
-    candidate: Comparand,
+    base: ComparisonInput,
+    candidate: ComparisonInput,
     *,
     metrics: Sequence[str] = (),
     all_metrics: bool = False,
@@ -90,7 +90,7 @@ def compare(
     differing = (*machine, *(difference for name in names for difference in changed[name]))
     if force and differing:
         verdicts = {
-            key: without_equivalent(comparison, f"{comparison.reason}; but the sides are not comparable")
+            key: downgrade_equivalent(comparison, f"{comparison.reason}; but the sides are not comparable")
             for key, comparison in verdicts.items()
         }
     return ComparisonReport(
@@ -103,7 +103,7 @@ def compare(
     )
 
 
-def _wanted(base: Comparand, candidate: Comparand, patterns: Sequence[str], *, all_metrics: bool) -> tuple[str, ...]:
+def _wanted(base: ComparisonInput, candidate: ComparisonInput, patterns: Sequence[str], *, all_metrics: bool) -> tuple[str, ...]:
     """Names of metrics and kinds of memory, in the order of the phases."""
     measured = [
         metric for side in (*base.sides.values(), *candidate.sides.values()) for metric in (*side.trials, *side.peaks)
@@ -124,7 +124,7 @@ def _wanted(base: Comparand, candidate: Comparand, patterns: Sequence[str], *, a
     return (*default_metrics(phases, known), *foreign)
 
 
-def _metrics_of(wanted: Sequence[str], base: Comparand, candidate: Comparand, name: str) -> list[str]:
+def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: ComparisonInput, name: str) -> list[str]:
     """Those that either side of a variant measured; all times where a failure left nothing."""
     sides = [side for side in (base.sides.get(name), candidate.sides.get(name)) if side is not None]
     found = [metric for metric in wanted if any(side.has(metric) for side in sides)]
@@ -133,32 +133,32 @@ def _metrics_of(wanted: Sequence[str], base: Comparand, candidate: Comparand, na
     return [metric for metric in wanted if not is_memory(metric)] or list(wanted)[:1] or [PRIMARY["train"]]
 
 
-def _pair(name: str, metric: str, base: Comparand, candidate: Comparand, differing: Sequence[Difference]) -> SidePair:
+def _pair(name: str, metric: str, base: ComparisonInput, candidate: ComparisonInput, differing: Sequence[Difference]) -> MetricPair:
     """One metric of one variant, unpaired; `differing` forbids a ratio."""
     ours, theirs = base.sides.get(name), candidate.sides.get(name)
     refusal = _forbidden(base, candidate, name, metric)
     if refusal is None and differing:
-        refusal = without_numbers("not_comparable", disagreement(differing))
+        refusal = verdict_only("not_comparable", disagreement(differing))
     sides = None if refusal is not None or ours is None or theirs is None else (ours, theirs)
-    return SidePair(variant=name, metric=metric, interleaving=INTERLEAVING, sides=sides, refusal=refusal)
+    return MetricPair(variant=name, metric=metric, interleaving=INTERLEAVING, sides=sides, refusal=refusal)
 
 
-def _forbidden(base: Comparand, candidate: Comparand, name: str, metric: str) -> Comparison | None:
+def _forbidden(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Comparison | None:
     """The verdict where the numbers do not count or are not there."""
     ours, theirs = base.sides.get(name), candidate.sides.get(name)
     faults = [base.broken, candidate.broken, *(side.broken for side in (ours, theirs) if side is not None)]
     if said := [fault for fault in faults if fault]:
-        return without_numbers("invalid", "; ".join(said))
+        return verdict_only("invalid", "; ".join(said))
     if base.absent is not None:
-        return without_numbers("no_baseline", base.absent)
+        return verdict_only("no_baseline", base.absent)
     if theirs is None:
-        return without_numbers("not_comparable", f"variant {name!r}: it is in the base and not in the candidate")
+        return verdict_only("not_comparable", f"variant {name!r}: it is in the base and not in the candidate")
     if ours is None:
-        return without_numbers("no_baseline", f"variant {name!r}: it is in the candidate and not in the base")
+        return verdict_only("no_baseline", f"variant {name!r}: it is in the candidate and not in the base")
     if not theirs.has(metric):
-        return without_numbers("not_comparable", f"the candidate has no {metric} of variant {name!r}")
+        return verdict_only("not_comparable", f"the candidate has no {metric} of variant {name!r}")
     if not ours.has(metric):
-        return without_numbers("no_baseline", f"the base has no {metric} of variant {name!r}")
+        return verdict_only("no_baseline", f"the base has no {metric} of variant {name!r}")
     return None
 
 
@@ -186,7 +186,7 @@ def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
 
 
 def _notices(
-    base: Comparand, candidate: Comparand, wanted: Sequence[str], verdicts: Mapping[Key, Comparison]
+    base: ComparisonInput, candidate: ComparisonInput, wanted: Sequence[str], verdicts: Mapping[Key, Comparison]
 ) -> list[Notice]:
     limit = unknown_power_limit(base, candidate)
     notices = [] if limit is None else [limit]

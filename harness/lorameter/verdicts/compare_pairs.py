@@ -15,8 +15,8 @@ from lorameter.records.metrics import PEAKS, PHASES, PRIMARY
 from lorameter.records.record import Interleaving
 from lorameter.stats import Comparison, Effect, KeptPairs, Pairing, compare_bytes, decide_family, effect_of, share_scatter
 from lorameter.verdicts.comparison_input import Measurements, is_memory
-from lorameter.verdicts.comparison_report import Compared
-from lorameter.verdicts.series import Trials, oriented, with_drops, without_numbers
+from lorameter.verdicts.comparison_report import ComparisonRow
+from lorameter.verdicts.series import Trials, as_worse_is_higher, with_drops, verdict_only
 
 TOLERANCE = 0.01
 MARGIN = 0.05
@@ -24,7 +24,7 @@ ALPHA = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ComparisonLimits:
     """The limits of one comparison, as fractions."""
 
     tolerance: float = TOLERANCE
@@ -33,14 +33,14 @@ class Limits:
     """Within it two things count as equal."""
 
 
-LimitsOf = Callable[[str, str], Limits]
+LimitsOf = Callable[[str, str], ComparisonLimits]
 """Limits by variant and metric."""
 
 
-def default_limits(variant: str, metric: str) -> Limits:
+def default_limits(variant: str, metric: str) -> ComparisonLimits:
     """The same limits for everything, but exactness for computed bytes."""
     computed = is_memory(metric) and "peak" not in metric and not metric.startswith("host_")
-    return Limits(tolerance=0.0) if computed else Limits()
+    return ComparisonLimits(tolerance=0.0) if computed else ComparisonLimits()
 
 
 Key = tuple[str, str]
@@ -48,7 +48,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SidePair:
+class MetricPair:
     """One metric of one variant on both sides, as the sides were paired."""
 
     variant: str
@@ -90,7 +90,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def judge_pairs(pairs: Iterable[SidePair], limits_of: LimitsOf) -> dict[Key, Comparison]:
+def judge_pairs(pairs: Iterable[MetricPair], limits_of: LimitsOf) -> dict[Key, Comparison]:
     """The verdict on each pair: memory by its maximum, times as one family that shares the error rate (Holm).
 
     What cannot be computed is invalid, with the reason.
@@ -99,22 +99,22 @@ def judge_pairs(pairs: Iterable[SidePair], limits_of: LimitsOf) -> dict[Key, Com
     effects: dict[Key, Effect] = {}
     for pair in pairs:
         if pair.sides is None or pair.refusal is not None:
-            found[pair.key] = pair.refusal or without_numbers("invalid", "not compared")
+            found[pair.key] = pair.refusal or verdict_only("invalid", "not compared")
             continue
         try:
             if pair.of_memory:
                 base, candidate = (side.peaks[pair.metric] for side in pair.sides)
                 found[pair.key] = compare_bytes(base, candidate, tolerance=limits_of(*pair.key).tolerance)
                 continue
-            ours, theirs = (oriented(side.trials[pair.metric], pair.metric) for side in pair.sides)
+            ours, theirs = (as_worse_is_higher(side.trials[pair.metric], pair.metric) for side in pair.sides)
             effect = _effect(pair, ours, theirs)
         except ValueError as error:
-            found[pair.key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
+            found[pair.key] = verdict_only("invalid", f"the samples cannot be compared: {error}")
             continue
         reasons = dict.fromkeys(side.no_interval for side in pair.sides if side.no_interval)
         if reasons:
             found[pair.key] = dataclasses.replace(
-                without_numbers("inconclusive", "; ".join(map(str, reasons))),
+                verdict_only("inconclusive", "; ".join(map(str, reasons))),
                 ratio=math.exp(effect.log_ratio),
                 replicates=effect.replicates,
             )
@@ -128,21 +128,21 @@ def judge_pairs(pairs: Iterable[SidePair], limits_of: LimitsOf) -> dict[Key, Com
     )
 
 
-def _effect(pair: SidePair, base: Trials, candidate: Trials) -> Effect:
+def _effect(pair: MetricPair, base: Trials, candidate: Trials) -> Effect:
     """The effect of the candidate. With a control of the same replicates it has the scatter that both share."""
     effect = effect_of(base, candidate, pair.pairing)
     if pair.control is None:
         return effect
-    ours, again = (oriented(trials, pair.metric) for trials in pair.control)
+    ours, again = (as_worse_is_higher(trials, pair.metric) for trials in pair.control)
     control = effect_of(ours, again, pair.pairing)
     alike = control.replicates == effect.replicates
     return share_scatter({"candidate": effect, "control": control})["candidate"] if alike else effect
 
 
-def rows_of(pairs: Iterable[SidePair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[Compared, ...]:
+def rows_of(pairs: Iterable[MetricPair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[ComparisonRow, ...]:
     """A row a pair, in their order, with its limits and with what was dropped of it."""
     return tuple(
-        Compared(
+        ComparisonRow(
             variant=pair.variant,
             metric=pair.metric,
             comparison=with_drops(verdicts[pair.key], pair.drops),

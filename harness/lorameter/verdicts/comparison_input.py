@@ -28,9 +28,9 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.per_site import refuse_mixed
 from lorameter.verdicts.notices import newer_notices
-from lorameter.verdicts.series import Series, Trials, series_of
+from lorameter.verdicts.series import Series, Trials, group_trials
 from lorameter.verdicts.software import facts_of
-from lorameter.verdicts.run_validity import say_broken, standing_of, trial_faults
+from lorameter.verdicts.run_validity import say_broken, run_validity, trial_faults
 
 BYTES_SUFFIX = "_bytes"
 """Ends the name of every kind of memory."""
@@ -84,7 +84,7 @@ class _TrialsOf(Mapping[str, Trials]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparand:
+class ComparisonInput:
     """One side of a comparison."""
 
     name: str
@@ -104,12 +104,12 @@ class Comparand:
     newer: int | None = None
     """The schema of a run that a newer version wrote; None of any other."""
 
-    def without(self, names: frozenset[str]) -> Comparand:
+    def without(self, names: frozenset[str]) -> ComparisonInput:
         """This side with some variants left out on purpose."""
         return dataclasses.replace(self, sides={name: side for name, side in self.sides.items() if name not in names})
 
 
-def comparand_of(run: Run) -> Comparand:
+def comparison_input(run: Run) -> ComparisonInput:
     """A run of ours as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides, and for one
     whose sites are unlike."""
     if run.manifest.sides:
@@ -119,16 +119,16 @@ def comparand_of(run: Run) -> Comparand:
         )
     refuse_mixed(run, "a side of a comparison")
     study = read_study(run)
-    groups, stands = series_of(run.records), standing_of(run, study)
+    groups, stands = group_trials(run.records), run_validity(run, study)
     sides = {
         name: measurements_of(series, study, run.manifest.run)
         for (name, role), series in groups.items()
         if role == "variant"
     }
-    return Comparand(
+    return ComparisonInput(
         name=run.manifest.run,
         sides=sides,
-        facts=codec.to_json(provenance.comparable(facts_of(run.manifest.provenance, run.records))),
+        facts=codec.to_json(provenance.fingerprint_fields(facts_of(run.manifest.provenance, run.records))),
         fingerprint=run.manifest.fingerprint,
         study=study.name,
         phases=run.manifest.phases,
@@ -159,7 +159,7 @@ def measurements_of(series: Series, study: Study, run: str) -> Measurements:
     )
 
 
-def machine_differences(base: Comparand, candidate: Comparand) -> list[Difference]:
+def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
     """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing, and a run
     of a newer schema may hold some."""
     if base.absent is not None:
@@ -173,7 +173,7 @@ def machine_differences(base: Comparand, candidate: Comparand) -> list[Differenc
     return fact_differences(codec.to_json(ours), codec.to_json(theirs))
 
 
-def _schema_said(side: Comparand) -> str:
+def _schema_said(side: ComparisonInput) -> str:
     return f"{side.newer}, newer than this version knows" if side.newer else "known"
 
 
@@ -197,7 +197,7 @@ def _told(difference: Difference) -> Difference:
     return dataclasses.replace(difference, **told)
 
 
-def unknown_power_limit(base: Comparand, candidate: Comparand) -> Notice | None:
+def unknown_power_limit(base: ComparisonInput, candidate: ComparisonInput) -> Notice | None:
     """That only one of two runs on a card says under which power limit it was measured."""
     sides = [(side.name, side.facts) for side in (base, candidate) if side.facts and side.facts.get("device") == "cuda"]
     limits = [facts[POWER_LIMIT] for _, facts in sides if POWER_LIMIT in facts]
@@ -212,7 +212,7 @@ def unknown_power_limit(base: Comparand, candidate: Comparand) -> Notice | None:
     )
 
 
-def variant_differences(name: str, base: Comparand, candidate: Comparand) -> list[Difference]:
+def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
     """How a variant changed under its name."""
     ours, theirs = base.sides.get(name), candidate.sides.get(name)
     if ours is None or theirs is None or ours.id == theirs.id or None in (ours.id, theirs.id):

@@ -25,7 +25,7 @@ from lorameter.records import codec
 from lorameter.records.record import Interleaving, Notice
 from lorameter.stats import Comparison, Verdict
 from lorameter.verdicts.comparison_input import Difference
-from lorameter.verdicts.same_training import Losses, encode_losses
+from lorameter.verdicts.same_training import LossAgreement, encode_losses
 
 SCHEMA = 1
 """Version of the JSON document of a comparison. 1: first form."""
@@ -53,7 +53,7 @@ EXIT_OF: dict[Verdict, int] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class ComparisonRow:
     """One metric of one variant, candidate against base, with the limits it was judged by."""
 
     variant: str
@@ -83,12 +83,12 @@ class ComparisonReport:
     base: str
     """What the base is called: a run id, a file, a revision."""
     candidate: str
-    comparisons: tuple[Compared, ...]
+    comparisons: tuple[ComparisonRow, ...]
     control: Mapping[str, Comparison | None] = dataclasses.field(default_factory=dict)
     """By phase, the candidate's reference against itself; empty where no control is known."""
     differing: tuple[Difference, ...] = ()
     notices: tuple[Notice, ...] = ()
-    losses: Mapping[str, Losses] = dataclasses.field(default_factory=dict)
+    losses: Mapping[str, LossAgreement] = dataclasses.field(default_factory=dict)
     """Whether the losses of both sides agree, by variant; empty where nobody has looked."""
 
 
@@ -98,7 +98,7 @@ def worst(codes: Iterable[int]) -> int:
     return PRECEDENCE[min(ranks)] if ranks else EXIT_NOT_COMPARABLE
 
 
-def exit_code(comparisons: Iterable[Compared], *, inconclusive: int = EXIT_INCONCLUSIVE) -> int:
+def exit_code(comparisons: Iterable[ComparisonRow], *, inconclusive: int = EXIT_INCONCLUSIVE) -> int:
     """The exit code of all verdicts together; nothing compared is "not comparable", never a pass.
 
     `inconclusive` is what that verdict counts as: a policy may let it pass.
@@ -120,7 +120,7 @@ def document(report: ComparisonReport) -> dict[str, Any]:
     }
 
 
-def _row(compared: Compared) -> dict[str, Any]:
+def _row(compared: ComparisonRow) -> dict[str, Any]:
     comparison = compared.comparison
     return {
         "variant": compared.variant,

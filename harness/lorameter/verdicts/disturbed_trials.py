@@ -32,7 +32,7 @@ def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str,
                 yield phase, disturbance
 
 
-def judged(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
+def mark_disturbed(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
     """The record itself, or as invalid where its surroundings were past a limit; the samples stay in it."""
     past = [(phase, one) for phase, one in disturbances_of(record, on_cpu=on_cpu) if one.invalid]
     if record.status != "ok" or not past:

@@ -28,7 +28,7 @@ from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, 
 from lorameter.records import codec, bounded_io
 from lorameter.records.store import Run
 from lorameter.studies.limits import check_fraction
-from lorameter.verdicts.compare_pairs import Limits, default_limits
+from lorameter.verdicts.compare_pairs import ComparisonLimits, default_limits
 from lorameter.verdicts.comparison_report import ComparisonReport, document, exit_code, worst
 
 
@@ -80,14 +80,14 @@ class Policy:
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, "policy")
 
-    def limits_of(self, variant: str, metric: str) -> Limits:
+    def limits_of(self, variant: str, metric: str) -> ComparisonLimits:
         """Tolerance and margin of one comparison."""
         limits = default_limits(variant, metric)
         exact = limits.tolerance == 0  # computed bytes stay so unless a limit names them
         general = LimitRule(tolerance=None if exact else self.tolerance, margin=self.margin)
         for rule in (general, *self.limit):
             if rule.matches(variant, metric):
-                limits = Limits(
+                limits = ComparisonLimits(
                     tolerance=limits.tolerance if rule.tolerance is None else rule.tolerance,
                     margin=limits.margin if rule.margin is None else rule.margin,
                 )

@@ -22,9 +22,9 @@ from lorameter.verdicts.series import (
     compare_to_reference,
     effects_against,
     is_difference,
-    series_of,
-    without_equivalent,
-    without_numbers,
+    group_trials,
+    downgrade_equivalent,
+    verdict_only,
 )
 
 ONE_REPLICATE = "one replicate gives no interval, so the reference was not measured twice in it"
@@ -33,7 +33,7 @@ MOST_FAULTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class RunValidity:
     """What is said of a run before any of its numbers."""
 
     run: str
@@ -68,7 +68,7 @@ class Standing:
         return say_broken(self.run, self.faults)
 
 
-def standing_of(run: Run, study: Study) -> Standing:
+def run_validity(run: Run, study: Study) -> RunValidity:
     """How a run stands by the records that there are; one of unlike sites stands if each of them does, and its controls
     are in these. Raises nothing for missing trials: what is not there is said."""
     if is_mixed(run):
@@ -78,13 +78,13 @@ def standing_of(run: Run, study: Study) -> Standing:
     if run.manifest.sides:
         controls = compare_base_to_itself(run)
     else:
-        groups = series_of(run.records)
+        groups = group_trials(run.records)
         controls = {
             phase: _control(groups, study.reference, metric, limit, family=len(primary))
             for phase, metric in primary.items()
         }
-    asked = () if followed_alone(run, study) else controls.items()
-    return Standing(
+    asked = () if is_single_script_run(run, study) else controls.items()
+    return RunValidity(
         run=run.manifest.run,
         primary=primary,
         controls=controls,
@@ -95,12 +95,12 @@ def standing_of(run: Run, study: Study) -> Standing:
     )
 
 
-def _standing_of_sites(run: Run, study: Study) -> Standing:
-    sites = {site: standing_of(part, study) for site, part in runs_of_sites(run).items()}
+def _standing_of_sites(run: Run, study: Study) -> RunValidity:
+    sites = {site: run_validity(part, study) for site, part in runs_of_sites(run).items()}
     controls = [
         (f"{phase} on {site}", control) for site, stands in sites.items() for phase, control in stands.controls.items()
     ]
-    return Standing(
+    return RunValidity(
         run=run.manifest.run,
         primary=next((stands.primary for stands in sites.values()), {}),
         controls={},
@@ -111,7 +111,7 @@ def _standing_of_sites(run: Run, study: Study) -> Standing:
     )
 
 
-def followed_alone(run: Run, study: Study) -> bool:
+def is_single_script_run(run: Run, study: Study) -> bool:
     """Whether it is the run of one training that was followed where it took place: there is no second one to be its
     control, and nobody has planned one."""
     return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
@@ -175,7 +175,7 @@ def phases_of(run: Run) -> tuple[Phase, ...]:
 
 def compare_base_to_itself(run: Run) -> dict[Phase, Comparison | None]:
     """The base of an A/B against itself, by phase; None where it was not measured."""
-    groups, phases = series_of(run.records, "base"), phases_of(run)
+    groups, phases = group_trials(run.records, "base"), phases_of(run)
     twin = next((name for name, role in groups if role == "control"), "")
     base, again = groups.get((twin, "variant")), groups.get((twin, "control"))
     if base is None or again is None:
@@ -194,7 +194,7 @@ def _control(groups: Groups, name: str, metric: str, limit: str | None, *, famil
     if most != 1 or twin.measured(metric):
         return None
     left_out = f"{limit} left out the control (a second measurement of {name}), and one replicate gives no interval"
-    return without_numbers("inconclusive", left_out if limit else ONE_REPLICATE)
+    return verdict_only("inconclusive", left_out if limit else ONE_REPLICATE)
 
 
 def _limit(run: Run, study: Study) -> str | None:
@@ -230,7 +230,7 @@ def ratios_of(
     if control is not None and control.verdict == "equivalent":
         return ratios
     reason = "the control itself is not equivalent, so nothing here can be"
-    return {name: without_equivalent(ratio, reason) for name, ratio in ratios.items()}
+    return {name: downgrade_equivalent(ratio, reason) for name, ratio in ratios.items()}
 
 
 def _failures(run: Run) -> Iterator[str]:

@@ -21,7 +21,7 @@ from lorameter.records.units import first_few, format_ratio
 from lorameter.stats import Comparison, compare_trials
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.verdicts.series import Series, is_difference, series_of
+from lorameter.verdicts.series import Series, is_difference, group_trials
 from lorameter.verdicts.software import differing_versions, say_versions
 
 TOLERANCE = 0.01
@@ -41,7 +41,7 @@ Found = Literal["agree", "differ", "unknown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Losses:
+class LossAgreement:
     """What is said of the losses of two scripts."""
 
     found: Found
@@ -49,7 +49,7 @@ class Losses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sides:
+class ScriptPair:
     """Two scripts with the trials that both have of a replicate."""
 
     names: tuple[str, str]
@@ -94,16 +94,16 @@ class Sides:
         return all(ours[: len(theirs)] == theirs[: len(ours)] for ours, theirs in zip(seen[0], seen[1], strict=True))
 
 
-def sides_of_run(run: Run, study: Study) -> dict[str, Sides]:
+def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
     """What is compared with what, by variant: in an A/B the candidate with the base, else each with the reference."""
     if run.manifest.sides:
-        base, candidate = series_of(run.records, "base"), series_of(run.records, "candidate")
+        base, candidate = group_trials(run.records, "base"), group_trials(run.records, "candidate")
         return {
             variant.name: _sides(("the base", "the candidate"), base[key], candidate[key])
             for variant in study.variants
             if (key := (variant.name, "variant")) in base and key in candidate
         }
-    groups = series_of(run.records)
+    groups = group_trials(run.records)
     reference = groups.get((study.reference, "variant"))
     return {
         name: _sides((study.reference, name), reference, series)
@@ -112,26 +112,26 @@ def sides_of_run(run: Run, study: Study) -> dict[str, Sides]:
     }
 
 
-def _sides(names: tuple[str, str], base: Series, candidate: Series) -> Sides:
+def _sides(names: tuple[str, str], base: Series, candidate: Series) -> ScriptPair:
     others = {(record.replicate, record.attempt): record for record in candidate.ok}
     pairs = [
         (ours, others[ours.replicate, ours.attempt]) for ours in base.ok if (ours.replicate, ours.attempt) in others
     ]
-    return Sides(names=names, pairs=tuple(pairs))
+    return ScriptPair(names=names, pairs=tuple(pairs))
 
 
-def losses_of_run(run: Run, study: Study) -> dict[str, Losses]:
+def losses_of_run(run: Run, study: Study) -> dict[str, LossAgreement]:
     """Whether the losses agree, by variant."""
     return {name: compare_losses(sides) for name, sides in sides_of_run(run, study).items()}
 
 
-def compare_losses(sides: Sides) -> Losses:
+def compare_losses(sides: ScriptPair) -> LossAgreement:
     """Whether two scripts have the same losses on the same tokens."""
     if sides.same_tokens is False:
-        return Losses(found="unknown", reason="they see different tokens, so their losses have nothing in common")
+        return LossAgreement(found="unknown", reason="they see different tokens, so their losses have nothing in common")
     base, candidate = ([_losses(pair[side])[begin:] for pair in sides.pairs] for side, begin in sides.begins)
     if not base or not all(base) or not all(candidate):
-        return Losses(found="unknown", reason="no trial of both in which every loss was seen")
+        return LossAgreement(found="unknown", reason="no trial of both in which every loss was seen")
     steps = min(map(len, (*base, *candidate)))
     try:
         first, trend = (
@@ -139,7 +139,7 @@ def compare_losses(sides: Sides) -> Losses:
             for begin, end in ((0, 1), (0, steps))
         )
     except ValueError as error:
-        return Losses(found="unknown", reason=f"they have no ratio: {error}")
+        return LossAgreement(found="unknown", reason=f"they have no ratio: {error}")
     which = "first step that both show" if any(begin for _, begin in sides.begins) else "first step"
     said = (
         f"{base[0][0]:.4g} in {sides.names[0]} and {candidate[0][0]:.4g} in {sides.names[1]} in the {which}, and "
@@ -147,18 +147,18 @@ def compare_losses(sides: Sides) -> Losses:
     )
     unknown = "" if sides.same_tokens else "; whether both see the same tokens is not known"
     if is_difference(first) or is_difference(trend):
-        return Losses(found="differ", reason=said + unknown)
+        return LossAgreement(found="differ", reason=said + unknown)
     if not _follow_each_other(sides):
-        return Losses(found="unknown", reason=f"{OTHER_BATCHES}: {said}")
+        return LossAgreement(found="unknown", reason=f"{OTHER_BATCHES}: {said}")
     if trend.verdict == "equivalent":
-        return Losses(found="unknown" if unknown else "agree", reason=said + unknown)
-    return Losses(found="unknown", reason=f"{said}: {trend.reason}")
+        return LossAgreement(found="unknown" if unknown else "agree", reason=said + unknown)
+    return LossAgreement(found="unknown", reason=f"{said}: {trend.reason}")
 
 
 OTHER_BATCHES = "losses of the same step are no closer to each other than losses of neighbouring steps"
 
 
-def _follow_each_other(sides: Sides) -> bool:
+def _follow_each_other(sides: ScriptPair) -> bool:
     """Whether losses may be of the same batches in the same order, by how far each is from the mean of its neighbours.
     Of the same batches those of the same step are the closest; of other batches half of them are closer to those of a
     neighbouring step. What lies between is the border."""
@@ -200,7 +200,7 @@ def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
         yield from (notice for notice in found if not on_purpose or notice.code != SOFTWARE_DIFFERS)
 
 
-def notices_of_sides(name: str, sides: Sides) -> Iterator[Notice]:
+def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
     """The same of two scripts by themselves."""
     if not sides.pairs:
         return
@@ -223,7 +223,7 @@ def notices_of_sides(name: str, sides: Sides) -> Iterator[Notice]:
         )
 
 
-def _tokens(name: str, sides: Sides) -> Iterator[Notice]:
+def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
     means, batches = sides.tokens_a_step, _batches(sides)
     held = "; ".join(
         f"{one} {words}" for one, words in zip(sides.names, batches, strict=False)
@@ -243,7 +243,7 @@ def _tokens(name: str, sides: Sides) -> Iterator[Notice]:
         )
 
 
-def _batches(sides: Sides) -> list[str]:
+def _batches(sides: ScriptPair) -> list[str]:
     """Sequences and passes of a step, of both, in words; without passes where one does not tell them, and nothing where
     sequences were not seen."""
     counts, every = [], []
@@ -259,7 +259,7 @@ def _batches(sides: Sides) -> list[str]:
     return [f"{count:g} sequences{words}" for count, words in zip(counts, passes, strict=True)]
 
 
-def _parameters(name: str, sides: Sides) -> Iterator[Notice]:
+def _parameters(name: str, sides: ScriptPair) -> Iterator[Notice]:
     counts = _both(sides, lambda record: record.values.get("trainable_parameters"))
     types = _both(sides, lambda record: record.tokens.get("trainable_dtype"))
     if (counts and counts[0] != counts[1]) or (types and types[0] != types[1]):
@@ -273,7 +273,7 @@ def _parameters(name: str, sides: Sides) -> Iterator[Notice]:
         )
 
 
-def _dtypes(name: str, sides: Sides) -> Iterator[Notice]:
+def _dtypes(name: str, sides: ScriptPair) -> Iterator[Notice]:
     types = _both(sides, lambda record: record.tokens.get("loss_dtype"))
     if types and types[0] != types[1]:
         yield Notice(
@@ -283,7 +283,7 @@ def _dtypes(name: str, sides: Sides) -> Iterator[Notice]:
         )
 
 
-def _software(name: str, sides: Sides) -> Iterator[Notice]:
+def _software(name: str, sides: ScriptPair) -> Iterator[Notice]:
     """What their processes have installed, and on how many threads they compute."""
     base, candidate = zip(*sides.pairs, strict=True)
     differing = [
@@ -310,12 +310,12 @@ def _software(name: str, sides: Sides) -> Iterator[Notice]:
         )
 
 
-def _both(sides: Sides, value: Callable[[TrialRecord], Any]) -> tuple[Any, Any] | None:
+def _both(sides: ScriptPair, value: Callable[[TrialRecord], Any]) -> tuple[Any, Any] | None:
     """What the first trial of either says; None where one does not. All trials of one script say the same."""
     ours, theirs = (value(record) for record in sides.pairs[0])
     return None if ours is None or theirs is None else (ours, theirs)
 
 
-def encode_losses(losses: Mapping[str, Losses]) -> dict[str, dict[str, str]]:
+def encode_losses(losses: Mapping[str, LossAgreement]) -> dict[str, dict[str, str]]:
     """As JSON data."""
     return {name: {"found": one.found, "reason": one.reason} for name, one in losses.items()}

@@ -125,7 +125,7 @@ Groups = Mapping[tuple[str, Role], Series]
 """Series by variant and role."""
 
 
-def series_of(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
+def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
     """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance.
 
     Raises `UsageError` for records of sites that may be unlike: nobody takes them together by accident
@@ -205,7 +205,7 @@ def compare_series(base: Series, candidate: Series, metric: str, *, family: int 
         return None
     with _named(candidate.name, metric):
         found = compare_trials(
-            oriented(pairs.base, metric), oriented(pairs.candidate, metric), pairing=pairs.pairing, family=family
+            as_worse_is_higher(pairs.base, metric), as_worse_is_higher(pairs.candidate, metric), pairing=pairs.pairing, family=family
         )
     return with_drops(found, pairs.drops)
 
@@ -241,7 +241,7 @@ def effects_against(groups: Groups, reference: str, metric: str) -> dict[tuple[s
     for key, pair in pairs.items():
         if pair is not None:
             with _named(key[0], metric):
-                effects[key] = effect_of(oriented(pair.base, metric), oriented(pair.candidate, metric), pair.pairing)
+                effects[key] = effect_of(as_worse_is_higher(pair.base, metric), as_worse_is_higher(pair.candidate, metric), pair.pairing)
     whole = {key: effect for key, effect in effects.items() if effect.replicates == len(base.measured(metric))}
     effects |= share_scatter(whole)
     return {
@@ -271,7 +271,7 @@ def pairing_of(series: Series, metric: str) -> Pairing:
     return "turn" if series.interleaving(metric) in ("shared-base", "lockstep") else "replicate"
 
 
-def oriented(trials: Trials, metric: str) -> Trials:
+def as_worse_is_higher(trials: Trials, metric: str) -> Trials:
     """Samples of which more is worse: of a metric of which more is better the inverse, so that above 1 is always worse.
 
     Zero stays zero, which has no ratio and is refused as such. What no metric of ours is, another project's, is a time.
@@ -325,7 +325,7 @@ def is_difference(comparison: Comparison) -> bool:
     return comparison.verdict in ("improved", "regressed")
 
 
-def without_numbers(verdict: Verdict, reason: str) -> Comparison:
+def verdict_only(verdict: Verdict, reason: str) -> Comparison:
     """A verdict where there was nothing to compute, or where the numbers must not be believed."""
     return Comparison(
         verdict=verdict,
@@ -339,7 +339,7 @@ def without_numbers(verdict: Verdict, reason: str) -> Comparison:
     )
 
 
-def without_equivalent(comparison: Comparison, reason: str) -> Comparison:
+def downgrade_equivalent(comparison: Comparison, reason: str) -> Comparison:
     """A comparison that must not claim equality, because the control does not bear it out."""
     if comparison.verdict != "equivalent":
         return comparison

@@ -8,7 +8,7 @@ import torch
 from kernels_check.judges import base_layers, base_products
 from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.calls import Calls
-from kernels_check.observation.weight_bits import Census
+from kernels_check.observation.weight_bits import WeightBits
 from kernels_check.observation.digest import digest
 from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.optimizers import OptimizerSeen
@@ -108,7 +108,7 @@ def test_an_unknown_four_bit_path_is_unknown(seen, training, bases):
 
 def census_of(*sizes, unread=0):
     """A base of a 4-bit part, of others by their sizes, and of what could not be read."""
-    census = Census()
+    census = WeightBits()
     for bits, name, size in [(4, "q", 64), (None, "odd", unread), *((16, f"n{n}", one) for n, one in enumerate(sizes))]:
         census.bytes_of[bits] += size
         census.weights_of[bits] += size

@@ -6,7 +6,7 @@ from negative_controls.fused_kernel_controls import bind_norms, bind_one_norm
 
 from kernels_check.judges.fused import judge_fused
 from kernels_check.observation.calls import Calls
-from kernels_check.observation.fused_kernels import Place
+from kernels_check.observation.fused_kernels import FusedKernelSite
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def instrument():
 
 
 def _place(kind="rms_norm", library="liger_kernel", *, called=True, hidden=False, name="norm"):
-    return Place(kind=kind, name=name, library=library, called=called, hidden=hidden)
+    return FusedKernelSite(kind=kind, name=name, library=library, called=called, hidden=hidden)
 
 
 def _judge(seen, required, *places, **given):

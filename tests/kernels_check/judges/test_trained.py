@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels_check
 from kernels_check.judges.trained import judge_norms
-from kernels_check.observation.trained_parts import PartSeen
+from kernels_check.observation.trained_parts import ParameterStatus
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_factors_beside_an_embedding_train_it(training):
 
 def _parts(*fates, tokens=None):
     return [
-        PartSeen(name=f"part {place}", fates={f"p{place}": fate}, tokens=tokens) for place, fate in enumerate(fates)
+        ParameterStatus(name=f"part {place}", fates={f"p{place}": fate}, tokens=tokens) for place, fate in enumerate(fates)
     ]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_check.trace import limits
-from kernels_check.trace.limits import Limits
+from kernels_check.trace.limits import JsonLimits
 
 json_values = st.recursive(
     st.none()
@@ -39,7 +39,7 @@ def longest(value, kind):
 
 def problems(text, size):
     """What is said of a text that is read in parts of one size."""
-    followed = Limits()
+    followed = JsonLimits()
     found = [followed.problem(text[start : start + size]) for start in range(0, len(text), size)]
     return [problem for problem in found if problem is not None]
 

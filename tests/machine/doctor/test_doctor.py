@@ -11,8 +11,8 @@ import pytest
 from lorameter import cli
 from lorameter.machine.gpu import CardFacts, CardSample, Memory
 from lorameter.machine.doctor import examine, is_fit
-from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
-from lorameter.machine.filesystem import Place
+from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, GpuSurvey, Survey
+from lorameter.machine.filesystem import FolderLocation
 from lorameter.machine.gpu_topology import NVLINK, Links, Pair
 from lorameter.machine.other_gpu_processes import Neighbours
 from lorameter.machine.reading import Reading, missing
@@ -21,7 +21,7 @@ from lorameter.report.doctor import describe_checks
 from lorameter.report.terminal import text_of
 
 GIB = 2**30
-DISK = Place(path="/runs", kind="ext4", options=("rw",), locks=Reading(value=True))
+DISK = FolderLocation(path="/runs", kind="ext4", options=("rw",), locks=Reading(value=True))
 
 
 def given(value):
@@ -53,7 +53,7 @@ ALONE = Neighbours(
     hidden_bytes=given(0),
     statement="",
 )
-CARD = Card(facts=FACTS, sample=SAMPLE, memory=given(Memory(total=80 * GIB, free=79 * GIB, used=0)),
+CARD = GpuSurvey(facts=FACTS, sample=SAMPLE, memory=given(Memory(total=80 * GIB, free=79 * GIB, used=0)),
             neighbours=ALONE, sliced=False)  # fmt: skip
 
 

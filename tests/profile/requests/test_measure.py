@@ -15,7 +15,7 @@ from lorameter.profile.requests.measure import DOCUMENT, _start_cold, profile_re
 from lorameter.profile.requests.rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
-from lorameter.records.record import Failure, Fragment, TrialRecord
+from lorameter.records.record import Failure, PartialRecord, TrialRecord
 from lorameter.report.requests import describe_requests
 from lorameter.report.terminal import console_for, show
 from lorameter.run.executors import WorkerLostError, open_executor
@@ -145,7 +145,7 @@ def test_a_cold_start_that_fails_is_a_notice(lost, said):
         if lost:
             raise WorkerLostError("timeout", Failure(phase="cold", kind="WorkerLost", message="it fell silent."))
         failure = Failure(phase="cold", kind="OutOfMemoryError", message="no room")
-        return Fragment(status="crashed") if lost is None else Fragment().failed("oom", failure)
+        return PartialRecord(status="crashed") if lost is None else PartialRecord().failed("oom", failure)
 
     _start_cold(trial, SimpleNamespace(cold_start=cold_start))
     (notice,) = trial.record.notices
@@ -156,6 +156,6 @@ def test_a_cold_start_that_fails_is_a_notice(lost, said):
 def test_a_cold_start_goes_into_the_record():
     """With its parts."""
     trial = ColdTrial()
-    _start_cold(trial, SimpleNamespace(cold_start=lambda request: Fragment(values={"cold_rest_s": 2.0})))
+    _start_cold(trial, SimpleNamespace(cold_start=lambda request: PartialRecord(values={"cold_rest_s": 2.0})))
     assert trial.record.notices == ()
     assert trial.record.values == {"seen": 1.0, "cold_rest_s": 2.0}

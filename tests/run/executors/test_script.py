@@ -18,7 +18,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.same_training import Sides, notices_of_sides
+from lorameter.verdicts.same_training import ScriptPair, notices_of_sides
 
 SCRIPT = Path(__file__).parents[1] / "scripted.py"
 PROTOCOL = Protocol(
@@ -186,7 +186,7 @@ def test_what_is_measured_is_what_any_trial_measures(records):
 @pytest.mark.parametrize("how", DIFFERENT)
 def test_what_a_script_does_otherwise_is_told_from_what_it_says(run, records, how):
     """From the words of its process to the notice, and no other of its code."""
-    sides = Sides(names=("plain", how), pairs=((records["plain"], records[how]),) * 2)
+    sides = ScriptPair(names=("plain", how), pairs=((records["plain"], records[how]),) * 2)
     (notice,) = notices_of_sides(how, sides)
     code, said = DIFFERENT[how]
     assert (notice.code, said in notice.message) == (code, True), notice.message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.records import codec
-from lorameter.run.executors import Place
+from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.script import TOKENS
 from lorameter.run.executors.script_worker import ScriptWorker
 from lorameter.run.plan import make_plan
@@ -53,7 +53,7 @@ def prepared(tmp_path):
         study = study_of_command("python train.py", requirements=requirements)
         plan = make_plan(study, phases=("train",), interleaving="lockstep")
         slot, site = plan.slots[0], site_of(study.workload, TOKENS, "cpu")
-        request = request_of(plan, slot, site, Place(scratch=str(tmp_path), log_path=str(tmp_path / "log")))
+        request = request_of(plan, slot, site, TrialFiles(scratch=str(tmp_path), log_path=str(tmp_path / "log")))
         worker = ScriptWorker(lambda asked: process)
         for word, arguments in (("prepare", {"request": codec.to_json(request)}), ("build", {})):
             assert worker.ask(word, slot.trial, 5.0, **arguments).status == "ok"

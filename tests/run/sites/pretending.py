@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import threading
 
-from lorameter.machine.provenance import Facts, Machine
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import Fragment
-from lorameter.run.executors import Place
+from lorameter.machine.provenance import MachineFacts, Machine
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import PartialRecord
+from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.host import Host
 
 MACHINE = Machine(
@@ -63,14 +63,14 @@ class Fake:
 
     def facts(self):
         host = None if self.host in (None, Host()) else {**HOST, "packages": {"python": self.host.python}}
-        return Facts(machine=MACHINE, settings={}, libraries={"peft": "1.0"}, git={"commit": None}, host=host)
+        return MachineFacts(machine=MACHINE, settings={}, libraries={"peft": "1.0"}, git={"commit": None}, host=host)
 
     def start(self, folder, threads):
         self.folder = folder
         (folder / "logs").mkdir(exist_ok=True)
 
     def hello(self):
-        return Hello(harness="1.0 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="1.0 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(
@@ -85,7 +85,7 @@ class Fake:
         return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 
     def make_place(self, trial, log):
-        return Place(scratch=trial, log_path=str(self.folder / "logs" / f"{log}.log"))
+        return TrialFiles(scratch=trial, log_path=str(self.folder / "logs" / f"{log}.log"))
 
     def clear_place(self, trial):
         pass
@@ -97,9 +97,9 @@ class Fake:
         if trial.startswith("r"):  # one of the plan's
             MEETINGS[-1].join(self.label[-1:])
         if command != "turn":
-            return Fragment()
+            return PartialRecord()
         factor = next((factor for (label, part), factor in SLOW.items() if label in self.label and part in trial), 1.0)
-        return Fragment(samples={"step_time_s": (factor * 0.1,) * arguments["steps"]})
+        return PartialRecord(samples={"step_time_s": (factor * 0.1,) * arguments["steps"]})
 
     def close(self):
         pass

@@ -9,7 +9,7 @@ import pytest
 from lorameter.records import store
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.run_validity import standing_of
+from lorameter.verdicts.run_validity import run_validity
 
 SITES = ("--sites", "0,1", "--mixed")
 SIDES = ("--base", "/a/python", "--candidate", "/b/python", "--phase", "train", "--variant", "small")
@@ -70,7 +70,7 @@ def test_notices_say_of_which_site_they_are_unless_of_all(spread):
 def test_a_control_that_fails_on_one_site_fails_the_run(spread):
     """However good the other is."""
     code, last, _ = spread("run", slow={("cpus-1", "control"): 1.5})
-    stands = standing_of(last, read_study(last))
+    stands = run_validity(last, read_study(last))
     assert code == 4
     assert any("regressed in phase 'train on cpus-1'" in fault for fault in stands.faults)
 

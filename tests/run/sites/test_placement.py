@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.record import Failure, Fragment
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import WorkerLostError
 from tests.run.sites.wholeness import sites_of_whole
 
@@ -162,7 +162,7 @@ def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, m
 
     def turn(self, command, trial, timeout_s, **arguments):
         if command != "turn":
-            return Fragment()
+            return PartialRecord()
         if both.wait(30) == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         assert closed[self.label].wait(30)

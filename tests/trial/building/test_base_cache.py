@@ -12,7 +12,7 @@ import torch
 
 from lorameter.models import bases, catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory
-from lorameter.records.os_errors import refusal_in
+from lorameter.records.os_errors import find_system_error
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.variant import Variant
@@ -280,5 +280,5 @@ def test_a_disk_that_stays_full_is_a_refusal(saved, home, monkeypatch):
     monkeypatch.setattr(base_cache, "_write_tensors", full)
     with pytest.raises(OSError, match="No space") as refused:
         base_cache.prepare(asked(saved(), PLAIN))
-    assert "Free space" in refusal_in(refused.value)
+    assert "Free space" in find_system_error(refused.value)
     assert not [path for path in home.iterdir() if path.is_dir()]

@@ -13,7 +13,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.shared import Seat, SharedBase, base_digest
+from lorameter.trial.building.shared import ActiveAdapter, SharedBase, base_digest
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
@@ -112,7 +112,7 @@ def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
 
 def test_a_trial_without_its_random_numbers_is_not(tokens, monkeypatch):
     """The negative control: when turns share one stream of random numbers, the dropout masks are other ones."""
-    monkeypatch.setattr(Seat, "taken", _switch_only)
+    monkeypatch.setattr(ActiveAdapter, "taken", _switch_only)
     shared = SharedBase()
     trials = [trial_on(shared, variant, tokens) for variant in SWEEP[:3]]
     for trial in trials:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.studies.columns import Columns
+from lorameter.studies.columns import DataColumns
 from lorameter.trial.data.detect_format import recognise
 
 
@@ -25,7 +25,7 @@ from lorameter.trial.data.detect_format import recognise
 )  # fmt: skip
 def test_columns_that_people_have_are_recognised(names, title, parts):
     """Those of dolly, Alpaca, prompts with completions, chats, ShareGPT and plain text, in any order, beside others."""
-    form = recognise(names.split(), Columns(), "data")
+    form = recognise(names.split(), DataColumns(), "data")
     assert (form.title, set(form.columns)) == (title, parts)
 
 
@@ -45,7 +45,7 @@ def test_columns_that_people_have_are_recognised(names, title, parts):
 def test_what_is_not_recognised_or_twice_is_refused(names, words):
     """With the columns that are there, and with how to name them."""
     with pytest.raises(UsageError, match=words) as caught:
-        recognise(names.split(), Columns(), "data 'x', line 1")
+        recognise(names.split(), DataColumns(), "data 'x', line 1")
     assert "data 'x', line 1" in str(caught.value)
     assert "columns = { instruction" in str(caught.value)
 
@@ -67,6 +67,6 @@ def test_what_is_not_recognised_or_twice_is_refused(names, words):
 )
 def test_a_row_that_differs_from_the_first_is_refused(names, row, words):
     """A column too few, one more that would be lost, a value that is no text."""
-    form = recognise(names, Columns(), "data")
+    form = recognise(names, DataColumns(), "data")
     with pytest.raises(UsageError, match=f"line 9: {words}"):
         form.record(row, "line 9")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.trial.data.messages import Message, read_conversation
+from lorameter.trial.data.messages import ChatTurn, read_conversation
 
 PICTURE = {"type": "image_url", "image_url": "x"}
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -17,7 +17,7 @@ def read(*messages):
 
 def test_both_spellings_are_one():
     """role and content, from and value, with the nulls that a table fills up with, and parts of text joined."""
-    expected = (Message(role="user", content="a"), Message(role="assistant", content="b"))
+    expected = (ChatTurn(role="user", content="a"), ChatTurn(role="assistant", content="b"))
     shared = {"from": "gpt", "value": "b", "role": None, "content": None}
     parts = {"role": "assistant", "content": [{"type": "text", "text": "b"}], "tool_calls": None}
     split = {"role": "assistant", "content": ["", {"text": "b", "type": "text"}]}

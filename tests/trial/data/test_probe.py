@@ -14,7 +14,7 @@ from pyarrow import parquet
 from lorameter.errors import UsageError
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.records import look_into
+from lorameter.trial.data.records import describe_data
 
 SPOILT = Path(__file__).with_name("spoilt")
 """Data sets of a few rows, a few bytes of which were changed: of most the library dies."""
@@ -37,7 +37,7 @@ def test_a_spoilt_data_set_is_refused_by_its_name(spoilt, name):
     one is not gone."""
     data = str(spoilt / name)
     with pytest.raises(UsageError, match=rf"data '{data}'(, row \d+)?: cannot be read: .*ave it again"):
-        look_into(Workload(data=data, held_out_records=1))
+        describe_data(Workload(data=data, held_out_records=1))
 
 
 def test_data_that_the_tokens_die_of_is_refused_by_its_name(spoilt, tmp_path, small_study):

@@ -9,7 +9,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.records import look_into, read_records
+from lorameter.trial.data.records import describe_data, read_records
 
 GOOD = {"instruction": "say it", "context": "", "response": "it"}
 
@@ -51,7 +51,7 @@ def test_a_record_that_cannot_serve_is_named(tmp_path, lines, words, ending):
     assert words in str(caught.value)
     assert path.name in str(caught.value)
     with pytest.raises(UsageError):  # and so before anything is started
-        look_into(Workload(data=str(path)))
+        describe_data(Workload(data=str(path)))
 
 
 def test_what_is_held_out_is_not_all(tmp_path):
@@ -59,5 +59,5 @@ def test_what_is_held_out_is_not_all(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join([json.dumps(GOOD)] * 16))
     with pytest.raises(UsageError, match="16 records, and held_out_records = 16: none is left to train on"):
-        look_into(Workload(data=str(path)))
-    assert look_into(Workload(data=str(path), held_out_records=15)).startswith("mine.jsonl, 16 records")
+        describe_data(Workload(data=str(path)))
+    assert describe_data(Workload(data=str(path), held_out_records=15)).startswith("mine.jsonl, 16 records")

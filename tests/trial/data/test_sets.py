@@ -7,7 +7,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.records import look_into, read_records
+from lorameter.trial.data.records import describe_data, read_records
 
 datasets.disable_progress_bars()
 ROWS = [{"prompt": f"p{number}", "completion": "c", "score": number} for number in range(600)]
@@ -29,7 +29,7 @@ def test_a_saved_data_set_is_read_whole(tmp_path):
     data = datasets.Dataset.from_list(ROWS).shuffle(seed=1).select(range(500))
     data.save_to_disk(tmp_path / "mine", num_shards=3)
     records, label = read(str(tmp_path / "mine"))
-    assert label == "mine, 500 records of prompt/completion" == look_into(Workload(data=str(tmp_path / "mine")))
+    assert label == "mine, 500 records of prompt/completion" == describe_data(Workload(data=str(tmp_path / "mine")))
     expected = [{"prompt": row["prompt"], "completion": row["completion"]} for row in data]
     assert sorted(map(str, records)) == sorted(map(str, expected))
 
@@ -56,7 +56,7 @@ def test_a_saved_data_set_that_cannot_serve_is_refused(tmp_path, harm):
         "cut": "cannot be read: .*Save it again", "gone": "no records are in it",
         "null": "row 271: completion = null", "number": "row 1: prompt = 3", "empty": "no records are in it",
     }  # fmt: skip
-    for look in (read, lambda data: look_into(Workload(data=data))):
+    for look in (read, lambda data: describe_data(Workload(data=data))):
         with pytest.raises(UsageError, match=words[harm]):
             look(path)
 
@@ -84,7 +84,7 @@ def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypat
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert (
-        look_into(Workload(data="owner/name:main"))
+        describe_data(Workload(data="owner/name:main"))
         == "owner/name:main[train] of the hub, looked into when it is fetched"
     )
     assert asked == []

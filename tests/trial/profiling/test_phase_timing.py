@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorameter.profile.diagnosis import diagnose
-from lorameter.profile.evidence import Evidence
+from lorameter.profile.evidence import ProfileEvidence
 from lorameter.records.activity import STEP_PHASES
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
@@ -90,7 +90,7 @@ def test_a_batch_that_comes_late_is_found(tmp_path, monkeypatch, late_s, found):
     monkeypatch.setattr(TrainStep, "loss", clock.passing(0.05, TrainStep.loss))
     plain, step = TrainStep(trainee, stream, request.variant, "cpu"), BorderedStep(trainee, stream, request)
     samples = step_times(plain, step, "cpu", budget_s=0.0)
-    evidence = Evidence(
+    evidence = ProfileEvidence(
         variant=request.variant, workload=request.workload, device="cpu",
         step_s=statistics.median(samples["plain_step_time_s"]),
         phases_s={phase: statistics.median(samples[f"phase_{phase}_s"]) for phase in STEP_PHASES},

@@ -10,7 +10,7 @@ import pytest
 from lorameter.records import codec
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run
-from lorameter.studies.claim import Claim, Part
+from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.variant import Variant
 
 TURNS = 9
@@ -27,7 +27,7 @@ def claim():
 
     def make(*parts, **first):
         given = parts or (first,)
-        made = tuple(Part(**{"axis": "r", "metric": "step_time_s"} | part) for part in given)
+        made = tuple(ClaimPart(**{"axis": "r", "metric": "step_time_s"} | part) for part in given)
         return Claim(id="c", says="a sentence", original="a number", parts=made)
 
     return make

@@ -3,7 +3,7 @@
 import pytest
 
 from lorameter.verdicts.claims.answers import answers_of
-from lorameter.verdicts.series import series_of
+from lorameter.verdicts.series import group_trials
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def answers(make_run):
             samples = {"natural_tokens": tuple(tokens), "natural_request_time_s": tuple(times)}
             return record.replaced(samples=record.samples | samples)
 
-        return answers_of(series_of(make_run([], change=answered).records))
+        return answers_of(group_trials(make_run([], change=answered).records))
 
     return make
 
@@ -41,5 +41,5 @@ def test_one_length_explains_nothing(answers, make_run):
     """Answers that were all cut at one length say nothing, nor does a run without such requests."""
     found = answers(lambda name, index, role: 48, lambda name, index: 0.02 + index)
     assert (found.requests, found.variants) == (None, None)
-    bare = answers_of(series_of(make_run([]).records))
+    bare = answers_of(group_trials(make_run([]).records))
     assert (bare.requests, bare.variants) == (None, None)

@@ -8,7 +8,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import store
-from lorameter.studies.claim import Claim, Part
+from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.claims import judge_claims
@@ -19,7 +19,7 @@ BYTES = {"plain": 1000, "nf4": 600, "dora": 1010}
 
 
 def part(rule, metric, axis="quantization", levels=PAIR, **more):
-    return Part(rule=rule, axis=axis, metric=metric, levels=levels, **more)
+    return ClaimPart(rule=rule, axis=axis, metric=metric, levels=levels, **more)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ that protects itself, of a broken memory.
 from __future__ import annotations
 
 from lorameter.machine.doctor.card import card_meters, card_state
-from lorameter.machine.doctor.check import Check
+from lorameter.machine.doctor.check import DoctorCheck
 from lorameter.machine.doctor.host import disturbances, host_meters, limits, settings
 from lorameter.machine.doctor.means import device, memory, models, packages
 from lorameter.machine.doctor.several import card_server, cards_of_ranks, interconnect, runs_folder
@@ -17,7 +17,7 @@ from lorameter.machine.doctor.survey import Survey, survey
 __all__ = ["Check", "Survey", "examine", "is_fit", "survey"]
 
 
-def examine(found: Survey) -> tuple[Check, ...]:
+def examine(found: Survey) -> tuple[DoctorCheck, ...]:
     """All checks of a survey, in the order in which one would read them."""
     card = found.card.value
     return (
@@ -38,6 +38,6 @@ def examine(found: Survey) -> tuple[Check, ...]:
     )
 
 
-def is_fit(checks: tuple[Check, ...]) -> bool:
+def is_fit(checks: tuple[DoctorCheck, ...]) -> bool:
     """Whether something may be measured here."""
     return all(check.standing != "unfit" for check in checks)

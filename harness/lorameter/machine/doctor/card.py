@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorameter.machine.doctor.check import Check, Grade, say
-from lorameter.machine.doctor.survey import Card
+from lorameter.machine.doctor.check import DoctorCheck, Grade, say
+from lorameter.machine.doctor.survey import GpuSurvey
 from lorameter.machine.reading import Reading
 from lorameter.machine.throttle import PROTECTING
 from lorameter.machine.disturbances import HOT_MARGIN_C, SHARED_INVALID_BYTES
 from lorameter.records.units import format_bytes
 
 
-def card_meters(card: Card) -> Iterator[Check]:
+def card_meters(card: GpuSurvey) -> Iterator[DoctorCheck]:
     """Which of the card's counters there are."""
     asked: tuple[tuple[str, Reading[object], str], ...] = (
         ("energy", card.sample.energy_j, "Energy is left out of the results."),
@@ -22,7 +22,7 @@ def card_meters(card: Card) -> Iterator[Check]:
         ("neighbours", card.neighbours.others, "Look from outside the container, or start it with --pid=host."),
     )
     for name, reading, remedy in asked:
-        yield Check(
+        yield DoctorCheck(
             about="measures",
             name=name,
             standing="good" if reading.known else "note",
@@ -31,7 +31,7 @@ def card_meters(card: Card) -> Iterator[Check]:
         )
 
 
-def card_state(card: Card, *, root: bool) -> Iterator[Check]:
+def card_state(card: GpuSurvey, *, root: bool) -> Iterator[DoctorCheck]:
     """Settings, heat, faults and company of the card; `root` says whether the user may change its settings."""
     yield from _settings(card, root=root)
     yield from _heat(card)
@@ -39,10 +39,10 @@ def card_state(card: Card, *, root: bool) -> Iterator[Check]:
     yield from _company(card)
 
 
-def _settings(card: Card, *, root: bool) -> Iterator[Check]:
+def _settings(card: GpuSurvey, *, root: bool) -> Iterator[DoctorCheck]:
     facts = card.facts
     persistent, need_root = facts.persistence.value, facts.clocks_need_root.value
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="persistence",
         standing=_standing(facts.persistence, "bad", wrong=persistent is False),
@@ -52,7 +52,7 @@ def _settings(card: Card, *, root: bool) -> Iterator[Check]:
     limit, default = facts.power_limit_w.value, facts.default_power_limit_w.value
     lowered = limit is not None and default is not None and limit < default
     of = "" if default is None else f" of {default:.0f} W by default"
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="power limit",
         standing=_standing(facts.power_limit_w, "bad", wrong=lowered),
@@ -60,7 +60,7 @@ def _settings(card: Card, *, root: bool) -> Iterator[Check]:
         remedy=f"sudo nvidia-smi -pl {default:.0f}, or measure everything under this limit" if lowered else "",
     )
     denied = need_root is True and not root
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="clock lock",
         standing=_standing(facts.clocks_need_root, "note", wrong=denied),
@@ -70,7 +70,7 @@ def _settings(card: Card, *, root: bool) -> Iterator[Check]:
         else "",
     )
     if card.sliced:
-        yield Check(
+        yield DoctorCheck(
             about="spoils",
             name="MIG",
             standing="note",
@@ -79,10 +79,10 @@ def _settings(card: Card, *, root: bool) -> Iterator[Check]:
         )
 
 
-def _heat(card: Card) -> Iterator[Check]:
+def _heat(card: GpuSurvey) -> Iterator[DoctorCheck]:
     events, margin = card.sample.events, card.sample.temperature_margin_c
     protecting = bool(PROTECTING & set(events.value or ()))
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="throttling",
         standing=_standing(events, "unfit", wrong=protecting),
@@ -91,7 +91,7 @@ def _heat(card: Card) -> Iterator[Check]:
     )
     hot = margin.value is not None and margin.value < HOT_MARGIN_C
     near = f"under {HOT_MARGIN_C:.0f} °C is too near"
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="heat",
         standing=_standing(margin, "bad", wrong=hot),
@@ -100,12 +100,12 @@ def _heat(card: Card) -> Iterator[Check]:
     )
 
 
-def _faults(card: Card) -> Iterator[Check]:
+def _faults(card: GpuSurvey) -> Iterator[DoctorCheck]:
     facts = card.facts
     broken, mended = facts.uncorrected_errors.value or 0, facts.corrected_errors.value or 0
     counts = f"; {broken} uncorrected and {mended} corrected errors since the driver was loaded"
     off = facts.ecc.value is False
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="ECC",
         standing="unfit" if broken else _standing(facts.ecc, "note", wrong=off),
@@ -115,7 +115,7 @@ def _faults(card: Card) -> Iterator[Check]:
     )
 
 
-def _company(card: Card) -> Iterator[Check]:
+def _company(card: GpuSurvey) -> Iterator[DoctorCheck]:
     """This process holds nothing on the device, so whatever is in use there is somebody else's."""
     beside, used = card.neighbours, card.neighbours.used_bytes.value
     others, held = beside.others.value, beside.others_bytes.value
@@ -129,10 +129,10 @@ def _company(card: Card) -> Iterator[Check]:
         said = f"{beside.statement}; {size} in use, {limit}"
         remedy = "Look at nvidia-smi outside the container, or give it the machine's process numbers (--pid=host)."
     else:
-        yield Check(about="spoils", name="other processes", standing="good", found="none on the device")
+        yield DoctorCheck(about="spoils", name="other processes", standing="good", found="none on the device")
         return
     standing: Grade = "unfit" if max(held or 0, used or 0) > SHARED_INVALID_BYTES else "bad"
-    yield Check(about="spoils", name="other processes", standing=standing, found=said, remedy=remedy)
+    yield DoctorCheck(about="spoils", name="other processes", standing=standing, found=said, remedy=remedy)
 
 
 def _standing(reading: Reading[object], when_wrong: Grade, *, wrong: bool) -> Grade:

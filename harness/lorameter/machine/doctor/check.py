@@ -16,7 +16,7 @@ Grade = Literal["good", "note", "bad", "unfit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class DoctorCheck:
     """One thing that was looked at: what was found, with the limit where there is one, and what to do about it."""
 
     about: About

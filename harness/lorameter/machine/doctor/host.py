@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorameter.machine.doctor.check import Check, say
+from lorameter.machine.doctor.check import DoctorCheck, say
 from lorameter.machine.doctor.survey import Survey
 from lorameter.machine.host import GIVEN, LEAST_ASKED_S, withheld_share
 from lorameter.machine.reading import unavailable
@@ -32,18 +32,18 @@ WITHHELD: tuple[tuple[str, str, str, str], ...] = (
 """Name, counter, who did what, and the remedy; shares are of the CPU time that was asked for."""
 
 
-def host_meters(found: Survey) -> Iterator[Check]:
+def host_meters(found: Survey) -> Iterator[DoctorCheck]:
     """Which of the kernel's counters there are."""
     for name, counter, remedy in COUNTERS:
         why = found.host_missing.get(counter, "")
-        yield Check(
+        yield DoctorCheck(
             about="measures",
             name=name,
             standing="note" if why else "good",
             found=unavailable(why) if why else "available",
             remedy=remedy if why else "",
         )
-    yield Check(
+    yield DoctorCheck(
         about="measures",
         name="host peaks",
         standing="good" if found.peaks else "unfit",
@@ -52,7 +52,7 @@ def host_meters(found: Survey) -> Iterator[Check]:
     )
 
 
-def disturbances(found: Survey) -> Iterator[Check]:
+def disturbances(found: Survey) -> Iterator[DoctorCheck]:
     """What others do to this machine now."""
     load, cpus, watched = found.system.load, found.system.cpus, found.host["watched_s"]
     busy = load.value is not None and load.value > BUSY * cpus
@@ -60,7 +60,7 @@ def disturbances(found: Survey) -> Iterator[Check]:
     waits = stalled is None or stalled / watched > CONTENDED  # a load lags a minute behind; what is waited for does not
     taken = load.value is not None and load.value > cpus and waits
     remedy = "Stop other work; if it must stay, measure more replicates and trust only what took turns."
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="load",
         standing="unfit" if taken else "bad" if busy else "good" if load.known else "note",
@@ -76,7 +76,7 @@ def disturbances(found: Survey) -> Iterator[Check]:
     for name, counter, limit, what, remedy in DISTURBANCES:
         if counter in found.host:
             share = found.host[counter] / watched
-            yield Check(
+            yield DoctorCheck(
                 about="spoils",
                 name=name,
                 standing="bad" if share > limit else "good",
@@ -86,7 +86,7 @@ def disturbances(found: Survey) -> Iterator[Check]:
     yield from _withheld(found)
 
 
-def _withheld(found: Survey) -> Iterator[Check]:
+def _withheld(found: Survey) -> Iterator[DoctorCheck]:
     """What of the CPU time that was asked for was not given, to this process and to others on the same CPUs."""
     for name, counter, what, remedy in WITHHELD:
         if counter not in found.host:
@@ -101,7 +101,7 @@ def _withheld(found: Survey) -> Iterator[Check]:
         else:
             asked = f"{share:.0%} of {withheld + given:.1f} s of CPU time that were asked for"
             said = f"{what} for {asked} (above {NOTICED:.0%} it matters)"
-        yield Check(
+        yield DoctorCheck(
             about="spoils",
             name=name,
             standing="bad" if much else "note" if share is None else "good",
@@ -110,19 +110,19 @@ def _withheld(found: Survey) -> Iterator[Check]:
         )
 
 
-def settings(found: Survey) -> Iterator[Check]:
+def settings(found: Survey) -> Iterator[DoctorCheck]:
     """What moves times by itself, and can be set."""
     system = found.system
     governor, turbo, pages = system.governor.value, system.turbo.value, system.huge_pages.value
     saving = governor not in (None, "performance")
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="governor",
         standing="bad" if saving else "good" if governor else "note",
         found=say(system.governor, str),
         remedy="sudo cpupower frequency-set -g performance" if saving else "",
     )
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="turbo",
         standing="good" if turbo is False else "note",
@@ -131,7 +131,7 @@ def settings(found: Survey) -> Iterator[Check]:
         if turbo
         else "",
     )
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="huge pages",
         standing="note" if pages == "always" else "good",
@@ -141,7 +141,7 @@ def settings(found: Survey) -> Iterator[Check]:
         remedy="echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled" if pages == "always" else "",
     )
     spread = (system.numa_nodes.value or 1) > 1
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="memory nodes",
         standing="bad" if spread else "good",
@@ -149,7 +149,7 @@ def settings(found: Survey) -> Iterator[Check]:
         remedy="numactl --cpunodebind=0 --membind=0 lorameter ..." if spread else "",
     )
     used, size = system.swap_used_bytes.value or 0, system.swap_bytes.value
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="swap",
         standing="bad" if used else "note" if size else "good",
@@ -160,12 +160,12 @@ def settings(found: Survey) -> Iterator[Check]:
     )
 
 
-def limits(found: Survey) -> Iterator[Check]:
+def limits(found: Survey) -> Iterator[DoctorCheck]:
     """What a container, or more threads than CPUs, would do to a trial."""
     system, threads = found.system, Workload().threads
     quota = system.quota_cpus.value
     usable = float(system.cpus) if quota is None else min(float(system.cpus), quota)
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="threads",
         standing="unfit" if threads > usable else "good",
@@ -173,7 +173,7 @@ def limits(found: Survey) -> Iterator[Check]:
         remedy="Give it a whole CPU: less stops every thread in each period." if threads > usable else "",
     )
     if quota is not None:
-        yield Check(
+        yield DoctorCheck(
             about="spoils",
             name="CPU quota",
             standing="bad",
@@ -181,7 +181,7 @@ def limits(found: Survey) -> Iterator[Check]:
             remedy="Use a cpuset (docker run --cpuset-cpus) instead of a quota.",
         )
     if system.container.known:
-        yield Check(
+        yield DoctorCheck(
             about="spoils",
             name="container",
             standing="note",

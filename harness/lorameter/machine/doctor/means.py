@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorameter.machine.doctor.check import Check, say
+from lorameter.machine.doctor.check import DoctorCheck, say
 from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, Survey
 from lorameter.machine.visible_gpus import ORDER_VARIABLE, counts_along_the_bus
 from lorameter.models import catalogue, shapes
@@ -14,31 +14,31 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 
-def packages(found: Survey) -> Iterator[Check]:
+def packages(found: Survey) -> Iterator[DoctorCheck]:
     """What must be installed, and what may be."""
     lacking = [name for name in REQUIRED if found.packages.get(name) is None]
     versions = ", ".join(f"{name} {found.packages[name]}" for name in REQUIRED if name not in lacking)
     if lacking:
         said, remedy = f"missing: {', '.join(lacking)}; installed: {versions}", f"pip install {' '.join(lacking)}"
-        yield Check(about="runs", name="packages", standing="unfit", found=said, remedy=remedy)
+        yield DoctorCheck(about="runs", name="packages", standing="unfit", found=said, remedy=remedy)
     else:
-        yield Check(about="runs", name="packages", standing="good", found=versions)
+        yield DoctorCheck(about="runs", name="packages", standing="good", found=versions)
     for name, need in OPTIONAL.items():
         if found.packages.get(name) is None:
             said, remedy = f"{name} is not installed", f"Only for {need}: pip install 'lorameter[{name}]'."
-            yield Check(about="runs", name=name, standing="note", found=said, remedy=remedy)
+            yield DoctorCheck(about="runs", name=name, standing="note", found=said, remedy=remedy)
 
 
-def device(found: Survey) -> Iterator[Check]:
+def device(found: Survey) -> Iterator[DoctorCheck]:
     """Where trials run, and whether that is where the user thinks."""
     machine, card = found.machine, found.card.value
     if machine.device == "cuda":
         size = "" if machine.device_memory_bytes is None else f", {format_bytes(machine.device_memory_bytes)}"
         said = f"{machine.device_name}{size}, driver {machine.driver}; torch is built for CUDA {machine.cuda}"
         if found.lacks_driver is None:
-            yield Check(about="runs", name="device", standing="good", found=said)
+            yield DoctorCheck(about="runs", name="device", standing="good", found=said)
         else:
-            yield Check(
+            yield DoctorCheck(
                 about="runs",
                 name="device",
                 standing="unfit",
@@ -47,7 +47,7 @@ def device(found: Survey) -> Iterator[Check]:
                 "driver.",
             )
     elif card is not None:
-        yield Check(
+        yield DoctorCheck(
             about="runs",
             name="device",
             standing="bad",
@@ -55,7 +55,7 @@ def device(found: Survey) -> Iterator[Check]:
             remedy="Install torch for CUDA (pytorch.org, Get Started), or set CUDA_VISIBLE_DEVICES= to mean the CPU.",
         )
     elif machine.cuda is not None:
-        yield Check(
+        yield DoctorCheck(
             about="runs",
             name="device",
             standing="note",
@@ -66,10 +66,10 @@ def device(found: Survey) -> Iterator[Check]:
     else:
         bf16 = "with" if machine.avx512_bf16 else "without"
         said = f"{machine.cpu_model} {bf16} AVX512-BF16, {machine.cpus} CPUs; torch is built for CPUs"
-        yield Check(about="runs", name="device", standing="good", found=said)
+        yield DoctorCheck(about="runs", name="device", standing="good", found=said)
     names = found.cards.value or ()
     if len(set(names)) > 1 and not counts_along_the_bus(found.environment):
-        yield Check(
+        yield DoctorCheck(
             about="runs",
             name="device order",
             standing="note",
@@ -78,12 +78,12 @@ def device(found: Survey) -> Iterator[Check]:
         )
 
 
-def memory(found: Survey) -> Iterator[Check]:
+def memory(found: Survey) -> Iterator[DoctorCheck]:
     """Whether one trial's process would fit."""
     free, least = found.system.memory_available_bytes, bare_process_bytes(found.machine.cuda)
     little = free.value is not None and free.value < least
     needed = f"a trial's process takes {format_bytes(least)} before its model"
-    yield Check(
+    yield DoctorCheck(
         about="runs",
         name="memory",
         standing="unfit" if little else "good" if free.known else "note",
@@ -92,7 +92,7 @@ def memory(found: Survey) -> Iterator[Check]:
     )
 
 
-def models(found: Survey) -> Iterator[Check]:
+def models(found: Survey) -> Iterator[DoctorCheck]:
     """Which models of the catalogue fit into what is free, by `lorameter.models.costs.memory`."""
     card, workload = found.card.value, Workload()
     if card is not None and found.machine.device == "cuda":
@@ -107,7 +107,7 @@ def models(found: Survey) -> Iterator[Check]:
         for how in ("none", "nf4")
     )
     more = [name for name in packed if name not in plain]
-    yield Check(
+    yield DoctorCheck(
         about="runs",
         name="models",
         standing="good" if packed else "note",

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lorameter.machine.gpus import say_entries, shared_boards
-from lorameter.machine.doctor.check import Check
+from lorameter.machine.doctor.check import DoctorCheck
 from lorameter.machine.doctor.survey import Survey
-from lorameter.machine.filesystem import IN_MEMORY, OBJECTS, Place
+from lorameter.machine.filesystem import IN_MEMORY, OBJECTS, FolderLocation
 from lorameter.machine.gpu_topology import FAR, NVLINK, Links, Pair
 from lorameter.machine.reading import unavailable
 
@@ -20,7 +20,7 @@ gets (docs.nvidia.com, MPS, environment variables)."""
 ELSEWHERE = "Give a folder on a disk of this machine: --runs-dir, or LORAMETER_RUNS; copy the runs when they are whole."
 
 
-def interconnect(found: Survey) -> Iterator[Check]:
+def interconnect(found: Survey) -> Iterator[DoctorCheck]:
     """How the cards reach each other; of one card there is nothing to say."""
     links = found.links.value
     if links is None or len(links.active) < 2:
@@ -30,7 +30,7 @@ def interconnect(found: Survey) -> Iterator[Check]:
     if len(set(up.values())) > 1:
         most = max(up.values())
         fewer = ", ".join(f"card {number} has {count}" for number, count in up.items() if count < most)
-        yield Check(
+        yield DoctorCheck(
             about="spoils",
             name="NVLinks",
             standing="bad",
@@ -40,7 +40,7 @@ def interconnect(found: Survey) -> Iterator[Check]:
         )
 
 
-def _ways(links: Links) -> Check:
+def _ways(links: Links) -> DoctorCheck:
     unknown = [pair for pair in links.pairs if not pair.through.known]
     by: dict[str, list[Pair]] = {}
     for pair in links.pairs:
@@ -50,7 +50,7 @@ def _ways(links: Links) -> Check:
     if unknown:
         said.append(f"{_named(unknown, len(links.pairs))}: {unavailable(unknown[0].through.reason)}")
     far = any(way in FAR for way in by)
-    return Check(
+    return DoctorCheck(
         about="measures",
         name="interconnect",
         standing="note" if unknown or far or (NVLINK in by and len(by) > 1) else "good",
@@ -62,11 +62,11 @@ def _ways(links: Links) -> Check:
     )
 
 
-def cards_of_ranks(found: Survey) -> Iterator[Check]:
+def cards_of_ranks(found: Survey) -> Iterator[DoctorCheck]:
     """Whether each rank of a trial would have a card of its own."""
     shared = [say_entries(parts) for parts in shared_boards(found.visible.value or ())]
     if shared:
-        yield Check(
+        yield DoctorCheck(
             about="spoils",
             name="ranks",
             standing="note",
@@ -81,14 +81,14 @@ def _named(pairs: list[Pair], of: int) -> str:
     return "cards " + ", ".join(f"{pair.first} and {pair.second}" for pair in pairs)
 
 
-def card_server(environment: Mapping[str, str], *, on_card: bool) -> Iterator[Check]:
+def card_server(environment: Mapping[str, str], *, on_card: bool) -> Iterator[DoctorCheck]:
     """NVIDIA's Multi-Process Service, where trials run on a card: processes share a card's context by it."""
     pipes = Path(environment.get(MPS_PIPES) or MPS_DEFAULT)
     if not on_card or not (pipes / "control").exists():
         return
     share = environment.get(MPS_SHARE, "")
     part = f", and a process gets {share} % of a card" if share else ""
-    yield Check(
+    yield DoctorCheck(
         about="spoils",
         name="MPS",
         standing="bad",
@@ -98,16 +98,16 @@ def card_server(environment: Mapping[str, str], *, on_card: bool) -> Iterator[Ch
     )
 
 
-def runs_folder(found: Survey) -> Iterator[Check]:
+def runs_folder(found: Survey) -> Iterator[DoctorCheck]:
     """Whether what is measured is safe where it would be written."""
     place = found.runs.value
     if place is None:
-        yield Check(about="runs", name="runs folder", standing="note", found=unavailable(found.runs.reason))
+        yield DoctorCheck(about="runs", name="runs folder", standing="note", found=unavailable(found.runs.reason))
         return
     yield _judged(place)
 
 
-def _judged(place: Place) -> Check:
+def _judged(place: FolderLocation) -> DoctorCheck:
     where = f"{place.path} lies on {place.kind}"
     if place.locks.value is None:
         said = f"{where}; {place.locks.reason}"
@@ -122,7 +122,7 @@ def _judged(place: Place) -> Check:
     elif place.local_locks:
         said = f"{where} with {place.local_locks}: its locks hold on this machine alone"
     elif place.shared:
-        return Check(
+        return DoctorCheck(
             about="runs",
             name="runs folder",
             standing="note",
@@ -130,5 +130,5 @@ def _judged(place: Place) -> Check:
             remedy="Nothing has to be done. On a disk of this machine records are written sooner.",
         )
     else:
-        return Check(about="runs", name="runs folder", standing="good", found=f"{where}; locks hold")
-    return Check(about="runs", name="runs folder", standing="bad", found=said, remedy=ELSEWHERE)
+        return DoctorCheck(about="runs", name="runs folder", standing="good", found=f"{where}; locks hold")
+    return DoctorCheck(about="runs", name="runs folder", standing="bad", found=said, remedy=ELSEWHERE)

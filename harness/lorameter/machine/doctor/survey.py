@@ -16,8 +16,8 @@ from pathlib import Path
 
 from lorameter.machine.gpu import CardFacts, CardSample, Memory
 from lorameter.machine.gpus import VisibleCard, card_links, card_names, visible_cards
-from lorameter.machine.filesystem import Place, place_of
-from lorameter.machine.host import LEAST_ASKED_S, HostWatch
+from lorameter.machine.filesystem import FolderLocation, place_of
+from lorameter.machine.host import LEAST_ASKED_S, HostTelemetry
 from lorameter.machine.gpu_topology import Links
 from lorameter.machine.other_gpu_processes import Neighbours, neighbours_of
 from lorameter.machine.nvml import open_device
@@ -37,7 +37,7 @@ CUDA_DRIVER = "libcuda.so.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class GpuSurvey:
     """One look at the first visible device."""
 
     facts: CardFacts
@@ -60,14 +60,14 @@ class Survey:
     host_missing: Mapping[str, str]
     peaks: bool
     """Whether the kernel lets a process reset its peak of resident memory."""
-    card: Reading[Card]
+    card: Reading[GpuSurvey]
     cards: Reading[tuple[str, ...]]
     """Names of all cards of the machine, hidden ones too."""
     visible: Reading[tuple[VisibleCard, ...]]
     """Those that may be used."""
     links: Reading[Links]
     """How these reach each other."""
-    runs: Reading[Place]
+    runs: Reading[FolderLocation]
     """Where runs would be written."""
     environment: Mapping[str, str]
     root: bool
@@ -80,7 +80,7 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
     """Look at this machine, and at the folder for `runs`, for `look_s` seconds, in which one of its CPUs is kept
     busy."""
     system = system_facts()  # before the work, which is part of the load after it
-    watch = HostWatch()
+    watch = HostTelemetry()
     watch.begin()
     _compute(look_s)
     host = watch.end()
@@ -118,14 +118,14 @@ def _compute(seconds: float) -> None:
         pass
 
 
-def _look_at_card() -> Reading[Card]:
+def _look_at_card() -> Reading[GpuSurvey]:
     opened = open_device()
     device = opened.value
     if device is None:
         return Reading(reason=opened.reason)
     try:
         return Reading(
-            value=Card(
+            value=GpuSurvey(
                 facts=device.facts(),
                 sample=device.sample(),
                 memory=device.memory(),

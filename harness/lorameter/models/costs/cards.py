@@ -35,7 +35,7 @@ _REMEDY = "Give a size with its unit, as 24GiB or 24GB (of 10^9 bytes)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class GpuSpec:
     """A card to estimate for."""
 
     name: str
@@ -53,7 +53,7 @@ class Card:
         return int(self.total_bytes * (1 - DRIVER_SHARE))
 
 
-def find_card(text: str) -> Card:
+def find_card(text: str) -> GpuSpec:
     """The card that `--gpu` asks for: a size with its unit, or a name of `lorameter.models.costs.peaks.DEVICES`.
 
     A name is found by its words: "H100", "RTX 4090", "4090", "A100 80GB", or whole, as nvidia-smi prints it. A relative
@@ -64,7 +64,7 @@ def find_card(text: str) -> Card:
     """
     size = _SIZE.fullmatch(text.strip())
     if size is not None and size[2]:
-        return Card(name=_named(text), device_name="", total_bytes=_bytes(text, *size.groups()), source="as given")
+        return GpuSpec(name=_named(text), device_name="", total_bytes=_bytes(text, *size.groups()), source="as given")
     found = [device for device in DEVICES if _is_called(device, text)]
     if not found:
         if size is not None:
@@ -74,7 +74,7 @@ def find_card(text: str) -> Card:
         )
     if len({device.memory_mib for device in found}) > 1:
         raise UsageError(f"--gpu {_quoted(text)}: there are several, of different memory. Name one: {_list(found)}.")
-    return Card(
+    return GpuSpec(
         name=found[0].label, device_name=found[0].names[0], total_bytes=found[0].memory_bytes, source=MEMORY_SOURCE
     )
 

@@ -14,7 +14,7 @@ from lorameter.report.figure import (
     Bar,
     Bars,
     Drawing,
-    Front,
+    ParetoFront,
     Intervals,
     Mark,
     Matrix,
@@ -42,7 +42,7 @@ from lorameter.report.html.svg import (
     whisker,
     write,
 )
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 Series = Mapping[str, int]
 """The number of each variant, by which it has its colour."""
@@ -63,7 +63,7 @@ def draw(drawing: Drawing, title: str, says: str, series: Series) -> str:
     svg = _picture(drawing, series)
     for place, (tag, text) in enumerate((("title", title), ("desc", says))):
         element = Element(tag)
-        element.text = make_visible(text)
+        element.text = escape_control_chars(text)
         svg.insert(place, element)
     return tostring(svg, encoding="unicode")
 
@@ -125,7 +125,7 @@ def _(drawing: Curves, series: Series) -> Element:
 
 
 @_picture.register
-def _(drawing: Front, series: Series) -> Element:
+def _(drawing: ParetoFront, series: Series) -> Element:
     spots = drawing.spots
     values = _ends(spot.across for spot in spots), _ends(spot.up for spot in spots)
     drawn = plane((drawing.across, drawing.up), values, [spot.name for spot in spots], series, "dot")
@@ -198,7 +198,7 @@ def _told(mark: Mark, title: str, unit: Unit) -> str:
     return " ".join(part for part in (title, value, mark.verdict) if part)
 
 
-def _told_both(spot: Spot, drawing: Front) -> str:
+def _told_both(spot: Spot, drawing: ParetoFront) -> str:
     values = (
         _told(mark, axis.title, axis.unit) for mark, axis in ((spot.across, drawing.across), (spot.up, drawing.up))
     )

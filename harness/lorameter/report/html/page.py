@@ -18,13 +18,13 @@ import jinja2
 from markupsafe import Markup
 
 from lorameter.records.atomic_output import replacing
-from lorameter.records.os_errors import say_unwritable
+from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.curves import Curves
 from lorameter.report.figure import Figure
 from lorameter.report.html.charts import draw, draw_chart
 from lorameter.report.html.svg import series_class
-from lorameter.report.blocks import Cell, Document, Table, name_columns, says_invalid, tone_of, write_row, write_value
-from kernels_check.terminal import make_visible
+from lorameter.report.blocks import Cell, Document, Table, name_columns, says_invalid, tone_of, write_row, value_cell
+from kernels_check.terminal import escape_control_chars
 
 
 def write_html(
@@ -44,8 +44,8 @@ def write_html(
     style, script = _file("style.css"), _file("script.js")
     return _environment().get_template("page").render(
         title=title, invalid=invalid, document=document, figures=figures, again=again,
-        series={make_visible(name) for name in series},
-        names=[(make_visible(name), series_class(number)) for name, number in series.items()],
+        series={escape_control_chars(name) for name in series},
+        names=[(escape_control_chars(name), series_class(number)) for name, number in series.items()],
         pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
         chart=lambda chart, above: Markup(draw_chart(chart, above, series)),
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
@@ -55,7 +55,7 @@ def write_html(
 def save_html(page: str, path: str | Path) -> Path:
     """Write a page whole or not at all. Raises `UsageError` or `InvalidRunError` where it cannot be written."""
     target = Path(path)
-    with say_unwritable(f"--html {target}", "Name a file in a folder that is there."), replacing(target) as draft:
+    with translate_write_errors(f"--html {target}", "Name a file in a folder that is there."), replacing(target) as draft:
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 
@@ -67,7 +67,7 @@ def numbers_of(chart: Curves) -> Table:
         ends = {x: (low, high) for x, low, high in curve.band}
         for x, y in curve.points:
             low, high = ends.get(x, (None, None))
-            rows.append(write_row(Cell(text=f"{x:g}", value=x), write_value(y, low, high, chart.up.unit)))
+            rows.append(write_row(Cell(text=f"{x:g}", value=x), value_cell(y, low, high, chart.up.unit)))
     return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
 
 
@@ -82,7 +82,7 @@ def _environment() -> jinja2.Environment:
 
 def _finalize(value: Any) -> Any:
     """Text from outside made visible; what is markup already, or no text, as it is."""
-    return make_visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return escape_control_chars(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from lorameter.report.curves import Axis
 from lorameter.report.html.scale import Scale, scale_for
-from kernels_check.terminal import make_visible
+from kernels_check.terminal import escape_control_chars
 
 WIDTH = 720
 """Of every picture in its own pixels; the page stretches it."""
@@ -42,7 +42,7 @@ def write(parent: Element, x: float, y: float, text: str, kind: str, anchor: str
     """A text at a place, made visible."""
     element = add(parent, "text", kind, x=x, y=y)
     element.set("text-anchor", anchor)
-    element.text = make_visible(text)
+    element.text = escape_control_chars(text)
 
 
 def line(parent: Element, ends: tuple[float, float, float, float], kind: str) -> None:
@@ -73,8 +73,8 @@ def whisker(parent: Element, scale: Scale, low: float | None, high: float | None
 def group(parent: Element, name: str, series: Mapping[str, int], told: str) -> Element:
     """What belongs to a name, and what is told of it when it is pointed at."""
     number = series.get(name, 0)
-    found = SubElement(parent, "g", {"class": series_class(number), "data-variant": make_visible(name)})
-    SubElement(found, "title").text = make_visible(told)
+    found = SubElement(parent, "g", {"class": series_class(number), "data-variant": escape_control_chars(name)})
+    SubElement(found, "title").text = escape_control_chars(told)
     return found
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lorameter.errors import UsageError
-from lorameter.machine.provenance import Facts, Machine
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import Failure, Fragment, Status
+from lorameter.machine.provenance import MachineFacts, Machine
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import Failure, PartialRecord, Status
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.workload import Workload
 
@@ -43,7 +43,7 @@ class WorkerLostError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class TrialFiles:
     """Where the files of a trial lie: absolute paths on the machine that measures it."""
 
     scratch: str
@@ -58,20 +58,20 @@ class Worker(Protocol):
     start_latency_s: float
     """From the request for the process to its first own instruction."""
 
-    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
+    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
         """Have one command carried out. Raises `WorkerLostError` when the process dies or is silent for `timeout_s`."""
 
     def close(self) -> None:
         """End the process. Never raises for a process that is gone already."""
 
 
-class LaneWorker(Worker, Protocol):
+class AsyncWorker(Worker, Protocol):
     """One that can be at work beside others: it is asked in two halves."""
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
         """Have it begin with a command, and wait for nothing."""
 
-    def receive(self, command: str, timeout_s: float) -> Fragment:
+    def receive(self, command: str, timeout_s: float) -> PartialRecord:
         """Its answer to what was sent, within `timeout_s` of that. Raises `WorkerLostError` as `ask` does."""
 
     def fileno(self) -> int:
@@ -79,7 +79,7 @@ class LaneWorker(Worker, Protocol):
 
 
 @runtime_checkable
-class SeatedWorker(Worker, Protocol):
+class PinnableWorker(Worker, Protocol):
     """One that can be told on which of its CPUs to compute."""
 
     def cpus(self) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class Executor(Protocol):
 
     def lanes(self, threads: int) -> int:
         """How many of its workers, of so many threads each, may be at work at once where nothing is timed; above one
-        they are `LaneWorker`s."""
+        they are `AsyncWorker`s."""
 
     def device_id(self) -> str:
         """What is measured on: the same for two executors whose measurements would disturb each other."""
@@ -108,7 +108,7 @@ class Executor(Protocol):
     def free_bytes(self) -> int | None:
         """Memory that processes could take there on the measuring device now; None where it cannot be known."""
 
-    def facts(self) -> Facts:
+    def facts(self) -> MachineFacts:
         """What the provenance of a run says of the machine and of what is installed there. Raises `UsageError`."""
 
     def start(self, folder: Path, threads: int) -> None:
@@ -120,7 +120,7 @@ class Executor(Protocol):
             threads: of each measuring process.
         """
 
-    def hello(self) -> Hello:
+    def hello(self) -> WorkerInfo:
         """Wait until ready; returns what the worker says of itself. Raises `InvalidRunError` if it does not start."""
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
@@ -137,7 +137,7 @@ class Executor(Protocol):
         system refuses what it takes, `InvalidRunError` if no process can be started.
         """
 
-    def make_place(self, trial: str, log: str) -> Place:
+    def make_place(self, trial: str, log: str) -> TrialFiles:
         """Make a trial's folder, and say where its files lie. Trials of one process print into one `log`."""
 
     def fetch(self, trial: str, name: str, folder: Path) -> Path:
@@ -149,7 +149,7 @@ class Executor(Protocol):
     def launch(self) -> Worker:
         """A fresh process; it hosts the trials that it is asked to `prepare`. Raises `WorkerLostError`."""
 
-    def cold_start(self, request: TrialRequest) -> Fragment:
+    def cold_start(self, request: TrialRequest) -> PartialRecord:
         """Load and ask the trial's saved adapter in a new interpreter. Raises `WorkerLostError`."""
 
     def close(self) -> None:

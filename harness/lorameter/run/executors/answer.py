@@ -23,7 +23,7 @@ OVERDUE_S = 5.0
 """After so long whoever waits wants to know what for."""
 
 
-def ask_once(
+def run_one_shot(
     process: subprocess.Popen[bytes],
     question: bytes,
     answer: IO[bytes] | int,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorameter.errors import redact
 from lorameter.records.tempdirs import scratch_folder
-from lorameter.run.executors import Place
+from lorameter.run.executors import TrialFiles
 
 
 class Disk:
@@ -21,11 +21,11 @@ class Disk:
         self._stack = contextlib.ExitStack()
         self.scratch = self._stack.enter_context(scratch_folder())
 
-    def make_place(self, trial: str, log: str) -> Place:
+    def make_place(self, trial: str, log: str) -> TrialFiles:
         """A folder for a trial, and the name of its log."""
         scratch = self.scratch / trial
         scratch.mkdir(parents=True, exist_ok=True)
-        return Place(scratch=str(scratch), log_path=str(self.logs / f"{log}.log"))
+        return TrialFiles(scratch=str(scratch), log_path=str(self.logs / f"{log}.log"))
 
     def fetch(self, trial: str, name: str, folder: Path) -> Path:
         """Move a file of a trial; where it does not fit, no part of it is left."""

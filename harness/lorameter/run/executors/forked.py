@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from lorameter.errors import UsageError
 from lorameter.machine.processes import exit_words, kill_group
-from lorameter.machine.affinity import cpus_of, seat
+from lorameter.machine.affinity import cpus_of, pin_to_cpus
 from lorameter.records import codec
-from lorameter.records.record import Failure, Fragment
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import WorkerLostError
 from lorameter.run.executors.channel import Channel, GarbledError
 
@@ -57,7 +57,7 @@ class ForkedWorker:
             raise self._garbled("start", "its first word does not say when it began")
         self.start_latency_s = began - asked_monotonic_s
 
-    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
+    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
         """Send a command and block until its answer, the process's death, or `timeout_s`."""
         self.send(command, trial, **arguments)
         return self.receive(command, timeout_s)
@@ -67,11 +67,11 @@ class ForkedWorker:
         self._sent_s = time.monotonic()
         self.channel.send({"do": command, "trial": trial, **arguments})
 
-    def receive(self, command: str, timeout_s: float) -> Fragment:
+    def receive(self, command: str, timeout_s: float) -> PartialRecord:
         """Its answer to the command that was sent, within `timeout_s` of that, whoever was waited for meanwhile."""
         answer = self._receive(command, timeout_s, self._sent_s)
         try:
-            return codec.from_json(Fragment, answer, f"answer to {command}")
+            return codec.from_json(PartialRecord, answer, f"answer to {command}")
         except UsageError as error:
             raise self._garbled(command, str(error)) from None
 
@@ -82,11 +82,11 @@ class ForkedWorker:
 
     def sit(self, cpu: int) -> None:
         """Compute on one of them until it stands up."""
-        seat(self.pid, {cpu})
+        pin_to_cpus(self.pid, {cpu})
 
     def stand(self) -> None:
         """Compute on any of them again."""
-        seat(self.pid, self._cpus)
+        pin_to_cpus(self.pid, self._cpus)
 
     def fileno(self) -> int:
         """Of the socket that its answer comes by."""

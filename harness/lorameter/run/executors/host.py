@@ -24,8 +24,8 @@ from lorameter.machine.repository import git_state
 from lorameter.machine.software import cuda_of
 from lorameter.machine.kernel_env import switches_of
 from lorameter.records import codec
-from lorameter.run.executors.answer import ask_once
-from kernels_check.terminal import tell
+from lorameter.run.executors.answer import run_one_shot
+from kernels_check.terminal import print_stderr
 
 _VERSION = re.compile(r"\d+\.\d+", re.ASCII)
 ANSWER_TIMEOUT_S = 120.0
@@ -79,8 +79,8 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> dict[str, Any]:
             start_new_session=True,
         ) as process:
             assert process.stdout is not None
-            tell_waiting = partial(tell, f"waiting for {host.python}, for {ANSWER_TIMEOUT_S:g} s at most")
-            printed = ask_once(
+            tell_waiting = partial(print_stderr, f"waiting for {host.python}, for {ANSWER_TIMEOUT_S:g} s at most")
+            printed = run_one_shot(
                 process, b"", process.stdout, ANSWER_TIMEOUT_S, most_bytes=ANSWER_BYTES, overdue=tell_waiting
             ).decode(errors="replace")
     except (OSError, TimeoutError) as error:

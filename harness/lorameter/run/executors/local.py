@@ -18,14 +18,14 @@ from lorameter.attach.variables import ENV_FOLLOWER
 from lorameter.errors import EXIT_INVALID, InvalidRunError, UsageError, redact, shorten
 from lorameter.machine import provenance
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words
-from lorameter.machine.provenance import Facts, Machine
+from lorameter.machine.provenance import MachineFacts, Machine
 from lorameter.models import bases
 from lorameter.records import codec
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import SCHEMA, Failure, Fragment
-from lorameter.records.os_errors import REFUSED, RefusedError
-from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
-from lorameter.run.executors.answer import ask_once
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import SCHEMA, Failure, PartialRecord
+from lorameter.records.os_errors import REFUSED, SystemLimitError
+from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
+from lorameter.run.executors.answer import run_one_shot
 from lorameter.run.executors.disk import Disk
 from lorameter.run.executors.forked import silence
 from lorameter.run.executors.here import Here
@@ -90,7 +90,7 @@ class LocalExecutor(Here):
         self._threads = 1
         self._disk: Disk | None = None
         self._zygote: Zygote | None = None
-        self._hello: Hello | None = None
+        self._hello: WorkerInfo | None = None
         self._held = contextlib.ExitStack()
         """Bases that nobody may remove."""
 
@@ -115,7 +115,7 @@ class LocalExecutor(Here):
         """The CPU, all of it, or the card that the host's processes see first, by its own number."""
         return provenance.device_id(self._host.variables(os.environ))
 
-    def facts(self) -> Facts:
+    def facts(self) -> MachineFacts:
         """Of the present machine and the card that the host's processes see first, and of the host if that is another.
         Raises `UsageError` if it does not answer."""
         host = None if self._host == Host() else describe(self._host)
@@ -153,12 +153,12 @@ class LocalExecutor(Here):
     def _zygote_log(self) -> Path:
         return self._required_disk().logs / f"zygote{self._suffix}.log"
 
-    def hello(self) -> Hello:
+    def hello(self) -> WorkerInfo:
         """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
         self._hello = self._greet(self._required_zygote())
         return self._hello
 
-    def _greet(self, zygote: Zygote) -> Hello:
+    def _greet(self, zygote: Zygote) -> WorkerInfo:
         hello = zygote.greet()
         if hello is None:
             log, ending = self._zygote_log, zygote.last_words()
@@ -172,7 +172,7 @@ class LocalExecutor(Here):
             )
         if hello.get("schema") != SCHEMA:
             raise InvalidRunError(self._refusal(f"schema {hello.get('schema')}", hello.get("harness", "unknown")))
-        return codec.from_json(Hello, hello, "greeting of the worker")
+        return codec.from_json(WorkerInfo, hello, "greeting of the worker")
 
     def _refusal(self, schema: str, harness: str) -> str:
         return (
@@ -213,7 +213,7 @@ class LocalExecutor(Here):
                 f"{before.torch}, {before.device} then; {hello.harness}, {hello.torch}, {hello.device} now."
             )
 
-    def cold_start(self, request: TrialRequest) -> Fragment:
+    def cold_start(self, request: TrialRequest) -> PartialRecord:
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
         log, timeout = Path(request.log_path), request.protocol.step_timeout_s
         printed = log.stat().st_size if log.is_file() else 0
@@ -227,7 +227,7 @@ class LocalExecutor(Here):
                 os.close(write)
             message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
             try:
-                text = ask_once(process, message.encode(), read, timeout).decode(errors="replace")
+                text = run_one_shot(process, message.encode(), read, timeout).decode(errors="replace")
             except TimeoutError:
                 raise WorkerLostError("timeout", silence("cold", timeout)) from None
         if process.returncode != 0 or not text:
@@ -237,7 +237,7 @@ class LocalExecutor(Here):
             failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=said[-MOST_SAID:])
             raise WorkerLostError("crashed", failure)
         try:
-            return codec.from_json(Fragment, codec.parse(text), "cold start")
+            return codec.from_json(PartialRecord, codec.parse(text), "cold start")
         except (codec.NotJsonError, UsageError) as error:
             message = f"the cold interpreter gave no answer that can be read: {error}"
             raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None
@@ -252,7 +252,7 @@ class LocalExecutor(Here):
         with self._spawn("tokens", None, log_path, threads=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             try:
-                written = ask_once(process, request.encode(), process.stdout, TOKENS_TIMEOUT_S)
+                written = run_one_shot(process, request.encode(), process.stdout, TOKENS_TIMEOUT_S)
             except TimeoutError:
                 over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
                 raise InvalidRunError(over) from None
@@ -288,7 +288,7 @@ class LocalExecutor(Here):
             worker.close()
         if fragment.failure is not None:
             if fragment.failure.kind == REFUSED:
-                raise RefusedError(
+                raise SystemLimitError(
                     f"the base {base_words(request.variant, request.workload)}: {fragment.failure.message}"
                 )
             raise WorkerLostError(fragment.status, fragment.failure)
@@ -299,7 +299,7 @@ class LocalExecutor(Here):
         self._held.enter_context(bases.in_use(Path(summary.path)))
         return summary
 
-    def make_place(self, trial: str, log: str) -> Place:
+    def make_place(self, trial: str, log: str) -> TrialFiles:
         """In a temporary folder of this executor; the log lies with the run from the start."""
         return self._required_disk().make_place(trial, log)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine import provenance
-from lorameter.machine.provenance import Facts
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import Failure, Fragment
-from lorameter.run.executors import Executor, Place, Worker, WorkerLostError
+from lorameter.machine.provenance import MachineFacts
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import Failure, PartialRecord
+from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.executors.disk import Disk
 from lorameter.run.executors.here import Here
 from lorameter.run.executors.host import Host, describe, inspect
@@ -80,7 +80,7 @@ class ScriptExecutor(Here):
         self._homes: dict[str, Path] = {}
         """The folder that a trial's process has to itself."""
 
-    def facts(self) -> Facts:
+    def facts(self) -> MachineFacts:
         """Of the machine, and of the interpreter if that is not the present one. Raises `UsageError`."""
         return provenance.read_facts(
             self.machine(), None if self._interpreter == Host() else describe(self._interpreter)
@@ -91,13 +91,13 @@ class ScriptExecutor(Here):
         self._threads = threads
         self._disk = Disk(folder)
 
-    def hello(self) -> Hello:
+    def hello(self) -> WorkerInfo:
         """What is known without a worker; a script says itself what it computes on, when it has begun."""
         machine = self.machine()
         torch = provenance.library_version("torch")
         if self._interpreter != Host():
             torch = describe(self._interpreter)["libraries"].get("torch")
-        return Hello(
+        return WorkerInfo(
             harness=provenance.harness_identity(),
             pid=os.getpid(),
             import_time_s=0.0,
@@ -114,7 +114,7 @@ class ScriptExecutor(Here):
         message = "a script loads its model itself"
         raise WorkerLostError("not_run", Failure(phase="base", kind="NotOfScripts", message=message))
 
-    def make_place(self, trial: str, log: str) -> Place:
+    def make_place(self, trial: str, log: str) -> TrialFiles:
         """In a temporary folder of this executor; the log lies with the run from the start."""
         return self._required_disk().make_place(trial, log)
 
@@ -132,7 +132,7 @@ class ScriptExecutor(Here):
         """A worker whose process is started when it is told which trial it is."""
         return ScriptWorker(self._start_trial)
 
-    def cold_start(self, request: TrialRequest) -> Fragment:
+    def cold_start(self, request: TrialRequest) -> PartialRecord:
         """Scripts have none."""
         message = "a script saves no adapter that could be loaded again"
         raise WorkerLostError("not_run", Failure(phase="cold", kind="NotOfScripts", message=message))

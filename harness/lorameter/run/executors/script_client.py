@@ -17,7 +17,7 @@ from lorameter.records.record import Status
 from lorameter.records.os_errors import says_out_of_memory
 from lorameter.records.units import format_count
 from lorameter.run.executors.script_process import END_TIMEOUT_S, ScriptProcess
-from lorameter.run.executors.script_messages import Begun, Ended, Kind, Word, read_word
+from lorameter.run.executors.script_messages import Begun, TrainingEnded, Kind, Word, read_word
 
 STOP_TIMEOUT_S = 60.0
 """A training that was told to take no further step ends in this time, or is ended by force, which is said."""
@@ -100,7 +100,7 @@ class Script:
             raise self._died() if self.process.closed else self._silent(timeout_s)
         return read_word(message, *due, steps=steps)
 
-    def _ended(self, told: Ended) -> EndedError:
+    def _ended(self, told: TrainingEnded) -> EndedError:
         """Its training has ended although steps were asked of it."""
         if told.error is None:
             return EndedError(

@@ -53,7 +53,7 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class TrainingEnded:
     """How its training has ended."""
 
     error: str | None
@@ -69,7 +69,7 @@ class Word:
     begin: Begun | None = None
     steps: tuple[StepReading, ...] | None = None
     peaks: dict[str, int] | None = None
-    end: Ended | None = None
+    end: TrainingEnded | None = None
     fault: str | None = None
 
     @property
@@ -112,7 +112,7 @@ def _shortened(word: Word) -> Word:
         return word
     error = None if word.end.error is None else shorten(word.end.error, NAME)
     message, traceback = shorten(word.end.message, LONGEST), word.end.traceback[-MOST_TRACEBACK:]
-    return dataclasses.replace(word, end=Ended(error=error, message=message, traceback=traceback))
+    return dataclasses.replace(word, end=TrainingEnded(error=error, message=message, traceback=traceback))
 
 
 def _check_reading(reading: StepReading, where: str) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from lorameter.attach.marker_files import lacking_in
 from lorameter.attach.turn_client import SOCKET, address
 from lorameter.attach.variables import SEEN
-from lorameter.machine.orphan_reaper import Guard, kill_marked, marked
+from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
 from lorameter.machine.processes import end_with_parent, held_back, kill_group
 from lorameter.run.executors.channel import Channel
 from lorameter.run.interrupts import SIGNALS
@@ -81,7 +81,7 @@ class ScriptProcess:
         with contextlib.ExitStack() as stack:
             stack.callback(self._listener.close)
             with held_back(SIGNALS):
-                self._guard = Guard(self._marker)
+                self._guard = OrphanReaper(self._marker)
                 stack.callback(self._guard.close)
             self._listener.bind(address(turns))
             self._listener.listen(8)

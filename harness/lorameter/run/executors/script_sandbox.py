@@ -39,7 +39,7 @@ MOST_FILES = 50_000
 LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
 """Folders that a script reads at most."""
 LEFT_OUT = ("__pycache__", ".lorameter", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb")
-FOLLOWER = "lorameter.attach.turn_client:Turns"
+FOLLOWER = "lorameter.attach.turn_client:TurnClient"
 
 _QUIET: Mapping[str, str] = {
     "WANDB_MODE": "disabled",

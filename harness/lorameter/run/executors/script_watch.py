@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 
-from lorameter.machine.host import HostWatch
+from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
-from lorameter.machine.telemetry import DeviceWatch, named
+from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 
 OF_A_PROCESS = ("voluntary_switches", "involuntary_switches", "major_faults")
 OF_NEIGHBOURS = ("own_bytes", "used_bytes", "others", "others_bytes", "hidden_bytes")
@@ -20,9 +20,9 @@ class ScriptWatch:
     """What happened around the turns of one script, over all of them."""
 
     def __init__(self, on_card: bool) -> None:
-        self._host = HostWatch()
+        self._host = HostTelemetry()
         device = open_device().value if on_card else None
-        self._card = None if device is None else DeviceWatch(device, energy=False)
+        self._card = None if device is None else GpuTelemetry(device, energy=False)
 
     def begin(self) -> None:
         """A turn is about to begin."""
@@ -34,7 +34,7 @@ class ScriptWatch:
         """It has ended: all values so far, by their names in the record."""
         host = self._host.end()
         card = {} if self._card is None else self._card.end(time.monotonic())
-        found = {named("host", name, "train"): value for name, value in host.items() if name not in OF_A_PROCESS}
+        found = {telemetry_key("host", name, "train"): value for name, value in host.items() if name not in OF_A_PROCESS}
         return found | {
-            named("device", name, "train"): value for name, value in card.items() if name not in OF_NEIGHBOURS
+            telemetry_key("device", name, "train"): value for name, value in card.items() if name not in OF_NEIGHBOURS
         }

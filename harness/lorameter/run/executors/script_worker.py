@@ -21,9 +21,9 @@ from lorameter.attach.exit_status import loss_not_finite
 from lorameter.attach.observer import StepReading
 from lorameter.attach.samples import timed_samples, untimed_samples
 from lorameter.errors import UsageError
-from lorameter.machine.affinity import cpus_of, has_children, seat
+from lorameter.machine.affinity import cpus_of, has_children, pin_to_cpus
 from lorameter.records import codec
-from lorameter.records.record import Failure, Fragment, Notice
+from lorameter.records.record import Failure, PartialRecord, Notice
 from lorameter.records.requirements import judge_required
 from lorameter.records.units import format_count
 from lorameter.run.executors import WorkerLostError
@@ -58,17 +58,17 @@ class ScriptWorker:
         self._timeout_s = 0.0
         self._cpus: tuple[int, ...] = ()
 
-    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
+    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
         """Carry out a command. Raises `WorkerLostError` where the process says what nobody understands."""
         self._timeout_s = timeout_s
         try:
-            method: Callable[..., Fragment] = getattr(self, f"_do_{command}")
+            method: Callable[..., PartialRecord] = getattr(self, f"_do_{command}")
             return method(**arguments)
         except EndedError as ended:
             self._kill()
             failure = Failure(phase=command, kind=ended.kind, message=ended.message, traceback=ended.traceback)
             partial = timed_samples([ended.partial]) if command == "turn" and ended.partial else {}
-            return Fragment(samples=partial).failed(ended.status, failure)
+            return PartialRecord(samples=partial).failed(ended.status, failure)
         except (GarbledError, UsageError) as error:
             self._kill()
             message = f"the script's process gave no answer that can be read, and was killed: {error}"
@@ -91,16 +91,16 @@ class ScriptWorker:
     def sit(self, cpu: int) -> None:
         """Compute on one of them until it stands up."""
         if self._begun is not None:
-            seat(self._begun.pid, {cpu})
+            pin_to_cpus(self._begun.pid, {cpu})
 
     def stand(self) -> None:
         """Compute on any of them again."""
         if self._begun is not None:
-            seat(self._begun.pid, self._cpus)
+            pin_to_cpus(self._begun.pid, self._cpus)
 
     # --- the words ----------------------------------------------------------------------------------------------------
 
-    def _do_prepare(self, request: dict[str, Any]) -> Fragment:
+    def _do_prepare(self, request: dict[str, Any]) -> PartialRecord:
         asked = codec.from_json(TrialRequest, request, "trial request")
         log = Path(asked.log_path)
         log_begin = log.stat().st_size if log.is_file() else 0
@@ -108,9 +108,9 @@ class ScriptWorker:
             self._parts = asked, Script(self._start(asked), log, log_begin)
         except (OSError, UsageError) as error:
             raise EndedError("crashed", "CannotStart", f"the command could not be started: {error}") from None
-        return Fragment()
+        return PartialRecord()
 
-    def _do_build(self) -> Fragment:
+    def _do_build(self) -> PartialRecord:
         self._begun = begun = self._script.begin(self._timeout_s)
         ready_time_s = self._script.process.age_s()
         protocol = self._asked.protocol
@@ -129,15 +129,15 @@ class ScriptWorker:
         if begun.trainable_dtypes:
             tokens["trainable_dtype"] = ", ".join(sorted(begun.trainable_dtypes))
         values["ready_time_s"] = ready_time_s
-        return Fragment(values=values, tokens=tokens, memory=begun.memory, software=begun.software)
+        return PartialRecord(values=values, tokens=tokens, memory=begun.memory, software=begun.software)
 
-    def _do_verify(self) -> Fragment:
+    def _do_verify(self) -> PartialRecord:
         first, required = self._take(1), {**self._own_required, **self._asked.requirements}
         looked_at = bool(required) or self._asked.instrument == "profile"
         taken = [*first, *self._take(1, watch=required if looked_at else None)]
         checks = tuple(codec.to_json(check) for one in taken for check in one.checks or ())
         fragment = judge_losses(
-            Fragment(
+            PartialRecord(
                 checks=checks,
                 values={"first_step_time_s": first[0].step_time_s},
                 samples=untimed_samples(*WARMUP, taken),
@@ -150,7 +150,7 @@ class ScriptWorker:
         name, allowed = self._asked.variant.name, self._asked.allow_fallback
         return judge_required(fragment, required, name=name, allow_fallback=allowed)
 
-    def _do_warm_up(self) -> Fragment:
+    def _do_warm_up(self) -> PartialRecord:
         protocol = self._asked.protocol
         taken: list[StepReading] = []
         times: list[float] = []
@@ -159,19 +159,19 @@ class ScriptWorker:
             times.append(taken[-1].step_time_s)
             if len(times) >= protocol.warmup_steps_min and is_steady(times):
                 break
-        fragment = Fragment(
+        fragment = PartialRecord(
             samples={"warmup_step_time_s": tuple(times), **untimed_samples(*WARMUP, taken)},
             values={"warmup_steady": float(is_steady(times))},
         )
         return judge_losses(fragment, taken)
 
-    def _do_turn(self, steps: int) -> Fragment:
+    def _do_turn(self, steps: int) -> PartialRecord:
         watch = self._watch or ScriptWatch(False)
         watch.begin()
         taken = self._take(steps)
-        return judge_losses(Fragment(samples=timed_samples([taken]), values=watch.end()), taken)
+        return judge_losses(PartialRecord(samples=timed_samples([taken]), values=watch.end()), taken)
 
-    def _do_finish_training(self, steps: int | None = None) -> Fragment:
+    def _do_finish_training(self, steps: int | None = None) -> PartialRecord:
         last = BEFORE_WARMUP - 1 + (self._asked.protocol.total_steps if steps is None else steps)
         planned = self._begun.planned_steps if self._begun is not None else None
         last = last if planned is None else min(last, planned)
@@ -191,11 +191,11 @@ class ScriptWorker:
         values = {"training_steps": float(self._script.steps)}
         values |= {} if steps is None else {"training_steps_planned": float(self._asked.protocol.total_steps + 1)}
         samples = untimed_samples("catch_up_loss", "catch_up_real_tokens", taken)
-        fragment = Fragment(samples=samples, values=values, memory=memory, notices=notices)
+        fragment = PartialRecord(samples=samples, values=values, memory=memory, notices=notices)
         return judge_losses(fragment, taken)
 
-    def _do_close(self) -> Fragment:
-        return Fragment()
+    def _do_close(self) -> PartialRecord:
+        return PartialRecord()
 
     # --- what they are made of ----------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class ScriptWorker:
         return (notice,)
 
 
-def judge_losses(fragment: Fragment, readings: Sequence[StepReading]) -> Fragment:
+def judge_losses(fragment: PartialRecord, readings: Sequence[StepReading]) -> PartialRecord:
     """The fragment, as that of an invalid trial where a loss is not finite."""
     for reading in readings:
         if reading.loss is not None and not math.isfinite(reading.loss):

@@ -26,7 +26,7 @@ from lorameter.records import bounded_io
 from lorameter.records.tempdirs import PREFIX, is_abandoned, scratch_folder
 from lorameter.run.executors.environments import in_use, layered_environment, parse_requirements, site_packages
 from lorameter.run.executors.host import Host, inspect
-from kernels_check.terminal import tell
+from kernels_check.terminal import print_stderr
 
 SideKind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[SideKind, tuple[str, ...]] = {
@@ -72,7 +72,7 @@ def open_side(
     *,
     repository: Path,
     cache: Path,
-    report: Callable[[str], object] = tell,
+    report: Callable[[str], object] = print_stderr,
     kind: SideKind | None = None,
 ) -> Iterator[OpenSide]:
     """Make one side ready, and take down at the end what was put up for it.

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, said_by, shorten
 from lorameter.run.sites.job import SiteJob
-from lorameter.studies.placement import LOCAL, SLURM, Asked, say_on
+from lorameter.studies.placement import LOCAL, SLURM, BatchRequest, say_on
 
 TIME_MINUTES = 60
 """Of a job, where `time` is not given; one whose time is over is requeued."""
@@ -24,7 +24,7 @@ ASK_TIMEOUT_S = 30.0
 FOR_EVER_MINUTES = 60 * 24 * 365
 
 
-def check_here(asked: Asked) -> None:
+def check_here(asked: BatchRequest) -> None:
     """Raises `UsageError` where there is no submitit, or no SLURM, on this machine."""
     try:
         import submitit  # noqa: F401
@@ -42,7 +42,7 @@ def check_here(asked: Asked) -> None:
 class Batch:
     """The jobs of one driver."""
 
-    def __init__(self, asked: Asked, folder: Path) -> None:
+    def __init__(self, asked: BatchRequest, folder: Path) -> None:
         self._asked, self._folder = asked, folder / "jobs"
         self._jobs: list[Any] = []
 
@@ -135,7 +135,7 @@ def ask_slurm(*command: str) -> str | None:
     return None if done.returncode else done.stdout
 
 
-def check_started(states: Mapping[int, str] | None, started: int, asked: Asked) -> None:
+def check_started(states: Mapping[int, str] | None, started: int, asked: BatchRequest) -> None:
     """Raises `InvalidRunError` where none has started in time."""
     if not started:
         said = "; ".join(sorted(set((states or {}).values()))) or "they have ended"

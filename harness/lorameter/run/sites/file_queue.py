@@ -24,7 +24,7 @@ BEATS = 8
 """Signs of life in the time after which there is silence: some may come late or not at all."""
 
 
-class Tail:
+class LineReader:
     """The lines of a file that grows."""
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +43,7 @@ class Tail:
         return [line for line in data[:end].decode("utf-8", errors="backslashreplace").split("\n") if line]
 
 
-class Pulse:
+class HeartbeatMonitor:
     """Watches a sign of life."""
 
     def __init__(self, path: Path, silent_s: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -21,7 +21,7 @@ from lorameter.records.record import TrialRecord
 from lorameter.run.budget import Budget
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.sites.scheduler import JOIN_S
-from lorameter.run.sites.node import Station
+from lorameter.run.sites.node import Node
 
 PAIRS = 6
 """Pairs; each takes as long as two trials of a replicate."""
@@ -30,9 +30,9 @@ LEAST_PAIRS = 2
 NEIGHBOUR = "neighbour"
 
 
-def measure_beside(
+def measure_interference(
     plan: Plan,
-    stations: Sequence[Station],
+    stations: Sequence[Node],
     save: Callable[[TrialRecord], None],
     rounds: int = PAIRS,
     budget: Budget | None = None,
@@ -58,8 +58,8 @@ def measure_beside(
 
 def _measure(
     plan: Plan,
-    first: Station,
-    neighbours: Sequence[Station],
+    first: Node,
+    neighbours: Sequence[Node],
     how: str,
     number: int,
     save: Callable[[TrialRecord], None],
@@ -81,7 +81,7 @@ def _measure(
         part = _part(plan, name_trial(how, number, first.name))
         first.measure(part, save=keep, watcher=_Deaf(), budget=Budget())
 
-    def accompany(station: Station) -> None:
+    def accompany(station: Node) -> None:
         for again in itertools.count():
             if ended.is_set():
                 return

@@ -25,7 +25,7 @@ from typing import Any
 
 from lorameter.records import codec, journal
 from lorameter.records.atomic_json import write_whole
-from lorameter.run.sites.remote_worker import Post
+from lorameter.run.sites.remote_worker import ReplicateWorker
 from lorameter.run.sites.file_queue import (
     ABOUT,
     BEAT,
@@ -33,15 +33,15 @@ from lorameter.run.sites.file_queue import (
     LEFT,
     MESSAGES,
     ORDERS,
-    Pulse,
-    Tail,
+    HeartbeatMonitor,
+    LineReader,
     beat_of,
     beating,
     begin_start,
     home_of,
     starts_of,
 )
-from lorameter.run.sites.messages import Message, read_message
+from lorameter.run.sites.messages import NodeMessage, read_message
 from lorameter.run.sites.private import check_private
 
 END, CLOSE = "end", "close"
@@ -88,7 +88,7 @@ class SiteJob:
         check_private(home.parent)
         box = begin_start(home)
         with beating(box / BEAT, self.silent_s):
-            desk = _Desk(box)
+            desk = _JobLoop(box)
             write_whole(box / ABOUT, codec.dumps(_about()))
             why = "its job was told to end"  # by an exception: submitit's at requeueing, Python's at an interrupt
             try:
@@ -111,12 +111,12 @@ def _about() -> About:
     return About(node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(), pid=os.getpid(), cards=cards)
 
 
-class _Desk:
+class _JobLoop:
     """The post of one start, and the files that it answers in."""
 
     def __init__(self, box: Path) -> None:
-        self._box, self._post = box, Post()
-        self._lines = Tail(box / ORDERS)
+        self._box, self._post = box, ReplicateWorker()
+        self._lines = LineReader(box / ORDERS)
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False
         self._taken = self._carried_out = 0
@@ -146,7 +146,7 @@ class _Desk:
 
     def work(self, home: Path, silent_s: float) -> str:
         """Take orders until it is time to end; returns why it is."""
-        driver = Pulse(home.parent / DRIVER, silent_s)
+        driver = HeartbeatMonitor(home.parent / DRIVER, silent_s)
         while True:
             for line in self._lines.lines():
                 if line == CLOSE:
@@ -174,7 +174,7 @@ class _Desk:
         with self._lock:
             self._closed = True
             with contextlib.suppress(OSError):
-                journal.append(self._box / MESSAGES, f"{codec.dumps(Message(says='failed', text=why))}\n")
+                journal.append(self._box / MESSAGES, f"{codec.dumps(NodeMessage(says='failed', text=why))}\n")
         self._post.close()
         with contextlib.suppress(OSError):
             (self._box / LEFT).touch()

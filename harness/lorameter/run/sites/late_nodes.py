@@ -14,35 +14,35 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records.record import Notice
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.prepare import Ready
-from lorameter.run.sites.remote import RemoteStation
+from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.scheduler import REFUSED
 from lorameter.run.sites.prepare_nodes import check_like, check_prepared
-from lorameter.run.plan_spec import WrittenPlan
+from lorameter.run.plan_spec import PlanSpec
 
 LOOK_S = 1.0
 
 
-class Arrivals(Protocol):
+class PendingNodes(Protocol):
     """Where sites come from."""
 
     if_busy: IfBusy
     """What one does beside another measurement on its device."""
 
-    def come(self) -> list[RemoteStation]:
+    def come(self) -> list[RemoteNode]:
         """Those that have come since the last time."""
 
     def is_expected(self) -> bool:
         """Whether another may come."""
 
 
-class Joining:
+class LateNodes:
     """Looks for those who come, while a run is spread over those who are there."""
 
     def __init__(
         self,
-        arrivals: Arrivals,
-        present: Sequence[RemoteStation],
-        prepare: Callable[[RemoteStation], None],
+        arrivals: PendingNodes,
+        present: Sequence[RemoteNode],
+        prepare: Callable[[RemoteNode], None],
         *,
         ranks: int = 1,
     ) -> None:
@@ -72,7 +72,7 @@ class Joining:
             self._holders = {place: holder for place, holder in self._holders.items() if holder != name}
 
     @contextlib.contextmanager
-    def looking(self, add: Callable[[RemoteStation], object]) -> Iterator[None]:
+    def looking(self, add: Callable[[RemoteNode], object]) -> Iterator[None]:
         """Meanwhile those who come are given to `add` when they can measure."""
         ended = threading.Event()
 
@@ -89,7 +89,7 @@ class Joining:
         finally:
             ended.set()
 
-    def _receive(self, station: RemoteStation, add: Callable[[RemoteStation], object]) -> None:
+    def _receive(self, station: RemoteNode, add: Callable[[RemoteNode], object]) -> None:
         try:
             self._hold(station)
             self._prepare(station)
@@ -104,7 +104,7 @@ class Joining:
             with self._lock:
                 self._under_way -= 1
 
-    def _hold(self, station: RemoteStation) -> None:
+    def _hold(self, station: RemoteNode) -> None:
         place = _place_of(station)  # asks what it is
         with self._lock:
             if place in self._holders:  # by one of this run, and they measure beside each other from the start
@@ -118,11 +118,11 @@ class Joining:
 
 
 def prepare_late(
-    station: RemoteStation,
+    station: RemoteNode,
     *,
-    first: RemoteStation,
+    first: RemoteNode,
     ready: Ready,
-    plan: WrittenPlan,
+    plan: PlanSpec,
     folder: Path,
     left_s: float,
     mixed: bool = False,
@@ -133,5 +133,5 @@ def prepare_late(
     check_prepared(first.name, ready, station.name, station.prepare(plan, folder, left_s, lambda message: None))
 
 
-def _place_of(station: RemoteStation) -> tuple[str, str]:
+def _place_of(station: RemoteNode) -> tuple[str, str]:
     return station.description.machine, station.description.device_id

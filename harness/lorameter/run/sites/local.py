@@ -17,27 +17,27 @@ from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visi
 from lorameter.machine.cores import cores_of
 from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.processes import CPUS
-from lorameter.machine.provenance import Facts, Machine
+from lorameter.machine.provenance import MachineFacts, Machine
 from lorameter.machine.visible_gpus import VARIABLE
-from lorameter.records.worker_info import Hello
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_count
-from lorameter.run.budget import Budget, TooShortError
-from lorameter.run.group_runner import Watcher
+from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.executors import Executor, open_executor
 from lorameter.run.executors.host import Host
 from lorameter.run.plan import Plan
 from lorameter.run.prepare import greet
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import Site
+from lorameter.run.trial_setup import RunContext
 from lorameter.run.thinning import Part
-from lorameter.studies.placement import HERE, Place, numbers_of, say_sites
+from lorameter.studies.placement import HERE, SiteSpec, numbers_of, say_sites
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
+class CpuOrGpuShare:
     """One site: a name for the records, and how its processes are started."""
 
     name: str
@@ -50,7 +50,7 @@ class Ground:
         return dataclasses.replace(host, environment={**host.environment, **self.host.environment})
 
 
-def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Ground, ...]:
+def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[CpuOrGpuShare, ...]:
     """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine cards, in the order in which CUDA numbers those
     that are visible; on a CPU as many equal shares of its cores. A site of several ranks (0+1) has one for each.
 
@@ -65,7 +65,7 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
     if machine.device == "cpu":
         return tuple(_ground("cpus", group, cpus, (), machine) for group, cpus in zip(groups, shares, strict=True))
     cards = dict(zip(numbers, _cards(numbers, listed, mixed=mixed), strict=True))
-    grounds: list[Ground] = []
+    grounds: list[CpuOrGpuShare] = []
     for group, cpus in zip(groups, shares, strict=True):
         taken = [cards[number] for number in group]
         kinds = {card.kind for card in taken}
@@ -79,7 +79,7 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
     return tuple(grounds)
 
 
-def check_spreadable(study: Study, place: Place) -> None:
+def check_spreadable(study: Study, place: SiteSpec) -> None:
     """Raises `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine that
     are not of as many cards as a trial has ranks."""
     ranks = study.workload.ranks
@@ -95,11 +95,11 @@ def check_spreadable(study: Study, place: Place) -> None:
         )
 
 
-def _ground(what: str, numbers: Sequence[int], cpus: Sequence[int], cards: Sequence[str], machine: Machine) -> Ground:
+def _ground(what: str, numbers: Sequence[int], cpus: Sequence[int], cards: Sequence[str], machine: Machine) -> CpuOrGpuShare:
     seen = {VARIABLE: ",".join(cards)} if cards else {}
     host = Host(environment={**seen, CPUS: ",".join(map(str, cpus))})
     name = "-".join([what, *map(str, numbers)])
-    return Ground(name=name, host=host, machine=say_kind(machine))
+    return CpuOrGpuShare(name=name, host=host, machine=say_kind(machine))
 
 
 def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int]]:
@@ -154,29 +154,29 @@ def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalStation:
+class LocalNode:
     """Implements `Station` by processes of this machine: the executors of its arms, started."""
 
     name: str
     machine: str = ""
     executors: Mapping[str, Executor]
-    site: Site | None = None
+    site: RunContext | None = None
     """What its requests have in common, once that is prepared."""
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> MachineFacts:
         """Of its device, and of what its first executor measures with."""
         return next(iter(self.executors.values())).facts()
 
     def measure(
-        self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget
+        self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget
     ) -> Mapping[int, frozenset[Part]]:
         """As any plan on one site."""
         if self.site is None:
             raise InvalidRunError(f"site {self.name}: nothing is prepared on it.")
         try:
             return run_plan(part, self.executors, self.site, save=save, watcher=watcher, budget=budget).left_out
-        except TooShortError as error:  # for this site, and others may be quicker
+        except TimeLimitTooShortError as error:  # for this site, and others may be quicker
             raise InvalidRunError(f"site {self.name}: {error}") from None
 
     def end(self) -> None:
@@ -185,24 +185,24 @@ class LocalStation:
             executor.close()
 
 
-def open_station(ground: Ground, arms: Mapping[str, Host], executor: str | None) -> LocalStation:
+def open_station(ground: CpuOrGpuShare, arms: Mapping[str, Host], executor: str | None) -> LocalNode:
     """The executors of a site, one for each arm, which lives in a host; nothing is started yet. `executor` names their
     kind."""
     made = {
         arm: open_executor(executor, host=ground.of(host), label="-".join(filter(None, (arm, ground.name))))
         for arm, host in arms.items()
     }
-    return LocalStation(name=ground.name, machine=ground.machine, executors=made)
+    return LocalNode(name=ground.name, machine=ground.machine, executors=made)
 
 
-def check_all(others: Iterable[LocalStation], variants: Sequence[Variant], first: Mapping[str, Hello]) -> None:
+def check_all(others: Iterable[LocalNode], variants: Sequence[Variant], first: Mapping[str, WorkerInfo]) -> None:
     """Raises `InvalidRunError` for a site that is unlike the first, or on which a variant cannot be measured."""
     for station in others:
         hellos = [greet(executor, variants) for executor in station.executors.values()]
         check_alike(station.name, first.values(), hellos)
 
 
-def check_alike(name: str, first: Iterable[Hello], others: Iterable[Hello]) -> None:
+def check_alike(name: str, first: Iterable[WorkerInfo], others: Iterable[WorkerInfo]) -> None:
     """Raises `InvalidRunError` for a site whose workers are another program, or on another kind of device, than those
     of the first."""
     for ours, theirs in zip(first, others, strict=True):

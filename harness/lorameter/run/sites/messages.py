@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorameter.errors import UsageError
-from lorameter.machine.provenance import Facts
+from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.thinning import Part
-from lorameter.run.plan_spec import WrittenPlan
+from lorameter.run.plan_spec import PlanSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Hold:
 class Prepare:
     """Start workers, make tokens and bases for the trials of a plan."""
 
-    plan: WrittenPlan
+    plan: PlanSpec
     left_s: float | None = None
     """Of the time that the run may take; None where it is not limited."""
 
@@ -65,7 +65,7 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lack:
+class MissingTokens:
     """What a replicate had no time for."""
 
     replicate: int
@@ -77,7 +77,7 @@ class Done:
     """The answer to `Measure`."""
 
     trials: tuple[str, ...]
-    lacks: tuple[Lack, ...] = ()
+    lacks: tuple[MissingTokens, ...] = ()
 
 
 Order = Describe | Hold | Prepare | Measure
@@ -85,10 +85,10 @@ ORDERS: Mapping[str, type[Order]] = {one.__name__: one for one in (Describe, Hol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
+class NodeDescription:
     """What a place says of itself."""
 
-    facts: Facts
+    facts: MachineFacts
     harness: str
     device_id: str
     machine: str
@@ -99,7 +99,7 @@ class Description:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+class NodeMessage:
     """A part of an answer."""
 
     says: Literal["record", "ended", "phase", "log", "data", "told", "done", "failed"]
@@ -133,9 +133,9 @@ def read_order(text: str) -> Order:
     return codec.from_json(kind, data.get("with"), f"order {data.get('do')}")
 
 
-def read_message(text: str) -> Message:
+def read_message(text: str) -> NodeMessage:
     """Raises `UsageError` for what is none."""
-    return codec.from_json(Message, _parse(text, "message"), "message")
+    return codec.from_json(NodeMessage, _parse(text, "message"), "message")
 
 
 def _parse(text: str, what: str) -> dict[str, Any]:

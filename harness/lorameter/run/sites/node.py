@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.budget import Budget
-from lorameter.run.group_runner import Watcher
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
 from lorameter.run.thinning import Part
 
@@ -16,7 +16,7 @@ LeftOut = Mapping[int, frozenset[Part]]
 """What replicates had no time for, by their number."""
 
 
-class Station(Protocol):
+class Node(Protocol):
     """A site that is ready to measure replicates, on this machine or on another."""
 
     @property
@@ -27,7 +27,7 @@ class Station(Protocol):
     def machine(self) -> str:
         """The kind of it, for a reader."""
 
-    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> LeftOut:
+    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget) -> LeftOut:
         """Measure one replicate there, from its beginning to its end; each record is saved as soon as its trial ends.
         Returns what there was no time for.
 
@@ -39,7 +39,7 @@ class Station(Protocol):
         """End what is under way there; is called by another thread than the one that measures."""
 
 
-class Joining(Protocol):
+class LateArrivals(Protocol):
     """Stations that come while others measure."""
 
     @property

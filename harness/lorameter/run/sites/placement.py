@@ -13,34 +13,34 @@ from dataclasses import dataclass
 
 from lorameter.errors import UsageError
 from lorameter.machine.hardware_class import say_kind
-from lorameter.machine.provenance import Facts, Machine
+from lorameter.machine.provenance import MachineFacts, Machine
 from lorameter.records import store
 from lorameter.records.record import Notice
 from lorameter.run.device_lock import IfBusy, hold_devices, tell_stderr
 from lorameter.run.executors import open_executor
 from lorameter.run.executors.host import Host
 from lorameter.run.plan import Plan
-from lorameter.run.sites.late_nodes import Arrivals
-from lorameter.run.sites.local import Ground, check_spreadable, executors_of_ranks, local_sites
-from lorameter.run.sites.remote import RemoteStation
+from lorameter.run.sites.late_nodes import PendingNodes
+from lorameter.run.sites.local import CpuOrGpuShare, check_spreadable, executors_of_ranks, local_sites
+from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.prepare_nodes import describe_all, free_bytes_of, hold_all, those_that_answer
-from lorameter.studies.placement import HERE, Place, is_batch, read_asked
+from lorameter.studies.placement import HERE, SiteSpec, is_batch, read_asked
 from lorameter.studies.study import Study
 
 Planned = tuple[Plan, tuple[Notice, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Venue:
+class Placement:
     """One device of this machine unless it has sites: grounds on this machine, or stations on others."""
 
     said: str = ""
     """How the place was named, for messages."""
-    grounds: tuple[Ground, ...] = ()
-    stations: tuple[RemoteStation, ...] = ()
+    grounds: tuple[CpuOrGpuShare, ...] = ()
+    stations: tuple[RemoteNode, ...] = ()
     """Described, and alike."""
     notices: tuple[Notice, ...] = ()
-    arrivals: Arrivals | None = None
+    arrivals: PendingNodes | None = None
     """Where other stations may come from while these measure."""
     ranks: int = 1
     """Of a trial, each of which has a device of its own where there are several."""
@@ -57,7 +57,7 @@ class Venue:
         return tuple(kinds.values())
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> MachineFacts:
         """Of that machine, and of what is installed there."""
         return self.stations[0].facts if self.stations else open_executor().facts()
 
@@ -106,7 +106,7 @@ class Venue:
 
 
 @contextlib.contextmanager
-def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
+def open_venue(study: Study, runs_dir: str | None) -> Iterator[Placement]:
     """The place that a study's protocol names.
 
     Args:
@@ -119,12 +119,12 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
     """
     place, ranks = study.protocol.place, study.workload.ranks
     if place.is_plain:
-        yield Venue(ranks=ranks)
+        yield Placement(ranks=ranks)
         return
     check_spreadable(study, place)  # before anything waits in a queue
     if place.on == HERE:
         grounds = local_sites(place.sites, open_executor().machine(), mixed=place.mixed)
-        yield Venue(said=place.said, grounds=grounds, ranks=ranks)
+        yield Placement(said=place.said, grounds=grounds, ranks=ranks)
     elif is_batch(place.on):
         with _open_jobs(place, runs_dir, ranks) as venue:
             yield venue
@@ -133,11 +133,11 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
 
         with open_stations(place.on, place.sites, ranks=ranks) as stations:
             told = describe_all(stations, mixed=place.mixed, ranks=ranks)
-            yield Venue(said=place.said, stations=stations, notices=told, ranks=ranks)
+            yield Placement(said=place.said, stations=stations, notices=told, ranks=ranks)
 
 
 @contextlib.contextmanager
-def _open_jobs(place: Place, runs_dir: str | None, ranks: int) -> Iterator[Venue]:
+def _open_jobs(place: SiteSpec, runs_dir: str | None, ranks: int) -> Iterator[Placement]:
     from lorameter.run.sites.batch import check_here
     from lorameter.run.sites.slurm import open_jobs
 
@@ -147,4 +147,4 @@ def _open_jobs(place: Place, runs_dir: str | None, ranks: int) -> Iterator[Venue
         lost: list[Notice] = []
         found = those_that_answer(found, lost)
         told = (*notices, *lost, *describe_all(found, mixed=place.mixed, ranks=ranks))
-        yield Venue(said=place.said, stations=tuple(found), notices=told, arrivals=jobs, ranks=ranks)
+        yield Placement(said=place.said, stations=tuple(found), notices=told, arrivals=jobs, ranks=ranks)

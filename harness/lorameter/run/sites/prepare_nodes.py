@@ -20,16 +20,16 @@ from lorameter.run.display import Display
 from lorameter.run.plan import Plan
 from lorameter.run.prepare import Ready
 from lorameter.run.sites.local import check_alike
-from lorameter.run.sites.messages import Description, Message
-from lorameter.run.sites.remote import RemoteStation
+from lorameter.run.sites.messages import NodeDescription, NodeMessage
+from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.sides import check_sides
-from lorameter.run.plan_spec import WrittenPlan
+from lorameter.run.plan_spec import PlanSpec
 from lorameter.verdicts.comparison_input import differences
 
 T = TypeVar("T")
 
 
-def describe_all(stations: Sequence[RemoteStation], *, mixed: bool = False, ranks: int = 1) -> tuple[Notice, ...]:
+def describe_all(stations: Sequence[RemoteNode], *, mixed: bool = False, ranks: int = 1) -> tuple[Notice, ...]:
     """Ask all what they are; says what is to be known of them together. The `ranks` of a trial take the first cards
     that a site sees.
 
@@ -42,7 +42,7 @@ def describe_all(stations: Sequence[RemoteStation], *, mixed: bool = False, rank
     return (*_sharing_boards(stations, ranks), *_sharing(stations))
 
 
-def check_like(first: RemoteStation, station: RemoteStation, *, mixed: bool = False) -> None:
+def check_like(first: RemoteNode, station: RemoteNode, *, mixed: bool = False) -> None:
     """Raises `InvalidRunError` for a site that is unlike the first, with what differs; `mixed`: in more than the kind
     of its machine."""
     without = OF_A_KIND if mixed else ()
@@ -57,7 +57,7 @@ def check_like(first: RemoteStation, station: RemoteStation, *, mixed: bool = Fa
         )
 
 
-def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
+def _sharing(stations: Sequence[RemoteNode]) -> Iterator[Notice]:
     """Sites that are not apart. Raises `InvalidRunError` where a card was reserved for each and none is used."""
     for one in _by_device(stations).values():
         names = ", ".join(station.name for station in one)
@@ -75,7 +75,7 @@ def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
             )
 
 
-def _sharing_boards(stations: Sequence[RemoteStation], ranks: int) -> Iterator[Notice]:
+def _sharing_boards(stations: Sequence[RemoteNode], ranks: int) -> Iterator[Notice]:
     """Of sites that are parts of one card."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for station in stations:
@@ -92,14 +92,14 @@ def _sharing_boards(stations: Sequence[RemoteStation], ranks: int) -> Iterator[N
             )
 
 
-def _by_device(stations: Iterable[RemoteStation]) -> dict[tuple[str, str], list[RemoteStation]]:
-    found: dict[tuple[str, str], list[RemoteStation]] = {}
+def _by_device(stations: Iterable[RemoteNode]) -> dict[tuple[str, str], list[RemoteNode]]:
+    found: dict[tuple[str, str], list[RemoteNode]] = {}
     for station in stations:
         found.setdefault((station.description.machine, station.description.device_id), []).append(station)
     return found
 
 
-def free_bytes_of(stations: Sequence[RemoteStation]) -> int | None:
+def free_bytes_of(stations: Sequence[RemoteNode]) -> int | None:
     """Memory that is free on the device of the site that has least of it, where several share one their part; None
     where one cannot say."""
     known: list[int] = []
@@ -112,14 +112,14 @@ def free_bytes_of(stations: Sequence[RemoteStation]) -> int | None:
     return min(known)
 
 
-def _likeness(description: Description, without: Sequence[str]) -> dict[str, Any]:
-    facts = provenance.comparable(provenance.place_of(description.facts), without)
+def _likeness(description: NodeDescription, without: Sequence[str]) -> dict[str, Any]:
+    facts = provenance.fingerprint_fields(provenance.place_of(description.facts), without)
     place: dict[str, Any] = codec.to_json(facts)
     return {"harness": description.harness, **place}
 
 
 def hold_all(
-    stations: Iterable[RemoteStation], if_busy: IfBusy, tell: Callable[[str], object], *, ranks: int = 1
+    stations: Iterable[RemoteNode], if_busy: IfBusy, tell: Callable[[str], object], *, ranks: int = 1
 ) -> bool:
     """Hold each device once, always in the same order; says whether anybody had to be waited for."""
     devices = _by_device(stations)
@@ -128,15 +128,15 @@ def hold_all(
 
 
 def prepare_all(
-    stations: Sequence[RemoteStation],
-    plan: WrittenPlan,
+    stations: Sequence[RemoteNode],
+    plan: PlanSpec,
     rest: Plan,
     folder: Path,
     left_s: float,
     shown: Display,
     *,
     without: list[Notice] | None = None,
-) -> tuple[Ready, list[RemoteStation]]:
+) -> tuple[Ready, list[RemoteNode]]:
     """Have a plan prepared in all places at once; what the first says of it is the run's. Returns who can measure as
     well: all, or those who did not fail if what became of the others may be noted in `without`.
 
@@ -146,8 +146,8 @@ def prepare_all(
     """
     slots = {slot.trial: slot for slot in rest.slots}
 
-    def prepare(station: RemoteStation) -> Ready:
-        def hear(message: Message) -> None:
+    def prepare(station: RemoteNode) -> Ready:
+        def hear(message: NodeMessage) -> None:
             if station is not stations[0]:  # all do the same
                 return
             if message.says == "data":
@@ -177,13 +177,13 @@ def check_prepared(first: str, ready: Ready, other: str, found: Ready) -> None:
             )
 
 
-def those_that_answer(stations: Sequence[RemoteStation], without: list[Notice]) -> list[RemoteStation]:
+def those_that_answer(stations: Sequence[RemoteNode], without: list[Notice]) -> list[RemoteNode]:
     """Those that say what they are; of the others it is noted why. Raises `InvalidRunError` where none does."""
     return [stations[number] for number in sorted(_at_once(stations, lambda station: station.description, without))]
 
 
 def _at_once(
-    stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T], without: list[Notice] | None = None
+    stations: Sequence[RemoteNode], ask: Callable[[RemoteNode], T], without: list[Notice] | None = None
 ) -> dict[int, T]:
     """What each says, by its place, all asked at once. Raises what the first of them raises, with its name; of one that
     is lost it is noted in `without`, if that is given and another is left."""

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, said_by
-from lorameter.run.sites.remote_worker import Post
+from lorameter.run.sites.remote_worker import ReplicateWorker
 from lorameter.run.sites.messages import read_message
-from lorameter.run.sites.remote import RemoteStation
+from lorameter.run.sites.remote import RemoteNode
 from lorameter.studies.placement import say_on, say_sites
 
 CLIENT = "ray://"
@@ -44,7 +44,7 @@ class Desk:
     """
 
     def __init__(self) -> None:
-        self._post = Post()
+        self._post = ReplicateWorker()
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
@@ -177,7 +177,7 @@ def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_stations(address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> Iterator[tuple[RemoteStation, ...]]:
+def open_stations(address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> Iterator[tuple[RemoteNode, ...]]:
     """A station for each site of a cluster, started meanwhile; nothing is asked of them yet.
 
     Args:
@@ -205,7 +205,7 @@ def open_stations(address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -
             actor = ray.remote(Desk).options(max_concurrency=4, max_restarts=0, **options).remote()
             link = RayLink(ray, actor)
             stack.callback(link.close)
-            stations.append(RemoteStation(berth.site, link, share=berth.share, shares=berth.shares))
+            stations.append(RemoteNode(berth.site, link, share=berth.share, shares=berth.shares))
         yield tuple(stations)
 
 

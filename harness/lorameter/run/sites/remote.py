@@ -14,28 +14,28 @@ from typing import Any, Protocol, TypeVar
 
 from lorameter.errors import InvalidRunError, UsageError, redact, said_by
 from lorameter.machine.hardware_class import say_kind
-from lorameter.machine.provenance import Facts
+from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.run.budget import Budget
-from lorameter.run.group_runner import Watcher
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.plan import Plan
 from lorameter.run.prepare import Ready
 from lorameter.run.sites.messages import (
     Describe,
-    Description,
+    NodeDescription,
     Done,
     Hold,
     Measure,
-    Message,
+    NodeMessage,
     Order,
     Prepare,
     read_message,
     write_order,
 )
 from lorameter.run.thinning import Part
-from lorameter.run.plan_spec import WrittenPlan
+from lorameter.run.plan_spec import PlanSpec
 
 T = TypeVar("T")
 
@@ -53,27 +53,27 @@ class Link(Protocol):
         """End the post. Never raises."""
 
 
-class RemoteStation:
+class RemoteNode:
     """Implements `Station` by a post behind a link. `share` and `shares` divide the CPUs of a machine with several."""
 
     def __init__(self, name: str, link: Link, *, share: int = 0, shares: int = 1) -> None:
         self.name, self.shares = name, shares
         self._link = link
         self._order = Describe(site=name, folder=str(Path.cwd()), share=share, shares=shares)
-        self._description: Description | None = None
+        self._description: NodeDescription | None = None
         self._logs: Path | None = None
         self._budget: Budget | None = None
 
     @property
-    def description(self) -> Description:
+    def description(self) -> NodeDescription:
         """What it says of itself; it is asked once. Raises `InvalidRunError` where it does not answer."""
         if self._description is None:
             answer = self._ask(self._order)
-            self._description = self._read(Description, answer, "what it says of itself")
+            self._description = self._read(NodeDescription, answer, "what it says of itself")
         return self._description
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> MachineFacts:
         """Of its machine."""
         return self.description.facts
 
@@ -90,7 +90,7 @@ class RemoteStation:
             self._description = None  # of its free memory
         return waited
 
-    def prepare(self, plan: WrittenPlan, folder: Path, left_s: float, hear: Callable[[Message], object]) -> Ready:
+    def prepare(self, plan: PlanSpec, folder: Path, left_s: float, hear: Callable[[NodeMessage], object]) -> Ready:
         """Have the trials of a plan prepared there; logs are written into the `folder` of the run.
 
         Raises:
@@ -102,14 +102,14 @@ class RemoteStation:
         return self._read(Ready, answer, "what it has prepared")
 
     def measure(
-        self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget
+        self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget
     ) -> Mapping[int, frozenset[Part]]:
         """Send the replicate, and save its records as they come."""
         slots = {slot.trial: slot for slot in part.slots}
         last: dict[str, TrialRecord] = {}
         missing = set(slots)
 
-        def hear(message: Message) -> None:
+        def hear(message: NodeMessage) -> None:
             slot = slots.get(message.trial)
             if slot is None:
                 raise InvalidRunError(f"it speaks of trial {message.trial!r}, for which it was not asked")
@@ -144,7 +144,7 @@ class RemoteStation:
         """End the post."""
         self._link.close()
 
-    def _ask(self, order: Order, hear: Callable[[Message], object] = lambda message: None) -> dict[str, Any]:
+    def _ask(self, order: Order, hear: Callable[[NodeMessage], object] = lambda message: None) -> dict[str, Any]:
         """The answer to an order; everything else that is said is heard. Raises `InvalidRunError` where none comes."""
         for line in self._lines(write_order(order)):
             try:
@@ -179,7 +179,7 @@ class RemoteStation:
         except UsageError as error:
             raise InvalidRunError(f"site {self.name}: {error}") from None
 
-    def _write_log(self, message: Message) -> None:
+    def _write_log(self, message: NodeMessage) -> None:
         if self._logs is not None:
             self._logs.mkdir(parents=True, exist_ok=True)
             with (self._logs / f"{Path(message.trial).name}.log").open("a", encoding="utf-8") as file:

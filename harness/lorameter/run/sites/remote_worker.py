@@ -26,36 +26,36 @@ from lorameter.models.catalogue import cache_dir
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.records.tempdirs import scratch_folder
-from lorameter.run.budget import Budget, TooShortError
+from lorameter.run.budget import Budget, TimeLimitTooShortError
 from lorameter.run.device_lock import hold_devices
 from lorameter.run.executors import Executor, open_executor
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import open_side
 from lorameter.run.plan import Plan, Slot
-from lorameter.run.prepare import get_ready
+from lorameter.run.prepare import prepare_run
 from lorameter.run.runner import run_plan
 from lorameter.run.check_multi_rank import check_ranks
-from lorameter.run.trial_setup import Site
+from lorameter.run.trial_setup import RunContext
 from lorameter.run.sites.local import executors_of_ranks, share_cpus
 from lorameter.run.sites.messages import (
     Describe,
-    Description,
+    NodeDescription,
     Done,
     Hold,
-    Lack,
+    MissingTokens,
     Measure,
-    Message,
+    NodeMessage,
     Prepare,
     read_order,
 )
-from lorameter.run.plan_spec import WrittenSide, read_plan, take_trials
+from lorameter.run.plan_spec import SideSpec, read_plan, take_trials
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MOST_LOG_BYTES = 2**22
 """Of one log in one message; of more the end is sent, which says what went wrong."""
 
 
-class Post:
+class ReplicateWorker:
     """Carries out orders in a process of its own, one after the other; `end` may be called by another thread."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Post:
         self._described: Describe | None = None
         self._host = Host()
         self._plan: Plan | None = None
-        self._site: Site | None = None
+        self._site: RunContext | None = None
         self._executors: dict[str, Executor] = {}
         self._budget = Budget()
         self._cold_s = 0.0
@@ -74,7 +74,7 @@ class Post:
     def carry_out(self, text: str, send: Callable[[str], None]) -> None:
         """Carry out an order; whatever comes of it is sent, an error as well."""
 
-        def say(message: Message) -> None:
+        def say(message: NodeMessage) -> None:
             send(codec.dumps(message))
 
         try:
@@ -88,17 +88,17 @@ class Post:
             else:
                 answer = self._measure(order, say)
             self._send_logs(say)
-            last = Message(says="done", answer=answer)
+            last = NodeMessage(says="done", answer=answer)
         except BaseException as error:  # whatever it is, whoever asks must be told
             known = isinstance(error, (UsageError, InvalidRunError))
             with contextlib.suppress(OSError):
                 self._send_logs(say)
             if not known:
-                say(Message(says="log", trial=self._name("failed"), text=redact(traceback.format_exc())))
+                say(NodeMessage(says="log", trial=self._name("failed"), text=redact(traceback.format_exc())))
             said = str(error) if known else f"{type(error).__name__}: {shorten(str(error))}"
             # What one site is too slow for is no fault of who asked: others may be quicker.
-            usage = isinstance(error, UsageError) and not isinstance(error, TooShortError)
-            last = Message(says="failed", text=said.rstrip("."), usage=usage)
+            usage = isinstance(error, UsageError) and not isinstance(error, TimeLimitTooShortError)
+            last = NodeMessage(says="failed", text=said.rstrip("."), usage=usage)
         say(last)
 
     def end(self) -> None:
@@ -112,7 +112,7 @@ class Post:
         self.end()
         self._stack.close()
 
-    def _describe(self, order: Describe) -> Description:
+    def _describe(self, order: Describe) -> NodeDescription:
         self._described = order
         with contextlib.suppress(OSError):  # what cannot be found from elsewhere is named when it is read
             os.chdir(order.folder)
@@ -122,7 +122,7 @@ class Post:
         executor = self._open()
         seen = visible_cards(self._host.variables(os.environ)).value or ()
         boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
-        return Description(
+        return NodeDescription(
             facts=executor.facts(),
             harness=harness_identity(),
             device_id=executor.device_id(),
@@ -131,12 +131,12 @@ class Post:
             boards=tuple(card.board.value or "" for card in seen),
         )
 
-    def _hold(self, order: Hold, say: Callable[[Message], None]) -> dict[str, Any]:
+    def _hold(self, order: Hold, say: Callable[[NodeMessage], None]) -> dict[str, Any]:
         executors = executors_of_ranks(self._host, order.ranks)
-        held = hold_devices(executors, order.if_busy, tell=lambda line: say(Message(says="told", text=line)))
+        held = hold_devices(executors, order.if_busy, tell=lambda line: say(NodeMessage(says="told", text=line)))
         return {"waited": self._stack.enter_context(held)}
 
-    def _prepare(self, order: Prepare, say: Callable[[Message], None]) -> dict[str, Any]:
+    def _prepare(self, order: Prepare, say: Callable[[NodeMessage], None]) -> dict[str, Any]:
         if self._described is None:
             raise InvalidRunError("it was not asked what it is.")
         self._plan = plan = read_plan(order.plan)
@@ -151,19 +151,19 @@ class Post:
             executor.start(self._folder, slot.workload.threads)
         left_s = math.inf if order.left_s is None else order.left_s
         watcher = _Sending(say, lambda: self._send_logs(say))
-        ready, self._site = get_ready(
+        ready, self._site = prepare_run(
             plan,
             self._executors,
             watcher,
             left_s=left_s,
-            tell_data=lambda data: say(Message(says="data", text=data)),
+            tell_data=lambda data: say(NodeMessage(says="data", text=data)),
         )
         self._cold_s = ready.cold_s
         sides = {side: self._executors[side].facts() for side in hosts}
         answer: dict[str, Any] = codec.to_json(dataclasses.replace(ready, sides=sides))
         return answer
 
-    def _put_up(self, sides: Iterable[WrittenSide], say: Callable[[Message], None]) -> dict[str, Host]:
+    def _put_up(self, sides: Iterable[SideSpec], say: Callable[[NodeMessage], None]) -> dict[str, Host]:
         """The sides of an A/B, each in its host, until this process ends; what it takes is told in a log."""
         hosts: dict[str, Host] = {}
         for one in sides:
@@ -172,14 +172,14 @@ class Post:
                 one.spec,
                 repository=Path.cwd(),
                 cache=cache_dir(),
-                report=lambda line, log=log: say(Message(says="log", trial=log, text=f"{line}\n")),  # type: ignore[misc]
+                report=lambda line, log=log: say(NodeMessage(says="log", trial=log, text=f"{line}\n")),  # type: ignore[misc]
                 kind=one.kind,
             )
             host = self._stack.enter_context(side).host
             hosts[one.side] = dataclasses.replace(host, environment={**host.environment, **self._host.environment})
         return hosts
 
-    def _measure(self, order: Measure, say: Callable[[Message], None]) -> dict[str, Any]:
+    def _measure(self, order: Measure, say: Callable[[NodeMessage], None]) -> dict[str, Any]:
         if self._plan is None or self._site is None:
             raise InvalidRunError("nothing is prepared here.")
         if order.afresh:
@@ -189,11 +189,11 @@ class Post:
             part,
             self._executors,
             self._site,
-            save=lambda record: say(Message(says="record", trial=record.trial, record=record)),
+            save=lambda record: say(NodeMessage(says="record", trial=record.trial, record=record)),
             watcher=_Sending(say, lambda: self._send_logs(say)),
             budget=self._budget,
         )
-        lacks = tuple(Lack(replicate=one, parts=tuple(sorted(parts))) for one, parts in measured.left_out.items())
+        lacks = tuple(MissingTokens(replicate=one, parts=tuple(sorted(parts))) for one, parts in measured.left_out.items())
         done = Done(trials=tuple(record.trial for record in measured.records), lacks=lacks)
         answer: dict[str, Any] = codec.to_json(done)
         return answer
@@ -205,7 +205,7 @@ class Post:
         site = "" if self._described is None else self._described.site
         return "-".join(filter(None, (what, site)))
 
-    def _send_logs(self, say: Callable[[Message], None]) -> None:
+    def _send_logs(self, say: Callable[[NodeMessage], None]) -> None:
         """What was printed since the last time."""
         if self._folder is None:
             return
@@ -219,21 +219,21 @@ class Post:
                 text = file.read(size - begin - left_out).decode(errors="replace")
             self._sent[path.name] = size
             said = f"[{left_out} bytes are left out]\n" if left_out else ""
-            say(Message(says="log", trial=path.stem, text=said + text))
+            say(NodeMessage(says="log", trial=path.stem, text=said + text))
 
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
     """A watcher that sends what it is told; logs go when a trial has ended, and never while its turns are timed."""
 
-    say: Callable[[Message], None]
+    say: Callable[[NodeMessage], None]
     send_logs: Callable[[], None]
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """As the watcher's."""
-        self.say(Message(says="phase", trial=slot.trial, text=phase))
+        self.say(NodeMessage(says="phase", trial=slot.trial, text=phase))
 
     def trial_ended(self, record: TrialRecord) -> None:
         """As the watcher's."""
         self.send_logs()
-        self.say(Message(says="ended", trial=record.trial))
+        self.say(NodeMessage(says="ended", trial=record.trial))

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from lorameter.errors import InvalidRunError
 from lorameter.records.record import Failure, Notice, TrialRecord
 from lorameter.run.budget import Budget
-from lorameter.run.group_runner import Watcher
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.runner import Measured, Stop, find_unsettled, keep_records
+from lorameter.run.runner import Measured, Stop, find_unfinished, records_outside
 from lorameter.run.trial_setup import begin_record
-from lorameter.run.sites.node import Joining, Station
-from lorameter.run.interrupts import Stops
+from lorameter.run.sites.node import LateArrivals, Node
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.thinning import Part
 
 
@@ -52,17 +52,17 @@ class _Shared:
     """What replicates, by their number, had no time for."""
 
 
-def run_spread(
+def run_distributed(
     plan: Plan,
-    stations: Sequence[Station],
+    stations: Sequence[Node],
     *,
     save: Callable[[TrialRecord], None],
-    watcher: Watcher,
+    watcher: ProgressListener,
     stop: Stop = lambda records: None,
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
-    stops: Stops | None = None,
-    joining: Joining | None = None,
+    stops: InterruptHandler | None = None,
+    joining: LateArrivals | None = None,
 ) -> Measured:
     """Measure every trial of the plan, as `run_plan` does, replicates on all stations at once.
 
@@ -75,25 +75,25 @@ def run_spread(
         InvalidRunError: all sites were lost, and none will come; the message is that of the last.
         Exception: what is no site's fault (a full disk), after the others have been ended.
     """
-    stops = stops or Stops()
-    unsettled = find_unsettled(plan, earlier, whole=True)
-    kept = keep_records(unsettled, earlier)
+    stops = stops or InterruptHandler()
+    unsettled = find_unfinished(plan, earlier, whole=True)
+    kept = records_outside(unsettled, earlier)
     whole, waiting = budget or Budget(), _by_replicate(unsettled)
     each = math.ceil(len(waiting) / len(stations))
     most = each if plan.study.protocol.mixed else None
     shared = _Shared(waiting=waiting, ended={record.trial: record for record in kept}, most=most)
-    told: queue.SimpleQueue[tuple[Station, BaseException]] = queue.SimpleQueue()
+    told: queue.SimpleQueue[tuple[Node, BaseException]] = queue.SimpleQueue()
     guarded = _Guarded(watcher, shared.lock)
     threads: list[threading.Thread] = []
-    at_work, idle, known = set[int](), list[Station](), list[Station]()
+    at_work, idle, known = set[int](), list[Node](), list[Node]()
 
-    def begin(station: Station) -> None:
+    def begin(station: Node) -> None:
         arguments = (plan, station, shared, save, guarded, stop, whole.beside(each), told)
         threads.append(threading.Thread(target=_measure, args=arguments, daemon=True))
         at_work.add(id(station))
         threads[-1].start()
 
-    def come(station: Station) -> None:
+    def come(station: Node) -> None:
         known.append(station)
         begin(station)
 
@@ -153,10 +153,10 @@ REFUSED = "site-refused"
 """Code of the notice of one who came and takes no part."""
 ASK_S = 5.0
 """How often those who are joining are asked whether anybody will, where nobody is at work."""
-_Heard = tuple[Station, BaseException]
+_Heard = tuple[Node, BaseException]
 
 
-def _hear(told: queue.SimpleQueue[_Heard], joining: Joining | None) -> _Heard | None:
+def _hear(told: queue.SimpleQueue[_Heard], joining: LateArrivals | None) -> _Heard | None:
     """What is told next; None where it would be of somebody who is joining, and nobody is."""
     while True:
         with contextlib.suppress(queue.Empty):
@@ -165,13 +165,13 @@ def _hear(told: queue.SimpleQueue[_Heard], joining: Joining | None) -> _Heard | 
             return None
 
 
-def _last_words(error: InvalidRunError, joining: Joining | None) -> InvalidRunError:
+def _last_words(error: InvalidRunError, joining: LateArrivals | None) -> InvalidRunError:
     """Of the last one that was lost, with what became of those who came and were refused, who might have gone on."""
     refused = [] if joining is None else [one.message for one in joining.notices if one.code == REFUSED]
     return InvalidRunError(" ".join((f"{str(error).rstrip('.')}.", *refused))) if refused else error
 
 
-def _notices(lost: Sequence[Notice], joining: Joining | None) -> tuple[Notice, ...]:
+def _notices(lost: Sequence[Notice], joining: LateArrivals | None) -> tuple[Notice, ...]:
     return (*lost, *(() if joining is None else joining.notices))
 
 
@@ -186,13 +186,13 @@ _COME = _DoneError()
 
 def _measure(
     plan: Plan,
-    station: Station,
+    station: Node,
     shared: _Shared,
     save: Callable[[TrialRecord], None],
-    watcher: Watcher,
+    watcher: ProgressListener,
     stop: Stop,
     budget: Budget,
-    told: queue.SimpleQueue[tuple[Station, BaseException]],
+    told: queue.SimpleQueue[tuple[Node, BaseException]],
 ) -> None:
     """The thread of a station: replicates, one after the other, until there is none or it is lost."""
 
@@ -233,7 +233,7 @@ def _is_over(plan: Plan, shared: _Shared, stop: Stop) -> bool:
         return shared.closing
 
 
-def _next(shared: _Shared, station: Station) -> tuple[Group, ...] | None:
+def _next(shared: _Shared, station: Node) -> tuple[Group, ...] | None:
     with shared.lock:
         full = shared.most is not None and shared.taken[id(station)] >= shared.most
         if full or shared.closing or not shared.waiting:
@@ -253,7 +253,7 @@ def _in_order(plan: Plan, ended: Mapping[str, TrialRecord]) -> tuple[TrialRecord
     return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
 
 
-def _break_off(stations: Sequence[Station], threads: Sequence[threading.Thread], shared: _Shared) -> None:
+def _break_off(stations: Sequence[Node], threads: Sequence[threading.Thread], shared: _Shared) -> None:
     """End what is under way: its processes are killed, and each thread finds its worker gone."""
     with shared.lock:
         shared.closing = shared.broken_off = True
@@ -269,7 +269,7 @@ JOIN_S = 30.0
 
 
 def _give_up(
-    plan: Plan, unsettled: Sequence[Group], shared: _Shared, save: Callable[[TrialRecord], None], watcher: Watcher
+    plan: Plan, unsettled: Sequence[Group], shared: _Shared, save: Callable[[TrialRecord], None], watcher: ProgressListener
 ) -> None:
     """A record for each trial that has none."""
     with shared.lock:
@@ -282,7 +282,7 @@ def _give_up(
         watcher.trial_ended(shared.ended[slot.trial])
 
 
-def _lost(station: Station, error: InvalidRunError, left: int, *, waits: bool) -> Notice:
+def _lost(station: Node, error: InvalidRunError, left: int, *, waits: bool) -> Notice:
     where = f" The replicate that it was measuring went to another of the {left} that are left."
     if not left:
         where = " Its replicate went to the next one that came, if any did." if waits else ""
@@ -298,7 +298,7 @@ def _lost(station: Station, error: InvalidRunError, left: int, *, waits: bool) -
 class _Guarded:
     """A watcher that is told by one thread at a time."""
 
-    def __init__(self, watcher: Watcher, lock: threading.Lock) -> None:
+    def __init__(self, watcher: ProgressListener, lock: threading.Lock) -> None:
         self._watcher, self._lock = watcher, threading.Lock()
 
     def trial_phase(self, slot: Slot, phase: str) -> None:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, redact
-from lorameter.machine.provenance import Facts
+from lorameter.machine.provenance import MachineFacts
 from lorameter.records.record import Side
 from lorameter.run.executors.environments import parse_requirements
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import DECLARED, OpenSide, SideKind, name_side
-from lorameter.run.plan_spec import WrittenSide
+from lorameter.run.plan_spec import SideSpec
 from lorameter.verdicts.comparison_input import differences
 
 
-def write_sides(specs: Mapping[Side, str], repository: Path, asked: str) -> tuple[WrittenSide, ...]:
+def write_sides(specs: Mapping[Side, str], repository: Path, asked: str) -> tuple[SideSpec, ...]:
     """What the nodes are told of the sides; `asked` says where that is, for messages.
 
     Raises:
@@ -31,14 +31,14 @@ def write_sides(specs: Mapping[Side, str], repository: Path, asked: str) -> tupl
     return tuple(_write_side(side, spec, repository, f"{asked}, --{side} {spec}") for side, spec in specs.items())
 
 
-def _write_side(side: Side, spec: str, repository: Path, where: str) -> WrittenSide:
+def _write_side(side: Side, spec: str, repository: Path, where: str) -> SideSpec:
     if redact(spec) != spec:
         raise UsageError(
             f"{where}: it holds what may be a credential, and would be written where other machines read it. Have pip "
             "know it there, by its configuration or a .netrc."
         )
     if spec.startswith(os.sep) and parse_requirements(spec) is None:
-        return WrittenSide(side=side, kind="interpreter", spec=spec)  # it may be there and not here
+        return SideSpec(side=side, kind="interpreter", spec=spec)  # it may be there and not here
     kind, full = name_side(spec, repository)
     if kind == "revision":
         raise UsageError(
@@ -47,10 +47,10 @@ def _write_side(side: Side, spec: str, repository: Path, where: str) -> WrittenS
         )
     if kind == "interpreter" and os.sep not in spec:
         raise UsageError(f"{where}: it may be another Python on each node. Name its path, such as {full}.")
-    return WrittenSide(side=side, kind=kind, spec=full)
+    return SideSpec(side=side, kind=kind, spec=full)
 
 
-def open_as(side: WrittenSide) -> OpenSide:
+def open_as(side: SideSpec) -> OpenSide:
     """What whoever starts an A/B knows of a side that others put up; nothing is started in its host."""
     kind: SideKind = side.kind
     label = " ".join(parse_requirements(side.spec) or ()) or side.spec
@@ -60,7 +60,7 @@ def open_as(side: WrittenSide) -> OpenSide:
 _OF_A_SIDE = ("python", "libraries", "cuda", "packages")
 
 
-def check_sides(first: str, ours: Mapping[str, Facts], other: str, theirs: Mapping[str, Facts]) -> None:
+def check_sides(first: str, ours: Mapping[str, MachineFacts], other: str, theirs: Mapping[str, MachineFacts]) -> None:
     """Raises `InvalidRunError` where a side is another on the other site than on the first."""
     for side in dict.fromkeys((*ours, *theirs)):
         known, found = (_about(sides.get(side)) for sides in (ours, theirs))
@@ -69,7 +69,7 @@ def check_sides(first: str, ours: Mapping[str, Facts], other: str, theirs: Mappi
             raise InvalidRunError(f"site {other}: its {side} is another than on {first}: {said}. Make them alike.")
 
 
-def _about(facts: Facts | None) -> dict[str, Any]:
+def _about(facts: MachineFacts | None) -> dict[str, Any]:
     host = {} if facts is None else facts.host or {}
     return {name: host.get(name) for name in _OF_A_SIDE}
 

@@ -37,8 +37,8 @@ from lorameter.run.sites.file_queue import (
     LEFT,
     MESSAGES,
     ORDERS,
-    Pulse,
-    Tail,
+    HeartbeatMonitor,
+    LineReader,
     beat_of,
     beating,
     home_of,
@@ -47,8 +47,8 @@ from lorameter.run.sites.file_queue import (
 from lorameter.run.sites.job import CLOSE, END, About, SiteJob
 from lorameter.run.sites.messages import read_message
 from lorameter.run.sites.private import check_private, make_private
-from lorameter.run.sites.remote import RemoteStation
-from lorameter.studies.placement import LOCAL, SLURM, Asked
+from lorameter.run.sites.remote import RemoteNode
+from lorameter.studies.placement import LOCAL, SLURM, BatchRequest
 
 FOLDER = f".jobs-{os.geteuid()}"
 """In the folder of the runs, one for each user; what it holds is removed when a run ends."""
@@ -67,7 +67,7 @@ class FileLink:
     def __init__(self, box: Path, silent_s: float, last_words: Callable[[], str]) -> None:
         self.box = box
         self._silent_s, self._last_words = silent_s, last_words
-        self._messages, self._pulse = Tail(box / MESSAGES), Pulse(box / BEAT, silent_s)
+        self._messages, self._pulse = LineReader(box / MESSAGES), HeartbeatMonitor(box / BEAT, silent_s)
         self._waiting: deque[str] = deque()
         self._lock = threading.Lock()
 
@@ -128,7 +128,7 @@ class Owner:
 class Jobs:
     """The jobs of a driver, and their starts. Implements `Arrivals`."""
 
-    def __init__(self, asked: Asked, folder: Path, batch: Batch) -> None:
+    def __init__(self, asked: BatchRequest, folder: Path, batch: Batch) -> None:
         self._asked, self._folder, self._batch = asked, folder, batch
         self._known: dict[int, Path] = {}
         """The last start of each job that was seen."""
@@ -137,7 +137,7 @@ class Jobs:
         """Names of sites, and whose they are."""
         self.if_busy: IfBusy = "wait"
 
-    def come(self) -> list[RemoteStation]:
+    def come(self) -> list[RemoteNode]:
         """Those that have started since the last time."""
         found: list[tuple[int, About]] = []
         for number in range(self._asked.sites):
@@ -154,17 +154,17 @@ class Jobs:
             name = f"{name}-{number}"
         return name
 
-    def _station(self, number: int, name: str) -> RemoteStation:
+    def _station(self, number: int, name: str) -> RemoteNode:
         link = FileLink(self._known[number], self._asked.silent_s, lambda: self._batch.last_words(number))
         self._links.append(link)
-        return RemoteStation(name, link)
+        return RemoteNode(name, link)
 
     def is_expected(self) -> bool:
         """Whether one may come that has not: a job in the queue has not ended."""
         states = self._batch.states()
         return states is None or bool(states)
 
-    def gather(self) -> tuple[list[RemoteStation], tuple[Notice, ...]]:
+    def gather(self) -> tuple[list[RemoteNode], tuple[Notice, ...]]:
         """Those that start in time, and what is to be known of the others.
 
         Raises `InvalidRunError` where there is none.
@@ -221,7 +221,7 @@ def _about_of(box: Path) -> About | None:
 
 
 @contextlib.contextmanager
-def open_jobs(asked: Asked, runs: Path) -> Iterator[tuple[list[RemoteStation], tuple[Notice, ...], Jobs]]:
+def open_jobs(asked: BatchRequest, runs: Path) -> Iterator[tuple[list[RemoteNode], tuple[Notice, ...], Jobs]]:
     """Jobs that have started, each a station, what is to be known of the others, and those to come.
 
     Args:
@@ -257,7 +257,7 @@ def open_jobs(asked: Asked, runs: Path) -> Iterator[tuple[list[RemoteStation], t
         yield stations, notices, jobs
 
 
-def _job(asked: Asked, folder: Path, number: int) -> SiteJob:
+def _job(asked: BatchRequest, folder: Path, number: int) -> SiteJob:
     # submitit's local processes would see no card.
     variables = {VARIABLE: os.environ.get(VARIABLE)} if asked.kind == LOCAL else {}
     return SiteJob(folder=str(folder), number=number, silent_s=asked.silent_s, environment=variables)

@@ -31,7 +31,7 @@ from transformers.initialization import no_init_weights
 
 from lorameter.errors import impossible
 from lorameter.models import bases, catalogue
-from lorameter.models.bases import Description
+from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.locks import locked
 from lorameter.records.worker_info import BaseSummary
@@ -149,7 +149,7 @@ def _make(source: ModelSource, request: BaseRequest) -> tuple[transformers.PreTr
     return model, 1, time.perf_counter() - begin
 
 
-def _keep(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> Description:
+def _keep(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> BaseDescription:
     """Write a model where it is to be kept; where the disk is full, once more without the bases that nobody holds."""
     try:
         return _write(model, folder, follows_from, load_s)
@@ -159,12 +159,12 @@ def _keep(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: flo
         return _write(model, folder, follows_from, load_s)
 
 
-def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> Description:
+def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> BaseDescription:
     with bases.drafted(folder) as draft:
         digest, size = _write_tensors(_tensors(model), draft / bases.TENSORS)
         model.config.to_json_file(draft / "config.json", use_diff=False)
         places = getattr(model, "hf_device_map", None)
-        description = Description(
+        description = BaseDescription(
             sha256=digest,
             bytes=size,
             name_or_path=model.config.name_or_path,

@@ -28,7 +28,7 @@ from lorameter.trial.building.shared import SharedBase
 
 
 @dataclass(frozen=True, slots=True)
-class Trainee:
+class TrainableModel:
     """What trains: the PEFT model, what is called in its place (compiled or not), optimizer and schedule."""
 
     model: Any
@@ -62,7 +62,7 @@ def build(
     shared: SharedBase,
     distribute: Callable[[Any], Any] | None = None,
     rank: int = 0,
-) -> Trainee:
+) -> TrainableModel:
     """Take the base if this process has none yet, attach the adapter, make the optimizer.
 
     Args:
@@ -105,7 +105,7 @@ def build(
         _own_caches(Path(request.scratch))
         forward = torch.compile(model)
     seed_everything(request.seed + 1 + rank * _APART)
-    return Trainee(model, forward, optimizer, schedule, adapter)
+    return TrainableModel(model, forward, optimizer, schedule, adapter)
 
 
 def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:

@@ -70,7 +70,7 @@ class SharedBase:
         return self._unchanged
 
 
-class Seat:
+class ActiveAdapter:
     """A trial's place in its process: entering makes its adapter active and its random numbers current."""
 
     def __init__(self, model: Any, adapter: str) -> None:

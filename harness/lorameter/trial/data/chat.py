@@ -20,7 +20,7 @@ from typing import Any
 from lorameter.errors import UsageError, shorten
 from lorameter.machine.rlimits import OverTimeError, memory_limit, time_limit
 from lorameter.models.chat_template import no_chat_template
-from lorameter.trial.data.messages import ASSISTANT, Conversation, Message
+from lorameter.trial.data.messages import ASSISTANT, Conversation, ChatTurn
 
 Span = tuple[int, int]
 """Characters of a text, the end left out."""
@@ -121,7 +121,7 @@ class ChatTemplate:
 
     def _answer(self, conversation: Conversation, number: int, text: str) -> Span:
         before, message = conversation.messages[:number], conversation.messages[number]
-        stand_in = Message(role=message.role, content=_STAND_IN)
+        stand_in = ChatTurn(role=message.role, content=_STAND_IN)
         head, _, tail = self._write([*before, stand_in], conversation.place).partition(_STAND_IN)
         turn = self._write([*before, message], conversation.place)
         said = next((one for one in (message.content, message.content.strip()) if turn == head + one + tail), None)
@@ -132,11 +132,11 @@ class ChatTemplate:
             )
         return len(head), len(head) + len(said) + len(tail.rstrip() or tail)
 
-    def _write(self, messages: Sequence[Message], place: str, *, ask: bool = False) -> str:
+    def _write(self, messages: Sequence[ChatTurn], place: str, *, ask: bool = False) -> str:
         text: str = self._apply(messages, place, tokenize=False, add_generation_prompt=ask)
         return text
 
-    def _apply(self, messages: Sequence[Message], place: str, **how: Any) -> Any:
+    def _apply(self, messages: Sequence[ChatTurn], place: str, **how: Any) -> Any:
         said = [{"role": message.role, "content": message.content} for message in messages]
         characters = sum(len(message.content) for message in messages)
         most_s, most_bytes = RECORD_S + CHARACTER_S * characters, RECORD_BYTES + CHARACTER_BYTES * characters
@@ -166,7 +166,7 @@ class ChatTemplate:
 _ALL = 'Use loss = "all", or a template that marks the answers with {% generation %}.'
 
 
-def _missing(text: str, messages: Sequence[Message]) -> int | None:
+def _missing(text: str, messages: Sequence[ChatTurn]) -> int | None:
     """The number of the first message that does not stand in the text behind those before it; None if all do. Space is
     not looked at: templates strip it."""
     text, begin = "".join(text.split()), 0

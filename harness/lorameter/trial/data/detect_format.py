@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorameter.errors import UsageError, shorten
-from lorameter.studies.columns import Columns
+from lorameter.studies.columns import DataColumns
 from lorameter.trial.data.files import no_record
 from lorameter.trial.data.messages import Conversation, check_text, read_conversation
 from lorameter.trial.data.synthetic import Record
@@ -75,7 +75,7 @@ class Form:
         }
 
 
-def recognise(names: Sequence[str], columns: Columns, place: str) -> Form:
+def recognise(names: Sequence[str], columns: DataColumns, place: str) -> Form:
     """The form of the records of a table.
 
     Raises:
@@ -102,7 +102,7 @@ def recognise(names: Sequence[str], columns: Columns, place: str) -> Form:
     raise UsageError(f"{place}: no columns that are known. {_there_are(names)} Known: {SAID}. {_NAME_THEM}")
 
 
-def _mapped(names: Sequence[str], columns: Columns, place: str) -> Form:
+def _mapped(names: Sequence[str], columns: DataColumns, place: str) -> Form:
     family, found = columns.family or (), {}
     for part in family:
         column = columns.given.get(part, part)

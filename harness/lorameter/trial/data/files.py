@@ -41,7 +41,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class DataTable:
     """What the columns of a file or data set are called, and its rows: a table each, of at least the columns asked for.
 
     Of JSON the names are those of the first record. Rows raise `UsageError` for what cannot be read, with its place.
@@ -59,7 +59,7 @@ def most_unpacked(size_bytes: int) -> int:
     return max(LEAST_UNPACKED, MOST_UNPACKED * size_bytes)
 
 
-def open_table(path: Path, where: str) -> Table:
+def open_table(path: Path, where: str) -> DataTable:
     """The table in a file, by the ending of its name. Raises `UsageError` where there is none, with its place."""
     return _KINDS[Path(path.name.removesuffix(PACKED)).suffix](path, where)
 
@@ -117,7 +117,7 @@ def _decoded(content: bytes, place: str) -> str:
         raise UsageError(f"{place}: {said}") from None
 
 
-def _plain_text(path: Path, where: str) -> Table:
+def _plain_text(path: Path, where: str) -> DataTable:
     """A record a line; blank ones are passed over."""
 
     def rows(_: Sequence[str]) -> Iterator[Placed]:
@@ -126,13 +126,13 @@ def _plain_text(path: Path, where: str) -> Table:
                 if line.strip():
                     yield place, {"text": line.rstrip("\r\n")}
 
-    return Table(names=("text",), place=where, rows=rows)
+    return DataTable(names=("text",), place=where, rows=rows)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path, where: str) -> Table:
+def _json_lines(path: Path, where: str) -> DataTable:
     """A record a line; blank ones are passed over."""
 
     def rows(_: Sequence[str] = ()) -> Iterator[Placed]:
@@ -142,7 +142,7 @@ def _json_lines(path: Path, where: str) -> Table:
     return _json_table(rows)
 
 
-def _json(path: Path, where: str) -> Table:
+def _json(path: Path, where: str) -> DataTable:
     """A list of records; or a record a line, where the file does not begin with a bracket."""
 
     def rows(_: Sequence[str] = ()) -> Iterator[Placed]:
@@ -193,14 +193,14 @@ def _records_of_lines(file: BinaryIO, where: str, remedy: str) -> Iterator[Place
 _LISTED = " A list of records lies in a file whose name ends in .json."
 
 
-def _json_table(rows: Callable[[Sequence[str]], Iterator[Placed]]) -> Table:
+def _json_table(rows: Callable[[Sequence[str]], Iterator[Placed]]) -> DataTable:
     placed = next(rows(()), None)
     if placed is None:
-        return Table(names=None, place="", rows=rows)
+        return DataTable(names=None, place="", rows=rows)
     place, first = placed
     if not isinstance(first, dict):
         raise no_record(place, first)
-    return Table(names=tuple(first), place=place, rows=rows)
+    return DataTable(names=tuple(first), place=place, rows=rows)
 
 
 def no_record(place: str, row: Any) -> UsageError:
@@ -212,7 +212,7 @@ def no_record(place: str, row: Any) -> UsageError:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _csv(path: Path, where: str) -> Table:
+def _csv(path: Path, where: str) -> DataTable:
     """A record a row, under a row of names; an empty cell is null, since CSV tells the two apart in no way."""
 
     def cells() -> Iterator[tuple[str, list[str]]]:
@@ -241,10 +241,10 @@ def _csv(path: Path, where: str) -> Table:
 
     place, names = next(cells(), (where, []))
     _check_names(names, place)
-    return Table(names=tuple(names) or None, place=place, rows=rows)
+    return DataTable(names=tuple(names) or None, place=place, rows=rows)
 
 
-def _parquet(path: Path, where: str) -> Table:
+def _parquet(path: Path, where: str) -> DataTable:
     """A record a row."""
     import pyarrow
     from pyarrow import parquet
@@ -290,7 +290,7 @@ def _parquet(path: Path, where: str) -> Table:
     if unpacked > most:
         raise UsageError(f"{where}: more than {most >> 20} MiB unpacked. Use a part of it.")
     _check_names(names, where)
-    return Table(names=names if holds else None, place=where, rows=rows)
+    return DataTable(names=names if holds else None, place=where, rows=rows)
 
 
 @contextlib.contextmanager
@@ -316,7 +316,7 @@ def _check_names(names: Sequence[str], place: str) -> None:
         raise UsageError(f"{place}: two columns are called {shorten(repr(twice[0]), 60)}. Rename one.")
 
 
-_KINDS: dict[str, Callable[[Path, str], Table]] = {
+_KINDS: dict[str, Callable[[Path, str], DataTable]] = {
     ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _plain_text,
 }  # fmt: skip
 """What reads a file, by the ending of its name."""

@@ -23,7 +23,7 @@ _MEND = "Mend it, or take the record out."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+class ChatTurn:
     """One turn."""
 
     role: str
@@ -35,7 +35,7 @@ class Conversation:
     """A record of messages, with its place for whoever finds that a template does not take it."""
 
     place: str
-    messages: tuple[Message, ...]
+    messages: tuple[ChatTurn, ...]
 
 
 def read_conversation(value: Any, place: str, column: str) -> Conversation:
@@ -53,7 +53,7 @@ def read_conversation(value: Any, place: str, column: str) -> Conversation:
     return Conversation(place=place, messages=messages)
 
 
-def _message(value: Any, place: str) -> Message:
+def _message(value: Any, place: str) -> ChatTurn:
     table = value if isinstance(value, Mapping) else {}
     present = {key: item for key, item in table.items() if item is not None}  # a table fills up with nulls
     for key in _CALLS:
@@ -68,7 +68,7 @@ def _message(value: Any, place: str) -> Message:
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
         raise UsageError(f"{place}: {keys[0]} = {shorten(repr(speaker), 60)}: not known. Known: {known}.")
-    return Message(role=role, content=_content(content, f"{place}: {keys[1]}"))
+    return ChatTurn(role=role, content=_content(content, f"{place}: {keys[1]}"))
 
 
 def _content(value: Any, place: str) -> str:

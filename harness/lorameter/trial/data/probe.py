@@ -27,8 +27,8 @@ def is_risky(source: DataSource) -> bool:
     return source.kind == "saved" or any(path.name.removesuffix(PACKED).endswith(".parquet") for path in source.files)
 
 
-def look_apart(workload: Workload) -> str:
-    """What `lorameter.trial.data.records.look_into` says. Raises `UsageError`, also where its process dies or hangs."""
+def probe_in_subprocess(workload: Workload) -> str:
+    """What `lorameter.trial.data.records.describe_data` says. Raises `UsageError`, also where its process dies or hangs."""
     where = f"data {shorten(repr(workload.data))}"
     own = {PARENT: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:

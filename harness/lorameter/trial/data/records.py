@@ -11,9 +11,9 @@ from lorameter.models import catalogue
 from lorameter.models.chat_template import has_chat_template, no_chat_template
 from lorameter.studies.data_source import DataSource, resolve
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.probe import is_risky, look_apart
+from lorameter.trial.data.probe import is_risky, probe_in_subprocess
 from lorameter.trial.data.encoding import AnyRecord
-from lorameter.trial.data.files import MOST_UNPACKED, Placed, Table, most_unpacked, open_table
+from lorameter.trial.data.files import MOST_UNPACKED, Placed, DataTable, most_unpacked, open_table
 from lorameter.trial.data.detect_format import SAID, Form, recognise
 from lorameter.trial.data.messages import Conversation
 from lorameter.trial.data.sets import open_hub, open_saved
@@ -51,14 +51,14 @@ def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
     return iter(records), f"{source.label}, {len(records)} records of {form.title}"
 
 
-def look_into(workload: Workload) -> str:
+def describe_data(workload: Workload) -> str:
     """What the data is in words, from its first records, without anything being loaded; of a data set of the hub only
     which it is.
 
     Raises:
         UsageError: data that `read_records` would refuse, as far as it is looked at; or what reads it dies of it.
     """
-    return look_apart(workload) if is_risky(resolve(workload.data)) else look_here(workload)
+    return probe_in_subprocess(workload) if is_risky(resolve(workload.data)) else look_here(workload)
 
 
 def look_here(workload: Workload) -> str:
@@ -87,7 +87,7 @@ def look_here(workload: Workload) -> str:
 def _open(source: DataSource, workload: Workload) -> tuple[Form, Iterator[AnyRecord]]:
     """The form of the records, and they themselves, file by file."""
     form: Form | None = None
-    tables: list[tuple[str, Table]] = []
+    tables: list[tuple[str, DataTable]] = []
     for where, table in _tables(source, f"data {shorten(repr(workload.data))}"):
         if table.names is None:
             continue
@@ -107,7 +107,7 @@ def _records(form: Form, rows: Iterator[Placed]) -> Iterator[AnyRecord]:
     return (form.record(row, place) for place, row in rows)
 
 
-def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Table]]:
+def _tables(source: DataSource, where: str) -> Iterator[tuple[str, DataTable]]:
     if source.kind == "hub":
         yield where, open_hub(source, where)
     elif source.kind == "saved":

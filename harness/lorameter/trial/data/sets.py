@@ -10,13 +10,13 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.models.catalogue import hub_answers
 from lorameter.studies.data_source import REMEDY, DataSource
-from lorameter.trial.data.files import ROWS, Placed, Table, said_by
+from lorameter.trial.data.files import ROWS, Placed, DataTable, said_by
 
 
-def open_saved(source: DataSource, where: str) -> Table:
+def open_saved(source: DataSource, where: str) -> DataTable:
     """A folder of save_to_disk, or one split of it. Raises `UsageError` where it cannot be read."""
     if not source.files:
-        return Table(names=None, place=where, rows=lambda _: iter(()))
+        return DataTable(names=None, place=where, rows=lambda _: iter(()))
     datasets = _library()
     folder = Path(source.name) / source.split
     try:
@@ -26,7 +26,7 @@ def open_saved(source: DataSource, where: str) -> Table:
     return _table(found, where)
 
 
-def open_hub(source: DataSource, where: str) -> Table:
+def open_hub(source: DataSource, where: str) -> DataTable:
     """A split of a data set of the hub, fetched into its cache. Raises `UsageError` where it cannot be had."""
     datasets = _library()
     answers = hub_answers(f"datasets/{source.name}/resolve/main/README.md")
@@ -57,7 +57,7 @@ def _offline(datasets: Any) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _table(found: Any, where: str) -> Table:
+def _table(found: Any, where: str) -> DataTable:
     def rows(columns: Sequence[str]) -> Iterator[Placed]:
         try:
             taken = found.select_columns(list(columns)).with_format(None)
@@ -73,4 +73,4 @@ def _table(found: Any, where: str) -> Table:
             for number, values in enumerate(zip(*(batch[name] for name in columns), strict=True), begin + 1):
                 yield f"{where}, row {number}", dict(zip(columns, values, strict=True))
 
-    return Table(names=tuple(found.column_names) if len(found) else None, place=where, rows=rows)
+    return DataTable(names=tuple(found.column_names) if len(found) else None, place=where, rows=rows)

@@ -27,7 +27,7 @@ from lorameter.errors import EXIT_INVALID, LorameterError, UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records import codec
 from lorameter.records.worker_info import Example, TokenSummary
-from lorameter.records.os_errors import naming, refusal_in
+from lorameter.records.os_errors import naming, find_system_error
 from lorameter.records.units import format_count
 from lorameter.studies.data_source import SYNTHETIC
 from lorameter.studies.workload import Workload
@@ -260,7 +260,7 @@ def main(reply: TextIO) -> int:
     except LorameterError as error:
         answer = json.dumps({"error": str(error), "exit_code": error.exit_code})
     except Exception as error:
-        refusal = refusal_in(error)
+        refusal = find_system_error(error)
         if refusal is None:
             raise
         answer = json.dumps({"error": f"the tokens could not be prepared: {refusal}.", "exit_code": EXIT_INVALID})

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 
 from lorameter.records import codec
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.failure import failure_of
 
 
-def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
+def answer(request: TrialRequest, spawned_monotonic_s: float) -> PartialRecord:
     """Import, load, ask once; times in seconds since the parent's spawn or of each part."""
     from lorameter.models import catalogue
     from lorameter.trial.building import lora
@@ -63,7 +63,7 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     if waterfall is not None:
         prepared = {"cold_prepare_time_s": begin - imported, "cold_adapter_time_s": loaded - read}
         values |= prepared | waterfall.values(base_s=read - begin, first_token_s=first.first_token_time_s)
-    return Fragment(
+    return PartialRecord(
         values=values,
         samples={"cold_start_time_s": (values["cold_start_time_s"],)},
         tokens={"cold_completion": list(first.tokens)},

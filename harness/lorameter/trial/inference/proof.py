@@ -11,14 +11,14 @@ from typing import Any
 
 import kernels_check
 from lorameter.records import codec
-from lorameter.records.record import Failure, Fragment, Instrument
+from lorameter.records.record import Failure, PartialRecord, Instrument
 from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.requirements import attention_of
 from lorameter.trial.inference.server import Server
 
 
-def prove_attention(fragment: Fragment, model: Any, server: Server, request: TrialRequest) -> Fragment:
+def prove_attention(fragment: PartialRecord, model: Any, server: Server, request: TrialRequest) -> PartialRecord:
     """The fragment with the check, which may make its trial invalid as one of a step does.
 
     A profile's records would be in the peaks of a trial that has such, so that the spy looks on there.
@@ -33,7 +33,7 @@ def prove_attention(fragment: Fragment, model: Any, server: Server, request: Tri
     return judge_required(seen, {check.path: check.required}, name=name, allow_fallback=fallback)
 
 
-def prove_mixing(fragment: Fragment, server: Server, request: TrialRequest) -> Fragment:
+def prove_mixing(fragment: PartialRecord, server: Server, request: TrialRequest) -> PartialRecord:
     """The fragment of a server that holds the adapters of the workload, with what came of a mixed batch."""
     if request.workload.adapters == 1 or fragment.status != "ok":
         return fragment

@@ -19,8 +19,8 @@ from lorameter.errors import LorameterError
 from lorameter.models import catalogue
 from lorameter.records import codec
 from lorameter.records.parity import PROMPTS, SERVED, LogitDistance, Served
-from lorameter.records.record import Fragment
-from lorameter.studies.serving_modes import ServingRequest, Way
+from lorameter.records.record import PartialRecord
+from lorameter.studies.serving_modes import ServingRequest, ServingMode
 from lorameter.trial.building import lora
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.building.build import seed_everything, set_precision
@@ -33,7 +33,7 @@ from lorameter.trial.parity.distance import measure_distance, sequence_losses
 from lorameter.trial.process import prepare_process
 
 
-def serve_adapter(request: ServingRequest) -> Fragment:
+def serve_adapter(request: ServingRequest) -> PartialRecord:
     """What is observed of each way of a group. One that raises is a failure of its own, and the others go on."""
     prepare_process(request.trial)
     set_precision(request.trial.variant)
@@ -59,10 +59,10 @@ def serve_adapter(request: ServingRequest) -> Fragment:
                 break
             answers = found.answers
     prompts = [prompt[0].tolist() for prompt in _prompts(stream, request)]
-    return Fragment(tokens={SERVED: codec.to_json(served), PROMPTS: prompts})
+    return PartialRecord(tokens={SERVED: codec.to_json(served), PROMPTS: prompts})
 
 
-def load_served(request: ServingRequest, way: Way) -> Any:
+def load_served(request: ServingRequest, way: ServingMode) -> Any:
     """The base of a way with the adapter beside it, in eval mode."""
     trial = request.trial
     base: Any = load_base(
@@ -84,7 +84,7 @@ def dequantised(base: Any, dtype: str) -> Any:
     return base.dequantize(dtype=dtype_of(dtype))
 
 
-def prepare_way(model: Any, way: Way) -> Any:
+def prepare_way(model: Any, way: ServingMode) -> Any:
     """The model as the way has it: merged, where it asks for that, which nothing takes back."""
     if way.merged:
         lora.merge(model)
@@ -94,7 +94,7 @@ def prepare_way(model: Any, way: Way) -> Any:
 
 
 def observe(
-    model: Any, way: Way, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
+    model: Any, way: ServingMode, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
 ) -> Served:
     """Answers, logits over the reference's answers (its own, where `reference` is empty), and held-out losses."""
     folder = Path(request.trial.scratch)
@@ -130,7 +130,7 @@ def _prompts(stream: TokenStream, request: ServingRequest) -> Iterator[torch.Ten
     yield from (take(index) for index in range(stream.natural_prompt_count if whole else stream.prompt_count))
 
 
-def _answer(model: Any, prompt: torch.Tensor, way: Way, request: ServingRequest) -> tuple[int, ...]:
+def _answer(model: Any, prompt: torch.Tensor, way: ServingMode, request: ServingRequest) -> tuple[int, ...]:
     workload = request.trial.workload
     if workload.natural_tokens:
         return generate(model, prompt, workload.natural_tokens, until_end=True, variant=way.variant).tokens

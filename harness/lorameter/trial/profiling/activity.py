@@ -21,7 +21,7 @@ from lorameter.trial.profiling.products import wide_product_times
 from kernels_check.rules import Rule, classify
 from kernels_check.trace.kineto import Events
 from kernels_check.trace.operators import operator_times
-from kernels_check.trace.timeline import Columns, busy_share, columns, totals
+from kernels_check.trace.timeline import EventArrays, busy_share, columns, totals
 
 MARK = "lorameter."
 """Before the name of a phase, in the profiler's annotations."""
@@ -183,12 +183,12 @@ Used = Iterator[tuple[str, Rule | None, int, float]]
 """Name, rule, calls and milliseconds."""
 
 
-def _operators(events: Events, kept: Columns) -> Used:
+def _operators(events: Events, kept: EventArrays) -> Used:
     for one in operator_times(events, kept):
         yield one.name, one.rule, one.calls, one.time_ms
 
 
-def _kernels(events: Events, kept: Columns) -> Used:
+def _kernels(events: Events, kept: EventArrays) -> Used:
     for one in totals(events, kept):
         yield one.name, classify(one.name), one.calls, one.time_ms
 
@@ -197,7 +197,7 @@ def _category(name: str, rule: Rule | None) -> str:
     return "other" if rule is None else rule.category_of(name)
 
 
-def _busy_s(events: Events, kept: Columns) -> float:
+def _busy_s(events: Events, kept: EventArrays) -> float:
     """Length of the union of all intervals, in seconds."""
     share = busy_share(events, kept)
     if share is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lorameter.machine.memory import MemoryGauge, host_bytes
+from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.records.memory_account import MemoryAccount, MemoryPhase, in_order
 from lorameter.trial.memory import resident_tensors, storage_bytes
 from lorameter.trial.process import give_back_free, resident_now
@@ -31,7 +31,7 @@ WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Birth:
+class ProcessBaseline:
     """The process before it loads anything; taken first of all in a trial's process."""
 
     resident_bytes: int
@@ -39,10 +39,10 @@ class Birth:
     interpreter_bytes: int | None
 
 
-def take_birth() -> Birth:
+def take_birth() -> ProcessBaseline:
     """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
     give_back_free()
-    return Birth(resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes())
+    return ProcessBaseline(resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes())
 
 
 def account(
@@ -50,7 +50,7 @@ def account(
     optimizer: torch.optim.Optimizer,
     call: Callable[[], object],
     *,
-    birth: Birth,
+    birth: ProcessBaseline,
     device: str,
     phase: MemoryPhase = "train",
     compiled: bool = False,
@@ -80,7 +80,7 @@ def account(
     def watched(looked: Callable[[dict[str, int]], None]) -> dict[str, int]:
         return _watched(model, call, resident, looked, device=device, phase=phase, compiled=compiled)
 
-    crest = _Crest(cuda=cuda)
+    crest = _PeakTracker(cuda=cuda)
     peaks = watched(crest.look)
     kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
     if cuda:
@@ -108,7 +108,7 @@ def _watched(
     """The peaks of one call; `looked` is told of what is alive after each of its operators."""
     addresses = {tensor.untyped_storage().data_ptr() for tensor in resident}
     live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=looked)
-    gauge = MemoryGauge(device)
+    gauge = PeakMemoryTracker(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = watch_cache(model, live)
     give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
@@ -123,7 +123,7 @@ def _watched(
     return gauge.peaks(phase)
 
 
-class _Crest:
+class _PeakTracker:
     """The state after the operator in which the memory was highest.
 
     On CUDA that is where the allocator's peak last rose. A resident set stays high when tensors are freed, and creeps
@@ -172,7 +172,7 @@ class _Slack:
             self.bytes = give_back_free()
 
 
-def _on_host(birth: Birth, resident: Collection[torch.Tensor]) -> dict[str, int]:
+def _on_host(birth: ProcessBaseline, resident: Collection[torch.Tensor]) -> dict[str, int]:
     """Kinds of which torch knows nothing: pages of files, and the interpreter's arenas."""
     now, arenas = read_pages(), interpreter_bytes()
     mapped: dict[str, int] = {}

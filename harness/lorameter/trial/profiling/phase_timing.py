@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from lorameter.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, TRACE, Activity
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building.build import Trainee
+from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.clock import Stopwatch
 from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.profiling.activity import activity_of
@@ -47,7 +47,7 @@ PROFILED_BUDGET_S = 3.0
 class BorderedStep(TrainStep):
     """The same step with the time of each of its phases."""
 
-    def __init__(self, trainee: Trainee, stream: TokenStream, request: TrialRequest) -> None:
+    def __init__(self, trainee: TrainableModel, stream: TokenStream, request: TrialRequest) -> None:
         super().__init__(trainee, stream, request.variant, request.device)
         self.phases = Phases(STEP_PHASES, request.device)
 

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import record_function
 from transformers.pytorch_utils import Conv1D
 
-from lorameter.machine.memory import MemoryGauge
+from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.records.activity import CACHE, HEAD, REQUEST_PHASES
 from lorameter.records.request_facts import ModelSize, RequestSight
 from lorameter.trial.building import lora
@@ -221,7 +221,7 @@ def _linear_sizes(model: Any) -> Iterator[tuple[torch.nn.Module, tuple[int, int]
 
 def first_token_peak(ask_once: Callable[[], object], device: str) -> dict[str, int]:
     """The peaks of a request that ends with its first token."""
-    gauge = MemoryGauge(device)
+    gauge = PeakMemoryTracker(device)
     give_back_free()
     gauge.begin()
     ask_once()

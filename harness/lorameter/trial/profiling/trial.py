@@ -30,7 +30,7 @@ from lorameter.records.activity import (
     REQUEST_TRACE,
 )
 from lorameter.records.memory_account import MemoryPhase
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.studies.command import words_of
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.packing import unpack_4bit
@@ -65,7 +65,7 @@ class ProfiledTrial(Trial):
         super().__init__(request, shared)
         self._birth = take_birth()
 
-    def account(self, phase: MemoryPhase) -> Fragment:
+    def account(self, phase: MemoryPhase) -> PartialRecord:
         """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""
         request, trainee = self._request, self._built.trainee
         call = self._built.step if phase == "train" else self._serving.request
@@ -75,14 +75,14 @@ class ProfiledTrial(Trial):
             compiled=request.variant.compile,
         )  # fmt: skip
         self._write(ACCOUNTS[phase], found)
-        return Fragment()
+        return PartialRecord()
 
-    def profile(self) -> Fragment:
+    def profile(self) -> PartialRecord:
         """Where a step's time goes, and how many real tokens it holds; not yet what runs in it."""
         request, parts = self._request, self._built
         samples = step_times(parts.step, BorderedStep(parts.trainee, parts.stream, request), request.device)
         values = useful_tokens(parts.stream, request.workload.batch_size * request.variant.gradient_accumulation)
-        return self._judged(Fragment(samples=samples, values=values | self._count()), list(samples["train_loss"]))
+        return self._judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["train_loss"]))
 
     def _count(self) -> dict[str, float]:
         """What a step multiplies, counted from the modules where no closed form says it. One step is watched for that,
@@ -96,7 +96,7 @@ class ProfiledTrial(Trial):
             return to_values(count_products(model, wanted))
         return {}
 
-    def peak(self, rates: Sequence[Rate]) -> Fragment:
+    def peak(self, rates: Sequence[Rate]) -> PartialRecord:
         """What the device does at best; it fills caches and memory, so it comes when nothing else is timed.
 
         A rate for whose large product or copy the trial has left no memory is left out.
@@ -112,18 +112,18 @@ class ProfiledTrial(Trial):
                     else measured_product(device, rate, threads=threads)
                 )
         self._write(PEAKS, peaks)
-        return Fragment()
+        return PartialRecord()
 
-    def activity(self) -> Fragment:
+    def activity(self) -> PartialRecord:
         """What runs in a step: the profiler's turn, after all else that a process is asked for. Training goes on."""
         request, parts = self._request, self._built
         unpack_4bit(parts.trainee.model)
         parts.trainee.model.train()
         bordered = BorderedStep(parts.trainee, parts.stream, request)
         self._write(ACTIVITY, profiled(bordered, request.device, Path(request.scratch)))
-        return Fragment()
+        return PartialRecord()
 
-    def apart(self, *, merged: bool) -> Fragment:
+    def apart(self, *, merged: bool) -> PartialRecord:
         """Where a request's time goes, of the adapter as it is served or, after `merge`, merged into the base."""
         prefix, serving = "merged_" if merged else "", self._serving
         bordered = BorderedRequest(self._built.trainee.model, serving.ask, self._request.device)
@@ -131,9 +131,9 @@ class ProfiledTrial(Trial):
             serving.ask, bordered, self._request.device, what="request", told=told_of_request,
             budget_s=REQUESTS_BUDGET_S,
         )  # fmt: skip
-        return Fragment(samples={f"{prefix}{name}": times for name, times in found.items()})
+        return PartialRecord(samples={f"{prefix}{name}": times for name, times in found.items()})
 
-    def sight(self) -> Fragment:
+    def sight(self) -> PartialRecord:
         """What a request finds and leaves: its cache, its logits, the mode of the model, the memory up to its first
         token, and what it takes to begin at a length that nobody has asked at."""
         request, serving = self._request, self._serving
@@ -141,9 +141,9 @@ class ProfiledTrial(Trial):
         memory = first_token_peak(lambda: serving.ask_at(length, 1), request.device)
         self._write(REQUEST_SIGHT, see_request(model, serving.ask, request.device))
         lengths = list(range(max(1, length - NEW_LENGTHS), length))
-        return Fragment(memory=memory, samples=length_times(lambda length: serving.ask_at(length, 2), lengths))
+        return PartialRecord(memory=memory, samples=length_times(lambda length: serving.ask_at(length, 2), lengths))
 
-    def request_activity(self, *, merged: bool) -> Fragment:
+    def request_activity(self, *, merged: bool) -> PartialRecord:
         """What runs in a request."""
         request, model = self._request, self._built.trainee.model
         bordered = BorderedRequest(model, self._serving.ask, request.device)
@@ -153,7 +153,7 @@ class ProfiledTrial(Trial):
             weights=weights_by_shape(model),
         )  # fmt: skip
         self._write(names[0], found)
-        return Fragment()
+        return PartialRecord()
 
     def _write(self, name: str, found: object) -> None:
         (Path(self._request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")

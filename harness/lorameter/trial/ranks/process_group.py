@@ -16,7 +16,7 @@ PATIENCE = 0.4
 say so, and who hangs is known."""
 
 
-class Party:
+class ProcessGroup:
     """The process group of a trial's ranks; nothing is shared before `join`."""
 
     def __init__(self, rank: int, ranks: int) -> None:

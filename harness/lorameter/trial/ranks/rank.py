@@ -15,20 +15,20 @@ from typing import Any, cast
 import torch
 
 import kernels_check
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
-from lorameter.trial.building.build import Trainee, build
+from lorameter.trial.building.build import TrainableModel, build
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.clock import Lap
 from lorameter.trial.data.stream import TokenStream
-from lorameter.trial.ranks.process_group import Party
+from lorameter.trial.ranks.process_group import ProcessGroup
 from lorameter.trial.ranks.strategies import distribute, exchanging, shard_again
 from lorameter.trial.step import TrainStep, loss_of
 from lorameter.trial.trial import Trial
 from kernels_check.check import Check
 from kernels_check.observation.stored_layout import without_repacking
-from kernels_check.ranks.activity import Share
+from kernels_check.ranks.activity import RankTime
 from kernels_check.ranks.facts import Gradient, RankFacts, observe_rank
 from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
 
@@ -38,7 +38,7 @@ _ISOLATED = "packing.isolated"
 class RankStep(TrainStep):
     """A step on this rank's part of each batch; its loss is this rank's part, and the parts add up to the loss."""
 
-    def __init__(self, trainee: Trainee, stream: TokenStream, request: TrialRequest) -> None:
+    def __init__(self, trainee: TrainableModel, stream: TokenStream, request: TrialRequest) -> None:
         super().__init__(trainee, stream, request.variant, request.device)
         self._ranks = request.workload.ranks
 
@@ -63,7 +63,7 @@ class RankStep(TrainStep):
 class RankTrial(Trial):
     """State of one rank of a trial between commands."""
 
-    def __init__(self, request: TrialRequest, party: Party) -> None:
+    def __init__(self, request: TrialRequest, party: ProcessGroup) -> None:
         super().__init__(request, SharedBase())
         self._party = party
         self._isolation: Check | None = None
@@ -71,13 +71,13 @@ class RankTrial(Trial):
         self._laps: list[list[float]] = []
         """Of each step since the last turn began: the time of every rank in it, in seconds."""
 
-    def build(self) -> Fragment:
+    def build(self) -> PartialRecord:
         """Load, attach, meet the others' models, take the first step."""
         fragment, ranks = super().build(), self._party.ranks
         threads = float(ranks * self._request.threads)  # so that nobody takes waiting for each other for other work
         return dataclasses.replace(fragment, values=fragment.values | {"ranks": float(ranks), "threads": threads})
 
-    def turn(self, steps: int) -> Fragment:
+    def turn(self, steps: int) -> PartialRecord:
         """`steps` timed steps; tokens are those of all ranks."""
         self._laps.clear()
         fragment = super().turn(steps)
@@ -115,7 +115,7 @@ class RankTrial(Trial):
         with torch.no_grad(), without_repacking(model), lora.without_adapter(model):
             return float(loss_of(forward, batch, device=self._request.device, autocast=cast_to))
 
-    def _build_trainee(self) -> Trainee:
+    def _build_trainee(self) -> TrainableModel:
         request = self._request
         workload = request.workload
 
@@ -129,7 +129,7 @@ class RankTrial(Trial):
 
         return build(request, steps=self._total_steps, shared=self.shared, distribute=together, rank=self._party.rank)
 
-    def _make_step(self, trainee: Trainee, stream: TokenStream) -> TrainStep:
+    def _make_step(self, trainee: TrainableModel, stream: TokenStream) -> TrainStep:
         return RankStep(trainee, stream, self._request)
 
     def _check(
@@ -175,7 +175,7 @@ class RankTrial(Trial):
 def _facts(told: Mapping[str, Any]) -> RankFacts:
     """Facts that another rank has told as data."""
     gradients = {name: Gradient(**one) for name, one in told["gradients"].items()}
-    activity = None if told["activity"] is None else Share(**told["activity"])
+    activity = None if told["activity"] is None else RankTime(**told["activity"])
     return RankFacts(**{**told, "gradients": gradients, "activity": activity})
 
 

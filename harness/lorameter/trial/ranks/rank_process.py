@@ -18,15 +18,15 @@ from typing import Any, NoReturn
 
 from lorameter.machine.processes import end_with_parent
 from lorameter.records import codec
-from lorameter.records.record import Fragment
+from lorameter.records.record import PartialRecord
 from lorameter.trial.failure import failure_of
 from lorameter.trial.lines import answer_lines
 
 
-class Member:
+class RankProcess:
     """One forked process that answers commands as a trial does; `name` says which in messages."""
 
-    def __init__(self, name: str, make: Callable[[], Any], strangers: list[Member]) -> None:
+    def __init__(self, name: str, make: Callable[[], Any], strangers: list[RankProcess]) -> None:
         """Fork; in the child `make` makes the trial, at its first command, and what `strangers` have is closed."""
         self.name = name
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -40,7 +40,7 @@ class Member:
         theirs.close()
 
     def _become(
-        self, connection: socket.socket, make: Callable[[], Any], strangers: list[Member], parent: int
+        self, connection: socket.socket, make: Callable[[], Any], strangers: list[RankProcess], parent: int
     ) -> NoReturn:
         code = 1
         try:
@@ -50,7 +50,7 @@ class Member:
             end_with_parent(parent)
             made: list[Any] = []
 
-            def answer(command: dict[str, Any]) -> Fragment:
+            def answer(command: dict[str, Any]) -> PartialRecord:
                 word = str(command.pop("do"))
                 try:
                     if not made:
@@ -77,7 +77,7 @@ class Member:
         with contextlib.suppress(OSError):
             self._connection.sendall((json.dumps({"do": command, **arguments}) + "\n").encode())
 
-    def hear(self) -> Fragment | None:
+    def hear(self) -> PartialRecord | None:
         """Read what has come: its answer, or None while that is not whole. Raises EOFError where it has ended."""
         try:
             said = self._connection.recv(1 << 20)
@@ -90,7 +90,7 @@ class Member:
             line, _, self._heard = self._heard.partition(b"\n")
             data = json.loads(line)
             if "started_monotonic_s" not in data:  # its greeting
-                return codec.from_json(Fragment, data, f"answer of {self.name}")
+                return codec.from_json(PartialRecord, data, f"answer of {self.name}")
         return None
 
     def end(self) -> None:

@@ -22,12 +22,12 @@ from lorameter.errors import shorten
 from lorameter.machine.processes import exit_words
 from lorameter.machine.visible_gpus import VARIABLE, visible_devices
 from lorameter.records.metrics import LOSSES
-from lorameter.records.record import Failure, Fragment, Notice, Status
+from lorameter.records.record import Failure, PartialRecord, Notice, Status
 from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.ranks.agreement import compare_losses
-from lorameter.trial.ranks.rank_process import Member
+from lorameter.trial.ranks.rank_process import RankProcess
 
 OF_RANKS, OF_ONE = 0.5, 0.4
 """How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
@@ -54,23 +54,23 @@ class TrialOfRanks:
         self._one_timeout_s = OF_ONE * request.protocol.step_timeout_s
         self._losses: dict[str, list[float]] = {"ranks": [], "one": []}
         self._turns = 0
-        self._members: list[Member] = []
+        self._members: list[RankProcess] = []
         for rank in range(request.workload.ranks):
             self._fork(f"rank {rank} of {request.workload.ranks}", _rank_maker(request, rank))
-        self._one: Member | None = None
+        self._one: RankProcess | None = None
         if request.workload.scaling and "steps" in request.measures:
             self._one = self._fork("one rank alone", _one_maker(request))
 
-    def _fork(self, name: str, make: Callable[[], Any]) -> Member:
-        member = Member(name, make, list(self._members))
+    def _fork(self, name: str, make: Callable[[], Any]) -> RankProcess:
+        member = RankProcess(name, make, list(self._members))
         self._members.append(member)
         return member
 
-    def run(self, command: str, **arguments: Any) -> Fragment:
+    def run(self, command: str, **arguments: Any) -> PartialRecord:
         """Have all ranks carry out a command; a failure of one ends them all."""
         one_first = command == "turn" and self._turns % 2 == 1  # neither always runs on what the other has left warm
         self._turns += command == "turn"
-        beside = self._ask_one(command, arguments) if one_first else Fragment()
+        beside = self._ask_one(command, arguments) if one_first else PartialRecord()
         fragment = self._ask_ranks(command, arguments)
         if fragment.status != "ok":
             self._end_all()
@@ -85,29 +85,29 @@ class TrialOfRanks:
             fragment = fragment.with_notice(notice)
         return self._compared(fragment) if command == "finish_training" else fragment
 
-    def _ask_ranks(self, command: str, arguments: Mapping[str, Any]) -> Fragment:
+    def _ask_ranks(self, command: str, arguments: Mapping[str, Any]) -> PartialRecord:
         ranks = [member for member in self._members if member is not self._one]
         answers = _answers(ranks, command, arguments, self._timeout_s)
         failed = _failure(ranks, answers, command, self._timeout_s)
         return failed if failed is not None else _merged([answers[member] for member in ranks])
 
-    def _ask_one(self, command: str, arguments: Mapping[str, Any]) -> Fragment:
+    def _ask_one(self, command: str, arguments: Mapping[str, Any]) -> PartialRecord:
         """What one rank alone has to add; where it fails it is left out, and the trial goes on without it."""
         if self._one is None or command not in ONE_RANK:
-            return Fragment()
+            return PartialRecord()
         answers = _answers([self._one], command, arguments, self._one_timeout_s)
         failed = _failure([self._one], answers, command, self._one_timeout_s)
         if failed is not None and failed.failure is not None:
             self._one.end()
             self._members.remove(self._one)
             self._one = None
-            return Fragment().with_notice(_left_out(self._request.variant.name, failed.failure))
+            return PartialRecord().with_notice(_left_out(self._request.variant.name, failed.failure))
         fragment = answers[self._one]
         self._losses["one"] += _losses_of(fragment)
         times = fragment.samples.get("step_time_s", ())
-        return Fragment(samples={"one_rank_step_time_s": times} if times else {})
+        return PartialRecord(samples={"one_rank_step_time_s": times} if times else {})
 
-    def _compared(self, fragment: Fragment) -> Fragment:
+    def _compared(self, fragment: PartialRecord) -> PartialRecord:
         """The fragment with the check of what was trained, where one rank alone has trained the same."""
         if self._one is None:
             return fragment
@@ -117,7 +117,7 @@ class TrialOfRanks:
         if check["required"] is None:
             return added
         judged = judge_required(
-            Fragment(checks=(check,)), {check["path"]: True}, name=request.variant.name,
+            PartialRecord(checks=(check,)), {check["path"]: True}, name=request.variant.name,
             allow_fallback=request.allow_fallback,
         )  # fmt: skip
         return dataclasses.replace(
@@ -131,11 +131,11 @@ class TrialOfRanks:
 
 def _rank_maker(request: TrialRequest, rank: int) -> Callable[[], Any]:
     def make() -> Any:
-        from lorameter.trial.ranks.process_group import Party
+        from lorameter.trial.ranks.process_group import ProcessGroup
         from lorameter.trial.ranks.rank import RankTrial
 
         _take_card(request.device, rank)
-        party = Party(rank, request.workload.ranks)
+        party = ProcessGroup(rank, request.workload.ranks)
         party.join(Path(request.scratch), request.device, request.protocol.step_timeout_s)
         return RankTrial(request, party)
 
@@ -161,11 +161,11 @@ def _take_card(device: str, rank: int) -> None:
 
 
 def _answers(
-    members: Sequence[Member], command: str, arguments: Mapping[str, Any], timeout_s: float
-) -> dict[Member, Fragment]:
+    members: Sequence[RankProcess], command: str, arguments: Mapping[str, Any], timeout_s: float
+) -> dict[RankProcess, PartialRecord]:
     """What each has to say, in the order in which they said it; those that died or gave no answer in time are not in
     it. Once one has failed the others have `GRACE_S` left."""
-    answers: dict[Member, Fragment] = {}
+    answers: dict[RankProcess, PartialRecord] = {}
     for member in members:
         member.tell(command, dict(arguments))
     deadline = time.monotonic() + timeout_s
@@ -193,8 +193,8 @@ def _answers(
 
 
 def _failure(
-    members: Sequence[Member], answers: Mapping[Member, Fragment], command: str, timeout_s: float
-) -> Fragment | None:
+    members: Sequence[RankProcess], answers: Mapping[RankProcess, PartialRecord], command: str, timeout_s: float
+) -> PartialRecord | None:
     """What becomes of the trial where a rank died, failed or hangs; None where all are well. Whoever waited for one of
     those in vain is not to blame."""
     died = [member for member in members if member.code is not None]
@@ -227,15 +227,15 @@ def _failure(
     return None
 
 
-def _ended(status: Status, failure: Failure) -> Fragment:
-    return Fragment().failed(status, failure)
+def _ended(status: Status, failure: Failure) -> PartialRecord:
+    return PartialRecord().failed(status, failure)
 
 
 def _waited(failure: Failure) -> bool:
     return bool(_WAITING.search(failure.message) or failure.kind.startswith("Dist"))
 
 
-def _merged(answers: Sequence[Fragment]) -> Fragment:
+def _merged(answers: Sequence[PartialRecord]) -> PartialRecord:
     """One answer of all ranks': that of the first, the memory of the one that takes most, and of each by its number."""
     first, memory = answers[0], dict[str, int]()
     for kind in dict.fromkeys(kind for answer in answers for kind in answer.memory):
@@ -245,7 +245,7 @@ def _merged(answers: Sequence[Fragment]) -> Fragment:
     return dataclasses.replace(first, memory=memory, values=values)
 
 
-def _losses_of(fragment: Fragment) -> list[float]:
+def _losses_of(fragment: PartialRecord) -> list[float]:
     return [loss for name in LOSSES for loss in fragment.samples.get(name, ())]
 
 

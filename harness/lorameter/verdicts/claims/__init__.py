@@ -21,7 +21,7 @@ from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.stats import step_down
 from lorameter.stats.statement import Conclusion
-from lorameter.studies.claim import ENGINE, Claim, Part, say_level
+from lorameter.studies.claim import ENGINE, Claim, ClaimPart, say_level
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.answers import Answers, answers_of
@@ -32,7 +32,7 @@ from lorameter.verdicts.claims.questions import Question, question_of
 from lorameter.verdicts.claims.reasons import ratio_of, reason_of
 from lorameter.verdicts.claims.values import NotJudgedError, counts, pair_of
 from lorameter.verdicts.per_site import refuse_mixed
-from lorameter.verdicts.series import Groups, series_of
+from lorameter.verdicts.series import Groups, group_trials
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
 PartKey = tuple[str, int]
@@ -125,7 +125,7 @@ def judge_claims(run: Run) -> ClaimsReport:
             "Measure the study with `lorameter run`."
         )
     refuse_mixed(run, "a claim")
-    groups = series_of(run.records)
+    groups = group_trials(run.records)
     controls = controls_of(groups, study, run.manifest.phases)
     engine = engine_of(run, study, groups)
     results = _judge_parts(run, study, groups, controls, engine)
@@ -206,7 +206,7 @@ def _answered(question: Question, conclusion: Conclusion, said: str) -> PartResu
     return dataclasses.replace(result, about=question.about[conclusion.contrast], ratio=ratio, low=low, high=high)
 
 
-def _rises(part: Part, groups: Groups, study: Study, planned: set[str]) -> PartResult:
+def _rises(part: ClaimPart, groups: Groups, study: Study, planned: set[str]) -> PartResult:
     """Counted, so exact: the smallest value of each level against the largest of the one before."""
     found, replicates = counts(groups, study, part.axis, part.metric, planned)
     texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
@@ -219,14 +219,14 @@ def _rises(part: Part, groups: Groups, study: Study, planned: set[str]) -> PartR
     return _result(part, "supported" if rises else "refuted", f"{part.metric}: {said}", replicates=replicates)
 
 
-def _peaks(part: Part, groups: Groups, study: Study) -> PartResult:
+def _peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     found = judge_peaks(part, groups, study)
     result = _result(part, found.verdict, found.reason, replicates=found.replicates)
     about = " / ".join(reversed(pair_of(part, study)))
     return dataclasses.replace(result, about=about, ratio=found.ratio, low=found.low, high=found.high)
 
 
-def _result(part: Part, verdict: Judgement, reason: str, *, replicates: int = 0, left_out: int = 0) -> PartResult:
+def _result(part: ClaimPart, verdict: Judgement, reason: str, *, replicates: int = 0, left_out: int = 0) -> PartResult:
     name, limit = part.limit
     return PartResult(
         rule=part.rule,

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord
-from lorameter.stats import Share, explained_share
+from lorameter.stats import ShareEstimate, explained_share
 from lorameter.verdicts.series import Groups, Series
 
 TOKENS, TIME = "natural_tokens", "natural_request_time_s"
@@ -22,9 +22,9 @@ TOKENS, TIME = "natural_tokens", "natural_request_time_s"
 class Answers:
     """Shares of the variance of request time that the number of tokens explains (R²), over replicates."""
 
-    requests: Share | None
+    requests: ShareEstimate | None
     """Between the requests of all variants; None where it was not measured or every answer had one length."""
-    variants: Share | None
+    variants: ShareEstimate | None
     """Between the means of the variants; None as well with fewer than three of them."""
 
 

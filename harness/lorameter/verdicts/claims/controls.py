@@ -12,7 +12,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.records.metrics import METRICS, PHASES, PRIMARY
 from lorameter.records.units import format_ratio
 from lorameter.stats import Comparison
-from lorameter.studies.claim import Part
+from lorameter.studies.claim import ClaimPart
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.questions import spoken
 from lorameter.verdicts.series import Groups, is_difference
@@ -44,7 +44,7 @@ def _against_itself(groups: Groups, reference: str, metric: str, family: int) ->
         return None
 
 
-def metrics_of(part: Part) -> tuple[str, ...]:
+def metrics_of(part: ClaimPart) -> tuple[str, ...]:
     """The metrics that a part is about."""
     return tuple(part.metrics) or (part.metric,)
 
@@ -54,7 +54,7 @@ def failed(control: Comparison | None) -> bool:
     return control is not None and is_difference(control)
 
 
-def doubt(part: Part, controls: Controls) -> str:
+def doubt(part: ClaimPart, controls: Controls) -> str:
     """Why nothing may be asserted of a part; empty where it may."""
     for metric in metrics_of(part):
         for name in dict.fromkeys((metric, PRIMARY[METRICS[metric].phase])):
@@ -65,7 +65,7 @@ def doubt(part: Part, controls: Controls) -> str:
     return ""
 
 
-def doubt_of_equality(part: Part, controls: Controls) -> str:
+def doubt_of_equality(part: ClaimPart, controls: Controls) -> str:
     """Why no equality may be asserted of a part; empty where it may."""
     for metric in metrics_of(part):
         found = controls.get(metric)

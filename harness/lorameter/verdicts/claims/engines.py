@@ -13,11 +13,11 @@ from typing import Any
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
-from lorameter.studies.claim import Part
+from lorameter.studies.claim import ClaimPart
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.proof import Shown, obstacle_of, proof_of
 from lorameter.verdicts.claims.values import NotJudgedError
-from lorameter.verdicts.same_training import LOSS_DIFFERS, OTHER_PARAMETERS, Sides, notices_of_sides, sides_of_run
+from lorameter.verdicts.same_training import LOSS_DIFFERS, OTHER_PARAMETERS, ScriptPair, notices_of_sides, sides_of_run
 from lorameter.verdicts.series import Groups
 from lorameter.verdicts.software import say_threads, versions_of
 
@@ -60,7 +60,7 @@ def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
     )
 
 
-def check_comparable(part: Part, run: Run, study: Study, engine: EngineShown) -> None:
+def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineShown) -> None:
     """Raises `NotJudgedError` where a part says nothing of the engine: it did not run in the one variant alone, or a
     step of the two does not hold the same."""
     if obstacle := obstacle_of(engine.proof, study):
@@ -71,7 +71,7 @@ def check_comparable(part: Part, run: Run, study: Study, engine: EngineShown) ->
         _check_scripts(part, study, sides)
 
 
-def _sides(run: Run, study: Study) -> Sides | None:
+def _sides(run: Run, study: Study) -> ScriptPair | None:
     """Two scripts, as far as both were measured; None where the variants are none."""
     if not study.of_scripts or study.engine is None:
         return None
@@ -79,7 +79,7 @@ def _sides(run: Run, study: Study) -> Sides | None:
     return found if found is not None and found.pairs else None
 
 
-def _check_scripts(part: Part, study: Study, sides: Sides) -> None:
+def _check_scripts(part: ClaimPart, study: Study, sides: ScriptPair) -> None:
     """Two scripts must be the same training, of which nobody knows more than was seen."""
     assert study.engine is not None
     other = [
@@ -100,11 +100,11 @@ def _check_scripts(part: Part, study: Study, sides: Sides) -> None:
         raise NotJudgedError(_other_tokens(part, study))
 
 
-def _is_per_token(part: Part) -> bool:
+def _is_per_token(part: ClaimPart) -> bool:
     return part.metric in METRICS and METRICS[part.metric].per_token  # a peak of memory is none of them
 
 
-def _other_tokens(part: Part, study: Study) -> str:
+def _other_tokens(part: ClaimPart, study: Study) -> str:
     assert study.engine is not None
     title = "peak memory" if part.of_memory else METRICS[part.metric].title
     return (
@@ -113,7 +113,7 @@ def _other_tokens(part: Part, study: Study) -> str:
     )
 
 
-def _differing(variant: str, sides: Sides | None) -> Iterator[str]:
+def _differing(variant: str, sides: ScriptPair | None) -> Iterator[str]:
     """What two scripts do not have in common, and whether that could be seen."""
     if sides is not None:
         yield from (notice.message for notice in notices_of_sides(variant, sides))

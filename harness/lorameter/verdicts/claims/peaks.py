@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lorameter.records.metrics import BIRTH, PEAKS
+from lorameter.records.metrics import RSS_AT_START, PEAKS
 from lorameter.records.record import Role, TrialRecord
 from lorameter.records.units import format_bytes, format_count, format_ratio
-from lorameter.studies.claim import PEAK, Part
+from lorameter.studies.claim import PEAK, ClaimPart
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.values import LEAST_SHARED, NotJudgedError, pair_of
 from lorameter.verdicts.series import Groups
@@ -41,7 +41,7 @@ class PeakFinding:
     reason: str
 
 
-def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
+def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PeakFinding:
     """The finding on a part about memory, whose rule is "lowers" or "costs-at-most".
 
     Raises `NotJudgedError` without peaks of two replicates of both, and where a process's resident memory hides what is
@@ -81,7 +81,7 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
     return PeakFinding(verdict=verdict, ratio=ratio, low=low, high=high, replicates=len(both), reason=said)
 
 
-def _decided(part: Part, low: float, high: float) -> tuple[Verdict, str]:
+def _decided(part: ClaimPart, low: float, high: float) -> tuple[Verdict, str]:
     """By the range of the ratios: all of it on one side of what was promised, or open."""
     share = f"{100 * part.by:.3g} %"
     if part.rule == "lowers":
@@ -125,7 +125,7 @@ def _sizes(peaks: Iterable[int]) -> str:
 
 
 def _born(records: Iterable[TrialRecord]) -> str:
-    births = [record.memory[BIRTH] for record in records if BIRTH in record.memory]
+    births = [record.memory[RSS_AT_START] for record in records if RSS_AT_START in record.memory]
     return f", {format_bytes(max(births))} of which it begins with" if births else ""
 
 
@@ -133,7 +133,7 @@ def _in_spite(records: Iterable[TrialRecord]) -> str:
     return f", in spite of what the process holds beside it (on a CPU the peak is its resident memory{_born(records)})"
 
 
-def _diluted(part: Part, records: Iterable[TrialRecord]) -> str:
+def _diluted(part: ClaimPart, records: Iterable[TrialRecord]) -> str:
     lost = ("a saving", "refutes") if part.rule == "lowers" else ("a cost", "supports")
     return (
         f"on a CPU the peak is the resident memory of the process{_born(records)}, in which {lost[0]} can be lost, so "

@@ -44,7 +44,7 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class _PathStatuses:
     """What all watched trials of a variant say of a path."""
 
     name: str
@@ -70,17 +70,17 @@ def proof_of(groups: Groups, study: Study) -> tuple[Shown, ...]:
     )
 
 
-def _look(name: str, records: Sequence[TrialRecord], path: str) -> _Seen:
+def _look(name: str, records: Sequence[TrialRecord], path: str) -> _PathStatuses:
     checks = [check for record in records for check in record.checks if check.get("path") == path]
     unclear = [check for check in checks if check.get("status") == "unknown"]
     if not checks:
-        return _Seen(name=name, values=(), unclear=f"{name}: nothing that was watched tells it")
+        return _PathStatuses(name=name, values=(), unclear=f"{name}: nothing that was watched tells it")
     if unclear:
-        return _Seen(name=name, values=(), unclear=f"{name}: {unclear[0].get('reason')}")
-    return _Seen(name=name, values=tuple(check.get("observed") for check in checks), unclear="")
+        return _PathStatuses(name=name, values=(), unclear=f"{name}: {unclear[0].get('reason')}")
+    return _PathStatuses(name=name, values=tuple(check.get("observed") for check in checks), unclear="")
 
 
-def _shown(path: str, wanted: Any, ours: _Seen, theirs: _Seen) -> Shown:
+def _shown(path: str, wanted: Any, ours: _PathStatuses, theirs: _PathStatuses) -> Shown:
     parts = [ours] if wanted == SAFE else [ours, theirs]
     unclear = [one.unclear for one in parts if one.unclear]
     if wanted == SAFE and not unclear and not any(isinstance(value, bool) for value in ours.values):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from lorameter.records.metrics import METRICS
 from lorameter.stats.statement import Conclusion, beyond, opposite, within
 from lorameter.stats.trend import Scale, leads, line_change, pair_differences, pairs, scores, sizes
-from lorameter.studies.claim import OF_PAIRS, Part, is_number, say_level
+from lorameter.studies.claim import OF_PAIRS, ClaimPart, is_number, say_level
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.values import AxisLogs, axis_logs, common, pair_of
 from lorameter.verdicts.series import Groups
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Question:
     """One part of a claim, ready to be judged at any level."""
 
-    part: Part
+    part: ClaimPart
     asks: Literal["beyond", "within", "outside", "not beyond"]
     """Whether the contrasts are beyond the part's limit, all within it, not within it, or not beyond it."""
     contrasts: NDArray[float64]
@@ -49,12 +49,12 @@ class Question:
         return found if self.asks == "within" else opposite(found)
 
 
-def log_limit(part: Part) -> float:
+def log_limit(part: ClaimPart) -> float:
     """The limit of a part as the log of a ratio, above zero."""
     return -math.log1p(-part.by) if part.rule == "lowers" else math.log1p(part.limit[1])
 
 
-def question_of(part: Part, groups: Groups, study: Study, planned: Collection[str]) -> Question:
+def question_of(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> Question:
     """The question of a part, any rule but "rises". Raises `NotJudgedError` as `values.axis_logs` does."""
     if part.rule == "best":
         return _best(part, [axis_logs(groups, study, part.axis, metric, planned) for metric in part.metrics])
@@ -77,7 +77,7 @@ def spoken(metric: str) -> str:
     return f"time of {known.title}" if known.unit == "s" and "time" not in known.title else known.title
 
 
-def _trend(part: Part, table: AxisLogs) -> Question:
+def _trend(part: ClaimPart, table: AxisLogs) -> Question:
     sign = -1 if part.rule == "trend-down" else 1
     return Question(
         part=part,
@@ -90,7 +90,7 @@ def _trend(part: Part, table: AxisLogs) -> Question:
     )
 
 
-def _equal(part: Part, table: AxisLogs) -> Question:
+def _equal(part: ClaimPart, table: AxisLogs) -> Question:
     names = [say_level(level) for level in table.levels]
     lined = len(names) > 2 and all(map(is_number, table.levels))
     return Question(
@@ -105,7 +105,7 @@ def _equal(part: Part, table: AxisLogs) -> Question:
     )
 
 
-def _differs(part: Part, table: AxisLogs) -> Question:
+def _differs(part: ClaimPart, table: AxisLogs) -> Question:
     low, high = sorted(part.levels, key=table.levels.index)
     change = table.logs[:, table.levels.index(high)] - table.logs[:, table.levels.index(low)]
     return Question(
@@ -119,7 +119,7 @@ def _differs(part: Part, table: AxisLogs) -> Question:
     )
 
 
-def _promised(part: Part, table: AxisLogs, study: Study) -> Question:
+def _promised(part: ClaimPart, table: AxisLogs, study: Study) -> Question:
     """The variant with the engine over the reference, or the second of a pair over the first; of a time that is to be
     shorter the speed, which is promised."""
     without, name = pair_of(part, study)
@@ -142,7 +142,7 @@ def _promised(part: Part, table: AxisLogs, study: Study) -> Question:
     )
 
 
-def _extreme(part: Part, table: AxisLogs, title: str) -> Question:
+def _extreme(part: ClaimPart, table: AxisLogs, title: str) -> Question:
     """A level against each other one: "highest", "lowest" and, of a score, "best"."""
     (level,) = part.levels
     sign = 1 if part.rule == "highest" else -1
@@ -158,7 +158,7 @@ def _extreme(part: Part, table: AxisLogs, title: str) -> Question:
     )
 
 
-def _best(part: Part, tables: Sequence[AxisLogs]) -> Question:
+def _best(part: ClaimPart, tables: Sequence[AxisLogs]) -> Question:
     """The weighted sum of logs is itself the log of a product of powers, so it is compared as any metric."""
     import numpy as np
 
@@ -176,7 +176,7 @@ def _best(part: Part, tables: Sequence[AxisLogs]) -> Question:
     return _extreme(part, score, f"the score ({', '.join(terms)})")
 
 
-def _largest(part: Part, tables: Sequence[AxisLogs]) -> Question:
+def _largest(part: ClaimPart, tables: Sequence[AxisLogs]) -> Question:
     import numpy as np
 
     shared = common(tables)

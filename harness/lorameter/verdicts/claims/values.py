@@ -13,11 +13,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorameter.records.metrics import METRICS, OF_SCRIPTS, samples_of
+from lorameter.records.metrics import METRICS, SCRIPT_ONLY_METRICS, samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.stats.effect import log_ratios
 from lorameter.stats.samples import checked_trials
-from lorameter.studies.claim import ENGINE, Level, Part, say_level
+from lorameter.studies.claim import ENGINE, Level, ClaimPart, say_level
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.verdicts.series import Groups, pairing_of
 
@@ -119,7 +119,7 @@ def counts(
     return found, len(complete)
 
 
-def pair_of(part: Part, study: Study) -> tuple[str, str]:
+def pair_of(part: ClaimPart, study: Study) -> tuple[str, str]:
     """The variants that a rule for pairs compares: what it starts from, and what is promised of."""
     levels = dict(study.levels(part.axis))
     before, after = part.levels or tuple(levels)
@@ -166,7 +166,7 @@ def _check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Grou
 
 def _unmeasured(metric: str, study: Study) -> str:
     known = METRICS[metric]
-    if metric in OF_SCRIPTS and not study.of_scripts:
+    if metric in SCRIPT_ONLY_METRICS and not study.of_scripts:
         return f"{known.title}: seen in scripts alone. Measure one: --command 'python train.py ...'."
     if metric.startswith("natural") and not study.workload.natural_tokens:
         return f"{known.title}: not measured, as natural_tokens is 0. Set it in the study's [workload]."
