@@ -15,19 +15,27 @@ ORDER = (
 )
 """The rooms, from the ground up."""
 DOORS = ("cli", "pytest_plugin", "worker")
-RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER)) | {"entry": len(ORDER) + 1}
+RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER)) | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
 FLOORS = (
-    *"streams room visible check rules rules_report observation trace judges verification serving ranks".split(),
-    *"watching probe selftest".split(),
+    *"pipes memory_limit terminal check rules rules_report observation trace judges verification serving ranks".split(),
+    *"watch probe selftest".split(),
 )
 """Those of kernels_check; its doors are its two dunder modules."""
 STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))
 TORCH = ("trial", "attach")
+FOLDERS = {"lorameter": "harness/lorameter"}
+"""Where a package lies that has no folder of its own at the top."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "pandas"}
 
 
 def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    return sorted((ROOT / FOLDERS.get(package, package)).rglob("*.py"))
+
+
+def parts_of(path: Path) -> tuple[str, ...]:
+    """The dotted name of a file, in parts."""
+    source = ROOT / "harness"
+    return path.relative_to(source if path.is_relative_to(source) else ROOT).with_suffix("").parts
 
 
 def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
@@ -52,7 +60,7 @@ def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
 
 
 def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[1].removesuffix(".py")
+    return parts_of(path)[1]
 
 
 def room_of_name(name: str) -> str:
@@ -60,7 +68,7 @@ def room_of_name(name: str) -> str:
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(parts_of(path)).removesuffix(".__init__")
 
 
 def arrows(package: str) -> dict[str, set[str]]:
@@ -90,7 +98,7 @@ def test_every_test_says_its_behaviour():
     assert not silent
 
 
-@pytest.mark.parametrize(("package", "rank"), [("harness", RANK), ("kernels_check", STOREYS)])
+@pytest.mark.parametrize(("package", "rank"), [("lorameter", RANK), ("kernels_check", STOREYS)])
 def test_rooms_point_down(package, rank):
     """What a module imports of another room lies strictly below; lazy imports included, no exceptions."""
     rooms = {room_of(path) for path in modules(package)} - {"__init__"}
@@ -110,20 +118,20 @@ def test_nobody_but_those_who_measure_knows_the_trial(room):
     """What judges, and what runs in somebody else's process, lie beside it, whatever the order says."""
     assert not [
         f"{name} imports {other}"
-        for name, others in arrows("harness").items()
+        for name, others in arrows("lorameter").items()
         for other in others
         if (room_of_name(name), room_of_name(other)) == (room, "trial")
     ]
 
 
-@pytest.mark.parametrize("package", ["harness", "kernels_check"])
+@pytest.mark.parametrize("package", ["lorameter", "kernels_check"])
 def test_no_circle(package):
     """Modules import each other in one direction, inside a room and at any depth of a file."""
     assert not circle(arrows(package))
 
 
 @pytest.mark.parametrize(
-    "path", [path for package in ("harness", "kernels_check") for path in modules(package)], ids=module_of
+    "path", [path for package in ("lorameter", "kernels_check") for path in modules(package)], ids=module_of
 )
 def test_modules_are_one_idea(path):
     """None is longer than 500 lines."""
@@ -134,11 +142,11 @@ def test_a_room_holds_nothing_but_its_name():
     """The `__init__` of a room is a docstring, or every command pays for what it imports; what scripts import of attach
     is loaded when it is asked for."""
     for room in set(ORDER) - {"errors", "stats", "attach"}:
-        path = ROOT / "harness" / room / "__init__.py"
+        path = ROOT / "harness" / "lorameter" / room / "__init__.py"
         assert [type(node).__name__ for node in ast.parse(path.read_text()).body] == ["Expr"], room
 
 
-@pytest.mark.parametrize("path", modules("harness"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", modules("lorameter"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_torch_stays_in_its_layers(path):
     """At import, torch and its kind are loaded by the room of trials only."""
     if room_of(path) in TORCH:
@@ -150,19 +158,19 @@ def test_torch_stays_in_its_layers(path):
 @pytest.mark.parametrize("path", modules("kernels_check"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_kernels_check_stands_alone(path):
     """It knows nothing of the harness."""
-    assert not {name for name in imports(path) if name.split(".")[0] == "harness"}
+    assert not {name for name in imports(path) if name.split(".")[0] == "lorameter"}
 
 
 def test_the_statistics_know_numbers_and_not_trials():
     """lorameter.stats imports nothing else of the harness."""
     for path in modules("harness/lorameter/stats"):
         others = {
-            name for name in imports(path) if name.startswith("harness.") and not name.startswith("lorameter.stats")
+            name for name in imports(path) if name.startswith("lorameter.") and not name.startswith("lorameter.stats")
         }
         assert not others, path
 
 
-@pytest.mark.parametrize("path", modules("harness"), ids=module_of)
+@pytest.mark.parametrize("path", modules("lorameter"), ids=module_of)
 def test_what_programs_print_is_read_in_any_encoding(path):
     """A file name or a message in another encoding than ours is no reason to fail: bytes as text say what to do with
     those that are none."""

@@ -437,7 +437,7 @@ def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
 
 def test_an_exception_in_the_gate_is_no_pass(suite, base):
     """The session fails with the traceback, and everything else is still reported."""
-    text = FAKE + "\nimport lorameter.commands.pytest_gate\nharness.commands.pytest_gate.compare = None\n"
+    text = FAKE + "\nimport lorameter.commands.pytest_gate\nlorameter.commands.pytest_gate.compare = None\n"
     (suite.path / "conftest.py").write_text(text)
     result = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
     result.assert_outcomes(passed=6)

@@ -30,7 +30,7 @@ def packed(site: Path = SITE, project: str = PROJECT) -> Path | None:
 def variables_of(environment: Mapping[str, str], site: Path | None) -> dict[str, str]:
     """The variables of the steps' processes; with a packed folder nothing is looked for on a network."""
     variables = {**environment, "PYTHONUNBUFFERED": "1"}
-    paths = [str(ROOT)]
+    paths = [str(ROOT / "harness"), str(ROOT)]
     if site is not None:
         paths.insert(0, str(site))
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}

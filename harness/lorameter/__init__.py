@@ -1,4 +1,4 @@
-"""lorameter's measuring harness: studies in, trial records and verdicts out."""
+"""Measures what a LoRA fine-tuning configuration costs, with the interval of each number."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorameter.attach.meter import Meter
     from lorameter.results.frames import load, load_all
 
-__all__ = ["load", "load_all"]
+__all__ = ["Meter", "load", "load_all"]
+_MODULES = {"Meter": "lorameter.attach", "load": "lorameter.results.frames", "load_all": "lorameter.results.frames"}
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `load_all`, imported when somebody asks for them: every measuring process imports this package."""
-    if name in __all__:
-        return getattr(importlib.import_module("lorameter.results.frames"), name)
+    """The public names, imported on first use: every measuring process imports this package."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

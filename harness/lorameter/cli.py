@@ -20,6 +20,7 @@ from lorameter.commands import (
     estimate,
     export,
     history,
+    init,
     prune_pack,
     parity,
     profile,
@@ -58,6 +59,7 @@ EXAMPLES = {
     "bisect": "lorameter bisect training-step --good v0.1.0 --bad HEAD",
     "prune": "lorameter prune --keep 20 --dry-run",
     "pack": "lorameter pack 20261120-101500-mine-3f2a",
+    "init": "lorameter init benchmarks",
     "completion": "lorameter completion bash > lorameter.bash",
 }
 """What stands at the end of each command's help; runs are named as they are listed."""
@@ -106,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     measuring = (run, ab, bisect, wrap, doctor, estimate, profile, parity)
-    showing = (report, list_cmd, compare, sample, claims, export, history, prune_pack, completion)
+    showing = (report, list_cmd, compare, sample, claims, export, history, prune_pack, init, completion)
     for module in (*measuring, *showing):
         module.add_commands(subparsers, _common)
     subparsers.choices["completion"].set_defaults(top=top)

@@ -213,7 +213,7 @@ def test_a_card_without_bfloat16_is_no_card_for_it(estimated):
 
 def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, tmp_path):
     """A notice says why; nothing is made up."""
-    config = json.loads((ROOT / "harness" / "models" / "llama2-7b.json").read_text())
+    config = json.loads((ROOT / "harness" / "lorameter" / "models" / "llama2-7b.json").read_text())
     config = config.get("config", config) | {"model_type": "unheard-of"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     told = estimated("lora", "--model", f"random:{tmp_path}", "--gpu", "24GiB", "--max-batch")

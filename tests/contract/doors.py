@@ -87,7 +87,7 @@ def show(columns: int, *words: str) -> str:
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    sources = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    sources = os.pathsep.join(filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PATH": path, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1"}
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+import kernels_check
+import lorameter
 from lorameter.attach.command import own_command
 from lorameter.attach.exit_status import exit_status
 from lorameter.attach.energy import Energy
@@ -241,8 +243,9 @@ class Writer:
 
 def print_report(path: Path) -> None:
     """Print the report of a run, by a process of its own."""
-    root = str(Path(__file__).parents[2])
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    folders = dict.fromkeys(str(Path(str(package.__file__)).parents[1]) for package in (lorameter, kernels_check))
+    search = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
     command = [sys.executable, "-m", "lorameter.cli", "report", str(path)]
     try:
         subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)

@@ -54,7 +54,7 @@ _OWN_RANDOM = "random:"
 
 def builtin_studies() -> dict[str, Path]:
     """Names and files of the studies that ship with the package."""
-    folder = Path(str(resources.files("harness") / "studies"))
+    folder = Path(str(resources.files("lorameter") / "studies"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 

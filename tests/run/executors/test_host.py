@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import kernels_check
 import lorameter
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import (
@@ -72,16 +73,15 @@ def test_a_package_installed_from_a_commit_is_told_by_it(tmp_path):
 
 def copy_of_the_packages(folder):
     """A copy of the packages, to be changed, as another revision would be."""
-    here = Path(lorameter.__file__).parents[1]
-    for package in ("harness", "kernels_check"):
-        subprocess.run(["cp", "-r", str(here / package), str(folder)], check=True)
+    for package in (lorameter, kernels_check):
+        subprocess.run(["cp", "-r", str(Path(package.__file__).parent), str(folder)], check=True)
     return folder
 
 
 def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
     """Its records could not be read, so it is an error before anything is measured."""
     other = copy_of_the_packages(tmp_path)
-    record = other / "harness" / "records" / "record.py"
+    record = other / "lorameter" / "records" / "record.py"
     record.write_text(record.read_text().replace(f"\nSCHEMA = {SCHEMA}\n", f"\nSCHEMA = {SCHEMA + 1}\n"))
     host = Host(path=(str(other),), cwd=str(other))
     executor = LocalExecutor(host=host, label="candidate")

@@ -200,22 +200,24 @@ def test_an_import_hook_that_does_win_is_refused(opened, editable, repository, m
 @pytest.mark.selftest
 def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
     """lorameter is installed here, editable or not; the worker of its other revision imports that revision."""
-    here = Path(lorameter.__file__).parents[1]
+    here = Path(lorameter.__file__).parents[2]
     if not (here / ".git").exists():
         pytest.skip("not a git checkout")
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", "--no-checkout", "--shared", str(here), str(clone))
-    for package in OWN_PACKAGES:  # the working tree as it is, so that the schema agrees
-        subprocess.run(["cp", "-r", str(here / package), str(clone)], check=True)
-    with (clone / "harness" / "__init__.py").open("a") as file:
+    folders = ("harness", "kernels_check")
+    for folder in folders:  # the working tree as it is, so that the schema agrees
+        subprocess.run(["cp", "-r", str(here / folder), str(clone)], check=True)
+    with (clone / "harness" / "lorameter" / "__init__.py").open("a") as file:
         file.write("CHANGED = True\n")
-    git(clone, "add", *OWN_PACKAGES)
+    git(clone, "add", *folders)
     git(clone, "commit", "--quiet", "--message", "another harness")
     with open_side("HEAD", repository=clone, cache=tmp_path, report=silent) as side:
         tree = Path(side.host.cwd)
         origins = inspect(side.host, OWN_PACKAGES)["origins"]
         assert {name: Path(origin) for name, origin in origins.items()} == {
-            name: tree / name / "__init__.py" for name in OWN_PACKAGES
+            "lorameter": tree / "harness" / "lorameter" / "__init__.py",
+            "kernels_check": tree / "kernels_check" / "__init__.py",
         }
         executor = LocalExecutor(host=side.host, label="base")
         executor.start(tmp_path, 1)

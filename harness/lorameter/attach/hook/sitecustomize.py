@@ -15,17 +15,18 @@ from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOME = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
-OWN = ("harness", "kernels_check")
+HOMES = (HOME, os.path.dirname(HOME))  # installed, both packages lie in the first; in a checkout one in each
+OWN = ("lorameter", "kernels_check")
 NEEDED = ("filelock", "msgspec", "xxhash")
 PYTHON = (3, 11)
 TOLD = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
 
 
 class Own:
-    """Finds lorameter's own packages, and nothing else of the folder that they lie in."""
+    """Finds the packages of lorameter, and nothing else in their folders."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.machinery.PathFinder.find_spec(name, [HOME]) if name in OWN else None
+        return importlib.machinery.PathFinder.find_spec(name, HOMES) if name in OWN else None
 
 
 class After:
@@ -89,10 +90,6 @@ def ours(name: str) -> Any:
     for variable, value in TOLD.items():
         os.environ.setdefault(variable, value)
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
-        found = importlib.machinery.PathFinder.find_spec("harness")
-        for place in [] if found is None else found.submodule_search_locations or []:
-            if not os.path.isfile(os.path.join(place, "attach", "follower.py")):
-                raise ImportError("the script has a package 'harness' of its own, in {}".format(place))
         sys.meta_path.insert(0, Own())
     return importlib.import_module("lorameter.attach.deferred_import").load(name)
 

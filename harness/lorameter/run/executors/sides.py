@@ -39,7 +39,7 @@ OLDEST_PYTHON = (3, 11)
 NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes"}
 """Modules that the worker imports, and the distributions that bring them."""
 NEEDED_ON_A_GPU = {"pynvml": "nvidia-ml-py"}
-OWN_PACKAGES = ("harness", "kernels_check")
+OWN_PACKAGES = ("lorameter", "kernels_check")
 
 _PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
 _REMEDY = (
@@ -171,7 +171,7 @@ def _revision(
     top = Path(run_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
     roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
     path = [str(folder) for folder in roots]
-    if not (tree / "harness" / "__init__.py").is_file():
+    if not (tree / "harness" / "lorameter" / "__init__.py").is_file():
         path.append(_own_packages(stack))
     host = Host(path=tuple(path), cwd=str(tree))
     modules = {name: folder for folder in reversed(roots) for name in _modules(folder)}
