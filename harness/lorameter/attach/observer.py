@@ -88,7 +88,7 @@ class ObserverReply:
     """False: no further step; the training is asked to end as if it had come to its own end."""
     watch: Mapping[str, Any] | None = None
     """What ``kernels_check`` is to require of it; None: not watched, and ``{}``: watched, nothing required."""
-    patience_s: float = 0.0
+    flush_interval_s: float = 0.0
     """So long what steps showed may wait until it is told, as long as nothing else happens. What is told of many steps
     in one go costs each of them a part of what it costs alone, and a process that is killed takes it along. Of several
     answers the last one counts, so whoever has patience asks for nothing."""

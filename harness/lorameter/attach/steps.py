@@ -180,7 +180,7 @@ class Steps:
         dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
         borders = self._parts.borders
         self._noted.append(FinishedStep(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
-        if checks is not None or ended_s - self._told_s >= self._next.patience_s:
+        if checks is not None or ended_s - self._told_s >= self._next.flush_interval_s:
             self._tell()
         self._release(ended_s, ended_cpu_s)
 

@@ -46,7 +46,7 @@ from lorameter.studies.script import name_of_words
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
-EVERY_TWO_SECONDS = ObserverReply(patience_s=1.0)
+EVERY_TWO_SECONDS = ObserverReply(flush_interval_s=1.0)
 """So much of a training is lost by a process that is killed."""
 AT_ONCE = ObserverReply()
 
@@ -153,7 +153,7 @@ class Writer:
     def _so_far(self) -> dict[str, Any]:
         """What is known beside the steps, with what takes a system call once a second."""
         values, now = self._gathered.values(), time.monotonic()
-        if now - self._read_s < EVERY_TWO_SECONDS.patience_s:
+        if now - self._read_s < EVERY_TWO_SECONDS.flush_interval_s:
             return {"values": values}
         self._read_s = now
         return {"values": values | self._energy.values(), "memory": self._peaks.so_far()}

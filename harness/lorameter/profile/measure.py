@@ -253,7 +253,7 @@ class ConductedTrial:
     def tell(self, command: str) -> None:
         """Say what is going on, where it is something else than before."""
         if command != self._asked:
-            self._say(COMMANDS[command].says)
+            self._say(COMMANDS[command].label)
         self._asked = command
 
     def take(self, command: str, fragment: PartialRecord) -> PartialRecord:

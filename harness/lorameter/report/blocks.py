@@ -50,11 +50,11 @@ class Line:
     """One paragraph."""
 
     spans: tuple[Span, ...]
-    lead: str = ""
+    label: str = ""
     """What the paragraph is about, in a word; it stands before it, and the leads of a section below each other."""
     indented: bool = True
     """Whether it belongs to what stands above it."""
-    apart: bool = False
+    blank_line_before: bool = False
     """Whether an empty line stands before it."""
     last: bool = False
     """Whether a terminal repeats it below the report."""
@@ -87,9 +87,9 @@ class ColumnHeader:
     text: str
     right: bool = False
     """Whether its cells end below each other, as numbers do."""
-    rank: int = 0
+    drop_priority: int = 0
     """The higher, the sooner it may be left out where there is no room; 0 is never left out."""
-    once: bool = False
+    collapse_if_constant: bool = False
     """Whether what is equal in all of its cells is said once, below the table."""
     ratio: bool = False
     """Whether its values are ratios of which 1 is no difference, to be drawn around it."""
@@ -204,7 +204,7 @@ _INVALID = "INVALID: "
 def say(*parts: str | Span, lead: str = "", indented: bool = True, apart: bool = False) -> Line:
     """One line of plain text and of spans."""
     spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
-    return Line(spans=spans, lead=lead, indented=indented, apart=apart)
+    return Line(spans=spans, label=lead, indented=indented, blank_line_before=apart)
 
 
 def say_invalid(reasons: str | None) -> tuple[Line, ...]:
@@ -277,7 +277,7 @@ def collapse_constant_columns(table: Table) -> Table:
     kept, notes = [], []
     for place, head in enumerate(table.heads):
         cells = [row.cells[place] for row in table.rows]
-        if head.once and len(cells) > 1 and len(set(cells)) == 1:
+        if head.collapse_if_constant and len(cells) > 1 and len(set(cells)) == 1:
             notes += [say(f"{head.name}: {cells[0].words}, in every row")] if cells[0].words not in ("", "–") else []
         else:
             kept.append(place)

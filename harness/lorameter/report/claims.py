@@ -32,10 +32,10 @@ from lorameter.verdicts.compare_pairs import MARGIN
 
 _HEADS = (
     ColumnHeader(text="claim"),
-    ColumnHeader(text="of", rank=3),
+    ColumnHeader(text="of", drop_priority=3),
     ColumnHeader(text="ratio", right=True, ratio=True),
     ColumnHeader(text="verdict"),
-    ColumnHeader(text="the original said", rank=2),
+    ColumnHeader(text="the original said", drop_priority=2),
 )
 _LEGEND = (
     "ratio: with its 95 % interval, corrected for nothing. verdict: all differences asserted in this run "

@@ -40,8 +40,8 @@ HEADS = (
     ColumnHeader(text="metric"),
     ColumnHeader(text="candidate / base", right=True, ratio=True),
     ColumnHeader(text="verdict"),
-    ColumnHeader(text="tolerance", right=True, rank=3, once=True),
-    ColumnHeader(text="replicates", right=True, rank=2, once=True),
+    ColumnHeader(text="tolerance", right=True, drop_priority=3, collapse_if_constant=True),
+    ColumnHeader(text="replicates", right=True, drop_priority=2, collapse_if_constant=True),
 )
 NAMED = 3
 """Comparisons that are named where several have one reason."""

@@ -38,8 +38,8 @@ LEVELS = (*name_columns("from", "to", "runs", "level", left=2), ColumnHeader(tex
 _RUNS = (
     *name_columns("when", "run", "value", "replicates", left=2),
     ColumnHeader(text="commit"),
-    ColumnHeader(text="versions", rank=1),
-    ColumnHeader(text="fingerprint", rank=2),
+    ColumnHeader(text="versions", drop_priority=1),
+    ColumnHeader(text="fingerprint", drop_priority=2),
 )
 SHOWN, REASONS = 4, 2
 """Differences that are spelt out, and reasons why runs are left out."""

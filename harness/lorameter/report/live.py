@@ -79,7 +79,7 @@ class LiveDisplay:
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """Show the trial's new phase."""
-        words = COMMANDS[phase].says if phase in COMMANDS else phase  # whatever it is told, it raises nothing
+        words = COMMANDS[phase].label if phase in COMMANDS else phase  # whatever it is told, it raises nothing
         role = " (control)" if slot.role == "control" else ""
         side = f"{slot.side} " if slot.side else ""
         replicates = self._grid.plan.study.protocol.replicates if self._grid else 0

@@ -53,7 +53,7 @@ class Grid:
 
     def enter(self, slot: Slot, phase: str) -> None:
         """A trial begins a phase; whatever the word is, it is no error."""
-        self.phases[slot.trial] = COMMANDS[phase].says if phase in COMMANDS else phase
+        self.phases[slot.trial] = COMMANDS[phase].label if phase in COMMANDS else phase
 
     def end(self, record: TrialRecord) -> None:
         """A trial has its record, and the ratio of its row is taken anew."""

@@ -42,7 +42,7 @@ def describe_matrix(changes: Sequence[MatrixRun]) -> Document:
     for change, name in zip(changes, names, strict=True):
         for compared in change.report.comparisons:
             cells.setdefault((change.study, compared.name, compared.metric), {})[name] = compared
-    heads = [ColumnHeader(text="study", once=True), ColumnHeader(text="variant", once=True), ColumnHeader(text="metric", once=True)]
+    heads = [ColumnHeader(text="study", collapse_if_constant=True), ColumnHeader(text="variant", collapse_if_constant=True), ColumnHeader(text="metric", collapse_if_constant=True)]
     heads += [ColumnHeader(text=name, right=True) for name in columns]
     rows = [
         write_row(study, variant, title_of_ratio(metric), *(_cell(found.get(name)) for name in columns))

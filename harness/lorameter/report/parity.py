@@ -105,7 +105,7 @@ def _interval(part: Proportion) -> str:
 def _answers(rows: Sequence[Likeness]) -> Table:
     return Table(
         title="Answers, and what would be chosen next at each token of the reference's",
-        heads=(_WAY, ColumnHeader(text="answers that differ", right=True), ColumnHeader(text="first at", right=True, rank=1),
+        heads=(_WAY, ColumnHeader(text="answers that differ", right=True), ColumnHeader(text="first at", right=True, drop_priority=1),
                ColumnHeader(text="tokens that differ", right=True)),
         rows=tuple(
             write_row(one.way, _part(one.answers), _place(one.first_difference), _part(one.tokens)) for one in rows

@@ -92,12 +92,12 @@ def _block(block: Block, level: str) -> Iterator[str]:
 
 
 def _line(line: Line) -> str:
-    lead = f"**{escape(line.lead)}** " if line.lead else ""
+    lead = f"**{escape(line.label)}** " if line.label else ""
     return lead + escape(line.text)
 
 
 def _bullets(lines: Sequence[Line]) -> str:
-    return "\n".join(f"- {_line(line)}" for line in lines if line.text or line.lead)
+    return "\n".join(f"- {_line(line)}" for line in lines if line.text or line.label)
 
 
 def _table(table: Table) -> str:

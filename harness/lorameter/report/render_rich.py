@@ -59,7 +59,7 @@ _WHISKER_RANK = 1
 def render_block(block: Block, console: Console, *, verbose: bool = False) -> Iterator[RenderableType]:
     """What to print for a block, from its first line to its last; `verbose` unfolds."""
     if isinstance(block, Line):
-        yield _paragraph(block, console, len(block.lead))
+        yield _paragraph(block, console, len(block.label))
     elif isinstance(block, Section):
         yield from _section(block, console)
     elif isinstance(block, Collapsible):
@@ -81,17 +81,17 @@ def draw_text(text: str, tone: Tone = "plain") -> Text:
 
 
 def _paragraphs(lines: Sequence[Line], console: Console) -> Iterator[Text]:
-    lead = max((len(line.lead) for line in lines), default=0)
+    lead = max((len(line.label) for line in lines), default=0)
     yield from (_paragraph(line, console, lead) for line in lines)
 
 
 def _paragraph(line: Line, console: Console, lead: int) -> Text:
     """Wrapped between words, what follows hanging beside its lead; below a lead that leaves it no room."""
-    begin = Text(_INDENT * line.indented).append_text(draw_text(line.lead.ljust(lead), "faint"))
+    begin = Text(_INDENT * line.indented).append_text(draw_text(line.label.ljust(lead), "faint"))
     begin.append(_INDENT if lead else "")
     beside = min(begin.cell_len, console.width // 3)
     body = Text().join(draw_text(span.text, span.tone) for span in line.spans)
-    drawn = Text("\n" * line.apart)
+    drawn = Text("\n" * line.blank_line_before)
     if begin.cell_len + body.cell_len > console.width and begin.cell_len > beside:
         begin.rstrip()
         drawn.append_text(_wrapped(begin, console.width, console)).append("\n")
@@ -122,7 +122,7 @@ def _fold(fold: Collapsible, console: Console, *, verbose: bool) -> Iterator[Tex
     if verbose:
         yield from _paragraphs(fold.lines, console)
         return
-    whole = _paragraph(fold.summary, console, len(fold.summary.lead))
+    whole = _paragraph(fold.summary, console, len(fold.summary.label))
     first, *rest = whole.split("\n")
     if rest:
         room = max(console.width - 2, 1)
@@ -166,10 +166,10 @@ def _columns(table: Table, *, stacked: bool) -> list[tuple[int, bool, ColumnSpec
             found.append((place, True, column))
             continue
         texts = (_cell(row.cells[place], stacked=stacked).plain for row in table.rows)
-        cells = measure(texts, whole=head.right, rank=head.rank)
+        cells = measure(texts, whole=head.right, rank=head.drop_priority)
         above = measure([escape_control_chars(head.text)], whole=False).least
         least, good, natural = (max(above, one) for one in (cells.least, cells.good, cells.natural))
-        found.append((place, False, ColumnSpec(least=least, good=good, natural=natural, rank=head.rank)))
+        found.append((place, False, ColumnSpec(least=least, good=good, natural=natural, rank=head.drop_priority)))
     return found
 
 

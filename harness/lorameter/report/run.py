@@ -131,12 +131,12 @@ def _head(column: PhaseColumn, table: PhaseTable, rank: int) -> ColumnHeader:
         turned = table.metric in METRICS and METRICS[table.metric].higher_is_better
         return ColumnHeader(text=f"{'slow-down ' if turned else ''}{column.head}", right=True, ratio=True)
     if column.key == CHECKS:
-        return ColumnHeader(text=column.head, rank=rank, once=True, plain="checks (what was required)")
+        return ColumnHeader(text=column.head, drop_priority=rank, collapse_if_constant=True, plain="checks (what was required)")
     if column.key == PEAK:
         where = {cell.detail for cell in table.cells(PEAK)} - {""}
         text = f"{column.head}, {min(where)}" if len(where) == 1 else column.head
-        return ColumnHeader(text=text, right=True, rank=rank)
-    return ColumnHeader(text=column.head, right=True, rank=0 if column.key == table.metric else rank, once=column.key == TAILS)
+        return ColumnHeader(text=text, right=True, drop_priority=rank)
+    return ColumnHeader(text=column.head, right=True, drop_priority=0 if column.key == table.metric else rank, collapse_if_constant=column.key == TAILS)
 
 
 def _cell(key: str, cell: Cell, row: VariantRow, table: PhaseTable) -> Cell:

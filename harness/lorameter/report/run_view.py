@@ -228,7 +228,7 @@ def encode_run(view: RunView) -> dict[str, Any]:
         "run": view.run,
         "path": view.path,
         "title": view.title,
-        "facts": [f"{fact.lead:<10}{fact.text}" for fact in view.facts],
+        "facts": [f"{fact.label:<10}{fact.text}" for fact in view.facts],
         "deviations": list(view.deviations),
         "notes": list(view.notes),
         "tables": [_encoded(table) for table in view.tables],

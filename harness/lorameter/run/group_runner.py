@@ -287,11 +287,11 @@ class GroupRunner:
                 for trial in order:
                     if trial in measuring:
                         begin = self._budget.clock()
-                        self._asking.ask(trial, command.word, **arguments)
+                        self._asking.ask(trial, command.name, **arguments)
                         if command.timed:
                             self._budget.ledger.measured(kind, self._budget.clock() - begin)
                 taken += 1
-                self._sheet.checkpoint(command.word)
+                self._sheet.checkpoint(command.name)
         if taken < len(rounds):
             counts = {f"{kind}_rounds": float(taken), f"{kind}_rounds_planned": float(len(rounds))}
             for trial in measuring:

@@ -84,7 +84,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: RunContext) -> M
                 arguments = {"prepare": {"request": codec.to_json(request)}, "finish_training": {"steps": 0}}
                 record = record.merged(
                     worker.ask(
-                        COMMANDS[word].word, trial, plan.study.protocol.step_timeout_s, **arguments.get(word, {})
+                        COMMANDS[word].name, trial, plan.study.protocol.step_timeout_s, **arguments.get(word, {})
                     )
                 )
         finally:

@@ -22,9 +22,9 @@ RoundKind = Literal["steps", "epochs", "requests", "natural", "merged"]
 class Command:
     """One command; it may take as long as the protocol's `step_timeout_s`."""
 
-    word: str
+    name: str
     """In messages, in failures, and the name of the method that carries it out."""
-    says: str
+    label: str
     """What is shown of it."""
     by: Doer = "trial"
     phase: Phase = "train"
@@ -33,47 +33,47 @@ class Command:
     """It is asked of trials that are there to measure this; None: of all."""
     timed: bool = False
     """Whether its samples are timed, so that nothing else may go on meanwhile."""
-    watched: Phase | None = None
+    telemetry_phase: Phase | None = None
     """The phase whose watch reads machine and card around it; None where nothing is read."""
     ends: Phase | None = None
     """The phase that has ended with it: what its watch could not read is said then."""
 
 
 _ROWS = (
-    Command(word="base", says="preparing the base", by="process"),
-    Command(word="parity", says="serving the adapter", by="process"),
-    Command(word="prepare", says="starting", by="process"),
-    Command(word="build", says="building"),
-    Command(word="verify", says="checking what runs"),
-    Command(word="warm_up", says="warming up"),
-    Command(word="turn", says="timing steps", measure="steps", timed=True, watched="train"),
-    Command(word="train", says="training on, untimed", measure="steps"),
-    Command(word="finish_training", says="held-out loss and memory", ends="train"),
-    Command(word="save_adapter", says="saving the adapter", phase="cold", measure="cold"),
-    Command(word="begin_generate", says="first call", phase="generate"),
-    Command(word="request", says="timing requests", phase="generate", timed=True, watched="generate"),
+    Command(name="base", label="preparing the base", by="process"),
+    Command(name="parity", label="serving the adapter", by="process"),
+    Command(name="prepare", label="starting", by="process"),
+    Command(name="build", label="building"),
+    Command(name="verify", label="checking what runs"),
+    Command(name="warm_up", label="warming up"),
+    Command(name="turn", label="timing steps", measure="steps", timed=True, telemetry_phase="train"),
+    Command(name="train", label="training on, untimed", measure="steps"),
+    Command(name="finish_training", label="held-out loss and memory", ends="train"),
+    Command(name="save_adapter", label="saving the adapter", phase="cold", measure="cold"),
+    Command(name="begin_generate", label="first call", phase="generate"),
+    Command(name="request", label="timing requests", phase="generate", timed=True, telemetry_phase="generate"),
     Command(
-        word="natural",
-        says="timing whole answers",
+        name="natural",
+        label="timing whole answers",
         phase="generate",
         measure="natural",
         timed=True,
-        watched="generate",
+        telemetry_phase="generate",
     ),
-    Command(word="untrained", says="answers before training", phase="generate", measure="natural"),
-    Command(word="end_generate", says="peaks of generation", phase="generate", measure="peaks", ends="generate"),
-    Command(word="merge", says="merging the adapter", phase="generate", measure="merged"),
-    Command(word="close", says="checking the shared base"),
-    Command(word="cold", says="cold start", by="interpreter", phase="cold", measure="cold", timed=True),
-    Command(word="account", says="counting memory", by="profiled trial"),
-    Command(word="profile", says="taking steps apart", by="profiled trial", watched="train", ends="train"),
-    Command(word="peak", says="measuring what the device does at best", by="profiled trial"),
-    Command(word="activity", says="recording what runs in a step", by="profiled trial"),
-    Command(word="apart", says="taking requests apart", by="profiled trial", watched="generate"),
-    Command(word="sight", says="looking at a request", by="profiled trial"),
-    Command(word="request_activity", says="recording what runs in a request", by="profiled trial"),
+    Command(name="untrained", label="answers before training", phase="generate", measure="natural"),
+    Command(name="end_generate", label="peaks of generation", phase="generate", measure="peaks", ends="generate"),
+    Command(name="merge", label="merging the adapter", phase="generate", measure="merged"),
+    Command(name="close", label="checking the shared base"),
+    Command(name="cold", label="cold start", by="interpreter", phase="cold", measure="cold", timed=True),
+    Command(name="account", label="counting memory", by="profiled trial"),
+    Command(name="profile", label="taking steps apart", by="profiled trial", telemetry_phase="train", ends="train"),
+    Command(name="peak", label="measuring what the device does at best", by="profiled trial"),
+    Command(name="activity", label="recording what runs in a step", by="profiled trial"),
+    Command(name="apart", label="taking requests apart", by="profiled trial", telemetry_phase="generate"),
+    Command(name="sight", label="looking at a request", by="profiled trial"),
+    Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
 )
-COMMANDS = {command.word: command for command in _ROWS}
+COMMANDS = {command.name: command for command in _ROWS}
 """By their words; those of any trial in the order in which it is asked."""
 
 ROUNDS: dict[RoundKind, Command] = {

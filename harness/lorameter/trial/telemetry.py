@@ -32,14 +32,14 @@ class TrialTelemetry:
         self._energy = alone and request.device.startswith("cuda")
         self._watches = {
             phase: Telemetry(phase, request.device, energy=alone and phase == "train")
-            for phase in {one.watched for one in COMMANDS.values() if one.watched}
+            for phase in {one.telemetry_phase for one in COMMANDS.values() if one.telemetry_phase}
         }
         self._steps = 0
         self._tokens = 0.0
 
     def around(self, command: Command, call: Callable[[], PartialRecord]) -> PartialRecord:
         """What `call` added to the trial, with what was found around it."""
-        fragment = call() if command.watched is None else self._watched(command, self._watches[command.watched], call)
+        fragment = call() if command.telemetry_phase is None else self._watched(command, self._watches[command.telemetry_phase], call)
         if command.ends is None:
             return fragment
         if command.ends == "train" and self._spends and fragment.status == "ok":
