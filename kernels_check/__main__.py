@@ -39,7 +39,9 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
     except Exception:
-        print_stderr(f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command")
+        print_stderr(
+            f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command"
+        )
         return EXIT_UNEXPECTED
     return code
 

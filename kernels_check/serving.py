@@ -11,10 +11,10 @@ from kernels_check.check import INSTRUMENTS, Check, Instrument, Json, judge_safe
 from kernels_check.judges.paths import validate
 from kernels_check.judges.request import judge_request
 from kernels_check.observation.calls import CallRecorder
+from kernels_check.observation.dispatch_recorder import spied
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.instruments import lacks_kernels
 from kernels_check.observation.recording import is_recording, profiled
-from kernels_check.observation.dispatch_recorder import spied
 
 PATH = "request.attention"
 
@@ -26,7 +26,7 @@ def watch_request(
 
     Args:
         model: that answers, as PEFT returned it.
-        request: asks it once; called once more where a profile held nothing of the card.
+        request: asks it once; called once more where a profile held nothing of the GPU.
         required: what a training step is required to run, in the words of ``attention.backend``; a fused backend stands
             for any.
         instrument: as for ``verify``. The spy sees no code of torch.compile, and on a GPU no library without

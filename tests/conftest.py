@@ -15,7 +15,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-
 from lorameter.machine.provenance import Machine
 from lorameter.records import codec
 from lorameter.studies.protocol import Protocol

@@ -15,7 +15,11 @@ ORDER = (
 )
 """The rooms, from the ground up."""
 DOORS = ("cli", "pytest_plugin", "worker")
-RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER)) | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
+RANK = (
+    {room: place for place, room in enumerate(ORDER)}
+    | dict.fromkeys(DOORS, len(ORDER))
+    | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
+)
 FLOORS = (
     *"pipes memory_limit terminal check rules rules_report observation trace judges verification serving ranks".split(),
     *"watch probe selftest".split(),

@@ -12,7 +12,6 @@ import subprocess
 import sys
 
 import pytest
-
 from lorameter.cli import EXAMPLES, commands_of, main, parser
 from lorameter.records import store
 from lorameter.report.pareto import SERVING
@@ -99,7 +98,7 @@ def swept(tmp_path_factory):
 
 
 def test_a_sweep_of_adapters_runs_on_one_base(swept):
-    """From study to records: one process and one load a replicate, solo trials for what needs a process alone."""
+    """From study to records: one process and one load a replicate, isolated trials for what needs a process alone."""
     done, runs = swept
     run = store.read_run(json.loads(done.stdout)["run"], runs)
     records = run.records

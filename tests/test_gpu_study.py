@@ -1,4 +1,4 @@
-"""A trial of Llama-2-7B on a real card, on either base: it comes to its end and runs all that it claims.
+"""A trial of Llama-2-7B on a real GPU, on either base: it comes to its end and runs all that it claims.
 
 What the two cost is no test's affair: `make gpu` measures them and writes the report.
 """
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.records import store
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +54,7 @@ allow_disturbed = true
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_llama2_7b_trains_and_answers(tmp_path, quantization):
-    """Random weights of the exact shape: every trial ok, every required path active, a peak that only a card has."""
+    """Random weights of the exact shape: every trial ok, every required path active, a peak that only a GPU has."""
     study = tmp_path / "study.toml"
     study.write_text(STUDY.format(quantization=quantization, double=str(quantization == "nf4").lower()))
     words = ["-m", "lorameter.cli", "run", str(study), "--phase=train", "--phase=generate", "--json"]

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.machine.cores import cores_of
 
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
@@ -417,7 +416,7 @@ def test_an_unlike_base_is_refused_before_anything_is_measured(suite, base, old,
 
 
 def test_an_invalid_base_is_refused(suite, base):
-    """A run that broke off is nothing to be judged by."""
+    """An interrupted run is nothing to be judged by."""
     manifest = base / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"complete"', '"interrupted"'))
     result = suite(f"--lorameter-base={base}")

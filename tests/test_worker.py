@@ -11,7 +11,6 @@ import time
 
 import psutil
 import pytest
-
 from lorameter.machine.processes import CPUS
 from lorameter.run.executors.local import worker_environment
 

@@ -1,6 +1,6 @@
-"""The campaign on a card: one command that asks everything, goes on where it was stopped, and says what is true.
+"""The campaign on a GPU: one command that asks everything, goes on where it was stopped, and says what is true.
 
-    make gpu                                  all steps that are left; without a card, a rehearsal of all
+    make gpu                                  all steps that are left; without a GPU, a rehearsal of all
     make gpu GPU_OPTIONS='--minutes 9.5'      no longer than that, for machines that are lent by the call
     make gpu GPU_OPTIONS='--again study'      have a step done again (`all` for every one)
 
@@ -8,7 +8,7 @@ What has been done lies in a folder (--state, default .gpu/state); the report un
 name; and docs/gpu.md is written anew. Where $OUT names a folder, all of it is also packed into OUT/campaign.tar.gz, so
 that a machine which keeps nothing can hand it back; `python -m benchmarks.gpu.pack` sends it there.
 
-Exit code 0: all steps are done and no claim is refuted (without a card: all were rehearsed) · 3: steps are left, call
+Exit code 0: all steps are done and no claim is refuted (without a GPU: all were rehearsed) · 3: steps are left, call
 again · 4: a step failed or a claim is refuted · 2: the state is another device's.
 """
 
@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lorameter.machine.provenance import device_id, origin_of, probe_machine
+
 from benchmarks.gpu import page, report
 from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.claims import CLAIMS
@@ -28,14 +30,13 @@ from benchmarks.gpu.evidence import Evidence, newest_run
 from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal, OtherMachineError, Outcome, hash_of_sources
 from benchmarks.gpu.pack import pack_results
 from benchmarks.gpu.steps import STEPS, Step, command
-from lorameter.machine.provenance import device_id, origin_of, probe_machine
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".gpu" / "state"
 REPORT_S = 20.0
 """What must be left of a call for judging and writing."""
 REHEARSAL_S = 300.0
-"""Limit of a rehearsed step: on a machine without a card nothing is measured, but libraries are imported."""
+"""Limit of a rehearsed step: on a machine without a GPU nothing is measured, but libraries are imported."""
 EXIT_LEFT, EXIT_FAILED, EXIT_OTHER = 3, 4, 2
 ALL = "all"
 
@@ -46,7 +47,7 @@ def spent_s(step: Step, journal: Journal) -> float:
 
 
 def is_left(step: Step, journal: Journal) -> bool:
-    """Whether a step is to be begun, or gone on with: one that failed, or has had its time, is not."""
+    """Whether a step is to be begun, or resumed: one that failed, or has had its time, is not."""
     last = journal.last(step.name)
     if last is None:
         return True
@@ -87,7 +88,7 @@ def go_on(
 
 
 def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> int:
-    """Go on with the campaign, or rehearse it; `variables` are those of the steps' processes."""
+    """Resume the campaign, or rehearse it; `variables` are those of the steps' processes."""
     options = _options(arguments)
     if options.list:
         for one in STEPS:
@@ -153,7 +154,7 @@ def exit_code(steps: Sequence[Step], journal: Journal, verdicts: Sequence[str]) 
         return EXIT_FAILED
     left = [one.name for one in steps if is_left(one, journal)]
     if left:
-        print(f"{len(left)} steps are left ({', '.join(left)}): the same command goes on with them", file=sys.stderr)
+        print(f"{len(left)} steps are left ({', '.join(left)}): the same command resumes them", file=sys.stderr)
     return EXIT_LEFT if left else 0
 
 

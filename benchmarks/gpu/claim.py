@@ -28,7 +28,7 @@ Judge = Callable[[Evidence], Decision]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What is said of a card, where, and who decides."""
+    """What is said of a GPU, where, and who decides."""
 
     name: str
     says: str

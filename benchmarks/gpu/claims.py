@@ -43,9 +43,9 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         name="counters",
-        says="a counter that the card does not give is missing with its reason",
+        says="a counter that the GPU does not give is missing with its reason",
         file="docs/method.md",
-        quote="A value that a card, a driver or a container does not give is missing with its reason, never zero.",
+        quote="A value that a GPU, a driver or a container does not give is missing with its reason, never zero.",
         judge=child_reads_nvml,
     ),
     Claim(
@@ -85,9 +85,9 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         name="clocks",
-        says="while work is queued, no reading of the clocks is one of an idle card",
+        says="while work is queued, no reading of the clocks is one of an idle GPU",
         file="docs/method.md",
-        quote="a card's clocks, which may fall as soon as it idles, are read in the last step of each turn",
+        quote="a GPU's clocks, which may fall as soon as it idles, are read in the last step of each turn",
         judge=idle_clocks_are_left_out,
     ),
     Claim(
@@ -106,7 +106,9 @@ CLAIMS: tuple[Claim, ...] = (
         says="an account of memory explains a step's peak within 2 %",
         file="docs/method.md",
         quote="sets the measured peak against kinds that are each measured by themselves",
-        judge=by_tests("tests/trial/profiling/test_memory_breakdown.py::test_a_step_on_a_gpu_is_explained_within_two_percent"),
+        judge=by_tests(
+            "tests/trial/profiling/test_memory_breakdown.py::test_a_step_on_a_gpu_is_explained_within_two_percent"
+        ),
     ),
     Claim(
         name="estimate",
@@ -170,7 +172,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         name="faults",
-        says="faults that only a card shows are found, their healthy controls pass",
+        says="faults that only a GPU shows are found, their healthy controls pass",
         file="README.md",
         quote="twelve faults are found, their healthy controls pass",
         judge=by_tests("tests/kernels_check/test_negative_controls.py::test_control_on_cuda"),
@@ -246,7 +248,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         name="cold start",
-        says="a cold start on a card has its parts, each a number",
+        says="a cold start on a GPU has its parts, each a number",
         file="docs/method.md",
         quote="a new interpreter: imports, load and quantise, adapter, first completion; each part apart",
         judge=cold_has_its_parts,
@@ -274,9 +276,9 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         name="device start",
-        says="what CUDA's own start takes is a number of solo trials",
+        says="what CUDA's own start takes is a number of isolated trials",
         file="docs/method.md",
-        quote="`device_start_time_s`, of solo trials",
+        quote="`device_start_time_s`, of isolated trials",
         judge=start_of_the_device_is_told,
     ),
 )

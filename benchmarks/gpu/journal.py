@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 Outcome = Literal["done", "failed", "stopped", "rehearsed"]
-"""Answered · ended without an answer · ended by the clock · run as far as a machine without a card can."""
+"""Answered · ended without an answer · ended by the clock · run as far as a machine without a GPU can."""
 SOURCES = ("harness", "kernels_check", "benchmarks/gpu", "tests")
 MOST_ATTEMPTS = 2
-"""Of a step that cannot be gone on with and was stopped by its limit."""
+"""Of a step that cannot be resumed and was stopped by its limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,9 @@ class Entry:
     took_s: float
     begun_unix_s: float
     device: str
-    """Name of the card, or of the CPU."""
+    """Name of the GPU, or of the CPU."""
     unit: str
-    """Which one of its name: the UUID of a card."""
+    """Which one of its name: the UUID of a GPU."""
     sources: str
     """Hash of what was run (`hash_of_sources`)."""
     said: str = ""
@@ -41,7 +41,7 @@ class Entry:
 
 
 class OtherMachineError(Exception):
-    """The state is of another kind of card or of another machine than this one."""
+    """The state is of another kind of GPU or of another machine than this one."""
 
 
 class Journal:

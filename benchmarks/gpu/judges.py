@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorameter.machine.telemetry import COUNTER_PERIOD_S
+from lorameter.records.record import TrialRecord
+
 from benchmarks.gpu.claim import Decision, decided, undecided
 from benchmarks.gpu.evidence import Evidence, NotSeenError
 from benchmarks.gpu.steps import BASES
-from lorameter.machine.telemetry import COUNTER_PERIOD_S
-from lorameter.records.record import TrialRecord
 
 MOST_ERROR = 0.1
 """Of an estimate: on the variants of reports/proof/memory_estimate.txt a CPU's is off by less."""
@@ -25,14 +26,14 @@ NEW_LENGTH_MS = (15.0, 60.0)
 
 
 def zygote_forks(evidence: Evidence) -> Decision:
-    """One thread, no device, and a child that computes on the card."""
+    """One thread, no device, and a child that computes on the GPU."""
     told = evidence.fact("zygote")
     child = told["child"]
     said = f"threads {', '.join(told['threads'])}; fork: {told['refuses_to_fork'] or 'allowed'}"
     if "threads" in child:
         said += f"; threads after it {len(child['threads'])}, with the device {len(child['threads_with_device'])}"
     if child.get("device") == "cpu":
-        return undecided(f"torch sees no card in the child; {said}")
+        return undecided(f"torch sees no GPU in the child; {said}")
     lacks = told["lacks"] or "nothing"
     alone = len(told["threads"]) == len(child.get("threads", ())) == 1
     holds = alone and told["refuses_to_fork"] is None and told["lacks"] is None and child.get("sum") == 8.0
@@ -40,7 +41,7 @@ def zygote_forks(evidence: Evidence) -> Decision:
 
 
 def child_reads_nvml(evidence: Evidence) -> Decision:
-    """Each counter a value or its reason; those that every data centre's card has are there."""
+    """Each counter a value or its reason; those that every data centre's GPU has are there."""
     child = evidence.fact("zygote")["child"]
     if "known" not in child:
         return undecided(child.get("nvml") or child.get("error", "the child says nothing of NVML"))
@@ -77,7 +78,7 @@ def counter_moves_often_enough(evidence: Evidence) -> Decision:
 
 
 def idle_clocks_are_left_out(evidence: Evidence) -> Decision:
-    """While work is queued no moment is one of an idle card."""
+    """While work is queued no moment is one of an idle GPU."""
     told = evidence.fact("counters")
     queued, after = told["queued"], told["after"]
     said = (
@@ -247,12 +248,12 @@ def paging_waits_for_every_tensor(evidence: Evidence) -> Decision:
 
 
 def start_of_the_device_is_told(evidence: Evidence) -> Decision:
-    """Solo trials of the study say what the device's own start took."""
+    """Isolated trials of the study say what the device's own start took."""
     starts = [one.values["device_start_time_s"] for one in evidence.run("study").records
               if "device_start_time_s" in one.values]  # fmt: skip
     if not starts:
-        return undecided("no solo trial came to its end")
-    return decided(min(starts) > 0, f"{min(starts):.2f} to {max(starts):.2f} s in {len(starts)} solo trials")
+        return undecided("no isolated trial came to its end")
+    return decided(min(starts) > 0, f"{min(starts):.2f} to {max(starts):.2f} s in {len(starts)} isolated trials")
 
 
 def all_settings_share_a_base(evidence: Evidence) -> Decision:

@@ -1,4 +1,4 @@
-"""What travels to a machine with a card and no network, and what comes back from it.
+"""What travels to a machine with a GPU and no network, and what comes back from it.
 
     python -m benchmarks.gpu.pack                     fills .gpu/site, beside which .gpu/state travels: carry .gpu
     python -m benchmarks.gpu.pack --take FILE         lays what a call has handed back where the next call finds it
@@ -112,7 +112,7 @@ def describe(site: Path) -> None:
 
 
 def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
-    """Pack what a call has found, to go on with and to keep; returns the archive."""
+    """Pack what a call has found, to resume and to keep; returns the archive."""
     archive = out / "campaign.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
         for path in _found((state, *reports.glob("*_gpu"), page)):

@@ -1,4 +1,4 @@
-"""`docs/gpu.md`: what has been confirmed on which card, written from the committed reports and by nobody's hand."""
+"""`docs/gpu.md`: what has been confirmed on which GPU, written from the committed reports and by nobody's hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def campaigns(reports: Path) -> list[dict[str, Any]]:
 def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
     """The one table: a row a claim, a column a campaign."""
     heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in found]
-    heads = heads or ["no card yet"]
+    heads = heads or ["no GPU yet"]
     lines = [_row(["claim", "said in", *heads]), _row(["---"] * (2 + len(heads)))]
     for claim in claims:
         verdicts = [_verdict(claim, one) for one in found] or ["not decided"]
@@ -40,7 +40,7 @@ def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
 def summary(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
     """What the table comes to, in a sentence."""
     if not found:
-        return f"No card has been measured: of {len(claims)} claims none is confirmed and none refuted."
+        return f"No GPU has been measured: of {len(claims)} claims none is confirmed and none refuted."
     names = {claim.name for claim in claims}
     verdicts = [
         {decision["name"]: decision["verdict"] for decision in one["claims"] if decision["name"] in names}

@@ -1,4 +1,4 @@
-"""The facts that the harness assumes of a card and could never look at without one; each a line of JSON.
+"""The facts that the harness assumes of a GPU and could never look at without one; each a line of JSON.
 
 A fact that cannot be had is a line with its reason, and the others are still looked for. What stands here is measured
 and not judged: `benchmarks.gpu.claims` says what it decides.
@@ -22,7 +22,7 @@ NEEDS_NO_CARD = ("zygote",)
 LENGTHS = range(600, 616)
 """Lengths of keys that nothing before has asked for."""
 RESTS_S = (0.003, 0.03, 0.3, 2.0)
-"""A hand-over between turns takes about the first; the last is a pause in which a card may lower its clocks."""
+"""A hand-over between turns takes about the first; the last is a pause in which a GPU may lower its clocks."""
 COUNTED_S = 1.5
 PAGED_TENSORS = 8
 
@@ -133,7 +133,7 @@ def lengths() -> Fact:
 
 
 def clock() -> Fact:
-    """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the card."""
+    """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the GPU."""
     from lorameter.trial.clock import Stopwatch
 
     work, watch = products(), Stopwatch("cuda")
@@ -202,7 +202,7 @@ def counters() -> Fact:
 
 
 def clocks(samples: list[Any]) -> Fact:
-    """The clocks of some moments, and in how many of them the card says that it idles."""
+    """The clocks of some moments, and in how many of them the GPU says that it idles."""
     found = [one.sm_clock_hz.value for one in samples if one.sm_clock_hz.known]
     return {
         "sm_clock_hz": statistics.median(found) if found else None,
@@ -275,7 +275,7 @@ def paged() -> Fact:
 
 
 class Recorded(NamedTuple):
-    """An event of torch.profiler: of the host, or of what ran on the card."""
+    """An event of torch.profiler: of the host, or of what ran on the GPU."""
 
     name: str
     time_s: float
@@ -283,7 +283,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(call: Callable[[], object]) -> list[Recorded]:
-    """What torch.profiler records of a call and of the wait for it; once more where nothing of it is the card's, as it
+    """What torch.profiler records of a call and of the wait for it; once more where nothing of it is the GPU's, as it
     can come on the heels of another session (a race in CUPTI)."""
     found = _session(call)
     return found if any(one.on_card for one in found) else _session(call)
@@ -319,12 +319,12 @@ def products() -> Callable[[int], None]:
 
 
 def card_of_torch() -> Any:
-    """The card that torch uses, as NVML sees it. Raises RuntimeError where it does not find it."""
+    """The GPU that torch uses, as NVML sees it. Raises RuntimeError where it does not find it."""
     from lorameter.machine.telemetry import card_of
 
     found = card_of("cuda")
     if found.value is None:
-        raise RuntimeError(f"NVML does not find the card of torch: {found.reason}")
+        raise RuntimeError(f"NVML does not find the GPU of torch: {found.reason}")
     return found.value
 
 

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorameter.machine.provenance import Machine
+
 from benchmarks.gpu.claim import VERDICTS, Claim, Decision
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.steps import Step, runs_of
-from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
 MOST_KEPT_BYTES = 2**20
@@ -73,14 +74,14 @@ def text(campaign: Campaign) -> str:
 def _about(campaign: Campaign) -> list[str]:
     if campaign.rehearsed:
         return [
-            f"There is no card here ({campaign.machine.device_name}): every step was rehearsed as far as it can be, "
+            f"There is no GPU here ({campaign.machine.device_name}): every step was rehearsed as far as it can be, "
             "nothing was measured, and nothing is claimed."
         ]
     units = sorted({entry.unit for entry in campaign.journal.entries})
     sources = sorted({entry.sources for entry in campaign.journal.entries})
-    said = [f"card {campaign.machine.device_name}, driver {campaign.machine.driver}"]
+    said = [f"GPU {campaign.machine.device_name}, driver {campaign.machine.driver}"]
     if len(units) > 1:
-        said.append(f"on {len(units)} cards of this name, one after the other")
+        said.append(f"on {len(units)} GPUs of this name, one after the other")
     if len(sources) > 1:
         said.append(f"by {len(sources)} states of the sources: what was done before a change has not been done again")
     return said
@@ -101,7 +102,7 @@ def _steps(campaign: Campaign) -> list[str]:
 
 
 def name_of(campaign: Campaign) -> str:
-    """The folder's name under reports/: the day, the card, and that it is this."""
+    """The folder's name under reports/: the day, the GPU, and that it is this."""
     device = re.sub(r"[^a-z0-9]+", "-", campaign.machine.device_name.lower()).strip("-")
     return f"{campaign.begun}_{device}_gpu"
 
@@ -129,5 +130,5 @@ def _keep(path: Path, to: Path) -> None:
 
 def decide(claims: Sequence[Claim], evidence: Any, *, rehearsed: bool) -> tuple[tuple[Claim, Decision], ...]:
     """What becomes of each claim; a rehearsal decides none."""
-    nothing = Decision(verdict="not decided", evidence="no card: this was a rehearsal")
+    nothing = Decision(verdict="not decided", evidence="no GPU: this was a rehearsal")
     return tuple((claim, nothing if rehearsed else claim.decide(evidence)) for claim in claims)

@@ -1,8 +1,8 @@
-"""The steps of the campaign: what each asks of a card, the command that answers, and what it may take.
+"""The steps of the campaign: what each asks of a GPU, the command that answers, and what it may take.
 
-Cheap questions of fact come first, so that little time on a card already says much; what may take as long as there is
-time comes last. A step is a process of its own: one that hangs, or takes the card with it, costs its own time and
-nothing else. On a machine without a card each is rehearsed by what of it can run there: the same command where that
+Cheap questions of fact come first, so that little time on a GPU already says much; what may take as long as there is
+time comes last. A step is a process of its own: one that hangs, or takes the GPU with it, costs its own time and
+nothing else. On a machine without a GPU each is rehearsed by what of it can run there: the same command where that
 says itself what it lacks, else the part of it that reads studies, options and files.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-STUDY, CARD = "lora-or-qlora", "--profile=card"
-"""The default study, and the profile of it that fills a card with Llama-2-7B."""
+STUDY, CARD = "lora-or-qlora", "--profile=gpu"
+"""The default study, and the profile of it that fills a GPU with Llama-2-7B."""
 BASES = ("lora-r16", "qlora-nf4-r16")
 """Its variants in bf16 and in NF4, which differ in nothing else."""
 SWEEP = str(Path(__file__).with_name("sweep.toml"))
@@ -24,7 +24,7 @@ PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rs", "-p", "no:cac
 VERDICTS = (0, 1, 3, 4)
 """Exit codes with which a command has measured and says what it found; the others say that it could not."""
 LEAST_S = 60.0
-"""A run that can be gone on with is not begun for less: that is what building a model of 7B takes."""
+"""A run that can be resumed is not begun for less: that is what building a model of 7B takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +38,13 @@ class Step:
     limit_s: float
     """Most seconds of one attempt; more than ten minutes would not fit in a call where these are limited."""
     rehearsal: tuple[str, ...] = ()
-    """The command on a machine without a card; that of `words` where there is none."""
+    """The command on a machine without a GPU; that of `words` where there is none."""
     left_out: str
     """What of the step a rehearsal does not do, and why."""
     answers: tuple[int, ...] = (0,)
     """Exit codes with which the command has answered; that of a rehearsal of its own answers with 0."""
     resumes: tuple[str, ...] = ()
-    """The command that goes on with a run that was stopped, up to the run's id; empty where there is none."""
+    """The command that resumes a run that was stopped, up to the run's id; empty where there is none."""
     total_s: float = 0.0
     """Most seconds of all attempts at such a run."""
 
@@ -77,7 +77,7 @@ def tests(name: str, asks: str, *files: str, limit_s: float) -> Step:
         asks=asks,
         words=(*PYTEST, "--timeout=120", *files),
         limit_s=limit_s,
-        left_out="all skipped, since each needs a card",
+        left_out="all skipped, since each needs a GPU",
         answers=(0, 1),
     )
 
@@ -99,10 +99,10 @@ def profiles(variant: str, *, limit_s: float) -> Step:
 STEPS: tuple[Step, ...] = (
     Step(
         name="probe",
-        asks="the facts that the harness assumes of a card, its driver and its libraries",
+        asks="the facts that the harness assumes of a GPU, its driver and its libraries",
         words=("-m", "benchmarks.gpu.probe"),
         limit_s=150,
-        left_out="of its facts only the zygote's needs no card",
+        left_out="of its facts only the zygote's needs no GPU",
         answers=(0, 1),
     ),
     Step(
@@ -131,7 +131,7 @@ STEPS: tuple[Step, ...] = (
     tests("7b", "does a trial of Llama-2-7B come to its end on either base", "tests/test_gpu_study.py", limit_s=480),
     tests(
         "controls",
-        "are faults that only a card shows found, and do their healthy controls pass",
+        "are faults that only a GPU shows found, and do their healthy controls pass",
         "tests/kernels_check/test_negative_controls.py",
         limit_s=200,
     ),
@@ -165,7 +165,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         name="same",
-        asks="the same code against itself: does an A/B on the card see a difference that is none",
+        asks="the same code against itself: does an A/B on the GPU see a difference that is none",
         words=(
             *LORAMETER, "ab", "training-step", "--base", "{python}", "--candidate", "{python}", "--replicates", "5",
             "--runs-dir", RUNS, "--json",
@@ -180,7 +180,7 @@ STEPS: tuple[Step, ...] = (
     *(
         measures(
             level,
-            "how well each level of interleaving tells a control from itself",
+            "how well each interleaving tells a control from itself",
             STUDY,
             f"--interleave={level}",
             "--phase=train",
@@ -192,7 +192,7 @@ STEPS: tuple[Step, ...] = (
     ),
     measures(
         "cold",
-        "a cold start on a card, with all its parts",
+        "a cold start on a GPU, with all its parts",
         STUDY,
         "--phase=cold",
         "--replicates=3",
@@ -220,7 +220,7 @@ def command(
         chosen: the step.
         python: the interpreter.
         state: where the campaign keeps what it has.
-        rehearsing: whether there is no card.
+        rehearsing: whether there is no GPU.
         going_on_with: the id of the step's run that was stopped; None to begin anew.
     """
     words = chosen.rehearsal if rehearsing and chosen.rehearsal else chosen.words

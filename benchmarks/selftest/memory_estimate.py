@@ -25,8 +25,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared import exit_code, print_origin
-
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory, stored_dtype
 from lorameter.records import codec
@@ -37,6 +35,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.zygote import import_libraries
+from shared import exit_code, print_origin
 
 LIMIT, UNEXPLAINED = 0.10, 0.05
 WORKLOAD: dict[str, Any] = {
@@ -113,7 +112,7 @@ def prepared(workload: Workload, folder: str) -> str:
 
 
 def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
-    """Peaks as a solo trial reports them, then one step and one request watched."""
+    """Peaks as an isolated trial reports them, then one step and one request watched."""
     from lorameter.trial.building.shared import SharedBase
     from lorameter.trial.process import prepare_process
     from lorameter.trial.profiling.trial import ProfiledTrial

@@ -5,8 +5,8 @@
 - coverage: the 95 % interval holds the true ratio in 94 to 96 % of the runs under Gaussian noise; in 93 to 98 % under
   heavy tails, bursts and drift, which break the assumption of Student's interval.
 - families: of ten comparisons of identical code at tolerance 0, any is called different in at most 5 % of the runs.
-- scatter: variants of a run that share their scatter (`lorameter.stats.shared_scatter`), with 3, 5 and 8 replicates, 3, 5
-  and 14 variants, and arms that scatter alike, twice, three or five times as much, with heavy tails, or one replicate
+- scatter: variants of a run that share their scatter (`lorameter.stats.shared_scatter`), with 3, 5 and 8 replicates, 3,
+  5 and 14 variants, and arms that scatter alike, twice, three or five times as much, with heavy tails, or one replicate
   shifted for all. All intervals of a run hold the truth in at least 94 % of the runs, in 95 % with equal scatter; any
   identical variant is called slower or faster by more than the tolerance of 1 % in at most 5 %. The half-width is
   printed as a share of what each comparison's own scatter gives.
@@ -40,12 +40,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import simulated_claims
+from lorameter.stats import Effect, Pairing, VerdictRule, compare_family, compare_trials, decide_family, share_scatter
+from lorameter.stats.effect import paired_effect
 from numpy.typing import NDArray
 from scipy import signal, stats
 from shared import Share, exit_code, print_origin
-
-from lorameter.stats import Effect, Pairing, VerdictRule, compare_family, compare_trials, decide_family, share_scatter
-from lorameter.stats.effect import paired_effect
 
 WARM_UP, MIN_TIMED = 20, 10
 """Steps that are dropped as warm-up where at least so many remain."""

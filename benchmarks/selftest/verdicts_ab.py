@@ -1,4 +1,5 @@
-"""Verdicts of `lorameter ab` on identical commits, on a planted slow-down and on a loaded machine; interleaving levels.
+"""Verdicts of `lorameter ab` on identical commits, on a injected slow-down and on a loaded machine; interleaving
+levels.
 
     python benchmarks/selftest/verdicts_ab.py [--tries N] [--part identical planted loaded levels] [--minutes M]
 
@@ -27,14 +28,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import busy_cpus, command_output, exit_code, print_origin
-
 from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
 from lorameter.run.interleaving import LEVELS
 from lorameter.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
 from lorameter.verdicts.series import compare_series, group_trials
+from shared import busy_cpus, command_output, exit_code, print_origin
 
 STUDY = "training-step"
 MAX_TRY_S = 45.0

@@ -9,10 +9,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from kernels_check import terminal
+from kernels_check.memory_limit import memory_limit_problem
+from kernels_check.pipes import with_streams
+from kernels_check.terminal import print_stderr
 from lorameter.commands import (
     ab,
     bisect,
-    list_cmd,
     claims,
     compare,
     completion,
@@ -21,9 +24,10 @@ from lorameter.commands import (
     export,
     history,
     init,
-    prune_pack,
+    list_cmd,
     parity,
     profile,
+    prune_pack,
     report,
     run,
     sample,
@@ -31,10 +35,6 @@ from lorameter.commands import (
 )
 from lorameter.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from lorameter.run.interrupts import InterruptHandler
-from kernels_check import terminal
-from kernels_check.memory_limit import memory_limit_problem
-from kernels_check.pipes import with_streams
-from kernels_check.terminal import print_stderr
 
 EXAMPLES = {
     "run": "lorameter run lora-or-qlora --effort quick",

@@ -18,10 +18,10 @@ from collections.abc import Generator
 
 import pytest
 
+from kernels_check.memory_limit import memory_limit_problem
 from lorameter.commands.options import add_options
 from lorameter.commands.pytest_output import Output
 from lorameter.commands.pytest_session import DEFAULT_STUDY, PLUGIN, Session
-from kernels_check.memory_limit import memory_limit_problem
 
 PREFIX = "--lorameter-"
 
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--lorameter-dry-run", action="store_true", help="show the plan and what it will take, measure nothing"
     )
-    group.addoption("--lorameter-resume", metavar="RUN", help="go on with a run that broke off, and replay all of it")
+    group.addoption("--lorameter-resume", metavar="RUN", help="resume an interrupted run, and replay all of it")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
     add_options(group.addoption, "html", prefix=PREFIX)

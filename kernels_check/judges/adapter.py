@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import DTYPE, SHARE, PathObservation, Json, JudgedPath, count_values, join_values, name_some
+from kernels_check.check import DTYPE, SHARE, Json, JudgedPath, PathObservation, count_values, join_values, name_some
 from kernels_check.judges.attached import BY_HAND, NO_ADAPTER, calls_that_count, is_trained_by_hand
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, format_count, join_values, name_some
+from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, format_count, join_values, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.adapter_calls import LayerCall

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from kernels_check.check import (
     DTYPE,
-    PathObservation,
     Json,
     JudgedPath,
+    PathObservation,
     Requirement,
     Status,
     count_values,
@@ -125,7 +125,9 @@ def judge_mask(seen: Observation, required: Json) -> PathObservation:
     return _over_calls(layers, masks, masks.count("unknown"), required, reason)
 
 
-def _over_calls(layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str) -> PathObservation:
+def _over_calls(
+    layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str
+) -> PathObservation:
     """One property over all calls: what some call does not tell is unknown, unless another already differs."""
     if untold:
         reason += f"; not told by {format_count(untold, 'call')}"
@@ -193,7 +195,9 @@ def _nothing_of_the_model(layers: AttentionLayers) -> PathObservation | None:
     """All attention of the step was another's: the model itself ran none."""
     if not (layers.elsewhere or layers.aside or layers.failed):
         return None
-    return PathObservation(observed=None, present=False, reason=f"no attention of the model itself was seen{_aside(layers)}")
+    return PathObservation(
+        observed=None, present=False, reason=f"no attention of the model itself was seen{_aside(layers)}"
+    )
 
 
 def _mask(call: AttentionCall) -> str:
@@ -209,7 +213,9 @@ def _cpu_flash(forward: list[AttentionCall]) -> bool:
 
 
 def _unseen() -> PathObservation:
-    return PathObservation(observed=None, status="unknown", present=False, reason="no attention operator in the profiled step")
+    return PathObservation(
+        observed=None, status="unknown", present=False, reason="no attention operator in the profiled step"
+    )
 
 
 def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import FLAG, SHARE, Check, PathObservation, Json, JudgedPath, Status, judge_safely
+from kernels_check.check import FLAG, SHARE, Check, Json, JudgedPath, PathObservation, Status, judge_safely
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observation.packing_isolation import IsolationResult
     from kernels_check.observation.observation import Observation
+    from kernels_check.observation.packing_isolation import IsolationResult
 
 _LEAK = (
     "positions tell records apart only without a cache, which is the default, and without a mask of two dimensions: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import FLAG, SHARE, PathObservation, Json, JudgedPath, Requirement, count_values, name_some
+from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Requirement, count_values, name_some
 from kernels_check.observation.compilations import Compilations
 
 if TYPE_CHECKING:
@@ -105,12 +105,16 @@ def judge_tf32(seen: Observation, required: Json) -> PathObservation:
     import torch
 
     if not torch.cuda.is_available():
-        return PathObservation(observed=False, present=False, reason=f"no CUDA device: TF32 cannot run ({_tf32_flag()})")
+        return PathObservation(
+            observed=False, present=False, reason=f"no CUDA device: TF32 cannot run ({_tf32_flag()})"
+        )
     kernels = seen.profile.kernels
     tensor_cores, plain = kernels.get("GEMM-TF32", 0), kernels.get("GEMM-FP32-SIMT", 0)
     reason = f"{tensor_cores} TF32 and {plain} plain float32 GEMM launches; {_tf32_flag()}"
     if not kernels:
-        return PathObservation(observed=None, status="unknown", present=False, reason=f"no kernel recorded; {_tf32_flag()}")
+        return PathObservation(
+            observed=None, status="unknown", present=False, reason=f"no kernel recorded; {_tf32_flag()}"
+        )
     if not tensor_cores and not plain:
         reason += "; no float32 GEMM that the rules know, which a bfloat16 step need not contain"
     return PathObservation(observed=tensor_cores > 0, reason=reason, present=tensor_cores > 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, format_count, name_some
+from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, format_count, name_some
 from kernels_check.judges.attached import NO_ADAPTER
 
 if TYPE_CHECKING:

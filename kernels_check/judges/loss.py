@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, Status, name_some
+from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, Status, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.loss_tokens import LossPass

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from kernels_check.check import (
     FLAG,
     SHARE,
-    PathObservation,
     Json,
     JudgedPath,
+    PathObservation,
     Requirement,
     format_count,
     join_values,
@@ -87,7 +87,9 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     decided = fused if required is False else total - fused - unseen
     if unseen and not decided:
         return PathObservation(observed=observed, status="unknown", reason=reason)
-    return PathObservation(observed=observed, reason=reason, satisfies=(fused == total) if required is True else not fused)
+    return PathObservation(
+        observed=observed, reason=reason, satisfies=(fused == total) if required is True else not fused
+    )
 
 
 def _remedy(groups: Sequence[GroupSeen]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kernels_check.check import PathObservation, Json, count_values, join_values
+from kernels_check.check import Json, PathObservation, count_values, join_values
 from kernels_check.judges.attention import FUSED_ATTENTION, judge_kernels, likely_cause
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, PathObservation, Json, JudgedPath, count_values, name_some
+from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, count_values, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
@@ -33,7 +33,9 @@ def judge_norms(seen: Observation, required: Json) -> PathObservation:
 def _judge(seen: Observation, parts: Sequence[ParameterStatus], what: str, required: Json) -> PathObservation:
     """True where all are updated, False where none is, else how many of how many."""
     if not parts:
-        return PathObservation(observed=None, present=False, reason=f"the model has no {what} with parameters that are known")
+        return PathObservation(
+            observed=None, present=False, reason=f"the model has no {what} with parameters that are known"
+        )
     fates = {name: fate for part in parts for name, fate in part.fates.items()}
     updated = [part.name for part in parts if part.updated]
     partly = any(fate == "updated" for fate in fates.values())

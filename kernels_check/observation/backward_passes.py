@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_check.observation.dispatch_recorder import unseen
 from kernels_check.observation.gradients import largest
 from kernels_check.observation.module_tree import every_parameter
-from kernels_check.observation.dispatch_recorder import unseen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

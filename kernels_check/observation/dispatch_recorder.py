@@ -30,6 +30,7 @@ from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.compilations import compiler_held
 from kernels_check.observation.events import StepProfile, reduce_operators
 from kernels_check.observation.module_tree import every_parameter
+from kernels_check.observation.monkeypatch import patched
 from kernels_check.observation.operators import (
     BACKWARD_ROOT,
     FOURBIT,
@@ -40,7 +41,6 @@ from kernels_check.observation.operators import (
     Operator,
     ancestors,
 )
-from kernels_check.observation.monkeypatch import patched
 from kernels_check.observation.updates import Write, write, writes
 from kernels_check.rules import attention_backend
 

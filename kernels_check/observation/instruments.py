@@ -18,9 +18,9 @@ from torch import nn
 from kernels_check.check import Evidence
 from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.compilations import compiler_held
+from kernels_check.observation.dispatch_recorder import DispatchRecorder, is_on_cuda, spied
 from kernels_check.observation.events import CompilerSeen, StepProfile
 from kernels_check.observation.recording import entries, is_recording, profiled
-from kernels_check.observation.dispatch_recorder import DispatchRecorder, is_on_cuda, spied
 
 _IN_MODEL: tuple[Evidence, ...] = ("attention", "products", "product_paths")
 _ELSEWHERE = "ran in a thread of its own, whose operators the spy does not see: take a profile"
@@ -85,7 +85,7 @@ def _profiled(call: Callable[[], None], hooked: Hooked) -> StepProfile | None:
 
 
 def lacks_kernels(profile: StepProfile | None, model: nn.Module) -> bool:
-    """Whether a profile of a model on a card holds nothing of the card: worth to be tried once more, since one that
+    """Whether a profile of a model on a GPU holds nothing of the GPU: worth to be tried once more, since one that
     begins on the heels of another can come out so (a race in CUPTI)."""
     return profile is not None and is_on_cuda(model) and not (profile.kernels or profile.unclassified)
 

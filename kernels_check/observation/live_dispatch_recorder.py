@@ -19,9 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from kernels_check.observation.calls import CallRecorder
+from kernels_check.observation.dispatch_recorder import DispatchRecorder, entries_counted
 from kernels_check.observation.monkeypatch import patched
 from kernels_check.observation.safe_hooks import Shielding
-from kernels_check.observation.dispatch_recorder import DispatchRecorder, entries_counted
 
 
 @contextmanager

@@ -17,13 +17,13 @@ from torch import nn
 
 from kernels_check.check import Evidence, Instrument
 from kernels_check.observation.calls import CallRecorder
+from kernels_check.observation.dispatch_recorder import DispatchRecorder, blind_to, is_on_cuda
 from kernels_check.observation.events import StepProfile, reduce_operators
 from kernels_check.observation.instruments import AROUND, INSIDE, CallWatcher, stand_in, told
+from kernels_check.observation.live_dispatch_recorder import spied_beside
 from kernels_check.observation.module_tree import Model, every_module
 from kernels_check.observation.recording import ProfilerRecording, is_recording
 from kernels_check.observation.safe_hooks import Shielding
-from kernels_check.observation.dispatch_recorder import DispatchRecorder, blind_to, is_on_cuda
-from kernels_check.observation.live_dispatch_recorder import spied_beside
 
 TOLD_BY_A_PROFILE = "the spy does not see which compiled code is entered: take a profile"
 LEFT_BEHIND = (

@@ -31,8 +31,8 @@ from kernels_check.observation.random_state import RandomState
 from kernels_check.observation.restore import restored
 from kernels_check.observation.safe_hooks import HookGuard
 from kernels_check.observation.snapshot import RestoreError
-from kernels_check.observation.tensor_copy import plain_parts
 from kernels_check.observation.step_observer import StepObserver
+from kernels_check.observation.tensor_copy import plain_parts
 
 COMPILED_MEANWHILE = "code was compiled in this step, and a hook beside it would stay in that code: watch a later step"
 

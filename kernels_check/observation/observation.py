@@ -26,26 +26,26 @@ from kernels_check.observation.adapter_targets import layers_left_to_experts, un
 from kernels_check.observation.adapter_updates import ParameterUpdates
 from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
 from kernels_check.observation.calls import Calls
-from kernels_check.observation.weight_bits import WeightBits, take_census
 from kernels_check.observation.compilations import Compilations
 from kernels_check.observation.compiled_blocks import CompiledBlocks, compiled_blocks
 from kernels_check.observation.digest import Digest
 from kernels_check.observation.events import StepProfile
+from kernels_check.observation.fused_kernels import FusedKernelSite, swapped_places
 from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.inputs import ModelCall
-from kernels_check.observation.packing_isolation import IsolationResult
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
 from kernels_check.observation.loss_tokens import LossSeen, loss_of_step
-from kernels_check.observation.token_mixing import mixing_modules
 from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.optimizers import OptimizerSeen
 from kernels_check.observation.packed_step import isolation_of_step
+from kernels_check.observation.packing_isolation import IsolationResult
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observation.storage import Storage, read_wrapped, storage_in
-from kernels_check.observation.fused_kernels import FusedKernelSite, swapped_places
+from kernels_check.observation.token_mixing import mixing_modules
 from kernels_check.observation.trained_parts import ParameterStatus
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
+from kernels_check.observation.weight_bits import WeightBits, take_census
 
 _T = TypeVar("_T")
 

@@ -24,7 +24,9 @@ _NO_DIFFERENCE = ("labels", "num_items_in_batch", "logits_to_keep", "return_dict
 _OWN = "the step's own call"
 
 
-def isolation_of_batch(model: nn.Module, batch: Mapping[str, Any], as_called: ModelCall | None = None) -> IsolationResult:
+def isolation_of_batch(
+    model: nn.Module, batch: Mapping[str, Any], as_called: ModelCall | None = None
+) -> IsolationResult:
     """Perturb a batch of its own, in training and in evaluation.
 
     Args:

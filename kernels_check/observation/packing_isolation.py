@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from kernels_check.check import name_some
 from kernels_check.observation.forwards import ForwardError, Forwards, by_row, is_sharded
 from kernels_check.observation.inputs import ModelCall, find_tokens
-from kernels_check.observation.token_perturbation import largest_difference, other_tokens, three_of
 from kernels_check.observation.records import PADDING, PASSED_ON, LayoutError, Records, find_records
 from kernels_check.observation.restore import restored
+from kernels_check.observation.token_perturbation import largest_difference, other_tokens, three_of
 
 _BEYOND_NOISE = 10.0
 """How many times what rows do to each other a leak must be to be called one."""

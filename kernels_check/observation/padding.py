@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from kernels_check.check import name_some
 from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
 from kernels_check.observation.module_tree import attribute, every_module
-from kernels_check.observation.token_perturbation import configurations, special_tokens
 from kernels_check.observation.records import PADDING, LayoutError, Records, find_records, hidden_by
+from kernels_check.observation.token_perturbation import configurations, special_tokens
 
 _IGNORED = -100
 """The label that no loss is computed for."""

@@ -21,8 +21,8 @@ from kernels_check.observation.calls import MARK, number_of
 from kernels_check.observation.device import synchronise
 from kernels_check.observation.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
 from kernels_check.observation.gc_pause import gc_paused
-from kernels_check.observation.operators import Operator, matters
 from kernels_check.observation.monkeypatch import patched
+from kernels_check.observation.operators import Operator, matters
 from kernels_check.observation.updates import is_hidden_by_a_mode, recorded_writes
 
 

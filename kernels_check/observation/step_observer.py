@@ -20,6 +20,7 @@ from kernels_check.observation.adapter_calls import AdapterCalls
 from kernels_check.observation.adapter_updates import Updates
 from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.digest import Digest
+from kernels_check.observation.dispatch_recorder import unseen
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.gc_pause import gc_paused
 from kernels_check.observation.gradients import Gradients
@@ -28,7 +29,6 @@ from kernels_check.observation.module_tree import ModelTree, every_parameter, na
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.optimizers import class_names
 from kernels_check.observation.safe_hooks import Shielding, unshielded
-from kernels_check.observation.dispatch_recorder import unseen
 from kernels_check.observation.updates import GroupSeen, groups_of, with_gradient
 
 

@@ -64,8 +64,8 @@ def share_of(step: Callable[[], object], meet: Callable[[], object]) -> RankTime
 
 
 def share_in(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
-    """What the profiler's events say of the steps in them, `on_device` by the kernels of a card, else by the operators
-    of the thread that takes them; None without any of the card. What is marked there, as a step is, is no work."""
+    """What the profiler's events say of the steps in them, `on_device` by the kernels of a GPU, else by the operators
+    of the thread that takes them; None without any of the GPU. What is marked there, as a step is, is no work."""
     exchanged, computed, steps, thread = [], [], [], 0
     for event in events:
         if event.name == _STEP and "CUDA" not in str(event.device_type):

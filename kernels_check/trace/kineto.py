@@ -21,7 +21,7 @@ from typing import Any, SupportsFloat
 
 import ijson
 
-from kernels_check.trace.file import EXPECTED, TraceFile, TraceError
+from kernels_check.trace.file import EXPECTED, TraceError, TraceFile
 from kernels_check.trace.limits import JsonLimits
 
 _GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"})

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kernels_check.trace.file import EXPECTED, TraceFile, TraceError
+from kernels_check.trace.file import EXPECTED, TraceError, TraceFile
 
 _TOTAL = re.compile(r"^Total Time \((ns|us|μs|µs|ms|s|sec)\)$")
 _UNITS_MS = {"ns": 1e-6, "us": 1e-3, "μs": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "sec": 1e3}

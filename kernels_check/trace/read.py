@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kernels_check.rules import classify
 from kernels_check.trace.arguments import KernelNameFacts, read_facts
-from kernels_check.trace.file import TraceFile, TraceError, open_recording
+from kernels_check.trace.file import TraceError, TraceFile, open_recording
 from kernels_check.trace.kineto import Kineto, read_kineto
 from kernels_check.trace.nsys import KernelTotal, read_nsys
 from kernels_check.trace.operators import operator_times

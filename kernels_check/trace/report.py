@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterable, Mapping
 
 from kernels_check.check import format_count
+from kernels_check.terminal import escape_control_chars, print_stderr
 from kernels_check.trace.file import TraceError
 from kernels_check.trace.read import read_trace
 from kernels_check.trace.summary import BackendUse, KernelSummary, Use
-from kernels_check.terminal import escape_control_chars, print_stderr
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2

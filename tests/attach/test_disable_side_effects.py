@@ -5,7 +5,6 @@ import sys
 
 import pytest
 from huggingface_hub import hf_api
-
 from lorameter.attach import disable_side_effects
 
 
@@ -106,4 +105,6 @@ def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
 
 def test_the_hook_is_told_of_all_of_them():
     """By the import that each follows."""
-    assert disable_side_effects.after_import().count("=lorameter.attach.disable_side_effects:") == len(disable_side_effects.CALLS)
+    assert disable_side_effects.after_import().count("=lorameter.attach.disable_side_effects:") == len(
+        disable_side_effects.CALLS
+    )

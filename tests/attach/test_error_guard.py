@@ -3,9 +3,8 @@
 import os
 
 import pytest
-
 from lorameter.attach import error_guard as module
-from lorameter.attach.error_guard import NotFollowedError, ErrorGuard
+from lorameter.attach.error_guard import ErrorGuard, NotFollowedError
 
 
 def fail(error):

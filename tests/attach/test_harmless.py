@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.records import store
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-
 from lorameter.records import store
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from lorameter.attach import launch
 from lorameter.attach.marker_files import command_of, remove_abandoned, wrapping
 from lorameter.cli import main
@@ -99,7 +98,8 @@ def test_an_exit_code_beside_an_end_that_was_seen_is_noted(wrap):
     """The training had ended before, so what was measured stands; the exit code is the command's."""
     text = LOOP.replace(
         "train(30)",
-        "from lorameter.attach import Meter\nwith Meter(model) as meter:\n    for _ in meter.steps(range(30)): train(1)",
+        "from lorameter.attach import Meter\nwith Meter(model) as meter:\n    "
+        "for _ in meter.steps(range(30)): train(1)",
     )
     code, run = wrap(text + "sys.exit(3)\n", "--no-report")
     (record,) = run.records

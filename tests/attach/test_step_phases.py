@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-
 from lorameter.attach import step_phases as module
-from lorameter.attach.step_phases import Parts, times_of
 from lorameter.attach.error_guard import ErrorGuard
+from lorameter.attach.step_phases import Parts, times_of
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_what_is_left_out_is_in_no_part(parts, clock):
 
 
 class Event:
-    """In place of a card's: it stamps a clock of its own, which runs at half the host's pace."""
+    """In place of a GPU's: it stamps a clock of its own, which runs at half the host's pace."""
 
     def __init__(self, clock):
         self._clock = clock
@@ -79,7 +78,7 @@ class Event:
 
 
 def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatch):
-    """Also where one lies in the other; what the host does aside is none of its time. The card is pretended."""
+    """Also where one lies in the other; what the host does aside is none of its time. The GPU is pretended."""
     monkeypatch.setattr(module.torch.cuda, "Event", lambda enable_timing: Event(clock))
     parts = Parts(torch.device("cuda"), ErrorGuard())
     play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from lorameter.attach.observer import ObserverReply, TrainingInfo, weakly
 from lorameter.attach.error_guard import ErrorGuard
+from lorameter.attach.observer import ObserverReply, TrainingInfo, weakly
 from lorameter.attach.steps import Steps, make_watch
 
 
@@ -110,7 +109,7 @@ def test_no_step_computes_for_less_than_no_time(model, listener):
 
 
 class Stamp:
-    """In place of a card's event: it stamps the host's clock."""
+    """In place of a GPU's event: it stamps the host's clock."""
 
     def record(self):
         self.at = time.perf_counter()
@@ -120,7 +119,7 @@ class Stamp:
 
 
 def test_a_card_is_waited_for_once_a_step(model, listener, clock, monkeypatch):
-    """At its end, and the step is as long as the device takes; no border of a part waits. The card is pretended."""
+    """At its end, and the step is as long as the device takes; no border of a part waits. The GPU is pretended."""
     waits = []
 
     def synchronize(device):
@@ -240,7 +239,7 @@ def test_what_a_training_goes_on_to_do_is_kept_by_nobody(model, listener, how, c
 
 
 def test_a_device_that_takes_no_stamp_ends_the_meter_and_not_the_training(model, listener, monkeypatch, capfd):
-    """As where its context has gone; the card is pretended."""
+    """As where its context has gone; the GPU is pretended."""
 
     def fail(**asked):
         raise RuntimeError("no context")

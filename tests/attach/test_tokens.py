@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from lorameter.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
 
 

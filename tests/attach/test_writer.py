@@ -5,14 +5,14 @@ import json
 import subprocess
 
 import pytest
-
 from lorameter.attach.attachment import UnendedError
 from lorameter.attach.command import write_command
+from lorameter.attach.launch import finalize_run
 from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.variables import COMMAND, RUN
-from lorameter.attach.launch import finalize_run
 from lorameter.attach.writer import Writer
 from lorameter.records import store
+
 from kernels_check import Check
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.records import store
 
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"
@@ -157,7 +156,7 @@ def test_a_launcher_runs_in_the_interpreter_of_each_side(scripted, tmp_path, mon
     assert {record.status for record in run.records} == {"ok"}
     told = {record.side: record.software["peft"] for record in run.records}
     assert told == {"base": importlib.metadata.version("peft"), "candidate": "99.1"}
-    assert "sides-alike" not in {notice["code"] for notice in found["notices"]}
+    assert "sides-identical" not in {notice["code"] for notice in found["notices"]}
     code, _, err = scripted("ab", "--command", f"{sys.executable} scripted.py plain", *words)
     assert (code, "runs in this interpreter on both sides" in err) == (2, True)
 

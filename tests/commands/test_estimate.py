@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-
 from lorameter.cli import main
 from lorameter.commands.documents_of_estimates import EstimateOf
 from lorameter.errors import UsageError
@@ -70,7 +69,7 @@ def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run
 
 
 def test_what_fits_beside_one_build_of_torch_may_not_beside_another(machine):
-    """A process begins with more where torch is built for CUDA, whether or not there is a card."""
+    """A process begins with more where torch is built for CUDA, whether or not there is a GPU."""
     study = load_study("lora-or-qlora").with_overrides(model="random:tiny-llama")
     chosen = [Arm(variant=study.variants[0], workload=study.workload)]
     shape = shapes.shape(catalogue.resolve(study.workload.model))
@@ -92,9 +91,7 @@ def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
         small = dataclasses.replace(machine, memory_bytes=int(needed * share))
         return [
             notice.code
-            for notice in check_feasible(
-                study, small, [Arm(variant=variant, workload=study.workload)], free_bytes=free
-            )
+            for notice in check_feasible(study, small, [Arm(variant=variant, workload=study.workload)], free_bytes=free)
         ]
 
     assert "memory-short" not in notices(1.2)
@@ -146,7 +143,7 @@ gradient_checkpointing = true
 
 @pytest.fixture
 def estimated(capsys, tmp_path, monkeypatch, machine):
-    """A function that estimates for a study of Llama-2-7B, six sequences of 1024 tokens, on a machine without a card;
+    """A function that estimates for a study of Llama-2-7B, six sequences of 1024 tokens, on a machine without a GPU;
     returns the document."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(provenance, "free_bytes", lambda machine, environment=None: 6 * 2**30)
@@ -162,7 +159,7 @@ def estimated(capsys, tmp_path, monkeypatch, machine):
 
 
 def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated):
-    """On a machine without a card the estimates are of a card: no process of the host is in them."""
+    """On a machine without a GPU the estimates are of a GPU: no process of the host is in them."""
     lora, qlora = estimated("lora", "--gpu", "32GiB"), estimated("qlora", "--gpu", "32GiB")
     assert (lora.device, lora.fit.standing, qlora.fit.standing) == ("cuda", "does-not-fit", "fits")
     assert "process" not in lora.train.kinds
@@ -239,7 +236,7 @@ def test_peaks_of_a_cpu_are_not_set_beside_those_of_a_card(
 
 @pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])
 def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, monkeypatch):
-    """The study is not read and the machine is not asked; each of the ways is among the tests of the cards."""
+    """The study is not read and the machine is not asked; each of the ways is among the tests of the GPUs."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: pytest.fail("asked"))
     assert main(["estimate", "no-such-study", f"--gpu={text}"]) == 2
     said = capsys.readouterr().err

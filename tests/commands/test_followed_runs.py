@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter import cli
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "torch_loop.py"
@@ -81,7 +80,7 @@ def test_it_cannot_be_gone_on_with(lorameter, followed):
     _, (first, _) = followed
     code, out, error = lorameter("run", "--resume", first)
     assert (code, out) == (2, "")
-    assert "a training that was followed while it ran, which cannot be gone on with. Run it again." in error
+    assert "a training that was followed while it ran, which cannot be resumed. Run it again." in error
 
 
 def test_its_history_is_a_line_of_points(lorameter, followed):

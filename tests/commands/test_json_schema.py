@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-
 from lorameter.cli import main
 from lorameter.commands.json_schema import (
     DOCUMENTS,
@@ -21,6 +20,7 @@ from lorameter.commands.json_schema import (
     RunOf,
 )
 from lorameter.commands.output import SCHEMA
+
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]

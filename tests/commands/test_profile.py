@@ -7,12 +7,11 @@ import sys
 import time
 from typing import ClassVar
 
-import pytest
-
 import lorameter.run.executors.local
+import pytest
 from lorameter.cli import main
-from lorameter.records.worker_info import WorkerInfo, TokenSummary
 from lorameter.records.record import PartialRecord
+from lorameter.records.worker_info import TokenSummary, WorkerInfo
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 

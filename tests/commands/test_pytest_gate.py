@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-
 from lorameter.commands import pytest_gate
 from lorameter.errors import UsageError
 from lorameter.verdicts.comparison_input import ComparisonInput

@@ -6,11 +6,11 @@ import json
 import shutil
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.records import codec
 from lorameter.records.store import read_manifest
 from lorameter.verdicts.gate import Policy
+
 from tests.constructed import FILES, RUNS
 
 

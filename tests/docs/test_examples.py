@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.models.catalogue import cache_dir
 from lorameter.records import store
 

@@ -110,7 +110,12 @@ def test_an_example_does_what_it_says(example, tmp_path):
     shutil.copytree(ROOT / "reports" / RUN, tmp_path / "runs" / "example")
     apply(example, tmp_path)
     assert example.commands
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "harness"), str(tmp_path)]), "COLUMNS": "200", "NO_COLOR": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "harness"), str(tmp_path)]),
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+    }
     for command, expected in example.commands:
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
         if words[0] == "lorameter":

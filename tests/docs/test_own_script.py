@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.cli import parser
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-
 from lorameter.cli import parser
 from lorameter.commands import ab_scripts
-from lorameter.run.executors import script_worker, script_sandbox
+from lorameter.run.executors import script_sandbox, script_worker
 from lorameter.studies.protocol import STEPS_PER_TURN
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts import same_training

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.records import store
 
 PRETENDED = Path(__file__).with_name("pretended.py")
@@ -138,7 +137,7 @@ def only_run(runs):
 
 @pytest.fixture
 def resumed(command, only_run):
-    """A function that goes on with the one run, and says what became of it."""
+    """A function that resumes the one run, and says what became of it."""
 
     def go_on(*verdicts):
         done = subprocess.run(

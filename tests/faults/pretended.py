@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 
 import lorameter.run.executors.local as local
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import PartialRecord
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors.disk import Disk
 from lorameter.trial.failure import failure_of
 

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 
 import pytest
-
 from lorameter.models import bases
 from lorameter.records.os_errors import SystemLimitError
 from lorameter.run.bases import prepare_bases
@@ -49,7 +48,9 @@ def asked(study, seed):
 def test_a_base_that_does_not_fit_is_refused(executor, small_study, home, tiny_disk):
     """The process is real and its disk full: what, and what to do; nothing is left of it, and with room it is made."""
     ballast = tiny_disk(home, 512, 16 * 1024)
-    with pytest.raises(SystemLimitError, match=r"the base tiny-llama, bfloat16: .*No space left on device\. Free space"):
+    with pytest.raises(
+        SystemLimitError, match=r"the base tiny-llama, bfloat16: .*No space left on device\. Free space"
+    ):
         executor.prepare_base(asked(small_study, 501))
     assert not list(home.glob("*/*"))
     ballast.unlink()

@@ -10,7 +10,6 @@ import sys
 import zipfile
 
 import pytest
-
 from lorameter.models.catalogue import PROVENANCE_FILE
 
 MEMBER = "fake_model/weights.gguf"

@@ -10,7 +10,6 @@ import resource
 import subprocess
 
 import pytest
-
 from lorameter.records import journal, store
 from lorameter.records.atomic_json import write_document
 
@@ -26,13 +25,12 @@ def limited(**limits):
 
 
 def test_a_limit_of_file_sizes_keeps_what_fitted(command, only_run, resumed):
-    """The records reach the limit in the middle of the run: whole lines only, exit 4, and it is gone on with."""
+    """The records reach the limit in the middle of the run: whole lines only, exit 4, and it is resumed."""
     done = subprocess.run(command(), preexec_fn=limited(FSIZE=8_000), capture_output=True, text=True, check=False)
     assert done.returncode == 4, done.stderr
     assert "had measured is kept" in done.stderr
     assert (
-        "File too large. Raise the limit of file sizes (ulimit -f), then go on with: lorameter run --resume"
-        in done.stderr
+        "File too large. Raise the limit of file sizes (ulimit -f), then resume: lorameter run --resume" in done.stderr
     )
     assert "Traceback" not in done.stderr
     run = only_run()
@@ -45,12 +43,10 @@ def test_a_limit_of_file_sizes_keeps_what_fitted(command, only_run, resumed):
 
 
 def test_no_more_descriptors_are_a_refusal(command, only_run, resumed):
-    """From the middle of a trial on none can be opened: what had been saved is kept, and it is gone on with."""
+    """From the middle of a trial on none can be opened: what had been saved is kept, and it is resumed."""
     done = subprocess.run(command(stop="r1-a:turn:files"), capture_output=True, text=True, check=False)
     assert done.returncode == 4, done.stderr
-    assert (
-        "Too many open files. Raise the limit of open files (ulimit -n), then go on with: lorameter run" in done.stderr
-    )
+    assert "Too many open files. Raise the limit of open files (ulimit -n), then resume: lorameter run" in done.stderr
     assert "Traceback" not in done.stderr
     kept = [record for record in only_run().records if record.settled]
     assert {record.replicate for record in kept} == {0}
@@ -108,12 +104,12 @@ def small_disk(tmp_path, runs):
 
 
 def test_a_full_disk_keeps_what_fitted(command, small_disk, only_run, resumed):
-    """A real one, full but for some pages: exit 4 with the remedy; with space it is gone on with."""
+    """A real one, full but for some pages: exit 4 with the remedy; with space it is resumed."""
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * (256 - 16) * 1024)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     assert done.returncode == 4, done.stderr
-    assert "No space left on device. Free space there, then go on with: lorameter run --resume" in done.stderr
+    assert "No space left on device. Free space there, then resume: lorameter run --resume" in done.stderr
     run = only_run()
     assert run.damaged_lines == 0
     ballast.unlink()
@@ -121,7 +117,7 @@ def test_a_full_disk_keeps_what_fitted(command, small_disk, only_run, resumed):
 
 
 def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, small_disk):
-    """Before anything was measured, so there is nothing to go on with."""
+    """Before anything was measured, so there is nothing to resume."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     assert done.returncode == 4, done.stderr

@@ -11,7 +11,6 @@ import signal
 
 import psutil
 import pytest
-
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.processes import FAULTS
 from lorameter.run.executors import WorkerLostError

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-
 from lorameter.errors import InvalidRunError
 from lorameter.records import store
 from lorameter.records.os_errors import REFUSED
@@ -85,7 +84,7 @@ def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopp
         process.send_signal(signal.SIGUSR1)
         _, err = process.communicate()
     check_kept(only_run(), process.returncode, err)
-    assert "Read-only file system. Choose a folder that can be written, then go on with: lorameter run --resume" in err
+    assert "Read-only file system. Choose a folder that can be written, then resume: lorameter run --resume" in err
     assert {record.replicate for record in only_run().records if record.settled} == {0}
     subprocess.run(["umount", str(runs)], check=True)
     assert resumed().state == "complete"
@@ -116,7 +115,7 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
     )
     run = only_run()
     check_kept(run, done.returncode, done.stderr)
-    said = f"{trial} in {command_word}: No space left on device. Free space there, then go on with: lorameter run --res"
+    said = f"{trial} in {command_word}: No space left on device. Free space there, then resume: lorameter run --res"
     assert said in done.stderr
     record = next(one for one in run.records if one.trial == trial)
     assert (record.status, record.failure.kind) == ("interrupted", REFUSED)
@@ -157,14 +156,14 @@ def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, 
 
 @pytest.mark.parametrize("most", half([5_000, 12_000, 20_000, 30_000], [30_000]))
 def test_an_ab_keeps_what_fitted(most, command, tmp_path, begun, resumed, temporary):
-    """As a run: exit 4 and whole lines, both of its sides are taken down, and it is gone on with."""
+    """As a run: exit 4 and whole lines, both of its sides are taken down, and it is resumed."""
     sides = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--replicates", "12")
     words = command("ab", str(tmp_path / "small.toml"), *sides, "--variant", "a")
     done = subprocess.run(words, preexec_fn=limited(most), capture_output=True, text=True, check=False)
     check_kept(begun(), done.returncode, done.stderr)
     assert not list(temporary.iterdir())
     if begun() is not None:
-        assert "go on with: lorameter run --resume" in done.stderr
+        assert "resume: lorameter run --resume" in done.stderr
         assert resumed(*VERDICTS).state == "complete"
 
 
@@ -180,7 +179,8 @@ def test_what_pytest_cannot_save_is_in_the_run(session, only_run, tmp_path):
 
 @pytest.mark.parametrize("limit", ["AS", "DATA"])
 @pytest.mark.parametrize(
-    "words", [["lorameter.cli", "run", "training-step", "--dry-run"], ["lorameter.cli", "report", "x"], ["kernels_check"]]
+    "words",
+    [["lorameter.cli", "run", "training-step", "--dry-run"], ["lorameter.cli", "report", "x"], ["kernels_check"]],
 )
 def test_no_room_for_numpy_is_no_verdict(words, limit):
     """OpenBLAS would end the process with 1, which means a regression, or try for minutes: 4, the limit, the remedy."""

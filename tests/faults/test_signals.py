@@ -1,5 +1,5 @@
 """Every way of telling a measurement to stop, at every place: a row for each trial, nothing finished is lost, nothing
-is left behind, the exit code is 4, and it can be gone on with."""
+is left behind, the exit code is 4, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 
 import psutil
 import pytest
-
 from lorameter.machine.orphan_reaper import marked
 
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -217,7 +216,9 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
         f"[[variant]]\nname = 'b'\ncommand = '{sys.executable} launch.py 2'\ncwd = '{tmp_path}'\n"
     )
     words = ["run", str(tmp_path / "study.toml"), "--runs-dir", str(tmp_path / "runs"), "--interleave", "replicates"]
-    with subprocess.Popen([sys.executable, "-m", "lorameter.cli", *words], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorameter.cli", *words], stderr=subprocess.PIPE, text=True
+    ) as process:
         assert launcher[0].read_text() == "up"
         of_it = launcher[1]()
         process.send_signal(number)

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from lorameter.cli import main
+
 from kernels_check.pipes import EXIT_CLOSED_PIPE
 from tests.constructed import RUNS
 

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from lorameter.cli import main, parser
+from lorameter.run.arms import contenders_of
+from lorameter.studies.study_file import load_study, load_variant
 
 from benchmarks.gpu import campaign, journal
 from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
 from benchmarks.gpu.steps import BASES, CARD, STEPS, STUDY, Step, command, runs_of
-from lorameter.cli import main, parser
-from lorameter.run.arms import contenders_of
-from lorameter.studies.study_file import load_study, load_variant
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def test_a_call_begins_only_what_fits_and_the_next_goes_on(kept, tmp_path):
 
 
 def test_a_run_that_can_be_gone_on_with_takes_what_is_left_of_each_call(kept):
-    """It is stopped with the call, gone on with in the next, and ends when all its time is spent."""
+    """It is stopped with the call, resumed in the next, and ends when all its time is spent."""
     sweep = step("sweep", 500, resumes=("-c", ""), total_s=700)
     call = Call([sweep], kept, 300 + GRACE_S, {"sweep": 10_000})
     assert call.ran == [("sweep", 300)]
@@ -98,14 +98,14 @@ def test_what_cannot_be_gone_on_with_is_begun_twice_and_what_failed_once(kept):
 
 
 def test_the_journal_outlives_an_end_by_force_and_is_of_one_card(kept, tmp_path):
-    """Half a line is none; what was found on one card is not gone on with on another."""
+    """Half a line is none; what was found on one GPU is not resumed on another."""
     kept.add(entry("a"))
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"step": "b", "outc')
     again = Journal(tmp_path, "card")
     again.add(entry("c"))
     assert [one.step for one in Journal(tmp_path, "card").entries] == ["a", "c"]
-    with pytest.raises(OtherMachineError, match="holds what was found on card, and this is another"):
+    with pytest.raises(OtherMachineError, match="holds what was found on GPU, and this is another"):
         Journal(tmp_path, "another")
 
 
@@ -246,7 +246,7 @@ def test_without_a_card_a_step_is_rehearsed_and_nothing_is_claimed(tmp_path):
         text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "There is no card here" in done.stdout
+    assert "There is no GPU here" in done.stdout
     assert "planned, not measured" in done.stdout
     assert done.stdout.rstrip().endswith(" not decided")
     assert "0 confirmed; 0 refuted" in done.stdout

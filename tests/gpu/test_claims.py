@@ -183,7 +183,7 @@ def test_a_document_that_says_otherwise_refutes(found, name, step, change):
         ("fork", lambda found: found.facts.pop("zygote")),
         ("fork", lambda found: found.facts.update(zygote={"error": "it died"})),
         ("fork", lambda found: found.facts["zygote"]["child"].update(device="cpu")),
-        ("events", lambda found: found.facts.update(clock={"skipped": "no card"})),
+        ("events", lambda found: found.facts.update(clock={"skipped": "no GPU"})),
         ("events", lambda found: found.facts["clock"].update(events_over_kernels=None)),
         ("new lengths", lambda found: found.facts["attention"]["chosen"].update({"one token": "FLASH_ATTENTION"})),
         ("device start", lambda found: None),
@@ -211,12 +211,12 @@ def test_tests_decide_by_what_became_of_them(found):
     case = '<testcase classname="tests.machine.test_gpu" name="test_device_events_agree_with_the_wall"'
     for inner, verdict in (
         ("<failure message='off by 2 %'/>", "refuted"),
-        ("<skipped message='no card'/>", "not decided"),
+        ("<skipped message='no GPU'/>", "not decided"),
     ):
         found.tests = f"{case}>{inner}</testcase>"
         decision = found.decide("wall")
         assert decision.verdict == verdict
-        assert ("off by 2 %" if verdict == "refuted" else "no card") in decision.evidence
+        assert ("off by 2 %" if verdict == "refuted" else "no GPU") in decision.evidence
 
 
 @pytest.mark.parametrize(("status", "verdict"), [("ok", "confirmed"), ("oom", "refuted")])

@@ -85,7 +85,9 @@ def test_what_a_call_found_comes_back_to_where_the_next_looks(tmp_path, monkeypa
     assert (here / "docs" / "gpu.md").read_text() == "p"
 
 
-@pytest.mark.parametrize("hostile", ["harness/lorameter/cli.py", "../outside", ".gpu/state/../../harness/lorameter/cli.py", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "hostile", ["harness/lorameter/cli.py", "../outside", ".gpu/state/../../harness/lorameter/cli.py", "/etc/passwd"]
+)
 def test_an_archive_writes_nothing_else(tmp_path, hostile):
     """It comes from another machine."""
     archive = tmp_path / "a.tar.gz"

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def campaign(tmp_path, machine):
-    """A function that makes a campaign on a card in which every claim was decided alike."""
+    """A function that makes a campaign on a GPU in which every claim was decided alike."""
 
     def make(verdict, *, device="NVIDIA H100", units=("u",), rehearsed=False):
         journal = Journal(tmp_path / device / "state", device)
@@ -74,10 +74,10 @@ def test_every_link_of_the_page_leads_somewhere():
 
 
 def test_a_report_ends_with_the_claims_and_names_its_cards(tmp_path, campaign):
-    """Two cards of one name are said; of a rehearsal, that nothing is claimed; the document holds all of it."""
+    """Two GPUs of one name are said; of a rehearsal, that nothing is claimed; the document holds all of it."""
     found = campaign("confirmed", units=("u", "v"))
     text = report.text(found)
-    assert "on 2 cards of this name" in text
+    assert "on 2 GPUs of this name" in text
     assert text.rstrip().splitlines()[-1] == f"{len(CLAIMS)} confirmed; 0 refuted; 0 not decided"
     assert "done           24 s  probe" in text
     assert "not begun" in text

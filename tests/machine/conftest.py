@@ -39,7 +39,7 @@ def nvml(libraries, tmp_path):
 
     `answers` are the lines of the stand-in's file (`{"0.power": 250000}`), `driver` chooses old, new or none, and
     `variables` are those of the process. The dynamic loader looks into LD_LIBRARY_PATH first, and nvidia-ml-py opens
-    libnvidia-ml.so.1 by that name, so the code under test is the code that meets a real card.
+    libnvidia-ml.so.1 by that name, so the code under test is the code that meets a real GPU.
     """
 
     def run(lines, answers=None, *, driver="new", **variables):

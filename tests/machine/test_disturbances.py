@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from lorameter.machine.disturbances import judge
 
 QUIET = {
@@ -79,7 +78,7 @@ def test_the_counter_of_time_goes_before_the_samples():
 
 
 def test_a_supply_that_brakes_shows_in_samples_only():
-    """The card's thermal counter stays at zero then."""
+    """The GPU's thermal counter stays at zero then."""
     (one,) = found({"device_throttled_samples_train": 20.0})
     assert "20 of 40 samples" in one.message
     assert one.invalid
@@ -111,7 +110,7 @@ def test_several_threads_are_judged_by_the_pressure_around_them_alone():
 
 
 def test_what_all_shared_makes_nobody_invalid_and_heat_does():
-    """A card that protects itself is not what the study asks about, however fairly it is shared."""
+    """A GPU that protects itself is not what the study asks about, however fairly it is shared."""
     assert not any(one.invalid for one in found({"device_sm_clock_min_train_hz": 1.0e9}, in_turns=True))
     assert not any(one.invalid for one in found({"host_steal_train_s": 50.0}, in_turns=True))
     assert any(one.invalid for one in found({"device_thermal_slowdown_train_s": 50.0}, in_turns=True))

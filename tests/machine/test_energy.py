@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.telemetry import LEAST_S, energy_between
 
@@ -20,7 +19,7 @@ def test_energy_is_the_difference():
         (Reading(value=1.0), Reading(value=2.0), 0.3, "0.30 s were measured"),
         (Reading(value=1.0), Reading(value=1.0), 3.0, "stood still"),
         (missing("not offered"), Reading(value=2.0), 3.0, "not offered"),
-        (Reading(value=1.0), missing("card lost"), 3.0, "card lost"),
+        (Reading(value=1.0), missing("GPU lost"), 3.0, "GPU lost"),
     ],
 )
 def test_what_is_no_energy_is_missing(first, last, seconds, words):

@@ -1,4 +1,4 @@
-"""The meters against each other on a real card: events and wall, counter and power, NVML and the allocator."""
+"""The meters against each other on a real GPU: events and wall, counter and power, NVML and the allocator."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import time
 
 import pytest
 import torch
-
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.other_gpu_processes import neighbours_of
-from lorameter.machine.throttle import IDLE
 from lorameter.machine.telemetry import Telemetry, card_of
+from lorameter.machine.throttle import IDLE
 from lorameter.trial.clock import Stopwatch
 
 pytestmark = pytest.mark.gpu
 CONTEXT_BYTES = 2 * 2**30
-"""More than a CUDA context with the libraries that torch loads takes on any card."""
+"""More than a CUDA context with the libraries that torch loads takes on any GPU."""
 
 
 @pytest.fixture
 def work():
-    """A function that keeps the card busy with so many large products, without waiting for them."""
+    """A function that keeps the GPU busy with so many large products, without waiting for them."""
     left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 
     def multiply(times):
@@ -35,10 +34,10 @@ def work():
 
 @pytest.fixture
 def card():
-    """The card that torch uses, as NVML sees it."""
+    """The GPU that torch uses, as NVML sees it."""
     found = card_of("cuda")
     if found.value is None:
-        pytest.skip(f"NVML does not find the card of torch: {found.reason}")
+        pytest.skip(f"NVML does not find the GPU of torch: {found.reason}")
     yield found.value
     found.value.close()
 
@@ -99,7 +98,7 @@ def test_nvml_sees_what_the_allocator_takes(card):
 
 
 def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
-    """The values that stand in a record; the clock is that of a card at work."""
+    """The values that stand in a record; the clock is that of a GPU at work."""
     watch = Telemetry("train", "cuda", energy=True)
     for _ in range(2):
         watch.begin()
@@ -117,7 +116,7 @@ def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
         assert torch.cuda.memory_reserved() <= values["device_own_train_bytes"] <= values["device_used_train_bytes"]
     if "device_sm_clock_max_train_hz" in values:
         assert 0 < values["device_sm_clock_min_train_hz"] <= card.facts().max_sm_clock_hz.value
-    else:  # every sample was of a card that had already gone idle
+    else:  # every sample was of a GPU that had already gone idle
         assert IDLE in card.sample().events.value
 
 
@@ -135,7 +134,7 @@ def test_the_allocator_has_not_retried_where_memory_is_plenty():
 
 
 def test_the_allocator_counts_what_it_could_not_have():
-    """An allocation beyond the card fails after the cache was emptied, and both are counted."""
+    """An allocation beyond the GPU fails after the cache was emptied, and both are counted."""
     gauge = PeakMemoryTracker("cuda")
     gauge.begin()
     with pytest.raises(torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""What NVML tells of several cards, with the driver's library scripted."""
+"""What NVML tells of several GPUs, with the driver's library scripted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NOT_SUPPORTED = 3
 
 
 def test_how_cards_reach_each_other_is_told(nvml):
-    """By NVLink where the driver says so, else by where they meet; links that are up are counted; hidden cards and
+    """By NVLink where the driver says so, else by where they meet; links that are up are counted; hidden GPUs and
     instances are left out."""
     lines = """
         from lorameter.machine.gpus import card_links
@@ -58,7 +58,7 @@ SECOND = ["Second", "GPU-aaaa2222-0000-0000-0000-000000000000", 400.0, ""]
     ],
 )
 def test_each_visible_card_is_known_by_whatever_name_it_has(nvml, visible, told):
-    """Its own name, and the card that it is a part of, whose power limit counts."""
+    """Its own name, and the GPU that it is a part of, whose power limit counts."""
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert nvml(VISIBLE, {**MIG, "1.limit": 400000}, **variables) == told
 
@@ -75,18 +75,18 @@ SITES = """
     try:
         grounds = local.local_sites(("0", "1"), machine, mixed=MIXED)
         facts = [LocalExecutor(host=ground.host).facts() for ground in grounds]
-        tell([[one.machine.device_name, one.settings["card"]["power_limit_w"]] for one in facts])
+        tell([[one.machine.device_name, one.settings["GPU"]["power_limit_w"]] for one in facts])
     except UsageError as refused:
         tell(str(refused))
 """
 
 
 def test_sites_of_unlike_cards_are_refused_by_whatever_name_they_are_visible(nvml):
-    """With name and power limit; where they may be mixed each knows its own card."""
+    """With name and power limit; where they may be mixed each knows its own GPU."""
     uuids = {"CUDA_VISIBLE_DEVICES": "GPU-aaaa2,GPU-aaaa1"}
     answers = {**TWO, "1.limit": 400000}
     refused = nvml(SITES.replace("MIXED", "False"), answers, **uuids)
-    assert "cards of different kinds (First at 700 W, Second at 400 W)" in refused
+    assert "GPUs of different kinds (First at 700 W, Second at 400 W)" in refused
     alike = {**answers, "1.name": "First", "0.limit": 400000}
     assert nvml(SITES.replace("MIXED", "False"), alike, **uuids) == [["First", 400.0]] * 2
     assert nvml(SITES.replace("MIXED", "True"), answers, **uuids) == [["Second", 400.0], ["First", 700.0]]

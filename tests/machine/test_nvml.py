@@ -29,13 +29,13 @@ def test_a_card_tells_everything_in_base_units(nvml):
     told = nvml(
         SAMPLE,
         {
-            "0.name": "Test card", "0.uuid": "GPU-1", "driver": "580.1", "0.power": 421500, "0.energy": 12345678,
+            "0.name": "Test GPU", "0.uuid": "GPU-1", "driver": "580.1", "0.power": 421500, "0.energy": 12345678,
             "0.limit": 500000, "0.sm_clock": 1410, "0.temperature": 71, "0.reasons": 0x24, "0.uncorrected": 2,
             "0.thermal_ns": 1500000000, "0.power_ns": 250000000, "0.persistence": 0,
         },
     )  # fmt: skip
     assert {name: value for name, (value, _) in told.items()} == {
-        "name": "Test card", "uuid": "GPU-1", "driver": "580.1", "power_limit_w": 500.0,
+        "name": "Test GPU", "uuid": "GPU-1", "driver": "580.1", "power_limit_w": 500.0,
         "default_power_limit_w": 700.0, "max_sm_clock_hz": 1.98e9, "max_memory_clock_hz": 2.619e9,
         "slowdown_temperature_c": 87.0, "ecc": True, "corrected_errors": 0, "uncorrected_errors": 2, "mig": False,
         "persistence": False, "clocks_need_root": True, "energy_j": 12345.678, "power_w": 421.5,
@@ -86,10 +86,10 @@ def test_the_card_is_the_one_that_cuda_will_use(nvml, visible, answer):
 
 @pytest.mark.parametrize("visible", ["MIG-bbbb", "1"])
 def test_the_energy_of_a_shared_card_is_nobodys(nvml, visible):
-    """Power and energy are the whole card's; clocks and heat are told, as they are those of this part too."""
+    """Power and energy are the whole GPU's; clocks and heat are told, as they are those of this part too."""
     told = nvml(SAMPLE, MIG, CUDA_VISIBLE_DEVICES=visible)
     for name in ("energy_j", "power_w"):
-        assert told[name] == [None, "the counter is the whole card's, and other MIG instances share the card"]
+        assert told[name] == [None, "the counter is the whole GPU's, and other MIG instances share the GPU"]
     assert told["sm_clock_hz"][0] == 1.755e9
     assert told["name"][0] == ("Second MIG 1g.10gb" if visible.startswith("MIG") else "Second")
 

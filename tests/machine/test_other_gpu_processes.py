@@ -1,4 +1,4 @@
-"""Who is on the card: told apart from this run's own, and said so where a container hides them."""
+"""Who is on the GPU: told apart from this run's own, and said so where a container hides them."""
 
 from __future__ import annotations
 

@@ -6,9 +6,15 @@ import dataclasses
 import hashlib
 
 import pytest
-
-from lorameter.machine.provenance import FINGERPRINT, collect, fingerprint_fields, fingerprint, power_limit_w, read_facts
 from lorameter.machine.kernel_env import switches_of
+from lorameter.machine.provenance import (
+    FINGERPRINT,
+    collect,
+    fingerprint,
+    fingerprint_fields,
+    power_limit_w,
+    read_facts,
+)
 from lorameter.records import codec
 
 CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
@@ -16,7 +22,7 @@ CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
 
 @pytest.fixture
 def on_card(small_study, machine, monkeypatch):
-    """A function that collects the provenance of a run on a card with these settings; None: before they were kept."""
+    """A function that collects the provenance of a run on a GPU with these settings; None: before they were kept."""
 
     def facts(told):
         monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, card, environment: {"card": told})
@@ -36,13 +42,13 @@ def before_limits(facts):
 
 
 def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
-    """Values or reasons under one key; on a CPU no card is asked, and no moment's load is a setting."""
+    """Values or reasons under one key; on a CPU no GPU is asked, and no moment's load is a setting."""
     told = collect(small_study, read_facts(machine), 1)["settings"]
     assert told["system"].keys() == {
         "cpus", "quota_cpus", "governor", "turbo", "huge_pages", "numa_nodes", "memory_bytes", "swap_bytes",
         "container",
     }  # fmt: skip
-    assert told["card"] == "not available: trials do not run on a card"
+    assert told["card"] == "not available: trials do not run on a GPU"
     assert all(told["host_counters_missing"].values())
     assert codec.to_json(told) == told
 
@@ -75,7 +81,7 @@ SWITCHES = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "PYTORCH_ALLOC_CONF": "expand
 
 @pytest.fixture
 def steered(small_study, machine):
-    """A function that collects the provenance of a run on a card with these packages and switches."""
+    """A function that collects the provenance of a run on a GPU with these packages and switches."""
 
     def facts(packages=PACKAGES, switches=SWITCHES, *, device="cuda", cuda="13.0", **more):
         there = dataclasses.replace(machine, device=device, cuda=cuda)
@@ -105,7 +111,7 @@ def test_what_steers_a_cards_choice_of_kernels_is_part_of_its_fingerprint(steere
 
 
 def test_a_cpu_chooses_no_kernels_of_a_card(steered):
-    """What is installed or set for cards is nothing to its runs."""
+    """What is installed or set for GPUs is nothing to its runs."""
     assert "kernels" not in steered(device="cpu")
     assert fingerprint(steered(device="cpu")) == fingerprint(steered({}, {}, device="cpu"))
 

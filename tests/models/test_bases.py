@@ -5,7 +5,6 @@ import os
 import time
 
 import pytest
-
 from lorameter.models import bases
 from lorameter.models.bases import BaseDescription
 

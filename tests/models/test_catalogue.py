@@ -5,7 +5,6 @@ import socket
 from pathlib import Path
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.models import catalogue
 from lorameter.models.catalogue import CATALOGUE

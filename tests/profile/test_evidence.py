@@ -1,7 +1,6 @@
 """Times that the evidence reads off what ran in a phase, constructed."""
 
 import pytest
-
 from lorameter.profile.evidence import dropout_s, unpacking_s
 from lorameter.records.activity import OperatorUse, PhaseActivity
 
@@ -18,7 +17,7 @@ UNPACKED = ("bitsandbytes::dequantize_4bit", "dequantize", 0.1)
 @pytest.mark.parametrize(
     ("uses", "seconds"),
     [
-        ((UNPACKED, PRODUCT), 0.1),  # a kernel of a card, which calls nothing
+        ((UNPACKED, PRODUCT), 0.1),  # a kernel of a GPU, which calls nothing
         ((UNPACKED, FUNCTION, PRODUCT), 0.11),
         ((FUNCTION, ("bitsandbytes::gemm_4bit", "matmul", 0.4)), 0.0),  # packed weights are multiplied as they are
         ((PRODUCT,), 0.0),

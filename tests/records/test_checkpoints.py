@@ -1,7 +1,6 @@
 """How often what is measured is saved before it is whole."""
 
 import pytest
-
 from lorameter.records.checkpoints import checkpoint_is_due
 
 

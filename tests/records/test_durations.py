@@ -1,7 +1,6 @@
 """How long measuring took, whatever the calendar did meanwhile."""
 
 import pytest
-
 from lorameter.records.durations import measuring_time_s
 from lorameter.records.record import TrialRecord
 
@@ -18,7 +17,7 @@ def record(started_unix_s, wall_time_s):
     [
         ([(100.0, 10.0), (110.0, 10.0)], 20.0),  # one after the other
         ([(100.0, 30.0), (102.0, 27.0), (101.0, 30.0)], 31.0),  # taking turns
-        ([(100.0, 10.0), (99_110.0, 10.0)], 20.0),  # gone on with after a day
+        ([(100.0, 10.0), (99_110.0, 10.0)], 20.0),  # resumed after a day
         ([(100.0, 10.0), (5.0, 10.0)], 20.0),  # the clock was set back
         ([(100.0, 30.0), (9e8, 29.0)], 59.0),  # set forward while they took turns
         ([(0.0, 0.0), (100.0, 10.0)], 10.0),  # one that never began

@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.records import codec, bounded_io, store
+from lorameter.records import bounded_io, codec, store
 from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import TRIALS, Manifest, Resumption, RunWriter

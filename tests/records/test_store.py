@@ -5,7 +5,6 @@ import json
 import subprocess
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.machine.repository import git_state
 from lorameter.records import store
@@ -134,7 +133,7 @@ def test_the_last_record_of_a_trial_counts(tmp_path):
 
 
 def test_a_trial_given_up_and_then_needless_is_in_no_report(tmp_path):
-    """After an interruption it was not run; gone on with, the run ended before its turn came."""
+    """After an interruption it was not run; resumed, the run ended before its turn came."""
     writer = RunWriter(tmp_path, dataclasses.replace(manifest(), order=("r0-a", "r1-a")))
     writer.append(record("r0-a"))
     writer.append(record("r1-a").replaced(status="not_run"))

@@ -1,7 +1,6 @@
 """Numbers as they are written: one scale, the digits that the interval supports, never without an interval."""
 
 import pytest
-
 from lorameter.records.units import (
     format_bytes,
     format_duration,
@@ -53,5 +52,5 @@ def test_per_cents_have_two_digits_or_all_before_the_point(fraction, text):
 
 
 def test_what_is_large_is_written_out():
-    """Tokens a second of a card."""
+    """Tokens a second of a GPU."""
     assert [format_value(value, "1/s") for value in (999.4, 999.6, 21_374.0)] == ["999/s", "1000/s", "21374/s"]

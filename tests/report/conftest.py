@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from lorameter.machine.doctor.check import DoctorCheck
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
@@ -36,31 +35,31 @@ from lorameter.records.record import Failure, Notice, TrialRecord
 from lorameter.records.request_facts import ModelSize, RequestSight
 from lorameter.report.attribution import describe_attribution
 from lorameter.report.bisect import describe_bisection
+from lorameter.report.blocks import Document
 from lorameter.report.calibration import describe_calibration
 from lorameter.report.claims import describe_claims
 from lorameter.report.comparison import describe_comparison
 from lorameter.report.doctor import describe_checks
 from lorameter.report.estimate import describe_estimate
-from lorameter.report.memory_fit import describe_fit
 from lorameter.report.gate import describe_gate
 from lorameter.report.history import describe_history
 from lorameter.report.matrix import MatrixRun, describe_matrix
+from lorameter.report.memory_fit import describe_fit
 from lorameter.report.notices import describe_notices, warn_before_run
 from lorameter.report.parity import describe_parity, show_differing
 from lorameter.report.plan import describe_plan
 from lorameter.report.profile import describe_profile
+from lorameter.report.remedy_result import describe_tried
 from lorameter.report.requests import describe_requests
 from lorameter.report.run import describe_run
+from lorameter.report.run_view import ReportFilter, view_of
 from lorameter.report.runs import describe_runs
 from lorameter.report.sample import Sample, describe_samples
 from lorameter.report.sizes import describe_sizes
-from lorameter.report.blocks import Document
-from lorameter.report.remedy_result import describe_tried
-from lorameter.report.run_view import ReportFilter, view_of
 from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
-from lorameter.run.memory_fit import MemoryDevice, Fitter, on_card, on_machine
 from lorameter.run.forecast import Forecast
+from lorameter.run.memory_fit import Fitter, MemoryDevice, on_card, on_machine
 from lorameter.run.memory_options import advise
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
@@ -74,9 +73,10 @@ from lorameter.verdicts.claims import judge_claims
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import judge, load_policy
 from lorameter.verdicts.series import verdict_only
+
 from tests.constructed import PROFILES, RUNS
 
-NOTICES = (Notice(code="contention", message="others ran.", remedy="Stop them."),)
+NOTICES = (Notice(code="cpu-contention", message="others ran.", remedy="Stop them."),)
 MACHINE = Machine(
     device="cpu", device_name="Test [CPU]", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
     cpus=2, memory_bytes=8 * 2**30, avx512_bf16=True, kernel="6.0", python="3.11.0",
@@ -240,7 +240,7 @@ def sizes() -> tuple[Any, ...]:
 
 
 def fits() -> dict[str, Callable[[], Document]]:
-    """A variant that does not fit on a card, one that does with all that is said of it, and one on this machine."""
+    """A variant that does not fit on a GPU, one that does with all that is said of it, and one on this machine."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
     refusing = Variant(name="v", init_lora_weights="pissa")
@@ -285,7 +285,9 @@ def tried() -> Tried:
 def changes() -> tuple[MatrixRun, ...]:
     """Two changes of versions of one study."""
     found = ((name, constructed_run(name)) for name in ("ab", "ab-improved"))
-    return tuple(MatrixRun(run=name, study=str(run.manifest.study["name"]), report=report_of(run)) for name, run in found)
+    return tuple(
+        MatrixRun(run=name, study=str(run.manifest.study["name"]), report=report_of(run)) for name, run in found
+    )
 
 
 def bisection(slow_from: int | None) -> Bisection:
@@ -358,7 +360,9 @@ def every_report(small_study, history) -> dict[str, Document]:
         "cold run": lambda: describe_run(view_of(constructed_run("cold"))),
         "run with one replicate": lambda: describe_run(view_of(constructed_run("one-replicate"))),
         "noisy run": lambda: describe_run(view_of(constructed_run("noisy"))),
-        "run by a metric": lambda: describe_run(view_of(constructed_run("sound"), ReportFilter(metrics=("*loss", "*_bytes")))),
+        "run by a metric": lambda: describe_run(
+            view_of(constructed_run("sound"), ReportFilter(metrics=("*loss", "*_bytes")))
+        ),
         "failed run": lambda: describe_run(view_of(constructed_run("failed"))),
         "killed run": lambda: describe_run(view_of(constructed_run("killed"))),
         "comparison": lambda: describe_comparison(compared),

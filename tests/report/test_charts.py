@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.report.figures import figures_of_run
 from lorameter.report.run_view import view_of
+
 from tests.constructed import RUNS
 
 
@@ -52,7 +52,7 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
     [("2026-11-24_amd-epyc-2cpu_llama2-lora-parameters", 6, 31), ("2026-11-25_amd-epyc-2cpu_lora-or-qlora", 3, 21)],
 )
 def test_losses_are_those_of_the_trials_that_trained_to_the_end(run, replicates, steps, tmp_path, capsys):
-    """Solo trials take four steps and are in no curve: the page and the terminal show every step of the training."""
+    """Isolated trials take four steps and are in no curve: page and terminal show every step of the training."""
     page = tmp_path / "report.html"
     assert main(["report", str(Path(__file__).parents[2] / "reports" / run), "--html", str(page)]) == 0
     assert "loss by step, median of the replicates" in capsys.readouterr().out

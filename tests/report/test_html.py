@@ -9,16 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.report.curves import Axis, Curve, Curves
-from lorameter.report.figure import Bar, Bars, ParetoFront, Intervals, Mark, BarSegment, Samples, Spot, Stretch
-from lorameter.report.figures import figures_of_run
-from lorameter.report.html.page import write_html
-from lorameter.report.html.charts import draw
-from lorameter.report.run import describe_run
 from lorameter.report.blocks import Table, name_columns, say, write_row
+from lorameter.report.curves import Axis, Curve, Curves
+from lorameter.report.figure import Bar, Bars, BarSegment, Intervals, Mark, ParetoFront, Samples, Spot, Stretch
+from lorameter.report.figures import figures_of_run
+from lorameter.report.html.charts import draw
+from lorameter.report.html.page import write_html
+from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +137,10 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
 @pytest.mark.parametrize(
     ("asked", "titles"),
     [
-        (ReportFilter(variants=("qlora-nf4-r16",), metrics=("step_time_s",)), ["Training: step time: ratios to lora-r16"]),
+        (
+            ReportFilter(variants=("qlora-nf4-r16",), metrics=("step_time_s",)),
+            ["Training: step time: ratios to lora-r16"],
+        ),
         (
             ReportFilter(variants=("qlora-nf4-r16",), phases=("generate",)),
             ["Warm generation: ratios to lora-r16", "Checks of the paths that ran"],

@@ -7,13 +7,12 @@ import io
 import re
 
 import pytest
-from rich.cells import cell_len
-from rich.console import Console
-
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.report import live
 from lorameter.report.live import LiveDisplay
 from lorameter.run.plan import make_plan
+from rich.cells import cell_len
+from rich.console import Console
 
 
 @pytest.fixture
@@ -75,10 +74,10 @@ def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
     """On what was expected at first, then on the trials so far; nothing where nothing is known."""
     clock = [1000.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
-    display = LiveDisplay(Console(file=io.StringIO(), width=100), device="a card", expected_s=600.0, basis="run x")
+    display = LiveDisplay(Console(file=io.StringIO(), width=100), device="a GPU", expected_s=600.0, basis="run x")
     display.starting(plan, "run-1")
     clock[0] += 60
-    assert "a card" in screen(display)[-1]
+    assert "a GPU" in screen(display)[-1]
     assert "about 9 min 00 s left, by run x" in screen(display)[-1]
     clock[0] += 600
     assert "longer than the 10 min 00 s of run x" in screen(display)[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from lorameter.models.costs.memory import (
     MEASURED_ERRORS,
     MEASURED_ON,
@@ -49,4 +48,4 @@ def test_the_range_is_said_with_what_supports_it(said):
         assert f"Range: {span((low - 1, high - 1))} of the estimate." in text
         assert (f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks of GPUs lie within it" in text) is on_card
         assert (f"missed {MEASURED_ON} by {span(MEASURED_ERRORS)}" in text) is not on_card
-        assert ("Assumed, and measured on no card: the driver keeps 2 % of the card" in text) is on_card
+        assert ("Assumed, and measured on no GPU: the driver keeps 2 % of the GPU" in text) is on_card

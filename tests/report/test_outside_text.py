@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.records import codec
@@ -27,6 +26,7 @@ from lorameter.studies.study_file import load_study
 from lorameter.trial.failure import failure_of
 from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
 from lorameter.verdicts.gate import Policy, gate_document, judge
+
 from kernels_check.__main__ import main as check_kernels
 from kernels_check.terminal import escape_control_chars
 
@@ -160,7 +160,9 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
 
 def test_the_description_of_an_environment_holds_no_credential(tmp_path, monkeypatch):
     """The cache is kept, and may be shared."""
-    monkeypatch.setattr("lorameter.run.executors.environments._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True))
+    monkeypatch.setattr(
+        "lorameter.run.executors.environments._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True)
+    )
     monkeypatch.setattr("lorameter.run.executors.environments.site_packages", lambda python: tmp_path)
 
     def made(requirements, out, report):
@@ -203,7 +205,7 @@ def hostile_run(write_run, *, sides_too=False):
     document = codec.to_json(read_manifest(path))
     document["study"] |= {"title": f"a [/b] c {ESCAPE}", "notes": [f"note {ESCAPE}"]}
     document |= {"run": f"hostile{ESCAPE}", "stopped": f"why {ESCAPE}", "why": ESCAPE}
-    document["provenance"] |= {"device_name": f"card [/x] {ESCAPE}"}
+    document["provenance"] |= {"device_name": f"GPU [/x] {ESCAPE}"}
     document["tokens"] = {"data": f"file{ESCAPE}.jsonl"}
     if sides_too:
         side = {"label": f"[/b]{ESCAPE}", "worker": ESCAPE, "facts": {"packages": {f"p{ESCAPE}": "1"}}}

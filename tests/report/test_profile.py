@@ -5,7 +5,6 @@ import io
 import json
 
 import pytest
-
 from lorameter import cli
 from lorameter.commands import profile as commands_profile
 from lorameter.models.costs.modules import StepProducts, to_values
@@ -30,8 +29,8 @@ from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.report.profile import describe_profile
-from lorameter.report.terminal import console_for, show
 from lorameter.report.remedy_result import describe_tried
+from lorameter.report.terminal import console_for, show
 from lorameter.stats import compare_trials
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
@@ -167,7 +166,7 @@ def outcome(ratio=0.8, *, scatter=0.001, valid=True, metric="step_time_s", **cha
         code="x", message="m", cost_s=0.02, cost_share=0.25, remedy="r",
         **changes or {"changes": {"lora_dropout": 0.0}},
     )  # fmt: skip
-    notice = Notice(code="contention", message="others ran.", remedy="Stop them.")
+    notice = Notice(code="cpu-contention", message="others ran.", remedy="Stop them.")
     return Tried(
         finding=finding, run="run", interleaving="lockstep", metric=metric, comparison=comparison, control=comparison,
         failures=(), notices=(notice,), valid=valid,

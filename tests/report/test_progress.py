@@ -7,14 +7,13 @@ import io
 import json
 
 import pytest
-from rich.console import Console
-
 from lorameter.records import store
 from lorameter.records.record import UNDER_WAY, Failure
 from lorameter.report.run import describe_run
-from lorameter.report.terminal import show
 from lorameter.report.run_view import view_of
+from lorameter.report.terminal import show
 from lorameter.verdicts.ab import report_of
+from rich.console import Console
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 
@@ -51,7 +50,7 @@ def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
     text = text_of(broken_off(5))
     assert "1 of 3 replicates complete" in text
     assert "status    its process was killed; 4 of 9 trials have come to their end" in text
-    assert "Go on with: lorameter run --resume run" in text
+    assert "Resume: lorameter run --resume run" in text
     assert "interrupted in turn: under way when this was written" in text
     assert "no record (the run is killed)" in text
     assert "This run is not complete (killed)" in text
@@ -60,7 +59,7 @@ def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
 
 
 def test_a_run_under_way_is_not_taken_for_a_killed_one(broken_off):
-    """A process holds it: there is nothing to go on with."""
+    """A process holds it: there is nothing to resume."""
     text = text_of(broken_off(5, live=True))
     assert "status    under way: a process is measuring it; 4 of 9 trials" in text
     assert "--resume" not in text

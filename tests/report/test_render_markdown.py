@@ -7,14 +7,10 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from markdown_it import MarkdownIt
-
-from lorameter.report.curves import Axis, Curve, Curves
-from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
 from lorameter.report.blocks import (
     Cell,
-    Collapsible,
     ChartGroup,
+    Collapsible,
     ColumnHeader,
     Panel,
     Quote,
@@ -23,6 +19,9 @@ from lorameter.report.blocks import (
     say,
     write_row,
 )
+from lorameter.report.curves import Axis, Curve, Curves
+from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
+from markdown_it import MarkdownIt
 
 HOSTILE = (
     "a|b *c* _d_ `e` <img src=x onerror=1> [f](http://g.example) ![h](i) **j** ~~k~~ # l $m$ &amp; @octocat \\| "

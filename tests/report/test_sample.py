@@ -6,7 +6,6 @@ import dataclasses
 import json
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store

@@ -6,16 +6,28 @@ import io
 import re
 
 import pytest
+from lorameter.records.record import Failure, TrialRecord
+from lorameter.report.blocks import (
+    Cell,
+    Collapsible,
+    ColumnHeader,
+    Line,
+    Panel,
+    Quote,
+    Row,
+    Section,
+    Span,
+    Table,
+    say,
+    write_row,
+)
+from lorameter.report.live import LiveDisplay
+from lorameter.report.render_rich import STYLES
+from lorameter.report.terminal import console_for, show, text_of
+from lorameter.run.plan import make_plan
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
-
-from lorameter.records.record import Failure, TrialRecord
-from lorameter.report.render_rich import STYLES
-from lorameter.report.live import LiveDisplay
-from lorameter.report.blocks import Cell, Collapsible, ColumnHeader, Line, Panel, Quote, Row, Section, Span, Table, say, write_row
-from lorameter.report.terminal import console_for, show, text_of
-from lorameter.run.plan import make_plan
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
 SHOWN = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"

@@ -4,6 +4,7 @@ import shutil
 
 from lorameter.results.folder import read_each, summary_of
 from lorameter.results.pack import pack
+
 from tests.constructed import DAMAGED, RUNS
 
 

@@ -9,7 +9,6 @@ import time
 
 import msgspec
 import pytest
-
 from lorameter import cli
 from lorameter.commands.documents_of_many import HistoryOf
 from lorameter.commands.output import SCHEMA
@@ -94,7 +93,7 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
 
 
 def test_two_machines_in_turns_are_two_lines_with_one_break(nightly):
-    """A fingerprint that comes back goes on with its line."""
+    """A fingerprint that comes back resumes its line."""
     runs = nightly([1.0] * 24, lambda night: {"device_name": f"CPU {night % 2}"})
     (track,) = told(runs).tracks
     assert [len(line.moments) for line in track.lines] == [12, 12]

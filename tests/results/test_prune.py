@@ -10,11 +10,10 @@ import time
 import filelock
 import msgspec
 import pytest
-
 from lorameter import cli
 from lorameter.commands.documents_of_many import PrunedOf
 from lorameter.errors import UsageError
-from lorameter.records import codec, bounded_io, store
+from lorameter.records import bounded_io, codec, store
 from lorameter.records.atomic_json import write_document
 from lorameter.records.locks import alone
 from lorameter.results.prune import choose, parse_age, remove

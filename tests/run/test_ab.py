@@ -15,14 +15,13 @@ from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
-import pytest
-
 import lorameter.run.ab
 import lorameter.run.executors.local
+import pytest
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import PartialRecord
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.ab import plan_ab
 from lorameter.run.device_lock import hold_device
 from lorameter.run.executors import TrialFiles
@@ -203,7 +202,9 @@ class FakeWorker:
             luck = 0.0 if self.executor.label == "base" else FakeExecutor.noise if even else -FakeExecutor.noise
             step = self.executor.step_s * (1 + self.rows / 1000) * (1 + luck)
             counts = {"turn_real_tokens": (32.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (1.0,)}
-            return PartialRecord(samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "train_loss": (2.0,)} | counts)
+            return PartialRecord(
+                samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "train_loss": (2.0,)} | counts
+            )
         if command == "finish_training" and trial.endswith("-solo"):
             return PartialRecord(memory={"host_peak_train_bytes": 2**20})
         return PartialRecord()
@@ -530,7 +531,7 @@ def test_a_calibration_that_broke_off_is_gone_on_with(calibration, fake, loramet
 
 
 def test_a_calibration_can_be_gone_on_with_as_the_ab_that_it_is(calibration, lorameter):
-    """By the door that its own messages name where a disk was full; the planted slow-down is its verdict."""
+    """By the door that its own messages name where a disk was full; the injected slow-down is its verdict."""
     name, _ = calibration
     code, document = lorameter("run", "--resume", name, "--json")
     assert (code, document["comparisons"][0]["verdict"]) == (1, "regressed")
@@ -549,7 +550,7 @@ def test_what_a_calibration_has_settled_cannot_be_given_anew(calibration, fake, 
 
 
 @pytest.mark.parametrize(("rows", "said"), [
-    (["--inject-rows", "50"], "go on with: lorameter calibrate --resume"),
+    (["--inject-rows", "50"], "resume: lorameter calibrate --resume"),
     ([], "it sizes the slow-down of a calibration. Calibrate anew"),
 ])  # fmt: skip
 def test_a_calibration_that_is_stopped_says_so(fake, repository, study_file, lorameter, monkeypatch, rows, said):

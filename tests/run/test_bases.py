@@ -6,13 +6,12 @@ import os
 import time
 
 import pytest
-
 from lorameter.models.bases import DESCRIPTION, ENV_BASES, UNUSED_DAYS, in_use
-from lorameter.records.worker_info import BaseSummary
-from lorameter.records.record import Failure
 from lorameter.records.os_errors import SystemLimitError
-from lorameter.run.bases import prepare_bases
+from lorameter.records.record import Failure
+from lorameter.records.worker_info import BaseSummary
 from lorameter.run.arms import sides_of
+from lorameter.run.bases import prepare_bases
 from lorameter.run.executors import WorkerLostError
 from lorameter.run.plan import make_plan
 

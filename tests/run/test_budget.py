@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import PartialRecord
@@ -14,9 +13,9 @@ from lorameter.run.budget import LEAST_ROUNDS, Budget
 from lorameter.run.executors import TrialFiles
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import RunContext
 from lorameter.run.stopping import Stopping
 from lorameter.run.thinning import tell_left_out
+from lorameter.run.trial_setup import RunContext
 from lorameter.verdicts.series import compare_series, group_trials
 
 COSTS = {
@@ -216,7 +215,7 @@ def test_later_replicates_leave_out_what_would_cost_them_their_number(measured):
     assert {record.replicate for record in records.values() if "cold_start_time_s" in record.samples} == {0}
     assert executor.now <= 1.1 * limit_s
     (notice,) = executor.notices
-    assert notice.code == "left-out"
+    assert notice.code == "measurements-skipped"
     assert "peaks of memory, requests" in notice.message
     assert not measured(None, costs=COSTLY, replicates=3, phases=PHASES)[0].notices
 

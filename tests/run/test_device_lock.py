@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from lorameter.errors import InvalidRunError
 from lorameter.run.device_lock import hold_device
 
@@ -99,9 +98,9 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
 
 
 def test_a_name_leads_to_a_file_in_the_folder_and_to_no_other(tmp_path, monkeypatch):
-    """Whatever the driver calls the card; a link in its place is not followed."""
+    """Whatever the driver calls the GPU; a link in its place is not followed."""
     monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
-    with hold_device(OnDevice("../../a card"), "refuse"):
+    with hold_device(OnDevice("../../a GPU"), "refuse"):
         assert [path.name for path in tmp_path.iterdir()] == ["lorameter--a-card.lock"]
     (tmp_path / "lorameter-cpu.lock").symlink_to(tmp_path / "elsewhere")
     with hold_device(OnDevice("cpu"), "refuse"):

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.models import shapes
 from lorameter.run.feasibility import check_feasible
@@ -97,7 +96,7 @@ def test_what_merely_surprises_is_a_notice(small_study, machine):
     codes = {n.code for n in check_feasible(with_variant(small_study, r=300, optimizer="paged_adamw_32bit"), machine)}
     assert codes == {"rank-above-width", "paged-on-cpu", "random-weights"}
     codes = {n.code for n in check_feasible(with_variant(small_study, r=8, optimizer="paged_adamw_32bit"), machine)}
-    assert "nothing-to-page" in codes
+    assert "optimizer-state-not-paged" in codes
     assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}
 
 
@@ -112,7 +111,12 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ("x.txt", "one\ntwo", {"loss": "answer"}, "loss = 'answer': text has no answer"),
         ("x.txt", "one\ntwo", {"natural_tokens": 8}, "natural_tokens = 8: text has no prompts"),
         ("x.jsonl", CHAT, {"prompt_format": "write-instruction"}, "'write-instruction': it is for instructions"),
-        ("x.jsonl", CHAT, {"columns": DataColumns(messages="talks")}, r"line 1: no column 'talks'.*There are 'messages'"),
+        (
+            "x.jsonl",
+            CHAT,
+            {"columns": DataColumns(messages="talks")},
+            r"line 1: no column 'talks'.*There are 'messages'",
+        ),
         ("x.jsonl", "", {}, "no records are in it"),
     ],
 )

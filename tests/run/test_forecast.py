@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters
 from lorameter.models.costs.memory import estimate_memory
@@ -109,7 +108,7 @@ def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_
 
 
 def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run):
-    """What its trials took is measured; the pause of one that was gone on with is not what measuring takes."""
+    """What its trials took is measured; the pause of one that was resumed is not what measuring takes."""
 
     def later(record):
         return record.replaced(started_unix_s=1000.0 * record.replicate + record.position)

@@ -1,9 +1,8 @@
-"""The finest level of interleaving that the variants and the memory allow."""
+"""The finest interleaving that the variants and the memory allow."""
 
 import dataclasses
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
 from lorameter.run.interleaving import MEMORY_SHARE, choose_interleaving, shared_base_obstacle
@@ -64,7 +63,7 @@ def test_what_touches_the_base_cannot_share_it(changes, word):
 
 @pytest.mark.parametrize(("device", "level"), [("cpu", "lockstep"), ("cuda", "shared-base")])
 def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, level):
-    """A plan knows what it is made for; on a card, whose allocator keeps its blocks, they are in one process."""
+    """A plan knows what it is made for; on a GPU, whose allocator keeps its blocks, they are in one process."""
     machine = dataclasses.replace(probe_machine(), device=device)
     study = dataclasses.replace(small_study, variants=tuple(
         dataclasses.replace(small_study.variants[0], name=f"r{r}", r=r) for r in (4, 8)
@@ -75,7 +74,10 @@ def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, lev
 
 def test_a_level_can_be_asked_for():
     """A coarser one always, shared-base only where the variants allow it, an unknown word never."""
-    assert choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, asked="replicates") == ("replicates", "asked for")
+    assert choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, asked="replicates") == (
+        "replicates",
+        "asked for",
+    )
     with pytest.raises(UsageError, match=r"nf4 differs from r8 in quantization.*Use lockstep"):
         choose_interleaving(MIXED, together_bytes=0, free_bytes=None, asked="shared-base")
     with pytest.raises(UsageError, match="interleave = 'shuffle'"):

@@ -7,8 +7,7 @@ import signal
 import threading
 
 import pytest
-
-from lorameter.run.interrupts import SIGNALS, StopRequested, InterruptHandler
+from lorameter.run.interrupts import SIGNALS, InterruptHandler, StopRequested
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +134,11 @@ def test_a_first_ctrl_c_in_the_last_block_ends_nothing():
 def test_what_is_not_worth_waiting_for_ends_at_once():
     """Workers that start, a device that is waited for; and everything where nobody sits before it."""
     for patient, worth in ((True, False), (False, True)):
-        with pytest.raises(StopRequested), InterruptHandler(patient=patient) as stops, stops.interruptible(worth_waiting=worth):
+        with (
+            pytest.raises(StopRequested),
+            InterruptHandler(patient=patient) as stops,
+            stops.interruptible(worth_waiting=worth),
+        ):
             send(signal.SIGINT)
 
 

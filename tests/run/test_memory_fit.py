@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card
@@ -22,7 +21,7 @@ WIDE = Workload(batch_size=6, sequence_length=1024)
 
 @pytest.fixture
 def fitter(machine):
-    """A function that makes a fitter of a model and a card, or of this machine with so many bytes."""
+    """A function that makes a fitter of a model and a GPU, or of this machine with so many bytes."""
 
     def make(model, card=None, memory_bytes=None):
         if card is None:
@@ -83,7 +82,7 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
 
 
 def test_of_this_machine_counts_what_is_free(machine):
-    """And never more than there is; what is assumed of a card is said of none here."""
+    """And never more than there is; what is assumed of a GPU is said of none here."""
     device = on_machine(machine, 3 * GIB)
     assert (device.usable_bytes, device.total_bytes, device.assumed) == (3 * GIB, machine.memory_bytes, ())
     assert on_machine(machine, 2**60).usable_bytes == machine.memory_bytes

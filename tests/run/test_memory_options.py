@@ -6,7 +6,6 @@ import dataclasses
 import tomllib
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card
@@ -21,7 +20,7 @@ WIDE = Workload(batch_size=6, sequence_length=1024)
 
 @pytest.fixture
 def advice(machine):
-    """A function that advises on a variant of a model on a card, or on this machine."""
+    """A function that advises on a variant of a model on a GPU, or on this machine."""
 
     def make(variant, workload=WIDE, *, model="llama2-7b", card="24GiB", **asked):
         device = on_machine(machine, None) if card is None else on_card(machine, find_card(card))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.records import store
 

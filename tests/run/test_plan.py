@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.run.plan import make_plan
 
@@ -59,7 +58,7 @@ def test_trials_that_take_turns_stand_in_one_group(small_study, level, processes
 
 
 def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):
-    """What trials in turns measure and what solo ones measure has nothing in common, and together it is everything."""
+    """Trials in turns and isolated trials measure disjoint metrics, and together all of them."""
     phases = ["train", "generate", "cold"]
     everything = set(make_plan(small_study, phases=phases).slots[0].measures)
     for level in ("shared-base", "lockstep"):

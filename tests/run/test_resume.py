@@ -1,4 +1,4 @@
-"""A run that broke off is gone on with: what is kept, what is measured again, and what is refused."""
+"""An interrupted run is resumed: what is kept, what is measured again, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-import pytest
-
 import lorameter.run.executors.local
 import lorameter.run.measure
+import psutil
+import pytest
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import UNDER_WAY, PartialRecord
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.report.run_view import view_of
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
@@ -133,7 +132,7 @@ def resume(path, *options):
 
 def test_what_is_missing_is_measured_and_nothing_else(broken_off, capsys):
     """Records are appended, settled groups are left alone, and the run is complete and valid."""
-    path = broken_off(6)  # the four trials of the first turns, and two solo ones
+    path = broken_off(6)  # the four trials of the first turns, and two isolated ones
     before = (path / "trials.jsonl").read_bytes()
     assert resume(path, "--json") == 0
     captured = capsys.readouterr()
@@ -251,7 +250,7 @@ def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
 
 @pytest.fixture
 def power_limit(monkeypatch):
-    """A function that says under which limit the card is from now on; None: it is not told."""
+    """A function that says under which limit the GPU is from now on; None: it is not told."""
 
     def put(watts):
         card = {} if watts is None else {"power_limit_w": watts}
@@ -284,7 +283,7 @@ def test_another_harness_is_said(broken_off, capsys):
     path = broken_off()
     Executor.harness = "0.2 sha256:two"
     assert resume(path) == 0
-    assert "another-harness" in {notice.code for notice in store.read_manifest(path).notices}
+    assert "harness-version-changed" in {notice.code for notice in store.read_manifest(path).notices}
     assert "0.2 sha256:two; before it was 0.1 sha256:one" in " ".join(capsys.readouterr().out.split())
 
 
@@ -367,7 +366,7 @@ def test_a_renamed_directory_is_refused(broken_off, capsys):
 
 
 def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
-    """Ctrl-C leaves a run that can be gone on with once more."""
+    """Ctrl-C leaves a run that can be resumed once more."""
     path = broken_off(7)
     asked = Executor.ask
 
@@ -437,7 +436,7 @@ IMPATIENT = (
 @pytest.mark.faults
 def test_a_run_killed_in_the_middle_survives(tmp_path):
     """SIGKILL while the second replicate takes its turns: what was measured is there, no process is left, and the run
-    that is gone on with has an ok record of every trial."""
+    that is resumed has an ok record of every trial."""
     study, runs = tmp_path / "mine.toml", tmp_path / "runs"
     study.write_text(
         "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nheld_out_records=4\nheld_out_sequences=2\n"

@@ -7,16 +7,15 @@ import os
 import signal
 
 import pytest
-
 from lorameter.records.evidence import EvidenceFile
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.trial_lines import TrialLines, line_of
 from lorameter.run.budget import Budget
 from lorameter.run.executors import TrialFiles, WorkerLostError
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, make_plan
 from lorameter.run.runner import run_plan
 from lorameter.run.trial_setup import RunContext, begin_record
-from lorameter.run.interrupts import InterruptHandler
 from lorameter.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
@@ -253,7 +252,7 @@ def test_scratch_is_gone_when_its_trial_has_ended(small_study):
     assert executor.places == {}
 
 
-# --- a long group, and a run that is gone on with ---------------------------------------------------------------------
+# --- a long group, and a run that is resumed ---------------------------------------------------------------------
 
 
 def go_on(plan, earlier=(), *, script=None, command_s=0.0):
@@ -352,7 +351,7 @@ class Recovering(FakeExecutor):
 
 
 def retried(plan, disturbed, *, earlier=()):
-    """Conduct beside a throttled card; returns the executor, the result and all that was saved."""
+    """Conduct beside a throttled GPU; returns the executor, the result and all that was saved."""
     executor, saved, watcher = Recovering(disturbed), [], Quiet()
     measured = run_plan(
         plan, {"": executor}, SITE, watcher=watcher, save=saved.append, earlier=earlier,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import pytest
-
 import lorameter.run.executors.local
+import pytest
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import PartialRecord, TrialRecord
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.measure import measure

@@ -4,7 +4,6 @@ import math
 import random
 
 import pytest
-
 from lorameter.stats.allocation import optimal_rounds
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from lorameter.stats import drifting, drifts
 
 STEP = np.arange(60)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
-
 from lorameter.stats import kept_pairs
+from scipy import stats
 
 flags = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)
 

@@ -1,9 +1,8 @@
 """The two quantiles against scipy.stats, which computes them another way."""
 
 import pytest
-from scipy import stats
-
 from lorameter.stats.intervals import noncentrality, quantile
+from scipy import stats
 
 
 @pytest.mark.parametrize("df", [1, 2, 4.3, 30, 5e5])

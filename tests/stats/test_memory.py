@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from lorameter.stats import compare_bytes
 
 GIB = 2**30

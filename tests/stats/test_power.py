@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-
 from lorameter.stats import compare_trials
 from lorameter.stats.effect import Spread
 from lorameter.stats.power import detectable_log_effect, replicates_needed, sd_interval
@@ -31,7 +30,7 @@ def share(verdict, log_effect, sd, replicates, draws, seed, **limits):
 
 @pytest.mark.parametrize(("replicates", "family"), [(3, 1), (5, 1), (8, 10)])
 def test_mde80_is_seen_with_80_percent_power(replicates, family):
-    """A planted slow-down of the stated size is called regressed in 80 % of simulated runs."""
+    """A injected slow-down of the stated size is called regressed in 80 % of simulated runs."""
     effect = detectable_log_effect(paired(0.02, replicates), rule(family=family))
     seen = share("regressed", effect, 0.02, replicates, draws=1000, seed=11, family=family)
     assert seen == pytest.approx(0.8, abs=0.04)

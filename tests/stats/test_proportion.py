@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
-
 from lorameter.stats import clustered_proportion, mean_interval, proportion
+from scipy.stats import binomtest
 
 
 @pytest.mark.parametrize("of", [1, 2, 7, 32, 400])

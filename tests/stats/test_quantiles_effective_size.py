@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import signal
-
 from lorameter.stats import effective_size
+from scipy import signal
 
 
 def autoregressive(rng, count, phi):

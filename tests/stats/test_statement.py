@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
-
 from lorameter.stats.statement import beyond, opposite, within
+from scipy import stats
 
 TOLERANCE = math.log1p(0.01)
 MARGIN = math.log1p(0.05)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import pytest
-
 from lorameter.stats.effect import Spread
 from lorameter.stats.verdict import Comparison, VerdictRule
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.records import codec

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.forward_compat import NewerSchema
 from lorameter.studies.from_run import list_unread, read_own_workloads, read_study
 from lorameter.studies.study import Study
+
 from tests.constructed import RUNS
 
 
@@ -18,7 +18,9 @@ def run_with(change, *, newer=True):
     """A constructed run whose study was changed, as a newer version wrote it."""
     run = store.read_run("sound", RUNS)
     manifest = dataclasses.replace(run.manifest, **change(dict(run.manifest.study)))
-    return dataclasses.replace(run, manifest=manifest, newer=NewerSchema(schema=9, unread=("a line",)) if newer else None)
+    return dataclasses.replace(
+        run, manifest=manifest, newer=NewerSchema(schema=9, unread=("a line",)) if newer else None
+    )
 
 
 def test_of_a_run_that_is_known_every_key_must_be(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from lorameter.cli import main
 
 ONE = "[[variant]]\nname = 'b'\n"

@@ -6,16 +6,15 @@ import contextlib
 import dataclasses
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
 from lorameter.records import codec
+from lorameter.run.check_multi_rank import processes_on_device
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.measure import plan_study
 from lorameter.run.plan import make_plan
-from lorameter.run.check_multi_rank import processes_on_device
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
@@ -87,9 +86,9 @@ def test_a_variant_that_ranks_cannot_train_is_refused(small_study, machine, chan
 
 
 def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
-    """Two ranks on one card would measure each other."""
+    """Two ranks on one GPU would measure each other."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UsageError, match=r"ranks = 2: 1 card is to be had here"):
+    with pytest.raises(UsageError, match=r"ranks = 2: 1 GPU is to be had here"):
         check_feasible(of_ranks(small_study), dataclasses.replace(machine, device="cuda"))
 
 
@@ -115,12 +114,12 @@ def test_ranks_on_parts_of_one_card_are_refused(small_study, machine, monkeypatc
     monkeypatch.setattr("lorameter.run.check_multi_rank.visible_cards", lambda: Reading(value=cards))
     there = dataclasses.replace(machine, device="cuda")
     with (
-        pytest.raises(UsageError, match=f"ranks = 2: {shared} are parts of one card")
+        pytest.raises(UsageError, match=f"ranks = 2: {shared} are parts of one GPU")
         if shared
         else contextlib.nullcontext()
     ):
         check_feasible(of_ranks(small_study), there)
-    study = of_ranks(small_study)  # whose sites name the cards: they are judged where those are known
+    study = of_ranks(small_study)  # whose sites name the GPUs: they are judged where those are known
     protocol = dataclasses.replace(study.protocol, sites=("2+3",))
     check_feasible(dataclasses.replace(study, protocol=protocol), there)
 
@@ -147,7 +146,7 @@ def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, mac
     codes = {notice.code: notice.remedy for notice in check_feasible(study, machine)}
     assert 'repair = "quant_state"' in codes["ranks-fsdp2-4bit"]
     mended = dataclasses.replace(study, workload=dataclasses.replace(study.workload, repair="quant_state"))
-    assert "ranks-repaired" in {notice.code for notice in check_feasible(mended, machine)}
+    assert "bitsandbytes-fsdp2-patched" in {notice.code for notice in check_feasible(mended, machine)}
 
 
 def test_ranks_share_no_base_with_other_trials(small_study, machine):
@@ -162,7 +161,7 @@ def test_ranks_share_no_base_with_other_trials(small_study, machine):
 
 
 def test_memory_counts_every_process_on_a_device():
-    """On a CPU all ranks and the one beside them; on a card one rank, and the one beside them on the first."""
+    """On a CPU all ranks and the one beside them; on a GPU one rank, and the one beside them on the first."""
     workload = Workload(**DDP)
     assert [processes_on_device(workload, device) for device in ("cpu", "cuda")] == [3, 2]
     assert processes_on_device(dataclasses.replace(workload, scaling=False), "cpu") == 2

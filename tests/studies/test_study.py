@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.studies.study import is_of_tokens
@@ -294,7 +293,7 @@ def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, bat
 def test_the_default_study_fills_a_card_where_it_is_asked_to():
     """Thousands of tokens a step of a model of 7 billion parameters, in rows that are given no mask; on no machine by
     itself, since a first look takes a minute."""
-    study = load_study("lora-or-qlora", profile="card", device="cpu")
+    study = load_study("lora-or-qlora", profile="gpu", device="cpu")
     workload = study.workload
     assert (workload.model, workload.layout) == ("random:llama2-7b", "joined")
     assert workload.batch_size * workload.sequence_length >= 4096

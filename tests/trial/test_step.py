@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -20,6 +19,7 @@ from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.inference.generate import generate
 from lorameter.trial.step import TrainStep
+
 from kernels_check import probe_isolation, verify
 
 WORKLOAD = Workload(

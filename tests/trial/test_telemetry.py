@@ -1,12 +1,11 @@
-"""Readings stand around what is timed, energy is a solo trial's, and nothing else of a trial changes."""
+"""Readings stand around what is timed, energy is an isolated trial's, and nothing else of a trial changes."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import pytest
-
-from lorameter.records.record import PartialRecord, Notice
+from lorameter.records.record import Notice, PartialRecord
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
@@ -86,7 +85,7 @@ def test_what_is_not_timed_is_not_watched(surroundings, command):
 
 
 def test_trials_that_take_turns_have_no_energy(surroundings):
-    """The card's counter would hold that of the others."""
+    """The GPU's counter would hold that of the others."""
     around, steps = surroundings("steps", "requests")
     assert "energy_steps" not in around.around(COMMANDS["turn"], turn).values
     around.around(COMMANDS["finish_training"], PartialRecord)

@@ -9,7 +9,6 @@ import math
 import random
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.commands.ab_report import show_ab
 from lorameter.errors import UsageError
@@ -329,7 +328,7 @@ def test_sides_without_a_common_replicate_are_invalid(write_ab):
     [((10, 1, 1), "equivalent", 1.0, 0), ((1, 10.2, 1), "regressed", 1.02, 1), ((9, 9, 9), "improved", 0.9, 0)],
 )
 def test_peaks_are_compared_by_their_maximum(write_ab, report, candidate, verdict, ratio, code):
-    """Whatever the smaller ones are, and with the tolerance; they come from solo trials."""
+    """Whatever the smaller ones are, and with the tolerance; they come from isolated trials."""
     peaks = [[int(size * MIB) for size in side] for side in ((1, 2, 10), candidate)]
     rows = report_of(write_ab({"plain": 1.0}, peaks=peaks)).comparisons
     row = next(row for row in rows if row.metric == "host_peak_train_bytes")

@@ -11,7 +11,6 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.stats import Comparison
@@ -158,7 +157,7 @@ def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said)
 
 
 def limited(watts):
-    """A run on a card under a limit; None: of before limits were recorded."""
+    """A run on a GPU under a limit; None: of before limits were recorded."""
     settings = {} if watts is None else {"settings": {"card": {"power_limit_w": watts}}}
     return {"device": "cuda", "device_name": "Card"} | settings
 

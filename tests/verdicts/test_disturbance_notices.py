@@ -39,7 +39,7 @@ def test_too_little_of_a_cpu_is_past_the_limit_where_nobody_took_turns():
     """Else the notice on occupancy says it; on a GPU the host rightly waits."""
     one = record("r0-a", occupancy=0.3)
     (notice,) = disturbances([one], on_cpu=True)
-    assert notice.code == "contended"
+    assert notice.code == "cpu-contention"
     assert notice.message.endswith("Past the limit: r0-a.")
     assert list(disturbances([record("r0-a", occupancy=0.3, interleaving="lockstep")], on_cpu=True)) == []
     assert list(disturbances([one], on_cpu=False)) == []

@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 
+import lorameter.verdicts.compare
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import lorameter.verdicts.compare
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.report.annotations import annotation
-from lorameter.verdicts.gate import LimitRule, Policy, load_policy
 from lorameter.verdicts.compare_pairs import ComparisonLimits
+from lorameter.verdicts.gate import LimitRule, Policy, load_policy
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 SLOW = BASE | {"nf4": [time * 1.2 for time in BASE["nf4"]]}

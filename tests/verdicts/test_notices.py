@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from lorameter.records import store
 from lorameter.records.record import DISTURBED, Failure, TrialRecord
 from lorameter.verdicts.notices import run_notices
@@ -34,10 +33,10 @@ def test_trials_that_were_cut_short_are_counted(notices):
         counts = {"steps_rounds": 3.0, "steps_rounds_planned": 8.0, "training_steps": 19.0}
         return record.replaced(values=counts | {"training_steps_planned": 29.0})
 
-    said = notices(cut)["cut-short"].message
+    said = notices(cut)["time-limit-reached"].message
     assert "3 of 9 trials" in said
     assert "3 of 8 timed turns in 3 trials; 19 of 29 steps in 3 trials" in said
-    assert "cut-short" not in notices()
+    assert "time-limit-reached" not in notices()
 
 
 def test_trials_that_were_measured_again_are_counted(notices):
@@ -48,7 +47,7 @@ def test_trials_that_were_measured_again_are_counted(notices):
 
 def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
     """How many were measured again and why, and which still do not count, with what to do."""
-    hot = Failure(phase="train", kind=DISTURBED, message="while training the card held its clocks down")
+    hot = Failure(phase="train", kind=DISTURBED, message="while training the GPU held its clocks down")
 
     def change(record):
         return record.replaced(status="invalid", failure=hot) if record.trial == "r0-nf4" else record

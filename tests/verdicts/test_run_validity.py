@@ -1,11 +1,10 @@
 """Whether a run counts: one answer for the report, a comparison and a baseline, with the reasons."""
 
 import pytest
-
 from lorameter.records import codec, store
 from lorameter.studies.study import Study
 from lorameter.verdicts.comparison_input import comparison_input
-from lorameter.verdicts.run_validity import MOST_FAULTS, control_faults, say_broken, run_validity
+from lorameter.verdicts.run_validity import MOST_FAULTS, control_faults, run_validity, say_broken
 
 TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 

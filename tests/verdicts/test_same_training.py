@@ -7,12 +7,11 @@ import re
 import types
 
 import pytest
-
 from lorameter.records.record import TrialRecord
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.gate import Policy, judge
 from lorameter.verdicts.comparison_report import ComparisonReport
+from lorameter.verdicts.gate import Policy, judge
 from lorameter.verdicts.same_training import compare_losses, sameness_notices, sides_of_run
 
 LOSSES = (3.0, 2.7, 2.5, 2.4, 2.3, 2.2)

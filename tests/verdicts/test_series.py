@@ -1,7 +1,6 @@
 """From records to series: pairing by replicate, orientation, what is left out."""
 
 import pytest
-
 from lorameter.errors import InvalidRunError
 from lorameter.records.record import TrialRecord
 from lorameter.verdicts.series import Series, compare_series, group_trials
@@ -93,7 +92,7 @@ def test_losses_know_nothing_of_disturbance():
 
 @pytest.mark.parametrize(("level", "words"), [("shared-base", "turn by turn"), ("replicates", "by replicate")])
 def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
-    """And a metric of solo trials is paired by replicate whatever the level of the others."""
+    """And a metric of isolated trials is paired by replicate whatever the level of the others."""
     base, other = sides([(1, 1)] * 3)
     for series in (base, other):
         turns = tuple(one.replaced(interleaving=level) for one in series.records)

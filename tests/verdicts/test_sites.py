@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import pytest
-
 from lorameter.records.record import TrialRecord
 from lorameter.stats import compare_trials
 from lorameter.stats.estimate import estimate_trials
@@ -29,7 +28,7 @@ def record(name, replicate, site, time_s, **changes):
 
 def run_of(speeds):
     return [
-        record(name, replicate, f"card-{replicate % len(speeds)}", speeds[replicate % len(speeds)] * factor)
+        record(name, replicate, f"GPU-{replicate % len(speeds)}", speeds[replicate % len(speeds)] * factor)
         for replicate in range(2 * len(speeds))
         for name, factor in (("plain", 1.0), ("nf4", 1.5))
     ]
@@ -40,7 +39,7 @@ def test_a_run_of_several_sites_says_how_they_differ():
     (notice,) = site_notices(run_of(SPEEDS))
     assert notice.code == "sites"
     assert "4 sites, which differ by 7.0% [4.0%, 26.1%] (standard deviation of their step times, wi" in notice.message
-    assert "card-0 -7.8%" in notice.message
+    assert "GPU-0 -7.8%" in notice.message
     assert list(site_notices(run_of((1.0,)))) == []
     assert list(site_notices([record("plain", 0, "", 1.0)])) == []
 
@@ -48,7 +47,7 @@ def test_a_run_of_several_sites_says_how_they_differ():
 def test_a_site_that_differs_from_its_like_is_named():
     """From a tenth away from the median on; of two nobody can say which it is."""
     notices = {notice.code: notice.message for notice in site_notices(run_of((1.0, 1.01, 1.5, 0.99)))}
-    assert notices["site-unlike"] == "site card-2 is 49% slower than the median of its like."
+    assert notices["node-mismatch"] == "site GPU-2 is 49% slower than the median of its like."
     assert [notice.code for notice in site_notices(run_of((1.0, 1.5)))] == ["sites"]
 
 
@@ -105,7 +104,7 @@ def test_intervals_of_absolute_values_cover_the_mean_of_such_sites():
     """Of 2000 simulated studies of 8 replicates on four sites whose speeds are drawn, 94 to 96 % of the 95 % intervals
     hold the mean that the speeds are drawn from; taken for eight independent ones too few would."""
     random, covered = np.random.default_rng(7), {True: 0, False: 0}
-    sites = [f"card-{replicate % 4}" for replicate in range(8)]
+    sites = [f"GPU-{replicate % 4}" for replicate in range(8)]
     for _ in range(2000):
         speeds = random.normal(0, 0.06, 4)[np.arange(8) % 4]
         trials = np.exp(speeds + random.normal(0, 0.02, 8))[:, None]

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.observer import TrainingObserver, Source, TrainingInfo
-from lorameter.attach.error_guard import NotFollowedError, ErrorGuard, say
+from lorameter.attach.error_guard import ErrorGuard, NotFollowedError, say
+from lorameter.attach.observer import Source, TrainingInfo, TrainingObserver
 from lorameter.attach.steps import Steps
 from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
 
@@ -40,7 +40,11 @@ class Attachment:
         return self._pid is not None and not (self.steps is not None and self.steps.ended and self._pid == os.getpid())
 
     def begin(
-        self, source: object, training: TrainingInfo, device: torch.device, make: Callable[[], TrainingObserver] | None = None
+        self,
+        source: object,
+        training: TrainingInfo,
+        device: torch.device,
+        make: Callable[[], TrainingObserver] | None = None,
     ) -> Steps | None:
         """Follow a training from here on.
 

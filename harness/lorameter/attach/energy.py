@@ -1,4 +1,4 @@
-"""The energy of a card over the stretches in which a script only trains, from the card's own counter.
+"""The energy of a GPU over the stretches in which a script only trains, from the GPU's own counter.
 
 What a script does beside (evaluation, saving) is in no stretch, and one that is too short for the counter says nothing
 (`lorameter.machine.telemetry.energy_between`), so the steps are counted with the stretches that do.
@@ -16,7 +16,7 @@ from lorameter.machine.telemetry import card_of, energy_between
 
 
 class Energy:
-    """Joules of one card, by stretches; asks nothing on a CPU."""
+    """Joules of one GPU, by stretches; asks nothing on a CPU."""
 
     def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device

@@ -17,8 +17,8 @@ import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from lorameter.errors import redact, said_by
 from kernels_check.terminal import escape_control_chars
+from lorameter.errors import redact, said_by
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import traceback
 
+from lorameter.attach.error_guard import NotFollowedError
 from lorameter.attach.observer import StepReading
 from lorameter.attach.step_samples import StepSamples
-from lorameter.attach.error_guard import NotFollowedError
 from lorameter.errors import said_by
+from lorameter.records.os_errors import REFUSED, find_system_error, is_out_of_memory
 from lorameter.records.record import Failure, Status
-from lorameter.records.os_errors import REFUSED, is_out_of_memory, find_system_error
 from lorameter.records.units import format_count
 
 Ending = tuple[Status, Failure | None]

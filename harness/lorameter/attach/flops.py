@@ -1,9 +1,9 @@
 """What a step of a script needs of its device: the numerator of MFU.
 
-The counts are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its configuration gives
-the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N. One of
-a family whose layers are not known is counted from its modules (`lorameter.models.costs.modules`). Pairs of a query and a
-key are those of rows of the mean real length, so a few too few where lengths differ.
+The counts are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its configuration
+gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N.
+One of a family whose layers are not known is counted from its modules (`lorameter.models.costs.modules`). Pairs of a
+query and a key are those of rows of the mean real length, so a few too few where lengths differ.
 """
 
 from __future__ import annotations

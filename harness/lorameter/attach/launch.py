@@ -21,9 +21,9 @@ from typing import Any
 
 from lorameter.attach import marker_files
 from lorameter.attach.child_env import environment
-from lorameter.attach.step_samples import tokens_in
 from lorameter.attach.error_guard import say
 from lorameter.attach.marker_files import lacking_in, seen_of
+from lorameter.attach.step_samples import tokens_in
 from lorameter.attach.variables import COMMAND, LONGEST_BYTES, REQUIRE, RUN, UNSEEN_END
 from lorameter.errors import UsageError, shorten
 from lorameter.machine.processes import exit_words

@@ -10,12 +10,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.observer import TrainingObserver, Phase, TrainingInfo, weakly
+from lorameter.attach.error_guard import ErrorGuard
 from lorameter.attach.identity import count_parameters, device_of, rank_of
+from lorameter.attach.model_hooks import ModelHooks
+from lorameter.attach.observer import Phase, TrainingInfo, TrainingObserver, weakly
 from lorameter.attach.optimizer import StopTraining
 from lorameter.attach.patches import uncompiled
-from lorameter.attach.error_guard import ErrorGuard
-from lorameter.attach.model_hooks import ModelHooks
 from lorameter.attach.steps import Steps
 
 Batch = TypeVar("Batch")

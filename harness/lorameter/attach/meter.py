@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from lorameter.attach.attachment import named_follower
-from lorameter.attach.observer import TrainingObserver
 from lorameter.attach.loop import LoopSource
+from lorameter.attach.observer import TrainingObserver
 from lorameter.attach.trainer import TrainerSource
 from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
 from lorameter.records.store import ENV_RUNS

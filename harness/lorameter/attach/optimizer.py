@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.observer import TrainingObserver, TrainingInfo, weakly
-from lorameter.attach.identity import count_parameters, rank_of
-from lorameter.attach.patches import Patches, compiles_here, uncompiled
 from lorameter.attach.error_guard import ErrorGuard, say
+from lorameter.attach.identity import count_parameters, rank_of
 from lorameter.attach.model_hooks import ModelHooks, find_root
+from lorameter.attach.observer import TrainingInfo, TrainingObserver, weakly
+from lorameter.attach.patches import Patches, compiles_here, uncompiled
 from lorameter.attach.steps import Steps
 
 MOST_OTHERS = 100

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorameter.attach.marker_files import ranks_of
 from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.step_samples import MOST_TIMED
-from lorameter.attach.marker_files import ranks_of
 from lorameter.attach.variables import RUN
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.records.atomic_json import write_document
 from lorameter.records.record import Notice
 

@@ -64,7 +64,7 @@ def second_training(training: TrainingInfo) -> Notice:
 def not_kept(steps: int) -> Notice:
     """Of a long training not all steps are kept."""
     return Notice(
-        code="later-steps",
+        code="timed-steps-truncated",
         message=f"the training had {steps} steps; its first {MOST_TIMED} timed ones are kept.",
         remedy="Nothing is wrong; later steps are in the script's own log.",
     )

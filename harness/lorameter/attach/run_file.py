@@ -21,10 +21,10 @@ from lorameter.attach.command import study_of
 from lorameter.attach.error_guard import NotFollowedError
 from lorameter.machine import provenance
 from lorameter.records import codec, steps, store
-from lorameter.records.worker_info import WorkerInfo
 from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
 from lorameter.records.steps import Step
 from lorameter.records.store import Manifest, RunWriter
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.studies.protocol import Protocol
 
 PROTOCOL = Protocol(phases=("train",), replicates=1, turns=1, steps_per_turn=1, allow_disturbed=True)

@@ -1,6 +1,6 @@
 """The parts of a step: how long it waited for data, went forward, backward, and updated.
 
-On a CPU a part is what the clock says. On a card the host runs ahead of the device, and waiting for it at each border
+On a CPU a part is what the clock says. On a GPU the host runs ahead of the device, and waiting for it at each border
 would change the step; so the device stamps the borders (events) and they are read once the step has ended. The wait for
 data is the host's on either.
 
@@ -20,7 +20,7 @@ from lorameter.attach.error_guard import ErrorGuard
 
 Part = Literal["data", "forward", "backward", "optimizer"]
 Border = tuple[Part | None, bool, float, Any]
-"""The part, whether it begins, the host's clock, and on a card an event. Without a part it is so many seconds that are
+"""The part, whether it begins, the host's clock, and on a GPU an event. Without a part it is so many seconds that are
 none's."""
 
 

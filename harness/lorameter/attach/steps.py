@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.observer import TrainingObserver, ObserverReply, Phase, StepReading, TrainingInfo
-from lorameter.attach.step_phases import Parts
+from lorameter.attach.error_guard import ErrorGuard, NotFollowedError
+from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo, TrainingObserver
 from lorameter.attach.readings import FinishedStep, readings_of
-from lorameter.attach.error_guard import NotFollowedError, ErrorGuard
+from lorameter.attach.step_phases import Parts
 from lorameter.attach.tokens import Copied, copy_batch
 from lorameter.records.units import format_count
 
@@ -34,7 +34,9 @@ class Steps:
     """Tells one follower of one training. Every call is shielded: it raises nothing of ours, and nothing at all once
     something of ours has failed."""
 
-    def __init__(self, follower: TrainingObserver, training: TrainingInfo, device: torch.device, shield: ErrorGuard) -> None:
+    def __init__(
+        self, follower: TrainingObserver, training: TrainingInfo, device: torch.device, shield: ErrorGuard
+    ) -> None:
         self._follower = follower
         self._training = training
         self._device = device if device.type == "cuda" else None

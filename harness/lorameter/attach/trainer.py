@@ -20,11 +20,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.observer import TrainingObserver, TrainingInfo, weakly
-from lorameter.attach.identity import count_parameters, device_of, rank_of
-from lorameter.attach.trainer_log import summarise
 from lorameter.attach.error_guard import ErrorGuard, without_frames
+from lorameter.attach.identity import count_parameters, device_of, rank_of
+from lorameter.attach.observer import TrainingInfo, TrainingObserver, weakly
 from lorameter.attach.steps import Steps
+from lorameter.attach.trainer_log import summarise
 
 TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
 """Methods of a Trainer that are timed or looked at; one that is not there leaves what it shows unknown."""

@@ -16,6 +16,7 @@ REQUIRE = "LORAMETER_REQUIRE"
 UNSEEN_END = "ended_unseen"
 """Of the values of a record: nobody saw the training end, and its process has ended."""
 COMMAND = "LORAMETER_COMMAND"
-"""The command as it was typed; a longer one than `LONGEST_BYTES` stands beside the run (`lorameter.attach.marker_files`)."""
+"""The command as it was typed; a longer one than `LONGEST_BYTES` stands beside the run
+(`lorameter.attach.marker_files`)."""
 LONGEST_BYTES = 1 << 16
 """Linux takes 128 KiB of a variable, and 16 times as much of all words and variables of a command."""

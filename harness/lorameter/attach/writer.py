@@ -22,19 +22,19 @@ import torch
 import kernels_check
 import lorameter
 from lorameter.attach.command import own_command
-from lorameter.attach.exit_status import exit_status
 from lorameter.attach.energy import Energy
-from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
-from lorameter.attach.step_samples import MOST_TIMED, StepSamples, tokens_in
+from lorameter.attach.error_guard import say
+from lorameter.attach.exit_status import exit_status
+from lorameter.attach.flops import Work
 from lorameter.attach.identity import device_of
-from lorameter.attach.report_notes import SEEN_BY, not_kept, say_missing, say_peaks, say_seen, second_training
+from lorameter.attach.marker_files import command_of
+from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
 from lorameter.attach.peaks import Peaks
 from lorameter.attach.ranks import RankFile, Ranks
+from lorameter.attach.report_notes import SEEN_BY, not_kept, say_missing, say_peaks, say_seen, second_training
 from lorameter.attach.run_file import RunFile
-from lorameter.attach.error_guard import say
-from lorameter.attach.marker_files import command_of
+from lorameter.attach.step_samples import MOST_TIMED, StepSamples, tokens_in
 from lorameter.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
-from lorameter.attach.flops import Work
 from lorameter.errors import said_by
 from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec, store
@@ -180,7 +180,7 @@ class Writer:
             self._begin_stretch()
 
     def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
-        """Peaks of memory, the card's energy, and MFU of these steps where the device has a stated peak."""
+        """Peaks of memory, the GPU's energy, and MFU of these steps where the device has a stated peak."""
         if self._file is None:
             return {}
         return self._peaks.so_far() | self._energy.values() | self._work.mfu(readings, self._file.device_name)

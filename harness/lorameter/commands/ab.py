@@ -30,7 +30,7 @@ SETTLED_OPTIONS = (
     "inject-rows", "base-command", "candidate-command", "script", "cwd", "steps",
     "mixed",
 )  # fmt: skip
-"""Options that make an A/B; one that is gone on with has them."""
+"""Options that make an A/B; one that is resumed has them."""
 CALIBRATED_STUDY = "training-step"
 SIDE_HELP = "a git revision, a Python executable, or requirements such as 'peft==0.20.0'"
 
@@ -46,7 +46,7 @@ def add_commands(commands: Any, common: Any) -> None:
     ab.add_argument("--base", metavar="SIDE", help=SIDE_HELP)
     ab.add_argument("--candidate", metavar="SIDE", help=SIDE_HELP)
     add_script_options(ab)
-    ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
+    ab.add_argument("--resume", metavar="RUN", help="resume an interrupted A/B, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
     add_options(ab.add_argument, "precision", "mixed", "variant", "dry-run")
     ab.add_argument(
@@ -67,7 +67,7 @@ def add_commands(commands: Any, common: Any) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="this machine's own false-alarm rate and power",
-        description="Measure identical code and a planted slow-down, and say what the gate can see on this machine.",
+        description="Measure identical code and a injected slow-down, and say what the gate can see on this machine.",
     )
     calibrate.add_argument("study", metavar="STUDY", nargs="?", help=f"default: {CALIBRATED_STUDY}")
     _measuring(calibrate, ("standard", "rigorous"), f"8 or 12 replicates; default {CALIBRATION_REPLICATES}")
@@ -77,7 +77,7 @@ def add_commands(commands: Any, common: Any) -> None:
     calibrate.add_argument(
         "--inject-rows", type=int, metavar="N", help="rows of extra work a layer; default: sized by a pilot for 5 %%"
     )
-    calibrate.add_argument("--resume", metavar="RUN", help="go on with a calibration that broke off")
+    calibrate.add_argument("--resume", metavar="RUN", help="resume an interrupted calibration")
     common(calibrate)
     calibrate.set_defaults(command=run_calibrate)
 
@@ -90,8 +90,8 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
-    from lorameter.run.sites.sides import write_sides
     from lorameter.run.sites.placement import open_venue
+    from lorameter.run.sites.sides import write_sides
     from lorameter.studies.placement import HERE
     from lorameter.verdicts.calibrate import MOST_ROWS
     from lorameter.verdicts.gate import load_policy
@@ -107,7 +107,7 @@ def run_ab(options: argparse.Namespace) -> int:
     for name in () if given and given[1] else ("base", "candidate") if given else ("study", "base", "candidate"):
         if getattr(options, name) is None:
             word = name.upper() if name == "study" else f"--{name} SIDE"
-            raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
+            raise UsageError(f"ab: {word} is missing. Give it, or resume an interrupted A/B by --resume RUN.")
     of, command = given or (None, "")
     study = read_study(options, "", of=of)
     if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue
@@ -233,7 +233,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 
 def _calibrate_on(options: argparse.Namespace) -> int:
-    """Go on with a calibration that broke off; one of which nothing is left is shown as it is."""
+    """Resume an interrupted calibration; one of which nothing is left is shown as it is."""
     from lorameter.commands.resume import resume
     from lorameter.records import store
     from lorameter.run.resume import is_calibration, study_of
@@ -242,7 +242,7 @@ def _calibrate_on(options: argparse.Namespace) -> int:
     run = store.read_run(options.resume, store.runs_dir(options.runs_dir))
     name = run.manifest.run
     if not is_calibration(run.manifest):
-        raise UsageError(f"run {name} is no calibration. Go on with: lorameter run --resume {name}")
+        raise UsageError(f"run {name} is no calibration. Resume: lorameter run --resume {name}")
     if study_of(run).protocol.replicates < LEAST_TO_CALIBRATE:
         raise UsageError(f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.")
     whole = resume(options, [one for one in SETTLED_OPTIONS if hasattr(options, one.replace("-", "_"))], ab=True)
@@ -266,7 +266,7 @@ def _show_calibration(run: Run, options: argparse.Namespace) -> int:
     from lorameter.verdicts.series import is_difference
 
     name = run.manifest.run
-    _require_whole(run, f"go on with: lorameter calibrate --resume {name}")
+    _require_whole(run, f"resume: lorameter calibrate --resume {name}")
     result = calibrate(run, study_of(run).variant(run.manifest.selection[0]))
     rows = run.manifest.sides["candidate"][INJECTED]
     if options.json:

@@ -11,8 +11,8 @@ from lorameter.commands.page import save_page
 
 if TYPE_CHECKING:
     from lorameter.records.store import Run
-    from lorameter.verdicts.gate import GateResult
     from lorameter.verdicts.comparison_report import ComparisonRow
+    from lorameter.verdicts.gate import GateResult
 
 
 def show_ab(

@@ -49,9 +49,9 @@ def run_bisect(options: argparse.Namespace) -> int:
     from lorameter.report.bisect import describe_bisection
     from lorameter.report.terminal import console_for, show
     from lorameter.run.bisect import bisect
+    from lorameter.run.bisect_candidates import list_steps
     from lorameter.run.device_lock import hold_device
     from lorameter.run.executors import open_executor
-    from lorameter.run.bisect_candidates import list_steps
 
     if options.metric not in METRICS:
         raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
@@ -96,8 +96,8 @@ def _compared(
     from lorameter.report.live import LiveDisplay
     from lorameter.report.terminal import console_for
     from lorameter.run.ab import measure_ab, plan_ab
-    from lorameter.run.executors import open_executor
     from lorameter.run.bisect_candidates import find_measured
+    from lorameter.run.executors import open_executor
     from lorameter.verdicts.series import verdict_only
 
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))

@@ -6,11 +6,11 @@ import argparse
 import gc
 from typing import TYPE_CHECKING, Any
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.commands.options import add_options
 from lorameter.commands.output import form_of, print_json, show_document
 from lorameter.commands.page import check_page, save_page
 from lorameter.errors import EXIT_PASS, UsageError
-from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from lorameter.verdicts.comparison_input import ComparisonInput
@@ -63,8 +63,8 @@ def _sides(command: argparse.ArgumentParser) -> None:
 def run_compare(options: argparse.Namespace) -> int:
     """Print the comparison; the exit code is that of its verdicts, which a policy gives limits alone."""
     from lorameter.verdicts.compare import compare
-    from lorameter.verdicts.gate import load_policy
     from lorameter.verdicts.comparison_report import document, exit_code
+    from lorameter.verdicts.gate import load_policy
 
     if options.metric and options.all_metrics:
         raise UsageError("--metric and --all-metrics both choose the metrics. Give one of them.")

@@ -34,11 +34,11 @@ class DeviceOf(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     total_bytes: int
     usable_bytes: int
-    """What counts: of this machine what is free now, of another card what its driver leaves, which is assumed."""
+    """What counts: of this machine what is free now, of another GPU what its driver leaves, which is assumed."""
     source: str
     """Where the total is from."""
     assumed: list[str]
-    """What was measured on no card."""
+    """What was measured on no GPU."""
 
 
 class ErrorOf(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,4 +1,4 @@
-"""The command that says what memory a variant will take, and whether a card holds it: `estimate`."""
+"""The command that says what memory a variant will take, and whether a GPU holds it: `estimate`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     estimate = commands.add_parser(
         "estimate",
-        help="what memory a variant will take, by kind, without loading anything; whether a card holds it",
+        help="what memory a variant will take, by kind, without loading anything; whether a GPU holds it",
         description="Estimate the peak memory of a variant's training and generation, by kind: on this machine, or on "
-        "a card that is not here.",
+        "a GPU that is not here.",
     )
     estimate.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
     add_options(estimate.add_argument, "profile")
@@ -36,7 +36,7 @@ def add_commands(commands: Any, common: Any) -> None:
     estimate.add_argument(
         "--gpu",
         metavar="SIZE|NAME",
-        help="whether it fits on a card that is not here, and what to change first where it does not: 24GiB, 24GB (of "
+        help="whether it fits on a GPU that is not here, and what to change first where it does not: 24GiB, 24GB (of "
         '10^9 bytes), H100, "RTX 4090"',
     )
     estimate.add_argument(
@@ -55,8 +55,8 @@ def run_estimate(options: argparse.Namespace) -> int:
     from lorameter.records.memory_account import MEMORY_PHASES
     from lorameter.run.executors import open_executor
     from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
-    from lorameter.run.memory_fit import Fitter, on_card, on_machine
     from lorameter.run.forecast import process_bytes
+    from lorameter.run.memory_fit import Fitter, on_card, on_machine
     from lorameter.run.memory_options import advise
     from lorameter.studies.study_file import load_variant
 
@@ -81,7 +81,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         )
     )
     estimates = {one.phase: one for one in found}
-    # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
+    # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a GPU.
     measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
     advice = None
     if device is not None and not unknown:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
-from kernels_check.terminal import escape_control_chars
 
 FORMATS = ("json", "csv", "parquet", "github-action-benchmark", "bencher", "mllog")
 """As `lorameter.results.files.FORMATS`, which would load what only a command needs; a test holds them equal."""

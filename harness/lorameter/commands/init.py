@@ -52,7 +52,9 @@ def add_commands(commands: Any, common: Any) -> None:
         help="write the conftest.py and test_variants.py of a benchmark suite",
         description="Write the two files that make a folder a benchmark suite for pytest. Existing files are kept.",
     )
-    init.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("benchmarks"), help="default: benchmarks")
+    init.add_argument(
+        "folder", metavar="DIR", nargs="?", type=Path, default=Path("benchmarks"), help="default: benchmarks"
+    )
     common(init)
     init.set_defaults(command=run_init)
 

@@ -78,7 +78,7 @@ class TableOf(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class TimeOf(msgspec.Struct, forbid_unknown_fields=True):
-    """What the time of a run went to: of its last invocation, where it was gone on with."""
+    """What the time of a run went to: of its last invocation, where it was resumed."""
 
     limit_s: float | None
     """null where minutes were not limited."""

@@ -9,9 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, LorameterError
-from kernels_check.terminal import escape_control_chars, print_stderr
 
 if TYPE_CHECKING:
     from lorameter.results.folder import Summary

@@ -34,7 +34,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
     "sites": {
         "metavar": "0,1,…",
-        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs, 0+1,2+3 for "
+        "help": "measure replicates on these GPUs at once, or on as many shares of this machine's CPUs, 0+1,2+3 for "
         "trials of two ranks; with {prefix}on, on these nodes",
     },
     "on": {
@@ -45,7 +45,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "mixed": {
         "action": "store_true",
-        "help": "let sites be unlike, other cards or CPUs: what is told is told of each site, and never of all",
+        "help": "let sites be unlike, other GPUs or CPUs: what is told is told of each site, and never of all",
     },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),

@@ -11,8 +11,8 @@ from lorameter.errors import UsageError
 
 if TYPE_CHECKING:
     from lorameter.records.store import Run
-    from lorameter.report.figure import Figure
     from lorameter.report.blocks import Document
+    from lorameter.report.figure import Figure
     from lorameter.report.run_view import RunView
 
 
@@ -38,8 +38,8 @@ def save_page(
     """Write the page of a report where a file is named for it, and say where it is."""
     if path is None:
         return
-    from lorameter.report.html.page import save_html, write_html
     from kernels_check.terminal import print_stderr
+    from lorameter.report.html.page import save_html, write_html
 
     check_page(path)
     page = write_html(document, title=title, names=names, figures=figures, again=again)
@@ -50,8 +50,8 @@ def save_run_page(path: str | None, run: Run, view: RunView, document: Document)
     """The page of a run: its report, its figures, and how to repeat it."""
     if path is None:
         return
-    from lorameter.report.reproduce import reproduction_steps
     from lorameter.report.figures import figures_of_run
+    from lorameter.report.reproduce import reproduction_steps
 
     figures, again = figures_of_run(run, view), reproduction_steps(run)
     save_page(path, document, view.title, names=view.variants, figures=figures, again=again)

@@ -43,8 +43,8 @@ def run_parity(options: argparse.Namespace) -> int:
     from lorameter.parity.judgement import judge_parity
     from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
     from lorameter.records import store
-    from lorameter.report.parity import describe_parity, show_differing
     from lorameter.report.blocks import Span, say
+    from lorameter.report.parity import describe_parity, show_differing
     from lorameter.report.terminal import console_for, show
     from lorameter.run.device_lock import hold_device
     from lorameter.run.executors import open_executor

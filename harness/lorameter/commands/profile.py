@@ -72,8 +72,8 @@ def run_profile(options: argparse.Namespace) -> int:
     from lorameter.profile.requests.rules import check_request_code
     from lorameter.records import codec, store
     from lorameter.report.blocks import Span, say
-    from lorameter.report.terminal import console_for, show
     from lorameter.report.remedy_result import describe_tried
+    from lorameter.report.terminal import console_for, show
     from lorameter.run.device_lock import hold_device
     from lorameter.run.executors import open_executor
     from lorameter.studies.placement import HERE
@@ -116,7 +116,9 @@ def run_profile(options: argparse.Namespace) -> int:
     return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
 
 
-def _see_step(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _ProfileResult:
+def _see_step(
+    study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]
+) -> _ProfileResult:
     from lorameter.profile import accounting
     from lorameter.profile.diagnosis import diagnose
     from lorameter.profile.evidence import evidence_of
@@ -140,7 +142,9 @@ def _see_step(study: Study, variant: Variant, executor: Executor, runs: Path, te
     return _ProfileResult(folder=folder, document=document, said=said, findings=findings)
 
 
-def _see_requests(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _ProfileResult:
+def _see_requests(
+    study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]
+) -> _ProfileResult:
     from lorameter.profile.accounting import categories_s
     from lorameter.profile.requests.accounting import request_accounts
     from lorameter.profile.requests.evidence import evidence_of_requests

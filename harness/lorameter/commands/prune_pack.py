@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
 from lorameter.records.units import format_count
-from kernels_check.terminal import escape_control_chars
 
 PRIVATE = ("paths", "hosts", "texts")
 """As `lorameter.results.pack.PRIVATE`, which would load what only the command needs; a test holds them equal."""

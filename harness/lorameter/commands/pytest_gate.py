@@ -9,9 +9,11 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.errors import UsageError, redact
 from lorameter.records import store
 from lorameter.verdicts.baselines import WORD, read_base
+from lorameter.verdicts.compare import compare
 from lorameter.verdicts.comparison_input import (
     ComparisonInput,
     Measurements,
@@ -20,10 +22,8 @@ from lorameter.verdicts.comparison_input import (
     machine_differences,
     variant_differences,
 )
-from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import GateResult, Policy, judge, load_policy
 from lorameter.verdicts.software import TOLD
-from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +94,8 @@ class SessionGate:
         try:
             return self._judge(run)
         except Exception:
-            return f"Gate failed: the comparison ended in an error.\n{escape_control_chars(redact(traceback.format_exc()))}"
+            text = escape_control_chars(redact(traceback.format_exc()))
+            return f"Gate failed: the comparison ended in an error.\n{text}"
 
     def _judge(self, run: Run) -> GateResult:
         """The verdicts on a run. Variants that were not selected are not asked for."""

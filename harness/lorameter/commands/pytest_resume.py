@@ -1,4 +1,4 @@
-"""`pytest benchmarks/ --lorameter-resume=RUN`: the session goes on with a run that broke off, and replays all of it.
+"""`pytest benchmarks/ --lorameter-resume=RUN`: the session resumes an interrupted run, and replays all of it.
 
 Study, variants and phases are those of the run; what the tests of a session select is only what is replayed. So the
 command line of the session that broke off may be given again with this one option.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.run.resume import (
@@ -19,7 +20,6 @@ from lorameter.run.resume import (
     refuse_settled,
     study_of,
 )
-from kernels_check.terminal import print_stderr
 
 if TYPE_CHECKING:
     import pytest
@@ -32,7 +32,7 @@ OPTION = "--lorameter-resume"
 
 
 def load_resumed(config: pytest.Config) -> ResumedRun | None:
-    """The run that the options name; None without one. Raises `UsageError` for what cannot be gone on with."""
+    """The run that the options name; None without one. Raises `UsageError` for what cannot be resumed."""
     name = config.getoption(OPTION)
     if not name:
         return None
@@ -45,12 +45,12 @@ def load_resumed(config: pytest.Config) -> ResumedRun | None:
         study = load_study(study).name
     run = read_broken_off(name, store.runs_dir(config.getoption("--lorameter-runs-dir")), study=study)
     if run.manifest.sides:
-        raise UsageError(f"{OPTION}: run {run.manifest.run} is an A/B. Go on with: lorameter run --resume {name}")
+        raise UsageError(f"{OPTION}: run {run.manifest.run} is an A/B. Resume: lorameter run --resume {name}")
     return ResumedRun(run, config.getoption("--lorameter-max-minutes"))
 
 
 class ResumedRun:
-    """A run that a session goes on with."""
+    """A run that a session resumes."""
 
     def __init__(self, run: Run, max_minutes: float | None = None) -> None:
         self._run = run

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kernels_check.pipes import BestEffortStderr
+from kernels_check.terminal import escape_control_chars
 from lorameter.commands.page import check_page, save_run_page
 from lorameter.commands.pytest_clock import ReplayClock
 from lorameter.errors import LorameterError, UsageError
-from kernels_check.pipes import BestEffortStderr
-from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from lorameter.machine.provenance import MachineFacts
@@ -97,7 +97,7 @@ class Session:
             if venue.stations:
                 self._facts, self._study = venue.facts, self._load(venue.machine.kind)
             if self._gate is not None:
-                from lorameter.machine.provenance import fingerprint_fields, fingerprint
+                from lorameter.machine.provenance import fingerprint, fingerprint_fields
 
                 facts = self._provenance()
                 self._gate.prepare(self._study, fingerprint_fields(facts), fingerprint(facts))
@@ -269,7 +269,7 @@ class Session:
         from lorameter.run.forecast import forecast
 
         if self._resumed is not None:
-            raise UsageError("--lorameter-dry-run: a run that is gone on with has its plan. Leave one of the two out.")
+            raise UsageError("--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.")
         plan, notices, runs = self._plan(names, phases, venue, make=False)
         return describe_plan(plan, forecast(plan, venue.machine, runs), venue.machine, notices)
 

@@ -29,6 +29,7 @@ def write_reference() -> str:
 
 
 def _lines() -> Iterator[str]:
+    from kernels_check import REQUIREMENTS
     from lorameter.studies import claim, study_file
     from lorameter.studies.claim import Claim, ClaimPart
     from lorameter.studies.columns import DataColumns
@@ -38,7 +39,6 @@ def _lines() -> Iterator[str]:
     from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload
     from lorameter.verdicts import gate
     from lorameter.verdicts.gate import LimitRule, Policy
-    from kernels_check import REQUIREMENTS
 
     yield from (TITLE, "", INTRODUCTION, "", "## A study", "")
     yield from _block(study_file)
@@ -158,7 +158,7 @@ def write_documents() -> str:
     from lorameter.commands.output import SCHEMA
 
     lines = ["# What `--json` prints", "", "Made by `lorameter list documents` from the types in "
-             "`harness/lorameter/commands/json_schema.py`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
+             "`lorameter.commands.json_schema`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
     lines += [inspect.cleandoc(json_schema.__doc__ or "").partition("\n\n")[2], "", f"The schema is {SCHEMA}."]
     for title, classes in (("documents", json_schema.DOCUMENTS), ("parts", json_schema.PARTS)):
         for cls in classes:

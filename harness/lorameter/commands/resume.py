@@ -19,7 +19,7 @@ SHOWN = {"script": "command"}
 
 
 def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
-    """Go on with a run that broke off, lost lines or was disturbed; one of which nothing is left is given back.
+    """Resume an interrupted run, lost lines or was disturbed; one of which nothing is left is given back.
 
     The rest is measured where the run was, or where `--on` and `--sites` say.
 
@@ -32,7 +32,7 @@ def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fa
         The run as it is then; None where it was only asked what is left (`--dry-run`).
 
     Raises:
-        UsageError, InvalidRunError: it cannot be gone on with, here or at all.
+        UsageError, InvalidRunError: it cannot be resumed, here or at all.
     """
     from lorameter.records import store
     from lorameter.report.blocks import say
@@ -48,7 +48,7 @@ def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fa
     run = read_broken_off(options.resume, runs, study=study)
     name = run.manifest.run
     if ab and not run.manifest.sides:
-        raise UsageError(f"run {name} is no A/B. Go on with: lorameter run --resume {name}")
+        raise UsageError(f"run {name} is no A/B. Resume: lorameter run --resume {name}")
     if is_finished(run):
         errors = console_for(stderr=True)
         show((say(f"run {name} is complete: nothing is left to be measured.", indented=False),), errors)
@@ -61,8 +61,8 @@ def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fa
 
 def _go_on_there(run: Run, venue: Placement, options: argparse.Namespace) -> Run | None:
     from lorameter.models.catalogue import cache_dir
-    from lorameter.report.live import LiveDisplay
     from lorameter.report.blocks import say
+    from lorameter.report.live import LiveDisplay
     from lorameter.report.terminal import console_for, show
     from lorameter.run.ab import resume_ab
     from lorameter.run.measure import measure

@@ -35,7 +35,7 @@ def add_commands(commands: Any, common: Any) -> None:
     )
     add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy")
     add_script_options(run)
-    run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
+    run.add_argument("--resume", metavar="RUN", help="resume an interrupted run, by its own study and plan")
     add_options(run.add_argument, "dry-run", "verbose")
     common(run)
     run.set_defaults(command=run_study)
@@ -109,7 +109,7 @@ def _run_on(venue: Placement, options: argparse.Namespace) -> int:
 
 
 def run_resumed(options: argparse.Namespace) -> int:
-    """Go on with a run, and show it as the command that began it does."""
+    """Resume a run, and show it as the command that began it does."""
     from lorameter.commands.resume import resume
     from lorameter.run.resume import SETTLED_OPTIONS
 
@@ -126,9 +126,9 @@ def run_resumed(options: argparse.Namespace) -> int:
 def _show(run: Run, options: argparse.Namespace) -> int:
     """Print what was measured; the exit code says whether the run is valid."""
     from lorameter.report.notices import warn_before_run
-    from lorameter.report.time_breakdown import encode_spending
-    from lorameter.report.terminal import console_for, show
     from lorameter.report.run_view import view_of
+    from lorameter.report.terminal import console_for, show
+    from lorameter.report.time_breakdown import encode_spending
 
     view = view_of(run)
     if options.json:

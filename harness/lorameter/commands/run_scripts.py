@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorameter.studies.study import Study
 
 SCRIPT_OPTIONS = ("script", "cwd", "steps")
-"""Names under which the options are kept; a run that is gone on with has settled them."""
+"""Names under which the options are kept; a run that is resumed has settled them."""
 
 
 def add_script_options(parser: Any) -> None:

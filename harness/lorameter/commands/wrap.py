@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import EXIT_INVALID, UsageError, said_by, shorten
 from lorameter.records import codec
-from kernels_check.terminal import print_stderr
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -40,8 +40,8 @@ def add_commands(commands: Any, common: Any) -> None:
 def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; the exit code is its own, 128 and the number of the signal that ended it, or 4."""
     from lorameter.attach.command import write_command
+    from lorameter.attach.launch import finalize_run, run_command
     from lorameter.attach.marker_files import remove_abandoned, wrapping
-    from lorameter.attach.launch import run_command, finalize_run
     from lorameter.records import store
     from lorameter.studies.script import name_of_words
 
@@ -108,8 +108,8 @@ def _report(path: Path) -> None:
     """The report of the run, on standard error: standard output is the command's."""
     from lorameter.records import store
     from lorameter.report.run import describe_run
-    from lorameter.report.terminal import console_for, show
     from lorameter.report.run_view import view_of
+    from lorameter.report.terminal import console_for, show
 
     run = store.read_run(str(path), path.parent)
     show(describe_run(view_of(run)), console_for(stderr=True))

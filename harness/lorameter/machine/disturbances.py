@@ -2,8 +2,8 @@
 
 A rule that looks at the outcome selects it; these look at clocks, heat, memory and the kernel's counters only. Each
 says what was found and where the limit is. Most disturbances are notices: the statistics bear with noise. Past a second
-limit a trial is not what the study asks about: it is invalid, and is measured again (`lorameter.run.runner`). That limit
-is far out on purpose: a filter that rejects much is a filter that ends with nothing.
+limit a trial is not what the study asks about: it is invalid, and is measured again (`lorameter.run.runner`). That
+limit is far out on purpose: a filter that rejects much is a filter that ends with nothing.
 
 Limits rest on one number: within the margin of 5 % two things count as equal, so what may have moved a time by more
 than that is invalid, and a fifth of it is worth a notice.
@@ -23,7 +23,7 @@ CLOCK_MARGIN = 0.05
 NOTICED = 0.01
 """Share of the timed stretches that is worth a notice: the tolerance, the smallest slow-down worth an alarm."""
 THROTTLED_INVALID = 0.10
-"""Share with clocks held down by heat or supply. A card that protects itself runs at half its clock or less, so a tenth
+"""Share with clocks held down by heat or supply. A GPU that protects itself runs at half its clock or less, so a tenth
 of the time costs half of that: the margin."""
 HOT_MARGIN_C = 5.0
 """Degrees left to the slow-down. A sensor of 1 °C and a fan that reacts late make less than that a matter of luck."""
@@ -124,7 +124,7 @@ class _Told:
         return withheld_share(self.host(what), self.host(GIVEN[what]))
 
     def device_share(self, counter: str, samples: str) -> tuple[float, str] | None:
-        """By the card's own counter of time where there is one, else by the samples at the ends of the stretches."""
+        """By the GPU's own counter of time where there is one, else by the samples at the ends of the stretches."""
         seconds, watched = self.device(counter), self.host("watched_s")
         if seconds is not None and watched:
             return min(1.0, seconds / watched), f"{seconds:.2f} of {watched:.2f} s"
@@ -141,7 +141,7 @@ def _throttled(told: _Told) -> Iterator[Disturbance]:
     if found is not None and found[0] > NOTICED:
         yield Disturbance(
             code="throttled",
-            message=f"the card held its clocks down to protect itself in {found[1]} ({found[0]:.0%}; from "
+            message=f"the GPU held its clocks down to protect itself in {found[1]} ({found[0]:.0%}; from "
             f"{NOTICED:.0%} it is said, above {THROTTLED_INVALID:.0%} the trial does not count)",
             remedy="Give it air and power, or lock a lower clock (nvidia-smi -lgc), and measure again.",
             weight=found[0] / NOTICED,
@@ -165,8 +165,8 @@ def _hot(told: _Told) -> Iterator[Disturbance]:
     if left is not None and left < HOT_MARGIN_C:
         at = "" if degrees is None else f"at {degrees:.0f} °C "
         yield Disturbance(
-            code="hot",
-            message=f"the card was {at}{left:.0f} °C below its slow-down (under {HOT_MARGIN_C:.0f} °C it is said)",
+            code="gpu-near-thermal-limit",
+            message=f"the GPU was {at}{left:.0f} °C below its slow-down (under {HOT_MARGIN_C:.0f} °C it is said)",
             remedy="Give it air, or lower its power limit, before it slows down.",
             weight=(HOT_MARGIN_C - left + 1) / HOT_MARGIN_C,
         )
@@ -190,16 +190,16 @@ def _shared(told: _Told) -> Iterator[Disturbance]:
     if others:
         size = "memory of unknown size" if held is None else format_bytes(held)
         yield Disturbance(
-            code="shared",
+            code="gpu-shared",
             message=f"{others:.0f} other process{'es' * (others != 1)} held {size} of the device (from 1 process it "
             f"is said, above {format_bytes(SHARED_INVALID_BYTES)} the trial does not count)",
-            remedy="End them, or measure on a card that is free (nvidia-smi lists them).",
+            remedy="End them, or measure on a GPU that is free (nvidia-smi lists them).",
             weight=1 + (held or 0.0) / SHARED_INVALID_BYTES,
             invalid=held is not None and held > SHARED_INVALID_BYTES,
         )
     elif hidden is not None and hidden > UNEXPLAINED_LIMIT:
         yield Disturbance(
-            code="hidden",
+            code="unaccounted-gpu-memory",
             message=f"{format_bytes(hidden)} of the device were in use by nobody who can be seen (from "
             f"{format_bytes(UNEXPLAINED_LIMIT)} it is said)",
             remedy="Look from outside the container (nvidia-smi on the machine), or start it with the machine's "
@@ -231,7 +231,7 @@ def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
             code="memory-retrying",
             message=f"the allocator emptied its cache {format_count(retries, 'time')} and failed "
             f"{format_count(failures, 'time')} for want of device memory (from 1 it is said)",
-            remedy="Each time stops the device; take a smaller batch, checkpointing, or a larger card to time compute.",
+            remedy="Each time stops the device; take a smaller batch, checkpointing, or a larger GPU to time compute.",
             weight=float(retries + failures),
         )
 
@@ -246,8 +246,8 @@ def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Itera
         counts = f", with a CPU for less than {OCCUPANCY_INVALID:.0%} of the time a trial that was alone does not count"
         limit = "" if occupancy is None else counts
         yield Disturbance(
-            code="contended",
-            message=f"{', '.join(filter(None, (waited, had, taken)))} (from {CONTENDED:.0%} waiting it is said{limit})",
+            code="cpu-contention",
+            message=f"{', '.join(filter(None, (waited, had, taken)))} (warning threshold {CONTENDED:.0%}{limit})",
             remedy="Stop other work on this machine, or give this process CPUs of its own (taskset, cpuset).",
             weight=(share or 0.0) / CONTENDED + (1 - occupancy if occupancy is not None else 0.0),
             invalid=low and not in_turns,

@@ -1,4 +1,4 @@
-"""What a card tells of itself, in base units; `lorameter.machine.nvml` asks it."""
+"""What a GPU tells of itself, in base units; `lorameter.machine.nvml` asks it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CardSample:
     memory_clock_hz: Reading[float]
     temperature_c: Reading[float]
     temperature_margin_c: Reading[float]
-    """Degrees that are left until the card slows down."""
+    """Degrees that are left until the GPU slows down."""
     events: Reading[tuple[str, ...]]
     """Why the clocks are what they are, in the words of `lorameter.machine.throttle`."""
     thermal_slowdown_s: Reading[float]
@@ -55,7 +55,7 @@ class Clocks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardFacts:
-    """What stays while nobody changes the card's settings."""
+    """What stays while nobody changes the GPU's settings."""
 
     name: Reading[str]
     uuid: Reading[str]

@@ -1,4 +1,4 @@
-"""How the cards of a machine reach each other, as NVML tells it: what the exchanges of several ranks go through."""
+"""How the GPUs of a machine reach each other, as NVML tells it: what the exchanges of several ranks go through."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MEETINGS: dict[str, str] = {
     "NVML_TOPOLOGY_NODE": "the host bridges of one memory node",
     "NVML_TOPOLOGY_SYSTEM": "the link between memory nodes",
 }
-"""Where two cards meet, nearest first, by NVML's names for it (nvmlGpuTopologyLevel_t)."""
+"""Where two GPUs meet, nearest first, by NVML's names for it (nvmlGpuTopologyLevel_t)."""
 FAR = frozenset({MEETINGS["NVML_TOPOLOGY_NODE"], MEETINGS["NVML_TOPOLOGY_SYSTEM"]})
 """Through these goes every exchange by the CPU's own links."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two cards, by the numbers that NVML gives them."""
+    """Two GPUs, by the numbers that NVML gives them."""
 
     first: int
     second: int
@@ -32,9 +32,9 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """Of all cards that this process may use."""
+    """Of all GPUs that this process may use."""
 
     pairs: tuple[Pair, ...]
     """Each two of them."""
     active: tuple[tuple[int, Reading[int]], ...]
-    """NVLinks of each card that are up, by its number."""
+    """NVLinks of each GPU that are up, by its number."""

@@ -1,4 +1,4 @@
-"""The cards of a machine together, as NVML tells it: which there are, which a process may use, how they reach each
+"""The GPUs of a machine together, as NVML tells it: which there are, which a process may use, how they reach each
 other.
 """
 
@@ -18,25 +18,25 @@ from lorameter.machine.visible_gpus import visible_devices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisibleCard:
-    """A card that a process may use, or an instance of one (MIG)."""
+    """A GPU that a process may use, or an instance of one (MIG)."""
 
     entry: int | str
     """What CUDA_VISIBLE_DEVICES calls it."""
     name: Reading[str]
     board: Reading[str]
-    """UUID of the card that it is, or is an instance of: two of one board share what it has."""
+    """UUID of the GPU that it is, or is an instance of: two of one board share what it has."""
     power_limit_w: Reading[float]
     """Of the board, in force."""
 
     @property
     def kind(self) -> str:
-        """For a reader, and the same for two cards that measure alike: what is not told agrees with nothing told."""
+        """For a reader, and the same for two GPUs that measure alike: what is not told agrees with nothing told."""
         limit_w = self.power_limit_w.value
         return f"{self.name.value}" + ("" if limit_w is None else f" at {limit_w:.0f} W")
 
 
 def shared_boards(cards: Iterable[VisibleCard]) -> list[list[VisibleCard]]:
-    """Those that are parts of one card, which would measure each other; of a board that is not told nothing is said."""
+    """Those that are parts of one GPU, which would measure each other; of a board that is not told nothing is said."""
     by: dict[str, list[VisibleCard]] = {}
     for card in cards:
         if card.board.value is not None:
@@ -50,7 +50,7 @@ def say_entries(cards: Iterable[VisibleCard]) -> str:
 
 
 def visible_cards(environment: Mapping[str, str] | None = None) -> Reading[tuple[VisibleCard, ...]]:
-    """The cards that `environment` (None: this process's) lets CUDA see, in its order."""
+    """The GPUs that `environment` (None: this process's) lets CUDA see, in its order."""
     nvml = started()
     if nvml.value is None:
         return missing(nvml.reason)
@@ -79,7 +79,7 @@ def _look_at(nvml: Any, entry: int | str) -> VisibleCard:
 
 
 def card_names() -> Reading[tuple[str, ...]]:
-    """Names of all cards of the machine, hidden ones too, in the order in which NVML counts them."""
+    """Names of all GPUs of the machine, hidden ones too, in the order in which NVML counts them."""
     nvml = started()
     if nvml.value is None:
         return missing(nvml.reason)
@@ -88,11 +88,11 @@ def card_names() -> Reading[tuple[str, ...]]:
         for handle in handles_of(nvml.value)
     ]
     ended(nvml.value)
-    return Reading(value=tuple(name or "a card that does not answer" for name in names))
+    return Reading(value=tuple(name or "a GPU that does not answer" for name in names))
 
 
 def card_links(environment: Mapping[str, str] | None = None) -> Reading[Links]:
-    """How the cards that `environment` (None: this process's) lets CUDA see reach each other. An instance of a card
+    """How the GPUs that `environment` (None: this process's) lets CUDA see reach each other. An instance of a GPU
     has no links."""
     nvml = started()
     if nvml.value is None:
@@ -111,7 +111,7 @@ def card_links(environment: Mapping[str, str] | None = None) -> Reading[Links]:
 
 
 def _number_of(nvml: Any, handles: list[Reading[Any]], visible: int | str) -> int | None:
-    """NVML's number of an entry of CUDA_VISIBLE_DEVICES; None where it names no whole card."""
+    """NVML's number of an entry of CUDA_VISIBLE_DEVICES; None where it names no whole GPU."""
     if isinstance(visible, int):
         return visible if visible < len(handles) else None
     named = [

@@ -1,4 +1,4 @@
-"""What decides, beside torch's version, which kernels a card is given, and how its memory is held.
+"""What decides, beside torch's version, which kernels a GPU is given, and how its memory is held.
 
 Torch chooses among the algorithms of cuDNN and cuBLAS, which are installed beside it and replaced without it, and both
 read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` takes attention away from cuDNN, `NVIDIA_TF32_OVERRIDE` sets the
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FIELD = "kernels"
-"""Under which it stands in the provenance of a run on a card."""
+"""Under which it stands in the provenance of a run on a GPU."""
 SWITCHES = re.compile(r"TORCH_CUDNN_SDPA_\w+|PYTORCH_(\w+_)?ALLOC_CONF|NVIDIA_TF32_OVERRIDE", re.ASCII)
 _LIBRARIES = ("cudnn", "cublas")
 

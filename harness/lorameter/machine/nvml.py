@@ -1,6 +1,6 @@
-"""The card as NVML tells it (`lorameter.machine.nvml_calls`).
+"""The GPU as NVML tells it (`lorameter.machine.nvml_calls`).
 
-NVML knows the whole machine and not CUDA_VISIBLE_DEVICES, so the card is found by the rules of
+NVML knows the whole machine and not CUDA_VISIBLE_DEVICES, so the GPU is found by the rules of
 `lorameter.machine.visible_gpus`; of several `lorameter.machine.gpus` tells.
 
 Units are base units: NVML's milliwatts, millijoules, megahertz and nanoseconds end here.
@@ -20,21 +20,21 @@ from lorameter.machine.visible_gpus import visible_devices
 
 V = TypeVar("V")
 
-SLICED = "the counter is the whole card's, and other MIG instances share the card"
+SLICED = "the counter is the whole GPU's, and other MIG instances share the GPU"
 
 
 class NvmlDevice:
-    """One card, or one MIG instance of a card, for as long as it is open. Made by `open_device`."""
+    """One GPU, or one MIG instance of a GPU, for as long as it is open. Made by `open_device`."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml = nvml
         self._handle = handle
         card = card_of(nvml, handle)
-        self._card = handle if card.value is None else card.value  # clocks, power and heat belong to the card
+        self._card = handle if card.value is None else card.value  # clocks, power and heat belong to the GPU
         mode = self._mig()
         self._slowdown_c = self._slowdown_temperature()  # a property of the board
         self.sliced = card.known or mode.value is True
-        """Whether this is a part of a card, so that the card's power and energy are not this process's alone."""
+        """Whether this is a part of a GPU, so that the GPU's power and energy are not this process's alone."""
 
     def close(self) -> None:
         """End the connection; other open devices keep theirs."""
@@ -162,7 +162,7 @@ def _first_visible(nvml: Any, visible: tuple[int | str, ...] | None) -> Reading[
 
 
 def compute_capability(index: int) -> Reading[tuple[int, int]]:
-    """Major and minor number, of the card that NVML counts as `index`."""
+    """Major and minor number, of the GPU that NVML counts as `index`."""
     nvml = started()
     if nvml.value is None:
         return missing(nvml.reason)

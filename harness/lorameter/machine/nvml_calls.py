@@ -1,7 +1,7 @@
 """Calls of NVML, whatever becomes of them: the one binding to nvidia-ml-py in this project.
 
 NVML asks the driver and creates no CUDA context, so the parent and a process that will fork may use it. Everything is a
-`Reading`: cards, drivers and containers differ in what they tell, and a counter that is not there must neither end a
+`Reading`: GPUs, drivers and containers differ in what they tell, and a counter that is not there must neither end a
 measurement nor count as zero.
 """
 
@@ -15,13 +15,13 @@ from lorameter.machine.reading import Reading, missing
 V = TypeVar("V")
 
 _WORDS: dict[str, str] = {
-    "NVML_ERROR_NOT_SUPPORTED": "this card or its driver does not offer it",
+    "NVML_ERROR_NOT_SUPPORTED": "this GPU or its driver does not offer it",
     "NVML_ERROR_NO_PERMISSION": "this process is not permitted to read it",
     "NVML_ERROR_FUNCTION_NOT_FOUND": "the installed driver is too old for it",
     "NVML_ERROR_LIBRARY_NOT_FOUND": "there is no libnvidia-ml.so.1: no NVIDIA driver is installed, or the container "
     "was started without it",
     "NVML_ERROR_DRIVER_NOT_LOADED": "the NVIDIA driver is installed and not loaded",
-    "NVML_ERROR_GPU_IS_LOST": "the card no longer answers; it has to be reset",
+    "NVML_ERROR_GPU_IS_LOST": "the GPU no longer answers; it has to be reset",
     "NVML_ERROR_NOT_FOUND": "there is no such device",
     "NVML_ERROR_INVALID_ARGUMENT": "there is no such device",
     "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "the driver was updated and the machine not restarted",
@@ -46,7 +46,7 @@ def ended(nvml: Any) -> None:
 
 
 def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
-    """By the whole of it, else by the one card whose UUID begins so."""
+    """By the whole of it, else by the one GPU whose UUID begins so."""
     whole = asked(nvml, "nvmlDeviceGetHandleByUUID", uuid, convert=lambda handle: handle)
     if whole.known:
         return whole
@@ -62,20 +62,20 @@ def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
 
 
 def handle_of(nvml: Any, entry: int | str) -> Reading[Any]:
-    """Of an entry of CUDA_VISIBLE_DEVICES: a card's number along the bus, or a UUID."""
+    """Of an entry of CUDA_VISIBLE_DEVICES: a GPU's number along the bus, or a UUID."""
     if isinstance(entry, str):
         return by_uuid(nvml, entry)
     return asked(nvml, "nvmlDeviceGetHandleByIndex", entry, convert=lambda handle: handle)
 
 
 def handles_of(nvml: Any) -> list[Reading[Any]]:
-    """Of all cards, in the order in which NVML counts them."""
+    """Of all GPUs, in the order in which NVML counts them."""
     count = asked(nvml, "nvmlDeviceGetCount", convert=int).value or 0
     return [handle_of(nvml, index) for index in range(count)]
 
 
 def card_of(nvml: Any, handle: Any) -> Reading[Any]:
-    """The card of a MIG instance; missing for a whole card."""
+    """The GPU of a MIG instance; missing for a whole GPU."""
     return asked(nvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle, convert=lambda found: found)
 
 

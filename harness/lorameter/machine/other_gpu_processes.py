@@ -1,7 +1,7 @@
 """Who else holds memory on the device, and what can be said where a container does not let one see.
 
 NVML lists processes by the numbers of the machine. In a container with process numbers of its own an older driver lists
-numbers that mean nothing there, or none at all, so that an empty list does not mean an empty card. What then still
+numbers that mean nothing there, or none at all, so that an empty list does not mean an empty GPU. What then still
 shows is memory: what the device has in use beyond what the listed processes account for.
 
 A run's own processes are no neighbours: trials that take turns live side by side, and all of them descend from one

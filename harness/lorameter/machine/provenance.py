@@ -45,9 +45,9 @@ LIBRARIES = (
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
-"""One more, of runs on a card: its power limit in force, in whole watts, as far as it is known."""
+"""One more, of runs on a GPU: its power limit in force, in whole watts, as far as it is known."""
 LATER = (POWER_LIMIT, kernel_env.FIELD)
-"""Of runs on a card. Runs that were written before they were recorded have none, so their fingerprints are what they
+"""Of runs on a GPU. Runs that were written before they were recorded have none, so their fingerprints are what they
 were, and so are those of runs on a CPU."""
 
 
@@ -113,7 +113,7 @@ def origin_of(folder: Path) -> str:
 
 
 def device_id(environment: Mapping[str, str] | None = None) -> str:
-    """What a worker measures on here: "cpu", or the UUID of its card; its name where that is not told. `environment`
+    """What a worker measures on here: "cpu", or the UUID of its GPU; its name where that is not told. `environment`
     is that of the worker; None for this process's."""
     if _torch_cuda():
         with _first_gpu(environment) as gpu:
@@ -146,7 +146,7 @@ def read_facts(
     machine: Machine, host: dict[str, Any] | None = None, environment: Mapping[str, str] | None = None
 ) -> MachineFacts:
     """The facts of this machine; `host` describes the interpreter that trials run in, None for the present one, and
-    `environment` says which card they see first."""
+    `environment` says which GPU they see first."""
     return MachineFacts(
         machine=machine,
         settings=settings(card=machine.device == "cuda", environment=environment),
@@ -194,7 +194,7 @@ def _without(described: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _kernels(facts: MachineFacts) -> dict[str, Any]:
-    """What steers the choice of kernels on a card, where trials run on one."""
+    """What steers the choice of kernels on a GPU, where trials run on one."""
     if facts.machine.device != "cuda":
         return {}
     here = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches}
@@ -287,9 +287,9 @@ def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> s
 
 
 def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
-    """The card's power limit in force in whole watts, or that by default (`default_power_limit_w`).
+    """The GPU's power limit in force in whole watts, or that by default (`default_power_limit_w`).
 
-    None on a CPU, where the card did not tell it, and in runs of before it was recorded.
+    None on a CPU, where the GPU did not tell it, and in runs of before it was recorded.
     """
     card = provenance.get("settings", {}).get("card")
     limit = card.get(which) if isinstance(card, Mapping) else None

@@ -1,6 +1,6 @@
 """A value that a machine may refuse to give: the value, or the reason why there is none.
 
-Counters differ from card to card and container to container. A zero that stands for "unknown" is how energy tools came
+Counters differ from GPU to GPU and container to container. A zero that stands for "unknown" is how energy tools came
 to print 0 J, and an exception would cost a measurement for the sake of its surroundings. So a meter answers with a
 `Reading`, and whoever shows it can say what is missing and why.
 """

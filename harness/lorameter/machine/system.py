@@ -4,8 +4,8 @@ Each setting here is known to move times by itself: a governor that lets the clo
 lasts as long as the heat allows, huge pages that come and go with fragmentation, a process spread over memory nodes, a
 container with a quota that stops every thread for the rest of a period.
 
-A run writes them down once, with those of the card, as one document (`settings`), each with why it is not known: a
-limit of 400 W on a card of 700, an ECC mode or a governor is gone from every log when somebody asks for it. What
+A run writes them down once, with those of the GPU, as one document (`settings`), each with why it is not known: a
+limit of 400 W on a GPU of 700, an ECC mode or a governor is gone from every log when somebody asks for it. What
 changes from moment to moment (load, free memory, heat) is left to the readings around what is timed.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 from lorameter.machine.cgroup import cpu_quota, memory_left, memory_limit
 from lorameter.machine.cores import holds_any
 from lorameter.machine.host import NO_FREQUENCY, ROOT, HostTelemetry, load_average
-from lorameter.machine.other_gpu_processes import FIRST_PID_NAMESPACE
 from lorameter.machine.nvml import open_device
+from lorameter.machine.other_gpu_processes import FIRST_PID_NAMESPACE
 from lorameter.machine.reading import Reading, count_of, missing, read_file, unavailable
 
 _CPU = "sys/devices/system/cpu"
@@ -136,13 +136,13 @@ MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
 
 
 def settings(*, card: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
-    """Of the machine (`system`), of its `card`, and which `host_counters_missing` there are, with the reason.
+    """Of the machine (`system`), of its `GPU`, and which `host_counters_missing` there are, with the reason.
 
     Values are those of `SystemFacts` and `CardFacts`, or "not available: REASON".
 
     Args:
-        card: whether trials run on a card; if not, none is asked.
-        environment: of the trials, which says what card that is; None for this process's.
+        GPU: whether trials run on a GPU; if not, none is asked.
+        environment: of the trials, which says what GPU that is; None for this process's.
         root: where the files of the kernel are.
     """
     watch = HostTelemetry(root)
@@ -151,7 +151,7 @@ def settings(*, card: bool, environment: Mapping[str, str] | None = None, root: 
     system = {name: value for name, value in _told(system_facts(root)).items() if name not in MOMENTARY}
     return {
         "system": system,
-        "card": _card(environment) if card else unavailable("trials do not run on a card"),
+        "card": _card(environment) if card else unavailable("trials do not run on a GPU"),
         "host_counters_missing": watch.missing,
     }
 

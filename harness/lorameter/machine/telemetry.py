@@ -2,16 +2,17 @@
 
 Heat, power and the kernel's counters are read before and after a stretch (a turn, a request) and never during it: no
 thread polls beside what is timed. What accumulates is a difference; what fluctuates is known at the ends only, right
-after the work and before the card has cooled, over as many ends as a trial has turns.
+after the work and before the GPU has cooled, over as many ends as a trial has turns.
 
-A card may lower its clocks as soon as it has nothing to do, so those of a step are read while its work is still
+A GPU may lower its clocks as soon as it has nothing to do, so those of a step are read while its work is still
 queued: the host has launched all and would only wait (`look`; `lorameter.trial.clock` calls it). Where nobody can
 look in, as in a request, whose tokens the host waits for one by one, the clocks at the end have to do, and those of a
-card that idles by then are dropped.
+GPU that idles by then are dropped.
 
-Names are those of `telemetry_key`: who, what, phase and unit, as in `host_steal_train_s` and `device_sm_clock_min_train_hz`.
+Names are those of `telemetry_key`: who, what, phase and unit, as in `host_steal_train_s` and
+`device_sm_clock_min_train_hz`.
 
-Energy is a difference of two readings of the card's own counter. It moves in steps whose period NVML does not document,
+Energy is a difference of two readings of the GPU's own counter. It moves in steps whose period NVML does not document,
 and on A100 and H100 the power sensor looks at a quarter of the time only (Yang, Adamek & Armour, "Part-time Power
 Measurements", 2023, arXiv 2312.02741). A difference over a short stretch is therefore mostly the phase of those clocks,
 and none is given. On a Grace Hopper the counter is that of the whole module, its CPU included.
@@ -26,15 +27,15 @@ from typing import Any
 
 from lorameter.machine.gpu import CardSample, Clocks
 from lorameter.machine.host import HostTelemetry
-from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.nvml import NvmlDevice, open_device
+from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.throttle import IDLE, POWER_CAPPED, PROTECTING
 from lorameter.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")
 SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "memory_clock_hz", "temperature_margin_c", "own_bytes")
-"""What many cards do not tell, and a reader of the numbers can do without: samples, the SM clock, the temperature and
+"""What many GPUs do not tell, and a reader of the numbers can do without: samples, the SM clock, the temperature and
 what torch's allocator reserved say nearly the same."""
 
 
@@ -46,9 +47,9 @@ def telemetry_key(owner: str, what: str, phase: str) -> str:
 
 
 class GpuTelemetry:
-    """What a card did in the stretches between `begin` and `end`, over all of them.
+    """What a GPU did in the stretches between `begin` and `end`, over all of them.
 
-    Energy is the difference from the first begin to the last end, so it holds what the card takes between stretches
+    Energy is the difference from the first begin to the last end, so it holds what the GPU takes between stretches
     too: a hand-over of a millisecond between turns of 50 ms or more. Ask for it only where no other trial takes turns.
     """
 
@@ -60,7 +61,7 @@ class GpuTelemetry:
         self._looked = False
         self._found: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
-        """Names of values that this card does not give, with the reason."""
+        """Names of values that this GPU does not give, with the reason."""
 
     def begin(self, now_s: float) -> None:
         """Something timed is about to start; `now_s` is on the clock of `end`."""
@@ -71,7 +72,7 @@ class GpuTelemetry:
             self._first = (now_s, self._before)
 
     def look(self) -> None:
-        """What is timed has been launched and is going on. The clocks of a card that has finished it are left out."""
+        """What is timed has been launched and is going on. The clocks of a GPU that has finished it are left out."""
         seen = self._device.clocks()
         if seen.events.value is not None and IDLE in seen.events.value:
             return
@@ -209,7 +210,7 @@ class Telemetry:
         self._host.begin()
 
     def look(self) -> None:
-        """What is timed is under way on the card, and the host would only wait for it."""
+        """What is timed is under way on the GPU, and the host would only wait for it."""
         if self._card is not None:
             self._card.look()
 
@@ -244,7 +245,7 @@ class Telemetry:
 
 
 def card_of(device: str) -> Reading[NvmlDevice]:
-    """The card behind a torch device. CUDA runs already, so torch knows the card's UUID, whatever the environment."""
+    """The GPU behind a torch device. CUDA runs already, so torch knows the GPU's UUID, whatever the environment."""
     import torch
 
     uuid: Any = getattr(torch.cuda.get_device_properties(device), "uuid", None)

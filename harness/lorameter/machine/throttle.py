@@ -1,8 +1,8 @@
-"""Why a card's clocks are not what they could be, in words, and which of the reasons spoil a measurement.
+"""Why a GPU's clocks are not what they could be, in words, and which of the reasons spoil a measurement.
 
-NVML gives a mask of clocks event reasons. They are not all alike: a card under heavy load sits at its power limit as
-its normal state, and rejecting such samples would reject every one of them. What a study cannot live with is a card
-that protects itself from heat or from its power supply: that comes and goes, and differs between neighbouring cards.
+NVML gives a mask of clocks event reasons. They are not all alike: a GPU under heavy load sits at its power limit as
+its normal state, and rejecting such samples would reject every one of them. What a study cannot live with is a GPU
+that protects itself from heat or from its power supply: that comes and goes, and differs between neighbouring GPUs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ REASONS: dict[int, str] = {
 IDLE = "gpu_idle"
 """Nothing runs: the clocks of such a moment say nothing of a step."""
 POWER_CAPPED = frozenset({"sw_power_cap"})
-"""The card does what its power limit allows; the same for every trial, as long as the limit is."""
+"""The GPU does what its power limit allows; the same for every trial, as long as the limit is."""
 PROTECTING = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
-"""The card protects itself from heat or from its supply."""
+"""The GPU protects itself from heat or from its supply."""
 
 
 def reasons_in(mask: int) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""Which cards a process may use, by CUDA_VISIBLE_DEVICES: what CUDA numbers from 0 is not what NVML numbers from 0.
+"""Which GPUs a process may use, by CUDA_VISIBLE_DEVICES: what CUDA numbers from 0 is not what NVML numbers from 0.
 
-Rules of the CUDA programming guide, appendix "CUDA environment variables": unset, every card; empty, none; else a list
+Rules of the CUDA programming guide, appendix "CUDA environment variables": unset, every GPU; empty, none; else a list
 of indices or UUIDs in the order in which CUDA numbers them, cut at the first entry that is not valid. A UUID may be
 shortened to any unambiguous beginning. Measuring processes are started with CUDA_DEVICE_ORDER=PCI_BUS_ID
 (`executors.local`), so an index means to them what it means to NVML, which counts along the bus as well.
@@ -22,7 +22,7 @@ _UUID = re.compile(r"(GPU|MIG)-[0-9A-Za-z]")
 def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | None:
     """The entries that CUDA would accept, in its order: an index along the bus, or (the beginning of) a UUID.
 
-    None where the variable is not set and nothing is hidden; an empty tuple where it hides every card.
+    None where the variable is not set and nothing is hidden; an empty tuple where it hides every GPU.
     """
     listed = environment.get(VARIABLE)
     if listed is None:
@@ -39,5 +39,5 @@ def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | N
 
 
 def counts_along_the_bus(environment: Mapping[str, str]) -> bool:
-    """Whether CUDA numbers the cards of this environment as NVML does; by default it puts the fastest first."""
+    """Whether CUDA numbers the GPUs of this environment as NVML does; by default it puts the fastest first."""
     return environment.get(ORDER_VARIABLE) == BUS_ORDER

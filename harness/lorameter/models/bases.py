@@ -26,7 +26,7 @@ from typing import Any
 
 from lorameter.errors import LorameterError
 from lorameter.models import catalogue
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.records.atomic_json import write_document
 from lorameter.records.locks import is_locked
 

@@ -3,10 +3,11 @@
 A study names its model in one word: a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of
 these. Cost does not depend on the values of the weights, so `random:` measures the exact architecture where no
 weights can be had; what it cannot measure is loss. Front doors resolve names too, so this module never imports torch
-and asks the hub only for what no file here says; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch` fills
-the cache.
+and asks the hub only for what no file here says; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch`
+fills the cache.
 
-The catalogue is data: a new model is one `Entry` below and its config.json beside the others in `harness/lorameter/models/`.
+The catalogue is data: a new model is one `Entry` below and its config.json beside the others in
+`harness/lorameter/models/`.
 """
 
 from __future__ import annotations

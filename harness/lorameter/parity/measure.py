@@ -15,11 +15,11 @@ from typing import Any
 from lorameter.errors import InvalidRunError, UsageError, impossible, said_by
 from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.profile.measure import ConductedTrial, OpenTrial, answer_of, open_trial, trouble_in
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import Executor
-from lorameter.studies.serving_modes import ServingRequest, ServingMode, ways_of
+from lorameter.studies.serving_modes import ServingMode, ServingRequest, ways_of
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 

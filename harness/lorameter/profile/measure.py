@@ -1,4 +1,4 @@
-"""One variant's profile: a solo trial in its own process whose steps are taken apart.
+"""One variant's profile: an isolated trial in its own process whose steps are taken apart.
 
 It is the trial of any run, by the same worker and the same commands, up to the end of its training. Then its steps are
 taken apart, the peaks of the device are measured, and at last the profiler records some steps.
@@ -21,15 +21,15 @@ from lorameter.models.costs.ceiling import product_rate
 from lorameter.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
 from lorameter.models.costs.peaks import Peak, Rate, stated_peak
 from lorameter.profile.facts import Profile
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from lorameter.records.atomic_json import write_document
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.metrics import RSS_AT_START
-from lorameter.records.record import PartialRecord, Notice, TrialRecord
 from lorameter.records.os_errors import translate_os_errors
-from lorameter.records.tempdirs import leaving_nothing, scratch_folder
+from lorameter.records.record import Notice, PartialRecord, TrialRecord
 from lorameter.records.store import new_run_id
+from lorameter.records.tempdirs import leaving_nothing, scratch_folder
 from lorameter.run.arms import Arm
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.feasibility import check_feasible
@@ -47,7 +47,7 @@ DOCUMENT = "profile.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenTrial:
-    """A solo trial that is there to be taken apart, in a process of its own, and the folder of what it finds."""
+    """An isolated trial that is there to be taken apart, in a process of its own, and the folder of what it finds."""
 
     study: str
     trial: ConductedTrial
@@ -64,7 +64,9 @@ class OpenTrial:
         """What the trial left in its folder. Raises `InvalidRunError` where that cannot be read."""
         request = self.trial.request
         try:
-            data = bounded_io.read_json(self.executor.fetch(request.trial, name, self.scratch), bounded_io.MANIFEST_BYTES)
+            data = bounded_io.read_json(
+                self.executor.fetch(request.trial, name, self.scratch), bounded_io.MANIFEST_BYTES
+            )
         except bounded_io.NotReadableError as error:
             raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Measure again.") from None
         return codec.from_json(kind, data, name)
@@ -218,7 +220,7 @@ def _conduct(trial: ConductedTrial, rates: list[Rate]) -> None:
 
 
 class ConductedTrial:
-    """One solo trial, command by command."""
+    """One isolated trial, command by command."""
 
     def __init__(
         self, plan: Plan, slot: Slot, site: RunContext, place: TrialFiles, worker: Worker, say: Callable[[str], None]

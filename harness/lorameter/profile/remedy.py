@@ -17,14 +17,14 @@ from lorameter.records.metrics import METRICS, Phase
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
-from lorameter.studies.protocol import Protocol
 from lorameter.studies.from_run import read_study
+from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.series import is_difference, group_trials
 from lorameter.verdicts.run_validity import control_of, phases_of, ratios_of, run_validity
+from lorameter.verdicts.series import group_trials, is_difference
 
 LEAST_TURNS = 2
 """Of training, where requests are at issue: trials that take turns have some."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, redact
-from lorameter.records import codec, bounded_io, journal
+from lorameter.records import bounded_io, codec, journal
 from lorameter.records.validation import check_evidence
 
 CHECKS = "checks.jsonl"

@@ -6,9 +6,9 @@ numbers and words; what is nested or of any type stays text, is read by the code
 again: the evidence of checks is most of a record and nearly the same in all of them. What msgspec refuses is read from
 its beginning by the codec, which gives the value or the better error.
 
-What the codec does not ask (`lorameter.records.validation`) is held on the same way: numbers by the struct, which refuses what
-is beyond all that is measured, and what is left as text when it is read. Only what the codec had to read, or a text in
-which a number has a name, is looked at once more as a whole.
+What the codec does not ask (`lorameter.records.validation`) is held on the same way: numbers by the struct, which
+refuses what is beyond all that is measured, and what is left as text when it is read. Only what the codec had to read,
+or a text in which a number has a name, is looked at once more as a whole.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.errors import UsageError
-from lorameter.records import codec, bounded_io
-from lorameter.records.validation import check_manifest
+from lorameter.records import bounded_io, codec
 from lorameter.records.forward_compat import Left, read_known
-from lorameter.records.worker_info import BaseSummary
 from lorameter.records.record import SCHEMA, Notice, is_newer, require_readable
 from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.records.validation import check_manifest
+from lorameter.records.worker_info import BaseSummary
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumption:
-    """One time that a run which had broken off was gone on with."""
+    """One time that a run which had broken off was resumed."""
 
     unix_s: float
     harness: str | None
@@ -58,7 +58,7 @@ class Manifest:
     """What variants are measured on that are not measured on the study's workload, by name."""
     interleaving: str
     why: str = ""
-    """Why this level of interleaving."""
+    """Why this interleaving."""
     order: tuple[str, ...]
     """Trial ids in the order of the plan; those of replicates that turned out needless are taken off at the end."""
     seed: int
@@ -68,7 +68,7 @@ class Manifest:
     """Hash of the provenance fields that must agree for two runs to be compared."""
     tokens: dict[str, Any] = field(default_factory=dict)
     bases: tuple[BaseSummary, ...] = field(default=(), metadata=codec.LATER)
-    """What the trials stand on, prepared once; of each time that the run was gone on with."""
+    """What the trials stand on, prepared once; of each time that the run was resumed."""
     notices: tuple[Notice, ...] = ()
     """What was known of the study before it ran."""
     sides: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Manifest:
     policy: dict[str, Any] = field(default_factory=dict, metadata=codec.LATER)
     """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
     site_facts: dict[str, SiteFacts] = field(default_factory=dict, metadata=codec.LATER)
-    """Of a run that was spread: where each of its sites is; those of every time that it was gone on with."""
+    """Of a run that was spread: where each of its sites is; those of every time that it was resumed."""
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()

@@ -14,7 +14,7 @@ MemoryPhase = Literal["train", "generate"]
 MEMORY_PHASES: tuple[MemoryPhase, ...] = ("train", "generate")
 
 MEMORY_KINDS: Mapping[str, str] = {
-    "process": "process at birth",
+    "process": "process baseline",
     "library_code": "library code paged in since",
     "generated_code": "code that libraries generate",
     "library_heap": "kept by libraries on the heap",

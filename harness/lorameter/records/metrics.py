@@ -172,7 +172,7 @@ METRICS: dict[str, Metric] = {
         Metric(name="optimizer_time_s", title="optimizer", unit="s", phase="train", column="always"),
         Metric(
             name="tokens_per_s",
-            title="real tokens/s",
+            title="tokens/s (without padding)",
             unit="1/s",
             phase="train",
             higher_is_better=True,
@@ -272,7 +272,7 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             derive=_output_tokens_per_s,
         ),
-        Metric(name="natural_request_time_s", title="request to its end", unit="s", phase="generate", column="always"),
+        Metric(name="natural_request_time_s", title="request until EOS", unit="s", phase="generate", column="always"),
         Metric(name="natural_tokens", title="tokens to the end", unit="1", phase="generate", column="always"),
         Metric(
             name="natural_time_per_token_s",

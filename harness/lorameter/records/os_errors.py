@@ -129,6 +129,8 @@ def translate_os_errors(told: Callable[[], tuple[str, str]]) -> Iterator[None]:
         if isinstance(error, SystemLimitError):
             said = str(error)
         else:
-            said = format_os_error(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
+            said = (
+                format_os_error(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
+            )
         where, then = told()
         raise InvalidRunError(f"{where}: {said}{', then ' if then else ''}{then}.") from error

@@ -18,7 +18,7 @@ from lorameter.records import codec
 SCHEMA = 5
 """Version of what crosses to a worker and of what a run has on disk. 1: first form. 2: requests say what a trial
 measures, with which instrument it is checked and how much work is injected; records name their side of an A/B. 3:
-requests to the model's own end; training that ends before its planned steps, and runs that were gone on with. 4:
+requests to the model's own end; training that ends before its planned steps, and runs that were resumed. 4:
 trials that are measured again because of their surroundings. 5: every measuring process is started by one door; a
 variant's own workload stands beside the study and no more in it; on disk a record names the evidence of its checks,
 which is stored once a run (`evidence`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorameter.records.record import Failure, PartialRecord, Notice
+from lorameter.records.record import Failure, Notice, PartialRecord
 
 
 def lacking(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) -> Failure | None:
@@ -30,7 +30,9 @@ def lacking(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) ->
     return Failure(phase="verify", kind=kind, message=said)
 
 
-def judge_required(fragment: PartialRecord, required: Mapping[str, Any], *, name: str, allow_fallback: bool) -> PartialRecord:
+def judge_required(
+    fragment: PartialRecord, required: Mapping[str, Any], *, name: str, allow_fallback: bool
+) -> PartialRecord:
     """The fragment of a verified trial: invalid where it lacks what is required, or with a notice where that is
     allowed."""
     failure = lacking(fragment.checks, required)

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 from lorameter.errors import UsageError
-from lorameter.records import codec, bounded_io, journal, steps
+from lorameter.records import bounded_io, codec, journal, steps
 from lorameter.records.atomic_json import write_document, write_whole
 from lorameter.records.evidence import EvidenceFile, LostEvidenceError
+from lorameter.records.forward_compat import Left, NewerSchema
 from lorameter.records.locks import alone, is_locked, lock_of
 from lorameter.records.manifest import MANIFEST as MANIFEST
 from lorameter.records.manifest import Manifest as Manifest
@@ -35,10 +36,9 @@ from lorameter.records.manifest import RunStatus as RunStatus
 from lorameter.records.manifest import SiteFacts as SiteFacts
 from lorameter.records.manifest import read_known_manifest
 from lorameter.records.manifest import read_manifest as read_manifest
-from lorameter.records.forward_compat import Left, NewerSchema
+from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
 from lorameter.records.record import UNDER_WAY, Notice, TrialRecord, is_newer
-from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
 from lorameter.records.units import format_count
@@ -139,7 +139,7 @@ def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
     if not there and not begun:
         return f"run {path.name} could not begin", ""
     said = f"run {path.name} ended before its time, and what it had measured is {'kept' if there else 'gone'}"
-    return said, f"go on with: lorameter run --resume {path.name}"
+    return said, f"resume: lorameter run --resume {path.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +175,7 @@ def read_run(name: str, folder: Path, *, newer: bool = False) -> Run:
     Args:
         name: of the run.
         folder: where ids are looked for.
-        newer: whether one of a newer schema is read as far as it is known, for who shows it; who goes on with it, or
+        newer: whether one of a newer schema is read as far as it is known, for who shows it; who resumes it, or
             writes it elsewhere, would lose the rest.
 
     Raises:
@@ -277,7 +277,7 @@ def refusal_while_live(path: Path) -> str:
     """What to say to a second process that would write the run in this directory."""
     return (
         f"run {path.name}: another process is measuring it, and two would disturb each other and mix their records. "
-        "Wait for it, or end it; then go on with --resume."
+        "Wait for it, or end it; then resume --resume."
     )
 
 

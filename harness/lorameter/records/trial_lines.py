@@ -19,10 +19,10 @@ import msgspec
 from lorameter.errors import UsageError
 from lorameter.records import codec, journal
 from lorameter.records.evidence import EvidenceFile
-from lorameter.records.validation import check_evidence, check_finding, check_record, check_tokens
 from lorameter.records.fast_decode import Reader
 from lorameter.records.forward_compat import Left, read_known
 from lorameter.records.record import SCHEMA, TrialRecord, require_readable
+from lorameter.records.validation import check_evidence, check_finding, check_record, check_tokens
 
 Record = TypeVar("Record", bound=TrialRecord)
 FIRST_WITH_HASHES = 5

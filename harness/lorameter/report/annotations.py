@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.report.comparison import invalid_of, list_differences, title_of_report, write_compared
 from lorameter.report.gate import outcome_of
 from lorameter.report.phrases import title_of
 from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE
-from kernels_check.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from lorameter.report.run_view import RunView
     from lorameter.verdicts.claims import ClaimsReport
-    from lorameter.verdicts.gate import GateResult
     from lorameter.verdicts.comparison_report import ComparisonReport
+    from lorameter.verdicts.gate import GateResult
 
 
 def gate_annotations(result: GateResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lorameter.report.blocks import Document, ColumnHeader, Section, Table, say, write_ratio, write_row
+from lorameter.report.blocks import ColumnHeader, Document, Section, Table, say, write_ratio, write_row
 from lorameter.report.phrases import title_of_ratio
 
 if TYPE_CHECKING:
@@ -21,7 +21,11 @@ def describe_attribution(attribution: Attribution, run: Run) -> Document:
     facts = (*_sides(run), *_packages(attribution), *(("differs", str(one)) for one in attribution.differing))
     table = Table(
         title="Where the time went (one by one, not corrected for looking at all)",
-        heads=(ColumnHeader(text="variant"), ColumnHeader(text="part"), ColumnHeader(text="candidate / base", right=True, ratio=True)),
+        heads=(
+            ColumnHeader(text="variant"),
+            ColumnHeader(text="part"),
+            ColumnHeader(text="candidate / base", right=True, ratio=True),
+        ),
         rows=tuple(
             write_row(part.variant, title_of_ratio(part.metric), write_ratio(part.comparison))
             for part in attribution.parts

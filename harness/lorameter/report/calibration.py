@@ -58,7 +58,7 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             f"identical code {100 * result.sd:.2f} % [{100 * result.sd_low:.2f}, {100 * result.sd_high:.2f}]"
         ),
         say(f"identical code   {identical}"),
-        say(f"planted slow-down {planted} ({rows} rows in each adapted layer)"),
+        say(f"injected slow-down {planted} ({rows} rows in each adapted layer)"),
         *beside,
         rates,
         Section(title="To see a slow-down in 80 % of the runs", lines=say_each(planned_effects(result)), apart=False),

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from lorameter.records.metrics import LOSSES, METRICS, Phase
+from lorameter.report.blocks import ChartGroup, say
 from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.pareto import tabulate_serving
 from lorameter.report.phase_table import PhaseTable
-from lorameter.report.blocks import ChartGroup, say
 from lorameter.report.phrases import title_of
 from lorameter.studies.claim import is_number
 from lorameter.studies.study import Study, is_of_tokens
@@ -124,8 +124,8 @@ def _losses(study: Study, groups: Groups) -> Iterator[ChartGroup]:
 
 
 def losses_by_step(series: Series) -> list[tuple[float, ...]]:
-    """The losses at each step, of the trials that trained all steps: solo trials and trainings that were cut short end
-    earlier and are left out."""
+    """The losses at each step, of the trials that trained all steps: isolated trials and trainings that were cut short
+    end earlier and are left out."""
     records = series.measuring("train_loss")
     curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in records]
     most = max(map(len, curves), default=0)

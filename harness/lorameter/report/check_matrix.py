@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import cast
 
-from lorameter.report.figure import FigureCheck, Figure, Matrix
-from lorameter.report.blocks import Tone
-from lorameter.verdicts.series import Series
 from kernels_check.check import Status
+from lorameter.report.blocks import Tone
+from lorameter.report.figure import Figure, FigureCheck, Matrix
+from lorameter.verdicts.series import Series
 
 _TONES: Mapping[Status, Tone] = {
     "fallback": "bad",

@@ -9,21 +9,21 @@ from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_count, format_interval
 from lorameter.report.blocks import (
     Cell,
-    Document,
     ColumnHeader,
+    Document,
     Line,
     Row,
     Section,
     Span,
     Table,
+    collapse_constant_columns,
     list_sections,
     say,
     say_each,
     say_invalid,
-    collapse_constant_columns,
+    value_cell,
     write_ratio,
     write_row,
-    value_cell,
 )
 from lorameter.report.phrases import verdict_cell
 from lorameter.stats import ShareEstimate

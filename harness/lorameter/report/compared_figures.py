@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lorameter.records.metrics import METRICS, PHASE_TITLES
+from lorameter.report.blocks import Table, name_columns, write_ratio, write_row
 from lorameter.report.curves import Axis
 from lorameter.report.figure import Figure, Intervals, Mark
-from lorameter.report.blocks import Table, name_columns, write_ratio, write_row
 from lorameter.report.phrases import title_of_ratio
-from lorameter.verdicts.comparison_report import ComparisonRow, ComparisonReport
+from lorameter.verdicts.comparison_report import ComparisonReport, ComparisonRow
 
 
 def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:

@@ -9,31 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorameter.records.units import first_few
-from lorameter.report.notices import describe_notices
 from lorameter.report.blocks import (
     Block,
     Cell,
-    Document,
     Collapsible,
     ColumnHeader,
+    Document,
     Line,
     Row,
     Section,
     Span,
     Table,
+    collapse_constant_columns,
     list_sections,
     say,
     say_invalid,
-    collapse_constant_columns,
     tone_of,
     write_ratio,
     write_row,
 )
+from lorameter.report.notices import describe_notices
 from lorameter.report.phrases import format_effect, format_inconclusive, title_of, title_of_ratio, verdict_cell
 from lorameter.stats import Verdict
-from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.compare_pairs import MARGIN
-from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE, ComparisonRow, ComparisonReport
+from lorameter.verdicts.comparison_input import is_memory
+from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE, ComparisonReport, ComparisonRow
 
 HEADS = (
     ColumnHeader(text="variant"),
@@ -59,7 +59,9 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
         *say_invalid(invalid_of(report)),
         Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], apart=False),
         *([folded] if more else []),
-        collapse_constant_columns(Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), apart=True)),
+        collapse_constant_columns(
+            Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), apart=True)
+        ),
         *_statistics(report),
         *list_sections({"Differing": list_differences(report)}),
         *describe_notices(report.notices),

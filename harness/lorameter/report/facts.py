@@ -9,10 +9,10 @@ from typing import Any
 from lorameter.machine.provenance import power_limit_w
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
-from lorameter.report.progress import replicates_said, standing
-from lorameter.report.scripts import describe_scripts
 from lorameter.report.blocks import Line, say
 from lorameter.report.phrases import say_adapters, say_request
+from lorameter.report.progress import replicates_said, standing
+from lorameter.report.scripts import describe_scripts
 from lorameter.studies.from_run import read_own_workloads
 from lorameter.studies.study import Study
 from lorameter.studies.workload import LOSSES, Workload
@@ -60,7 +60,7 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
 
 
 def _power_limit(provenance: Mapping[str, Any]) -> str:
-    """Of a card: what it is, and what it is by default; nothing on a CPU and of runs that did not record it."""
+    """Of a GPU: what it is, and what it is by default; nothing on a CPU and of runs that did not record it."""
     limit, default = (power_limit_w(provenance, which) for which in ("power_limit_w", "default_power_limit_w"))
     if limit is None:
         return ""
@@ -88,7 +88,7 @@ def _level(run: Run) -> str:
     """Why this level, and what was measured outside it."""
     why = f": {run.manifest.why}" if run.manifest.why else ""
     solo = any(record.interleaving != run.manifest.interleaving for record in run.records)
-    return f"{why}; peaks, cold starts and what needs its own base: solo trials" if solo else why
+    return f"{why}; peaks, cold starts and what needs its own base: isolated trials" if solo else why
 
 
 def _ranks_of(workload: Workload) -> str:

@@ -1,7 +1,7 @@
 """Figures of a report as data: what is drawn, in which unit, and the table that says the same in numbers.
 
-Like the blocks of `lorameter.report.blocks` they are written for no renderer. A number is in its base unit; who it belongs
-to is a variant's name, so that a reader can hide a variant everywhere at once.
+Like the blocks of `lorameter.report.blocks` they are written for no renderer. A number is in its base unit; who it
+belongs to is a variant's name, so that a reader can hide a variant everywhere at once.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lorameter.report.curves import Axis, Curves
 from lorameter.report.blocks import Table, Tone
+from lorameter.report.curves import Axis, Curves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

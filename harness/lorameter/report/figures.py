@@ -9,19 +9,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from lorameter.records.metrics import RSS_AT_START, PEAKS
+from lorameter.records.metrics import PEAKS, RSS_AT_START
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_bytes, format_value
+from lorameter.report.blocks import Cell, Row, Table, name_columns, value_cell, write_row
 from lorameter.report.charts import losses_by_step
 from lorameter.report.check_matrix import checks_matrix
 from lorameter.report.curves import Axis, Curve, Curves
-from lorameter.report.figure import Bar, Bars, Figure, Intervals, Mark, BarSegment, Samples, Stretch
+from lorameter.report.figure import Bar, Bars, BarSegment, Figure, Intervals, Mark, Samples, Stretch
 from lorameter.report.pareto import draw_serving, measure_both, tabulate_front
 from lorameter.report.phase_table import PhaseTable
-from lorameter.report.blocks import Cell, Row, Table, name_columns, write_row, value_cell
-from lorameter.report.run_view import RunView
 from lorameter.report.phrases import title_of_ratio
+from lorameter.report.run_view import RunView
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.workload import OF_TOKENS
 from lorameter.verdicts.series import Series, group_trials
@@ -131,14 +131,20 @@ def _memory(shown: Shown) -> Figure | None:
 
 def _held(name: str, series: Series) -> Bar | None:
     of_kind = {kind: [record.memory[kind] for record in series.ok if kind in record.memory] for kind in HELD}
-    parts = [BarSegment(kind=HELD[kind], value=statistics.median(found)) for kind, found in of_kind.items() if any(found)]
+    parts = [
+        BarSegment(kind=HELD[kind], value=statistics.median(found)) for kind, found in of_kind.items() if any(found)
+    ]
     kind = next((kind for kind in PEAKS["train"] if any(kind in record.memory for record in series.ok)), None)
     if not parts or kind is None:
         return None
     peak = statistics.median(record.memory[kind] for record in series.ok if kind in record.memory)
-    births = [record.memory[RSS_AT_START] for record in series.ok if RSS_AT_START in record.memory] if kind.startswith("host") else []
+    births = (
+        [record.memory[RSS_AT_START] for record in series.ok if RSS_AT_START in record.memory]
+        if kind.startswith("host")
+        else []
+    )
     if births:
-        parts.insert(0, BarSegment(kind="process at birth", value=statistics.median(births)))
+        parts.insert(0, BarSegment(kind="process baseline", value=statistics.median(births)))
     beside = peak - sum(part.value for part in parts)
     return Bar(name=name, parts=(*parts, BarSegment(kind="rest of the peak", value=max(beside, 0.0))))
 
@@ -151,7 +157,9 @@ def _cold(shown: Shown) -> Figure | None:
         if "first token" in medians and "the other tokens" in medians:  # a completion holds its first token
             medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
         if medians:
-            bars.append(Bar(name=name, parts=tuple(BarSegment(kind=kind, value=value) for kind, value in medians.items())))
+            bars.append(
+                Bar(name=name, parts=tuple(BarSegment(kind=kind, value=value) for kind, value in medians.items()))
+            )
     if not bars:
         return None
     return Figure(

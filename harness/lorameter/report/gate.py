@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lorameter.report.comparison import describe_comparison, invalid_of
 from lorameter.report.blocks import Document, Section, Span, Tone, say, say_invalid
+from lorameter.report.comparison import describe_comparison, invalid_of
 
 if TYPE_CHECKING:
     from lorameter.verdicts.gate import GateResult

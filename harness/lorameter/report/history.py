@@ -12,8 +12,8 @@ from lorameter.records.units import Unit, first_few, format_count, format_percen
 from lorameter.report.blocks import (
     Block,
     Cell,
-    Document,
     ColumnHeader,
+    Document,
     Line,
     Row,
     Section,
@@ -21,8 +21,8 @@ from lorameter.report.blocks import (
     Table,
     name_columns,
     say,
-    write_row,
     value_cell,
+    write_row,
 )
 from lorameter.report.phrases import title_of
 from lorameter.results.columns import VERSIONS

@@ -18,9 +18,9 @@ from rich.text import Text
 
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.units import format_count, format_duration
-from lorameter.report.render_rich import draw_text
-from lorameter.report.live_grid import Grid, Key
 from lorameter.report.blocks import Cell, tone_of
+from lorameter.report.live_grid import Grid, Key
+from lorameter.report.render_rich import draw_text
 from lorameter.run.plan import Plan, Slot
 from lorameter.studies.command import COMMANDS
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorameter.records import codec
+from lorameter.report.blocks import Cell, ColumnHeader, Document, Line, Span, Table, say, write_row
 from lorameter.report.comparison import write_compared, write_verdict
-from lorameter.report.blocks import Cell, Document, ColumnHeader, Line, Span, Table, say, write_row
 from lorameter.report.phrases import title_of_ratio
-from lorameter.verdicts.comparison_report import ComparisonRow, ComparisonReport
+from lorameter.verdicts.comparison_report import ComparisonReport, ComparisonRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,11 @@ def describe_matrix(changes: Sequence[MatrixRun]) -> Document:
     for change, name in zip(changes, names, strict=True):
         for compared in change.report.comparisons:
             cells.setdefault((change.study, compared.name, compared.metric), {})[name] = compared
-    heads = [ColumnHeader(text="study", collapse_if_constant=True), ColumnHeader(text="variant", collapse_if_constant=True), ColumnHeader(text="metric", collapse_if_constant=True)]
+    heads = [
+        ColumnHeader(text="study", collapse_if_constant=True),
+        ColumnHeader(text="variant", collapse_if_constant=True),
+        ColumnHeader(text="metric", collapse_if_constant=True),
+    ]
     heads += [ColumnHeader(text=name, right=True) for name in columns]
     rows = [
         write_row(study, variant, title_of_ratio(metric), *(_cell(found.get(name)) for name in columns))

@@ -16,8 +16,8 @@ from lorameter.records.units import format_bytes, split_interval
 from lorameter.report.blocks import (
     Block,
     Cell,
-    Document,
     ColumnHeader,
+    Document,
     Line,
     Row,
     Section,
@@ -30,7 +30,7 @@ from lorameter.report.blocks import (
 )
 
 if TYPE_CHECKING:
-    from lorameter.run.memory_fit import MemoryDevice, Largest, Needs, Standing
+    from lorameter.run.memory_fit import Largest, MemoryDevice, Needs, Standing
     from lorameter.run.memory_options import Advice, MemoryOption
     from lorameter.studies.workload import Workload
 
@@ -62,7 +62,8 @@ def _blocks(advice: Advice, workload: Workload, profile: str | None) -> Iterator
         yield Table(
             title="What can be changed, what frees most first",
             heads=(
-                ColumnHeader(text="in the study"), ColumnHeader(text="frees", right=True), ColumnHeader(text="needs then", right=True),
+                ColumnHeader(text="in the study"), ColumnHeader(text="frees", right=True),
+                ColumnHeader(text="needs then", right=True),
                 ColumnHeader(text="there"),
             ),
             rows=tuple(map(_row, advice.knobs)),
@@ -97,7 +98,7 @@ def _range(needs: Needs) -> Cell:
 def _assumed(device: MemoryDevice) -> Iterator[Line]:
     yield say(f"It has {format_bytes(device.total_bytes)}: {device.source}.")
     if device.assumed:
-        yield say(f"Assumed, and measured on no card: {'; '.join(device.assumed)}.")
+        yield say(f"Assumed, and measured on no GPU: {'; '.join(device.assumed)}.")
 
 
 def _errors(device: MemoryDevice) -> Iterator[Line]:
@@ -136,7 +137,7 @@ def _row(knob: MemoryOption) -> Row:
 
 def _first(advice: Advice) -> Line:
     if advice.turn is None:
-        return say("All of them together are not enough: take a smaller model, or a card with more memory.")
+        return say("All of them together are not enough: take a smaller model, or a GPU with more memory.")
     if not advice.turn:
         return say("Nothing has to be changed.")
     lines = ", ".join(advice.turn)

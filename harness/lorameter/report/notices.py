@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorameter.records.record import Notice
-from lorameter.report.blocks import Block, Document, Collapsible, Line, Section, Span, say
+from lorameter.report.blocks import Block, Collapsible, Document, Line, Section, Span, say
 
 
 def describe_notices(notices: Sequence[Notice]) -> Document:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorameter.records.metrics import METRICS
+from lorameter.report.blocks import Cell, Table, name_columns, say, value_cell, write_row
 from lorameter.report.curves import Axis
-from lorameter.report.figure import Figure, ParetoFront, Mark, Spot
-from lorameter.report.blocks import Cell, Table, name_columns, say, write_row, value_cell
+from lorameter.report.figure import Figure, Mark, ParetoFront, Spot
 from lorameter.verdicts.series import Series
 
 LATENCY, THROUGHPUT = "time_per_output_token_s", "output_tokens_per_s"

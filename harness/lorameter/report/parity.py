@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import Judgement, Likeness, Mean, Verdict, first_difference
 from lorameter.records.units import format_count, format_percent, three_digits
-from lorameter.report.notices import describe_notices
 from lorameter.report.blocks import (
     Cell,
-    Document,
     ColumnHeader,
+    Document,
     Line,
     Panel,
     Quote,
@@ -21,9 +20,10 @@ from lorameter.report.blocks import (
     Tone,
     say,
     say_each,
-    write_row,
     value_cell,
+    write_row,
 )
+from lorameter.report.notices import describe_notices
 from lorameter.stats import Proportion
 
 SHOWN = 3
@@ -105,7 +105,8 @@ def _interval(part: Proportion) -> str:
 def _answers(rows: Sequence[Likeness]) -> Table:
     return Table(
         title="Answers, and what would be chosen next at each token of the reference's",
-        heads=(_WAY, ColumnHeader(text="answers that differ", right=True), ColumnHeader(text="first at", right=True, drop_priority=1),
+        heads=(_WAY, ColumnHeader(text="answers that differ", right=True),
+               ColumnHeader(text="first at", right=True, drop_priority=1),
                ColumnHeader(text="tokens that differ", right=True)),
         rows=tuple(
             write_row(one.way, _part(one.answers), _place(one.first_difference), _part(one.tokens)) for one in rows

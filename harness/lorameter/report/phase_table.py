@@ -10,19 +10,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorameter.records.metrics import RSS_AT_START, METRICS, PEAKS, PHASE_TITLES, Phase, columns_of
+from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, RSS_AT_START, Phase, columns_of
 from lorameter.records.record import Interleaving
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
-from lorameter.report.blocks import Cell, ChartGroup, Table, write_ratio, value_cell
+from lorameter.report.blocks import Cell, ChartGroup, Table, value_cell, write_ratio
 from lorameter.report.phrases import title_of
 from lorameter.stats import Comparison, compare_bytes
 from lorameter.studies.study import Study
-from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.compare_pairs import LimitsOf
+from lorameter.verdicts.comparison_input import is_memory
+from lorameter.verdicts.run_validity import RunValidity, control_of, discounted, is_single_script_run, ratios_of
 from lorameter.verdicts.same_training import sides_of_run
 from lorameter.verdicts.series import Groups, Series, pairs_of
-from lorameter.verdicts.run_validity import RunValidity, control_of, discounted, is_single_script_run, ratios_of
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
@@ -282,7 +282,9 @@ def _peaks(series: Series, phase: Phase) -> tuple[str, list[int]]:
 def _at_birth(shown: Iterable[Series], phase: Phase) -> str:
     """How much of the host's peaks each process had before it did anything: a fork maps what its zygote imported."""
     on_host = [series for series in shown if _peaks(series, phase)[0].startswith("host")]
-    births = [record.memory[RSS_AT_START] for series in on_host for record in series.ok if RSS_AT_START in record.memory]
+    births = [
+        record.memory[RSS_AT_START] for series in on_host for record in series.ok if RSS_AT_START in record.memory
+    ]
     if not births:
         return ""
     low, high = format_bytes(min(births)), format_bytes(max(births))

@@ -89,10 +89,10 @@ def verdict_cell(found: Comparison, metric: str, margin: float, between: Between
 def format_inconclusive(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
     """What an inconclusive verdict says: what the effect may be, what would have been seen, and what to do."""
     if found.low is None or found.high is None:
-        return "Cannot tell: one replicate gives no interval. Measure 5."
+        return "Inconclusive: one replicate gives no interval. Measure 5."
     ways = ways_of(metric)
-    seen = "" if found.mde80 is None else f"; only {format_percent(found.mde80)} would have been seen"
-    return f"Cannot tell: {_between(found.low, found.high, ways)}{seen}. {_advice(found, metric, interleaving, ab=ab)}"
+    seen = "" if found.mde80 is None else f"; smallest detectable difference: {format_percent(found.mde80)}"
+    return f"Inconclusive: {_between(found.low, found.high, ways)}{seen}. {_advice(found, metric, interleaving, ab=ab)}"
 
 
 def format_effect(found: Comparison, metric: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from lorameter.machine.provenance import Machine
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes, format_count, format_duration
-from lorameter.report.notices import warn_before_run
 from lorameter.report.blocks import Document, Span, say, say_each
+from lorameter.report.notices import warn_before_run
 from lorameter.run.forecast import Forecast
 from lorameter.run.plan import Plan
 

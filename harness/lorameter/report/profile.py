@@ -10,9 +10,6 @@ from lorameter.profile.facts import Profile
 from lorameter.profile.finding import Finding
 from lorameter.records.memory_account import in_order, title_of
 from lorameter.records.units import format_bytes, format_count
-from lorameter.report.findings import say_unfound, tabulate_findings
-from lorameter.report.notices import describe_notices
-from lorameter.report.step import tabulate_categories, tabulate_phases
 from lorameter.report.blocks import (
     Cell,
     Document,
@@ -25,6 +22,9 @@ from lorameter.report.blocks import (
     write_bytes,
     write_row,
 )
+from lorameter.report.findings import say_unfound, tabulate_findings
+from lorameter.report.notices import describe_notices
+from lorameter.report.step import tabulate_categories, tabulate_phases
 from lorameter.verdicts.disturbed_trials import disturbances
 
 

@@ -28,7 +28,7 @@ def standing(run: Run, study: Study) -> tuple[Line, ...]:
         ended, planned = sum(record.settled for record in run.records), len(manifest.order)
         said = f"{_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
         resumable = run.state != "running" and is_resumable(manifest) and not is_single_script_run(run, study)
-        said += f". Go on with: lorameter run --resume {manifest.run}" if resumable else ""
+        said += f". Resume: lorameter run --resume {manifest.run}" if resumable else ""
         lines.append(say(said, lead="status"))
     if manifest.resumed:
         times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from lorameter.profile.remedy import Tried
 from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_interval
-from lorameter.report.notices import describe_notices
 from lorameter.report.blocks import Document, Line, Section, Span, say, say_invalid, write_ratio
+from lorameter.report.notices import describe_notices
 from lorameter.report.phrases import verdict_cell
 from lorameter.verdicts.compare_pairs import MARGIN
 from lorameter.verdicts.series import is_difference

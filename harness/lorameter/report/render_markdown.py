@@ -12,11 +12,11 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.errors import shorten
 from lorameter.records.units import format_count
-from lorameter.report.blocks import Block, Document, Collapsible, ChartGroup, Line, Panel, Section, Table
+from lorameter.report.blocks import Block, ChartGroup, Collapsible, Document, Line, Panel, Section, Table
 from lorameter.report.terminal import text_of
-from kernels_check.terminal import escape_control_chars
 
 SUMMARY_BYTES = 2**20
 """Of a step's summary."""
@@ -87,7 +87,9 @@ def _block(block: Block, level: str) -> Iterator[str]:
         drawn = text_of((dataclasses.replace(block, title=""),), width=_CHART_WIDTH, coloured=False)
         yield _details(block.title, _fenced(drawn.strip("\n")))
     else:
-        said = "\n\n".join(f"**{escape(one.head)}**\n\n{_fenced(escape_control_chars(one.text))}" for one in block.passages)
+        said = "\n\n".join(
+            f"**{escape(one.head)}**\n\n{_fenced(escape_control_chars(one.text))}" for one in block.passages
+        )
         yield _details(block.title, said)
 
 

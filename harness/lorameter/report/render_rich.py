@@ -18,13 +18,12 @@ from rich.panel import Panel as RichPanel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lorameter.report.layout import ColumnSpec, fit, glue, measure, unglue
-from lorameter.report.plots import plot
+from kernels_check.terminal import escape_control_chars
 from lorameter.report.blocks import (
     Block,
     Cell,
-    Collapsible,
     ChartGroup,
+    Collapsible,
     ColumnHeader,
     Line,
     Panel,
@@ -35,8 +34,9 @@ from lorameter.report.blocks import (
     say,
     tone_of,
 )
+from lorameter.report.layout import ColumnSpec, fit, glue, measure, unglue
+from lorameter.report.plots import plot
 from lorameter.report.whisker import LEAST_WIDTH, MOST_WIDTH, draw_scale, draw_whisker, scale_of
-from kernels_check.terminal import escape_control_chars
 
 STYLES: dict[Tone, str] = {
     "plain": "",
@@ -144,7 +144,7 @@ def _table(table: Table, console: Console) -> Iterator[RenderableType]:
         absent = [head.name for (head, whisker, _), width in zip(_heads(table), widths, strict=True)
                   if not width and not whisker]  # fmt: skip
         if absent:
-            yield _paragraph(say(f"no room here for: {', '.join(absent)}"), console, 0)
+            yield _paragraph(say(f"hidden columns (narrow terminal): {', '.join(absent)}"), console, 0)
         return
     yield from _records(table, console)
 
@@ -174,7 +174,12 @@ def _columns(table: Table, *, stacked: bool) -> list[tuple[int, bool, ColumnSpec
 
 
 def _drawn(
-    table: Table, columns: Sequence[tuple[int, bool, ColumnSpec]], widths: Sequence[int], console: Console, *, stacked: bool
+    table: Table,
+    columns: Sequence[tuple[int, bool, ColumnSpec]],
+    widths: Sequence[int],
+    console: Console,
+    *,
+    stacked: bool,
 ) -> RichTable:
     drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     shown = [(place, whisker, width) for (place, whisker, _), width in zip(columns, widths, strict=True) if width]

@@ -10,9 +10,6 @@ from lorameter.profile.requests.facts import COLD_PARTS, RequestProfile
 from lorameter.profile.requests.rules import OF_WHAT_RAN, REQUEST_RULES
 from lorameter.records.memory_account import in_order, title_of
 from lorameter.records.units import format_bytes, format_count
-from lorameter.report.findings import say_unfound, tabulate_findings
-from lorameter.report.notices import describe_notices
-from lorameter.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
 from lorameter.report.blocks import (
     Cell,
     Document,
@@ -22,12 +19,15 @@ from lorameter.report.blocks import (
     name_columns,
     say,
     say_each,
+    value_cell,
     write_bytes,
     write_row,
     write_seconds,
     write_share,
-    value_cell,
 )
+from lorameter.report.findings import say_unfound, tabulate_findings
+from lorameter.report.notices import describe_notices
+from lorameter.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
 from lorameter.verdicts.disturbed_trials import disturbances
 
 _MERGED = ", with the adapter merged"

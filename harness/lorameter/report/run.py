@@ -12,29 +12,29 @@ from collections.abc import Iterator
 from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.record import Interleaving
 from lorameter.records.units import first_few, format_bytes
-from lorameter.report.notices import describe_notices
-from lorameter.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, PhaseColumn, PhaseTable, VariantRow
-from lorameter.report.time_breakdown import describe_spending
 from lorameter.report.blocks import (
     Block,
     Cell,
-    Document,
     Collapsible,
     ColumnHeader,
+    Document,
     Line,
     Row,
     Section,
     Span,
     Table,
+    collapse_constant_columns,
     list_sections,
     say,
     say_each,
     say_invalid,
-    collapse_constant_columns,
     write_ratio,
 )
-from lorameter.report.run_view import RunView
+from lorameter.report.notices import describe_notices
+from lorameter.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, PhaseColumn, PhaseTable, VariantRow
 from lorameter.report.phrases import format_effect, format_inconclusive, title_of, title_of_ratio, verdict_cell
+from lorameter.report.run_view import RunView
+from lorameter.report.time_breakdown import describe_spending
 from lorameter.stats import Comparison
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.series import is_difference
@@ -131,12 +131,19 @@ def _head(column: PhaseColumn, table: PhaseTable, rank: int) -> ColumnHeader:
         turned = table.metric in METRICS and METRICS[table.metric].higher_is_better
         return ColumnHeader(text=f"{'slow-down ' if turned else ''}{column.head}", right=True, ratio=True)
     if column.key == CHECKS:
-        return ColumnHeader(text=column.head, drop_priority=rank, collapse_if_constant=True, plain="checks (what was required)")
+        return ColumnHeader(
+            text=column.head, drop_priority=rank, collapse_if_constant=True, plain="checks (what was required)"
+        )
     if column.key == PEAK:
         where = {cell.detail for cell in table.cells(PEAK)} - {""}
         text = f"{column.head}, {min(where)}" if len(where) == 1 else column.head
         return ColumnHeader(text=text, right=True, drop_priority=rank)
-    return ColumnHeader(text=column.head, right=True, drop_priority=0 if column.key == table.metric else rank, collapse_if_constant=column.key == TAILS)
+    return ColumnHeader(
+        text=column.head,
+        right=True,
+        drop_priority=0 if column.key == table.metric else rank,
+        collapse_if_constant=column.key == TAILS,
+    )
 
 
 def _cell(key: str, cell: Cell, row: VariantRow, table: PhaseTable) -> Cell:
@@ -196,7 +203,9 @@ def _open(table: PhaseTable) -> Iterator[Line]:
     """A sentence for each variant of which nothing can be told."""
     for row in table.rows:
         if row.ratio is not None and row.ratio.verdict == "inconclusive":
-            yield say(Span(text=row.name, tone="warning"), f": {format_inconclusive(row.ratio, table.metric, _level(table))}")
+            yield say(
+                Span(text=row.name, tone="warning"), f": {format_inconclusive(row.ratio, table.metric, _level(table))}"
+            )
 
 
 def _level(table: PhaseTable) -> Interleaving:

@@ -18,21 +18,21 @@ from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PHASES, Phase
 from lorameter.records.record import Notice
-from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.records.store import Run
+from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.report.blocks import Line
 from lorameter.report.charts import add_charts
 from lorameter.report.facts import facts_of
 from lorameter.report.phase_table import PEAK, RATIO, TAILS, PhaseTable, VariantRow, tabulate_metric, tabulate_phase
 from lorameter.report.time_breakdown import encode_spending
-from lorameter.report.blocks import Line
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study, unknown
-from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.compare_pairs import LimitsOf, default_limits, matching
-from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites, say_machines
+from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.series import Groups, group_trials
+from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites, say_machines
 from lorameter.verdicts.run_validity import RunValidity, run_validity
+from lorameter.verdicts.series import Groups, group_trials
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
 SORTS: tuple[Sort, ...] = get_args(Sort)

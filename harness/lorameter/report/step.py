@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from lorameter.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, categories_s, plain_s
 from lorameter.profile.facts import Watched
 from lorameter.records.units import format_count, format_interval, format_ratio, format_value
-from lorameter.report.blocks import Cell, Table, name_columns, say_each, write_row, write_seconds, write_share, value_cell
+from lorameter.report.blocks import (
+    Cell,
+    Table,
+    name_columns,
+    say_each,
+    value_cell,
+    write_row,
+    write_seconds,
+    write_share,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

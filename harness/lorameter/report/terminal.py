@@ -9,8 +9,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from lorameter.report.render_rich import render_block, draw_text
-from lorameter.report.blocks import Document, Collapsible, Line, Section
+from lorameter.report.blocks import Collapsible, Document, Line, Section
+from lorameter.report.render_rich import draw_text, render_block
 
 PIPED_WIDTH = 200
 """Nothing may be cut where there is no terminal whose width one could ask."""

@@ -1,9 +1,9 @@
 """How a number went from run to run: a line for each fingerprint, where it changed its level, and what changed between.
 
 A line holds runs that may be compared: one fingerprint, one content of the variant. Where another begins is a known
-break, and no ratio is taken across it. Inside a line changes are looked for (`lorameter.stats.changes`), and one that is
-found is a suspicion: the runs shared nothing but the machine, so what confirms it is an A/B of the two revisions. Runs
-of different times are never called equivalent; a line without a change says what it would have shown.
+break, and no ratio is taken across it. Inside a line changes are looked for (`lorameter.stats.changes`), and one that
+is found is a suspicion: the runs shared nothing but the machine, so what confirms it is an A/B of the two revisions.
+Runs of different times are never called equivalent; a line without a change says what it would have shown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorameter.errors import UsageError
 from lorameter.records.metrics import PRIMARY
 from lorameter.results.columns import VERSIONS
 from lorameter.results.points import Night, Point, read_nights
-from lorameter.stats.changes import LevelShift, Course, find_changes
+from lorameter.stats.changes import Course, LevelShift, find_changes
 from lorameter.studies.study_file import builtin_studies
 from lorameter.verdicts.comparison_input import Difference, differences
 
@@ -239,7 +239,9 @@ def _plateaus(course: Course, moments: Sequence[Moment]) -> Iterator[Plateau]:
         )
 
 
-def _suspicion(nights: Nights, change: LevelShift, course: Course, moments: Sequence[Moment], about: Point) -> Suspicion:
+def _suspicion(
+    nights: Nights, change: LevelShift, course: Course, moments: Sequence[Moment], about: Point
+) -> Suspicion:
     place = next(place for place, level in enumerate(course.levels) if level.first == change.first)
     before, after = moments[change.first - 1], moments[change.first]
     ends = (change.log_ratio, change.low, change.high)

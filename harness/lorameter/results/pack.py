@@ -1,6 +1,6 @@
 """A run as one file to send: what was measured and under what, and nothing of whose machine it was.
 
-Paths become the names at their end; names of hosts, users and cards, and addresses, become words; texts of records (the
+Paths become the names at their end; names of hosts, users and GPUs, and addresses, become words; texts of records (the
 examples of the data, and the answers of a model to them) are left out; all unless it is asked for. What remains is
 every sample, every check, every verdict. Logs and tokens are never packed.
 
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError, redact
-from lorameter.records import interference, codec, bounded_io, journal, store
+from lorameter.records import bounded_io, codec, interference, journal, store
 from lorameter.records.atomic_json import write_document
-from lorameter.records.evidence import EvidenceFile, LostEvidenceError
 from lorameter.records.atomic_output import replacing
+from lorameter.records.evidence import EvidenceFile, LostEvidenceError
+from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.packed import SUFFIX, is_packed, write_packed
 from lorameter.records.record import TrialRecord
-from lorameter.records.os_errors import translate_write_errors
-from lorameter.records.tempdirs import scratch_folder
 from lorameter.records.store import MANIFEST, TRIALS, Manifest
+from lorameter.records.tempdirs import scratch_folder
 from lorameter.records.trial_lines import TrialLines, line_of
 from lorameter.results.private import without_hosts, without_paths
 

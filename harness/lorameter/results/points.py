@@ -14,9 +14,9 @@ from lorameter.results.folder import read_each
 from lorameter.results.rows import estimate_rows
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.per_site import is_mixed
+from lorameter.verdicts.run_validity import newer_faults, run_validity, say_broken, trial_faults
 from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.software import facts_of
-from lorameter.verdicts.run_validity import newer_faults, say_broken, run_validity, trial_faults
 
 _LEFT_OUT = ("worker", "packages")
 """Of the provenance: fields that are large and say nothing of what changed."""

@@ -20,13 +20,13 @@ from typing import Any
 import msgspec
 
 from lorameter.models.catalogue import CATALOGUE, RANDOM_PREFIX
-from lorameter.records import interference, codec, journal
+from lorameter.records import codec, interference, journal
 from lorameter.records.store import TRIALS, Manifest
 from lorameter.studies.data_source import SYNTHETIC
 
 Replace = Callable[[str], str]
 _TAIL = r"[^\s'\"<>|;,:)\]}]"
-"""A character that a path goes on with where it is not in quotes."""
+"""A character that a path resumes where it is not in quotes."""
 _ROOTED = re.compile(r"~[\w-]*/|\.{0,2}/")
 _NAMING = ("model", "data", "cwd", "path", "spec")
 """Fields of a manifest that may name a file or a folder, also with blanks in its name."""
@@ -113,11 +113,11 @@ def _bare(named: str) -> str:
 
 
 def without_hosts(manifest: Manifest, run: Path) -> Replace:
-    """Replaces what sites and this machine, its card and its user are called, addresses, and where a URL leads."""
+    """Replaces what sites and this machine, its GPU and its user are called, addresses, and where a URL leads."""
     here = {socket.gethostname(), socket.getfqdn().partition(".")[0], os.uname().nodename}
     words = dict.fromkeys(here, "host") | {_user(): "user"}
     words = {name: word for name, word in words.items() if len(name) > 2 and name not in ("localhost", "root")}
-    of_here = _named(words, before=r"(?<![\w-])", after=r"(?:(?=-card-\d)|(?![\w-]))")  # a site is a card of a host
+    of_here = _named(words, before=r"(?<![\w-])", after=r"(?:(?=-card-\d)|(?![\w-]))")  # a site is a GPU of a host
     hosts = sorted(_hosts(manifest, run))
     nodes = {host: f"node-{number}" for number, host in enumerate(hosts, 1)}
     nodes |= {host.partition(".")[0]: word for host, word in nodes.items() if not _ADDRESS.fullmatch(host)}

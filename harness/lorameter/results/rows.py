@@ -18,8 +18,8 @@ from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.compare_pairs import default_limits
 from lorameter.verdicts.comparison_report import ComparisonRow
-from lorameter.verdicts.series import Series, group_trials
 from lorameter.verdicts.run_validity import discounted, ratios_of, run_validity
+from lorameter.verdicts.series import Series, group_trials
 
 _ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
 """Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""

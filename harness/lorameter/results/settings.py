@@ -10,8 +10,8 @@ from lorameter.machine.software import normal_name
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.results.columns import OF_VARIANT, OF_WORKLOAD, VERSIONS, Values
-from lorameter.studies.script import SIDE
 from lorameter.studies.from_run import read_own_workloads
+from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.variant import OF_4BIT, Variant
 from lorameter.studies.workload import identify

@@ -16,29 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.machine.provenance import MachineFacts, Machine
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.models.catalogue import RANDOM_PREFIX
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
 from lorameter.run.arms import CONTROL_SUFFIX, Arm, sides_of
 from lorameter.run.display import Display
 from lorameter.run.executors import open_executor
-from lorameter.run.executors.redacted_requirements import asked_again
 from lorameter.run.executors.host import Host
-from lorameter.run.executors.sides import OpenSide, open_side
+from lorameter.run.executors.redacted_requirements import asked_again
 from lorameter.run.executors.script_sandbox import check_side
+from lorameter.run.executors.sides import OpenSide, open_side
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import most_of, together_bytes
 from lorameter.run.interleaving import fits
-from lorameter.run.measure import ArmExecutor, executor_of, measure
-from lorameter.run.plan import Plan, make_plan
-from lorameter.run.memory_probe import REHEARSED
-from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
-from lorameter.run.sites.sides import open_as, write_sides
-from lorameter.run.sites.placement import Placement
 from lorameter.run.interrupts import InterruptHandler
+from lorameter.run.measure import ArmExecutor, executor_of, measure
+from lorameter.run.memory_probe import REHEARSED
+from lorameter.run.plan import Plan, make_plan
+from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
+from lorameter.run.sites.placement import Placement
+from lorameter.run.sites.sides import open_as, write_sides
 from lorameter.studies.data_source import make_absolute
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
@@ -151,7 +151,7 @@ def arms_of_commands(plan: Plan) -> list[ArmExecutor]:
 def resume_ab(
     run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, venue: Placement | None = None
 ) -> Run:
-    """Go on with an A/B that broke off: its sides are put up again as they were, and only what is missing is measured.
+    """Resume an interrupted A/B: its sides are put up again as they were, and only what is missing is measured.
 
     Args:
         run: from `lorameter.run.resume.read_broken_off`.
@@ -238,7 +238,7 @@ def _check_unchanged(run: Run, name: Side, now: Mapping[str, Any]) -> None:
     if was != found:
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(was, found))
         raise UsageError(
-            f"run {run.manifest.run}: it cannot be gone on with, because its {name} would be of two kinds: {said}. "
+            f"run {run.manifest.run}: it cannot be resumed, because its {name} would be of two kinds: {said}. "
             "Restore what it was, or measure a new A/B."
         )
 

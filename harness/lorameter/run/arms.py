@@ -32,7 +32,7 @@ class Arm:
     role: Role = "variant"
     workload: Workload
     injected_rows: int = 0
-    """Extra work in every adapted layer (`lorameter.trial.building.planted_slowdown`); 0 in every honest measurement."""
+    """Extra work in every adapted layer (`lorameter.trial.building.planted_slowdown`); 0 in a real measurement."""
 
     @property
     def name(self) -> str:

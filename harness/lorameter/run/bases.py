@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 from lorameter.errors import UsageError
 from lorameter.models.bases import prune
-from lorameter.records.worker_info import BaseSummary
 from lorameter.records.record import Notice
 from lorameter.records.units import format_duration
-from lorameter.run.group_runner import ProgressListener
+from lorameter.records.worker_info import BaseSummary
 from lorameter.run.executors import Executor, WorkerLostError
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan, Slot
 from lorameter.studies.request import BaseKey, BaseRequest, base_key, base_words
 
@@ -104,7 +104,7 @@ def foresee_cold(plan: Plan, bases: Bases, import_s: float, left_s: float) -> tu
             f"Give {needed} minutes or more, or leave the phase cold out."
         )
     notice = Notice(
-        code="time-of-loads",
+        code="model-load-time",
         message=f"of {minutes:g} minutes {said}, by the first load of this run.",
         remedy="Leave the phase cold out, or give more minutes, where that is too much of them.",
     )

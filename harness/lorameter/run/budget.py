@@ -73,7 +73,7 @@ class Budget(TimeLedger):
         self._left = min(replicates, SOUGHT_REPLICATES)
         """Replicates that the time is still spread over, the one under way among them."""
         self.peaks_live = False
-        """Whether trials that take turns can measure their own peaks of memory, which are solo trials' else."""
+        """Whether trials that take turns can measure their own peaks of memory, which are isolated trials' else."""
         self._following: tuple[Group, ...] = ()
         """The next replicate, less all that can be left out."""
         self._has_replicates = False
@@ -170,7 +170,7 @@ class Budget(TimeLedger):
 
     @property
     def _takes_peaks_live(self) -> bool:
-        """Whether time is too short for solo trials, as those that take turns in another replicate can do without
+        """Whether time is too short for isolated trials, as those that take turns in another replicate can do without
         them: in the first they are profiled."""
         return self.is_tight and self.peaks_live and self._left > 1
 
@@ -190,7 +190,7 @@ class Budget(TimeLedger):
         return reduce_to_fit(plan, groups, fits, peaks_live=self.peaks_live)
 
     def affords(self, plan: Plan, group: Group) -> bool:
-        """Whether a group of solo trials fits beside the replicates that are sought; where it may be left out."""
+        """Whether a group of isolated trials fits beside the replicates that are sought; where it may be left out."""
         if self._limit_s is None or self._thinned(plan, [group], lambda thinner: False):
             return True
         if self._takes_peaks_live:

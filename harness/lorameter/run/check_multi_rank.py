@@ -25,7 +25,7 @@ def shards_4bit(torch: str | None) -> bool:
 
 
 def processes_on_device(workload: Workload, device: str) -> int:
-    """How many processes of one trial share the memory of a device: on a GPU a rank has a card of its own, which the
+    """How many processes of one trial share the memory of a device: on a GPU a rank has a GPU of its own, which the
     one that takes turns with all ranks shares with the first."""
     if workload.ranks == 1:
         return 1
@@ -35,7 +35,7 @@ def processes_on_device(workload: Workload, device: str) -> int:
 def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool = True) -> None:
     """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy.
 
-    `here`: whether they take the first cards that this process sees; else whoever chooses their cards counts them.
+    `here`: whether they take the first GPUs that this process sees; else whoever chooses their GPUs counts them.
     """
     if workload.ranks == 1:
         return
@@ -79,7 +79,7 @@ def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
     if workload.ranks > 1 and workload.strategy == "fsdp2" and variant.is_4bit:
         if workload.repair:
             yield Notice(
-                code="ranks-repaired",
+                code="bitsandbytes-fsdp2-patched",
                 message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state "
                 "is set on the weight that stands in the layer. As it is distributed it may compute another model.",
                 remedy="Train with the same repair, or the numbers are those of something that nobody runs.",
@@ -94,7 +94,7 @@ def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
 
 
 def _check_cards(where: str, workload: Workload) -> None:
-    """The ranks take the first of the cards that are visible, one each (`lorameter.trial.ranks.trial`)."""
+    """The ranks take the first of the GPUs that are visible, one each (`lorameter.trial.ranks.trial`)."""
     known, listed = visible_cards().value, visible_devices(os.environ)
     ranks = workload.ranks
     if known is None and listed is None:
@@ -102,11 +102,11 @@ def _check_cards(where: str, workload: Workload) -> None:
     cards = len(listed or ()) if known is None else len(known)
     if cards < ranks:
         raise UsageError(
-            f"{where}: ranks = {ranks}: {cards} card{'s are' if cards != 1 else ' is'} to be had here, and ranks that "
-            "share one measure each other. Use fewer ranks, or make more cards visible."
+            f"{where}: ranks = {ranks}: {cards} GPU{'s are' if cards != 1 else ' is'} to be had here, and ranks that "
+            "share one measure each other. Use fewer ranks, or make more GPUs visible."
         )
     for shared in shared_boards((known or ())[:ranks]):
         raise UsageError(
-            f"{where}: ranks = {ranks}: {say_entries(shared)} are parts of one card, and ranks that share one measure "
-            f"each other. Use fewer ranks, or let {VARIABLE} begin with parts of different cards."
+            f"{where}: ranks = {ranks}: {say_entries(shared)} are parts of one GPU, and ranks that share one measure "
+            f"each other. Use fewer ranks, or let {VARIABLE} begin with parts of different GPUs."
         )

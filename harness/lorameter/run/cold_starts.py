@@ -35,5 +35,5 @@ def own_measures(contender: Arm, measures: tuple[Measure, ...], cold: int) -> tu
 
 
 def takes_turns_first(study: Study, contenders: Sequence[Arm]) -> bool:
-    """Whether cold starts are of the trials that took turns: where minutes are limited solo ones may be left out."""
+    """Whether the trials that take turns measure cold starts: a time limit may leave isolated trials out."""
     return study.protocol.max_minutes is not None and not any(one.side for one in contenders)

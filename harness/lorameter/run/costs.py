@@ -110,7 +110,7 @@ class Costs:
 
 
 def name_of(gap: str, group: Group) -> str:
-    """Trials that take turns and solo ones do different things between their rounds."""
+    """Trials that take turns and isolated ones do different things between their rounds."""
     return f"{gap} of {'turns' if group.turns else 'solo'}"
 
 

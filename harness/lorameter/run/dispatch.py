@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
-from lorameter.records.record import PartialRecord
 from lorameter.records.os_errors import REFUSED, SystemLimitError
+from lorameter.records.record import PartialRecord
 from lorameter.run.executors import AsyncWorker, Worker, WorkerLostError
+from lorameter.run.group_records import GroupRecords
 from lorameter.run.parallel import WorkerTasks, walk
 from lorameter.run.plan import Slot
-from lorameter.run.group_records import GroupRecords
 from lorameter.studies.command import COMMANDS, ROUNDS
 
 Arguments = Mapping[str, Mapping[str, Any]]

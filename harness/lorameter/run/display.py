@@ -7,11 +7,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import redact
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan, Slot
-from kernels_check.terminal import print_stderr
 
 
 class Display(ProgressListener, Protocol):

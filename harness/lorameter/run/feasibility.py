@@ -21,9 +21,9 @@ from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
 from lorameter.run.arms import Arm, contenders_of, workloads_of
-from lorameter.run.executors.script_sandbox import shared_notices
 from lorameter.run.check_multi_adapter import check_adapters
 from lorameter.run.check_multi_rank import check_ranks, rank_notices
+from lorameter.run.executors.script_sandbox import shared_notices
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
@@ -128,7 +128,7 @@ def _natural_notices(workloads: Sequence[Workload]) -> Iterator[Notice]:
     batches = sorted({one.request_batch for one in workloads if one.natural_tokens and one.request_batch > 1})
     if batches:
         yield Notice(
-            code="natural-alone",
+            code="open-ended-batch-1",
             message=f"requests that the model ends itself are of one prompt each, beside those of request_batch = "
             f"{' and '.join(map(str, batches))}: answers that end at lengths of their own would be padded.",
             remedy="Read their times as those of one prompt, or write natural_tokens = 0 to leave them out.",
@@ -186,7 +186,7 @@ def _check_requirements(study: Study) -> None:
 
 
 def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
-    """That a card which is listed multiplies no bfloat16 (before Ampere), and a variant asks for it."""
+    """That a GPU which is listed multiplies no bfloat16 (before Ampere), and a variant asks for it."""
     asked = {variant.dtype, variant.autocast} | ({variant.compute_dtype} if variant.is_4bit else set())
     listed = machine.device == "cuda" and stated_peak(machine.device_name, "float16") is not None
     if listed and "bfloat16" in asked and stated_peak(machine.device_name, "bfloat16") is None:
@@ -212,7 +212,7 @@ def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine,
         yield Notice(
             code="memory-taken",
             message=f"{about}, and only {format_bytes(free)} are free now: others hold the rest.",
-            remedy="End them (`lorameter doctor` names those on the card), or measure where that much is free.",
+            remedy="End them (`lorameter doctor` names those on the GPU), or measure where that much is free.",
         )
 
 
@@ -320,7 +320,7 @@ def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Ite
     known = unknown_layers(shape) is None
     if known and not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
         yield Notice(
-            code="nothing-to-page",
+            code="optimizer-state-not-paged",
             message=f"{variant.name}: {variant.optimizer} pages nothing: each of its tensors has fewer than "
             f"{PAGED_FROM_ELEMENTS} elements, which bitsandbytes keeps on the device.",
             remedy="Read its memory as that of an optimizer that is not paged, or raise r.",

@@ -29,8 +29,8 @@ from lorameter.records import codec, store
 from lorameter.records.durations import measuring_time_s
 from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.units import format_duration
-from lorameter.run.plan import Group, Plan
 from lorameter.run.check_multi_rank import processes_on_device
+from lorameter.run.plan import Group, Plan
 from lorameter.studies.request import BaseKey, base_key
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import Variant

@@ -13,8 +13,8 @@ from typing import Literal
 
 from lorameter.run.budget import Budget
 from lorameter.run.costs import HELD_OUT, MERGING, PREPARING, SERVING
-from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.group_records import GroupRecords
+from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.trial_setup import RunContext
 from lorameter.stats import steady_together
 
@@ -114,7 +114,10 @@ class ReplicateCostEstimate:
     def ended(self, sheet: GroupRecords, finishing_s: float) -> None:
         """Their training has ended, by the steps with which shorter warm-ups are caught up and, if it was taken, the
         held-out loss. Those steps come only where trials find out themselves how long theirs need be."""
-        counts, taken = warmup_lengths(sheet), [len(record.samples.get(CAUGHT_UP, ())) for record in sheet.records.values()]
+        counts, taken = (
+            warmup_lengths(sheet),
+            [len(record.samples.get(CAUGHT_UP, ())) for record in sheet.records.values()],
+        )
         caught_up_s = min(finishing_s, sum(taken) * self._step_s / self._lanes)
         if self._group.held_out and counts:
             self._budget.note_apart(HELD_OUT, self._group, finishing_s - caught_up_s)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lorameter.records.checkpoints import checkpoint_is_due
+from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
 from lorameter.records.validation import validation_error
-from lorameter.records.record import UNDER_WAY, Failure, PartialRecord, Measure, Status, TrialRecord
 from lorameter.run.plan import Group, Slot
 from lorameter.run.trial_setup import RunContext, begin_record
 

@@ -13,17 +13,17 @@ from typing import Any, Literal, Protocol
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord, TrialRecord
 from lorameter.records.time_breakdown import Allocation
-from lorameter.run.dispatch import Dispatcher, PhaseListener, raise_refused
 from lorameter.run.budget import Budget
 from lorameter.run.costs import COLD, MERGING, SERVING
-from lorameter.run.executors import Executor, Worker, WorkerLostError
-from lorameter.run.shared_checks import find_askers, told_by
-from lorameter.run.foresight import ReplicateCostEstimate, warmup_lengths
-from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.cpu_pinning import CpuPinning
+from lorameter.run.dispatch import Dispatcher, PhaseListener, raise_refused
+from lorameter.run.executors import Executor, Worker, WorkerLostError
+from lorameter.run.foresight import ReplicateCostEstimate, warmup_lengths
 from lorameter.run.group_records import GroupRecords
-from lorameter.run.trial_setup import RunContext, request_of
+from lorameter.run.plan import Group, Plan, Slot
+from lorameter.run.shared_checks import find_askers, told_by
 from lorameter.run.thinning import Part, parts_in
+from lorameter.run.trial_setup import RunContext, request_of
 from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from lorameter.studies.request import TrialRequest
 

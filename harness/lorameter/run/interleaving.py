@@ -1,4 +1,4 @@
-"""Which level of interleaving: the finest that the variants and the memory allow.
+"""Which interleaving: the finest that the variants and the memory allow.
 
 How finely variants alternate matters more than which test is used. Measured on a noisy machine, the standard deviation
 of the log ratio of two identical builds is 27 % when their processes alternate, 2.2 % when two live processes take

@@ -18,17 +18,17 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError
 from lorameter.machine import provenance
-from lorameter.machine.provenance import MachineFacts, Machine
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import codec, store
 from lorameter.records.interference import append as append_beside
 from lorameter.records.metrics import PHASES
-from lorameter.records.worker_info import WorkerInfo
-from lorameter.records.record import Notice, Side
 from lorameter.records.os_errors import translate_os_errors
-from lorameter.records.tempdirs import leaving_nothing
+from lorameter.records.record import Notice, Side
 from lorameter.records.store import Manifest, Run, RunWriter
-from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.records.tempdirs import leaving_nothing
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.run.arms import contenders_of, variants_of, workloads_of
+from lorameter.run.budget import Budget, TimeLimitTooShortError
 from lorameter.run.display import Display, Shielded
 from lorameter.run.executors import SCRIPTS, Executor, open_executor
 from lorameter.run.executors.disk import redact_logs
@@ -36,24 +36,24 @@ from lorameter.run.executors.host import Host
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import together_bytes, total_of
 from lorameter.run.interleaving import choose_interleaving
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.manifest import describe_sites, describe_tokens
-from lorameter.run.plan import Plan, make_plan
-from lorameter.run.prepare import prepare_run
 from lorameter.run.memory_probe import REHEARSED, probe_memory
+from lorameter.run.plan import Plan, make_plan
+from lorameter.run.plan_spec import SideSpec, write_plan
+from lorameter.run.prepare import prepare_run
 from lorameter.run.resume import continue_manifest, is_finished, mend_manifest
 from lorameter.run.runner import Measured, find_unfinished, records_outside, run_plan
 from lorameter.run.sites.interference import measure_interference
 from lorameter.run.sites.late_nodes import LateNodes, prepare_late
 from lorameter.run.sites.local import LocalNode, check_all, open_station
+from lorameter.run.sites.node import Node
+from lorameter.run.sites.placement import Placement
+from lorameter.run.sites.prepare_nodes import prepare_all
 from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.scheduler import run_distributed
-from lorameter.run.sites.node import Node
-from lorameter.run.sites.prepare_nodes import prepare_all
-from lorameter.run.sites.placement import Placement
 from lorameter.run.stopping import Stopping
-from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.thinning import tell_left_out
-from lorameter.run.plan_spec import SideSpec, write_plan
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.interference import neighbour_notices
@@ -159,14 +159,14 @@ def measure(
         display: shows what is going on.
         notices: what was known before.
         arms: where trials are measured; those that the plan names, of the present interpreter, if left out.
-        resume: id of a run of this plan (`lorameter.run.resume`) to go on with; None for a new one.
+        resume: id of a run of this plan (`lorameter.run.resume`) to resume; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
         venue: on which sites: each of this machine has all arms, and others have arms of their own.
         rounds_beside: how often, before its trials, it is measured what the sites of this machine cost each other.
         check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
-        UsageError: data that cannot be read, a run to go on with that another process writes or whose tokens differ, or
+        UsageError: data that cannot be read, a run to resume that another process writes or whose tokens differ, or
             a limit of time that not one replicate keeps.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
@@ -325,7 +325,9 @@ def _mend(run: Run) -> Run:
     return store.read_run(str(run.path), run.path.parent)
 
 
-def _sides(arms: Sequence[ArmExecutor], hellos: Mapping[str, WorkerInfo], facts: Mapping[str, MachineFacts]) -> dict[str, Any]:
+def _sides(
+    arms: Sequence[ArmExecutor], hellos: Mapping[str, WorkerInfo], facts: Mapping[str, MachineFacts]
+) -> dict[str, Any]:
     """What the manifest says of the sides of an A/B."""
     return {
         arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].harness}

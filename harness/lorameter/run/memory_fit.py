@@ -87,19 +87,19 @@ _OF_CARDS = (
     f"CUDA's context and libraries take {format_bytes(CUDA_CONTEXT_BYTES)}, which is in what is needed (400 to 600 MiB "
     "are usual)",
     "torch's allocator loses nothing to fragments",
-    "nothing else uses the card",
+    "nothing else uses the GPU",
 )
 
 
 def on_card(machine: Machine, card: GpuSpec) -> MemoryDevice:
-    """The card, as if it was in this machine."""
+    """The GPU, as if it was in this machine."""
     with_card = dataclasses.replace(
         machine, device="cuda", device_name=card.device_name, device_memory_bytes=card.total_bytes
     )
     return MemoryDevice(
         name=card.name, machine=with_card, total_bytes=card.total_bytes, usable_bytes=card.usable_bytes,
         source=card.source, is_here=False,
-        assumed=(f"the driver keeps {format_percent(DRIVER_SHARE)} of the card ({DRIVER_SOURCE})", *_OF_CARDS),
+        assumed=(f"the driver keeps {format_percent(DRIVER_SHARE)} of the GPU ({DRIVER_SOURCE})", *_OF_CARDS),
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def on_machine(machine: Machine, free_bytes: int | None) -> MemoryDevice:
     """The device of this machine, with what is free of it now.
 
     Raises:
-        UsageError: of a card whose memory NVML does not tell.
+        UsageError: of a GPU whose memory NVML does not tell.
     """
     total = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
     if total is None:

@@ -15,7 +15,7 @@ from typing import Literal
 from lorameter.errors import UsageError
 from lorameter.models.costs.storage import width
 from lorameter.run.feasibility import check_widths
-from lorameter.run.memory_fit import MemoryDevice, Fitter, Largest, Needs, Standing
+from lorameter.run.memory_fit import Fitter, Largest, MemoryDevice, Needs, Standing
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
 from lorameter.records import codec
-from lorameter.records.record import PartialRecord, Interleaving, Notice, TrialRecord
+from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialRecord
 from lorameter.records.units import format_bytes
-from lorameter.run.group_runner import ProgressListener
 from lorameter.run.arms import Arm
 from lorameter.run.executors import Executor, WorkerLostError
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.interleaving import fits
 from lorameter.run.plan import Plan, Slot, make_plan
 from lorameter.run.trial_setup import RunContext, begin_record, request_of

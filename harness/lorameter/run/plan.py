@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Instrument, Interleaving, Measure, Role, Side, TrialRecord
-from lorameter.run.cold_starts import cold_replicates, own_measures, takes_turns_first
 from lorameter.run.arms import CONTROL_SUFFIX, Arm, check_phases, contenders_of, workloads_of
+from lorameter.run.cold_starts import cold_replicates, own_measures, takes_turns_first
 from lorameter.studies import limits
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -101,7 +101,7 @@ class Plan:
     phases: tuple[str, ...]
     interleaving: Interleaving
     why: str
-    """Why this level of interleaving."""
+    """Why this interleaving."""
     groups: tuple[Group, ...]
     provisional: bool = False
     """Whether its level is still to be settled by a rehearsal of its scripts (`lorameter.run.memory_probe`)."""
@@ -138,7 +138,8 @@ def make_plan(
 
     Args:
         study: what to measure.
-        contenders: whom; all variants of the study and its control if left out. Those of an A/B (`lorameter.run.ab`) are
+        contenders: whom; all variants of the study and its control if left out. Those of an A/B (`lorameter.run.ab`)
+        are
             compared side by side, and so each variant for itself.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
         interleaving: the level of alternation (`lorameter.run.interleaving` picks one).
@@ -219,8 +220,8 @@ def _check_size(study: Study, contenders: int) -> None:
 def measures_of(
     study: Study, interleaving: Interleaving, phases: Sequence[str], *, cold_live: bool = False
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
-    """What the trials that take turns measure, once they have ended the cold start (`cold_live`), and what solo trials
-    beside them measure."""
+    """What the trials that take turns measure, once they have ended the cold start (`cold_live`), and what isolated
+    trials beside them measure."""
     if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
@@ -255,10 +256,10 @@ def _panels(contenders: Sequence[Arm], shuffler: random.Random) -> list[list[Arm
 def _orders(
     panel: Sequence[Arm], alone: Sequence[Measure], shuffler: random.Random, *, twin: bool
 ) -> Iterator[list[Arm]]:
-    """The order in which those who are compared come, and then that of their solo trials, the control's among them
+    """The order in which those who are compared come, and then that of their isolated trials, the control's among them
     where a `twin` is needed for peaks.
 
-    Each is drawn when it is asked for, and what a seed draws stays as it is: a run is gone on with by making its plan
+    Each is drawn when it is asked for, and what a seed draws stays as it is: a run is resumed by making its plan
     again. In a study the order of the turns is shuffled on; that of sides is drawn for each by itself.
     """
     if panel[0].side:
@@ -274,12 +275,13 @@ def _orders(
 
 
 def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
-    """Whether a replicate has solo trials for what they measure; peaks alone need few."""
+    """Whether a replicate has isolated trials for what they measure; peaks alone need few."""
     return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
 
 
 def _solo_members(contenders: Sequence[Arm], alone: Sequence[Measure], *, twin: bool) -> list[Arm]:
-    """Who has solo trials; peaks are compared by their maximum, which takes no control, and a claim about them does."""
+    """Who has isolated trials; peaks are compared by their maximum, which takes no control, and a claim about them
+    does."""
     return [one for one in contenders if one.role == "variant" or twin or set(alone) != {"peaks"}]
 
 
@@ -311,7 +313,7 @@ def _take_turns(launches: Sequence[tuple[Slot, ...]], study: Study, shuffler: ra
 
 
 def _solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
-    """Rounds of requests of a solo trial; it makes any only with its adapter merged."""
+    """Rounds of requests of an isolated trial; it makes any only with its adapter merged."""
     return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
 
 

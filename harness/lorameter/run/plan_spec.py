@@ -76,7 +76,7 @@ def read_plan(written: PlanSpec) -> Plan:
         why=written.why,
     )
     order, wanted = set(written.order), set(written.trials)
-    # Of a run that is gone on with, replicates that turned out needless are no more part of the plan:
+    # Of a run that is resumed, replicates that turned out needless are no more part of the plan:
     plan = dataclasses.replace(plan, groups=tuple(group for group in plan.groups if order >= _trials(group)))
     if tuple(slot.trial for slot in plan.slots) != written.order:
         raise UsageError(

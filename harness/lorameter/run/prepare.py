@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import MachineFacts
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import Notice
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.bases import foresee_cold, prepare_bases
-from lorameter.run.group_runner import ProgressListener
 from lorameter.run.executors import Executor
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
 from lorameter.run.trial_setup import RunContext, site_of
 from lorameter.studies.variant import Variant

@@ -1,4 +1,4 @@
-"""A run that broke off is gone on with: its own plan, on the same machine, and only what is missing is measured.
+"""An interrupted run is resumed: its own plan, on the same machine, and only what is missing is measured.
 
 The plan follows from the study, the selection, the phases, the level and the seed, all of which the manifest holds, so
 it is made again; it must name the same trials. Machine, libraries, workload and tokens must be the same too, because
@@ -27,8 +27,8 @@ from lorameter.records.store import Manifest, Resumption, Run
 from lorameter.run.arms import contenders_of, sides_of
 from lorameter.run.plan import Plan, make_plan
 from lorameter.run.plan_spec import restore_numbers
-from lorameter.studies.script import SIDE
 from lorameter.studies.from_run import read_own_workloads, read_study
+from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.verdicts.comparison_input import differences
 from lorameter.verdicts.run_validity import is_single_script_run
@@ -41,7 +41,7 @@ SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
     "allow-disturbed", "mixed",
 )  # fmt: skip
-"""Options of either door that make a study and its plan; a run that is gone on with has both."""
+"""Options of either door that make a study and its plan; a run that is resumed has both."""
 
 
 def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
 
 
 def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """The run to go on with, by id or directory; one of which nothing is left (`is_finished`) as well.
+    """The run to resume, by id or directory; one of which nothing is left (`is_finished`) as well.
 
     Args:
         name: a run id, or a run directory.
@@ -66,7 +66,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         study: name of the study that the user believes it to be of; None to believe the run.
 
     Raises:
-        UsageError, InvalidRunError: no such run, one of another study, or one that cannot be gone on with.
+        UsageError, InvalidRunError: no such run, one of another study, or one that cannot be resumed.
     """
     run = store.read_run(name, runs)
     manifest = run.manifest
@@ -77,7 +77,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         )
     if is_single_script_run(run, read_study(run)):
         raise UsageError(
-            f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be gone on with. "
+            f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be resumed. "
             "Run it again."
         )
     if not is_resumable(manifest):
@@ -97,7 +97,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
 
 
 def is_resumable(manifest: Manifest) -> bool:
-    """Whether a run says all that it takes to go on with it."""
+    """Whether a run says all that it takes to resume it."""
     return not manifest.sides or all(_is_told(manifest.sides.get(name)) for name in ("base", "candidate"))
 
 
@@ -163,7 +163,7 @@ def check_place(run: Run, facts: MachineFacts) -> None:
         before, now = codec.to_json(before), codec.to_json(provenance.fingerprint_fields(here, without=without))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(
-            f"run {manifest.run}: it cannot be gone on with here, because its trials would be of two kinds: {said}. "
+            f"run {manifest.run}: it cannot be resumed here, because its trials would be of two kinds: {said}. "
             "Go on where it began and with what was installed there, or measure a new run."
         )
 
@@ -197,7 +197,7 @@ def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
     if tuple(slot.trial for slot in plan.slots) != manifest.order:
         raise UsageError(
             f"run {manifest.run}: this version of lorameter plans other trials than the one that began it. "
-            "Go on with that version, or measure a new run."
+            "Resume that version, or measure a new run."
         )
     if max_minutes is None:
         return plan
@@ -212,7 +212,7 @@ def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
 
 
 def mend_manifest(manifest: Manifest) -> Manifest:
-    """The manifest of a run that was gone on with although nothing had to be measured: a line that was lost told of
+    """The manifest of a run that was resumed although nothing had to be measured: a line that was lost told of
     what other lines have, or its process was killed when all had been written."""
     again = Resumption(
         unix_s=time.time(), harness=provenance.harness_identity(), commit=git_state(Path.cwd())["commit"]
@@ -223,7 +223,7 @@ def mend_manifest(manifest: Manifest) -> Manifest:
 def continue_manifest(
     manifest: Manifest, facts: Mapping[str, Any], tokens: Mapping[str, Any], max_minutes: float | None
 ) -> Manifest:
-    """The manifest of a run from here on: under way again, with the time and the code that went on with it.
+    """The manifest of a run from here on: under way again, with the time and the code that resumed it.
 
     Args:
         manifest: as it was when the run broke off.
@@ -248,8 +248,8 @@ def continue_manifest(
     if harness != earlier[-1]:
         notices += (
             Notice(
-                code="another-harness",
-                message=f"the run was gone on with by harness {harness}; before it was {earlier[-1]}.",
+                code="harness-version-changed",
+                message=f"the run was resumed by harness {harness}; before it was {earlier[-1]}.",
                 remedy="Measure a new run if what changed in between bears on a number.",
             ),
         )

@@ -2,11 +2,11 @@
 
 The parent only ever blocks on an answer; it redraws between turns. Each trial ends as a record whatever happens to it:
 a lost worker, an exception in the child, Ctrl-C. The sweep goes on after a failed trial, and the summary carries what
-the exit code must say. A run that broke off is gone on with by leaving out what its records settle.
+the exit code must say. An interrupted run is resumed by leaving out what its records settle.
 
 A trial whose surroundings were past a limit is measured again, with all that took turns with it, once the others of its
 replicate have been: near enough for its pairs to have met the same machine, and late enough for a job to have ended or
-a card to have cooled.
+a GPU to have cooled.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.budget import Budget, TimeLimitTooShortError
-from lorameter.run.group_runner import GroupRunner, ProgressListener
 from lorameter.run.executors import Executor
-from lorameter.run.plan import Group, Plan
-from lorameter.run.trial_setup import RunContext, begin_record
+from lorameter.run.group_runner import GroupRunner, ProgressListener
 from lorameter.run.interrupts import InterruptHandler
+from lorameter.run.plan import Group, Plan
 from lorameter.run.thinning import Part, parts_in
+from lorameter.run.trial_setup import RunContext, begin_record
 from lorameter.verdicts.disturbed_trials import mark_disturbed
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
@@ -60,7 +60,7 @@ def run_plan(
     `stops` raises it while a group is measured, and not while its records are saved. Of a limit that turns out to be
     too short for one replicate there are no records.
 
-    Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is gone on with: what
+    Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is resumed: what
     they settle is not measured again.
     """
     budget, stops = budget or Budget(), stops or InterruptHandler()
@@ -85,7 +85,7 @@ def run_plan(
                 keep(begin_record(slot, "not_run"))
 
     def in_order() -> tuple[TrialRecord, ...]:
-        """The plan's order, in whatever order its trials were measured: a run is gone on with by it."""
+        """The plan's order, in whatever order its trials were measured: a run is resumed by it."""
         return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
 
     on_cpu = site.device == "cpu"
@@ -138,7 +138,7 @@ def run_plan(
 
 
 def _is_beyond(plan: Plan, group: Group, before: Group, budget: Budget) -> bool:
-    """Whether a solo trial comes next in a replicate that the time does not suffice for."""
+    """Whether an isolated trial comes next in a replicate that the time does not suffice for."""
     return group.replicate == before.replicate and not group.turns and not budget.affords(plan, group)
 
 
@@ -165,7 +165,7 @@ def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
 
 def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool = False) -> tuple[Group, ...]:
     """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
-    its own, or one that was disturbed, however often: whoever goes on with a run hopes for better surroundings. Trials
+    its own, or one that was disturbed, however often: whoever resumes a run hopes for better surroundings. Trials
     of one group took turns and are paired, so they are measured again together, and count only if they are of one
     attempt. What is spread over sites is paired within one: of a replicate that was, or will be
     (`whole`), all groups are measured again. What there was no time for stays left out."""
@@ -185,8 +185,8 @@ def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool
 
 
 def _left_out(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
-    """Solo trials that minutes did not suffice for: they have no record, and what comes after them has. Where some were
-    left out, those of the replicate that broke off are as well."""
+    """Isolated trials that minutes did not suffice for: they have no record, and what comes after them has. Where some
+    were left out, those of the replicate that broke off are as well."""
     recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
     groups = [] if plan.study.protocol.max_minutes is None else plan.groups
     known = [any(slot.trial in recorded for slot in group.slots) for group in groups]

@@ -2,11 +2,11 @@
 
 One replicate has no interval, and a second of everything may take what five of the steps alone would take. So the
 first replicate measures all that was asked for, and a later one leaves out, in this order and only as far as it must:
-the solo trials (peaks, and what is measured of an adapter alone), requests with the adapter merged, those that the
+the isolated trials (peaks, and what is measured of an adapter alone), requests with the adapter merged, those that the
 model ends, all requests, and at last the losses on held-out records. What it leaves out keeps the samples of the
-replicates that have it. Peaks without solo trials are those of the trials that take turns, where these can tell them:
-on a CPU a peak is that of a process, whatever is live beside it, and no profile is in it where a step was watched by
-the spy.
+replicates that have it. Peaks without isolated trials are those of the trials that take turns, where these can tell
+them: on a CPU a peak is that of a process, whatever is live beside it, and no profile is in it where a step was watched
+by the spy.
 
 Nothing is left out whose interval somebody waits for: of two sides, of a claim, where a precision is asked for, or
 where phases are named.
@@ -87,7 +87,7 @@ def tell_left_out(left_out: Mapping[int, frozenset[Part]], records: Iterable[Tri
     fewer = format_count(len(left_out), "replicate")
     return (
         Notice(
-            code="left-out",
+            code="measurements-skipped",
             message=f"{fewer} left out {said}: with them fewer than {SOUGHT_REPLICATES} replicates would have fitted "
             f"into the minutes that the run may take.{f' No replicate measured {nowhere}.' if nowhere else ''}",
             remedy=f"{f'The numbers of {elsewhere} are those of the other replicates. ' if elsewhere else ''}Raise "

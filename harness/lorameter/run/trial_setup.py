@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorameter.records.worker_info import TokenSummary
 from lorameter.records.record import Status, TrialRecord
+from lorameter.records.worker_info import TokenSummary
 from lorameter.run.executors import TrialFiles
 from lorameter.run.plan import Plan, Slot
 from lorameter.studies.request import BaseKey, TrialRequest, base_key

@@ -2,7 +2,7 @@
 
 Dropping slow trials makes any code look fast. A flag that does not know the outcome (another process on the device, a
 clock that was throttled, less CPU time than wall time) may drop a trial; it then drops the whole pair, or the pairing
-is lost. The flags themselves can still be an effect of the candidate, which may heat the card more: so the exact test
+is lost. The flags themselves can still be an effect of the candidate, which may heat the GPU more: so the exact test
 of McNemar (1947) asks whether one side is flagged more often where the two differ. And where too little would be left,
 nothing is dropped: a filter must not end in an empty result.
 """

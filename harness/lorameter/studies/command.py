@@ -34,7 +34,7 @@ class Command:
     timed: bool = False
     """Whether its samples are timed, so that nothing else may go on meanwhile."""
     telemetry_phase: Phase | None = None
-    """The phase whose watch reads machine and card around it; None where nothing is read."""
+    """The phase whose watch reads machine and GPU around it; None where nothing is read."""
     ends: Phase | None = None
     """The phase that has ended with it: what its watch could not read is said then."""
 

@@ -1,8 +1,8 @@
 """The study of a stored run, and the workloads of variants' own: how every reader of a run gets them.
 
-A run of a newer schema may say of its study what this version does not know (`lorameter.records.forward_compat`). A claim that it
-does not know how to judge, or that speaks of such a thing, is left out with the others: the numbers can be read all the
-same.
+A run of a newer schema may say of its study what this version does not know (`lorameter.records.forward_compat`). A
+claim that it does not know how to judge, or that speaks of such a thing, is left out with the others: the numbers can
+be read all the same.
 """
 
 from __future__ import annotations

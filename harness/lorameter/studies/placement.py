@@ -1,7 +1,7 @@
 """Where the replicates of a study are measured, as a study or a command line says it: `on` and `sites`.
 
 Both are words, and here is read what they mean and refused what means nothing, on whatever machine a study is read.
-Whether there is such a card, cluster or queue is found out where it is opened (`lorameter.run.sites`).
+Whether there is such a GPU, cluster or queue is found out where it is opened (`lorameter.run.sites`).
 """
 
 from __future__ import annotations
@@ -104,16 +104,16 @@ class SiteSpec:
         if not all(_NUMBERS.fullmatch(name) for name in self.sites):
             raise UsageError(
                 f"{say_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
-                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two cards each, where trials have two ranks.'
+                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two GPUs each, where trials have two ranks.'
             )
 
 
 _NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
-"""A site of this machine: a card, or those of a trial of several ranks."""
+"""A site of this machine: a GPU, or those of a trial of several ranks."""
 
 
 def numbers_of(name: str) -> tuple[int, ...]:
-    """The cards of this machine, or shares of its CPUs, that are one site: "0", or "0+1"."""
+    """The GPUs of this machine, or shares of its CPUs, that are one site: "0", or "0+1"."""
     return tuple(map(int, name.split("+")))
 
 

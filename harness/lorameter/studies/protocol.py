@@ -64,7 +64,7 @@ class Protocol:
     merged: bool = True
     """Measure requests with the adapter merged, too."""
     peak_replicates: int = 3
-    """Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
+    """Peaks take few values and are compared by their maximum, so a few isolated trials are enough."""
     cold_replicates: int | None = field(default=None, metadata=codec.LATER)
     """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
     None: as many as their interval needs (`lorameter.run.plan`), and one where minutes are limited."""
@@ -81,8 +81,8 @@ class Protocol:
     memory_limit_bytes: int | None = None
     """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
     retries: int = 2
-    """Times that a trial is measured again whose surroundings were past a limit (`lorameter.machine.disturbances`), with all
-    that took turns with it, at the end of its replicate. Still past it, it stays invalid."""
+    """Times that a trial is measured again whose surroundings were past a limit (`lorameter.machine.disturbances`),
+    with all that took turns with it, at the end of its replicate. Still past it, it stays invalid."""
     allow_disturbed: bool = False
     """Let such trials count, with a notice: for a machine that one cannot have to oneself."""
     precision: float | None = None
@@ -91,7 +91,7 @@ class Protocol:
     replicates."""
     max_minutes: float | None = None
     """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
-    is gone on with. They are spread over five replicates, if so many are planned: no further one is begun whose least
+    is resumed. They are spread over five replicates, if so many are planned: no further one is begun whose least
     would end later, and within one whole rounds are dropped, for all variants alike (`lorameter.run.budget`). None sets
     no limit."""
     on: str = field(default=HERE, metadata=codec.LATER)
@@ -99,11 +99,11 @@ class Protocol:
     `ray://HOST:PORT`, `slurm:KEY=VALUE,…` or `submitit-local:KEY=VALUE,…`. Not in a profile, which is chosen by the
     device that is there."""
     sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)
-    """On which of them at once, as `--sites` has it: cards of this machine, or shares of its CPUs, as `["0", "1"]`, or
+    """On which of them at once, as `--sites` has it: GPUs of this machine, or shares of its CPUs, as `["0", "1"]`, or
     `["0+1", "2+3"]` for trials of two ranks; names of nodes on Ray; never with SLURM, whose `on` says how many. Empty:
     one device here, all nodes of a cluster. Not in a profile."""
     mixed: bool = field(default=False, metadata=codec.LATER)
-    """Let sites be unlike, other cards or CPUs, as `--mixed` has it: replicates are divided evenly, and every ratio is
+    """Let sites be unlike, other GPUs or CPUs, as `--mixed` has it: replicates are divided evenly, and every ratio is
     of one site, with its own interval; nothing is taken over all of them. Not with a precision; not in a profile."""
 
     def __post_init__(self) -> None:

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, impossible, redact
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.studies.claim import Claim, check_limits
 from lorameter.studies.engine import Engine
+from lorameter.studies.expand_variants import rows_of, split_lists, spread, variants_of, workloads_of
 from lorameter.studies.keys import KEYS, check_keys, unknown_key
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.expand_variants import rows_of, split_lists, spread, variants_of, workloads_of
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study, unknown
 from lorameter.studies.variant import Variant

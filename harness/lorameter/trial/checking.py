@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import kernels_check
+from kernels_check.check import Check
 from lorameter.records import codec
 from lorameter.records.record import PartialRecord
 from lorameter.records.requirements import judge_required
@@ -18,7 +19,6 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.building.requirements import requirements_of
 from lorameter.trial.data.stream import Batch
-from kernels_check.check import Check
 
 
 def wanted_of(request: TrialRequest, trainee: TrainableModel, packed: Batch | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import sys
 import traceback
 
 from lorameter.errors import redact
+from lorameter.records.os_errors import REFUSED, find_system_error, is_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status
-from lorameter.records.os_errors import REFUSED, is_out_of_memory, find_system_error
 
 
 def failure_of(error: BaseException, phase: str) -> PartialRecord:
@@ -23,4 +23,6 @@ def failure_of(error: BaseException, phase: str) -> PartialRecord:
         return PartialRecord().failed("interrupted", failure)
     status: Status = "oom" if is_out_of_memory(error) else "crashed"
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return PartialRecord().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))
+    return PartialRecord().failed(
+        status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text)
+    )

@@ -1,9 +1,9 @@
-"""The meters around a trial's commands: what the machine and the card did while something was timed.
+"""The meters around a trial's commands: what the machine and the GPU did while something was timed.
 
 Each command that times something is enclosed by readings, which are outside its stopwatch; `look` is one more, of the
-card's clocks, for while a step is still under way on it. Energy is a solo trial's:
-beside others that take turns the card's counter would be theirs as well. A solo trial that times no steps takes some
-for it, after its peaks have been read, for as long as the counter needs to mean something.
+GPU's clocks, for while a step is still under way on it. Energy is an isolated trial's:
+beside others that take turns the GPU's counter would be theirs as well. An isolated trial that times no steps takes
+some for it, after its peaks have been read, for as long as the counter needs to mean something.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorameter.studies.command import COMMANDS, ROUNDS, Command
 from lorameter.studies.request import TrialRequest
 
 ENERGY_STRETCH_S = 1.5 * LEAST_S
-"""How long a solo trial takes steps for its energy: above the shortest stretch even if the last step comes early."""
+"""How long an isolated trial takes steps for its energy: above the shortest stretch, even if the last step is early."""
 
 
 class TrialTelemetry:
@@ -39,7 +39,11 @@ class TrialTelemetry:
 
     def around(self, command: Command, call: Callable[[], PartialRecord]) -> PartialRecord:
         """What `call` added to the trial, with what was found around it."""
-        fragment = call() if command.telemetry_phase is None else self._watched(command, self._watches[command.telemetry_phase], call)
+        fragment = (
+            call()
+            if command.telemetry_phase is None
+            else self._watched(command, self._watches[command.telemetry_phase], call)
+        )
         if command.ends is None:
             return fragment
         if command.ends == "train" and self._spends and fragment.status == "ok":
@@ -48,7 +52,7 @@ class TrialTelemetry:
         return fragment if notice is None else fragment.with_notice(notice)
 
     def look(self) -> None:
-        """A timed step is under way on the card."""
+        """A timed step is under way on the GPU."""
         self._watches["train"].look()
 
     def _watched(self, command: Command, watch: Telemetry, call: Callable[[], PartialRecord]) -> PartialRecord:

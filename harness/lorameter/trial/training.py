@@ -1,4 +1,5 @@
-"""The training of one trial in its process: the commands, each a method that returns what it added as a `PartialRecord`.
+"""The training of one trial in its process: the commands, each a method that returns what it added as a
+`PartialRecord`.
 
 Order: build and first step, verify, warm up, timed turns, held-out loss and memory. What a command measures depends on
 what the request asks for: a trial that takes turns beside others has no first times of its own to report, and a solo
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 import kernels_check
+from kernels_check.check import Check
 from lorameter.errors import LorameterError
 from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.records.record import Failure, PartialRecord
@@ -38,7 +40,6 @@ from lorameter.trial.memory import resident_bytes
 from lorameter.trial.process import release_unused, start_device
 from lorameter.trial.step import TrainStep
 from lorameter.trial.telemetry import TrialTelemetry
-from kernels_check.check import Check
 
 
 @dataclass(frozen=True, slots=True)

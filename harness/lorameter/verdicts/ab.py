@@ -19,26 +19,34 @@ from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
-from lorameter.studies.script import SIDE
 from lorameter.studies.from_run import read_study
+from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
+from lorameter.verdicts.compare_pairs import (
+    LimitsOf,
+    MetricPair,
+    default_limits,
+    default_metrics,
+    judge_pairs,
+    matching,
+    rows_of,
+)
 from lorameter.verdicts.comparison_input import Difference, Measurements, is_memory, measurements_of
-from lorameter.verdicts.compare_pairs import LimitsOf, MetricPair, default_limits, default_metrics, judge_pairs, matching, rows_of
-from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites
-from lorameter.verdicts.notices import run_notices
 from lorameter.verdicts.comparison_report import ComparisonReport
+from lorameter.verdicts.notices import run_notices
+from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites
+from lorameter.verdicts.run_validity import newer_faults, run_faults, run_validity, say_broken
 from lorameter.verdicts.same_training import losses_of_run, sides_of_run
 from lorameter.verdicts.series import (
     Series,
     compare_series,
+    downgrade_equivalent,
+    group_trials,
     pairing_of,
     pairs_of,
-    group_trials,
-    downgrade_equivalent,
     verdict_only,
 )
 from lorameter.verdicts.software import say_versions, versions_by_name
-from lorameter.verdicts.run_validity import newer_faults, run_faults, say_broken, run_validity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +235,7 @@ def _study(run: Run) -> Study:
 
 
 def _level(series: Sequence[Series], metric: str) -> Interleaving:
-    """How the trials that measured it alternated; peaks come from solo trials."""
+    """How the trials that measured it alternated; peaks come from isolated trials."""
     level = series[0].interleaving(metric) if series and not is_memory(metric) else None
     return level or "replicates"
 
@@ -251,7 +259,7 @@ def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -
     yield from run.manifest.notices
     if _alike(run):
         yield Notice(
-            code="sides-alike",
+            code="sides-identical",
             message="both sides have the same packages, the same harness and the same commit: nothing that lorameter "
             "knows of differs between them.",
             remedy="Read it as an A/A: what it shows is noise. Otherwise look at what the two sides name.",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.records import codec, bounded_io, store
+from lorameter.records import bounded_io, codec, store
 from lorameter.records.atomic_json import write_document
 from lorameter.records.packed import is_packed
 from lorameter.studies.from_run import read_study

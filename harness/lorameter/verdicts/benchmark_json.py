@@ -19,16 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, impossible
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.comparison_input import ComparisonInput, Measurements, comparison_input, fact_differences, is_memory
-from lorameter.verdicts.series import Series, Trials
+from lorameter.verdicts.comparison_input import (
+    ComparisonInput,
+    Measurements,
+    comparison_input,
+    fact_differences,
+    is_memory,
+)
 from lorameter.verdicts.run_validity import control_faults
+from lorameter.verdicts.series import Series, Trials
 
 FOREIGN_METRIC = "round_time_s"
 """What pytest-benchmark itself measures: the time of one round, whatever it held."""

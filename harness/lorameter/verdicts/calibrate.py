@@ -23,9 +23,9 @@ from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from lorameter.stats.comparison import effect_of
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.interference import cost_of_neighbours
 from lorameter.verdicts.compare_pairs import TOLERANCE
-from lorameter.verdicts.series import Pairs, Series, compare_series, pairs_of, group_trials
+from lorameter.verdicts.interference import cost_of_neighbours
+from lorameter.verdicts.series import Pairs, Series, compare_series, group_trials, pairs_of
 
 EFFECTS = (0.01, 0.02, 0.05)
 """Slow-downs whose price is stated."""
@@ -52,7 +52,7 @@ class Rates:
     equivalent: float
     """Identical code called `equivalent`."""
     found: float
-    """The planted slow-down called `regressed`."""
+    """The injected slow-down called `regressed`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Price:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What one A/B of identical code with a planted slow-down says of this machine."""
+    """What one A/B of identical code with a injected slow-down says of this machine."""
 
     run: str
     device: str

@@ -19,16 +19,6 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records.metrics import METRICS, PRIMARY
 from lorameter.records.record import Interleaving, Notice
 from lorameter.stats import Comparison, run_wide_shift
-from lorameter.verdicts.comparison_input import (
-    BYTES_SUFFIX,
-    ComparisonInput,
-    Difference,
-    disagreement,
-    is_memory,
-    machine_differences,
-    unknown_power_limit,
-    variant_differences,
-)
 from lorameter.verdicts.compare_pairs import (
     TOLERANCE,
     Key,
@@ -39,6 +29,16 @@ from lorameter.verdicts.compare_pairs import (
     judge_pairs,
     matching,
     rows_of,
+)
+from lorameter.verdicts.comparison_input import (
+    BYTES_SUFFIX,
+    ComparisonInput,
+    Difference,
+    disagreement,
+    is_memory,
+    machine_differences,
+    unknown_power_limit,
+    variant_differences,
 )
 from lorameter.verdicts.comparison_report import ComparisonReport
 from lorameter.verdicts.series import downgrade_equivalent, verdict_only
@@ -103,7 +103,9 @@ def compare(
     )
 
 
-def _wanted(base: ComparisonInput, candidate: ComparisonInput, patterns: Sequence[str], *, all_metrics: bool) -> tuple[str, ...]:
+def _wanted(
+    base: ComparisonInput, candidate: ComparisonInput, patterns: Sequence[str], *, all_metrics: bool
+) -> tuple[str, ...]:
     """Names of metrics and kinds of memory, in the order of the phases."""
     measured = [
         metric for side in (*base.sides.values(), *candidate.sides.values()) for metric in (*side.trials, *side.peaks)
@@ -133,7 +135,9 @@ def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: Compari
     return [metric for metric in wanted if not is_memory(metric)] or list(wanted)[:1] or [PRIMARY["train"]]
 
 
-def _pair(name: str, metric: str, base: ComparisonInput, candidate: ComparisonInput, differing: Sequence[Difference]) -> MetricPair:
+def _pair(
+    name: str, metric: str, base: ComparisonInput, candidate: ComparisonInput, differing: Sequence[Difference]
+) -> MetricPair:
     """One metric of one variant, unpaired; `differing` forbids a ratio."""
     ours, theirs = base.sides.get(name), candidate.sides.get(name)
     refusal = _forbidden(base, candidate, name, metric)
@@ -195,7 +199,7 @@ def _notices(
         if missing and base.absent is None:
             notices.append(
                 Notice(
-                    code="phase-not-shared",
+                    code="phase-only-on-one-side",
                     message=f"only {one.name} measured {', '.join(missing)}; that is not compared.",
                     remedy="Measure the same phases on both sides.",
                 )

@@ -13,10 +13,19 @@ from dataclasses import dataclass
 
 from lorameter.records.metrics import PEAKS, PHASES, PRIMARY
 from lorameter.records.record import Interleaving
-from lorameter.stats import Comparison, Effect, KeptPairs, Pairing, compare_bytes, decide_family, effect_of, share_scatter
+from lorameter.stats import (
+    Comparison,
+    Effect,
+    KeptPairs,
+    Pairing,
+    compare_bytes,
+    decide_family,
+    effect_of,
+    share_scatter,
+)
 from lorameter.verdicts.comparison_input import Measurements, is_memory
 from lorameter.verdicts.comparison_report import ComparisonRow
-from lorameter.verdicts.series import Trials, as_worse_is_higher, with_drops, verdict_only
+from lorameter.verdicts.series import Trials, as_worse_is_higher, verdict_only, with_drops
 
 TOLERANCE = 0.01
 MARGIN = 0.05
@@ -139,7 +148,9 @@ def _effect(pair: MetricPair, base: Trials, candidate: Trials) -> Effect:
     return share_scatter({"candidate": effect, "control": control})["candidate"] if alike else effect
 
 
-def rows_of(pairs: Iterable[MetricPair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[ComparisonRow, ...]:
+def rows_of(
+    pairs: Iterable[MetricPair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf
+) -> tuple[ComparisonRow, ...]:
     """A row a pair, in their order, with its limits and with what was dropped of it."""
     return tuple(
         ComparisonRow(

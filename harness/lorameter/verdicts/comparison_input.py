@@ -26,11 +26,11 @@ from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.per_site import refuse_mixed
 from lorameter.verdicts.notices import newer_notices
+from lorameter.verdicts.per_site import refuse_mixed
+from lorameter.verdicts.run_validity import run_validity, say_broken, trial_faults
 from lorameter.verdicts.series import Series, Trials, group_trials
 from lorameter.verdicts.software import facts_of
-from lorameter.verdicts.run_validity import say_broken, run_validity, trial_faults
 
 BYTES_SUFFIX = "_bytes"
 """Ends the name of every kind of memory."""
@@ -178,7 +178,7 @@ def _schema_said(side: ComparisonInput) -> str:
 
 
 def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
-    """Facts of machine, libraries and workload that differ. A power limit, or what steers a card's choice of kernels,
+    """Facts of machine, libraries and workload that differ. A power limit, or what steers a GPU's choice of kernels,
     that one side did not record differs from nothing: neither was recorded at first, and such runs stay comparable.
     `unknown_power_limit` says so of the limit. A field of the workload that one side does not write has its default
     there."""
@@ -198,7 +198,7 @@ def _told(difference: Difference) -> Difference:
 
 
 def unknown_power_limit(base: ComparisonInput, candidate: ComparisonInput) -> Notice | None:
-    """That only one of two runs on a card says under which power limit it was measured."""
+    """That only one of two runs on a GPU says under which power limit it was measured."""
     sides = [(side.name, side.facts) for side in (base, candidate) if side.facts and side.facts.get("device") == "cuda"]
     limits = [facts[POWER_LIMIT] for _, facts in sides if POWER_LIMIT in facts]
     silent = [name for name, facts in sides if POWER_LIMIT not in facts]
@@ -206,7 +206,7 @@ def unknown_power_limit(base: ComparisonInput, candidate: ComparisonInput) -> No
         return None
     return Notice(
         code="power-limit-unknown",
-        message=f"{silent[0]} does not say under which power limit its card was, and the other side was under "
+        message=f"{silent[0]} does not say under which power limit its GPU was, and the other side was under "
         f"{limits[0]} W: what differs may be the limit's doing.",
         remedy="Measure it again, or make sure that the limit was the same then.",
     )

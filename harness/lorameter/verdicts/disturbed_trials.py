@@ -1,8 +1,8 @@
 """What the surroundings say against a trial: disturbances by phase, and the record of one that must not count.
 
-A trial that came to its end beside somebody else's job, or on a card that protected itself from heat, has numbers of
-these and not of its variant. It is judged by its surroundings only (`lorameter.machine.disturbances`); a rule that looked at
-its times would select them.
+A trial that came to its end beside somebody else's job, or on a GPU that protected itself from heat, has numbers of
+these and not of its variant. It is judged by its surroundings only (`lorameter.machine.disturbances`); a rule that
+looked at its times would select them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str,
     for phase in WHILE:
         share = occupancy(record) if on_cpu and phase == "train" else None
         for disturbance in judge(record.values, record.memory, phase, in_turns=in_turns, occupancy=share):
-            if disturbance.code != "contended" or share is None or disturbance.invalid:
+            if disturbance.code != "cpu-contention" or share is None or disturbance.invalid:
                 yield phase, disturbance
 
 

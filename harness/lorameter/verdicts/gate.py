@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.records.store import Run
 from lorameter.studies.limits import check_fraction
 from lorameter.verdicts.compare_pairs import ComparisonLimits, default_limits

@@ -29,7 +29,7 @@ def neighbour_notices(folder: Path) -> Iterator[Notice]:
         return
     ratio = format_interval(cost.ratio, cost.low, cost.high, "1")
     yield Notice(
-        code="sites-neighbours",
+        code="node-interference",
         message=f"while the other sites measure, a step on the first takes {ratio} times as long as alone, by "
         f"{format_count(cost.replicates, 'pair')}.",
         remedy="What both sides of a ratio pay alike is not in it; absolute values are those beside neighbours.",

@@ -108,7 +108,7 @@ def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
     disturbed = [share for share in shares if share < OCCUPANCY_FLOOR]
     if disturbed:
         yield Notice(
-            code="contention",
+            code="cpu-contention",
             message=f"{len(disturbed)} of {len(shares)} trials of one thread had less than {OCCUPANCY_FLOOR:.0%} of a "
             f"CPU while they were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
             remedy="Stop it, or measure more replicates; the intervals already carry the noise.",
@@ -118,7 +118,7 @@ def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
 def _one_heap(ok: list[TrialRecord]) -> Iterator[Notice]:
     if len({record.variant for record in ok if record.interleaving == "shared-base"}) > 1:
         yield Notice(
-            code="one-heap",
+            code="shared-process",
             message="variants took turns in one process, which on a CPU has one heap for all of them: one that needs "
             "less memory is served from what another has given back, and can be some per cent faster than by itself.",
             remedy="Measure with --interleave lockstep, or --lorameter-interleave=lockstep (pytest), with so many "
@@ -139,11 +139,11 @@ def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 
 def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
-    warmed = [record for record in ok if "warmup_steady" in record.values]  # solo trials time no step
+    warmed = [record for record in ok if "warmup_steady" in record.values]  # isolated trials time no step
     unsteady = [record.trial for record in warmed if record.values["warmup_steady"] == 0.0]
     if unsteady:
         yield Notice(
-            code="warm-up-cut-short",
+            code="warmup-incomplete",
             message=f"{len(unsteady)} of {len(warmed)} trials were still getting faster when their warm-up ended, "
             f"{unsteady[0]} among them.",
             remedy="Raise warmup_steps_max in the study's [protocol].",
@@ -205,7 +205,7 @@ def _cut_short(ok: list[TrialRecord]) -> Iterator[Notice]:
         trials = {trial for cut in counts.values() for trial in cut}
         said = "; ".join(f"{what} in {format_count(len(cut), 'trial')}" for what, cut in counts.items())
         yield Notice(
-            code="cut-short",
+            code="time-limit-reached",
             message=f"the limit of time cut {len(trials)} of {len(ok)} trials short, all variants of a replicate "
             f"alike: {said}.",
             remedy="Give more minutes, fewer variants (--variant) or fewer phases (--phase).",

@@ -1,6 +1,6 @@
 """A run whose sites are unlike machines: it is read as several runs, one of each site, and never as one.
 
-Ratios of other cards are other ratios: a variant that is bound by memory on one is bound by arithmetic on the next. A
+Ratios of other GPUs are other ratios: a variant that is bound by memory on one is bound by arithmetic on the next. A
 mean over them would be of no machine that there is, and its interval would be that of the choice of machines. So each
 site is judged by itself, and whoever takes records together without asking is refused (`series_of`).
 """

@@ -20,10 +20,10 @@ from lorameter.verdicts.series import (
     Groups,
     compare_series,
     compare_to_reference,
-    effects_against,
-    is_difference,
-    group_trials,
     downgrade_equivalent,
+    effects_against,
+    group_trials,
+    is_difference,
     verdict_only,
 )
 
@@ -229,7 +229,7 @@ def ratios_of(
     ratios = {variant.name: found[variant.name] for variant in study.variants if variant.name in found}
     if control is not None and control.verdict == "equivalent":
         return ratios
-    reason = "the control itself is not equivalent, so nothing here can be"
+    reason = "A/A control inconclusive: equivalence cannot be claimed"
     return {name: downgrade_equivalent(ratio, reason) for name, ratio in ratios.items()}
 
 

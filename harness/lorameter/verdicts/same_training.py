@@ -21,7 +21,7 @@ from lorameter.records.units import first_few, format_ratio
 from lorameter.stats import Comparison, compare_trials
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.verdicts.series import Series, is_difference, group_trials
+from lorameter.verdicts.series import Series, group_trials, is_difference
 from lorameter.verdicts.software import differing_versions, say_versions
 
 TOLERANCE = 0.01
@@ -128,7 +128,9 @@ def losses_of_run(run: Run, study: Study) -> dict[str, LossAgreement]:
 def compare_losses(sides: ScriptPair) -> LossAgreement:
     """Whether two scripts have the same losses on the same tokens."""
     if sides.same_tokens is False:
-        return LossAgreement(found="unknown", reason="they see different tokens, so their losses have nothing in common")
+        return LossAgreement(
+            found="unknown", reason="they see different tokens, so their losses have nothing in common"
+        )
     base, candidate = ([_losses(pair[side])[begin:] for pair in sides.pairs] for side, begin in sides.begins)
     if not base or not all(base) or not all(candidate):
         return LossAgreement(found="unknown", reason="no trial of both in which every loss was seen")

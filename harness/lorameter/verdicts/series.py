@@ -205,7 +205,10 @@ def compare_series(base: Series, candidate: Series, metric: str, *, family: int 
         return None
     with _named(candidate.name, metric):
         found = compare_trials(
-            as_worse_is_higher(pairs.base, metric), as_worse_is_higher(pairs.candidate, metric), pairing=pairs.pairing, family=family
+            as_worse_is_higher(pairs.base, metric),
+            as_worse_is_higher(pairs.candidate, metric),
+            pairing=pairs.pairing,
+            family=family,
         )
     return with_drops(found, pairs.drops)
 
@@ -241,7 +244,9 @@ def effects_against(groups: Groups, reference: str, metric: str) -> dict[tuple[s
     for key, pair in pairs.items():
         if pair is not None:
             with _named(key[0], metric):
-                effects[key] = effect_of(as_worse_is_higher(pair.base, metric), as_worse_is_higher(pair.candidate, metric), pair.pairing)
+                effects[key] = effect_of(
+                    as_worse_is_higher(pair.base, metric), as_worse_is_higher(pair.candidate, metric), pair.pairing
+                )
     whole = {key: effect for key, effect in effects.items() if effect.replicates == len(base.measured(metric))}
     effects |= share_scatter(whole)
     return {
@@ -284,7 +289,7 @@ def as_worse_is_higher(trials: Trials, metric: str) -> Trials:
 def _common(base: Series, candidate: Series, metric: str, pairing: Pairing) -> list[tuple[Trial, Trial]]:
     """Trials of the replicates in which both sides measured the metric; of losses those after the same training.
 
-    Turns are paired with turns of the same attempt only: a run that broke off while the second was being written holds
+    Turns are paired with turns of the same attempt only: an interrupted run while the second was being written holds
     both.
     """
     others = {record.replicate: (record, samples) for record, samples in candidate.measured(metric)}

@@ -99,7 +99,7 @@ def _unlike(effects: Mapping[str, float]) -> Iterator[Notice]:
         away = (1 + effect) / (1 + centre) - 1
         if abs(away) > UNLIKE:
             yield Notice(
-                code="site-unlike",
+                code="node-mismatch",
                 message=f"site {site} is {abs(away):.0%} {'slower' if away > 0 else 'faster'} than the median of its "
                 "like.",
                 remedy="Look at its clocks, its heat and what runs beside it (lorameter doctor), or leave it out.",

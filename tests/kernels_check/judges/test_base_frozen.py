@@ -6,11 +6,11 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from lorameter.run.check_multi_rank import SHARDS_INTEGERS, shards_4bit
 from negative_controls.small_run import SmallRun
 from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
-from lorameter.run.check_multi_rank import SHARDS_INTEGERS, shards_4bit
 from kernels_check import verify
 from kernels_check.judges import base_layers
 from kernels_check.observation.adapter_layers import adapter_layers

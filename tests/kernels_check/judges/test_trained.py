@@ -76,7 +76,8 @@ def test_factors_beside_an_embedding_train_it(training):
 
 def _parts(*fates, tokens=None):
     return [
-        ParameterStatus(name=f"part {place}", fates={f"p{place}": fate}, tokens=tokens) for place, fate in enumerate(fates)
+        ParameterStatus(name=f"part {place}", fates={f"p{place}": fate}, tokens=tokens)
+        for place, fate in enumerate(fates)
     ]
 
 

@@ -162,7 +162,7 @@ def train_base_held_as_lora(run: SmallRun) -> None:
 
 
 def train_a_copy_after_steps(run: SmallRun) -> None:
-    """Step, and go on with a copy; the model keeps its last gradients."""
+    """Step, and resume a copy; the model keeps its last gradients."""
     import torch
 
     run.step()

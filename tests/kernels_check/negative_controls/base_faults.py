@@ -114,7 +114,7 @@ def train_biases(run: SmallRun) -> None:
 
 
 def train_biases_of_another(run: SmallRun) -> None:
-    """Go on with an adapter that asks for no biases; PEFT leaves those of the first one trainable."""
+    """Resume an adapter that asks for no biases; PEFT leaves those of the first one trainable."""
     import peft
     import torch
 

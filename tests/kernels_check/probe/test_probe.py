@@ -309,7 +309,7 @@ def test_what_is_executed_is_counted_by_name():
     ("in_use", "kernels", "kept"), [(True, [0, 3], 1), (True, [3], 0), (True, [0, 0], 1), (False, [0], 0)]
 )
 def test_a_session_without_a_kernel_of_the_card_is_tried_once_more(monkeypatch, in_use, kernels, kept):
-    """Another before it may be the cause; without a card there are none, and nothing is tried again."""
+    """Another before it may be the cause; without a GPU there are none, and nothing is tried again."""
     sessions = [Executed(operators={}, kernels={"LIGER": many} if many else {}) for many in kernels]
     left = list(sessions)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)

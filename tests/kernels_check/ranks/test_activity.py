@@ -34,7 +34,7 @@ def test_a_step_that_exchanges_nothing_is_all_its_own():
 
 @pytest.mark.parametrize("known", ["is_available", "is_initialized"])
 def test_a_card_that_is_not_in_use_is_not_asked(monkeypatch, known):
-    """A process that trains on the CPU of a machine with a card spends its steps there."""
+    """A process that trains on the CPU of a machine with a GPU spends its steps there."""
     for name in ("is_available", "is_initialized"):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: name == known)
     share = share_of(lambda: torch.ones(8) @ torch.ones(8), lambda: None)
@@ -64,7 +64,7 @@ def on_cpu(at_s):
 
 
 def on_card(at_s):
-    """The same on a card: its host only launches, and what is marked on the host is marked on the card as well."""
+    """The same on a GPU: its host only launches, and what is marked on the host is marked on the GPU as well."""
     return [
         event(activity._STEP, at_s, at_s + 1, marked=True),
         event(activity._STEP, at_s, at_s + 1, device=CARD, marked=True),

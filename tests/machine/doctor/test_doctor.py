@@ -7,12 +7,11 @@ import itertools
 import json
 
 import pytest
-
 from lorameter import cli
-from lorameter.machine.gpu import CardFacts, CardSample, Memory
 from lorameter.machine.doctor import examine, is_fit
 from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, GpuSurvey, Survey
 from lorameter.machine.filesystem import FolderLocation
+from lorameter.machine.gpu import CardFacts, CardSample, Memory
 from lorameter.machine.gpu_topology import NVLINK, Links, Pair
 from lorameter.machine.other_gpu_processes import Neighbours
 from lorameter.machine.reading import Reading, missing
@@ -59,7 +58,7 @@ CARD = GpuSurvey(facts=FACTS, sample=SAMPLE, memory=given(Memory(total=80 * GIB,
 
 @pytest.fixture
 def found(machine):
-    """A quiet machine without a card."""
+    """A quiet machine without a GPU."""
     return Survey(
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
@@ -71,7 +70,7 @@ def found(machine):
 
 
 def on_card(found, **changes):
-    """The same machine with a card, of which some things are different."""
+    """The same machine with a GPU, of which some things are different."""
 
     def changed(part):
         own = {field.name for field in dataclasses.fields(part)}
@@ -90,7 +89,7 @@ def by_name(found):
 
 
 def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
-    """With and without a card."""
+    """With and without a GPU."""
     for one in (found, on_card(found)):
         checks = examine(one)
         assert is_fit(checks)
@@ -99,7 +98,7 @@ def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
 
 
 def test_a_card_that_no_program_can_use_is_unfit(found):
-    """A container can be given NVML without CUDA: nvidia-smi shows the card there, and every trial would crash."""
+    """A container can be given NVML without CUDA: nvidia-smi shows the GPU there, and every trial would crash."""
     one = dataclasses.replace(on_card(found), lacks_driver="libcuda.so.1: cannot open shared object file")
     check = by_name(one)["device"]
     assert (check.standing, is_fit(examine(one))) == ("unfit", False)
@@ -190,7 +189,7 @@ def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
 
 
 def test_models_that_fit_follow_from_the_free_memory(found):
-    """Less of it, fewer models; on a card its own counts."""
+    """Less of it, fewer models; on a GPU its own counts."""
     little = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, memory_available_bytes=given(2 * GIB)))
     assert "llama2-7b" not in by_name(little)["models"].found
     assert "llama2-7b" in by_name(found)["models"].found.partition(";")[0]
@@ -220,7 +219,7 @@ def test_this_machine_can_be_looked_at(tmp_path):
 
 
 def four_cards(through, active=(18, 18, 18, 18)):
-    """Links of four cards: by NVLink, but for the pairs that are given."""
+    """Links of four GPUs: by NVLink, but for the pairs that are given."""
     pairs = tuple(
         Pair(first=one, second=other, through=through.get((one, other), given(NVLINK)))
         for one, other in itertools.combinations(range(4), 2)
@@ -229,43 +228,43 @@ def four_cards(through, active=(18, 18, 18, 18)):
 
 
 def test_how_cards_reach_each_other_is_said(found):
-    """All alike is good; ways that differ, or are not known, are worth a note with the cards' numbers."""
+    """All alike is good; ways that differ, or are not known, are worth a note with the GPUs' numbers."""
 
     def check(through, **changes):
         return by_name(dataclasses.replace(on_card(found), links=four_cards(through, **changes)))["interconnect"]
 
     alike = check({})
-    assert (alike.standing, alike.found, alike.remedy) == ("good", "all cards by NVLink", "")
+    assert (alike.standing, alike.found, alike.remedy) == ("good", "all GPUs by NVLink", "")
     near = given("one PCIe switch")
     switched = check(dict.fromkeys(itertools.combinations(range(4), 2), near))
-    assert (switched.standing, switched.found) == ("good", "all cards by one PCIe switch")
+    assert (switched.standing, switched.found) == ("good", "all GPUs by one PCIe switch")
     far = check({(0, 3): given("the link between memory nodes"), (1, 2): missing("the driver is too old for it")})
     assert far.standing == "note"
-    assert "cards 0 and 3 by the link between memory nodes" in far.found
-    assert "cards 1 and 2: " in far.found
+    assert "GPUs 0 and 3 by the link between memory nodes" in far.found
+    assert "GPUs 1 and 2: " in far.found
     assert "too old" in far.found
     assert "CUDA_VISIBLE_DEVICES" in far.remedy
     everywhere = check(dict.fromkeys(itertools.combinations(range(4), 2), given("the link between memory nodes")))
-    assert (everywhere.standing, everywhere.found) == ("note", "all cards by the link between memory nodes")
+    assert (everywhere.standing, everywhere.found) == ("note", "all GPUs by the link between memory nodes")
 
 
 def test_a_card_whose_links_are_down_is_named(found):
     """The others have more: every exchange waits for it."""
     checks = by_name(dataclasses.replace(on_card(found), links=four_cards({}, active=(18, 18, 16, 18))))
     assert checks["NVLinks"].standing == "bad"
-    assert "card 2 has 16 up, others 18" in checks["NVLinks"].found
+    assert "GPU 2 has 16 up, others 18" in checks["NVLinks"].found
     assert "NVLinks" not in by_name(dataclasses.replace(on_card(found), links=four_cards({})))
 
 
 def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
-    """Where trials run on a card, and its daemon is there."""
+    """Where trials run on a GPU, and its daemon is there."""
     one = dataclasses.replace(on_card(found), environment={"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)})
     assert "MPS" not in by_name(one)
     (tmp_path / "control").touch()
     assert by_name(one)["MPS"].standing == "bad"
     assert "MPS" not in by_name(dataclasses.replace(one, card=missing("no driver")))
     shared = dataclasses.replace(one, environment={**one.environment, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"})
-    assert "25 % of a card" in by_name(shared)["MPS"].found
+    assert "25 % of a GPU" in by_name(shared)["MPS"].found
 
 
 @pytest.mark.parametrize(

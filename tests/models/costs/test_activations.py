@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.activations import Activations
 from lorameter.models.families import FAMILIES
@@ -16,8 +15,8 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building import build, lora
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.memory import resident_tensors
-from lorameter.trial.profiling.memory_breakdown import watch_cache
 from lorameter.trial.profiling.live import LiveTensors
+from lorameter.trial.profiling.memory_breakdown import watch_cache
 
 ROWS, LENGTH, VOCABULARY = 2, 24, 320
 LLAMA = {

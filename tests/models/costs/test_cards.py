@@ -1,9 +1,8 @@
-"""A card is found by its words or given by its memory, and what is neither is refused with what would be right."""
+"""A GPU is found by its words or given by its memory, and what is neither is refused with what would be right."""
 
 from __future__ import annotations
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.models.costs.cards import DRIVER_SHARE, find_card
 from lorameter.models.costs.peaks import DEVICES
@@ -68,14 +67,14 @@ def test_a_name_of_cards_of_different_memory_is_refused_with_the_choices(text, c
     "24GiB; rm", "x" * 5000, "\x1b]0;t\x07", "TPU",
 ])  # fmt: skip
 def test_an_unknown_name_is_refused_with_the_known_ones(text):
-    """And that a size can be given; a relative of a card is another card; a long name does not bury what is said."""
+    """And that a size can be given; a relative of a GPU is another GPU; a long name does not bury what is said."""
     with pytest.raises(UsageError) as refused:
         find_card(text)
     said = str(refused.value)
     assert "24GiB" in said
     assert len(said) < 500
     assert said.isprintable()
-    assert "Known: A100 40GB" in said or "neither a card nor a unit" in said
+    assert "Known: A100 40GB" in said or "neither a GPU nor a unit" in said
 
 
 @pytest.mark.parametrize(("text", "why"), [

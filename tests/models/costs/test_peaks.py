@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from lorameter.models.costs.peaks import DEVICES, stated_peak
 
 

@@ -1,4 +1,4 @@
-"""On a real card: what was watched in a trial's process does not stay in the steps that are timed after it."""
+"""On a real GPU: what was watched in a trial's process does not stay in the steps that are timed after it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 
 import pytest
-
 from lorameter.records import codec
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from lorameter.machine.provenance import probe_machine
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.script import ScriptExecutor, python_of
@@ -216,7 +215,7 @@ def test_one_that_cannot_be_stopped_is_killed_and_said(records):
 def test_one_that_ends_after_its_turns_counts_and_is_said(records):
     """The timed steps are all there; the last of those for the losses are not."""
     (notice,) = records["late"].notices
-    assert (notice.code, records["late"].values["training_steps"]) == ("ended-early", ALL_STEPS - 1)
+    assert (notice.code, records["late"].values["training_steps"]) == ("training-ended-early", ALL_STEPS - 1)
 
 
 def test_a_fork_is_not_followed(records):

@@ -14,12 +14,11 @@ import time
 
 import psutil
 import pytest
-
 from lorameter.attach.turn_client import SOCKET, address
 from lorameter.machine.orphan_reaper import marked
 from lorameter.run.executors import script_process
-from lorameter.run.executors.script_process import ScriptProcess
 from lorameter.run.executors.script_client import EndedError, Script
+from lorameter.run.executors.script_process import ScriptProcess
 from lorameter.run.executors.script_sandbox import variables_of
 from lorameter.studies.variant import Variant
 

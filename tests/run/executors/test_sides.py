@@ -11,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import lorameter
+import pytest
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import differing_packages, harness_identity
 from lorameter.records.locks import alone
@@ -225,7 +224,9 @@ def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
             hello = executor.hello()
         finally:
             executor.close()
-        identity = run(side.host, "from lorameter.machine.provenance import harness_identity; print(harness_identity())")
+        identity = run(
+            side.host, "from lorameter.machine.provenance import harness_identity; print(harness_identity())"
+        )
     assert hello.harness == identity != harness_identity()
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 
-from lorameter.machine.provenance import MachineFacts, Machine
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import PartialRecord
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.host import Host
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from lorameter.verdicts import calibrate
 
 
@@ -27,7 +26,7 @@ def test_a_calibration_on_sites_says_what_neighbours_cost(placed, run, pretended
     told = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]["calibration"]["neighbours"]
     assert told["ratio"] == pytest.approx(factor)
     assert (told["verdict"], told["replicates"]) == (verdict, 6)
-    (notice,) = (one for one in last.manifest.notices if one.code == "sites-neighbours")
+    (notice,) = (one for one in last.manifest.notices if one.code == "node-interference")
     assert f"a step on the first takes {factor:.2f}" in notice.message
     assert {record.trial for record in last.records} == set(last.manifest.order)
     code, _, said = run("calibrate", "--resume", last.manifest.run)

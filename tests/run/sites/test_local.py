@@ -1,4 +1,4 @@
-"""The sites of this machine are its cards or shares of its CPUs, none of which two sites have in common."""
+"""The sites of this machine are its GPUs or shares of its CPUs, none of which two sites have in common."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import os
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
@@ -56,15 +55,15 @@ def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch, entr
 @pytest.mark.parametrize(
     ("names", "limits", "words"),
     [
-        (("H100", "H100"), (700.0, 700.0), r"card 2: 2 are visible"),
+        (("H100", "H100"), (700.0, 700.0), r"GPU 2: 2 are visible"),
         (("H100", "H100", "A100"), (700.0, 700.0, 400.0), r"different kinds \(A100 at 400 W, H100 at 700 W\)"),
         (("H100", "H100", "H100"), (700.0, 700.0, 400.0), r"different kinds \(H100 at 400 W, H100 at 700 W\)"),
         (("H100", "H100", "H100"), (700.0, 700.0, None), r"different kinds \(H100, H100 at 700 W\)"),
-        (("H100", "H100", None), (700.0, 700.0, 700.0), r"what card 2 is cannot be known: it is gone"),
+        (("H100", "H100", None), (700.0, 700.0, 700.0), r"what GPU 2 is cannot be known: it is gone"),
     ],
 )
 def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, names, limits, words):
-    """Times of different cards are not those of one machine, nor are those of cards that may take unlike power; what
+    """Times of different GPUs are not those of one machine, nor are those of GPUs that may take unlike power; what
     is not told agrees with nothing."""
     cards(monkeypatch, *names, limits=limits)
     with pytest.raises(UsageError, match=words):
@@ -73,10 +72,10 @@ def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, na
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
-    """What is measured on one would be in the times of the other; parts of different cards are as good as cards."""
+    """What is measured on one would be in the times of the other; parts of different GPUs are as good as GPUs."""
     cards(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
     there = dataclasses.replace(machine, device="cuda")
-    with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one card"):
+    with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one GPU"):
         local_sites(("0", "1", "2"), there, mixed=mixed)
     sites = local_sites(("0", "2"), there)
     assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["MIG-a", "MIG-c"]
@@ -93,7 +92,7 @@ def test_each_card_that_ranks_take_is_held(monkeypatch):
 
 
 def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):
-    """By what CUDA calls them; its device is held card by card."""
+    """By what CUDA calls them; its device is held GPU by GPU."""
     (site,) = local_sites(("0+1",), machine)
     assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
     cards(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
@@ -108,6 +107,6 @@ def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(mach
     taken = [local.executors_of_ranks(site.host, 2) for site in sites]
     assert taken == [["1", "2"], ["3", "0"]]
     with pytest.raises(
-        UsageError, match=r"ranks of one trial would be on cards of different kinds \(A100 at 700 W, H100"
+        UsageError, match=r"ranks of one trial would be on GPUs of different kinds \(A100 at 700 W, H100"
     ):
         local_sites(("3+4",), there, mixed=True)

@@ -9,10 +9,10 @@ import signal
 import threading
 
 import pytest
-
 from lorameter.errors import InvalidRunError
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import WorkerLostError
+
 from tests.run.sites.wholeness import sites_of_whole
 
 
@@ -74,7 +74,7 @@ def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pret
     for said in (told, run("report", last.manifest.run)[2]):
         assert "site cpus-2 is 50% slower than the median of its like" in said
     assert [notice["code"] for notice in document(run("report", last.manifest.run, "--json")[2])["notices"]].count(
-        "site-unlike"
+        "node-mismatch"
     ) == 1
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.run.sites.ray import berths_of
+
 from tests.run.sites.wholeness import sites_of_whole
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +42,7 @@ def test_a_site_is_a_node_with_cpus_and_all_of_them_are_reserved():
 
 
 def test_a_site_is_a_card_where_the_cluster_has_any():
-    """With its part of the node's CPUs; a head without a card measures nothing."""
+    """With its part of the node's CPUs; a head without a GPU measures nothing."""
     berths = berths_of([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
     assert [(one.site, one.cpus, one.cards, one.share, one.shares) for one in berths] == [
         ("a-card-0", 4.0, 1, 0, 2),
@@ -57,7 +57,7 @@ def test_a_site_of_several_ranks_has_a_card_for_each():
         ("a-card-0-1", 4.0, 2, 0, 2),
         ("a-card-2-3", 4.0, 2, 1, 2),
     ]
-    with pytest.raises(UsageError, match=r"ranks = 2: no node of the Ray cluster has so many cards"):
+    with pytest.raises(UsageError, match=r"ranks = 2: no node of the Ray cluster has so many GPUs"):
         berths_of([node("small", 1, CPU=4.0, GPU=1.0)], ranks=2)
     assert [berth.site for berth in berths_of([node("a", 1, CPU=2.0)], ranks=2)] == ["a"]
 

@@ -11,7 +11,6 @@ import sys
 import threading
 
 import pytest
-
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import codec, locks

@@ -9,7 +9,6 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-
 from lorameter.models import bases, catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory
 from lorameter.records.os_errors import find_system_error
@@ -17,7 +16,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import base_model, lora, base_cache
+from lorameter.trial.building import base_cache, base_model, lora
 from lorameter.trial.memory import resident_tensors, storage_bytes
 from lorameter.trial.profiling.pages import read_pages
 

@@ -1,4 +1,4 @@
-"""The planted slow-down is real work of known size, and changes no number but the time."""
+"""The injected slow-down is real work of known size, and changes no number but the time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -20,6 +17,8 @@ from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.step import TrainStep
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS = 7  # no other product here has as many
 WORKLOAD = Workload(sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.trial.data.chat import ChatTemplate
 

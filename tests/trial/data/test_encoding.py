@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.studies.workload import Workload

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from lorameter.errors import LorameterError
 from lorameter.models import bases, catalogue
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import base_model, lora, base_cache
+from lorameter.trial.building import base_cache, base_model, lora
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.inference import cold

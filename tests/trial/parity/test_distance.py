@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from lorameter.trial.parity.distance import ROWS, measure_distance, sequence_losses
 
 

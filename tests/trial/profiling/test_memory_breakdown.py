@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lorameter.trial.memory import resident_bytes, resident_tensors
+from lorameter.trial.profiling.live import LiveTensors
+from lorameter.trial.profiling.memory_breakdown import account, take_birth
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from lorameter.trial.memory import resident_bytes, resident_tensors
-from lorameter.trial.profiling.memory_breakdown import account, take_birth
-from lorameter.trial.profiling.live import LiveTensors
 
 ROWS, WIDTH = 16, 32
 

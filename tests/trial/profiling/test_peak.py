@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from lorameter.models.costs.peaks import stated_peak
 from lorameter.trial.clock import Lap
 from lorameter.trial.profiling import peak
 from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
 
 BOOST = 1.1
-"""A GeForce card may clock above the boost that its figure is stated at; a data centre's card does not."""
+"""A GeForce GPU may clock above the boost that its figure is stated at; a data centre's GPU does not."""
 
 
 def test_the_best_lap_of_all_sizes_counts(monkeypatch):
@@ -32,7 +31,7 @@ def test_products_on_a_known_gpu(rate, share):
         pytest.skip(f"no figure for {rate} of {torch.cuda.get_device_name()}")
     limit = BOOST if "GeForce" in stated.device else 1.0
     if any(stated.device.endswith(name) for name in (" T4", " L4")):
-        share = 0.3  # cards of 70 W throttle on products
+        share = 0.3  # GPUs of 70 W throttle on products
     assert share <= measured_product("cuda", rate).per_s / stated.per_s <= limit
 
 

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
-
 from lorameter.profile.diagnosis import diagnose
 from lorameter.profile.evidence import ProfileEvidence
 from lorameter.records.activity import STEP_PHASES
@@ -21,6 +19,7 @@ from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.phase_timing import BorderedStep, step_times
 from lorameter.trial.step import TrainStep
+from torch.profiler import ProfilerActivity, profile, record_function
 
 
 def setting(folder, layout="packed"):
@@ -64,7 +63,11 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now_s = 100.0
-        for module in ("lorameter.trial.profiling.phase_timing", "lorameter.trial.profiling.phases", "lorameter.trial.clock"):
+        for module in (
+            "lorameter.trial.profiling.phase_timing",
+            "lorameter.trial.profiling.phases",
+            "lorameter.trial.clock",
+        ):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=self.read, process_time=self.read))
 
     def read(self):

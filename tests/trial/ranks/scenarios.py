@@ -88,7 +88,6 @@ def unsynchronised():
 def summed():
     """Gradients are summed over the ranks and not divided."""
     import torch
-
     from lorameter.trial.ranks import rank
 
     wrapped = rank.distribute
@@ -142,9 +141,8 @@ def stored_as(name):
 
     def change():
         import torch
-        from transformers import BitsAndBytesConfig
-
         from lorameter.trial.ranks import rank
+        from transformers import BitsAndBytesConfig
 
         made, wrapped = BitsAndBytesConfig.__init__, rank.distribute
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from lorameter.studies.variant import Variant
 from lorameter.trial.ranks.agreement import EXACT, ROUNDED, compare_losses, tolerance_of
 

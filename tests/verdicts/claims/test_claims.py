@@ -4,7 +4,6 @@ import dataclasses
 import random
 
 import pytest
-
 from lorameter.records.record import Failure
 from lorameter.verdicts.claims import conjunction, judge_claims
 

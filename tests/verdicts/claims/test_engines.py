@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from lorameter.studies.engine import Engine
 from lorameter.verdicts.claims import judge_claims
 

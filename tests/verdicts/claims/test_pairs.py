@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.studies.claim import Claim, ClaimPart
@@ -24,7 +23,7 @@ def part(rule, metric, axis="quantization", levels=PAIR, **more):
 
 @pytest.fixture
 def judged(write_run, small_study, tmp_path):
-    """A function: the verdicts on parts, each a claim of its own, of a run of bf16, nf4 and DoRA on a card."""
+    """A function: the verdicts on parts, each a claim of its own, of a run of bf16, nf4 and DoRA on a GPU."""
 
     def judge(*parts, together=False, kind="device_peak_allocated_train_bytes"):
         variants = (Variant(name="plain"), Variant(name="nf4", quantization="nf4"), Variant(name="dora", use_dora=True))

@@ -1,7 +1,7 @@
 """What this machine can run and measure, and what would spoil a measurement here: judged before anything is measured.
 
 Most of what spoils a measurement can be borne: trials take turns, and the intervals carry the noise. A machine is unfit
-only where no trial could run, or where its numbers would be those of something else: of a neighbour's work, of a card
+only where no trial could run, or where its numbers would be those of something else: of a neighbour's work, of a GPU
 that protects itself, of a broken memory.
 """
 

@@ -1,19 +1,19 @@
-"""What can be measured of the card, and what of it would spoil a measurement."""
+"""What can be measured of the GPU, and what of it would spoil a measurement."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lorameter.machine.disturbances import HOT_MARGIN_C, SHARED_INVALID_BYTES
 from lorameter.machine.doctor.check import DoctorCheck, Grade, say
 from lorameter.machine.doctor.survey import GpuSurvey
 from lorameter.machine.reading import Reading
 from lorameter.machine.throttle import PROTECTING
-from lorameter.machine.disturbances import HOT_MARGIN_C, SHARED_INVALID_BYTES
 from lorameter.records.units import format_bytes
 
 
 def card_meters(card: GpuSurvey) -> Iterator[DoctorCheck]:
-    """Which of the card's counters there are."""
+    """Which of the GPU's counters there are."""
     asked: tuple[tuple[str, Reading[object], str], ...] = (
         ("energy", card.sample.energy_j, "Energy is left out of the results."),
         ("clock reasons", card.sample.events, "A newer driver may tell them; clocks are recorded all the same."),
@@ -32,7 +32,7 @@ def card_meters(card: GpuSurvey) -> Iterator[DoctorCheck]:
 
 
 def card_state(card: GpuSurvey, *, root: bool) -> Iterator[DoctorCheck]:
-    """Settings, heat, faults and company of the card; `root` says whether the user may change its settings."""
+    """Settings, heat, faults and company of the GPU; `root` says whether the user may change its settings."""
     yield from _settings(card, root=root)
     yield from _heat(card)
     yield from _faults(card)
@@ -74,8 +74,8 @@ def _settings(card: GpuSurvey, *, root: bool) -> Iterator[DoctorCheck]:
             about="spoils",
             name="MIG",
             standing="note",
-            found="the device is a part of a card: others share its power, its heat and some of its bandwidth",
-            remedy="Use a whole card for numbers that are to stand for it.",
+            found="the device is a part of a GPU: others share its power, its heat and some of its bandwidth",
+            remedy="Use a whole GPU for numbers that are to stand for it.",
         )
 
 
@@ -87,7 +87,7 @@ def _heat(card: GpuSurvey) -> Iterator[DoctorCheck]:
         name="throttling",
         standing=_standing(events, "unfit", wrong=protecting),
         found=say(events, lambda words: ", ".join(words) or "none"),
-        remedy="Let the card cool, look at its power supply, and ask again." if protecting else "",
+        remedy="Let the GPU cool, look at its power supply, and ask again." if protecting else "",
     )
     hot = margin.value is not None and margin.value < HOT_MARGIN_C
     near = f"under {HOT_MARGIN_C:.0f} °C is too near"
@@ -111,7 +111,7 @@ def _faults(card: GpuSurvey) -> Iterator[DoctorCheck]:
         standing="unfit" if broken else _standing(facts.ecc, "note", wrong=off),
         found=say(facts.ecc, lambda on: "on" if on else "off: an error in memory would go unseen")
         + (counts if broken or mended else ""),
-        remedy="Reset the card (nvidia-smi -r) and look at its remapped rows (nvidia-smi -q)." if broken else "",
+        remedy="Reset the GPU (nvidia-smi -r) and look at its remapped rows (nvidia-smi -q)." if broken else "",
     )
 
 
@@ -123,7 +123,7 @@ def _company(card: GpuSurvey) -> Iterator[DoctorCheck]:
     if others:
         size = "memory of unknown size" if held is None else format_bytes(held)
         said = f"{len(others)} on the device ({', '.join(map(str, others))}) hold {size}; {limit}"
-        remedy = "End them, or choose a free card with CUDA_VISIBLE_DEVICES."
+        remedy = "End them, or choose a free GPU with CUDA_VISIBLE_DEVICES."
     elif beside.statement:
         size = "an unknown amount of memory" if used is None else format_bytes(used)
         said = f"{beside.statement}; {size} in use, {limit}"

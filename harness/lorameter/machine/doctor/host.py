@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lorameter.machine.disturbances import CONTENDED, NOTICED
 from lorameter.machine.doctor.check import DoctorCheck, say
 from lorameter.machine.doctor.survey import Survey
 from lorameter.machine.host import GIVEN, LEAST_ASKED_S, withheld_share
 from lorameter.machine.reading import unavailable
-from lorameter.machine.disturbances import CONTENDED, NOTICED
 from lorameter.records.units import format_bytes
 from lorameter.studies.workload import Workload
 

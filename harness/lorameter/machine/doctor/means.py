@@ -42,7 +42,7 @@ def device(found: Survey) -> Iterator[DoctorCheck]:
                 about="runs",
                 name="device",
                 standing="unfit",
-                found=f"{said}; NVML shows the card, and CUDA's driver cannot be loaded: {found.lacks_driver}",
+                found=f"{said}; NVML shows the GPU, and CUDA's driver cannot be loaded: {found.lacks_driver}",
                 remedy="Start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install all of the "
                 "driver.",
             )
@@ -59,7 +59,7 @@ def device(found: Survey) -> Iterator[DoctorCheck]:
             about="runs",
             name="device",
             standing="note",
-            found=f"{machine.cpu_model}: torch is built for CUDA {machine.cuda}, and no card is found "
+            found=f"{machine.cpu_model}: torch is built for CUDA {machine.cuda}, and no GPU is found "
             f"({found.card.reason})",
             remedy="If there should be one, look at nvidia-smi, CUDA_VISIBLE_DEVICES and docker run --gpus.",
         )
@@ -73,7 +73,7 @@ def device(found: Survey) -> Iterator[DoctorCheck]:
             about="runs",
             name="device order",
             standing="note",
-            found=f"cards differ ({', '.join(names)}): CUDA puts the fastest first, trials count along the bus",
+            found=f"GPUs differ ({', '.join(names)}): CUDA puts the fastest first, trials count along the bus",
             remedy=f"Choose by UUID (nvidia-smi -L) in CUDA_VISIBLE_DEVICES, or set {ORDER_VARIABLE}=PCI_BUS_ID.",
         )
 

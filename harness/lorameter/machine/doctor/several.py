@@ -1,27 +1,27 @@
-"""What several cards, several processes and several machines share: links, a card's own server, the folder of runs."""
+"""What several GPUs, several processes and several machines share: links, a GPU's own server, the folder of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lorameter.machine.gpus import say_entries, shared_boards
 from lorameter.machine.doctor.check import DoctorCheck
 from lorameter.machine.doctor.survey import Survey
 from lorameter.machine.filesystem import IN_MEMORY, OBJECTS, FolderLocation
 from lorameter.machine.gpu_topology import FAR, NVLINK, Links, Pair
+from lorameter.machine.gpus import say_entries, shared_boards
 from lorameter.machine.reading import unavailable
 
 MPS_PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 MPS_DEFAULT = "/tmp/nvidia-mps"
 MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-"""What NVIDIA's Multi-Process Service is told by: where its control daemon listens, and how much of a card a process
+"""What NVIDIA's Multi-Process Service is told by: where its control daemon listens, and how much of a GPU a process
 gets (docs.nvidia.com, MPS, environment variables)."""
 ELSEWHERE = "Give a folder on a disk of this machine: --runs-dir, or LORAMETER_RUNS; copy the runs when they are whole."
 
 
 def interconnect(found: Survey) -> Iterator[DoctorCheck]:
-    """How the cards reach each other; of one card there is nothing to say."""
+    """How the GPUs reach each other; of one GPU there is nothing to say."""
     links = found.links.value
     if links is None or len(links.active) < 2:
         return
@@ -29,13 +29,13 @@ def interconnect(found: Survey) -> Iterator[DoctorCheck]:
     up = {number: count.value for number, count in links.active if count.value is not None}
     if len(set(up.values())) > 1:
         most = max(up.values())
-        fewer = ", ".join(f"card {number} has {count}" for number, count in up.items() if count < most)
+        fewer = ", ".join(f"GPU {number} has {count}" for number, count in up.items() if count < most)
         yield DoctorCheck(
             about="spoils",
             name="NVLinks",
             standing="bad",
             found=f"{fewer} up, others {most}: ranks wait for the slowest",
-            remedy="Look at nvidia-smi nvlink --status and at the cards' slots, or leave those cards out by "
+            remedy="Look at nvidia-smi nvlink --status and at the GPUs' slots, or leave those GPUs out by "
             "CUDA_VISIBLE_DEVICES.",
         )
 
@@ -55,7 +55,7 @@ def _ways(links: Links) -> DoctorCheck:
         name="interconnect",
         standing="note" if unknown or far or (NVLINK in by and len(by) > 1) else "good",
         found="; ".join(said),
-        remedy="Give the ranks of a trial cards that are near each other (CUDA_VISIBLE_DEVICES), and compare runs on "
+        remedy="Give the ranks of a trial GPUs that are near each other (CUDA_VISIBLE_DEVICES), and compare runs on "
         "the same ones only."
         if unknown or far or len(by) > 1
         else "",
@@ -63,36 +63,36 @@ def _ways(links: Links) -> DoctorCheck:
 
 
 def cards_of_ranks(found: Survey) -> Iterator[DoctorCheck]:
-    """Whether each rank of a trial would have a card of its own."""
+    """Whether each rank of a trial would have a GPU of its own."""
     shared = [say_entries(parts) for parts in shared_boards(found.visible.value or ())]
     if shared:
         yield DoctorCheck(
             about="spoils",
             name="ranks",
             standing="note",
-            found=f"{'; '.join(shared)} are parts of one card: ranks, or sites, on them would measure each other",
-            remedy="Make one instance of each card visible (CUDA_VISIBLE_DEVICES).",
+            found=f"{'; '.join(shared)} are parts of one GPU: ranks, or sites, on them would measure each other",
+            remedy="Make one instance of each GPU visible (CUDA_VISIBLE_DEVICES).",
         )
 
 
 def _named(pairs: list[Pair], of: int) -> str:
     if len(pairs) == of:
-        return "all cards"
+        return "all GPUs"
     return "cards " + ", ".join(f"{pair.first} and {pair.second}" for pair in pairs)
 
 
 def card_server(environment: Mapping[str, str], *, on_card: bool) -> Iterator[DoctorCheck]:
-    """NVIDIA's Multi-Process Service, where trials run on a card: processes share a card's context by it."""
+    """NVIDIA's Multi-Process Service, where trials run on a GPU: processes share a GPU's context by it."""
     pipes = Path(environment.get(MPS_PIPES) or MPS_DEFAULT)
     if not on_card or not (pipes / "control").exists():
         return
     share = environment.get(MPS_SHARE, "")
-    part = f", and a process gets {share} % of a card" if share else ""
+    part = f", and a process gets {share} % of a GPU" if share else ""
     yield DoctorCheck(
         about="spoils",
         name="MPS",
         standing="bad",
-        found=f"its control daemon listens in {pipes}: processes share a card's context, and a fault of one ends all"
+        found=f"its control daemon listens in {pipes}: processes share a GPU's context, and a fault of one ends all"
         f"{part}",
         remedy="echo quit | nvidia-cuda-mps-control, or set CUDA_MPS_PIPE_DIRECTORY to an empty folder.",
     )

@@ -1,4 +1,5 @@
-"""What can be known of a machine before anything is measured on it: gathered here, judged in `lorameter.machine.doctor`.
+"""What can be known of a machine before anything is measured on it: gathered here, judged in
+`lorameter.machine.doctor`.
 
 For a second it computes and watches what that suffers: a CPU that nobody asks for anything is not stolen from, nor does
 a quota withhold it. Everything else is read once. Neither torch nor a CUDA context is loaded for it, so the survey
@@ -14,13 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.machine.gpu import CardFacts, CardSample, Memory
-from lorameter.machine.gpus import VisibleCard, card_links, card_names, visible_cards
 from lorameter.machine.filesystem import FolderLocation, place_of
-from lorameter.machine.host import LEAST_ASKED_S, HostTelemetry
+from lorameter.machine.gpu import CardFacts, CardSample, Memory
 from lorameter.machine.gpu_topology import Links
-from lorameter.machine.other_gpu_processes import Neighbours, neighbours_of
+from lorameter.machine.gpus import VisibleCard, card_links, card_names, visible_cards
+from lorameter.machine.host import LEAST_ASKED_S, HostTelemetry
 from lorameter.machine.nvml import open_device
+from lorameter.machine.other_gpu_processes import Neighbours, neighbours_of
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading
 from lorameter.machine.system import SystemFacts, system_facts
@@ -62,7 +63,7 @@ class Survey:
     """Whether the kernel lets a process reset its peak of resident memory."""
     card: Reading[GpuSurvey]
     cards: Reading[tuple[str, ...]]
-    """Names of all cards of the machine, hidden ones too."""
+    """Names of all GPUs of the machine, hidden ones too."""
     visible: Reading[tuple[VisibleCard, ...]]
     """Those that may be used."""
     links: Reading[Links]
@@ -71,9 +72,9 @@ class Survey:
     """Where runs would be written."""
     environment: Mapping[str, str]
     root: bool
-    """Whether the user may change the card's settings."""
+    """Whether the user may change the GPU's settings."""
     lacks_driver: str | None = None
-    """Why CUDA's own driver library cannot be loaded, where NVML shows a card; None if it can."""
+    """Why CUDA's own driver library cannot be loaded, where NVML shows a GPU; None if it can."""
 
 
 def survey(runs: Path, look_s: float = LOOK_S) -> Survey:

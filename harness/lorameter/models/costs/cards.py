@@ -1,9 +1,9 @@
-"""A card that is not here: by its name, or by how much memory it has.
+"""A GPU that is not here: by its name, or by how much memory it has.
 
 A vendor's "24 GB" is 24 GiB of chips. What a process can have of them is less: ECC may take its share before the driver
-shows anything (`lorameter.models.costs.peaks`), the driver keeps some of what it shows, and CUDA's context and libraries
-take some of the rest. The last two were measured on no card by this project, so they are assumptions, and are called so
-wherever they are counted.
+shows anything (`lorameter.models.costs.peaks`), the driver keeps some of what it shows, and CUDA's context and
+libraries take some of the rest. The last two were measured on no GPU by this project, so they are assumptions, and are
+called so wherever they are counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNITS = {
 LEAST_BYTES = 2**27
 """Less than a context of CUDA takes."""
 MOST_BYTES = 2**44
-"""Sixteen TiB: more than any card will have for long, and less than a slip of the hand."""
+"""Sixteen TiB: more than any GPU will have for long, and less than a slip of the hand."""
 _SIZE = re.compile(r"([+-]?(?:[\d.,]+(?:e[+-]?\d+)?|inf(?:inity)?|nan))\s*([a-z]*)", re.IGNORECASE | re.ASCII)
 _MEMORY = re.compile(r"\d{1,3}(?:gb|gib)?", re.ASCII)
 _REMEDY = "Give a size with its unit, as 24GiB or 24GB (of 10^9 bytes)"
@@ -36,7 +36,7 @@ _REMEDY = "Give a size with its unit, as 24GiB or 24GB (of 10^9 bytes)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
-    """A card to estimate for."""
+    """A GPU to estimate for."""
 
     name: str
     """As it was asked for where it is a size, else as people call it."""
@@ -54,13 +54,13 @@ class GpuSpec:
 
 
 def find_card(text: str) -> GpuSpec:
-    """The card that `--gpu` asks for: a size with its unit, or a name of `lorameter.models.costs.peaks.DEVICES`.
+    """The GPU that `--gpu` asks for: a size with its unit, or a name of `lorameter.models.costs.peaks.DEVICES`.
 
     A name is found by its words: "H100", "RTX 4090", "4090", "A100 80GB", or whole, as nvidia-smi prints it. A relative
-    of a listed card (an A10G, a laptop's RTX 4090) is another card.
+    of a listed GPU (an A10G, a laptop's RTX 4090) is another GPU.
 
     Raises:
-        UsageError: neither a size nor a name, a size that no card has, or a name that cards of different memory share.
+        UsageError: neither a size nor a name, a size that no GPU has, or a name that GPUs of different memory share.
     """
     size = _SIZE.fullmatch(text.strip())
     if size is not None and size[2]:
@@ -70,7 +70,7 @@ def find_card(text: str) -> GpuSpec:
         if size is not None:
             raise UsageError(f"--gpu {_quoted(text)}: a number without a unit. {_REMEDY}.")
         raise UsageError(
-            f"--gpu {_quoted(text)}: no card that is known here. Known: {_list(DEVICES)}. {_REMEDY}, for any other."
+            f"--gpu {_quoted(text)}: no GPU that is known here. Known: {_list(DEVICES)}. {_REMEDY}, for any other."
         )
     if len({device.memory_mib for device in found}) > 1:
         raise UsageError(f"--gpu {_quoted(text)}: there are several, of different memory. Name one: {_list(found)}.")
@@ -94,7 +94,7 @@ def _list(devices: Iterable[DevicePeaks]) -> str:
 def _bytes(text: str, number: str, unit: str) -> int:
     where = f"--gpu {_quoted(text)}"
     if unit.lower() not in UNITS:
-        raise UsageError(f"{where}: neither a card nor a unit that is known here. {_REMEDY}.")
+        raise UsageError(f"{where}: neither a GPU nor a unit that is known here. {_REMEDY}.")
     try:
         size = float(number) * UNITS[unit.lower()]
     except ValueError:
@@ -103,12 +103,12 @@ def _bytes(text: str, number: str, unit: str) -> int:
         raise UsageError(f"{where}: no number. {_REMEDY}.")
     if not LEAST_BYTES <= size <= MOST_BYTES:
         why = "too small" if size < LEAST_BYTES else "too large"
-        raise UsageError(f"{where}: {why} for the memory of a card. Use 128MiB to 16TiB.")
+        raise UsageError(f"{where}: {why} for the memory of a GPU. Use 128MiB to 16TiB.")
     return int(size)
 
 
 def _is_called(device: DevicePeaks, text: str) -> bool:
-    """Whether all words of the text are among those of one of its names; its memory alone names no card."""
+    """Whether all words of the text are among those of one of its names; its memory alone names no GPU."""
     asked = _words(text)
     memory = {f"{device.sold_gb}{unit}" for unit in ("", "gb", "gib")}
     if all(_MEMORY.fullmatch(word) for word in asked):

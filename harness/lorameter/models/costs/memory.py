@@ -26,7 +26,7 @@ from lorameter.studies.workload import Workload
 
 MIB = 2**20
 BIRTHS = {"cpu": 337 * MIB, "cuda": 520 * MIB}
-"""A forked trial before its model, by what torch is built for, whether or not there is a card. Measured with torch's
+"""A forked trial before its model, by what torch is built for, whether or not there is a GPU. Measured with torch's
 build for CPUs, and with the one for CUDA 13 where transformers 5.17 finds scikit-learn, pandas and pyarrow."""
 AT_WORK = {"library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
 """What libraries add once a trial works; measured over variants of smollm2-135m with the build for CPUs, where they

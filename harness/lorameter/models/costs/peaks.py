@@ -1,12 +1,12 @@
 """How fast a device could be at best: the vendor's own figures, each with the document that states it.
 
 A peak is dense: figures "with sparsity" are twice as high, and a LoRA step has no sparse product. Tensor cores
-accumulate in float32, as torch's products of half-precision numbers do, which on GeForce cards is half the rate that is
-advertised. All are at the boost clock of the datasheet, which a device under load may not hold, and a GeForce card may
+accumulate in float32, as torch's products of half-precision numbers do, which on GeForce GPUs is half the rate that is
+advertised. All are at the boost clock of the datasheet, which a device under load may not hold, and a GeForce GPU may
 exceed. A device that is not listed by its exact name has no peak here; measure one (`lorameter.trial.profiling.peak`).
 
-Beside them stands how much memory a card has. That is what its driver says and not what it is sold as: where ECC takes
-its share of GDDR6, as on an L4, a card that is sold with 24 GB shows 22.5 GiB.
+Beside them stands how much memory a GPU has. That is what its driver says and not what it is sold as: where ECC takes
+its share of GDDR6, as on an L4, a GPU that is sold with 24 GB shows 22.5 GiB.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _dense(half: float, tf32: float | None, float32: float, *, bfloat16: bool = 
     return rates | ({"bfloat16": half} if bfloat16 else {}) | ({"tf32": tf32} if tf32 else {})
 
 
-MEMORY_SOURCE = "the total that nvidia-smi shows of such cards"
+MEMORY_SOURCE = "the total that nvidia-smi shows of such GPUs"
 """Of an H100, A100, A10, L40S, L4 and T4 as Modal listed them for its users (modal-labs/modal-client, pull request
 2797); of the others as listings of nvidia-smi in public issues show them. Drivers before 510 showed some hundred MiB
 less, those that they keep; of the V100 with 16 GB that lesser figure is the one that was found."""

@@ -9,7 +9,15 @@ from typing import Literal
 
 from lorameter.errors import UsageError
 from lorameter.profile.accounting import IDLE, TimeSpan, categories_s, plain_s, span_of
-from lorameter.profile.evidence import DROPPED, SPARE_SHARE, dropout_s, observed_word, recorded, saved_bytes, unpacking_s
+from lorameter.profile.evidence import (
+    DROPPED,
+    SPARE_SHARE,
+    dropout_s,
+    observed_word,
+    recorded,
+    saved_bytes,
+    unpacking_s,
+)
 from lorameter.profile.requests.accounting import RequestAccount
 from lorameter.profile.requests.facts import RequestProfile
 from lorameter.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy

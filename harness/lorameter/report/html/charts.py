@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.records.units import Unit, format_interval, format_value
 from lorameter.report.curves import Curve, Curves
 from lorameter.report.figure import (
     Bar,
     Bars,
     Drawing,
-    ParetoFront,
     Intervals,
     Mark,
     Matrix,
+    ParetoFront,
     Samples,
     Spot,
 )
@@ -42,7 +43,6 @@ from lorameter.report.html.svg import (
     whisker,
     write,
 )
-from kernels_check.terminal import escape_control_chars
 
 Series = Mapping[str, int]
 """The number of each variant, by which it has its colour."""

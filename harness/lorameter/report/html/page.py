@@ -17,14 +17,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.records.atomic_output import replacing
 from lorameter.records.os_errors import translate_write_errors
+from lorameter.report.blocks import Cell, Document, Table, name_columns, says_invalid, tone_of, value_cell, write_row
 from lorameter.report.curves import Curves
 from lorameter.report.figure import Figure
 from lorameter.report.html.charts import draw, draw_chart
 from lorameter.report.html.svg import series_class
-from lorameter.report.blocks import Cell, Document, Table, name_columns, says_invalid, tone_of, write_row, value_cell
-from kernels_check.terminal import escape_control_chars
 
 
 def write_html(
@@ -55,7 +55,10 @@ def write_html(
 def save_html(page: str, path: str | Path) -> Path:
     """Write a page whole or not at all. Raises `UsageError` or `InvalidRunError` where it cannot be written."""
     target = Path(path)
-    with translate_write_errors(f"--html {target}", "Name a file in a folder that is there."), replacing(target) as draft:
+    with (
+        translate_write_errors(f"--html {target}", "Name a file in a folder that is there."),
+        replacing(target) as draft,
+    ):
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement
 
+from kernels_check.terminal import escape_control_chars
 from lorameter.report.curves import Axis
 from lorameter.report.html.scale import Scale, scale_for
-from kernels_check.terminal import escape_control_chars
 
 WIDTH = 720
 """Of every picture in its own pixels; the page stretches it."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lorameter.errors import UsageError
-from lorameter.machine.provenance import MachineFacts, Machine
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import Failure, PartialRecord, Status
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.workload import Workload
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorameter.errors import UsageError
-from lorameter.machine.processes import exit_words, kill_group
 from lorameter.machine.affinity import cpus_of, pin_to_cpus
+from lorameter.machine.processes import exit_words, kill_group
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import WorkerLostError

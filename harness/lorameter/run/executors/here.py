@@ -18,7 +18,7 @@ class Here:
         return 1
 
     def device_id(self) -> str:
-        """The CPU, all of it, or the card by its own number."""
+        """The CPU, all of it, or the GPU by its own number."""
         return provenance.device_id()
 
     def free_bytes(self) -> int | None:

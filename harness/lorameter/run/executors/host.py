@@ -18,14 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, impossible, shorten
+from lorameter.machine.kernel_env import switches_of
 from lorameter.machine.provenance import LIBRARIES
 from lorameter.machine.repository import git_state
 from lorameter.machine.software import cuda_of
-from lorameter.machine.kernel_env import switches_of
 from lorameter.records import codec
 from lorameter.run.executors.answer import run_one_shot
-from kernels_check.terminal import print_stderr
 
 _VERSION = re.compile(r"\d+\.\d+", re.ASCII)
 ANSWER_TIMEOUT_S = 120.0

@@ -18,12 +18,12 @@ from lorameter.attach.variables import ENV_FOLLOWER
 from lorameter.errors import EXIT_INVALID, InvalidRunError, UsageError, redact, shorten
 from lorameter.machine import provenance
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words
-from lorameter.machine.provenance import MachineFacts, Machine
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.models import bases
 from lorameter.records import codec
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
-from lorameter.records.record import SCHEMA, Failure, PartialRecord
 from lorameter.records.os_errors import REFUSED, SystemLimitError
+from lorameter.records.record import SCHEMA, Failure, PartialRecord
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.executors.answer import run_one_shot
 from lorameter.run.executors.disk import Disk
@@ -95,7 +95,7 @@ class LocalExecutor(Here):
         """Bases that nobody may remove."""
 
     def lanes(self, threads: int) -> int:
-        """On a CPU as many as it has cores for them; a card is one for all. Of the share of a machine on whose rest
+        """On a CPU as many as it has cores for them; a GPU is one for all. Of the share of a machine on whose rest
         others measure, one: they are timed while this works, and what a neighbour costs them is known of one process.
         """
         machine = self.machine()
@@ -104,19 +104,19 @@ class LocalExecutor(Here):
         return max(1, machine.cpus // threads)
 
     def machine(self) -> Machine:
-        """The present one, with the card that the host's processes see first."""
+        """The present one, with the GPU that the host's processes see first."""
         return provenance.probe_machine(self._host.variables(os.environ))
 
     def free_bytes(self) -> int | None:
-        """On that card, or in this container, now."""
+        """On that GPU, or in this container, now."""
         return provenance.free_bytes(self.machine(), self._host.variables(os.environ))
 
     def device_id(self) -> str:
-        """The CPU, all of it, or the card that the host's processes see first, by its own number."""
+        """The CPU, all of it, or the GPU that the host's processes see first, by its own number."""
         return provenance.device_id(self._host.variables(os.environ))
 
     def facts(self) -> MachineFacts:
-        """Of the present machine and the card that the host's processes see first, and of the host if that is another.
+        """Of the present machine and the GPU that the host's processes see first, and of the host if that is another.
         Raises `UsageError` if it does not answer."""
         host = None if self._host == Host() else describe(self._host)
         return provenance.read_facts(self.machine(), host, self._host.variables(os.environ))

@@ -1,7 +1,7 @@
 """Requirements that a run has kept without their credential, so that they can be asked for again.
 
-What is written down holds none (`lorameter.errors.redact`). An address without its user can still be asked: pip takes the
-credential of a host from a netrc file, or from an index of the same host. A query that was left out is in neither.
+What is written down holds none (`lorameter.errors.redact`). An address without its user can still be asked: pip takes
+the credential of a host from a netrc file, or from an index of the same host. A query that was left out is in neither.
 """
 
 from __future__ import annotations

@@ -17,15 +17,15 @@ from pathlib import Path
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import MachineFacts
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import Failure, PartialRecord
+from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.executors.disk import Disk
 from lorameter.run.executors.here import Here
 from lorameter.run.executors.host import Host, describe, inspect
 from lorameter.run.executors.script_process import ScriptProcess
-from lorameter.run.executors.script_worker import ScriptWorker
 from lorameter.run.executors.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
+from lorameter.run.executors.script_worker import ScriptWorker
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
@@ -195,6 +195,6 @@ def _free_port() -> int:
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
-    """What `lorameter.run.executors.open_executor` asks of its module. No file of a script's is named by its side, so the
-    label is not needed."""
+    """What `lorameter.run.executors.open_executor` asks of its module. No file of a script's is named by its side, so
+    the label is not needed."""
     return ScriptExecutor(host=host)

@@ -13,11 +13,11 @@ from typing import Any
 from lorameter.attach.observer import StepReading
 from lorameter.errors import redact
 from lorameter.machine.processes import exit_words
-from lorameter.records.record import Status
 from lorameter.records.os_errors import says_out_of_memory
+from lorameter.records.record import Status
 from lorameter.records.units import format_count
+from lorameter.run.executors.script_messages import Begun, Kind, TrainingEnded, Word, read_word
 from lorameter.run.executors.script_process import END_TIMEOUT_S, ScriptProcess
-from lorameter.run.executors.script_messages import Begun, TrainingEnded, Kind, Word, read_word
 
 STOP_TIMEOUT_S = 60.0
 """A training that was told to take no further step ends in this time, or is ended by force, which is said."""

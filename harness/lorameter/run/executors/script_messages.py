@@ -45,7 +45,7 @@ class Begun:
     ranks: int = 1
     threads: int | None = None
     cuda: bool = False
-    """Whether it computes on a card."""
+    """Whether it computes on a GPU."""
     memory: dict[str, int] = field(default_factory=dict)
     """Peaks until then, by their names in a record."""
     software: dict[str, str] = field(default_factory=dict)

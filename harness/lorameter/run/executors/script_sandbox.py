@@ -187,7 +187,11 @@ def variables_of(
     if in_front := variant.python or side:
         given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
     return environment(
-        given, follower=FOLLOWER, after_import=disable_side_effects.after_import(), seen=scratch / "seen", variables={SOCKET: socket}
+        given,
+        follower=FOLLOWER,
+        after_import=disable_side_effects.after_import(),
+        seen=scratch / "seen",
+        variables={SOCKET: socket},
     )
 
 

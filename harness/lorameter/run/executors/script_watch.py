@@ -1,7 +1,7 @@
 """The machine around a script's timed turns, read by the parent: the script's process has no meter of ours in it.
 
 What the kernel counts for the machine is the same from here. What it counts for a process would be the parent's, and
-who holds memory on a card would be the scripts themselves, so neither is read.
+who holds memory on a GPU would be the scripts themselves, so neither is read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class ScriptWatch:
         """It has ended: all values so far, by their names in the record."""
         host = self._host.end()
         card = {} if self._card is None else self._card.end(time.monotonic())
-        found = {telemetry_key("host", name, "train"): value for name, value in host.items() if name not in OF_A_PROCESS}
+        found = {
+            telemetry_key("host", name, "train"): value for name, value in host.items() if name not in OF_A_PROCESS
+        }
         return found | {
             telemetry_key("device", name, "train"): value for name, value in card.items() if name not in OF_NEIGHBOURS
         }

@@ -23,15 +23,15 @@ from lorameter.attach.samples import timed_samples, untimed_samples
 from lorameter.errors import UsageError
 from lorameter.machine.affinity import cpus_of, has_children, pin_to_cpus
 from lorameter.records import codec
-from lorameter.records.record import Failure, PartialRecord, Notice
+from lorameter.records.record import Failure, Notice, PartialRecord
 from lorameter.records.requirements import judge_required
 from lorameter.records.units import format_count
 from lorameter.run.executors import WorkerLostError
 from lorameter.run.executors.channel import GarbledError
-from lorameter.run.executors.script_process import ScriptProcess
 from lorameter.run.executors.script_client import EndedError, Script
-from lorameter.run.executors.script_watch import ScriptWatch
 from lorameter.run.executors.script_messages import Begun
+from lorameter.run.executors.script_process import ScriptProcess
+from lorameter.run.executors.script_watch import ScriptWatch
 from lorameter.stats import is_steady
 from lorameter.studies.request import TrialRequest
 
@@ -233,7 +233,7 @@ class ScriptWorker:
 
     def _ended_early(self) -> Notice:
         return Notice(
-            code="ended-early",
+            code="training-ended-early",
             message=f"{self._asked.trial}: the script's training ended by itself after "
             f"{format_count(self._script.steps, 'step')}, when all timed ones had been taken.",
             remedy="Have it train longer where losses are to be compared: it is stopped when it has taken its steps.",

@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, impossible, redact
 from lorameter.machine.repository import run_git
 from lorameter.records import bounded_io
 from lorameter.records.tempdirs import PREFIX, is_abandoned, scratch_folder
 from lorameter.run.executors.environments import in_use, layered_environment, parse_requirements, site_packages
 from lorameter.run.executors.host import Host, inspect
-from kernels_check.terminal import print_stderr
 
 SideKind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[SideKind, tuple[str, ...]] = {

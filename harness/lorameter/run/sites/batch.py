@@ -1,7 +1,7 @@
 """Jobs of SLURM, or processes of this machine that stand for them, by submitit: what is asked, and what comes of it.
 
-A site is a job: an array of them is submitted, one task each. Without cards a job takes its node alone; with cards it
-takes what it is given, and how many CPUs go with a card is the user's to say. submitit's own part is how a function
+A site is a job: an array of them is submitted, one task each. Without GPUs a job takes its node alone; with GPUs it
+takes what it is given, and how many CPUs go with a GPU is the user's to say. submitit's own part is how a function
 gets to the node and how a job is requeued when its time is over or it is preempted.
 """
 

@@ -20,8 +20,8 @@ from lorameter.records.interference import ALONE, BESIDE, name_trial
 from lorameter.records.record import TrialRecord
 from lorameter.run.budget import Budget
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.sites.scheduler import JOIN_S
 from lorameter.run.sites.node import Node
+from lorameter.run.sites.scheduler import JOIN_S
 
 PAIRS = 6
 """Pairs; each takes as long as two trials of a replicate."""

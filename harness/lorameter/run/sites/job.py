@@ -25,7 +25,6 @@ from typing import Any
 
 from lorameter.records import codec, journal
 from lorameter.records.atomic_json import write_whole
-from lorameter.run.sites.remote_worker import ReplicateWorker
 from lorameter.run.sites.file_queue import (
     ABOUT,
     BEAT,
@@ -43,6 +42,7 @@ from lorameter.run.sites.file_queue import (
 )
 from lorameter.run.sites.messages import NodeMessage, read_message
 from lorameter.run.sites.private import check_private
+from lorameter.run.sites.remote_worker import ReplicateWorker
 
 END, CLOSE = "end", "close"
 """Lines that are no orders: end what is under way; end."""
@@ -62,7 +62,7 @@ class About:
     node: str
     pid: int
     cards: str = ""
-    """Numbers of the cards that it was given, as the batch system counts those of the node."""
+    """Numbers of the GPUs that it was given, as the batch system counts those of the node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

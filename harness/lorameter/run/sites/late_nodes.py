@@ -13,11 +13,11 @@ from typing import Protocol
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records.record import Notice
 from lorameter.run.device_lock import IfBusy
+from lorameter.run.plan_spec import PlanSpec
 from lorameter.run.prepare import Ready
+from lorameter.run.sites.prepare_nodes import check_like, check_prepared
 from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.scheduler import REFUSED
-from lorameter.run.sites.prepare_nodes import check_like, check_prepared
-from lorameter.run.plan_spec import PlanSpec
 
 LOOK_S = 1.0
 
@@ -47,7 +47,7 @@ class LateNodes:
         ranks: int = 1,
     ) -> None:
         """`present` are described, held and prepared already; `prepare` does it for one who comes, or raises
-        `InvalidRunError` or `UsageError`. `ranks`: of a trial, each of which has a card."""
+        `InvalidRunError` or `UsageError`. `ranks`: of a trial, each of which has a GPU."""
         self._arrivals, self._prepare, self._ranks = arrivals, prepare, ranks
         self._lock = threading.Lock()
         self._holders = {_place_of(station): station.name for station in present}

@@ -1,7 +1,7 @@
-"""The sites of this machine: its cards, or shares of its CPUs.
+"""The sites of this machine: its GPUs, or shares of its CPUs.
 
 A trial that is measured beside others on one machine shares its memory bus and its power with them, but neither its
-card nor its cores: each site has CPUs of its own, and its processes stay on them.
+GPU nor its cores: each site has CPUs of its own, and its processes stay on them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visible_cards
 from lorameter.machine.cores import cores_of
+from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visible_cards
 from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.processes import CPUS
-from lorameter.machine.provenance import MachineFacts, Machine
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.machine.visible_gpus import VARIABLE
-from lorameter.records.worker_info import WorkerInfo
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_count
+from lorameter.records.worker_info import WorkerInfo
 from lorameter.run.budget import Budget, TimeLimitTooShortError
-from lorameter.run.group_runner import ProgressListener
 from lorameter.run.executors import Executor, open_executor
 from lorameter.run.executors.host import Host
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
 from lorameter.run.prepare import greet
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import RunContext
 from lorameter.run.thinning import Part
+from lorameter.run.trial_setup import RunContext
 from lorameter.studies.placement import HERE, SiteSpec, numbers_of, say_sites
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -51,11 +51,11 @@ class CpuOrGpuShare:
 
 
 def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[CpuOrGpuShare, ...]:
-    """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine cards, in the order in which CUDA numbers those
+    """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine GPUs, in the order in which CUDA numbers those
     that are visible; on a CPU as many equal shares of its cores. A site of several ranks (0+1) has one for each.
 
     Raises:
-        UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer cores than
+        UsageError: a GPU that is not there, GPUs of different kinds that are not to be `mixed`, or fewer cores than
             sites.
     """
     groups = [numbers_of(name) for name in listed]
@@ -71,8 +71,8 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
         kinds = {card.kind for card in taken}
         if len(kinds) > 1:
             raise UsageError(
-                f"{say_sites(listed)}: the ranks of one trial would be on cards of different kinds "
-                f"({', '.join(sorted(kinds))}), and the quicker ones would wait. Join cards of one kind."
+                f"{say_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
+                f"({', '.join(sorted(kinds))}), and the quicker ones would wait. Join GPUs of one kind."
             )
         kind = dataclasses.replace(machine, device_name=str(taken[0].name.value))
         grounds.append(_ground("card", group, cpus, [str(card.entry) for card in taken], kind))
@@ -81,7 +81,7 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
 
 def check_spreadable(study: Study, place: SiteSpec) -> None:
     """Raises `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine that
-    are not of as many cards as a trial has ranks."""
+    are not of as many GPUs as a trial has ranks."""
     ranks = study.workload.ranks
     if study.of_scripts:
         raise UsageError(
@@ -90,12 +90,14 @@ def check_spreadable(study: Study, place: SiteSpec) -> None:
     if place.on == HERE and any(len(numbers_of(name)) != ranks for name in place.sites):
         site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
         raise UsageError(
-            f"{place.said}: a site has a card, or a share of the CPUs, for each rank of a trial, and study "
+            f"{place.said}: a site has a GPU, or a share of the CPUs, for each rank of a trial, and study "
             f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
         )
 
 
-def _ground(what: str, numbers: Sequence[int], cpus: Sequence[int], cards: Sequence[str], machine: Machine) -> CpuOrGpuShare:
+def _ground(
+    what: str, numbers: Sequence[int], cpus: Sequence[int], cards: Sequence[str], machine: Machine
+) -> CpuOrGpuShare:
     seen = {VARIABLE: ",".join(cards)} if cards else {}
     host = Host(environment={**seen, CPUS: ",".join(map(str, cpus))})
     name = "-".join([what, *map(str, numbers)])
@@ -121,32 +123,32 @@ def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> lis
     """Each by its number among those that are visible."""
     asked, cards = say_sites(listed), visible_cards().value
     if cards is None:
-        raise UsageError(f"{asked}: which cards there are cannot be known here. Leave it out.")
+        raise UsageError(f"{asked}: which GPUs there are cannot be known here. Leave it out.")
     found: list[VisibleCard] = []
     for number in numbers:
         if number >= len(cards):
-            raise UsageError(f"{asked}: card {number}: {len(cards)} are visible here. Count from 0.")
+            raise UsageError(f"{asked}: GPU {number}: {len(cards)} are visible here. Count from 0.")
         card = cards[number]
         if card.name.value is None:
-            raise UsageError(f"{asked}: what card {number} is cannot be known: {card.name.reason}. Leave it out.")
+            raise UsageError(f"{asked}: what GPU {number} is cannot be known: {card.name.reason}. Leave it out.")
         found.append(card)
     for parts in shared_boards(found):
         raise UsageError(
-            f"{asked}: {say_entries(parts)} are parts of one card, and what is measured on one would be in the times "
-            "of the other. Name one part of each card."
+            f"{asked}: {say_entries(parts)} are parts of one GPU, and what is measured on one would be in the times "
+            "of the other. Name one part of each GPU."
         )
     kinds = {card.kind for card in found}
     if len(kinds) > 1 and not mixed:
         raise UsageError(
-            f"{asked}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
-            "machine. Name cards of one kind, and measure the others in a run of their own, or have each site judged "
+            f"{asked}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
+            "machine. Name GPUs of one kind, and measure the others in a run of their own, or have each site judged "
             "by itself by --mixed."
         )
     return found
 
 
 def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
-    """An executor for each card that the ranks of a trial take in a host, the first of those that it sees, or for what
+    """An executor for each GPU that the ranks of a trial take in a host, the first of those that it sees, or for what
     it has instead; nothing is started."""
     taken = visible_cards(host.variables(os.environ)).value or () if ranks > 1 else ()
     seen = [{VARIABLE: str(card.entry)} for card in taken[:ranks]] or [{}]

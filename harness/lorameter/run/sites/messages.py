@@ -1,8 +1,8 @@
 """What is asked of a site on another machine, and what it answers: orders and messages, each one line of JSON.
 
-How lines travel is the scheduler's part (`lorameter.run.sites.ray`, `lorameter.run.sites.slurm`). An order is carried out
-when its last message says so. One that fails says why, and a stream that breaks off before either is a place that is
-lost: silence is never an answer.
+How lines travel is the scheduler's part (`lorameter.run.sites.ray`, `lorameter.run.sites.slurm`). An order is carried
+out when its last message says so. One that fails says why, and a stream that breaks off before either is a place that
+is lost: silence is never an answer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.run.device_lock import IfBusy
-from lorameter.run.thinning import Part
 from lorameter.run.plan_spec import PlanSpec
+from lorameter.run.thinning import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Hold:
 
     if_busy: IfBusy = "wait"
     ranks: int = 1
-    """Of a trial: the first of the cards there are theirs."""
+    """Of a trial: the first of the GPUs there are theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class NodeDescription:
     """The same for two places on one machine, whose devices may be one."""
     free_bytes: int | None
     boards: tuple[str, ...] = ()
-    """UUIDs of the cards that it sees, or sees parts of, in its order; empty where one is not told."""
+    """UUIDs of the GPUs that it sees, or sees parts of, in its order; empty where one is not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,9 @@ class Node(Protocol):
     def machine(self) -> str:
         """The kind of it, for a reader."""
 
-    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget) -> LeftOut:
+    def measure(
+        self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget
+    ) -> LeftOut:
         """Measure one replicate there, from its beginning to its end; each record is saved as soon as its trial ends.
         Returns what there was no time for.
 

@@ -1,8 +1,8 @@
 """Where a run is measured: on one device of this machine, on several sites of it, or on a cluster whose sites are
 described and alike before anything is planned.
 
-A study says it or a command line does (`lorameter.studies.placement`). Whoever plans asks the venue for the machine, what of
-its memory a site may take and whose device is to be held, and is told in the same words whichever it is.
+A study says it or a command line does (`lorameter.studies.placement`). Whoever plans asks the venue for the machine,
+what of its memory a site may take and whose device is to be held, and is told in the same words whichever it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lorameter.errors import UsageError
 from lorameter.machine.hardware_class import say_kind
-from lorameter.machine.provenance import MachineFacts, Machine
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import store
 from lorameter.records.record import Notice
 from lorameter.run.device_lock import IfBusy, hold_devices, tell_stderr
@@ -22,8 +22,8 @@ from lorameter.run.executors.host import Host
 from lorameter.run.plan import Plan
 from lorameter.run.sites.late_nodes import PendingNodes
 from lorameter.run.sites.local import CpuOrGpuShare, check_spreadable, executors_of_ranks, local_sites
-from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.prepare_nodes import describe_all, free_bytes_of, hold_all, those_that_answer
+from lorameter.run.sites.remote import RemoteNode
 from lorameter.studies.placement import HERE, SiteSpec, is_batch, read_asked
 from lorameter.studies.study import Study
 
@@ -67,7 +67,7 @@ class Placement:
         if self.stations:
             return free_bytes_of(self.stations)
         free = open_executor().free_bytes()
-        shared = len(self.grounds) if self.grounds and self.machine.device == "cpu" else 1  # a card has its own memory
+        shared = len(self.grounds) if self.grounds and self.machine.device == "cpu" else 1  # a GPU has its own memory
         return None if free is None else free // shared
 
     @property
@@ -114,7 +114,7 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Placement]:
         runs_dir: where the user has runs; beside them lie the files of jobs.
 
     Raises:
-        UsageError: a study that cannot be spread, no such card or cluster, or no such node.
+        UsageError: a study that cannot be spread, no such GPU or cluster, or no such node.
         InvalidRunError: a node that does not answer, or is unlike the others.
     """
     place, ranks = study.protocol.place, study.workload.ranks

@@ -18,19 +18,19 @@ from lorameter.records.record import Notice
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan
+from lorameter.run.plan_spec import PlanSpec
 from lorameter.run.prepare import Ready
 from lorameter.run.sites.local import check_alike
 from lorameter.run.sites.messages import NodeDescription, NodeMessage
 from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.sides import check_sides
-from lorameter.run.plan_spec import PlanSpec
 from lorameter.verdicts.comparison_input import differences
 
 T = TypeVar("T")
 
 
 def describe_all(stations: Sequence[RemoteNode], *, mixed: bool = False, ranks: int = 1) -> tuple[Notice, ...]:
-    """Ask all what they are; says what is to be known of them together. The `ranks` of a trial take the first cards
+    """Ask all what they are; says what is to be known of them together. The `ranks` of a trial take the first GPUs
     that a site sees.
 
     Raises `InvalidRunError` for one that is unlike the first, by its name, with what differs: times of different
@@ -58,17 +58,17 @@ def check_like(first: RemoteNode, station: RemoteNode, *, mixed: bool = False) -
 
 
 def _sharing(stations: Sequence[RemoteNode]) -> Iterator[Notice]:
-    """Sites that are not apart. Raises `InvalidRunError` where a card was reserved for each and none is used."""
+    """Sites that are not apart. Raises `InvalidRunError` where a GPU was reserved for each and none is used."""
     for one in _by_device(stations).values():
         names = ", ".join(station.name for station in one)
         if len(one) > 1 and one[0].facts.machine.device == "cpu" and any(station.shares > 1 for station in one):
             raise InvalidRunError(
-                f"sites {names}: the cluster has a card for each, and torch there measures on the CPU. Install torch "
-                "for CUDA on the node, or start it without its cards."
+                f"sites {names}: the cluster has a GPU for each, and torch there measures on the CPU. Install torch "
+                "for CUDA on the node, or start it without its GPUs."
             )
         if len(one) > 1:
             yield Notice(
-                code="sites-together",
+                code="nodes-share-device",
                 message=f"sites {names} are on one machine and measure on one device at the same time, so they slow "
                 "each other down.",
                 remedy="Have one site on each machine: by one node of Ray there, by --sites, or by exclusive jobs.",
@@ -76,7 +76,7 @@ def _sharing(stations: Sequence[RemoteNode]) -> Iterator[Notice]:
 
 
 def _sharing_boards(stations: Sequence[RemoteNode], ranks: int) -> Iterator[Notice]:
-    """Of sites that are parts of one card."""
+    """Of sites that are parts of one GPU."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for station in stations:
         said = station.description
@@ -85,10 +85,10 @@ def _sharing_boards(stations: Sequence[RemoteNode], ranks: int) -> Iterator[Noti
     for (_, board), sites in found.items():
         if len(sites) > 1:
             yield Notice(
-                code="sites-together",
-                message=f"sites {', '.join(sites.values())} are parts of one card ({board}), so they slow each other "
+                code="nodes-share-device",
+                message=f"sites {', '.join(sites.values())} are parts of one GPU ({board}), so they slow each other "
                 "down.",
-                remedy="Have one site on each card: name its nodes by --sites, or ask for whole cards.",
+                remedy="Have one site on each GPU: name its nodes by --sites, or ask for whole GPUs.",
             )
 
 
@@ -118,9 +118,7 @@ def _likeness(description: NodeDescription, without: Sequence[str]) -> dict[str,
     return {"harness": description.harness, **place}
 
 
-def hold_all(
-    stations: Iterable[RemoteNode], if_busy: IfBusy, tell: Callable[[str], object], *, ranks: int = 1
-) -> bool:
+def hold_all(stations: Iterable[RemoteNode], if_busy: IfBusy, tell: Callable[[str], object], *, ranks: int = 1) -> bool:
     """Hold each device once, always in the same order; says whether anybody had to be waited for."""
     devices = _by_device(stations)
     waited = [devices[key][0].hold(if_busy, tell, ranks=ranks) for key in sorted(devices)]

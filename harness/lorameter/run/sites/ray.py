@@ -1,6 +1,6 @@
-"""Sites of a Ray cluster: an actor on each node, or for each card of a node, carries out the orders of a block.
+"""Sites of a Ray cluster: an actor on each node, or for each GPU of a node, carries out the orders of a block.
 
-What an actor reserves is the site: all CPUs of a node, or a card and its part of the CPUs, so that Ray starts nothing
+What an actor reserves is the site: all CPUs of a node, or a GPU and its part of the CPUs, so that Ray starts nothing
 beside a measurement. It is bound to its node and never restarted elsewhere: another node would be another site. An
 actor ends with whoever started it, and what it measures with it.
 
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, said_by
-from lorameter.run.sites.remote_worker import ReplicateWorker
 from lorameter.run.sites.messages import read_message
 from lorameter.run.sites.remote import RemoteNode
+from lorameter.run.sites.remote_worker import ReplicateWorker
 from lorameter.studies.placement import say_on, say_sites
 
 CLIENT = "ray://"
@@ -89,7 +89,7 @@ class RayLink:
             if not done:
                 raise InvalidRunError(
                     f"its node has not started it within {START_TIMEOUT_S:g} s: something else has its CPUs or its "
-                    "card. See `ray status`; --sites names the nodes to measure on."
+                    "GPU. See `ray status`; --sites names the nodes to measure on."
                 )
             self._started = True
         self._ray.get(taken)
@@ -127,12 +127,12 @@ class Berth:
 
 
 def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1) -> tuple[Berth, ...]:
-    """The sites of a cluster: its cards if it has any, else its nodes with CPUs.
+    """The sites of a cluster: its GPUs if it has any, else its nodes with CPUs.
 
     Args:
         nodes: as `ray.nodes()` tells of them.
         wanted: names of nodes; empty for all.
-        ranks: of a trial, each of which has a card of its own where the cluster has any.
+        ranks: of a trial, each of which has a GPU of its own where the cluster has any.
 
     Raises:
         UsageError: no node of such a name, or none that could measure.
@@ -159,9 +159,9 @@ def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
         elif cpus >= 1:
             found.append(Berth(site=names[key], node=key, cpus=cpus))
     if not found and with_cards and ranks > 1:
-        raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many cards. Use fewer ranks.")
+        raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many GPUs. Use fewer ranks.")
     if not found:
-        raise UsageError("the Ray cluster has no node with a CPU or a card to measure on. See `ray status`.")
+        raise UsageError("the Ray cluster has no node with a CPU or a GPU to measure on. See `ray status`.")
     return tuple(found)
 
 

@@ -1,7 +1,7 @@
 """Sites on other machines, as whoever asks them sees them: orders go out, and records come back over a link.
 
-A link is what a scheduler gives: lines to a post and lines from it (`lorameter.run.sites.messages`). Whatever becomes of
-it, a node that is killed or an answer that cannot be read, the site is lost, and what it had not ended is measured
+A link is what a scheduler gives: lines to a post and lines from it (`lorameter.run.sites.messages`). Whatever becomes
+of it, a node that is killed or an answer that cannot be read, the site is lost, and what it had not ended is measured
 elsewhere.
 """
 
@@ -18,16 +18,17 @@ from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.run.budget import Budget
-from lorameter.run.group_runner import ProgressListener
 from lorameter.run.device_lock import IfBusy
+from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
+from lorameter.run.plan_spec import PlanSpec
 from lorameter.run.prepare import Ready
 from lorameter.run.sites.messages import (
     Describe,
-    NodeDescription,
     Done,
     Hold,
     Measure,
+    NodeDescription,
     NodeMessage,
     Order,
     Prepare,
@@ -35,7 +36,6 @@ from lorameter.run.sites.messages import (
     write_order,
 )
 from lorameter.run.thinning import Part
-from lorameter.run.plan_spec import PlanSpec
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class RemoteNode:
         return say_kind(self.facts.machine)
 
     def hold(self, if_busy: IfBusy, tell: Callable[[str], object], *, ranks: int = 1) -> bool:
-        """Let nobody else measure there until the post ends, on a card for each of the `ranks` of a trial; says whether
+        """Let nobody else measure there until the post ends, on a GPU for each of the `ranks` of a trial; says whether
         it had to wait for somebody."""
         answer = self._ask(Hold(if_busy=if_busy, ranks=ranks), lambda message: tell(f"{self.name}: {message.text}"))
         if waited := bool(answer.get("waited")):

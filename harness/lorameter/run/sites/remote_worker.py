@@ -27,28 +27,28 @@ from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.run.check_multi_rank import check_ranks
 from lorameter.run.device_lock import hold_devices
 from lorameter.run.executors import Executor, open_executor
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import open_side
 from lorameter.run.plan import Plan, Slot
+from lorameter.run.plan_spec import SideSpec, read_plan, take_trials
 from lorameter.run.prepare import prepare_run
 from lorameter.run.runner import run_plan
-from lorameter.run.check_multi_rank import check_ranks
-from lorameter.run.trial_setup import RunContext
 from lorameter.run.sites.local import executors_of_ranks, share_cpus
 from lorameter.run.sites.messages import (
     Describe,
-    NodeDescription,
     Done,
     Hold,
-    MissingTokens,
     Measure,
+    MissingTokens,
+    NodeDescription,
     NodeMessage,
     Prepare,
     read_order,
 )
-from lorameter.run.plan_spec import SideSpec, read_plan, take_trials
+from lorameter.run.trial_setup import RunContext
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MOST_LOG_BYTES = 2**22
@@ -193,7 +193,9 @@ class ReplicateWorker:
             watcher=_Sending(say, lambda: self._send_logs(say)),
             budget=self._budget,
         )
-        lacks = tuple(MissingTokens(replicate=one, parts=tuple(sorted(parts))) for one, parts in measured.left_out.items())
+        lacks = tuple(
+            MissingTokens(replicate=one, parts=tuple(sorted(parts))) for one, parts in measured.left_out.items()
+        )
         done = Done(trials=tuple(record.trial for record in measured.records), lacks=lacks)
         answer: dict[str, Any] = codec.to_json(done)
         return answer

@@ -22,12 +22,12 @@ from lorameter.errors import InvalidRunError
 from lorameter.records.record import Failure, Notice, TrialRecord
 from lorameter.run.budget import Budget
 from lorameter.run.group_runner import ProgressListener
+from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.runner import Measured, Stop, find_unfinished, records_outside
-from lorameter.run.trial_setup import begin_record
 from lorameter.run.sites.node import LateArrivals, Node
-from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.thinning import Part
+from lorameter.run.trial_setup import begin_record
 
 
 @dataclass(slots=True)
@@ -269,7 +269,11 @@ JOIN_S = 30.0
 
 
 def _give_up(
-    plan: Plan, unsettled: Sequence[Group], shared: _Shared, save: Callable[[TrialRecord], None], watcher: ProgressListener
+    plan: Plan,
+    unsettled: Sequence[Group],
+    shared: _Shared,
+    save: Callable[[TrialRecord], None],
+    watcher: ProgressListener,
 ) -> None:
     """A record for each trial that has none."""
     with shared.lock:
@@ -291,7 +295,7 @@ def _lost(station: Node, error: InvalidRunError, left: int, *, waits: bool) -> N
     return Notice(
         code="site-lost",
         message=f"site {station.name} was lost{last}: {why}.{where}",
-        remedy="Look at its log; lorameter run --resume goes on with what is missing.",
+        remedy="Look at its log; lorameter run --resume resumes what is missing.",
     )
 
 

@@ -1,9 +1,9 @@
 """Sites that are jobs of a batch system: links to them over files, those that start late, and what dead drivers left.
 
 Whoever starts a run has a folder beside the runs, which all nodes must see, and in it one for each start of each job
-(`lorameter.run.sites.file_queue`). A job that is requeued starts again: what it was before is lost, and what it is now is
-a site that has come. So nobody here asks what a job does: it has started when it says so, and is lost when it says so,
-falls silent, or has started again.
+(`lorameter.run.sites.file_queue`). A job that is requeued starts again: what it was before is lost, and what it is now
+is a site that has come. So nobody here asks what a job does: it has started when it says so, and is lost when it says
+so, falls silent, or has started again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from lorameter.records.atomic_json import write_whole
 from lorameter.records.record import Notice
 from lorameter.run.device_lock import IfBusy, tell_stderr
 from lorameter.run.sites.batch import Batch, cancel_jobs, check_here, check_started
-from lorameter.run.sites.remote_worker import BOOT_ID
 from lorameter.run.sites.file_queue import (
     ABOUT,
     BEAT,
@@ -48,6 +47,7 @@ from lorameter.run.sites.job import CLOSE, END, About, SiteJob
 from lorameter.run.sites.messages import read_message
 from lorameter.run.sites.private import check_private, make_private
 from lorameter.run.sites.remote import RemoteNode
+from lorameter.run.sites.remote_worker import BOOT_ID
 from lorameter.studies.placement import LOCAL, SLURM, BatchRequest
 
 FOLDER = f".jobs-{os.geteuid()}"
@@ -148,8 +148,8 @@ class Jobs:
         return [self._station(number, self._name(number, about)) for number, about in found]
 
     def _name(self, number: int, about: About) -> str:
-        """The node's, with the cards of the job if it has any; told apart where two jobs have the same."""
-        name = f"{about.node}-card-{about.cards.replace(',', '-')}" if about.cards else about.node
+        """The node's, with the GPUs of the job if it has any; told apart where two jobs have the same."""
+        name = f"{about.node}-GPU-{about.cards.replace(',', '-')}" if about.cards else about.node
         if self._taken.setdefault(name, number) != number:
             name = f"{name}-{number}"
         return name
@@ -258,7 +258,7 @@ def open_jobs(asked: BatchRequest, runs: Path) -> Iterator[tuple[list[RemoteNode
 
 
 def _job(asked: BatchRequest, folder: Path, number: int) -> SiteJob:
-    # submitit's local processes would see no card.
+    # submitit's local processes would see no GPU.
     variables = {VARIABLE: os.environ.get(VARIABLE)} if asked.kind == LOCAL else {}
     return SiteJob(folder=str(folder), number=number, silent_s=asked.silent_s, environment=variables)
 

@@ -21,9 +21,9 @@ from transformers.integrations.liger import apply_liger_kernel
 from lorameter.errors import UsageError
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
-from lorameter.trial.building.planted_slowdown import inject_work
-from lorameter.trial.building.lora import attach, attach_beside, unmixable_layers
 from lorameter.trial.building.base_cache import base_of
+from lorameter.trial.building.lora import attach, attach_beside, unmixable_layers
+from lorameter.trial.building.planted_slowdown import inject_work
 from lorameter.trial.building.shared import SharedBase
 
 

@@ -4,7 +4,8 @@ The base is frozen, so trials can share it: each brings its own adapter, optimiz
 switched on for its turn only. To be bit-equal to a trial alone, an adapter is attached under its own seed, and the
 random numbers of a trial go on where its last turn left them. The switch is outside every timed window.
 
-Not for adapters that change the base (see `lorameter.run.interleaving`): the digest of the base must be the same at the end.
+Not for adapters that change the base (see `lorameter.run.interleaving`): the digest of the base must be the same at the
+end.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from lorameter.trial.building import lora
 from kernels_check.observation.random_state import RandomState
+from lorameter.trial.building import lora
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from typing import Any
 from lorameter.errors import UsageError, shorten
 from lorameter.machine.rlimits import OverTimeError, memory_limit, time_limit
 from lorameter.models.chat_template import no_chat_template
-from lorameter.trial.data.messages import ASSISTANT, Conversation, ChatTurn
+from lorameter.trial.data.messages import ASSISTANT, ChatTurn, Conversation
 
 Span = tuple[int, int]
 """Characters of a text, the end left out."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from lorameter.errors import UsageError, shorten
-from lorameter.records import codec, bounded_io
+from lorameter.records import bounded_io, codec
 from lorameter.studies.data_source import PACKED
 
 LINE_BYTES = 16 << 20

@@ -28,7 +28,8 @@ def is_risky(source: DataSource) -> bool:
 
 
 def probe_in_subprocess(workload: Workload) -> str:
-    """What `lorameter.trial.data.records.describe_data` says. Raises `UsageError`, also where its process dies or hangs."""
+    """What `lorameter.trial.data.records.describe_data` says. Raises `UsageError`, also where its process dies or
+    hangs."""
     where = f"data {shorten(repr(workload.data))}"
     own = {PARENT: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:

@@ -11,11 +11,11 @@ from lorameter.models import catalogue
 from lorameter.models.chat_template import has_chat_template, no_chat_template
 from lorameter.studies.data_source import DataSource, resolve
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.probe import is_risky, probe_in_subprocess
-from lorameter.trial.data.encoding import AnyRecord
-from lorameter.trial.data.files import MOST_UNPACKED, Placed, DataTable, most_unpacked, open_table
 from lorameter.trial.data.detect_format import SAID, Form, recognise
+from lorameter.trial.data.encoding import AnyRecord
+from lorameter.trial.data.files import MOST_UNPACKED, DataTable, Placed, most_unpacked, open_table
 from lorameter.trial.data.messages import Conversation
+from lorameter.trial.data.probe import is_risky, probe_in_subprocess
 from lorameter.trial.data.sets import open_hub, open_saved
 from lorameter.trial.data.synthetic import synthetic_records
 

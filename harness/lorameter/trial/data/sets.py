@@ -10,7 +10,7 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.models.catalogue import hub_answers
 from lorameter.studies.data_source import REMEDY, DataSource
-from lorameter.trial.data.files import ROWS, Placed, DataTable, said_by
+from lorameter.trial.data.files import ROWS, DataTable, Placed, said_by
 
 
 def open_saved(source: DataSource, where: str) -> DataTable:

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from lorameter.errors import EXIT_INVALID, LorameterError, UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records import codec
-from lorameter.records.worker_info import Example, TokenSummary
-from lorameter.records.os_errors import naming, find_system_error
+from lorameter.records.os_errors import find_system_error, naming
 from lorameter.records.units import format_count
+from lorameter.records.worker_info import Example, TokenSummary
 from lorameter.studies.data_source import SYNTHETIC
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.encoding import IGNORED, AnyRecord, Encoder

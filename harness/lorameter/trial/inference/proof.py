@@ -11,7 +11,7 @@ from typing import Any
 
 import kernels_check
 from lorameter.records import codec
-from lorameter.records.record import Failure, PartialRecord, Instrument
+from lorameter.records.record import Failure, Instrument, PartialRecord
 from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.requirements import attention_of

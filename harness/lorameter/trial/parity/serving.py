@@ -20,7 +20,7 @@ from lorameter.models import catalogue
 from lorameter.records import codec
 from lorameter.records.parity import PROMPTS, SERVED, LogitDistance, Served
 from lorameter.records.record import PartialRecord
-from lorameter.studies.serving_modes import ServingRequest, ServingMode
+from lorameter.studies.serving_modes import ServingMode, ServingRequest
 from lorameter.trial.building import lora
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.building.build import seed_everything, set_precision

@@ -14,14 +14,22 @@ from typing import Any, Literal
 
 from torch._C._autograd import DeviceType
 
-from lorameter.records.activity import DROPOUT, DROPOUT_OPERATOR, STEP_PHASES, WHOLE, Activity, OperatorUse, PhaseActivity
-from lorameter.trial.profiling.backward import backward_times
-from lorameter.trial.profiling.copies import KernelTimes, cast_times, copies_of, seconds_of, sum_copies
-from lorameter.trial.profiling.products import wide_product_times
 from kernels_check.rules import Rule, classify
 from kernels_check.trace.kineto import Events
 from kernels_check.trace.operators import operator_times
 from kernels_check.trace.timeline import EventArrays, busy_share, columns, totals
+from lorameter.records.activity import (
+    DROPOUT,
+    DROPOUT_OPERATOR,
+    STEP_PHASES,
+    WHOLE,
+    Activity,
+    OperatorUse,
+    PhaseActivity,
+)
+from lorameter.trial.profiling.backward import backward_times
+from lorameter.trial.profiling.copies import KernelTimes, cast_times, copies_of, seconds_of, sum_copies
+from lorameter.trial.profiling.products import wide_product_times
 
 MARK = "lorameter."
 """Before the name of a phase, in the profiler's annotations."""

@@ -100,7 +100,7 @@ def cast_times(host: Sequence[Any], times: KernelTimes | None) -> list[tuple[int
     """Beginning in nanoseconds and seconds of all that is done because one number has another type than another.
 
     That is every copy between two types with what is around it, and on a CPU every sum or product of tensors of two
-    types, one of which it copies first; of one type it takes a small part of the time. A card's converts as it reads.
+    types, one of which it copies first; of one type it takes a small part of the time. A GPU's converts as it reads.
     """
     casts = (calls[0] for calls in _outermost(host, _CASTING) if any(map(_is_cast, calls)))
     return [(one.start_ns(), seconds_of(one, times)) for one in casts]

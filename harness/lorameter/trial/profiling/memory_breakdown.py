@@ -42,7 +42,9 @@ class ProcessBaseline:
 def take_birth() -> ProcessBaseline:
     """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
     give_back_free()
-    return ProcessBaseline(resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes())
+    return ProcessBaseline(
+        resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes()
+    )
 
 
 def account(

@@ -189,7 +189,7 @@ def profiled(
 
     A plain one before them says how many there is time for and makes what the optimizer keeps. Another one is watched
     and not recorded: the profiler's own start is not a step's. It is one session with them, since two on each other's
-    heels can collide in CUPTI. One that is without a kernel of the card for all that is tried once more.
+    heels can collide in CUPTI. One that is without a kernel of the GPU for all that is tried once more.
 
     `phase_names` and `weights` are those of `lorameter.trial.profiling.activity.activity_of`.
     """

@@ -37,8 +37,8 @@ from lorameter.trial.building.packing import unpack_4bit
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.process import release_unused
 from lorameter.trial.profiling.memory_breakdown import account, take_birth
-from lorameter.trial.profiling.phase_timing import BorderedStep, pair_times, profiled, step_times, useful_tokens
 from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
+from lorameter.trial.profiling.phase_timing import BorderedStep, pair_times, profiled, step_times, useful_tokens
 from lorameter.trial.profiling.requests import (
     BorderedRequest,
     first_token_peak,
@@ -57,7 +57,7 @@ NEW_LENGTHS = 6
 
 
 class ProfiledTrial(Trial):
-    """A solo trial, watched from its birth to its last token."""
+    """An isolated trial, watched from its start to its last token."""
 
     COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, *words_of("profiled trial"))
 

@@ -15,6 +15,11 @@ from typing import Any, cast
 import torch
 
 import kernels_check
+from kernels_check.check import Check
+from kernels_check.observation.stored_layout import without_repacking
+from kernels_check.ranks.activity import RankTime
+from kernels_check.ranks.facts import Gradient, RankFacts, observe_rank
+from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
@@ -26,11 +31,6 @@ from lorameter.trial.ranks.process_group import ProcessGroup
 from lorameter.trial.ranks.strategies import distribute, exchanging, shard_again
 from lorameter.trial.step import TrainStep, loss_of
 from lorameter.trial.trial import Trial
-from kernels_check.check import Check
-from kernels_check.observation.stored_layout import without_repacking
-from kernels_check.ranks.activity import RankTime
-from kernels_check.ranks.facts import Gradient, RankFacts, observe_rank
-from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
 
 _ISOLATED = "packing.isolated"
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from kernels_check.ranks.judges import Strategy
 from lorameter.studies.workload import Repair
 from lorameter.trial.building.packing import linear4bit_layers
-from kernels_check.ranks.judges import Strategy
 
 
 def distribute(model: Any, strategy: Strategy, *, device: str, repair: Repair) -> Any:

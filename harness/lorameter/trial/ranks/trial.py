@@ -22,7 +22,7 @@ from lorameter.errors import shorten
 from lorameter.machine.processes import exit_words
 from lorameter.machine.visible_gpus import VARIABLE, visible_devices
 from lorameter.records.metrics import LOSSES
-from lorameter.records.record import Failure, PartialRecord, Notice, Status
+from lorameter.records.record import Failure, Notice, PartialRecord, Status
 from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.shared import SharedBase
@@ -154,7 +154,7 @@ def _one_maker(request: TrialRequest) -> Callable[[], Any]:
 
 
 def _take_card(device: str, rank: int) -> None:
-    """Let this process see one card alone, that of its rank; nothing has initialised CUDA yet."""
+    """Let this process see one GPU alone, that of its rank; nothing has initialised CUDA yet."""
     if device.startswith("cuda"):
         visible = visible_devices(os.environ)
         os.environ[VARIABLE] = str(rank if visible is None else visible[rank])
@@ -260,7 +260,7 @@ def _imbalance(values: Mapping[str, float]) -> Notice | None:
         code="ranks-imbalanced",
         message=f"rank {slowest} takes {own[slowest]:.3g} s of its own in a step and the others "
         f"{sum(rest) / len(rest):.3g} s: they wait for it.",
-        remedy="Look at what runs beside it, at its card's clocks, and at how many tokens its part of a batch holds.",
+        remedy="Look at what runs beside it, at its GPU's clocks, and at how many tokens its part of a batch holds.",
     )
 
 

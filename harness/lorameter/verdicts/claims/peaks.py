@@ -1,7 +1,7 @@
 """A promise of less memory, judged by the peaks of training.
 
-A peak takes one of a few values (`lorameter.stats.memory`), so there is no test on it: the ratios of the replicates have
-a range, and a promise holds if all of it lies below what was promised, and fails if none does.
+A peak takes one of a few values (`lorameter.stats.memory`), so there is no test on it: the ratios of the replicates
+have a range, and a promise holds if all of it lies below what was promised, and fails if none does.
 
 On a CPU the peak is the resident memory of the process, with the interpreter and the libraries that it begins with.
 They are on both sides and dilute whatever is saved: a saving that shows in spite of them is one, and one that does not
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lorameter.records.metrics import RSS_AT_START, PEAKS
+from lorameter.records.metrics import PEAKS, RSS_AT_START
 from lorameter.records.record import Role, TrialRecord
 from lorameter.records.units import format_bytes, format_count, format_ratio
 from lorameter.studies.claim import PEAK, ClaimPart

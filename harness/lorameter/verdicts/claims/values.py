@@ -17,7 +17,7 @@ from lorameter.records.metrics import METRICS, SCRIPT_ONLY_METRICS, samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.stats.effect import log_ratios
 from lorameter.stats.samples import checked_trials
-from lorameter.studies.claim import ENGINE, Level, ClaimPart, say_level
+from lorameter.studies.claim import ENGINE, ClaimPart, Level, say_level
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.verdicts.series import Groups, pairing_of
 
