@@ -1,6 +1,7 @@
 """Makes this folder a lorameter suite: its tests replay one interleaved run."""
 
 import pytest
+
 from lorameter.pytest_plugin import attach
 
 

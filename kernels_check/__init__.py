@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from kernels_check.judges.paths import REQUIREMENTS
     from kernels_check.rules import Rule, classify
     from kernels_check.serving import watch_request
+    from kernels_check.step_watch import Watch, watch
     from kernels_check.trace.file import TraceError
     from kernels_check.trace.read import read_trace
     from kernels_check.trace.summary import KernelSummary
     from kernels_check.verification import verify
-    from kernels_check.watch import Watch, watch
 
 __all__ = [
     "REQUIREMENTS",
@@ -50,8 +50,8 @@ _HOME = {
     "probe_isolation": "judges.batch",
     "read_trace": "trace.read",
     "verify": "verification",
-    "Watch": "watching",
-    "watch": "watching",
+    "Watch": "step_watch",
+    "watch": "step_watch",
     "watch_request": "serving",
 }
 

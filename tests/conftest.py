@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
 from lorameter.machine.provenance import Machine
 from lorameter.records import codec
 from lorameter.studies.protocol import Protocol

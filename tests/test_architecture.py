@@ -22,7 +22,7 @@ RANK = (
 )
 FLOORS = (
     *"pipes memory_limit terminal check rules rules_report observation trace judges verification serving ranks".split(),
-    *"watch probe selftest".split(),
+    *"step_watch probe selftest".split(),
 )
 """Those of kernels_check; its doors are its two dunder modules."""
 STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))

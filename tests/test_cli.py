@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorameter.cli import EXAMPLES, commands_of, main, parser
 from lorameter.records import store
 from lorameter.report.pareto import SERVING

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.machine.cores import cores_of
 
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")

@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+
 from lorameter.machine.processes import CPUS
 from lorameter.run.executors.local import worker_environment
 

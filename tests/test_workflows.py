@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+
 from lorameter import errors
 from lorameter.cli import parser
-
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[1]

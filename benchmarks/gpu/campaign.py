@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lorameter.machine.provenance import device_id, origin_of, probe_machine
-
 from benchmarks.gpu import page, report
 from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.claims import CLAIMS
@@ -30,6 +28,7 @@ from benchmarks.gpu.evidence import Evidence, newest_run
 from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal, OtherMachineError, Outcome, hash_of_sources
 from benchmarks.gpu.pack import pack_results
 from benchmarks.gpu.steps import STEPS, Step, command
+from lorameter.machine.provenance import device_id, origin_of, probe_machine
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".gpu" / "state"

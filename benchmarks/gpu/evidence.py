@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.steps import runs_of
 from lorameter.errors import LorameterError
 from lorameter.records import store
 from lorameter.records.store import Run
-
-from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.steps import runs_of
 
 
 class NotSeenError(Exception):

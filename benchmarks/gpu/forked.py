@@ -60,6 +60,7 @@ def told_by_child() -> dict[str, Any]:
 def in_child() -> dict[str, Any]:
     """The first use of the device and every counter of NVML, each a value or the reason for having none."""
     import torch
+
     from lorameter.machine.nvml import open_device
 
     forked = threads()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorameter.machine.telemetry import COUNTER_PERIOD_S
-from lorameter.records.record import TrialRecord
-
 from benchmarks.gpu.claim import Decision, decided, undecided
 from benchmarks.gpu.evidence import Evidence, NotSeenError
 from benchmarks.gpu.steps import BASES
+from lorameter.machine.telemetry import COUNTER_PERIOD_S
+from lorameter.records.record import TrialRecord
 
 MOST_ERROR = 0.1
 """Of an estimate: on the variants of reports/proof/memory_estimate.txt a CPU's is off by less."""

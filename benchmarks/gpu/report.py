@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.provenance import Machine
-
 from benchmarks.gpu.claim import VERDICTS, Claim, Decision
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.steps import Step, runs_of
+from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
 MOST_KEPT_BYTES = 2**20

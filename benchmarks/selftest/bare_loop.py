@@ -18,6 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+
 from lorameter.machine.provenance import probe_machine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest

@@ -15,10 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared import exit_code, print_origin
+
 from lorameter.records.units import format_ratio
 from lorameter.run.executors.local import worker_environment
 from lorameter.stats import Comparison, compare_trials
-from shared import exit_code, print_origin
 
 PROGRAM = Path(__file__).with_name("bare_loop.py")
 MAX_RATIO = 1.005

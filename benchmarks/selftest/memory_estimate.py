@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shared import exit_code, print_origin
+
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory, stored_dtype
 from lorameter.records import codec
@@ -35,7 +37,6 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.zygote import import_libraries
-from shared import exit_code, print_origin
 
 LIMIT, UNEXPLAINED = 0.10, 0.05
 WORKLOAD: dict[str, Any] = {

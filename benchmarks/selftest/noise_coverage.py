@@ -40,11 +40,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import simulated_claims
-from lorameter.stats import Effect, Pairing, VerdictRule, compare_family, compare_trials, decide_family, share_scatter
-from lorameter.stats.effect import paired_effect
 from numpy.typing import NDArray
 from scipy import signal, stats
 from shared import Share, exit_code, print_origin
+
+from lorameter.stats import Effect, Pairing, VerdictRule, compare_family, compare_trials, decide_family, share_scatter
+from lorameter.stats.effect import paired_effect
 
 WARM_UP, MIN_TIMED = 20, 10
 """Steps that are dropped as warm-up where at least so many remain."""

@@ -34,12 +34,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared import command_output, exit_code, print_origin
+
 from lorameter.attach.child_env import environment
 from lorameter.attach.variables import COMMAND, RUN
 from lorameter.machine.affinity import cpus_of, pin_to_cpus
 from lorameter.records.units import format_ratio
 from lorameter.stats import mean_interval
-from shared import command_output, exit_code, print_origin
 
 SCRIPT = Path(__file__).with_name("work_script.py")
 PRODUCTS, PLANTED = 100, 104

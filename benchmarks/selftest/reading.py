@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared import ROOT, command_output, exit_code, print_origin
+
 from lorameter.records import codec, store
 from lorameter.records.evidence import EvidenceFile
 from lorameter.records.record import TrialRecord
@@ -29,7 +31,6 @@ from lorameter.records.store import TRIALS
 from lorameter.records.trial_lines import line_of
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
-from shared import ROOT, command_output, exit_code, print_origin
 
 COMMITTED = ROOT / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
 VARIANTS, SAMPLES = 99, 50

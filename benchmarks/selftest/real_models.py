@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from shared import command_output, exit_code, print_origin
+
 from lorameter.records import store
 from lorameter.records.units import format_duration
 from lorameter.report.run_view import view_of
 from lorameter.verdicts.series import compare_series, group_trials
-from shared import command_output, exit_code, print_origin
 
 MIN_REPLICATES, MIN_SHARE, MAX_LATE_SHARE, MAX_HALF_WIDTH = 5, 0.6, 0.1, 0.05
 MINUTES = {"smollm2": 8, "gemma3": 15}

@@ -18,6 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import signal
+from shared import Share
+
 from lorameter.records import codec
 from lorameter.records.record import Role, TrialRecord
 from lorameter.records.store import Manifest, Run
@@ -25,9 +29,6 @@ from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.claims import judge_claims
-from numpy.typing import NDArray
-from scipy import signal
-from shared import Share
 
 STUDY = "llama2-lora-parameters"
 STEP_SD, PROCESS_SD = 0.01, 0.005

@@ -28,13 +28,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared import busy_cpus, command_output, exit_code, print_origin
+
 from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
 from lorameter.run.interleaving import LEVELS
 from lorameter.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
 from lorameter.verdicts.series import compare_series, group_trials
-from shared import busy_cpus, command_output, exit_code, print_origin
 
 STUDY = "training-step"
 MAX_TRY_S = 45.0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lorameter.attach.attachment import this_process
 from lorameter.attach.child_env import environment
 from lorameter.attach.observer import ObserverReply

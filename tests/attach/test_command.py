@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorameter.attach.command import write_command
 from lorameter.cli import main
 from lorameter.errors import UsageError

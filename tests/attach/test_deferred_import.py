@@ -39,7 +39,7 @@ def test_it_is_imported_by_another_thread_with_its_follower_and_the_watch(said):
     program = """
         import sys, threading, torch
         from lorameter.attach.deferred_import import load
-        print(load("wanted").here, "later" in sys.modules, "kernels_check.watch" in sys.modules)
+        print(load("wanted").here, "later" in sys.modules, "kernels_check.step_watch" in sys.modules)
         print(threading.active_count(), load("wanted") is sys.modules["wanted"])
     """
     assert said(program, wanted=WHERE, later=WHERE) == ["False", "True", "True", "1", "True"]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from huggingface_hub import hf_api
+
 from lorameter.attach import disable_side_effects
 
 

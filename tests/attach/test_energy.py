@@ -1,6 +1,7 @@
 """The energy of a script's training: what its GPU counts over the stretches in which it only trains."""
 
 import pytest
+
 from lorameter.attach import energy as module
 from lorameter.attach.energy import Energy
 from lorameter.attach.observer import StepReading

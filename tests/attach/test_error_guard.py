@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from lorameter.attach import error_guard as module
 from lorameter.attach.error_guard import ErrorGuard, NotFollowedError
 

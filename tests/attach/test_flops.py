@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from lorameter.attach.flops import Work
 from lorameter.attach.observer import StepReading, TrainingInfo, weakly
 from lorameter.attach.step_samples import StepSamples
@@ -12,8 +15,6 @@ from lorameter.models.shapes import shape_of_config
 from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.studies.variant import Variant
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
 H100 = "NVIDIA H100 80GB HBM3"
 

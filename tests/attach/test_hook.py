@@ -9,8 +9,9 @@ import venv
 from pathlib import Path
 
 import pytest
-from lorameter.records import store
 from packaging.requirements import Requirement
+
+from lorameter.records import store
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from lorameter.attach import launch
 from lorameter.attach.marker_files import command_of, remove_abandoned, wrapping
 from lorameter.cli import main

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lorameter.attach.meter import Meter
 from lorameter.attach.observer import ObserverReply
 from lorameter.attach.optimizer import StopTraining

@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 from lorameter.attach.observer import ObserverReply
 from lorameter.attach.optimizer import MOST_OTHERS, OptimizerSource, StopTraining
-from torch.utils.checkpoint import checkpoint
 
 ROWS = 3
 

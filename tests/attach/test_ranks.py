@@ -4,14 +4,14 @@ import dataclasses
 import os
 
 import pytest
+
+from kernels_check import Check
 from lorameter.attach import ranks, step_samples
 from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.ranks import folder_of
 from lorameter.attach.variables import RUN
 from lorameter.attach.writer import Writer
 from lorameter.records import store
-
-from kernels_check import Check
 
 CHECK = Check(path="mode", required=None, observed="train", status="active", reason="seen")
 WATCHED = 8

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lorameter.attach import step_phases as module
 from lorameter.attach.error_guard import ErrorGuard
 from lorameter.attach.step_phases import Parts, times_of

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lorameter.attach.error_guard import ErrorGuard
 from lorameter.attach.observer import ObserverReply, TrainingInfo, weakly
 from lorameter.attach.steps import Steps, make_watch

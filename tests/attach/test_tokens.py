@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lorameter.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
 
 

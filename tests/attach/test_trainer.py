@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
 from lorameter.attach.attachment import UnendedError, this_process
 from lorameter.attach.meter import Meter
 from lorameter.attach.observer import ObserverReply
 from lorameter.attach.trainer_hook import add_meter
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 def arguments(folder, **more):

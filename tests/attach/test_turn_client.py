@@ -12,6 +12,7 @@ import threading
 
 import pytest
 import torch
+
 from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weakly
 from lorameter.attach.turn_client import SOCKET, TurnClient, address
 from lorameter.machine.affinity import pin_to_cpus

@@ -5,6 +5,8 @@ import json
 import subprocess
 
 import pytest
+
+from kernels_check import Check
 from lorameter.attach.attachment import UnendedError
 from lorameter.attach.command import write_command
 from lorameter.attach.launch import finalize_run
@@ -12,8 +14,6 @@ from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.variables import COMMAND, RUN
 from lorameter.attach.writer import Writer
 from lorameter.records import store
-
-from kernels_check import Check
 
 
 def training(**changes):

@@ -8,6 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
+
 from lorameter import cli
 
 TESTS = Path(__file__).parents[1]

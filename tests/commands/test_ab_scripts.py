@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.records import store
 
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"

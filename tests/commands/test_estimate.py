@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from lorameter.cli import main
 from lorameter.commands.documents_of_estimates import EstimateOf
 from lorameter.errors import UsageError

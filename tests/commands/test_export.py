@@ -7,6 +7,7 @@ import tracemalloc
 
 import msgspec
 import pytest
+
 from lorameter import cli
 from lorameter.commands import export
 from lorameter.commands.documents_of_many import ExportedOf

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter import cli
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "torch_loop.py"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from lorameter.cli import main
 from lorameter.commands.json_schema import (
     DOCUMENTS,
@@ -20,7 +21,6 @@ from lorameter.commands.json_schema import (
     RunOf,
 )
 from lorameter.commands.output import SCHEMA
-
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.models import catalogue
 

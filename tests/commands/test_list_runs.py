@@ -4,6 +4,7 @@ import json
 
 import msgspec
 import pytest
+
 from lorameter import cli
 from lorameter.commands.documents_of_many import RunsOf
 from lorameter.verdicts.baselines import accept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
+
 from lorameter.cli import parser
 from lorameter.commands.options import OPTIONS
 from lorameter.run.device_lock import IfBusy

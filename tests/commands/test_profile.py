@@ -7,8 +7,9 @@ import sys
 import time
 from typing import ClassVar
 
-import lorameter.run.executors.local
 import pytest
+
+import lorameter.run.executors.local
 from lorameter.cli import main
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import TokenSummary, WorkerInfo

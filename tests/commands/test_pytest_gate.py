@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from lorameter.commands import pytest_gate
 from lorameter.errors import UsageError
 from lorameter.verdicts.comparison_input import ComparisonInput

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import main, parser
 from lorameter.studies.study_file import builtin_studies, load_study
 

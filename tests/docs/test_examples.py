@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.models.catalogue import cache_dir
 from lorameter.records import store
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import parser
 from lorameter.studies.placement import OF_SLURM, OURS, SiteSpec, is_batch, read_asked
 from lorameter.studies.study_file import load_study

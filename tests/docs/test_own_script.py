@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import parser
 
 ROOT = Path(__file__).parents[2]

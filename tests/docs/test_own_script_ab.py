@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import parser
 from lorameter.commands import ab_scripts
 from lorameter.run.executors import script_sandbox, script_worker

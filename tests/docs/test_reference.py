@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.commands.reference import documents_of, write_reference
 from lorameter.studies import study_file

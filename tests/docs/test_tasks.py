@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lorameter.cli import main, parser
 
+from lorameter.cli import main, parser
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]

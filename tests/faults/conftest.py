@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.records import store
 
 PRETENDED = Path(__file__).with_name("pretended.py")

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from lorameter.models import bases
 from lorameter.records.os_errors import SystemLimitError
 from lorameter.run.bases import prepare_bases

@@ -10,6 +10,7 @@ import sys
 import zipfile
 
 import pytest
+
 from lorameter.models.catalogue import PROVENANCE_FILE
 
 MEMBER = "fake_model/weights.gguf"

@@ -10,6 +10,7 @@ import resource
 import subprocess
 
 import pytest
+
 from lorameter.records import journal, store
 from lorameter.records.atomic_json import write_document
 

@@ -11,13 +11,13 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import store
 from lorameter.records.atomic_output import replacing
 from lorameter.report.html.page import save_html
 from lorameter.results.files import write_tables, write_text
 from lorameter.results.pack import pack
-
 from tests.constructed import RUNS
 
 TOO_LARGE = r"File too large\. Raise the limit of file sizes \(ulimit -f\), or "

@@ -11,6 +11,7 @@ import signal
 
 import psutil
 import pytest
+
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.processes import FAULTS
 from lorameter.run.executors import WorkerLostError

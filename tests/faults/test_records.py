@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorameter.records.store import TRIALS
 
 STUDY_TRIALS = 9

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorameter.errors import InvalidRunError
 from lorameter.records import store
 from lorameter.records.os_errors import REFUSED

@@ -10,6 +10,7 @@ import sys
 
 import psutil
 import pytest
+
 from lorameter.machine.orphan_reaper import marked
 
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

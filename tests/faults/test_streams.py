@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from lorameter.cli import main
 
 from kernels_check.pipes import EXIT_CLOSED_PIPE
+from lorameter.cli import main
 from tests.constructed import RUNS
 
 

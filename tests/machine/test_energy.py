@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.telemetry import LEAST_S, energy_between
 

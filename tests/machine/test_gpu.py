@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.telemetry import Telemetry, card_of

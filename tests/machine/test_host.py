@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+
 from lorameter.machine.cgroup import cpu_quota, memory_left
 from lorameter.machine.host import CUMULATIVE, HostTelemetry, host_counters, withheld_share
 from lorameter.machine.system import memory_available_bytes, memory_bytes, system_facts

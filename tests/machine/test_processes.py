@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+
 from lorameter.machine.processes import exit_words, held_back
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 
 import pytest
+
 from lorameter.machine.kernel_env import switches_of
 from lorameter.machine.provenance import (
     FINGERPRINT,

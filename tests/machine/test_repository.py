@@ -6,6 +6,7 @@ import os
 import subprocess
 
 import pytest
+
 from lorameter.machine.repository import git_state, run_git
 
 

@@ -6,6 +6,7 @@ import resource
 import signal
 
 import pytest
+
 from lorameter.machine.rlimits import OverTimeError, memory_limit, time_limit
 
 

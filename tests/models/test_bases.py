@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+
 from lorameter.models import bases
 from lorameter.models.bases import BaseDescription
 

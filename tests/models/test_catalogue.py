@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue
 from lorameter.models.catalogue import CATALOGUE

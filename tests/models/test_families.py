@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.activations import Activations

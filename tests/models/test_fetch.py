@@ -5,6 +5,7 @@ import json
 import zipfile
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, fetch
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Entry, Package

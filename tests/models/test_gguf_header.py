@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, gguf_header, shapes
 from lorameter.models.gguf_header import read_header

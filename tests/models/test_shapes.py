@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import CATALOGUE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.parity.facts import Parity
 from lorameter.records.parity import LogitDistance, Served
 from lorameter.studies.serving_modes import AGAIN, ways_of

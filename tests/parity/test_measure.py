@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from lorameter.cli import main
 from lorameter.commands.documents_of_parity import ParityOf
 from lorameter.parity.facts import DOCUMENT, Parity
@@ -85,6 +86,7 @@ def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
 def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
     """Of a float32 base: merged, it gives the same answers with logits that rounding explains."""
     import torch
+
     from lorameter.models import catalogue
     from lorameter.trial.building import lora
     from lorameter.trial.building.base_model import load_base

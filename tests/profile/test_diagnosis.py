@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lorameter.profile.diagnosis import RULES, diagnose
 from lorameter.profile.evidence import ProfileEvidence
 from lorameter.studies.variant import Variant

@@ -1,6 +1,7 @@
 """Times that the evidence reads off what ran in a phase, constructed."""
 
 import pytest
+
 from lorameter.profile.evidence import dropout_s, unpacking_s
 from lorameter.records.activity import OperatorUse, PhaseActivity
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from lorameter.profile import accounting
 from lorameter.profile.diagnosis import diagnose
 from lorameter.profile.evidence import evidence_of

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lorameter.commands.profile import _try
 from lorameter.errors import UsageError
 from lorameter.profile.finding import Finding

@@ -9,6 +9,7 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorameter.records import bounded_io, codec
 from lorameter.records.bounded_io import NotReadableError, read_json, read_text, read_toml
 

@@ -1,6 +1,7 @@
 """How often what is measured is saved before it is whole."""
 
 import pytest
+
 from lorameter.records.checkpoints import checkpoint_is_due
 
 

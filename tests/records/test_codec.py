@@ -6,6 +6,7 @@ import math
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.record import Failure, Notice, PartialRecord

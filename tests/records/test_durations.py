@@ -1,6 +1,7 @@
 """How long measuring took, whatever the calendar did meanwhile."""
 
 import pytest
+
 from lorameter.records.durations import measuring_time_s
 from lorameter.records.record import TrialRecord
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import bounded_io, codec, store
 from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError

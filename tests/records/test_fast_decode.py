@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.fast_decode import MOST_SHARED, Reader
@@ -17,7 +18,6 @@ from lorameter.records.record import Failure, Notice, PartialRecord, TrialRecord
 from lorameter.records.store import Manifest, Resumption
 from lorameter.records.trial_lines import WrittenRecord
 from lorameter.records.validation import check_record, check_tokens
-
 from tests.constructed import FOLDER
 
 ROOT = Path(__file__).parents[2]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records.forward_compat import read_known
 from lorameter.records.record import SCHEMA, is_newer

@@ -7,11 +7,11 @@ import os
 import shutil
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import bounded_io, journal, store
 from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
-
 from tests.constructed import RUNS
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Metric, columns_of, samples_of
 from lorameter.records.record import TrialRecord

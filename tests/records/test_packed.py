@@ -5,10 +5,10 @@ import shutil
 import zipfile
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records import bounded_io, store
 from lorameter.records.packed import MEMBERS, UNPACKED_FREELY_BYTES, unpacked, write_packed
-
 from tests.constructed import RUNS
 
 RUN = RUNS / "sound"

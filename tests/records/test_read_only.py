@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from lorameter.cli import main
 
 

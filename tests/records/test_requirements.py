@@ -1,6 +1,7 @@
 """What a step must really run: met by what was judged active, and by nothing that was not."""
 
 import pytest
+
 from lorameter.records.record import PartialRecord
 from lorameter.records.requirements import judge_required, lacking
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.machine.repository import git_state
 from lorameter.records import store

@@ -1,6 +1,7 @@
 """Numbers as they are written: one scale, the digits that the interval supports, never without an interval."""
 
 import pytest
+
 from lorameter.records.units import (
     format_bytes,
     format_duration,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from lorameter.machine.doctor.check import DoctorCheck
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
@@ -73,7 +74,6 @@ from lorameter.verdicts.claims import judge_claims
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import judge, load_policy
 from lorameter.verdicts.series import verdict_only
-
 from tests.constructed import PROFILES, RUNS
 
 NOTICES = (Notice(code="cpu-contention", message="others ran.", remedy="Stop them."),)

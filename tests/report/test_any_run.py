@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-from lorameter.cli import main
 
+from lorameter.cli import main
 from tests.constructed import RUNS
 
 ODD = (

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from lorameter.records import store
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.page import save_html, write_html

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.report.figures import figures_of_run
 from lorameter.report.run_view import view_of
-
 from tests.constructed import RUNS
 
 

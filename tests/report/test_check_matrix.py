@@ -6,10 +6,10 @@ import re
 from importlib import resources
 
 import pytest
-from lorameter.cli import main
-from lorameter.errors import EXIT_INVALID, EXIT_PASS
 
 from kernels_check.check import STATUSES
+from lorameter.cli import main
+from lorameter.errors import EXIT_INVALID, EXIT_PASS
 
 TONES = {"fallback": "bad", "absent": "bad", "unknown": "warning", "active": "good", "not_applicable": "warning"}
 

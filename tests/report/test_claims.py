@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.variant import Variant

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.report.annotations import gate_annotations
 from lorameter.report.gate import describe_gate
 from lorameter.report.render_markdown import markdown_of
@@ -12,7 +13,6 @@ from lorameter.report.terminal import text_of
 from lorameter.verdicts.baselines import read_comparand
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import GateResult, judge, load_policy
-
 from tests.constructed import RUNS
 
 

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.report.blocks import Table, name_columns, say, write_row

@@ -7,10 +7,10 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 
-import lorameter
 import pytest
-from lorameter.cli import main
 
+import lorameter
+from lorameter.cli import main
 from tests.constructed import RUNS
 
 COUNTED = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)

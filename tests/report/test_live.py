@@ -7,12 +7,13 @@ import io
 import re
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.report import live
 from lorameter.report.live import LiveDisplay
 from lorameter.run.plan import make_plan
-from rich.cells import cell_len
-from rich.console import Console
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.models.costs.memory import (
     MEASURED_ERRORS,
     MEASURED_ON,

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+
+from kernels_check.__main__ import main as check_kernels
+from kernels_check.terminal import escape_control_chars
 from lorameter.cli import main
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.records import codec
@@ -26,9 +29,6 @@ from lorameter.studies.study_file import load_study
 from lorameter.trial.failure import failure_of
 from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
 from lorameter.verdicts.gate import Policy, gate_document, judge
-
-from kernels_check.__main__ import main as check_kernels
-from kernels_check.terminal import escape_control_chars
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
 SECRET = "hunter2"

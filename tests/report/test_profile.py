@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+
 from lorameter import cli
 from lorameter.commands import profile as commands_profile
 from lorameter.models.costs.modules import StepProducts, to_values

@@ -7,13 +7,14 @@ import io
 import json
 
 import pytest
+from rich.console import Console
+
 from lorameter.records import store
 from lorameter.records.record import UNDER_WAY, Failure
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import view_of
 from lorameter.report.terminal import show
 from lorameter.verdicts.ab import report_of
-from rich.console import Console
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 

@@ -7,6 +7,8 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
 from lorameter.report.blocks import (
     Cell,
     ChartGroup,
@@ -21,7 +23,6 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
-from markdown_it import MarkdownIt
 
 HOSTILE = (
     "a|b *c* _d_ `e` <img src=x onerror=1> [f](http://g.example) ![h](i) **j** ~~k~~ # l $m$ &amp; @octocat \\| "
@@ -52,7 +53,7 @@ def everywhere(text):
     heads = (ColumnHeader(text=text), ColumnHeader(text="b", right=True))
     curve = Curve(name=text, points=((1.0, 1.0), (2.0, 2.0), (3.0, 3.0)))
     return (
-        Section(title=text, lines=(say(text, lead=text),)),
+        Section(title=text, lines=(say(text, label=text),)),
         say(text),
         Table(title=text, heads=heads, rows=(write_row(text, Cell(name=text, verdict=text)),), notes=(say(text),)),
         Collapsible(summary=say(text), lines=(say(text),)),

@@ -8,13 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import parser
 from lorameter.records import codec, store
 from lorameter.records.atomic_json import write_document
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study_file import load_study
-
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]

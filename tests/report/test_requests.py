@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from lorameter import cli
 from lorameter.commands import profile as commands_profile
 from lorameter.profile.requests import measure as measuring

@@ -7,6 +7,8 @@ import io
 import json
 
 import pytest
+from rich.console import Console
+
 from lorameter.cli import main
 from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
@@ -15,7 +17,6 @@ from lorameter.report.run import describe_run
 from lorameter.report.run_view import view_of
 from lorameter.report.terminal import console_for, show
 from lorameter.studies.script_study import study_of_command
-from rich.console import Console
 
 
 def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0, damaged=0):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store

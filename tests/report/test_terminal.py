@@ -6,6 +6,10 @@ import io
 import re
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.report.blocks import (
     Cell,
@@ -25,9 +29,6 @@ from lorameter.report.live import LiveDisplay
 from lorameter.report.render_rich import STYLES
 from lorameter.report.terminal import console_for, show, text_of
 from lorameter.run.plan import make_plan
-from rich.cells import cell_len
-from rich.console import Console
-from rich.style import Style
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
 SHOWN = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"
@@ -41,7 +42,7 @@ def hostile_document():
     rows = (Row(cells=(cell, Cell(text=HOSTILE)), strong=True), write_row(HOSTILE, cell))
     lines = (say(HOSTILE, Span(text=HOSTILE, tone="alarm")),)
     return (
-        Line(spans=(Span(text=HOSTILE),), indented=False, apart=True),
+        Line(spans=(Span(text=HOSTILE),), indented=False, blank_line_before=True),
         Section(title=HOSTILE, beside=HOSTILE, lines=lines, tone="bad"),
         Table(title=HOSTILE, heads=heads, rows=rows, notes=lines),
         Collapsible(summary=say("a line"), lines=lines),

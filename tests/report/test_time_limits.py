@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.errors import EXIT_INVALID, EXIT_PASS
 

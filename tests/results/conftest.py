@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from lorameter.records import store
 
+from lorameter.records import store
 from tests.constructed import RUNS
 
 

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import store
 from lorameter.results.exchange import encode_action, encode_bencher, mllog_lines

@@ -4,7 +4,6 @@ import shutil
 
 from lorameter.results.folder import read_each, summary_of
 from lorameter.results.pack import pack
-
 from tests.constructed import DAMAGED, RUNS
 
 

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lorameter
 import pandas as pd
 import pytest
+
+import lorameter
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.atomic_json import write_document
@@ -15,7 +16,6 @@ from lorameter.results.columns import SETTINGS, TABLES
 from lorameter.results.frames import DTYPES, Frames
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import Variant
-
 from tests.constructed import DAMAGED, RUNS
 
 ROOT = Path(__file__).parents[2]

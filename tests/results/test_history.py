@@ -9,6 +9,7 @@ import time
 
 import msgspec
 import pytest
+
 from lorameter import cli
 from lorameter.commands.documents_of_many import HistoryOf
 from lorameter.commands.output import SCHEMA

@@ -8,9 +8,10 @@ import socket
 import zipfile
 from pathlib import Path
 
-import lorameter
 import msgspec
 import pytest
+
+import lorameter
 from lorameter import cli
 from lorameter.commands import prune_pack
 from lorameter.commands.documents_of_many import PackedOf
@@ -22,7 +23,6 @@ from lorameter.records.record import Failure, Notice
 from lorameter.results import pack as packing
 from lorameter.results.pack import PRIVATE, pack
 from lorameter.results.rows import rows_of
-
 from tests.constructed import RUNS
 
 HOST, CARD = "rack7-node12", "GPU-8f9a1c2e-0b4d-4c11-9e7a-2f3b4c5d6e7f"

@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
+
 from lorameter.records import store
 from lorameter.results.pack import pack
 from lorameter.results.points import read_nights
 from lorameter.results.rows import estimate_rows
 from lorameter.studies.from_run import read_study
-
 from tests.constructed import RUNS
 
 

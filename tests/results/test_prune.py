@@ -10,6 +10,7 @@ import time
 import filelock
 import msgspec
 import pytest
+
 from lorameter import cli
 from lorameter.commands.documents_of_many import PrunedOf
 from lorameter.errors import UsageError

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.records.metrics import METRICS
@@ -11,7 +12,6 @@ from lorameter.report.run_view import view_of
 from lorameter.results.columns import TABLES, names_of
 from lorameter.results.rows import rows_of, unit_of
 from lorameter.verdicts.ab import report_of
-
 from tests.constructed import RUNS
 
 CONSTRUCTED = sorted(path.name for path in RUNS.iterdir())

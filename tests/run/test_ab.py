@@ -15,9 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
+
 import lorameter.run.ab
 import lorameter.run.executors.local
-import pytest
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.records.record import PartialRecord

@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+
 from lorameter.models.bases import DESCRIPTION, ENV_BASES, UNUSED_DAYS, in_use
 from lorameter.records.os_errors import SystemLimitError
 from lorameter.records.record import Failure

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from lorameter.report.bisect import describe_bisection
 from lorameter.report.terminal import text_of
 from lorameter.run.bisect import MOST_TIMES, Candidate, bisect

@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+
 from lorameter import cli
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine

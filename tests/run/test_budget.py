@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import PartialRecord

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorameter.errors import InvalidRunError
 from lorameter.run.device_lock import hold_device
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import shapes
 from lorameter.run.feasibility import check_feasible

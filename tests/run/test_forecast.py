@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters
 from lorameter.models.costs.memory import estimate_memory

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
 from lorameter.run.interleaving import MEMORY_SHARE, choose_interleaving, shared_base_obstacle

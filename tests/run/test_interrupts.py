@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+
 from lorameter.run.interrupts import SIGNALS, InterruptHandler, StopRequested
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.run.plan import make_plan
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+
 from lorameter.errors import InvalidRunError
 from lorameter.records.worker_info import WorkerInfo
 from lorameter.run.prepare import greet

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import lorameter.run.executors.local
-import lorameter.run.measure
 import psutil
 import pytest
+
+import lorameter.run.executors.local
+import lorameter.run.measure
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.records.record import UNDER_WAY, PartialRecord

@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+
 from lorameter.records.evidence import EvidenceFile
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.trial_lines import TrialLines, line_of

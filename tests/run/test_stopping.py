@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import lorameter.run.executors.local
 import pytest
+
+import lorameter.run.executors.local
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
 from lorameter.records.record import PartialRecord, TrialRecord

@@ -2,8 +2,9 @@
 
 import os
 
-import lorameter.stats
 import pytest
+
+import lorameter.stats
 
 
 def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, notices=()):

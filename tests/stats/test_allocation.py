@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+
 from lorameter.stats.allocation import optimal_rounds
 
 

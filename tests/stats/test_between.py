@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from lorameter.stats import sd_between, sd_interval
 
 SIZES = [(4,) * 4, (2,) * 4, (1, 3, 2, 2), (5, 5), (2, 9, 3), (1, 1, 1, 1, 1, 2)]

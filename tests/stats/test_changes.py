@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import ruptures
+
 from lorameter.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes, penalty_of
 
 

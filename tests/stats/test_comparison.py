@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorameter.stats import MOST_ADVISED, compare_trials
 
 durations = st.floats(min_value=1e-6, max_value=1e6)

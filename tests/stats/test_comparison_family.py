@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from lorameter.stats import compare_family, compare_trials, step_down
 from scipy import stats
+
+from lorameter.stats import compare_family, compare_trials, step_down
 
 
 def simulated(rng, effects, replicates=6, sd=0.02):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorameter.stats import kept_pairs
 from scipy import stats
+
+from lorameter.stats import kept_pairs
 
 flags = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)
 

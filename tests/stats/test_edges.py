@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorameter.stats import compare_bytes, compare_family, compare_trials, estimate_trials
 
 LARGEST = 1.7976931348623157e308

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from lorameter.stats.effect import checked_pairing, from_log, log_ratios, measure_effect, paired_effect
 from scipy import stats
+
+from lorameter.stats.effect import checked_pairing, from_log, log_ratios, measure_effect, paired_effect
 
 
 def arrays(*trials):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorameter.stats import estimate_trials
 from scipy import stats
+
+from lorameter.stats import estimate_trials
 
 
 def test_interval_covers_the_true_value():

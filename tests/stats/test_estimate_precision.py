@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from lorameter.stats import compare_bytes, compare_trials, is_precise, relative_half_width
 
 

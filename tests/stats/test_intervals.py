@@ -1,8 +1,9 @@
 """The two quantiles against scipy.stats, which computes them another way."""
 
 import pytest
-from lorameter.stats.intervals import noncentrality, quantile
 from scipy import stats
+
+from lorameter.stats.intervals import noncentrality, quantile
 
 
 @pytest.mark.parametrize("df", [1, 2, 4.3, 30, 5e5])

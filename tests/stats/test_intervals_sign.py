@@ -1,8 +1,9 @@
 """The exact sign test."""
 
 import pytest
-from lorameter.stats.intervals import sign_test
 from scipy.stats import binomtest
+
+from lorameter.stats.intervals import sign_test
 
 
 @pytest.mark.parametrize("tosses", [1, 2, 5, 6, 9, 30, 101])

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from lorameter.stats import compare_bytes
 
 GIB = 2**30

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorameter.stats import count_outliers, label_outliers
 
 # Quartiles 25 and 75 by linear interpolation: the fences are at -50 and 150 (mild), -125 and 225 (severe).

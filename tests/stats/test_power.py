@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from lorameter.stats import compare_trials
 from lorameter.stats.effect import Spread
 from lorameter.stats.power import detectable_log_effect, replicates_needed, sd_interval

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from lorameter.stats import clustered_proportion, mean_interval, proportion
 from scipy.stats import binomtest
+
+from lorameter.stats import clustered_proportion, mean_interval, proportion
 
 
 @pytest.mark.parametrize("of", [1, 2, 7, 32, 400])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorameter.stats import median_interval, percentile
 from scipy import stats
+
+from lorameter.stats import median_interval, percentile
 
 lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=80)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorameter.stats import effective_size
 from scipy import signal
+
+from lorameter.stats import effective_size
 
 
 def autoregressive(rng, count, phi):

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from lorameter.stats.samples import checked_number, checked_samples, checked_trials, medians_of
 
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from lorameter.stats import VerdictRule, decide, decide_family, share_scatter
 from lorameter.stats.effect import paired_effect
 from lorameter.stats.intervals import quantile

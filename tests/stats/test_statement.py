@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lorameter.stats.statement import beyond, opposite, within
 from scipy import stats
+
+from lorameter.stats.statement import beyond, opposite, within
 
 TOLERANCE = math.log1p(0.01)
 MARGIN = math.log1p(0.05)

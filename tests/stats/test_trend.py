@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorameter.stats.trend import leads, line_change, pair_differences, pairs, scores, sizes
 
 ALPHAS = (16.0, 32.0, 64.0, 128.0, 256.0)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+
 from lorameter.stats.effect import Spread
 from lorameter.stats.verdict import Comparison, VerdictRule
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from lorameter.stats import is_steady, steady_after, steady_together
 
 STEP = np.arange(60)

@@ -7,6 +7,7 @@ import re
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lorameter.cli import main
 from lorameter.studies.study_file import builtin_studies
 

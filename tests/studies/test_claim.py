@@ -1,6 +1,7 @@
 """Claims are refused where rule and words do not go together, by the study that they are in."""
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.studies.claim import OF_PAIRS, RULES, ClaimPart
 from lorameter.studies.study_file import load_study

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.records import codec

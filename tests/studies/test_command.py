@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.studies.command import COMMANDS, ROUNDS, words_of
 from lorameter.trial.profiling.trial import ProfiledTrial
 from lorameter.trial.trial import Trial

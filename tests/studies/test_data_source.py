@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.studies.data_source import make_absolute, resolve
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.studies.claim import ENGINE

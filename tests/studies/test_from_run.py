@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.forward_compat import NewerSchema
 from lorameter.studies.from_run import list_unread, read_own_workloads, read_study
 from lorameter.studies.study import Study
-
 from tests.constructed import RUNS
 
 

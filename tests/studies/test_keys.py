@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.cli import main
 
 ONE = "[[variant]]\nname = 'b'\n"

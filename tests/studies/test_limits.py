@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.run.arms import contenders_of

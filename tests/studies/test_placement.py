@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.studies.placement import BatchRequest, SiteSpec, read_asked

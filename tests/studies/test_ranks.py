@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing

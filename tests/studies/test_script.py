@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.studies.script import name_of_command, name_of_words, split_command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.records import codec
 from lorameter.studies.request import base_key
 from lorameter.studies.serving_modes import ServingMode, ways_of

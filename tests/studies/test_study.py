@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.studies.study import is_of_tokens

@@ -4,6 +4,7 @@ import json
 import tomllib
 
 import pytest
+
 from lorameter import cli
 from lorameter.studies.study_file import builtin_studies, load_study
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.studies import script
 from lorameter.studies.variant import Variant

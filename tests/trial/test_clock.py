@@ -6,10 +6,11 @@ import time
 
 import pytest
 import torch
+from torch import nn
+
 from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.trial.clock import Lap, Stopwatch
 from lorameter.trial.memory import resident_bytes
-from torch import nn
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ work a verdict on one may be that nothing is known, and never the wrong one. `ma
 from __future__ import annotations
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.verdicts.claims import judge_claims

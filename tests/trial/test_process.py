@@ -4,6 +4,7 @@ import logging
 import time
 
 import pytest
+
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant

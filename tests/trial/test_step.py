@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from kernels_check import probe_isolation, verify
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -19,8 +21,6 @@ from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.inference.generate import generate
 from lorameter.trial.step import TrainStep
-
-from kernels_check import probe_isolation, verify
 
 WORKLOAD = Workload(
     sequence_length=64, batch_size=2, train_sequences=16, held_out_records=8, held_out_sequences=4, prompt_tokens=8

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
+
 from lorameter.records.record import Notice, PartialRecord
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.protocol import Protocol

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from lorameter.errors import LorameterError
 from lorameter.records.metrics import METRICS, samples_of
 from lorameter.records.record import TrialRecord

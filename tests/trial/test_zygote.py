@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from lorameter.trial import zygote
 from lorameter.trial.failure import failure_of
 

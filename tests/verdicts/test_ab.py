@@ -9,6 +9,7 @@ import math
 import random
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.commands.ab_report import show_ab
 from lorameter.errors import UsageError

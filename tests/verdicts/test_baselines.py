@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.verdicts.baselines import accept, read_baselines
 

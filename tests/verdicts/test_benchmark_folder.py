@@ -6,8 +6,8 @@ import json
 import random
 
 import pytest
-from lorameter.cli import main
 
+from lorameter.cli import main
 from tests.constructed import FILES
 
 FOREIGN = json.loads((FILES / "foreign.json").read_text())

@@ -6,9 +6,10 @@ import math
 import random
 from pathlib import Path
 
-import lorameter.verdicts.calibrate
 import numpy as np
 import pytest
+
+import lorameter.verdicts.calibrate
 from lorameter.errors import InvalidRunError
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord

@@ -11,6 +11,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.stats import Comparison

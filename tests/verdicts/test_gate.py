@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 
-import lorameter.verdicts.compare
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import lorameter.verdicts.compare
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.report.annotations import annotation

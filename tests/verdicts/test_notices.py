@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.records import store
 from lorameter.records.record import DISTURBED, Failure, TrialRecord
 from lorameter.verdicts.notices import run_notices

@@ -1,6 +1,7 @@
 """Whether a run counts: one answer for the report, a comparison and a baseline, with the reasons."""
 
 import pytest
+
 from lorameter.records import codec, store
 from lorameter.studies.study import Study
 from lorameter.verdicts.comparison_input import comparison_input

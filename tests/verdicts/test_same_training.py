@@ -7,6 +7,7 @@ import re
 import types
 
 import pytest
+
 from lorameter.records.record import TrialRecord
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.variant import Variant

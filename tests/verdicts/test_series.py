@@ -1,6 +1,7 @@
 """From records to series: pairing by replicate, orientation, what is left out."""
 
 import pytest
+
 from lorameter.errors import InvalidRunError
 from lorameter.records.record import TrialRecord
 from lorameter.verdicts.series import Series, compare_series, group_trials

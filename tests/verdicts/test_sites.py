@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+
 from lorameter.records.record import TrialRecord
 from lorameter.stats import compare_trials
 from lorameter.stats.estimate import estimate_trials

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lorameter.records.record import TrialRecord
 from lorameter.verdicts.software import differing_versions, facts_of, say_threads, versions_of
 

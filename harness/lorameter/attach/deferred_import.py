@@ -19,7 +19,7 @@ from types import ModuleType
 
 from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
 
-WATCHES = ("kernels_check.watch", "kernels_check.judges.paths")
+WATCHES = ("kernels_check.step_watch", "kernels_check.judges.paths")
 """What a step is watched by."""
 
 

@@ -36,7 +36,7 @@ class Ratio(msgspec.Struct, forbid_unknown_fields=True):
     replicates: int
     replicates_needed: int | None
     mde80: float | None
-    """The smallest slow-down that would have been seen with 80 % power, a fraction."""
+    """The smallest slow-down that is detected with 80 % power, a fraction."""
 
 
 class NoticeDocument(msgspec.Struct, forbid_unknown_fields=True):

@@ -67,7 +67,7 @@ def run_parity(options: argparse.Namespace) -> int:
     with hold_device(executor, options.if_busy):
         parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, say=tell)
     judgement = judge_parity(parity)
-    where = say(f"All facts are in {folder}", indented=False, apart=True)
+    where = say(f"All facts are in {folder}", indented=False, blank_line_before=True)
     said = (
         *describe_parity(parity, judgement),
         *(show_differing(parity, _decoder(parity)) if options.verbose else ()),

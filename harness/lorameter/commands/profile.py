@@ -93,7 +93,7 @@ def run_profile(options: argparse.Namespace) -> int:
 
     with hold_device(executor, options.if_busy):
         seen = (_see_requests if of_requests else _see_step)(study, variant, executor, runs, tell)
-    where = say(f"All facts and the profiler's trace are in {seen.folder}", indented=False, apart=True)
+    where = say(f"All facts and the profiler's trace are in {seen.folder}", indented=False, blank_line_before=True)
     said = (*seen.said, where)
     if not options.json:
         show(said, console_for())

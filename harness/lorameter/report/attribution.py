@@ -30,9 +30,9 @@ def describe_attribution(attribution: Attribution, run: Run) -> Document:
             write_row(part.variant, title_of_ratio(part.metric), write_ratio(part.comparison))
             for part in attribution.parts
         ),
-        apart=True,
+        blank_line_before=True,
     )
-    return (Section(title="Sides", lines=tuple(say(said, lead=name) for name, said in facts)), table)
+    return (Section(title="Sides", lines=tuple(say(said, label=name) for name, said in facts)), table)
 
 
 def _sides(run: Run) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ def describe_bisection(found: Bisection, of: str) -> Document:
         share = "" if found.share is None else f", {100 * found.share:.0f} % of the whole effect"
         lines.append(say(f"{found.culprit.label} over {found.before.label}: {found.ratio:.3f}{ends}{share}"))
         lines.append(say(f"{of}; the interval is of both comparisons with the good end together"))
-    table = Table(heads=HEADS, rows=tuple(map(_row, found.looks)), apart=True)
+    table = Table(heads=HEADS, rows=tuple(map(_row, found.looks)), blank_line_before=True)
     return (*lines, table)
 
 

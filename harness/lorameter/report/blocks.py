@@ -74,7 +74,7 @@ class Section:
     beside: str = ""
     """What follows the title on its line without being part of it."""
     tone: Tone = "plain"
-    apart: bool = True
+    blank_line_before: bool = True
     """Whether an empty line stands before it."""
     last: bool = False
     """Whether a terminal repeats it below the report."""
@@ -157,7 +157,7 @@ class Table:
     title: str = ""
     notes: tuple[Line, ...] = ()
     """What a reader of the table must know; below it."""
-    apart: bool = False
+    blank_line_before: bool = False
     """Whether an empty line stands before it."""
 
 
@@ -201,10 +201,10 @@ Document: TypeAlias = tuple[Block, ...]
 _INVALID = "INVALID: "
 
 
-def say(*parts: str | Span, lead: str = "", indented: bool = True, apart: bool = False) -> Line:
+def say(*parts: str | Span, label: str = "", indented: bool = True, blank_line_before: bool = False) -> Line:
     """One line of plain text and of spans."""
     spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
-    return Line(spans=spans, label=lead, indented=indented, blank_line_before=apart)
+    return Line(spans=spans, label=label, indented=indented, blank_line_before=blank_line_before)
 
 
 def say_invalid(reasons: str | None) -> tuple[Line, ...]:

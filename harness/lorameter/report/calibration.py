@@ -61,7 +61,11 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
         say(f"injected slow-down {planted} ({rows} rows in each adapted layer)"),
         *beside,
         rates,
-        Section(title="To see a slow-down in 80 % of the runs", lines=say_each(planned_effects(result)), apart=False),
+        Section(
+            title="To see a slow-down in 80 % of the runs",
+            lines=say_each(planned_effects(result)),
+            blank_line_before=False,
+        ),
     )
 
 

@@ -47,7 +47,7 @@ def describe_claims(report: ClaimsReport) -> Document:
     """All that is said of a run's claims."""
     return (
         *say_invalid(_invalid(report)),
-        Section(title=report.title, lines=say_each([_held(report)]), apart=False),
+        Section(title=report.title, lines=say_each([_held(report)]), blank_line_before=False),
         *describe_verdicts(report),
         *list_sections({"Machine and versions": tuple(_place(report))}),
         *list_sections({"Differs from the study as written": report.deviations, "Notes": report.notes}),
@@ -60,7 +60,9 @@ def describe_verdicts(report: ClaimsReport) -> Document:
     legend = say(Span(text=_LEGEND, tone="faint"))
     control = "Control (the reference measured twice)"
     return (
-        collapse_constant_columns(Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), apart=True)),
+        collapse_constant_columns(
+            Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), blank_line_before=True)
+        ),
         Section(title="Reasons", lines=tuple(_reasons(report))),
         *list_sections({control: tuple(_controls(report)), "Length of the answers": tuple(_answers(report))}),
         *list_sections(
@@ -102,7 +104,7 @@ def _reasons(report: ClaimsReport) -> Iterator[Line]:
     """Why each part came out as it did."""
     for claim in report.claims:
         for part in claim.parts:
-            yield say(part.reason, lead=claim.id if len(claim.parts) == 1 else f"{claim.id} {part.rule}")
+            yield say(part.reason, label=claim.id if len(claim.parts) == 1 else f"{claim.id} {part.rule}")
 
 
 def _controls(report: ClaimsReport) -> Iterator[str]:

@@ -57,10 +57,10 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     folded = Collapsible(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
     return (
         *say_invalid(invalid_of(report)),
-        Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], apart=False),
+        Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], blank_line_before=False),
         *([folded] if more else []),
         collapse_constant_columns(
-            Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), apart=True)
+            Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), blank_line_before=True)
         ),
         *_statistics(report),
         *list_sections({"Differing": list_differences(report)}),

@@ -38,23 +38,23 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
                 f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
                 f"{_ranks_of(workload)}{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
                 f"{say_request(workload)} tokens a request{say_adapters(workload)}",
-                lead="workload",
+                label="workload",
             ),
-            say(_tokens(tokens), lead="tokens"),
+            say(_tokens(tokens), label="tokens"),
         ]
     )
     return (
-        say(f"{name} ({device}, {say_threads(provenance, run.records)}){_power_limit(provenance)}", lead="device"),
-        say(f"{versions}, Python {told['python'] or 'unknown'}; {commit}", lead="software"),
+        say(f"{name} ({device}, {say_threads(provenance, run.records)}){_power_limit(provenance)}", label="device"),
+        say(f"{versions}, Python {told['python'] or 'unknown'}; {commit}", label="software"),
         *of_what,
         *_own_workloads(run, study),
         say(
             f"{replicates_said(run)}, {format_count(protocol.turns * protocol.steps_per_turn, 'timed step')} a trial, "
             f"order seed {run.manifest.seed}",
-            lead="plan",
+            label="plan",
         ),
-        say(f"{run.manifest.interleaving}{_level(run)}", lead="level"),
-        *([say(run.manifest.stopped, lead="stopped")] if run.manifest.stopped else []),
+        say(f"{run.manifest.interleaving}{_level(run)}", label="level"),
+        *([say(run.manifest.stopped, label="stopped")] if run.manifest.stopped else []),
         *standing(run, study),
     )
 
@@ -81,7 +81,7 @@ def _own_workloads(run: Run, study: Study) -> Iterator[Line]:
     for name, workload in read_own_workloads(run).items():
         pairs = ((field.name, getattr(workload, field.name)) for field in dataclasses.fields(workload))
         changes = ", ".join(f"{key} = {value}" for key, value in pairs if value != getattr(study.workload, key))
-        yield say(f"{name} has {changes}; {_tokens(tokens.get(name, {}))}", lead="own")
+        yield say(f"{name} has {changes}; {_tokens(tokens.get(name, {}))}", label="own")
 
 
 def _level(run: Run) -> str:

@@ -19,7 +19,7 @@ def tabulate_findings(findings: Sequence[Finding], notes: Iterable[str]) -> Tabl
         heads=(ColumnHeader(text="finding"), seen, cost, ColumnHeader(text="what to try")),
         rows=tuple(rows or [write_row("none", "", "", "")]),
         notes=say_each(notes),
-        apart=True,
+        blank_line_before=True,
     )
 
 

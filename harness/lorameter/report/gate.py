@@ -17,7 +17,7 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
     unmet = tuple(say(Span(text=line, tone="bad")) for line in result.unmet)
     tone: Tone = "good" if result.passed else "bad"
     invalid = invalid_of(result.report)
-    outcome = Section(title=outcome_of(result), tone=tone, lines=unmet, apart=False, last=invalid is None)
+    outcome = Section(title=outcome_of(result), tone=tone, lines=unmet, blank_line_before=False, last=invalid is None)
     first = say_invalid(invalid)
     return (*first, outcome, *describe_comparison(result.report, ab=ab)[len(first) :])
 

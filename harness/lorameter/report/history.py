@@ -62,7 +62,7 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
         beside=f"  study {track.study}",
         lines=tuple(_drawn(track)),
     )
-    yield Table(heads=LEVELS, rows=tuple(_levels(track)), apart=True)
+    yield Table(heads=LEVELS, rows=tuple(_levels(track)), blank_line_before=True)
     for change in track.breaks:
         yield from _break(change)
     for line in track.lines:
@@ -70,7 +70,7 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
             yield from _suspicion(suspicion, track)
         yield _silence(line, track)
     if every_run:
-        yield dataclasses.replace(table_of_runs(track), apart=True)
+        yield dataclasses.replace(table_of_runs(track), blank_line_before=True)
 
 
 def table_of_runs(track: Track) -> Table:
@@ -122,7 +122,7 @@ def _level(plateau: Plateau, line: Course, track: Track) -> Row:
 
 def _break(change: Break) -> Iterator[Line]:
     where = f"{_day(change.after)}, run {change.after.run}: "
-    yield say(Span(text="known break ", tone="odd"), where, _differences(change.differing), apart=True)
+    yield say(Span(text="known break ", tone="odd"), where, _differences(change.differing), blank_line_before=True)
     if change.confirm:
         yield say("  what it did is measured by: ", Span(text=change.confirm, tone="command"))
 
@@ -135,7 +135,7 @@ def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
         f"run {found.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
         f"last before: {_day(found.before)}, run {found.before.run}. Changed between: ",
         _differences(found.differing) or "nothing that is known",
-        apart=True,
+        blank_line_before=True,
     )
     if found.confirm:
         yield say("  a suspicion; it is confirmed by: ", Span(text=found.confirm, tone="command"))

@@ -54,7 +54,7 @@ def describe_matrix(changes: Sequence[MatrixRun]) -> Document:
     ]
     return (
         say(Span(text="Studies by changes of versions", tone="strong"), indented=False),
-        Table(heads=tuple(heads), rows=tuple(rows), notes=(_note(), *map(_run, changes)), apart=True),
+        Table(heads=tuple(heads), rows=tuple(rows), notes=(_note(), *map(_run, changes)), blank_line_before=True),
     )
 
 

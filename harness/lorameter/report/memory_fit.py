@@ -67,7 +67,7 @@ def _blocks(advice: Advice, workload: Workload, profile: str | None) -> Iterator
                 ColumnHeader(text="there"),
             ),
             rows=tuple(map(_row, advice.knobs)),
-            apart=True,
+            blank_line_before=True,
         )  # fmt: skip
     if any(knob.table == "workload" for knob in advice.knobs):
         yield say("batch_size is written in [workload], the others in [[variant]].")

@@ -91,7 +91,7 @@ def tabulate_serving(shown: Mapping[str, Series]) -> Table | None:
         "output tokens/s: of all prompts of a request, over its time; on the front: no other has more of them and less "
         "time per token, by their estimates"
     )
-    return Table(title=SERVING, heads=heads, rows=tuple(rows), notes=(say(said),), apart=True)
+    return Table(title=SERVING, heads=heads, rows=tuple(rows), notes=(say(said),), blank_line_before=True)
 
 
 def draw_serving(shown: Mapping[str, Series]) -> Figure | None:
@@ -105,7 +105,7 @@ def draw_serving(shown: Mapping[str, Series]) -> Figure | None:
         "a second. The dashed stair joins the variants that no other beats in both by its estimate; where intervals "
         "overlap the order is open.",
         drawing=found.drawing,
-        table=replace(table, title="", notes=(), apart=False),
+        table=replace(table, title="", notes=(), blank_line_before=False),
     )
 
 

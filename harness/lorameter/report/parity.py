@@ -58,13 +58,13 @@ def _adapter(parity: Parity) -> str:
 def _verdicts(judgement: Judgement) -> Iterator[Line]:
     for one in judgement.likenesses:
         said, tone = _SAID[one.verdict]
-        yield say(Span(text=said, tone=tone), f": {say_answers(one)}", lead=one.way)
+        yield say(Span(text=said, tone=tone), f": {say_answers(one)}", label=one.way)
     for way, why in judgement.failures.items():
-        yield say(Span(text="no answer", tone="alarm"), f": {why}", lead=way)
+        yield say(Span(text="no answer", tone="alarm"), f": {why}", label=way)
     if judgement.without is not None:
-        yield say(f"what the adapter changes: {say_answers(judgement.without)}", lead=judgement.without.way)
+        yield say(f"what the adapter changes: {say_answers(judgement.without)}", label=judgement.without.way)
     if judgement.floor is not None:
-        yield say(f"the noise floor: {say_answers(judgement.floor)}", lead=judgement.floor.way)
+        yield say(f"the noise floor: {say_answers(judgement.floor)}", label=judgement.floor.way)
     asked = judgement.without or judgement.floor
     if asked is not None and judgement.distinct == 1 < asked.answers.of:
         yield say(
@@ -117,7 +117,7 @@ def _answers(rows: Sequence[Likeness]) -> Table:
                 "the narrower"
             ]
         ),
-        apart=True,
+        blank_line_before=True,
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def _logits(rows: Sequence[Likeness]) -> Table:
                 "the reference's answers, so that both have read the same; means with intervals of 95 % over answers"
             ]
         ),
-        apart=True,
+        blank_line_before=True,
     )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
             for one in rows
         ),
         notes=say_each([f"paired over {format_count(len(parity.reference.losses), 'held-out sequence')}"]),
-        apart=True,
+        blank_line_before=True,
     )
 
 

@@ -288,7 +288,7 @@ def _at_birth(shown: Iterable[Series], phase: Phase) -> str:
     if not births:
         return ""
     low, high = format_bytes(min(births)), format_bytes(max(births))
-    return f"host peaks include {high if low == high else f'{low} to {high}'} with which each process begins"
+    return f"host peaks include the process baseline (RSS at start) of {high if low == high else f'{low} to {high}'}"
 
 
 def _checks(series: Series) -> str:

@@ -66,7 +66,7 @@ def _memory(profile: Profile) -> Table:
         title=f"Memory of the {'device' if profile.device == 'cuda' else 'process'} at its peak",
         heads=name_columns("kind", "a step", "estimated"),
         rows=tuple(rows),
-        apart=True,
+        blank_line_before=True,
     )
 
 

@@ -29,10 +29,10 @@ def standing(run: Run, study: Study) -> tuple[Line, ...]:
         said = f"{_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
         resumable = run.state != "running" and is_resumable(manifest) and not is_single_script_run(run, study)
         said += f". Resume: lorameter run --resume {manifest.run}" if resumable else ""
-        lines.append(say(said, lead="status"))
+        lines.append(say(said, label="status"))
     if manifest.resumed:
         times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)
-        lines.append(say(times, lead="resumed"))
+        lines.append(say(times, label="resumed"))
     return tuple(lines)
 
 

@@ -65,7 +65,7 @@ def render_block(block: Block, console: Console, *, verbose: bool = False) -> It
     elif isinstance(block, Collapsible):
         yield from _fold(block, console, verbose=verbose)
     elif isinstance(block, Table):
-        if block.apart:
+        if block.blank_line_before:
             yield ""
         yield from _table(block, console)
         yield from _paragraphs(block.notes, console)
@@ -114,7 +114,7 @@ def _wrapped(text: Text, width: int, console: Console) -> Text:
 def _section(section: Section, console: Console) -> Iterator[Text]:
     title = draw_text(section.title)
     title.stylize(f"bold {STYLES[section.tone]}")
-    yield Text("\n" * section.apart).append_text(title).append_text(draw_text(section.beside))
+    yield Text("\n" * section.blank_line_before).append_text(title).append_text(draw_text(section.beside))
     yield from _paragraphs(section.lines, console)
 
 
@@ -210,7 +210,7 @@ def _records(table: Table, console: Console) -> Iterator[Text]:
     """The rows below each other, for a terminal that is narrower than what must be shown."""
     for row in table.rows:
         lines = [
-            say(cell.words, lead=escape_control_chars(head.text))
+            say(cell.words, label=escape_control_chars(head.text))
             for head, cell in zip(table.heads, row.cells, strict=True)
             if cell.words
         ]

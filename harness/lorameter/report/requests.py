@@ -79,7 +79,7 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
         heads=name_columns("pass", "time", calls, "FLOPs", "MFU", "bytes", "MBU"),
         rows=tuple(rows),
         notes=say_each(_pass_lines(profile, accounts)),
-        apart=True,
+        blank_line_before=True,
     )
 
 
@@ -134,7 +134,7 @@ def _memory(profile: RequestProfile) -> Table:
         heads=name_columns("kind", "bytes"),
         rows=tuple(rows),
         notes=say_each(lines),
-        apart=True,
+        blank_line_before=True,
     )
 
 
@@ -158,5 +158,5 @@ def _cold(profile: RequestProfile) -> Table:
                 "`lorameter run --phase cold` measures"
             ]
         ),
-        apart=True,
+        blank_line_before=True,
     )

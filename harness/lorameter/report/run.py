@@ -59,7 +59,7 @@ def describe_run(view: RunView) -> Document:
 
 def _blocks(view: RunView) -> Iterator[Block]:
     yield from say_invalid(view.invalid)
-    yield Section(title=view.title, lines=(*_findings(view), *view.facts), apart=False)
+    yield Section(title=view.title, lines=(*_findings(view), *view.facts), blank_line_before=False)
     for table in view.tables:
         yield _table(table)
         if table.serving is not None:
@@ -72,7 +72,7 @@ def _blocks(view: RunView) -> Iterator[Block]:
     yield from _statistics(view)
     yield from describe_spending(view.spending)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    yield say(f"Trials: {counted}. Run {view.run} in {view.path}", indented=False, apart=True)
+    yield say(f"Trials: {counted}. Run {view.run} in {view.path}", indented=False, blank_line_before=True)
     if view.state != "complete":
         what = f" ({view.state}): what is shown is what there is."
         yield say(Span(text="This run is not complete", tone="alarm"), what, indented=False)
@@ -87,12 +87,12 @@ def _findings(view: RunView) -> Iterator[Line]:
         groups = {
             "": told,
             "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
-            "cannot tell: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
+            "inconclusive: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
             "invalid: ": [row.name for row, ratio in found if ratio.verdict == "invalid"],
         }
         parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
         if parts:
-            line = say(Span(text="; ".join(parts), tone="strong"), lead=_lead(table))
+            line = say(Span(text="; ".join(parts), tone="strong"), label=_lead(table))
             yield dataclasses.replace(line, last=view.valid)
 
 
@@ -119,7 +119,7 @@ def _table(table: PhaseTable) -> Table:
             heads=tuple(heads),
             rows=tuple(Row(cells=cells, strong=row.reference) for cells, row in zip(rows, table.rows, strict=True)),
             notes=tuple(_notes(table)),
-            apart=True,
+            blank_line_before=True,
         )
     )
 
@@ -131,9 +131,7 @@ def _head(column: PhaseColumn, table: PhaseTable, rank: int) -> ColumnHeader:
         turned = table.metric in METRICS and METRICS[table.metric].higher_is_better
         return ColumnHeader(text=f"{'slow-down ' if turned else ''}{column.head}", right=True, ratio=True)
     if column.key == CHECKS:
-        return ColumnHeader(
-            text=column.head, drop_priority=rank, collapse_if_constant=True, plain="checks (what was required)"
-        )
+        return ColumnHeader(text=column.head, drop_priority=rank, collapse_if_constant=True, plain="required paths")
     if column.key == PEAK:
         where = {cell.detail for cell in table.cells(PEAK)} - {""}
         text = f"{column.head}, {min(where)}" if len(where) == 1 else column.head

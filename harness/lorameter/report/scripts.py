@@ -22,7 +22,7 @@ def describe_scripts(run: Run, study: Study) -> Iterator[Line]:
         for side in sides or {"": {}}:
             records = [one for one in run.records if one.name == variant.name and (not side or one.side == side)]
             command = str(sides[side].get("spec")) if side else variant.command
-            yield say(f"{side or variant.name}: {command}{_where(variant)}{_seen(records)}", lead="command")
+            yield say(f"{side or variant.name}: {command}{_where(variant)}{_seen(records)}", label="command")
 
 
 def _where(variant: Variant) -> str:

@@ -137,7 +137,7 @@ def tabulate_categories(profile: Watched, step: StepAccount, words: Words = OF_S
         heads=name_columns("category", f"of the {words.what}", "time", *step.phases),
         rows=tuple(rows),
         notes=say_each(_operators(profile, step, words)),
-        apart=True,
+        blank_line_before=True,
     )
 
 

@@ -45,14 +45,14 @@ def _last(document: Document) -> Iterator[Section]:
     """What is repeated below a report, so that a reader of a long one need not scroll up."""
     for block in document:
         if isinstance(block, Section) and block.last:
-            yield dataclasses.replace(block, apart=True)
+            yield dataclasses.replace(block, blank_line_before=True)
     found = [
         block.lines if isinstance(block, Section) else [block]
         for block in document
         if isinstance(block, (Line, Section))
     ]
     if lines := tuple(line for lines in found for line in lines if line.last):
-        yield Section(title="", lines=lines, apart=False)
+        yield Section(title="", lines=lines, blank_line_before=False)
 
 
 def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:

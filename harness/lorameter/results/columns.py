@@ -147,7 +147,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _column("reason", "text", "what decided"),
         _column("replicates", "count", "pairs of trials"),
         _column("replicates_needed", "count", "what an open question takes in all; missing where nothing would do"),
-        _column("mde80", "number", "smallest slow-down, as a fraction, that would have been seen with 80 % power"),
+        _column("mde80", "number", "smallest detectable slow-down with 80 % power, a fraction"),
         _column("tolerance", "number", "smallest slow-down worth an alarm, as a fraction"),
         _column("margin", "number", "within it two things count as equal, as a fraction"),
         _INTERLEAVING,

@@ -1,7 +1,7 @@
 """Numbers in, verdicts out: the statistics of lorameter, pure functions that know nothing of disks or devices.
 
 The replicate is the unit (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one value before
-any interval is taken. A comparison has a verdict for "equal" and another for "cannot tell". Times go through
+any interval is taken. A comparison has a verdict for "equal" and another for "inconclusive". Times go through
 `compare_trials` (several at once: `compare_family`), peaks of memory through `compare_bytes`; statements about several
 levels are judged by `lorameter.stats.statement` from the contrasts of `lorameter.stats.trend`.
 

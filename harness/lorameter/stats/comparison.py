@@ -138,7 +138,7 @@ def _reason(
     open_question = (
         f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin of ±{margin}"
     )
-    seen = "" if mde80 is None else f"; a slow-down of {_percent(mde80)} would have been seen with 80 % power"
+    seen = "" if mde80 is None else f"; smallest detectable slow-down, with 80 % power: {_percent(mde80)}"
     remedy = "" if needed is None or needed > MOST_ADVISED else f"; measure {needed} replicates"
     return f"{open_question} ({count}){seen}{remedy}"
 

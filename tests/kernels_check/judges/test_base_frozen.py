@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from lorameter.run.check_multi_rank import SHARDS_INTEGERS, shards_4bit
 from negative_controls.small_run import SmallRun
 from peft.optimizers import create_lorafa_optimizer
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from kernels_check import verify
 from kernels_check.judges import base_layers
 from kernels_check.observation.adapter_layers import adapter_layers
+from lorameter.run.check_multi_rank import SHARDS_INTEGERS, shards_4bit
 
 
 def _tuned(base, *, optimizer=torch.optim.AdamW, everything=False, **options):

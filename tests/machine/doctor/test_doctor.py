@@ -7,6 +7,7 @@ import itertools
 import json
 
 import pytest
+
 from lorameter import cli
 from lorameter.machine.doctor import examine, is_fit
 from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, GpuSurvey, Survey

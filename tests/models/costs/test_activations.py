@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.activations import Activations
 from lorameter.models.families import FAMILIES

@@ -6,6 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+
 from lorameter.errors import LorameterError
 from lorameter.models.costs.ceiling import bandwidth_utilisation, ceiling_of, product_rate, utilisation
 from lorameter.models.costs.decoding import decode_cost, mean_context

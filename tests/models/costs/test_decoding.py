@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.decoding import DecodeCost, decode_cost, mean_context
 from lorameter.models.shapes import ModelShape
@@ -68,6 +69,7 @@ def test_context_of_the_tokens_after_the_first():
 def test_bytes_are_those_of_the_stored_tensors(options):
     """Weights, quantisation state, adapter and cache of a built model, the embedding as one row: equal to the byte."""
     import torch
+
     from lorameter.trial.building.base_model import load_base
     from lorameter.trial.building.lora import attach
     from lorameter.trial.building.packing import evaluating
@@ -89,6 +91,7 @@ def test_bytes_are_those_of_the_stored_tensors(options):
 def test_bytes_of_the_repacked_layout():
     """On a CPU that repacks 4-bit weights, the weights and scales that decoding reads, to the byte."""
     import torch
+
     from lorameter.trial.building.base_model import load_base
     from lorameter.trial.building.lora import attach
     from lorameter.trial.building.packing import linear4bit_layers

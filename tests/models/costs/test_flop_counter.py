@@ -10,6 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.decoding import decode_cost
 from lorameter.models.costs.flops import StepTokens, computed_tokens, training_flops
@@ -26,9 +30,6 @@ from lorameter.trial.building.packing import evaluating
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.profiling.wanted import see_wanted
 from lorameter.trial.step import TrainStep
-from peft import LoraConfig, get_peft_model
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def _counting():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,

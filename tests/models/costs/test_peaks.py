@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.models.costs.peaks import DEVICES, stated_peak
 
 

@@ -10,6 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.machine import provenance
 from lorameter.models.costs.memory import PEAK_RANGES, PUBLISHED_PEAKS, PUBLISHED_WITHIN

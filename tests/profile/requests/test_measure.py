@@ -7,6 +7,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+
 from lorameter.profile.requests.accounting import request_accounts
 from lorameter.profile.requests.evidence import evidence_of_requests
 from lorameter.profile.requests.facts import COLD_PARTS, RequestProfile

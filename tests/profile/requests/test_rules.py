@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+
 from lorameter.errors import UsageError
 from lorameter.profile.accounting import TimeSpan
 from lorameter.profile.requests.evidence import PassEvidence, RequestEvidence

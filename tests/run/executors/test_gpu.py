@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 
 import pytest
+
 from lorameter.records import codec
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan

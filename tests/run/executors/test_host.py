@@ -8,9 +8,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import lorameter
 import psutil
 import pytest
+
+import kernels_check
+import lorameter
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import (
     differing_packages,
@@ -19,8 +21,6 @@ from lorameter.records.record import SCHEMA
 from lorameter.run.executors import host
 from lorameter.run.executors.host import Host, describe, inspect
 from lorameter.run.executors.local import LocalExecutor
-
-import kernels_check
 
 
 def test_a_zygote_forks_beside_scikit_learn_pandas_and_pyarrow(tmp_path):

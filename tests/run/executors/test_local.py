@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+
 from lorameter.run.executors.forked import ForkedWorker
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan

@@ -8,6 +8,7 @@ import signal
 
 import psutil
 import pytest
+
 from lorameter.records.metrics import samples_of
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan

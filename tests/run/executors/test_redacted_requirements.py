@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.errors import UsageError, redact
 from lorameter.run.executors.environments import parse_requirements
 from lorameter.run.executors.redacted_requirements import asked_again

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.machine.provenance import probe_machine
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.script import ScriptExecutor, python_of

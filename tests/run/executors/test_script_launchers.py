@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+
 from lorameter.machine.provenance import probe_machine
 from lorameter.run.measure import measure, plan_study
 from lorameter.studies.protocol import Protocol

@@ -14,6 +14,7 @@ import time
 
 import psutil
 import pytest
+
 from lorameter.attach.turn_client import SOCKET, address
 from lorameter.machine.orphan_reaper import marked
 from lorameter.run.executors import script_process

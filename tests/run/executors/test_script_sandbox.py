@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.executors import script_sandbox

@@ -7,6 +7,7 @@ import textwrap
 from unittest.mock import Mock
 
 import pytest
+
 from lorameter.machine.provenance import probe_machine
 from lorameter.run.measure import measure, plan_study
 from lorameter.studies.protocol import Protocol

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.records import codec
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.script import TOKENS

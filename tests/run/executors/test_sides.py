@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import lorameter
 import pytest
+
+import lorameter
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import differing_packages, harness_identity
 from lorameter.records.locks import alone

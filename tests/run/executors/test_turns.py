@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import psutil
+
 from lorameter.records import codec
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan

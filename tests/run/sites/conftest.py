@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.run import ab

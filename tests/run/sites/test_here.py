@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lorameter.records import store
 
+from lorameter.records import store
 from tests.run.sites.wholeness import sites_of_whole
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]

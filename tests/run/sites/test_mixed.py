@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from lorameter.records import store
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.ab import attribution_of, report_of

@@ -9,10 +9,10 @@ import signal
 import threading
 
 import pytest
+
 from lorameter.errors import InvalidRunError
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import WorkerLostError
-
 from tests.run.sites.wholeness import sites_of_whole
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.run.sites.ray import berths_of
-
 from tests.run.sites.wholeness import sites_of_whole
 
 ROOT = Path(__file__).parents[3]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.run.executors import open_executor

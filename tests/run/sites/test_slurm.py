@@ -11,6 +11,7 @@ import sys
 import threading
 
 import pytest
+
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import codec, locks

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from lorameter.records import store
 from lorameter.run.sites.slurm import FOLDER
-
 from tests.run.sites.wholeness import sites_of_whole
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]

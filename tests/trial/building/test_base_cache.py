@@ -9,6 +9,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+
 from lorameter.models import bases, catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory
 from lorameter.records.os_errors import find_system_error

@@ -13,12 +13,13 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, fetch, shapes
 from lorameter.studies.variant import Variant
 from lorameter.trial.building import base_model as models
 from lorameter.trial.data.tokenizers import load_tokenizer
-from safetensors.torch import load_file, save_file
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

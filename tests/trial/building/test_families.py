@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters
 from lorameter.studies.protocol import Protocol

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from lorameter.models import catalogue
 from lorameter.studies.variant import Variant
 from lorameter.trial.building import lora

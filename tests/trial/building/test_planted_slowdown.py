@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -17,8 +20,6 @@ from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.step import TrainStep
-from peft.tuners.lora import LoraLayer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS = 7  # no other product here has as many
 WORKLOAD = Workload(sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1)

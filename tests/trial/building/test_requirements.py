@@ -1,6 +1,7 @@
 """What a variant claims: requirements that follow from it, and the share that a paged optimizer would page."""
 
 import pytest
+
 from lorameter.studies.variant import Variant
 from lorameter.trial.building.requirements import requirements_of
 

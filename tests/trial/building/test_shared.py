@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant

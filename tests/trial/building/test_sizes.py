@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue
 from lorameter.studies.protocol import Protocol

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from lorameter.models import catalogue, shapes
 from lorameter.trial.data.messages import ChatTurn, Conversation
 from lorameter.trial.data.tokenizers import load_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.studies.columns import DataColumns
 from lorameter.trial.data.detect_format import recognise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.studies.workload import Workload

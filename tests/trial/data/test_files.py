@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.trial.data.files import open_table
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from pyarrow import parquet
+
 from lorameter.errors import UsageError
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.records import describe_data
-from pyarrow import parquet
 
 SPOILT = Path(__file__).with_name("spoilt")
 """Data sets of a few rows, a few bytes of which were changed: of most the library dies."""

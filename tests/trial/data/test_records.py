@@ -6,6 +6,7 @@ import gzip
 import json
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.records import describe_data, read_records

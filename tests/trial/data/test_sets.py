@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datasets
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.records import describe_data, read_records

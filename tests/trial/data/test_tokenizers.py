@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lorameter.errors import UsageError
 from lorameter.models import catalogue
 from lorameter.trial.data.tokenizers import BYTE_VOCABULARY, load_tokenizer

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear
+
 from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.studies.protocol import Protocol
@@ -17,7 +19,6 @@ from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.inference.generate import generate
 from lorameter.trial.trial import Trial
-from peft.tuners.lora.layer import Linear
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=6, held_out_sequences=1, prompt_tokens=8,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lorameter.errors import LorameterError
 from lorameter.models import bases, catalogue
 from lorameter.studies.protocol import Protocol

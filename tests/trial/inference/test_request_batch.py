@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.studies.protocol import Protocol

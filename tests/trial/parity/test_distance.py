@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from lorameter.trial.parity.distance import ROWS, measure_distance, sequence_losses
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from lorameter.models import catalogue
 from lorameter.parity.judgement import compare_served
 from lorameter.records import codec

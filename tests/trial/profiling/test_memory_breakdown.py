@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from lorameter.trial.memory import resident_bytes, resident_tensors
 from lorameter.trial.profiling.live import LiveTensors
 from lorameter.trial.profiling.memory_breakdown import account, take_birth
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 ROWS, WIDTH = 16, 32
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lorameter.models.costs.peaks import stated_peak
 from lorameter.trial.clock import Lap
 from lorameter.trial.profiling import peak

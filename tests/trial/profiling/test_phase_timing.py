@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
 from lorameter.profile.diagnosis import diagnose
 from lorameter.profile.evidence import ProfileEvidence
 from lorameter.records.activity import STEP_PHASES
@@ -19,7 +21,6 @@ from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.phase_timing import BorderedStep, step_times
 from lorameter.trial.step import TrainStep
-from torch.profiler import ProfilerActivity, profile, record_function
 
 
 def setting(folder, layout="packed"):

@@ -6,6 +6,9 @@ import math
 import pytest
 import torch
 import transformers
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile, record_function
+
 from lorameter.records import codec
 from lorameter.records.activity import (
     CACHE,
@@ -30,8 +33,6 @@ from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.requests import BorderedRequest, see_request
 from lorameter.trial.profiling.trial import ProfiledTrial
-from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile, record_function
 
 PROMPT, NEW = 12, 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lorameter.models.costs.modules import from_values
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest

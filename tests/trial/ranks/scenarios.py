@@ -88,6 +88,7 @@ def unsynchronised():
 def summed():
     """Gradients are summed over the ranks and not divided."""
     import torch
+
     from lorameter.trial.ranks import rank
 
     wrapped = rank.distribute
@@ -141,8 +142,9 @@ def stored_as(name):
 
     def change():
         import torch
-        from lorameter.trial.ranks import rank
         from transformers import BitsAndBytesConfig
+
+        from lorameter.trial.ranks import rank
 
         made, wrapped = BitsAndBytesConfig.__init__, rank.distribute
 

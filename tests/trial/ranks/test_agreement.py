@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.studies.variant import Variant
 from lorameter.trial.ranks.agreement import EXACT, ROUNDED, compare_losses, tolerance_of
 

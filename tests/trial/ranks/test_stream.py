@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.stream import TokenStream

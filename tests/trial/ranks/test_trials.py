@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lorameter.records import codec
 from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from lorameter.records import codec
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run

@@ -1,6 +1,7 @@
 """The share of natural-length request time that the length explains."""
 
 import pytest
+
 from lorameter.verdicts.claims.answers import answers_of
 from lorameter.verdicts.series import group_trials
 

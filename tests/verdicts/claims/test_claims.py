@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 import pytest
+
 from lorameter.records.record import Failure
 from lorameter.verdicts.claims import conjunction, judge_claims
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from lorameter.studies.engine import Engine
 from lorameter.verdicts.claims import judge_claims
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lorameter.verdicts.claims import judge_claims
 
 SIZES = {"b4": {"batch_size": 4}, "other": {"model": "random:smollm2-135m"}}
