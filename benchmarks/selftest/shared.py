@@ -33,7 +33,7 @@ def command_output(words: list[str], **options: object) -> str:
     Raises:
         SystemExit: it prints nothing.
     """
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    search = os.pathsep.join(filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, "-m", "lorameter.cli", *words], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": search}, **options,
