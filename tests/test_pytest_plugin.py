@@ -24,9 +24,9 @@ import os
 from pathlib import Path
 import lorameter.run.executors.local
 from lorameter.pytest_plugin import attach
-from lorameter.records.worker_info import BaseSummary, Hello, TokenSummary
-from lorameter.records.record import Failure, Fragment
-from lorameter.run.executors import Place
+from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import Failure, PartialRecord
+from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 
 STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345678"))}
@@ -37,12 +37,12 @@ class Worker:
     def ask(self, command, trial, timeout_s, **arguments):
         replicate, name = trial.split("-")[:2]
         if name == os.environ.get("FAILING") and command == "build":
-            return Fragment().failed("oom", Failure(phase="build", kind="MemoryError", message="no memory left"))
+            return PartialRecord().failed("oom", Failure(phase="build", kind="MemoryError", message="no memory left"))
         slow = 1.5 if "control" in trial and os.environ.get("BAD_CONTROL") else 1.0
         step = STEP[name] * slow * (1 + int(replicate[1:]) / 7)
         if command == "turn":
             count = arguments["steps"]
-            return Fragment(samples={
+            return PartialRecord(samples={
                 "step_time_s": (step,) * count, "step_cpu_time_s": (step,) * count, "train_loss": (2.0,) * count,
                 "turn_real_tokens": (64.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (2.0,),
             })
@@ -50,13 +50,13 @@ class Worker:
             self.prefix = "merged_"
         if command == "request":
             names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
-            return Fragment(samples={self.prefix + name: (step,) for name in names})
+            return PartialRecord(samples={self.prefix + name: (step,) for name in names})
         if command == "finish_training":
-            return Fragment(values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**20})
+            return PartialRecord(values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**20})
         if command == "verify":
             check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
-            return Fragment(checks=(check,))
-        return Fragment()
+            return PartialRecord(checks=(check,))
+        return PartialRecord()
     def close(self):
         pass
 
@@ -64,10 +64,10 @@ class Executor(LocalExecutor):
     def start(self, folder, threads):
         Path("measured").open("a").write("x")
     def make_place(self, trial, log):
-        return Place(scratch=trial, log_path=log)
+        return TrialFiles(scratch=trial, log_path=log)
     def clear_place(self, trial): pass
     def hello(self):
-        return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
     def lanes(self, threads):
         return 1
 
@@ -79,7 +79,7 @@ class Executor(LocalExecutor):
     def launch(self):
         return Worker()
     def cold_start(self, request):
-        return Fragment(values={"cold_import_time_s": 1.0}, samples={"cold_start_time_s": (2.0,)})
+        return PartialRecord(values={"cold_import_time_s": 1.0}, samples={"cold_start_time_s": (2.0,)})
     def close(self): pass
 
 def pytest_configure(config):

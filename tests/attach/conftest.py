@@ -125,7 +125,7 @@ def tiny_model():
 
 FOLLOWER = '''
 import json, os
-from lorameter.attach.observer import Next
+from lorameter.attach.observer import ObserverReply
 
 class Follower:
     """Writes a line for each thing that it is told."""
@@ -142,12 +142,12 @@ class Follower:
     def begin(self, training):
         self.tell("begin", source=training.source, planned=training.planned_steps, rank=training.rank,
                   trainable=training.trainable_parameters, ranks=training.ranks, model=type(training.module).__name__)
-        return Next()
+        return ObserverReply()
 
     def step(self, reading):
         found = {name: getattr(reading, name) for name in reading.__slots__}
         self.tell("step", **found | {"checks": None if reading.checks is None else len(reading.checks)})
-        return Next(go_on=reading.number != self.stop_after, watch={} if reading.number == self.watch_after else None)
+        return ObserverReply(go_on=reading.number != self.stop_after, watch={} if reading.number == self.watch_after else None)
 
     def phase(self, phase):
         self.tell("phase", phase=phase)

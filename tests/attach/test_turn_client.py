@@ -91,10 +91,10 @@ def test_an_evaluation_is_not_in_the_peak_of_training(parent):
 
 FORKING = """
 import os
-from lorameter.attach.observer import Training
-from lorameter.attach.turn_client import Turns
+from lorameter.attach.observer import TrainingInfo
+from lorameter.attach.turn_client import TurnClient
 
-Turns().begin(Training(
+TurnClient().begin(TrainingInfo(
     source="loop", model=None, planned_steps=None, trainable_parameters=6, total_parameters=6, accumulation=1
 ))
 child = os.fork()

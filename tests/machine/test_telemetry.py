@@ -6,8 +6,8 @@ from lorameter.machine.telemetry import Telemetry
 
 WATCH = """
     from lorameter.machine.nvml import open_device
-    from lorameter.machine.telemetry import DeviceWatch
-    watch = DeviceWatch(open_device().value, energy={energy})
+    from lorameter.machine.telemetry import GpuTelemetry
+    watch = GpuTelemetry(open_device().value, energy={energy})
     found = []
     for begin, end in {stretches}:
         watch.begin(begin)
