@@ -22,7 +22,8 @@ METER_IMPORT = "from lorameter.attach import Meter"
 """The line with which a script imports the meter."""
 COMMANDS = (
     "run", "ab", "calibrate", "bisect", "wrap", "doctor", "estimate", "profile", "parity", "report", "list", "model",
-    "model fetch", "compare", "gate", "accept", "sample", "claims", "export", "history", "prune", "pack", "init", "completion",
+    "model fetch", "compare", "gate", "accept", "sample", "claims", "export", "history", "prune", "pack", "init",
+    "completion",
 )  # fmt: skip
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

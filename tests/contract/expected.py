@@ -53,6 +53,7 @@ def check_shape(name: str, found: Any) -> None:
 def check_run(name: str, run: Path) -> None:
     """The files of a run, and keys and types of its manifest and of the last record of each trial, solo ones apart."""
     last = {record["trial"]: record for record in read_records(run)}
+    assert {record["status"] for record in last.values()} == {"ok"}
     records = [_without_the_host(record) for record in last.values()]
     kinds = {
         "records": [record for record in records if not record["trial"].endswith("-solo")],

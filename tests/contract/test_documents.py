@@ -84,6 +84,16 @@ def test_accepting_a_run_prints_it(lorameter, own_folder):
     check_shape("json/accept", second)
 
 
+def test_a_suite_is_written_once(lorameter, own_folder):
+    """`init` prints the files that it wrote; it refuses a folder that has one of them."""
+    document = document_of(lorameter("init suite --json"))
+    assert sorted(document["files"]) == sorted(path.name for path in (own_folder / "suite").iterdir())
+    assert document["folder"] == "suite"
+    (own_folder / "suite" / "conftest.py").write_text("# mine\n", encoding="utf-8")
+    assert lorameter("init suite").code == 2
+    assert (own_folder / "suite" / "conftest.py").read_text(encoding="utf-8") == "# mine\n"
+
+
 def test_pruning_prints_what_it_removed(lorameter, own_folder):
     """And the folder is gone."""
     assert lorameter("accept base --json").code == 0
