@@ -154,7 +154,7 @@ def judge_level(level: str, records: list[TrialRecord]) -> Iterator[str]:
         if record.samples.get("step_time_s"):
             groups.setdefault(record.replicate, []).append(record)
     loads = max(sum(one.values.get("base_loads", 0.0) for one in group) for group in groups.values())
-    smallest = "nothing" if control.mde80 is None else f"a slow-down of {100 * control.mde80:.2g} %"
+    smallest = "nothing" if control.mde80 is None else f"a slow-down of {100 * control.mde80:.3g} %"
     ratio = format_ratio(control.ratio, control.low, control.high)
     said = (
         f"levels: {level}: {control.replicates} replicates, control {ratio}, {smallest} is found with 80 % power, "
