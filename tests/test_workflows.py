@@ -286,7 +286,13 @@ def history(tmp_path):
     command.chmod(0o755)
     remote = tmp_path / "remote.git"
     subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)
-    about = {"TOKEN": "secret", "BRANCH": "kept", "COMMIT": "c" * 40, "METRIC": "", "PYTHONPATH": str(ROOT)}
+    about = {
+        "TOKEN": "secret",
+        "BRANCH": "kept",
+        "COMMIT": "c" * 40,
+        "METRIC": "",
+        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
+    }
     about |= {
         name: str(tmp_path / name.lower()) for name in ("LORAMETER_RUNS", "LORAMETER_CACHE", "PACKED", "KEPT", "HOME")
     }

@@ -147,7 +147,8 @@ class Follower:
     def step(self, reading):
         found = {name: getattr(reading, name) for name in reading.__slots__}
         self.tell("step", **found | {"checks": None if reading.checks is None else len(reading.checks)})
-        return ObserverReply(go_on=reading.number != self.stop_after, watch={} if reading.number == self.watch_after else None)
+        watch = {} if reading.number == self.watch_after else None
+        return ObserverReply(go_on=reading.number != self.stop_after, watch=watch)
 
     def phase(self, phase):
         self.tell("phase", phase=phase)

@@ -22,7 +22,7 @@ def said(tmp_path):
         done = subprocess.run(
             command,
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "", "LORAMETER_FOLLOWER": "later:Follower"},
+            env={"PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "PATH": "", "LORAMETER_FOLLOWER": "later:Follower"},
             capture_output=True,
             text=True,
             timeout=120,

@@ -94,7 +94,7 @@ if __name__ == "__main__":
 
 def run(folder, *words, **variables):
     """A command in a folder, without what this process was started with to measure it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -283,7 +283,7 @@ def test_an_interpreter_needs_few_packages_to_be_measured(script, tmp_path, pack
     """One that lacks them says so before the training, which is as ever, and so does the command that wraps it."""
     python = make_interpreter(tmp_path / "bare", *packages)
     words = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", python]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*words, script("print('loss', train(20))")], cwd=tmp_path, env=environment, capture_output=True, text=True,
         timeout=240, check=False,

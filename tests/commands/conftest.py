@@ -21,7 +21,7 @@ def scripted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
-    monkeypatch.setenv("PYTHONPATH", str(TESTS.parent))
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS.parent / 'harness'}:{TESTS.parent}")
 
     def run(*words):
         code = cli.main(list(words))

@@ -263,7 +263,7 @@ def test_nothing_is_loaded_for_a_card_that_is_not_here():
          f"code = main(['estimate', {SPEC!r}, '--model', 'llama2-70b', '--gpu', 'H100', '--max-batch']); "
          "print('LOADED', code, sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"],
         cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}"},
     )  # fmt: skip
     assert "LOADED 0 []" in done.stdout
     assert "On H100 80GB" in done.stdout

@@ -148,7 +148,7 @@ def test_the_verdict_of_an_ab_stands_first(told):
     assert lines[0] == "Gate failed (exit 3): 1 inconclusive, 1 equivalent"
     assert "Inconclusive: between" in lines[2]
     assert text.index("Gate failed") < text.index("Sides") < text.index("Where the time went")
-    assert "real tokens/s, slow-down" in text
+    assert "tokens/s (without padding), slow-down" in text
     assert "measure 106" not in text
     assert "261" not in text
 

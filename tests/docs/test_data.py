@@ -21,7 +21,7 @@ def test_the_page_says_what_is_printed(tmp_path):
         (tmp_path / found["name"]).write_text(found["content"], encoding="utf-8")
     lines = [line for block in CONSOLE.finditer(text) for line in block["lines"].splitlines()]
     assert sum(line.startswith("$ ") for line in lines) == 5
-    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1]), "COLUMNS": "400"}
+    environment = os.environ | {"PYTHONPATH": f"{PAGE.parents[1] / 'harness'}:{PAGE.parents[1]}", "COLUMNS": "400"}
     printed = ""
     for line in lines:
         if line.startswith("$ "):

@@ -35,7 +35,7 @@ def page(tmp_path, monkeypatch):
     for found in FILE.finditer(PAGE.read_text(encoding="utf-8")):
         (tmp_path / found["name"]).write_text(found["content"], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'harness'}:{ROOT}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "400")
     return tmp_path

@@ -30,7 +30,12 @@ TWO_LINES = {
 
 def start(*words, folder):
     """A process of ours in a folder of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *words]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
 

@@ -24,7 +24,12 @@ def blocks(kind):
 def test_a_script_prints_what_the_page_says(tmp_path, place):
     """And leaves a run."""
     (tmp_path / "train.py").write_text(blocks("python")[place])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "train.py"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )

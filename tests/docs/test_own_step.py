@@ -35,7 +35,12 @@ def test_the_page_prints_what_it_says():
     shown = blocks()
     assert sum(bool(printed) for _, printed in shown) >= 4
     script = f"\nprint({MARK!r})\n".join(code for code, _ in shown)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     printed = [part.strip().splitlines() for part in done.stdout.split(MARK)]

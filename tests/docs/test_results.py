@@ -15,7 +15,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "results.ipynb"
 @pytest.fixture
 def executed(tmp_path, monkeypatch):
     """The notebook as it is, and as it comes out of a kernel of its own, with the code of this checkout."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PAGE.parents[1]), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join([str(PAGE.parents[1] / "harness"), str(PAGE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    )
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     kept = nbformat.read(PAGE, as_version=4)

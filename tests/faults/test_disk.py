@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import subprocess
+import sys
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
         "path = Path(sys.argv[1])\njournal.append(path, 'x' * 99 + '\\n')\n"
         "try: journal.append(path, 'y' * 99 + '\\n')\nexcept OSError as error: print(error.errno)"
     )
-    words = ["python", "-c", code, str(tmp_path / "trials.jsonl")]
+    words = [sys.executable, "-c", code, str(tmp_path / "trials.jsonl")]
     done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
     assert int(done.stdout) == errno.EFBIG
     assert (tmp_path / "trials.jsonl").read_text() == "x" * 99 + "\n"

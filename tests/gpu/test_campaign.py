@@ -105,7 +105,7 @@ def test_the_journal_outlives_an_end_by_force_and_is_of_one_card(kept, tmp_path)
     again = Journal(tmp_path, "card")
     again.add(entry("c"))
     assert [one.step for one in Journal(tmp_path, "card").entries] == ["a", "c"]
-    with pytest.raises(OtherMachineError, match="holds what was found on GPU, and this is another"):
+    with pytest.raises(OtherMachineError, match="holds what was found on card, and this is another"):
         Journal(tmp_path, "another")
 
 
@@ -242,8 +242,8 @@ def test_without_a_card_a_step_is_rehearsed_and_nothing_is_claimed(tmp_path):
     before = (page.read_text(), sorted(reports.iterdir()))
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--state", str(tmp_path / "state"), "--only", "study"],
-        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, check=False,
+        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}"},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "There is no GPU here" in done.stdout

@@ -105,10 +105,10 @@ def test_an_archive_writes_nothing_else(tmp_path, hostile):
 def test_what_was_packed_goes_before_what_is_installed(tmp_path):
     """In the steps' processes as well, and none of them looks for a network; without it nothing is changed."""
     plain = door.variables_of({"PYTHONPATH": "/own"}, None)
-    assert plain["PYTHONPATH"] == f"{ROOT}:/own"
+    assert plain["PYTHONPATH"] == f"{ROOT / 'harness'}:{ROOT}:/own"
     assert "HF_HUB_OFFLINE" not in plain
     packed = door.variables_of({}, tmp_path)
-    assert packed["PYTHONPATH"] == f"{tmp_path}:{ROOT}"
+    assert packed["PYTHONPATH"] == f"{tmp_path}:{ROOT / 'harness'}:{ROOT}"
     assert packed["HF_HUB_OFFLINE"] == packed["TRANSFORMERS_OFFLINE"] == "1"
 
 

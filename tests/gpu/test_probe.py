@@ -32,7 +32,7 @@ def test_a_zygote_has_one_thread_and_so_has_its_child():
     """Before the fork and right after it; the child computes, and NVML tells it something or says why not."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.forked"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**worker_environment(1), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env={**worker_environment(1), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

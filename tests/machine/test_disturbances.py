@@ -38,7 +38,7 @@ def test_a_quiet_trial_has_no_disturbances():
         ("throttled", {"device_thermal_slowdown_train_s": 2.0}, {"device_thermal_slowdown_train_s": 11.0}),
         ("throttled", {"device_throttled_samples_train": 4.0}, {"device_throttled_samples_train": 5.0}),
         ("clocks-moving", {"device_sm_clock_min_train_hz": 1.8e9}, {"device_sm_clock_min_train_hz": 1.4e9}),
-        ("shared", {"device_others_train": 1.0, "device_others_train_bytes": 5e8},
+        ("gpu-shared", {"device_others_train": 1.0, "device_others_train_bytes": 5e8},
          {"device_others_train": 1.0, "device_others_train_bytes": 2.0 * GIB}),
         ("swapped", {"host_swap_in_train_bytes": 4096.0}, {"host_swap_in_train_bytes": 3e8}),
         ("stolen", {"host_steal_train_s": 2.0}, {"host_steal_train_s": 36.0}),
@@ -59,9 +59,9 @@ def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, pas
     ("code", "changes"),
     [
         ("power-capped", {"device_power_capped_samples_train": 40.0}),
-        ("hot", {"device_temperature_margin_train_c": 1.0}),
-        ("hidden", {"device_hidden_train_bytes": 60.0 * GIB}),
-        ("contended", {"host_cpu_stall_train_s": 90.0}),
+        ("gpu-near-thermal-limit", {"device_temperature_margin_train_c": 1.0}),
+        ("unaccounted-gpu-memory", {"device_hidden_train_bytes": 60.0 * GIB}),
+        ("cpu-contention", {"host_cpu_stall_train_s": 90.0}),
     ],
 )
 def test_some_disturbances_never_make_a_trial_invalid(code, changes):
@@ -98,7 +98,7 @@ def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
     (alone,) = found(occupancy=0.4)
     assert alone.invalid
     (together,) = found(occupancy=0.4, in_turns=True)
-    assert (together.code, together.invalid) == ("contended", False)
+    assert (together.code, together.invalid) == ("cpu-contention", False)
     assert "one thread had a CPU for 40%" in together.message
     assert "does not count" in together.message
 
@@ -126,7 +126,7 @@ def test_the_worst_stands_first():
             "device_others_train": 1.0, "device_others_train_bytes": 2.0 * GIB,
         })
     ]  # fmt: skip
-    assert codes == ["shared", "stolen", "hot"]
+    assert codes == ["gpu-shared", "stolen", "gpu-near-thermal-limit"]
 
 
 @pytest.mark.parametrize(

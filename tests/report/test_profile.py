@@ -210,7 +210,7 @@ def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatc
     assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "dropout", "--json"]) == code
     document = json.loads(capsys.readouterr().out)
     assert document["tried"]["comparison"]["verdict"] == tried.comparison.verdict
-    assert document["tried"]["notices"][0]["code"] == "contention"
+    assert document["tried"]["notices"][0]["code"] == "cpu-contention"
 
 
 def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp_path):

@@ -128,7 +128,7 @@ def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
 def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, noticed):
     """CPU time over wall time, a flag that does not look at the outcome."""
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, occupancy=occupancy)
-    assert ("contention" in {notice.code for notice in view_of(run).notices}) is noticed
+    assert ("cpu-contention" in {notice.code for notice in view_of(run).notices}) is noticed
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ class OptimizerSource:
         if self._steps is None:
             self._aside = True
             return
-        self._optimizer = weakref.ref(optimizer, lambda _: self._take_off())
+        self._optimizer = weakref.ref(optimizer)
+        weakref.finalize(optimizer, self._take_off).atexit = False  # while the interpreter ends, modules are gone
         self._patches.put(
             torch.amp.GradScaler, "step",
             before=lambda _: self._begin_update(), after=lambda *_: self._end_update(None),

@@ -67,7 +67,7 @@ def measured(study, folder, display=None, interleaving="lockstep"):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MARK", str(folder / "mark"))
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3] / "harness"))
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parents[3] / 'harness'}:{Path(__file__).parents[3]}")
         plan, notices = plan_study(
             study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving=interleaving, runs=folder / "runs"
         )

@@ -22,7 +22,7 @@ JOBS = ("--on", "submitit-local:sites=2")
 def run(*arguments, runs):
     """The run that the command has measured."""
     words = [sys.executable, "-m", "lorameter.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
-    ways = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ways = os.pathsep.join(filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         words, cwd=ROOT, env=os.environ | {"PYTHONPATH": ways}, capture_output=True, text=True, check=False
     )

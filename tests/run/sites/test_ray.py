@@ -106,7 +106,10 @@ def three_nodes(**head):
     pytest.importorskip("ray", reason="Ray is not installed: pip install lorameter[ray]")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        patch.setenv(
+            "PYTHONPATH",
+            os.pathsep.join(filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH")])),
+        )
         from ray.cluster_utils import Cluster
 
         head |= {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False, "node_name": "alpha"}

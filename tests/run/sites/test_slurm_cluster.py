@@ -102,7 +102,9 @@ def slurm():
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)))
         environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PROOF": "slurm"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH")])
+        )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name in ("SLURM_CONF", "PYTHONPATH", "PROOF"):
             patch.setenv(name, environment[name])

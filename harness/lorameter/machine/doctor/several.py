@@ -78,7 +78,7 @@ def cards_of_ranks(found: Survey) -> Iterator[DoctorCheck]:
 def _named(pairs: list[Pair], of: int) -> str:
     if len(pairs) == of:
         return "all GPUs"
-    return "cards " + ", ".join(f"{pair.first} and {pair.second}" for pair in pairs)
+    return "GPUs " + ", ".join(f"{pair.first} and {pair.second}" for pair in pairs)
 
 
 def card_server(environment: Mapping[str, str], *, on_card: bool) -> Iterator[DoctorCheck]:

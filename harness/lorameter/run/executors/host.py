@@ -67,7 +67,7 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UsageError: the program cannot be started, or is no Python that can run this.
     """
-    script = Path(__file__).with_name("facts.py").read_text(encoding="utf-8")
+    script = Path(__file__).with_name("describe_env.py").read_text(encoding="utf-8")
     try:
         with subprocess.Popen(
             [host.python, "-c", script, json.dumps(list(modules))],
