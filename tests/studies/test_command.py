@@ -14,7 +14,7 @@ def test_every_command_of_a_trial_is_a_method_of_it():
     assert {*Trial.COMMANDS} == {*words_of("trial")}
     for kind in (Trial, ProfiledTrial):
         assert all(callable(getattr(kind, word)) for word in kind.COMMANDS)
-    assert all(command.says for command in COMMANDS.values())
+    assert all(command.label for command in COMMANDS.values())
 
 
 @pytest.mark.parametrize("word", ["prepare", "cold", "account", "_take_step", "fly"])
@@ -27,8 +27,8 @@ def test_a_trial_refuses_what_is_not_its_own(word):
 def test_what_is_timed_in_a_trial_is_watched():
     """A sample without its surroundings could not be told from a disturbed one."""
     for command in COMMANDS.values():
-        assert not (command.timed and command.by == "trial") or command.watched == command.phase
-    watched = {command.watched for command in COMMANDS.values() if command.watched}
+        assert not (command.timed and command.by == "trial") or command.telemetry_phase == command.phase
+    watched = {command.telemetry_phase for command in COMMANDS.values() if command.telemetry_phase}
     assert watched == {command.ends for command in COMMANDS.values() if command.ends}
 
 

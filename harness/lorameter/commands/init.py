@@ -65,9 +65,12 @@ def run_init(options: argparse.Namespace) -> int:
     existing = [name for name in FILES if (folder / name).exists()]
     if existing:
         raise UsageError(f"init: {folder} already holds {' and '.join(existing)}. Give another folder, or remove them.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in FILES.items():
-        (folder / name).write_text(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in FILES.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise UsageError(f"init: {folder} cannot be written: {error.strerror}. Give another folder.") from None
     if options.json:
         from lorameter.commands.output import print_json
 
