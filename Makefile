@@ -40,10 +40,10 @@ lint: $(STAMP)
 	$(BIN)/zizmor --offline --quiet .github
 
 # Measurements of the harness itself; each prints machine and commit and ends with 1 where a bound does not hold. The
-# output is committed under reports/proof/. Minutes on two idle cores: verdicts_ab 30, harness_overhead 10,
-# noise_coverage 10, own_scripts 25, random_models 15, memory_estimate 3, real_models 24, reading 3.
-# memory_estimate, own_scripts and real_models need smollm2-135m (lorameter model fetch smollm2-135m). Skipped without
-# their data: recorded noise ($LORAMETER_NOISE, a folder) and Gemma 3 270M ($LORAMETER_GEMMA, a GGUF file).
+# output is committed under reports/proof/. Minutes on two idle cores: verdicts_ab 25, harness_overhead 10,
+# noise_coverage 12, own_scripts 20, random_models 15, memory_estimate 3, real_models 24, reading 4. memory_estimate and
+# real_models need smollm2-135m (lorameter model fetch smollm2-135m). Skipped without their data: recorded noise
+# (LORAMETER_NOISE names a folder) and Gemma 3 270M (LORAMETER_GEMMA names a GGUF file).
 proof: $(PROOFS:%=proof-%)
 
 $(PROOFS:%=proof-%): proof-%: $(STAMP)
