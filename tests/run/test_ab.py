@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import pytest
 
-import lorameter.run.ab
-import lorameter.run.executors.local
+import lorameter.run.ab as planning
+import lorameter.run.executors.local as local_executor
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.records.record import PartialRecord
@@ -36,7 +36,7 @@ def plan(small_study, machine, monkeypatch):
     """A function that plans the small study, where each process needs 1 GiB and `free` bytes are free."""
 
     def make(*, free=8 * GIB, study=small_study, replicates=5, **options):
-        monkeypatch.setattr(lorameter.run.ab, "together_bytes", lambda members, *_: len(members) * GIB)
+        monkeypatch.setattr(planning, "together_bytes", lambda members, *_: len(members) * GIB)
         protocol = dataclasses.replace(study.protocol, replicates=replicates)
         return plan_ab(dataclasses.replace(study, protocol=protocol), machine, free_bytes=free, **options)[0]
 
@@ -263,7 +263,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(FakeExecutor, "asked", [])
     monkeypatch.setattr(FakeExecutor, "control", 1.0)
     monkeypatch.setattr(FakeExecutor, "noise", 0.001)
-    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", FakeExecutor)
+    monkeypatch.setattr(local_executor, "LocalExecutor", FakeExecutor)
     return FakeExecutor
 
 
