@@ -41,7 +41,7 @@ class Recorded:
 def surroundings(monkeypatch):
     """A function that makes the surroundings of a trial on a device, of which each step trains 10 tokens."""
     Recorded.asked = []
-    monkeypatch.setattr("lorameter.trial.telemetry.Watch", Recorded)
+    monkeypatch.setattr("lorameter.trial.telemetry.Telemetry", Recorded)
     monkeypatch.setattr("lorameter.trial.telemetry.ENERGY_STRETCH_S", 0.02)
 
     def make(*measures, device="cuda"):
