@@ -102,7 +102,7 @@ def test_a_name_leads_to_a_file_in_the_folder_and_to_no_other(tmp_path, monkeypa
     """Whatever the driver calls the GPU; a link in its place is not followed."""
     monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
     with hold_device(OnDevice("../../a GPU"), "refuse"):
-        assert [path.name for path in tmp_path.iterdir()] == ["lorameter--a-card.lock"]
+        assert [path.name for path in tmp_path.iterdir()] == ["lorameter--a-GPU.lock"]
     (tmp_path / "lorameter-cpu.lock").symlink_to(tmp_path / "elsewhere")
     with hold_device(OnDevice("cpu"), "refuse"):
         assert not (tmp_path / "elsewhere").exists()
