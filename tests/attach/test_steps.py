@@ -151,11 +151,11 @@ class Patient:
         self.told, self.phases, self.errors = [], [], []
 
     def begin(self, training):
-        return ObserverReply(patience_s=3600.0)
+        return ObserverReply(flush_interval_s=3600.0)
 
     def step(self, reading):
         self.told.append(reading)
-        return ObserverReply(patience_s=3600.0)
+        return ObserverReply(flush_interval_s=3600.0)
 
     def phase(self, phase):
         self.phases.append((phase, len(self.told)))

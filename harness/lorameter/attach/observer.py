@@ -91,7 +91,7 @@ class ObserverReply:
     flush_interval_s: float = 0.0
     """So long what steps showed may wait until it is told, as long as nothing else happens. What is told of many steps
     in one go costs each of them a part of what it costs alone, and a process that is killed takes it along. Of several
-    answers the last one counts, so whoever has patience asks for nothing."""
+    answers the last one counts, so an observer with an interval asks for nothing else."""
 
 
 class TrainingObserver(Protocol):
@@ -101,7 +101,7 @@ class TrainingObserver(Protocol):
         """The training stands before its first step."""
 
     def step(self, reading: StepReading) -> ObserverReply:
-        """A step has ended, as long ago at most as it had `patience`."""
+        """A step has ended, as long ago at most as its `flush_interval_s` allows."""
 
     def phase(self, phase: Phase) -> None:
         """From here on the training does this."""
