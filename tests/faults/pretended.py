@@ -47,7 +47,10 @@ def stop(trial: str, command: str) -> None:
     STOPPED.append(command)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it is kept until it is waited for
     os.write(int(os.environ["STOPPED"]), b"stopped\n")
-    signal.sigwaitinfo({signal.SIGUSR1})
+    # With a timeout, since a signal that comes just before the wait begins does not end it: its Python handler would
+    # run only after the wait.
+    while signal.sigtimedwait({signal.SIGUSR1}, 0.1) is None:
+        pass
 
 
 def take_files() -> None:
