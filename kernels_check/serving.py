@@ -10,11 +10,11 @@ from torch import nn
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json, judge_safely
 from kernels_check.judges.paths import validate
 from kernels_check.judges.request import judge_request
-from kernels_check.observation.calls import CallRecorder
-from kernels_check.observation.dispatch_recorder import spied
-from kernels_check.observation.events import StepProfile
-from kernels_check.observation.instruments import lacks_kernels
-from kernels_check.observation.recording import is_recording, profiled
+from kernels_check.observe.calls import CallRecorder
+from kernels_check.observe.dispatch_recorder import spied
+from kernels_check.observe.events import StepProfile
+from kernels_check.observe.instruments import lacks_kernels
+from kernels_check.observe.recording import is_recording, profiled
 
 PATH = "request.attention"
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observation.gc_pause import gc_paused
-from kernels_check.observation.live_step import COMPILED_MEANWHILE, LiveStepObserver
-from kernels_check.observation.observation import Observation
-from kernels_check.observation.trained_parts import ParameterStatus
+from kernels_check.observe.gc_pause import gc_paused
+from kernels_check.observe.live_step import COMPILED_MEANWHILE, LiveStepObserver
+from kernels_check.observe.observation import Observation
+from kernels_check.observe.trained_parts import ParameterStatus
 from kernels_check.verification import judge_all
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {

@@ -15,10 +15,10 @@ from torch import nn
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observation.gc_pause import gc_paused
-from kernels_check.observation.observation import Observation
-from kernels_check.observation.observe import observe
-from kernels_check.observation.restore import restored
+from kernels_check.observe.gc_pause import gc_paused
+from kernels_check.observe.observation import Observation
+from kernels_check.observe.observe import observe
+from kernels_check.observe.restore import restored
 
 
 def verify(

@@ -21,7 +21,7 @@ RANK = (
     | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
 )
 FLOORS = (
-    *"pipes memory_limit terminal check rules rules_report observation trace judges verification serving ranks".split(),
+    *"pipes memory_limit terminal check rules rules_report observe trace judges verification serving ranks".split(),
     *"step_watch probe selftest".split(),
 )
 """Those of kernels_check; its doors are its two dunder modules."""

@@ -13,8 +13,8 @@ from kernels_check.check import DTYPE, SHARE, Json, JudgedPath, PathObservation,
 from kernels_check.judges.attached import BY_HAND, NO_ADAPTER, calls_that_count, is_trained_by_hand
 
 if TYPE_CHECKING:
-    from kernels_check.observation.adapter_kinds import AdapterLayer
-    from kernels_check.observation.observation import Observation
+    from kernels_check.observe.adapter_kinds import AdapterLayer
+    from kernels_check.observe.observation import Observation
 
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:

@@ -27,10 +27,10 @@ from kernels_check.check import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observation.attention_calls import AttentionCall
-    from kernels_check.observation.attention_layers import AttentionLayers
-    from kernels_check.observation.events import StepProfile
-    from kernels_check.observation.observation import Observation
+    from kernels_check.observe.attention_calls import AttentionCall
+    from kernels_check.observe.attention_layers import AttentionLayers
+    from kernels_check.observe.events import StepProfile
+    from kernels_check.observe.observation import Observation
 
 FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
 """Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""

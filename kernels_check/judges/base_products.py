@@ -21,8 +21,8 @@ from kernels_check.check import (
 )
 
 if TYPE_CHECKING:
-    from kernels_check.observation.layer_products import LayerProducts
-    from kernels_check.observation.observation import Observation
+    from kernels_check.observe.layer_products import LayerProducts
+    from kernels_check.observe.observation import Observation
 
 
 def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:

@@ -10,8 +10,8 @@ from kernels_check.check import FLAG, SHARE, Check, Json, JudgedPath, PathObserv
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observation.observation import Observation
-    from kernels_check.observation.packing_isolation import IsolationResult
+    from kernels_check.observe.observation import Observation
+    from kernels_check.observe.packing_isolation import IsolationResult
 
 _LEAK = (
     "positions tell records apart only without a cache, which is the default, and without a mask of two dimensions: "
@@ -32,7 +32,7 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     Returns:
         The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
     """
-    from kernels_check.observation.packed_step import isolation_of_batch
+    from kernels_check.observe.packed_step import isolation_of_batch
 
     return judge_safely("packing.isolated", True, lambda: _judge_leaks(isolation_of_batch(model, batch)))
 
@@ -54,7 +54,7 @@ def _judge_leaks(seen: IsolationResult) -> PathObservation:
 
 def judge_padding(seen: Observation, required: Json) -> PathObservation:
     """Judge ``padding.share``, a maximum: by what is surely padding it must not be exceeded, nor by what may be."""
-    from kernels_check.observation.padding import describe
+    from kernels_check.observe.padding import describe
 
     padding = seen.padding()
     if padding is None or not padding.tokens:

@@ -16,8 +16,8 @@ from kernels_check.judges.attached import NO_ADAPTER
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels_check.observation.adapter_updates import ParameterUpdates
-    from kernels_check.observation.observation import Observation
+    from kernels_check.observe.adapter_updates import ParameterUpdates
+    from kernels_check.observe.observation import Observation
 
 _LORA_FA = "peft.optimizers.lorafa.LoraFAOptimizer"
 """Freezes lora_A and is given it all the same: the update of lora_B needs its value."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, Status, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observation.loss_tokens import LossPass
-    from kernels_check.observation.observation import Observation
+    from kernels_check.observe.loss_tokens import LossPass
+    from kernels_check.observe.observation import Observation
 
 _MEAN_OF_MEANS = (
     "a mean of means: pass num_items_in_batch, the tokens of the whole batch, to each forward, or weigh each loss by "

@@ -23,9 +23,9 @@ from kernels_check.check import (
 )
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observation import Observation
-    from kernels_check.observation.optimizers import OptimizerSeen
-    from kernels_check.observation.updates import GroupSeen
+    from kernels_check.observe.observation import Observation
+    from kernels_check.observe.optimizers import OptimizerSeen
+    from kernels_check.observe.updates import GroupSeen
 
 _UNSEEN = "unseen"
 

@@ -15,7 +15,7 @@ from kernels_check.judges.attention import FUSED_ATTENTION, judge_kernels, likel
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observation.events import StepProfile
+    from kernels_check.observe.events import StepProfile
 
 
 def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> PathObservation:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, count_values, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observation import Observation
-    from kernels_check.observation.trained_parts import Fate, ParameterStatus
+    from kernels_check.observe.observation import Observation
+    from kernels_check.observe.trained_parts import Fate, ParameterStatus
 
 _ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
 _MOVED = frozenset({"updated", "moved without a gradient", "undone after an update"})

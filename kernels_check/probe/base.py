@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_check.observation.storage import read_storage
+from kernels_check.observe.storage import read_storage
 from kernels_check.probe.attempt import Try, UnavailableError, paired, watch
 from kernels_check.probe.reference import cast, mean_error, relative, step_of, with_gradients
 from kernels_check.probe.result import Attempt, Exactness

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kernels_check.observation.base_state import quant_state
-from kernels_check.observation.random_state import RandomState
-from kernels_check.observation.restore import restored
+from kernels_check.observe.base_state import quant_state
+from kernels_check.observe.random_state import RandomState
+from kernels_check.observe.restore import restored
 from kernels_check.ranks.activity import RankTime, share_of
 
 REPEATS = 4

@@ -36,10 +36,10 @@ def seen() -> Callable[..., Any]:
     """
     from torch import nn
 
-    from kernels_check.observation.calls import Calls, ModuleCall
-    from kernels_check.observation.digest import Digest
-    from kernels_check.observation.events import CompilerSeen, StepProfile
-    from kernels_check.observation.observation import Observation
+    from kernels_check.observe.calls import Calls, ModuleCall
+    from kernels_check.observe.digest import Digest
+    from kernels_check.observe.events import CompilerSeen, StepProfile
+    from kernels_check.observe.observation import Observation
 
     entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False, thread=0)
     nothing = Digest(parts={}, total_bytes=0, unseen={}, sharded=frozenset(), packed=False)
@@ -65,7 +65,7 @@ def seen() -> Callable[..., Any]:
 @pytest.fixture
 def entries() -> Callable[..., Any]:
     """Entries into modules, by their names: one call each, in their order, of the forward or the backward pass."""
-    from kernels_check.observation.calls import Calls, ModuleCall
+    from kernels_check.observe.calls import Calls, ModuleCall
 
     def made_of(*names: str, again: Iterable[str] = ()) -> Calls:
         made = {"caller": None, "training": True, "with_grad": True, "thread": 0}

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import kernels_check
 from kernels_check.judges.paths import REQUIREMENTS
-from kernels_check.observation import calls, compilations, live_step
-from kernels_check.observation.recording import is_recording
+from kernels_check.observe import calls, compilations, live_step
+from kernels_check.observe.recording import is_recording
 
 WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
 

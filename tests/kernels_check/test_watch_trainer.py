@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import kernels_check
-from kernels_check.observation.recording import is_recording
+from kernels_check.observe.recording import is_recording
 
 WANTED = {
     **{"attention.backend": "flash", "attention.mask": "causal", "base.frozen": True, "lora.attached": True},

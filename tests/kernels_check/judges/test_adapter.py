@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels_check.observation.adapter_layers import adapter_layers
+from kernels_check.observe.adapter_layers import adapter_layers
 
 
 def test_a_factor_missing_from_the_optimizer_is_named(training):

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from kernels_check.judges import adapter, attached, learning
-from kernels_check.observation.adapter_calls import LayerCall
-from kernels_check.observation.adapter_layers import adapter_layers
-from kernels_check.observation.adapter_updates import ParameterUpdates
-from kernels_check.observation.gradients import GradientSeen
-from kernels_check.observation.optimizers import OptimizerSeen
+from kernels_check.observe.adapter_calls import LayerCall
+from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.adapter_updates import ParameterUpdates
+from kernels_check.observe.gradients import GradientSeen
+from kernels_check.observe.optimizers import OptimizerSeen
 
 ADAMW = OptimizerSeen(
     classes=("torch.optim.adamw.AdamW",),

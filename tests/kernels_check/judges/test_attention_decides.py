@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kernels_check.judges import attention
-from kernels_check.observation.attention_calls import AttentionCall
-from kernels_check.observation.attention_layers import attention_layers
-from kernels_check.observation.calls import Calls, ModuleCall
+from kernels_check.observe.attention_calls import AttentionCall
+from kernels_check.observe.attention_layers import attention_layers
+from kernels_check.observe.calls import Calls, ModuleCall
 
 BARE = torch.nn.Identity()
 FLASH = AttentionCall(

@@ -7,7 +7,7 @@ import torch
 from negative_controls import execution_faults
 
 import kernels_check
-from kernels_check.observation import compilations
+from kernels_check.observe import compilations
 
 
 def _checkpointed(run, **options):

@@ -5,8 +5,8 @@ import torch
 from negative_controls.fused_kernel_controls import bind_norms, bind_one_norm
 
 from kernels_check.judges.fused import judge_fused
-from kernels_check.observation.calls import Calls
-from kernels_check.observation.fused_kernels import FusedKernelSite
+from kernels_check.observe.calls import Calls
+from kernels_check.observe.fused_kernels import FusedKernelSite
 
 
 @pytest.fixture
@@ -97,8 +97,8 @@ def test_what_was_not_called_beside_compiled_code_is_unknown(seen):
 
 def test_calls_below_compiled_code_are_hidden():
     """Its modules call no hook."""
-    from kernels_check.observation.fused_kernels import swapped_places
-    from kernels_check.observation.module_tree import ModelTree
+    from kernels_check.observe.fused_kernels import swapped_places
+    from kernels_check.observe.module_tree import ModelTree
 
     class RMSNorm(torch.nn.Module):
         def forward(self, x):

@@ -7,7 +7,7 @@ import torch
 from negative_controls.loss_controls import accumulate
 
 from kernels_check.judges.loss import judge_tokens
-from kernels_check.observation.loss_tokens import LossPass, LossSeen
+from kernels_check.observe.loss_tokens import LossPass, LossSeen
 
 
 @pytest.fixture

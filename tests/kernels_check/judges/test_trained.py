@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels_check
 from kernels_check.judges.trained import judge_norms
-from kernels_check.observation.trained_parts import ParameterStatus
+from kernels_check.observe.trained_parts import ParameterStatus
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
-from kernels_check.observation import compilations
+from kernels_check.observe import compilations
 from negative_controls.small_run import SmallRun, build
 
 Build: TypeAlias = Callable[[], SmallRun]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kernels_check.observation import compilations
+from kernels_check.observe import compilations
 from negative_controls.small_run import SmallRun
 
 

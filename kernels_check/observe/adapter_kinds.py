@@ -1,0 +1,282 @@
+"""One place where an adapter acts, and the kinds of module that are or hold such a place.
+
+PEFT wraps each target in its own class per method and quantisation backend, and says in ``adapter_layer_names`` which
+of its attributes hold what an adapter trains and in ``other_param_names`` what else is the adapter's; copies that are
+trained beside it (``modules_to_save``, trainable tokens) say so in the same way. What several layers share lies on the
+tuner that wraps the model; methods that learn a prompt keep an encoder beside the model and wrap no layer.
+
+PEFT is asked only if it is loaded: a model has nothing of it otherwise. A class of one's own is an adapter's layer if
+it keeps the wrapped layer as ``base_layer`` beside ``lora_A`` and ``lora_B``, with an entry per adapter or without.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from kernels_check.observe.module_tree import Model, every_module, named_parameters
+
+_PREFIX = "lora_"
+"""Of the attributes of a class of one's own."""
+_FACTORS = ("lora_A", "lora_embedding_A")
+_DRAWN_INSIDE = ("rank_dropout", "module_dropout")
+"""Probabilities that the methods of LyCORIS keep as numbers and draw by inside the product."""
+_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.Identity)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLayer:
+    """One place at which an adapter acts: a wrapped layer, a copy trained in its place, or a prompt's encoder."""
+
+    name: str
+    module: nn.Module
+    held: tuple[str, ...]
+    """Adapters that are in use and that this layer has weights for; one without a name is ``""``."""
+    trains: tuple[str, ...]
+    """Attributes that hold what is trained."""
+    others: tuple[str, ...] = ()
+    """Attributes that hold what else is the adapter's."""
+    base: Any = None
+    """The wrapped layer, where the method wraps one and adds to it."""
+    copied: bool = False
+    """Whether what is trained is a copy of a part of the base."""
+    partly: bool = False
+    """Whether the method trains only a part of what it lists, and says which only by ``requires_grad``."""
+    shelved: bool = False
+    """Whether the method has taken it out of the model, as adaption prompts are when they are disabled."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Those of ``held`` that are active now."""
+        return tuple(name for name in self.held if name in active_in(self.module, self.held))
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the layer skips its adapters."""
+        return self.shelved or is_disabled(self.module)
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Adapters whose product is folded into the base weight."""
+        return tuple(getattr(self.module, "merged_adapters", ()))
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Qualified name and module of everything of the adapter that is called, dropouts included."""
+        for name, part in self._held_by((*self.trains, *self.others)):
+            if isinstance(part, nn.Module):
+                yield name, part
+
+    def factors(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those parts that hold what is trained."""
+        for name, part in self._held_by(self.trains):
+            if isinstance(part, nn.Module) and any(True for _ in named_parameters(part)):
+                yield name, part
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name, as from this layer, and tensor of every parameter that the method trains; what it freezes is left out.
+
+        Some methods freeze weights of theirs by design and list them (``frozen_peft_weight_names``); a prompt's encoder
+        may hold tables beside what it trains.
+        """
+        listed = list(self._listed())
+        trained = [(name, value) for name, value in listed if value.requires_grad]
+        yield from trained if self.partly and trained else listed
+
+    def _listed(self) -> Iterator[tuple[str, Tensor]]:
+        frozen: Mapping[str, tuple[str, ...]] = getattr(self.module, "frozen_peft_weight_names", None) or {}
+        for holder in self.trains:
+            for name, part, adapter in self._entries(holder):
+                if holder in frozen.get(adapter, ()):
+                    continue
+                if isinstance(part, nn.Module):
+                    yield from named_parameters(part, name)
+                elif isinstance(part, Tensor):
+                    yield name, part
+
+    def dropouts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Qualified name and module of every dropout of the adapter's; one that is off is an ``Identity``."""
+        for name, part in self._held_by((*self.trains, *self.others)):
+            if isinstance(part, _DROPOUTS) or (isinstance(part, nn.Module) and _drops(part)):
+                yield name, part
+
+    def unseen_dropouts(self) -> Iterator[tuple[str, float]]:
+        """Name and probability of dropouts that are no modules and leave no trace when they are drawn."""
+        for name, part in self._held_by(tuple(name for name in _DRAWN_INSIDE if name in self.others)):
+            if isinstance(part, int | float) and part:
+                yield name, float(part)
+
+    def _held_by(self, holders: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for holder in holders:
+            yield from ((name, part) for name, part, _ in self._entries(holder))
+
+    def _entries(self, holder: str) -> Iterator[tuple[str, Any, str]]:
+        """Name, object and adapter of what one attribute holds, for the adapters in use."""
+        held: Any = self.module
+        for part in holder.split("."):
+            held = getattr(held, part, None)
+        path = f"{self.name}.{holder}" if self.name else holder
+        if isinstance(held, nn.Module | Tensor) and not _is_keyed(held):
+            yield path, held, ""
+        elif _is_keyed(held):
+            yield from ((f"{path}.{name}", held[name], name) for name in self.held if name in held)
+
+
+def active_in(module: nn.Module, held: tuple[str, ...]) -> tuple[str, ...]:
+    """Adapters that are active in a layer now; a class of one's own that does not say uses all that it holds."""
+    if "model" in roles_of(module):
+        active: Any = module.__dict__.get("active_adapter")
+    else:
+        active = getattr(module, "active_adapters", None)
+    if active is None:
+        return held
+    return (active,) if isinstance(active, str) else tuple(active) + (("",) if active and "" in held else ())
+
+
+def is_disabled(module: nn.Module) -> bool:
+    """Whether a layer skips its adapters now; of a model with a prompt, whether the model does."""
+    name = "_adapters_disabled" if "model" in roles_of(module) else "disable_adapters"
+    return bool(getattr(module, name, False))
+
+
+def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
+    """The places that a module is or holds, with all adapters that are there."""
+    roles, attributes = roles_of(module), vars(module)
+    if not roles and "base_layer" not in module._modules:
+        return
+    trains: tuple[str, ...] = tuple(getattr(module, "adapter_layer_names", ())) if "layer" in roles else ()
+    if trains:
+        if not any("." in holder for holder in trains):  # else it points into a layer that counts by itself
+            copied = "copy" in roles
+            others = tuple(getattr(module, "other_param_names", ()))
+            base = module._modules.get("base_layer")
+            yield AdapterLayer(
+                name=name, module=module, trains=trains, others=others, base=base, copied=copied,
+                held=_adapters_of(module, trains),
+            )  # fmt: skip
+    elif _is_own_lora(module):
+        trains = tuple(_own_holders(module))
+        held = _adapters_of(module, trains)
+        yield AdapterLayer(name=name, module=module, held=held, trains=trains, base=module._modules["base_layer"])
+    elif "attention" in roles:
+        yield AdapterLayer(name=name, module=module, held=("",), trains=tuple(module._parameters))
+    elif "model" in roles and isinstance(module._modules.get("prompt_encoder"), nn.ModuleDict):
+        held = tuple(attributes["_modules"]["prompt_encoder"])
+        yield AdapterLayer(name=name, module=module, held=held, trains=("prompt_encoder",), partly=True)
+    elif "tuner" in roles:
+        for adapter, shelved in attributes.get("_cached_adapters", {}).items():  # of adaption prompts
+            for place, one in enumerate(shelved):
+                path = f"{name}._cached_adapters.{adapter}.{place}"
+                trains = tuple(one._parameters)
+                yield AdapterLayer(name=path, module=one, held=("",), trains=trains, shelved=True)
+
+
+def in_use(model: Model, found: Iterable[AdapterLayer]) -> frozenset[str]:
+    """Adapters in use at the places found in a model.
+
+    They are those that the tuner calls active as far as a layer agrees, else those that are active in any layer, else
+    all.
+    """
+    found = list(found)
+    named = {adapter for module in every_module(model) for adapter in named_active(module)}
+    active = {adapter for layer in found for adapter in layer.adapters}
+    return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
+
+
+def holders_in(module: nn.Module) -> Iterator[str]:
+    """Attributes of one module that are an adapter's."""
+    roles = roles_of(module)
+    if "layer" in roles:
+        yield from getattr(module, "adapter_layer_names", ())
+        yield from getattr(module, "other_param_names", ())
+    elif "tuner" in roles:
+        # X-LoRA holds a tuner of LoRA, and the model in it.
+        own = (name for name, held in module._modules.items() if name != "model" and not is_tuner(held))
+        yield from (*own, *module._parameters)
+    elif "attention" in roles:
+        yield from module._parameters
+    elif "model" in roles:
+        yield "prompt_encoder"
+    if _is_own_lora(module):  # also where a class of one's own lists nothing
+        yield from _own_holders(module)
+
+
+def named_active(module: nn.Module) -> tuple[str, ...]:
+    """Adapters that a tuner calls active."""
+    if not is_tuner(module):
+        return ()
+    active: Any = getattr(module, "active_adapters", ())
+    return (active,) if isinstance(active, str) else tuple(active) if isinstance(active, list | tuple) else ()
+
+
+def is_tuner(module: object) -> bool:
+    """Whether a module is what PEFT wraps a model in."""
+    return "tuner" in roles_of(module)
+
+
+def _own_holders(module: nn.Module) -> Iterator[str]:
+    yield from (name for name in (*module._modules, *module._parameters) if name.startswith(_PREFIX))
+
+
+def _is_own_lora(module: nn.Module) -> bool:
+    if "base_layer" not in module._modules:
+        return False
+    return any(holder in {**module._modules, **module._parameters} for holder in _FACTORS)
+
+
+_ROLES = (
+    ("model", "peft.peft_model", "PeftModel"),
+    ("tuner", "peft.tuners.tuners_utils", "BaseTuner"),
+    ("tuner", "peft.tuners.adaption_prompt.model", "AdaptionPromptModel"),
+    ("attention", "peft.tuners.adaption_prompt.layer", "_BaseAdaptedAttention"),
+    ("attention", "peft.tuners.adaption_prompt.layer", "AdaptedAttention"),
+    ("copy", "peft.utils.other", "AuxiliaryTrainingWrapper"),
+)
+
+
+def roles_of(module: object) -> frozenset[str]:
+    """What a module is to an adapter; asked of its class, since an instance may answer for what it wraps."""
+    kind: Any = type(module)
+    return _roles(kind)
+
+
+@cache
+def _roles(of: Any) -> frozenset[str]:
+    roles = {role for role, home, name in _ROLES if issubclass(of, _class_of(home, name))}
+    return frozenset(roles | ({"layer"} if isinstance(getattr(of, "adapter_layer_names", None), tuple) else set()))
+
+
+def is_a(module: object, home: str, name: str) -> bool:
+    """Whether an object is of a class of a module that may not be loaded."""
+    return isinstance(module, _class_of(home, name))
+
+
+def _class_of(home: str, name: str) -> Any:
+    kind = getattr(sys.modules.get(home), name, None)
+    return kind if isinstance(kind, type) else ()
+
+
+def _adapters_of(module: nn.Module, holders: tuple[str, ...]) -> tuple[str, ...]:
+    names: set[str] = set()
+    for holder in holders:
+        held: Any = getattr(module, holder, None)
+        if _is_keyed(held):
+            names.update(held.keys())
+        elif isinstance(held, nn.Module | Tensor):
+            names.add("")
+    return tuple(sorted(names))
+
+
+def _is_keyed(held: Any) -> bool:
+    """Whether there is an entry per adapter: a dictionary of PyTorch, PEFT's of buffers, or a plain one."""
+    return hasattr(held, "keys") and hasattr(held, "__getitem__")
+
+
+def _drops(part: nn.Module) -> bool:
+    """A dropout of a method's own: a probability, and nothing that is trained."""
+    probability = getattr(part, "p", None)
+    return isinstance(probability, float) and not any(True for _ in part.parameters())

@@ -1,0 +1,181 @@
+"""Names that a configuration of PEFT asks for and that nothing in the model answers to.
+
+PEFT refuses a list of targets of which none matches. Of a list of which one matches it takes that one and is silent
+about the rest: ``["q_proj", "qurey"]`` trains half of what was asked for. Each name is asked of PEFT's own matching.
+
+Of a type of models whose experts transformers 5 holds in one parameter, PEFT turns the names of their projections into
+names of that parameter, in the configuration itself: ``down_proj`` leaves ``target_modules`` for ``target_parameters``.
+Where such a model has no experts its linear layers of that name are left without an adapter, in silence; where it has
+no such layers either, "all-linear" has added names that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from kernels_check.observe.adapter_kinds import AdapterLayer, is_a
+from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.module_tree import Model, named_modules
+
+_HEADS = frozenset({"classifier", "score", "qa_outputs"})
+"""Names that PEFT adds to ``modules_to_save`` by itself for a task, of which a model has one."""
+_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def unmatched_names(model: Model) -> list[str]:
+    """Each name that was asked for an adapter in use and matched nothing, as ``target_modules 'qurey'``.
+
+    Raises:
+        Exception: of PEFT, where its matching cannot be asked; nothing is known then.
+    """
+    return list(dict.fromkeys(name for used in _in_use(model) for name in _unmatched(*used)))
+
+
+def layers_left_to_experts(model: Model) -> list[str]:
+    """Layers without an adapter of a name that PEFT has made a parameter of experts of, which carries one.
+
+    Such are the dense layers and the shared experts of a DeepSeek. PEFT keeps no trace of whether they were asked for.
+    """
+    left = dict[str, None]()
+    for configuration, places in _in_use(model):
+        for name in _asked(configuration, "target_parameters"):
+            if any(_ends_with(place, name) for place in places.parameters):
+                words = places.of_experts.get(name, frozenset())
+                left |= dict.fromkeys(bare for bare in places.bare if bare.rpartition(".")[2] in words)
+    return list(left)
+
+
+def _in_use(model: Model) -> Iterator[tuple[Any, _Places]]:
+    """The configuration of each adapter in use, and where adapters are in the model that it was given to."""
+    layers = adapter_layers(model)
+    used = {adapter for layer in layers for adapter in layer.held}
+    seen: set[int] = set()
+    for path, module in named_modules(model):
+        configurations = vars(module).get("peft_config")
+        if not isinstance(configurations, dict) or id(configurations) in seen:
+            continue
+        seen.add(id(configurations))
+        places = _Places(path, module, layers)
+        yield from ((one, places) for adapter, one in configurations.items() if adapter in used)
+
+
+class _Places:
+    """Where adapters are, by names as PEFT matches them: relative to the model that was wrapped."""
+
+    def __init__(self, path: str, module: nn.Module, layers: Iterable[AdapterLayer]) -> None:
+        inner = module._modules.get("model")
+        self.tuner = module if hasattr(module, "targeted_module_names") and inner is not None else None
+        prefix = f"{path}.model." if self.tuner is not None else f"{path}."
+        prefix = prefix.removeprefix(".")
+        near = [(layer, layer.name.removeprefix(prefix)) for layer in layers if layer.name.startswith(prefix)]
+        self.modules = {_bare(name) for layer, name in near if not layer.copied}
+        self.copies = {_bare(name) for layer, name in near if layer.copied or name.endswith(".token_adapter")}
+        self.parameters = {
+            f"{_bare(name)}.{layer.module.parameter_name}" for layer, name in near if _adapts_parameter(layer.module)
+        }
+        self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
+        adapted = tuple(f"{layer.name}." for layer, _ in near)
+        named = (name for name, _ in named_modules(module, path)) if self.of_experts else ()
+        self.bare = [name for name in named if not f"{name}.".startswith(adapted)]
+        """Modules that are neither adapted nor part of what is; looked for only where there may be experts."""
+
+
+def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
+    for name in _asked(configuration, "target_modules"):
+        if not _by_default(configuration, places) and not _targets(configuration, name, places.modules):
+            yield f"target_modules {name!r}"
+    for name in _asked(configuration, "feedforward_modules"):
+        if not any(_ends_with(place, name) for place in places.modules):
+            yield f"feedforward_modules {name!r}"
+    yield from _unmatched_parameters(_asked(configuration, "target_parameters"), places)
+    copies = _asked(configuration, "modules_to_save")
+    task = str(getattr(configuration, "task_type", ""))
+    added = _HEADS if any(one in task for one in _TASKS) else frozenset()
+    for name in copies:
+        # PEFT takes any name that ends so, also in the middle of a word.
+        if name not in added and not any(place.endswith(name) for place in places.copies):
+            yield f"modules_to_save {name!r}"
+    tokens = getattr(configuration, "trainable_token_indices", None)
+    for name in tokens if isinstance(tokens, dict) else ():
+        if not any(place.endswith(name) for place in places.copies):
+            yield f"trainable_token_indices {name!r}"
+
+
+def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
+    """Names of parameters; of those that PEFT has made of others, only where somebody asked for what is there."""
+    words = {name.rpartition(".")[2] for name in places.bare}
+    by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
+    for name in asked:
+        if any(_ends_with(place, name) for place in places.parameters):
+            continue
+        layers = sorted(places.of_experts.get(name, frozenset()) & words)
+        if layers:
+            made = " and ".join(map(repr, layers))
+            yield f"target_modules {made} (PEFT makes target_parameters {name!r} of it in models of this type)"
+        elif not (by_all_linear and name in places.of_experts):
+            yield f"target_parameters {name!r}"
+
+
+def _names_of_experts(model: Any) -> dict[str, frozenset[str]]:
+    """The parameters of experts in a type of models, with the names of layers that PEFT turns into them."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    with suppress(ImportError, AttributeError):  # of transformers 4, and of what PEFT does not call its interface
+        from peft.utils import transformers_weight_conversion as conversion
+
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+        if conversion._MOE_FUSED_TARGETS.get(pattern):
+            table = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+            return {new: frozenset(old for old in table if table[old] == new) for new in table.values()}
+    return {}
+
+
+def _asked(configuration: Any, field: str) -> list[str]:
+    asked = getattr(configuration, field, None)
+    if isinstance(asked, str):
+        return [asked]
+    return sorted(map(str, asked)) if isinstance(asked, Collection) else []
+
+
+def _by_default(configuration: Any, places: _Places) -> bool:
+    """Whether PEFT chose the targets by the model's type, and nobody asked for them by name."""
+    tables = getattr(places.tuner, "target_module_mapping", None) or {}
+    asked = configuration.target_modules
+    return not isinstance(asked, str) and any(set(asked) == set(table) for table in tables.values())
+
+
+def _targets(configuration: Any, name: str, modules: Iterable[str]) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if name == "all-linear" or not isinstance(configuration.target_modules, str | list | set | tuple):
+        return any(True for _ in modules)
+    if "dummy-target-modules" in name:  # PEFT's own word for an adapter without targets
+        return True
+    alone = copy.copy(configuration)
+    alone.target_modules = name if isinstance(configuration.target_modules, str) else [name]
+    if _is_prompt_of_attention(configuration):
+        return any(_ends_with(module, name) for module in modules)
+    return any(check_target_module_exists(alone, module) for module in modules)
+
+
+def _is_prompt_of_attention(configuration: Any) -> bool:
+    """Adaption prompts name the attention by its last word."""
+    return bool(getattr(configuration, "is_adaption_prompt", False))
+
+
+def _adapts_parameter(module: Any) -> bool:
+    return is_a(module, "peft.tuners.lora.layer", "ParamWrapper")
+
+
+def _ends_with(place: str, name: str) -> bool:
+    return place == name or place.endswith(f".{name}")
+
+
+def _bare(name: str) -> str:
+    """The name as it was before anything was wrapped."""
+    parts = [part for part in name.split(".") if part not in ("base_layer", "token_adapter", "_orig_mod")]
+    return ".".join(part for part in parts if part != "_fsdp_wrapped_module")

@@ -1,0 +1,284 @@
+"""The layers of a model in which attention runs, and whether each of their calls ran one that is known.
+
+Which modules are attention layers is read off the step: a module that ran an implementation in it is one, and so is
+what stands where it stands in the other blocks of the model, or is of its class. Of those every call must have run an
+implementation that is known: one that was written by hand, or bypassed, leaves a call without any. A block of another
+kind (a recurrent or convolutional layer of a hybrid, a feed-forward layer in a flat sequence) is told by the model's
+own configuration, by its library, or by letting no token see another in a way that is not known (see ``mixing``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from kernels_check.observe.attention_calls import AttentionCall
+from kernels_check.observe.calls import Calls
+from kernels_check.observe.module_tree import every_module, named_modules
+
+_ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
+_LIBRARY = "transformers."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayers:
+    """The attention of a model over the calls that a claim is about (``Calls.relevant``)."""
+
+    forward: Mapping[str, tuple[AttentionCall, ...]]
+    """Calls of known implementations in the forward pass, recomputed ones included, by the layer's name."""
+    unknown: Mapping[str, int]
+    """Calls of layers in which no known implementation ran, by the layer's name."""
+    compiled: tuple[AttentionCall, ...]
+    """Calls in the forward pass inside code that was compiled for many layers at once, of which no layer is known."""
+    elsewhere: tuple[AttentionCall, ...]
+    """Calls in the forward pass outside the model: in another model, in a copy, in a function of one's own."""
+    aside: tuple[AttentionCall, ...]
+    """Calls of the model that train nothing: of a reference, an evaluation or a generation inside the step."""
+    failed: tuple[AttentionCall, ...] = ()
+    """Calls of the model that raised and came to nothing, or that lie in one."""
+    expected: int | None = None
+    """Attention layers that the configuration announces, for such code."""
+    entries: tuple[int, ...] = ()
+    """First calls of an implementation in each call of a module that is such code."""
+    regions: tuple[int, ...] = ()
+    """The same by compiled region, for code that no module of the model was called for."""
+
+    @property
+    def calls(self) -> list[AttentionCall]:
+        """All calls of known implementations that are the model's."""
+        return [*(call for calls in self.forward.values() for call in calls), *self.compiled]
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that are known by name."""
+        return [*self.forward, *(name for name in self.unknown if name not in self.forward)]
+
+
+def attention_layers(
+    model: nn.Module,
+    calls: Calls,
+    attention: Sequence[AttentionCall],
+    mixing: Collection[int] = (),
+    asked: Callable[[Collection[str]], Collection[str]] = frozenset,
+) -> AttentionLayers:
+    """Attribute the attention of one step.
+
+    Args:
+        model: the model.
+        calls: of its modules.
+        attention: all calls of the step.
+        mixing: numbers of the module calls that did what attention is written out with (``StepProfile.mixing``).
+        asked: tells which of some modules mix tokens for all that; unless they can be asked, all may.
+    """
+    forward = [call for call in attention if call.direction == "forward"]
+    inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
+    blocks = _announced_blocks(model)
+    whole = [call for call in forward if call.compiled and (call.call is None or call in inside)]
+    whole = [call for call in whole if call.call is None or _holds(calls.all[call.call].name, blocks)]
+    ours = [call for call in inside if call not in whole]
+    ran: dict[str, list[AttentionCall]] = {}
+    for call in ours:
+        ran.setdefault(calls.all[call.call or 0].name, []).append(call)
+    return AttentionLayers(
+        forward={name: tuple(found) for name, found in ran.items()},
+        unknown=_AttentionSearch(model, calls, ours, mixing, asked, blocks).unknown(),
+        compiled=tuple(whole),
+        elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
+        aside=tuple(
+            call for call in forward if call.call is not None and call.call not in calls.relevant | calls.failed
+        ),
+        failed=tuple(call for call in forward if call.call in calls.failed),
+        expected=announced_layers(model) if whole else None,
+        entries=_entries(calls, whole),
+        regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),
+    )
+
+
+def _announced_blocks(model: nn.Module) -> str | None:
+    """Name of the list of as many modules as the configuration announces layers, the largest of them."""
+    count = getattr(_text_config(model), "num_hidden_layers", None)
+    lists = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in named_modules(model)
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
+    }
+    return max(lists, key=lambda name: lists[name], default=None)
+
+
+def _holds(name: str, blocks: str | None) -> bool:
+    """Whether a module holds all the blocks; unless they are known, the model itself does."""
+    return not name or (blocks is not None and f"{blocks}.".startswith(f"{name}."))
+
+
+def _entries(calls: Calls, whole: Sequence[AttentionCall]) -> tuple[int, ...]:
+    first = Counter(call.call for call in whole if call.call is not None and not call.recomputed)
+    entered = {name for number in first for name in calls.all[number].names}
+    return tuple(first[number] for number in sorted({number for name in entered for number in calls.called(name)}))
+
+
+def announced_layers(model: nn.Module) -> int | None:
+    """Number of softmax-attention layers the model's configuration announces; None where it has none."""
+    config = _text_config(model)
+    kinds = _kinds(config)
+    if kinds:
+        return sum(kind in _ATTENTION_KINDS for kind in kinds)
+    count = getattr(config, "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = next((part.config for part in every_module(model) if getattr(part, "config", None) is not None), None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
+
+
+def _kinds(config: Any) -> list[str]:
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list | tuple) and all(isinstance(kind, str) for kind in kinds):
+            return list(kinds)
+    return []
+
+
+@dataclass(slots=True)
+class _AttentionSearch:
+    """For calls in which attention should have run and no known implementation did."""
+
+    model: nn.Module
+    calls: Calls
+    ours: Sequence[AttentionCall]
+    mixing: Collection[int]
+    asked: Callable[[Collection[str]], Collection[str]]
+    announced: str | None = None
+    """Name of the list of blocks that the configuration announces."""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    covered: set[int] = field(default_factory=set)
+    """Calls that an implementation ran in, at any depth."""
+
+    def unknown(self) -> dict[str, int]:
+        """Number of such calls by the name of the layer."""
+        if not self.ours:
+            return {}
+        self.modules = dict(named_modules(self.model, remove_duplicate=False))
+        for call in self.ours:
+            self.covered.update(self.calls.enclosing(call.call))
+        found: dict[str, int] = {}
+        doubtful = dict[str, int]()
+        for name, sure in self._candidates():
+            missing = [number for number in self.calls.called(name) if number not in self.covered]
+            if missing:
+                (found if sure else doubtful)[name] = len(missing)
+        doubtful = {name: count for name, count in doubtful.items() if name not in found}
+        if doubtful:
+            found |= {name: doubtful[name] for name in self.asked(doubtful.keys())}
+        # The outermost says it: what is inside a block that ran no attention ran none either.
+        return {name: count for name, count in found.items() if not _inside_any(name, found)}
+
+    def _candidates(self) -> Iterator[tuple[str, bool]]:
+        """Modules in which attention should have run, and whether it is sure of them; else only if they mix tokens."""
+        layers = {self.calls.all[call.call or 0].name for call in self.ours}
+        kinds = {type(self.modules[name]) for name in layers if name}
+        slots = {_pattern(name) for name in layers}
+        yield from ((name, True) for name in layers)
+        for name, module in self.modules.items():
+            if name in layers:
+                continue
+            if type(module) in kinds or _pattern(name) in slots:
+                beside = [type(self.modules[layer]) for layer in layers if _pattern(layer) == _pattern(name)]
+                in_sequence = type(module) not in kinds and name.rpartition(".")[2].isdigit()
+                if not self._is_of_another_kind(name, beside):
+                    yield name, not in_sequence or self._mixes_tokens(name)
+        announced = [f"{name}.{index}" for name in filter(None, [self.announced]) for index in self._indices(name)]
+        if not any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in announced):
+            # What attention there was ran beside the blocks: in a head, or in the tower of another modality. But where
+            # a model holds the parts of its blocks in lists of their own, as XLM does, it may be the other part.
+            parted = self._is_in_a_list_beside(layers)
+            for name in announced:
+                if not self._is_of_another_kind(name, []):
+                    yield name, not parted or self._mixes_tokens(name)
+        for block, inside in self._blocks(layers):
+            for name in self._siblings(block):
+                if self._may_have_to_attend(name, block, inside, layers):
+                    yield name, self._passes_by(name, block, inside) or self._mixes_tokens(name)
+
+    def _is_in_a_list_beside(self, layers: Collection[str]) -> bool:
+        """Whether a layer lies in a list of as many modules as the announced one, beside it."""
+        if not self.announced:
+            return False
+        parent, _, own = self.announced.rpartition(".")
+        count = len(self._indices(self.announced))
+        beside = (
+            f"{parent}.{key}".lstrip(".")
+            for key, module in self.modules[parent].named_children()
+            if key != own and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
+        )
+        return any(layer.startswith(f"{name}.") for name in beside for layer in layers)
+
+    def _blocks(self, layers: set[str]) -> Iterator[tuple[str, str]]:
+        """Each numbered block around a layer, and the layer's path within; one of each pattern."""
+        seen = set()
+        for layer in sorted(layers):
+            parts = layer.split(".")
+            for index, part in enumerate(parts[:-1]):
+                block, inside = ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
+                if part.isdigit() and (_pattern(block), _pattern(inside)) not in seen:
+                    seen.add((_pattern(block), _pattern(inside)))
+                    yield block, inside
+
+    def _indices(self, name: str) -> range:
+        return range(len(list(self.modules[name].children())))
+
+    def _siblings(self, block: str) -> Iterator[str]:
+        pattern = _pattern(block)
+        yield from (name for name in self.modules if name != block and _pattern(name) == pattern)
+
+    def _may_have_to_attend(self, name: str, block: str, inside: str, layers: set[str]) -> bool:
+        """Whether a block beside one with attention may have had to attend, too."""
+        if any(layer.startswith(f"{name}.") for layer in layers):
+            return False
+        if self._is_of_another_kind(name, [type(self.modules[block])]):
+            return False
+        return not self.calls.ran(f"{name}.{inside}")  # what ran in the place of attention is judged by itself
+
+    def _passes_by(self, name: str, block: str, inside: str) -> bool:
+        """Whether a block of the same kind has the layer and did not call it."""
+        return type(self.modules[name]) is type(self.modules[block]) and f"{name}.{inside}" in self.modules
+
+    def _is_of_another_kind(self, name: str, beside: Sequence[type]) -> bool:
+        """Whether the configuration or the library says that this is no attention."""
+        kinds = _kinds(_text_config(self.model))
+        for index in (int(part) for part in name.split(".") if part.isdigit()):
+            if index < len(kinds) and self._count_beside(name, index) == len(kinds):
+                return kinds[index] not in _ATTENTION_KINDS
+        kind = type(self.modules[name])
+        return (
+            bool(beside)
+            and kind not in beside
+            and kind.__module__.startswith(_LIBRARY)
+            and all(other.__module__ == kind.__module__ for other in beside)
+        )
+
+    def _count_beside(self, name: str, index: int) -> int:
+        parts = name.split(".")
+        stem = ".".join(parts[: parts.index(str(index))])
+        parent = self.modules.get(stem)
+        return len(list(parent.children())) if parent is not None else 0
+
+    def _mixes_tokens(self, name: str) -> bool:
+        """Whether a block did what attention is written out with."""
+        numbers = set(self.calls.called(name))
+        return any(not numbers.isdisjoint(self.calls.enclosing(number)) for number in self.mixing)
+
+
+def _pattern(name: str) -> str:
+    """A name with its numbers left out: what stands in the same place of another block has the same."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _inside_any(name: str, others: Mapping[str, int]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:index]) in others for index in range(len(parts)) if ".".join(parts[:index]) != name)

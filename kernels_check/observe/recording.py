@@ -1,0 +1,194 @@
+"""From the profiler's records of one step to the operators that the judges read.
+
+``profile.events()`` makes an object of some forty attributes of every record and links them all: for a small model
+that takes longer than the two steps that are watched. Fewer than a tenth of the records matter, so names come first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
+
+from kernels_check.observe.calls import MARK, number_of
+from kernels_check.observe.device import synchronise
+from kernels_check.observe.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
+from kernels_check.observe.gc_pause import gc_paused
+from kernels_check.observe.monkeypatch import patched
+from kernels_check.observe.operators import Operator, matters
+from kernels_check.observe.updates import is_hidden_by_a_mode, recorded_writes
+
+
+def profiled(call: Callable[[], object]) -> StepProfile | None:
+    """Call under the profiler, with shapes, in all threads, and on CUDA with kernels.
+
+    Returns:
+        None where nothing was recorded: what was called runs a profiler of its own, which ends this one without a word.
+    """
+    synchronise()
+    recording = _recorded(call, ProfilerRecording())
+    return recording.operators() if recording.lasted else None
+
+
+def entries(call: Callable[[], object]) -> CompilerSeen | None:
+    """Call and see what it enters, for a fraction of what a profile costs: names on the host alone.
+
+    Returns:
+        None where nothing was recorded, as for ``profiled``.
+    """
+    recording = _recorded(call, ProfilerRecording(names_alone=True))
+    return recording.entered() if recording.lasted else None
+
+
+class ProfilerRecording:
+    """A profile between two moments of a program, such as those around a call.
+
+    Args:
+        names_alone: record what runs on the host by name, without shapes or kernels, for a fraction of the price.
+    """
+
+    def __init__(self, *, names_alone: bool = False) -> None:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available() and not names_alone:
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities, record_shapes=not names_alone, **_everywhere())
+        self._another = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Record until the end of the block; a profiler that the program starts meanwhile ends this one, and goes on.
+
+        Stopping this one then would end that of the program and take what it has recorded, so that it is let be.
+        """
+        with patched(torch.autograd.profiler, "_enable_profiler", self._noticing):
+            with quiet_kineto():
+                self._profile.start()
+            self._another = False
+            try:
+                yield
+            finally:
+                if self.lasted:
+                    with quiet_kineto():
+                        synchronise()
+                        self._profile.stop()
+
+    @property
+    def lasted(self) -> bool:
+        """Whether nobody has started another since; after the block whether it has anything to tell."""
+        return not self._another and (is_recording() or bool(_events(self._profile)))
+
+    def operators(self) -> StepProfile:
+        """What was recorded, where it ``lasted``."""
+        with gc_paused():
+            return _reduced(self._profile)
+
+    def entered(self) -> CompilerSeen:
+        """Which compiled code was entered."""
+        return compiler_seen(read_operators(self._profile)[0])
+
+    def _noticing(self, enable: Callable[..., Any]) -> Callable[..., Any]:
+        def noticed(*args: Any, **kwargs: Any) -> Any:
+            self._another = True
+            return enable(*args, **kwargs)
+
+        return noticed
+
+
+def _recorded(call: Callable[[], object], recording: ProfilerRecording) -> ProfilerRecording:
+    with recording.opened():
+        call()
+    return recording
+
+
+def _reduced(recorded: profile) -> StepProfile:
+    operators, kernels = read_operators(recorded)
+    results: Any = recorded.profiler
+    roots = results.kineto_results.experimental_event_tree()
+    seen = reduce_operators(operators, kernels=kernels, writes=recorded_writes(roots, MARK))
+    return replace(seen, writes_hidden=is_hidden_by_a_mode(roots, MARK))
+
+
+def is_recording() -> bool:
+    """Whether a profiler runs already, which another would end."""
+    return bool(torch.autograd.profiler._is_profiler_enabled) or torch._C._autograd._profiler_enabled()
+
+
+def _everywhere() -> dict[str, Any]:
+    """A step may run in a thread of its own."""
+    return {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
+
+
+@contextmanager
+def quiet_kineto() -> Iterator[None]:
+    """Silence the two lines that Kineto writes to stderr per profile."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("KINETO_LOG_LEVEL", None)
+        else:
+            os.environ["KINETO_LOG_LEVEL"] = before
+
+
+def read_operators(recorded: profile) -> tuple[list[Operator], list[str]]:
+    """Operators that matter, in the order in which they began, and the names of all kernels."""
+    host, kernels = [], []
+    for event in _events(recorded):
+        if event.device_type() == DeviceType.CPU:
+            name = event.name()
+            if (matters(name) or name.startswith(MARK)) and not _crosses_threads(event):
+                host.append(event)
+        elif event.device_type() == DeviceType.CUDA and not _is_mark(event):
+            kernels.append(event.name())
+    return list(_nested(host)), kernels
+
+
+def _events(recorded: profile) -> Iterable[Any]:
+    result: Any = getattr(recorded.profiler, "kineto_results", None)
+    return () if result is None else result.events()
+
+
+def _crosses_threads(event: Any) -> bool:
+    return bool(event.is_async()) or event.start_thread_id() != event.end_thread_id()
+
+
+def _is_mark(event: Any) -> bool:
+    """A user's annotation or a record of memory, neither of which is a launch."""
+    return bool(event.is_user_annotation() or event.is_hidden_event()) or event.name().startswith("[")
+
+
+def _nested(events: Iterable[Any]) -> Iterator[Operator]:
+    """Link each event to the innermost one of its thread that encloses it, and to the innermost call of a module.
+
+    An operator that is written in Python, or that autocast calls anew with other inputs, is recorded twice, one record
+    inside the other: the outer is kept, with the inputs of the inner.
+    """
+    order = sorted(events, key=lambda event: (event.start_thread_id(), event.start_ns(), -event.end_ns()))
+    thread, around = None, list[tuple[int, Operator | None, int | None]]()
+    for event in order:
+        if event.start_thread_id() != thread:
+            thread, around = event.start_thread_id(), []
+        while around and event.end_ns() > around[-1][0]:
+            around.pop()
+        _, parent, call = around[-1] if around else (0, None, None)
+        name = event.name()
+        if name.startswith(MARK):
+            around.append((event.end_ns(), parent, number_of(name)))
+            continue
+        if parent is not None and parent.name == name:
+            parent.input_shapes, parent.input_dtypes = event.shapes(), event.dtypes()
+            continue
+        operator = Operator(name, event.shapes(), event.dtypes(), event.concrete_inputs(), parent, call=call)
+        if parent is not None:
+            parent.add_child(operator)
+        around.append((event.end_ns(), operator, call))
+        yield operator
