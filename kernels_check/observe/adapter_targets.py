@@ -83,14 +83,27 @@ class _Places:
         named = (name for name, _ in named_modules(module, path)) if self.of_experts else ()
         self.bare = [name for name in named if not f"{name}.".startswith(adapted)]
         """Modules that are neither adapted nor part of what is; looked for only where there may be experts."""
+        self._module, self._path, self._prefix = module, path, prefix
+
+    def every_module(self) -> Iterator[str]:
+        """Names of all modules of the wrapped model, as PEFT matches them."""
+        for name, _ in named_modules(self._module, self._path):
+            if name.startswith(self._prefix):
+                yield _bare(name.removeprefix(self._prefix))
 
 
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
     for name in _asked(configuration, "target_modules"):
-        if not _by_default(configuration, places) and not _targets(configuration, name, places.modules):
+        if (
+            not _by_default(configuration, places)
+            and not _targets(configuration, name, places.modules)
+            and not _is_excluded(configuration, name, places.every_module())
+        ):
             yield f"target_modules {name!r}"
     for name in _asked(configuration, "feedforward_modules"):
-        if not any(_ends_with(place, name) for place in places.modules):
+        if not any(_ends_with(place, name) for place in places.modules) and not _is_excluded(
+            configuration, name, places.every_module()
+        ):
             yield f"feedforward_modules {name!r}"
     yield from _unmatched_parameters(_asked(configuration, "target_parameters"), places)
     copies = _asked(configuration, "modules_to_save")
@@ -155,11 +168,29 @@ def _targets(configuration: Any, name: str, modules: Iterable[str]) -> bool:
         return any(True for _ in modules)
     if "dummy-target-modules" in name:  # PEFT's own word for an adapter without targets
         return True
-    alone = copy.copy(configuration)
-    alone.target_modules = name if isinstance(configuration.target_modules, str) else [name]
     if _is_prompt_of_attention(configuration):
         return any(_ends_with(module, name) for module in modules)
+    alone = _with_one_target(configuration, name)
     return any(check_target_module_exists(alone, module) for module in modules)
+
+
+def _is_excluded(configuration: Any, name: str, modules: Iterable[str]) -> bool:
+    """Whether a target matches modules that the configuration itself excludes, by ``exclude_modules`` or as copies."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    alone = _with_one_target(configuration, name)
+    without = copy.copy(alone)
+    without.exclude_modules = without.modules_to_save = None
+    return any(
+        check_target_module_exists(without, module) and not check_target_module_exists(alone, module)
+        for module in modules
+    )
+
+
+def _with_one_target(configuration: Any, name: str) -> Any:
+    alone = copy.copy(configuration)
+    alone.target_modules = name if isinstance(configuration.target_modules, str) else [name]
+    return alone
 
 
 def _is_prompt_of_attention(configuration: Any) -> bool:

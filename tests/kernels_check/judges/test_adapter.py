@@ -1,6 +1,8 @@
 """An adapter passes only if it is attached, executed and learning."""
 
+import pytest
 import torch
+from peft import IA3Config, LoraConfig
 
 from kernels_check.observe.adapter_layers import adapter_layers
 
@@ -58,3 +60,30 @@ def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
     checks = {check.path: check for check in run.verify({"lora.attached": True, "lora.dropout": 0.05}, step)}
     assert [checks[path].status for path in ("lora.attached", "lora.dropout")] == ["unknown", "unknown"]
     assert "as in zeroth-order training" in checks["lora.attached"].reason
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        LoraConfig(target_modules="all-linear", exclude_modules=["down_proj"]),
+        LoraConfig(target_modules="all-linear", exclude_modules=r".*\.layers\.1\..*"),
+        LoraConfig(target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.mlp\..*"),
+        LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]),
+        IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], exclude_modules=["down_proj"]
+        ),
+    ],
+    ids=["a list", "a pattern", "a pattern and names", "a copy", "feedforward"],
+)
+def test_a_target_that_the_configuration_excludes_is_not_missing(training, configuration):
+    """PEFT takes the excluded modules out of the targets, but keeps their names in ``target_modules``."""
+    check = training(adapter=lambda: configuration).check("lora.attached", True)
+    assert check.met, check.reason
+
+
+def test_an_exclusion_hides_no_misspelt_target(training):
+    """Only the name that matches an excluded module is accounted for."""
+    configuration = LoraConfig(target_modules=["q_proj", "down_proj", "qurey"], exclude_modules=["down_proj"])
+    check = training(adapter=lambda: configuration).check("lora.attached", True)
+    assert check.status == "fallback"
+    assert "asked for and matched nothing: target_modules 'qurey' (" in check.reason
