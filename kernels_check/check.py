@@ -56,7 +56,7 @@ class Check:
 class Requirement:
     """The values that a path accepts."""
 
-    kind: Literal["flag", "choice", "bits", "share", "text"]
+    kind: Literal["flag", "choice", "bits", "share", "class"]
     choices: tuple[Json, ...] = ()
     """Accepted values of a ``choice`` or of ``bits``."""
 
@@ -67,8 +67,11 @@ class Requirement:
         if self.kind == "share":
             number = isinstance(value, int | float) and not isinstance(value, bool)
             return None if number and 0.0 <= float(value) <= 1.0 else "must be a number from 0 to 1"  # type: ignore[arg-type]
-        if self.kind == "text":
-            return None if isinstance(value, str) and value else "must be a non-empty string"
+        if self.kind == "class":
+            if isinstance(value, str) and all(value.partition(".")):
+                return None
+            name = value if isinstance(value, str) and value else "AdamW"
+            return f"must name the class with its package, as in 'torch.optim.{name}' or 'bitsandbytes.optim.{name}'"
         wanted = int if self.kind == "bits" else str
         accepted = isinstance(value, wanted) and not isinstance(value, bool) and value in self.choices
         return None if accepted else f"must be one of {', '.join(map(str, self.choices))}"

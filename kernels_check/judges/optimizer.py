@@ -158,7 +158,7 @@ def _paging_refused(optimizer: OptimizerSeen) -> bool:
 
 PATHS: Mapping[str, JudgedPath] = {
     "optimizer.class": JudgedPath(
-        requirement=Requirement(kind="text"), judge=judge_class, by_modules=False, takes_update=True
+        requirement=Requirement(kind="class"), judge=judge_class, by_modules=False, takes_update=True
     ),
     "optimizer.fused": JudgedPath(
         requirement=FLAG, judge=judge_fused, rests_on=("update",), by_modules=False, takes_update=True

@@ -24,6 +24,7 @@ from kernels_check.judges.paths import validate
         ("lora.dropout", False),
         ("optimizer.paged_share", "half"),
         ("optimizer.class", ""),
+        ("optimizer.class", "AdamW"),
         ("mode", None),
     ],
 )
@@ -32,6 +33,13 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(path, value):
     with pytest.raises(ValueError, match=path) as caught:
         validate({path: value})
     assert repr(value) in str(caught.value)
+
+
+def test_a_class_without_its_package_is_refused_with_the_qualified_name():
+    """torch and bitsandbytes each have an AdamW, so that the bare name says too little; the qualified name is taken."""
+    with pytest.raises(ValueError, match=r"as in 'torch\.optim\.AdamW' or 'bitsandbytes\.optim\.AdamW'"):
+        validate({"optimizer.class": "AdamW"})
+    validate({"optimizer.class": "torch.optim.AdamW"})
 
 
 def test_an_unknown_path_is_refused_with_the_known_ones():
