@@ -56,7 +56,7 @@ class Check:
 class Requirement:
     """The values that a path accepts."""
 
-    kind: Literal["flag", "choice", "bits", "share", "class"]
+    kind: Literal["flag", "choice", "bits", "share", "text", "class"]
     choices: tuple[Json, ...] = ()
     """Accepted values of a ``choice`` or of ``bits``."""
 
@@ -67,6 +67,8 @@ class Requirement:
         if self.kind == "share":
             number = isinstance(value, int | float) and not isinstance(value, bool)
             return None if number and 0.0 <= float(value) <= 1.0 else "must be a number from 0 to 1"  # type: ignore[arg-type]
+        if self.kind == "text":
+            return None if isinstance(value, str) and value else "must be a non-empty string"
         if self.kind == "class":
             if isinstance(value, str) and all(value.partition(".")):
                 return None
