@@ -60,7 +60,7 @@ def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 
 
-@pytest.mark.parametrize("what", ["cold", "tokens", "look"])
+@pytest.mark.parametrize("what", ["cold", "tokens"])
 def test_an_interrupt_ends_a_process_as_any_signal_does(what):
     """It raises nothing that a library could take for an error of its own."""
     words = [sys.executable, "-m", "lorameter.worker", what, *(["1"] if what == "cold" else [])]

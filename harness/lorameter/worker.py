@@ -1,4 +1,4 @@
-"""The one door of every measuring process: `python -m lorameter.worker zygote FD | cold FD | tokens | look`.
+"""The one door of every measuring process: `python -m lorameter.worker zygote FD | cold FD | tokens`.
 
 An executor starts these by name in the host of either side of an A/B, whose harness may be of another revision, so
 what stands behind the door can move and the door cannot.
@@ -38,18 +38,14 @@ def main(arguments: list[str]) -> int:
         from lorameter.trial.inference import cold
 
         return cold.main(int(rest[0]))
-    if what in ("tokens", "look"):
-        # Standard output is for the answer alone: what a library prints meanwhile, or at the end, goes where errors go.
+    if what == "tokens":
+        # Standard output is for the answer alone: what a library prints goes to standard error.
         with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
             os.dup2(2, 1)
-            if what == "look":
-                from lorameter.trial.data import probe_child
-
-                return probe_child.main(reply)
             from lorameter.trial.data import tokens
 
             return tokens.main(reply)
-    raise SystemExit(f"lorameter.worker: {what!r} is no process of a trial; known: zygote, cold, tokens, look")
+    raise SystemExit(f"lorameter.worker: {what!r} is no process of a trial; known: zygote, cold, tokens")
 
 
 if __name__ == "__main__":

@@ -108,17 +108,17 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
     ("name", "content", "changes", "words"),
     [
         ("x.jsonl", '{"text": "a"}\n{"text": null}', {}, "line 2: text = null"),
-        ("x.csv", "prompt,completion\na,b\nc\n", {}, "line 3: 1 cells"),
-        ("x.txt", "one\ntwo", {"loss": "answer"}, "loss = 'answer': text has no answer"),
+        ("x.csv", "prompt,completion\na,b\nc\n", {}, "row 3: cannot be read: 1 cells"),
+        ("x.txt", "one\ntwo", {"loss": "answer"}, "loss = 'answer': text has no separate answer"),
         ("x.txt", "one\ntwo", {"natural_tokens": 8}, "natural_tokens = 8: text has no prompts"),
         ("x.jsonl", CHAT, {"prompt_format": "write-instruction"}, "'write-instruction': it is for instructions"),
         (
             "x.jsonl",
             CHAT,
             {"columns": DataColumns(messages="talks")},
-            r"line 1: no column 'talks'.*There are 'messages'",
+            r"no column 'talks'.*There are 'messages'",
         ),
-        ("x.jsonl", "", {}, "no records are in it"),
+        ("x.jsonl", "", {}, "it has no records"),
     ],
 )
 def test_data_is_looked_into_before_anything_is_loaded(small_study, machine, tmp_path, name, content, changes, words):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.trial.data.chat import ChatTemplate
+from lorameter.trial.data.chat import ChatTemplate, Message, read_conversation
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -43,28 +43,6 @@ def answers(tokenizer, template, conversation):
     return [text[begin:end] for begin, end in chat.answers(conversation, text)]
 
 
-ENDLESS = {
-    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "comes to no end in"),
-    "a power": ("{{ 10 ** 100000000 }}", "comes to no end in"),
-    "a product": ("{{ 'a' * 3000000000 }}", "asks for more than 64 MiB"),
-    "a width": ("{{ 'a'.ljust(3000000000) }}", "asks for more than 64 MiB"),
-    "a format": ("{{ '%3000000000d' % 3 }}", "asks for more than 64 MiB"),
-    "itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "does not take it"),
-    "blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "does not take it"),
-    "brackets": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "does not take it"),
-}
-
-
-@pytest.mark.parametrize(("template", "said"), ENDLESS.values(), ids=ENDLESS)
-def test_a_template_without_end_is_refused_by_its_name(tokenizer, chat, monkeypatch, template, said):
-    """It is a program: time and memory are what it gets, whatever it does with them."""
-    monkeypatch.setattr("lorameter.trial.data.chat.RECORD_S", 0.2)
-    monkeypatch.setattr("lorameter.trial.data.chat.RECORD_BYTES", 64 << 20)
-    tokenizer.chat_template = template
-    with pytest.raises(UsageError, match=f"line 7: the chat template of (model )?'?mine'? {said}"):
-        ChatTemplate(tokenizer, "mine").text(chat(*TURNS))
-
-
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
@@ -94,10 +72,10 @@ def test_a_turn_that_is_written_differently_later_is_refused(tokenizer, chat):
 @pytest.mark.parametrize(
     ("template", "turns", "words"),
     [
-        (STRICT, TURNS, "does not take it: System role not supported"),
+        (STRICT, TURNS, "does not accept it: System role not supported"),
         (WITHOUT_TOOLS, (("user", "a"), ("tool", "xyz"), ("assistant", "b")), r"does not write message 2 \(tool\) as"),
-        (CHATML.replace("{% endfor", "{{ nothing.at.all }}{% endfor"), TURNS, "does not take it: 'nothing' is"),
-        (CHATML.replace("{% endfor %}", ""), TURNS, "does not take it: "),
+        (CHATML.replace("{% endfor", "{{ nothing.at.all }}{% endfor"), TURNS, "does not accept it: 'nothing' is"),
+        (CHATML.replace("{% endfor %}", ""), TURNS, "does not accept it: "),
         (MARKED.replace("== 'assistant'", "== 'nobody'"), TURNS, "does not mark answer 1"),
     ],
 )  # fmt: skip
@@ -123,3 +101,64 @@ def test_a_prompt_ends_where_the_model_goes_on(tokenizer, chat):
     assert (prompt, answer) == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "b")
     with pytest.raises(UsageError, match="line 7: the assistant begins"):
         template.prompt(chat(("assistant", "b")))
+
+
+PICTURE = {"type": "image_url", "image_url": "x"}
+ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def read_turns(*messages):
+    return read_conversation(list(messages), "line 3", "messages")
+
+
+def test_both_spellings_are_one():
+    """role and content, from and value, with the nulls that a table fills up with, and parts of text joined."""
+    expected = (Message(role="user", content="a"), Message(role="assistant", content="b"))
+    shared = {"from": "gpt", "value": "b", "role": None, "content": None}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "b"}], "tool_calls": None}
+    split = {"role": "assistant", "content": ["", {"text": "b", "type": "text"}]}
+    assert read_turns(ASK, ANSWER).messages == expected
+    assert read_turns({"from": "human", "value": "a"}, shared).messages == expected
+    assert read_turns(ASK, parts).messages == read_turns(ASK, split).messages == expected
+    system, tool = {"role": "system", "content": "s"}, {"role": "tool", "content": "t"}
+    roles = [one.role for one in read_turns(system, ASK, tool, ANSWER).messages]
+    assert roles == [
+        "system",
+        "user",
+        "tool",
+        "assistant",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "assistant", "content": None}, "message 2: content = null: a text is expected"),
+        ({"role": "assistant"}, "message 2: content = null"),
+        ({"role": "assistant", "content": 3}, "message 2: content = 3"),
+        ({"role": "assistant", "content": {"text": "x"}}, "message 2: content = .*: a text is expected"),
+        ({"role": "narrator", "content": "x"}, "message 2: role = 'narrator': not known. Known: system"),
+        ({"role": ["user"], "content": "x"}, "message 2: role = .*: not known"),
+        ({"from": "observation", "value": "x"}, "message 2: from = 'observation': not known"),
+        ({"from": "gpt", "value": None}, "message 2: value = null"),
+        ({"speaker": "a", "text": "x"}, "message 2 = .*role and content, or from and value"),
+        ("b", "message 2 = 'b'"),
+        (None, "message 2 = None"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "message 2: tool_calls: tool calls"),
+        ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, "message 2: function_call: tool calls"),
+        ({"role": "user", "content": [PICTURE]}, "message 2: content, part 1: type = 'image_url': only"),
+        ({"role": "user", "content": [{"type": "text"}]}, "message 2: content, part 1: text = null"),
+        ({"role": "user", "content": [3]}, "message 2: content, part 1 = 3"),
+        ({"role": "user", "content": "\udc00"}, "message 2: content = .*: a text"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_refused_by_name(message, words):
+    """With the line, the number of the message and what to do."""
+    with pytest.raises(UsageError, match=f"line 3: messages, {words}"):
+        read_turns(ASK, message, ANSWER)
+
+
+def test_a_conversation_without_an_answer_is_refused():
+    """There would be nothing to learn from it."""
+    with pytest.raises(UsageError, match="line 3: messages: no message is the assistant's"):
+        read_turns(ASK, ASK)

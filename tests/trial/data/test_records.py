@@ -1,29 +1,112 @@
-"""Records are looked at when they are read: one that cannot serve is refused with its file and line."""
+"""Files of every kind, saved data sets and the hub give the same records; errors name file and row."""
 
 from __future__ import annotations
 
 import gzip
 import json
 
+import datasets
 import pytest
 
 from lorameter.errors import UsageError
+from lorameter.studies.columns import DataColumns
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.records import describe_data, read_records
+from lorameter.trial.data.records import describe_data, open_file, read_records, recognise
+
+SAMPLE = [
+    {"prompt": "a, b", "completion": 'say "x"\nand y'},
+    {"prompt": "Größe", "completion": "3"},
+    {"prompt": "q", "completion": "null"},
+]
+
+
+def read_file(path):
+    table = open_file(path, "data")
+    return list(table.rows(table.names or ()))
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_kind_gives_the_same_rows(write, kind, packed):
+    """Quotes, line ends in cells and letters of any script; no text becomes a number or nothing."""
+    assert [row for _, row in read_file(write(f"mine{kind}{packed}", SAMPLE))] == SAMPLE
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_plain_text_is_a_record_a_line(write, packed):
+    """Blank lines are none."""
+    rows = [{"text": "one"}, {"text": "  "}, {"text": ""}, {"text": " two"}]
+    found = read_file(write(f"mine.txt{packed}", rows))
+    assert found == [("data, line 1", {"text": "one"}), ("data, line 4", {"text": " two"})]
+
+
+GOOD_LINE = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.jsonl", GOOD_LINE + b'{"text": "caf\xe9"}', "line 2: cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+        ("x.jsonl", GOOD_LINE + b'{"text": ', "line 2: cannot be read: Expecting value"),
+        ("x.jsonl", gzip.compress(GOOD_LINE, mtime=0), "line 1: cannot be read: 'utf-8' codec"),
+        ("x.jsonl", b'[{"text": "a"}]', "line 1: .*a record with named columns is expected"),
+        ("x.jsonl.gz", GOOD_LINE, "line 1: cannot be read: Not a gzipped file"),
+        ("x.json", b'[{"text": "a"},\n{"text": }]', "cannot be read: Expecting value: line 2"),
+        ("x.json", b'{\n "text": "a"\n}', "record 1: cannot be read"),
+        ("x.csv", b"text,text\na,b", "row 2: cannot be read: two columns have the name 'text'"),
+        ("x.csv", b'text,b\na,"c\nd"\n"e', "row 3: cannot be read: unexpected end of data"),
+        ("x.csv", b'text,b\na,"c"d\n', "row 2: cannot be read"),
+        ("x.csv", b"text,b\na,c\nd\n", "row 3: cannot be read: 1 cells, and the first row names 2 columns"),
+        ("x.csv", b"text,b\na,c\nd,\xe9\n", "row 3: cannot be read: 'utf-8' codec"),
+        ("x.txt", b"a\nb\xff", "line 2: cannot be read: 'utf-8' codec"),
+        ("x.parquet", b"PAR1 and nothing behind it", "data: cannot be read: Parquet magic bytes not found"),
+        ("x.parquet.gz", b"PAR1", "data: cannot be read: Not a gzipped file"),
+    ],
+)  # fmt: skip
+def test_an_unreadable_row_is_named(tmp_path, name, content, words):
+    """With its file, and with the reader's reason."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"(?s){words}"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz", "x.txt.gz", "x.json.gz", "x.parquet.gz"])
+@pytest.mark.parametrize("keep", [0.4, 0.95])
+def test_a_file_cut_short_is_refused(write, name, keep):
+    """Wherever it is cut: what was read of it before does not count."""
+    path = write(name, [{"text": f"{number} {number**7}"} for number in range(2000)])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(UsageError, match=r"data.*: cannot be read: .*ended before the end"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5])
+def test_a_parquet_file_with_a_damaged_page_is_refused(write, place):
+    """Its footer is whole, so that only reading tells."""
+    path = write("x.parquet", [{"text": f"{number} {number**7}"} for number in range(500)])
+    content = bytearray(path.read_bytes())
+    begin = int(len(content) * place)
+    content[begin : begin + 64] = b"\xff" * 64
+    path.write_bytes(bytes(content))
+    with pytest.raises(UsageError, match=r"data, row [0-9]+: cannot be read"):
+        read_file(path)
+
 
 GOOD = {"instruction": "say it", "context": "", "response": "it"}
 
 
-def read(path):
-    records, label = read_records(Workload(data=str(path)))
+def read(data, **changes):
+    records, label = read_records(Workload(data=str(data), **changes))
     return list(records), label
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([""], "no records are in it"),
-        (["{}", json.dumps(GOOD)], "line 1: no columns that are known. There are none"),
+        ([""], "it has no records"),
+        (["{}", json.dumps(GOOD)], "no known columns. There are none"),
         (
             [json.dumps(GOOD), json.dumps({**GOOD, "instruction": None})],
             "line 2: instruction = null: a text is expected",
@@ -31,12 +114,12 @@ def read(path):
         ([json.dumps({**GOOD, "response": None})], "line 1: response = null"),
         ([json.dumps(GOOD), "", json.dumps({**GOOD, "response": 3})], "line 3: response = 3"),
         ([json.dumps({**GOOD, "context": ["x"]})], "line 1: context ="),
-        ([json.dumps({"instruction": "a", "context": ""})], "line 1: no column 'response'"),
-        (["null"], "line 1: None: a table"),
+        ([json.dumps({"instruction": "a", "context": ""})], "no column 'response'"),
+        (["null"], "line 1: None: a record"),
         ([json.dumps([GOOD])], "line 1"),
-        ([json.dumps(GOOD), "{"], "line 2: cannot be read as JSON"),
+        ([json.dumps(GOOD), "{"], "line 2: cannot be read"),
         ([json.dumps({**GOOD, "response": "\ud800"})], "line 1: response ="),
-        (["[" * 5000], "line 1: cannot be read as JSON: it is nested too deeply"),
+        (["[" * 5000], "line 1: cannot be read"),
     ],
     ids=lambda value: str(value)[-30:],
 )
@@ -61,3 +144,148 @@ def test_what_is_held_out_is_not_all(tmp_path):
     with pytest.raises(UsageError, match="16 records, and held_out_records = 16: none is left to train on"):
         describe_data(Workload(data=str(path)))
     assert describe_data(Workload(data=str(path), held_out_records=15)).startswith("mine.jsonl, 16 records")
+
+
+datasets.disable_progress_bars()
+ROWS = [{"prompt": f"p{number}", "completion": "c", "score": number} for number in range(600)]
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def saved(path, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(path)
+    return str(path)
+
+
+def test_a_saved_data_set_is_read_whole(tmp_path):
+    """In several shards and with its order changed; only the columns that are trained on."""
+    data = datasets.Dataset.from_list(ROWS).shuffle(seed=1).select(range(500))
+    data.save_to_disk(tmp_path / "mine", num_shards=3)
+    records, label = read(str(tmp_path / "mine"))
+    assert label == "mine, 500 records of prompt/completion" == describe_data(Workload(data=str(tmp_path / "mine")))
+    expected = [{"prompt": row["prompt"], "completion": row["completion"]} for row in data]
+    assert sorted(map(str, records)) == sorted(map(str, expected))
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "null", "number", "empty"])
+def test_a_saved_data_set_that_cannot_serve_is_refused(tmp_path, harm):
+    """By its row where a row is at fault."""
+    rows = [dict(row) for row in ROWS[:300]]
+    if harm == "null":
+        rows[270]["completion"] = None
+    if harm == "number":
+        rows = [row | {"prompt": 3} for row in rows]
+    path = saved(tmp_path / "mine", rows)
+    arrow = next((tmp_path / "mine").glob("*.arrow"))
+    if harm == "cut":
+        arrow.write_bytes(arrow.read_bytes()[:700])
+    if harm == "gone":
+        arrow.unlink()
+    if harm == "empty":
+        path = saved(tmp_path / "none", ROWS[:1])
+        datasets.load_from_disk(path).select([]).save_to_disk(tmp_path / "empty")
+        path = str(tmp_path / "empty")
+    words = {
+        "cut": "cannot be read: .*Save it again", "gone": "cannot be read: .*Save it again",
+        "null": "row 271: completion = null", "number": "row 1: prompt = 3", "empty": "cannot be read: .*Save it again",
+    }  # fmt: skip
+    for look in (read, lambda data: describe_data(Workload(data=data))):
+        with pytest.raises(UsageError, match=words[harm]):
+            look(path)
+
+
+def test_a_folder_of_files_is_one_data_set(write, tmp_path):
+    """Of the files of the split, in the order of their names; others beside them are left alone."""
+    for part in (1, 0):
+        write(f"train-{part}.jsonl.gz", ROWS[2 * part : 2 * part + 2])
+    write("test.jsonl", ROWS[:1])
+    (tmp_path / "README.md").write_text("about it")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert read(str(tmp_path))[1].endswith("[train], 4 records of prompt/completion")
+    assert read(f"{tmp_path}[test]")[1].endswith("[test], 1 records of prompt/completion")
+
+
+def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypatch):
+    """It is read like a saved one; what the library says of one that cannot be had is said."""
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        if name == "owner/gone":
+            raise ConnectionError("Couldn't reach it.\nat all")
+        return datasets.Dataset.from_list([{"messages": CHAT}] * 40)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert (
+        describe_data(Workload(data="owner/name:main"))
+        == "owner/name:main[train] of the hub, checked when it is downloaded"
+    )
+    assert asked == []
+    assert read("owner/name:main[test]")[1] == "owner/name:main[test], 40 records of messages"
+    with pytest.raises(
+        UsageError, match=r"data 'owner/gone': cannot be read: ConnectionError: Couldn't reach it\. Give"
+    ):
+        read("owner/gone")
+    assert asked == [("owner/name", "main", "test"), ("owner/gone", None, "train")]
+
+
+@pytest.mark.parametrize(
+    ("names", "title", "parts"),
+    [
+        ("instruction context response id", "instruction/context/response", {"instruction", "context", "response"}),
+        ("instruction response", "instruction/response", {"instruction", "response"}),
+        ("instruction input output", "instruction/input/output", {"instruction", "context", "response"}),
+        ("instruction input output text", "instruction/input/output", {"instruction", "context", "response"}),
+        ("output instruction", "instruction/output", {"instruction", "response"}),
+        ("prompt completion", "prompt/completion", {"prompt", "completion"}),
+        ("messages prompt prompt_id", "messages", {"messages"}),
+        ("id conversations", "conversations", {"messages"}),
+        ("text label", "text", {"text"}),
+    ],
+)  # fmt: skip
+def test_columns_that_people_have_are_recognised(names, title, parts):
+    """Those of dolly, Alpaca, prompts with completions, chats, ShareGPT and plain text, in any order, beside others."""
+    form = recognise(names.split(), DataColumns(), "data")
+    assert (form.title, set(form.columns)) == (title, parts)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("question answer", "no known columns. There are 'question', 'answer'"),
+        ("instruction context", "no column 'response'"),
+        ("instruction input", "no column 'output'"),
+        ("prompt", "no column 'completion'"),
+        ("messages conversations", "can be read as messages and as conversations"),
+        ("prompt completion messages", "can be read as prompt/completion and as messages"),
+        ("instruction response output", "instruction/response and as instruction/output"),
+        ("", "no known columns"),
+    ],
+)
+def test_what_is_not_recognised_or_twice_is_refused(names, words):
+    """With the columns that are there, and with how to name them."""
+    with pytest.raises(UsageError, match=words) as caught:
+        recognise(names.split(), DataColumns(), "data 'x', line 1")
+    assert "data 'x', line 1" in str(caught.value)
+    assert "columns = { instruction" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "row", "words"),
+    [
+        (["prompt", "completion"], {"prompt": "a"}, "no column 'completion'. The first record has prompt/completion"),
+        (["text"], {"instruction": "a", "response": "b"}, "no column 'text'. The first record has text"),
+        (["text"], {"text": None}, "text = null: a text is expected"),
+        (["text"], {"text": 3}, "text = 3: a text"),
+        (["text"], {"text": ["a"]}, r"text = \['a'\]: a text"),
+        (["text"], {"text": "\ud800"}, "text = .*: a text"),
+        (["text"], ["a"], r"\['a'\]: a record with named columns is expected"),
+        (["instruction", "output"], {"instruction": "a", "input": "b", "output": "c"}, "it has 'input', and the first"),
+        (["instruction", "input", "output"], {"instruction": "a", "output": "c"}, "no column 'input'"),
+        (["messages"], {"messages": "[]"}, r"messages = '\[\]': a list of messages is expected"),
+    ],
+)
+def test_a_row_that_differs_from_the_first_is_refused(names, row, words):
+    """A column too few, one more that would be lost, a value that is no text."""
+    form = recognise(names, DataColumns(), "data")
+    with pytest.raises(UsageError, match=f"line 9: {words}"):
+        form.read(row, "line 9")

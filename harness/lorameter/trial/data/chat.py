@@ -1,50 +1,124 @@
-"""Conversations written by the tokenizer's own chat template, and which of their characters are the assistant's.
+"""Conversations (role and content, or from and value as in ShareGPT), rendered with the tokenizer's chat template, and
+the character ranges of the assistant's answers.
 
-Where the template marks what the assistant says (`{% generation %}`), that is it. Else each of the assistant's turns is
-found by writing the conversation up to its end, once as it is and once with a stand-in for what is said: what stands
-before and behind the stand-in is the template's. Both writings must be beginnings of the whole. A template that writes
-a turn differently once others follow (one that drops earlier reasoning, say) has no such beginnings, and which tokens
-the model would have said cannot be told: that is refused, not guessed.
+If the template marks answers (`{% generation %}`), the marks are used. Otherwise each answer is located by rendering
+the conversation up to its end twice, once as it is and once with a placeholder as its content: the text around the
+placeholder is the template's. The rendering must be a prefix of the whole text. A template that renders a turn
+differently when others follow (one that drops earlier reasoning, for example) is refused, since the answer's tokens
+cannot be located.
 
-A template may write today's date. Two runs of different days would then differ in their tokens, so it is told one day.
+A template may write today's date. Runs of different days would then have different tokens, so the date is fixed.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorameter.errors import UsageError, shorten
-from lorameter.machine.rlimits import OverTimeError, memory_limit, time_limit
 from lorameter.models.chat_template import no_chat_template
-from lorameter.trial.data.messages import ASSISTANT, ChatTurn, Conversation
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ASSISTANT = "assistant"
+_SPEAKERS = {"human": "user", "gpt": ASSISTANT}
+"""ShareGPT's names of two of the roles."""
+_KEYS = (("role", "content"), ("from", "value"))
+_CALLS = ("tool_calls", "function_call")
+_HALF = re.compile("[\ud800-\udfff]")
+_REPAIR = "Correct it, or take the record out."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """A record of messages, with its file and row for error messages."""
+
+    place: str
+    messages: tuple[Message, ...]
+
+
+def read_conversation(value: Any, place: str, column: str) -> Conversation:
+    """The conversation in a cell.
+
+    Raises:
+        UsageError: the cell has another type, a text or the answer is missing, or a part is no text.
+    """
+    if not isinstance(value, list) or not value:
+        said = "null" if value is None else shorten(repr(value), 60)
+        raise UsageError(f"{place}: {column} = {said}: a list of messages is expected. {_REPAIR}")
+    messages = tuple(_message(one, f"{place}: {column}, message {number}") for number, one in enumerate(value, 1))
+    if all(message.role != ASSISTANT for message in messages):
+        raise UsageError(f"{place}: {column}: no message is the assistant's, so there is no answer. {_REPAIR}")
+    return Conversation(place=place, messages=messages)
+
+
+def _message(value: Any, place: str) -> Message:
+    table = value if isinstance(value, Mapping) else {}
+    present = {key: item for key, item in table.items() if item is not None}  # Arrow adds the other keys as nulls
+    for key in _CALLS:
+        if present.get(key):
+            raise UsageError(f"{place}: {key}: tool calls are not supported. Take the record out.")
+    keys = next((keys for keys in _KEYS if keys[0] in present), None)
+    if keys is None:
+        said = shorten(repr(value), 60)
+        raise UsageError(f"{place} = {said}: role and content, or from and value, are expected. {_REPAIR}")
+    speaker, content = present[keys[0]], table.get(keys[1])
+    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    if role not in ROLES:
+        known = ", ".join((*ROLES, *_SPEAKERS))
+        raise UsageError(f"{place}: {keys[0]} = {shorten(repr(speaker), 60)}: not known. Known: {known}.")
+    return Message(role=role, content=_content(content, f"{place}: {keys[1]}"))
+
+
+def _content(value: Any, place: str) -> str:
+    """A text, or a list of text parts, which are joined."""
+    if isinstance(value, list):
+        return "".join(_part(part, f"{place}, part {number}") for number, part in enumerate(value, 1))
+    return check_text(value, place)
+
+
+def _part(value: Any, place: str) -> str:
+    if not isinstance(value, Mapping):
+        return check_text(value, place)
+    kind = value.get("type", "text")
+    if kind != "text":
+        raise UsageError(f"{place}: type = {shorten(repr(kind), 60)}: only text is supported. Take the record out.")
+    return check_text(value.get("text"), f"{place}: text")
+
+
+def check_text(value: Any, place: str) -> str:
+    """The value, if it is a text that UTF-8 can encode (no lone surrogates). Raises `UsageError` otherwise."""
+    if isinstance(value, str) and (value.isascii() or not _HALF.search(value)):
+        return value
+    said = "null" if value is None else shorten(repr(value), 60)
+    raise UsageError(f"{place} = {said}: a text is expected. {_REPAIR}")
+
+
+# --- the template -----------------------------------------------------------------------------------------------------
 
 Span = tuple[int, int]
-"""Characters of a text, the end left out."""
+"""Character range of a text, half-open."""
 _MARKED = re.compile(r"{%-?\+?\s*generation\s*-?\+?%}")
-_STAND_IN = "\ue000what is said\ue000"
+_PLACEHOLDER = "\ue000answer\ue000"
 _CODES = ("%a", "%A", "%d", "%-d", "%e", "%b", "%B", "%m", "%-m", "%y", "%Y", "%H", "%I", "%M", "%S", "%p", "%j", "%Z")
 _DAY = datetime.datetime(2026, 1, 1)
 _CLOCK = "strftime_now"
-"""What templates ask for the date: a function, which no argument can take the place of, but a macro can."""
-_STOPPED = (
+"""The function from which templates take the date; an argument cannot replace it, but a macro can."""
+_FIXED_CLOCK = (
     f"{{% macro {_CLOCK}(format) %}}{{{{ format"
     + "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _CODES)
     + " }}{% endmacro %}\n"
 )
-"""Its newline is the macro's, so the template begins a line as before."""
-
-
-RECORD_S, CHARACTER_S = 1.0, 2e-6
-"""A template is a program, and may be one without end. On one writing of a conversation it may compute for so long, and
-longer by its characters; one that somebody uses needs a thousandth of it."""
-TOTAL_S = 900.0
-"""On all of them together."""
-RECORD_BYTES, CHARACTER_BYTES = 512 << 20, 64
-"""Of memory, as of time."""
 
 
 class ChatTemplate:
@@ -53,32 +127,31 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, model: str) -> None:
         self._tokenizer = tokenizer
         self._model = model
-        self._computed_s = 0.0
         try:
             template: str = tokenizer.get_chat_template()
         except ValueError:
             raise no_chat_template(model) from None
         self._marked = _MARKED.search(template) is not None
-        self._template = f"{_STOPPED}{template}" if _CLOCK in template else template
+        self._template = f"{_FIXED_CLOCK}{template}" if _CLOCK in template else template
 
     def text(self, conversation: Conversation) -> str:
         """The whole conversation.
 
         Raises:
-            UsageError: the template refuses it, or leaves a message out.
+            UsageError: the template refuses it or leaves a message out.
         """
         text = self._write(conversation.messages, conversation.place)
         missing = _missing(text, conversation.messages)
         if missing is not None:
             raise UsageError(
                 f"{conversation.place}: the chat template of {self._model} does not write message {missing} "
-                f"({conversation.messages[missing - 1].role}) as it is. Take it out, or use a model whose template has "
-                "a place for it."
+                f"({conversation.messages[missing - 1].role}) as it is. Take it out, or use a model whose template "
+                "writes it."
             )
         return text
 
     def prompt(self, conversation: Conversation) -> tuple[str, str]:
-        """What comes before the last answer, up to where the model goes on, and that answer."""
+        """The text before the last answer, with the generation prompt, and that answer."""
         last = max(n for n, message in enumerate(conversation.messages) if message.role == ASSISTANT)
         if not last:
             raise UsageError(
@@ -88,10 +161,10 @@ class ChatTemplate:
         return before, conversation.messages[last].content
 
     def answers(self, conversation: Conversation, text: str) -> list[Span]:
-        """Where the assistant's answers stand in the text, each with what ends its turn.
+        """The ranges of the assistant's answers in the text, each with the end of its turn.
 
         Raises:
-            UsageError: it cannot be told.
+            UsageError: an answer cannot be located.
         """
         if self._marked:
             return self._marked_answers(conversation, text)
@@ -104,10 +177,10 @@ class ChatTemplate:
             return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True},
         )  # fmt: skip
         spans: list[Span] = []
-        for (begin, end), said in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True):
-            if said and spans and begin <= spans[-1][1]:
+        for (begin, end), marked in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True):
+            if marked and spans and begin <= spans[-1][1]:
                 spans[-1] = (spans[-1][0], end)
-            elif said:
+            elif marked:
                 spans.append((begin, end))
         missing = _missing(
             "".join(text[begin:end] for begin, end in spans),
@@ -121,54 +194,39 @@ class ChatTemplate:
 
     def _answer(self, conversation: Conversation, number: int, text: str) -> Span:
         before, message = conversation.messages[:number], conversation.messages[number]
-        stand_in = ChatTurn(role=message.role, content=_STAND_IN)
-        head, _, tail = self._write([*before, stand_in], conversation.place).partition(_STAND_IN)
+        placeholder = Message(role=message.role, content=_PLACEHOLDER)
+        head, _, tail = self._write([*before, placeholder], conversation.place).partition(_PLACEHOLDER)
         turn = self._write([*before, message], conversation.place)
-        said = next((one for one in (message.content, message.content.strip()) if turn == head + one + tail), None)
-        if said is None or not text.startswith(turn):
+        content = next((one for one in (message.content, message.content.strip()) if turn == head + one + tail), None)
+        if content is None or not text.startswith(turn):
             raise UsageError(
                 f"{conversation.place}: the chat template of {self._model} writes message {number + 1} differently "
-                f"when others follow, or not as it is, so its tokens cannot be told. {_ALL}"
+                f"when others follow, or not as it is, so its tokens cannot be located. {_ALL}"
             )
-        return len(head), len(head) + len(said) + len(tail.rstrip() or tail)
+        return len(head), len(head) + len(content) + len(tail.rstrip() or tail)
 
-    def _write(self, messages: Sequence[ChatTurn], place: str, *, ask: bool = False) -> str:
+    def _write(self, messages: Sequence[Message], place: str, *, ask: bool = False) -> str:
         text: str = self._apply(messages, place, tokenize=False, add_generation_prompt=ask)
         return text
 
-    def _apply(self, messages: Sequence[ChatTurn], place: str, **how: Any) -> Any:
-        said = [{"role": message.role, "content": message.content} for message in messages]
-        characters = sum(len(message.content) for message in messages)
-        most_s, most_bytes = RECORD_S + CHARACTER_S * characters, RECORD_BYTES + CHARACTER_BYTES * characters
-        begin_s = time.process_time()
+    def _apply(self, messages: Sequence[Message], place: str, **options: Any) -> Any:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            with time_limit(most_s), memory_limit(most_bytes):
-                written = self._tokenizer.apply_chat_template(said, chat_template=self._template, **how)
-        except OverTimeError:
-            raise self._endless(place, f"comes to no end in {most_s:.3g} s of computing") from None
-        except MemoryError:
-            raise self._endless(place, f"asks for more than {most_bytes >> 20} MiB of memory") from None
-        except Exception as error:  # a template is a program of somebody else
-            why = shorten(str(error).strip() or type(error).__name__, 200)
+            return self._tokenizer.apply_chat_template(turns, chat_template=self._template, **options)
+        except Exception as error:  # a template is a program of the model's author
+            reason = shorten(str(error).strip() or type(error).__name__, 200)
             raise UsageError(
-                f"{place}: the chat template of {self._model} does not take it: {why}. Mend the record, or take it out."
+                f"{place}: the chat template of {self._model} does not accept it: {reason}. Correct the record, or "
+                "take it out."
             ) from None
-        self._computed_s += time.process_time() - begin_s
-        if self._computed_s > TOTAL_S:
-            raise self._endless(place, f"has computed for more than {TOTAL_S:g} s until this record")
-        return written
-
-    def _endless(self, place: str, said: str) -> UsageError:
-        model = shorten(repr(self._model), 120)
-        return UsageError(f"{place}: the chat template of model {model} {said}. Mend it, or use another model.")
 
 
 _ALL = 'Use loss = "all", or a template that marks the answers with {% generation %}.'
 
 
-def _missing(text: str, messages: Sequence[ChatTurn]) -> int | None:
-    """The number of the first message that does not stand in the text behind those before it; None if all do. Space is
-    not looked at: templates strip it."""
+def _missing(text: str, messages: Sequence[Message]) -> int | None:
+    """The number of the first message that does not follow the earlier ones in the text; None if all do. White space is
+    ignored, since templates strip it."""
     text, begin = "".join(text.split()), 0
     for number, message in enumerate(messages, 1):
         content = "".join(message.content.split())

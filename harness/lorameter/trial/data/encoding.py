@@ -12,8 +12,7 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.records.worker_info import Example
 from lorameter.studies.workload import PromptFormat, Workload
-from lorameter.trial.data.chat import ChatTemplate, Span
-from lorameter.trial.data.messages import Conversation
+from lorameter.trial.data.chat import ChatTemplate, Conversation, Span
 from lorameter.trial.data.synthetic import Record
 
 AnyRecord = Record | Conversation

@@ -1,81 +1,102 @@
-"""Records of a workload: read in an order fixed by the seed, recognised, and each held against its form."""
+"""Records of a workload: data files and data sets are read, their columns recognised, and every record checked.
+
+JSON and CSV are read by the standard library. `datasets` guesses types: it makes a date of the answer "2024-01-01", a
+number of "3" and nothing of "null", and names no line. Parquet is read by pyarrow, folders of `save_to_disk` and data
+sets of the hub by `datasets`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import gzip
+import io
 import itertools
+import json
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from lorameter.errors import UsageError, shorten
 from lorameter.models import catalogue
 from lorameter.models.chat_template import has_chat_template, no_chat_template
-from lorameter.studies.data_source import DataSource, resolve
+from lorameter.studies.columns import DataColumns
+from lorameter.studies.data_source import PACKED, REMEDY, DataSource, resolve
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.detect_format import SAID, Form, recognise
+from lorameter.trial.data.chat import Conversation, check_text, read_conversation
 from lorameter.trial.data.encoding import AnyRecord
-from lorameter.trial.data.files import MOST_UNPACKED, DataTable, Placed, most_unpacked, open_table
-from lorameter.trial.data.messages import Conversation
-from lorameter.trial.data.probe import is_risky, probe_in_subprocess
-from lorameter.trial.data.sets import open_hub, open_saved
-from lorameter.trial.data.synthetic import synthetic_records
+from lorameter.trial.data.synthetic import Record, synthetic_records
 
-LOOKED_AT = 32 << 20
-"""Characters of records that are looked at before anything is started: more would take seconds."""
-TEXT_CHARACTERS = 4 << 30
-"""Of all records together, which are held in memory to be shuffled."""
+PREVIEW_CHARACTERS = 32 << 20
+"""Characters of records that are checked before anything is started; more would take seconds."""
+MOST_CHARACTERS = 4 << 30
+"""Characters of all records together, which are held in memory to be shuffled."""
+CELL_CHARACTERS = 1 << 30
+"""Characters of one cell of a CSV file."""
+BATCH_ROWS = 256
+
+OPTIONAL = "context"
+"""The part that a record can lack."""
+_KNOWN: tuple[dict[str, str], ...] = (
+    {"instruction": "instruction", "context": "context", "response": "response"},
+    {"instruction": "instruction", "context": "input", "response": "output"},
+    {"prompt": "prompt", "completion": "completion"},
+    {"messages": "messages"},
+    {"messages": "conversations"},
+    {"text": "text"},
+)
+"""Column of each part: databricks-dolly-15k's, Alpaca's, prompts with completions, chats, ShareGPT's, plain text."""
+_KNOWN_WORDS = "; ".join(", ".join(columns.values()) for columns in _KNOWN)
+_MAP_THEM = 'Map them in the study: [workload] columns = { instruction = "question", response = "answer" }.'
+_REPAIR = "Correct it, or take the record out."
+
+PlacedRow = tuple[str, Any]
+"""File and row, in words, and the row."""
 
 
 def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
-    """The records of a workload in an order fixed by `data_seed`, and what they are in words.
+    """The records of a workload in an order fixed by `data_seed`, and a description of them.
 
     Raises:
-        UsageError: data that cannot be read, is empty, or holds a record without a text that it needs or that this
-            workload cannot use; the file and the line are named.
+        UsageError: data that cannot be read, is empty, or has a record that lacks a text or does not suit the
+            workload; file and row are named.
     """
     source = resolve(workload.data)
     if source.kind == "synthetic":
         return synthetic_records(workload.data_seed), f"synthetic instruction records, seed {workload.data_seed}"
-    form, found = _open(source, workload)
-    records = []
-    read, most = 0, _most_characters(source)
+    form, found = _open_source(source, workload)
+    records, characters = [], 0
     for record in found:
         records.append(record)
-        read += _characters(record)
-        if read > most:
-            over = f"more than {most >> 20} MiB of text"
-            said = over if most == TEXT_CHARACTERS else f"{over}, over {MOST_UNPACKED} times what its files hold"
-            raise UsageError(f"data {shorten(repr(workload.data))}: {said}. Use a part of it.")
-    if not records:
-        raise _empty(workload)
+        characters += _count_characters(record)
+        if characters > MOST_CHARACTERS:
+            most = f"more than {MOST_CHARACTERS >> 30} billion characters"
+            raise UsageError(f"data {shorten(repr(workload.data))}: {most}. Use a part of it.")
     random.Random(workload.data_seed).shuffle(records)
     return iter(records), f"{source.label}, {len(records)} records of {form.title}"
 
 
 def describe_data(workload: Workload) -> str:
-    """What the data is in words, from its first records, without anything being loaded; of a data set of the hub only
-    which it is.
+    """A description of the data from its first records; a data set of the hub is only named, since it may have to be
+    downloaded.
 
     Raises:
-        UsageError: data that `read_records` would refuse, as far as it is looked at; or what reads it dies of it.
+        UsageError: data that `read_records` would refuse, as far as it is read.
     """
-    return probe_in_subprocess(workload) if is_risky(resolve(workload.data)) else look_here(workload)
-
-
-def look_here(workload: Workload) -> str:
-    """The same in this process, whatever may become of it."""
     source = resolve(workload.data)
     if source.kind == "synthetic":
         return f"synthetic instruction records, seed {workload.data_seed}"
     if source.kind == "hub":
-        return f"{source.label} of the hub, looked into when it is fetched"
-    form, found = _open(source, workload)
-    count = read = 0
+        return f"{source.label} of the hub, checked when it is downloaded"
+    form, found = _open_source(source, workload)
+    count = characters = 0
     for record in found:
-        count, read = count + 1, read + _characters(record)
-        if read > LOOKED_AT:
-            return f"{source.label}, records of {form.title}; the first {count} were looked at"
-    if not count:
-        raise _empty(workload)
+        count, characters = count + 1, characters + _count_characters(record)
+        if characters > PREVIEW_CHARACTERS:
+            return f"{source.label}, records of {form.title}; the first {count} were checked"
     if count <= workload.held_out_records:
         raise UsageError(
             f"data {workload.data!r}: {count} records, and held_out_records = {workload.held_out_records}: none is "
@@ -84,47 +105,88 @@ def look_here(workload: Workload) -> str:
     return f"{source.label}, {count} records of {form.title}"
 
 
-def _open(source: DataSource, workload: Workload) -> tuple[Form, Iterator[AnyRecord]]:
-    """The form of the records, and they themselves, file by file."""
-    form: Form | None = None
-    tables: list[tuple[str, DataTable]] = []
-    for where, table in _tables(source, f"data {shorten(repr(workload.data))}"):
-        if table.names is None:
-            continue
-        found = recognise(table.names, workload.columns, table.place)
-        if form is not None and found != form:
-            raise UsageError(f"{where}: {found.title}, and {tables[0][0]} has {form.title}. Part them.")
-        form = found
-        tables.append((where, table))
-    if form is None:
-        raise _empty(workload)
-    _check_use(form, workload)
-    rows = itertools.chain.from_iterable(table.rows(tuple(form.columns.values())) for _, table in tables)
-    return form, _records(form, rows)
+# --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _records(form: Form, rows: Iterator[Placed]) -> Iterator[AnyRecord]:
-    return (form.record(row, place) for place, row in rows)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordForm:
+    """The column of each part of a record."""
+
+    columns: dict[str, str]
+    absent: str = ""
+    """The column of the optional part, if the table lacks it."""
+
+    @property
+    def title(self) -> str:
+        """Columns in words; parts are named where the columns have other names."""
+        if self.columns in [{part: one[part] for part in self.columns if part in one} for one in _KNOWN]:
+            return "/".join(self.columns.values())
+        return ", ".join(f"{column} as {part}" for part, column in self.columns.items())
+
+    def read(self, row: Any, place: str) -> AnyRecord:
+        """The record in a row. Raises `UsageError`, naming the place, for a row that does not have this form."""
+        if not isinstance(row, dict):
+            raise _no_columns(place, row)
+        for column in self.columns.values():
+            if column not in row:
+                raise UsageError(f"{place}: no column {_quote(column)}. The first record has {self.title}. {_REPAIR}")
+        if "messages" in self.columns:
+            column = self.columns["messages"]
+            return read_conversation(row[column], place, column)
+        if self.absent and row.get(self.absent):
+            raise UsageError(f"{place}: it has {_quote(self.absent)}, and the first record has none. Add it there.")
+        return {
+            part: "" if part == OPTIONAL and row[column] is None else check_text(row[column], f"{place}: {column}")
+            for part, column in self.columns.items()
+        }
 
 
-def _tables(source: DataSource, where: str) -> Iterator[tuple[str, DataTable]]:
-    if source.kind == "hub":
-        yield where, open_hub(source, where)
-    elif source.kind == "saved":
-        yield where, open_saved(source, where)
-    else:
-        for path in source.files:
-            place = f"{where}, {path.name}" if source.kind == "folder" else where
-            yield place, open_table(path, place)
+def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordForm:
+    """The form of the records of a table with columns of these names.
 
-
-def _check_use(form: Form, workload: Workload) -> None:
-    """Raises `UsageError` for what a workload asks of records that have it not."""
-    if not form.has_prompt and workload.loss == "answer":
+    Raises:
+        UsageError: a column that is needed is missing, no known form fits, or several do.
+    """
+    if columns.family is not None:
+        return _map_columns(names, columns, place)
+    fitting = [one for one in _KNOWN if all(column in names for part, column in one.items() if part != OPTIONAL)]
+    fitting = [one for one in fitting if "text" not in one] or fitting  # a text among other columns repeats them
+    if len(fitting) > 1:
+        kinds = " and as ".join("/".join(column for column in one.values() if column in names) for one in fitting)
+        raise UsageError(f"{place}: its columns can be read as {kinds}. {_MAP_THEM}")
+    if fitting:
+        found = {part: column for part, column in fitting[0].items() if column in names}
+        return RecordForm(columns=found, absent="" if OPTIONAL in found else fitting[0].get(OPTIONAL, ""))
+    nearest = max(_KNOWN, key=lambda one: sum(column in names for column in one.values()))
+    needed = [column for part, column in nearest.items() if part != OPTIONAL]
+    missing = [column for column in needed if column not in names]
+    if len(missing) < len(needed):
         raise UsageError(
-            f"workload: loss = 'answer': {form.title} has no answer to tell from a prompt. Use loss = \"all\"."
+            f"{place}: no column {_quote(missing[0])}, which records of {', '.join(nearest.values())} need. "
+            f"{_list_columns(names)} {_MAP_THEM}"
         )
-    if not form.has_prompt and workload.natural_tokens:
+    raise UsageError(f"{place}: no known columns. {_list_columns(names)} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
+
+
+def _map_columns(names: Sequence[str], columns: DataColumns, place: str) -> RecordForm:
+    family, found = columns.family or (), {}
+    for part in family:
+        column = columns.given.get(part, part)
+        if column in names:
+            found[part] = column
+        elif part != OPTIONAL or part in columns.given:
+            reason = f"which the study maps to {part}" if part in columns.given else "which the mapped columns need"
+            raise UsageError(
+                f"{place}: no column {_quote(column)}, {reason}. {_list_columns(names)} Correct [workload] columns."
+            )
+    return RecordForm(columns=found, absent=OPTIONAL if OPTIONAL in family and OPTIONAL not in found else "")
+
+
+def _check_use(form: RecordForm, workload: Workload) -> None:
+    """Raises `UsageError` for records that lack what the workload needs."""
+    if "text" in form.columns and workload.loss == "answer":
+        raise UsageError(f"workload: loss = 'answer': {form.title} has no separate answer. Use loss = \"all\".")
+    if "text" in form.columns and workload.natural_tokens:
         raise UsageError(
             f"workload: natural_tokens = {workload.natural_tokens}: {form.title} has no prompts that a model could "
             "answer. Use natural_tokens = 0."
@@ -134,22 +196,213 @@ def _check_use(form: Form, workload: Workload) -> None:
             f"workload: prompt_format = {workload.prompt_format!r}: it is for instructions with responses, and the "
             f"data has {form.title}. Leave it out."
         )
-    if form.is_chat and has_chat_template(catalogue.resolve(workload.model)) is False:
+    if "messages" in form.columns and has_chat_template(catalogue.resolve(workload.model)) is False:
         raise no_chat_template(workload.model)
 
 
-def _most_characters(source: DataSource) -> int:
-    """Of all records of a source; a few bytes can say one text a million times. Nothing is known of the hub's."""
-    if not source.files:
-        return TEXT_CHARACTERS
-    return min(TEXT_CHARACTERS, most_unpacked(sum(path.stat().st_size for path in source.files)))
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _characters(record: AnyRecord) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Column names of a file or data set, and a function that reads at least the given columns of every row."""
+
+    names: tuple[str, ...] | None
+    """Of JSON those of the first record; None without rows."""
+    rows: Callable[[Sequence[str]], Iterator[PlacedRow]]
+
+
+def _open_source(source: DataSource, workload: Workload) -> tuple[RecordForm, Iterator[AnyRecord]]:
+    """The form of the records, and the records of all files in order."""
+    where = f"data {shorten(repr(workload.data))}"
+    form: RecordForm | None = None
+    tables: list[tuple[str, Table]] = []
+    for place, table in _open_tables(source, where):
+        if table.names is None:
+            continue
+        found = recognise(table.names, workload.columns, place)
+        if form is not None and found != form:
+            raise UsageError(f"{place}: {found.title}, and {tables[0][0]} has {form.title}. Use one at a time.")
+        form = found
+        tables.append((place, table))
+    if form is None:
+        raise UsageError(f"{where}: it has no records. Known are records of {_KNOWN_WORDS}.")
+    _check_use(form, workload)
+    rows = itertools.chain.from_iterable(table.rows(tuple(form.columns.values())) for _, table in tables)
+    return form, (form.read(row, place) for place, row in rows)
+
+
+def _open_tables(source: DataSource, where: str) -> Iterator[tuple[str, Table]]:
+    if source.kind in ("hub", "saved"):
+        yield where, _open_data_set(source, where)
+    for path in source.files if source.kind in ("file", "folder") else ():
+        place = f"{where}, {path.name}" if source.kind == "folder" else where
+        yield place, open_file(path, place)
+
+
+def _place_rows(where: str, unit: str, rows: Iterator[Any], *, first: int = 1) -> Iterator[PlacedRow]:
+    """Each row with its place. What the reader raises is reported with the row at which it failed."""
+    for number in itertools.count(first):
+        place = f"{where}, {unit} {number}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # which exception depends on the library
+            raise _unreadable(place, error) from None
+        if row is not _BLANK:
+            yield place, row
+
+
+_BLANK = object()
+"""A line without a record."""
+
+
+def _unreadable(place: str, error: Exception) -> UsageError:
+    return UsageError(f"{place}: cannot be read: {_first_line(error)}. Correct or restore it.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__]
+    return shorten(lines[0], 300).rstrip(".")
+
+
+def open_file(path: Path, where: str) -> Table:
+    """The table in a file, by the suffix of its name. Raises `UsageError`, naming the place, if there is none."""
+    suffix = Path(path.name.removesuffix(PACKED)).suffix
+    if suffix == ".parquet":
+        return _open_parquet(path, where)
+
+    def rows(_: Sequence[str] = ()) -> Iterator[PlacedRow]:
+        if suffix == ".csv":
+            return _place_rows(where, "row", _read_csv(path), first=2)
+        if suffix == ".txt":
+            return _place_rows(where, "line", _read_lines(path, _read_text))
+        if suffix == ".json":
+            return _place_rows(where, "record", _read_json(path))
+        return _place_rows(where, "line", _read_lines(path, json.loads))
+
+    for place, first in rows():
+        if not isinstance(first, dict):
+            raise _no_columns(place, first)
+        return Table(names=tuple(first), rows=rows)
+    return Table(names=None, rows=rows)
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.endswith(PACKED) else path.open("rb")
+
+
+def _read_lines(path: Path, read: Callable[[bytes], Any]) -> Iterator[Any]:
+    with _open(path) as file:
+        for line in file:
+            yield read(line) if line.strip() else _BLANK
+
+
+def _read_text(line: bytes) -> Record:
+    return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    """The records of a list, or a record a line if the file does not begin with a bracket."""
+    with _open(path) as file:
+        is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        if is_list:
+            file.seek(0)
+            yield from json.load(file)
+    if not is_list:
+        yield from _read_lines(path, json.loads)
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    """Rows as dicts; an empty cell is None, since CSV does not distinguish the two."""
+    csv.field_size_limit(CELL_CHARACTERS)
+    with _open(path) as file:
+        rows = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
+        names = next(rows, [])
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"two columns have the name {_quote(twice[0])}")
+        for row in rows:
+            if row and len(row) != len(names):
+                raise ValueError(f"{len(row)} cells, and the first row names {len(names)} columns")
+            yield {name: cell or None for name, cell in zip(names, row, strict=True)} if row else _BLANK
+
+
+def _open_parquet(path: Path, where: str) -> Table:
+    from pyarrow import parquet
+
+    def open_it() -> Any:
+        packed = path.name.endswith(PACKED)  # pyarrow reads from the end, which gzip cannot
+        return parquet.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if packed else path)
+
+    def read(columns: Sequence[str]) -> Iterator[Any]:
+        with open_it() as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+                yield from batch.to_pylist()
+
+    try:
+        with open_it() as file:
+            names = tuple(file.schema_arrow.names) if file.metadata.num_rows else None
+    except Exception as error:  # as above
+        raise _unreadable(where, error) from None
+    return Table(names=names, rows=lambda columns: _place_rows(where, "row", read(columns)))
+
+
+def _open_data_set(source: DataSource, where: str) -> Table:
+    """A folder of `save_to_disk`, or a split of a data set of the hub, which is downloaded into its cache."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if source.kind == "saved":
+            found: Any = datasets.load_from_disk(str(Path(source.name) / source.split))
+        else:
+            with _offline_unless_hub_answers(source):
+                found = datasets.load_dataset(source.name, source.config or None, split=source.split)
+    except Exception as error:  # as above
+        remedy = REMEDY if source.kind == "hub" else "Save it again."
+        raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {_first_line(error)}. {remedy}") from None
+
+    def read(columns: Sequence[str]) -> Iterator[Any]:
+        for batch in found.select_columns(list(columns)).with_format(None).iter(batch_size=BATCH_ROWS):
+            yield from (dict(zip(columns, row, strict=True)) for row in zip(*(batch[c] for c in columns), strict=True))
+
+    names = tuple(found.column_names) if len(found) else None
+    return Table(names=names, rows=lambda columns: _place_rows(where, "row", read(columns)))
+
+
+@contextlib.contextmanager
+def _offline_unless_hub_answers(source: DataSource) -> Iterator[None]:
+    """Makes `datasets` use only its cache if the hub does not answer; it would try for six minutes."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not catalogue.hub_answers(
+        f"datasets/{source.name}/resolve/main/README.md"
+    )
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _no_columns(place: str, row: Any) -> UsageError:
+    return UsageError(f"{place}: {shorten(repr(row), 60)}: a record with named columns is expected. {_REPAIR}")
+
+
+def _count_characters(record: Record | Conversation) -> int:
     if isinstance(record, Conversation):
         return sum(len(message.content) for message in record.messages)
     return sum(map(len, record.values()))
 
 
-def _empty(workload: Workload) -> UsageError:
-    return UsageError(f"data {workload.data!r}: no records are in it. Known are records of {SAID}.")
+def _list_columns(names: Sequence[str]) -> str:
+    return f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
+
+
+def _quote(name: str) -> str:
+    return shorten(repr(name), 60)
