@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import hashlib
 import json
 import math
 import random
@@ -34,16 +35,7 @@ JUDGED = ("1", "2", "3", "3 natural", "4", "8", "9", "11")
 """Claims on alpha and r alone that have the levels they speak of in this sweep."""
 BEGUN = 1795000000.0
 MIB = 2**20
-LATER_FIELDS: dict[int, dict[str, tuple[str, ...]]] = {
-    2: {"record": ("side",), "manifest": ("sides",)},
-    3: {
-        "manifest": ("resumed", "stopped", "selection"),
-        "protocol": ("natural_requests", "max_minutes"),
-        "workload": ("natural_prompt_tokens", "natural_tokens", "prompt_format"),
-    },
-    4: {"record": ("attempt",), "protocol": ("retries", "allow_disturbed"), "study": ("own_workloads",)},
-}
-"""What each schema brought, as `lorameter.records.record` tells their history; an older run has none of it."""
+SCHEMA = 5
 KEPT_VALUES = "host_watched_train_s new_tokens packed_4bit_decode threads trainable_parameters warmup_steady".split()
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 
@@ -58,8 +50,11 @@ def rounded(value: float) -> float:
 def measured(which: str) -> tuple[Json, list[Json]]:
     """Manifest and records of a committed run."""
     manifest = json.loads((MEASURED[which] / "manifest.json").read_text(encoding="utf-8"))
+    found = [json.loads(line) for line in (MEASURED[which] / "checks.jsonl").read_text(encoding="utf-8").splitlines()]
+    evidence = {one["hash"]: one["check"] for one in found}
     lines = (MEASURED[which] / "trials.jsonl").read_text(encoding="utf-8").splitlines()
-    return manifest, [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
+    return manifest, [one | {"checks": [evidence[name] for name in one["checks"]]} for one in records]
 
 
 class Planted:
@@ -86,7 +81,6 @@ class Planted:
         checks: int = 3,
         peaks: int = 2,
         heavier_mib: int = 0,
-        schema: int = 4,
         status: str = "complete",
         change: Change = lambda record: record,
         edit: Change = lambda manifest: manifest,
@@ -98,7 +92,7 @@ class Planted:
         self.ratios, self.control, self.noise, self.scale = ratios or {}, control, noise, scale
         self.losses, self.requests, self.answers = losses or {}, requests or {}, answers or {}
         self.level, self.sides, self.checks, self.peaks = level or self.manifest["interleaving"], sides, checks, peaks
-        self.schema, self.status, self.change, self.edit = schema, status, change, edit
+        self.status, self.change, self.edit = status, change, edit
         self.heavier_mib = heavier_mib
         self.reference = self.manifest["study"]["reference"]
 
@@ -111,7 +105,11 @@ class Planted:
         path = folder / self.name
         path.mkdir(parents=True)
         (path / "manifest.json").write_text(_text(manifest, indent=1), encoding="utf-8")
-        (path / "trials.jsonl").write_text("".join(map(_text, kept)), encoding="utf-8")
+        evidence = {_hash_of(check): check for record in kept for check in record["checks"]}
+        lines = [record | {"checks": list(map(_hash_of, record["checks"]))} for record in kept]
+        named = [_text({"hash": name, "check": check}) for name, check in evidence.items()]
+        (path / "checks.jsonl").write_text("".join(named), encoding="utf-8")
+        (path / "trials.jsonl").write_text("".join(map(_text, lines)), encoding="utf-8")
         return path
 
     def _manifest(self, order: list[str]) -> Json:
@@ -125,7 +123,7 @@ class Planted:
         study["protocol"] |= {"phases": list(self.phases), "peak_replicates": self.peaks}
         made |= {
             "run": self.name, "order": order, "created_unix_s": BEGUN, "phases": list(self.phases), "seed": 7,
-            "interleaving": self.level, "selection": list(self.variants), "status": self.status, "schema": self.schema,
+            "interleaving": self.level, "selection": list(self.variants), "status": self.status, "schema": SCHEMA,
         }  # fmt: skip
         made["provenance"].pop("settings", None)
         made["tokens"]["examples"] = []
@@ -138,13 +136,6 @@ class Planted:
                 )
             }
         study["claims"] = [claim for claim in study["claims"] if claim["id"] in JUDGED]
-        for later, fields in LATER_FIELDS.items():
-            if later > self.schema:
-                places = {"manifest": made, "study": study, "protocol": study["protocol"]}
-                places["workload"] = study["workload"]
-                for place, names in fields.items():
-                    for name in names:
-                        places.get(place, {}).pop(name, None)
         return made
 
     def _arms(self) -> list[tuple[str, str, str]]:
@@ -183,7 +174,7 @@ class Planted:
         suffix = (f"-{side}" if side else "") + ("-control" if role == "control" else "") + ("-solo" if solo else "")
         made = {key: copy.deepcopy(template[key]) for key in ("name", "variant", "failure", "seed")}
         made |= {
-            "schema": self.schema, "trial": f"r{replicate}-{name}{suffix}", "role": role, "side": side, "attempt": 0,
+            "schema": SCHEMA, "trial": f"r{replicate}-{name}{suffix}", "role": role, "side": side, "attempt": 0,
             "replicate": replicate, "position": position, "started_unix_s": BEGUN + 20.0 * position, "status": "ok",
             "wall_time_s": 15.0, "interleaving": "replicates" if solo else self.level, "notices": [],
             "log": f"logs/r{replicate}-{name}{suffix}.log", "turn_lengths": [] if solo else [1] * self.turns,
@@ -201,9 +192,6 @@ class Planted:
         if "cold" in self.phases and solo:
             made["values"]["cold_start_time_s"] = self._near(4.0)
             made["samples"]["cold_start_time_s"] = [made["values"]["cold_start_time_s"]]
-        for later, fields in LATER_FIELDS.items():
-            for field in fields.get("record", ()) if later > self.schema else ():
-                del made[field]
         return made
 
     def _samples(self, name: str, factor: float, machine: list[float]) -> dict[str, list[float]]:
@@ -256,6 +244,10 @@ def _facts(peft: str) -> Json:
         "python": "3.11.7", "cuda": None, "git": {"commit": None, "dirty": None},
         "packages": {"peft": peft, "torch": "2.13.0+cpu"},
     }  # fmt: skip
+
+
+def _hash_of(check: Json) -> str:
+    return hashlib.sha256(_text(check).strip().encode()).hexdigest()[:16]
 
 
 def _text(value: Any, indent: int | None = None) -> str:
@@ -403,24 +395,6 @@ def without_r_32(record: Json) -> Json | None:
     return None if record["name"] == "r=32" else record
 
 
-def of_a_newer_version(manifest: Json) -> Json:
-    """Fields, a claim and a notice that this version has no name for."""
-    manifest["study"]["workload"]["rope"] = "scaled"
-    manifest["study"]["variants"][1]["mixture"] = {"experts": 4}
-    apart = {"rule": "differs", "axis": "quantization", "levels": ["none", "nf4"], "metric": "step_time_s"}
-    manifest["study"]["claims"] = [
-        {"id": "old", "says": "nf4 is another thing", "parts": [apart]},
-        {"id": "new", "says": "it bends", "parts": [{"rule": "bends", "axis": "r", "metric": "step_time_s"}]},
-    ]
-    manifest["notices"].append({"code": "new", "message": "said by a newer version.", "remedy": "None.", "weight": 2})
-    return manifest | {"colour": "red"}
-
-
-def measured_by_a_newer_version(record: Json) -> Json:
-    """One trial ended in a way that there was not yet."""
-    return record | {"heat": 0.5} | ({"status": "paused"} if record["trial"] == f"r1-{NF4}" else {})
-
-
 BOTH = ("train", "generate")
 USUAL = {NF4: 1.1, ALPHA: 1.002}
 """Against the reference one variant is slower by far, the other is equivalent."""
@@ -463,19 +437,7 @@ def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
         Planted("given-up", replicates=4, status="failed", change=until_the_second),
         Planted("other-machine", replicates=5, phases=BOTH, edit=elsewhere),
         Planted("other-variant", replicates=5, phases=BOTH, edit=renamed, change=another_id),
-        Planted("schema-1", schema=1, ratios=USUAL),
-        Planted("schema-2", schema=2, ratios=USUAL),
-        Planted("schema-3", schema=3, ratios=USUAL, edit=resumed),
-        Planted(
-            "newer",
-            replicates=5,
-            phases=BOTH,
-            ratios={NF4: 1.5},
-            schema=6,
-            checks=0,
-            edit=of_a_newer_version,
-            change=measured_by_a_newer_version,
-        ),
+        Planted("resumed", ratios=USUAL, edit=resumed),
         Planted("ab", sides=True, variants=(REFERENCE, NF4), replicates=6, turns=8, ratios={NF4: 1.06}, heavier_mib=8),
         Planted("ab-improved", sides=True, variants=(NF4,), replicates=6, turns=8, phases=BOTH, ratios={NF4: 0.9}),
         Planted("ab-unsure", sides=True, variants=(NF4,), replicates=3, noise=0.2),
@@ -527,7 +489,7 @@ def damage(folder: Path) -> None:
     )
     damaged("impossible-study", manifest=lambda one: one["study"]["workload"].update(batch_size=0) or one)
     damaged("no-records").joinpath("trials.jsonl").unlink()
-    damaged("cut-manifest").joinpath("manifest.json").write_text('{"schema": 4, "run": ', encoding="utf-8")
+    damaged("cut-manifest").joinpath("manifest.json").write_text(f'{{"schema": {SCHEMA}, "run": ', encoding="utf-8")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -554,8 +516,8 @@ def benchmark_file(run: Planted, path: Path) -> Json:
         row = {"name": full.partition("::")[2], "fullname": full, "group": "train", "param": name}
         rows.append(row | {"params": {"variant_name": name}, "extra_info": info, "stats": {"data": steps}})
     about = {
-        "schema": 4, "run": run.name, "fingerprint": manifest["fingerprint"], "study": "lora-or-qlora", "failed": {},
-        "variants": manifest["study"]["variants"], "invalid": None,
+        "schema": SCHEMA, "run": run.name, "fingerprint": manifest["fingerprint"], "study": "lora-or-qlora",
+        "variants": manifest["study"]["variants"], "failed": {}, "invalid": None,
     }  # fmt: skip
     machine = {"lorameter": {key: manifest["provenance"].get(key) for key in FINGERPRINT}}
     return {"machine_info": machine, "benchmarks": rows, "lorameter": about, "version": "5.1.0"}
@@ -603,7 +565,7 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
         "between_steps_s": times(2e-5)[:7],
     }  # fmt: skip
     record = {
-        "schema": 4, "trial": f"r0-{NF4}", "status": "ok", "name": NF4, "variant": template["variant"], "seed": 0,
+        "schema": SCHEMA, "trial": f"r0-{NF4}", "status": "ok", "name": NF4, "variant": template["variant"], "seed": 0,
         "role": "variant", "replicate": 0, "position": 0, "interleaving": "replicates", "started_unix_s": BEGUN,
         "wall_time_s": 20.0, "samples": samples, "memory": template["memory"], "checks": template["checks"][:4],
         "values": {"useful_positions": 192.0, "useful_pairs": 9312.0, "trainable_parameters": 299008.0},

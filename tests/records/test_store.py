@@ -1,7 +1,6 @@
 """The store appends, syncs and reads back; damage is seen, never guessed around."""
 
 import dataclasses
-import json
 import subprocess
 
 import pytest
@@ -59,18 +58,6 @@ def test_another_schema_is_refused(tmp_path):
     (writer.path / "manifest.json").write_text(text)
     with pytest.raises(UsageError, match="schema 99"):
         store.read_run(str(writer.path), tmp_path)
-
-
-def test_workloads_of_variants_own_are_found_where_older_runs_have_them(tmp_path):
-    """Up to schema 4 they stood in the study; whoever reads the manifest finds them beside it."""
-    writer, own = RunWriter(tmp_path, manifest()), {"a": {"batch_size": 4}}
-    old = json.loads((writer.path / "manifest.json").read_text()) | {"schema": 4}
-    assert old.pop("own_workloads") == {}
-    (writer.path / "manifest.json").write_text(json.dumps(old | {"study": {"name": "s", "own_workloads": own}}))
-    read = store.read_manifest(writer.path)
-    assert (read.study, read.own_workloads) == ({"name": "s"}, own)
-    (writer.path / "manifest.json").write_text(json.dumps(old | {"study": {"name": "s"}}))
-    assert store.read_manifest(writer.path).own_workloads == {}
 
 
 def test_a_damaged_manifest_is_a_clear_error(tmp_path):

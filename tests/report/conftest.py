@@ -308,10 +308,10 @@ def bisection(slow_from: int | None) -> Bisection:
 def listed() -> list[dict[str, Any]]:
     """Rows of `lorameter list runs`: of a run as it should be, of a baseline in part, and of one that is damaged."""
     sound = {"run": "20261125-105758-lora-or-qlora-e5aa", "study": "lora-or-qlora", "title": "LoRA", "status": "ok"}
-    sound |= {"trials": {"ok": 6}, "verdict": "regressed", "size_bytes": 2**21, "baseline": False, "newer_schema": None}
+    sound |= {"trials": {"ok": 6}, "verdict": "regressed", "size_bytes": 2**21, "baseline": False}
     return [
         sound,
-        sound | {"run": "b", "trials": {"ok": 2, "oom": 1}, "verdict": "invalid", "baseline": True, "newer_schema": 6},
+        sound | {"run": "b", "trials": {"ok": 2, "oom": 1}, "verdict": "invalid", "baseline": True},
         sound | {"run": "c[/b]", "status": "damaged", "title": "manifest.json: no JSON", "trials": {}},
     ]
 

@@ -1,4 +1,4 @@
-"""Any run gives any report: failures, missing metrics, one replicate, no reference, old schemas, lines cut short."""
+"""Any run gives any report: failures, missing metrics, one replicate, no reference, lines cut short."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.constructed import RUNS
 
 ODD = (
     "failed one-replicate without-reference killed interrupted given-up noisy diverged fewer-variants fallback "
-    "control-failed cold schema-1 schema-3 newer ab-failed ab-alike swept-in-part"
+    "control-failed cold resumed ab-failed ab-alike swept-in-part"
 ).split()
 
 
@@ -40,7 +40,6 @@ def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
         ("without-reference", ["–", "control: not measured"]),
         ("control-failed", ["control-failed", "INVALID: "]),
         ("diverged", ["INVALID: "]),
-        ("newer", ["newer-schema", "schema 6", "INVALID: "]),
     ],
 )
 def test_what_is_wrong_with_it_is_said(run, words, capsys):

@@ -11,7 +11,7 @@ from tests.constructed import RUNS
 @pytest.fixture
 def read():
     """A function that reads a constructed run by its name."""
-    return lambda name: store.read_run(name, RUNS, newer=True)
+    return lambda name: store.read_run(name, RUNS)
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from tests.constructed import DAMAGED, RUNS
 
 
 def found_in(runs):
-    return {one.path.name: one for one in read_each(runs, summary_of, newer=True)}
+    return {one.path.name: one for one in read_each(runs, summary_of)}
 
 
 def test_every_constructed_run_is_summarised():
     """Verdicts are those of the reports."""
-    found = {one.content.run: one.content for one in read_each(RUNS, summary_of, newer=True)}
+    found = {one.content.run: one.content for one in read_each(RUNS, summary_of)}
     names = ("sound", "failed", "control-failed", "ab", "ab-improved")
     verdicts = ["valid", "invalid", "invalid", "regressed", "improved"]
     assert [found[name].verdict for name in names] == verdicts
@@ -26,7 +26,7 @@ def test_damaged_runs_are_named_and_hide_no_other(tmp_path):
     shutil.copytree(RUNS / "sound", tmp_path / "runs" / "sound")
     found = found_in(tmp_path / "runs")
     assert found["sound"].error is None
-    assert found["newer-schema"].content.newer_schema == 99
+    assert "schema 99" in found["newer-schema"].error
     assert found["cut-manifest"].content is None
     assert "cannot be read" in found["cut-manifest"].error
 

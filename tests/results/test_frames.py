@@ -21,15 +21,9 @@ from tests.constructed import DAMAGED, RUNS
 ROOT = Path(__file__).parents[2]
 
 
-def load_readable():
-    """All constructed runs; one is of a newer schema, of which a table has no place for what is not known."""
-    with pytest.warns(UserWarning, match="schema 6"):
-        return lorameter.load_all(RUNS)
-
-
 def test_every_column_has_the_type_that_its_kind_says(tmp_path):
     """Of a run, of none, and of many below each other."""
-    for frames in (lorameter.load("sound", RUNS), load_readable(), lorameter.load_all(tmp_path)):
+    for frames in (lorameter.load("sound", RUNS), lorameter.load_all(RUNS), lorameter.load_all(tmp_path)):
         for table, columns in TABLES.items():
             frame = getattr(frames, table)
             assert {name: str(kind) for name, kind in frame.dtypes.items()} == {
@@ -39,11 +33,11 @@ def test_every_column_has_the_type_that_its_kind_says(tmp_path):
 
 def test_all_runs_of_a_folder_stand_below_each_other():
     """Each as it is by itself."""
-    every, one = load_readable(), lorameter.load(RUNS / "sound")
-    assert set(every.trials["run"]) == {path.name for path in RUNS.iterdir()} - {"newer"}
+    every, one = lorameter.load_all(RUNS), lorameter.load(RUNS / "sound")
+    assert set(every.trials["run"]) == {path.name for path in RUNS.iterdir()}
     mine = every.samples[every.samples["run"] == "sound"].reset_index(drop=True)
     assert mine.equals(one.samples)
-    assert set(every.unreadable) == {"newer"}
+    assert not every.unreadable
 
 
 def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_path):

@@ -31,7 +31,7 @@ def run_claims(options: argparse.Namespace) -> int:
 
     form = form_of(options)
     check_page(options.html)
-    report = judge_claims(store.read_run(options.run, store.runs_dir(options.runs_dir), newer=True))
+    report = judge_claims(store.read_run(options.run, store.runs_dir(options.runs_dir)))
     from lorameter.report.claims import describe_claims
 
     said = describe_claims(report)

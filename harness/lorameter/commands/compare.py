@@ -130,7 +130,7 @@ def _of_ab(options: argparse.Namespace) -> int:
     from lorameter.commands.ab_report import show_ab
     from lorameter.records import store
 
-    run = store.read_run(options.base, store.runs_dir(options.runs_dir), newer=True)
+    run = store.read_run(options.base, store.runs_dir(options.runs_dir))
     if not run.manifest.sides:
         raise UsageError(
             f"run {run.manifest.run} has one side, and nothing was named to compare it with. Name a CANDIDATE."

@@ -162,8 +162,6 @@ class RunListed(msgspec.Struct, forbid_unknown_fields=True):
     baseline: bool = False
     created_unix_s: float | None = None
     trials: dict[str, int] = {}
-    newer_schema: int | None = None
-    """Of a run that a newer version wrote: its schema, of which not all is known."""
 
 
 class RunsOf(msgspec.Struct, forbid_unknown_fields=True):

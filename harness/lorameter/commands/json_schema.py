@@ -267,8 +267,6 @@ class ClaimsOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Shares of the variance of request time that the length of the answers explains."""
     engine: dict[str, Any] | None = None
     """Machine, versions, commands and proof, of a study about an engine."""
-    newer_schema: int | None = None
-    """Of a run that a newer version wrote, of which nothing is judged."""
 
 
 DOCUMENTS: tuple[type[msgspec.Struct], ...] = (

@@ -136,7 +136,7 @@ def _run_rows(folder: Path) -> list[dict[str, Any]]:
         accepted = {baseline.run for baseline in read_baselines(folder).baselines}
     except LorameterError as error:  # which of them are baselines is then unknown; what there is, is not
         print_stderr(f"lorameter: {error}")
-    found = sorted(read_each(folder, summary_of, newer=True), key=lambda one: one.path.name)
+    found = sorted(read_each(folder, summary_of), key=lambda one: one.path.name)
     return [_run_row(one.path, one.content, one.error, accepted) for one in found]
 
 
@@ -156,7 +156,6 @@ def _run_row(path: Path, run: Summary | None, error: str | None, accepted: Colle
         "created_unix_s": run.created_unix_s,
         "trials": {**run.trials, **({"no record": left} if left > 0 else {})},
         "title": run.title,
-        **({"newer_schema": run.newer_schema} if run.newer_schema else {}),
     }
 
 

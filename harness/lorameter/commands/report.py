@@ -47,9 +47,9 @@ def run_report(options: argparse.Namespace) -> int:
     if len(options.run) > 1:
         from lorameter.commands.ab_report import show_matrix
 
-        runs = [store.read_run(name, folder, newer=True) for name in options.run]
+        runs = [store.read_run(name, folder) for name in options.run]
         return show_matrix(runs, options, _filter(options, *runs))
-    run = store.read_run(options.run[0], folder, newer=True)
+    run = store.read_run(options.run[0], folder)
     gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
         from lorameter.commands.ab_report import show_ab

@@ -31,7 +31,7 @@ def run_sample(options: argparse.Namespace) -> int:
 
     if options.count is not None and options.count < 1:
         raise UsageError(f"--count = {options.count}: no answers to show. Use 1 or more, or leave it out for all.")
-    run = store.read_run(options.run, store.runs_dir(options.runs_dir), newer=True)
+    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
     samples = read_samples(run, options.variant, replicate=options.replicate, count=options.count)
     if options.json:
         about = {"run": run.manifest.run, "variant": options.variant, "replicate": options.replicate}

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from lorameter.errors import UsageError
 from lorameter.records import bounded_io, codec
-from lorameter.records.forward_compat import Left, read_known
-from lorameter.records.record import SCHEMA, Notice, is_newer, require_readable
+from lorameter.records.record import SCHEMA, Notice, require_readable
 from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.records.validation import check_manifest
 from lorameter.records.worker_info import BaseSummary
@@ -86,35 +85,19 @@ class Manifest:
     """"running" also says a manifest whose process was killed; see `Run.live`."""
 
 
-def read_manifest(path: Path, *, newer: bool = False) -> Manifest:
-    """The manifest of a run directory; `newer`: whether one of a newer schema is read as far as it is known.
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a run directory.
 
     Raises:
         UsageError: it is damaged or of another schema.
     """
-    return read_known_manifest(path, {}, newer=newer)
-
-
-def read_known_manifest(path: Path, left: Left, *, newer: bool) -> Manifest:
-    """The same; what of a newer one is not known is noted in `left`."""
     source = path / MANIFEST
     try:
         data = bounded_io.read_json(source, bounded_io.MANIFEST_BYTES)
-        schema = require_readable(data, source, newer=newer)
+        require_readable(data, source)
         codec.dumps(data).encode()  # what could not be written again would only fail later
     except (bounded_io.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
-    data = _lift_workloads(data)
-    known = is_newer(schema)
-    manifest = read_known(Manifest, data, source.name, left) if known else codec.from_json(Manifest, data, source.name)
+    manifest = codec.from_json(Manifest, data, source.name)
     check_manifest(manifest, source.name)
     return manifest
-
-
-def _lift_workloads(manifest: Any) -> Any:
-    """Up to schema 4 the workloads of variants' own stood in the study."""
-    study = manifest.get("study")
-    if not isinstance(study, dict) or "own_workloads" not in study:
-        return manifest
-    own = {"own_workloads": study["own_workloads"]}
-    return {**own, **manifest, "study": {key: value for key, value in study.items() if key not in own}}

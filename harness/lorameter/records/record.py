@@ -16,36 +16,18 @@ from lorameter.errors import UsageError, redact
 from lorameter.records import codec
 
 SCHEMA = 5
-"""Version of what crosses to a worker and of what a run has on disk. 1: first form. 2: requests say what a trial
-measures, with which instrument it is checked and how much work is injected; records name their side of an A/B. 3:
-requests to the model's own end; training that ends before its planned steps, and runs that were resumed. 4:
-trials that are measured again because of their surroundings. 5: every measuring process is started by one door; a
-variant's own workload stands beside the study and no more in it; on disk a record names the evidence of its checks,
-which is stored once a run (`evidence`)."""
-READABLE = (1, 2, 3, 4, 5)
-"""Schemas that this version reads from disk: later fields have defaults."""
+"""Version of the files of a run. There is one: a reader refuses any other."""
 
 
-def require_readable(data: Any, source: Path, *, newer: bool = False) -> int:
-    """The schema of what was read from a file of a run; `newer`: whether one that came later will do.
-
-    Raises:
-        UsageError: one that this version does not read.
-    """
+def require_readable(data: Any, source: Path) -> None:
+    """Raises `UsageError` for what was read from a file of a run and is not of this schema."""
     if not isinstance(data, dict):
         raise UsageError(f"{source}: {reprlib.repr(data)}: a table is expected. Measure again, or restore the file.")
-    schema: Any = data.get("schema")
-    if not (newer and is_newer(schema)) and schema not in READABLE:
-        known = " and ".join(map(str, READABLE))
+    if data.get("schema") != SCHEMA:
         raise UsageError(
-            f"{source}: schema {reprlib.repr(schema)}, and this version reads {known}. Use the version that wrote it."
+            f"{source}: schema {reprlib.repr(data.get('schema'))}, and this version reads {SCHEMA}. Use the version "
+            "that wrote it."
         )
-    return int(schema)
-
-
-def is_newer(schema: Any) -> bool:
-    """Whether it is a schema that came after those that this version knows."""
-    return type(schema) is int and SCHEMA < schema <= codec.MOST_INTEGER
 
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]

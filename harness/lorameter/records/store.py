@@ -2,7 +2,7 @@
 
 RUN/manifest.json    what was planned, on which machine, with which versions; written before the first trial
 RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of one trial the last one counts. Its
-                     `checks` are hashes of lines of checks.jsonl; up to schema 4 they were the checks themselves
+                     `checks` are hashes of lines of checks.jsonl
 RUN/checks.jsonl     what the checks of all trials found, each thing once, with its hash; fsynced before the record
 RUN/trials.jsonl.lock      held by the process that writes; one that was killed holds it no more
 RUN/steps.jsonl      what steps of a training script add to its record; removed when the run has ended
@@ -27,21 +27,18 @@ from lorameter.errors import UsageError
 from lorameter.records import bounded_io, codec, journal, steps
 from lorameter.records.atomic_json import write_document, write_whole
 from lorameter.records.evidence import EvidenceFile, LostEvidenceError
-from lorameter.records.forward_compat import Left, NewerSchema
 from lorameter.records.locks import alone, is_locked, lock_of
 from lorameter.records.manifest import MANIFEST as MANIFEST
 from lorameter.records.manifest import Manifest as Manifest
 from lorameter.records.manifest import Resumption as Resumption
 from lorameter.records.manifest import RunStatus as RunStatus
 from lorameter.records.manifest import SiteFacts as SiteFacts
-from lorameter.records.manifest import read_known_manifest
 from lorameter.records.manifest import read_manifest as read_manifest
 from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
-from lorameter.records.record import UNDER_WAY, Notice, TrialRecord, is_newer
+from lorameter.records.record import UNDER_WAY, Notice, TrialRecord
 from lorameter.records.time_breakdown import TimeBreakdown
-from lorameter.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
-from lorameter.records.units import format_count
+from lorameter.records.trial_lines import TrialLines, line_of, nothing_collected
 
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
 """How a run stands: its status, unless its process has ended without a word."""
@@ -160,8 +157,6 @@ class Run:
     """Earlier measurements of trials that were measured again because of their surroundings."""
     live: bool = False
     """Whether a process is writing the run now."""
-    newer: NewerSchema | None = None
-    """That it was written by a newer schema, and what of its files is not known; None where it was not."""
 
     @property
     def state(self) -> RunState:
@@ -169,14 +164,12 @@ class Run:
         return "killed" if self.manifest.status == "running" and not self.live else self.manifest.status
 
 
-def read_run(name: str, folder: Path, *, newer: bool = False) -> Run:
+def read_run(name: str, folder: Path) -> Run:
     """A run by id (in `folder`), by directory, or by a file that `lorameter pack` made.
 
     Args:
         name: of the run.
         folder: where ids are looked for.
-        newer: whether one of a newer schema is read as far as it is known, for who shows it; who resumes it, or
-            writes it elsewhere, would lose the rest.
 
     Raises:
         UsageError: no such run, or one written by another schema.
@@ -184,20 +177,19 @@ def read_run(name: str, folder: Path, *, newer: bool = False) -> Run:
     for place in (Path(name), folder / name):
         if is_packed(place):
             with unpacked(place) as inside:
-                return dataclasses.replace(_read(inside, place.name, folder, newer=newer), path=place)
+                return dataclasses.replace(_read(inside, place.name, folder), path=place)
     path = Path(name) if bounded_io.is_file(Path(name) / MANIFEST) else folder / name
-    return _read(path, name, folder, newer=newer)
+    return _read(path, name, folder)
 
 
-def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
+def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / MANIFEST
     if not bounded_io.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
-    left: Left = {}
-    manifest = read_known_manifest(path, left, newer=newer)
-    lines = TrialLines(EvidenceFile(path), source, f"{name}, {TRIALS}", newer=newer)
-    records, cut_short, without_evidence, unread = [], 0, 0, list[str]()
+    manifest = read_manifest(path)
+    lines = TrialLines(EvidenceFile(path), source, f"{name}, {TRIALS}")
+    records, cut_short, without_evidence = [], 0, 0
     with nothing_collected():
         for line in journal.lines(path / TRIALS):
             try:
@@ -206,8 +198,6 @@ def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
                 cut_short += 1
             except LostEvidenceError:
                 without_evidence += 1
-            except UnreadError as error:
-                unread.append(str(error))
     latest = _latest(records, manifest)
     if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
         cut_short = without_evidence = 0  # whatever a line that was cut short told of has been measured again
@@ -221,22 +211,12 @@ def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
         measured_again=_measured_again(records),
         disturbed=tuple(record for record in records if record.disturbed and record != counted.get(record.trial)),
         live=is_live(path, manifest),
-        newer=_newer_of(manifest, lines, [*left, *lines.left], unread),
     )
 
 
 def _as_far_as_it_came(record: TrialRecord, path: Path) -> TrialRecord:
     under_way = record.failure is not None and record.failure.kind == UNDER_WAY
     return steps.with_steps(record, path) if under_way else record
-
-
-def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread: Sequence[str]) -> NewerSchema | None:
-    newest = max(manifest.schema, lines.newest)
-    if not is_newer(newest):
-        return None
-    first = f", the first since {unread[0].rstrip('.')}" if unread else ""
-    whole = [f"{format_count(len(unread), 'line')} of {TRIALS}{first}"] if unread else []
-    return NewerSchema(schema=newest, unread=(*whole, *left))
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:

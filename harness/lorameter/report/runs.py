@@ -30,13 +30,12 @@ def _row(row: Mapping[str, Any]) -> Row:
     trials: Mapping[str, int] = row["trials"]
     ok, all_of_them = trials.get("ok", 0), sum(trials.values())
     short = "" if ok == all_of_them else f", {ok or 'none'} of {all_of_them} trials ok"
-    newer = f", of the newer schema {row['newer_schema']}" if row.get("newer_schema") else ""
     accepted = "baseline" if row["baseline"] else ""
     return Row(
         cells=(
             Cell(text=row["run"]),
             Cell(text=row["study"]),
-            Cell(text=f"{row['status']}{short}{newer}"),
+            Cell(text=f"{row['status']}{short}"),
             Cell(verdict=row["verdict"], detail=accepted),
             size,
         )

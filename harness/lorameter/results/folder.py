@@ -31,18 +31,17 @@ class Read(Generic[T]):
     """Why it cannot be read; None where it can."""
 
 
-def read_each(runs: Path, read: Callable[[Run], T], *, newer: bool = False) -> Iterator[Read[T]]:
+def read_each(runs: Path, read: Callable[[Run], T]) -> Iterator[Read[T]]:
     """Each run of a folder by name, then each packed one. A run that is removed meanwhile is left out.
 
     Args:
         runs: the folder of runs.
         read: what to take of a run. The run itself is not kept.
-        newer: whether runs of a newer schema are read as far as they are known.
     """
     for path in (*store.list_runs(runs), *list_packed(runs)):
         found: Read[T]
         try:
-            found = Read(path=path, content=read(store.read_run(str(path), path.parent, newer=newer)))
+            found = Read(path=path, content=read(store.read_run(str(path), path.parent)))
         except (LorameterError, UnicodeError) as error:  # one that cannot be read must not hide the others
             found = Read(path=path, error=str(error))
         if bounded_io.is_file(path) or store.is_run(path):
@@ -63,8 +62,6 @@ class Summary:
     trials: Mapping[str, int]
     """How many ended in which way."""
     planned: int
-    newer_schema: int | None
-    """The schema of a run that a newer version wrote."""
 
 
 def summary_of(run: Run) -> Summary:
@@ -81,7 +78,6 @@ def summary_of(run: Run) -> Summary:
         verdict=_verdict(run, study),
         trials=dict(sorted(counts.items())),
         planned=len(manifest.order),
-        newer_schema=run.newer.schema if run.newer else None,
     )
 
 

@@ -14,7 +14,7 @@ from lorameter.results.folder import read_each
 from lorameter.results.rows import estimate_rows
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.per_site import is_mixed
-from lorameter.verdicts.run_validity import newer_faults, run_validity, say_broken, trial_faults
+from lorameter.verdicts.run_validity import run_validity, say_broken, trial_faults
 from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.software import facts_of
 
@@ -62,7 +62,7 @@ def read_nights(runs: Path, metric: str | None) -> tuple[list[Night], dict[str, 
     """The runs of a folder, oldest first, with their estimates of a metric (None: of all metrics); and why others
     cannot be read, by the names of their folders."""
     nights, unreadable = [], {}
-    for one in read_each(runs, lambda run: _night(run, metric), newer=True):
+    for one in read_each(runs, lambda run: _night(run, metric)):
         if one.content is None:
             unreadable[one.path.name] = str(one.error)
         else:
@@ -91,7 +91,7 @@ def _points(run: Run, metric: str | None) -> Iterator[Point]:
     if run.manifest.sides or is_mixed(run):
         return
     study, groups = read_study(run), group_trials(run.records)
-    whole = say_broken(run.manifest.run, tuple(newer_faults(run))) or run_validity(run, study).broken
+    whole = run_validity(run, study).broken
     for values in estimate_rows(run, study, metric):
         row = dict(zip(names_of("estimates"), values, strict=True))
         if row["role"] != "variant":

@@ -35,7 +35,7 @@ from lorameter.verdicts.comparison_input import Difference, Measurements, is_mem
 from lorameter.verdicts.comparison_report import ComparisonReport
 from lorameter.verdicts.notices import run_notices
 from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites
-from lorameter.verdicts.run_validity import newer_faults, run_faults, run_validity, say_broken
+from lorameter.verdicts.run_validity import run_faults, run_validity, say_broken
 from lorameter.verdicts.same_training import losses_of_run, sides_of_run
 from lorameter.verdicts.series import (
     Series,
@@ -90,7 +90,7 @@ def report_of(
     study = _study(run)
     stands = run_validity(run, study)
     control: dict[str, Comparison | None] = dict(stands.controls.items())
-    broken = say_broken(run.manifest.run, (*stands.newer, *stands.faults))
+    broken = say_broken(run.manifest.run, stands.faults)
     pairs = _pairs(run, study, broken, metrics)
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
@@ -110,7 +110,7 @@ def report_of(
 def _report_of_sites(run: Run, told: Mapping[str, ComparisonReport]) -> ComparisonReport:
     """What each site says, side by side: a gate lets pass what all of them let pass. Without a site there is no row,
     which is no pass either."""
-    sides, faults = run.manifest.sides, [*newer_faults(run), *run_faults(run), *fault_of_sites(run)]
+    sides, faults = run.manifest.sides, [*run_faults(run), *fault_of_sites(run)]
     broken = say_broken(run.manifest.run, faults)
     rows = [
         dataclasses.replace(row, site=site, comparison=verdict_only("invalid", broken) if broken else row.comparison)

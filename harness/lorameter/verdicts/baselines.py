@@ -127,7 +127,7 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
             name=WORD, absent=f"no run was accepted for {about} in {runs}: `lorameter accept RUN` accepts one"
         )
     try:
-        return comparison_input(store.read_run(baseline.run, runs, newer=True))
+        return comparison_input(store.read_run(baseline.run, runs))
     except UsageError as error:
         raise UsageError(f"the accepted baseline cannot be read: {error} Accept another run.") from None
 
@@ -149,7 +149,7 @@ def read_comparand(name: str, runs: Path) -> ComparisonInput:
         if list_benchmarks(folder):
             return read_benchmark_folder(folder)
     try:
-        return comparison_input(store.read_run(name, runs, newer=True))
+        return comparison_input(store.read_run(name, runs))
     except UsageError as error:
         if bounded_io.is_folder(runs / name) or bounded_io.is_there(name):
             raise

@@ -26,7 +26,6 @@ from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.notices import newer_notices
 from lorameter.verdicts.per_site import refuse_mixed
 from lorameter.verdicts.run_validity import run_validity, say_broken, trial_faults
 from lorameter.verdicts.series import Series, Trials, group_trials
@@ -101,8 +100,6 @@ class ComparisonInput:
     absent: str | None = None
     """Why there is no such side at all: a baseline that nobody accepted."""
     notices: tuple[Notice, ...] = ()
-    newer: int | None = None
-    """The schema of a run that a newer version wrote; None of any other."""
 
     def without(self, names: frozenset[str]) -> ComparisonInput:
         """This side with some variants left out on purpose."""
@@ -134,8 +131,6 @@ def comparison_input(run: Run) -> ComparisonInput:
         phases=run.manifest.phases,
         control=dict(stands.controls.items()),
         broken=stands.broken,
-        newer=run.newer.schema if run.newer else None,
-        notices=tuple(newer_notices(run)),
     )
 
 
@@ -160,21 +155,14 @@ def measurements_of(series: Series, study: Study, run: str) -> Measurements:
 
 
 def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
-    """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing, and a run
-    of a newer schema may hold some."""
+    """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing."""
     if base.absent is not None:
         return []
-    if base.newer or candidate.newer:
-        return [Difference(field="schema", base=_schema_said(base), candidate=_schema_said(candidate))]
     ours, theirs = base.facts, candidate.facts
     if ours is None or theirs is None:
         words = ["unknown" if facts is None else "known" for facts in (ours, theirs)]
         return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
     return fact_differences(codec.to_json(ours), codec.to_json(theirs))
-
-
-def _schema_said(side: ComparisonInput) -> str:
-    return f"{side.newer}, newer than this version knows" if side.newer else "known"
 
 
 def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lorameter.errors import shorten
 from lorameter.records.metrics import LOSSES, PHASE_TITLES, Phase
-from lorameter.records.record import SCHEMA, Notice, TrialRecord
+from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
-from lorameter.records.units import first_few, format_count, format_ratio
+from lorameter.records.units import format_count, format_ratio
 from lorameter.stats import MOST_ADVISED, Comparison, count_outliers, drifting
-from lorameter.studies.from_run import list_unread
 from lorameter.studies.study import Study
 from lorameter.verdicts.disturbed_trials import disturbances
 from lorameter.verdicts.same_training import sameness_notices
@@ -24,8 +22,6 @@ DRIFT = 0.05
 """Change of level that is worth a word, a fraction."""
 LEAST_STEPS_FOR_DRIFT = 12
 """Fewer steps show no change of level beside their noise."""
-_MOST_UNREAD, _LONGEST_UNREAD = 12, 160
-"""Names of what was not read that are spelt out, and characters of each."""
 
 
 def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
@@ -38,7 +34,6 @@ def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | Non
 def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
     """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
     ok = [record for record in run.records if record.status == "ok"]
-    yield from newer_notices(run)
     yield from _data(run, study)
     yield from sameness_notices(run, study)
     on_cpu = run.manifest.provenance.get("device") == "cpu"
@@ -71,20 +66,6 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
             "not hold: what was told there counts as not run.",
             remedy=f"Restore checks.jsonl, or have them measured again: lorameter run --resume {run.manifest.run}",
         )
-
-
-def newer_notices(run: Run) -> Iterator[Notice]:
-    """That a newer schema wrote a run, and what of it was not read."""
-    if run.newer is None:
-        return
-    unread = [shorten(one, _LONGEST_UNREAD) for one in list_unread(run)]
-    said = f"Not read: {first_few(unread, _MOST_UNREAD, '; ')}" if unread else "All of its names are known"
-    yield Notice(
-        code="newer-schema",
-        message=f"the run was written by schema {run.newer.schema}, and this version knows schemas up to {SCHEMA}: it "
-        f"is shown as far as that goes, and no verdict on it counts. {said}.",
-        remedy="Use the version that wrote it, or a later one.",
-    )
 
 
 def _data(run: Run, study: Study) -> Iterator[Notice]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.records.metrics import PHASES, PRIMARY, Phase, primary_metric
-from lorameter.records.record import SCHEMA, TrialRecord
+from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count
 from lorameter.stats import Comparison, VerdictRule
@@ -45,8 +45,6 @@ class RunValidity:
     """Trials without a result, each with its reason, and trials that left no record."""
     faults: tuple[str, ...]
     """What makes every number doubtful; a trial that failed makes those of its variant so."""
-    newer: tuple[str, ...] = ()
-    """That a newer schema wrote it, which forbids a verdict and no number."""
     trials: tuple[str, ...] = ()
     """Trials that are not ok, or whose required path was not active: the numbers of their variants are doubtful."""
 
@@ -59,7 +57,7 @@ class RunValidity:
     @property
     def invalid(self) -> str | None:
         """The first few reasons why the run is invalid and none of its verdicts counts; None where it is valid."""
-        reasons = (*self.newer, *self.faults, *self.trials)
+        reasons = (*self.faults, *self.trials)
         return first_few(reasons, MOST_FAULTS, "; ") if reasons else None
 
     @property
@@ -90,7 +88,6 @@ def run_validity(run: Run, study: Study) -> RunValidity:
         controls=controls,
         failures=(*_failures(run), *_missing(run)),
         faults=(*run_faults(run), *control_faults(asked, limit)),
-        newer=tuple(newer_faults(run)),
         trials=tuple(_trials(run, study)),
     )
 
@@ -106,7 +103,6 @@ def _standing_of_sites(run: Run, study: Study) -> RunValidity:
         controls={},
         failures=(*_failures(run), *_missing(run)),
         faults=(*run_faults(run), *control_faults(controls, _limit(run, study)), *fault_of_sites(run)),
-        newer=tuple(newer_faults(run)),
         trials=tuple(_trials(run, study)),
     )
 
@@ -115,12 +111,6 @@ def is_single_script_run(run: Run, study: Study) -> bool:
     """Whether it is the run of one training that was followed where it took place: there is no second one to be its
     control, and nobody has planned one."""
     return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
-
-
-def newer_faults(run: Run) -> Iterator[str]:
-    """That a newer schema wrote a run: what it means by a name that is known here is not known."""
-    if run.newer is not None:
-        yield f"it was written by schema {run.newer.schema}, and this version knows schemas up to {SCHEMA}"
 
 
 def run_faults(run: Run) -> Iterator[str]:

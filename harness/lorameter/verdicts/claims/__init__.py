@@ -96,13 +96,11 @@ class ClaimsReport:
     answers: Answers
     engine: EngineShown | None = field(default=None, metadata=codec.LATER)
     """Of a study about an engine: what it takes to show the verdicts to somebody else."""
-    newer_schema: int | None = field(default=None, metadata=codec.LATER)
-    """Of a run that a newer version wrote, of which nothing is judged."""
 
     @property
     def valid(self) -> bool:
         """Whether there is anything to judge by, all of it is known, and no control came out as a difference."""
-        return bool(self.replicates) and self.newer_schema is None and not any(map(failed, self.control.values()))
+        return bool(self.replicates) and not any(map(failed, self.control.values()))
 
 
 def judge_claims(run: Run) -> ClaimsReport:
@@ -112,11 +110,6 @@ def judge_claims(run: Run) -> ClaimsReport:
         UsageError: a study without claims, or the run of an A/B, whose trials have sides.
     """
     study = read_study(run)
-    if run.newer is not None and not study.claims and run.manifest.study.get("claims"):
-        raise UsageError(
-            f"run {run.manifest.run}: its claims are of the newer schema {run.newer.schema}, and this version cannot "
-            "read them. Use the version that wrote it."
-        )
     if not study.claims:
         raise UsageError(f"run {run.manifest.run}: study {study.name} claims nothing. Add [[claim]] and measure again.")
     if run.manifest.sides:
@@ -146,7 +139,6 @@ def judge_claims(run: Run) -> ClaimsReport:
         notes=study.notes,
         answers=answers_of(groups),
         engine=engine,
-        newer_schema=run.newer.schema if run.newer else None,
     )
 
 
@@ -161,10 +153,6 @@ def _judge_parts(
         for index, part in enumerate(claim.parts):
             key = claim.id, index
             try:
-                if run.newer is not None:
-                    raise NotJudgedError(
-                        f"the run was written by the newer schema {run.newer.schema}. Use the version that wrote it."
-                    )
                 if claim.pretrained and random_weights:
                     raise NotJudgedError("random weights: losses and answers say nothing. Measure a pretrained model.")
                 if engine is not None and part.axis == ENGINE:
