@@ -77,9 +77,9 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
 
 
 def _missing(block: BlockRecomputed) -> str:
-    if block.split:
-        return f"{block.name} without {name_some(block.split)}"
-    return f"{block.name} ({block.again} of {block.calls} calls)" if block.again else block.name
+    if block.again < block.calls:
+        return f"{block.name} ({block.again} of {block.calls} calls)" if block.again else block.name
+    return f"{block.name} without {name_some(block.kept)}"
 
 
 def _compiled_again(seen: Observation) -> tuple[float | None, str]:

@@ -25,15 +25,6 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(reversed(named.values()))
 
 
-def lists_inside(model: nn.Module, block: str) -> list[tuple[str, ...]]:
-    """What a block repeats itself, such as the experts of a mixture: the names in each list."""
-    found = []
-    for key, child in model.get_submodule(block).named_children():
-        lists = _lists(child, _path(block, key))
-        found += [tuple(name for name, _ in items) for items in lists if _of_blocks(items)]
-    return found
-
-
 def block_of(name: str, blocks: frozenset[str]) -> str | None:
     """The block that a module of this name is or lies in."""
     while name not in blocks:

@@ -2,20 +2,21 @@
 
 A module that is called while the autograd engine runs is being recomputed. Each call of a block to which a gradient
 comes back has to be matched: a block that is recomputed in half of the micro-batches keeps the activations of the
-others. What is matched may be a part of the block, such as its feed-forward layer: then a part of it is recomputed, and
-that is said. How often it was is told by the module in it that was recomputed most: a recomputation may end before the
-last module of a block, when everything that was to be saved is there again.
+others. How often a block was recomputed is told by the module in it that was recomputed most: a recomputation may end
+before the last module, when everything that was to be saved is there again. Every other module with a matrix must lie
+in something that was recomputed as often: where the attention alone is, the feed-forward layer keeps its activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from kernels_check.observe.blocks import block_names, block_of, lists_inside
+from kernels_check.observe.blocks import block_names, block_of
 from kernels_check.observe.calls import Calls
+from kernels_check.observe.module_tree import named_modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +32,13 @@ class BlockRecomputed:
     """Modules inside the block that ran in them; itself where there are none."""
     repeated: int
     """How many of those were called again."""
-    split: tuple[str, ...] = ()
-    """Repeated members of the block of which others were computed again and these were not."""
+    kept: tuple[str, ...] = ()
+    """Parts of the block that were not computed again where others were: their activations were kept."""
 
     @property
     def whole(self) -> bool:
-        """Whether each of its calls was computed again, be it in part."""
-        return self.again >= self.calls and not self.split
+        """Whether all of it was computed again, at each of its calls."""
+        return self.again >= self.calls and not self.kept
 
 
 def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, ...]:
@@ -48,7 +49,12 @@ def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, 
         seen.note_forward(calls, number)
     for number in sorted(calls.relevant.difference(calls.forward)):
         seen.note_again(calls, number)
-    return tuple(seen.judge(name, lists_inside(model, name)) for name in names if seen.needing(name))
+    matrices = {
+        name
+        for name, module in named_modules(model, remove_duplicate=False)
+        if any(value is not None and value.dim() > 1 for value in module._parameters.values())
+    }
+    return tuple(seen.judge(name, matrices) for name in names if seen.needing(name))
 
 
 def ran_without_gradient(model: nn.Module, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
@@ -99,30 +105,22 @@ class _Sorted:
         modules = self.inside.get(block, {})
         return len(set(modules.get(block, ()))) or max((len(set(found)) for found in modules.values()), default=0)
 
-    def judge(self, block: str, members: Iterable[Sequence[str]]) -> BlockRecomputed:
+    def judge(self, block: str, matrices: Collection[str]) -> BlockRecomputed:
         modules, again = self.inside[block], self.again.get(block, {})
         matched = 0
         for name, within in modules.items():
             covered = len(set(within))
             matched = max(matched, again.get(name, 0) * covered // len(within))
         inside = {name: within for name, within in modules.items() if name != block} or modules
-        repeated = {name for name, within in inside.items() if again.get(name, 0) >= len(within)}
+        repeated = frozenset(name for name, within in modules.items() if again.get(name, 0) >= len(within))
         return BlockRecomputed(
             name=block,
             calls=self.needing(block),
             again=min(matched, self.needing(block)),
             modules=len(inside),
-            repeated=len(repeated),
-            split=tuple(one for group in members for one in self._left_out(group, modules, repeated)),
+            repeated=len(repeated.intersection(inside)),
+            kept=_kept(block, [name for name in inside if name in matrices], repeated),
         )
-
-    def _left_out(self, group: Sequence[str], modules: Iterable[str], repeated: Iterable[str]) -> list[str]:
-        def any_in(names: Iterable[str], member: str) -> bool:
-            return any(block_of(name, frozenset({member})) for name in names)
-
-        ran = [member for member in group if any_in(modules, member)]
-        left = [member for member in ran if not any_in(repeated, member)]
-        return left if len(left) < len(ran) else []
 
     def _place(self, names: Sequence[str]) -> tuple[str | None, str]:
         for name in names:
@@ -130,3 +128,23 @@ class _Sorted:
             if block is not None:
                 return block, name
         return None, names[0]
+
+
+def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tuple[str, ...]:
+    """The outermost parts of a block in which nothing was computed again.
+
+    Args:
+        block: the block.
+        matrices: its modules with a matrix of their own, in the order in which they were called.
+        repeated: what was computed again at each of its calls.
+    """
+    left = [name for name in matrices if block_of(name, repeated) is None]
+    if len(matrices) > 1 and left == list(matrices[-1:]):  # it saves nothing, so that the recomputation ended before it
+        return ()
+    begun = {".".join(parts[:end]) for parts in (name.split(".") for name in repeated) for end in range(len(parts) + 1)}
+    outermost = dict[str, None]()
+    for name in left:
+        parts = name.split(".")
+        places = (".".join(parts[:end]) for end in range(block.count(".") + 2 if block else 1, len(parts) + 1))
+        outermost[next((place for place in places if place not in begun), name)] = None
+    return tuple(outermost)

@@ -174,7 +174,8 @@ def test_breaks_and_refusals_are_told_beside_the_blocks(seen, regions, lookups, 
             0.5,
             "1 of 2 blocks computed again in the backward pass, without layers.1",
         ),
-        (BOTH, [f"{ZERO}.second", f"{ONE}.second"], "active", True, 1.0, "1 of 2 modules of layers.0"),
+        (BOTH, [f"{ZERO}.first", f"{ONE}.first"], "active", True, 1.0, "1 of 2 modules of layers.0"),
+        (BOTH, [f"{ZERO}.second", f"{ONE}.second"], "fallback", True, 0.0, "layers.0 without layers.0.first"),
         ([*BOTH, *BOTH], parts(ZERO, ONE), "fallback", True, 0.0, "layers.0 (1 of 2 calls)"),
         ([*BOTH, *BOTH], parts(ZERO, ONE, ZERO, ONE), "active", True, 1.0, "2 of 2 blocks"),
         ([*BOTH, *BOTH], parts(ZERO, ZERO, ONE), "fallback", True, 0.5, "layers.1 (1 of 2 calls)"),
@@ -182,7 +183,7 @@ def test_breaks_and_refusals_are_told_beside_the_blocks(seen, regions, lookups, 
     ],
 )
 def test_checkpointing_is_told_by_blocks(seen, called, again, status, observed, share, words):
-    """All of them at every call, be it in part; half of the calls are not all."""
+    """All of them at every call, but for a last layer that saves nothing; half of the calls are not all."""
     watched = seen(model=Stack(), modules=log(*called, again=again))
     judged = execution.judge_checkpointing(watched, True)
     assert (judged.observed, judged.against("checkpointing", True).status) == (observed, status), judged.reason

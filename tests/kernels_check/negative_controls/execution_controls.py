@@ -109,12 +109,12 @@ EXECUTION = (
         words=("1 of 2 blocks computed again", "without base_model.model.model.layers.1"),
     ),
     Control(
-        name="checkpointing of one feed-forward layer of two",
+        name="checkpointing of the attention alone",
         path="checkpointing",
         required=True,
-        fault=small(partial(execution.checkpoint_layers, choose=lambda layer, _: layer == 0, part="mlp"), quant=None),
-        healthy=small(partial(execution.checkpoint_layers, choose=lambda *_: True, part="mlp"), quant=None),
-        words=("1 of 2 blocks computed again", "modules of base_model.model.model.layers.0"),
+        fault=small(partial(execution.checkpoint_layers, choose=lambda *_: True, part="self_attn")),
+        healthy=small(partial(execution.checkpoint_layers, choose=lambda *_: True)),
+        words=("0 of 2 blocks computed again", "base_model.model.model.layers.0.mlp"),
     ),
     Control(
         name="checkpointing of one micro-batch of two",
