@@ -10,6 +10,7 @@ them says what no word says.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -52,8 +53,8 @@ STYLES: dict[Tone, str] = {
 }
 _INDENT = "  "
 _CHART_WIDTH = 38
-_WHISKER_RANK = 1
-"""Left out last of all that may be: it shows what stands beside it."""
+_WHISKER_RANK = 6
+"""Dropped after the further metrics of a phase and before its peak memory and throughput: it repeats the ratio."""
 
 
 def render_block(block: Block, console: Console, *, verbose: bool = False) -> Iterator[RenderableType]:
@@ -141,7 +142,7 @@ def _table(table: Table, console: Console) -> Iterator[RenderableType]:
         if widths is None:
             continue
         yield _drawn(table, columns, widths, console, stacked=stacked)
-        absent = [head.name for (head, whisker, _), width in zip(_heads(table), widths, strict=True)
+        absent = [table.heads[place].name for (place, whisker, _), width in zip(columns, widths, strict=True)
                   if not width and not whisker]  # fmt: skip
         if absent:
             yield _paragraph(say(f"hidden columns (narrow terminal): {', '.join(absent)}"), console, 0)
@@ -161,11 +162,13 @@ def _heads(table: Table) -> list[tuple[ColumnHeader, bool, int]]:
 def _columns(table: Table, *, stacked: bool) -> list[tuple[int, bool, ColumnSpec]]:
     found = []
     for head, whisker, place in _heads(table):
+        if stacked and head.joins_left:
+            continue
         if whisker:
             column = ColumnSpec(least=LEAST_WIDTH, good=LEAST_WIDTH, natural=MOST_WIDTH, rank=_WHISKER_RANK)
             found.append((place, True, column))
             continue
-        texts = (_cell(row.cells[place], stacked=stacked).plain for row in table.rows)
+        texts = (_cell(_joined(table, row, place, stacked=stacked), stacked=stacked).plain for row in table.rows)
         cells = measure(texts, whole=head.right, rank=head.drop_priority)
         above = measure([escape_control_chars(head.text)], whole=False).least
         least, good, natural = (max(above, one) for one in (cells.least, cells.good, cells.natural))
@@ -194,11 +197,19 @@ def _drawn(
         cells = [
             draw_text(draw_whisker(row.cells[place], bounds[place], odd[place]), _tone(row, place))
             if whisker
-            else _wrapped(_cell(row.cells[place], stacked=stacked), width, console)
+            else _wrapped(_cell(_joined(table, row, place, stacked=stacked), stacked=stacked), width, console)
             for place, whisker, width in shown
         ]
         drawn.add_row(*cells, style="bold" if row.strong else "", end_section=row.ends_group)
     return drawn
+
+
+def _joined(table: Table, row: Row, place: int, *, stacked: bool) -> Cell:
+    """The cell, in a narrow table with the finding of the column that joins it."""
+    cell = row.cells[place]
+    if not stacked or place + 1 == len(table.heads) or not table.heads[place + 1].joins_left:
+        return cell
+    return dataclasses.replace(cell, verdict=row.cells[place + 1].verdict, said=row.cells[place + 1].said)
 
 
 def _tone(row: Row, place: int) -> Tone:
@@ -219,15 +230,14 @@ def _records(table: Table, console: Console) -> Iterator[Text]:
 
 
 def _cell(cell: Cell, *, stacked: bool) -> Text:
-    """The parts on one line, or the interval on one of its own."""
-    below = "\n" if stacked else " "
+    """The parts on one line; stacked, the interval is on a line of its own below the finding."""
+    interval: tuple[str, str, Tone] = ("\n" if stacked else " ", cell.interval, "faint")
+    finding: tuple[str, str, Tone] = (" ", cell.said or cell.verdict, tone_of(cell.verdict))
+    others: tuple[tuple[str, str, Tone], ...] = ((" ", cell.detail, "faint"), (" ", cell.command, "command"))
     parts: tuple[tuple[str, str, Tone], ...] = (
         ("", cell.name, "strong"),
         (_INDENT, cell.text, "plain"),
-        (below, cell.interval, "faint"),
-        (" ", cell.detail, "faint"),
-        (" ", cell.command, "command"),
-        (" ", cell.said or cell.verdict, tone_of(cell.verdict)),
+        *((finding, interval, *others) if stacked else (interval, *others, finding)),
     )
     drawn = Text()
     for before, text, tone in parts:

@@ -45,7 +45,11 @@ _PAIRED = {
     "replicates": "of the trials' medians, paired by replicate",
     "separate": "of medians, not paired",
 }
-_LEADS = {PHASE_TITLES["train"]: "training", PHASE_TITLES["generate"]: "generation", PHASE_TITLES["cold"]: "cold start"}
+_LABELS = {
+    PHASE_TITLES["train"]: "training",
+    PHASE_TITLES["generate"]: "generation",
+    PHASE_TITLES["cold"]: "cold start",
+}
 MOST_NAMED = 6
 """Variants that are named of one kind; the table has them all."""
 ALL_ACTIVE = " active"
@@ -59,7 +63,7 @@ def describe_run(view: RunView) -> Document:
 
 def _blocks(view: RunView) -> Iterator[Block]:
     yield from say_invalid(view.invalid)
-    yield Section(title=view.title, lines=(*_findings(view), *view.facts), blank_line_before=False)
+    yield Section(title=view.title, lines=(*_summary(view), *view.facts), blank_line_before=False)
     for table in view.tables:
         yield _table(table)
         if table.serving is not None:
@@ -78,26 +82,55 @@ def _blocks(view: RunView) -> Iterator[Block]:
         yield say(Span(text="This run is not complete", tone="alarm"), what, indented=False)
 
 
-def _findings(view: RunView) -> Iterator[Line]:
-    """The verdicts of each table in a line: which variants are slower or faster and by how much, which are equivalent,
-    and which are open or invalid."""
-    for table in view.tables:
-        found = [(row, row.ratio) for row in table.rows if row.ratio is not None]
-        told = [f"{row.name} {format_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)]
-        groups = {
-            "": told,
-            "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
-            "inconclusive: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
-            "invalid: ": [row.name for row, ratio in found if ratio.verdict == "invalid"],
-        }
-        parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
-        if parts:
-            line = say(Span(text="; ".join(parts), tone="strong"), label=_lead(table))
-            yield dataclasses.replace(line, last=view.valid)
+def _summary(view: RunView) -> Iterator[Line]:
+    """What a reader with one minute needs: whether the run is valid, the verdicts on time, memory and loss, and whether
+    the required paths were active. A terminal repeats it below the report."""
+    lines = [line for table in (*view.tables, *view.outcomes) for line in _verdicts(table)]
+    if view.valid:
+        lines = [_validity(view), *lines, *_paths(view)]
+    yield from (dataclasses.replace(line, last=view.valid) for line in lines)
 
 
-def _lead(table: PhaseTable) -> str:
-    return table.site or _LEADS.get(table.title, title_of(table.metric))
+def _validity(view: RunView) -> Line:
+    controls = [f"{_label(table)} {table.control.verdict}" for table in view.tables if table.control is not None]
+    trials = ", ".join(
+        f"{count} of {sum(view.counts.values())} trials {status}" for status, count in view.counts.items()
+    )
+    return say(f"yes: {trials}" + (f"; A/A control: {', '.join(controls)}" if controls else ""), label="valid")
+
+
+def _verdicts(table: PhaseTable) -> Iterator[Line]:
+    """The verdicts of a table in a line: which variants differ and by how much, which are equivalent, and which are
+    inconclusive or invalid."""
+    found = [(row, row.ratio) for row in table.rows if row.ratio is not None]
+    groups = {
+        "": [f"{row.name} {format_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)],
+        "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
+        "inconclusive: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
+        "invalid: ": [row.name for row, ratio in found if ratio.verdict == "invalid"],
+    }
+    parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
+    if parts:
+        yield say(Span(text="; ".join(parts), tone="strong"), label=_label(table))
+
+
+def _paths(view: RunView) -> Iterator[Line]:
+    """Whether the required paths were active, of a run that requires any."""
+    rows = {
+        row.name: cell.text for table in view.tables for row, cell in zip(table.rows, table.cells(CHECKS), strict=False)
+    }
+    if rows and all(text.endswith(ALL_ACTIVE) for text in rows.values()):
+        yield say("all required paths active", label="checks")
+    elif missed := [f"{name}: {text}" for name, text in rows.items() if not text.endswith(ALL_ACTIVE)]:
+        yield say(Span(text=first_few(missed, MOST_NAMED, "; "), tone="bad"), label="checks")
+
+
+def _label(table: PhaseTable) -> str:
+    if is_memory(table.metric):
+        return "memory"
+    if METRICS[table.metric].is_loss:
+        return "loss"
+    return table.site or _LABELS.get(table.title, title_of(table.metric))
 
 
 def _table(table: PhaseTable) -> Table:
@@ -110,7 +143,7 @@ def _table(table: PhaseTable) -> Table:
         heads.append(_head(column, table, rank))
         columns.append([_cell(key, row.cells[places[key]], row, table) for row in table.rows])
         if key == RATIO:
-            heads.append(ColumnHeader(text="verdict"))
+            heads.append(ColumnHeader(text="verdict", joins_left=True))
             columns.append([_finding(row, table) for row in table.rows])
     rows = zip(*columns, strict=True)
     return collapse_constant_columns(
@@ -170,40 +203,39 @@ def _finding(row: VariantRow, table: PhaseTable) -> Cell:
 
 
 def _notes(table: PhaseTable) -> Iterator[Line]:
+    """One line on the control and the required paths; what is not as required has lines of its own."""
+    checks = table.cells(CHECKS)
     if not table.alone:
         yield _control(table)
-        yield from _open(table)
-        yield from (say(f"{row.name}: {row.remark}") for row in table.rows if row.remark)
-        yield say(Span(text=_estimators(table), tone="faint"))
-    if len(set(table.cells(CHECKS))) > 1:
-        for row, cell in zip(table.rows, table.cells(CHECKS), strict=True):
+    if len(set(checks)) > 1:
+        for row, cell in zip(table.rows, checks, strict=True):
             if not cell.text.endswith(ALL_ACTIVE):
                 yield say(f"checks of {row.name}: ", Span(text=cell.text, tone="bad"))
-    if table.note:
-        yield say(table.note)
 
 
 def _control(table: PhaseTable) -> Line:
     control = table.control
     if control is None:
-        return say("control: not measured")
+        return say("A/A control: not measured")
     if control.ratio is None:
-        return say(f"control (the reference measured twice): not measured: {control.reason}")
+        return say(f"A/A control: not measured: {control.reason}")
     said = verdict_cell(control, table.metric, 0.01 if is_memory(table.metric) else 0.05, "variants")
-    begin = f"control (the reference measured twice): {write_ratio(control).line} "
-    finding = Span(text=f"{said.said or said.verdict}", tone="strong")
-    if control.verdict != "inconclusive":
-        return say(begin, finding)
-    return say(begin, finding, f". {format_inconclusive(control, table.metric, _level(table))}")
+    return say(f"A/A control: {write_ratio(control).line} ", Span(text=said.said or said.verdict, tone="strong"))
 
 
-def _open(table: PhaseTable) -> Iterator[Line]:
-    """A sentence for each variant of which nothing can be told."""
-    for row in table.rows:
-        if row.ratio is not None and row.ratio.verdict == "inconclusive":
-            yield say(
-                Span(text=row.name, tone="warning"), f": {format_inconclusive(row.ratio, table.metric, _level(table))}"
-            )
+def _details(table: PhaseTable) -> Iterator[Line]:
+    """What each number of a table is, and of each inconclusive verdict what to do."""
+    about = title_of_ratio(table.metric)
+    if not table.alone:
+        if table.control is not None and table.control.verdict == "inconclusive" and table.control.ratio is not None:
+            yield say(f"{about}, A/A control: {format_inconclusive(table.control, table.metric, _level(table))}")
+        for row in table.rows:
+            if row.ratio is not None and row.ratio.verdict == "inconclusive":
+                said = format_inconclusive(row.ratio, table.metric, _level(table))
+                yield say(f"{about}, ", Span(text=row.name, tone="warning"), f": {said}")
+        yield from (say(f"{about}, {row.name}: {row.remark}") for row in table.rows if row.remark)
+    if table.note:
+        yield say(f"{about}: {table.note}")
 
 
 def _level(table: PhaseTable) -> Interleaving:
@@ -234,15 +266,17 @@ def _way(metric: str) -> str:
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
-    """What each verdict rests on, for whoever asks."""
-    lines = []
-    for table in view.tables:
-        found: list[tuple[str, Comparison]] = [] if table.control is None else [("control", table.control)]
+    """How the numbers follow from the trials, and what each verdict rests on; folded unless asked for."""
+    tables = (*view.tables, *view.outcomes)
+    estimators = dict.fromkeys(_estimators(table) for table in view.tables if not table.alone)
+    lines = [line for table in tables for line in _details(table)]
+    lines += [say(Span(text=text, tone="faint")) for text in estimators]
+    for table in tables:
+        found: list[tuple[str, Comparison]] = [] if table.control is None else [("A/A control", table.control)]
         found += [(row.name, row.ratio) for row in table.rows if row.ratio and row.ratio.verdict != "invalid"]
         about = title_of_ratio(table.metric)
         lines += [say(f"{about}, {name}: ", Span(text=one.reason, tone="faint")) for name, one in found]
-    if lines and not all(table.alone for table in view.tables):
-        count = f"{len(lines)} comparisons rest" if len(lines) > 1 else "the comparison rests"
-        summary = say(Span(text=f"what {count} on", tone="faint"))
+    if lines:
+        summary = "how each number was computed, what each verdict rests on, and what an inconclusive one needs"
         yield Section(title="Statistics")
-        yield Collapsible(summary=summary, lines=tuple(lines))
+        yield Collapsible(summary=say(Span(text=summary, tone="faint")), lines=tuple(lines))

@@ -10,13 +10,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.records.metrics import METRICS, PEAKS, PHASES, Phase
+from lorameter.records.metrics import METRICS, PEAKS, PHASES, Phase, columns_of
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.records.time_breakdown import TimeBreakdown
@@ -31,7 +31,7 @@ from lorameter.verdicts.compare_pairs import LimitsOf, default_limits, matching
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites, say_machines
-from lorameter.verdicts.run_validity import RunValidity, run_validity
+from lorameter.verdicts.run_validity import RunValidity, is_single_script_run, run_validity
 from lorameter.verdicts.series import Groups, group_trials
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
@@ -69,6 +69,8 @@ class RunView:
     notes: tuple[str, ...]
     """What the study says of itself."""
     tables: tuple[PhaseTable, ...]
+    outcomes: tuple[PhaseTable, ...]
+    """Peak memory and loss of the variants, each with its verdicts; empty where single metrics were asked for."""
     variants: tuple[str, ...]
     """Names of those that are shown, in the order of the study."""
     phases: tuple[Phase, ...]
@@ -109,6 +111,7 @@ def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
         deviations=study.deviations,
         notes=study.notes,
         tables=tuple(_chosen(table, names, asked.sort) for table in tables),
+        outcomes=tuple(_chosen(table, names, asked.sort) for table in _outcomes(run, study, groups, stands, asked)),
         variants=tuple(names),
         phases=() if asked.metrics else tuple(table.phase for table in tables),
         failures=stands.failures,
@@ -137,6 +140,7 @@ def _view_of_sites(run: Run, study: Study, asked: ReportFilter) -> RunView:
         deviations=study.deviations,
         notes=study.notes,
         tables=tuple(tables),
+        outcomes=(),
         variants=tuple(_names(study, asked)),
         phases=tuple(dict.fromkeys(phase for view in views.values() for phase in view.phases)),
         failures=(*stands.failures, *fault_of_sites(run)),
@@ -169,6 +173,20 @@ def _tables(run: Run, study: Study, groups: Groups, stands: RunValidity, asked: 
         for metric, phase in chosen
         if not asked.phases or phase in phases
     ]
+
+
+def _outcomes(run: Run, study: Study, groups: Groups, stands: RunValidity, asked: ReportFilter) -> Iterator[PhaseTable]:
+    """The peak memory of the first phase, and the last loss that was measured, as tables of one metric."""
+    phases = [phase for phase in stands.controls if not asked.phases or phase in asked.phases]
+    reference = groups.get((study.reference, "variant"))
+    if asked.metrics or not phases or reference is None or is_single_script_run(run, study):
+        return
+    phase = phases[0]
+    kinds = [kind for kind in PEAKS[phase] if any(kind in record.memory for record in reference.ok)]
+    losses = [name for name in columns_of(phase, own_workloads=bool(run.manifest.own_workloads))
+              if METRICS[name].is_loss and reference.trials(name)]  # fmt: skip
+    for metric in (*kinds[:1], *losses[-1:]):
+        yield tabulate_metric(metric, phase, stands, run, study, groups, asked.limits_of)
 
 
 def _measured(run: Run, groups: Groups) -> list[str]:

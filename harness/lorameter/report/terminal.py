@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 from collections.abc import Iterator
 from typing import Literal
 
@@ -20,10 +21,12 @@ FOLDED = "Notices and statistics stand in full with --verbose."
 
 
 def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
-    """A console that knows whether it is a terminal; without one it is wide, plain and complete."""
+    """A console that knows whether it is a terminal. Without one the text is plain and complete, and as wide as
+    $COLUMNS says, else `PIPED_WIDTH`."""
     console = Console(file=file, stderr=stderr, highlight=False)  # type: ignore[arg-type]
     if not console.is_terminal:
-        console = Console(file=file, stderr=stderr, highlight=False, width=PIPED_WIDTH, no_color=True)  # type: ignore[arg-type]
+        width = None if os.environ.get("COLUMNS", "").isdigit() else PIPED_WIDTH
+        console = Console(file=file, stderr=stderr, highlight=False, width=width, no_color=True)  # type: ignore[arg-type]
     return console
 
 
