@@ -49,6 +49,6 @@ def test_a_control_that_the_limit_left_out_is_not_called_inconclusive(reported):
     code, text = reported(("train", "cold"), started)
     assert code == EXIT_PASS
     said = "the time limit of 3 minutes left out the control (a second measurement of plain)"
-    assert f"control (the reference measured twice): not measured: {said}" in text
+    assert f"A/A control: not measured: {said}" in text
     assert f"the control was not measured: {said}" in text.partition("Notices")[2]
     assert "cold_replicates" in text.partition("Notices")[2]

@@ -96,12 +96,13 @@ def format_inconclusive(found: Comparison, metric: str, interleaving: Interleavi
 
 
 def format_effect(found: Comparison, metric: str) -> str:
-    """The effect in per cent, with its interval: "3.9 % slower [3.7 %, 4.2 %]"; empty where there is none."""
+    """The effect in per cent, with its interval: "3.9 % slower [+3.7 %, +4.2 %]". Empty without a ratio; without the
+    interval where both ends read the same, as those of computed bytes do."""
     if found.ratio is None:
         return ""
     ways = ways_of(metric)
     said = _effect(found.ratio, ways)
-    if found.low is None or found.high is None:
+    if found.low is None or found.high is None or _signed(found.low) == _signed(found.high):
         return said
     return f"{said} [{_signed(found.low)}, {_signed(found.high)}]"
 

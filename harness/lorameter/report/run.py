@@ -116,13 +116,15 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
 
 def _paths(view: RunView) -> Iterator[Line]:
     """Whether the required paths were active, of a run that requires any."""
-    rows = {
-        row.name: cell.text for table in view.tables for row, cell in zip(table.rows, table.cells(CHECKS), strict=False)
-    }
-    if rows and all(text.endswith(ALL_ACTIVE) for text in rows.values()):
+    checked = [table for table in view.tables if table.cells(CHECKS)]
+    found = [
+        (row.name, cell.text) for table in checked for row, cell in zip(table.rows, table.cells(CHECKS), strict=True)
+    ]
+    missed = dict.fromkeys(f"{name}: {text}" for name, text in found if not text.endswith(ALL_ACTIVE))
+    if missed:
+        yield say(Span(text=first_few(list(missed), MOST_NAMED, "; "), tone="bad"), label="checks")
+    elif found:
         yield say("all required paths active", label="checks")
-    elif missed := [f"{name}: {text}" for name, text in rows.items() if not text.endswith(ALL_ACTIVE)]:
-        yield say(Span(text=first_few(missed, MOST_NAMED, "; "), tone="bad"), label="checks")
 
 
 def _label(table: PhaseTable) -> str:
@@ -186,7 +188,8 @@ def _cell(key: str, cell: Cell, row: VariantRow, table: PhaseTable) -> Cell:
     if cell.unit == "byte" and cell.value is not None and cell.low is not None and cell.high is not None:
         low, high = (_bytes(end, cell.value) for end in (cell.low, cell.high))
         one = len({detail.detail for detail in table.cells(PEAK)}) == 1
-        return dataclasses.replace(cell, interval=f"[{low}, {high}]", detail="" if one else cell.detail)
+        interval = "" if low == high else f"[{low}, {high}]"
+        return dataclasses.replace(cell, interval=interval, detail="" if one else cell.detail)
     return cell
 
 
