@@ -63,7 +63,25 @@ def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
     assert not said
     assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert width > 390 or opened.evaluate(
+        "[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)"
+    )
     opened.close()
+
+
+def test_the_first_screen_has_the_verdicts_and_the_ratios(page):
+    """A reader who does not scroll sees whether the run is valid, every verdict, and the ratios with their intervals."""
+    assert page.locator(".summary").inner_text().startswith("valid")
+    below = "element => element.getBoundingClientRect().bottom"
+    assert page.locator(".summary").evaluate(below) < 900
+    assert page.locator("figure svg").first.evaluate("element => element.getBoundingClientRect().top") < 900
+    assert page.locator("figure svg .whisker").count() > 2
+
+
+def test_the_contents_name_every_section(page):
+    """Each heading is linked from the contents, but for the picture above them."""
+    linked = {link.get_attribute("href")[1:] for link in page.locator("nav a").all()}
+    assert {head.get_attribute("id") for head in page.locator("h2").all()} == linked | {"figure-1"}
 
 
 def test_it_is_complete_without_scripts(browser, file):
@@ -85,7 +103,7 @@ def test_it_is_complete_without_scripts(browser, file):
 
 def test_a_column_sorts_by_its_numbers_and_back(page):
     """Ascending, descending, as written; by the value behind the text, and what has none is last."""
-    table = page.locator("table.sortable").first
+    table = page.locator("h2:text-is('Training') ~ .scroll table.sortable").first
     written = table.locator("tbody tr").all_inner_texts()
     column = next(n for n, head in enumerate(table.locator("thead th").all()) if "step time" in head.inner_text())
     values = f"rows => rows.map(row => row.cells[{column}].dataset.value).filter(one => one).map(Number)"

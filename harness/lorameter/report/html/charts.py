@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from kernels_check.terminal import escape_control_chars
 from lorameter.records.units import Unit, format_interval, format_value
+from lorameter.report.blocks import Cell
 from lorameter.report.curves import Curve, Curves
 from lorameter.report.figure import (
     Bar,
@@ -22,7 +24,6 @@ from lorameter.report.figure import (
     Samples,
     Spot,
 )
-from lorameter.report.html.raster import picture_of
 from lorameter.report.html.scale import Scale, finite, scale_for
 from lorameter.report.html.svg import (
     MARGIN,
@@ -37,6 +38,7 @@ from lorameter.report.html.svg import (
     group,
     key,
     key_height,
+    line,
     path,
     plane,
     shorten,
@@ -48,8 +50,6 @@ Series = Mapping[str, int]
 """The number of each variant, by which it has its colour."""
 MOST_ROWS = 120
 """Rows that a picture has at most; the table below it has all."""
-MOST_DOTS = 20_000
-"""Samples that are drawn one by one; more are a picture of their own, some kilobytes in place of megabytes."""
 MOST_TICKS = 12
 """Names below a chart that still stand apart."""
 FEW_POINTS = 12
@@ -176,16 +176,27 @@ def _(drawing: Samples, series: Series) -> Element:
     names = list(dict.fromkeys(one.name for one in stretches))
     drawn = plane((drawing.across, drawing.up), values, names, series, "dot")
     svg, across, up = drawn.svg, drawn.across, drawn.up
-    if sum(len(one.samples) for one in stretches) > MOST_DOTS:
-        width, height = across.end - across.begin, drawn.bottom - drawn.top
-        image = add(svg, "image", "raster", x=across.begin, y=drawn.top, width=width, height=height)
-        image.set("href", picture_of(stretches, across, up, series))
-        return svg
     for one in stretches:
         own = group(svg, one.name, series, one.name)
-        dots = "".join(f"M{across.place(x):.1f} {up.place(y):.1f}h0" for x, y in one.points)
-        SubElement(own, "path", {"d": dots, "class": "samples"})
+        places = dict.fromkeys((round(across.place(x)), round(up.place(y))) for x, y in one.points)
+        SubElement(own, "path", {"d": "".join(f"M{x} {y}h0" for x, y in places), "class": "samples"})
     return svg
+
+
+def draw_ratio(cell: Cell, bound: float) -> str:
+    """A ratio with its interval around 1, for a table's cell; `bound` is the logarithm at the ends of the picture."""
+    width, height = 120.0, 16.0
+    svg = Element("svg", {"viewBox": f"0 0 {width:g} {height:g}", "class": "ratio", "aria-hidden": "true"})
+
+    def place(ratio: float) -> float:
+        return width / 2 * (1 + min(max(math.log(ratio) / bound, -1.0), 1.0) * 0.94)
+
+    line(svg, (width / 2, 0, width / 2, height), "one")
+    if cell.value:
+        if cell.low and cell.high:
+            line(svg, (place(cell.low), height / 2, place(cell.high), height / 2), "whisker")
+        add(svg, "circle", "dot", cx=place(cell.value), cy=height / 2, r=3.5)
+    return tostring(svg, encoding="unicode")
 
 
 def _ends(marks: object) -> list[float]:

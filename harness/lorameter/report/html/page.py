@@ -20,11 +20,22 @@ from markupsafe import Markup
 from kernels_check.terminal import escape_control_chars
 from lorameter.records.atomic_output import replacing
 from lorameter.records.os_errors import translate_write_errors
-from lorameter.report.blocks import Cell, Document, Table, name_columns, says_invalid, tone_of, value_cell, write_row
+from lorameter.report.blocks import (
+    Cell,
+    Document,
+    Section,
+    Table,
+    name_columns,
+    says_invalid,
+    tone_of,
+    value_cell,
+    write_row,
+)
 from lorameter.report.curves import Curves
 from lorameter.report.figure import Figure
-from lorameter.report.html.charts import draw, draw_chart
-from lorameter.report.html.svg import series_class
+from lorameter.report.html.charts import draw, draw_chart, draw_ratio
+from lorameter.report.html.svg import number_series, series_class
+from lorameter.report.whisker import scale_of
 
 
 def write_html(
@@ -39,14 +50,20 @@ def write_html(
         figures: pictures that follow the text, each with its table.
         again: the command and all that it takes to measure this again; empty where that is not known.
     """
-    series = {name: number for number, name in enumerate(names)}
+    series = number_series(names)
     invalid, document = (document[0], document[1:]) if document and says_invalid(document[0]) else (None, document)
+    first = document[0] if document else None
+    head = first if isinstance(first, Section) and first.title == title else None
+    rest = document[1:] if head else document
     style, script = _file("style.css"), _file("script.js")
     return _environment().get_template("page").render(
-        title=title, invalid=invalid, document=document, figures=figures, again=again,
+        title=title, invalid=invalid, head=head, document=rest, figures=figures, again=again,
         series={escape_control_chars(name) for name in series},
         names=[(escape_control_chars(name), series_class(number)) for name, number in series.items()],
         pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
+        bounds=lambda table: [scale_of(row.cells[place] for row in table.rows) if head.ratio else None
+                              for place, head in enumerate(table.heads)],
+        ratio=lambda cell, bound: Markup(draw_ratio(cell, bound)),
         chart=lambda chart, above: Markup(draw_chart(chart, above, series)),
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
     )  # fmt: skip

@@ -1,12 +1,13 @@
 """Pieces of which pictures are made, as SVG: built with the standard library's XML, so that no text becomes an element.
 
-Colours, fonts and dashes are classes of the page's style sheet (a series is `s0` to `s7`), so one picture serves light,
-dark and paper. Whatever belongs to a variant carries its name, by which a reader hides it, and tells its numbers when
+Colours and fonts are classes of the page's style sheet (a series is `s0` to `s15`), so one picture serves light, dark
+and paper. Whatever belongs to a variant carries its name, by which a reader hides it, and tells its numbers when
 it is pointed at.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement
@@ -15,16 +16,16 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.report.curves import Axis
 from lorameter.report.html.scale import Scale, scale_for
 
-WIDTH = 720
+WIDTH = 520
 """Of every picture in its own pixels; the page stretches it."""
 MARGIN = 14
 ROW = 26
-NAMES = 190
+NAMES = 170
 """Room for the names of variants to the left of rows."""
-LEFT, TOP, BOTTOM = 80, 30, 270
+LEFT, TOP, BOTTOM = 64, 30, 240
 """The borders of a plane that has no key."""
-SERIES = 8
-"""Colours that can be told apart; a ninth series has the first again, with another dash."""
+SERIES = 16
+"""Colours that eyes can tell apart. With more variants, those that vary the same field share a colour."""
 
 
 def canvas(height: float) -> Element:
@@ -80,7 +81,17 @@ def group(parent: Element, name: str, series: Mapping[str, int], told: str) -> E
 
 def series_class(number: int) -> str:
     """The classes of a series by its number."""
-    return f"s s{number % SERIES}" + (f" d{number // SERIES % 3}" if number >= SERIES else "")
+    return f"s s{number % SERIES}"
+
+
+def number_series(names: Sequence[str]) -> dict[str, int]:
+    """The number of each variant, by which it has its colour: its own, or with more variants than colours that of its
+    group, which is the name up to its first `=` or digit."""
+    if len(names) <= SERIES:
+        return {name: number for number, name in enumerate(names)}
+    groups = {name: re.split(r"[=\d]", name, maxsplit=1)[0] for name in names}
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
+    return {name: numbers[group] for name, group in groups.items()}
 
 
 KEY_ROW = 18
