@@ -93,6 +93,8 @@ class ColumnHeader:
     """Whether what is equal in all of its cells is said once, below the table."""
     ratio: bool = False
     """Whether its values are ratios of which 1 is no difference, to be drawn around it."""
+    picture_priority: int = 1
+    """The drop priority of the picture of a ratio, which repeats what its column says in numbers."""
     joins_left: bool = False
     """Whether a narrow table shows its cells in the column on its left, behind the value."""
     plain: str = ""

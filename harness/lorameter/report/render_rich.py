@@ -53,8 +53,6 @@ STYLES: dict[Tone, str] = {
 }
 _INDENT = "  "
 _CHART_WIDTH = 38
-_WHISKER_RANK = 6
-"""Dropped after the further metrics of a phase and before its peak memory and throughput: it repeats the ratio."""
 
 
 def render_block(block: Block, console: Console, *, verbose: bool = False) -> Iterator[RenderableType]:
@@ -165,7 +163,7 @@ def _columns(table: Table, *, stacked: bool) -> list[tuple[int, bool, ColumnSpec
         if stacked and head.joins_left:
             continue
         if whisker:
-            column = ColumnSpec(least=LEAST_WIDTH, good=LEAST_WIDTH, natural=MOST_WIDTH, rank=_WHISKER_RANK)
+            column = ColumnSpec(least=LEAST_WIDTH, good=LEAST_WIDTH, natural=MOST_WIDTH, rank=head.picture_priority)
             found.append((place, True, column))
             continue
         texts = (_cell(_joined(table, row, place, stacked=stacked), stacked=stacked).plain for row in table.rows)

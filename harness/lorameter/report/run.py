@@ -50,6 +50,9 @@ _LABELS = {
     PHASE_TITLES["generate"]: "generation",
     PHASE_TITLES["cold"]: "cold start",
 }
+AFTER_THROUGHPUT = 6
+"""The place of a phase's second further metric: on a narrow terminal the picture of the ratio goes before peak memory
+and tokens a second do."""
 MOST_NAMED = 6
 """Variants that are named of one kind; the table has them all."""
 ALL_ACTIVE = " active"
@@ -164,7 +167,12 @@ def _head(column: PhaseColumn, table: PhaseTable, rank: int) -> ColumnHeader:
         return ColumnHeader(text=column.head)
     if column.key == RATIO:
         turned = table.metric in METRICS and METRICS[table.metric].higher_is_better
-        return ColumnHeader(text=f"{'slow-down ' if turned else ''}{column.head}", right=True, ratio=True)
+        return ColumnHeader(
+            text=f"{'slow-down ' if turned else ''}{column.head}",
+            right=True,
+            ratio=True,
+            picture_priority=AFTER_THROUGHPUT,
+        )
     if column.key == CHECKS:
         return ColumnHeader(text=column.head, drop_priority=rank, collapse_if_constant=True, plain="required paths")
     if column.key == PEAK:
