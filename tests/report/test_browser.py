@@ -70,7 +70,7 @@ def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
 
 
 def test_the_first_screen_has_the_verdicts_and_the_ratios(page):
-    """A reader who does not scroll sees whether the run is valid, every verdict, and the ratios with their intervals."""
+    """Without scrolling one sees whether the run is valid, every verdict, and the ratios with their intervals."""
     assert page.locator(".summary").inner_text().startswith("valid")
     below = "element => element.getBoundingClientRect().bottom"
     assert page.locator(".summary").evaluate(below) < 900
