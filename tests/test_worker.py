@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 
+from lorameter import wire
 from lorameter.machine.processes import CPUS
 from lorameter.run.executors.local import worker_environment
 
@@ -43,34 +43,28 @@ def test_a_measuring_process_ends_with_its_parent(what):
             starter.kill()
         _, alive = psutil.wait_procs([child], timeout=60)
         assert not alive
-        ours.setblocking(False)
-        assert not ours.recv(1 << 16), "it came to its end by itself"
 
 
 def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
     """It died between the fork and the first instruction, when nothing was watched yet."""
     environment = worker_environment(1) | {"LORAMETER_PARENT": str(os.getppid())}
-    done = subprocess.run(
-        [sys.executable, "-m", "lorameter.worker", "tokens"],
-        env=environment,
-        input=b"{}",
-        capture_output=True,
-        check=False,
-    )
+    words = [sys.executable, "-m", "lorameter.worker", "tokens", "0"]
+    done = subprocess.run(words, env=environment, input=b"", capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 
 
 @pytest.mark.parametrize("what", ["cold", "tokens"])
 def test_an_interrupt_ends_a_process_as_any_signal_does(what):
     """It raises nothing that a library could take for an error of its own."""
-    words = [sys.executable, "-m", "lorameter.worker", what, *(["1"] if what == "cold" else [])]
-    with subprocess.Popen(
-        words, env=worker_environment(1), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        looked, spent = psutil.Process(process.pid), [-1.0, -2.0]
-        while spent[-1] != spent[-2]:  # it imports as long as it computes, and then waits for its request
-            spent.append(sum(looked.cpu_times()[:2]))
-            time.sleep(0.5)
+    ours, theirs = wire.pair()
+    words = [sys.executable, "-m", "lorameter.worker", what, str(theirs.fileno())]
+    with (
+        ours,
+        subprocess.Popen(
+            words, env=worker_environment(1), pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
+        ) as process,
+    ):
+        wire.receive(ours, wire.Hello, 60.0)  # it waits for its command now
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (-signal.SIGINT, b"")
@@ -80,7 +74,7 @@ def test_an_interrupt_ends_a_process_as_any_signal_does(what):
 def test_a_measuring_process_stays_on_the_cpus_of_its_site():
     """Whatever it is to become, from before that on, and on all of its parent's where nothing is said."""
     lines = "import os\nfrom lorameter import worker\ntry: worker.main(['none'])\n"
-    lines += "except SystemExit: print(*sorted(os.sched_getaffinity(0)))"
+    lines += "except IndexError: print(*sorted(os.sched_getaffinity(0)))"
     every = sorted(os.sched_getaffinity(0))
     for cpus, told in (
         ({CPUS: str(every[-1])}, every[-1:]),

@@ -1,39 +1,39 @@
-"""The loop of a process that hosts trials: a command a line, each answered by a `PartialRecord`.
+"""What a process that hosts trials does with a command; each is answered by a `PartialRecord`.
 
-Standard output and error go to the trial's log, so that nothing printed by a library can corrupt a result.
+Standard output and error go to the trial's log.
 """
 
 from __future__ import annotations
 
 import os
-import socket
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from lorameter import wire
 from lorameter.records import codec
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.serving_modes import ServingRequest
 from lorameter.trial.failure import failure_of
-from lorameter.trial.lines import answer_lines
 
 
-def serve(connection: socket.socket) -> None:
-    """The loop of a trial's process: one reply for each command, until the parent closes the connection."""
+def serve(connection: Connection) -> None:
+    """The loop of a trial's process: one answer for each command, until the parent closes the connection."""
     trials: dict[str, Any] = {}
-    answer_lines(connection, lambda command: _answer(command, trials))
+    wire.serve(connection, lambda command: _answer(command, trials))
 
 
-def _answer(command: dict[str, Any], trials: dict[str, Any]) -> PartialRecord:
+def _answer(command: wire.Command, trials: dict[str, Any]) -> PartialRecord:
     """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
     from lorameter.trial.building.shared import SharedBase
     from lorameter.trial.process import prepare_process
     from lorameter.trial.trial import Trial
 
-    phase, trial = str(command.pop("do")), str(command.pop("trial"))
+    phase, trial, arguments = command.name, command.trial, command.arguments
     try:
         if phase == "prepare":
-            request = codec.from_json(TrialRequest, command["request"], "trial request")
+            request = codec.from_json(TrialRequest, arguments["request"], "trial request")
             _log_to(Path(request.log_path))
             prepare_process(request)
             if request.workload.ranks > 1:
@@ -42,13 +42,13 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> PartialRecord:
                 trials[trial] = TrialOfRanks(request)
                 return PartialRecord()
             shared = next((other.shared for other in trials.values()), None) or SharedBase()
-            trials[trial] = (_profiled_trial() if command.get("profiled") else Trial)(request, shared)
+            trials[trial] = (_profiled_trial() if arguments.get("profiled") else Trial)(request, shared)
             return PartialRecord()
         if phase == "base":
-            return _prepared(codec.from_json(BaseRequest, command["request"], "base request"))
+            return _prepared(codec.from_json(BaseRequest, arguments["request"], "base request"))
         if phase == "parity":
-            return _served(codec.from_json(ServingRequest, command["request"], "serving request"))
-        return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
+            return _served(codec.from_json(ServingRequest, arguments["request"], "serving request"))
+        return trials[trial].run(phase, **arguments)  # type: ignore[no-any-return]
     except Exception as error:
         return failure_of(error, phase)
 

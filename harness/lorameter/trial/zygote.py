@@ -5,7 +5,7 @@ the zygote imports and then does nothing but fork, and every trial starts in mil
 run no model. The zygote must have one thread when it forks (a BLAS thread would leave the child with a locked mutex)
 and must never have touched the device.
 
-Protocol: JSON lines over a socket. The parent sends `fork` (with the trial's own socket attached) and `reap`.
+Its commands are `fork`, which is followed by the descriptor of the new process's connection, and `reap`.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorameter import wire
 from lorameter.errors import InvalidRunError
 from lorameter.machine.nvml import compute_capability
 from lorameter.machine.processes import end_with_parent, kill_group, outlive_parent
 from lorameter.machine.provenance import harness_identity
 from lorameter.models.families import FAMILIES
-from lorameter.records import codec
 from lorameter.records.worker_info import WorkerInfo
-from lorameter.trial.lines import send
 from lorameter.trial.serve import serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "lorameter.trial.trial")
@@ -62,26 +61,25 @@ def import_libraries() -> None:
     gc.enable()
 
 
-def zygote(control: socket.socket) -> None:
+def zygote(control: Connection) -> None:
     """Import, announce what was imported, then fork and reap on request until the parent goes away."""
     begin = time.perf_counter()
     import_libraries()
-    import_time_s = time.perf_counter() - begin
-    send(control, codec.to_json(_hello(import_time_s)))
+    worker = _describe(time.perf_counter() - begin)
+    wire.send(control, wire.Hello(harness=worker.harness, pid=os.getpid(), worker=worker))
     outlive_parent()  # from here on its hanging up is heard, and there may be children to be ended first
     children: set[int] = set()
     try:
         while True:
-            message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
-            if not message:
-                return
-            command = json.loads(message)
-            if command["do"] == "fork":
-                send(control, _fork(descriptors[0], control, children))
+            command = wire.receive(control, wire.Command)
+            if command.name == "fork":
+                wire.send(control, _fork(recv_handle(control), control, children))
             else:
-                pid = int(command["pid"])
-                send(control, {"status": _reap(pid)})
+                pid = command.arguments["pid"]
+                wire.send(control, wire.answer_with(_reap(pid)))
                 children.discard(pid)
+    except wire.ClosedError:
+        return
     finally:
         for pid in children:
             kill_group(pid)
@@ -168,23 +166,23 @@ def other_threads() -> list[str]:
     return sorted(names)
 
 
-def _fork(descriptor: int, control: socket.socket, children: set[int]) -> dict[str, Any]:
+def _fork(descriptor: int, control: Connection, children: set[int]) -> wire.Answer | wire.Refused:
     parent = os.getpid()
     try:
         if refusal := _cannot_fork():
-            return {"error": refusal}
+            return wire.Refused(refusal)
         pid = os.fork()
         if pid == 0:
             _child(descriptor, control, parent)
     except OSError as error:
-        return {"error": f"the zygote cannot fork: {error.strerror}; free memory or processes"}
+        return wire.Refused(f"the zygote cannot fork: {error.strerror}; free memory or processes")
     finally:
         os.close(descriptor)  # the child never comes here
     children.add(pid)
-    return {"pid": pid}
+    return wire.answer_with(pid)
 
 
-def _child(descriptor: int, control: socket.socket, parent: int) -> NoReturn:
+def _child(descriptor: int, control: Connection, parent: int) -> NoReturn:
     code = 1
     try:
         control.close()
@@ -193,7 +191,7 @@ def _child(descriptor: int, control: socket.socket, parent: int) -> NoReturn:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it stays ignored where it is
             # As an exception it would close the connection first, and the parent would take its own kill for the end.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with socket.socket(fileno=descriptor) as connection:
+        with Connection(descriptor) as connection:
             serve(connection)
         code = 0
     except BaseException:
@@ -222,7 +220,7 @@ def _cannot_fork() -> str | None:
     return None
 
 
-def _hello(import_time_s: float) -> WorkerInfo:
+def _describe(import_time_s: float) -> WorkerInfo:
     """The device as torch sees it, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK)."""
     import torch
 

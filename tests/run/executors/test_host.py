@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 import kernels_check
@@ -121,17 +118,13 @@ def program(tmp_path):
 
 
 def test_a_program_that_talks_without_end_is_ended(program, tmp_path):
-    """After a megabyte, with all that it has started."""
-    with pytest.raises(UsageError, match="no Python that can be asked what it has installed; it said: y"):
-        inspect(Host(python=program(f"sleep 300 & echo $! > {tmp_path}/started; exec yes 'y'")))
-    with contextlib.suppress(psutil.NoSuchProcess):
-        child = psutil.Process(int((tmp_path / "started").read_text()))
-        while child.status() != psutil.STATUS_ZOMBIE:  # it was sent its end with the others, and may be taking it
-            time.sleep(0.01)
+    """After a megabyte."""
+    with pytest.raises(UsageError, match="no Python that can be asked what it has installed; it printed: y"):
+        inspect(Host(python=program("exec yes 'y'")))
 
 
 def test_a_program_that_says_nothing_is_ended(program, monkeypatch):
     """When its time is over."""
-    monkeypatch.setattr(host, "ANSWER_TIMEOUT_S", 0.0)
-    with pytest.raises(UsageError, match="it does not answer: nothing within 0 s"):
+    monkeypatch.setattr(host, "ANSWER_TIMEOUT_S", 0.1)
+    with pytest.raises(UsageError, match="it printed: nothing"):
         inspect(Host(python=program("exec sleep 300")))

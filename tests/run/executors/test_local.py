@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from lorameter.run.executors.forked import ForkedWorker
+from lorameter.run.executors.zygote import ForkedWorker
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan
 from lorameter.run.trial_setup import site_of

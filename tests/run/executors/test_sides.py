@@ -214,7 +214,7 @@ def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
     git(clone, "commit", "--quiet", "--message", "another harness")
     with open_side("HEAD", repository=clone, cache=tmp_path, report=silent) as side:
         tree = Path(side.host.cwd)
-        origins = inspect(side.host, OWN_PACKAGES)["origins"]
+        origins = inspect(side.host, OWN_PACKAGES).origins
         assert {name: Path(origin) for name, origin in origins.items()} == {
             "lorameter": tree / "harness" / "lorameter" / "__init__.py",
             "kernels_check": tree / "kernels_check" / "__init__.py",
@@ -258,7 +258,7 @@ def test_an_interpreter_is_given_the_present_harness(opened, environment):
             python,
         )
         assert side.host.python == python
-        origins = inspect(side.host, OWN_PACKAGES)["origins"]
+        origins = inspect(side.host, OWN_PACKAGES).origins
         for package in OWN_PACKAGES:
             assert Path(origins[package]).parent == Path(side.host.path[0]) / package
         assert run(side.host, "import sys, lorameter.records.record; print(sys.prefix)") == str(Path(python).parents[1])

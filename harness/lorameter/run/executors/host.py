@@ -7,31 +7,30 @@ that an interpreter without lorameter can answer too and torch is imported by no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from kernels_check.terminal import print_stderr
-from lorameter.errors import UsageError, impossible, shorten
+import msgspec
+
+from lorameter.errors import impossible, shorten
 from lorameter.machine.kernel_env import switches_of
+from lorameter.machine.processes import kill_group
 from lorameter.machine.provenance import LIBRARIES
 from lorameter.machine.repository import git_state
 from lorameter.machine.software import cuda_of
-from lorameter.records import codec
-from lorameter.run.executors.answer import run_one_shot
 
-_VERSION = re.compile(r"\d+\.\d+", re.ASCII)
 ANSWER_TIMEOUT_S = 120.0
 """Reading the metadata of 100 distributions takes 0.1 s; a cold network disk can make it a minute."""
-ANSWER_BYTES = 1 << 20
-"""A thousand distributions take 40 kB; what says more is no Python."""
+MAX_ANSWER_BYTES = 1 << 20
+"""A thousand distributions take 40 kB; a program that prints more is no Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,59 +57,51 @@ class Host:
         return variables | ({"PYTHONPATH": os.pathsep.join(in_front)} if in_front else {})
 
 
-def inspect(host: Host, modules: Sequence[str] = ()) -> dict[str, Any]:
-    """What the interpreter says of itself: `python`, `executable`, `packages`, and the `origins` of some modules.
+class InterpreterFacts(msgspec.Struct, frozen=True):
+    """What an interpreter has installed, as `describe_env.py` prints it."""
 
-    `packages` maps normalised distribution names to versions; `origins` maps each module to the file that an import
-    would load, or None. No module is imported for it.
+    python: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+")]
+    executable: str
+    packages: dict[str, str]
+    """Normalised distribution names and versions."""
+    origins: dict[str, str | None]
+    """The file that an import of each module would load, or None."""
+
+
+def inspect(host: Host, modules: Sequence[str] = ()) -> InterpreterFacts:
+    """What an interpreter has installed, and where some modules would be imported from. No module is imported for it.
 
     Raises:
         UsageError: the program cannot be started, or is no Python that can run this.
     """
     script = Path(__file__).with_name("describe_env.py").read_text(encoding="utf-8")
     try:
-        with subprocess.Popen(
+        process = subprocess.Popen(
             [host.python, "-c", script, json.dumps(list(modules))],
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=host.variables(os.environ),
             cwd=host.cwd,
             start_new_session=True,
-        ) as process:
-            assert process.stdout is not None
-            tell_waiting = partial(print_stderr, f"waiting for {host.python}, for {ANSWER_TIMEOUT_S:g} s at most")
-            printed = run_one_shot(
-                process, b"", process.stdout, ANSWER_TIMEOUT_S, most_bytes=ANSWER_BYTES, overdue=tell_waiting
-            ).decode(errors="replace")
-    except (OSError, TimeoutError) as error:
-        said = str(error) or f"nothing within {ANSWER_TIMEOUT_S:g} s"
-        raise impossible("interpreter", "python", host.python, f"it does not answer: {said}", _REMEDY) from None
-    answer = read_answer(printed) if process.returncode == 0 else None
-    if answer is None:
-        lines = (printed.strip() or "nothing").splitlines()
-        said = shorten(lines[-1 if "Traceback" in lines[0] else 0])
-        why = f"no Python that can be asked what it has installed; it said: {said}"
-        raise impossible("interpreter", "python", host.python, why, _REMEDY)
-    return answer
-
-
-def read_answer(printed: str) -> dict[str, Any] | None:
-    """What an interpreter says of itself: the last line of what it printed that reads so; None where none does."""
-    return next(filter(None, map(_answer_in, reversed(printed.splitlines()))), None)
-
-
-def _answer_in(line: str) -> dict[str, Any] | None:
-    if not line.startswith("{"):
-        return None
-    try:
-        answer: dict[str, Any] = codec.parse(line)
-        codec.from_json(dict[str, str], answer["packages"], "packages")
-        codec.from_json(dict[str, str | None], answer["origins"], "origins")
-        known = _VERSION.match(answer["python"]) and isinstance(answer["executable"], str)
-    except (LookupError, TypeError, codec.NotJsonError, UsageError):
-        return None
-    return answer if known else None
+        )
+    except OSError as error:
+        raise impossible("interpreter", "python", host.python, f"it does not start: {error}", _REMEDY) from None
+    limit = threading.Timer(ANSWER_TIMEOUT_S, kill_group, [process.pid])
+    limit.start()
+    with process:
+        assert process.stdout is not None
+        printed = process.stdout.read(MAX_ANSWER_BYTES).decode(errors="replace")
+        if len(printed) == MAX_ANSWER_BYTES:
+            kill_group(process.pid)
+    limit.cancel()
+    for line in reversed(printed.splitlines() if process.returncode == 0 else []):
+        with contextlib.suppress(msgspec.MsgspecError):
+            return msgspec.json.decode(line, type=InterpreterFacts)
+    lines = (printed.strip() or "nothing").splitlines()
+    output = shorten(lines[-1 if "Traceback" in lines[0] else 0])
+    why = f"no Python that can be asked what it has installed; it printed: {output}"
+    raise impossible("interpreter", "python", host.python, why, _REMEDY)
 
 
 def describe(host: Host) -> dict[str, Any]:
@@ -123,13 +114,12 @@ def describe(host: Host) -> dict[str, Any]:
         UsageError: the interpreter does not answer.
     """
     facts = inspect(host, ["torch"])
-    packages: dict[str, str] = facts["packages"]
-    torch = facts["origins"]["torch"]
+    torch = facts.origins["torch"]
     return {
-        "python": facts["python"],
-        "libraries": {name: _version(packages.get(name)) for name in LIBRARIES},
+        "python": facts.python,
+        "libraries": {name: _version(facts.packages.get(name)) for name in LIBRARIES},
         "cuda": None if torch is None else cuda_of(Path(torch).parent),
-        "packages": packages,
+        "packages": facts.packages,
         "git": git_state(Path(host.cwd) if host.cwd is not None else Path.cwd()),
         "switches": switches_of(host.variables(os.environ)),
     }

@@ -7,36 +7,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lorameter import wire
 from lorameter.attach.variables import ENV_FOLLOWER
-from lorameter.errors import EXIT_INVALID, InvalidRunError, UsageError, redact, shorten
+from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact, shorten
 from lorameter.machine import provenance
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.models import bases
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
-from lorameter.records.record import SCHEMA, Failure, PartialRecord
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
-from lorameter.run.executors.answer import run_one_shot
 from lorameter.run.executors.disk import Disk
-from lorameter.run.executors.forked import silence
 from lorameter.run.executors.here import Here
 from lorameter.run.executors.host import Host, describe
+from lorameter.run.executors.process_worker import silence
 from lorameter.run.executors.zygote import Zygote, ZygoteLostError
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.workload import Workload
 
+T = TypeVar("T")
 TOKENS_TIMEOUT_S = 3600.0
 """A data set, or a model, is downloaded in this time or not at all."""
-MOST_SAID = 8000
+MAX_OUTPUT = 8000
 """Characters of what a cold interpreter printed before it died that its record keeps; the log has all."""
 
 ARROW = "JE_ARROW_MALLOC_CONF"
@@ -69,10 +69,6 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         ENV_FOLLOWER: "",
     }
     return inherited | fixed
-
-
-_OLD_DOOR = "invalid literal for int() with base 10: 'zygote'"
-"""What the door of a harness before schema 5 says, whose only process was the zygote."""
 
 
 class LocalExecutor(Here):
@@ -130,23 +126,21 @@ class LocalExecutor(Here):
     def _new_zygote(self) -> Zygote:
         return Zygote(lambda descriptor: self._spawn("zygote", descriptor, self._zygote_log))
 
-    def _spawn(
-        self, what: str, descriptor: int | None, log: Path, *, threads: int | None = None, **streams: int
-    ) -> subprocess.Popen[bytes]:
-        """Start a measuring process of the host, which answers on a descriptor or on its stdout and prints into a log.
+    def _spawn(self, what: str, descriptor: int, log: Path, *, threads: int = 0) -> subprocess.Popen[bytes]:
+        """Start a measuring process of the host, which answers on a descriptor and prints into a log.
 
         It has a session of its own: what a terminal sends to all of its processes is heard by the parent alone.
         """
-        arguments, passed = ([], []) if descriptor is None else ([str(descriptor)], [descriptor])
         with log.open("ab") as file:
-            ends: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, **streams}
             return subprocess.Popen(
-                self._host.command("lorameter.worker", what, *arguments),
-                pass_fds=passed,
+                self._host.command("lorameter.worker", what, str(descriptor)),
+                pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
                 env=worker_environment(threads or self._threads, self._host),
                 cwd=self._host.cwd,
                 start_new_session=True,
-                **ends,
             )
 
     @property
@@ -159,27 +153,20 @@ class LocalExecutor(Here):
         return self._hello
 
     def _greet(self, zygote: Zygote) -> WorkerInfo:
-        hello = zygote.greet()
-        if hello is None:
-            log, ending = self._zygote_log, zygote.last_words()
+        try:
+            hello = zygote.greet()
+        except wire.GarbledError:
+            hello = wire.Hello(schema=0)  # of a revision that spoke another protocol
+        except ZygoteLostError as lost:
             zygote.close()
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or [f"it printed nothing; {ending}"]
-            if _OLD_DOOR in last[0]:
-                raise InvalidRunError(self._refusal("a schema before 5", "unknown"))
+            last = _last_line(self._zygote_log) or f"it printed nothing; {lost}"
             raise InvalidRunError(
-                f"{self._whose} did not start: {last[0]}. Its log is {log}. "
+                f"{self._whose} did not start: {last}. Its log is {self._zygote_log}. "
                 f"Check that torch, transformers, peft and bitsandbytes import in {self._host.python}."
-            )
-        if hello.get("schema") != SCHEMA:
-            raise InvalidRunError(self._refusal(f"schema {hello.get('schema')}", hello.get("harness", "unknown")))
-        return codec.from_json(WorkerInfo, hello, "greeting of the worker")
-
-    def _refusal(self, schema: str, harness: str) -> str:
-        return (
-            f"{self._whose} speaks {schema}, this program {SCHEMA} (its harness: {harness}). Choose a revision or an "
-            f"environment whose harness speaks schema {SCHEMA}, or run the A/B with the lorameter of that revision; "
-            "two revisions of lorameter that lie on either side of a schema cannot be measured beside each other."
-        )
+            ) from None
+        wire.check_schema(hello, self._whose)
+        assert hello.worker is not None
+        return hello.worker
 
     def launch(self) -> Worker:
         """Fork a worker from the zygote; from a new one where that has died since.
@@ -217,64 +204,53 @@ class LocalExecutor(Here):
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
         log, timeout = Path(request.log_path), request.protocol.step_timeout_s
         printed = log.stat().st_size if log.is_file() else 0
-        read, write = os.pipe()
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, read)
-            begin = time.monotonic()
-            try:
-                process = self._spawn("cold", write, log, stdin=subprocess.PIPE)
-            finally:
-                os.close(write)
-            message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
-            try:
-                text = run_one_shot(process, message.encode(), read, timeout).decode(errors="replace")
-            except TimeoutError:
-                raise WorkerLostError("timeout", silence("cold", timeout)) from None
-        if process.returncode != 0 or not text:
-            said = redact(log.read_bytes()[printed:].decode(errors="replace")).strip()
-            last = said.splitlines()[-1:] or ["it printed nothing"]
-            message = f"the cold interpreter ended with {exit_words(process.returncode)}: {last[0]}"
-            failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=said[-MOST_SAID:])
-            raise WorkerLostError("crashed", failure)
+        arguments = {"request": codec.to_json(request), "spawned_monotonic_s": time.monotonic()}
         try:
-            return codec.from_json(PartialRecord, codec.parse(text), "cold start")
-        except (codec.NotJsonError, UsageError) as error:
+            answer, code = self._ask_process("cold", arguments, PartialRecord, log, timeout)
+        except TimeoutError:
+            raise WorkerLostError("timeout", silence("cold", timeout)) from None
+        except (wire.GarbledError, LorameterError) as error:
             message = f"the cold interpreter gave no answer that can be read: {error}"
             raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None
+        if answer is None:
+            output = redact(log.read_bytes()[printed:].decode(errors="replace")).strip()
+            last = output.splitlines()[-1:] or ["it printed nothing"]
+            message = f"the cold interpreter ended with {exit_words(code)}: {last[0]}"
+            failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=output[-MAX_OUTPUT:])
+            raise WorkerLostError("crashed", failure)
+        return answer
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
         """Tokenise in a process of its own."""
         disk = self._required_disk()
-        request = json.dumps(
-            {"workload": codec.to_json(workload), "folder": str(disk.folder if keep else disk.scratch)}
-        )
-        log_path = disk.logs / f"tokens{self._suffix}.log"
-        with self._spawn("tokens", None, log_path, threads=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            try:
-                written = run_one_shot(process, request.encode(), process.stdout, TOKENS_TIMEOUT_S)
-            except TimeoutError:
-                over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
-                raise InvalidRunError(over) from None
-        lines = written.decode(errors="replace").strip().splitlines()
-        answer = None
-        if process.returncode == 0 and lines:
-            with contextlib.suppress(codec.NotJsonError):
-                answer = codec.parse(lines[-1])
-        if process.returncode < 0 and -process.returncode in FAULTS:
+        arguments = {"workload": codec.to_json(workload), "folder": str(disk.folder if keep else disk.scratch)}
+        log = disk.logs / f"tokens{self._suffix}.log"
+        try:
+            summary, code = self._ask_process("tokens", arguments, TokenSummary, log, TOKENS_TIMEOUT_S, threads=1)
+        except TimeoutError:
+            raise InvalidRunError(f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log}.") from None
+        except wire.GarbledError as error:
+            raise InvalidRunError(f"the tokens could not be prepared: {error}. The log is {log}.") from None
+        if summary is not None:
+            return summary
+        if -code in FAULTS:
             raise UsageError(
                 f"data {shorten(repr(workload.data))}: what reads it, or the tokenizer of {workload.model}, ended with "
-                f"{exit_words(process.returncode)}, as on a damaged file. Restore it, or save it again. The log is "
-                f"{log_path}."
+                f"{exit_words(code)}, as on a damaged file. Restore it, or save it again. The log is {log}."
             )
-        if not isinstance(answer, dict):
-            last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
-            why = " ".join(last) or f"their process ended with {exit_words(process.returncode)}"
-            raise InvalidRunError(f"the tokens could not be prepared: {why}. The log is {log_path}.")
-        if "error" in answer:
-            refused = InvalidRunError if answer.get("exit_code") == EXIT_INVALID else UsageError
-            raise refused(str(answer["error"]))
-        return codec.from_json(TokenSummary, answer, "summary of the tokens")
+        why = _last_line(log) or f"their process ended with {exit_words(code)}"
+        raise InvalidRunError(f"the tokens could not be prepared: {why}. The log is {log}.")
+
+    def _ask_process(
+        self, what: str, arguments: dict[str, Any], kind: type[T], log: Path, timeout_s: float, *, threads: int = 0
+    ) -> tuple[T | None, int]:
+        """The answer of a process that is started for one command, and its exit code; raises as `wire.ask_process`."""
+        ours, theirs = wire.pair()
+        with ours:
+            with theirs:
+                process = self._spawn(what, theirs.fileno(), log, threads=threads)
+            answer = wire.ask_process(process, ours, wire.Command(what, arguments=arguments), kind, timeout_s)
+        return answer, process.returncode
 
     def prepare_base(self, request: BaseRequest) -> BaseSummary:
         """In a process forked from the zygote, which has imported what it takes; its log is the one of the tokens' kind
@@ -330,6 +306,10 @@ class LocalExecutor(Here):
         if self._zygote is None:
             raise InvalidRunError("the worker is not started. Call start() first.")
         return self._zygote
+
+
+def _last_line(log: Path) -> str:
+    return "".join(log.read_text(errors="replace").strip().splitlines()[-1:])
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:

@@ -63,7 +63,7 @@ def python_of(host: Host | None) -> str:
     if found is None or Path(found).absolute() == Path(sys.executable).absolute():  # their links may meet
         return sys.executable
     try:
-        return found if inspect(Host(python=found), ["torch"])["origins"]["torch"] else sys.executable
+        return found if inspect(Host(python=found), ["torch"]).origins["torch"] else sys.executable
     except UsageError:  # it does not answer
         return sys.executable
 

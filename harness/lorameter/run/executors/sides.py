@@ -180,7 +180,7 @@ def _revision(
         raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
     report(f"compiling the modules of {spec}")
     _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
-    origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES])["origins"]
+    origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES]).origins
     _prove(spec, {name: origins[name] for name in modules}, tree)
     _prove_apart(spec, {name: origins[name] for name in (*NEEDED, *OWN_PACKAGES)}, top, tree)
     short = commit[:9]
@@ -256,17 +256,17 @@ def _inspect_interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -
     """
     safe = {"PYTHONSAFEPATH": "1"}
     facts = inspect(Host(python=str(python), environment=safe))
-    version = tuple(int(part) for part in facts["python"].split(".")[:2])
+    version = tuple(int(part) for part in facts.python.split(".")[:2])
     if version < OLDEST_PYTHON:
         needed = ".".join(map(str, OLDEST_PYTHON))
-        why = f"it is Python {facts['python']}, and the harness needs {needed}"
+        why = f"it is Python {facts.python}, and the harness needs {needed}"
         raise impossible("ab", "side", spec, why, "Name a newer interpreter.")
     # What it calls itself: a launcher in front of it (pyenv's) would be part of every cold start.
-    host = Host(python=facts["executable"], path=(_own_packages(stack),), environment=safe)
+    host = Host(python=facts.executable, path=(_own_packages(stack),), environment=safe)
     needed_modules = NEEDED | (NEEDED_ON_A_GPU if Path("/dev/nvidiactl").exists() else {})
-    origins = inspect(host, [*needed_modules])["origins"]
+    origins = inspect(host, [*needed_modules]).origins
     if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
-        why = f"Python {facts['python']} without {', '.join(missing)}"
+        why = f"Python {facts.python} without {', '.join(missing)}"
         raise impossible("ab", "side", spec, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
     return host
 
@@ -295,10 +295,10 @@ def _requirements(
     layer = site_packages(python)
     names = _modules(layer)
     facts = inspect(host, [*names, *OWN_PACKAGES])
-    if any(facts["origins"][package] is None for package in OWN_PACKAGES):  # run from a checkout, not installed
+    if any(facts.origins[package] is None for package in OWN_PACKAGES):  # run from a checkout, not installed
         host = replace(host, path=(_own_packages(stack),))
-    _prove(spec, inspect(host, names)["origins"], layer)  # of the host as it is now
-    _prove_versions(spec, requirements, facts["packages"])
+    _prove(spec, inspect(host, names).origins, layer)  # of the host as it is now
+    _prove_versions(spec, requirements, facts.packages)
     label = " ".join(requirements)
     return OpenSide(spec=spec, kind="requirements", host=host, label=label, declared=DECLARED["requirements"])
 

@@ -1,26 +1,29 @@
-"""The zygote as its parent sees it: greeted once, asked to fork and to reap, and found dead.
+"""The zygote and the processes that it forks, as their parent sees them.
 
-It is killed like any process (by an operator, by the kernel for want of memory), and what it would have forked has
-nothing to do with that. So whoever asks it is told that it is gone, and can start another.
+A zygote can be killed like any process (by an operator, by the kernel for want of memory); its children die with it.
+What it would have forked next is not affected: the executor is informed that the zygote is gone, and starts another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
+from pathlib import Path
 from typing import Any
 
-from lorameter.machine.processes import exit_words
+from lorameter import wire
+from lorameter.errors import LorameterError
+from lorameter.machine.processes import exit_words, kill_group
 from lorameter.records.record import Failure
 from lorameter.run.executors import WorkerLostError
-from lorameter.run.executors.channel import Channel, GarbledError
-from lorameter.run.executors.forked import START_TIMEOUT_S, ForkedWorker
+from lorameter.run.executors.process_worker import END_TIMEOUT_S, ProcessWorker
 
-END_TIMEOUT_S = 10.0
-"""A zygote that was greeted ends as soon as its parent hangs up, once it has reaped its children."""
+START_TIMEOUT_S = 180.0
+"""Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
 
 
 class ZygoteLostError(Exception):
@@ -31,13 +34,13 @@ class Zygote:
     """One zygote; `spawn` starts its process on a descriptor."""
 
     def __init__(self, spawn: Callable[[int], subprocess.Popen[bytes]]) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._control, theirs = wire.pair()
         with theirs, contextlib.ExitStack() as stack:
-            stack.callback(ours.close)
+            stack.callback(self._control.close)
             self._process = spawn(theirs.fileno())
             stack.pop_all()
-        self._control = Channel(ours)
-        self._greeted = False
+        self._silent = True
+        """Whether it may not see that the connection is closed: it still imports, or gave no answer."""
 
     @property
     def pid(self) -> int:
@@ -47,12 +50,15 @@ class Zygote:
     @property
     def lives(self) -> bool:
         """Whether its process runs. Where it does not its children have died with it, and their numbers are free."""
-        return not self._control.closed_by_peer and self._process.poll() is None
+        return self._process.poll() is None
 
-    def greet(self) -> dict[str, Any] | None:
-        """Wait until it has imported; None if it does not come to that."""
-        hello = self._receive()
-        self._greeted = hello is not None
+    def greet(self) -> wire.Hello:
+        """Wait until it has imported. Raises `ZygoteLostError`, and `GarbledError` where it speaks another protocol."""
+        try:
+            hello = wire.receive(self._control, wire.Hello, START_TIMEOUT_S)
+        except (TimeoutError, wire.ClosedError):
+            raise ZygoteLostError(self.last_words()) from None
+        self._silent = False
         return hello
 
     def fork(self) -> ForkedWorker:
@@ -60,57 +66,100 @@ class Zygote:
 
         Raises:
             ZygoteLostError: the zygote is gone.
-            WorkerLostError: it refuses, or the process ended before its first word.
+            WorkerLostError: it refuses, or the process ended before it greeted.
         """
-        with contextlib.ExitStack() as stack:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            stack.callback(ours.close)
-            begin = time.monotonic()
+        ours, theirs = wire.pair()
+        begin = time.monotonic()
+        try:
             with theirs:
-                self._control.send({"do": "fork"}, theirs)
-            answer = self._receive()
-            if answer is None:
-                raise ZygoteLostError(self.last_words())
-            pid = answer.get("pid")
-            if not isinstance(pid, int):  # no trial is to blame, and none has begun
-                message = str(answer.get("error", "the zygote does not say why"))
-                raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=message))
-            stack.pop_all()
-        worker = ForkedWorker(pid, Channel(ours), self)
+                pid = self._call(wire.Command("fork"), int, theirs)
+        except LorameterError as refusal:  # no trial is to blame, and none has begun
+            ours.close()
+            raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=str(refusal))) from None
+        except BaseException:
+            ours.close()
+            raise
+        worker = ForkedWorker(pid, ours, self)
         worker.greet(begin)
         return worker
 
     def reap(self, pid: int) -> int | None:
-        """The exit status of a child that was told to end; None where it cannot be known."""
-        self._control.send({"do": "reap", "pid": pid})
-        status = (self._receive() or {}).get("status")
-        return status if isinstance(status, int) else None
+        """The exit status of a child that was killed; None where it cannot be known."""
+        with contextlib.suppress(ZygoteLostError):
+            return self._call(wire.Command("reap", arguments={"pid": pid}), Any)  # type: ignore[no-any-return]
+        return None
 
-    def _receive(self) -> dict[str, Any] | None:
-        """Its next word; None where it is gone, silent, or says what is none."""
+    def _call(self, command: wire.Command, kind: Any, attached: Connection | None = None) -> Any:
         try:
-            return self._control.receive(START_TIMEOUT_S)
-        except GarbledError:
-            self._process.kill()  # whatever it says next may belong to another question
-            self._process.wait(END_TIMEOUT_S)
-            return None
+            wire.send(self._control, command)
+            if attached is not None:
+                send_handle(self._control, attached.fileno(), self.pid)
+            return wire.receive_answer(self._control, kind, START_TIMEOUT_S)
+        except (OSError, wire.ClosedError):  # TimeoutError is an OSError
+            self._silent = True
+        except wire.GarbledError:
+            self._process.kill()  # what it sends next may belong to another command
+        raise ZygoteLostError(self.last_words())
 
     def last_words(self) -> str:
         """How it ended, or that it is silent."""
-        if self.lives:
-            return f"the zygote gave no answer within {START_TIMEOUT_S:g} s"
         with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes a moment before the process ends
-            self._process.wait(END_TIMEOUT_S)
-        return f"the zygote ended with {exit_words(self._process.poll())}"
+            return f"the zygote ended with {exit_words(self._process.wait(0.5))}"
+        return f"the zygote gave no answer within {START_TIMEOUT_S:g} s"
 
     def close(self) -> None:
-        """End it; its children die with it. One that still imports hears nothing and is killed, as a silent one is."""
-        silent = not self._greeted or (self._control.asked and self.lives)
+        """End it; its children die with it. One that still imports, or gives no answer, is killed."""
         self._control.close()
-        if silent:
+        if self._silent:
             self._process.kill()
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+class ForkedWorker(ProcessWorker):
+    """A process that a zygote has forked."""
+
+    def __init__(self, pid: int, connection: Connection, zygote: Zygote) -> None:
+        super().__init__(pid, connection)
+        self._zygote = zygote
+        self._ended = False
+        self._code: int | None = None
+
+    def greet(self, asked_monotonic_s: float) -> None:
+        """Wait until it says when it began. Raises `WorkerLostError`."""
+        with self.losses("start", START_TIMEOUT_S):
+            hello = wire.receive(self.connection, wire.Hello, START_TIMEOUT_S)
+        self.start_latency_s = hello.started_monotonic_s - asked_monotonic_s
+
+    def death(self, phase: str) -> Failure:
+        """How it has ended, or that its zygote has, and it with that."""
+        if self.end() is None and not self._zygote.lives:
+            message = f"{self._zygote.last_words()}, and the trial's process with it, during {phase}"
+            return Failure(phase=phase, kind="ProcessDied", message=message)
+        return super().death(phase)
+
+    def end(self, grace_s: float = 0.0) -> int | None:
+        """Close the connection, which ends the process where it is at rest, and reap it."""
+        self.connection.close()
+        if self._ended:
+            return self._code
+        self._ended = True
+        deadline = time.monotonic() + grace_s
+        while grace_s and time.monotonic() < deadline and _runs(self.pid):
+            time.sleep(0.01)
+        if self._zygote.lives:  # else the process has died with it, and its number may be another's
+            kill_group(self.pid)
+            self._code = self._zygote.reap(self.pid)
+        return self._code
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process still runs (a zombie that waits to be reaped does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")

@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorameter.errors import EXIT_INVALID, LorameterError, UsageError
+from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.records import codec
-from lorameter.records.os_errors import find_system_error, naming
+from lorameter.records.os_errors import naming
 from lorameter.records.units import format_count
 from lorameter.records.worker_info import Example, TokenSummary
 from lorameter.studies.data_source import SYNTHETIC
@@ -249,20 +245,3 @@ def _whole_prompts(
     lengths = np.array([len(ids) for ids, _ in chosen], dtype=np.int64)
     padded = np.array([ids + [tokens.pad] * (int(lengths.max()) - len(ids)) for ids, _ in chosen], dtype=np.int64)
     return tuple(example for _, example in chosen), {"input_ids": padded, "length": lengths}
-
-
-def main(reply: TextIO) -> int:
-    """Entry of the tokenising process: a Workload and a folder as JSON on stdin, the summary as JSON in the reply."""
-    request = json.load(sys.stdin)
-    try:
-        workload = codec.from_json(Workload, request["workload"], "token request")
-        answer = codec.dumps(prepare(workload, Path(request["folder"])))
-    except LorameterError as error:
-        answer = json.dumps({"error": str(error), "exit_code": error.exit_code})
-    except Exception as error:
-        refusal = find_system_error(error)
-        if refusal is None:
-            raise
-        answer = json.dumps({"error": f"the tokens could not be prepared: {refusal}.", "exit_code": EXIT_INVALID})
-    reply.write(f"\n{answer}\n")  # a line of its own, whatever was printed while the interpreter started
-    return 0

@@ -10,18 +10,14 @@ what is cold is the interpreter, the libraries, the allocator and the device con
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import time
 from pathlib import Path
 
-from lorameter.records import codec
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.failure import failure_of
 
 
-def answer(request: TrialRequest, spawned_monotonic_s: float) -> PartialRecord:
+def start_cold(request: TrialRequest, spawned_monotonic_s: float) -> PartialRecord:
     """Import, load, ask once; times in seconds since the parent's spawn or of each part."""
     from lorameter.models import catalogue
     from lorameter.trial.building import lora
@@ -68,16 +64,3 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> PartialRecord:
         samples={"cold_start_time_s": (values["cold_start_time_s"],)},
         tokens={"cold_completion": list(first.tokens)},
     )
-
-
-def main(descriptor: int) -> int:
-    """Entry: a TrialRequest and the spawn time as JSON on stdin, a Fragment as JSON on the descriptor given."""
-    message = json.load(sys.stdin)
-    try:
-        request = codec.from_json(TrialRequest, message["request"], "trial request")
-        fragment = answer(request, float(message["spawned_monotonic_s"]))
-    except Exception as error:
-        fragment = failure_of(error, "cold")
-    with open(descriptor, "w", encoding="utf-8") as reply:
-        reply.write(codec.dumps(fragment))
-    return 0

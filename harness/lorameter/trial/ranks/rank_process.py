@@ -7,20 +7,18 @@ by `os._exit`, since the threads of its exchanges abort a plain exit of the inte
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from lorameter import wire
 from lorameter.machine.processes import end_with_parent
-from lorameter.records import codec
 from lorameter.records.record import PartialRecord
 from lorameter.trial.failure import failure_of
-from lorameter.trial.lines import answer_lines
 
 
 class RankProcess:
@@ -29,8 +27,8 @@ class RankProcess:
     def __init__(self, name: str, make: Callable[[], Any], strangers: list[RankProcess]) -> None:
         """Fork; in the child `make` makes the trial, at its first command, and what `strangers` have is closed."""
         self.name = name
-        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._heard = b""
+        self._connection, theirs = wire.pair()
+        self._greeted = False
         self.code: int | None = None
         """Its exit status, once it has ended and been reaped."""
         parent = os.getpid()
@@ -40,7 +38,7 @@ class RankProcess:
         theirs.close()
 
     def _become(
-        self, connection: socket.socket, make: Callable[[], Any], strangers: list[RankProcess], parent: int
+        self, connection: Connection, make: Callable[[], Any], strangers: list[RankProcess], parent: int
     ) -> NoReturn:
         code = 1
         try:
@@ -50,17 +48,16 @@ class RankProcess:
             end_with_parent(parent)
             made: list[Any] = []
 
-            def answer(command: dict[str, Any]) -> PartialRecord:
-                word = str(command.pop("do"))
+            def answer(command: wire.Command) -> PartialRecord:
                 try:
                     if not made:
                         made.append(make())
-                    return made[0].run(word, **command)  # type: ignore[no-any-return]
+                    return made[0].run(command.name, **command.arguments)  # type: ignore[no-any-return]
                 except Exception as error:
-                    return failure_of(error, word)
+                    return failure_of(error, command.name)
 
             with connection:
-                answer_lines(connection, answer)
+                wire.serve(connection, answer)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -72,26 +69,18 @@ class RankProcess:
         """Of its connection, for `selectors`."""
         return self._connection.fileno()
 
-    def tell(self, command: str, arguments: dict[str, Any]) -> None:
-        """Send a command; one that has ended does not hear it, and is found when its answer is waited for."""
-        with contextlib.suppress(OSError):
-            self._connection.sendall((json.dumps({"do": command, **arguments}) + "\n").encode())
+    def send(self, command: str, arguments: dict[str, Any]) -> None:
+        """Send a command; a process that has ended is found when its answer is received."""
+        with contextlib.suppress(wire.ClosedError):
+            wire.send(self._connection, wire.Command(command, arguments=arguments))
 
-    def hear(self) -> PartialRecord | None:
-        """Read what has come: its answer, or None while that is not whole. Raises EOFError where it has ended."""
-        try:
-            said = self._connection.recv(1 << 20)
-        except OSError:
-            said = b""
-        if not said:
-            raise EOFError
-        self._heard += said
-        while b"\n" in self._heard:
-            line, _, self._heard = self._heard.partition(b"\n")
-            data = json.loads(line)
-            if "started_monotonic_s" not in data:  # its greeting
-                return codec.from_json(PartialRecord, data, f"answer of {self.name}")
-        return None
+    def receive(self) -> PartialRecord | None:
+        """Its answer, or None for its greeting. Raises `ClosedError` where it has ended."""
+        if not self._greeted:
+            wire.receive(self._connection, wire.Hello)
+            self._greeted = True
+            return None
+        return wire.receive_answer(self._connection, PartialRecord)
 
     def end(self) -> None:
         """Kill it if it still runs, and reap it."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorameter import wire
 from lorameter.errors import shorten
 from lorameter.machine.processes import exit_words
 from lorameter.machine.visible_gpus import VARIABLE, visible_devices
@@ -167,7 +168,7 @@ def _answers(
     it. Once one has failed the others have `GRACE_S` left."""
     answers: dict[RankProcess, PartialRecord] = {}
     for member in members:
-        member.tell(command, dict(arguments))
+        member.send(command, dict(arguments))
     deadline = time.monotonic() + timeout_s
     with selectors.DefaultSelector() as waiting:
         for member in members:
@@ -177,8 +178,8 @@ def _answers(
                 member = key.fileobj  # type: ignore[assignment]
                 fallen = False
                 try:
-                    answer = member.hear()
-                except EOFError:
+                    answer = member.receive()
+                except wire.ClosedError:
                     waiting.unregister(member)
                     member.reap()
                     fallen = True

@@ -1,0 +1,223 @@
+"""Messages between processes: tagged structs in MessagePack, over a connection of `multiprocessing`.
+
+Every process that measures speaks this protocol and no other: the zygote, the processes that it forks, the ranks of a
+trial, processes that answer once, and scripts. It greets with a `Hello`; then each `Command` that it receives is
+answered by one `Answer`, or by one `Refused`, until the other end closes the connection.
+
+What arrives may come from another version of lorameter, or from a library that writes into a descriptor that is not
+its own. So a message has a maximum size, and its content is checked against the type that is expected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+import msgspec
+
+from lorameter.errors import EXIT_INVALID, InvalidRunError, LorameterError, UsageError, shorten
+from lorameter.machine.processes import kill_group
+from lorameter.records.record import SCHEMA
+from lorameter.records.worker_info import WorkerInfo
+
+T = TypeVar("T")
+MAX_MESSAGE_BYTES = 256 << 20
+"""The largest message of a trial, an account of its memory, has a few MiB."""
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The first message of a process."""
+
+    schema: int = SCHEMA
+    """Version of the messages and of the records in them."""
+    harness: str = "unknown"
+    pid: int = 0
+    started_monotonic_s: float = 0.0
+    worker: WorkerInfo | None = None
+    """What the zygote has imported."""
+
+
+class Command(msgspec.Struct, tag=True, frozen=True):
+    """What a process is to do; `arguments` are plain data, named as the parameters of what carries it out."""
+
+    name: str
+    trial: str = ""
+    arguments: dict[str, Any] = {}
+
+
+class Answer(msgspec.Struct, tag=True, frozen=True):
+    """The result of a command, of the type that the command has."""
+
+    value: msgspec.Raw
+
+    def read(self, kind: type[T]) -> T:
+        """The value. Raises `GarbledError` where it is of another type."""
+        try:
+            return msgspec.msgpack.decode(self.value, type=kind)
+        except (msgspec.MsgspecError, LorameterError) as error:
+            raise GarbledError(f"not the answer that is expected: {error}") from None
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """A command that cannot be carried out, for a reason that a user can read."""
+
+    message: str
+    exit_code: int = EXIT_INVALID
+
+    def error(self) -> LorameterError:
+        """The same as an exception of this process."""
+        return InvalidRunError(self.message) if self.exit_code == EXIT_INVALID else UsageError(self.message)
+
+
+class GarbledError(Exception):
+    """What arrived is no message of this protocol, and nothing that follows can be trusted."""
+
+
+class ClosedError(Exception):
+    """The process at the other end is gone."""
+
+
+def answer_with(value: object) -> Answer:
+    """A value as an answer."""
+    return Answer(msgspec.Raw(_encode(value)))
+
+
+def _encode(value: object) -> bytes:
+    return msgspec.msgpack.encode(value, enc_hook=_plain)
+
+
+def _plain(value: object) -> object:
+    """A value of a subclass (numpy's floats, torch's version) as one of the plain type."""
+    kinds: tuple[Any, ...] = (str, int, float, list, tuple, dict)
+    for kind in kinds:
+        if isinstance(value, kind):
+            plain: object = kind(value)
+            return plain
+    raise NotImplementedError(f"a message with a {type(value).__name__}")
+
+
+def send(connection: Connection, message: Hello | Command | Answer | Refused) -> None:
+    """Send one message. Raises `ClosedError`."""
+    try:
+        connection.send_bytes(_encode(message))
+    except OSError:
+        raise ClosedError from None
+
+
+def receive(connection: Connection, kind: type[T], timeout_s: float | None = None) -> T:
+    """The next message, which must be of this kind (a struct, or a union of structs).
+
+    Raises:
+        TimeoutError: nothing arrived within `timeout_s`.
+        ClosedError: the other end is gone.
+        GarbledError: what arrived is no message, or one of another kind.
+    """
+    try:
+        if timeout_s is not None and not connection.poll(max(0.0, timeout_s)):
+            raise TimeoutError
+        data = connection.recv_bytes(MAX_MESSAGE_BYTES)
+    except TimeoutError:
+        raise
+    except (EOFError, ConnectionError):
+        raise ClosedError from None
+    except OSError as error:
+        raise GarbledError(f"no message: {error}") from None
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, LorameterError) as error:
+        raise GarbledError(f"{shorten(repr(data), 60)} is no message: {error}") from None
+
+
+def check_schema(hello: Hello, whose: str) -> None:
+    """Raises `InvalidRunError` for a process whose messages are of another version."""
+    if hello.schema != SCHEMA:
+        raise InvalidRunError(
+            f"{whose} speaks schema {hello.schema}, this program {SCHEMA} (its harness: {hello.harness}). Choose a "
+            f"revision or an environment whose harness speaks schema {SCHEMA}, or run the A/B with the lorameter of "
+            "that revision."
+        )
+
+
+def pair() -> tuple[Connection, Connection]:
+    """Both ends of a connection."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return Connection(ours.detach()), Connection(theirs.detach())
+
+
+_REPLY: Any = Answer | Refused
+
+
+def call(connection: Connection, command: Command, kind: type[T], timeout_s: float | None = None) -> T:
+    """Have a command carried out; its result.
+
+    Raises:
+        TimeoutError: there is none within `timeout_s`.
+        ClosedError: the other end is gone.
+        GarbledError: what arrived is no answer of this type.
+        LorameterError: it was refused, with the message of the other end.
+    """
+    send(connection, command)
+    return receive_answer(connection, kind, timeout_s)
+
+
+def receive_answer(connection: Connection, kind: type[T], timeout_s: float | None = None) -> T:
+    """The result of the command that was sent last; raises as `call`."""
+    reply: Answer | Refused = receive(connection, _REPLY, timeout_s)
+    if isinstance(reply, Refused):
+        raise reply.error()
+    return reply.read(kind)
+
+
+def serve(connection: Connection, carry_out: Callable[[Command], object]) -> None:
+    """Greet, then carry out each command until the other end closes the connection; a `LorameterError` refuses it."""
+    with contextlib.suppress(ClosedError):
+        send(connection, Hello(pid=os.getpid(), started_monotonic_s=time.monotonic()))
+        while True:
+            command = receive(connection, Command)
+            try:
+                reply: Answer | Refused = answer_with(carry_out(command))
+            except LorameterError as error:
+                reply = Refused(str(error), error.exit_code)
+            send(connection, reply)
+
+
+def ask_process(
+    process: subprocess.Popen[bytes], connection: Connection, command: Command, kind: type[T], timeout_s: float
+) -> T | None:
+    """Ask a process that was started for one command; whatever becomes of that, it and its group are gone afterwards.
+
+    Returns:
+        The result; None where the process ended without one (`process.returncode` says how).
+
+    Raises:
+        TimeoutError: it has not answered in this time.
+        GarbledError: its answer cannot be read.
+        LorameterError: it refuses, with its own message.
+    """
+    deadline = time.monotonic() + timeout_s
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.wait)
+        stack.callback(kill_group, process.pid)
+        ended = os.pidfd_open(process.pid)
+        stack.callback(os.close, ended)
+
+        def arrives() -> bool:
+            # What the process has started may hold the connection open longer than the process lives.
+            ready = wait([connection, ended], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            return connection in ready
+
+        with contextlib.suppress(ClosedError):
+            send(connection, command)
+            if arrives():
+                check_schema(receive(connection, Hello), f"the process for {command.name!r}")
+            if arrives():
+                return receive_answer(connection, kind)
+    return None
