@@ -7,7 +7,6 @@
  *     0.uuid=GPU-...             of card 0; a card M with M.parent=0 is a MIG instance of card 0 and not counted
  *     0.energy=1000,3500         answers in turn, the last one for ever
  *     0.processes=4711:1048576   process and bytes held, several separated by commas; "?" for unknown bytes
- *     0.nvlinks=18               how many of 18 are up; none where the card has no NVLink
  *     0.nvlink.1=0               what NVML says of NVLink between cards 0 and 1 (0: there is); 0.meet.1=50 where they meet
  *     rc.nvmlDeviceGetPowerUsage=3      what a function returns instead of an answer
  *
@@ -295,15 +294,6 @@ int nvmlDeviceGetComputeRunningProcesses_v3(device_t *device, unsigned int *coun
     int fits = found == 0 || (out && found <= *count);
     *count = found;
     return fits ? SUCCESS : INSUFFICIENT_SIZE;
-}
-
-int nvmlDeviceGetNvLinkState(device_t *device, unsigned int link, unsigned int *up)
-{
-    CHECKED;
-    if (text(device, "nvlinks", NULL) == NULL || link >= 18)
-        return INVALID_ARGUMENT;
-    *up = link < number(device, "nvlinks", 0);
-    return SUCCESS;
 }
 
 #define BETWEEN(function, what, otherwise) \

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorameter.machine.memory import PeakMemoryTracker
+from lorameter.machine.nvml import IDLE
 from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.telemetry import Telemetry, card_of
-from lorameter.machine.throttle import IDLE
 from lorameter.trial.clock import Stopwatch
 
 pytestmark = pytest.mark.gpu

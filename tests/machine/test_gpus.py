@@ -9,30 +9,25 @@ from tests.machine.two_cards import MIG, TWO
 NOT_SUPPORTED = 3
 
 
-def test_how_cards_reach_each_other_is_told(nvml):
-    """By NVLink where the driver says so, else by where they meet; links that are up are counted; hidden GPUs and
-    instances are left out."""
-    lines = """
-        from lorameter.machine.gpus import card_links
-        told = card_links()
-        tell([
-            [[pair.first, pair.second, pair.through.value] for pair in told.value.pairs],
-            [[number, count.value, count.reason] for number, count in told.value.active],
-        ])
-    """
-    three = {"count": 3, "0.nvlinks": 18, "1.nvlinks": 16, "0.nvlink.1": 0, "0.meet.2": 50, "1.meet.2": 30}
+LINKS = """
+    from lorameter.machine.gpus import card_links
+    tell(card_links().value)
+"""
+
+
+def test_the_connections_of_gpus_are_read(nvml):
+    """NVLink, else the point where their paths meet; hidden GPUs and MIG instances are left out."""
+    three = {"count": 3, "0.nvlink.1": 0, "0.meet.2": 50, "1.meet.2": 30}
     three |= {f"{number}.uuid": f"GPU-{number}{number}" for number in range(3)}
-    pairs, active = nvml(lines, three)
-    assert pairs == [[0, 1, "NVLink"], [0, 2, "the link between memory nodes"], [1, 2, "a PCIe host bridge"]]
-    assert [[number, count] for number, count, _ in active] == [[0, 18], [1, 16], [2, None]]
-    assert "no such device" in active[2][2]
-    assert nvml(lines, three, CUDA_VISIBLE_DEVICES="2,GPU-0")[0] == [[0, 2, "the link between memory nodes"]]
-    assert nvml(lines, three, CUDA_VISIBLE_DEVICES="1,7")[0] == []
-    assert nvml(lines, {**MIG, "count": 2}, CUDA_VISIBLE_DEVICES="MIG-bbbb") == [[], []]
-    refused = nvml(lines, {**three, "rc.nvmlDeviceGetP2PStatus": NOT_SUPPORTED, "0.meet.1": 20})
-    assert refused[0][0] == [0, 1, "several PCIe switches"]
-    unknown = nvml(lines, {**three, "0.meet.2": 60})
-    assert unknown[0][1] == [0, 2, None]
+    far, near = "the link between memory nodes", "a PCIe host bridge"
+    assert nvml(LINKS, three) == {"NVLink": ["0 and 1"], far: ["0 and 2"], near: ["1 and 2"]}
+    assert nvml(LINKS, three, CUDA_VISIBLE_DEVICES="GPU-0,2") == {far: ["GPU-0 and 2"]}
+    assert nvml(LINKS, three, CUDA_VISIBLE_DEVICES="1,7") == {}
+    assert nvml(LINKS, {**MIG, "count": 2}, CUDA_VISIBLE_DEVICES="MIG-bbbb,0") == {}
+    refused = nvml(LINKS, {**three, "rc.nvmlDeviceGetP2PStatus": NOT_SUPPORTED, "0.meet.1": 20})
+    assert refused["several PCIe switches"] == ["0 and 1"]
+    (unknown,) = [way for way, pairs in nvml(LINKS, {**three, "0.meet.2": 60}).items() if "0 and 2" in pairs]
+    assert unknown.startswith("not available")
 
 
 VISIBLE = """

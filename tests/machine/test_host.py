@@ -150,69 +150,38 @@ def test_the_real_machine_counts_this_process():
     [
         ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
           "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 1.5),
-        ({"proc/self/cgroup": "4:cpu,cpuacct:/a\n", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "50000\n",
-          "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n"}, 0.5),
-        ({"proc/self/cgroup": "4:cpu:/elsewhere\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
-          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+        ({"proc/self/cgroup": "0::/elsewhere\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2.0),
         ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 100000\n"}, None),
-        ({"proc/self/cgroup": "4:cpu:/a\n", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1\n",
-          "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n"}, None),
         ({}, None),
     ],
 )  # fmt: skip
 def test_the_tightest_quota_counts(root, described, cpus):
-    """Of either version, on the way up, and where the container's own name is not to be seen."""
+    """Also that of a parent, and in a container, which does not see the folder of its own name."""
     assert cpu_quota(root(described)).value == cpus
 
 
-@pytest.mark.parametrize(
-    "described",
-    [{"proc/self/cgroup": "4:cpu:/a\n", "sys/fs/cgroup/cpu/a/cpu.stat": "throttled_time 0\n"},
-     {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.stat": "throttled_usec 0\n"}],
-)  # fmt: skip
-def test_where_a_cgroup_does_not_count_its_use_there_is_no_share(root, described):
-    """What was withheld is known, what it is a share of is missing with its reason, and neither is guessed."""
-    watch = HostTelemetry(root(described))
-    watch.begin()
-    totals = watch.end()
-    assert totals["quota_stall_s"] == 0.0
-    assert "quota_used_s" not in totals
-    assert str(root({})) in watch.missing["quota_used_s"]
-
-
-@pytest.mark.parametrize(
-    ("names", "cached"),
-    [(("memory.max", "memory.current"), "inactive_file"),
-     (("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file")],
-)  # fmt: skip
-def test_file_pages_can_be_dropped(root, names, cached):
+def test_file_pages_can_be_dropped(root):
     """They count as used, and a process that needs memory gets theirs."""
-    version = "0::/a\n" if names[0] == "memory.max" else "4:memory:/a\n"
-    folder = "sys/fs/cgroup/a" if names[0] == "memory.max" else "sys/fs/cgroup/memory/a"
-    described = {"proc/self/cgroup": version, f"{folder}/memory.stat": f"{cached} 300\n"}
-    described |= {f"{folder}/{name}": f"{size}\n" for name, size in zip(names, (1000, 800), strict=True)}
+    folder = "sys/fs/cgroup/a"
+    described = {"proc/self/cgroup": "0::/a\n", f"{folder}/memory.stat": "inactive_file 300\n"}
+    described |= {f"{folder}/memory.max": "1000\n", f"{folder}/memory.current": "800\n"}
     assert memory_left(root(described)).value == 500
-    root({f"{folder}/{names[0]}": "max\n"})
+    root({f"{folder}/memory.max": "max\n"})
     assert not memory_left(root({})).known
 
 
-@pytest.mark.parametrize(
-    ("version", "folder", "names"),
-    [("0::/a\n", "a", ("memory.max", "memory.current")),
-     ("4:memory:/a\n", "memory/a", ("memory.limit_in_bytes", "memory.usage_in_bytes"))],
-)  # fmt: skip
-def test_memory_is_the_least_of_what_the_machine_has_and_a_container_may_use(root, version, folder, names):
-    """A limit above the machine's memory, as version 1 writes where there is none, changes nothing."""
-    where = f"sys/fs/cgroup/{folder}"
+def test_memory_is_the_least_of_what_the_machine_has_and_a_container_may_use(root):
+    """A limit above the machine's memory changes nothing."""
+    where = "sys/fs/cgroup/a"
     described = {
-        "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 600 kB\n", "proc/self/cgroup": version,
-        f"{where}/{names[0]}": "204800\n", f"{where}/{names[1]}": "102400\n",
+        "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 600 kB\n", "proc/self/cgroup": "0::/a\n",
+        f"{where}/memory.max": "204800\n", f"{where}/memory.current": "102400\n",
     }  # fmt: skip
     place = root(described)
     assert (memory_bytes(place).value, memory_available_bytes(place).value) == (204800, 102400)
     facts = system_facts(place)
     assert (facts.memory_bytes.value, facts.memory_available_bytes.value) == (204800, 102400)
-    root({f"{where}/{names[0]}": "9223372036854771712\n"})
+    root({f"{where}/memory.max": "9223372036854771712\n"})
     assert (memory_bytes(place).value, memory_available_bytes(place).value) == (1024000, 614400)
 
 

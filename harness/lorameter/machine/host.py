@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.machine.cgroup import CpuTime, CpuTimes
+from lorameter.machine.cgroup import CpuTime, cpu_times
 from lorameter.machine.reading import Reading, count_of, missing, read_file
 
 ROOT = Path("/")
@@ -80,11 +80,8 @@ def withheld_share(withheld_s: float | None, given_s: float | None) -> float | N
     return withheld_s / (withheld_s + given_s)
 
 
-def host_counters(root: Path = ROOT, cgroups: CpuTimes | None = None) -> HostCounters:
-    """Read them all; a file or a field that is not there leaves one of them missing.
-
-    `cgroups` remembers where this process's cgroups lie; who reads again and again saves looking for them.
-    """
+def host_counters(root: Path = ROOT) -> HostCounters:
+    """All counters; a file or field that is absent makes its counter missing."""
     cpus = os.sched_getaffinity(0)
     swapped = read_file(root / "proc/vmstat", _swapped, "there is no /proc/vmstat")
     times = read_file(root / "proc/stat", lambda text: _cpu_times(text, cpus), "there is no /proc/stat")
@@ -96,7 +93,7 @@ def host_counters(root: Path = ROOT, cgroups: CpuTimes | None = None) -> HostCou
         io_stall_s=pressure_s(root, "io"),
         steal_s=times.then(lambda both: both[1]),
         busy_s=times.then(lambda both: both[0]),
-        cgroups=(cgroups or CpuTimes(root)).read(),
+        cgroups=cpu_times(root),
         swap_in_bytes=swapped.then(lambda both: both[0]),
         swap_out_bytes=swapped.then(lambda both: both[1]),
         voluntary_switches=Reading(value=float(used.ru_nvcsw)),
@@ -125,7 +122,6 @@ class HostTelemetry:
 
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
-        self._places = CpuTimes(root)
         self._begun: HostCounters | None = None
         self._watched_s = 0.0
         self._counted = _Differences()
@@ -137,7 +133,7 @@ class HostTelemetry:
 
     def begin(self) -> None:
         """Something timed is about to start."""
-        self._begun = host_counters(self._root, self._places)
+        self._begun = host_counters(self._root)
 
     def end(self) -> dict[str, float]:
         """It has ended: seconds, bytes and counts so far, by the names of `HostCounters`.
@@ -147,7 +143,7 @@ class HostTelemetry:
         """
         if self._begun is None:
             raise RuntimeError("end() without begin(): nothing is being watched")
-        last, first = host_counters(self._root, self._places), self._begun
+        last, first = host_counters(self._root), self._begun
         self._begun = None
         self._watched_s += last.taken_s - first.taken_s
         for name in CUMULATIVE:
@@ -167,7 +163,7 @@ class HostTelemetry:
             differences = self._cgroups.setdefault(folder, _Differences())
             ours, theirs = before[folder], after[folder]
             differences.add("quota_stall_s", Reading(value=ours.withheld_s), Reading(value=theirs.withheld_s))
-            differences.add("quota_used_s", ours.used_s, theirs.used_s)
+            differences.add("quota_used_s", Reading(value=ours.used_s), Reading(value=theirs.used_s))
         if not before.keys() & after.keys():
             reason = first.reason or last.reason or "this process was moved to another cgroup"
             self.missing |= dict.fromkeys(("quota_stall_s", "quota_used_s"), reason)

@@ -22,7 +22,7 @@ from lorameter.machine.cgroup import cpu_quota, memory_left, memory_limit
 from lorameter.machine.cores import holds_any
 from lorameter.machine.host import NO_FREQUENCY, ROOT, HostTelemetry, load_average
 from lorameter.machine.nvml import open_device
-from lorameter.machine.other_gpu_processes import FIRST_PID_NAMESPACE
+from lorameter.machine.other_gpu_processes import has_own_pids
 from lorameter.machine.reading import Reading, count_of, missing, read_file, unavailable
 
 _CPU = "sys/devices/system/cpu"
@@ -124,11 +124,9 @@ def _container(root: Path) -> Reading[str]:
     cgroup = read_file(root / "proc/self/cgroup", str, "there is no /proc/self/cgroup").value or ""
     if word := next((word for word in _CONTAINERS if word in cgroup), None):
         return Reading(value=f"the cgroup's name has {word!r} in it")
-    try:
-        own_numbers = os.readlink(root / "proc/self/ns/pid") != FIRST_PID_NAMESPACE  # noqa: PTH115 a link to no path
-    except OSError:
-        own_numbers = False
-    return Reading(value="process numbers of its own") if own_numbers else missing("nothing looks like a container")
+    if has_own_pids(root / "proc"):
+        return Reading(value="process numbers of its own")
+    return missing("nothing looks like a container")
 
 
 MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")

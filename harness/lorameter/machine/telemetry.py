@@ -25,12 +25,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lorameter.machine.gpu import CardSample, Clocks
 from lorameter.machine.host import HostTelemetry
-from lorameter.machine.nvml import NvmlDevice, open_device
+from lorameter.machine.nvml import IDLE, POWER_CAPPED, PROTECTING, CardSample, Clocks, NvmlDevice, open_device
 from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.reading import Reading, missing
-from lorameter.machine.throttle import IDLE, POWER_CAPPED, PROTECTING
 from lorameter.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from lorameter.machine.doctor.check import About, DoctorCheck, Grade
+from lorameter.machine.doctor.checks import About, DoctorCheck, Grade
 from lorameter.report.blocks import Block, Cell, Document, Span, Table, name_columns, say, write_row
 
 TITLES: dict[About, str] = {

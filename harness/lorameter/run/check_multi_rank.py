@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import say_entries, shared_boards, visible_cards
+from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.provenance import Machine, library_version
-from lorameter.machine.visible_gpus import VARIABLE, visible_devices
 from lorameter.records.record import Notice
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload

@@ -1,29 +1,26 @@
-"""What can be known of a machine before anything is measured on it: gathered here, judged in
-`lorameter.machine.doctor`.
+"""Facts about a machine before anything is measured on it; `lorameter.machine.doctor.checks` judges them.
 
-For a second it computes and watches what that suffers: a CPU that nobody asks for anything is not stolen from, nor does
-a quota withhold it. Everything else is read once. Neither torch nor a CUDA context is loaded for it, so the survey
-leaves the machine as it found it.
+For a second the survey computes and watches the kernel's counters: steal and quotas show only on a CPU that is in use.
+Everything else is read once. Neither torch nor a CUDA context is loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.machine.filesystem import FolderLocation, place_of
-from lorameter.machine.gpu import CardFacts, CardSample, Memory
-from lorameter.machine.gpu_topology import Links
-from lorameter.machine.gpus import VisibleCard, card_links, card_names, visible_cards
+from lorameter.machine.gpus import VisibleCard, card_links, visible_cards
 from lorameter.machine.host import LEAST_ASKED_S, HostTelemetry
-from lorameter.machine.nvml import open_device
+from lorameter.machine.nvml import CardFacts, CardSample, Memory, open_device
 from lorameter.machine.other_gpu_processes import Neighbours, neighbours_of
 from lorameter.machine.provenance import Machine, library_version, probe_machine
-from lorameter.machine.reading import Reading
+from lorameter.machine.reading import Reading, missing
 from lorameter.machine.system import SystemFacts, system_facts
 
 LOOK_S = 1.1 * LEAST_ASKED_S
@@ -39,7 +36,7 @@ CUDA_DRIVER = "libcuda.so.1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSurvey:
-    """One look at the first visible device."""
+    """The first visible device."""
 
     facts: CardFacts
     sample: CardSample
@@ -50,42 +47,44 @@ class GpuSurvey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What was found."""
+    """All facts."""
 
     machine: Machine
     system: SystemFacts
     packages: Mapping[str, str | None]
-    """Versions of distributions; None where one is not installed."""
+    """Versions of distributions; None for one that is not installed."""
     host: Mapping[str, float]
     """Counters of the kernel while this process computed (`lorameter.machine.host`)."""
     host_missing: Mapping[str, str]
     peaks: bool
     """Whether the kernel lets a process reset its peak of resident memory."""
     card: Reading[GpuSurvey]
-    cards: Reading[tuple[str, ...]]
-    """Names of all GPUs of the machine, hidden ones too."""
+    cards: Reading[tuple[VisibleCard, ...]]
+    """All GPUs of the machine."""
     visible: Reading[tuple[VisibleCard, ...]]
-    """Those that may be used."""
-    links: Reading[Links]
-    """How these reach each other."""
-    runs: Reading[FolderLocation]
-    """Where runs would be written."""
+    """GPUs that may be used."""
+    links: Reading[dict[str, list[str]]]
+    """Pairs of those by their connection (`lorameter.machine.gpus.card_links`)."""
+    runs: Path
+    """Folder where runs would be written, or the nearest one above it that exists."""
+    locks: Reading[bool]
+    """Whether locks (flock) work there."""
     environment: Mapping[str, str]
     root: bool
     """Whether the user may change the GPU's settings."""
     lacks_driver: str | None = None
-    """Why CUDA's own driver library cannot be loaded, where NVML shows a GPU; None if it can."""
+    """Why CUDA's driver library cannot be loaded although NVML shows a GPU; None if it can."""
 
 
 def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
-    """Look at this machine, and at the folder for `runs`, for `look_s` seconds, in which one of its CPUs is kept
-    busy."""
-    system = system_facts()  # before the work, which is part of the load after it
+    """Surveys this machine and the folder for `runs`; keeps one CPU busy for `look_s` seconds."""
+    system = system_facts()  # before the computation, which adds to the load
     watch = HostTelemetry()
     watch.begin()
     _compute(look_s)
     host = watch.end()
-    card = _look_at_card()
+    card = _survey_card()
+    folder = next(one for one in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(one))  # noqa: PTH112 no error
     return Survey(
         machine=probe_machine(),
         system=system,
@@ -94,18 +93,33 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
         host_missing=watch.missing,
         peaks=os.access(_PEAK_RESET, os.W_OK),
         card=card,
-        cards=card_names(),
+        cards=visible_cards({}),
         visible=visible_cards(),
         links=card_links(),
-        runs=place_of(runs),
+        runs=folder,
+        locks=_try_lock(folder),
         environment=os.environ,
         root=os.geteuid() == 0,
         lacks_driver=cannot_load(CUDA_DRIVER) if card.known else None,
     )
 
 
+def _try_lock(folder: Path) -> Reading[bool]:
+    """Whether a second lock on a locked file is refused, tried with a temporary file."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lorameter-lock-") as held, open(held.name) as second:  # noqa: PTH123 its path
+            fcntl.flock(held, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return Reading(value=True)
+            return Reading(value=False)
+    except OSError as error:
+        return missing(f"no lock can be tried in {folder}: {error.strerror}")
+
+
 def cannot_load(library: str) -> str | None:
-    """The loader's words, None if it loads. No device is touched by that."""
+    """The loader's error, None if it loads. No device is initialised."""
     try:
         ctypes.CDLL(library)
     except OSError as error:
@@ -119,7 +133,7 @@ def _compute(seconds: float) -> None:
         pass
 
 
-def _look_at_card() -> Reading[GpuSurvey]:
+def _survey_card() -> Reading[GpuSurvey]:
     opened = open_device()
     device = opened.value
     if device is None:

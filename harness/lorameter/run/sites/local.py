@@ -16,9 +16,9 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.cores import cores_of
 from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visible_cards
 from lorameter.machine.hardware_class import say_kind
+from lorameter.machine.nvml import VARIABLE
 from lorameter.machine.processes import CPUS
 from lorameter.machine.provenance import Machine, MachineFacts
-from lorameter.machine.visible_gpus import VARIABLE
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_count
 from lorameter.records.worker_info import WorkerInfo

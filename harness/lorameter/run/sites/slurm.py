@@ -23,7 +23,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from lorameter.errors import InvalidRunError, UsageError, shorten
-from lorameter.machine.visible_gpus import VARIABLE
+from lorameter.machine.nvml import VARIABLE
 from lorameter.records import codec, journal, locks
 from lorameter.records.atomic_json import write_whole
 from lorameter.records.record import Notice

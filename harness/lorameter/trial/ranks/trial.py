@@ -20,8 +20,8 @@ from typing import Any
 
 from lorameter import wire
 from lorameter.errors import shorten
+from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.processes import exit_words
-from lorameter.machine.visible_gpus import VARIABLE, visible_devices
 from lorameter.records.metrics import LOSSES
 from lorameter.records.record import Failure, Notice, PartialRecord, Status
 from lorameter.records.requirements import judge_required
