@@ -10,8 +10,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.activations import Activations
-from lorameter.models.costs.ceiling import bandwidth_utilisation, ceiling_of
-from lorameter.models.costs.decoding import decode_cost
+from lorameter.models.costs.ceiling import ceiling_of
 from lorameter.models.costs.flops import StepTokens, product_weights, six_n, training_flops
 from lorameter.models.costs.lora import adapter_parameters
 from lorameter.models.costs.memory import estimate_memory, memory_bytes
@@ -102,9 +101,7 @@ ESTIMATES = {
     "memory of a request": lambda shape: estimate_memory(VARIANT, Workload(), shape, phase="generate"),
     "memory beyond the process": lambda shape: memory_bytes(VARIANT, Workload(), shape),
     "activations": lambda shape: Activations(VARIANT, Workload(), shape, "cpu"),
-    "decoding": lambda shape: decode_cost(shape, VARIANT, context=4),
     "MFU": lambda shape: ceiling_of(shape, VARIANT, Workload(), None, PEAKS["float32"]),
-    "MBU": lambda shape: bandwidth_utilisation(shape, VARIANT, Workload(), None, PEAKS["memory"]),
 }
 
 

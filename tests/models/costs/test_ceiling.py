@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorameter.errors import LorameterError
-from lorameter.models.costs.ceiling import bandwidth_utilisation, ceiling_of, product_rate, utilisation
-from lorameter.models.costs.decoding import decode_cost, mean_context
+from lorameter.models.costs.ceiling import ceiling_of, product_rate, utilisation
 from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
 from lorameter.models.costs.peaks import Peak
 from lorameter.models.shapes import ModelShape
@@ -74,20 +73,10 @@ def test_padding_counts_for_nothing():
     assert half.hfu == full.hfu
 
 
-def test_decoding_against_bandwidth():
-    """Bytes that a token must read over its time and the bandwidth; the formula names what is read."""
-    found = bandwidth_utilisation(SHAPE, VARIANT, WORKLOAD, STEP, MEMORY)
-    assert found.value == pytest.approx(decode_cost(SHAPE, VARIANT, context=mean_context(WORKLOAD)).bytes / 1e7)
-    assert "keys and values of 10 tokens" in str(found)
-    assert "1 GB/s of Test GPU" in str(found)
-
-
 def test_a_peak_of_the_wrong_thing():
-    """FLOPs are not held against bandwidth, nor bytes against FLOP/s."""
+    """FLOPs are not divided by bytes/s."""
     with pytest.raises(LorameterError, match="against FLOP/s"):
         ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, MEMORY)
-    with pytest.raises(LorameterError, match="against bytes/s"):
-        bandwidth_utilisation(SHAPE, VARIANT, WORKLOAD, STEP, PEAK)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.decoding import decode_cost
 from lorameter.models.costs.flops import StepTokens, computed_tokens, training_flops
 from lorameter.models.costs.modules import UncountedError, count_products, from_values, to_values
 from lorameter.models.families import FAMILIES
@@ -23,12 +22,11 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.base_model import empty_model, load_base
+from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.build import build
 from lorameter.trial.building.lora import attach
-from lorameter.trial.building.packing import evaluating
 from lorameter.trial.building.shared import SharedBase
-from lorameter.trial.profiling.wanted import see_wanted
+from lorameter.trial.profiling.phase_timing import see_wanted
 from lorameter.trial.step import TrainStep
 
 
@@ -168,18 +166,6 @@ def test_a_model_of_full_size_without_its_weights():
             lambda: model(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False).loss.backward()
         )
     assert counted.total == training_flops(shapes.shape(source), variant, computed_tokens(variant, workload)).hardware
-
-
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_a_decoded_token(quantization):
-    """One token after a context, adapter beside the base: to the FLOP."""
-    variant = Variant(r=4, quantization=quantization)
-    source = catalogue.resolve("tiny-llama")
-    model = attach(load_base(source, variant, device="cpu", seed=0), variant)
-    with evaluating(model):
-        cache = model(input_ids=torch.randint(3, 120, (1, 20)), use_cache=True).past_key_values
-        counted = counted_flops(lambda: model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True))
-    assert counted.total == decode_cost(shapes.shape(source), variant, context=21).flops
 
 
 SMALL = {

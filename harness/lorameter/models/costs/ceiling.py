@@ -1,4 +1,4 @@
-"""How near a step or a token came to what its device could do: MFU, hardware utilisation, and the use of bandwidth.
+"""Utilisation of a device by a training step: MFU and hardware utilisation.
 
 The same step gives different figures by different formulas: 6 N says half as much again as LoRA takes, and a count with
 what checkpointing repeats says more than the model needs. So a figure is never without its formula and its peak:
@@ -7,8 +7,6 @@ what checkpointing repeats says more than the model needs. So a figure is never 
   recomputation and masked pairs count for nothing, so it tells how well a variant uses the device for training.
 - Hardware utilisation (same place): all FLOPs that the operators were given. It tells how busy the products kept the
   device, and bounds what a faster schedule could still gain.
-- Bandwidth utilisation, for decoding: bytes that a token must read, or one of each prompt of a request, over time and
-  bandwidth. Above 1 means that weights stayed in a cache.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lorameter.errors import LorameterError
-from lorameter.models.costs.decoding import decode_cost, mean_context
 from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
 from lorameter.models.costs.modules import StepProducts
 from lorameter.models.costs.peaks import Peak, Rate
@@ -177,33 +174,6 @@ def _ceiling(
             f"6 × weights × {useful.positions} tokens, which LoRA does not compute",
         ),
     )  # fmt: skip
-
-
-def bandwidth_utilisation(
-    shape: ModelShape,
-    variant: Variant,
-    workload: Workload,
-    token_time_s: Interval,
-    peak: Peak,
-    *,
-    merged: bool = False,
-    repacked: bool = False,
-) -> Utilisation:
-    """Share of the memory's bandwidth that decoding used, with the interval that its time per output token has.
-
-    `merged` and `repacked` are those of `lorameter.models.costs.decoding.decode_cost`.
-
-    Raises:
-        UsageError: a model type or a target whose layers are not known.
-        LorameterError: a peak of anything but memory.
-    """
-    if peak.rate != "memory":
-        raise LorameterError(f"ceiling: decoding is measured against bytes/s, and the peak is {peak}")
-    context = mean_context(workload)
-    prompts = workload.request_batch
-    cost = decode_cost(shape, variant, context=context, prompts=prompts, merged=merged, repacked=repacked)
-    said = f"weights as stored, and keys and values of {context} tokens{f' × {prompts}' if prompts > 1 else ''}"
-    return utilisation("MBU", cost.bytes, token_time_s, peak, said)
 
 
 def product_rate(variant: Variant) -> Rate:

@@ -258,3 +258,11 @@ def six_n(shape: ModelShape, tokens: StepTokens) -> int:
     Published figures for LoRA are often computed with it, and are half as high again as those of the true count.
     """
     return 6 * product_weights(shape) * tokens.positions
+
+
+def mean_context(workload: Workload) -> int:
+    """Tokens attended to by a token after a request's first, itself included, in the mean over those tokens.
+
+    With p prompt tokens and n new ones, the forward passes after the first attend to p + 1 ... p + n - 1 tokens.
+    """
+    return workload.prompt_tokens + workload.new_tokens // 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorameter.models.costs.ceiling import Utilisation, utilisation
-from lorameter.models.costs.decoding import mean_context
+from lorameter.models.costs.flops import mean_context
 from lorameter.profile.accounting import Names, StepAccount, TimeSpan, counted_samples, span_of, step_account
 from lorameter.profile.requests.facts import MERGED, SERVED, RequestProfile
 

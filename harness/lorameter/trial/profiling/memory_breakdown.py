@@ -3,9 +3,8 @@
 What is resident between steps is counted tensor by tensor. What lives during the step is watched
 (`lorameter.trial.profiling.live`) and taken as it stood where the memory was highest; what one operator held beyond its
 results at that point (a packed weight, an accumulator) shows in the peak around it. On the host the kernel counts the
-pages of code and of mapped weights, the interpreter its arenas, and what malloc keeps although it is free is what it
-gives back when it is asked to. Nobody counts what libraries and the interpreter's larger objects hold on the heap: that
-is the better part of what stays unexplained there.
+pages of code and of mapped weights, and malloc_trim returns the bytes that malloc keeps although they are free. Objects
+of libraries and of the interpreter on the heap are not counted: most of what stays unexplained there.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lorameter.records.memory_account import MemoryAccount, MemoryPhase, in_orde
 from lorameter.trial.memory import resident_tensors, storage_bytes
 from lorameter.trial.process import give_back_free, resident_now
 from lorameter.trial.profiling.live import LiveTensors
-from lorameter.trial.profiling.pages import Pages, interpreter_bytes, read_pages
+from lorameter.trial.profiling.pages import Pages, read_pages
 
 WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
     "train": ("activations", "logits", "gradients"),
@@ -36,15 +35,12 @@ class ProcessBaseline:
 
     resident_bytes: int
     pages: Pages
-    interpreter_bytes: int | None
 
 
 def take_birth() -> ProcessBaseline:
     """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
     give_back_free()
-    return ProcessBaseline(
-        resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes()
-    )
+    return ProcessBaseline(resident_bytes=host_bytes("VmRSS"), pages=read_pages())
 
 
 def account(
@@ -175,23 +171,20 @@ class _Slack:
 
 
 def _on_host(birth: ProcessBaseline, resident: Collection[torch.Tensor]) -> dict[str, int]:
-    """Kinds of which torch knows nothing: pages of files, and the interpreter's arenas."""
-    now, arenas = read_pages(), interpreter_bytes()
+    """Kinds of which torch knows nothing: pages of files."""
+    now = read_pages()
     mapped: dict[str, int] = {}
     for tensor in resident:
         path = now.file_at(tensor.untyped_storage().data_ptr())
         if path is not None:
             mapped[path] = mapped.get(path, 0) + storage_bytes(tensor)
     code = sum(size for path, size in now.files.items() if path not in mapped)
-    kinds = {
+    return {
         "process": birth.resident_bytes,
         "library_code": code - sum(size for path, size in birth.pages.files.items() if path not in mapped),
         "generated_code": now.generated_bytes - birth.pages.generated_bytes,
         "checkpoint_pages": sum(now.files[path] - size for path, size in mapped.items()),
     }
-    if arenas is not None and birth.interpreter_bytes is not None:
-        kinds["interpreter"] = arenas - birth.interpreter_bytes
-    return kinds
 
 
 def _on_cuda(phase: MemoryPhase, kinds: dict[str, int], peaks: dict[str, int]) -> MemoryAccount:

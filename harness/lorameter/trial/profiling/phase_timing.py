@@ -1,8 +1,7 @@
 """Where the time of a step, or of a request, goes: its phases between borders, and what runs in them.
 
 Borders (`lorameter.trial.profiling.phases`) cost something, so plain and bordered steps take turns: both then meet the
-same machine, and the difference of a pair is the cost of the borders. They are taken until what the phases leave of a
-step is known well enough to be judged.
+same machine, and the difference of a pair is the cost of the borders.
 
 The profiler comes last of all, after the requests too, in steps of its own: it slows down everything, and what it holds
 stays in the process.
@@ -10,11 +9,7 @@ stays in the process.
 
 from __future__ import annotations
 
-import gzip
 import math
-import os
-import shutil
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from lorameter.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, TRACE, Activity
 from lorameter.studies.request import TrialRequest
+from lorameter.trial.building import lora
 from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.clock import Stopwatch
 from lorameter.trial.data.stream import Batch, TokenStream
@@ -32,13 +28,9 @@ from lorameter.trial.profiling.activity import activity_of
 from lorameter.trial.profiling.phases import Phases
 from lorameter.trial.step import TrainStep
 
-MOST_PAIRS = 256
-PAIRS_AT_ONCE = 16
-"""Pairs between two looks at how well the remainder is known."""
-REMAINDER_HALF_WIDTH = 0.005
-"""Share of the step: a quarter of what the phases may leave of it. Looking at widths selects no value."""
-BUDGET_S = 40.0
-"""Pairs of steps are taken for so long at most, and the least of them in any case."""
+MOST_PAIRS = 128
+BUDGET_S = 30.0
+"""Time for pairs of steps; at least `LEAST_STEP_PAIRS` are taken."""
 LEAST_PROFILED, MOST_PROFILED = 3, 12
 PROFILED_BUDGET_S = 3.0
 """Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
@@ -113,7 +105,7 @@ def pair_times(
         device: as torch names it.
         what: what a call is, in the names of the samples ("step").
         told: samples of what a call gave, and whether it was a plain one.
-        budget_s: pairs are taken for so long at most, and the least of them in any case.
+        budget_s: time for pairs; at least `LEAST_STEP_PAIRS` are taken.
 
     Returns:
         Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
@@ -144,36 +136,11 @@ def pair_times(
         return ended_s
 
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
-    while pair < LEAST_STEP_PAIRS or (
-        pair < MOST_PAIRS
-        and time.perf_counter() - begin < budget_s
-        and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found, what))
-    ):
+    while pair < LEAST_STEP_PAIRS or (pair < MOST_PAIRS and time.perf_counter() - begin < budget_s):
         for is_plain in (True, False) if pair % 2 == 0 else (False, True):
             ended_s = step(is_plain=is_plain, ended_s=ended_s)
         pair += 1
     return {name: tuple(values) for name, values in found.items()}
-
-
-def _is_known(found: Mapping[str, Sequence[float]], what: str) -> bool:
-    """Whether the remainder's interval is narrow enough: that of the pairs' own remainders, and those of the two
-    medians whose difference it is, of the plain calls and of what the phases add up to.
-
-    Its ranks are those of the normal approximation: scipy, which has the exact ones, would be in the account of the
-    requests' memory.
-    """
-    plain = list(found[f"plain_{what}_time_s"])
-    phases = [values for name, values in found.items() if name.startswith("phase_")]
-    sums = [sum(times) for times in zip(*phases, strict=True)]
-    rests = [whole - parts for whole, parts in zip(plain, sums, strict=True)]
-    limit = 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
-    return all(_median_width(values) <= limit for values in (rests, plain, sums))
-
-
-def _median_width(values: Sequence[float]) -> float:
-    """Width of the 95 % interval of the median, by its order statistics."""
-    ordered, middle, spread = sorted(values), len(values) / 2, 0.98 * math.sqrt(len(values))
-    return ordered[min(math.ceil(middle + spread), len(ordered) - 1)] - ordered[math.floor(middle - spread)]
 
 
 def profiled(
@@ -221,27 +188,9 @@ def _session(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float,
                 times.append(lap.time_s)
             if number < steps:  # the session must still be open when it is read
                 recorded.step()
-    _export(recorded, trace)
+    recorded.export_chrome_trace(str(trace))
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     return tuple(times), () if results is None else results.events()
-
-
-def _export(recorded: profile, path: Path) -> None:
-    """Write a recording to `path`, packed. By itself torch would write it unpacked among temporary files first.
-
-    Raises:
-        OSError: the disk refuses. The profiler only leaves its draft unfinished then, so the disk is asked why.
-    """
-    plain = path.with_suffix("")
-    recorded.export_chrome_trace(str(plain))
-    if not plain.is_file():
-        with Path(f"{plain}.tmp").open("ab", buffering=0) as draft:
-            draft.write(bytes(2**20))
-            os.fsync(draft.fileno())
-        raise RuntimeError(f"the profiler has not written {plain}, and does not say why")
-    with plain.open("rb") as read, gzip.open(path, "wb") as packed:
-        shutil.copyfileobj(read, packed)
-    plain.unlink()
 
 
 def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
@@ -249,3 +198,24 @@ def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
     lengths, part = stream.record_lengths(), rows / stream.sequences
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}
+
+
+def see_wanted(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool | None]:
+    """Takes the step and returns the modules that it calls, by their names in transformers' model, with whether
+    autograd computes the gradient of their first input (of the first block the layers that take the embeddings have
+    none); None if that is no tensor."""
+    seen: dict[str, bool | None] = {}
+
+    def look(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def see(_: Any, args: tuple[Any, ...]) -> None:
+            seen.setdefault(name, args[0].requires_grad if args and isinstance(args[0], torch.Tensor) else None)
+
+        return see
+
+    hooks = [part.register_forward_pre_hook(look(name)) for name, part in lora.wrapped(model).named_modules()]
+    try:
+        step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen

@@ -38,7 +38,14 @@ from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.process import release_unused
 from lorameter.trial.profiling.memory_breakdown import account, take_birth
 from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
-from lorameter.trial.profiling.phase_timing import BorderedStep, pair_times, profiled, step_times, useful_tokens
+from lorameter.trial.profiling.phase_timing import (
+    BorderedStep,
+    pair_times,
+    profiled,
+    see_wanted,
+    step_times,
+    useful_tokens,
+)
 from lorameter.trial.profiling.requests import (
     BorderedRequest,
     first_token_peak,
@@ -47,7 +54,6 @@ from lorameter.trial.profiling.requests import (
     told_of_request,
     weights_by_shape,
 )
-from lorameter.trial.profiling.wanted import see_wanted
 from lorameter.trial.trial import Trial
 
 REQUESTS_BUDGET_S = 20.0
