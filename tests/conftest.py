@@ -219,8 +219,8 @@ def write_run(tmp_path: Path, small_study: Study):
         for variant, role, times in rows:
             for replicate, time in enumerate(times):
                 samples = {
-                    "step_time_s": (time * 0.99, time, time * 1.01), "turn_real_tokens": (64.0,) * 3,
-                    "turn_sequences": (2.0,) * 3, "train_loss": (2.0,) * 3,
+                    "step_time_s": (time * 0.99, time, time * 1.01), "turn_tokens": (64.0,) * 3,
+                    "turn_sequences": (2.0,) * 3, "timed_loss": (2.0,) * 3,
                 }  # fmt: skip
                 if "generate" in phases:
                     samples["request_time_s"] = (3 * time,)

@@ -31,7 +31,7 @@ MEASURED = {
 }
 REFERENCE, NF4, ALPHA = "lora-r16", "qlora-nf4-r16", "qlora-nf4-r64-a256"
 SWEEP = ("r64-a16-d0.1", "lora_alpha=32", "lora_alpha=64", "lora_alpha=256", "r=16", "r=32", "r=512")
-JUDGED = ("1", "2", "3", "3 natural", "4", "8", "9", "11")
+JUDGED = ("1", "2", "3", "3 to EOS", "4", "8", "9", "11")
 """Claims on alpha and r alone that have the levels they speak of in this sweep."""
 BEGUN = 1795000000.0
 MIB = 2**20
@@ -199,13 +199,13 @@ class Planted:
         made = {
             "step_time_s": steps,
             "step_cpu_time_s": [rounded(0.99 * step) for step in steps],
-            "train_loss": [rounded(self._loss(name) + 0.5 / (turn + 1)) for turn in range(self.turns)],
+            "timed_loss": [rounded(self._loss(name) + 0.5 / (turn + 1)) for turn in range(self.turns)],
             "turn_padded_tokens": [0.0] * self.turns,
-            "turn_real_tokens": [256.0] * self.turns,
+            "turn_tokens": [256.0] * self.turns,
             "turn_sequences": [2.0] * self.turns,
             "warmup_loss": [rounded(self._loss(name) + 1.0)] * 3,
             "warmup_step_time_s": [rounded(2 * steps[0]), rounded(1.1 * steps[0]), rounded(1.05 * steps[0])],
-            "catch_up_loss": [],
+            "remaining_loss": [],
         }
         if "generate" in self.phases:
             slower = self.requests.get(name, 1.0)
@@ -214,8 +214,8 @@ class Planted:
             made["time_per_output_token_s"] = [self._near(0.07 * turn * slower) for turn in machine[:5]]
             if self.answers:
                 tokens = self.answers.get(name, 48.0)
-                made["natural_tokens"] = [tokens] * 3
-                made["natural_request_time_s"] = [self._near(0.07 * turn * tokens) for turn in machine[:3]]
+                made["open_ended_tokens"] = [tokens] * 3
+                made["open_ended_request_time_s"] = [self._near(0.07 * turn * tokens) for turn in machine[:3]]
         return made
 
     def _near(self, value: float) -> float:
@@ -234,7 +234,7 @@ class Planted:
         peak = 440 + 12 * self.variants.index(name) + self.luck.randrange(2)
         peak += self.heavier_mib if side == "candidate" else 0
         return {
-            "host_baseline_bytes": 339 * MIB, "host_peak_train_bytes": peak * MIB,
+            "host_rss_at_start_bytes": 339 * MIB, "host_peak_train_bytes": peak * MIB,
             "host_peak_generate_bytes": (peak - 20) * MIB, "adapter_bytes": 1196032, "optimizer_state_bytes": 2392288,
         }  # fmt: skip
 
@@ -278,7 +278,7 @@ def diverged(record: Json) -> Json:
     if record["trial"] != f"r1-{ALPHA}":
         return record
     samples = record["samples"]
-    samples["train_loss"] = [*samples["train_loss"][:3], "NaN", "NaN", "Infinity"]
+    samples["timed_loss"] = [*samples["timed_loss"][:3], "NaN", "NaN", "Infinity"]
     record["values"]["held_out_loss"] = "NaN"
     told = {"phase": "timed", "kind": "LossNotFinite", "message": "the loss of step 4 is nan", "traceback": ""}
     return record | {"status": "invalid", "failure": told, "samples": samples}

@@ -113,7 +113,7 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
     assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
     assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in solo)
     assert all(record.memory["adapter_bytes"] > 0 for record in solo)
-    twins = {record.role: record.samples["train_loss"] for record in timed if record.name == "a"}
+    twins = {record.role: record.samples["timed_loss"] for record in timed if record.name == "a"}
     assert twins["variant"] == twins["control"]
 
 

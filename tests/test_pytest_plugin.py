@@ -43,8 +43,8 @@ class Worker:
         if command == "turn":
             count = arguments["steps"]
             return PartialRecord(samples={
-                "step_time_s": (step,) * count, "step_cpu_time_s": (step,) * count, "train_loss": (2.0,) * count,
-                "turn_real_tokens": (64.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (2.0,),
+                "step_time_s": (step,) * count, "step_cpu_time_s": (step,) * count, "timed_loss": (2.0,) * count,
+                "turn_tokens": (64.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (2.0,),
             })
         if command == "merge":
             self.prefix = "merged_"

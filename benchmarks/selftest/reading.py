@@ -107,8 +107,8 @@ def _records(
                 samples={
                     "step_time_s": tuple(rng.lognormvariate(-1.0, 0.02) for _ in range(samples)),
                     "step_cpu_time_s": tuple(rng.lognormvariate(-1.0, 0.02) for _ in range(samples)),
-                    "train_loss": tuple(4.0 + rng.random() for _ in range(samples)),
-                    "turn_real_tokens": (2560.0,) * turns, "turn_padded_tokens": (0.0,) * turns,
+                    "timed_loss": tuple(4.0 + rng.random() for _ in range(samples)),
+                    "turn_tokens": (2560.0,) * turns, "turn_padded_tokens": (0.0,) * turns,
                     "turn_sequences": (20.0,) * turns,
                 },
             )  # fmt: skip

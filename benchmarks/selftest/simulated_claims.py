@@ -81,7 +81,7 @@ def _replicate(
     process = rng.normal(0.0, PROCESS_SD, (count, 1))
     steps = 0.5 * np.exp(_course(rng, count, protocol.turns * protocol.steps_per_turn) + process)
     requests = 0.3 * np.exp(_course(rng, count, protocol.generate_requests) + process)
-    asked = rng.integers(8, study.workload.natural_tokens - 3, protocol.generate_requests)
+    asked = rng.integers(8, study.workload.open_ended_tokens - 3, protocol.generate_requests)
     tokens = (asked + rng.integers(-3, 4, (count, asked.size))).astype(float)  # each setting's own answer
     natural = TOKEN_S * tokens * np.exp(_course(rng, count, asked.size) + process)
     losses = np.exp(0.5 + rng.normal(0.0, SEED_SD) + rng.normal(0.0, LOSS_SD, count))
@@ -94,9 +94,9 @@ def _replicate(
             name=variant.name, variant=variant.id, role=role, replicate=replicate, position=replicate * count + index,
             interleaving="shared-base", seed=replicate, started_unix_s=0.0, wall_time_s=1.0,
             samples={
-                "step_time_s": tuple(time * steps[index]), "train_loss": (loss,) * protocol.turns,
-                "request_time_s": tuple(requests[index]), "natural_request_time_s": tuple(natural[index]),
-                "natural_tokens": tuple(tokens[index]),
+                "step_time_s": tuple(time * steps[index]), "timed_loss": (loss,) * protocol.turns,
+                "request_time_s": tuple(requests[index]), "open_ended_request_time_s": tuple(natural[index]),
+                "open_ended_tokens": tuple(tokens[index]),
             },
             values={"held_out_loss": loss, "trainable_parameters": 921_600.0 * parameters},
         )  # fmt: skip

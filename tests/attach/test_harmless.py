@@ -145,8 +145,8 @@ def test_such_a_script_is_measured_all_the_same(ends, how):
     done, folder = ends[how]
     samples = record_of(folder).samples
     losses = [float.fromhex(line) for line in done.stdout.splitlines() if line.startswith("0x")]
-    assert samples["train_loss"] == pytest.approx(losses[-len(samples["train_loss"]) :])
-    assert samples["step_real_tokens"][-2:] == (24, 18)
+    assert samples["timed_loss"] == pytest.approx(losses[-len(samples["timed_loss"]) :])
+    assert samples["step_tokens"][-2:] == (24, 18)
     for part in ("data", "forward", "backward", "optimizer"):
         assert len(samples[f"{part}_time_s"]) == len(samples["step_time_s"]) >= 15
     assert all(norm > 0 for norm in samples["gradient_norm"])
@@ -194,7 +194,7 @@ def test_of_a_sweep_the_first_training_is_measured(tmp_path):
     record = record_of(tmp_path)
     assert (record.status, record.values["training_steps"]) == ("ok", 29)
     assert [notice.code for notice in record.notices] == ["second-training"]
-    assert {"forward_time_s", "step_real_tokens"} <= set(record.samples)
+    assert {"forward_time_s", "step_tokens"} <= set(record.samples)
     alone = run(tmp_path, sys.executable, "train.py")
     assert alone.stdout == done.stdout
 
@@ -322,7 +322,7 @@ def test_a_training_that_is_killed_loses_its_last_second_at_most(tmp_path, meter
     assert len(due) > 100
     assert record.values["training_steps"] >= len(due)
     assert len(record.samples["step_time_s"]) >= len(due) - 20
-    assert len(record.samples["train_loss"]) == len(record.turn_lengths) == len(record.samples["step_time_s"])
+    assert len(record.samples["timed_loss"]) == len(record.turn_lengths) == len(record.samples["step_time_s"])
 
 
 FULL = """
@@ -384,7 +384,7 @@ def test_a_training_of_lightning_is_measured_with_its_parts(tmp_path):
     assert len(losses) == 40
     record = record_of(tmp_path)
     samples = record.samples
-    assert samples["train_loss"] == pytest.approx(losses[-len(samples["train_loss"]) :])
-    assert set(samples["step_real_tokens"]) == {12.0}
+    assert samples["timed_loss"] == pytest.approx(losses[-len(samples["timed_loss"]) :])
+    assert set(samples["step_tokens"]) == {12.0}
     assert {"data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s"} <= set(samples)
     assert {check["path"]: check["observed"] for check in record.checks}["mode"] == "train"

@@ -222,7 +222,7 @@ def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
     assert (code, record.status, record.values["ranks"]) == (0, "ok", 2), record.failure
     assert not record.notices
     assert min(record.samples["step_time_s"]) >= 0.05
-    assert set(record.samples["turn_real_tokens"]) == {24.0}
+    assert set(record.samples["turn_tokens"]) == {24.0}
 
 
 TRAINER = """

@@ -54,7 +54,7 @@ def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
     timed = [number for number in range(WATCHED + 1, 14) if number not in watched]
     record = told(13, watched=watched)
     assert record.samples["step_time_s"] == tuple(n * (1.0 if n % 2 else 100.0) for n in timed)
-    assert record.samples["turn_real_tokens"] == tuple(3.0 * n for n in timed)
+    assert record.samples["turn_tokens"] == tuple(3.0 * n for n in timed)
     assert record.samples["turn_sequences"] == (2.0,) * len(timed)
 
 
@@ -64,7 +64,7 @@ def test_of_a_long_training_the_first_timed_steps_are_compared(told, monkeypatch
     monkeypatch.setattr(ranks, "MOST_KEPT", 12)
     record = told(40)
     assert record.samples["step_time_s"] == (9.0, 1000.0, 11.0)
-    assert record.samples["turn_real_tokens"] == (27.0, 30.0, 33.0)
+    assert record.samples["turn_tokens"] == (27.0, 30.0, 33.0)
     assert not record.notices
 
 

@@ -292,9 +292,9 @@ def test_of_ranks_the_slowest_counts(write, tmp_path, monkeypatch):
     first.end(None)
     (record,) = store.read_run(str(path), path.parent).records
     assert record.samples["step_time_s"] == (0.1, 0.1, 0.3, 0.1)
-    assert record.samples["turn_real_tokens"] == (48.0,) * 4
+    assert record.samples["turn_tokens"] == (48.0,) * 4
     assert record.samples["turn_padded_tokens"] == (16.0,) * 4
-    assert record.samples["step_real_tokens"] == (48.0,) * 4
+    assert record.samples["step_tokens"] == (48.0,) * 4
     assert record.tokens == {"real_tokens": 192, "padded_tokens": 64}
     assert not record.notices
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]

@@ -57,7 +57,7 @@ def test_numbers_stand_beside_the_cells(printed):
     assert row["cells"][1] == "49.7 ms [48.1, 51.4]"
     assert [f"{1000 * step[key]:.1f}" for key in ("value", "low", "high")] == ["49.7", "48.1", "51.4"]
     assert row["values"]["peak_memory_bytes"]["value"] == 441 * 2**20
-    assert set(row["values"]) == {"step_time_s", "tokens_per_s", "train_loss", "held_out_loss", "peak_memory_bytes"}
+    assert set(row["values"]) == {"step_time_s", "tokens_per_s", "timed_loss", "held_out_loss", "peak_memory_bytes"}
 
 
 def test_the_page_and_the_schema_are_those_of_the_types(capsys):

@@ -57,7 +57,7 @@ def test_a_profile_of_a_step_asks_for_no_request(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FakeExecutor, "asked", [])
     assert main(["profile", "training-step", "--runs-dir", str(tmp_path)]) == 4  # its process left nothing to be read
     assert "cannot be read" in capsys.readouterr().err
-    assert {"profile", "account", "activity", "peak"} <= set(FakeExecutor.asked)
+    assert {"profile", "memory_breakdown", "activity", "peak"} <= set(FakeExecutor.asked)
     assert not [command for command in FakeExecutor.asked if "generate" in command or "request" in command]
 
 

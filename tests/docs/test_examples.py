@@ -91,9 +91,9 @@ def test_an_example_becomes_a_run(wrap, name, tokens, least):
     assert record.status == "ok", record.failure
     samples = record.samples
     assert len(samples["step_time_s"]) >= least
-    every = zip(samples["turn_real_tokens"], samples["turn_padded_tokens"], strict=True)
+    every = zip(samples["turn_tokens"], samples["turn_padded_tokens"], strict=True)
     assert {real + padding for real, padding in every} == {tokens}
-    assert len(samples["train_loss"]) == len(samples["backward_time_s"]) == len(samples["step_time_s"])
+    assert len(samples["timed_loss"]) == len(samples["backward_time_s"]) == len(samples["step_time_s"])
     assert ("host_peak_evaluate_bytes" in record.memory) is (name == "trainer_lora.py")
     assert record.checks
 
@@ -112,7 +112,7 @@ def test_a_meter_in_two_lines_of_an_example_sees_what_wrapping_it_sees(wrap, tmp
     first = 0 if name == "trainer_lora.py" else 1  # the first update tells an optimizer's follower of the training
 
     def losses_of(record):
-        kept = ("first_loss", "warmup_loss", "train_loss")
+        kept = ("first_loss", "warmup_loss", "timed_loss")
         return [loss for key in kept for loss in record.samples.get(key, ())]
 
     ours, theirs = losses_of(metered), losses_of(wrapped)
@@ -190,7 +190,7 @@ def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
     assert seen["base", "base.quant_type"] == ("active", "nf4")
     assert {seen[side, "lora.attached"] for side in ("base", "candidate")} == {("active", True)}
     losses = {
-        side: [one.samples["train_loss"] for one in records if one.side == side] for side in ("base", "candidate")
+        side: [one.samples["timed_loss"] for one in records if one.side == side] for side in ("base", "candidate")
     }
     assert all(0 < loss < 20 for side in losses.values() for trial in side for loss in trial)
     reason = found["losses"]["sft_qlora"]["reason"]

@@ -114,11 +114,11 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
 
 def test_a_remedy_of_the_workload_is_asked_what_the_present_one_is(padded):
     """Requests of one length, on either side, where a request is what is at issue."""
-    study = dataclasses.replace(padded, workload=dataclasses.replace(padded.workload, natural_tokens=8))
+    study = dataclasses.replace(padded, workload=dataclasses.replace(padded.workload, open_ended_tokens=8))
     longer = dataclasses.replace(finding(workload={"prompt_tokens": 16}), metric="first_token_time_s")
     pair = make_pair(study, study.variants[0], longer, protocol=study.protocol)
     (own,) = pair.own_workloads.values()
-    assert (pair.study.workload.natural_tokens, own.natural_tokens, own.prompt_tokens) == (0, 0, 16)
+    assert (pair.study.workload.open_ended_tokens, own.open_ended_tokens, own.prompt_tokens) == (0, 0, 16)
 
 
 def test_other_threads_take_executors_of_their_own(small_study, machine):
@@ -162,7 +162,7 @@ def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study
 def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_study, machine):
     """Requests of one length are measured and nothing else of them; steps that grew slower say nothing against it."""
     wait = dataclasses.replace(finding("weight-copied", copy_head_input=True), metric="first_token_time_s")
-    workload = dataclasses.replace(small_study.workload, natural_tokens=4)
+    workload = dataclasses.replace(small_study.workload, open_ended_tokens=4)
     study = dataclasses.replace(small_study, workload=workload)
     pair = make_pair(study, study.variants[0], wait, protocol=dataclasses.replace(study.protocol, epochs=3.0))
     protocol = pair.study.protocol
@@ -187,7 +187,7 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
 
     def filled(record):
         real = 800 if record.name == "without-padding" else 500
-        samples = record.samples | {"turn_real_tokens": (100.0,), "turn_padded_tokens": (1436.0,)}
+        samples = record.samples | {"turn_tokens": (100.0,), "turn_padded_tokens": (1436.0,)}
         return record.replaced(samples=samples, tokens={"real_tokens": real, "padded_tokens": 1000 - real})
 
     times = [0.100, 0.1001, 0.1002, 0.0999]
@@ -234,6 +234,6 @@ def test_packing_is_tried_beside_padding(padded, tmp_path):
         assert record.tokens["hash"] == tokens[packed]["hash"]
         assert (sum(record.samples["turn_padded_tokens"]) == 0) == packed
     assert len({one["hash"] for one in tokens.values()}) == 2
-    per_step = [sum(record.samples["turn_real_tokens"]) / len(record.samples["step_time_s"]) for record in steps]
+    per_step = [sum(record.samples["turn_tokens"]) / len(record.samples["step_time_s"]) for record in steps]
     assert max(per_step) == Workload(sequence_length=256).sequence_length * padded.workload.batch_size
     assert min(per_step) < max(per_step)

@@ -11,7 +11,7 @@ from lorameter.records.record import TrialRecord
 
 def record(**fields):
     samples = {
-        "step_time_s": (0.5,) * 4, "train_loss": (4.0, 3.0, 2.0, 1.0), "turn_real_tokens": (64.0, 64.0),
+        "step_time_s": (0.5,) * 4, "timed_loss": (4.0, 3.0, 2.0, 1.0), "turn_tokens": (64.0, 64.0),
         "turn_sequences": (4.0, 4.0), "request_time_s": (2.0, 4.0),
     }  # fmt: skip
     return TrialRecord(
@@ -27,10 +27,10 @@ def test_derived_metrics_are_what_their_names_say():
     assert samples_of(one, "tokens_per_s") == (64.0,)
     assert samples_of(one, "samples_per_s") == (4.0,)
     assert samples_of(one, "output_tokens_per_s") == (4.0, 2.0)
-    assert samples_of(one, "train_loss") == (1.0,)
+    assert samples_of(one, "timed_loss") == (1.0,)
     longer = record()
-    longer.samples.update(warmup_loss=(9.0,) * 3, catch_up_loss=(0.5,))
-    assert samples_of(longer, "train_loss") == (1.0, 0.5)  # the last quarter of all eight
+    longer.samples.update(warmup_loss=(9.0,) * 3, remaining_loss=(0.5,))
+    assert samples_of(longer, "timed_loss") == (1.0, 0.5)  # the last quarter of all eight
     assert samples_of(one, "held_out_loss") == (3.0,)
     assert samples_of(one, "cold_start_time_s") == ()
 
@@ -51,7 +51,7 @@ def test_the_time_of_a_real_token_is_that_of_an_epoch():
     assert samples_of(one, "time_per_real_token_s") == pytest.approx(
         (0.5 / 24,) * 4
     )  # 32 positions a step, 3 of 4 real
-    one.samples.update(turn_real_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
+    one.samples.update(turn_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
     assert samples_of(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
 
 
@@ -64,7 +64,7 @@ def test_an_unknown_metric_is_an_error():
 def test_a_trial_that_times_no_steps_has_no_final_loss():
     """Its training ends early, so what it lost last is not the loss after all steps."""
     solo = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
-    assert samples_of(solo, "train_loss") == ()
+    assert samples_of(solo, "timed_loss") == ()
 
 
 def test_every_entry_stands_under_its_name():
@@ -79,7 +79,7 @@ def test_columns_that_rest_on_the_tokens_need_one_workload():
     """Where variants have workloads of their own, training shows the time of a step in place of rates and losses."""
     parts = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
     shares = ("mfu", "scaling_efficiency", "communication_share")
-    losses = ("train_loss", "held_out_loss")
+    losses = ("timed_loss", "held_out_loss")
     assert columns_of("train", own_workloads=False) == (*parts, "tokens_per_s", *shares, *losses)
     assert columns_of("train", own_workloads=True) == ("step_time_s", *parts, *shares)
     assert columns_of("generate", own_workloads=True) == columns_of("generate", own_workloads=False)

@@ -112,8 +112,8 @@ def test_what_is_not_known_of_a_machine_is_said_so(path, capsys):
         {"tokens": {"x": {"y": 1}}},
         {"tokens": {"real_tokens": "x"}},
         {"memory": {"host_peak_train_bytes": 2**80}},
-        {"samples": {"natural_tokens": [3.0, 4.0], "natural_request_time_s": [0.5]}},
-        {"samples": {"natural_tokens": [3.0]}},
+        {"samples": {"open_ended_tokens": [3.0, 4.0], "open_ended_request_time_s": [0.5]}},
+        {"samples": {"open_ended_tokens": [3.0]}},
     ],
     ids=str,
 )

@@ -33,7 +33,7 @@ from lorameter.records.activity import Activity, OperatorUse, PhaseActivity, Wei
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.parity import LogitDistance, Served
 from lorameter.records.record import Failure, Notice, TrialRecord
-from lorameter.records.request_facts import ModelSize, RequestSight
+from lorameter.records.request_facts import ModelSize, RequestFacts
 from lorameter.report.attribution import describe_attribution
 from lorameter.report.bisect import describe_bisection
 from lorameter.report.blocks import Document
@@ -165,7 +165,7 @@ def constructed_requests() -> RequestProfile:
     return RequestProfile(
         study="s", variant=variant, workload=Workload(prompt_tokens=32, new_tokens=8), device="cpu",
         device_name="a [fast] CPU", threads=1, cpus=2, wide_registers=True, memory_bytes=2**33, record=record,
-        sight=RequestSight(
+        facts=RequestFacts(
             training=False, checkpointing=False, prompt_rows=32, decode_rows=1, logit_rows=1, cache="DynamicCache",
             cache_bytes=39 * 1024, cache_moved=1.0, head="lm_head.weight", size=size,
         ),
@@ -222,8 +222,8 @@ def samples() -> tuple[Sample, ...]:
     """An answer that ended and one that was cut, with text that reads as markup."""
     told = {"prompt": "Input: [/b] 4\n", "reference": "four", "trained": "[red]4[/red]\n\nsurely", "tokens": 5}
     return (
-        Sample(**told, untrained=None, ended=True),
-        Sample(**told | {"trained": " "}, untrained="5", ended=False),
+        Sample(**told, base_answer=None, ended=True),
+        Sample(**told | {"trained": " "}, base_answer="5", ended=False),
     )
 
 

@@ -71,7 +71,7 @@ def test_a_training_that_was_cut_short_is_in_no_median_of_a_step(write_run):
         steps = 6 if record.replicate == 1 else 8
         losses = tuple(float(10 - step + 100 * (steps == 6)) for step in range(steps))
         values = record.values | {"training_steps": float(steps)}
-        return record.replaced(samples=record.samples | {"train_loss": losses}, values=values)
+        return record.replaced(samples=record.samples | {"timed_loss": losses}, values=values)
 
     path = write_run("cut", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}, change=learnt)
     run = store.read_run(str(path), path.parent)

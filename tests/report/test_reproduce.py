@@ -42,7 +42,7 @@ def test_the_line_of_every_run_is_a_command(path):
 
 def side(kind, spec, *, commit=None, rows=0):
     return {
-        "kind": kind, "spec": spec, "label": f"{spec} (label)", "worker": "1", "injected_rows": rows,
+        "kind": kind, "spec": spec, "label": f"{spec} (label)", "worker": "1", "slowdown_rows": rows,
         "facts": {"packages": {}, "git": {"commit": commit, "dirty": False}},
     }  # fmt: skip
 

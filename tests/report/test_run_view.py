@@ -35,7 +35,7 @@ def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0
                     started_unix_s=0.0, wall_time_s=1.0, failure=failure, log=f"logs/{name}.log",
                     samples={
                         "step_time_s": (step,) * 4, "step_cpu_time_s": (step * occupancy,) * 4,
-                        "train_loss": (2.0,) * 4, "turn_real_tokens": (100.0,),
+                        "timed_loss": (2.0,) * 4, "turn_tokens": (100.0,),
                     },
                     values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**30},
                     checks=({"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": ""},),

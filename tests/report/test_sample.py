@@ -19,10 +19,10 @@ END = 257
 @pytest.fixture
 def run(write_run, small_study, tmp_path):
     """A run of tiny-llama (a token is a byte) in which `plain` ended one answer and was cut in the other."""
-    workload = dataclasses.replace(small_study.workload, natural_tokens=5)
+    workload = dataclasses.replace(small_study.workload, open_ended_tokens=5)
 
     def answered(record):
-        answers = {"answer_0": [*b"Two?", END], "answer_1": [*b"Colou"], "untrained_0": [*b"0"]}
+        answers = {"answer_0": [*b"Two?", END], "answer_1": [*b"Colou"], "base_answer_0": [*b"0"]}
         plain = record.name == "plain" and record.role == "variant"
         return record.replaced(tokens=answers) if plain else record
 
@@ -37,14 +37,14 @@ def run(write_run, small_study, tmp_path):
 def test_answers_stand_beside_prompt_and_reference(run):
     """In the order of the prompts, with how each answer ended; what was not asked before training is None."""
     first, second = read_samples(run, "plain", replicate=1)
-    assert (first.prompt, first.reference, first.untrained, first.trained) == (
+    assert (first.prompt, first.reference, first.base_answer, first.trained) == (
         "Input: 4\n",
         "What is 2 + 2?",
         "0",
         "Two?",
     )
     assert (first.tokens, first.ended) == (5, True)
-    assert (second.untrained, second.trained, second.ended) == (None, "Colou", False)
+    assert (second.base_answer, second.trained, second.ended) == (None, "Colou", False)
     assert read_samples(run, "plain", count=1) == (first,)
 
 
@@ -68,7 +68,9 @@ def test_a_run_without_answers_says_how_to_get_some(write_run, capsys, variant):
     assert main(["sample", str(path), variant]) == 2
     said = capsys.readouterr().err
     assert "run bare kept no answers" in said
-    assert "Write natural_tokens = 64 in [workload] of the study and measure it again with the phase generate" in said
+    assert (
+        "Write open_ended_tokens = 64 in [workload] of the study and measure it again with the phase generate" in said
+    )
     assert "none" not in said
 
 

@@ -69,7 +69,7 @@ def test_lines_of_mllog(run):
     )
     of_one = [event for event in events if event["metadata"].get("trial") == "r0-nf4"]
     keys = [event["key"] for event in of_one]
-    assert (keys[0], keys[-1], keys.count("train_loss")) == ("run_start", "run_stop", 3)
+    assert (keys[0], keys[-1], keys.count("timed_loss")) == ("run_start", "run_stop", 3)
     assert {"seed", "global_batch_size", "lora_rank", "lora_alpha", "tracked_stats"} <= set(keys)
     assert of_one[-1]["metadata"]["status"] == "success"
     assert of_one[-1]["time_ms"] == 1000

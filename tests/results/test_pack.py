@@ -61,7 +61,7 @@ def private(write_run, monkeypatch, tmp_path):
     )
 
     def change(record):
-        tokens = {"answer_0": [5, 6, 7], "untrained_0": [8], "completion": [9, 9], "real_tokens": 64}
+        tokens = {"answer_0": [5, 6, 7], "base_answer_0": [8], "completion": [9, 9], "real_tokens": 64}
         message = f"see http://{HOST}.internal:80/a/b?c=d and data/mine.jsonl"
         notice = Notice(code="x", message=message, remedy="12.4.5.8")
         record = record.replaced(tokens=tokens, notices=(notice,), site=f"{HOST}-card-0")
@@ -85,7 +85,7 @@ def private(write_run, monkeypatch, tmp_path):
 SECRETS = {
     "paths": ("/home/ada", "secret-project", "/srv/private", "~/notes", "../up", "data/mine"),
     "hosts": (HOST, CARD, "10.20.30.40", "ada.lovelace", "internal"),
-    "texts": ("Dear diary", "answer_0", "untrained_0", "completion"),
+    "texts": ("Dear diary", "answer_0", "base_answer_0", "completion"),
 }
 
 

@@ -197,14 +197,14 @@ class FakeWorker:
     def ask(self, command, trial, timeout_s, **arguments):
         FakeExecutor.asked.append((self.executor.label, command))
         if command == "prepare":
-            self.rows = arguments["request"]["injected_rows"]
+            self.rows = arguments["request"]["slowdown_rows"]
         if command == "turn":
             even = int(trial[1 : trial.index("-")]) % 2 == 0
             luck = 0.0 if self.executor.label == "base" else FakeExecutor.noise if even else -FakeExecutor.noise
             step = self.executor.step_s * (1 + self.rows / 1000) * (1 + luck)
-            counts = {"turn_real_tokens": (32.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (1.0,)}
+            counts = {"turn_tokens": (32.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (1.0,)}
             return PartialRecord(
-                samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "train_loss": (2.0,)} | counts
+                samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "timed_loss": (2.0,)} | counts
             )
         if command == "finish_training" and trial.endswith("-solo"):
             return PartialRecord(memory={"host_peak_train_bytes": 2**20})

@@ -110,7 +110,7 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ("x.jsonl", '{"text": "a"}\n{"text": null}', {}, "line 2: text = null"),
         ("x.csv", "prompt,completion\na,b\nc\n", {}, "row 3: cannot be read: 1 cells"),
         ("x.txt", "one\ntwo", {"loss": "answer"}, "loss = 'answer': text has no separate answer"),
-        ("x.txt", "one\ntwo", {"natural_tokens": 8}, "natural_tokens = 8: text has no prompts"),
+        ("x.txt", "one\ntwo", {"open_ended_tokens": 8}, "open_ended_tokens = 8: text has no prompts"),
         ("x.jsonl", CHAT, {"prompt_format": "write-instruction"}, "'write-instruction': it is for instructions"),
         (
             "x.jsonl",

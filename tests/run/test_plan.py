@@ -71,9 +71,9 @@ def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):
 
 def test_whole_answers_are_measured_where_the_workload_has_them(small_study):
     """Without a limit on their tokens there are none; merged requests go where the protocol wants none."""
-    workload = dataclasses.replace(small_study.workload, natural_tokens=8)
+    workload = dataclasses.replace(small_study.workload, open_ended_tokens=8)
     study = dataclasses.replace(small_study, workload=workload)
-    assert all("natural" in slot.measures for slot in make_plan(study).slots)
-    assert not any("natural" in slot.measures for slot in make_plan(small_study).slots)
+    assert all("open_ended" in slot.measures for slot in make_plan(study).slots)
+    assert not any("open_ended" in slot.measures for slot in make_plan(small_study).slots)
     unmerged = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, merged=False))
     assert not any("merged" in slot.measures for slot in make_plan(unmerged).slots)

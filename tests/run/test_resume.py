@@ -86,7 +86,7 @@ class Executor(LocalExecutor):
         Executor.asked = (*Executor.asked, trial)
         if command != "turn":
             return PartialRecord()
-        counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,), "train_loss": (2.0,)}
+        counts = {"turn_tokens": (64.0,), "turn_sequences": (2.0,), "timed_loss": (2.0,)}
         times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
         return PartialRecord(samples=times | counts)
 

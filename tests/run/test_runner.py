@@ -215,7 +215,7 @@ def test_another_cold_answer_is_invalid(small_study):
 @pytest.mark.parametrize(
     "fragment",
     [
-        PartialRecord(samples={"catch_up_loss": (3e38, 3e38)}),
+        PartialRecord(samples={"remaining_loss": (3e38, 3e38)}),
         PartialRecord(values={"held_out_loss": float("nan")}),
         PartialRecord(tokens={"answer_0": "words"}),
         PartialRecord(checks=({"path": "x"},)),

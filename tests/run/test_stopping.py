@@ -187,7 +187,7 @@ class Executor(LocalExecutor):
     def ask(self, command, trial, timeout_s, **arguments):
         if command != "turn":
             return PartialRecord()
-        counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,)}
+        counts = {"turn_tokens": (64.0,), "turn_sequences": (2.0,)}
         times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
         return PartialRecord(samples=times | counts)
 

@@ -39,8 +39,8 @@ def test_what_has_its_default_is_not_written():
     """So ids of what was measured before, and revisions that do not know the fields, stay as they are."""
     known = {
         "model", "data", "prompt_format", "sequence_length", "batch_size", "layout", "train_sequences",
-        "held_out_records", "held_out_sequences", "data_seed", "prompt_tokens", "new_tokens", "natural_tokens",
-        "natural_prompt_tokens", "threads",
+        "held_out_records", "held_out_sequences", "data_seed", "prompt_tokens", "new_tokens", "open_ended_tokens",
+        "open_ended_prompt_tokens", "threads",
     }  # fmt: skip
     assert set(codec.to_json(Workload())) == known
     assert set(codec.to_json(Workload(loss="answer"))) == known | {"loss"}

@@ -63,7 +63,7 @@ def surroundings(monkeypatch):
 
 def turn():
     Recorded.asked.append("call")
-    return PartialRecord(samples={"step_time_s": (0.1, 0.1), "turn_real_tokens": (30.0,)}, values={"threads": 1.0})
+    return PartialRecord(samples={"step_time_s": (0.1, 0.1), "turn_tokens": (30.0,)}, values={"threads": 1.0})
 
 
 def test_readings_stand_around_what_is_timed(surroundings):
@@ -72,7 +72,7 @@ def test_readings_stand_around_what_is_timed(surroundings):
     fragment = around.around(COMMANDS["turn"], turn)
     assert fragment.values == {"threads": 1.0, "host_load_train": 1.0}
     around.around(COMMANDS["request"], PartialRecord)
-    around.around(COMMANDS["natural"], PartialRecord)
+    around.around(COMMANDS["open_ended"], PartialRecord)
     generate = ["begin generate", "end generate"]
     assert Recorded.asked == ["begin train", "call", "end train", *generate, *generate]
 

@@ -20,14 +20,14 @@ from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
-    new_tokens=3, natural_tokens=6, natural_prompt_tokens=400,
+    new_tokens=3, open_ended_tokens=6, open_ended_prompt_tokens=400,
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=4, turns=2, steps_per_turn=2, generate_warmup=0)
 VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 TRAIN = ("build", "warm_up", "finish_training")
 """Commands that the runner asks of every trial."""
 MEMORY = {
-    "host_baseline_bytes", "host_peak_load_bytes", "host_peak_train_bytes", "base_weight_bytes", "adapter_bytes",
+    "host_rss_at_start_bytes", "host_peak_load_bytes", "host_peak_train_bytes", "base_weight_bytes", "adapter_bytes",
     "gradient_bytes", "optimizer_state_bytes",
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(tr
     assert record.memory == {}
     assert {"load_time_s", "first_step_time_s", "first_call_time_s"}.isdisjoint(record.values)
     assert metrics_of(record) == {
-        "step_time_s", "step_cpu_time_s", "tokens_per_s", "samples_per_s", "train_loss", "held_out_loss",
+        "step_time_s", "step_cpu_time_s", "tokens_per_s", "samples_per_s", "timed_loss", "held_out_loss",
         "request_time_s", "first_token_time_s", "time_per_output_token_s", "output_tokens_per_s",
     }  # fmt: skip
     assert len(record.samples["step_time_s"]) == 4
@@ -90,13 +90,13 @@ def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(tr
 
 def test_a_whole_answer_is_timed_counted_and_kept(trial):
     """Each request that the model ends itself leaves its time, its number of tokens and its answer, trained or not."""
-    running = trial("steps", "requests", "natural")
-    record = record_of(running, *TRAIN, "begin_generate", "request", "natural", "natural", "untrained")
-    times, counts = samples_of(record, "natural_request_time_s"), samples_of(record, "natural_tokens")
+    running = trial("steps", "requests", "open_ended")
+    record = record_of(running, *TRAIN, "begin_generate", "request", "open_ended", "open_ended", "base_answers")
+    times, counts = samples_of(record, "open_ended_request_time_s"), samples_of(record, "open_ended_tokens")
     assert len(times) == len(counts) == 2
     assert [len(record.tokens[f"answer_{index}"]) for index in (0, 1)] == list(counts)
-    assert samples_of(record, "natural_time_per_token_s") == tuple(a / b for a, b in zip(times, counts, strict=True))
-    assert {key for key in record.tokens if key.startswith("untrained")} == {"untrained_0", "untrained_1"}
+    assert samples_of(record, "open_ended_time_per_token_s") == tuple(a / b for a, b in zip(times, counts, strict=True))
+    assert {key for key in record.tokens if key.startswith("base_answers")} == {"base_answer_0", "base_answer_1"}
 
 
 @pytest.mark.parametrize("measures", [("steps", "requests"), ("steps", "requests", "peaks")])
@@ -124,14 +124,14 @@ def test_a_request_without_the_attention_that_is_required_makes_its_trial_invali
 
 def test_a_model_that_ends_at_once_answers_with_one_token(trial):
     """The end-of-sequence token ends the answer and is its last token; what was fixed at three stays three."""
-    running = trial("steps", "requests", "natural")
+    running = trial("steps", "requests", "open_ended")
     record_of(running, *TRAIN, "begin_generate")
     base = running._parts.trainee.model.get_base_model()
-    first = running.run("natural").tokens["answer_0"][0]
+    first = running.run("open_ended").tokens["answer_0"][0]
     base.generation_config.eos_token_id = first
     running._server._answered = 0
-    assert running.run("natural").tokens["answer_0"] == [first]
-    assert running.run("natural").samples["natural_tokens"][0] <= 6
+    assert running.run("open_ended").tokens["answer_0"] == [first]
+    assert running.run("open_ended").samples["open_ended_tokens"][0] <= 6
     assert len(running.run("request").samples["request_time_s"]) == 1
 
 
@@ -139,7 +139,7 @@ def test_epochs_go_on_after_the_timed_turns(trial):
     """What the turns leave of the epochs is trained untimed, and every trial ends after the same number of steps."""
     running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
     record = record_of(running, "build", "warm_up", "turn", "turn", "finish_training")
-    taken = sum(len(record.samples[name]) for name in ("warmup_loss", "train_loss", "catch_up_loss"))
+    taken = sum(len(record.samples[name]) for name in ("warmup_loss", "timed_loss", "remaining_loss"))
     assert taken == 3 * WORKLOAD.train_sequences > PROTOCOL.total_steps
 
 
@@ -153,7 +153,7 @@ def test_epochs_come_in_rounds(trial):
     for _ in range(3):
         record = record.merged(running.run("train", steps=5))
     record = record.merged(running.run("train", steps=100)).merged(running.run("finish_training"))
-    assert record.samples["catch_up_loss"] == in_one_go.samples["catch_up_loss"]
+    assert record.samples["remaining_loss"] == in_one_go.samples["remaining_loss"]
     assert record.values["held_out_loss"] == in_one_go.values["held_out_loss"]
     assert "training_steps_planned" not in record.values
 
@@ -163,7 +163,7 @@ def test_training_may_end_before_its_plan(trial):
     running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
     record = record_of(running, "build", "warm_up", "turn")
     cut = record.merged(running.run("finish_training", steps=11))
-    assert sum(len(cut.samples[name]) for name in ("warmup_loss", "train_loss", "catch_up_loss")) == 11
+    assert sum(len(cut.samples[name]) for name in ("warmup_loss", "timed_loss", "remaining_loss")) == 11
     assert (cut.values["training_steps"], cut.values["training_steps_planned"]) == (11.0, 24.0)
     whole = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
     assert whole.values["training_steps"] == PROTOCOL.total_steps
@@ -181,7 +181,7 @@ def test_a_solo_trial_has_peaks_and_first_times_and_nothing_that_is_timed_in_tur
         "first_step_time_s", "first_call_time_s", "merged_request_time_s", "merged_first_token_time_s",
         "merged_time_per_output_token_s",
     }  # fmt: skip
-    assert samples_of(record, "train_loss") == ()
+    assert samples_of(record, "timed_loss") == ()
     assert {"held_out_loss", "held_out_loss_initial"}.isdisjoint(record.values)
 
 
@@ -190,7 +190,7 @@ def test_a_trial_of_its_own_has_it_all(trial):
     commands = ("build", "warm_up", "turn", "finish_training", "begin_generate", "request", "end_generate")
     record = record_of(trial("steps", "requests", "peaks"), *commands)
     assert set(record.memory) >= MEMORY
-    timed = {"step_time_s", "first_step_time_s", "train_loss", "request_time_s", "first_call_time_s"}
+    timed = {"step_time_s", "first_step_time_s", "timed_loss", "request_time_s", "first_call_time_s"}
     assert metrics_of(record) >= timed
 
 
@@ -200,7 +200,7 @@ def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
     for steady in (True, False):
         monkeypatch.setattr("lorameter.trial.training.is_steady", lambda *_, said=steady: said)
         record = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
-        names = ("warmup_loss", "train_loss", "catch_up_loss")
+        names = ("warmup_loss", "timed_loss", "remaining_loss")
         ends[steady] = [loss for name in names for loss in record.samples[name]]
         assert len(record.samples["warmup_step_time_s"]) == (2 if steady else 4)
         assert len(ends[steady]) == PROTOCOL.total_steps
@@ -273,8 +273,8 @@ def test_a_check_looks_on_at_steps_that_are_taken_anyway(natural, trial, variant
     running = natural("steps", variant=variant, warm_up_steps=2, instrument=instrument)
     record = record_of(running, "build", "verify", "warm_up", "turn", "turn", "finish_training")
     plain = record_of(trial("steps", variant=variant), "build", "warm_up", "turn", "turn", "finish_training")
-    losses = [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples[name]]
-    others = [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in plain.samples[name]]
+    losses = [loss for name in ("warmup_loss", "timed_loss", "remaining_loss") for loss in record.samples[name]]
+    others = [loss for name in ("warmup_loss", "timed_loss", "remaining_loss") for loss in plain.samples[name]]
     assert losses == others
     assert record.values["held_out_loss"] == plain.values["held_out_loss"]
     assert len(record.samples["warmup_step_time_s"]) == 2

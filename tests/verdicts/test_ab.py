@@ -62,7 +62,7 @@ def write_ab(tmp_path, small_study):
                     factor = {"candidate": ratio, "base": control if role == "control" else 1.0}[side]
                     factor = factor[replicate] if isinstance(factor, list) else factor
                     steps = tuple(turn * factor * math.exp(luck.gauss(0, noise)) for turn in machine)
-                    counts = {"turn_real_tokens": (64.0,) * TURNS, "turn_sequences": (2.0,) * TURNS}
+                    counts = {"turn_tokens": (64.0,) * TURNS, "turn_sequences": (2.0,) * TURNS}
                     samples = {"step_time_s": steps, "step_cpu_time_s": steps} | counts
                     if "generate" in phases:
                         samples["request_time_s"] = tuple(3 * step for step in steps)

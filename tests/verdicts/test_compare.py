@@ -97,7 +97,7 @@ def test_all_metrics_compares_whatever_was_measured(write_run, compare):
     """Derived metrics and memory among them, in one family."""
     _, document = compare(write_run("a", BASE), write_run("b", BASE), "--all-metrics")
     metrics = {row["metric"] for row in document["comparisons"]}
-    assert {"step_time_s", "tokens_per_s", "samples_per_s", "train_loss", "host_peak_train_bytes"} == metrics
+    assert {"step_time_s", "tokens_per_s", "samples_per_s", "timed_loss", "host_peak_train_bytes"} == metrics
 
 
 @pytest.mark.parametrize(("options", "word"), [

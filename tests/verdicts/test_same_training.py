@@ -22,15 +22,15 @@ def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
     """A trial of a script as it is recorded: two steps, a warm-up of one, two timed ones, one to catch up."""
     told = {key: values.pop(key) for key in ("loss_dtype", "trainable_dtype", "source") if key in values}
     samples = {
-        "warmup_loss": losses[:3], "train_loss": losses[3:5], "catch_up_loss": losses[5:],
+        "warmup_loss": losses[:3], "timed_loss": losses[3:5], "remaining_loss": losses[5:],
         "step_time_s": (1.0, 1.0), "turn_sequences": (2 * values.pop("sequences", 4.0),),
     }  # fmt: skip
     if tokens is not None:
         counts = tokens if isinstance(tokens, tuple) else (tokens,) * 6
         samples |= {
-            "warmup_real_tokens": counts[:3],
-            "step_real_tokens": counts[3:5],
-            "catch_up_real_tokens": counts[5:],
+            "warmup_tokens": counts[:3],
+            "step_tokens": counts[3:5],
+            "remaining_tokens": counts[5:],
         }
     return TrialRecord(
         trial=f"r{replicate}-{name}-{side}", status="ok", name=name, variant="v", role="variant", replicate=replicate,

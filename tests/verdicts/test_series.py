@@ -9,7 +9,7 @@ from lorameter.verdicts.series import Series, compare_series, group_trials
 
 def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **fields):
     samples = {
-        "step_time_s": (step, step, step, step), "train_loss": (4.0, 3.0, 2.0, 1.0), "turn_real_tokens": (64.0, 64.0),
+        "step_time_s": (step, step, step, step), "timed_loss": (4.0, 3.0, 2.0, 1.0), "turn_tokens": (64.0, 64.0),
         "turn_sequences": (4.0, 4.0), "request_time_s": (2.0, 4.0),
     }  # fmt: skip
     return TrialRecord(
@@ -87,7 +87,7 @@ def test_trials_in_turns_and_on_a_gpu_keep_every_pair(change):
 
 def test_losses_know_nothing_of_disturbance():
     """A busy machine changes no arithmetic, so no trial's loss is left out."""
-    found = compare_series(*sides([(1, 1)] * 5 + [(0.5, 1)]), "train_loss")
+    found = compare_series(*sides([(1, 1)] * 5 + [(0.5, 1)]), "timed_loss")
     assert found.replicates == 6
 
 
@@ -151,7 +151,7 @@ def test_a_value_of_zero_has_no_ratio_in_either_direction():
         Series(name=name, role="variant", records=tuple(record(name, i) for i in range(2))) for name in ("a", "b")
     )
     for one in other.records:
-        one.samples["turn_real_tokens"] = (0.0, 0.0)
+        one.samples["turn_tokens"] = (0.0, 0.0)
     with pytest.raises(InvalidRunError, match=r"tokens_per_s of b: .* above zero"):
         compare_series(base, other, "tokens_per_s")
 

@@ -44,7 +44,7 @@ class Work:
         Empty where the model, its adapter or its tokens are not known.
         """
         samples = gathered.samples()
-        flops = self._of_a_step(samples.get("turn_real_tokens", ()), samples.get("turn_sequences", ()))
+        flops = self._of_a_step(samples.get("turn_tokens", ()), samples.get("turn_sequences", ()))
         if flops is None:
             return {}
         peak = self._peak_per_s(device_name)

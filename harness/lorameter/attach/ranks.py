@@ -96,7 +96,7 @@ class Ranks:
         found = dict(samples)
         own = zip(timed, samples.get("step_time_s", ()), strict=True)
         found["step_time_s"] = tuple(max([time_s, *(one.step_time_s[n - 1] for one in others)]) for n, time_s in own)
-        for key in ("warmup_real_tokens", "step_real_tokens", "turn_loss_tokens"):  # of this rank alone
+        for key in ("warmup_tokens", "step_tokens", "turn_loss_tokens"):  # of this rank alone
             found.pop(key, None)
         missing = self._ranks - 1 - len(others)
         if missing:
@@ -108,17 +108,18 @@ class Ranks:
         every = [_times_of(0, self._own), *others]
         found: dict[str, tuple[float, ...]] = {}
         counts = {
-            name: [[getattr(one, name)[number - 1] for one in every] for number in timed]
-            for name in ("sequences", "real_tokens", "padded_tokens")
+            "turn_sequences": [[one.sequences[number - 1] for one in every] for number in timed],
+            "turn_tokens": [[one.real_tokens[number - 1] for one in every] for number in timed],
+            "turn_padded_tokens": [[one.padded_tokens[number - 1] for one in every] for number in timed],
         }
         for name, steps in counts.items():
             if steps and not any(None in step for step in steps):
-                found[f"turn_{name}"] = tuple(float(sum(step)) for step in steps)
-        if {"turn_real_tokens", "turn_padded_tokens"} <= found.keys():
-            pairs = zip(found["turn_padded_tokens"], found["turn_real_tokens"], strict=True)
+                found[name] = tuple(float(sum(count or 0 for count in step)) for step in steps)
+        if {"turn_tokens", "turn_padded_tokens"} <= found.keys():
+            pairs = zip(found["turn_padded_tokens"], found["turn_tokens"], strict=True)
             found["turn_padded_tokens"] = tuple(all_ - real for all_, real in pairs)
-        if "turn_real_tokens" in found:
-            found["step_real_tokens"] = found["turn_real_tokens"]
+        if "turn_tokens" in found:
+            found["step_tokens"] = found["turn_tokens"]
         return found
 
     def _read(self) -> list[RankTimes]:

@@ -26,7 +26,7 @@ NO_TOKENS = {
 def say_missing(source: Source, samples: Mapping[str, Any]) -> tuple[str, ...]:
     """How forward passes were timed, and that no tokens were seen."""
     forward = (FORWARD,) if source != "trainer" and "forward_time_s" in samples else ()
-    return forward if "turn_real_tokens" in samples or not samples else (*forward, NO_TOKENS[source])
+    return forward if "turn_tokens" in samples or not samples else (*forward, NO_TOKENS[source])
 
 
 def say_seen(checks: Sequence[Mapping[str, Any]] | None) -> str:

@@ -14,10 +14,16 @@ _TIMED: Mapping[str, str] = {
     "backward_time_s": "backward_time_s",
     "optimizer_time_s": "optimizer_time_s",
     "gradient_norm": "gradient_norm",
-    "train_loss": "loss",
-    "step_real_tokens": "real_tokens",
+    "timed_loss": "loss",
+    "step_tokens": "real_tokens",
 }
 """Samples of timed steps by the field of a reading that they hold."""
+_COUNTED: Mapping[str, str] = {
+    "turn_sequences": "sequences",
+    "turn_tokens": "real_tokens",
+    "turn_loss_tokens": "loss_tokens",
+}
+"""Samples of turns by the field of a reading that they sum."""
 
 
 def timed_samples(turns: Sequence[Sequence[StepReading]]) -> dict[str, tuple[float, ...]]:
@@ -30,7 +36,7 @@ def timed_samples(turns: Sequence[Sequence[StepReading]]) -> dict[str, tuple[flo
 def timed_columns(reading: StepReading) -> dict[str, float | None]:
     """What a timed step adds to these samples as a turn of its own; None where it did not show it."""
     found = {name: getattr(reading, field) for name, field in _TIMED.items()}
-    found |= {f"turn_{name}": getattr(reading, name) for name in ("sequences", "real_tokens", "loss_tokens")}
+    found |= {name: getattr(reading, field) for name, field in _COUNTED.items()}
     real, padded = reading.real_tokens, reading.padded_tokens
     found["turn_padded_tokens"] = None if real is None or padded is None else padded - real
     return {name: None if value is None else float(value) for name, value in found.items()}
@@ -51,10 +57,10 @@ def untimed_samples(losses: str, tokens: str, readings: Sequence[StepReading]) -
 def _counts_of(turns: Sequence[Sequence[StepReading]]) -> dict[str, tuple[float, ...]]:
     """What each turn held: sequences, real tokens, tokens that the loss is over, and padding."""
     found = {
-        f"turn_{name}": _all([_sum([getattr(one, name) for one in turn]) for turn in turns])
-        for name in ("sequences", "real_tokens", "loss_tokens", "padded_tokens")
+        name: _all([_sum([getattr(one, field) for one in turn]) for turn in turns]) for name, field in _COUNTED.items()
     }
-    real, positions = found["turn_real_tokens"], found["turn_padded_tokens"]
+    real = found["turn_tokens"]
+    positions = _all([_sum([one.padded_tokens for one in turn]) for turn in turns])
     found["turn_padded_tokens"] = tuple(whole - own for whole, own in zip(positions, real, strict=False))
     return found
 

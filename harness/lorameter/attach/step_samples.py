@@ -52,7 +52,7 @@ class StepSamples:
             self.not_finite = reading
         if reading.checks is not None:
             return {}
-        early = untimed_columns("warmup_loss", "warmup_real_tokens", reading)
+        early = untimed_columns("warmup_loss", "warmup_tokens", reading)
         if self._first is None:
             self._first = reading
             return early
@@ -85,7 +85,7 @@ class StepSamples:
         """As of a trial's record, each timed step a turn of its own."""
         early = [*([] if self._first is None else [self._first]), *self._warm]
         found = timed_samples([(reading,) for reading in self._timed])
-        found |= untimed_samples("warmup_loss", "warmup_real_tokens", early)
+        found |= untimed_samples("warmup_loss", "warmup_tokens", early)
         return found | ({"warmup_step_time_s": tuple(one.step_time_s for one in self._warm)} if self._warm else {})
 
     def values(self) -> dict[str, float]:
@@ -98,5 +98,5 @@ class StepSamples:
 
 def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
     """What the record of a trial says of its tokens: real ones and padding, of all timed steps."""
-    counts = {kind: samples.get(f"turn_{kind}_tokens", ()) for kind in ("real", "padded")}
-    return {f"{kind}_tokens": int(sum(found)) for kind, found in counts.items() if found}
+    counts = {"real_tokens": samples.get("turn_tokens", ()), "padded_tokens": samples.get("turn_padded_tokens", ())}
+    return {name: int(sum(found)) for name, found in counts.items() if found}

@@ -35,7 +35,7 @@ from lorameter.machine.memory import host_bytes
 from lorameter.machine.software import own_software
 from lorameter.records import codec
 
-SOCKET = "LORAMETER_TURNS"
+SOCKET = "LORAMETER_TURN_SOCKET"
 """The variable that holds the name of the parent's socket: of those that lie in no folder, whose path might be too
 long (`address`)."""
 EXIT_ORPHAN = 75

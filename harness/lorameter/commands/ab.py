@@ -139,7 +139,7 @@ def _measured_there(
             free_bytes=venue.free_bytes,
             select=options.variant,
             phases=options.phase or (study.protocol.phases if study.trains_only else DEFAULT_PHASES),
-            injected_rows=options.inject_rows,
+            slowdown_rows=options.inject_rows,
             command=command,
             runs=runs,
         )
@@ -306,7 +306,7 @@ def _measured_here(
         free_bytes=venue.free_bytes,
         select=[name],
         phases=("train",),
-        injected_rows=rows,
+        slowdown_rows=rows,
         runs=runs,
     )
     errors = console_for(stderr=True)

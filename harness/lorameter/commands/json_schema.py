@@ -84,7 +84,7 @@ class TimeOf(msgspec.Struct, forbid_unknown_fields=True):
     """null where minutes were not limited."""
     wall_s: float
     measured_s: dict[str, float]
-    """In which something timed was at work, and nothing else: steps, requests, natural, merged, cold."""
+    """In which something timed was at work, and nothing else: steps, requests, open_ended, merged, cold."""
     measured_share: float
     turns: list[int]
     """That each trial took, by replicate, where minutes were limited."""

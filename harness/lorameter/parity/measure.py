@@ -99,7 +99,7 @@ def measure_parity(
 def _train(trial: ConductedTrial) -> None:
     """As a run trains: every step of the protocol, or of the epochs asked for."""
     trial.begin(profiled=False)
-    while trial.ask("train", steps=STEPS).samples["catch_up_loss"]:
+    while trial.ask("train", steps=STEPS).samples["remaining_loss"]:
         pass
     trial.ask("finish_training")
     trial.ask("save_adapter")

@@ -212,7 +212,7 @@ def _conduct(trial: ConductedTrial, rates: list[Rate]) -> None:
     """All of it, in the order in which no measurement is in the way of another."""
     trial.begin()
     trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
-    trial.ask("account", phase="train")
+    trial.ask("memory_breakdown", phase="train")
     trial.ask("profile")
     trial.ask("peak", rates=rates)
     trial.ask("activity")

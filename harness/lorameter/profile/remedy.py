@@ -79,7 +79,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Pro
             protocol, epochs=0.0, merged=False, turns=min(protocol.turns, LEAST_TURNS),
             generate_requests=max(protocol.generate_requests, LEAST_REQUESTS),
         )  # fmt: skip
-        workload = dataclasses.replace(workload, natural_tokens=0)
+        workload = dataclasses.replace(workload, open_ended_tokens=0)
     if not finding.changes:
         own = {name: dataclasses.replace(workload, **finding.workload_changes)}
         notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)

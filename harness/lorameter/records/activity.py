@@ -16,7 +16,7 @@ STEP_PHASES = ("data", "forward", "backward", "update")
 REQUEST_PHASES = ("prepare", "prefill", "decode", "choose")
 """Phases of a request: what comes before its first forward pass, that pass over the prompt, the passes over one token
 each, and what lies between passes and after the last: choosing a token, handing it over, getting the next one ready."""
-REQUEST_SIGHT, REQUEST_ACTIVITY, MERGED_ACTIVITY = "requests.json", "requests-activity.json", "merged-activity.json"
+REQUEST_FACTS, REQUEST_ACTIVITY, MERGED_ACTIVITY = "requests.json", "requests-activity.json", "merged-activity.json"
 REQUEST_TRACE, MERGED_TRACE = "requests-trace.json.gz", "merged-trace.json.gz"
 """What a trial whose requests are taken apart leaves beside these: what was seen of one, what ran in some, and with
 the adapter merged."""

@@ -21,9 +21,9 @@ Column = Literal["", "always", "one workload", "own workloads"]
 """Whether a metric is a column of its phase's table, beside the one that variants are compared by: never · always ·
 where all variants share a workload · where some have one of their own. Losses of different tokens are not set side by
 side, and tokens a second of the timed steps depend on whose records these held."""
-LOSSES = ("warmup_loss", "train_loss", "catch_up_loss")
+LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
-SCRIPT_TOKENS = ("warmup_real_tokens", "step_real_tokens", "catch_up_real_tokens")
+SCRIPT_TOKENS = ("warmup_tokens", "step_tokens", "remaining_tokens")
 """The same for the real tokens of each step of a script."""
 SCRIPT_ONLY_METRICS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
 """Parts of a step that are told apart in somebody's script, and in no trial of the harness's own."""
@@ -67,7 +67,7 @@ class Metric:
 
 
 def _tokens_per_s(record: TrialRecord) -> Samples:
-    return _rate(record, "turn_real_tokens")
+    return _rate(record, "turn_tokens")
 
 
 def _rate(record: TrialRecord, counted: str) -> Samples:
@@ -99,7 +99,7 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     if counts := real_tokens_of_steps(record):  # of a script, whose epoch is not known: the mean of all its steps
         return tuple(seconds * len(counts) / sum(counts) for seconds in times) if sum(counts) else ()
     real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
-    positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
+    positions = sum(sum(record.samples.get(name, ())) for name in ("turn_tokens", "turn_padded_tokens"))
     if not times or not real or not positions:
         return ()
     tokens = positions / len(times) * real / (real + padded)
@@ -138,13 +138,15 @@ def _over_request(*names: str) -> Callable[[TrialRecord], Samples]:
     return derive
 
 
-def _natural_time_per_token_s(record: TrialRecord) -> Samples:
-    pairs = zip(record.samples.get("natural_request_time_s", ()), record.samples.get("natural_tokens", ()), strict=True)
-    return tuple(seconds / tokens for seconds, tokens in pairs)
+def _open_ended_time_per_token_s(record: TrialRecord) -> Samples:
+    pairs = zip(
+        record.samples.get("open_ended_request_time_s", ()), record.samples.get("open_ended_tokens", ()), strict=True
+    )
+    return tuple(seconds / count for seconds, count in pairs)
 
 
 def _final_train_loss(record: TrialRecord) -> Samples:
-    if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
+    if "timed_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
         return ()
     losses = tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
     return losses[-max(1, len(losses) // FINAL_SHARE) :]
@@ -248,7 +250,7 @@ METRICS: dict[str, Metric] = {
             per_token=True,
         ),
         Metric(
-            name="train_loss",
+            name="timed_loss",
             title="train loss",
             unit="1",
             phase="train",
@@ -272,14 +274,16 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             derive=_output_tokens_per_s,
         ),
-        Metric(name="natural_request_time_s", title="request until EOS", unit="s", phase="generate", column="always"),
-        Metric(name="natural_tokens", title="tokens to the end", unit="1", phase="generate", column="always"),
         Metric(
-            name="natural_time_per_token_s",
+            name="open_ended_request_time_s", title="request until EOS", unit="s", phase="generate", column="always"
+        ),
+        Metric(name="open_ended_tokens", title="tokens to the end", unit="1", phase="generate", column="always"),
+        Metric(
+            name="open_ended_time_per_token_s",
             title="per token, to the end",
             unit="s",
             phase="generate",
-            derive=_natural_time_per_token_s,
+            derive=_open_ended_time_per_token_s,
         ),
         Metric(name="first_call_time_s", title="first call", unit="s", phase="generate"),
         Metric(name="merged_request_time_s", title="request, merged", unit="s", phase="generate", column="always"),
@@ -327,7 +331,7 @@ PEAKS: dict[Phase, tuple[str, ...]] = {
     "cold": (),
 }
 """Kinds of memory whose peaks stand for a phase; the first that was measured is shown."""
-RSS_AT_START = "host_baseline_bytes"
+RSS_AT_START = "host_rss_at_start_bytes"
 """The kind of memory that says how much of a host's peak each process had before it did anything."""
 PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
 """The metric that stands for a phase in pytest-benchmark and in the ratio column."""

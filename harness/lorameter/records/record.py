@@ -37,7 +37,7 @@ Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
 """Which side of an A/B a trial stands on; empty where there are no sides."""
-Measure = Literal["steps", "requests", "natural", "merged", "peaks", "cold"]
+Measure = Literal["steps", "requests", "open_ended", "merged", "peaks", "cold"]
 """What a trial measures: timed training steps with their losses · warm requests of a fixed number of tokens · requests
 that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of memory, load
 and first calls, which need a process that is alone · the cold start of its saved adapter."""

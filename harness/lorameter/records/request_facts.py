@@ -25,7 +25,7 @@ class ModelSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestSight:
+class RequestFacts:
     """What one request found, and what it left."""
 
     training: bool

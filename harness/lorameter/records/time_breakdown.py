@@ -30,7 +30,7 @@ class TimeBreakdown:
     limit_s: float | None = None
     """What it was allowed to take."""
     measured_s: dict[str, float] = field(default_factory=dict)
-    """In which something timed was at work, and nothing else: steps, requests, natural, merged, cold."""
+    """In which something timed was at work, and nothing else: steps, requests, open_ended, merged, cold."""
     allocations: tuple[Allocation, ...] = ()
 
     @property

@@ -58,9 +58,9 @@ CHECK: Form = {"path": str, "status": str}
 LARGEST = 1e15
 """No time in seconds, no size in bytes and no loss comes near it, and what is far beyond it adds up to no number."""
 LARGEST_TOKEN = 2**31
-ALIKE = (("natural_tokens", "natural_request_time_s"),)
+ALIKE = (("open_ended_tokens", "open_ended_request_time_s"),)
 """Samples of which the second has one for each of the first."""
-_ANSWER, _NUMBERED = re.compile("answer_|untrained_"), re.compile(r"(answer|untrained)_[0-9]{1,6}")
+_ANSWER, _NUMBERED = re.compile("answer_|base_answer_"), re.compile(r"(answer|base_answer)_[0-9]{1,6}")
 _REMEDY = "Restore the file, or measure again."
 
 

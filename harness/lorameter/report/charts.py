@@ -126,7 +126,7 @@ def _losses(study: Study, groups: Groups) -> Iterator[ChartGroup]:
 def losses_by_step(series: Series) -> list[tuple[float, ...]]:
     """The losses at each step, of the trials that trained all steps: isolated trials and trainings that were cut short
     end earlier and are left out."""
-    records = series.measuring("train_loss")
+    records = series.measuring("timed_loss")
     curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in records]
     most = max(map(len, curves), default=0)
     return list(zip(*(losses for losses in curves if len(losses) == most), strict=True))

@@ -38,7 +38,7 @@ HELD = {
 """Kinds of memory that a step keeps, which do not overlap, and what they are called."""
 MOST_NAMED = 3
 """Of variants that a figure leaves out."""
-COMPARED_LOSSES = ("held_out_loss", "train_loss")
+COMPARED_LOSSES = ("held_out_loss", "timed_loss")
 """What a variant has learnt; the first that was measured is drawn."""
 COLD = {
     "cold_import_time_s": "import",

@@ -112,7 +112,7 @@ def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount
 
 
 def _memory(profile: RequestProfile) -> Table:
-    account, memory, sight = profile.memory, profile.record.memory, profile.sight
+    account, memory, facts = profile.memory, profile.record.memory, profile.facts
     rows = [write_row(title_of(kind), write_bytes(size)) for kind, size in in_order(account.kinds).items()]
     rest = account.unexplained_bytes
     rows.append(
@@ -124,9 +124,9 @@ def _memory(profile: RequestProfile) -> Table:
     ]
     first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
     lines = [] if first is None else [f"up to the first token, in a request of its own: {format_bytes(first)}"]
-    if sight.cache:
-        moved = f"is made anew at {sight.cache_moved:.0%} of the tokens" if sight.cache_moved else "stays where it is"
-        lines.append(f"cache: {sight.cache}, {format_bytes(sight.cache_bytes)} at the end of a request; it {moved}")
+    if facts.cache:
+        moved = f"is made anew at {facts.cache_moved:.0%} of the tokens" if facts.cache_moved else "stays where it is"
+        lines.append(f"cache: {facts.cache}, {format_bytes(facts.cache_bytes)} at the end of a request; it {moved}")
     else:
         lines.append("cache: none")
     return Table(

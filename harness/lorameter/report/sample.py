@@ -30,7 +30,7 @@ def _passages(sample: Sample) -> Iterator[Quote]:
     for head, text in (
         ("prompt", sample.prompt),
         ("reference", sample.reference),
-        ("before training", "not measured" if sample.untrained is None else sample.untrained),
+        ("before training", "not measured" if sample.base_answer is None else sample.base_answer),
         (f"after training, {sample.tokens} tokens, {end}", sample.trained),
     ):
         yield Quote(head=head, text=text.strip() or "(nothing)")
@@ -43,7 +43,7 @@ class Sample:
     prompt: str
     reference: str
     """How the held-out record goes on."""
-    untrained: str | None
+    base_answer: str | None
     """The base model's answer; None where it was not asked."""
     trained: str
     tokens: int
@@ -56,7 +56,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
     """The answers of one variant in one replicate, in the order of the prompts.
 
     Args:
-        run: a run whose workload has `natural_tokens`.
+        run: a run whose workload has `open_ended_tokens`.
         variant: its name in the study.
         replicate: which of the trained adapters, from 0.
         count: as many at most; None for all.
@@ -75,7 +75,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
     from lorameter.trial.data.tokenizers import load_tokenizer
 
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
-    return tuple(_sample(record, index, examples[index], tokenizer, workload.natural_tokens) for index in chosen)
+    return tuple(_sample(record, index, examples[index], tokenizer, workload.open_ended_tokens) for index in chosen)
 
 
 def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
@@ -101,18 +101,18 @@ def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
 
 def _no_answers(run: Run) -> UsageError:
     return UsageError(
-        f"run {run.manifest.run} kept no answers. Write natural_tokens = 64 in [workload] of the study and measure it "
-        "again with the phase generate."
+        f"run {run.manifest.run} kept no answers. Write open_ended_tokens = 64 in [workload] of the study and "
+        "measure it again with the phase generate."
     )
 
 
 def _sample(record: TrialRecord, index: int, example: dict[str, str], tokenizer: Any, limit: int) -> Sample:
     trained: Sequence[int] = record.tokens[f"answer_{index}"]
-    untrained = record.tokens.get(f"untrained_{index}")
+    base_answer = record.tokens.get(f"base_answer_{index}")
     return Sample(
         prompt=example["prompt"],
         reference=example["reference"],
-        untrained=None if untrained is None else _text(tokenizer, untrained),
+        base_answer=None if base_answer is None else _text(tokenizer, base_answer),
         trained=_text(tokenizer, trained),
         tokens=len(trained),
         ended=len(trained) < limit or list(trained[-1:]) == [tokenizer.eos_token_id],

@@ -10,7 +10,7 @@ from lorameter.records.units import format_count, format_duration, format_percen
 from lorameter.report.blocks import Block, Collapsible, Line, Section, Span, say
 
 SAID = {
-    "steps": "timed steps", "requests": "requests", "natural": "requests to their end", "merged": "merged requests",
+    "steps": "timed steps", "requests": "requests", "open_ended": "requests to their end", "merged": "merged requests",
     "cold": "cold starts",
 }  # fmt: skip
 

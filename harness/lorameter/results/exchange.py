@@ -127,8 +127,8 @@ def _trial(record: TrialRecord, workload: Workload | None, variant: Variant | No
         }
     for key, value in facts.items():
         yield _line(key, value, begun, about)
-    for step, loss in enumerate(record.samples.get("train_loss", ())):
-        yield _line("train_loss", loss, begun, about | {"timed_step": step})
+    for step, loss in enumerate(record.samples.get("timed_loss", ())):
+        yield _line("timed_loss", loss, begun, about | {"timed_step": step})
     tracked = {key: record.values[key] for key in ("held_out_loss",) if key in record.values}
     if times := record.samples.get("step_time_s"):
         tracked["step_time_s_median"] = statistics.median(times)

@@ -36,7 +36,7 @@ PRIVATE: tuple[Private, ...] = get_args(Private)
 DAMAGED = '{"damaged\n'
 """Stands for a line that was damaged: it must stay one, or a run that has lost a trial would read as whole."""
 
-_OF_TEXT = re.compile(r"(?:answer|untrained)_\d+|(?:cold_)?completion")
+_OF_TEXT = re.compile(r"(?:answer|base_answer)_\d+|(?:cold_)?completion")
 
 
 def pack(name: str, runs: Path, output: Path | None = None, include: Collection[Private] = ()) -> Path:

@@ -74,7 +74,7 @@ def sample_rows(run: Run, _: Study) -> Iterator[Values]:
         turns = _turns(record)
         for metric, values in record.samples.items():
             about = (*head, phase_of(metric), metric, unit_of(metric))
-            steps = turns if metric in ("step_time_s", "step_cpu_time_s", "train_loss") else ()
+            steps = turns if metric in ("step_time_s", "step_cpu_time_s", "timed_loss") else ()
             for place, value in enumerate(values):
                 yield (*about, place, steps[place] if place < len(steps) else None, value)
         for metric, single in (record.values | record.memory).items():

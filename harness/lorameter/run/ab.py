@@ -56,7 +56,7 @@ def plan_ab(
     free_bytes: int | None,
     select: Sequence[str] = (),
     phases: Sequence[str] = DEFAULT_PHASES,
-    injected_rows: int = 0,
+    slowdown_rows: int = 0,
     command: str = "",
     runs: Path | None = None,
 ) -> tuple[Plan, tuple[Notice, ...]]:
@@ -68,14 +68,14 @@ def plan_ab(
         free_bytes: memory that is free there now; None where it cannot be known.
         select: names of variants; empty for all. The reference carries the control, or the first that is selected.
         phases: "train", "generate", "cold"; training always runs.
-        injected_rows: extra work in the candidate's adapters (`trial.building.injection`); 0 in an honest A/B.
+        slowdown_rows: extra work in the candidate's adapters (`trial.building.injection`); 0 in an honest A/B.
         command: the candidate's, where two scripts are compared.
         runs: folder of earlier runs, whose measured peaks say what fits together.
 
     Raises:
         UsageError: an unknown variant or phase, or a study that this machine cannot run.
     """
-    if injected_rows and study.of_scripts:
+    if slowdown_rows and study.of_scripts:
         raise UsageError(
             f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."
         )
@@ -86,7 +86,7 @@ def plan_ab(
         )
     study = study if study.of_scripts else _locate(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
-    contenders = sides_of(study, variants, injected_rows=injected_rows, command=command)
+    contenders = sides_of(study, variants, slowdown_rows=slowdown_rows, command=command)
     notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
     level, why, provisional = _level(contenders, study, machine, free_bytes, runs)
     plan = make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why, provisional=provisional)
@@ -132,7 +132,7 @@ def measure_ab(
         arms: list[ArmExecutor] = []
         for name, side in sides.items():
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
-            rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
+            rows = {slot.contender.slowdown_rows for slot in plan.slots if slot.side == name}
             kind = executor_of(plan.study)
             arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
         return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, venue=venue)
@@ -276,10 +276,10 @@ def arms_of(
     ]
 
 
-def arms_of_present(injected_rows: int) -> list[ArmExecutor]:
+def arms_of_present(slowdown_rows: int) -> list[ArmExecutor]:
     """Both sides of a calibration: the present interpreter, and the same with extra work in the adapters."""
     same = {"spec": "", "kind": PRESENT, "label": "the present interpreter", INJECTED: 0}
-    slowed = same | {"label": f"the same with {injected_rows} rows of extra work", INJECTED: injected_rows}
+    slowed = same | {"label": f"the same with {slowdown_rows} rows of extra work", INJECTED: slowdown_rows}
     return [*arms_of("base", Host(), (), same), *arms_of("candidate", Host(), (), slowed)]
 
 

@@ -31,7 +31,7 @@ class Arm:
     side: Side = ""
     role: Role = "variant"
     workload: Workload
-    injected_rows: int = 0
+    slowdown_rows: int = 0
     """Extra work in every adapted layer (`lorameter.trial.building.planted_slowdown`); 0 in a real measurement."""
 
     @property
@@ -75,7 +75,7 @@ def contenders_of(
 
 
 def sides_of(
-    study: Study, variants: Sequence[Variant], *, injected_rows: int = 0, command: str = ""
+    study: Study, variants: Sequence[Variant], *, slowdown_rows: int = 0, command: str = ""
 ) -> tuple[Arm, ...]:
     """Each variant on both sides, and one of them on the base once more; `command` is the candidate's in place of the
     variants' own, where two scripts are the sides."""
@@ -84,7 +84,7 @@ def sides_of(
     for variant in variants:
         base = Arm(variant=variant, side="base", workload=study.workload)
         other = dataclasses.replace(variant, command=command) if command else variant
-        found += [base, dataclasses.replace(base, side="candidate", variant=other, injected_rows=injected_rows)]
+        found += [base, dataclasses.replace(base, side="candidate", variant=other, slowdown_rows=slowdown_rows)]
         found += [dataclasses.replace(base, role="control")] if variant is controlled else []
     return tuple(found)
 

@@ -174,7 +174,7 @@ class Budget(TimeLedger):
         them: in the first they are profiled."""
         return self.is_tight and self.peaks_live and self._left > 1
 
-    def has_room(self, plan: Plan, kind: Literal["requests", "natural", "merged"]) -> bool:
+    def has_room(self, plan: Plan, kind: Literal["requests", "open_ended", "merged"]) -> bool:
         """Whether the least of the requests of a kind that come next fits, with the cold starts after them; where they
         may be left out."""
         if self._limit_s is None or self._group is None or not may_leave_out(plan, [self._group], kind):

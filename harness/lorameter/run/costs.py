@@ -19,7 +19,7 @@ ROUND_KINDS = tuple(ROUNDS)
 STANDS_FOR: dict[RoundKind, RoundKind] = {
     "epochs": "steps",
     "requests": "steps",
-    "natural": "requests",
+    "open_ended": "requests",
     "merged": "requests",
 }
 """By what a kind is judged that was not seen yet."""
@@ -123,7 +123,7 @@ def work_in(study: Study, groups: Iterable[Group], *, most: float = math.inf) ->
         rounds: dict[RoundKind, float] = {
             "steps": steps * min(len(group.turns), most),
             **dict.fromkeys(("requests", "merged"), min(len(group.requests), most)),
-            "natural": min(len(group.natural), most),
+            "open_ended": min(len(group.open_ended), most),
         }
         for slot in group.slots:
             for kind, count in rounds.items():

@@ -109,7 +109,7 @@ def check_feasible(
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)
     notices += [layers_notice(model, said) for model, said in unknown.items()]
-    notices += _natural_notices(workloads_of(study, contenders)) if "generate" in measured else ()
+    notices += _open_ended_notices(workloads_of(study, contenders)) if "generate" in measured else ()
     notices += [
         Notice(
             code="random-weights",
@@ -123,15 +123,15 @@ def check_feasible(
     return tuple(notices)
 
 
-def _natural_notices(workloads: Sequence[Workload]) -> Iterator[Notice]:
+def _open_ended_notices(workloads: Sequence[Workload]) -> Iterator[Notice]:
     """That answers to the model's own end are of one prompt, where other requests are of several."""
-    batches = sorted({one.request_batch for one in workloads if one.natural_tokens and one.request_batch > 1})
+    batches = sorted({one.request_batch for one in workloads if one.open_ended_tokens and one.request_batch > 1})
     if batches:
         yield Notice(
             code="open-ended-batch-1",
             message=f"requests that the model ends itself are of one prompt each, beside those of request_batch = "
             f"{' and '.join(map(str, batches))}: answers that end at lengths of their own would be padded.",
-            remedy="Read their times as those of one prompt, or write natural_tokens = 0 to leave them out.",
+            remedy="Read their times as those of one prompt, or write open_ended_tokens = 0 to leave them out.",
         )
 
 
@@ -158,7 +158,10 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
     for key, length in (
         ("sequence_length", workload.sequence_length),
         ("prompt_tokens + new_tokens", workload.prompt_tokens + workload.new_tokens),
-        ("natural_prompt_tokens + natural_tokens", workload.natural_prompt_tokens + workload.natural_tokens),
+        (
+            "open_ended_prompt_tokens + open_ended_tokens",
+            workload.open_ended_prompt_tokens + workload.open_ended_tokens,
+        ),
     ):
         if length > shape.context:
             raise UsageError(

@@ -28,7 +28,7 @@ FIRST_STEP_SHARE = 1.15
 """The first step of a process over a later one."""
 STEP = "build_step_time_s"
 REQUEST = {"requests": "foreseen_request_time_s", "merged": "foreseen_merged_request_time_s"}
-WARM, CAUGHT_UP = "warmup_step_time_s", "catch_up_loss"
+WARM, CAUGHT_UP = "warmup_step_time_s", "remaining_loss"
 
 
 class ReplicateCostEstimate:

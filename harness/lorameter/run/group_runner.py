@@ -134,9 +134,9 @@ class GroupRunner:
         self._foresight.served(self._sheet, "requests")
         if self._has_room("requests"):
             self._in_turns("requests", self._group.requests)
-        if self._has_room("natural"):
-            self._in_turns("natural", self._group.natural)
-            self._each("untrained")
+        if self._has_room("open_ended"):
+            self._in_turns("open_ended", self._group.open_ended)
+            self._each("base_answers")
         self._each("end_generate")
         for trial in self._sheet.live("cold"):  # what it answers must be known, though nobody has asked it anything
             owes = brief and "completion" not in self._sheet.records[trial].tokens
@@ -148,7 +148,7 @@ class GroupRunner:
             self._foresight.served(self._sheet, "merged")
             self._in_turns("merged", self._group.requests)
 
-    def _has_room(self, kind: Literal["requests", "natural", "merged"]) -> bool:
+    def _has_room(self, kind: Literal["requests", "open_ended", "merged"]) -> bool:
         if not self._sheet.live(kind) or self._budget.has_room(self._plan, kind):
             return True
         self.left_out.add(kind)

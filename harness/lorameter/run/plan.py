@@ -29,7 +29,7 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 _PHASE_OF: dict[Measure, str] = {
-    "steps": "train", "requests": "generate", "natural": "generate", "merged": "generate", "peaks": "train",
+    "steps": "train", "requests": "generate", "open_ended": "generate", "merged": "generate", "peaks": "train",
     "cold": "cold",
 }  # fmt: skip
 
@@ -75,15 +75,15 @@ class Slot:
 class Group:
     """Processes that are live together: `launches` are the processes, each with its trials.
 
-    `turns`, `requests` and `natural` are the orders of turns in training and in either kind of request: each entry is
-    one round over all trials of the group, by trial id.
+    `turns`, `requests` and `open_ended` are the orders of turns in training and in either kind of request: each
+    entry is one round over all trials of the group, by trial id.
     """
 
     replicate: int
     launches: tuple[tuple[Slot, ...], ...]
     turns: tuple[tuple[str, ...], ...] = ()
     requests: tuple[tuple[str, ...], ...] = ()
-    natural: tuple[tuple[str, ...], ...] = ()
+    open_ended: tuple[tuple[str, ...], ...] = ()
     held_out: bool = True  # whether the loss on held-out records is taken after the turns
 
     @property
@@ -208,7 +208,7 @@ def make_plan(
 def _check_size(study: Study, contenders: int) -> None:
     """Raises `UsageError` for a plan that would take longer to make, and to read, than anybody waits."""
     protocol = study.protocol
-    rounds = protocol.turns + protocol.generate_requests + protocol.natural_requests
+    rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
     total = contenders * protocol.replicates * rounds
     if total > limits.MOST_ROUNDS:
         raise UsageError(
@@ -225,7 +225,7 @@ def measures_of(
     if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
-    unwanted |= {"natural"} if not study.workload.natural_tokens else set()
+    unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()
     wanted = tuple(
         measure
         for measure, phase in _PHASE_OF.items()
@@ -308,7 +308,7 @@ def _take_turns(launches: Sequence[tuple[Slot, ...]], study: Study, shuffler: ra
         launches=tuple(launches),
         turns=rounds(study.protocol.turns),
         requests=rounds(study.protocol.generate_requests) if "requests" in measures else (),
-        natural=rounds(study.protocol.natural_requests) if "natural" in measures else (),
+        open_ended=rounds(study.protocol.open_ended_requests) if "open_ended" in measures else (),
     )
 
 

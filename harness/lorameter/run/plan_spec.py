@@ -44,8 +44,8 @@ class PlanSpec:
     trials: tuple[str, ...]
     """Those of the groups that are to be measured."""
     sides: tuple[SideSpec, ...] = ()
-    injected_rows: int = 0
-    """Extra work of the candidate (`Arm.injected_rows`)."""
+    slowdown_rows: int = 0
+    """Extra work of the candidate (`Arm.slowdown_rows`)."""
 
 
 def write_plan(plan: Plan, whole: Plan, sides: tuple[SideSpec, ...] = ()) -> PlanSpec:
@@ -60,7 +60,7 @@ def write_plan(plan: Plan, whole: Plan, sides: tuple[SideSpec, ...] = ()) -> Pla
         order=tuple(slot.trial for slot in whole.slots),
         trials=tuple(slot.trial for slot in plan.slots),
         sides=sides,
-        injected_rows=max(contender.injected_rows for contender in whole.contenders),
+        slowdown_rows=max(contender.slowdown_rows for contender in whole.contenders),
     )
 
 
@@ -90,7 +90,7 @@ def _contenders(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
     if not written.sides:
         return contenders_of(study, written.selection, written.own_workloads)
     variants = [study.variant(name) for name in written.selection]
-    return sides_of(study, variants, injected_rows=written.injected_rows)
+    return sides_of(study, variants, slowdown_rows=written.slowdown_rows)
 
 
 def take_trials(plan: Plan, wanted: set[str]) -> Plan:

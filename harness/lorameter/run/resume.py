@@ -33,8 +33,8 @@ from lorameter.studies.study import Study
 from lorameter.verdicts.comparison_input import differences
 from lorameter.verdicts.run_validity import is_single_script_run
 
-INJECTED = "injected_rows"
-"""What the manifest of an A/B says of each side's extra work (`Contender.injected_rows`)."""
+INJECTED = "slowdown_rows"
+"""What the manifest of an A/B says of each side's extra work (`Contender.slowdown_rows`)."""
 PRESENT = "present"
 """Kind of a side that is the interpreter which measures, as both of a calibration are: the run's own facts are its."""
 SETTLED_OPTIONS = (
@@ -179,7 +179,7 @@ def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
         variants = [study.variant(name) for name in manifest.selection]
         side = manifest.sides["candidate"]
         command = side["spec"] if of_commands(manifest) else ""
-        contenders = sides_of(study, variants, injected_rows=side[INJECTED], command=command)
+        contenders = sides_of(study, variants, slowdown_rows=side[INJECTED], command=command)
     else:
         contenders = contenders_of(study, manifest.selection, read_own_workloads(run))
     plan = make_plan(

@@ -25,15 +25,15 @@ from lorameter.run.plan import Group, Plan, Slot
 
 Part = Measure | Literal["losses"]
 """What is left out or not."""
-ORDER: tuple[Measure, ...] = ("merged", "natural", "requests")
+ORDER: tuple[Measure, ...] = ("merged", "open_ended", "requests")
 """What trials that take turns leave out, one after the other."""
 SAID: dict[Part, str] = {
-    "peaks": "peaks of memory", "merged": "requests with the adapter merged", "natural": "requests that the model ends",
-    "requests": "requests", "losses": "held-out losses",
+    "peaks": "peaks of memory", "merged": "requests with the adapter merged",
+    "open_ended": "requests until EOS", "requests": "requests", "losses": "held-out losses",
 }  # fmt: skip
 _EVIDENCE: dict[Part, tuple[str, ...]] = {
     "peaks": (*PEAKS["train"], *PEAKS["generate"]), "merged": ("merged_request_time_s",),
-    "natural": ("natural_request_time_s",), "requests": ("request_time_s",), "losses": ("held_out_loss",),
+    "open_ended": ("open_ended_request_time_s",), "requests": ("request_time_s",), "losses": ("held_out_loss",),
 }  # fmt: skip
 """Names that a record holds where its trial has measured that part."""
 SOUGHT_REPLICATES = 5
@@ -133,5 +133,5 @@ def _without(measure: Measure, group: Group) -> Group:
     )
     return replace(
         group, launches=launches, requests=() if measure == "requests" else group.requests,
-        natural=() if measure == "natural" else group.natural,
+        open_ended=() if measure == "open_ended" else group.open_ended,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def request_of(
         interleaving=slot.interleaving,
         measures=slot.measures,
         instrument=slot.instrument,
-        injected_rows=slot.contender.injected_rows,
+        slowdown_rows=slot.contender.slowdown_rows,
         device=site.device,
         threads=site.threads,
         tokens_path=site.tokens_path,

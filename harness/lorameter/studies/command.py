@@ -15,7 +15,7 @@ from lorameter.records.record import Measure
 Doer = Literal["process", "trial", "profiled trial", "interpreter"]
 """Who carries a command out: the process before it has the trial · the trial · one that is taken apart, which does what
 any other does as well · a new interpreter, which the executor is asked for."""
-RoundKind = Literal["steps", "epochs", "requests", "natural", "merged"]
+RoundKind = Literal["steps", "epochs", "requests", "open_ended", "merged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,24 +53,24 @@ _ROWS = (
     Command(name="begin_generate", label="first call", phase="generate"),
     Command(name="request", label="timing requests", phase="generate", timed=True, telemetry_phase="generate"),
     Command(
-        name="natural",
+        name="open_ended",
         label="timing whole answers",
         phase="generate",
-        measure="natural",
+        measure="open_ended",
         timed=True,
         telemetry_phase="generate",
     ),
-    Command(name="untrained", label="answers before training", phase="generate", measure="natural"),
+    Command(name="base_answers", label="answers before training", phase="generate", measure="open_ended"),
     Command(name="end_generate", label="peaks of generation", phase="generate", measure="peaks", ends="generate"),
     Command(name="merge", label="merging the adapter", phase="generate", measure="merged"),
     Command(name="close", label="checking the shared base"),
     Command(name="cold", label="cold start", by="interpreter", phase="cold", measure="cold", timed=True),
-    Command(name="account", label="counting memory", by="profiled trial"),
-    Command(name="profile", label="taking steps apart", by="profiled trial", telemetry_phase="train", ends="train"),
-    Command(name="peak", label="measuring what the device does at best", by="profiled trial"),
+    Command(name="memory_breakdown", label="memory breakdown", by="profiled trial"),
+    Command(name="profile", label="profiling steps", by="profiled trial", telemetry_phase="train", ends="train"),
+    Command(name="peak", label="measuring peak throughput", by="profiled trial"),
     Command(name="activity", label="recording what runs in a step", by="profiled trial"),
-    Command(name="apart", label="taking requests apart", by="profiled trial", telemetry_phase="generate"),
-    Command(name="sight", label="looking at a request", by="profiled trial"),
+    Command(name="profile_requests", label="profiling requests", by="profiled trial", telemetry_phase="generate"),
+    Command(name="request_facts", label="tracing a request", by="profiled trial"),
     Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
 )
 COMMANDS = {command.name: command for command in _ROWS}
@@ -80,7 +80,7 @@ ROUNDS: dict[RoundKind, Command] = {
     "steps": COMMANDS["turn"],
     "epochs": COMMANDS["train"],
     "requests": COMMANDS["request"],
-    "natural": COMMANDS["natural"],
+    "open_ended": COMMANDS["open_ended"],
     "merged": COMMANDS["request"],
 }
 """What a round of each kind asks of every trial in it. In the order in which a group has them: timed turns, untimed

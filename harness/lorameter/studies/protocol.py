@@ -31,7 +31,7 @@ _RANGES: dict[str, limits.Range] = {
     "steps_per_turn": (1, limits.MOST_STEPS),
     "generate_warmup": (0, 10**6),
     "generate_requests": (1, limits.MOST_ROUNDS),
-    "natural_requests": (1, limits.MOST_ROUNDS),
+    "open_ended_requests": (1, limits.MOST_ROUNDS),
     "peak_replicates": (1, limits.MOST_REPLICATES),
     "retries": (0, 1000),
     "seed": (0, limits.MOST_SEED - limits.MOST_REPLICATES),
@@ -72,7 +72,7 @@ class Protocol:
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6
     """Warm requests per trial and adapter state (unmerged, merged)."""
-    natural_requests: int = 6
+    open_ended_requests: int = 6
     """Requests that the model ends itself, where the workload has such."""
     seed: int = 0
     """Seeds the order of the plan and, with the replicate's number, the training."""
@@ -179,7 +179,7 @@ class Protocol:
             cold_replicates=None,
             generate_warmup=0,
             generate_requests=1,
-            natural_requests=1,
+            open_ended_requests=1,
             retries=0,
             allow_disturbed=True,
             precision=None,

@@ -38,7 +38,7 @@ class TrialRequest:
     allow_fallback: bool = False
     requirements: dict[str, Any] = field(default_factory=dict)
     """Requirements of the study beside those that follow from the variant; paths as in kernels_check."""
-    injected_rows: int = 0
+    slowdown_rows: int = 0
     """Rows of an extra matrix product in every adapted layer's forward: a real slow-down of known cause, which shows
     what a protocol can see. 0 in every measurement of a variant."""
     base: str = field(default="", metadata=codec.LATER)

@@ -49,8 +49,8 @@ _RANGES: dict[str, limits.Range] = {
     "new_tokens": (2, 2**24),
     "request_batch": (1, 4096),
     "adapters": (1, 64),
-    "natural_tokens": (0, 2**24),
-    "natural_prompt_tokens": (1, 2**24),
+    "open_ended_tokens": (0, 2**24),
+    "open_ended_prompt_tokens": (1, 2**24),
     "threads": (1, 4096),
     "ranks": (1, 64),
 }
@@ -103,10 +103,10 @@ class Workload:
     """Adapters on the base while requests are answered: the trained one, and others of its size with random weights of
     their own. With more than one, switching is measured beside requests of the trained adapter and, from two prompts a
     request on, batches whose prompts name different adapters (PEFT's `adapter_names`)."""
-    natural_tokens: int = 0
+    open_ended_tokens: int = 0
     """Most tokens of a request that ends where the model ends it; 0 makes no such requests. They are of one prompt,
     whatever `request_batch` is: answers that end at lengths of their own would be padded to the longest."""
-    natural_prompt_tokens: int = 128
+    open_ended_prompt_tokens: int = 128
     """Such requests are put whole: held-out records with longer prompts are left out."""
     threads: int = 1
     """CPU threads of a trial, of each of its ranks. Two on two cores collapse under contention, so one unless the study

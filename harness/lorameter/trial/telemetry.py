@@ -61,7 +61,7 @@ class TrialTelemetry:
         values = watch.end()
         if command is ROUNDS["steps"] and self._energy:
             self._steps += len(fragment.samples["step_time_s"])
-            self._tokens += sum(fragment.samples["turn_real_tokens"])
+            self._tokens += sum(fragment.samples["turn_tokens"])
             values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
         return dataclasses.replace(fragment, values=fragment.values | values)
 

@@ -111,7 +111,7 @@ class Training:
         self._looking = look_on(request, trainee, packed, None if packed is None else step.inputs(packed))
         self._parts = _Parts(trainee, step, stream, ActiveAdapter(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
-            memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
+            memory = {"host_rss_at_start_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
             with contextlib.nullcontext() if self._looking is None else self._looking.glance():
                 loss, lap = self._take_step()
             values = {
@@ -249,19 +249,20 @@ class Training:
         # One look a turn, into its last step: what comes after it waits for nothing.
         taken = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._surroundings.look)]
         losses = [loss for loss, _ in taken]
-        counts = {"real_tokens": stream.real_tokens - real, "padded_tokens": stream.padded_tokens - padded}
         samples = {
             "step_time_s": tuple(lap.time_s for _, lap in taken),
             "step_cpu_time_s": tuple(lap.cpu_time_s for _, lap in taken),
-            "train_loss": tuple(losses),
+            "timed_loss": tuple(losses),
             "turn_sequences": (float(steps * self._request.workload.batch_size * accumulated),),
-        } | {f"turn_{key}": (float(value),) for key, value in counts.items()}
+            "turn_tokens": (float(stream.real_tokens - real),),
+            "turn_padded_tokens": (float(stream.padded_tokens - padded),),
+        }
         return self._judged(PartialRecord(samples=samples), losses)
 
     def train(self, steps: int) -> PartialRecord:
         """`steps` untimed steps of the epochs asked for, or what is left of them."""
         losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
-        return self._judged(PartialRecord(samples={"catch_up_loss": tuple(losses)}), losses)
+        return self._judged(PartialRecord(samples={"remaining_loss": tuple(losses)}), losses)
 
     def finish_training(self, steps: int | None = None, *, least: int = 0, held_out: bool = True) -> PartialRecord:
         """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss if it is wanted.
@@ -281,7 +282,7 @@ class Training:
         if self._timed:
             last = self._total_steps if steps is None else max(least, min(steps, self._total_steps))
             losses = [self._take_step()[0] for _ in range(last - self._steps_taken)]
-            samples["catch_up_loss"] = tuple(losses)
+            samples["remaining_loss"] = tuple(losses)
             values |= {"training_steps": float(self._steps_taken)}
             values |= {"training_steps_planned": float(self._total_steps)} if last != self._total_steps else {}
         if self._alone:

@@ -62,8 +62,8 @@ class Trial(Training):
         values["packed_4bit_decode"] = float(is_packed(trainee.model))
         if self._alone and first is not None:
             values["first_call_time_s"] = first.request_time_s
-        if "natural" in self._request.measures and self._request.device.startswith("cuda"):
-            self._server.visit(protocol.natural_requests)
+        if "open_ended" in self._request.measures and self._request.device.startswith("cuda"):
+            self._server.visit(protocol.open_ended_requests)
         fragment = PartialRecord(values=values, tokens=_completion(first))
         fragment = prove_attention(fragment, trainee.model, self._server, self._request)
         return prove_mixing(fragment, self._server, self._request)
@@ -73,24 +73,24 @@ class Trial(Training):
         samples = self._serving.request()
         return PartialRecord(samples=samples, tokens=_completion(self._serving.take_owed()))
 
-    def natural(self) -> PartialRecord:
+    def open_ended(self) -> PartialRecord:
         """One request that the model ends itself; its answer goes into the record."""
-        index, request = self._serving.natural()
+        index, request = self._serving.open_ended()
         samples: dict[str, tuple[float, ...]] = {
-            "natural_request_time_s": (request.request_time_s,),
-            "natural_first_token_time_s": (request.first_token_time_s,),
-            "natural_tokens": (float(len(request.tokens)),),
+            "open_ended_request_time_s": (request.request_time_s,),
+            "open_ended_first_token_time_s": (request.first_token_time_s,),
+            "open_ended_tokens": (float(len(request.tokens)),),
         }
         return PartialRecord(samples=samples, tokens={f"answer_{index}": list(request.tokens)})
 
-    def untrained(self) -> PartialRecord:
+    def base_answers(self) -> PartialRecord:
         """The answers to the same prompts before training: those of the base without an adapter."""
         if self._request.variant.rewrites_base or self._request.variant.merge_adapter:
             return PartialRecord()
 
         def answers() -> dict[str, list[int]]:
             with lora.without_adapter(self._built.trainee.model):
-                return {f"untrained_{index}": list(server.answer(index).tokens) for index in server.answered}
+                return {f"base_answer_{index}": list(server.answer(index).tokens) for index in server.answered}
 
         server = self._serving
         return PartialRecord(tokens=self.shared.once("answers", answers))

@@ -171,7 +171,7 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
         )
 
 
-_ROUNDS = {"steps": "timed turns", "requests": "requests", "natural": "whole answers", "merged": "merged requests"}
+_ROUNDS = {"steps": "timed turns", "requests": "requests", "open_ended": "whole answers", "merged": "merged requests"}
 
 
 def _cut_short(ok: list[TrialRecord]) -> Iterator[Notice]:

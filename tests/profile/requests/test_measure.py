@@ -48,14 +48,14 @@ def test_prefill_and_decode_are_apart(taken):
         assert account.prefill.flops > account.decode.flops
     served, merged = request_accounts(profile)
     assert served.decode.calls > merged.decode.calls  # the adapter's products are gone
-    assert served.decode.bytes - merged.decode.bytes == profile.sight.size.adapter_bytes
+    assert served.decode.bytes - merged.decode.bytes == profile.facts.size.adapter_bytes
 
 
 @pytest.mark.selftest
 def test_the_model_is_counted_as_it_lies(taken):
     """The linear layers in 4 bits, whatever family they are of; the closed form says the same of this one."""
     profile, _ = taken
-    size, shape = profile.sight.size, profile.shape
+    size, shape = profile.facts.size, profile.shape
     attention = 2 * shape.hidden_size * shape.head_dim * (shape.heads + shape.kv_heads)
     block = attention + 3 * shape.hidden_size * shape.intermediate_size
     assert size.linear_elements == shape.layers * block

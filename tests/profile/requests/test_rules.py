@@ -18,7 +18,7 @@ from lorameter.profile.requests.rules import (
     diagnose_requests,
 )
 from lorameter.records.activity import WeightCopy
-from lorameter.records.request_facts import ModelSize, RequestSight
+from lorameter.records.request_facts import ModelSize, RequestFacts
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -28,7 +28,7 @@ SIZE = ModelSize(
     linear_elements=100 * MIB, linear_bytes=200 * MIB, head_elements=160 * MIB, head_bytes=320 * MIB,
     adapter_elements=MIB, adapter_bytes=2 * MIB, norm_bytes=1000,
 )  # fmt: skip
-SIGHT = RequestSight(
+FACTS = RequestFacts(
     training=False, checkpointing=False, prompt_rows=32, decode_rows=1, logit_rows=1, cache="DynamicCache",
     cache_bytes=4 * MIB, cache_moved=1.0, head="lm_head.weight", size=SIZE,
 )  # fmt: skip
@@ -52,7 +52,7 @@ HEALTHY = RequestEvidence(
     prefill=PassEvidence(time_s=0.04, calls=900, idle_s=0.002, head_s=0.001),
     decode=PassEvidence(time_s=0.01, calls=900, idle_s=0.0005, cache_s=0.0001, head_s=0.001),
     choose_s=0.0005,
-    sight=SIGHT,
+    facts=FACTS,
     merged=span(0.398),
     merged_calls=700.0,
     new_length=TimeSpan(value=0.0001, low=-0.001, high=0.001),
@@ -63,9 +63,9 @@ HEALTHY = RequestEvidence(
 """Constructed: a request of 0.4 s that a GPU is busy with, of an adapter that costs next to nothing."""
 
 
-def changed(*, variant=None, prefill=None, decode=None, sight=None, **fields):
+def changed(*, variant=None, prefill=None, decode=None, facts=None, **fields):
     """The healthy evidence with other fields, of its parts as well."""
-    parts = {"variant": variant, "prefill": prefill, "decode": decode, "sight": sight}
+    parts = {"variant": variant, "prefill": prefill, "decode": decode, "facts": facts}
     own = {name: dataclasses.replace(getattr(HEALTHY, name), **given) for name, given in parts.items() if given}
     return dataclasses.replace(HEALTHY, **own, **fields)
 
@@ -80,7 +80,7 @@ PLANTED = {
     ),
     "launch-bound": (changed(decode={"idle_s": 0.006}), LATER, 0.006, {}),
     "cache-reallocated": (changed(decode={"cache_s": 0.001}), LATER, 0.001, {"kv_cache": "static"}),
-    "prompt-logits": (changed(prefill={"head_s": 0.02}, sight={"logit_rows": 32}), FIRST, 0.02 * 31 / 32, {}),
+    "prompt-logits": (changed(prefill={"head_s": 0.02}, facts={"logit_rows": 32}), FIRST, 0.02 * 31 / 32, {}),
     "between-tokens": (changed(choose_s=0.004), LATER, 0.004, {}),
     "new-length": (changed(new_length=TimeSpan(value=0.03, low=0.02, high=0.04)), FIRST, 0.03, {}),
     "mixed-types": (
@@ -88,13 +88,13 @@ PLANTED = {
         WHOLE, 0.002 + PASSES * 0.001, {"adapter_dtype": "bfloat16"},
     ),
     "train-mode": (
-        changed(sight={"training": True}, prefill={"dropout_s": 0.001}, decode={"dropout_s": 0.0002}),
+        changed(facts={"training": True}, prefill={"dropout_s": 0.001}, decode={"dropout_s": 0.0002}),
         WHOLE, 0.001 + PASSES * 0.0002, {},
     ),
-    "no-cache": (changed(sight={"decode_rows": 63, "cache": "", "cache_moved": 0.0}), LATER,
+    "no-cache": (changed(facts={"decode_rows": 63, "cache": "", "cache_moved": 0.0}), LATER,
                  0.01 - 526 * MIB / 1e12, {}),
     "checkpointing-left-on": (
-        changed(sight={"decode_rows": 2, "checkpointing": True}), LATER, 0.005, {},
+        changed(facts={"decode_rows": 2, "checkpointing": True}), LATER, 0.005, {},
     ),
 }  # fmt: skip
 """Constructed: the evidence, what the cost is a part of, the cost in seconds, and what to change of the variant."""
@@ -103,7 +103,7 @@ PLANTED = {
 def test_a_healthy_request_has_no_finding():
     """No rule finds anything in it, whatever is on and does nothing: checkpointing, a cache that only grows."""
     assert diagnose_requests(HEALTHY) == ()
-    assert diagnose_requests(changed(sight={"checkpointing": True})) == ()
+    assert diagnose_requests(changed(facts={"checkpointing": True})) == ()
 
 
 def test_every_rule_has_a_planted_case():
@@ -145,7 +145,7 @@ LAYER_COPY = dataclasses.replace(HEAD_COPY, weight="model.layers.0.mlp.up_proj.w
             changed(variant={"quantization": "nf4", "prepare_for_kbit": True}, decode={"casts_s": 0.001}),
             [{"prepare_for_kbit": False}],
         ),
-        (changed(sight={"cache_moved": 0.0, "cache": "StaticCache"}, decode={"cache_s": 0.001}), []),
+        (changed(facts={"cache_moved": 0.0, "cache": "StaticCache"}, decode={"cache_s": 0.001}), []),
         (changed(prefill={"head_s": 0.02}), []),
         (changed(new_length=TimeSpan(value=0.03, low=-0.01, high=0.04)), []),
         (changed(variant={"dtype": "float32"}, adapter_dtype="float32", decode={"casts_s": 0.001}), []),

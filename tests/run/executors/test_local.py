@@ -103,7 +103,7 @@ def test_a_trial_end_to_end(executor, served):
     assert plain.tokens["hash"] == nf4.tokens["hash"]
     assert plain.tokens == control.tokens
     losses, twin_losses = (
-        [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples[name]]
+        [loss for name in ("warmup_loss", "timed_loss", "remaining_loss") for loss in record.samples[name]]
         for record in (plain, control)
     )
     assert losses == twin_losses

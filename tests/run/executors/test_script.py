@@ -172,11 +172,11 @@ def test_what_is_measured_is_what_any_trial_measures(records):
     """Steps in turns after a warm-up, all trials to the same step, tokens and losses a step, peaks, parameters."""
     record = records["plain"]
     assert record.turn_lengths == (2, 2, 2)
-    assert len(record.samples["step_time_s"]) == len(record.samples["train_loss"]) == 6
+    assert len(record.samples["step_time_s"]) == len(record.samples["timed_loss"]) == 6
     assert record.values["training_steps"] == ALL_STEPS
-    losses = [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples[name]]
+    losses = [loss for name in ("warmup_loss", "timed_loss", "remaining_loss") for loss in record.samples[name]]
     assert losses == pytest.approx([2.0 / number**0.1 for number in range(1, ALL_STEPS + 1)])
-    assert record.samples["turn_real_tokens"] == (400.0, 400.0, 400.0)
+    assert record.samples["turn_tokens"] == (400.0, 400.0, 400.0)
     assert record.samples["turn_padded_tokens"] == (0.0, 0.0, 0.0)
     assert record.values["trainable_parameters"] == 32
     assert 2**20 < record.memory["host_peak_train_bytes"] < 2**32

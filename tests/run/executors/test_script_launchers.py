@@ -81,7 +81,7 @@ def test_a_launcher_is_no_training_and_what_it_starts_takes_turns(tmp_path, monk
     by_trial = {record.trial: record for record in run.records}
     for name in ("r0-torchrun", "r0-torchrun-control"):
         assert by_trial[name].values["ranks"] == 2
-    assert by_trial["r0-accelerate"].samples["train_loss"] == by_trial["r0-plain"].samples["train_loss"]
+    assert by_trial["r0-accelerate"].samples["timed_loss"] == by_trial["r0-plain"].samples["timed_loss"]
     assert all(record.turn_lengths == (2, 2) for record in run.records)
     assert left_of(tmp_path) == []
 
@@ -114,7 +114,7 @@ def test_data_workers_take_no_turns(tmp_path, monkeypatch):
     assert {record.trial: record.failure for record in run.records} == dict.fromkeys(
         ("r0-spawn", "r0-spawn-control", "r0-fork")
     )
-    losses = {record.samples["train_loss"] for record in run.records}
+    losses = {record.samples["timed_loss"] for record in run.records}
     assert len(losses) == 1
     assert all(record.turn_lengths == (2, 2) for record in run.records)
     assert left_of(tmp_path) == []

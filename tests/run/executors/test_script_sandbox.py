@@ -192,7 +192,7 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
     assert {name: found[name] for name in places} == {name: str(tmp_path / place) for name, place in places.items()}
     assert found["MLFLOW_TRACKING_URI"] == f"file://{tmp_path}/mlflow"
     assert "HF_DATASETS_CACHE" not in found
-    assert found["LORAMETER_TURNS"] == "/s"
+    assert found["LORAMETER_TURN_SOCKET"] == "/s"
     assert found["LORAMETER_FOLLOWER"] == "lorameter.attach.turn_client:TurnClient"
 
 

@@ -108,7 +108,7 @@ def test_of_two_trainers_of_a_script_the_first_is_measured(tmp_path, monkeypatch
     run = measure(plan, runs=tmp_path / "runs", display=Mock(), notices=notices)
     by_trial = {record.trial: record for record in run.records}
     assert {by_trial[name].status for name in ("r0-after", "r0-after-control")} == {"ok"}
-    assert by_trial["r0-after"].samples["train_loss"] == by_trial["r0-after-control"].samples["train_loss"]
+    assert by_trial["r0-after"].samples["timed_loss"] == by_trial["r0-after-control"].samples["timed_loss"]
     nested = by_trial["r0-nested"]
     assert (nested.status, nested.failure.kind) == ("invalid", "TwoTrainings")
     assert "a second training began in the same process" in nested.failure.message
@@ -124,10 +124,10 @@ def test_both_are_measured_step_by_step(run):
     for record in run.records:
         assert record.turn_lengths == (2, 2, 2)
         assert record.values["training_steps"] == 2 + 4 + 6
-        assert all(math.isfinite(loss) for loss in record.samples["train_loss"])
+        assert all(math.isfinite(loss) for loss in record.samples["timed_loss"])
         assert all(0 < time < 60 for time in record.samples["step_time_s"])
     assert by_name["r0-r4"].tokens["source"] == "trainer"
-    assert by_name["r0-r4"].samples["turn_real_tokens"] == (2 * 2 * 16.0,) * 3
+    assert by_name["r0-r4"].samples["turn_tokens"] == (2 * 2 * 16.0,) * 3
     assert by_name["r0-loop"].tokens["source"] == "optimizer"
 
 
@@ -136,7 +136,7 @@ def test_the_same_script_twice_trains_the_same(run):
     """Held, stopped and let go again, it has the losses that it has by itself, to the bit."""
     ours, twin = (next(one for one in run.records if one.trial == name) for name in ("r0-r4", "r0-r4-control"))
     assert ours.samples["warmup_loss"] == twin.samples["warmup_loss"]
-    assert ours.samples["train_loss"] == twin.samples["train_loss"]
+    assert ours.samples["timed_loss"] == twin.samples["timed_loss"]
 
 
 @pytest.mark.selftest

@@ -58,5 +58,5 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
         statuses = {record.name: record.status for record in records}
         assert statuses["r4"] == "ok"
         assert name == "without" or statuses["wild"] == "invalid"
-        losses[name] = [record.samples["train_loss"] for record in records if record.trial == "r0-r4"]
+        losses[name] = [record.samples["timed_loss"] for record in records if record.trial == "r0-r4"]
     assert losses["with"] == losses["without"]

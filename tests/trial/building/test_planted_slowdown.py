@@ -44,7 +44,7 @@ def built(tokens):
         request = TrialRequest(
             trial="t", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD, protocol=Protocol(),
             interleaving="lockstep", measures=("steps",), device="cpu", threads=1, tokens_path=tokens, scratch="",
-            log_path="", injected_rows=rows,
+            log_path="", slowdown_rows=rows,
         )  # fmt: skip
         trainee = build(request, steps=10, shared=SharedBase())
         stream = TokenStream(Path(tokens), WORKLOAD, variant, "cpu")

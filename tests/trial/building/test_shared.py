@@ -77,7 +77,7 @@ def losses_alone(variant, tokens, *, check):
 
 def all_losses(fragments):
     assert {fragment.status for fragment in fragments} == {"ok"}
-    names = ("warmup_loss", "train_loss", "catch_up_loss")
+    names = ("warmup_loss", "timed_loss", "remaining_loss")
     losses = [loss for fragment in fragments for name in names for loss in fragment.samples.get(name, ())]
     held_out = [fragment.values[key] for fragment in fragments for key in sorted(fragment.values) if "held" in key]
     return losses, held_out
@@ -122,7 +122,7 @@ def test_a_trial_without_its_random_numbers_is_not(tokens, monkeypatch):
     alone = trial_on(SharedBase(), SWEEP[0], tokens, interleaving="replicates")
     alone.run("build")
     expected = [alone.run("turn", steps=1) for _ in range(3)]
-    assert [f.samples["train_loss"] for f in fragments] != [f.samples["train_loss"] for f in expected]
+    assert [f.samples["timed_loss"] for f in fragments] != [f.samples["timed_loss"] for f in expected]
 
 
 def _switch_only(self):

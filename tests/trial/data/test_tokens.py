@@ -142,7 +142,7 @@ def test_every_form_is_trained_on(tmp_path, form, loss):
     """And said; only the loss on answers of plain text, which has none, is refused."""
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join([json.dumps(FORMS[form])] * 60))
-    workload = dataclasses.replace(SMALL, data=str(path), loss=loss, natural_tokens=0 if form == "text" else 4)
+    workload = dataclasses.replace(SMALL, data=str(path), loss=loss, open_ended_tokens=0 if form == "text" else 4)
     if (form, loss) == ("text", "answer"):
         with pytest.raises(UsageError, match="loss = 'answer': text has no separate answer"):
             prepare(workload, tmp_path)

@@ -20,7 +20,7 @@ from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=6, held_out_sequences=1, prompt_tokens=8,
-    new_tokens=3, natural_tokens=6, natural_prompt_tokens=400,
+    new_tokens=3, open_ended_tokens=6, open_ended_prompt_tokens=400,
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=1, warmup_steps_max=1, turns=2, steps_per_turn=1, generate_warmup=0)
 VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
@@ -36,7 +36,7 @@ def trial(tmp_path):
         workload = dataclasses.replace(WORKLOAD, request_batch=batch)
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=workload,
-            protocol=PROTOCOL, interleaving="replicates", measures=("steps", "requests", "natural", "peaks"),
+            protocol=PROTOCOL, interleaving="replicates", measures=("steps", "requests", "open_ended", "peaks"),
             instrument="spy", device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path,
             scratch=str(tmp_path), log_path="",
         )  # fmt: skip

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorameter.trial.memory import resident_bytes, resident_tensors
 from lorameter.trial.profiling.live import LiveTensors
-from lorameter.trial.profiling.memory_breakdown import account, take_birth
+from lorameter.trial.profiling.memory_breakdown import measure_breakdown, take_birth
 
 ROWS, WIDTH = 16, 32
 
@@ -97,7 +97,7 @@ def test_a_step_of_known_size_is_explained_on_the_host():
 
     step()
     optimizer.zero_grad()
-    found = account(wide, optimizer, step, birth=take_birth(), device="cpu")
+    found = measure_breakdown(wide, optimizer, step, birth=take_birth(), device="cpu")
     assert found.kinds["activations"] >= size
     assert found.kinds["activations"] + found.kinds["temporaries"] == pytest.approx(3 * size, rel=0.01)
     assert found.unexplained_bytes == found.peak_bytes - sum(found.kinds.values())
@@ -118,6 +118,6 @@ def test_a_step_on_a_gpu_is_explained_within_two_percent():
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    found = account(layers, optimizer, step, birth=take_birth(), device="cuda")
+    found = measure_breakdown(layers, optimizer, step, birth=take_birth(), device="cuda")
     assert abs(found.share) < 0.02
     assert found.beside["fragmentation"] >= 0

@@ -53,7 +53,7 @@ def test_a_bordered_step_is_the_plain_one_and_its_phases_add_up(tmp_path):
     plain = TrainStep(trainee, stream, request.variant, "cpu")
     samples = step_times(plain, step, "cpu", budget_s=0.0)
     assert len(samples["plain_step_time_s"]) == len(samples["phase_forward_s"]) == 8
-    assert len(samples["train_loss"]) == 16
+    assert len(samples["timed_loss"]) == 16
     for index, lap in enumerate(samples["bordered_step_time_s"]):
         phases = sum(samples[f"phase_{phase}_s"][index] for phase in ("data", "forward", "backward", "update"))
         assert phases <= lap

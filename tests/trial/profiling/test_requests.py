@@ -14,12 +14,12 @@ from lorameter.records.activity import (
     CACHE,
     HEAD,
     REQUEST_ACTIVITY,
+    REQUEST_FACTS,
     REQUEST_PHASES,
-    REQUEST_SIGHT,
     REQUEST_TRACE,
     Activity,
 )
-from lorameter.records.request_facts import RequestSight
+from lorameter.records.request_facts import RequestFacts
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -70,22 +70,22 @@ def of(kind, folder, name):
 def test_a_request_is_taken_apart(serving, tmp_path):
     """Its samples, what it finds, and what runs in each phase, with the copied head of its prefill among it."""
     trial = serving()
-    samples = trial.run("apart", merged=False).samples
+    samples = trial.run("profile_requests", merged=False).samples
     assert len(samples["plain_request_time_s"]) == len(samples["phase_decode_s"]) == len(samples["first_token_time_s"])
     for index, lap_s in enumerate(samples["bordered_request_time_s"]):
         phases = [samples[f"phase_{phase}_s"][index] for phase in REQUEST_PHASES]
         assert min(phases) > 0
         assert sum(phases) <= lap_s
-    looked = trial.run("sight")
+    looked = trial.run("request_facts")
     assert looked.memory["host_peak_first_token_bytes"] > 0
     assert len(looked.samples["new_length_first_token_s"]) == len(looked.samples["known_length_first_token_s"]) == 6
-    sight = of(RequestSight, tmp_path, REQUEST_SIGHT)
-    assert (sight.training, sight.checkpointing, sight.logit_rows) == (False, False, 1)
-    assert (sight.prompt_rows, sight.decode_rows) == (PROMPT, 1)
-    assert (sight.cache, sight.cache_moved, sight.head) == ("DynamicCache", 1.0, "lm_head.weight")
+    facts = of(RequestFacts, tmp_path, REQUEST_FACTS)
+    assert (facts.training, facts.checkpointing, facts.logit_rows) == (False, False, 1)
+    assert (facts.prompt_rows, facts.decode_rows) == (PROMPT, 1)
+    assert (facts.cache, facts.cache_moved, facts.head) == ("DynamicCache", 1.0, "lm_head.weight")
     config = trial._built.trainee.model.get_base_model().config
     heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    assert sight.cache_bytes == 2 * config.num_hidden_layers * heads * (PROMPT + NEW - 1) * 2
+    assert facts.cache_bytes == 2 * config.num_hidden_layers * heads * (PROMPT + NEW - 1) * 2
     trial.run("request_activity", merged=False)
     activity = of(Activity, tmp_path, REQUEST_ACTIVITY)
     assert (tmp_path / REQUEST_TRACE).stat().st_size > 0
@@ -106,7 +106,7 @@ def test_what_is_merged_goes_under_names_of_its_own(serving):
     trial = serving()
     trial.run("merge")
     assert {"merged_plain_request_time_s", "merged_phase_decode_s", "merged_first_token_time_s"} <= set(
-        trial.run("apart", merged=True).samples
+        trial.run("profile_requests", merged=True).samples
     )
 
 
@@ -117,9 +117,9 @@ def test_a_remedy_changes_no_token(serving, tmp_path, fields):
     assert changed._serving.ask().tokens == plain._serving.ask().tokens
     model = changed._built.trainee.model
     assert lora.is_merged(model) is ("merge_adapter" in fields)
-    sight = see_request(model, changed._serving.ask, "cpu")
+    facts = see_request(model, changed._serving.ask, "cpu")
     cache = ("StaticCache", 0.0) if "kv_cache" in fields else ("DynamicCache", 1.0)
-    assert (sight.cache, sight.cache_moved) == cache
+    assert (facts.cache, facts.cache_moved) == cache
 
 
 def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
@@ -153,12 +153,12 @@ def test_a_lost_cache_is_seen(use_cache, taken, cache):
     model, seen = wide_model(), []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
     prompt = torch.arange(10)[None]
-    sight = see_request(
+    facts = see_request(
         model, lambda: model.generate(prompt, max_new_tokens=3, do_sample=False, use_cache=use_cache), "cpu"
     )
     assert seen == taken
-    assert (sight.prompt_rows, sight.decode_rows) == (taken[0], max(taken[1:]))
-    assert (sight.cache, sight.cache_bytes > 0, sight.cache_moved) == (cache, use_cache, float(use_cache))
+    assert (facts.prompt_rows, facts.decode_rows) == (taken[0], max(taken[1:]))
+    assert (facts.cache, facts.cache_bytes > 0, facts.cache_moved) == (cache, use_cache, float(use_cache))
 
 
 def test_logits_of_a_whole_prompt_are_seen():

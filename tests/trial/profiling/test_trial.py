@@ -34,7 +34,7 @@ def trial(tmp_path):
 
 def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, monkeypatch):
     """By a step that is watched and not timed; nothing is counted of a family that is known."""
-    times = {"train_loss": (1.0,)}
+    times = {"timed_loss": (1.0,)}
     monkeypatch.setattr(profiled, "step_times", lambda *args: times)
     assert from_values(trial.run("profile").values) is None
     taken = trial._steps_taken
@@ -49,7 +49,15 @@ def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, m
 def test_other_trials_do_not_know_its_commands(trial):
     """What a run measures cannot be taken apart by mistake."""
     own = set(ProfiledTrial.COMMANDS) - set(Trial.COMMANDS)
-    assert own == {"account", "profile", "peak", "activity", "apart", "sight", "request_activity"}
+    assert own == {
+        "memory_breakdown",
+        "profile",
+        "peak",
+        "activity",
+        "profile_requests",
+        "request_facts",
+        "request_activity",
+    }
     plain = Trial(trial._request, SharedBase())
     for command in own:
         with pytest.raises(ValueError, match="unknown command"):

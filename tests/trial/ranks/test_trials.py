@@ -107,7 +107,7 @@ def test_a_step_takes_as_long_as_its_slowest_rank(healthy):
     record, _ = healthy["ddp, lora"]
     each = zip(record.samples["rank0_step_time_s"], record.samples["rank1_step_time_s"], strict=True)
     assert record.samples["step_time_s"] == tuple(map(max, each))
-    assert record.samples["turn_real_tokens"] == (2 * 4 * 32.0, 2 * 4 * 32.0)
+    assert record.samples["turn_tokens"] == (2 * 4 * 32.0, 2 * 4 * 32.0)
     assert record.values["ranks"] == 2.0
 
 

@@ -68,7 +68,7 @@ def make_run(small_study):
                     name=variant.name, variant=variant.id, role=role, replicate=replicate, position=len(records),
                     interleaving=level, seed=replicate, started_unix_s=1.0, wall_time_s=1.0,
                     samples={
-                        "step_time_s": times, "turn_real_tokens": (64.0,) * TURNS, "request_time_s": times,
+                        "step_time_s": times, "turn_tokens": (64.0,) * TURNS, "request_time_s": times,
                     },
                     values={"held_out_loss": 2.0 * factor, "trainable_parameters": 1000.0 * variant.r},
                     memory={"adapter_bytes": 4000 * variant.r},

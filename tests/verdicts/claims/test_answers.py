@@ -1,4 +1,4 @@
-"""The share of natural-length request time that the length explains."""
+"""The share of open-ended request time that the length explains."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def answers(make_run):
         def answered(record):
             tokens = [float(tokens_of(record.name, index, record.role)) for index in range(6)]
             times = [per_token(record.name, index) * count for index, count in enumerate(tokens)]
-            samples = {"natural_tokens": tuple(tokens), "natural_request_time_s": tuple(times)}
+            samples = {"open_ended_tokens": tuple(tokens), "open_ended_request_time_s": tuple(times)}
             return record.replaced(samples=record.samples | samples)
 
         return answers_of(group_trials(make_run([], change=answered).records))

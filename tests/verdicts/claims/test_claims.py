@@ -169,7 +169,7 @@ def test_a_claim_on_a_pretrained_model_needs_one(make_run, claim):
     ("part", "options", "words"),
     [
         ({"metric": "cold_start_time_s"}, {}, "Measure with the phase cold"),
-        ({"metric": "natural_request_time_s"}, {}, "natural_tokens is 0"),
+        ({"metric": "open_ended_request_time_s"}, {}, "open_ended_tokens is 0"),
         ({}, {"select": ("centre", "r4")}, "r 16: not selected in this run"),
         ({"metric": "held_out_loss"}, {"change": lambda one: one.replaced(values=one.values | {"held_out_loss": -1.0})},
          "held-out loss: reference trial 0 sample 0 is -1.0"),

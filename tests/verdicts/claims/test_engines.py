@@ -38,7 +38,7 @@ def peaks(kind, ours, theirs, twin=None):
         if record.name not in ("r16", "centre") or record.replicate >= len(given):
             return watched()(record)
         size = int(given[record.replicate] * 2**20)
-        return watched()(record).replaced(memory={kind: size, "host_baseline_bytes": 300 * 2**20})
+        return watched()(record).replaced(memory={kind: size, "host_rss_at_start_bytes": 300 * 2**20})
 
     return change
 

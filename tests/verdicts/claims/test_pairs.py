@@ -134,7 +134,7 @@ def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_pa
         part("costs-at-most", "step_time_s", axis=axis, levels=levels, by=0.3),
         part("faster", "step_time_s", axis=axis, levels=levels, by=0.1),
         part("equal", "held_out_loss", axis=axis, levels=()),
-        part("differs", "train_loss", axis=axis, levels=levels),
+        part("differs", "timed_loss", axis=axis, levels=levels),
     )
     claims = tuple(Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts))
     study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=claims)
@@ -143,7 +143,7 @@ def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_pa
         worse = 1.2 if record.name == "other" else 1.0
         at_last, held_out = worse * (2.0 + record.replicate / 1000), 2.0 + record.replicate / 1000
         return record.replaced(
-            samples=record.samples | {"train_loss": (at_last,) * 3},
+            samples=record.samples | {"timed_loss": (at_last,) * 3},
             values=record.values | {"held_out_loss": held_out},
         )
 

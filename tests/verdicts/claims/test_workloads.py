@@ -39,7 +39,7 @@ def test_a_field_of_the_workload_is_an_axis(make_run, claim, small_study, part, 
     assert part_of(make_run([claim(part)], factors, workloads=sizes)).verdict == verdict
 
 
-@pytest.mark.parametrize("metric", ["held_out_loss", "train_loss"])
+@pytest.mark.parametrize("metric", ["held_out_loss", "timed_loss"])
 @pytest.mark.parametrize(
     "own",
     [

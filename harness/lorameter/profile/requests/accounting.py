@@ -68,8 +68,8 @@ def _account(profile: RequestProfile, names: Names) -> RequestAccount:
         token=span_of(counted_samples(profile, "time_per_output_token_s", names)),
         passes=passes,
         prefill=_pass_account(
-            profile, whole.phases["prefill"], calls("prefill", 1), rows=profile.sight.prompt_rows,
-            logit_rows=profile.sight.logit_rows, context=0, merged=merged,
+            profile, whole.phases["prefill"], calls("prefill", 1), rows=profile.facts.prompt_rows,
+            logit_rows=profile.facts.logit_rows, context=0, merged=merged,
         ),
         decode=_pass_account(
             profile, _divided(decode, passes), calls("decode", passes), rows=1, logit_rows=1,
@@ -95,7 +95,7 @@ def _pass_account(
 ) -> PassAccount:
     """`rows` and `logit_rows` are of each prompt; `context` is what the one row of a later pass attends to, 0 for the
     pass over the prompts themselves."""
-    size, shape, sight = profile.sight.size, profile.shape, profile.sight
+    size, shape, facts = profile.facts.size, profile.shape, profile.facts
     beside, prompts = not merged, profile.workload.request_batch
     pairs = prompts * (context or rows * (rows + 1) // 2)
     rows, logit_rows = prompts * rows, prompts * logit_rows
@@ -103,7 +103,7 @@ def _pass_account(
     weights = size.linear_elements + (size.adapter_elements if beside else 0)
     flops = 2 * rows * weights + 2 * logit_rows * size.head_elements + attention
     whole = profile.workload.prompt_tokens + profile.workload.new_tokens - 1
-    cache = sight.cache_bytes * min(context, whole) // whole
+    cache = facts.cache_bytes * min(context, whole) // whole
     read = size.linear_bytes + size.head_bytes + size.norm_bytes + (size.adapter_bytes if beside else 0) + cache
     product, memory = profile.peaks.get("product"), profile.peaks.get("memory")
     left_out = "" if shape is not None else ", without attention"

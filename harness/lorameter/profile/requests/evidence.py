@@ -21,7 +21,7 @@ from lorameter.profile.evidence import (
 from lorameter.profile.requests.accounting import RequestAccount
 from lorameter.profile.requests.facts import RequestProfile
 from lorameter.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
-from lorameter.records.request_facts import RequestSight
+from lorameter.records.request_facts import RequestFacts
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -61,7 +61,7 @@ class RequestEvidence:
     decode: PassEvidence
     choose_s: float
     """Between two passes: choosing a token, handing it over, preparing the next."""
-    sight: RequestSight
+    facts: RequestFacts
     merged: TimeSpan | None = None
     """A request with the adapter merged."""
     merged_calls: float | None = None
@@ -99,7 +99,7 @@ def evidence_of_requests(
         prefill=_pass_evidence(profile, account, "prefill", 1),
         decode=_pass_evidence(profile, account, "decode", account.passes),
         choose_s=account.whole.phases["choose"].value / (account.passes + 1),
-        sight=profile.sight,
+        facts=profile.facts,
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
         new_length=_span_of(late),

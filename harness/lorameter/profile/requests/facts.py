@@ -11,7 +11,7 @@ from lorameter.profile.accounting import Names
 from lorameter.profile.facts import Watched
 from lorameter.records.activity import REQUEST_PHASES, Activity
 from lorameter.records.memory_account import MemoryAccount
-from lorameter.records.request_facts import RequestSight
+from lorameter.records.request_facts import RequestFacts
 
 SERVED = Names(what="request", phases=REQUEST_PHASES)
 MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")
@@ -34,7 +34,7 @@ class RequestProfile(Watched):
     """All that was observed of one variant's requests; times with the adapter merged begin with "merged_". What ran is
     that of the adapter as the variant serves it."""
 
-    sight: RequestSight
+    facts: RequestFacts
     merged_activity: Activity | None
     """What ran with the adapter merged; None where the variant serves it so."""
     memory: MemoryAccount

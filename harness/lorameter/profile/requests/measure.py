@@ -21,13 +21,13 @@ from lorameter.records.activity import (
     MERGED_ACTIVITY,
     MERGED_TRACE,
     REQUEST_ACTIVITY,
-    REQUEST_SIGHT,
+    REQUEST_FACTS,
     REQUEST_TRACE,
     Activity,
 )
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice
-from lorameter.records.request_facts import RequestSight
+from lorameter.records.request_facts import RequestFacts
 from lorameter.run.executors import Executor
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -50,7 +50,7 @@ def profile_requests(
         trial.end()
         profile = RequestProfile(
             **opened.facts(REQUEST_ACTIVITY),
-            sight=opened.read(RequestSight, REQUEST_SIGHT),
+            facts=opened.read(RequestFacts, REQUEST_FACTS),
             merged_activity=opened.read(Activity, MERGED_ACTIVITY) if merges else None,
             memory=opened.read(MemoryAccount, ACCOUNTS["generate"]),
             shape=_shape(study.workload.model),
@@ -65,14 +65,14 @@ def _conduct(trial: ConductedTrial, rates: list[Rate], *, merges: bool) -> None:
     trial.ask("finish_training", steps=0)
     trial.ask("save_adapter")
     trial.ask("begin_generate")
-    trial.ask("apart", merged=False)
+    trial.ask("profile_requests", merged=False)
     trial.ask("end_generate")
-    trial.ask("sight")
-    trial.ask("account", phase="generate")
+    trial.ask("request_facts")
+    trial.ask("memory_breakdown", phase="generate")
     trial.ask("request_activity", merged=False)
     if merges:
         trial.ask("merge")
-        trial.ask("apart", merged=True)
+        trial.ask("profile_requests", merged=True)
         trial.ask("request_activity", merged=True)
     trial.ask("peak", rates=rates)
 

@@ -54,9 +54,9 @@ def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
                 obstacle="no field changes who copies that weight",
             )  # fmt: skip
             continue
-        is_head = dearest.weight == seen.sight.head != ""
+        is_head = dearest.weight == seen.facts.head != ""
         if is_head and seen.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
-            cost += max(0.0, one.head_s - cost - seen.sight.size.head_bytes / seen.bytes_per_s)
+            cost += max(0.0, one.head_s - cost - seen.facts.size.head_bytes / seen.bytes_per_s)
         folds = (
             f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
             "not help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
@@ -129,19 +129,19 @@ def _launch_bound(seen: RequestEvidence) -> Iterator[Finding]:
 
 
 def _cache_reallocated(seen: RequestEvidence) -> Iterator[Finding]:
-    if seen.sight.cache_moved <= MOVED or seen.decode.cache_s <= WORTH * seen.token.value:
+    if seen.facts.cache_moved <= MOVED or seen.decode.cache_s <= WORTH * seen.token.value:
         return
     yield _make_finding(
         "cache-reallocated", seen, LATER, seen.decode.cache_s,
-        f"the cache ({seen.sight.cache}) is made anew at {seen.sight.cache_moved:.0%} of the tokens, "
-        f"{format_bytes(seen.sight.cache_bytes)} at the end",
+        f"the cache ({seen.facts.cache}) is made anew at {seen.facts.cache_moved:.0%} of the tokens, "
+        f"{format_bytes(seen.facts.cache_bytes)} at the end",
         'kv_cache = "static" makes it once, of the whole length; attention then reads all of that.',
         changes={"kv_cache": "static"},
     )  # fmt: skip
 
 
 def _prompt_logits(seen: RequestEvidence) -> Iterator[Finding]:
-    rows = seen.sight.logit_rows
+    rows = seen.facts.logit_rows
     cost = seen.prefill.head_s * (rows - 1) / rows
     if rows <= 1 or cost <= WORTH * seen.first_token.value:
         return
@@ -195,7 +195,7 @@ def _mixed_types(seen: RequestEvidence) -> Iterator[Finding]:
 
 
 def _train_mode(seen: RequestEvidence) -> Iterator[Finding]:
-    if not seen.sight.training:
+    if not seen.facts.training:
         return
     cost = seen.prefill.dropout_s + seen.passes * seen.decode.dropout_s
     yield _make_finding(
@@ -205,12 +205,12 @@ def _train_mode(seen: RequestEvidence) -> Iterator[Finding]:
 
 
 def _no_cache(seen: RequestEvidence) -> Iterator[Finding]:
-    if seen.sight.decode_rows > 1 and not seen.sight.checkpointing:
+    if seen.facts.decode_rows > 1 and not seen.facts.checkpointing:
         yield _without_cache("no-cache", seen, "there is no cache", "Leave use_cache on.")
 
 
 def _checkpointing_left_on(seen: RequestEvidence) -> Iterator[Finding]:
-    if seen.sight.decode_rows > 1 and seen.sight.checkpointing:
+    if seen.facts.decode_rows > 1 and seen.facts.checkpointing:
         why = "gradient checkpointing was left on, which in train mode turns the cache off"
         remedy = "Call model.gradient_checkpointing_disable() and model.eval() before generate."
         yield _without_cache("checkpointing-left-on", seen, why, remedy)
@@ -218,7 +218,7 @@ def _checkpointing_left_on(seen: RequestEvidence) -> Iterator[Finding]:
 
 def _without_cache(code: str, seen: RequestEvidence, why: str, remedy: str) -> Finding:
     """A pass over one row takes at least the time of its share of the rows, and that of reading the weights."""
-    rows, time_s = seen.sight.decode_rows, seen.decode.time_s
+    rows, time_s = seen.facts.decode_rows, seen.decode.time_s
     least = max(time_s / rows, seen.decode_bytes / seen.bytes_per_s if seen.bytes_per_s else 0.0)
     message = f"each later token takes a pass over up to {rows} tokens: {why}"
     return _make_finding(code, seen, LATER, max(0.0, time_s - least), message, remedy, obstacle=_OWN_MODE)

@@ -35,7 +35,7 @@ from lorameter.run.executors.script_watch import ScriptWatch
 from lorameter.stats import is_steady
 from lorameter.studies.request import TrialRequest
 
-WARMUP = ("warmup_loss", "warmup_real_tokens")
+WARMUP = ("warmup_loss", "warmup_tokens")
 """Samples of the steps before the timed ones."""
 BEFORE_WARMUP = 2
 """The first step, and the one that may be watched."""
@@ -190,7 +190,7 @@ class ScriptWorker:
         self._kill()
         values = {"training_steps": float(self._script.steps)}
         values |= {} if steps is None else {"training_steps_planned": float(self._asked.protocol.total_steps + 1)}
-        samples = untimed_samples("catch_up_loss", "catch_up_real_tokens", taken)
+        samples = untimed_samples("remaining_loss", "remaining_tokens", taken)
         fragment = PartialRecord(samples=samples, values=values, memory=memory, notices=notices)
         return judge_losses(fragment, taken)
 

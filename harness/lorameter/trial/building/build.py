@@ -93,8 +93,8 @@ def build(
             f"workload: adapters = {request.workload.adapters}: PEFT answers for no several adapters in one batch by "
             f"{refusing[0]}, of which it adapts a parameter. Leave that layer out of target_modules, or adapters out."
         )
-    if request.injected_rows:
-        inject_work(model, request.injected_rows)
+    if request.slowdown_rows:
+        inject_work(model, request.slowdown_rows)
     model.train()
     forward = model if distribute is None else distribute(model)  # before the optimizer: a shard is another parameter
     optimizer = make_optimizer(model, variant)

@@ -186,10 +186,10 @@ def _check_use(form: RecordForm, workload: Workload) -> None:
     """Raises `UsageError` for records that lack what the workload needs."""
     if "text" in form.columns and workload.loss == "answer":
         raise UsageError(f"workload: loss = 'answer': {form.title} has no separate answer. Use loss = \"all\".")
-    if "text" in form.columns and workload.natural_tokens:
+    if "text" in form.columns and workload.open_ended_tokens:
         raise UsageError(
-            f"workload: natural_tokens = {workload.natural_tokens}: {form.title} has no prompts that a model could "
-            "answer. Use natural_tokens = 0."
+            f"workload: open_ended_tokens = {workload.open_ended_tokens}: {form.title} has no prompts that a model "
+            "could answer. Use open_ended_tokens = 0."
         )
     if "instruction" not in form.columns and workload.prompt_format != "answer-instruction":
         raise UsageError(

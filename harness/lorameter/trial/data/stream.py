@@ -126,17 +126,17 @@ class TokenStream:
         """How many prompts of a fixed length there are."""
         return int(self._tensors["prompts"].shape[0])
 
-    def natural_prompt(self, index: int) -> torch.Tensor:
+    def open_ended_prompt(self, index: int) -> torch.Tensor:
         """Whole prompt `index` (modulo their number), shape (1, its own length)."""
-        prompts, lengths = self._tensors["natural.input_ids"], self._tensors["natural.length"]
+        prompts, lengths = self._tensors["open_ended.input_ids"], self._tensors["open_ended.length"]
         row = index % prompts.shape[0]
         prompt: torch.Tensor = prompts[row, : int(lengths[row])].unsqueeze(0).to(self._device)
         return prompt
 
     @property
-    def natural_prompt_count(self) -> int:
+    def open_ended_prompt_count(self) -> int:
         """How many whole prompts there are."""
-        return int(self._tensors["natural.length"].shape[0])
+        return int(self._tensors["open_ended.length"].shape[0])
 
     def _batch(self, split: str, rows: list[int]) -> Batch:
         batch = {key: self._tensors[f"{split}.{key}"][rows] for key in _KEYS[self._workload.layout]}

@@ -41,7 +41,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
 
     Tensors: for each of `train` and `held_out`, `input_ids`, `position_ids`, `labels`, `attention_mask`, all int64 of
     shape (sequences, sequence_length); `prompts`, int64 of shape (prompts, prompt_tokens); where the workload has
-    requests to the model's own end, `natural.input_ids`, int64 of shape (requests, longest), and `natural.length`.
+    requests until EOS, `open_ended.input_ids`, int64 of shape (requests, longest), and `open_ended.length`.
 
     Raises:
         UsageError: data that cannot be read, or too little of it to fill a sequence or a prompt.
@@ -73,9 +73,9 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     tensors |= {f"held_out.{key}": value for key, value in _stack(test).items()}
     tensors["prompts"] = prompts
     examples: tuple[Example, ...] = ()
-    if workload.natural_tokens:
+    if workload.open_ended_tokens:
         examples, whole = _whole_prompts(held_out, tokens, workload)
-        tensors |= {f"natural.{key}": value for key, value in whole.items()}
+        tensors |= {f"open_ended.{key}": value for key, value in whole.items()}
 
     digest = hash_tensors(tensors)
     path = folder / f"tokens-{digest[:16]}.safetensors"
@@ -236,11 +236,12 @@ def _whole_prompts(
 ) -> tuple[tuple[Example, ...], dict[str, NDArray[np.int64]]]:
     """Prompts of the first held-out records that are short enough, padded at the end, with their lengths."""
     encoded = [tokens.example(record) for record in records]
-    chosen = [pair for pair in encoded if len(pair[0]) <= workload.natural_prompt_tokens][:WHOLE_PROMPTS]
+    chosen = [pair for pair in encoded if len(pair[0]) <= workload.open_ended_prompt_tokens][:WHOLE_PROMPTS]
     if not chosen:
         raise UsageError(
-            f"workload: natural_prompt_tokens = {workload.natural_prompt_tokens}: the shortest prompt of the held-out "
-            f"records has {min(len(ids) for ids, _ in encoded)} tokens. Raise it, or use more held_out_records."
+            f"workload: open_ended_prompt_tokens = {workload.open_ended_prompt_tokens}: the shortest prompt of the "
+            f"held-out records has {min(len(ids) for ids, _ in encoded)} tokens. "
+            "Raise it, or use more held_out_records."
         )
     lengths = np.array([len(ids) for ids, _ in chosen], dtype=np.int64)
     padded = np.array([ids + [tokens.pad] * (int(lengths.max()) - len(ids)) for ids, _ in chosen], dtype=np.int64)

@@ -1,1 +1,1 @@
-"""Requests: warm, to their natural end, and cold."""
+"""Requests: warm, open-ended, and cold."""

@@ -91,7 +91,7 @@ class Server:
         when it meets the length first, for tens of milliseconds of the host. Whoever answered at lengths that nobody
         had visited would pay for it, and another variant, with an answer of another length, would not.
         """
-        for index in range(min(count, self._stream.natural_prompt_count)):
+        for index in range(min(count, self._stream.open_ended_prompt_count)):
             self.answer(index)
 
     def request(self) -> dict[str, tuple[float, ...]]:
@@ -145,21 +145,21 @@ class Server:
         prompts = self._stream.prompts(number)
         return _times("mixed_", self._generate(prompts, adapters.rows(number, len(prompts))))
 
-    def natural(self) -> tuple[int, Request]:
+    def open_ended(self) -> tuple[int, Request]:
         """The next whole prompt's number, and the request that the model ends itself."""
-        index = self._answered % self._stream.natural_prompt_count
+        index = self._answered % self._stream.open_ended_prompt_count
         self._answered += 1
         return index, self.answer(index)
 
     def answer(self, index: int) -> Request:
         """The request for whole prompt `index`."""
-        prompt = self._stream.natural_prompt(index)
-        return generate(self._model, prompt, self._workload.natural_tokens, until_end=True, variant=self._variant)
+        prompt = self._stream.open_ended_prompt(index)
+        return generate(self._model, prompt, self._workload.open_ended_tokens, until_end=True, variant=self._variant)
 
     @property
     def answered(self) -> range:
         """Numbers of the whole prompts that were answered so far."""
-        return range(min(self._answered, self._stream.natural_prompt_count))
+        return range(min(self._answered, self._stream.open_ended_prompt_count))
 
     def merge(self, discard: int, *, brief: bool = False) -> float | None:
         """Merge the adapter and begin again with the first prompt, after `discard` requests or a `brief` one, which

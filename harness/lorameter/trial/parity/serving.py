@@ -125,15 +125,15 @@ def answer_logits(model: Any, prompt: torch.Tensor, answer: Sequence[int]) -> to
 
 def _prompts(stream: TokenStream, request: ServingRequest) -> Iterator[torch.Tensor]:
     """Whole prompts, where the workload has answers that the model ends itself; else those of a fixed length."""
-    whole = request.trial.workload.natural_tokens > 0
-    take: Callable[[int], torch.Tensor] = stream.natural_prompt if whole else stream.prompt
-    yield from (take(index) for index in range(stream.natural_prompt_count if whole else stream.prompt_count))
+    whole = request.trial.workload.open_ended_tokens > 0
+    take: Callable[[int], torch.Tensor] = stream.open_ended_prompt if whole else stream.prompt
+    yield from (take(index) for index in range(stream.open_ended_prompt_count if whole else stream.prompt_count))
 
 
 def _answer(model: Any, prompt: torch.Tensor, way: ServingMode, request: ServingRequest) -> tuple[int, ...]:
     workload = request.trial.workload
-    if workload.natural_tokens:
-        return generate(model, prompt, workload.natural_tokens, until_end=True, variant=way.variant).tokens
+    if workload.open_ended_tokens:
+        return generate(model, prompt, workload.open_ended_tokens, until_end=True, variant=way.variant).tokens
     return generate(model, prompt, workload.new_tokens, variant=way.variant).tokens
 
 

@@ -43,7 +43,7 @@ def take_birth() -> ProcessBaseline:
     return ProcessBaseline(resident_bytes=host_bytes("VmRSS"), pages=read_pages())
 
 
-def account(
+def measure_breakdown(
     model: Any,
     optimizer: torch.optim.Optimizer,
     call: Callable[[], object],

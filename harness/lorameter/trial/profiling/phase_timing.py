@@ -79,11 +79,11 @@ def step_times(
     """Pairs of a plain and a bordered step, each first in every other pair.
 
     Returns:
-        What `pair_times` does, and `train_loss` with the losses of all steps in order.
+        What `pair_times` does, and `timed_loss` with the losses of all steps in order.
     """
 
     def told(loss: torch.Tensor, is_plain: bool) -> dict[str, float]:
-        return {"train_loss": float(loss)}
+        return {"timed_loss": float(loss)}
 
     return pair_times(plain, bordered, device, what="step", told=told, budget_s=budget_s)
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.records.activity import CACHE, HEAD, REQUEST_PHASES
-from lorameter.records.request_facts import ModelSize, RequestSight
+from lorameter.records.request_facts import ModelSize, RequestFacts
 from lorameter.trial.building import lora
 from lorameter.trial.inference.generate import Request
 from lorameter.trial.memory import output_head, resident_tensors, storage_bytes
@@ -110,7 +110,7 @@ def told_of_request(request: Request, is_plain: bool) -> dict[str, float]:
     }
 
 
-def see_request(model: Any, ask: Ask, device: str) -> RequestSight:
+def see_request(model: Any, ask: Ask, device: str) -> RequestFacts:
     """What one request finds and leaves; nothing in it is timed."""
     base = lora.wrapped(model)
     rows: list[int] = []
@@ -144,7 +144,7 @@ def see_request(model: Any, ask: Ask, device: str) -> RequestSight:
     head = base.get_output_embeddings()
     held = list(_cached(cache[0])) if cache else []
     moved = [before != after for before, after in itertools.pairwise(places)]
-    return RequestSight(
+    return RequestFacts(
         training=any(training),
         checkpointing=any(getattr(module, "gradient_checkpointing", False) is True for module in base.modules()),
         prompt_rows=rows[0],

@@ -25,8 +25,8 @@ from lorameter.records.activity import (
     MERGED_TRACE,
     PEAKS,
     REQUEST_ACTIVITY,
+    REQUEST_FACTS,
     REQUEST_PHASES,
-    REQUEST_SIGHT,
     REQUEST_TRACE,
 )
 from lorameter.records.memory_account import MemoryPhase
@@ -36,7 +36,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.packing import unpack_4bit
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.process import release_unused
-from lorameter.trial.profiling.memory_breakdown import account, take_birth
+from lorameter.trial.profiling.memory_breakdown import measure_breakdown, take_birth
 from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
 from lorameter.trial.profiling.phase_timing import (
     BorderedStep,
@@ -71,12 +71,12 @@ class ProfiledTrial(Trial):
         super().__init__(request, shared)
         self._birth = take_birth()
 
-    def account(self, phase: MemoryPhase) -> PartialRecord:
+    def memory_breakdown(self, phase: MemoryPhase) -> PartialRecord:
         """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""
         request, trainee = self._request, self._built.trainee
         call = self._built.step if phase == "train" else self._serving.request
         release_unused(request.device)  # the check's records refer to each other, and would count as unexplained
-        found = account(
+        found = measure_breakdown(
             trainee.model, trainee.optimizer, call, birth=self._birth, device=request.device, phase=phase,
             compiled=request.variant.compile,
         )  # fmt: skip
@@ -88,7 +88,7 @@ class ProfiledTrial(Trial):
         request, parts = self._request, self._built
         samples = step_times(parts.step, BorderedStep(parts.trainee, parts.stream, request), request.device)
         values = useful_tokens(parts.stream, request.workload.batch_size * request.variant.gradient_accumulation)
-        return self._judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["train_loss"]))
+        return self._judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["timed_loss"]))
 
     def _count(self) -> dict[str, float]:
         """What a step multiplies, counted from the modules where no closed form says it. One step is watched for that,
@@ -129,7 +129,7 @@ class ProfiledTrial(Trial):
         self._write(ACTIVITY, profiled(bordered, request.device, Path(request.scratch)))
         return PartialRecord()
 
-    def apart(self, *, merged: bool) -> PartialRecord:
+    def profile_requests(self, *, merged: bool) -> PartialRecord:
         """Where a request's time goes, of the adapter as it is served or, after `merge`, merged into the base."""
         prefix, serving = "merged_" if merged else "", self._serving
         bordered = BorderedRequest(self._built.trainee.model, serving.ask, self._request.device)
@@ -139,13 +139,13 @@ class ProfiledTrial(Trial):
         )  # fmt: skip
         return PartialRecord(samples={f"{prefix}{name}": times for name, times in found.items()})
 
-    def sight(self) -> PartialRecord:
+    def request_facts(self) -> PartialRecord:
         """What a request finds and leaves: its cache, its logits, the mode of the model, the memory up to its first
         token, and what it takes to begin at a length that nobody has asked at."""
         request, serving = self._request, self._serving
         model, length = self._built.trainee.model, request.workload.prompt_tokens
         memory = first_token_peak(lambda: serving.ask_at(length, 1), request.device)
-        self._write(REQUEST_SIGHT, see_request(model, serving.ask, request.device))
+        self._write(REQUEST_FACTS, see_request(model, serving.ask, request.device))
         lengths = list(range(max(1, length - NEW_LENGTHS), length))
         return PartialRecord(memory=memory, samples=length_times(lambda length: serving.ask_at(length, 2), lengths))
 

@@ -81,7 +81,7 @@ class RankTrial(Trial):
         """`steps` timed steps; tokens are those of all ranks."""
         self._laps.clear()
         fragment = super().turn(steps)
-        counted = [key for key in ("turn_real_tokens", "turn_padded_tokens") if key in fragment.samples]
+        counted = [key for key in ("turn_tokens", "turn_padded_tokens") if key in fragment.samples]
         every = self._party.gather([fragment.samples[key][0] for key in counted])
         samples = dict(fragment.samples)
         samples |= {key: (sum(one[index] for one in every),) for index, key in enumerate(counted)}

@@ -1,4 +1,4 @@
-"""How much of the spread of natural-length requests is nothing but the length of the answers.
+"""How much of the spread of open-ended requests is nothing but the length of the answers.
 
 A request that the model ends itself takes as long as its answer is long. A setting that makes a model say less looks
 faster by that alone; what the number of tokens does not explain is left for speed.
@@ -15,7 +15,7 @@ from lorameter.records.record import TrialRecord
 from lorameter.stats import ShareEstimate, explained_share
 from lorameter.verdicts.series import Groups, Series
 
-TOKENS, TIME = "natural_tokens", "natural_request_time_s"
+TOKENS, TIME = "open_ended_tokens", "open_ended_request_time_s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

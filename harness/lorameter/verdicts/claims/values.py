@@ -168,8 +168,8 @@ def _unmeasured(metric: str, study: Study) -> str:
     known = METRICS[metric]
     if metric in SCRIPT_ONLY_METRICS and not study.of_scripts:
         return f"{known.title}: seen in scripts alone. Measure one: --command 'python train.py ...'."
-    if metric.startswith("natural") and not study.workload.natural_tokens:
-        return f"{known.title}: not measured, as natural_tokens is 0. Set it in the study's [workload]."
+    if metric.startswith("open_ended") and not study.workload.open_ended_tokens:
+        return f"{known.title}: not measured, as open_ended_tokens is 0. Set it in the study's [workload]."
     return f"{known.title}: not measured in this run. Measure with the phase {known.phase}."
 
 
