@@ -44,7 +44,7 @@ EFFECTS = ("trend-up", "trend-down", "differs", "highest", "lowest", "best", "la
 FALSE_STATEMENTS = ((True, "supported"), (False, "refuted"))
 """Where nothing has an effect: of an effect and of an equality. What `rises` states of counts is exact."""
 FOUND = ("1", "1 train", "2", "4", "5", "6", "8", "9", "12")
-FALSE = ("3", "3 natural", "7", "7 natural", "10", "10 natural", "11")
+FALSE = ("3", "3 to EOS", "7", "7 to EOS", "10", "10 to EOS", "11")
 """Claims that are true, and that are false, in the planted set."""
 RIGHT = dict.fromkeys(FOUND, "supported") | dict.fromkeys(FALSE, "refuted")
 
