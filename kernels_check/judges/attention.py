@@ -65,7 +65,8 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     accepted = FUSED_ATTENTION if required == "fused" else {required}
     astray = [call for call in forward if call.backend not in accepted]
     good = [name for name in layers.forward if _is_whole(layers, name, accepted if required is not None else None)]
-    observed = join_values([*(call.backend for call in forward), *(["unrecognised"] if layers.unknown else [])])
+    unrecognised = ["unrecognised"] if layers.unknown or layers.partial else []
+    observed = join_values([*(call.backend for call in forward), *unrecognised])
     reason = (
         f"forward: {count_values(call.backend for call in forward) or 'none'}; "
         f"backward: {count_values(call.backend for call in backward) or 'none'}; "
@@ -140,7 +141,9 @@ def _over_calls(
 
 def _is_whole(layers: AttentionLayers, name: str, accepted: Collection[Json] | None) -> bool:
     calls = layers.forward[name]
-    return name not in layers.unknown and (accepted is None or all(call.backend in accepted for call in calls))
+    return name not in (*layers.unknown, *layers.partial) and (
+        accepted is None or all(call.backend in accepted for call in calls)
+    )
 
 
 def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
@@ -159,6 +162,12 @@ def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
         return (
             f"{format_count(sum(layers.unknown.values()), 'call')} of {len(layers.unknown)} of {len(layers.names)} "
             f"layers ran no attention that is recognised: {name_some(layers.unknown)}"
+        )
+    if layers.partial:
+        shares = (f"{name} ({features} of {taken} features)" for name, (features, taken) in layers.partial.items())
+        return (
+            f"in {len(layers.partial)} of {len(layers.names)} layers only some of the heads ran an attention that is "
+            f"recognised: {name_some(shares)}"
         )
     if not first and not layers.entries and not layers.regions:
         return "no call of the forward pass was seen, only recomputed ones"

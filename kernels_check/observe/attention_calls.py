@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
 import torch
 
 from kernels_check.observe.operators import (
+    FOURBIT,
     MASKING,
     SOFTMAX,
     Operator,
@@ -30,6 +31,10 @@ from kernels_check.rules import attention_backend
 
 Direction = Literal["forward", "backward"]
 _BATCHED = ("aten::bmm", "aten::baddbmm")
+_PROJECTIONS = {"aten::linear": 0, "aten::mm": 0, "aten::addmm": 1, "aten::_addmm_activation": 1} | dict.fromkeys(
+    FOURBIT, 0
+)
+"""Products of a layer of weights, with the place of the argument that has its inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,12 @@ class AttentionCall:
     grouped: bool | None = None
     """Fewer key and value heads than query heads."""
     head_size: int | None = None
+    heads: int | None = None
+    """Query heads."""
+    width: int | None = None
+    """Features that it returns for each token, those of all its heads."""
+    taken: int | None = None
+    """Features of each token that the next layer of weights takes, which is the output projection as a rule."""
 
     @property
     def compiled(self) -> bool:
@@ -61,13 +72,27 @@ class AttentionCall:
 
 def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
     """All calls, those of fused implementations first."""
+    taken = _taken_after(host)
     for event in host:
         backend = attention_backend(event.name)
         if backend is not None and not any(attention_backend(parent.name) for parent in ancestors(event)):
-            yield _named(event, backend)
+            yield replace(_named(event, backend), taken=taken.get(id(event)))
     written = [event for event in host if _is_softmax(event)]
     if written:
-        yield from _written_out(host)
+        yield from _written_out(host, taken)
+
+
+def _taken_after(host: Sequence[Operator]) -> dict[int, int]:
+    """The inputs of the first projection after each operator of attention, by the operator's identity."""
+    found: dict[int, int] = {}
+    width = None
+    for event in reversed(host):
+        if event.name in _PROJECTIONS:
+            inputs = event.shape(_PROJECTIONS[event.name])
+            width = inputs[-1] if inputs else None
+        elif width is not None:
+            found[id(event)] = width
+    return found
 
 
 def _is_softmax(event: Operator) -> bool:
@@ -80,7 +105,7 @@ def _is_softmax(event: Operator) -> bool:
     )
 
 
-def _written_out(host: Sequence[Operator]) -> Iterator[AttentionCall]:
+def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator[AttentionCall]:
     places = by_place(host)
     scores = {
         event.shape(0)
@@ -104,6 +129,9 @@ def _written_out(host: Sequence[Operator]) -> Iterator[AttentionCall]:
                 dtype=event.dtype(0) if backward else _precision(events, index),
                 mask=any(_masks(other, event.shape(0)) for other in events[begin:index]),
                 causal=False,
+                heads=event.shape(0)[1] if len(event.shape(0)) == 4 else None,
+                width=_width(events, index),
+                taken=taken.get(id(event)),
             )
             begin = index + 1
 
@@ -136,6 +164,15 @@ def _product_after(events: Sequence[Operator], index: int) -> Operator | None:
         if event.name in _BATCHED and event.shape(_operands(event)[0]) == flattened:
             return event
     return None
+
+
+def _width(events: Sequence[Operator], index: int) -> int | None:
+    """Features that attention of scores by heads returns for each token."""
+    scores, product = events[index].shape(0), _product_after(events, index)
+    if len(scores) != 4 or product is None:
+        return None
+    values: tuple[int, ...] = product.shape(_operands(product)[1])
+    return scores[1] * values[-1] if values else None
 
 
 def _operands(product: Operator) -> tuple[int, int]:
@@ -203,6 +240,8 @@ def _named(event: Operator, backend: str) -> AttentionCall:
         dropout=float(dropout) if isinstance(dropout, int | float) else None,
         grouped=shapes[0][1] != shapes[1][1] if four_dimensional else None,
         head_size=shapes[0][-1] if shapes and shapes[0] else None,
+        heads=shapes[0][1] if four_dimensional else None,
+        width=shapes[0][1] * shapes[2][-1] if four_dimensional and event.shape(2) else None,
     )
 
 

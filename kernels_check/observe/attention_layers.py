@@ -22,6 +22,8 @@ from kernels_check.observe.module_tree import every_module, named_modules
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 _LIBRARY = "transformers."
+_HEADS = ("num_heads", "num_attention_heads", "attention_heads", "n_heads", "n_head", "heads")
+"""What modules call the number of their heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class AttentionLayers:
     """Calls in the forward pass outside the model: in another model, in a copy, in a function of one's own."""
     aside: tuple[AttentionCall, ...]
     """Calls of the model that train nothing: of a reference, an evaluation or a generation inside the step."""
+    partial: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Of layers in which known implementations ran for some heads only: their features, of how many, by name."""
     failed: tuple[AttentionCall, ...] = ()
     """Calls of the model that raised and came to nothing, or that lie in one."""
     expected: int | None = None
@@ -86,6 +90,7 @@ def attention_layers(
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
         unknown=_AttentionSearch(model, calls, ours, mixing, asked, blocks).unknown(),
+        partial={name: part for name, found in ran.items() if (part := _part(model.get_submodule(name), found))},
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         aside=tuple(
@@ -96,6 +101,30 @@ def attention_layers(
         entries=_entries(calls, whole),
         regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),
     )
+
+
+def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] | None:
+    """How many features attention gave in a call of a layer, and how many were taken, where those are more.
+
+    The next layer of weights may take more than attention gives, as where it takes the feed-forward layer's, too: so
+    nothing is missing where there are as many heads as the layer says that it has.
+    """
+    by_call: dict[int | None, list[AttentionCall]] = {}
+    for one in found:
+        if not one.recomputed and not one.compiled:
+            by_call.setdefault(one.call, []).append(one)
+    for calls in by_call.values():
+        widths, taken = [one.width for one in calls if one.width is not None], calls[-1].taken
+        heads = sum(one.heads or 0 for one in calls)
+        if len(widths) == len(calls) and taken is not None and sum(widths) < taken and heads not in _heads(module):
+            return sum(widths), taken
+    return None
+
+
+def _heads(module: Any) -> set[Any]:
+    """How many heads a layer says that it has."""
+    config = getattr(module, "config", None)
+    return {getattr(module, name, None) for name in _HEADS} | {getattr(config, "num_attention_heads", None)}
 
 
 def _announced_blocks(model: nn.Module) -> str | None:

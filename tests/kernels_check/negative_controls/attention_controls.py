@@ -6,6 +6,8 @@ there. Such controls are judged by the input that CUDA would refuse, and the rea
 
 from __future__ import annotations
 
+from functools import partial
+
 from negative_controls import faults, layers
 from negative_controls.control import Control, small
 
@@ -74,6 +76,14 @@ ATTENTION = (
         fault=small(layers.accumulate, layers.write_one_layer_by_hand),
         healthy=small(layers.accumulate),
         words=("1 of 2 attention layers as required", "2 calls of 1 of 2 layers", "layers.1.self_attn"),
+    ),
+    Control(
+        name="half of the heads by exp and sum",
+        path="attention.backend",
+        required="flash",
+        fault=small(partial(layers.split_heads, by_hand=True)),
+        healthy=small(partial(layers.split_heads, by_hand=False)),
+        words=("0 of 2 attention layers as required", "layers.0.self_attn (64 of 128 features)"),
     ),
     Control(
         name="a layer by hand inside a wrapper without a configuration",

@@ -60,6 +60,30 @@ def write_one_layer_by_hand(run: SmallRun) -> None:
     attention.forward = forward
 
 
+def split_heads(run: SmallRun, *, by_hand: bool) -> None:
+    """Attention in two halves of the heads; the second by scaled dot products as well, or by exp and sum."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def written_out(query: Any, key: Any, value: Any) -> Any:
+        weights = (query.unsqueeze(3) * key.unsqueeze(2)).sum(-1).mul(query.shape[-1] ** -0.5).exp().tril()
+        return ((weights / weights.sum(-1, keepdim=True)).unsqueeze(-1) * value.unsqueeze(2)).sum(3)
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> Any:
+        key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
+        first, second = zip(*(one.chunk(2, dim=1) for one in (query, key, value)), strict=True)
+        halves = [
+            scaled_dot_product_attention(*first, is_causal=True),
+            written_out(*second) if by_hand else scaled_dot_product_attention(*second, is_causal=True),
+        ]
+        return torch.cat(halves, dim=1).transpose(1, 2), None
+
+    name = "half of the heads by hand" if by_hand else "two halves of the heads"
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    run.model.get_base_model().config._attn_implementation = name
+
+
 def wrap(run: SmallRun) -> None:
     """Hold the model in a module of one's own that has no configuration."""
     from torch import nn

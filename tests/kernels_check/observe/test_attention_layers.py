@@ -59,6 +59,17 @@ def by_hand(q, k, v):
     return (weights.unsqueeze(-1) * v.unsqueeze(1)).sum(2) / weights.sum(-1, keepdim=True)
 
 
+def half_by_hand(q, k, v):
+    """The first heads by an operator, the others by none."""
+    first, second = zip(*(one.chunk(2, dim=-1) for one in (q, k, v)), strict=True)
+    return torch.cat([fused(*first), by_hand(*second)], dim=-1)
+
+
+def in_two_halves(q, k, v):
+    """Of the heads, each by the same operator."""
+    return torch.cat([fused(*part) for part in zip(*(one.chunk(2, dim=-1) for one in (q, k, v)), strict=True)], dim=-1)
+
+
 class Attention(nn.Module):
     """One layer, computing as it is told."""
 
@@ -149,6 +160,15 @@ def test_one_layer_by_hand_among_two_is_found(verified, step):
     check = verified(stack(fused, by_hand), step=step)
     assert (check.status, check.observed) == ("fallback", "flash+unrecognised")
     assert "ran no attention that is recognised: layers.1.attn" in check.reason
+
+
+def test_a_layer_is_covered_only_if_all_of_its_heads_are(verified):
+    """Half of them by hand leaves half of what the next layer of weights takes; two halves leave nothing."""
+    assert verified(stack(fused, in_two_halves)).met
+    check = verified(stack(fused, half_by_hand))
+    assert (check.status, check.observed) == ("fallback", "flash+unrecognised")
+    assert f"layers.1.attn ({WIDTH // 2} of {WIDTH} features)" in check.reason
+    assert verified(stack(fused, half_by_hand), "causal", path="attention.mask").status == "unknown"
 
 
 @pytest.mark.parametrize("other", [lambda: Block(Other(by_hand)), lambda: Block(None)])
