@@ -23,6 +23,11 @@ _LORA_FA = "peft.optimizers.lorafa.LoraFAOptimizer"
 """Freezes lora_A and is given it all the same: the update of lora_B needs its value."""
 _COMPARABLE = 1e-3
 """Share of the highest learning rate: below it, the rate and not a small gradient keeps a parameter in place."""
+_REPACKED = (
+    "bitsandbytes repacked them for AVX512-BF16 in an evaluating forward, and a product with repacked weights has no "
+    "backward pass: load the base again, and set support_avx512bf16_for_cpu=False on every Linear4bit before the first "
+    "evaluation"
+)
 _NO_STEP = (
     "whether the adapter learns cannot be told; let the step end in optimizer.step(): Trainer wants "
     "current_gradient_accumulation_steps set, and Accelerate's optimizer does not step until accelerator.sync_gradients"
@@ -41,6 +46,9 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
         return PathObservation(observed=False, reason="0 parameters of the adapter are trainable: no adapter is active")
     note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
     faults, doubts = _gradient_faults(judged, seen)
+    faults = [*_lost_in_the_base(seen), *faults]
+    if seen.after.packed and not _shows_every_layer(seen):
+        doubts.append(f"4-bit weights are repacked, and whether a gradient passes through was not seen; {_REPACKED}")
     if not seen.optimizer_steps and not seen.other_optimizers:
         return _without_optimizer(judged, faults, seen)
     more = _update_faults(judged, seen)
@@ -89,6 +97,18 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
         ),
     )
     return faults, doubts
+
+
+def _lost_in_the_base(seen: Observation) -> list[str]:
+    """What is wrong with the gradients of whatever is below a base layer that lets none through."""
+    calls = seen.modules
+    names = dict.fromkeys(calls.all[number].name for number in sorted(calls.cut & calls.relevant))
+    return [f"the gradient was lost in {len(names)} 4-bit layers: {name_some(names)}; {_REPACKED}"] if names else []
+
+
+def _shows_every_layer(seen: Observation) -> bool:
+    """Whether hooks on all modules were called: code that is compiled calls none."""
+    return seen.modules.taken and not seen.modules.unhooked and not seen.profile.compiled_regions
 
 
 def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> PathObservation:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels_check.observe.base_state import is_packed
 from kernels_check.observe.failed_calls import BrokenCalls, Output, outputs_of
 from kernels_check.observe.module_tree import named_modules
 from kernels_check.observe.monkeypatch import patched
@@ -68,6 +69,9 @@ class Calls:
     """``training`` of every module at each entry into the model, with the number of that call."""
     differentiable: frozenset[int] = frozenset()
     """Numbers of the calls of the forward pass whose results a gradient can come back to."""
+    cut: frozenset[int] = frozenset()
+    """Numbers of the calls, in either pass, in which a gradient was lost: those of a 4-bit layer whose input requires
+    one and whose weight lay as bitsandbytes repacks it for inference, where its product has no backward pass."""
     failed: frozenset[int] = frozenset()
     """Numbers of the calls of the forward pass that raised and came to nothing, and of those inside them."""
 
@@ -165,6 +169,7 @@ class CallRecorder:
     unhooked: set[str] = field(default_factory=set)
     modes: list[tuple[int, dict[str, bool]]] = field(default_factory=list)
     differentiable: set[int] = field(default_factory=set)
+    cut: set[int] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     shield: Shielding = unshielded
     """What hooks are wrapped in."""
@@ -197,6 +202,7 @@ class CallRecorder:
             thread=self.thread,
             modes=tuple(self.modes),
             differentiable=frozenset(self.differentiable),
+            cut=frozenset(self.cut),
             failed=self.broken.failed({number: call.caller for number, call in enumerate(self.log)}),
         )
 
@@ -252,6 +258,9 @@ class CallRecorder:
 
     def _ended(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook."""
+        stack = self._stack()
+        if stack and stack[-1].module is module and _loses_gradient(module, inputs):
+            self.cut.add(stack[-1].number)
         self._leave(module, output)
 
     def _enter(self, module: nn.Module, names: tuple[str, ...], *, compiled: bool = False) -> None:
@@ -331,6 +340,12 @@ def _function_context() -> Any:
                 return context
         frame = frame.f_back
     return None
+
+
+def _loses_gradient(module: nn.Module, inputs: Any) -> bool:
+    repacked = is_packed(getattr(module._parameters.get("weight"), "quant_state", None))
+    wanted = repacked and any(isinstance(one, torch.Tensor) and one.requires_grad for one in inputs)
+    return wanted and torch.is_grad_enabled()
 
 
 def number_of(mark: str) -> int:

@@ -1,5 +1,6 @@
 """An adapter passes only if it is attached, executed and learning."""
 
+import bitsandbytes
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
@@ -87,3 +88,46 @@ def test_an_exclusion_hides_no_misspelt_target(training):
     check = training(adapter=lambda: configuration).check("lora.attached", True)
     assert check.status == "fallback"
     assert "asked for and matched nothing: target_modules 'qurey' (" in check.reason
+
+
+def linear4bit_layers(run):
+    """Skips where bitsandbytes does not repack weights, for want of AVX512-BF16."""
+    layers = [module for module in run.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    if not layers[0].support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512_BF16, so bitsandbytes does not repack")
+    return layers
+
+
+def evaluate(run):
+    run.model.eval()
+    with torch.no_grad():
+        run.model(**run.inputs)
+    run.model.train()
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
+def test_a_gradient_that_repacked_weights_let_through_no_more_is_missed(training):
+    """Each parameter has one, by the adapters alone; the part that passes through the base is gone."""
+    run = training(targets="all-linear")
+    layers = linear4bit_layers(run)
+    evaluate(run)
+    check = run.check("lora.learning", True)
+    assert check.status == "fallback"
+    # Nothing before the first four layers requires a gradient.
+    assert f"the gradient was lost in {len(layers) - 3} 4-bit layers" in check.reason
+    assert "support_avx512bf16_for_cpu=False" in check.reason
+
+
+def test_weights_that_keep_their_layout_let_gradients_through(training):
+    """Evaluation with the switch off, and training in eval mode, which repacks only what passes no gradient on."""
+    run = training(targets="all-linear")
+    for layer in linear4bit_layers(run):
+        layer.support_avx512bf16_for_cpu = False
+    evaluate(run)
+    assert run.check("lora.learning", True).met
+    run = training(targets="all-linear")
+    run.model.eval()
+    run.step()
+    assert any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in linear4bit_layers(run))
+    check = run.check("lora.learning", True)
+    assert check.met, check.reason
