@@ -208,7 +208,7 @@ def write_run(tmp_path: Path, small_study: Study):
 
     def write(
         name, steps, *, study=small_study, control=1.0, facts=None, status="complete", change=lambda record: record,
-        phases=("train",), peak=2**20, own_workloads=None,
+        phases=("train",), peak=2**20, own_workloads=None, skipped=(),
     ):  # fmt: skip
         told = FACTS | (facts or {})
         shutil.rmtree(tmp_path / "runs" / name, ignore_errors=True)
@@ -235,7 +235,7 @@ def write_run(tmp_path: Path, small_study: Study):
         writer = RunWriter(tmp_path / "runs", Manifest(
             run=name, study=codec.to_json(study), phases=phases, interleaving="replicates", seed=0,
             order=tuple(record.trial for record in records), created_unix_s=1.0, provenance=told,
-            fingerprint=provenance.fingerprint(told), own_workloads=codec.to_json(own_workloads or {}),
+            fingerprint=provenance.fingerprint(told), own_workloads=codec.to_json(own_workloads or {}), skipped=skipped,
         ))  # fmt: skip
         for record in records:
             writer.append(change(record))

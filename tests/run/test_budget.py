@@ -1,4 +1,4 @@
-"""A limit of time holds within a replicate too and cuts all variants alike; the fake commands move the clock."""
+"""The rule of the time limit: what fits by the costs of a replicate, and runs in simulated time that keep to it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,68 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import PartialRecord
-from lorameter.run.budget import LEAST_ROUNDS, Budget
+from lorameter.run.budget import LEAST_ROUNDS, Budget, Cost, fit, replicate_s, skipped_notice
 from lorameter.run.executors import TrialFiles
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import run_plan
 from lorameter.run.stopping import Stopping
-from lorameter.run.thinning import tell_left_out
 from lorameter.run.trial_setup import RunContext
 from lorameter.verdicts.series import compare_series, group_trials
 
 COSTS = {
-    "build": 5.0, "verify": 4.0, "warm_up": 6.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
-    "cold": 8.0,
+    "build": 5.0, "verify": 5.0, "warm_up": 10.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
+    "begin_generate": 4.0, "cold": 8.0,
 }  # fmt: skip
-"""Of a turn and of untimed training: for two steps."""
-TURNS, REQUESTS, WARM_UP = 8, 6, 2
+"""Seconds; of a turn and of untimed training for two steps, of a warm-up that finds out its length by itself."""
+TURNS, REQUESTS = 8, 6
+OF_A_REPLICATE = {
+    "training": Cost(fixed_s=40.0, round_s=10.0),
+    "requests": Cost(fixed_s=10.0, round_s=5.0),
+    "merged": Cost(fixed_s=10.0, round_s=5.0),
+    "cold": Cost(fixed_s=30.0),
+}
+"""Two rounds of all take 130 s, of training alone 60 s."""
+
+
+@pytest.mark.parametrize(
+    ("left_s", "dropped", "replicates", "rounds"),
+    [
+        (1000.0, (), 7, 2),
+        (520.0, (), 4, 2),
+        (700.0, (), 5, 2),
+        (280.0, (), 2, 2),
+        (250.0, ("cold",), 2, 3),
+        (180.0, ("merged", "cold"), 2, 2),
+        (130.0, ("requests", "merged", "cold"), 2, 2),
+        (100.0, ("requests", "merged", "cold"), 1, 6),
+        (50.0, ("requests", "merged", "cold"), 0, 2),
+    ],
+)
+def test_what_fits(left_s, dropped, replicates, rounds):
+    """Two more replicates are sought; what time is left after the last one raises the rounds of all."""
+    found = fit(OF_A_REPLICATE, left_s, planned=7, sought=2, most_rounds=8)
+    assert (found.dropped, found.replicates, found.rounds) == (dropped, replicates, rounds)
+    kept = {part: cost for part, cost in OF_A_REPLICATE.items() if part not in dropped}
+    assert replicates * replicate_s(kept, rounds) <= left_s
+    assert found.needed_s == 2 * 130.0
+
+
+def test_rounds_are_those_of_the_plan_at_most():
+    """And all planned replicates are measured where they fit."""
+    found = fit(OF_A_REPLICATE, 10_000.0, planned=3, sought=2, most_rounds=8)
+    assert (found.replicates, found.rounds, found.dropped) == (3, 8, ())
+
+
+def test_the_notice_names_what_was_skipped_and_the_minutes_that_it_needs():
+    """None where nothing was, and three replicates fitted."""
+    assert skipped_notice((), 3, 12, 0.0) == ()
+    (notice,) = skipped_notice({"cold", "merged"}, 4, 12, 1150.0)
+    assert notice.code == "measurements-skipped"
+    assert "requests with the adapter merged, cold starts were skipped: 3 replicates with them" in notice.message
+    assert "about 20 min" in notice.message
+    assert "--max-minutes to 20" in notice.remedy
+    (notice,) = skipped_notice((), 1, 12, 1150.0)
+    assert "1 replicate of training fitted, and an interval needs 3: 3 replicates take about 20 min" in notice.message
 
 
 class Timed:
@@ -36,8 +83,7 @@ class Timed:
         self.costs = COSTS | costs
         self.now = 0.0
         self.asked = []
-        self.limits = {}
-        self.requests = {}
+        self.steps = {}
 
     def clock(self):
         return self.now
@@ -52,22 +98,22 @@ class Timed:
         return self
 
     def ask(self, command, trial, timeout_s, **arguments):
-        of_steps = command in ("turn", "train")
-        seconds = self.costs.get(command, 0.0) * (arguments["steps"] / 2 if of_steps else 1)
-        asked = self.requests.get(trial, {})
-        if command == "verify" and asked.get("natural") and asked["instrument"] == "spy":
-            seconds = self.costs["turn"] / 2  # it looks on at a step that is taken anyway
+        seconds = self.costs.get(command, 0.0)
+        if command in ("turn", "train"):
+            seconds *= arguments["steps"] / 2
+        if command == "warm_up" and "steps" in arguments:
+            seconds = self.costs["turn"] / 2 * arguments["steps"]
         self.now += seconds
         self.asked.append((trial, command))
-        if command == "prepare":
-            self.requests[trial] = arguments["request"]
         if command == "finish_training" and "solo" not in trial:
-            self.limits[trial] = arguments.get("steps")
+            self.steps[trial] = arguments.get("steps")
         if command == "build":
             return PartialRecord(values={"build_step_time_s": self.costs["turn"] / 2})
+        if command == "verify":
+            return PartialRecord(values={"verify_time_s": self.costs["verify"]})
         if command == "warm_up":
-            steps = self.requests[trial].get("warm_up_steps", WARM_UP)
-            return PartialRecord(samples={"warmup_step_time_s": (self.costs["turn"] / 2,) * steps})
+            times = (self.costs["turn"] / 2,) * arguments.get("steps", 2)
+            return PartialRecord(samples={"warmup_step_time_s": times})
         if command == "turn":
             steps = arguments["steps"]
             return PartialRecord(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
@@ -93,11 +139,11 @@ class Quiet:
 
 @pytest.fixture
 def measured(small_study):
-    """A function that measures the small study in simulated time; returns the executor and the records by trial."""
+    """A function that measures the small study in simulated time; returns the executor and what came of the plan."""
 
-    def measure(limit_s, *, level="lockstep", costs=None, replicates=1, phases=("train", "generate"), **protocol):
+    def measure(limit_s, *, level="lockstep", costs=None, replicates=12, phases=PHASES, **protocol):
         changed = dataclasses.replace(
-            small_study.protocol, turns=TURNS, generate_requests=REQUESTS, replicates=replicates, merged=False,
+            small_study.protocol, turns=TURNS, generate_requests=REQUESTS, replicates=replicates,
             max_minutes=None if limit_s is None else limit_s / 60, **protocol,
         )  # fmt: skip
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
@@ -108,77 +154,110 @@ def measured(small_study):
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
             stop=Stopping(plan, budget),
         )  # fmt: skip
-        executor.notices = tell_left_out(found.left_out, found.records)
-        return executor, {record.trial: record for record in found.records}
+        assert {record.status for record in found.records} == {"ok"}
+        return executor, found
 
     return measure
 
 
-def rounds(executor, command, replicate=0):
-    """How often each trial that takes turns was asked for it."""
-    wanted = f"r{replicate}-"
-    return Counter(trial for trial, asked in executor.asked if asked == command and trial.startswith(wanted))
+def rounds(executor, command):
+    """How often the trials that take turns were asked for it: by replicate, the set over its trials."""
+    counts = Counter(trial for trial, asked in executor.asked if asked == command and "solo" not in trial)
+    found = {}
+    for trial, count in counts.items():
+        found.setdefault(int(trial[1 : trial.index("-")]), set()).add(count)
+    return found
 
 
-def test_enough_time_cuts_nothing(measured):
-    """All rounds of all trials, and no record says otherwise."""
-    executor, records = measured(10_000.0)
-    assert set(rounds(executor, "turn").values()) == {TURNS}
-    assert set(rounds(executor, "request").values()) == {REQUESTS}
-    assert not any(key.endswith("_planned") for record in records.values() for key in record.values)
-    assert set(executor.limits.values()) == {None}
+def replicates_of(found):
+    """How many replicates left a record."""
+    return len({record.replicate for record in found.records})
 
 
-@pytest.mark.parametrize("limit_s", [200.0, 230.0, 260.0, 300.0])
-def test_too_little_time_cuts_all_variants_alike(measured, limit_s):
-    """Whole rounds are dropped, so each trial has the same number of turns, in both phases, and the limit holds."""
-    whole = measured(None)[0].now
-    executor, records = measured(limit_s)
-    (turns,), (requests,) = set(rounds(executor, "turn").values()), set(rounds(executor, "request").values())
-    assert LEAST_ROUNDS <= turns < TURNS
-    assert LEAST_ROUNDS <= requests <= REQUESTS
-    assert executor.now <= limit_s < whole
-    timed = [record for record in records.values() if not record.trial.endswith("solo")]
-    for record in timed:
-        assert record.status == "ok"
-        assert len(record.turn_lengths) == record.values["steps_rounds"] == turns
-        assert record.values["steps_rounds_planned"] == TURNS
-        assert ("requests_rounds" in record.values) == (requests < REQUESTS)
+def measuring(found, name):
+    """The replicates with this kind of sample."""
+    return {record.replicate for record in found.records if name in record.samples}
+
+
+def test_without_a_limit_everything_is_measured(measured):
+    """All rounds of all trials, and every training to its planned end."""
+    executor, found = measured(None, replicates=2, cold_replicates=2)
+    assert rounds(executor, "turn") == {0: {TURNS}, 1: {TURNS}}
+    assert set(executor.steps.values()) == {None}
+    assert not found.skipped
+
+
+@pytest.mark.parametrize("level", ["lockstep", "replicates"])
+@pytest.mark.parametrize("limit_s", [420.0, 600.0, 900.0, 2000.0])
+def test_at_least_three_replicates_and_the_limit_is_kept(measured, limit_s, level):
+    """All trials of a replicate take the same rounds; what is measured at all is measured in every replicate."""
+    executor, found = measured(limit_s, level=level)
+    count = replicates_of(found)
+    assert count >= 3
+    assert executor.now <= 1.1 * limit_s
+    turns = rounds(executor, "turn")
+    assert turns[0] == {LEAST_ROUNDS}
+    assert all(len(one) == 1 and LEAST_ROUNDS <= min(one) <= TURNS for one in turns.values())
+    for part, name in (
+        ("cold", "cold_start_time_s"), ("requests", "request_time_s"), ("training", "step_time_s"),
+    ):  # fmt: skip
+        assert measuring(found, name) == (set() if part in found.skipped else set(range(count)))
+    skipped = [part for part in ("cold", "merged", "requests") if part in found.skipped]
+    assert skipped == ["cold", "merged", "requests"][: len(skipped)]
+    assert (found.needed_s > limit_s) == bool(skipped)
+
+
+def test_ample_time_raises_the_rounds(measured):
+    """Of all replicates after the first, whose cost nobody knew, to those of the plan; nothing is skipped."""
+    executor, found = measured(5000.0, replicates=4)
+    assert rounds(executor, "turn") == {0: {LEAST_ROUNDS}, 1: {TURNS}, 2: {TURNS}, 3: {TURNS}}
+    assert not found.skipped
+    assert found.stopped is None
+
+
+def test_too_little_time_says_what_it_takes_and_goes_on(measured):
+    """Two replicates of training fit: nothing else is measured, and the minutes that three take are known."""
+    executor, found = measured(350.0)
+    assert replicates_of(found) == 2
+    assert found.skipped >= {"requests", "cold"}
+    assert found.needed_s > 350.0
+    assert executor.now <= 1.1 * 350.0
 
 
 def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):
-    """By the first steps, in one sentence and with the minutes that it takes; one that it just keeps is measured."""
-    with pytest.raises(UsageError, match=r"max_minutes = 0\.5: .* takes 2 min .* not even one fits\. Give 3 minutes"):
-        measured(30.0, replicates=3, phases=("train", "generate", "cold"))
-    executor, records = measured(150.0, replicates=3, phases=("train", "generate", "cold"))
-    assert {record.replicate for record in records.values()} == {0}
-    assert {record.status for record in records.values()} == {"ok"}
-    assert set(rounds(executor, "turn").values()) == {LEAST_ROUNDS}
-    assert executor.now <= 1.1 * 150.0
+    """By the first steps, in one sentence and with the minutes that it takes."""
+    with pytest.raises(
+        UsageError, match=r"max_minutes = 0\.5: .* takes 1 min 45 s .* not even one fits\. Give 2 minutes"
+    ):
+        measured(30.0)
 
 
-def test_a_replicate_that_turns_out_slower_is_cut_to_the_limit(measured, monkeypatch):
-    """It was begun because it would fit; when the machine gets slow its rounds are dropped, for all alike."""
+def test_peaks_are_measured_once_a_variant(measured):
+    """By the trials that take turns on a CPU; nothing is measured of a trial on its own then."""
+    executor, _ = measured(900.0)
+    assert not any("solo" in trial for trial, _ in executor.asked)
+
+
+def test_a_replicate_that_turns_out_slower_ends_the_run(measured, monkeypatch):
+    """No further one starts for which the longest so far leaves no time."""
     asked = Timed.ask
 
     def slowing(self, command, trial, timeout_s, **arguments):
         answer = asked(self, command, trial, timeout_s, **arguments)
-        self.now += 10.0 if command == "turn" and trial.startswith("r1") else 0.0
+        self.now += 30.0 if command == "turn" and trial.startswith("r1") else 0.0
         return answer
 
-    limit = 2.05 * measured(None)[0].now
     monkeypatch.setattr(Timed, "ask", slowing)
-    executor, _ = measured(limit, replicates=2)
-    (turns,) = set(rounds(executor, "turn", 1).values())
-    assert LEAST_ROUNDS <= turns < TURNS == max(rounds(executor, "turn", 0).values())
-    assert executor.now <= limit
+    _, found = measured(1000.0, phases=("train",))
+    assert replicates_of(found) < 5
+    assert "another replicate would end after the limit" in found.stopped
 
 
 def test_losses_after_other_numbers_of_steps_are_not_compared(measured):
     """A training that was cut and one that was not, or was cut elsewhere, are two trainings."""
-    _, records = measured(None, replicates=2)
+    _, found = measured(None, replicates=2)
     kept = []
-    for record in records.values():
+    for record in found.records:
         cut = record.replicate == 1
         steps = {"training_steps": 9.0 if cut else 19.0} | ({"training_steps_planned": 19.0} if cut else {})
         kept.append(record.replaced(values=record.values | steps | {"held_out_loss": 2.0 - cut}))
@@ -190,51 +269,3 @@ def test_losses_after_other_numbers_of_steps_are_not_compared(measured):
     other = dataclasses.replace(nf4, records=tuple(record for record in nf4.records if record.replicate == 1))
     assert compare_series(dataclasses.replace(plain, records=plain.records[:1]), other, "held_out_loss") is None
     assert compare_series(plain, other, "held_out_loss") is None
-
-
-def replicates_of(records):
-    """How many replicates left a record."""
-    return len({record.replicate for record in records.values()})
-
-
-COSTLY = {"request": 20.0, "begin_generate": 20.0}
-"""A model whose requests take longer than all of its steps."""
-
-
-def requested(executor):
-    """The replicates in which there was a request."""
-    return {int(trial[1 : trial.index("-")]) for trial, command in executor.asked if command == "request"}
-
-
-def test_later_replicates_leave_out_what_would_cost_them_their_number(measured):
-    """Where five of all do not fit, all phases are measured once and the steps five times; what is left out is said."""
-    limit_s = 1100.0
-    executor, records = measured(limit_s, costs=COSTLY, replicates=12, phases=PHASES)
-    assert replicates_of(records) >= 5
-    assert requested(executor) == {0}
-    assert {record.status for record in records.values()} == {"ok"}
-    assert {record.replicate for record in records.values() if "cold_start_time_s" in record.samples} == {0}
-    assert executor.now <= 1.1 * limit_s
-    (notice,) = executor.notices
-    assert notice.code == "measurements-skipped"
-    assert "peaks of memory, requests" in notice.message
-    assert not measured(None, costs=COSTLY, replicates=3, phases=PHASES)[0].notices
-
-
-def test_what_no_replicate_measured_is_not_said_to_be_of_the_others(measured):
-    """The limit left out the requests of the only replicate; of several the numbers are those of the others."""
-    (notice,) = measured(160.0, costs=COSTLY, replicates=5, phases=PHASES)[0].notices
-    assert "No replicate measured peaks of memory, requests." in notice.message
-    assert "other replicates" not in notice.remedy
-    (notice,) = measured(400.0, costs=COSTLY, replicates=5, phases=PHASES)[0].notices
-    assert "requests" not in notice.message.partition("No replicate measured ")[2]
-    assert notice.remedy.startswith("The numbers of requests are those of the other replicates.")
-
-
-@pytest.mark.parametrize("asked", [{"phases": ("train", "generate")}, {"phases": PHASES, "precision": 0.01}])
-def test_nothing_is_left_out_whose_interval_is_asked_for(measured, asked):
-    """Phases that were named, and all where a precision decides: there are fewer replicates then."""
-    executor, records = measured(1100.0, costs=COSTLY, replicates=12, **asked)
-    assert not executor.notices
-    assert requested(executor) == set(range(replicates_of(records)))
-    assert 1 < replicates_of(records) < 5

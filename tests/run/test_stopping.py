@@ -12,6 +12,7 @@ from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
 from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
+from lorameter.run.budget import Budget
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.measure import measure
@@ -57,7 +58,9 @@ def rule(small_study):
 
     def make(*, phases=("train",), **limits):
         protocol = dataclasses.replace(small_study.protocol, replicates=40, **limits)
-        return Stopping(make_plan(dataclasses.replace(small_study, protocol=protocol), phases=phases))
+        minutes = protocol.max_minutes
+        budget = Budget(None if minutes is None else 60 * minutes)
+        return Stopping(make_plan(dataclasses.replace(small_study, protocol=protocol), phases=phases), budget)
 
     return make
 

@@ -25,21 +25,6 @@ def notices(write_run, small_study, tmp_path):
     return of
 
 
-def test_trials_that_were_cut_short_are_counted(notices):
-    """How many rounds of how many, in how many trials; nothing is said where nothing was cut."""
-
-    def cut(record):
-        if record.replicate != 2:
-            return record
-        counts = {"steps_rounds": 3.0, "steps_rounds_planned": 8.0, "training_steps": 19.0}
-        return record.replaced(values=counts | {"training_steps_planned": 29.0})
-
-    said = notices(cut)["time-limit-reached"].message
-    assert "3 of 9 trials" in said
-    assert "3 of 8 timed turns in 3 trials; 19 of 29 steps in 3 trials" in said
-    assert "time-limit-reached" not in notices()
-
-
 def test_trials_that_were_measured_again_are_counted(notices):
     """One line, and the earlier records are not mixed in."""
     assert notices(measured_again=3)["measured-again"].message.startswith("3 trials measured again")

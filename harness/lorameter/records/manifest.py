@@ -81,6 +81,8 @@ class Manifest:
     resumed: tuple[Resumption, ...] = ()
     spending: TimeBreakdown | None = field(default=None, metadata=codec.LATER)
     """What the time of its last invocation went to."""
+    skipped: tuple[str, ...] = field(default=(), metadata=codec.LATER)
+    """What was not measured because of the time limit: requests, open_ended, merged, cold."""
     status: RunStatus = "running"
     """"running" also says a manifest whose process was killed; see `Run.live`."""
 

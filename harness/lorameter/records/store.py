@@ -104,9 +104,11 @@ class RunWriter:
         notices: Sequence[Notice] = (),
         came: Mapping[str, SiteFacts] | None = None,
         spending: TimeBreakdown | None = None,
+        skipped: Sequence[str] = (),
     ) -> None:
         """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap,
-        `notices` what came up on the way, `came` sites that joined it, and `spending` what its time went to."""
+        `notices` what came up on the way, `came` sites that joined it, `spending` what its time went to, and `skipped`
+        what the time limit left out."""
         self._manifest = dataclasses.replace(
             self._manifest,
             status=status,
@@ -115,6 +117,7 @@ class RunWriter:
             notices=(*self._manifest.notices, *notices),
             site_facts={**self._manifest.site_facts, **(came or {})},
             spending=spending or self._manifest.spending,
+            skipped=tuple(skipped) or self._manifest.skipped,
         )
         self._write_manifest()
         with self.refusals():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lorameter.records.time_breakdown import Allocation, TimeBreakdown
-from lorameter.records.units import format_count, format_duration, format_percent
+from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.records.units import format_duration, format_percent
 from lorameter.report.blocks import Block, Collapsible, Line, Section, Span, say
 
 SAID = {
@@ -30,15 +30,8 @@ def _lines(spending: TimeBreakdown, of_limit: str) -> Iterator[Line]:
     measured = f": {', '.join(parts)}" if parts else ""
     wall = format_duration(spending.wall_s)
     yield say(f"{format_percent(spending.share)} of {wall}{of_limit} was measurement{measured}")
-    yield from (say(_said_of(one)) for one in spending.allocations)
-
-
-def _said_of(one: Allocation) -> str:
-    steps = format_count(one.steps_per_turn, "step")
-    best = "" if one.optimum is None else f"; {one.optimum:g} would narrow the intervals most for their time"
-    return (
-        f"replicate {one.replicate + 1}: {one.turns} of {format_count(one.planned, 'planned turn')}, {steps} each{best}"
-    )
+    if spending.turns:
+        yield say(f"timed turns of each trial, by replicate: {', '.join(map(str, spending.turns))}")
 
 
 def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
@@ -51,6 +44,6 @@ def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
             "wall_s": spending.wall_s,
             "measured_s": dict(spending.measured_s),
             "measured_share": spending.share,
-            "turns": [one.turns for one in spending.allocations],
+            "turns": list(spending.turns),
         }
     }

@@ -10,14 +10,11 @@ and what was used longest ago where all together are too large.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorameter.errors import UsageError
 from lorameter.models.bases import prune
 from lorameter.records.record import Notice
-from lorameter.records.units import format_duration
 from lorameter.records.worker_info import BaseSummary
 from lorameter.run.executors import Executor, WorkerLostError
 from lorameter.run.group_runner import ProgressListener
@@ -71,44 +68,14 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, wa
     )
 
 
-def foresee_cold(plan: Plan, bases: Bases, import_s: float, left_s: float) -> tuple[float, tuple[Notice, ...]]:
-    """Seconds that a cold start takes in the mean, by the first load of the run, and what is to be told of them where
-    minutes are limited.
-
-    Args:
-        plan: of which the first replicate has any.
-        bases: with what making each has taken.
-        import_s: what importing the libraries took.
-        left_s: of the time that the run may take; infinite where it is not limited.
-
-    Raises:
-        UsageError: cold starts alone take more than that.
-    """
-    first = min((slot.replicate for slot in plan.slots), default=0)
+def cold_start_s(plan: Plan, bases: Bases, import_s: float) -> float:
+    """Mean seconds of a cold start up to its first token, by what the libraries and the bases took to load."""
     each = [
         import_s + bases.load_s.get(base_key(slot.variant, slot.workload), 0.0)
         for slot in plan.slots
-        if slot.replicate == first and "cold" in slot.measures
+        if "cold" in slot.measures
     ]
-    if not each:
-        return 0.0, ()
-    mean_s, minutes = sum(each) / len(each), plan.study.protocol.max_minutes
-    if minutes is None:
-        return mean_s, ()
-    took = format_duration(sum(each))
-    said = f"{len(each)} cold starts, which read, convert and quantise their bases, take about {took}"
-    if sum(each) > left_s:
-        needed = math.ceil(minutes + (sum(each) - left_s) / 60) + 1
-        raise UsageError(
-            f"max_minutes = {minutes:g}: {said} by the first load of this run, so not one replicate fits. "
-            f"Give {needed} minutes or more, or leave the phase cold out."
-        )
-    notice = Notice(
-        code="model-load-time",
-        message=f"of {minutes:g} minutes {said}, by the first load of this run.",
-        remedy="Leave the phase cold out, or give more minutes, where that is too much of them.",
-    )
-    return mean_s, (notice,)
+    return sum(each) / len(each) if each else 0.0
 
 
 def _notice(slot: Slot, lost: WorkerLostError) -> Notice:

@@ -1,59 +1,116 @@
-"""The time that a run may take, and who gets how much of it where it does not suffice.
+"""Fits a run into the minutes that it may take, by one rule.
 
-A limit that cut off whatever comes last would measure the first variants well, the last ones not at all, and leave a
-phase without a number. So what is dropped are whole rounds, for all trials that take turns alike. Two rounds of each
-kind are measured in any case, or one of requests that other replicates may do without; what is left of the limit after
-that least of everything that is still to come is the surplus. It is shared among the replicates to come and, in each of
-them, among its kinds of round in proportion to what their planned rounds take. Costs are those that the run has seen
-(`lorameter.run.costs`), so a replicate that turns out slower takes from its own surplus.
+A replicate takes two rounds of what is measured; replicates after the first check in the watched warm-up step and take
+one more. After each replicate another one starts as long as the longest so far still fits, up to the number planned;
+what time is left after the last raises the rounds of all alike. Before replicate 1, when the cost of a replicate is
+known, cold starts, merged requests and requests are dropped, in this order, until three replicates fit. Peaks are
+measured once a variant. If three training replicates do not fit, the run says so with the minutes that it needs, and
+goes on.
 
-Processes differ more from each other than steps in one of them do, and one replicate has no interval. So the time is
-spread over as many replicates as give one to rest on; what is paid once a run (the profile for the evidence, a warm-up
-that shows how long the others need be, cold starts) is in none of their parts. Another replicate begins as long as its
-least fits.
+What would be dropped after the first replicate is not measured in it either: one replicate gives no interval. So each
+part is judged just before the first replicate comes to it, by what one request or one load has taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
-from typing import Literal, TypeVar
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from lorameter.errors import UsageError
-from lorameter.records.units import format_duration
-from lorameter.run.costs import BEFORE, LEAST_ROUNDS, PREPARING, ROUND_KINDS, Work, name_of, work_in
-from lorameter.run.plan import Group, Plan
-from lorameter.run.thinning import SOUGHT_REPLICATES, may_leave_out, parts_in, reduce_to_fit
-from lorameter.run.timekeeper import TimeLedger
-from lorameter.studies.command import RoundKind
-from lorameter.studies.study import Study
+from lorameter.records.record import Measure, Notice
+from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.records.units import format_count, format_duration
+from lorameter.run.plan import Group, Plan, Slot
 
-T = TypeVar("T")
-OVERRUN_TOLERANCE = 0.1
-"""A limit is kept within this share of it."""
-OVERRUN_TOLERANCE_FOR_FIVE = 0.05
-"""The share of a limit by which a replicate may be late without which there would be too few for an interval."""
-ROUNDED_SHARE = 0.02
-"""The share of a limit by which a round may be late of which more than half fits."""
-MEDIAN_TURNS = 3
-"""Timed turns of which a disturbed one is no part of their median; of two it is half."""
-MEDIAN_SHARE = 0.025
-"""The share of a limit by which a turn may be late without which there would be fewer than those."""
-FULL_TURNS = 4
-"""Timed turns that are worth something else: where so many of several steps do not fit they are of one, as pairs count
-for more than steps, and where so many of one do not fit a replicate leaves out what it can do without."""
+LEAST_ROUNDS = 2
+"""Rounds of a replicate whatever the time: one has no spread."""
+SOUGHT_REPLICATES = 3
+"""Other measurements are dropped until so many replicates of training fit: fewer give intervals that are too wide."""
+
+Part = Literal["training", "requests", "open_ended", "merged", "cold"]
+"""What the time of a replicate goes to; all but the training can be dropped."""
+DROPPABLE: dict[Part, str] = {
+    "requests": "requests",
+    "open_ended": "requests until EOS",
+    "merged": "requests with the adapter merged",
+    "cold": "cold starts",
+}
+"""The parts that can be dropped with their names in a notice, in the order in which a replicate measures them. The last
+is dropped first."""
 
 
 class TimeLimitTooShortError(UsageError):
-    """A limit that not one replicate keeps."""
+    """Not one replicate fits into the limit."""
 
 
-class Budget(TimeLedger):
-    """The clock of one invocation and what it has seen. `limit_s` None: no limit, every round is measured.
+@dataclass(slots=True)
+class Cost:
+    """Seconds of one part of a replicate, for all of its trials together."""
 
-    `replicates` are those that are planned; `cold_s` is how long a cold start may be expected to take, where that is
-    known.
+    fixed_s: float = 0.0
+    """Whatever the number of rounds: building, checking, first requests, held-out loss."""
+    round_s: float = 0.0
+    """One round: a turn, or a request, of every trial."""
+
+
+Costs = Mapping[Part, Cost]
+
+
+def replicate_s(costs: Costs, rounds: int = LEAST_ROUNDS) -> float:
+    """Seconds of a replicate with so many rounds of each part."""
+    return sum(cost.fixed_s + rounds * cost.round_s for cost in costs.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """What fits into the time that is left."""
+
+    replicates: int
+    """Further replicates, up to the number planned."""
+    rounds: int
+    """Of each of them."""
+    dropped: tuple[Part, ...]
+    """Parts that none of them measures."""
+    needed_s: float
+    """Seconds that all sought replicates take with everything that is planned."""
+
+
+def fit(costs: Costs, left_s: float, *, planned: int, sought: int, most_rounds: int) -> Fit:
+    """What fits into the time that is left, by the cost of one replicate.
+
+    Args:
+        costs: of a replicate, by part.
+        left_s: seconds that are left of the limit.
+        planned: further replicates of the plan.
+        sought: how many of them are to fit before anything else than training is measured; 0 drops nothing.
+        most_rounds: rounds of a replicate of the plan.
+    """
+    kept, needed_s = dict(costs), sought * replicate_s(costs)
+    dropped: list[Part] = []
+    for part in reversed(DROPPABLE):
+        if part in kept and sought * replicate_s(kept) > left_s:
+            del kept[part]
+            dropped.append(part)
+    each = replicate_s(kept)
+    replicates = planned if each <= 0 else max(0, min(planned, int(left_s / each)))
+    rounds = LEAST_ROUNDS
+    if replicates and (round_s := sum(cost.round_s for cost in kept.values())):
+        rounds += int((left_s / replicates - each) / round_s)
+    return Fit(
+        replicates=replicates,
+        rounds=max(1, min(rounds, most_rounds)),
+        dropped=tuple(reversed(dropped)),
+        needed_s=needed_s,
+    )
+
+
+class Budget:
+    """The clock of one invocation, what its replicates have cost, and what fits into the rest of its limit.
+
+    Time is booked by laps: `lap` assigns what has passed since the last one to a part of the replicate under way.
     """
 
     def __init__(
@@ -62,286 +119,236 @@ class Budget(TimeLedger):
         *,
         replicates: int = 1,
         cold_s: float = 0.0,
+        skipped: Iterable[str] = (),
         clock: Callable[[], float] | None = None,
     ) -> None:
-        super().__init__(limit_s, cold_s, clock)
-        self._caps: dict[tuple[int, RoundKind], int] = {}
-        """Rounds of a replicate's first group that was cut: its later ones get no more."""
-        self._turn_steps: dict[int, int] = {}
-        """Steps of a timed turn in a replicate, all of whose trials take the same."""
-        self._allowed: dict[RoundKind, int] = {}
-        self._left = min(replicates, SOUGHT_REPLICATES)
-        """Replicates that the time is still spread over, the one under way among them."""
-        self.peaks_live = False
-        """Whether trials that take turns can measure their own peaks of memory, which are isolated trials' else."""
-        self._following: tuple[Group, ...] = ()
-        """The next replicate, less all that can be left out."""
-        self._has_replicates = False
-        """Whether one has been seen to its end."""
-        self._warm_up = 0
-        self.warm_up_steps: int | None = None
-        """After how many steps the trials of an earlier replicate were steady, all of them."""
-        self.is_tight = False
-        """Whether the limit is short of what is planned, so that what is not timed is to be short."""
-        self.optimum: float | None = None
-        """Turns of a replicate that narrow the intervals most."""
+        """`limit_s` None: no limit, everything is measured. `replicates` are those that are planned, `cold_s` is what a
+        cold start takes before its first token, as far as that is known, and `skipped` are parts that the run has
+        dropped already."""
+        self.clock = clock or time.monotonic
+        """Seconds; only differences count."""
+        self.limit_s = limit_s
+        self.replicates = replicates
+        """That are planned for this invocation."""
+        self.cold_s = cold_s
+        self.skipped: set[Part] = {part for part in DROPPABLE if part in skipped}
+        """Parts that are not measured."""
+        self.needed_s = 0.0
+        """Seconds that the sought replicates would take with everything that is planned, where they do not fit."""
+        self._begin = self._lap = self._entered = self.clock()
+        self._once_s = 0.0
+        self._admitted: set[Part] = set()
+        self._dropped_s = 0.0
+        self._trials = self._begun = 1
+        self._costs: dict[Part, Cost] = {}
+        self._past: list[dict[Part, Cost]] = []
+        """The costs of the replicates that have ended."""
+        self._rounds = LEAST_ROUNDS
+        self._turns: dict[int, int] = {}
+        """By replicate; of several groups the fewest."""
+        self._measured_s: dict[str, float] = {}
 
     @property
-    def replicates(self) -> int:
-        """Replicates that the time is still spread over, the one under way among them."""
-        return self._left
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return self.limit_s is not None
 
     @property
-    def grace_s(self) -> float:
-        """By how much a replicate may be late that is needed for an interval."""
-        needed = self._limit_s is not None and self._left > 1
-        return OVERRUN_TOLERANCE_FOR_FIVE * (self._limit_s or 0.0) if needed else 0.0
+    def spent_s(self) -> float:
+        """Seconds since the budget was opened."""
+        return self.clock() - self._begin
 
-    def beside(self, replicates: int) -> Budget:
-        """One from now on for a site that measures so many of the replicates while others measure theirs: it may take
-        what is left of this one's limit."""
-        limit_s = None if self._limit_s is None else self.left_s
-        return Budget(limit_s, replicates=replicates, cold_s=self.cold_s, clock=self.clock)
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left of the limit; infinite without one."""
+        return math.inf if self.limit_s is None else self.limit_s - self.spent_s
 
-    def enter(self, study: Study, group: Group, later: Sequence[Group]) -> None:
-        """A group begins; `later` are those of its replicate that come after it."""
-        if group.replicate != self._replicate:
-            self._has_replicates = self._replicate is not None
-            self._left = max(1, self._left - self._has_replicates)
-        super().enter(study, group, later)
+    @property
+    def longest_s(self) -> float | None:
+        """The least that another replicate takes, by the longest so far; None before one has ended."""
+        return max(map(self._least_s, self._past), default=None)
 
-    def settle_warm_up(self, steps: int) -> int:
-        """The longest warm-up so far, in steps: where a training is cut, it ends after the same step in all replicates,
-        as far as can be."""
-        self._warm_up = max(self._warm_up, steps)
-        return self._warm_up
+    @property
+    def is_judging(self) -> bool:
+        """Whether the first replicate is under way, in which the budget decides what is measured."""
+        return self.is_limited and not self._past
 
-    # --- what is foreseen ---------------------------------------------------------------------------------------------
+    @property
+    def _sought(self) -> int:
+        return min(SOUGHT_REPLICATES, self.replicates)
 
-    def expect(self, name: str, seconds: float) -> None:
-        """What one command of a kind will take, until that has been seen."""
-        self.costs.expect(name, seconds)
+    def share(self, replicates: int) -> Budget:
+        """One for a site that measures so many of the replicates while others measure theirs, from now on."""
+        limit_s = None if self.limit_s is None else self.left_s
+        return Budget(limit_s, replicates=replicates, cold_s=self.cold_s, skipped=self.skipped, clock=self.clock)
 
-    def expect_gap(self, gap: str, group: Group, seconds: float) -> None:
-        """The same of what lies between the rounds of a trial in such a group."""
-        self.costs.expect(name_of(gap, group), seconds)
+    # --- a replicate --------------------------------------------------------------------------------------------------
 
-    def least_s(self, study: Study, groups: Sequence[Group]) -> float | None:
-        """Seconds that a replicate of these groups takes at least, by what has been seen; None before anything was."""
-        if not self.costs.has_seen_any:
-            return None
-        return self.costs.of_groups(groups, work_in(study, groups, most=LEAST_ROUNDS))
-
-    def costs_s(self, study: Study, groups: Sequence[Group]) -> tuple[float, float]:
-        """Seconds of a replicate of these groups beside its timed turns, and of one round of those."""
-        work = work_in(study, groups) | {"steps": 0.0, "epochs": 0.0}
-        turning = sum("steps" in slot.measures for group in groups for slot in group.slots)
-        steps = self._turn_steps.get(self._replicate or 0, study.protocol.steps_per_turn)
-        return self.costs.of_groups(groups, work), turning * steps * (self.costs.of_round("steps") or 0.0)
-
-    def allow(self, kind: RoundKind, rounds: int, *, optimum: float | None = None) -> None:
-        """From the next replicate on so many rounds of a kind at most, more or fewer than are planned; the `optimum`
-        would narrow an interval most, and is noted if there is one."""
-        self._allowed[kind] = max(LEAST_ROUNDS, rounds)
-        self.optimum = optimum
-
-    def thin(self, plan: Plan, groups: Sequence[Group]) -> tuple[Group, ...]:
-        """What is measured of the groups of a replicate: all, or as much as lets as many be measured as are sought. Of
-        the first one, of which nothing is known, all."""
-        if self._limit_s is None or not groups:
+    def open_replicate(self, plan: Plan, groups: Sequence[Group], *, on_cpu: bool) -> tuple[Group, ...]:
+        """A replicate of these groups begins. Returns what is measured of them."""
+        self._costs, self._entered, self._lap, self._once_s = {}, self.clock(), self.clock(), 0.0
+        self._trials = sum(len(group.slots) for group in groups if group.turns) or 1
+        self._begun = 0
+        if self.limit_s is None:
             return tuple(groups)
-        following = [group for group in plan.groups if group.replicate == groups[0].replicate + 1]
-        self._following = self._thinned(plan, following, lambda thinner: False)
-        if not self.costs.has_seen("steps"):
-            return tuple(groups)
-        left = max(1, self._left - (self._replicate is not None))
-        self.judge_tightness(plan, groups, left)
+        if self._past:
+            planned = max(1, self.replicates - len(self._past))
+            turns = plan.study.protocol.turns
+            self._rounds = self._fit(planned, sought=0, most_rounds=turns).rounds
+        return measured_groups(plan, groups, self.skipped, on_cpu=on_cpu)
 
-        def fits(some: Sequence[Group]) -> bool:
-            needless = self._takes_peaks_live and any(not group.turns for group in some)
-            return not needless and left * self._decent_s(plan.study, some) <= self.left_s
+    def enter(self, group: Group) -> None:
+        """A group of the replicate begins."""
+        self._begun += len(group.slots) if group.turns else 0
+        self._lap = self.clock()
 
-        return self._thinned(plan, groups, fits)
+    def lap(self, part: Part | None, *, rounds: int = 0, once_s: float = 0.0) -> None:
+        """Book the time since the last lap to a part of the replicate: to so many rounds of it if there were any, else
+        to what it takes beside them. Later replicates do without `once_s` of it; None: without all of it."""
+        now = self.clock()
+        seconds, self._lap = now - self._lap, now
+        once_s = seconds if part is None else min(once_s, seconds)
+        self._once_s += once_s
+        if part is None:
+            return
+        cost = self._costs.setdefault(part, Cost())
+        if rounds:
+            cost.round_s += seconds / rounds
+        else:
+            cost.fixed_s += seconds - once_s
+        if rounds or part == "cold":
+            kind = "steps" if part == "training" else part
+            self._measured_s[kind] = self._measured_s.get(kind, 0.0) + seconds
 
-    def _decent_s(self, study: Study, groups: Sequence[Group]) -> float:
-        """Seconds of a replicate with as many turns of one step as other things are left out for."""
-        steps = work_in(study, groups, most=FULL_TURNS)["steps"] - work_in(study, groups, most=LEAST_ROUNDS)["steps"]
-        return (self.least_s(study, groups) or 0.0) + self.costs.of_work({"steps": steps})
+    def rounds(self, planned: int) -> int:
+        """How many of the planned rounds the replicate under way takes."""
+        return planned if self.limit_s is None else min(planned, self._rounds)
 
-    @property
-    def _takes_peaks_live(self) -> bool:
-        """Whether time is too short for isolated trials, as those that take turns in another replicate can do without
-        them: in the first they are profiled."""
-        return self.is_tight and self.peaks_live and self._left > 1
+    def note_turns(self, group: Group, turns: int) -> None:
+        """So many turns were taken by all trials of a group."""
+        self._turns[group.replicate] = min(turns, self._turns.get(group.replicate, turns))
 
-    def has_room(self, plan: Plan, kind: Literal["requests", "open_ended", "merged"]) -> bool:
-        """Whether the least of the requests of a kind that come next fits, with the cold starts after them; where they
-        may be left out."""
-        if self._limit_s is None or self._group is None or not may_leave_out(plan, [self._group], kind):
+    def admits(self, part: Part, seconds: float) -> bool:
+        """Whether a part is measured. In the first replicate it is if three replicates with it fit, which is decided
+        once; `seconds` is what it takes of all trials of the group under way."""
+        if self.limit_s is None or part in self._admitted:
             return True
-        before = sum(self.costs.of_gap(what, self._group) for what, one in BEFORE.items() if one == kind)
-        least = work_in(plan.study, [self._group], most=LEAST_ROUNDS)[kind]
-        needed_s = before + self.costs.of_work({kind: least}) + self.costs.of_colds([self._group, *self._later_groups])
-        return needed_s <= self.left_s + OVERRUN_TOLERANCE * self._limit_s
-
-    def _thinned(
-        self, plan: Plan, groups: Sequence[Group], fits: Callable[[Sequence[Group]], bool]
-    ) -> tuple[Group, ...]:
-        return reduce_to_fit(plan, groups, fits, peaks_live=self.peaks_live)
-
-    def affords(self, plan: Plan, group: Group) -> bool:
-        """Whether a group of isolated trials fits beside the replicates that are sought; where it may be left out."""
-        if self._limit_s is None or self._thinned(plan, [group], lambda thinner: False):
-            return True
-        if self._takes_peaks_live:
+        if part in self.skipped or self._past:
+            return part not in self.skipped
+        share = self._begun / self._trials
+        each = (replicate_s(self._costs) + seconds + self._dropped_s) / share
+        needed_s = self._entered - self._begin + self._once_s + self._sought * each
+        if self._dropped_s or needed_s > self.limit_s:
+            self._dropped_s += seconds
+            self._skip(part, needed_s)
             return False
-        after = (self._left - 1) * self._following_s(plan.study)
-        return (self.least_s(plan.study, [group]) or 0.0) + after <= self.left_s
+        self._admitted.add(part)
+        return True
 
-    def judge_tightness(self, plan: Plan, groups: Sequence[Group], replicates: int) -> None:
-        """Settle whether the limit is short of what is planned, so many replicates of these groups; once it is, it
-        stays so, and all replicates after that are alike."""
-        whole_s = self.costs.of_groups(groups, work_in(plan.study, groups))
-        self.is_tight |= self._limit_s is not None and replicates * whole_s > self.left_s
-
-    def require_fit(self, plan: Plan, groups: Sequence[Group], *, ahead_s: float) -> None:
-        """Refuse a limit that not one replicate keeps, the groups of which lie before their rounds.
-
-        Args:
-            plan: of the run.
-            groups: of its first replicate.
-            ahead_s: what is still to be done before their first round.
+    def require_one(self, ahead_s: float) -> None:
+        """Refuse a limit into which not one replicate fits, where `ahead_s` is what the first group still takes.
 
         Raises:
-            TooShortError: says how many minutes it takes.
+            TimeLimitTooShortError: with the minutes that it takes.
         """
-        if self._limit_s is None:
+        if not self.is_judging or self.limit_s is None:
             return
-        least = self._thinned(plan, groups, lambda thinner: False)
-        done_s = self.costs.of_gap(PREPARING, least[0])
-        trials = sum(len(group.slots) for group in least)
-        needed_s = self.spent_s + ahead_s + (self.least_s(plan.study, least) or 0.0) - done_s
-        if needed_s > (1 + OVERRUN_TOLERANCE) * self._limit_s:
+        needed_s = self.spent_s + ahead_s * self._trials / self._begun
+        if needed_s > self.limit_s:
             raise TimeLimitTooShortError(
-                f"max_minutes = {self._limit_s / 60:g}: by the first steps of this run a replicate of {trials} trials "
-                f"takes {format_duration(needed_s)} at least, so not even one fits. Give {math.ceil(needed_s / 60)} "
-                "minutes or more, fewer variants (--variant) or a smaller model."
+                f"max_minutes = {self.limit_s / 60:g}: by the first steps of this run a replicate of "
+                f"{format_count(self._trials, 'trial')} takes {format_duration(needed_s)} at least, so not even one "
+                f"fits. Give {math.ceil(needed_s / 60)} minutes or more, fewer variants (--variant) or a smaller model."
             )
 
-    def _following_s(self, study: Study) -> float:
-        """Seconds that a replicate after this one takes at least; as this one, where none is planned here."""
-        return self.least_s(study, self._following or self._groups) or 0.0
+    def close_replicate(self) -> None:
+        """All groups of the replicate have been measured. After the first one parts are dropped until three fit."""
+        first = not self._past
+        self._past.append(self._costs)
+        self._costs = {}  # a group that is measured again is no part of a replicate
+        if self.limit_s is None or not first or self._sought < 2:
+            return
+        found = self._fit(self.replicates - 1, sought=self._sought - 1, most_rounds=LEAST_ROUNDS)
+        for part in found.dropped:
+            self._skip(part, self.spent_s + found.needed_s)
+        if found.replicates < self._sought - 1:
+            self.needed_s = max(self.needed_s, self.spent_s + (self._sought - 1) * (self.longest_s or 0.0))
 
-    # --- rounds -------------------------------------------------------------------------------------------------------
+    def fits_another(self) -> bool:
+        """Whether another replicate fits."""
+        return (self.longest_s or 0.0) <= self.left_s
 
-    def turn_steps(self, planned: int, trials: int) -> int:
-        """Steps of each timed turn of the group under way, of which so many are `planned`: as the protocol says, or one
-        where a round is so dear that only few would be taken."""
-        if self._group is None or self._study is None:
-            return 1
-        each = self._study.protocol.steps_per_turn
-        if self._limit_s is None:
-            return each
-        replicate = self._group.replicate
-        if replicate not in self._turn_steps:
-            step_s = trials * (self.costs.of_round("steps") or 0.0)
-            share_s = LEAST_ROUNDS * step_s + self._surplus_of("steps", planned * trials * each)
-            self._turn_steps[replicate] = each if share_s >= min(planned, FULL_TURNS) * each * step_s else 1
-        return self._turn_steps[replicate]
+    def _fit(self, planned: int, *, sought: int, most_rounds: int) -> Fit:
+        longest = max(self._past, key=self._least_s)
+        kept = {part: cost for part, cost in longest.items() if part not in self.skipped}
+        return fit(kept, self.left_s, planned=planned, sought=sought, most_rounds=most_rounds)
 
-    def rounds(
-        self, kind: RoundKind, planned: Sequence[T], trials: int, *, each: int = 1, more: Iterator[T] | None = None
-    ) -> Iterator[T]:
-        """The planned rounds of the group under way, each by `trials` trials, as far as their share of time goes.
+    def _least_s(self, costs: Costs) -> float:
+        return replicate_s({part: cost for part, cost in costs.items() if part not in self.skipped})
 
-        Args:
-            kind: of round.
-            planned: of which the first are taken.
-            trials: that are asked in each.
-            each: what a command counts for: the steps of a turn.
-            more: further rounds, for where more are worth their time than are planned.
-        """
-        self._close_gap()
-        begin, limit_s = self.clock(), self._limit_s or 0.0
-        rounded_s = ROUNDED_SHARE * limit_s
-        surplus_s = self._surplus_of(kind, len(planned) * trials * each)
-        least = self._least(kind)
-        # What was set aside for the least is of turns of one step, and nothing where no round was known.
-        apart = least / each if self.costs.of_round(kind) is not None else 0.0
-        done = 0
-        for one in islice(chain(planned, more or ()), self._limit_rounds(kind, len(planned), more is not None)):
-            a_round = (self.clock() - begin) / done if done else trials * each * (self.costs.of_round(kind) or 0.0)
-            late_s = (done + 1 - apart) * a_round - surplus_s
-            needed = kind == "steps" and done < MEDIAN_TURNS
-            if done >= least and late_s > (MEDIAN_SHARE * limit_s if needed else min(a_round / 2, rounded_s)):
-                break
-            yield one
-            done += 1
-        self._gap, self._gap_begin = kind, self.clock()
-        if done * trials:
-            self.costs.note(kind, self._gap_begin - begin, done * trials * each)
-        if done < len(planned) and self._group is not None:
-            self._caps[self._group.replicate, kind] = done
+    def _skip(self, part: Part, needed_s: float) -> None:
+        self.skipped.add(part)
+        self.needed_s = max(self.needed_s, needed_s)
 
-    def _least(self, kind: RoundKind) -> int:
-        """Rounds that are taken whatever the time. One request is enough where other replicates may do without any: no
-        number of them in one replicate has an interval, and the time is worth more to what has one."""
-        if kind == "epochs":
-            return 0
-        spare = self.is_tight and bool(self._following) and kind not in ("steps", *parts_in(self._following))
-        return 1 if spare else LEAST_ROUNDS
+    # --- what is said of it -------------------------------------------------------------------------------------------
 
-    def _limit_rounds(self, kind: RoundKind, planned: int, extends: bool) -> int:
-        """Rounds that are taken at most: as allowed, but no more than the trials of this replicate before this one."""
-        allowed = self._allowed.get(kind, planned)
-        most = allowed if extends else min(planned, allowed)
-        return most if self._group is None else min(most, self._caps.get((self._group.replicate, kind), most))
+    def breakdown(self) -> TimeBreakdown:
+        """What the time went to until now."""
+        return TimeBreakdown(
+            limit_s=self.limit_s,
+            wall_s=self.spent_s,
+            measured_s=dict(self._measured_s),
+            turns=tuple(self._turns.values()) if self.is_limited else (),
+        )
 
-    def _surplus_of(self, kind: RoundKind, planned: float) -> float:
-        """Seconds for a kind of round beyond its least, of which so many commands are planned: its part of the surplus
-        of this replicate."""
-        if self._limit_s is None or self._study is None or self._group is None:
-            return math.inf
-        least, whole = (self._ahead(kind, most=most) for most in (LEAST_ROUNDS, math.inf))
-        own = work_in(self._study, [self._group], most=LEAST_ROUNDS)[kind]
-        least_s = self.costs.of_work(least) + self.costs.of_work({kind: own}) + self._between_s(kind)
-        if not self._judged_s({**whole, kind: whole[kind] + planned}):
-            return 0.0
-        share = self._judged_s({kind: planned}, beside=whole) / self._judged_s({**whole, kind: whole[kind] + planned})
-        return share * self._surplus_s(least_s, unseen=self._has_unseen(whole))
 
-    def _surplus_s(self, least_s: float, *, unseen: bool) -> float:
-        """Of what is left after the least of all that is to come, the part of this replicate."""
-        assert self._study is not None
-        left, following = self.left_s - least_s, self._following_s(self._study)
-        later = self._left - 1
-        if following > 0 and self._has_replicates:  # the first does not know how many will fit
-            later = max(0, min(later, int((left + self.grace_s) / following)))
-        surplus = max(0.0, left - later * following)
-        # What was never seen is judged by what takes longer as a rule: of two parts the first would be cut for it.
-        return surplus if unseen and later <= 1 else surplus / (later + 1)
+def skipped_notice(skipped: Iterable[str], replicates: int, planned: int, needed_s: float) -> tuple[Notice, ...]:
+    """The notice of what a limit has dropped, and of fewer replicates than give a useful interval; none where neither
+    is so. `needed_s` is what the sought replicates would take, 0 where that is not known."""
+    dropped = [DROPPABLE[part] for part in DROPPABLE if part in set(skipped)]
+    sought = min(SOUGHT_REPLICATES, planned)
+    if not dropped and replicates >= sought:
+        return ()
+    said = []
+    if dropped:
+        said.append(f"{', '.join(dropped)} {'were' if len(dropped) > 1 or dropped[0].endswith('s') else 'was'} skipped")
+    if replicates < sought:
+        said.append(f"{format_count(replicates, 'replicate')} of training fitted, and an interval needs {sought}")
+    minutes = math.ceil(needed_s / 60)
+    needed = f": {sought} replicates {'with them ' if dropped else ''}take about {minutes} min" if minutes else ""
+    raised = f" to {minutes}" if minutes else ""
+    return (
+        Notice(
+            code="measurements-skipped",
+            message=f"because of the time limit {'; '.join(said)}{needed}.",
+            remedy=f"Raise --max-minutes{raised}, or measure fewer variants (--variant) or phases (--phase).",
+        ),
+    )
 
-    def _ahead(self, kind: RoundKind, *, most: float) -> dict[RoundKind, float]:
-        """What is to come after the rounds of this kind of this group, in its replicate."""
-        assert self._study is not None
-        assert self._group is not None
-        after = ROUND_KINDS[ROUND_KINDS.index(kind) + 1 :]
-        own = work_in(self._study, [self._group], most=most)
-        later = work_in(self._study, self._later_groups, most=most)
-        return {other: own[other] * (other in after) + later[other] for other in ROUND_KINDS}
 
-    def _between_s(self, kind: RoundKind) -> float:
-        """Seconds of what lies between the rounds that are still to come in this replicate."""
-        assert self._group is not None
-        later = sum(self.costs.of_gap(PREPARING, one) + self.costs.of_gaps(one) for one in self._later_groups)
-        own = self.costs.of_gaps(self._group, ROUND_KINDS[ROUND_KINDS.index(kind) :])
-        return own + later + self.costs.of_colds([self._group, *self._later_groups])
+def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[Part], *, on_cpu: bool) -> tuple[Group, ...]:
+    """What is measured of the groups of a replicate where time is limited: nothing that was skipped, and peaks once a
+    variant unless a claim is about them.
 
-    def _has_unseen(self, work: Work) -> bool:
-        return any(count and not self.costs.has_seen(kind) for kind, count in work.items())
+    Isolated trials measure peaks, in the first replicate. On a CPU the peak of a process is the same whatever else is
+    live, so there the trials that take turns measure it: those of the second replicate, since the first is profiled.
+    """
+    once, without = not plan.study.claims_peaks, set(skipped)
+    live = once and on_cpu and plan.interleaving == "lockstep" and plan.study.protocol.replicates > 1
 
-    def _judged_s(self, work: Work, beside: Work | None = None) -> float:
-        """Seconds of some rounds as they are judged beside others: one like another where one is not known at all."""
-        kinds = [kind for part in (work, beside or {}) for kind, count in part.items() if count]
-        known = all(self.costs.of_round(kind) is not None for kind in kinds)
-        return self.costs.of_work(work) if known else sum(work.values())
+    def measures(slot: Slot, *, turns: bool) -> tuple[Measure, ...]:
+        left = tuple(one for one in slot.measures if one not in without)
+        if turns and live and slot.replicate == 1 and "peaks" not in left:
+            return (*left, "peaks")
+        needless = not turns and once and left == ("peaks",) and (live or slot.replicate > 0)
+        return () if needless else left
+
+    found = []
+    for group in groups:
+        launches = tuple(
+            tuple(replace(slot, measures=measures(slot, turns=bool(group.turns))) for slot in launch)
+            for launch in group.launches
+        )
+        if any(slot.measures for launch in launches for slot in launch):
+            found.append(replace(group, launches=launches))
+    return tuple(found)

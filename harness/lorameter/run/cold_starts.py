@@ -15,8 +15,8 @@ COLD_REPLICATES = 3
 
 def cold_replicates(study: Study, contenders: Sequence[Arm]) -> int:
     """How many replicates measure cold starts. One reads, converts and quantises a model for seconds of measuring, so
-    no more are made than their interval needs: all where it is asked for (two sides, a precision, a claim), else three,
-    and one, without an interval, where minutes are limited."""
+    no more are made than their interval needs: all where it is asked for (two sides, a precision, a claim) or where
+    minutes are limited, else three."""
     protocol = study.protocol
     if protocol.cold_replicates is not None:
         return protocol.cold_replicates
@@ -24,7 +24,7 @@ def cold_replicates(study: Study, contenders: Sequence[Arm]) -> int:
     asked = any(one.side for one in contenders) or protocol.precision is not None
     if asked or any(metric in METRICS and METRICS[metric].phase == "cold" for metric in claimed):
         return protocol.replicates
-    return 1 if protocol.max_minutes is not None else COLD_REPLICATES
+    return protocol.replicates if protocol.max_minutes is not None else COLD_REPLICATES
 
 
 def own_measures(contender: Arm, measures: tuple[Measure, ...], cold: int) -> tuple[Measure, ...]:

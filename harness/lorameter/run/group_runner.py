@@ -1,318 +1,487 @@
-"""One group of a plan, conducted: its processes are live together and take the turns that the plan says.
+"""Measures one group of a plan: its processes are live together and take the turns that the plan says.
 
-Whatever is timed is alone: the parent sends one command and blocks on the answer. What is not is carried out on all
-idle cores at once (`lorameter.run.parallel`), and nothing is timed before the last of it has been answered.
+What is timed is alone: the parent sends one command and blocks on the answer. Building, checking, warming up and first
+requests are in no number, so as many processes at once do these as there are cores for them; when the last has
+answered nothing is at work any more. What a process answers goes into the record of its trial; its death is a row for
+each trial that it hosted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, cast
 
+from lorameter.machine.affinity import benchmark_cpus
 from lorameter.records import codec
-from lorameter.records.record import Failure, PartialRecord, TrialRecord
-from lorameter.records.time_breakdown import Allocation
-from lorameter.run.budget import Budget
-from lorameter.run.costs import COLD, MERGING, SERVING
-from lorameter.run.cpu_pinning import CpuPinning
-from lorameter.run.dispatch import Dispatcher, PhaseListener, raise_refused
-from lorameter.run.executors import Executor, Worker, WorkerLostError
-from lorameter.run.foresight import ReplicateCostEstimate, warmup_lengths
-from lorameter.run.group_records import GroupRecords
+from lorameter.records.checkpoints import checkpoint_is_due
+from lorameter.records.os_errors import REFUSED, SystemLimitError
+from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
+from lorameter.records.validation import validation_error
+from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
+from lorameter.run.executors import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.shared_checks import find_askers, told_by
-from lorameter.run.thinning import Part, parts_in
-from lorameter.run.trial_setup import RunContext, request_of
+from lorameter.run.trial_setup import RunContext, begin_record, request_of
 from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from lorameter.studies.request import TrialRequest
 
+PIN_AGAIN_S = 4.0
+"""CPUs are compared no more often: it takes some hundredths of a second, and rounds may be shorter than that."""
+COMPARED_CPUS = 4
+"""CPUs that are compared, of a machine that has many."""
+SLOWER_SHARE = 0.03
+"""By how much a CPU must be slower than another to be left for it."""
+WARM = "warmup_step_time_s"
+PART_OF: dict[RoundKind, Part] = {
+    "steps": "training", "epochs": "training", "requests": "requests", "open_ended": "open_ended", "merged": "merged",
+}  # fmt: skip
 
-class ProgressListener(PhaseListener, Protocol):
-    """Is told what is going on, between turns; must return quickly."""
+
+class ProgressListener(Protocol):
+    """Receives the progress of a run between turns; must return quickly."""
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """A trial enters a phase."""
 
     def trial_ended(self, record: TrialRecord) -> None:
         """A trial has its record."""
 
 
+class GroupRecords:
+    """One record a trial of a group under way. Those of a long group are saved between its commands as well, so that
+    killing the parent never costs all of its time."""
+
+    def __init__(
+        self,
+        group: Group,
+        context: RunContext,
+        save: Callable[[TrialRecord], None],
+        clock: Callable[[], float],
+        attempt: int,
+    ) -> None:
+        self.slots = {slot.trial: slot for slot in group.slots}
+        self.records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
+        self.ended: set[str] = set()
+        """Trials of which nothing is left to be measured."""
+        self.saving_s = 0.0
+        """Seconds that checkpoints have taken."""
+        self._context, self._save, self._clock = context, save, clock
+        self._entered = self._saved = clock()
+        self._begun: dict[str, tuple[float, float]] = {}
+        """When each trial began: Unix time and monotonic clock."""
+
+    def begin(self, slots: Iterable[Slot]) -> None:
+        """Their process is being started."""
+        for slot in slots:
+            self._begun[slot.trial] = time.time(), time.monotonic()
+
+    def unbegin(self, slots: Iterable[Slot]) -> None:
+        """There is no process after all."""
+        for slot in slots:
+            del self._begun[slot.trial]
+
+    def is_ok(self, trial: str) -> bool:
+        """Whether nothing has gone wrong with it so far."""
+        return self.records[trial].status == "ok"
+
+    def live(self, measure: Measure | None = None) -> list[str]:
+        """Trials that are still ok and, if a measure is given, measure it."""
+        return [
+            trial
+            for trial in self.records
+            if self.is_ok(trial) and (measure is None or measure in self.slots[trial].measures)
+        ]
+
+    def add(self, trial: str, fragment: PartialRecord, turn: bool = False) -> None:
+        """Add what a command, or a `turn`, has answered."""
+        record = self.records[trial].merged(fragment)
+        changes: dict[str, Any] = {"tokens": record.tokens | self._context.of(self.slots[trial].workload).tokens}
+        if trial in self._begun:
+            started_unix_s, begin = self._begun[trial]
+            changes |= {"started_unix_s": started_unix_s, "wall_time_s": time.monotonic() - begin}
+        if turn:
+            changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
+        record = record.replaced(**changes)
+        if flaw := validation_error(record):  # no reader would take it, and with it the whole run
+            failure = Failure(phase="record", kind="Unreadable", message=flaw)
+            record = self.records[trial].merged(PartialRecord().failed("invalid", failure))
+        self.records[trial] = record
+
+    def break_off(self, kind: str, message: str) -> None:
+        """Mark what has not ended as interrupted, or as not run if it had not begun."""
+        for trial in self.live():
+            if trial not in self.ended:
+                status: Status = "interrupted" if trial in self._begun else "not_run"
+                self.add(trial, PartialRecord().failed(status, Failure(phase="run", kind=kind, message=message)))
+
+    def checkpoint(self, command: str) -> None:
+        """Save what every trial has so far, if that is due; nothing is timed between two rounds.
+
+        The evidence of the checks is left out: it is half of a record, and the record at the end has it.
+        """
+        now = self._clock()
+        if not checkpoint_is_due(now, begun_s=self._entered, saved_s=self._saved):
+            return
+        begin = time.monotonic()
+        failure = Failure(phase=command, kind=UNDER_WAY, message=f"under way when this was written, after {command}")
+        for record in self.records.values():
+            if record.status == "ok":
+                record = record.replaced(status="interrupted", failure=failure, checks=())
+            self._save(record)
+        self.saving_s += time.monotonic() - begin
+        self._saved = self._clock()
+
+
 class GroupRunner:
-    """One group: its workers are live together and take the turns that the plan says; `later` are the groups of its
-    replicate that come after it."""
+    """Measures all phases of all trials of one group; a trial that fails takes no further part."""
 
     def __init__(
         self,
         plan: Plan,
         group: Group,
         executors: Mapping[str, Executor],
-        site: RunContext,
-        watcher: ProgressListener,
+        context: RunContext,
+        listener: ProgressListener,
         save: Callable[[TrialRecord], None],
         budget: Budget,
         attempt: int = 0,
-        later: Iterable[Group] = (),
     ) -> None:
-        self._plan = plan
-        self._group = group
-        self._executors = executors
-        self._site = site
-        self._watcher = watcher
-        self._budget = budget
-        self._sheet = GroupRecords(group, site, save, budget.clock, attempt)
-        self._askers = find_askers(group.slots)
-        self._foresight = ReplicateCostEstimate(plan, group, tuple(later), budget, site)
-        self.left_out: set[Part] = set()
-        """What there was no time for after all."""
+        self._plan, self._group, self._executors, self._context = plan, group, executors, context
+        self._listener, self._budget = listener, budget
+        self._records = GroupRecords(group, context, save, budget.clock, attempt)
+        self._workers: dict[str, Worker] = {}
+        """By the trials that they host."""
         self._requests: dict[str, TrialRequest] = {}
-        timeout_s = plan.study.protocol.step_timeout_s
-        self._asking = Dispatcher(self._sheet, watcher, budget.clock, lanes=site.lanes, timeout_s=timeout_s)
-        self._asking.first = frozenset(self._askers.values())
+        self._timeout_s = plan.study.protocol.step_timeout_s
+        self._request_s = 0.0
+        """What one request has taken of one trial."""
 
     def measure(self) -> None:
-        """All phases of all trials of the group; a trial that fails takes no further part."""
+        """Measure the group, and end its processes."""
         try:
             for launch in self._group.launches:
                 self._launch(launch)
             self._prepare()
             self._train()
             self._each("save_adapter")
-            if self._serves:
-                self._generate()
+            self._budget.lap(self._rest)
+            self._generate()
             if any(len(launch) > 1 for launch in self._group.launches):
                 self._each("close")
         finally:
-            for worker in set(self._asking.workers.values()):
+            for worker in set(self._workers.values()):
                 worker.close()
-        cold = self._sheet.live("cold")
-        self._sheet.ended |= set(self._sheet.records) - set(cold)
-        for trial in cold:  # all processes have ended: nothing shares the device with a cold start
-            self._watcher.trial_phase(self._sheet.slots[trial], "cold")
-            begin = self._budget.clock()
-            fragment = self._cold(trial)
-            seconds = self._budget.clock() - begin
-            self._budget.pay_once(seconds, COLD)
-            self._budget.ledger.measured("cold", seconds)
-            self._sheet.add(trial, fragment)
-            raise_refused(trial, fragment)
-            self._sheet.ended.add(trial)
+        self._start_cold()
         for slot in self._group.slots:
             self._executors[slot.arm].clear_place(slot.trial)
 
-    def _prepare(self) -> None:
-        """From the first step of each to where nothing but timed turns are left to be taken. Where these processes are
-        the first of all, their first step is waited for: it says what to expect."""
-        words: tuple[str, ...] = ("build", "verify", "warm_up")
-        if self._foresight.waits:
-            building = self._each("build")["build"]
-            self._ask_others()
-            self._tell_others("build")
-            self._foresight.built(self._sheet, building)
-            words = words[1:]
-        took = self._each(*words, warm_up={} if self._shares_warm_up else self._brief)
-        self._tell_others("verify")
-        self._foresight.warmed(self._sheet, took, shared=self._shares_warm_up)
-
-    @property
-    def _serves(self) -> bool:
-        """Whether anything is measured of its trials beside their steps."""
-        served = set(parts_in([self._group])) - {"steps", "peaks", "losses"}
-        return bool(served) or not self._group.turns
-
-    @property
-    def _brief(self) -> dict[str, bool]:
-        """Has what is not timed be short where minutes are; an older side of an A/B does not know the word."""
-        return {"brief": True} if self._budget.is_tight and not self._group.slots[0].side else {}
-
-    @property
-    def _shares_warm_up(self) -> bool:
-        """Whether its trials were told how long their warm-up need be."""
-        return any(request.warm_up_steps is not None for request in self._requests.values())
-
-    def _generate(self) -> None:
-        self._budget.pass_to(SERVING)
-        brief = self._brief
-        self._each("begin_generate", begin_generate=brief)
-        self._foresight.served(self._sheet, "requests")
-        if self._has_room("requests"):
-            self._in_turns("requests", self._group.requests)
-        if self._has_room("open_ended"):
-            self._in_turns("open_ended", self._group.open_ended)
-            self._each("base_answers")
-        self._each("end_generate")
-        for trial in self._sheet.live("cold"):  # what it answers must be known, though nobody has asked it anything
-            owes = brief and "completion" not in self._sheet.records[trial].tokens
-            if owes and self._due(COMMANDS["end_generate"]):
-                self._asking.ask(trial, "end_generate")
-        self._budget.pass_to(MERGING)
-        if self._has_room("merged"):
-            self._each("merge", merge=self._brief)
-            self._foresight.served(self._sheet, "merged")
-            self._in_turns("merged", self._group.requests)
-
-    def _has_room(self, kind: Literal["requests", "open_ended", "merged"]) -> bool:
-        if not self._sheet.live(kind) or self._budget.has_room(self._plan, kind):
-            return True
-        self.left_out.add(kind)
-        return False
-
-    def _train(self) -> None:
-        """The timed turns and the untimed steps that they leave; fewer of both where the time does not suffice."""
-        protocol, sheet = self._plan.study.protocol, self._sheet
-        begin, saving_s = time.monotonic(), sheet.saving_s
-        timed = sheet.live("steps")
-        each = self._budget.turn_steps(len(self._group.turns), len(timed)) if timed else protocol.steps_per_turn
-        turns = self._in_turns("steps", self._group.turns, more=self._foresight.further_turns(), steps=each)
-        wall_time_s = time.monotonic() - begin - (sheet.saving_s - saving_s)
-        if timed and self._budget.is_limited and self._group.turns:
-            self._budget.ledger.allocated(
-                Allocation(
-                    replicate=self._group.replicate,
-                    turns=turns,
-                    steps_per_turn=each,
-                    planned=len(self._group.turns),
-                    optimum=self._budget.optimum,
-                )
-            )
-        timed = sheet.live("steps")
-        for trial in timed:
-            sheet.add(trial, PartialRecord(values={"turns_wall_time_s": wall_time_s}))
-        planned = max((sheet.slots[trial].contender.rounds_after_turns(protocol) for trial in timed), default=0)
-        orders = tuple(self._group.turns[number % len(self._group.turns)] for number in range(planned))
-        # In rounds as well: a command that trained for hours could neither be cut nor be told from one that hangs.
-        untimed = self._in_turns("epochs", orders, steps=protocol.steps_per_turn)
-        taken = turns * each + untimed * protocol.steps_per_turn
-        arguments: dict[str, Any] = {} if self._group.held_out else {"held_out": False}
-        if timed and (self._shares_warm_up or taken != (len(self._group.turns) + planned) * protocol.steps_per_turn):
-            # All after the same step, if not the planned one: that of the longest warm-up that there was so far.
-            longest = max(warmup_lengths(sheet), default=0)
-            before = 1 + (longest if self._shares_warm_up else self._budget.settle_warm_up(longest))
-            arguments["steps"] = before + taken
-            if turns > len(self._group.turns):
-                arguments["least"] = before + turns * each
-        finishing = self._each("finish_training", finish_training=arguments)
-        self._foresight.ended(sheet, finishing["finish_training"])
-
     def interrupt(self) -> None:
-        """Mark what was under way."""
-        self._sheet.break_off("Interrupted", "stopped by the user")
+        """Mark what was under way as interrupted by the user."""
+        self._records.break_off("Interrupted", "stopped by the user")
 
     def abandon(self, error: Exception) -> None:
         """Mark what was under way when the parent itself failed, for which no trial is to blame."""
-        self._sheet.break_off(type(error).__name__, f"the parent failed: {error}")
+        self._records.break_off(type(error).__name__, f"the parent failed: {error}")
 
     def records(self) -> Iterable[TrialRecord]:
         """The group's records in the order of the plan."""
-        return self._sheet.records.values()
+        return self._records.records.values()
+
+    # --- the parts of a trial -----------------------------------------------------------------------------------------
 
     def _launch(self, launch: tuple[Slot, ...]) -> None:
-        sheet = self._sheet
-        if rehearsal := self._plan.failed.get(launch[0].contender.name):  # of scripts, which have a process each
+        records = self._records
+        if failed := self._plan.failed.get(launch[0].contender.name):  # in a rehearsal of scripts
             trial = launch[0].trial
-            sheet.add(trial, PartialRecord(status=rehearsal.status, failure=rehearsal.failure))
-            sheet.records[trial] = sheet.records[trial].replaced(log=rehearsal.log)
+            records.add(trial, PartialRecord(status=failed.status, failure=failed.failure))
+            records.records[trial] = records.records[trial].replaced(log=failed.log)
             return
-        sheet.begin(launch)
+        records.begin(launch)
         try:
             worker = self._executors[launch[0].arm].launch()
         except WorkerLostError as lost:
             for slot in launch:
-                sheet.add(slot.trial, PartialRecord().failed(lost.status, lost.failure))
+                records.add(slot.trial, PartialRecord().failed(lost.status, lost.failure))
             return
         except BaseException:  # there is no process, so these have not begun
-            sheet.unbegin(launch)
+            records.unbegin(launch)
             raise
         log = launch[0].trial  # trials of one process print into one log
         for slot in launch:  # all of them before any is asked: should it die then, it is a row for each
-            self._asking.workers[slot.trial] = worker
-            sheet.add(slot.trial, PartialRecord(values={"start_latency_s": worker.start_latency_s}))
-            sheet.records[slot.trial] = sheet.records[slot.trial].replaced(log=f"logs/{log}.log")
+            self._workers[slot.trial] = worker
+            records.add(slot.trial, PartialRecord(values={"start_latency_s": worker.start_latency_s}))
+            records.records[slot.trial] = records.records[slot.trial].replaced(log=f"logs/{log}.log")
         for slot in launch:
-            if not sheet.is_ok(slot.trial):
-                continue
-            place = self._executors[slot.arm].make_place(slot.trial, log)
-            request = self._requests[slot.trial] = request_of(
-                self._plan,
-                slot,
-                self._site,
-                place,
-                asks_base=self._askers[slot.trial] == slot.trial,
-                natural=self._foresight.is_natural(slot),
-                warm_up_steps=self._foresight.warm_up_steps(slot),
-            )
-            self._asking.ask(slot.trial, "prepare", request=codec.to_json(request))
+            if records.is_ok(slot.trial):
+                place = self._executors[slot.arm].make_place(slot.trial, log)
+                request = self._requests[slot.trial] = request_of(self._plan, slot, self._context, place)
+                self._ask(slot.trial, "prepare", request=codec.to_json(request))
+
+    def _prepare(self) -> None:
+        """From the first step of each trial to where only timed turns are left."""
+        protocol, budget = self._plan.study.protocol, self._budget
+        self._each("build")
+        first = self._values("build_step_time_s")
+        if self._group.turns:
+            budget.require_one((2 + LEAST_ROUNDS * protocol.steps_per_turn) * sum(first))
+        later = budget.is_limited and self._group.replicate > 0
+        verify_s = self._each("verify")
+        warm_s = self._each("warm_up", arguments={"steps": 1} if later else {})
+        once_s = 0.0
+        if budget.is_limited and not later:
+            # Later replicates watch one step as the control does, take one more, and compute no loss before training.
+            checks = self._values("verify_time_s")
+            counts = [len(times) for times in self._warm_up_times()]
+            once_s = verify_s * (1 - len(checks) * min(checks) / sum(checks)) if sum(checks) else 0.0
+            once_s += warm_s * (1 - len(counts) / sum(counts)) if sum(counts) else 0.0
+        budget.lap(self._rest, once_s=once_s)
+
+    def _train(self) -> None:
+        """The timed turns, and the untimed steps of the epochs asked for."""
+        protocol, records, turns = self._plan.study.protocol, self._records, self._group.turns
+        begin, saving_s = time.monotonic(), records.saving_s
+        taken = self._take_rounds("steps", turns, steps=protocol.steps_per_turn)
+        wall_time_s = time.monotonic() - begin - (records.saving_s - saving_s)
+        timed = records.live("steps")
+        for trial in timed:
+            records.add(trial, PartialRecord(values={"turns_wall_time_s": wall_time_s}))
+        if timed and turns:
+            self._budget.note_turns(self._group, taken)
+        epochs = max((records.slots[trial].contender.rounds_after_turns(protocol) for trial in timed), default=0)
+        # In rounds as well: a command that trained for hours could not be told from one that hangs.
+        self._take_rounds("epochs", tuple(turns[number % len(turns)] for number in range(epochs)),
+                          steps=protocol.steps_per_turn)  # fmt: skip
+        arguments = {}
+        if timed and self._budget.is_limited and not epochs:  # all end after the longest warm-up and the timed steps
+            longest = max(map(len, self._warm_up_times()), default=0)
+            arguments["steps"] = 1 + longest + taken * protocol.steps_per_turn
+        finish_s = self._each("finish_training", arguments=arguments)
+        if turns and self._values("held_out_loss_initial"):
+            self._budget.lap("training", once_s=finish_s)  # in place of the same loss before training, which came once
+
+    def _generate(self) -> None:
+        wanted = {"requests", "open_ended", "merged", "cold"} & {
+            one for slot in self._group.slots for one in slot.measures
+        }
+        if self._group.turns and not (wanted and self._begin_requests()):
+            for part in ("open_ended", "merged"):  # which need requests, and are counted in what is missing
+                self._admits(part)
+            return
+        if not self._group.turns:
+            self._each("begin_generate")
+        if self._admits("requests"):
+            self._take_rounds("requests", self._group.requests)
+        if self._admits("open_ended"):
+            self._take_rounds("open_ended", self._group.open_ended)
+            self._each("base_answers")
+            self._budget.lap("open_ended")
+        self._each("end_generate")
+        self._lap_requests()
+        if self._admits("merged"):
+            self._each("merge")
+            self._budget.lap("merged")
+            self._take_rounds("merged", self._group.requests)
+
+    def _begin_requests(self) -> bool:
+        """The first requests of all trials that take turns. Where time is limited those of one trial come first, and
+        say whether there is time for more."""
+        if not self._due(COMMANDS["begin_generate"]):
+            return True
+        one = self._records.live()[:1] if self._budget.is_judging else []
+        seconds = self._each("begin_generate", trials=one)
+        self._request_s = seconds / self._first_requests
+        if one and not self._admits("requests"):
+            self._budget.lap(None)
+            return False
+        self._each("begin_generate", trials=[trial for trial in self._records.live() if trial not in one])
+        self._lap_requests()
+        return True
+
+    def _start_cold(self) -> None:
+        """Cold starts, when all processes have ended, so that nothing shares the device with them."""
+        records = self._records
+        trials = records.live("cold")
+        trials = trials if self._admits("cold") else []
+        records.ended |= set(records.records) - set(trials)
+        for trial in trials:
+            self._listener.trial_phase(records.slots[trial], "cold")
+            fragment = self._cold(trial)
+            records.add(trial, fragment)
+            raise_refused(trial, fragment)
+            records.ended.add(trial)
+        if trials:
+            self._budget.lap("cold")
+
+    def _cold(self, trial: str) -> PartialRecord:
+        try:
+            fragment = self._executors[self._records.slots[trial].arm].cold_start(self._requests[trial])
+        except WorkerLostError as lost:
+            return PartialRecord().failed(lost.status, lost.failure)
+        if fragment.status != "ok":  # it says itself why it has no answer
+            return fragment
+        warm, cold = self._records.records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
+        if warm is not None and warm != cold:  # it would be the cold start of another model
+            message = f"the new interpreter answered {cold} where the trained process had answered {warm}"
+            return fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
+        return fragment
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def _admits(self, part: Literal["requests", "open_ended", "merged", "cold"]) -> bool:
+        """Whether trials of the group measure a part and the budget has room for it."""
+        measuring, workload = self._records.live(part), self._plan.study.workload
+        served_s = (self._first_requests + LEAST_ROUNDS) * self._request_s
+        whole_s = self._request_s * workload.open_ended_tokens / workload.new_tokens
+        seconds = {  # of one trial; whole answers are asked before training as well
+            "requests": served_s,
+            "merged": served_s,
+            "open_ended": 2 * LEAST_ROUNDS * whole_s,
+            "cold": self._budget.cold_s + self._request_s,
+        }
+        return bool(measuring) and self._budget.admits(part, len(measuring) * seconds[part])
+
+    @property
+    def _first_requests(self) -> int:
+        return 1 + self._plan.study.protocol.generate_warmup
+
+    @property
+    def _rest(self) -> Part | None:
+        """What the time goes to that is spent on nothing else; that of isolated trials comes once if they measure peaks
+        alone."""
+        return "training" if self._group.turns else "merged" if self._records.live("merged") else None
+
+    def _lap_requests(self) -> None:
+        self._budget.lap("requests" if self._records.live("requests") else self._rest)
+
+    def _values(self, name: str) -> list[float]:
+        """A value of the live trials that have it."""
+        records = (self._records.records[trial] for trial in self._records.live())
+        return [record.values[name] for record in records if name in record.values]
+
+    def _warm_up_times(self) -> list[tuple[float, ...]]:
+        return [self._records.records[trial].samples.get(WARM, ()) for trial in self._records.live("steps")]
+
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     def _due(self, command: Command) -> bool:
         """Whether the plan has the command's phase; training is part of every plan."""
         return command.phase == "train" or command.phase in self._plan.phases
 
-    def _each(self, *words: str, **arguments: Mapping[str, Any]) -> dict[str, float]:
-        """Commands of all trials that are there for them, none of them timed; the seconds that went to each."""
-        took = self._asking.each([word for word in words if self._due(COMMANDS[word])], arguments)
-        return dict.fromkeys(words, 0.0) | took
+    def _ask(self, trial: str, command: str, **arguments: Any) -> None:
+        """Have one trial carry out a command, while nothing else is at work."""
+        if self._records.is_ok(trial):
+            self._show(trial, command)
+            worker = self._workers[trial]
+            turn = COMMANDS[command] is ROUNDS["steps"]
+            self._take(trial, lambda: worker.ask(command, trial, self._timeout_s, **arguments), turn=turn)
 
-    def _ask_others(self) -> None:
-        """Where who was to find out what is the base's has failed, another that stands on it does."""
-        left = find_askers(slot for slot in self._group.slots if self._sheet.is_ok(slot.trial))
-        for trial, asker in left.items():
-            if trial == asker != self._askers[trial]:
-                self._asking.own[trial, "verify"] = {"asks_base": True}
-        self._askers |= left
-
-    def _tell_others(self, word: str) -> None:
-        """What one trial has found out of its base, to those that stand on it as well."""
-        for trial in self._sheet.live():
-            asker, fallback = self._sheet.records[self._askers[trial]], self._plan.study.allow_fallback
-            if asker.trial != trial:
-                self._sheet.add(trial, told_by(asker, self._sheet.slots[trial], allow_fallback=fallback, word=word))
-
-    def _in_turns(
-        self,
-        kind: RoundKind,
-        rounds: tuple[tuple[str, ...], ...],
-        *,
-        more: Iterator[tuple[str, ...]] | None = None,
-        **arguments: Any,
-    ) -> int:
-        """The rounds that the time allows, each by all trials that are there for it; returns how many these were."""
-        command = ROUNDS[kind]
+    def _each(
+        self, word: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> float:
+        """Have all trials, or some, carry out a command that is not timed, as many at once as there are cores for them.
+        Returns the seconds that it took."""
+        command, begin, arguments = COMMANDS[word], self._budget.clock(), arguments or {}
         if not self._due(command):
-            return len(rounds)
-        measuring = self._sheet.live("steps" if kind == "epochs" else kind)
-        if not rounds or not measuring:
-            return len(rounds)
-        taken = 0
-        each = arguments.get("steps", 1)
-        with CpuPinning(self._seated(command), self._group.replicate) as seats:
-            for order in self._budget.rounds(kind, rounds, len(measuring), each=each, more=more):
-                seats.begin_round()
+            return 0.0
+        live = [trial for trial in self._records.live(command.measure) if trials is None or trial in trials]
+        alone = len({id(worker) for worker in self._workers.values()}) == len(self._workers)
+        size = self._context.lanes if alone else 1
+        for batch in (live[start : start + size] for start in range(0, len(live), size)):
+            if len(batch) == 1:
+                self._ask(batch[0], word, **arguments)
+                continue
+            for trial in batch:
+                self._show(trial, word)
+                cast(AsyncWorker, self._workers[trial]).send(word, trial, **arguments)
+            for trial in batch:
+                worker = cast(AsyncWorker, self._workers[trial])
+                self._take(trial, lambda worker=worker: worker.receive(word, self._timeout_s))  # type: ignore[misc]
+        self._records.checkpoint(word)
+        return self._budget.clock() - begin
+
+    def _take_rounds(self, kind: RoundKind, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
+        """As many of the rounds as the budget gives, each of all trials that measure this; returns how many."""
+        command = ROUNDS[kind]
+        measuring = set(self._records.live("steps" if kind == "epochs" else kind))
+        if not (self._due(command) and orders and measuring):
+            return len(orders)
+        rounds = len(orders) if kind == "epochs" else self._budget.rounds(len(orders))
+        with self._pinned(command) as pin:
+            for order in orders[:rounds]:
+                pin()
                 for trial in order:
                     if trial in measuring:
-                        begin = self._budget.clock()
-                        self._asking.ask(trial, command.name, **arguments)
-                        if command.timed:
-                            self._budget.ledger.measured(kind, self._budget.clock() - begin)
-                taken += 1
-                self._sheet.checkpoint(command.name)
-        if taken < len(rounds):
-            counts = {f"{kind}_rounds": float(taken), f"{kind}_rounds_planned": float(len(rounds))}
-            for trial in measuring:
-                self._sheet.add(trial, PartialRecord(values=counts))
-        return taken
+                        self._ask(trial, command.name, **arguments)
+                self._records.checkpoint(command.name)
+        self._budget.lap(PART_OF[kind], rounds=rounds if command.timed else 0)
+        return rounds
 
-    def _seated(self, command: Command) -> list[Worker]:
-        """Workers that are timed on one CPU where there are several: each computes there in one thread of one rank."""
-        single = self._site.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
-        seated = command.timed and self._site.device == "cpu" and single
-        return list(dict.fromkeys(self._asking.workers.values())) if seated else []
+    def _show(self, trial: str, command: str) -> None:
+        if COMMANDS[command].by == "trial":
+            self._listener.trial_phase(self._records.slots[trial], command)
 
-    def _cold(self, trial: str) -> PartialRecord:
+    def _take(self, trial: str, answer: Callable[[], PartialRecord], *, turn: bool = False) -> None:
         try:
-            fragment = self._executors[self._sheet.slots[trial].arm].cold_start(self._requests[trial])
+            fragment = answer()
         except WorkerLostError as lost:
-            return PartialRecord().failed(lost.status, lost.failure)
-        if fragment.status != "ok":  # it says itself why it has no answer
-            return fragment
-        warm, cold = self._sheet.records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
-        if warm is not None and warm != cold:  # it would be the cold start of another model
-            message = f"the new interpreter answered {cold} where the trained process had answered {warm}"
-            return fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
-        return fragment
+            worker = self._workers[trial]
+            for other, host in self._workers.items():
+                if host is worker and self._records.is_ok(other):
+                    self._records.add(other, PartialRecord().failed(lost.status, lost.failure))
+            return
+        self._records.add(trial, fragment, turn=turn)
+        raise_refused(trial, fragment)
+
+    @contextmanager
+    def _pinned(self, command: Command) -> Iterator[Callable[[], None]]:
+        """Meanwhile calling it pins all processes that are timed to one CPU, where each computes in one thread there.
+
+        What is slow about a CPU is then so for all of them. It is another CPU in each replicate, and the fastest of its
+        neighbours where that one is slower at this moment. Its speed is measured between two rounds, and never at what
+        was measured on it.
+        """
+        single = self._context.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
+        workers = list(dict.fromkeys(self._workers.values()))
+        pinnable = [worker for worker in workers if isinstance(worker, PinnableWorker)]
+        if not (command.timed and self._context.device == "cpu" and single and len(pinnable) == len(workers) > 1):
+            yield lambda: None
+            return
+        cpus = sorted(set.intersection(*(set(worker.cpus()) for worker in pinnable)))
+        first = self._group.replicate % len(cpus) if cpus else 0
+        candidates = (*cpus[first:], *cpus[:first])[:COMPARED_CPUS]
+        compared_s, chosen = float("-inf"), None
+
+        def pin() -> None:
+            nonlocal compared_s, chosen
+            if len(cpus) < 2 or time.monotonic() - compared_s < PIN_AGAIN_S:
+                return
+            compared_s = time.monotonic()
+            cpu = fastest_cpu(candidates, benchmark_cpus(candidates))
+            if cpu != chosen:
+                chosen = cpu
+                for worker in pinnable:
+                    worker.sit(cpu)
+
+        try:
+            yield pin
+        finally:
+            if chosen is not None:
+                for worker in pinnable:
+                    worker.stand()
+
+
+def fastest_cpu(candidates: Sequence[int], took_s: Mapping[int, float]) -> int:
+    """The first of some CPUs, or the fastest where the first is clearly slower, by what some work took on each."""
+    own = candidates[0]
+    if not took_s:
+        return own
+    fastest = min(took_s, key=lambda cpu: took_s[cpu])
+    return own if took_s.get(own, float("inf")) <= (1 + SLOWER_SHARE) * took_s[fastest] else fastest
+
+
+def raise_refused(trial: str, fragment: PartialRecord) -> None:
+    """Raise `SystemLimitError` for what the system refuses to this trial: it would refuse it to the next ones too, and
+    none of them is to blame."""
+    if fragment.failure is not None and fragment.failure.kind == REFUSED:
+        raise SystemLimitError(f"{trial} in {fragment.failure.phase}: {fragment.failure.message}")

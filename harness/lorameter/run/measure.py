@@ -28,7 +28,7 @@ from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.records.tempdirs import leaving_nothing
 from lorameter.records.worker_info import WorkerInfo
 from lorameter.run.arms import contenders_of, variants_of, workloads_of
-from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.display import Display, Shielded
 from lorameter.run.executors import SCRIPTS, Executor, open_executor
 from lorameter.run.executors.disk import redact_logs
@@ -53,7 +53,6 @@ from lorameter.run.sites.prepare_nodes import prepare_all
 from lorameter.run.sites.remote import RemoteNode
 from lorameter.run.sites.scheduler import run_distributed
 from lorameter.run.stopping import Stopping
-from lorameter.run.thinning import tell_left_out
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.interference import neighbour_notices
@@ -194,7 +193,8 @@ def measure(
         rest = dataclasses.replace(plan, groups=groups)
         shown.starting(rest, run_id)
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
-        budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
+        skipped = earlier.manifest.skipped if earlier else ()
+        budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates, skipped=skipped)
         joining: LateNodes | None = None
         lost, came = list[Notice](), dict[str, MachineFacts]()
         with stops.interruptible():
@@ -220,16 +220,14 @@ def measure(
                     executor.start(runs / run_id, threads[name])
                 # While the workers import:
                 check = partial(check_all, local[1:], [slot.variant for slot in plan.slots])
-                ready, site = prepare_run(
-                    rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
-                )
+                ready, site = prepare_run(rest, executors, shown, tell_data=shown.tokens_prepared, check=check)
                 there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
             present: list[RemoteNode | LocalNode] = [*remote, *local]
             found = {station.name: station.facts for station in present}
             check_facts(there)
             budget.cold_s = ready.cold_s
         stations: list[Node] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
-        notices = (*notices, *ready.base_notices, *ready.cold_notices)
+        notices = (*notices, *ready.base_notices)
         if plan.provisional and site is not None:
             with stops.interruptible():
                 plan, told = probe_memory(plan, executors, site, shown)
@@ -292,8 +290,11 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        told = (*lost, *measured.notices, *tell_left_out(measured.left_out, measured.records))
-        spending = None if site is None or venue.is_spread else budget.spending()
+        told = (*lost, *measured.notices)
+        if minutes is not None and not measured.interrupted:
+            count = len({record.replicate for record in measured.records if record.status == "ok"})
+            told += skipped_notice(measured.skipped, count, study.protocol.replicates, measured.needed_s)
+        spending = None if site is None or venue.is_spread else budget.breakdown()
         writer.finish(
             _status(measured),
             stopped=stopped,
@@ -301,6 +302,7 @@ def measure(
             notices=told,
             came=describe(came),
             spending=spending,
+            skipped=tuple(sorted(measured.skipped)),
         )
     return store.read_run(str(writer.path), runs)
 

@@ -15,7 +15,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records.record import Notice
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.bases import foresee_cold, prepare_bases
+from lorameter.run.bases import cold_start_s, prepare_bases
 from lorameter.run.executors import Executor
 from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
@@ -37,8 +37,6 @@ class Ready:
     """Of bases that could not be prepared."""
     cold_s: float = 0.0
     """What a cold start will take in the mean."""
-    cold_notices: tuple[Notice, ...] = ()
-    """Of what they take of a limit of time."""
     sides: dict[str, MachineFacts] = field(default_factory=dict)
     """Of an A/B whose sides the place has put up itself: what is installed on each."""
 
@@ -57,7 +55,6 @@ def prepare_run(
     executors: Mapping[str, Executor],
     watcher: ProgressListener,
     *,
-    left_s: float,
     tell_data: Callable[[str], object],
     check: Callable[[Mapping[str, WorkerInfo]], None] = lambda hellos: None,
 ) -> tuple[Ready, RunContext]:
@@ -68,12 +65,11 @@ def prepare_run(
         plan: what will be measured.
         executors: by arm.
         watcher: is told of each base.
-        left_s: of the time that the run may take; infinite where it is not limited.
         tell_data: is told what data that somebody gave was recognised as.
         check: may refuse what the workers say of themselves before a base is read.
 
     Raises:
-        UsageError: data that cannot be read, or a limit of time that cannot be kept.
+        UsageError: data that cannot be read.
         InvalidRunError: a worker that cannot measure these variants.
         RefusedError: the system refuses what keeping a base takes.
     """
@@ -87,14 +83,12 @@ def prepare_run(
     check(hellos)
     hello = next(iter(hellos.values()))
     bases = prepare_bases(plan, executors, hello.device, watcher)
-    cold_s, told = foresee_cold(plan, bases, hello.import_time_s, left_s)
     ready = Ready(
         hellos=hellos,
         tokens=tuple(prepared.values()),
         bases=bases.summaries,
         base_notices=bases.notices,
-        cold_s=cold_s,
-        cold_notices=told,
+        cold_s=cold_start_s(plan, bases, hello.import_time_s),
     )
     site = _site(plan, prepared, hello.device)
     return ready, dataclasses.replace(site, bases=bases.folders, lanes=count_lanes(plan, executors))

@@ -12,15 +12,14 @@ a GPU to have cooled.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.run.budget import Budget, Part, TimeLimitTooShortError
 from lorameter.run.executors import Executor
 from lorameter.run.group_runner import GroupRunner, ProgressListener
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
-from lorameter.run.thinning import Part, parts_in
 from lorameter.run.trial_setup import RunContext, begin_record
 from lorameter.verdicts.disturbed_trials import mark_disturbed
 
@@ -38,8 +37,10 @@ class Measured:
     """Whether the user ended it."""
     notices: tuple[Notice, ...] = ()
     """What came up on the way."""
-    left_out: Mapping[int, frozenset[Part]] = field(default_factory=dict)
-    """What some replicates, by their number, had no time for."""
+    skipped: frozenset[Part] = frozenset()
+    """What there was no time for."""
+    needed_s: float = 0.0
+    """Seconds that it would have taken, as far as that is known."""
 
 
 def run_plan(
@@ -64,11 +65,9 @@ def run_plan(
     they settle is not measured again.
     """
     budget, stops = budget or Budget(), stops or InterruptHandler()
-    budget.peaks_live = site.device == "cpu"
     remaining = list(find_unfinished(plan, earlier))
     attempts: dict[Group, int] = {}
     begun: int | None = None
-    left_out: dict[int, frozenset[Part]] = {}
     ended = {record.trial: record for record in records_outside(remaining, earlier)}
     untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
@@ -88,6 +87,12 @@ def run_plan(
         """The plan's order, in whatever order its trials were measured: a run is resumed by it."""
         return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
 
+    def outcome(*, stopped: str | None = None, interrupted: bool = False) -> Measured:
+        return Measured(
+            records=in_order(), stopped=stopped, interrupted=interrupted, skipped=frozenset(budget.skipped),
+            needed_s=budget.needed_s,
+        )  # fmt: skip
+
     on_cpu = site.device == "cpu"
     again: list[Group] = []  # groups to be measured once more, when the others of their replicate have been
     took_s: dict[Group, float] = {}
@@ -97,49 +102,35 @@ def run_plan(
         if not retry and remaining[0].replicate != begun:
             begun = remaining[0].replicate
             planned = [group for group in remaining if group.replicate == begun]
-            kept = budget.thin(plan, planned)
-            if missing := parts_in(planned) - parts_in(kept):
-                left_out[begun] = missing
-            remaining = [*kept, *remaining[len(planned) :]]
-            if not kept:
-                continue
+            remaining = [*budget.open_replicate(plan, planned, on_cpu=on_cpu), *remaining[len(planned) :]]
         group = again.pop(0) if retry else remaining.pop(0)
         attempts.setdefault(group, _attempt(group, earlier))
         if not retry or took_s[group] <= budget.left_s:
             attempts[group] += retry
-            later = [other for other in remaining if other.replicate == group.replicate]
-            budget.enter(plan.study, group, later)
-            conductor = GroupRunner(plan, group, executors, site, watcher, save, budget, attempts[group], later)
+            budget.enter(group)
+            conductor = GroupRunner(plan, group, executors, site, watcher, save, budget, attempts[group])
             begin = budget.clock()
             ended_by = _conduct(conductor, stops)
             if isinstance(ended_by, TimeLimitTooShortError):
                 if not any(record.status == "ok" for record in ended.values()):
                     raise ended_by
-                return Measured(records=in_order(), stopped=str(ended_by), left_out=left_out)
-            if conductor.left_out:
-                left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | conductor.left_out
+                return outcome(stopped=str(ended_by))
             for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
                     keep(record if plan.study.protocol.allow_disturbed else mark_disturbed(record, on_cpu=on_cpu))
-            budget.leave()
             took_s[group] = budget.clock() - begin
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
             if disturbed and attempts[group] < _attempt(group, earlier) + plan.study.protocol.retries:
                 again.append(group)
-        while remaining and _is_beyond(plan, remaining[0], group, budget):
-            left_out[group.replicate] = left_out.get(group.replicate, frozenset()) | parts_in([remaining.pop(0)])
+        if not retry and ended_by is None and (not remaining or remaining[0].replicate != group.replicate):
+            budget.close_replicate()
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
         if between and ended_by is None and (reason := stop(in_order())):
-            return Measured(records=in_order(), stopped=reason, left_out=left_out)
+            return outcome(stopped=reason)
     give_up(remaining)
     if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
         raise ended_by
-    return Measured(records=in_order(), interrupted=ended_by is not None, left_out=left_out)
-
-
-def _is_beyond(plan: Plan, group: Group, before: Group, budget: Budget) -> bool:
-    """Whether an isolated trial comes next in a replicate that the time does not suffice for."""
-    return group.replicate == before.replicate and not group.turns and not budget.affords(plan, group)
+    return outcome(interrupted=ended_by is not None)
 
 
 def _conduct(conductor: GroupRunner, stops: InterruptHandler) -> BaseException | None:

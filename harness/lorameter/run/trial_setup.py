@@ -62,11 +62,8 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
     )
 
 
-def request_of(
-    plan: Plan, slot: Slot, site: RunContext, place: TrialFiles, *, asks_base: bool = True, natural: bool = False,
-    warm_up_steps: int | None = None,
-) -> TrialRequest:  # fmt: skip
-    """All that a worker must know of a trial; what the options say is the request's own."""
+def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> TrialRequest:
+    """All that a worker must know of a trial."""
     study, bases, site = plan.study, site.bases, site.of(slot.workload)
     return TrialRequest(
         trial=slot.trial,
@@ -87,8 +84,5 @@ def request_of(
         log_path=place.log_path,
         allow_fallback=study.allow_fallback,
         requirements=study.requirements,
-        asks_base=asks_base,
-        natural=natural,
-        warm_up_steps=warm_up_steps,
         base=bases.get((slot.arm, base_key(slot.variant, slot.workload)), ""),
     )

@@ -11,7 +11,6 @@ that command lines and type annotations pay nothing.
 
 from __future__ import annotations
 
-from lorameter.stats.allocation import optimal_rounds
 from lorameter.stats.between import Between, sd_between
 from lorameter.stats.comparison import compare_family, compare_trials, decide, decide_family, effect_of, step_down
 from lorameter.stats.drift import drifting, drifts
@@ -65,7 +64,6 @@ __all__ = [
     "label_outliers",
     "mean_interval",
     "median_interval",
-    "optimal_rounds",
     "percentile",
     "proportion",
     "relative_half_width",

@@ -43,13 +43,6 @@ class TrialRequest:
     what a protocol can see. 0 in every measurement of a variant."""
     base: str = field(default="", metadata=codec.LATER)
     """Folder of the prepared base, to be mapped; without one the process reads, converts and quantises it itself."""
-    asks_base: bool = field(default=True, metadata=codec.LATER)
-    """Whether the trial finds out what is its base's alone (the isolation of packed records, the loss before training);
-    not where another one on the same base does."""
-    natural: bool = field(default=False, metadata=codec.LATER)
-    """Whether the check looks on at steps that the training takes anyway, in place of steps that are taken back."""
-    warm_up_steps: int | None = field(default=None, metadata=codec.LATER)
-    """Steps of the warm-up where an earlier replicate has told how many it takes; else the trial finds out itself."""
     waterfall: bool = field(default=False, metadata=codec.LATER)
     """Whether a cold start is taken apart, which times parts of it and so is no measurement of it."""
 

@@ -1,8 +1,7 @@
-"""What must be seen of a trial's step, and what is made of what was seen.
+"""What must be found in a trial's step, and what the record says of what was found.
 
-A check takes steps of its own and takes them back, but where minutes are limited it looks on at two that the training
-takes anyway, neither of which is timed: at what the update of the first does, and at all of the one after it. It takes
-two to see that an update is kept and that both factors of an adapter learn.
+The check watches two steps that the training takes anyway, neither of which is timed: what the update of the first
+does, and all of the one after it. It takes two to see that an update is kept and that both factors of an adapter learn.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ def wanted_of(request: TrialRequest, trainee: TrainableModel, packed: Batch | No
     return requirements_of(request.variant, shapes, packed=packed is not None) | request.requirements
 
 
-def look_on(
+def watch_of(
     request: TrialRequest, trainee: TrainableModel, packed: Batch | None, inputs: Mapping[str, Any] | None
 ) -> kernels_check.Watch | None:
-    """What looks on at the first steps of a trial; None where it is checked in steps of its own. `inputs` are those of
-    the `packed` batch."""
-    if not request.natural:
+    """What watches the first two steps of a trial; None where it is checked in steps of its own: where they compile, or
+    several ranks take them. `inputs` are those of the `packed` batch."""
+    if request.variant.compile or request.workload.ranks > 1:
         return None
     wanted = wanted_of(request, trainee, packed)
     return kernels_check.watch(trainee.model, wanted, instrument=request.instrument, batch=inputs)

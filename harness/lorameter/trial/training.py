@@ -33,7 +33,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
 from lorameter.trial.building.build import TrainableModel, build
 from lorameter.trial.building.shared import ActiveAdapter, SharedBase
-from lorameter.trial.checking import as_data, judge_checks, look_on, wanted_of
+from lorameter.trial.checking import as_data, judge_checks, wanted_of, watch_of
 from lorameter.trial.clock import Lap, Stopwatch
 from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.memory import resident_bytes
@@ -50,11 +50,6 @@ class _Parts:
     step: TrainStep
     stream: TokenStream
     seat: ActiveAdapter
-
-
-BRIEF: Mapping[str, Any] = {"window": 1, "tolerance": 0.05}
-"""How a warm-up is judged where minutes are short: one step against the one before it, with room for what single steps
-scatter by; else as the statistics do."""
 
 
 class Training:
@@ -77,8 +72,8 @@ class Training:
         self._parts: _Parts | None = None
         self._steps_taken = 0
         self._total_steps = 0
-        self._looking: kernels_check.Watch | None = None
-        """What looks on at its first steps, if anything does, until it has."""
+        self._watched: kernels_check.Watch | None = None
+        """What watches its first two steps, until it has; None where it is checked in steps of its own."""
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
         """Carry out a command in this trial's seat. Raises ValueError for a command that does not exist."""
@@ -107,12 +102,12 @@ class Training:
         if request.interleaving == "shared-base":
             self.shared.remember()
         step = self._make_step(trainee, stream)
-        packed = self._packed(stream, asks_base=request.asks_base)
-        self._looking = look_on(request, trainee, packed, None if packed is None else step.inputs(packed))
+        packed = self._packed(stream)
+        self._watched = watch_of(request, trainee, packed, None if packed is None else step.inputs(packed))
         self._parts = _Parts(trainee, step, stream, ActiveAdapter(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
             memory = {"host_rss_at_start_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
-            with contextlib.nullcontext() if self._looking is None else self._looking.glance():
+            with contextlib.nullcontext() if self._watched is None else self._watched.glance():
                 loss, lap = self._take_step()
             values = {
                 "threads": float(request.threads),
@@ -122,8 +117,7 @@ class Training:
             }
             if self._alone:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
-            if request.asks_base:
-                values |= self._initial_loss()
+            values |= self._initial_loss()
         return self._judged(PartialRecord(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
     def _initial_loss(self) -> dict[str, float]:
@@ -135,28 +129,23 @@ class Training:
         with lora.without_adapter(parts.trainee.model):  # which is what the adapter was before its first step
             return {"held_out_loss_initial": self.shared.once("held_out_loss", parts.step.held_out_loss)}
 
-    def verify(self, *, asks_base: bool = False) -> PartialRecord:
-        """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid.
-
-        `asks_base` has it find out what is its base's, as nobody else has.
-        """
-        looked = PartialRecord()
-        if self._looking is not None:
-            looked, undecided = self._look_on(self._looking)
-            if looked.status != "ok" or not (undecided or asks_base):
-                return looked
-        found = self._check_apart(asks_base=asks_base or self._request.asks_base)
+    def verify(self) -> PartialRecord:
+        """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
+        if self._watched is None:
+            return self._check_apart()
+        watched, undecided = self._watch_step(self._watched)
+        if watched.status != "ok" or not undecided:
+            return watched
+        found = self._check_apart()
         values = dict(found.values)
-        values["verify_time_s"] += looked.values.get("verify_time_s", 0.0)
-        if asks_base:
-            values |= self._initial_loss()
-        return dataclasses.replace(found, values=values, samples=looked.samples)
+        values["verify_time_s"] += watched.values["verify_time_s"]
+        return dataclasses.replace(found, values=values, samples=watched.samples)
 
-    def _check_apart(self, *, asks_base: bool) -> PartialRecord:
+    def _check_apart(self) -> PartialRecord:
         """A check in steps of its own, which are taken back."""
         parts, request = self._built, self._request
         trainee, step, stream = parts.trainee, parts.step, parts.stream
-        packed = self._packed(stream, asks_base=asks_base)
+        packed = self._packed(stream)
         position, schedule = stream.position(), trainee.schedule.state_dict()
         batch = None if packed is None else step.inputs(packed)
         losses: list[torch.Tensor] = []
@@ -170,20 +159,18 @@ class Training:
         diverged = self._judged(fragment, [float(loss) for loss in losses])
         return judge_checks(fragment, checks, request) if diverged.status == "ok" else diverged
 
-    def _packed(self, stream: TokenStream, *, asks_base: bool) -> Batch | None:
-        """What the isolation of packed records is probed with beside the step's own calls, if this trial is to."""
-        if not asks_base:
-            return None
-        return stream.packed_batch(1 if self._request.natural else None)
+    def _packed(self, stream: TokenStream) -> Batch | None:
+        """A row of packed records, with which their isolation is probed; None where the instrument cannot tell it."""
+        return stream.packed_batch(1) if self._request.instrument == "profile" else None
 
-    def _look_on(self, looking: kernels_check.Watch) -> tuple[PartialRecord, bool]:
+    def _watch_step(self, watch: kernels_check.Watch) -> tuple[PartialRecord, bool]:
         """The first step of the warm-up, watched after a glance at the first of the process; and whether it left open
         what is required: under a learning rate that begins at zero no second step shows that both factors learn."""
         begin = time.perf_counter()
-        with looking:
+        with watch:
             loss, lap = self._take_step()
-        checks, self._looking = looking.checks, None
-        del looking
+        checks, self._watched = watch.checks, None
+        del watch
         gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
         fragment = PartialRecord(
             checks=as_data(checks),
@@ -214,32 +201,32 @@ class Training:
     def _make_step(self, trainee: TrainableModel, stream: TokenStream) -> TrainStep:
         return TrainStep(trainee, stream, self._request.variant, self._request.device)
 
-    def warm_up(self, *, brief: bool = False) -> PartialRecord:
-        """Steps until their times are steady, or the cap, or as many as an earlier replicate has told; all are kept,
-        none is timed for the result.
+    def warm_up(self, steps: int | None = None) -> PartialRecord:
+        """Steps until their times are steady, or the cap, or just `steps` of them; all are kept, none is timed for the
+        result.
 
-        A trial that times no steps takes the fewest: they settle the allocator, whose peaks it is there for. `brief`
-        has fewer steps decide.
+        A trial that times no steps takes the fewest: they settle the allocator, whose peaks it is there for.
         """
-        protocol, told = self._request.protocol, self._request.warm_up_steps
-        judged_by = BRIEF if brief else {}
+        protocol = self._request.protocol
         most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
         if self._sees_peaks:
             self._gauge.begin()  # to the last step is the training phase; the check's memory is not in its peak
         times: list[float] = []
         losses: list[float] = []
-        while len(times) + self._request.natural < (most if told is None else told):  # its first was watched
+        taken = self._steps_taken - 1  # one may have been watched
+        while len(times) + taken < most if steps is None else len(times) < steps:
             loss, lap = self._take_step()
             times.append(lap.time_s)
             losses.append(loss)
-            enough = len(times) + self._request.natural >= protocol.warmup_steps_min
-            if told is None and enough and is_steady(times, **judged_by):
+            if steps is None and len(times) + taken >= protocol.warmup_steps_min and is_steady(times):
                 break
-        fragment = PartialRecord(
-            samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
-            values={"warmup_steady": float(is_steady(times, **judged_by))} if self._timed and told is None else {},
+        return self._judged(
+            PartialRecord(
+                samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
+                values={"warmup_steady": float(is_steady(times))} if self._timed and steps is None else {},
+            ),
+            losses,
         )
-        return self._judged(fragment, losses)
 
     def turn(self, steps: int) -> PartialRecord:
         """`steps` timed steps, at least one."""
@@ -264,13 +251,12 @@ class Training:
         losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
         return self._judged(PartialRecord(samples={"remaining_loss": tuple(losses)}), losses)
 
-    def finish_training(self, steps: int | None = None, *, least: int = 0, held_out: bool = True) -> PartialRecord:
-        """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss if it is wanted.
+    def finish_training(self, steps: int | None = None) -> PartialRecord:
+        """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss.
 
         How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
         same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for; or after
-        `steps` of them, where the time does not reach further. The `least` of those is taken though it is more than
-        was planned: of more timed turns than that.
+        `steps` of them, where the time does not reach further.
         """
         trainee, step = self._built.trainee, self._built.step
         values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
@@ -280,7 +266,7 @@ class Training:
         if self._sees_peaks:
             memory = self._gauge.peaks("train")
         if self._timed:
-            last = self._total_steps if steps is None else max(least, min(steps, self._total_steps))
+            last = self._total_steps if steps is None else min(steps, self._total_steps)
             losses = [self._take_step()[0] for _ in range(last - self._steps_taken)]
             samples["remaining_loss"] = tuple(losses)
             values |= {"training_steps": float(self._steps_taken)}
@@ -293,7 +279,7 @@ class Training:
         elif self._sees_peaks:
             memory |= resident_bytes(trainee.model, trainee.optimizer)
             del memory["gradient_bytes"]
-        if self._timed and held_out:
+        if self._timed:
             values["held_out_loss"] = step.held_out_loss()
             losses = [*losses, values["held_out_loss"]]
         return self._judged(PartialRecord(values=values, memory=memory, samples=samples), losses)

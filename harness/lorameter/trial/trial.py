@@ -7,7 +7,6 @@ takes turns beside others its warm requests.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lorameter.errors import LorameterError
 from lorameter.records.record import Failure, PartialRecord
@@ -15,7 +14,6 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
 from lorameter.trial.building.packing import is_packed, unpack_4bit
 from lorameter.trial.building.shared import SharedBase
-from lorameter.trial.inference.generate import Request
 from lorameter.trial.inference.proof import prove_attention, prove_mixing
 from lorameter.trial.inference.server import Server
 from lorameter.trial.process import release_unused
@@ -35,12 +33,8 @@ class Trial(Training):
         lora.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=initial)
         return PartialRecord()
 
-    def begin_generate(self, *, brief: bool = False) -> PartialRecord:
-        """First call and the discarded requests after it. Training has ended: the optimizer's state is let go.
-
-        `brief` has the first call be one of two tokens; what a new interpreter must answer as well is then said by the
-        first request that is timed, or at the end where there was none.
-        """
+    def begin_generate(self) -> PartialRecord:
+        """First call and the discarded requests after it. Training has ended: the optimizer's state is let go."""
         trainee, protocol = self._built.trainee, self._request.protocol
         trainee.model.eval()
         if self._request.variant.merge_adapter:
@@ -50,28 +44,23 @@ class Trial(Training):
         if self._sees_peaks:
             self._gauge.begin()
         self._server = Server(trainee.model, trainee.adapter, self._built.stream, self._request)
-        first: Request | None = None
+        first = self._server.warm_up(1 + protocol.generate_warmup)
         values = {
             "new_tokens": float(self._request.workload.new_tokens),
             "request_batch": float(self._request.workload.request_batch),
         }
-        if brief and self._request.workload.adapters == 1:
-            values["foreseen_request_time_s"] = self._server.warm_up_briefly()
-        else:
-            first = self._server.warm_up(1 + protocol.generate_warmup)
         values["packed_4bit_decode"] = float(is_packed(trainee.model))
-        if self._alone and first is not None:
+        if self._alone:
             values["first_call_time_s"] = first.request_time_s
         if "open_ended" in self._request.measures and self._request.device.startswith("cuda"):
             self._server.visit(protocol.open_ended_requests)
-        fragment = PartialRecord(values=values, tokens=_completion(first))
+        fragment = PartialRecord(values=values, tokens={"completion": list(first.tokens)})
         fragment = prove_attention(fragment, trainee.model, self._server, self._request)
         return prove_mixing(fragment, self._server, self._request)
 
     def request(self) -> PartialRecord:
         """One warm request, by the adapter beside the base or, after `merge`, merged into it."""
-        samples = self._serving.request()
-        return PartialRecord(samples=samples, tokens=_completion(self._serving.take_owed()))
+        return PartialRecord(samples=self._serving.request())
 
     def open_ended(self) -> PartialRecord:
         """One request that the model ends itself; its answer goes into the record."""
@@ -96,17 +85,13 @@ class Trial(Training):
         return PartialRecord(tokens=self.shared.once("answers", answers))
 
     def end_generate(self) -> PartialRecord:
-        """Peaks of generation, and the answer to the first prompt if a new interpreter is to be held to it."""
-        server = self._serving
-        memory = self._gauge.peaks("generate") if self._sees_peaks else {}
-        if server.owes and "cold" in self._request.measures:
-            server.ask()
-        return PartialRecord(memory=memory, tokens=_completion(server.take_owed()))
+        """Peaks of generation."""
+        return PartialRecord(memory=self._gauge.peaks("generate") if self._sees_peaks else {})
 
-    def merge(self, *, brief: bool = False) -> PartialRecord:
+    def merge(self) -> PartialRecord:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
-        foreseen = self._serving.merge(discard=1 + self._request.protocol.generate_warmup, brief=brief)
-        return PartialRecord(values={} if foreseen is None else {"foreseen_merged_request_time_s": foreseen})
+        self._serving.merge(discard=1 + self._request.protocol.generate_warmup)
+        return PartialRecord()
 
     def close(self) -> PartialRecord:
         """The last word of a trial on a base that others share: the base must be what it was."""
@@ -121,8 +106,3 @@ class Trial(Training):
         if self._server is None:
             raise LorameterError(f"trial {self._request.trial}: asked for a request before generation began")
         return self._server
-
-
-def _completion(request: Request | None) -> dict[str, Any]:
-    """What a new interpreter must answer to the first prompt, where it is known by now."""
-    return {} if request is None else {"completion": list(request.tokens)}

@@ -47,7 +47,6 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     yield from _warmup(ok)
     yield from _drift(ok)
     yield from _constant_loss(ok)
-    yield from _cut_short(ok)
     yield from _measured_again(run)
     yield from _disturbed(run)
     for title, control in controls.items():
@@ -168,28 +167,6 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
             message=f"the loss of {len(stuck)} of {len(ok)} trials ({names}) is the same to the last bit in every step "
             "after the first, on batches that differ: they learned nothing.",
             remedy="Lower learning_rate or lora_alpha, or set max_grad_norm; believe their times, and no loss.",
-        )
-
-
-_ROUNDS = {"steps": "timed turns", "requests": "requests", "open_ended": "whole answers", "merged": "merged requests"}
-
-
-def _cut_short(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """Trials whose rounds were dropped because the time that was given did not suffice, with what is left of them."""
-    counts: dict[str, list[str]] = {}
-    for key, words in (*((f"{kind}_rounds", words) for kind, words in _ROUNDS.items()), ("training_steps", "steps")):
-        for record in ok:
-            if f"{key}_planned" in record.values:
-                taken, planned = record.values[key], record.values[f"{key}_planned"]
-                counts.setdefault(f"{taken:g} of {planned:g} {words}", []).append(record.trial)
-    if counts:
-        trials = {trial for cut in counts.values() for trial in cut}
-        said = "; ".join(f"{what} in {format_count(len(cut), 'trial')}" for what, cut in counts.items())
-        yield Notice(
-            code="time-limit-reached",
-            message=f"the limit of time cut {len(trials)} of {len(ok)} trials short, all variants of a replicate "
-            f"alike: {said}.",
-            remedy="Give more minutes, fewer variants (--variant) or fewer phases (--phase).",
         )
 
 

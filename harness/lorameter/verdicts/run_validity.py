@@ -28,6 +28,8 @@ from lorameter.verdicts.series import (
 )
 
 ONE_REPLICATE = "one replicate gives no interval, so the reference was not measured twice in it"
+PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
+"""Parts of a replicate that a time limit can leave out, each with the phase that is nothing without it."""
 MOST_FAULTS = 3
 """Faults that are spelt out; a crash at the start of every trial has as many as there are trials."""
 
@@ -72,14 +74,12 @@ def run_validity(run: Run, study: Study) -> RunValidity:
     if is_mixed(run):
         return _standing_of_sites(run, study)
     primary = {phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)}
-    limit = _limit(run, study)
     if run.manifest.sides:
         controls = compare_base_to_itself(run)
     else:
         groups = group_trials(run.records)
         controls = {
-            phase: _control(groups, study.reference, metric, limit, family=len(primary))
-            for phase, metric in primary.items()
+            phase: _control(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
         }
     asked = () if is_single_script_run(run, study) else controls.items()
     return RunValidity(
@@ -87,7 +87,7 @@ def run_validity(run: Run, study: Study) -> RunValidity:
         primary=primary,
         controls=controls,
         failures=(*_failures(run), *_missing(run)),
-        faults=(*run_faults(run), *control_faults(asked, limit)),
+        faults=(*run_faults(run), *control_faults(asked)),
         trials=tuple(_trials(run, study)),
     )
 
@@ -102,7 +102,7 @@ def _standing_of_sites(run: Run, study: Study) -> RunValidity:
         primary=next((stands.primary for stands in sites.values()), {}),
         controls={},
         failures=(*_failures(run), *_missing(run)),
-        faults=(*run_faults(run), *control_faults(controls, _limit(run, study)), *fault_of_sites(run)),
+        faults=(*run_faults(run), *control_faults(controls), *fault_of_sites(run)),
         trials=tuple(_trials(run, study)),
     )
 
@@ -126,12 +126,11 @@ def run_faults(run: Run) -> Iterator[str]:
             yield f"trial {record.trial} of the control is {record.status}"
 
 
-def control_faults(controls: Iterable[tuple[str, Comparison | None]], limit: str | None = None) -> Iterator[str]:
-    """What the controls of a side, each with its phase, say against all of its numbers; `limit` says what limit has
-    left out those that were not measured."""
+def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterator[str]:
+    """What the controls of a side, each with its phase, say against all of its numbers."""
     for phase, control in controls:
         if control is None:
-            yield f"the control of phase {phase!r} was not measured" + (f": {limit} left it out" if limit else "")
+            yield f"the control of phase {phase!r} was not measured"
         elif is_difference(control):
             yield f"its control {control.verdict} in phase {phase!r}: the reference differs from itself"
 
@@ -159,8 +158,9 @@ def say_broken(run: str, faults: Sequence[str]) -> str | None:
 
 
 def phases_of(run: Run) -> tuple[Phase, ...]:
-    """What a run measured, in the order in which phases are shown."""
-    return tuple(phase for phase in PHASES if phase in run.manifest.phases)
+    """What a run measured, in the order in which phases are shown; not what the time limit left out."""
+    skipped = {phase for part, phase in PHASE_OF_PART.items() if part in run.manifest.skipped}
+    return tuple(phase for phase in PHASES if phase in run.manifest.phases and phase not in skipped)
 
 
 def compare_base_to_itself(run: Run) -> dict[Phase, Comparison | None]:
@@ -173,7 +173,7 @@ def compare_base_to_itself(run: Run) -> dict[Phase, Comparison | None]:
     return {phase: compare_series(base, again, PRIMARY[phase], family=len(phases)) for phase in phases}
 
 
-def _control(groups: Groups, name: str, metric: str, limit: str | None, *, family: int) -> Comparison | None:
+def _control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
     """As `control_of`; undecided where the twin was left out because one replicate gives nothing an interval
     (`lorameter.run.cold_starts`)."""
     found = control_of(groups, name, metric, family=family)
@@ -183,15 +183,7 @@ def _control(groups: Groups, name: str, metric: str, limit: str | None, *, famil
     most = max(len(series.measured(metric)) for series in groups.values())
     if most != 1 or twin.measured(metric):
         return None
-    left_out = f"{limit} left out the control (a second measurement of {name}), and one replicate gives no interval"
-    return verdict_only("inconclusive", left_out if limit else ONE_REPLICATE)
-
-
-def _limit(run: Run, study: Study) -> str | None:
-    """The limit of time, in words, where it is what left out a control: there is one, and all trials of the control
-    are ok."""
-    minutes, twins = study.protocol.max_minutes, [one.status for one in run.records if one.role == "control"]
-    return f"the time limit of {minutes:g} minutes" if minutes and twins and set(twins) == {"ok"} else None
+    return verdict_only("inconclusive", ONE_REPLICATE)
 
 
 def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:

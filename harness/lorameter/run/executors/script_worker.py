@@ -150,18 +150,18 @@ class ScriptWorker:
         name, allowed = self._asked.variant.name, self._asked.allow_fallback
         return judge_required(fragment, required, name=name, allow_fallback=allowed)
 
-    def _do_warm_up(self) -> PartialRecord:
+    def _do_warm_up(self, steps: int | None = None) -> PartialRecord:
         protocol = self._asked.protocol
         taken: list[StepReading] = []
         times: list[float] = []
-        while len(times) < self._warmup_steps_max():
+        while len(times) < (self._warmup_steps_max() if steps is None else steps):
             taken += self._take(1)
             times.append(taken[-1].step_time_s)
-            if len(times) >= protocol.warmup_steps_min and is_steady(times):
+            if steps is None and len(times) >= protocol.warmup_steps_min and is_steady(times):
                 break
         fragment = PartialRecord(
             samples={"warmup_step_time_s": tuple(times), **untimed_samples(*WARMUP, taken)},
-            values={"warmup_steady": float(is_steady(times))},
+            values={} if steps is not None else {"warmup_steady": float(is_steady(times))},
         )
         return judge_losses(fragment, taken)
 

@@ -22,14 +22,13 @@ from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_count
 from lorameter.records.worker_info import WorkerInfo
-from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.run.budget import Budget, Part, TimeLimitTooShortError
 from lorameter.run.executors import Executor, open_executor
 from lorameter.run.executors.host import Host
 from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
 from lorameter.run.prepare import greet
 from lorameter.run.runner import run_plan
-from lorameter.run.thinning import Part
 from lorameter.run.trial_setup import RunContext
 from lorameter.studies.placement import HERE, SiteSpec, numbers_of, say_sites
 from lorameter.studies.study import Study
@@ -172,12 +171,12 @@ class LocalNode:
 
     def measure(
         self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget
-    ) -> Mapping[int, frozenset[Part]]:
+    ) -> frozenset[Part]:
         """As any plan on one site."""
         if self.site is None:
             raise InvalidRunError(f"site {self.name}: nothing is prepared on it.")
         try:
-            return run_plan(part, self.executors, self.site, save=save, watcher=watcher, budget=budget).left_out
+            return run_plan(part, self.executors, self.site, save=save, watcher=watcher, budget=budget).skipped
         except TimeLimitTooShortError as error:  # for this site, and others may be quicker
             raise InvalidRunError(f"site {self.name}: {error}") from None
 

@@ -15,9 +15,9 @@ from lorameter.errors import UsageError
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
+from lorameter.run.budget import Part
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.plan_spec import PlanSpec
-from lorameter.run.thinning import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +65,12 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MissingTokens:
-    """What a replicate had no time for."""
-
-    replicate: int
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
     """The answer to `Measure`."""
 
     trials: tuple[str, ...]
-    lacks: tuple[MissingTokens, ...] = ()
+    lacks: tuple[Part, ...] = ()
+    """What there was no time for."""
 
 
 Order = Describe | Hold | Prepare | Measure

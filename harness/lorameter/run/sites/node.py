@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.run.budget import Budget
+from lorameter.run.budget import Budget, Part
 from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
-from lorameter.run.thinning import Part
-
-LeftOut = Mapping[int, frozenset[Part]]
-"""What replicates had no time for, by their number."""
 
 
 class Node(Protocol):
@@ -29,7 +25,7 @@ class Node(Protocol):
 
     def measure(
         self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget
-    ) -> LeftOut:
+    ) -> frozenset[Part]:
         """Measure one replicate there, from its beginning to its end; each record is saved as soon as its trial ends.
         Returns what there was no time for.
 

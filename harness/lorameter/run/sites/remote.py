@@ -8,7 +8,7 @@ elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
-from lorameter.run.budget import Budget
+from lorameter.run.budget import Budget, Part
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
@@ -35,7 +35,6 @@ from lorameter.run.sites.messages import (
     read_message,
     write_order,
 )
-from lorameter.run.thinning import Part
 
 T = TypeVar("T")
 
@@ -103,7 +102,7 @@ class RemoteNode:
 
     def measure(
         self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: ProgressListener, budget: Budget
-    ) -> Mapping[int, frozenset[Part]]:
+    ) -> frozenset[Part]:
         """Send the replicate, and save its records as they come."""
         slots = {slot.trial: slot for slot in part.slots}
         last: dict[str, TrialRecord] = {}
@@ -129,9 +128,10 @@ class RemoteNode:
         order = Measure(trials=tuple(slots), left_s=left_s, replicates=budget.replicates, afresh=afresh)
         try:
             done = self._read(Done, self._ask(order, hear), "what it has measured")
+            missing &= set(done.trials)
             if missing:
                 raise InvalidRunError(f"it says that it has ended and left out {', '.join(sorted(missing))}")
-            return {one.replicate: frozenset(one.parts) for one in done.lacks}
+            return frozenset(done.lacks)
         except InvalidRunError:
             self.end()  # what is not believed must not go on
             raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import socket
 import traceback
@@ -42,7 +41,6 @@ from lorameter.run.sites.messages import (
     Done,
     Hold,
     Measure,
-    MissingTokens,
     NodeDescription,
     NodeMessage,
     Prepare,
@@ -149,13 +147,11 @@ class ReplicateWorker:
             executor = self._executors[slot.arm] = self._open(slot.arm, hosts.get(slot.side))
             self._stack.callback(executor.close)
             executor.start(self._folder, slot.workload.threads)
-        left_s = math.inf if order.left_s is None else order.left_s
         watcher = _Sending(say, lambda: self._send_logs(say))
         ready, self._site = prepare_run(
             plan,
             self._executors,
             watcher,
-            left_s=left_s,
             tell_data=lambda data: say(NodeMessage(says="data", text=data)),
         )
         self._cold_s = ready.cold_s
@@ -193,10 +189,7 @@ class ReplicateWorker:
             watcher=_Sending(say, lambda: self._send_logs(say)),
             budget=self._budget,
         )
-        lacks = tuple(
-            MissingTokens(replicate=one, parts=tuple(sorted(parts))) for one, parts in measured.left_out.items()
-        )
-        done = Done(trials=tuple(record.trial for record in measured.records), lacks=lacks)
+        done = Done(trials=tuple(record.trial for record in measured.records), lacks=tuple(sorted(measured.skipped)))
         answer: dict[str, Any] = codec.to_json(done)
         return answer
 

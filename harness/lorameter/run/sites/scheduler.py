@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 
 from lorameter.errors import InvalidRunError
 from lorameter.records.record import Failure, Notice, TrialRecord
-from lorameter.run.budget import Budget
+from lorameter.run.budget import Budget, Part
 from lorameter.run.group_runner import ProgressListener
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.runner import Measured, Stop, find_unfinished, records_outside
 from lorameter.run.sites.node import LateArrivals, Node
-from lorameter.run.thinning import Part
 from lorameter.run.trial_setup import begin_record
 
 
@@ -48,8 +47,8 @@ class _Shared:
     """How many replicates a site may take, where each is to have as many as the others."""
     taken: Counter[int] = field(default_factory=Counter)
     """By site."""
-    left_out: dict[int, frozenset[Part]] = field(default_factory=dict)
-    """What replicates, by their number, had no time for."""
+    skipped: frozenset[Part] = frozenset()
+    """What there was no time for on some site."""
 
 
 def run_distributed(
@@ -88,7 +87,7 @@ def run_distributed(
     at_work, idle, known = set[int](), list[Node](), list[Node]()
 
     def begin(station: Node) -> None:
-        arguments = (plan, station, shared, save, guarded, stop, whole.beside(each), told)
+        arguments = (plan, station, shared, save, guarded, stop, whole.share(each), told)
         threads.append(threading.Thread(target=_measure, args=arguments, daemon=True))
         at_work.add(id(station))
         threads[-1].start()
@@ -136,7 +135,7 @@ def run_distributed(
                 records=_in_order(plan, shared.ended),
                 interrupted=True,
                 notices=_notices(lost, joining),
-                left_out=shared.left_out,
+                skipped=shared.skipped,
             )
     if shared.waiting and error is not None and shared.reason is None:
         _give_up(plan, unsettled, shared, save, watcher)
@@ -145,7 +144,7 @@ def run_distributed(
         records=_in_order(plan, shared.ended),
         stopped=shared.reason,
         notices=_notices(lost, joining),
-        left_out=shared.left_out,
+        skipped=shared.skipped,
     )
 
 
@@ -209,9 +208,9 @@ def _measure(
     while (groups := _next(shared, station)) is not None:
         part = dataclasses.replace(plan, groups=groups)
         try:
-            left_out = station.measure(part, save=keep, watcher=watcher, budget=budget)
+            skipped = station.measure(part, save=keep, watcher=watcher, budget=budget)
             with shared.lock:
-                shared.left_out |= left_out
+                shared.skipped |= skipped
                 if not shared.closing:
                     shared.reason = stop(_in_order(plan, shared.ended))
                     shared.closing = shared.reason is not None

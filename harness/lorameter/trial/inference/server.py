@@ -42,31 +42,11 @@ class Server:
         self._served = 0
         self._answered = 0
         self._prefix = ""
-        self._owes = False
-        """Whether the next request is the first that answers its whole prompt."""
-        self._owed: Request | None = None
 
     def warm_up(self, count: int) -> Request:
         """`count` requests that are not timed for the result, at least one; returns the first."""
         requests = [self._ask(index) for index in range(count)]
         return requests[0]
-
-    def warm_up_briefly(self) -> float:
-        """A request of two tokens in place of those; the seconds that a whole one will take. The answer of the first
-        that is timed is then owed (`take_owed`)."""
-        self._owes = not self._prefix
-        short = self.ask_shortly()
-        return short.first_token_time_s + (self._workload.new_tokens - 1) * short.time_per_output_token_s
-
-    @property
-    def owes(self) -> bool:
-        """Whether nothing has answered the first prompt so far, and something was to."""
-        return self._owes
-
-    def take_owed(self) -> Request | None:
-        """The answer to the first prompt, once, where no request before those that are timed has given it."""
-        owed, self._owed = self._owed, None
-        return owed
 
     def ask_shortly(self) -> Request:
         """A request of two tokens, which has a prefill and one step of decoding; of none of the numbers."""
@@ -80,8 +60,6 @@ class Server:
         """The next request."""
         request = self._ask(self._served)
         self._served += 1
-        if self._owes:
-            self._owes, self._owed = False, request
         return request
 
     def visit(self, count: int) -> None:
@@ -161,18 +139,14 @@ class Server:
         """Numbers of the whole prompts that were answered so far."""
         return range(min(self._answered, self._stream.open_ended_prompt_count))
 
-    def merge(self, discard: int, *, brief: bool = False) -> float | None:
-        """Merge the adapter and begin again with the first prompt, after `discard` requests or a `brief` one, which
-        says what a whole one will take."""
+    def merge(self, discard: int) -> None:
+        """Merge the adapter and begin again with the first prompt, after `discard` requests."""
         if self._adapters is not None:
             self._adapters.detach()
             self._adapters = None
         lora.merge(self._model)
         self._prefix, self._served = "merged_", 0
-        if brief:
-            return self.warm_up_briefly()
         self.warm_up(discard)
-        return None
 
     def _ask(self, index: int) -> Request:
         return self._generate(self._stream.prompts(index))
