@@ -67,7 +67,7 @@ class Protocol:
     """Peaks take few values and are compared by their maximum, so a few isolated trials are enough."""
     cold_replicates: int | None = field(default=None, metadata=codec.LATER)
     """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
-    None: as many as their interval needs (`lorameter.run.plan`), and one where minutes are limited."""
+    None: as many as their interval needs (`lorameter.run.plan`)."""
     generate_warmup: int = 1
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6
@@ -91,9 +91,8 @@ class Protocol:
     replicates."""
     max_minutes: float | None = None
     """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
-    is resumed. They are spread over five replicates, if so many are planned: no further one is begun whose least
-    would end later, and within one whole rounds are dropped, for all variants alike (`lorameter.run.budget`). None sets
-    no limit."""
+    is resumed. Rounds, replicates, cold starts and requests are dropped to keep it, for all variants alike, by the rule
+    in docs/method.md. None sets no limit."""
     on: str = field(default=HERE, metadata=codec.LATER)
     """Where replicates are measured by `run`, `ab`, `calibrate` and pytest, as `--on` has it: `here`, `ray`,
     `ray://HOST:PORT`, `slurm:KEY=VALUE,…` or `submitit-local:KEY=VALUE,…`. Not in a profile, which is chosen by the
