@@ -191,7 +191,7 @@ class Budget:
         self._begun = 0
         if self.limit_s is None:
             return tuple(groups)
-        if self._past:
+        if len(self._past) == 1:  # the same for all, so that their trainings are as long as each other
             planned = max(1, self.replicates - len(self._past))
             turns = plan.study.protocol.turns
             self._rounds = self._fit(planned, sought=0, most_rounds=turns).rounds

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -60,13 +61,14 @@ class Series:
         return tuple(record for record in self.records if record.status == "ok")
 
     def measured(self, metric: str) -> tuple[Trial, ...]:
-        """Trials that are ok and have the metric; of losses those after the most steps, as no others are of the same
-        training."""
+        """Trials that are ok and have the metric; of losses those after the number of steps that most of them took, as no
+        others are of the same training."""
         if metric not in self._known:
             trials = [trial for record in self.ok if (trial := (record, samples_of(record, metric)))[1]]
             if METRICS[metric].is_loss:
-                most = max((_steps(record) for record, _ in trials), default=0.0)
-                trials = [trial for trial in trials if _steps(trial[0]) == most]
+                counts = Counter(_steps(record) for record, _ in trials)
+                common = max(counts, key=lambda steps: (counts[steps], steps), default=0.0)
+                trials = [trial for trial in trials if _steps(trial[0]) == common]
             self._known[metric] = tuple(trials)
         return self._known[metric]
 
