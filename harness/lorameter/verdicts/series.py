@@ -61,8 +61,8 @@ class Series:
         return tuple(record for record in self.records if record.status == "ok")
 
     def measured(self, metric: str) -> tuple[Trial, ...]:
-        """Trials that are ok and have the metric; of losses those after the number of steps that most of them took, as no
-        others are of the same training."""
+        """Trials that are ok and have the metric; of losses those after the number of steps that most of them took, as
+        no others are of the same training."""
         if metric not in self._known:
             trials = [trial for record in self.ok if (trial := (record, samples_of(record, metric)))[1]]
             if METRICS[metric].is_loss:
