@@ -64,9 +64,6 @@ def test_the_loss_and_the_columns_are_part_of_what_is_compared(small_study):
     [
         ({"instruction": "a", "prompt": "b"}, "instruction = 'a', prompt = 'b': parts of different records"),
         ({"text": "a", "response": "b"}, "parts of different records"),
-        ({"prompt": "a", "completion": "a"}, "'a' plays two parts"),
-        ({"text": ""}, "text = '': no column named"),
-        ({"text": "a\nb"}, "control characters"),
         ({"question": "a"}, "columns.question = 'a': unknown key"),
         ({"text": 3}, "columns.text = 3: str is expected"),
         ("question", "columns = 'question': a table is expected"),

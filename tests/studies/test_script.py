@@ -74,9 +74,9 @@ def test_commands_are_told_apart_by_all_that_they_say():
         ({"command": "python t.py", "env": {"A B": "1"}}, "env.A B"),
         ({"command": "python t.py", "env": {"HF_TOKEN": "hf_x"}}, "written into the run"),
         ({"command": "x" * 5000}, "too long"),
-        ({"command": "python \udcff.py"}, r"command = 'python \udcff.py': no text in UTF-8"),
-        ({"command": "python t.py", "cwd": "\udcff"}, "no text in UTF-8"),
-        ({"command": "python t.py", "env": {"A": "\udcff"}}, "no text in UTF-8"),
+        ({"command": "python \udcff.py"}, r"command = 'python \udcff.py': too long, no UTF-8"),
+        ({"command": "python t.py", "cwd": "\udcff"}, "no UTF-8"),
+        ({"command": "python t.py", "env": {"A": "\udcff"}}, "no UTF-8"),
     ],
 )
 def test_a_command_that_cannot_be_is_refused(fields, said):

@@ -1,4 +1,4 @@
-"""Which columns of the data a study trains on, where they have other names than those that are recognised."""
+"""Columns of the data that a study trains on, if they have other names than those that are recognised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from lorameter.errors import UsageError, shorten
 from lorameter.records import codec
-from lorameter.studies import limits
 
 FAMILIES: tuple[tuple[str, ...], ...] = (
     ("instruction", "context", "response"),
@@ -20,9 +19,9 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataColumns:
-    """The column that plays each part; None is a part that the data names itself, or does not have.
+    """The column of each part; None for a part whose column has the same name, or that is absent.
 
-    Raises `UsageError` for parts that make no record together, and for a name that no column has.
+    Raises `UsageError` for parts that make no record together.
     """
 
     instruction: str | None = field(default=None, metadata=codec.LATER)
@@ -41,20 +40,10 @@ class DataColumns:
     """All of a record that has no parts."""
 
     def __post_init__(self) -> None:
-        given = self.given
-        for part, name in given.items():
-            limits.check_word("columns", part, name)
-            if not name:
-                raise UsageError(f"columns: {part} = '': no column named. Name one, or leave it out.")
-        if given and self.family is None:
-            said = ", ".join(f"{part} = {shorten(repr(name), 60)}" for part, name in given.items())
+        if self.given and self.family is None:
+            parts = ", ".join(f"{part} = {shorten(repr(name), 60)}" for part, name in self.given.items())
             kinds = "; or ".join(", ".join(family) for family in FAMILIES)
-            raise UsageError(f"columns: {said}: parts of different records. Name those of one: {kinds}.")
-        for name in given.values():
-            if list(given.values()).count(name) > 1:
-                raise UsageError(
-                    f"columns: {shorten(repr(name), 60)} plays two parts. Name a column of its own for each."
-                )
+            raise UsageError(f"columns: {parts}: parts of different records. Name those of one: {kinds}.")
 
     @property
     def given(self) -> dict[str, str]:

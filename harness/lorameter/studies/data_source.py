@@ -1,12 +1,11 @@
-"""What a workload's `data` names: records of this program's own, a file, a folder, or a data set of the hub.
+"""Data of a workload by name: synthetic records, a file, a folder, or a data set of the hub.
 
     synthetic
-    FILE                              .jsonl, .json, .csv, .parquet or .txt, each also with .gz behind it
+    FILE                              .jsonl, .json, .csv, .parquet or .txt, each also with .gz appended
     FOLDER, FOLDER[SPLIT]             saved by `datasets` (save_to_disk), or with such files in it
     OWNER/NAME, OWNER/NAME:CONFIG     of the hub, either with [SPLIT] behind it
 
-Without a split it is "train", or the only one that there is. Doors resolve names, and provenance hashes what lies
-behind them, so nothing here opens a file of data.
+The default split is "train", or the only one. Names are resolved in many places, so no data file is opened here.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ SYNTHETIC = "synthetic"
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 PACKED = ".gz"
 ENDINGS = tuple(f"{kind}{packed}" for kind in KINDS for packed in ("", PACKED))
-MOST_FILES = 10_000
-"""Of one folder."""
 REMEDY = (
     f"Give a file ({', '.join(KINDS)}, also with {PACKED}), a folder of such files or saved by datasets, "
     f"a hub id such as owner/name:config[split], or {SYNTHETIC!r}."
@@ -65,10 +62,10 @@ class DataSource:
 
 
 def resolve(data: str) -> DataSource:
-    """What the text names. A file or folder that is there goes before a data set of the hub of the same name.
+    """The source that the text names. An existing file or folder takes precedence over a data set of the hub.
 
     Raises:
-        UsageError: it names nothing, a file of no known kind, a folder without data, or a split that is not there.
+        UsageError: no such data, a file of an unknown kind, a folder without data, or a split that does not exist.
     """
     where = f"data {shorten(repr(data))}"
     if data == SYNTHETIC:
@@ -90,15 +87,15 @@ def resolve(data: str) -> DataSource:
 
 
 def make_absolute(data: str) -> str:
-    """The same data by a name that holds in every folder."""
+    """The same data by a name that is valid in every folder."""
     found = _SPLIT.fullmatch(data)
     name, behind = (found["name"], f"[{found['split']}]") if found and not bounded_io.is_there(data) else (data, "")
     return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and bounded_io.is_there(name) else data
 
 
 def _file(name: str, where: str) -> DataSource:
-    if not bounded_io.is_file(name):  # what is no plain file may never begin, or never end
-        raise UsageError(f"{where}: cannot be read: it is no plain file. {REMEDY}")
+    if not bounded_io.is_file(name):  # a pipe would block
+        raise UsageError(f"{where}: it is no plain file. {REMEDY}")
     if not name.endswith(ENDINGS):
         raise UsageError(f"{where}: a file of no known kind: its name ends in none of {', '.join(ENDINGS)}. {REMEDY}")
     return DataSource(kind="file", name=name, files=(Path(name),))
@@ -109,32 +106,15 @@ def _folder(path: Path, split: str, where: str) -> DataSource:
         names = sorted(entry.name for entry in os.scandir(path))
     except OSError as error:
         raise UsageError(f"{where}: cannot be read: {error.strerror}. {REMEDY}") from None
-    if len(names) > MOST_FILES:
-        raise UsageError(f"{where}: more than {MOST_FILES} files are in it. Join them, or name one.")
     if "dataset_dict.json" in names:
-        return _saved_splits(path, split, where)
+        chosen = _choose(sorted(state.parent.name for state in path.glob("*/state.json")), split, where)
+        return _saved(path, path / chosen, chosen)
     if {"state.json", "dataset_info.json"} <= set(names):
         if split:
             raise UsageError(f"{where}: it was saved without splits. Leave [{split}] out.")
         return _saved(path, path, "")
-    return _files(path, [name for name in names if name.endswith(ENDINGS) and name not in _NO_DATA], split, where)
-
-
-def _saved_splits(path: Path, split: str, where: str) -> DataSource:
-    try:
-        data = bounded_io.read_json(path / "dataset_dict.json", bounded_io.STUDY_BYTES)
-    except bounded_io.NotReadableError as error:
-        raise UsageError(f"{where}, dataset_dict.json: cannot be read: {error}. Save it again.") from None
-    splits = data.get("splits") if isinstance(data, dict) else None
-    if not isinstance(splits, list) or not all(isinstance(one, str) and _is_name(one) for one in splits):
-        raise UsageError(f"{where}, dataset_dict.json: splits: a list of names is expected. Save it again.")
-    chosen = _choose(splits, split, where)
-    return _saved(path, path / chosen, chosen)
-
-
-def _is_name(text: str) -> bool:
-    """Whether it names a folder in this one, and none elsewhere."""
-    return re.fullmatch(r"[\w-][\w.-]*", text) is not None
+    data = [name for name in names if name.endswith(ENDINGS) and name not in _NO_DATA and (path / name).is_file()]
+    return _files(path, data, split, where)
 
 
 def _saved(path: Path, folder: Path, split: str) -> DataSource:
@@ -156,11 +136,8 @@ def _files(path: Path, names: Sequence[str], split: str, where: str) -> DataSour
     kinds = sorted({ending for name in taken if (ending := Path(name.removesuffix(PACKED)).suffix)})
     if len(kinds) > 1:
         raise UsageError(
-            f"{where}: files of different kinds are in it: {', '.join(kinds)}. Name one file, or part them."
+            f"{where}: files of different kinds are in it: {', '.join(kinds)}. Name one file, or separate them."
         )
-    for name in taken:
-        if not bounded_io.is_file(path / name):
-            raise UsageError(f"{where}, {name}: cannot be read: it is no plain file. Take it out.")
     return DataSource(kind="folder", name=str(path), split=chosen, files=tuple(path / name for name in taken))
 
 

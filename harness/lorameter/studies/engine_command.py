@@ -1,15 +1,16 @@
-"""A training script with an engine and without it, said in one line: what stands in braces is the difference.
+"""A training script with an engine and without it, in one line: the text in braces is the difference.
 
     python train.py --r 64 {--use_liger_kernel}              without it, and with it
     python train.py --optim {adamw_torch|adamw_torch_fused}  one, and the other
-    python train.py --set {{a}} {--flag}                     braces that are the script's are doubled
+    python train.py --set {{a}} {--flag}                     the script's own braces are doubled
 
-Several braces are turned on together. What comes of it are two commands like any other two.
+Several braces are switched together. The result are two commands like any other two.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 
 from lorameter.errors import UsageError, shorten
@@ -19,64 +20,37 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 
 _LABEL = "--command"
-_ALTERNATIVE = "|"
+_BRACES = re.compile(r"\{\{|\}\}|\{(?P<group>(?:[^{}]|\{\{|\}\})*)\}|[{}]")
 
 
 def split_braces(command: str, example: str = "'python train.py {--flag}'") -> tuple[str, str]:
-    """The command without what stands in braces, and with it; each a line of words. `example` is for refusals.
+    """The command without the text in braces, and with it; each a line of words. `example` is for error messages.
 
     Raises:
-        UsageError: no braces, one that is open, empty or inside another, or nothing that a command could be.
+        UsageError: no braces, unbalanced, empty or nested ones, or no program.
     """
+
+    def choose(found: re.Match[str], with_it: bool) -> str:
+        text, before = found["group"], command[found.start() - 1 : found.start()]
+        if text is None:
+            if found[0] in "{}":
+                raise _refused(command, "a brace without its partner", "Close it, or write {{ or }} for a brace")
+            return found[0][0]
+        if before == "$" or text[:1] in ("'", '"'):
+            raise _refused(command, "a brace that is a shell's or the script's own", "Double those: {{ and }}")
+        off, bar, on = text.replace("{{", "{").replace("}}", "}").partition("|")
+        if not text.strip():
+            raise _refused(command, "an empty brace", f"Write what turns the engine on: {example}")
+        if bar and (not off.strip() or not on.strip() or "|" in on):
+            raise _refused(command, f"{{{text}}} is not two alternatives", "Write {without|with}")
+        return (on if with_it else off) if bar else (off if with_it else "")
+
     if "{{{" in command or "}}}" in command:
-        raise _refused(command, "three braces in a row can be read in two ways", "Put a blank between them")
-    without: list[str] = []
-    with_it: list[str] = []
-    group: list[str] | None = None
-    groups = place = 0
-    while place < len(command):
-        letter = command[place]
-        if command[place : place + 2] in ("{{", "}}"):
-            for part in [without, with_it] if group is None else [group]:
-                part.append(letter)
-            place += 2
-            continue
-        place += 1
-        if letter == "{":
-            if group is not None:
-                raise _refused(command, "a brace is open inside another", "Close the first, or write {{ for a brace")
-            if command[place - 2 : place - 1] == "$" or command[place : place + 1] in ("'", '"'):
-                raise _refused(command, "a brace that is a shell's or the script's own", "Double those: {{ and }}")
-            group = []
-        elif letter == "}":
-            if group is None:
-                raise _refused(command, "a brace is closed that was not open", "Open it, or write }} for a brace")
-            off, on = _alternatives(command, "".join(group), example)
-            without.append(off)
-            with_it.append(on)
-            group, groups = None, groups + 1
-        else:
-            for part in [without, with_it] if group is None else [group]:
-                part.append(letter)
-    if group is not None:
-        raise _refused(command, "a brace is open", "Close it, or write {{ for a brace")
-    if not groups:
-        raise _refused(command, "no braces, so nothing differs", f"Put what turns the engine on in braces: {example}")
-    off, on = (shlex.join(split_command(_LABEL, "".join(text))) for text in (without, with_it))
-    if off == on:
-        raise _refused(command, "the same with the braces and without", f"Put a difference there: {example}")
-    return off, on
-
-
-def _alternatives(command: str, text: str, example: str) -> tuple[str, str]:
-    """What stands there without the engine and with it."""
-    if not text.strip():
-        raise _refused(command, "an empty brace", f"Write what turns the engine on: {example}")
-    off, bar, on = text.partition(_ALTERNATIVE)
-    if not bar:
-        return "", text
-    if not off.strip() or not on.strip() or _ALTERNATIVE in on:
-        raise _refused(command, f"{{{text}}} is not two alternatives", "Write {without|with}")
+        raise _refused(command, "three braces in a row are ambiguous", "Put a blank between them")
+    lines = [_BRACES.sub(lambda found, one=one: choose(found, one), command) for one in (False, True)]  # type: ignore[misc]
+    if lines[0] == lines[1]:
+        raise _refused(command, "nothing differs", f"Put what turns the engine on in braces: {example}")
+    off, on = (shlex.join(split_command(_LABEL, line)) for line in lines)
     return off, on
 
 

@@ -6,6 +6,7 @@ does not fit into what a number, a clock or a file name can hold.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 
@@ -72,24 +73,14 @@ def check_name(what: str, name: str, forbidden: str = "/") -> None:
         )
 
 
-def check_text(where: str, key: str, text: str) -> None:
-    """Raises `UsageError` for bytes of a command line that are no text: what is measured is written down as text, and
-    would be something else when it is read again."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        said = shorten(ascii(text), 80)
+def check_word(where: str, key: str, text: str, *, lines: bool = False) -> None:
+    """Raises `UsageError` for a text that is not UTF-8 (bytes of a command line), too long, or has control characters;
+    `lines` allows line ends and tabs."""
+    control = "[\0\ud800-\udfff]" if lines else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
+    if len(text) > TEXT_CHARACTERS or re.search(control, text):
         raise UsageError(
-            f"{where}: {key} = {said}: no text in UTF-8. Use a name that is one, such as a link."
-        ) from None
-
-
-def check_word(where: str, key: str, text: str) -> None:
-    """Raises `UsageError` for a word that no file, model or layer can be called by."""
-    check_text(where, key, text)
-    if len(text) > TEXT_CHARACTERS or any(ord(character) < 32 or 127 <= ord(character) < 160 for character in text):
-        raise UsageError(
-            f"{where}: {key} = {shorten(repr(text), 80)}: too long, or with control characters in it. Mend the name."
+            f"{where}: {key} = {shorten(ascii(text), 80)}: too long, no UTF-8, or with control characters in it. "
+            "Correct it."
         )
 
 

@@ -56,15 +56,14 @@ def check_script(label: str, variant: Variant) -> None:
                 f"{label}: {field.name} = {getattr(variant, field.name)!r}: the variant is a command, and its script "
                 "says what is trained. Give it to the script as an argument, and take it out here."
             )
-    limits.check_text(label, "command", variant.command)
     refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
         limits.check_word(label, key, getattr(variant, key))
         refuse_credentials(f"{label}: {key}", [getattr(variant, key)])
     for name, value in variant.env.items():
-        if not _VARIABLE.fullmatch(name) or "\0" in value:
-            raise UsageError(f"{label}: env.{shorten(name, 60)}: no variable can be called or be that. Mend the name.")
-        limits.check_text(label, f"env.{name}", value)
+        if not _VARIABLE.fullmatch(name):
+            raise UsageError(f"{label}: env.{shorten(name, 60)}: no name of a variable. Correct it.")
+        limits.check_word(label, f"env.{name}", value, lines=True)
         if sounds_secret(name):
             raise UsageError(
                 f"{label}: env.{name} is a credential, and it is written into the run. Set it where "
@@ -128,8 +127,7 @@ def split_command(label: str, command: str) -> list[str]:
     Raises:
         UsageError: it is empty, an open quote, or means something to a shell, of which there is none.
     """
-    if "\0" in command or len(command) > limits.TEXT_CHARACTERS:
-        raise UsageError(f"{label}: command = {shorten(repr(command), 80)}: too long, or no text. Mend it.")
+    limits.check_word(label, "command", command, lines=True)
     named = f"{label}: command = {shorten(repr(' '.join(hide_credentials(command.split()))), 80)}"
     try:
         words = shlex.split(command)
