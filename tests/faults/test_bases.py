@@ -58,20 +58,6 @@ def test_a_base_that_does_not_fit_is_refused(executor, small_study, home, tiny_d
     assert executor.prepare_base(asked(small_study, 501)).conversions == 1
 
 
-def test_a_base_that_is_kept_makes_room(executor, small_study, home, tiny_disk):
-    """It can be made again, so it goes before a run is refused; one that a run holds does not."""
-    ballast = tiny_disk(home, 9 * 1024, 16 * 1024)  # for one of 6 MB
-    held = executor.prepare_base(asked(small_study, 502))
-    with pytest.raises(SystemLimitError):
-        executor.prepare_base(asked(small_study, 503))
-    assert bases.verify(Path(held.path)) is not None
-    executor._held.close()
-    assert executor.prepare_base(asked(small_study, 503)).conversions == 1
-    assert not Path(held.path).exists()
-    executor._held.close()
-    ballast.unlink()
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_a_process_that_dies_over_a_base_ends_no_run(executor, small_study, monkeypatch, number):
     """Its trials make theirs themselves, and the reader is told."""

@@ -1,13 +1,9 @@
 """The bases of a run: each is prepared once, and unused ones are removed."""
 
-import contextlib
 import dataclasses
-import os
-import time
 
 import pytest
 
-from lorameter.models.bases import DESCRIPTION, ENV_BASES, UNUSED_DAYS, in_use
 from lorameter.records.os_errors import SystemLimitError
 from lorameter.records.record import Failure
 from lorameter.records.worker_info import BaseSummary
@@ -62,21 +58,6 @@ def test_each_base_is_prepared_once(study):
     assert len(bases.folders) == len(bases.summaries) == 3
     assert watching.phases == ["base"] * 3
     assert not bases.notices
-
-
-def test_what_no_run_has_asked_for_goes(study, tmp_path, monkeypatch):
-    """At the end, on the machine that measures: an old one, and none that this run holds, however old it looks."""
-    monkeypatch.setenv(ENV_BASES, str(tmp_path))
-    ages = {"forgotten": UNUSED_DAYS + 1, "used": UNUSED_DAYS - 1, "held": UNUSED_DAYS + 1}
-    for name, days in ages.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / DESCRIPTION).write_text("{}")
-        used = time.time() - days * 24 * 3600
-        os.utime(tmp_path / name / DESCRIPTION, (used, used))
-    with contextlib.ExitStack() as held:
-        holding = Preparing(refuse=lambda request: held.enter_context(in_use(tmp_path / "held")))
-        prepare_bases(make_plan(study), {"": holding}, "cpu", Watching())
-        assert {path.name for path in tmp_path.iterdir()} == {"used", "held"}
 
 
 def crash(request):

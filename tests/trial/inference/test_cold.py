@@ -91,6 +91,6 @@ def test_a_cold_start_takes_no_prepared_base(served, monkeypatch):
 def test_a_cold_start_without_the_models_files_fails(served):
     """However whole the base is that was prepared of them."""
     (Path(served.workload.model) / "model.safetensors").unlink()
-    assert bases.verify(Path(served.base)) is not None
+    assert bases.read_description(Path(served.base)) is not None
     with pytest.raises((OSError, LorameterError), match=r"model\.safetensors|no file"):
         cold.answer(served, time.monotonic())

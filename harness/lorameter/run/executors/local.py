@@ -5,7 +5,6 @@ The interpreter is the present one, or that of a `Host`: then two executors side
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import subprocess
@@ -19,7 +18,6 @@ from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact
 from lorameter.machine import provenance
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words
 from lorameter.machine.provenance import Machine, MachineFacts
-from lorameter.models import bases
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import Failure, PartialRecord
@@ -87,7 +85,6 @@ class LocalExecutor(Here):
         self._disk: Disk | None = None
         self._zygote: Zygote | None = None
         self._hello: WorkerInfo | None = None
-        self._held = contextlib.ExitStack()
         """Bases that nobody may remove."""
 
     def lanes(self, threads: int) -> int:
@@ -272,7 +269,6 @@ class LocalExecutor(Here):
             summary = codec.from_json(BaseSummary, fragment.tokens.get("base"), "summary of a base")
         except UsageError as error:
             raise WorkerLostError("crashed", Failure(phase="base", kind="Garbled", message=str(error))) from None
-        self._held.enter_context(bases.in_use(Path(summary.path)))
         return summary
 
     def make_place(self, trial: str, log: str) -> TrialFiles:
@@ -292,7 +288,6 @@ class LocalExecutor(Here):
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
-        self._held.close()
         if self._disk is not None:
             self._disk.close()
             self._disk = None

@@ -8,8 +8,9 @@ that writes to a weight gets a copy of its own. The two ways to a base are equal
 4-bit weights are kept as they are stored. On CPUs with AVX512-BF16 bitsandbytes repacks them at the first evaluating
 forward, for each process anew; no forward has run when they are kept.
 
-The file is one of safetensors, written here because of its order: what is a multiple of 64 bytes comes first, behind a
-header that is one too, so that mapped weights lie as malloc would have laid them and not across two cache lines.
+The file is one of safetensors, written here because of its order: tensors of a multiple of 64 bytes come first, after a
+header of such a size, so that mapped weights are aligned as malloc aligns them. The library aligns to 8 bytes, and a
+product with a weight of that alignment takes up to 8 % longer for one row, 0 to 4 % for 128 (AVX-512, one thread).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,11 +77,11 @@ def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
 
 
 def prepare(request: BaseRequest) -> BaseSummary:
-    """Make the base that is asked for, or find it whole where it was kept.
+    """Makes the base of a request, or finds it.
 
     Raises:
         UsageError: the model cannot be had or loaded (`load_base`).
-        OSError: the disk refuses, and no base that is kept could be removed to make room.
+        OSError: the disk refuses.
     """
     begin = time.perf_counter()
     source = catalogue.resolve(request.workload.model)
@@ -87,11 +89,11 @@ def prepare(request: BaseRequest) -> BaseSummary:
     folder = bases.folder_of(follows_from)
     conversions = quantisations = 0
     with locked(folder, "waiting for another process that makes the same base", print):
-        description = bases.verify(folder)
+        description = bases.read_description(folder)
         if description is None:
             model, conversions, load_s = _make(source, request)
             quantisations = int(request.variant.quantization != "none")
-            description = _keep(model, folder, follows_from, load_s)
+            description = _write(model, folder, follows_from, load_s)
         bases.touch(folder)
     return BaseSummary(
         path=str(folder.absolute()),
@@ -149,18 +151,8 @@ def _make(source: ModelSource, request: BaseRequest) -> tuple[transformers.PreTr
     return model, 1, time.perf_counter() - begin
 
 
-def _keep(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> BaseDescription:
-    """Write a model where it is to be kept; where the disk is full, once more without the bases that nobody holds."""
-    try:
-        return _write(model, folder, follows_from, load_s)
-    except OSError as error:
-        if not (bases.is_full(error) and bases.prune(most_bytes=0)):
-            raise
-        return _write(model, folder, follows_from, load_s)
-
-
 def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> BaseDescription:
-    with bases.drafted(folder) as draft:
+    with bases.draft_of(folder) as draft:
         digest, size = _write_tensors(_tensors(model), draft / bases.TENSORS)
         model.config.to_json_file(draft / "config.json", use_diff=False)
         places = getattr(model, "hf_device_map", None)
@@ -229,6 +221,8 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str
             data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest(), 8 + len(text) + end
 
 
