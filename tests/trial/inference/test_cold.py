@@ -82,7 +82,7 @@ def test_a_cold_start_takes_no_prepared_base(served, monkeypatch):
     for missing in (False, True):
         if missing:
             shutil.rmtree(served.base)
-        found = cold.answer(served, time.monotonic())
+        found = cold.start_cold(served, time.monotonic())
         assert found.tokens["cold_completion"] == wanted
         assert found.values["cold_base_conversions"] == len(read) == 1
         assert read.pop() == served.workload.model
@@ -93,4 +93,4 @@ def test_a_cold_start_without_the_models_files_fails(served):
     (Path(served.workload.model) / "model.safetensors").unlink()
     assert bases.read_description(Path(served.base)) is not None
     with pytest.raises((OSError, LorameterError), match=r"model\.safetensors|no file"):
-        cold.answer(served, time.monotonic())
+        cold.start_cold(served, time.monotonic())
