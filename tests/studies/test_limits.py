@@ -30,31 +30,25 @@ def refused(tmp_path, text, name="mine.toml"):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("protocol", "replicates", "100000000000000000"),
-        ("protocol", "turns", "100000000000"),
-        ("protocol", "steps_per_turn", "100000000000"),
-        ("protocol", "generate_requests", "100000000000"),
-        ("protocol", "step_timeout_s", "1e300"),
+        ("protocol", "replicates", "0"),
         ("protocol", "step_timeout_s", "nan"),
         ("protocol", "max_minutes", "inf"),
-        ("protocol", "epochs", "1e300"),
+        ("protocol", "epochs", "inf"),
         ("protocol", "precision", "inf"),
         ("protocol", "memory_limit_bytes", "0"),
         ("protocol", "seed", "-1"),
-        ("workload", "sequence_length", "100000000000"),
+        ("workload", "sequence_length", "1"),
         ("workload", "train_sequences", "100000000000"),
-        ("workload", "batch_size", "100000000000"),
         ("workload", "data_seed", "-1"),
-        ("workload", "threads", "1000000"),
         ("workload", "model", "'a\tb'"),
-        ("controls", "r", "100000000000"),
+        ("controls", "r", "0"),
         ("controls", "learning_rate", "inf"),
-        ("controls", "lora_alpha", "inf"),
-        ("controls", "gradient_accumulation", "100000000000"),
+        ("controls", "lora_alpha", "nan"),
+        ("controls", "lora_dropout", "1.0"),
         ("controls", "target_modules", "['']"),
     ],
 )
-def test_a_value_beyond_any_machine_is_refused(tmp_path, section, key, value):
+def test_an_impossible_value_is_refused(tmp_path, section, key, value):
     """By its file, its key and its value, before anything of that size is made."""
     said = refused(tmp_path, f"[{section}]\n{key} = {value}\n{ONE}")
     assert "mine.toml" in said

@@ -234,13 +234,11 @@ def test_an_axis_may_hold_the_default_of_a_later_field(tmp_path):
         ("request_batch = [1, true]", "request_batch = True: int is expected"),
         ('request_batch = [1, "8"]', "request_batch = '8': int is expected"),
         ("request_batch = [1, 0]", "request_batch = 0: too small. Use 1 or more."),
-        ("request_batch = 5000", "request_batch = 5000: too large. Use 4096 or less."),
-        ("adapters = [1, 65]", "adapters = 65: too large. Use 64 or less."),
+        ("adapters = [1, 0]", "adapters = 0: too small. Use 1 or more."),
         (
             'adapters = 2\nranks = 2\nstrategy = "ddp"',
             "adapters = 2, ranks = 2: several adapters are measured in requests",
         ),
-        ("request_batch = 4096\nprompt_tokens = 16777216", "tokens a request, and 268435456 are prepared at most"),
         ("prompt_tokens = [1.5]", "prompt_tokens = 1.5: int is expected"),
         (f"prompt_tokens = {list(range(1, 1002))}", "1001 values, and each is a variant. Use 1000 or fewer."),
         (

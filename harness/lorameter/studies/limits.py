@@ -1,56 +1,36 @@
-"""How large what a study asks for may be: no more than any machine could measure, so that a slip of the hand ends here.
-
-The limits lie far above what anybody measures and far below what makes a plan endless, fills the memory with it, or
-does not fit into what a number, a clock or a file name can hold.
-"""
+"""Bounds of the values in a study."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lorameter.errors import UsageError, impossible, shorten
 
-MOST_REPLICATES = 10_000
-MOST_STEPS = 10_000_000
-"""Of one trial."""
-MOST_TOKENS = 2**28
-"""Of an epoch, its padding included; they are prepared in memory and written to a file of 32 bytes a token."""
 MOST_VARIANTS = 1_000
 MOST_ROUNDS = 2_000_000
 """Turns and requests of a whole plan, of all its trials."""
-MOST_SEED = 2**32 - 1
-"""The largest that every generator of random numbers takes (numpy's is the narrowest)."""
-WEEK_S = 7 * 24 * 3600.0
-YEAR_MINUTES = 366 * 24 * 60.0
-LARGEST_FLOAT = 1e38
-"""Of float32, about."""
+MOST_TOKENS = 2**28
+"""Tokens of an epoch, with padding; they are prepared in memory and written to a file of 32 bytes a token."""
 NAME_BYTES = 120
-"""Of what becomes part of a file's name, with a side, a replicate and an ending beside it; file systems take 255."""
+"""Bytes of a part of a file name, to which a side, a replicate and a suffix are added; file systems allow 255."""
 MOST_FRACTION = 0.5
-"""Of a tolerance, a margin or a precision. A larger value is a percentage by mistake."""
+"""Largest tolerance, margin or precision. A larger value is a percentage by mistake."""
 TEXT_CHARACTERS = 4096
-"""Of a path or the name of a model; the kernel takes no longer path."""
-
-Range = tuple[float, float]
-"""The least and the most that a field may be."""
+"""Length of a path or the name of a model; the kernel accepts no longer path."""
 
 
-def check_ranges(where: str, owner: object, ranges: Mapping[str, Range]) -> None:
-    """Raises `UsageError` for a field that lies outside of its range, or is no number; None is a field left out."""
-    for key, (least, most) in ranges.items():
+def check_least(where: str, owner: object, least: Mapping[str, float], *, positive: Collection[str] = ()) -> None:
+    """Raises `UsageError` for a field below its least value, or not above zero; None is a field left out."""
+    for key, bound in least.items():
         value = getattr(owner, key)
-        if value is None or least <= value <= most:
-            continue
-        why, remedy = (
-            ("too small", f"Use {_write(least)} or more")
-            if value < least
-            else ("too large", f"Use {_write(most)} or less")
-            if value > most
-            else ("no number", f"Use one from {_write(least)} to {_write(most)}")
-        )
-        raise UsageError(f"{where}: {key} = {value!r}: {why}. {remedy}.")
+        if value is not None and not bound <= value < float("inf"):
+            why = "too small" if value < bound else "not a finite number"
+            raise UsageError(f"{where}: {key} = {value!r}: {why}. Use {bound:g} or more.")
+    for key in positive:
+        value = getattr(owner, key)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{where}: {key} = {value!r}: must be positive and finite. Use a number above 0.")
 
 
 def check_fraction(where: str, key: str, value: float | None, *, zero: bool = False) -> None:
@@ -82,7 +62,3 @@ def check_word(where: str, key: str, text: str, *, lines: bool = False) -> None:
             f"{where}: {key} = {shorten(ascii(text), 80)}: too long, no UTF-8, or with control characters in it. "
             "Correct it."
         )
-
-
-def _write(limit: float) -> str:
-    return str(int(limit)) if float(limit).is_integer() and abs(limit) < sys.maxsize else f"{limit:g}"

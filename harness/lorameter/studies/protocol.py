@@ -23,22 +23,11 @@ LIMITED_REPLICATES = 12
 """Cap where minutes decide and nothing else is said."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
-_RANGES: dict[str, limits.Range] = {
-    "replicates": (1, limits.MOST_REPLICATES),
-    "warmup_steps_min": (1, limits.MOST_STEPS),
-    "warmup_steps_max": (-limits.MOST_STEPS, limits.MOST_STEPS),
-    "turns": (1, limits.MOST_ROUNDS),
-    "steps_per_turn": (1, limits.MOST_STEPS),
-    "generate_warmup": (0, 10**6),
-    "generate_requests": (1, limits.MOST_ROUNDS),
-    "open_ended_requests": (1, limits.MOST_ROUNDS),
-    "peak_replicates": (1, limits.MOST_REPLICATES),
-    "retries": (0, 1000),
-    "seed": (0, limits.MOST_SEED - limits.MOST_REPLICATES),
-    "memory_limit_bytes": (1, 2**62),
-}
-
-
+_LEAST = {
+    "replicates": 1, "warmup_steps_min": 1, "turns": 1, "steps_per_turn": 1, "generate_warmup": 0,
+    "generate_requests": 1, "open_ended_requests": 1, "peak_replicates": 1, "cold_replicates": 1, "retries": 0,
+    "seed": 0, "memory_limit_bytes": 1, "epochs": 0,
+}  # fmt: skip
 STEPS_PER_TURN = 2
 
 
@@ -106,33 +95,15 @@ class Protocol:
     of one site, with its own interval; nothing is taken over all of them. Not with a precision; not in a profile."""
 
     def __post_init__(self) -> None:
-        limits.check_ranges("protocol", self, _RANGES)
+        limits.check_least("protocol", self, _LEAST, positive=("max_minutes", "step_timeout_s"))
+        limits.check_fraction("protocol", "precision", self.precision)
         if self.warmup_steps_max < self.warmup_steps_min:
             raise UsageError(
                 f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
                 f"{self.warmup_steps_min}. Raise it."
             )
-        if self.cold_replicates is not None:
-            limits.check_ranges("protocol", self, {"cold_replicates": (1, limits.MOST_REPLICATES)})
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise UsageError(
-                f"protocol: max_minutes = {self.max_minutes!r}: must be positive. Leave it out to set no limit."
-            )
-        limits.check_ranges("protocol", self, {"max_minutes": (0, limits.YEAR_MINUTES)})
-        limits.check_fraction("protocol", "precision", self.precision)
-        if self.total_steps > limits.MOST_STEPS:
-            raise UsageError(
-                f"protocol: turns = {self.turns}, steps_per_turn = {self.steps_per_turn}, warmup_steps_max = "
-                f"{self.warmup_steps_max}: {self.total_steps} steps a trial, and {limits.MOST_STEPS} at most are "
-                "taken. Use fewer."
-            )
-        if not self.epochs >= 0:
-            raise UsageError(f"protocol: epochs = {self.epochs!r}: cannot be negative. Use 0 or more.")
         if not self.phases:
             raise UsageError(f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
-        if not self.step_timeout_s > 0:
-            raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
-        limits.check_ranges("protocol", self, {"step_timeout_s": (0, limits.WEEK_S), "epochs": (0, 10**6)})
         if self.mixed and self.precision is not None:
             raise UsageError(
                 f"protocol: precision = {self.precision:g}: it is of one interval, and with mixed each site has its "

@@ -37,23 +37,12 @@ that differ in one of them are not compared."""
 LEAST_LENGTH = 8
 """Tokens of a sequence, at least."""
 MOST_BATCH = 2**20
-"""Sequences of a step, at most."""
-_RANGES: dict[str, limits.Range] = {
-    "sequence_length": (LEAST_LENGTH, 2**24),
-    "batch_size": (1, MOST_BATCH),
-    "train_sequences": (1, limits.MOST_TOKENS),
-    "held_out_records": (1, 10**6),
-    "held_out_sequences": (1, limits.MOST_TOKENS),
-    "data_seed": (0, limits.MOST_SEED),
-    "prompt_tokens": (1, 2**24),
-    "new_tokens": (2, 2**24),
-    "request_batch": (1, 4096),
-    "adapters": (1, 64),
-    "open_ended_tokens": (0, 2**24),
-    "open_ended_prompt_tokens": (1, 2**24),
-    "threads": (1, 4096),
-    "ranks": (1, 64),
-}
+"""Sequences of a step, at most, when the largest batch that fits is searched for."""
+_LEAST = {
+    "sequence_length": LEAST_LENGTH, "batch_size": 1, "train_sequences": 1, "held_out_records": 1,
+    "held_out_sequences": 1, "data_seed": 0, "prompt_tokens": 1, "new_tokens": 2, "request_batch": 1, "adapters": 1,
+    "open_ended_tokens": 0, "open_ended_prompt_tokens": 1, "threads": 1, "ranks": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +112,7 @@ class Workload:
     losses are measured against. It needs a device that holds the whole model."""
 
     def __post_init__(self) -> None:
-        limits.check_ranges("workload", self, _RANGES)
-        if self.request_batch * self.prompt_tokens > limits.MOST_TOKENS:
-            raise UsageError(
-                f"workload: request_batch = {self.request_batch}, prompt_tokens = {self.prompt_tokens}: "
-                f"{self.request_batch * self.prompt_tokens} tokens a request, and {limits.MOST_TOKENS} are prepared at "
-                "most. Use fewer."
-            )
+        limits.check_least("workload", self, _LEAST)
         for key, sequences in (("train", self.train_sequences), ("held_out", self.held_out_sequences)):
             if sequences * self.sequence_length > limits.MOST_TOKENS:
                 raise UsageError(
