@@ -137,7 +137,8 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
     taken = [name for name in fed if name not in missing and name in known and name not in unreadable]
     resting = [name for name in live if name not in missing and name in known and known[name].resting]
     all_rest = bool(resting) and all(rate == 0 for one in seen.optimizers for rate in one.learning_rates)
-    moving = [name for name in taken if name not in resting]
+    idling = [name for name in taken if known[name].idling]
+    moving = [name for name in taken if name not in (*resting, *idling)]
     highest = max((one.rate for one in known.values()), default=0.0)
     faint = [name for name in moving if known[name].faint and known[name].rate >= highest * _COMPARABLE]
     still = [name for name in moving if not known[name].moved and name not in faint]
@@ -163,6 +164,11 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
     )
     doubts = _count(
         judged,
+        (
+            "unchanged, as all others, by updates that had a gradient and a learning rate and do not round away in "
+            "float32: the optimizer may be warming up, as RAdamScheduleFree does for four updates, or makes none",
+            idling,
+        ),
         ("changed outside of every optimizer that was seen, such as by a copy of master weights", elsewhere),
         ("not there when the step began", [name for name in live if name not in known]),
         ("not comparable with what they were before", unreadable),

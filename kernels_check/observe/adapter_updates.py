@@ -45,6 +45,8 @@ class ParameterUpdates:
     """Those that were fed, with a learning rate, and left nearly every element as it was."""
     faint: int = 0
     """Those that were fed and changed nothing, since the gradient is so small: its partner has just left zero."""
+    idle: int = 0
+    """Of the stuck ones those that moved no parameter at all, although float32 shows such a move."""
     losses: list[int] = field(default_factory=list)
     """Which updates nothing was left of at the next or at the end, the first being 1."""
     written: int = 0
@@ -58,6 +60,11 @@ class ParameterUpdates:
     def lost(self) -> bool:
         """Whether updates are undone, and not just the first: a projection may move the weights far once."""
         return bool(self.losses) and (self.losses[-1] > 1 or self.updates < LEAST_AFTER_LOSS)
+
+    @property
+    def idling(self) -> bool:
+        """Whether it was never moved, and nothing else by the same updates."""
+        return self.idle > 0 and not self.moved and self.idle == self.stuck
 
     @property
     def resting(self) -> bool:
@@ -155,6 +162,8 @@ class Updates:
             return True
         if all(one.learnt or one.faint for one in seen):
             return False
+        if any(one.idling for one in seen):  # a warm-up may move nothing for some updates
+            return True
         steps, learnt = self._before_call
         warming = any(one.resting and one.updates < LEAST_RESTING for one in seen)
         return self.steps == steps or self._learnt() > learnt or warming
@@ -184,10 +193,13 @@ class Updates:
 
     def _settle(self, optimizer: Any) -> None:
         """Count what an update has changed since the values were looked at."""
-        moved = False
-        for key, rate in self._given(optimizer).items():
-            moved = self._count(key, rate) or moved
-        self.gradients.moved += moved
+        given = self._given(optimizer)
+        stuck = {key: self.parameters[self._names[key]].stuck for key in given}
+        moved = [self._count(key, rate) for key, rate in given.items()]
+        self.gradients.moved += any(moved)
+        for key in given if not any(moved) else ():
+            seen = self.parameters[self._names[key]]
+            seen.idle += seen.stuck > stuck[key] and not self._values[key].is_narrow
 
     def _count(self, key: int, rate: float) -> bool:
         """Count an update of one parameter; one that cannot be read is no fault of the step, which goes on."""

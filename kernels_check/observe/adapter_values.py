@@ -33,6 +33,11 @@ class KeptValue:
         self._parts = [copy_of(part) for part in _parts(self.tensor)]
         self._version = _version(self.tensor)
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its dtype may swallow an update."""
+        return self.tensor.dtype in _NARROW
+
     def is_last(self) -> bool:
         """Whether it is what it was when it was last looked at."""
         return self._is_kept(_parts(self.tensor))
@@ -62,7 +67,7 @@ class KeptValue:
     def is_faint(self, rate: float) -> bool:
         """Whether an update in proportion to the gradient is too small for float32 to show."""
         gradient = self.tensor.grad
-        size = None if gradient is None or self.tensor.dtype in _NARROW else largest(gradient)
+        size = None if gradient is None or self.is_narrow else largest(gradient)
         if size is None:
             return False
         greatest = max((float(part.abs().max()) for part in self._parts if part.numel()), default=0.0)
@@ -71,7 +76,7 @@ class KeptValue:
     def is_stuck(self) -> bool:
         """Whether the last update left nearly all that had a gradient as it was, as a narrow dtype may."""
         gradient = self.tensor.grad
-        if self.tensor.dtype not in _NARROW or gradient is None or gradient.layout != torch.strided:
+        if not self.is_narrow or gradient is None or gradient.layout != torch.strided:
             return False
         pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved(), strict=True)]
         given = sum(int(has.sum()) for has, _ in pairs)

@@ -131,3 +131,35 @@ def test_weights_that_keep_their_layout_let_gradients_through(training):
     assert any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in linear4bit_layers(run))
     check = run.check("lora.learning", True)
     assert check.met, check.reason
+
+
+class Warming(torch.optim.SGD):
+    """Moves nothing for so many updates, as RAdamScheduleFree does for four."""
+
+    def __init__(self, parameters, updates):
+        super().__init__(parameters, lr=1e-3)
+        self.left = updates
+
+    def step(self, closure=None):
+        self.left -= 1
+        if self.left < 0:
+            super().step(closure)
+
+
+@pytest.mark.parametrize(("updates", "status"), [(4, "active"), (1000, "unknown")])
+def test_an_update_that_moves_nothing_is_not_lost_to_rounding(training, updates, status):
+    """Float32 would have shown it; whether the optimizer is still warming up, a later update tells."""
+    check = training(make_optimizer=lambda parameters: Warming(parameters, updates)).check("lora.learning", True)
+    assert check.status == status
+    assert ("the optimizer may be warming up" in check.reason) is (status == "unknown")
+
+
+def test_an_update_that_bfloat16_swallows_is_lost_to_rounding(training):
+    """No parameter is moved there either."""
+    run = training()
+    for layer in adapter_layers(run.model):
+        for _, weight in layer.weights():
+            weight.data = weight.data.bfloat16().fill_(1.0)
+    check = run.check("lora.learning", True)
+    assert check.status == "fallback"
+    assert "they round away in bfloat16" in check.reason

@@ -92,6 +92,8 @@ def test_a_gradient_is_judged_by_where_it_came_from_and_what_it_held(judge, grad
     [
         ({"moved": 0, "learnt": 0}, "fallback", "unchanged by updates"),
         ({"stuck": 2, "learnt": 0}, "fallback", "round away in float32"),
+        ({"stuck": 2, "learnt": 0, "moved": 0, "idle": 1}, "fallback", "round away in float32"),
+        ({"stuck": 2, "learnt": 0, "moved": 0, "idle": 2}, "unknown", "the optimizer may be warming up"),
         ({"stuck": 2, "learnt": 1}, "active", "gradients reached 8 of 8"),
         ({"fed": 0, "learnt": 0}, "fallback", "moved only by weight decay"),
         ({"fed": 0, "learnt": 0, "moved": 0}, "fallback", "gradient gone or zero when the update was to use it"),
