@@ -33,6 +33,8 @@ class Arrival:
     gradient: Tensor
     """Of no dimension."""
     during: BackwardPass
+    spread: Tensor | None = None
+    """By how much it differs among the tokens; None where it is one for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,34 @@ def read_loss(loss: Tensor, passes: BackwardPasses, hooks: ExitStack, shield: Ca
     except Exception as error:  # an exception here would be the step's
         return LossMade(unread=f"the loss could not be read: {type(error).__name__}: {error}")
     return LossMade(parts=tuple(parts))
+
+
+def read_log_probs(output: Any, passes: BackwardPasses, hooks: ExitStack, shield: Callable[[Any], Any]) -> LossMade:
+    """Find what reaches the log-probabilities of single tokens that a model returns for its caller to make a loss of.
+
+    TRL's trainers do so from version 1.16 on: ``log_probs`` and ``label_mask``, both of [rows, tokens - 1].
+
+    Args:
+        output: of the model.
+        passes: as for ``read_loss``.
+        hooks: likewise.
+        shield: likewise.
+    """
+    log_probs, mask = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
+    if not (isinstance(log_probs, Tensor) and isinstance(mask, Tensor)) or not log_probs.requires_grad:
+        return LossMade()
+    with unseen(), torch.no_grad():
+        part = CrossEntropy(tokens=mask.sum(), mean=False)
+
+    def keep(gradient: Tensor) -> None:
+        with unseen(), torch.no_grad():
+            weights = -gradient
+            most = weights.masked_fill(~mask, -torch.inf).amax()
+            least = weights.masked_fill(~mask, torch.inf).amin()
+            part.arrivals.append(Arrival(gradient=most, during=passes.current(), spread=most - least))
+
+    hooks.push(log_probs.register_hook(shield(keep)))
+    return LossMade(parts=(part,))
 
 
 def _operators(root: Any) -> Iterator[Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observe.backward_passes import BackwardPasses
-from kernels_check.observe.cross_entropies import LossMade, read_loss
+from kernels_check.observe.cross_entropies import LossMade, read_log_probs, read_loss
 from kernels_check.observe.safe_hooks import ModuleHook, Shielding, unshielded
 
 _WRAPS = ("module", "base_model", "model")
@@ -103,11 +103,14 @@ class InputLog:
         if not self._open:  # none if the hook before it failed
             return
         call = self._open.pop()
-        loss = _loss(output)
         hooks, backwards = self._hooks, self.backwards
-        if not self._open and hooks is not None and backwards is not None and loss is not None and loss.requires_grad:
+        if self._open or hooks is None or backwards is None:
+            return
+        loss = _loss(output)
+        if loss is not None and loss.requires_grad:
             hooks.push(loss.register_hook(self._shield(partial(_keep, call))))
             call.losses.append(read_loss(loss, backwards, hooks, self._shield))
+        call.losses.append(read_log_probs(output, backwards, hooks, self._shield))
 
 
 def _without(call: ModelCall, failed: Set[int]) -> ModelCall:

@@ -89,7 +89,7 @@ def _problem(call: ModelCall) -> str | None:
         return "the model was given no labels of tokens: its loss is made elsewhere"
     if all(one.dim() <= _OF_A_ROW for one in tokens):
         return "the labels are of whole rows, not of tokens"
-    if not call.loss_gradients:
+    if not call.loss_gradients and not any(part.arrivals for part in _parts(call)):
         return "nothing went back through the loss that the model returned: another was trained on, or none"
     unread = next((made.unread for made in call.losses if made.unread is not None), None)
     if unread is not None:
@@ -132,6 +132,10 @@ def _pass(call: ModelCall, number: int, backwards: set[BackwardPass]) -> LossPas
     live = [weight for weight, count in zip(weights, counts, strict=True) if count]
     if not all(map(math.isfinite, live)):
         return "the gradient of the loss is not finite"
+    arrivals = (one for part, _ in arrived for one in part.arrivals if one.during in backwards)
+    spread = max((float(one.spread) for one in arrivals if one.spread is not None), default=0.0)
+    if spread > tolerance * max(map(abs, live), default=0.0):
+        return "the loss weighs each token by itself"
     if live and max(live) - min(live) > tolerance * max(map(abs, live)):
         return f"the loss of one pass is made of {len(live)} cross entropies of different weights"
     return LossPass(

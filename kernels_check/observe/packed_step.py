@@ -62,13 +62,16 @@ def isolation_of_step(
     return joined
 
 
-def _perturbed(model: nn.Module, call: ModelCall, records: Records) -> IsolationResult:
-    """Perturb a call, or those inside it where it returns nothing to compare, as a model that returns its loss."""
+def _perturbed(model: nn.Module, call: ModelCall, records: Records | None = None) -> IsolationResult:
+    """Perturb a call, or those inside it where it returns nothing to compare, as a model that returns its loss.
+
+    TRL's trainers let a model return log-probabilities of all tokens but one; the model below the head returns its
+    hidden states.
+    """
     seen = perturb_records(model, [call], records)
     if seen.unclear is None or seen.leaks:
         return seen
-    inside = [one for inner in call.inside for one in inner.told(_packs)]
-    found = [perturb_records(model, [one]) for one in inside]
+    found = [_perturbed(model, one) for inner in call.inside for one in inner.told(_packs)]
     return _joined(found) if found and all(one.unclear is None or one.leaks for one in found) else seen
 
 

@@ -5,7 +5,14 @@ from contextlib import ExitStack
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import kernels_check
 from kernels_check.observe.recording import is_recording
@@ -29,7 +36,7 @@ class Look(TrainerCallback):
     """Watches each step from its first micro-batch to its update."""
 
     def __init__(self, model, instrument):
-        self.watched = kernels_check.watch(model, WANTED, instrument=instrument)
+        self.watched = None if model is None else kernels_check.watch(model, WANTED, instrument=instrument)
         self.open = ExitStack()
         self.found = []
 
@@ -125,3 +132,33 @@ def test_a_loop_of_accelerate(instrument):
                     optimizer.step()
                     optimizer.zero_grad()
     assert [check.reason for check in watched.checks if check.required is not None and not check.met] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_default_loss_of_trl_is_decided(tmp_path):
+    """Its trainer makes the loss of log-probabilities that the model returns, and packs rows without a mask."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
+    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2))
+    look = Look(None, "profile")
+
+    def begin(args, state, control, model, **kwargs):
+        look.watched = kernels_check.watch(model, {"loss.tokens": True, "packing.isolated": True})
+
+    look.on_train_begin = begin
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "report_to": []}
+    rows = [{"input_ids": torch.randint(3, 96, (length,)).tolist()} for length in (5, 9, 14, 7, 11, 6, 13, 8) * 4]
+    trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, packing=True, max_length=48, **options),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        callbacks=[look],
+    ).train()
+    checks = look.found[-1]
+    assert [checks[path].status for path in ("loss.tokens", "packing.isolated")] == ["active", "active"], checks

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from negative_controls.loss_controls import accumulate
+from negative_controls.loss_controls import accumulate, return_log_probs
 
 from kernels_check.judges.loss import judge_tokens
 from kernels_check.observe.loss_tokens import LossPass, LossSeen
@@ -187,3 +187,23 @@ def test_an_optimizer_of_another_model_is_no_update(training):
     check = run.check("loss.tokens", True)
     assert (check.status, check.observed) == ("fallback", False)
     assert "in 2 passes of 24, 8" in check.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ({}, "active", "the loss is over 44 of 64 tokens, in 2 passes of 30, 14; each weighs the same, and all"),
+        ({"told": False}, "fallback", "a mean of means"),
+        ({"weigh": lambda scores: scores.exp().detach()}, "unknown", "the loss weighs each token by itself"),
+    ],
+)
+def test_a_loss_of_log_probabilities_is_told_by_what_reaches_each(training, options, status, words):
+    """As TRL's SFTTrainer makes it: the model returns one token less, and no loss that is trained on."""
+    run = training()
+    ids = run.inputs["input_ids"]
+    run.accumulated = [dict(run.inputs)]
+    run.inputs = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(16) < 9, -100)}
+    return_log_probs(run, **options)
+    check = run.check("loss.tokens", True)
+    assert check.status == status, check.reason
+    assert words in check.reason

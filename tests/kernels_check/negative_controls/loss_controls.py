@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from negative_controls import other_models
@@ -48,6 +48,37 @@ def accumulate(
             share = _targets(batch["labels"], shifted=shifted) / total if weighed else 1.0
             whole = told or weighed or not divided
             (loss * share if whole else loss / len(batches)).backward()
+        return loss
+
+    run.passes = passes
+
+
+def return_log_probs(run: SmallRun, *, told: bool = True, weigh: Any = None) -> None:
+    """Let the model return log-probabilities of all tokens but one, and make the loss of them, as TRL's trainers do.
+
+    Args:
+        run: of a PEFT model, after ``accumulate`` or ``pack``.
+        told: whether the loss is over the tokens of all passes, else a mean of each pass, and a mean of those.
+        weigh: from log-probabilities to their weights.
+    """
+    base = run.model.get_base_model()
+
+    def forward(self: Any, *given: Any, labels: Any, **named: Any) -> Any:
+        hidden, labels = self.model(*given, **named).last_hidden_state[:, :-1], labels[:, 1:]
+        mask = labels != -100
+        scores = self.lm_head(hidden).float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))
+        return SimpleNamespace(log_probs=scores.squeeze(-1).masked_fill(~mask, 0), label_mask=mask)
+
+    base.forward = MethodType(forward, base)
+
+    def passes(run: SmallRun) -> Any:
+        batches = [{"labels": inputs["input_ids"]} | inputs for inputs in (*run.accumulated, run.inputs)]
+        total = sum(_targets(batch["labels"], shifted=True) for batch in batches)
+        for batch in batches:
+            output = run.model(**batch)
+            scores = output.log_probs if weigh is None else output.log_probs * weigh(output.log_probs)
+            loss = -scores.sum() / (total if told else output.label_mask.sum() * len(batches))
+            loss.backward()
         return loss
 
     run.passes = passes

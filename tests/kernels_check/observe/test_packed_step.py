@@ -3,6 +3,7 @@
 import pytest
 import torch
 from negative_controls.batch_controls import pack, pack_without_cache
+from negative_controls.loss_controls import return_log_probs
 
 
 @pytest.fixture
@@ -24,6 +25,21 @@ def test_the_steps_own_call_is_judged_without_a_batch(training):
     check = run.check("packing.isolated", True)
     assert check.status == "fallback"
     assert "the step's own call, train: changing the first record" in check.reason
+
+
+def test_a_model_that_returns_log_probabilities_is_judged_below_its_head(training):
+    """One token less is returned, as by TRL's SFTTrainer: the hidden states tell."""
+    run = training()
+    pack_without_cache(run)
+    run.packed = None
+    return_log_probs(run)
+    check = run.check("packing.isolated", True)
+    assert check.met, check.reason
+    pack(run, use_cache=None)
+    run.packed = None
+    check = run.check("packing.isolated", True)
+    assert check.status == "fallback"
+    assert "changing the first record" in check.reason
 
 
 @pytest.mark.parametrize(
