@@ -1,6 +1,5 @@
-"""What a variant claims, as requirements for kernels_check: a variant that says nf4 requires nf4.
-
-A number is only worth reporting under a name that holds. Requirements follow from the variant; a study can add more.
+"""Requirements for kernels_check that follow from a variant: one with quantization = "nf4" requires nf4. A study can
+add more.
 """
 
 from __future__ import annotations
@@ -8,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorameter.models.costs.lora import EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS
+from lorameter.models.costs.lora import optimizer_state_bytes, paged_state_bytes
 from lorameter.studies.variant import Variant
 
 _BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
@@ -22,20 +21,6 @@ _OPTIMIZER = {
 
 LIGER_KINDS = "rms_norm+mlp+loss"
 """What Liger swaps in every architecture that it knows; the rotary embedding it leaves to some."""
-
-
-def paged_share(trained_shapes: tuple[int, ...], *, eight_bit: bool) -> float:
-    """Share of Adam's state that bitsandbytes pages, by bytes: the two moments of each tensor that is large enough.
-
-    In 8 bits each moment has a float32 constant for 256 elements beside it, which is never paged.
-    """
-    total = paged = 0.0
-    for size in trained_shapes:
-        quantised = eight_bit and size >= EIGHT_BIT_FROM_ELEMENTS
-        moments = 2.0 * size * (1 if quantised else 4)
-        total += moments + (2 * size / 256 * 4 if quantised else 0)
-        paged += moments if size >= PAGED_FROM_ELEMENTS else 0
-    return paged / total
 
 
 def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
@@ -75,7 +60,8 @@ def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed
     if variant.optimizer == "adamw_fused":
         required["optimizer.fused"] = True
     if variant.optimizer.startswith("paged"):
-        share = paged_share(trained_shapes, eight_bit=variant.optimizer == "paged_adamw_8bit")
+        paged = paged_state_bytes(variant.optimizer, trained_shapes)
+        share = paged / optimizer_state_bytes(variant.optimizer, [(elements, 4) for elements in trained_shapes])
         if share:  # tensors that are all too small for bitsandbytes to page are a notice (`lorameter.run.feasibility`)
             required["optimizer.paged_share"] = max(0.01, share - 0.02)
     if variant.tf32 and variant.multiplies_float32:
