@@ -1,4 +1,4 @@
-"""The entry of every measuring process: `python -m lorameter.worker zygote|cold|tokens FD`.
+"""The entry of every measuring process: `python -m lorameter.worker zygote|cold|imports|tokens FD`.
 
 An executor starts these by name in the host of either side of an A/B, whose harness may be of another revision. The
 process speaks `lorameter.wire` on the descriptor; what it prints goes to the log that it is started with.

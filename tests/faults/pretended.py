@@ -113,9 +113,11 @@ class Pretended(local.LocalExecutor):
     def launch(self) -> Pretended.Worker:
         return self.Worker()
 
+    def time_imports(self, log_path, timeout_s) -> PartialRecord:
+        return PartialRecord(values={"cold_import_time_s": 1.0})
+
     def cold_start(self, request) -> PartialRecord:
-        stop(request.trial, "cold")
-        return PartialRecord(samples={"cold_start_time_s": (1.0,)})
+        return PartialRecord(values={"cold_start_time_s": 2.0})
 
     class Worker:
         """One process that is none."""
@@ -129,6 +131,8 @@ class Pretended(local.LocalExecutor):
             except RuntimeError as error:
                 with contextlib.redirect_stderr(io.StringIO()):  # a trial's own goes into its log
                     return failure_of(error, command)
+            if command == "cold":
+                return PartialRecord(values={"cold_after_import_time_s": 1.0})
             if command == "merge":
                 self.prefix = "merged_"
             if command == "request":

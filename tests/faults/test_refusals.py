@@ -91,7 +91,7 @@ def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopp
     assert resumed().state == "complete"
 
 
-@pytest.mark.parametrize("place", half(["r1-a:prepare", "r1-a:turn", "r1-b-solo:cold"], ["r1-a:turn"]))
+@pytest.mark.parametrize("place", half(["r1-a:prepare", "r1-a:turn", "r1-b:cold"], ["r1-a:turn"]))
 def test_no_more_memory_in_the_parent(place, tmp_path, command, only_run, resumed):
     """From there on it can have none, and what it has is taken up: it says so, and keeps what it had saved."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
@@ -110,7 +110,7 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
     """The next trial would meet it as well: the run ends there, with the trial and the remedy named, nothing is called
     crashed, and with room it is whole."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
-    trial = "r1-a" if command_word != "save_adapter" else "r1-a-solo"
+    trial = "r1-a"
     done = subprocess.run(
         command(*words, stop=f"{trial}:{command_word}:full"), capture_output=True, text=True, check=False
     )

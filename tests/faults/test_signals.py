@@ -18,7 +18,7 @@ ONE_OF_THEM = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.faults) 
 """Where one place obeys all of them alike: the others in the long half."""
 
 
-PLACES = ["r0-a:prepare", "r1-a:turn", "r1-b-solo:cold", "r2-b-solo:save_adapter"]
+PLACES = ["r0-a:prepare", "r1-a:turn", "r1-b:cold", "r2-b:save_adapter"]
 TOLD = [
     pytest.param(place, number, marks=() if PLACES.index(place) % 3 == ASKED.index(number) else pytest.mark.faults)
     for place in PLACES

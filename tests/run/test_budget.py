@@ -20,7 +20,7 @@ from lorameter.verdicts.series import compare_series, group_trials
 
 COSTS = {
     "build": 5.0, "verify": 5.0, "warm_up": 10.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
-    "begin_generate": 4.0, "cold": 8.0,
+    "begin_generate": 4.0, "cold": 4.0, "imports": 4.0,
 }  # fmt: skip
 """Seconds; of a turn and of untimed training for two steps, of a warm-up that finds out its length by itself."""
 TURNS, REQUESTS = 8, 6
@@ -107,6 +107,8 @@ class Timed:
         self.asked.append((trial, command))
         if command == "finish_training" and "solo" not in trial:
             self.steps[trial] = arguments.get("steps")
+        if command == "cold":
+            return PartialRecord(values={"cold_after_import_time_s": self.costs["cold"]})
         if command == "build":
             return PartialRecord(values={"build_step_time_s": self.costs["turn"] / 2})
         if command == "verify":
@@ -119,9 +121,13 @@ class Timed:
             return PartialRecord(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
         return PartialRecord(samples={"request_time_s": (0.2,)}) if command == "request" else PartialRecord()
 
+    def time_imports(self, log_path, timeout_s):
+        self.now += self.costs["imports"]
+        return PartialRecord(values={"cold_import_time_s": self.costs["imports"]})
+
     def cold_start(self, request):
-        self.now += self.costs["cold"]
-        return PartialRecord(samples={"cold_start_time_s": (1.0,)})
+        self.now += self.costs["imports"] + self.costs["cold"]
+        return PartialRecord(values={"cold_start_time_s": self.costs["imports"] + self.costs["cold"]})
 
     def close(self):
         pass
@@ -148,7 +154,13 @@ def measured(small_study):
         )  # fmt: skip
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
         executor = Timed(costs or {})
-        budget = Budget(limit_s, clock=executor.clock, replicates=replicates, cold_s=executor.costs["cold"])
+        budget = Budget(
+            limit_s,
+            clock=executor.clock,
+            replicates=replicates,
+            import_s=executor.costs["imports"],
+            load_s=executor.costs["cold"],
+        )
         site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={})
         found = run_plan(
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,

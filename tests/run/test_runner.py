@@ -39,6 +39,8 @@ class FakeWorker:
         answer = self.executor.script.get((trial, command), PartialRecord())
         if isinstance(answer, BaseException):
             raise answer
+        if command == "cold":
+            return dataclasses.replace(answer, values={"cold_after_import_time_s": 1.0})
         if command == "turn" and answer == PartialRecord():
             return PartialRecord(samples={"step_time_s": (0.5,) * arguments["steps"]})
         return answer
@@ -69,12 +71,12 @@ class FakeExecutor:
         self.workers.append(FakeWorker(self))
         return self.workers[-1]
 
+    def time_imports(self, log_path, timeout_s):
+        return PartialRecord(values={"cold_import_time_s": 1.0})
+
     def cold_start(self, request: TrialRequest):
-        self.asked.append((request.trial, "cold"))
-        answer = self.script.get((request.trial, "cold"), PartialRecord(values={"cold_start_time_s": 1.0}))
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        tokens = self.script.get((request.trial, "cold"), PartialRecord()).tokens
+        return PartialRecord(values={"cold_start_time_s": 1.0}, tokens=tokens)
 
 
 class Quiet:

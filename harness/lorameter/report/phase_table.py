@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, RSS_AT_START, Phase, columns_of
-from lorameter.records.record import Interleaving
+from lorameter.records.record import Interleaving, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ChartGroup, Table, value_cell, write_ratio
@@ -22,7 +22,7 @@ from lorameter.verdicts.compare_pairs import LimitsOf
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.run_validity import RunValidity, control_of, discounted, is_single_script_run, ratios_of
 from lorameter.verdicts.same_training import sides_of_run
-from lorameter.verdicts.series import Groups, Series, pairs_of
+from lorameter.verdicts.series import Groups, Series, occupancies, pairs_of
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
@@ -97,6 +97,8 @@ def tabulate_phase(
     asked = columns_of(phase, own_workloads=bool(run.manifest.own_workloads))
     if study.of_scripts and any(sides.tokens_differ for sides in sides_of_run(run, study).values()):
         asked += ("time_per_real_token_s",)
+    if phase == "train" and run.manifest.provenance.get("device") == "cpu" and occupancies(_ok(shown))[1]:
+        asked = ("step_cpu_time_s", *asked)
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     title = PHASE_TITLES[phase]
     ratios = _ratios(groups, study, metric, stands.controls[phase], limits_of, stands.invalid)
@@ -118,6 +120,10 @@ def tabulate_metric(
     title = f"{PHASE_TITLES[phase]}: {title_of(metric)}"
     ratios = _ratios(groups, study, metric, control, limits_of, stands.invalid)
     return _tabulate(phase, metric, control, ratios, run, study, groups, limits_of, others=(), title=title, whole=False)
+
+
+def _ok(shown: Iterable[Series]) -> Iterator[TrialRecord]:
+    return (record for series in shown for record in series.ok)
 
 
 def _shown(study: Study, groups: Groups) -> list[Series]:

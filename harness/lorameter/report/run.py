@@ -140,7 +140,7 @@ def _label(table: PhaseTable) -> str:
 
 def _table(table: PhaseTable) -> Table:
     places = {column.key: place for place, column in enumerate(table.columns)}
-    order = [VARIANT, *([] if table.alone else [RATIO]), table.metric, PEAK, CHECKS]
+    order = [VARIANT, *([] if table.alone else [RATIO]), table.metric, "step_cpu_time_s", PEAK, CHECKS]
     order += [column.key for column in table.columns if column.key not in order]
     heads, columns = [], []
     for rank, key in enumerate(one for one in order if one in places):

@@ -118,19 +118,20 @@ class Budget:
         limit_s: float | None = None,
         *,
         replicates: int = 1,
-        cold_s: float = 0.0,
+        import_s: float = 0.0,
+        load_s: float = 0.0,
         skipped: Iterable[str] = (),
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`limit_s` None: no limit, everything is measured. `replicates` are those that are planned, `cold_s` is what a
-        cold start takes before its first token, as far as that is known, and `skipped` are parts that the run has
-        dropped already."""
+        """`limit_s` None: no limit, everything is measured. `replicates` are those that are planned, `import_s` and
+        `load_s` what a cold start takes to import and to load a base, as far as that is known, and `skipped` are parts
+        that the run has dropped already."""
         self.clock = clock or time.monotonic
         """Seconds; only differences count."""
         self.limit_s = limit_s
         self.replicates = replicates
         """That are planned for this invocation."""
-        self.cold_s = cold_s
+        self.import_s, self.load_s = import_s, load_s
         self.skipped: set[Part] = {part for part in DROPPABLE if part in skipped}
         """Parts that are not measured."""
         self.needed_s = 0.0
@@ -180,7 +181,14 @@ class Budget:
     def share(self, replicates: int) -> Budget:
         """One for a site that measures so many of the replicates while others measure theirs, from now on."""
         limit_s = None if self.limit_s is None else self.left_s
-        return Budget(limit_s, replicates=replicates, cold_s=self.cold_s, skipped=self.skipped, clock=self.clock)
+        return Budget(
+            limit_s,
+            replicates=replicates,
+            import_s=self.import_s,
+            load_s=self.load_s,
+            skipped=self.skipped,
+            clock=self.clock,
+        )
 
     # --- a replicate --------------------------------------------------------------------------------------------------
 
@@ -228,16 +236,16 @@ class Budget:
         """So many turns were taken by all trials of a group."""
         self._turns[group.replicate] = min(turns, self._turns.get(group.replicate, turns))
 
-    def admits(self, part: Part, seconds: float) -> bool:
+    def admits(self, part: Part, seconds: float, *, once_s: float = 0.0) -> bool:
         """Whether a part is measured. In the first replicate it is if three replicates with it fit, which is decided
-        once; `seconds` is what it takes of all trials of the group under way."""
+        once; `seconds` is what it takes of all trials of the group under way, `once_s` in the first replicate alone."""
         if self.limit_s is None or part in self._admitted:
             return True
         if part in self.skipped or self._past:
             return part not in self.skipped
         share = self._begun / self._trials
         each = (replicate_s(self._costs) + seconds + self._dropped_s) / share
-        needed_s = self._entered - self._begin + self._once_s + self._sought * each
+        needed_s = self._entered - self._begin + self._once_s + once_s + self._sought * each
         if self._dropped_s or needed_s > self.limit_s:
             self._dropped_s += seconds
             self._skip(part, needed_s)

@@ -20,6 +20,7 @@ from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
 from lorameter.records.validation import validation_error
 from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
+from lorameter.run.cold_start import ColdStart
 from lorameter.run.executors import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.trial_setup import RunContext, begin_record, request_of
@@ -146,7 +147,9 @@ class GroupRunner:
         save: Callable[[TrialRecord], None],
         budget: Budget,
         attempt: int = 0,
+        imports: dict[tuple[int, str], PartialRecord] | None = None,
     ) -> None:
+        """`imports` are what new interpreters took to import so far, by replicate and side."""
         self._plan, self._group, self._executors, self._context = plan, group, executors, context
         self._listener, self._budget = listener, budget
         self._records = GroupRecords(group, context, save, budget.clock, attempt)
@@ -156,6 +159,7 @@ class GroupRunner:
         self._timeout_s = plan.study.protocol.step_timeout_s
         self._request_s = 0.0
         """What one request has taken of one trial."""
+        self._imports = {} if imports is None else imports
 
     def measure(self) -> None:
         """Measure the group, and end its processes."""
@@ -300,31 +304,26 @@ class GroupRunner:
 
     def _start_cold(self) -> None:
         """Cold starts, when all processes have ended, so that nothing shares the device with them."""
-        records = self._records
-        trials = records.live("cold")
-        trials = trials if self._admits("cold") else []
+        records, budget = self._records, self._budget
+        trials = records.live("cold") if self._admits("cold") else []
         records.ended |= set(records.records) - set(trials)
+        whole_s = 0.0
         for trial in trials:
-            self._listener.trial_phase(records.slots[trial], "cold")
-            fragment = self._cold(trial)
+            slot, warm = records.slots[trial], records.records[trial].tokens.get("completion")
+            self._listener.trial_phase(slot, "cold")
+            start = ColdStart(
+                self._executors[slot.arm], self._requests[trial], self._imports, side=slot.side, warm=warm
+            )
+            fragment = start.measure()
             records.add(trial, fragment)
             raise_refused(trial, fragment)
+            if slot.replicate == 0 and slot.role == "variant" and fragment.status == "ok":
+                begin = budget.clock()
+                records.add(trial, start.measure_whole())
+                whole_s += budget.clock() - begin
             records.ended.add(trial)
         if trials:
-            self._budget.lap("cold")
-
-    def _cold(self, trial: str) -> PartialRecord:
-        try:
-            fragment = self._executors[self._records.slots[trial].arm].cold_start(self._requests[trial])
-        except WorkerLostError as lost:
-            return PartialRecord().failed(lost.status, lost.failure)
-        if fragment.status != "ok":  # it says itself why it has no answer
-            return fragment
-        warm, cold = self._records.records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
-        if warm is not None and warm != cold:  # it would be the cold start of another model
-            message = f"the new interpreter answered {cold} where the trained process had answered {warm}"
-            return fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
-        return fragment
+            budget.lap("cold", once_s=whole_s)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -337,9 +336,11 @@ class GroupRunner:
             "requests": served_s,
             "merged": served_s,
             "open_ended": 2 * LEAST_ROUNDS * whole_s,
-            "cold": self._budget.cold_s + self._request_s,
+            "cold": self._budget.load_s + self._request_s,
         }
-        return bool(measuring) and self._budget.admits(part, len(measuring) * seconds[part])
+        imports_s = self._budget.import_s * len({slot.side for slot in self._group.slots}) if part == "cold" else 0.0
+        whole_s = len(measuring) * (self._budget.import_s + seconds["cold"]) if part == "cold" else 0.0
+        return bool(measuring) and self._budget.admits(part, len(measuring) * seconds[part] + imports_s, once_s=whole_s)
 
     @property
     def _first_requests(self) -> int:

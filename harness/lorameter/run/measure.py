@@ -225,7 +225,7 @@ def measure(
             present: list[RemoteNode | LocalNode] = [*remote, *local]
             found = {station.name: station.facts for station in present}
             check_facts(there)
-            budget.cold_s = ready.cold_s
+            budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
         stations: list[Node] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
         notices = (*notices, *ready.base_notices)
         if plan.provisional and site is not None:

@@ -22,7 +22,6 @@ from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Instrument, Interleaving, Measure, Role, Side, TrialRecord
 from lorameter.run.arms import CONTROL_SUFFIX, Arm, check_phases, contenders_of, workloads_of
-from lorameter.run.cold_starts import cold_replicates, own_measures, takes_turns_first
 from lorameter.studies import limits
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -161,8 +160,8 @@ def make_plan(
             f"study {study.name}: phases {', '.join(checked)}: of ranks = {study.workload.ranks} training is measured "
             'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
         )
-    cold = cold_replicates(study, contenders)
-    together, alone = measures_of(study, interleaving, checked, cold_live=takes_turns_first(study, contenders))
+    cold = study.protocol.cold_replicates or study.protocol.replicates
+    together, alone = measures_of(study, interleaving, checked)
     _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}
     shuffler = random.Random(study.protocol.seed)
@@ -183,16 +182,14 @@ def make_plan(
         )
 
     for replicate in range(study.protocol.replicates):
-        live_measures, solo_measures = (
-            tuple(one for one in measures if one != "cold" or replicate < cold) for measures in (together, alone)
-        )
+        live_measures = tuple(one for one in together if one != "cold" or replicate < cold)
         for panel in _panels(contenders, shuffler):
-            orders = _orders(panel, solo_measures, shuffler, twin=study.claims_peaks)
-            live = [slot(one, replicate, interleaving, own_measures(one, live_measures, cold)) for one in next(orders)]
+            orders = _orders(panel, alone, shuffler, twin=study.claims_peaks)
+            live = [slot(one, replicate, interleaving, live_measures) for one in next(orders)]
             groups += _group_slots(live, study, shuffler)
-            if _has_solo(study, solo_measures, replicate):
+            if _has_solo(study, alone, replicate):
                 for one in next(orders):
-                    solo = slot(one, replicate, "replicates", own_measures(one, solo_measures, cold))
+                    solo = slot(one, replicate, "replicates", alone)
                     groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
     return Plan(
         study=study,
@@ -218,10 +215,9 @@ def _check_size(study: Study, contenders: int) -> None:
 
 
 def measures_of(
-    study: Study, interleaving: Interleaving, phases: Sequence[str], *, cold_live: bool = False
+    study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
-    """What the trials that take turns measure, once they have ended the cold start (`cold_live`), and what isolated
-    trials beside them measure."""
+    """What the trials that take turns measure (a cold start when they have ended), and what isolated trials measure."""
     if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
@@ -233,10 +229,9 @@ def measures_of(
     )
     wanted = (*(measure for measure in wanted if measure != "peaks"), "peaks")
     solo: set[Measure] = {
-        "shared-base": {"merged", "peaks", "cold"},
-        "lockstep": {"peaks", "cold"},
+        "shared-base": {"merged", "peaks"},
+        "lockstep": {"peaks"},
     }.get(interleaving, set())  # type: ignore[assignment]
-    solo -= {"cold"} if cold_live else set()
     return (
         tuple(measure for measure in wanted if measure not in solo),
         tuple(measure for measure in wanted if measure in solo),

@@ -15,7 +15,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records.record import Notice
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.bases import cold_start_s, prepare_bases
+from lorameter.run.bases import mean_load_s, prepare_bases
 from lorameter.run.executors import Executor
 from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan
@@ -35,8 +35,8 @@ class Ready:
     bases: tuple[BaseSummary, ...] = ()
     base_notices: tuple[Notice, ...] = ()
     """Of bases that could not be prepared."""
-    cold_s: float = 0.0
-    """What a cold start will take in the mean."""
+    load_s: float = 0.0
+    """What a cold start will take to load its base, in the mean."""
     sides: dict[str, MachineFacts] = field(default_factory=dict)
     """Of an A/B whose sides the place has put up itself: what is installed on each."""
 
@@ -88,7 +88,7 @@ def prepare_run(
         tokens=tuple(prepared.values()),
         bases=bases.summaries,
         base_notices=bases.notices,
-        cold_s=cold_start_s(plan, bases, hello.import_time_s),
+        load_s=mean_load_s(plan, bases),
     )
     site = _site(plan, prepared, hello.device)
     return ready, dataclasses.replace(site, bases=bases.folders, lanes=count_lanes(plan, executors))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorameter.records.record import Notice, TrialRecord
+from lorameter.records.record import Notice, PartialRecord, TrialRecord
 from lorameter.run.budget import Budget, Part, TimeLimitTooShortError
 from lorameter.run.executors import Executor
 from lorameter.run.group_runner import GroupRunner, ProgressListener
@@ -96,6 +96,7 @@ def run_plan(
     on_cpu = site.device == "cpu"
     again: list[Group] = []  # groups to be measured once more, when the others of their replicate have been
     took_s: dict[Group, float] = {}
+    imports: dict[tuple[int, str], PartialRecord] = {}
     ended_by: BaseException | None = None
     while (remaining or again) and ended_by is None:
         retry = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
@@ -108,7 +109,7 @@ def run_plan(
         if not retry or took_s[group] <= budget.left_s:
             attempts[group] += retry
             budget.enter(group)
-            conductor = GroupRunner(plan, group, executors, site, watcher, save, budget, attempts[group])
+            conductor = GroupRunner(plan, group, executors, site, watcher, save, budget, attempts[group], imports)
             begin = budget.clock()
             ended_by = _conduct(conductor, stops)
             if isinstance(ended_by, TimeLimitTooShortError):

@@ -56,7 +56,7 @@ class Protocol:
     """Peaks take few values and are compared by their maximum, so a few isolated trials are enough."""
     cold_replicates: int | None = field(default=None, metadata=codec.LATER)
     """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
-    None: as many as their interval needs (`lorameter.run.plan`)."""
+    None: all."""
     generate_warmup: int = 1
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6

@@ -33,6 +33,15 @@ def _cold(request: dict[str, Any], spawned_monotonic_s: float) -> object:
         return failure_of(error, "cold")
 
 
+def _imports(spawned_monotonic_s: float) -> object:
+    from lorameter.trial.inference.cold import time_imports
+
+    try:
+        return time_imports(spawned_monotonic_s)
+    except Exception as error:
+        return failure_of(error, "cold")
+
+
 def _tokens(workload: dict[str, Any], folder: str) -> object:
     from lorameter.trial.data.tokens import prepare
 
@@ -44,4 +53,4 @@ def _tokens(workload: dict[str, Any], folder: str) -> object:
         raise
 
 
-COMMANDS: dict[str, Callable[..., object]] = {"cold": _cold, "tokens": _tokens}
+COMMANDS: dict[str, Callable[..., object]] = {"cold": _cold, "imports": _imports, "tokens": _tokens}

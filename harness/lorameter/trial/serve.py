@@ -46,6 +46,8 @@ def _answer(command: wire.Command, trials: dict[str, Any]) -> PartialRecord:
             return PartialRecord()
         if phase == "base":
             return _prepared(codec.from_json(BaseRequest, arguments["request"], "base request"))
+        if phase == "cold":
+            return _loaded(codec.from_json(TrialRequest, arguments["request"], "trial request"))
         if phase == "parity":
             return _served(codec.from_json(ServingRequest, arguments["request"], "serving request"))
         return trials[trial].run(phase, **arguments)  # type: ignore[no-any-return]
@@ -61,6 +63,14 @@ def _prepared(request: BaseRequest) -> PartialRecord:
     _log_to(Path(request.log_path))
     limit_threads(request.device, request.threads)
     return PartialRecord(tokens={"base": codec.to_json(prepare(request))})
+
+
+def _loaded(request: TrialRequest) -> PartialRecord:
+    """A cold start after its imports, by this process alone, which then ends."""
+    from lorameter.trial.inference.cold import load_and_answer
+
+    _log_to(Path(request.log_path))
+    return load_and_answer(request)
 
 
 def _served(request: ServingRequest) -> PartialRecord:

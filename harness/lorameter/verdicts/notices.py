@@ -5,17 +5,20 @@ A notice never changes a number. Those that cast doubt on one (contention, a con
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping
 
 from lorameter.records.metrics import LOSSES, PHASE_TITLES, Phase
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
-from lorameter.records.units import format_count, format_ratio
-from lorameter.stats import MOST_ADVISED, Comparison, count_outliers, drifting
+from lorameter.records.units import format_count, format_duration, format_ratio
+from lorameter.stats import MOST_ADVISED, Comparison, VerdictRule, count_outliers, drifting
+from lorameter.stats.intervals import quantile
 from lorameter.studies.study import Study
 from lorameter.verdicts.disturbed_trials import disturbances
 from lorameter.verdicts.same_training import sameness_notices
-from lorameter.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
+from lorameter.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancies
 from lorameter.verdicts.sites import site_notices
 
 DRIFT = 0.05
@@ -47,6 +50,7 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     yield from _warmup(ok)
     yield from _drift(ok)
     yield from _constant_loss(ok)
+    yield from _cold_starts(ok)
     yield from _measured_again(run)
     yield from _disturbed(run)
     for title, control in controls.items():
@@ -84,14 +88,14 @@ def _data(run: Run, study: Study) -> Iterator[Notice]:
 
 def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
     """Trials of one thread that did not have their CPU; those of several are judged by the pressure around them."""
-    shares = [share for record in ok if (share := occupancy(record)) is not None]
-    disturbed = [share for share in shares if share < OCCUPANCY_FLOOR]
+    shares, disturbed = occupancies(ok)
     if disturbed:
         yield Notice(
             code="cpu-contention",
             message=f"{len(disturbed)} of {len(shares)} trials of one thread had less than {OCCUPANCY_FLOOR:.0%} of a "
             f"CPU while they were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
-            remedy="Stop it, or measure more replicates; the intervals already carry the noise.",
+            remedy="Stop it, or measure more replicates. The intervals carry the noise. The CPU time of a step stands "
+            "next to its wall time and depends less on other work; verdicts rest on wall time, as CPU time is biased.",
         )
 
 
@@ -170,6 +174,31 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
         )
 
 
+def _cold_starts(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Variants whose whole cold start is not what the sums of its parts let expect of another one."""
+    margin, tail = VerdictRule().log_margin, 0.005
+    sums: dict[tuple[str, str], list[float]] = {}
+    wholes: dict[tuple[str, str], float] = {}
+    for record in ok:
+        if "cold_start_time_s" in record.samples and record.role == "variant":
+            sums.setdefault((record.side, record.name), []).append(math.log(record.samples["cold_start_time_s"][0]))
+        if "cold_whole_time_s" in record.values:
+            wholes[record.side, record.name] = record.values["cold_whole_time_s"]
+    for (side, name), whole_s in wholes.items():
+        logs = sums.get((side, name), [])
+        if len(logs) < 2:
+            continue
+        half = quantile(len(logs) - 1, tail) * statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs))
+        if abs(math.log(whole_s) - statistics.fmean(logs)) > half + margin:
+            where = f"{name} of the {side}" if side else name
+            yield Notice(
+                code="cold-start-sum",
+                message=f"{where}: a whole cold start took {format_duration(whole_s)}, and the sum of its parts is "
+                f"{format_duration(math.exp(statistics.fmean(logs)))}.",
+                remedy="Measure more replicates on a quiet machine; if it stays so, believe the whole and report it.",
+            )
+
+
 def _measured_again(run: Run) -> Iterator[Notice]:
     if run.measured_again:
         yield Notice(
@@ -215,8 +244,8 @@ def _control(title: str, control: Comparison) -> Iterator[Notice]:
     elif control.verdict == "inconclusive" and control.ratio is None:
         yield Notice(
             code="control-inconclusive",
-            message=f"{title}: the control was not measured: {ratio}, so no two variants can be called equivalent.",
-            remedy="Give the run more minutes; cold starts are measured more often with cold_replicates in [protocol].",
+            message=f"{title}: the control has no ratio: {ratio}, so no two variants can be called equivalent.",
+            remedy="Measure more replicates, and of cold starts more with cold_replicates in [protocol].",
         )
     elif control.verdict == "inconclusive":
         count = control.replicates_needed

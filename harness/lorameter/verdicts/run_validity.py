@@ -24,10 +24,8 @@ from lorameter.verdicts.series import (
     effects_against,
     group_trials,
     is_difference,
-    verdict_only,
 )
 
-ONE_REPLICATE = "one replicate gives no interval, so the reference was not measured twice in it"
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
 """Parts of a replicate that a time limit can leave out, each with the phase that is nothing without it."""
 MOST_FAULTS = 3
@@ -79,7 +77,7 @@ def run_validity(run: Run, study: Study) -> RunValidity:
     else:
         groups = group_trials(run.records)
         controls = {
-            phase: _control(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
+            phase: control_of(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
         }
     asked = () if is_single_script_run(run, study) else controls.items()
     return RunValidity(
@@ -171,19 +169,6 @@ def compare_base_to_itself(run: Run) -> dict[Phase, Comparison | None]:
     if base is None or again is None:
         return dict.fromkeys(phases)
     return {phase: compare_series(base, again, PRIMARY[phase], family=len(phases)) for phase in phases}
-
-
-def _control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
-    """As `control_of`; undecided where the twin was left out because one replicate gives nothing an interval
-    (`lorameter.run.cold_starts`)."""
-    found = control_of(groups, name, metric, family=family)
-    reference, twin = groups.get((name, "variant")), groups.get((name, "control"))
-    if found is not None or reference is None or twin is None:
-        return found
-    most = max(len(series.measured(metric)) for series in groups.values())
-    if most != 1 or twin.measured(metric):
-        return None
-    return verdict_only("inconclusive", ONE_REPLICATE)
 
 
 def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:

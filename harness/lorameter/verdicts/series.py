@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorameter.errors import InvalidRunError, UsageError
@@ -163,6 +163,12 @@ def occupancy(record: TrialRecord) -> float | None:
     """
     wall, cpu = sum(record.samples.get("step_time_s", ())), record.samples.get("step_cpu_time_s", ())
     return sum(cpu) / wall if wall and cpu and record.values.get("threads", 1.0) == 1 else None
+
+
+def occupancies(records: Iterable[TrialRecord]) -> tuple[list[float], list[float]]:
+    """The occupancies of trials of one thread, and those of them that say that other work took their CPU."""
+    shares = [share for record in records if (share := occupancy(record)) is not None]
+    return shares, [share for share in shares if share < OCCUPANCY_FLOOR]
 
 
 def _on_device(record: TrialRecord) -> bool:

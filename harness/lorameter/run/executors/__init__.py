@@ -152,6 +152,9 @@ class Executor(Protocol):
     def cold_start(self, request: TrialRequest) -> PartialRecord:
         """Load and ask the trial's saved adapter in a new interpreter. Raises `WorkerLostError`."""
 
+    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
+        """Time a new interpreter that imports what a cold start does. Raises `WorkerLostError`."""
+
     def close(self) -> None:
         """End everything that was started, and remove what was not to be kept."""
 

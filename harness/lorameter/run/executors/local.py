@@ -199,13 +199,20 @@ class LocalExecutor(Here):
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
-        log, timeout = Path(request.log_path), request.protocol.step_timeout_s
+        arguments = {"request": codec.to_json(request)}
+        return self._ask_interpreter("cold", arguments, Path(request.log_path), request.protocol.step_timeout_s)
+
+    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
+        """A new interpreter that imports; its output goes to this log."""
+        return self._ask_interpreter("imports", {}, Path(log_path), timeout_s)
+
+    def _ask_interpreter(self, what: str, arguments: dict[str, Any], log: Path, timeout_s: float) -> PartialRecord:
         printed = log.stat().st_size if log.is_file() else 0
-        arguments = {"request": codec.to_json(request), "spawned_monotonic_s": time.monotonic()}
+        arguments = {**arguments, "spawned_monotonic_s": time.monotonic()}
         try:
-            answer, code = self._ask_process("cold", arguments, PartialRecord, log, timeout)
+            answer, code = self._ask_process(what, arguments, PartialRecord, log, timeout_s)
         except TimeoutError:
-            raise WorkerLostError("timeout", silence("cold", timeout)) from None
+            raise WorkerLostError("timeout", silence("cold", timeout_s)) from None
         except (wire.GarbledError, LorameterError) as error:
             message = f"the cold interpreter gave no answer that can be read: {error}"
             raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None

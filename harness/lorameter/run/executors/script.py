@@ -137,6 +137,10 @@ class ScriptExecutor(Here):
         message = "a script saves no adapter that could be loaded again"
         raise WorkerLostError("not_run", Failure(phase="cold", kind="NotOfScripts", message=message))
 
+    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
+        """Scripts have no cold start."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Remove all copies."""
         if self._disk is not None:

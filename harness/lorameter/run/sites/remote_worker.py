@@ -64,7 +64,7 @@ class ReplicateWorker:
         self._site: RunContext | None = None
         self._executors: dict[str, Executor] = {}
         self._budget = Budget()
-        self._cold_s = 0.0
+        self._load_s = self._import_s = 0.0
         self._folder: Path | None = None
         self._sent: dict[str, int] = {}
         """Bytes of each log that were sent."""
@@ -154,7 +154,7 @@ class ReplicateWorker:
             watcher,
             tell_data=lambda data: say(NodeMessage(says="data", text=data)),
         )
-        self._cold_s = ready.cold_s
+        self._load_s, self._import_s = ready.load_s, ready.hello.import_time_s
         sides = {side: self._executors[side].facts() for side in hosts}
         answer: dict[str, Any] = codec.to_json(dataclasses.replace(ready, sides=sides))
         return answer
@@ -179,7 +179,9 @@ class ReplicateWorker:
         if self._plan is None or self._site is None:
             raise InvalidRunError("nothing is prepared here.")
         if order.afresh:
-            self._budget = Budget(order.left_s, replicates=order.replicates, cold_s=self._cold_s)
+            self._budget = Budget(
+                order.left_s, replicates=order.replicates, import_s=self._import_s, load_s=self._load_s
+            )
         part = take_trials(self._plan, set(order.trials))
         measured = run_plan(
             part,
