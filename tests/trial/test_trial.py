@@ -96,7 +96,7 @@ def test_a_whole_answer_is_timed_counted_and_kept(trial):
     assert len(times) == len(counts) == 2
     assert [len(record.tokens[f"answer_{index}"]) for index in (0, 1)] == list(counts)
     assert samples_of(record, "open_ended_time_per_token_s") == tuple(a / b for a, b in zip(times, counts, strict=True))
-    assert {key for key in record.tokens if key.startswith("base_answers")} == {"base_answer_0", "base_answer_1"}
+    assert {key for key in record.tokens if key.startswith("base_answer_")} == {"base_answer_0", "base_answer_1"}
 
 
 @pytest.mark.parametrize("measures", [("steps", "requests"), ("steps", "requests", "peaks")])
