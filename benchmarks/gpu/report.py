@@ -95,8 +95,8 @@ def _steps(campaign: Campaign) -> list[str]:
             continue
         last, took = attempts[-1], sum(entry.took_s for entry in attempts)
         why = f" – {last.said}" if last.outcome in ("failed", "stopped") and last.said else ""
-        left_out = f" – {one.left_out}" if last.outcome == "rehearsed" else ""
-        lines.append(f"  {last.outcome:10} {took:6.0f} s  {one.name}: {one.asks}{left_out}{why}")
+        skipped = f" – {one.skipped}" if last.outcome == "rehearsed" else ""
+        lines.append(f"  {last.outcome:10} {took:6.0f} s  {one.name}: {one.asks}{skipped}{why}")
     return lines
 
 

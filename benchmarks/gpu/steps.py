@@ -39,7 +39,7 @@ class Step:
     """Most seconds of one attempt; more than ten minutes would not fit in a call where these are limited."""
     rehearsal: tuple[str, ...] = ()
     """The command on a machine without a GPU; that of `words` where there is none."""
-    left_out: str
+    skipped: str
     """What of the step a rehearsal does not do, and why."""
     answers: tuple[int, ...] = (0,)
     """Exit codes with which the command has answered; that of a rehearsal of its own answers with 0."""
@@ -63,7 +63,7 @@ def measures(name: str, asks: str, study: str, *options: str, limit_s: float, to
         words=run,
         limit_s=limit_s,
         rehearsal=(*run, "--dry-run"),
-        left_out="planned, not measured",
+        skipped="planned, not measured",
         answers=VERDICTS,
         resumes=(*LORAMETER, "run", "--runs-dir", RUNS, "--json", "--resume"),
         total_s=total_s or limit_s,
@@ -77,7 +77,7 @@ def tests(name: str, asks: str, *files: str, limit_s: float) -> Step:
         asks=asks,
         words=(*PYTEST, "--timeout=120", *files),
         limit_s=limit_s,
-        left_out="all skipped, since each needs a GPU",
+        skipped="all skipped, since each needs a GPU",
         answers=(0, 1),
     )
 
@@ -91,7 +91,7 @@ def profiles(variant: str, *, limit_s: float) -> Step:
         words=(*LORAMETER, "profile", *named, "--runs-dir", RUNS, "--json"),
         limit_s=limit_s,
         rehearsal=(*LORAMETER, "estimate", *named, "--runs-dir", RUNS, "--json"),
-        left_out="estimated, not profiled",
+        skipped="estimated, not profiled",
         answers=VERDICTS,
     )
 
@@ -102,7 +102,7 @@ STEPS: tuple[Step, ...] = (
         asks="the facts that the harness assumes of a GPU, its driver and its libraries",
         words=("-m", "benchmarks.gpu.probe"),
         limit_s=150,
-        left_out="of its facts only the zygote's needs no GPU",
+        skipped="of its facts only the zygote's needs no GPU",
         answers=(0, 1),
     ),
     Step(
@@ -110,7 +110,7 @@ STEPS: tuple[Step, ...] = (
         asks="is the machine fit, and which counters does it give",
         words=(*LORAMETER, "doctor", "--json"),
         limit_s=30,
-        left_out="this machine was examined, which has none",
+        skipped="this machine was examined, which has none",
         answers=VERDICTS,
     ),
     tests("meters", "events, energy, clocks and memory against each other", "tests/machine/test_gpu.py", limit_s=90),
@@ -141,7 +141,7 @@ STEPS: tuple[Step, ...] = (
         words=(*KERNELS, "probe", "--json"),
         limit_s=120,
         rehearsal=(*KERNELS, "rules", "--json"),
-        left_out="the paths of a CPU are what `python -m kernels_check` probes",
+        skipped="the paths of a CPU are what `python -m kernels_check` probes",
         answers=VERDICTS,
     ),
     *(profiles(variant, limit_s=150) for variant in BASES),
@@ -161,7 +161,7 @@ STEPS: tuple[Step, ...] = (
         asks="how far the estimated peak is from the measured one",
         words=(*LORAMETER, "estimate", f"{STUDY}:{BASES[1]}", CARD, "--runs-dir", "{runs of study}", "--json"),
         limit_s=30,
-        left_out="estimated for this CPU, with nothing measured beside it",
+        skipped="estimated for this CPU, with nothing measured beside it",
     ),
     Step(
         name="same",
@@ -172,7 +172,7 @@ STEPS: tuple[Step, ...] = (
         ),
         limit_s=180,
         rehearsal=(*LORAMETER, "run", "training-step", "--replicates", "5", "--runs-dir", RUNS, "--json", "--dry-run"),
-        left_out="planned, not measured",
+        skipped="planned, not measured",
         answers=VERDICTS,
         resumes=(*LORAMETER, "ab", "--runs-dir", RUNS, "--json", "--resume"),
         total_s=180,

@@ -382,15 +382,15 @@ def examine(family: Family) -> tuple[Found, list[str]]:
 
 def faults_of_families(names: Sequence[str]) -> Iterator[str]:
     """Faults of the named families, or of all; prints how many were examined, by backend."""
-    backends, left_out = Counter[str](), 0
+    backends, unbuildable = Counter[str](), 0
     for family in families():
         if family.name in names or "all" in names:
             try:
                 found, faults = examine(family)
             except UnfitError:
-                left_out += 1
+                unbuildable += 1
                 continue
             backends[found.backend or "none or several"] += 1
             yield from faults
     said = ", ".join(f"{count} {backend}" for backend, count in backends.most_common())
-    print(f"{backends.total()} families: {said}; {left_out} cannot be built small or do not train", flush=True)
+    print(f"{backends.total()} families: {said}; {unbuildable} cannot be built small or do not train", flush=True)

@@ -1,4 +1,4 @@
-"""Verdicts of `lorameter ab` on identical commits, on a injected slow-down and on a loaded machine; interleaving
+"""Verdicts of `lorameter ab` on identical commits, on an injected slow-down and on a loaded machine; interleaving
 levels.
 
     python benchmarks/selftest/verdicts_ab.py [--tries N] [--part identical planted loaded levels] [--minutes M]

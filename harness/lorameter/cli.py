@@ -102,7 +102,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     top = RedactingParser(
-        prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, and how sure that is."
+        prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, with confidence intervals."
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -174,7 +174,7 @@ class _Version(argparse.Action):
 
 
 def _common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
+    command.add_argument("--json", action="store_true", help="print only one JSON document, on stdout")
     command.add_argument("--runs-dir", metavar="DIR", help="default: $LORAMETER_RUNS or ./.lorameter/runs")
 
 

@@ -162,7 +162,7 @@ def estimated(capsys, tmp_path, monkeypatch, machine):
 def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated):
     """On a machine without a GPU the estimates are of a GPU: no process of the host is in them."""
     lora, qlora = estimated("lora", "--gpu", "32GiB"), estimated("qlora", "--gpu", "32GiB")
-    assert (lora.device, lora.fit.standing, qlora.fit.standing) == ("cuda", "does-not-fit", "fits")
+    assert (lora.device, lora.fit.status, qlora.fit.status) == ("cuda", "does-not-fit", "fits")
     assert "process" not in lora.train.kinds
     assert lora.fit.turn == ["gradient_checkpointing = true"]
     assert (qlora.fit.turn, qlora.fit.largest) == ([], [])
@@ -174,7 +174,7 @@ def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated
         assert fit.needs == fit.phases["train"]
         assert fit.needs.low_bytes < fit.needs.expected_bytes < fit.needs.high_bytes
         assert fit.spare_bytes == fit.device.usable_bytes - fit.needs.high_bytes
-        assert (fit.spare_bytes >= 0) is (fit.standing == "fits")
+        assert (fit.spare_bytes >= 0) is (fit.status == "fits")
         assert fit.needs.high_bytes == int(fit.needs.expected_bytes * (1 + fit.error.high))
 
 

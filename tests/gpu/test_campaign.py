@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def step(name, limit_s=100.0, **more):
-    return Step(name=name, asks="?", words=("-c", ""), limit_s=limit_s, left_out="all", **more)
+    return Step(name=name, asks="?", words=("-c", ""), limit_s=limit_s, skipped="all", **more)
 
 
 def entry(name, outcome="done", took_s=10.0, **more):

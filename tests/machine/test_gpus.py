@@ -70,7 +70,7 @@ SITES = """
     try:
         grounds = local.local_sites(("0", "1"), machine, mixed=MIXED)
         facts = [LocalExecutor(host=ground.host).facts() for ground in grounds]
-        tell([[one.machine.device_name, one.settings["card"]["power_limit_w"]] for one in facts])
+        tell([[one.machine.device_name, one.settings["gpu"]["power_limit_w"]] for one in facts])
     except UsageError as refused:
         tell(str(refused))
 """

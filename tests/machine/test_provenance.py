@@ -49,7 +49,7 @@ def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
         "cpus", "quota_cpus", "governor", "turbo", "huge_pages", "numa_nodes", "memory_bytes", "swap_bytes",
         "container",
     }  # fmt: skip
-    assert told["card"] == "not available: trials do not run on a GPU"
+    assert told["gpu"] == "not available: trials do not run on a GPU"
     assert all(told["host_counters_missing"].values())
     assert codec.to_json(told) == told
 

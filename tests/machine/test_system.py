@@ -4,7 +4,7 @@ from __future__ import annotations
 
 ASK = """
     from lorameter.machine.system import settings
-    tell(settings(card=True)["card"])
+    tell(settings(gpu=True)["gpu"])
 """
 
 

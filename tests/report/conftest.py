@@ -209,12 +209,12 @@ def calibration() -> Calibration:
 
 
 def checks() -> tuple[DoctorCheck, ...]:
-    """One of each standing."""
+    """One of each grade."""
     return (
-        DoctorCheck(about="runs", name="device", standing="good", found="a CPU [2 cores]"),
-        DoctorCheck(about="measures", name="energy", standing="note", found="no counter", remedy="Ask for RAPL."),
-        DoctorCheck(about="spoils", name="swap", standing="bad", found="3 GiB of it used", remedy="Free memory."),
-        DoctorCheck(about="spoils", name="clock", standing="unfit", found="held down", remedy="Cool it."),
+        DoctorCheck(about="runs", name="device", grade="good", found="a CPU [2 cores]"),
+        DoctorCheck(about="measures", name="energy", grade="note", found="no counter", remedy="Ask for RAPL."),
+        DoctorCheck(about="spoils", name="swap", grade="bad", found="3 GiB of it used", remedy="Free memory."),
+        DoctorCheck(about="spoils", name="clock", grade="unfit", found="held down", remedy="Cool it."),
     )
 
 

@@ -67,7 +67,7 @@ def test_the_document_is_that_of_the_contract(claims):
     (part,) = first["parts"]
     assert part["low"] < part["ratio"] < part["high"]
     assert (part["rule"], part["axis"], part["metric"], part["about"]) == ("trend-up", "r", "step_time_s", "8 / 4")
-    assert (part["tolerance"], part["margin"], part["replicates"], part["left_out"]) == (0.01, None, 4, 0)
+    assert (part["tolerance"], part["margin"], part["replicates"], part["skipped"]) == (0.01, None, 4, 0)
     assert [one["verdict"] for one in second["parts"]] == ["supported", "supported"]
     assert second["parts"][0]["ratio"] is None
     assert document["control"]["step_time_s"]["verdict"] == "equivalent"

@@ -74,7 +74,7 @@ def private(write_run, monkeypatch, tmp_path):
     manifest = store.read_manifest(path)
     manifest.tokens.update(examples=[{"prompt": "Dear diary,", "reference": "I was"}], data="mine.jsonl, 4 records")
     manifest.study["workload"]["model"] = "/srv/private/llama"
-    manifest.provenance["settings"] = {"card": {"uuid": CARD}}
+    manifest.provenance["settings"] = {"gpu": {"uuid": CARD}}
     manifest.site_facts[f"{HOST}-card-0"] = store.SiteFacts(machine={"cpu_model": "Test CPU"}, fingerprint="f")
     manifest.provenance["packages"] = {"nvidia-cublas-cu12": "12.4.5.8"}
     write_document(path / "manifest.json", manifest)
@@ -200,7 +200,7 @@ def test_the_command_says_what_is_not_in_the_file(private, capsys):
     assert "without paths, hosts, logs" in capsys.readouterr().out
     assert cli.main([*words, "--output", "other.zip", "--json"]) == 0
     said = msgspec.convert(json.loads(capsys.readouterr().out), PackedOf)
-    assert (said.file, said.left_out) == ("other.zip", ["paths", "hosts", "logs"])
+    assert (said.file, said.skipped) == ("other.zip", ["paths", "hosts", "logs"])
 
 
 def test_a_run_under_way_and_a_place_that_is_taken_are_refused(private, tmp_path):

@@ -40,12 +40,12 @@ def test_the_range_is_that_of_an_estimate_which_is_off(device):
     """Only what fits at its upper end fits, and what does not at its lower end does not."""
     needs, (low, high) = Needs.of(1000, device), PEAK_RANGES[device]
     assert (needs.low_bytes, needs.high_bytes) == (int(1000 * low), int(1000 * high))
-    assert needs.stand_in(needs.high_bytes) == "fits"
-    assert needs.stand_in(needs.high_bytes - 1) == needs.stand_in(needs.low_bytes) == "may-not-fit"
-    assert needs.stand_in(needs.low_bytes - 1) == "does-not-fit"
+    assert needs.status_in(needs.high_bytes) == "fits"
+    assert needs.status_in(needs.high_bytes - 1) == needs.status_in(needs.low_bytes) == "may-not-fit"
+    assert needs.status_in(needs.low_bytes - 1) == "does-not-fit"
 
 
-@pytest.mark.parametrize(("model", "card", "variant", "standing"), [
+@pytest.mark.parametrize(("model", "card", "variant", "status"), [
     ("llama2-7b", "24GiB", LORA, "does-not-fit"), ("llama2-7b", "24GiB", QLORA, "fits"),
     ("llama2-7b", "RTX 4090", QLORA, "fits"), ("llama2-7b", "80GB", LORA, "may-not-fit"),
     ("llama2-7b", "H200", LORA, "fits"), ("llama2-70b", "H100", LORA, "does-not-fit"),
@@ -53,11 +53,11 @@ def test_the_range_is_that_of_an_estimate_which_is_off(device):
     ("mistral-7b", "24GiB", LORA, "does-not-fit"), ("mistral-7b", "24GiB", QLORA, "fits"),
     ("qwen2.5-7b", "24GiB", LORA, "does-not-fit"), ("gemma-7b", "24GiB", LORA, "does-not-fit"),
 ])  # fmt: skip
-def test_what_fits_on_a_card_that_is_not_here(fitter, model, card, variant, standing):
+def test_what_fits_on_a_card_that_is_not_here(fitter, model, card, variant, status):
     """Real shapes, six sequences of 1024 tokens: LoRA keeps all activations, checkpointed NF4 next to none."""
     one = fitter(model, card)
     assert one.device.machine.device == "cuda"
-    assert one.standing(one.needs(variant, WIDE)) == standing
+    assert one.status(one.needs(variant, WIDE)) == status
 
 
 @pytest.mark.parametrize("key", ["batch_size", "sequence_length"])
@@ -72,12 +72,12 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
     workload = Workload(batch_size=2, sequence_length=512)
     found = (one.largest_batch if key == "batch_size" else one.largest_length)(variant, workload)
 
-    def standing(size):
-        return one.standing(one.needs(variant, dataclasses.replace(workload, **{key: size})))
+    def status(size):
+        return one.status(one.needs(variant, dataclasses.replace(workload, **{key: size})))
 
-    assert standing(found.value) == "fits"
+    assert status(found.value) == "fits"
     if found.bound == "memory":
-        assert standing(found.value + 1) != "fits"
+        assert status(found.value + 1) != "fits"
     else:
         assert found.value in (one.shape.context, MOST_BATCH)
 

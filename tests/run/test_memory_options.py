@@ -54,14 +54,14 @@ CASES = [
 def test_each_is_a_variant_that_can_be_run_and_what_is_said_of_it_is_its_estimate(advice, variant, model, card):
     """Its line is one of a study; what it frees is how far the estimate falls; what frees most is first."""
     found = advice(variant, model=model, card=card)
-    assert found.knobs
-    for knob in found.knobs:
-        alone = advice(*turned(variant, WIDE, [knob.writes]), model=model, card=card)
-        assert alone.needs == knob.needs
-        assert alone.standing == knob.standing
-        assert knob.freed_bytes == found.needs.expected_bytes - knob.needs.expected_bytes > 0
-        assert (knob.table == "workload") is knob.writes.startswith("batch_size")
-    freed = [knob.freed_bytes for knob in found.knobs]
+    assert found.options
+    for option in found.options:
+        alone = advice(*turned(variant, WIDE, [option.writes]), model=model, card=card)
+        assert alone.needs == option.needs
+        assert alone.status == option.status
+        assert option.freed_bytes == found.needs.expected_bytes - option.needs.expected_bytes > 0
+        assert (option.table == "workload") is option.writes.startswith("batch_size")
+    freed = [option.freed_bytes for option in found.options]
     assert freed == sorted(freed, reverse=True)
 
 
@@ -69,26 +69,26 @@ def test_each_is_a_variant_that_can_be_run_and_what_is_said_of_it_is_its_estimat
 def test_the_fewest_make_it_fit_and_fewer_do_not(advice, variant, model, card):
     """Of a set each is needed, and no single one would do where there are several."""
     found = advice(variant, model=model, card=card)
-    assert found.standing != "fits"
+    assert found.status != "fits"
     if found.turn is None:
         everything = turned(variant, dataclasses.replace(WIDE, batch_size=1), [
-            knob.writes for knob in found.knobs if knob.table == "variant"
+            option.writes for option in found.options if option.table == "variant"
         ])  # fmt: skip
-        assert advice(*everything, model=model, card=card).standing != "fits"
+        assert advice(*everything, model=model, card=card).status != "fits"
         return
-    assert advice(*turned(variant, WIDE, found.turn), model=model, card=card).standing == "fits"
+    assert advice(*turned(variant, WIDE, found.turn), model=model, card=card).status == "fits"
     for left in found.turn:
         fewer = [line for line in found.turn if line != left]
-        assert advice(*turned(variant, WIDE, fewer), model=model, card=card).standing != "fits"
+        assert advice(*turned(variant, WIDE, fewer), model=model, card=card).status != "fits"
     if len(found.turn) > 1:
-        assert all(knob.standing != "fits" for knob in found.knobs)
+        assert all(option.status != "fits" for option in found.options)
 
 
 def test_checkpointing_is_what_frees_most_of_a_wide_batch(advice):
     """Llama-2-7B in bfloat16, six sequences of 1024 tokens, on 32 GiB: it fits with that alone."""
     found = advice(LORA, card="32GiB")
-    assert found.standing == "does-not-fit"
-    assert found.knobs[0].writes == "gradient_checkpointing = true"
+    assert found.status == "does-not-fit"
+    assert found.options[0].writes == "gradient_checkpointing = true"
     assert found.turn == ("gradient_checkpointing = true",)
 
 

@@ -26,7 +26,7 @@ def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, noti
     ],
 )
 def test_verdicts_are_judged_by_part(program, part, documents, broken):
-    """Identical commits are never slower, a injected slow-down is found and covered, contention is named."""
+    """Identical commits are never slower, an injected slow-down is found and covered, contention is named."""
     found = [*program("verdicts_ab").judge(part, documents, 1.05 if part == "planted" else 1.0)]
     assert bool(found) == bool(broken)
     assert broken in "".join(found)

@@ -159,7 +159,7 @@ def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said)
 
 def limited(watts):
     """A run on a GPU under a limit; None: of before limits were recorded."""
-    settings = {} if watts is None else {"settings": {"card": {"power_limit_w": watts}}}
+    settings = {} if watts is None else {"settings": {"gpu": {"power_limit_w": watts}}}
     return {"device": "cuda", "device_name": "Card"} | settings
 
 

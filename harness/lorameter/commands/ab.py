@@ -39,8 +39,8 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parsers of these commands; `common` adds the options that every command has."""
     ab = commands.add_parser(
         "ab",
-        help="measure base and candidate in one job, taking turns",
-        description="Measure base and candidate in one job, their processes taking turns, and judge the candidate.",
+        help="measure base and candidate in one interleaved job",
+        description="Measure base and candidate in one interleaved job, and judge the candidate.",
     )
     ab.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
     ab.add_argument("--base", metavar="SIDE", help=SIDE_HELP)
@@ -51,7 +51,7 @@ def add_commands(commands: Any, common: Any) -> None:
     add_options(ab.add_argument, "precision", "mixed", "variant", "dry-run")
     ab.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
-        help="what to measure, repeatable; default: train and generate",
+        help="phase to measure; repeatable; default: train and generate",
     )  # fmt: skip
     add_options(ab.add_argument, "policy", "format", "markdown", "html", "verbose")
     ab.add_argument(
@@ -59,7 +59,7 @@ def add_commands(commands: Any, common: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="a test of the gate itself: the candidate multiplies N extra rows in every adapted layer",
+        help="injected slow-down, to test the gate: the candidate multiplies N extra rows in every adapted layer",
     )
     common(ab)
     ab.set_defaults(command=run_ab)
@@ -67,7 +67,7 @@ def add_commands(commands: Any, common: Any) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="this machine's own false-alarm rate and power",
-        description="Measure identical code and a injected slow-down, and say what the gate can see on this machine.",
+        description="Measure false-alarm rate and detectable slow-down on this machine.",
     )
     calibrate.add_argument("study", metavar="STUDY", nargs="?", help=f"default: {CALIBRATED_STUDY}")
     _measuring(calibrate, ("standard", "rigorous"), f"8 or 12 replicates; default {CALIBRATION_REPLICATES}")

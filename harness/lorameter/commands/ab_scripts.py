@@ -11,13 +11,13 @@ from lorameter.errors import UsageError
 if TYPE_CHECKING:
     from lorameter.studies.study import Study
 
-COMMAND_HELP = "a training script as one would start it, in quotes: 'python train.py --r 64'"
+COMMAND_HELP = "a training command in quotes: 'python train.py --r 64'"
 
 
 def add_script_options(parser: Any) -> None:
     """The options of scripts."""
     parser.add_argument("--base-command", metavar="COMMAND", help=f"in place of STUDY and sides: {COMMAND_HELP}")
-    parser.add_argument("--candidate-command", metavar="COMMAND", help="what is compared with it")
+    parser.add_argument("--candidate-command", metavar="COMMAND", help="the command that is compared with it")
     parser.add_argument(
         "--command",
         dest="script",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lorameter.stats import Comparison
     from lorameter.studies.study import Study
 
-END_HELP = "a git revision of the repository one stands in, or a release such as 'peft==0.19.0'"
+END_HELP = "a git revision of the repository in the current directory, or a release such as 'peft==0.19.0'"
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -23,8 +23,8 @@ def add_commands(commands: Any, common: Any) -> None:
     bisect = commands.add_parser(
         "bisect",
         help="find the commit or release that made it slower",
-        description="Compare commits or releases between a good and a bad end with the good one, each in one job with "
-        "turns, halving what is left, until the step that made it slower is found.",
+        description="Find the commit or release that introduced a slow-down: compare candidates between the good and "
+        "the bad end with the good one, each in one interleaved job, by bisection.",
     )
     bisect.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
     bisect.add_argument("--good", metavar="REV|REQ", required=True, help=END_HELP)
@@ -33,10 +33,8 @@ def add_commands(commands: Any, common: Any) -> None:
     bisect.add_argument("--variant", metavar="V", help="default: the reference of the study")
     bisect.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
     add_options(bisect.add_argument, "replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data")
-    bisect.add_argument(
-        "--resume", action="store_true", help="take comparisons that the runs directory has whole, and go on from there"
-    )
-    bisect.add_argument("--dry-run", action="store_true", help="list what lies between, and measure nothing")
+    bisect.add_argument("--resume", action="store_true", help="reuse finished comparisons in the runs directory")
+    bisect.add_argument("--dry-run", action="store_true", help="list the candidates; measure nothing")
     common(bisect)
     bisect.set_defaults(command=run_bisect)
 

@@ -16,9 +16,9 @@ def add_commands(commands: Any, common: Any) -> None:
     claims = commands.add_parser(
         "claims",
         help="judge the claims of a study by a run",
-        description="Judge each claim of the study by what a run holds: supported, refuted, inconclusive, not judged.",
+        description="Judge each claim of the study by a run: supported, refuted, inconclusive, not judged.",
     )
-    claims.add_argument("run", metavar="RUN", help="a run id or a run directory; it may still be going on")
+    claims.add_argument("run", metavar="RUN", help="a run id or a run directory; also of an unfinished run")
     add_options(claims.add_argument, "format", "markdown", "html", "verbose")
     common(claims)
     claims.set_defaults(command=run_claims)

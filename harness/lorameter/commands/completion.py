@@ -14,8 +14,8 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     completion = commands.add_parser(
         "completion",
-        help="print what completes this command in a shell",
-        description="Print a script with which a shell completes commands and options.",
+        help="print a shell completion script",
+        description="Print a shell completion script for commands and options.",
     )
     completion.add_argument("shell", choices=SHELLS)
     common(completion)

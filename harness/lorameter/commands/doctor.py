@@ -13,9 +13,9 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     doctor = commands.add_parser(
         "doctor",
-        help="what this machine can run and measure, and what would spoil it",
-        description="Look at this machine for a second, measure nothing, and say what it can run and measure, what "
-        "would spoil a measurement here, and what to do about it. Exit code 0: fit, 4: unfit.",
+        help="what this machine can run and measure, and what would disturb it",
+        description="Check, in about a second and without measuring, what this machine can run and measure, what "
+        "would disturb a measurement, and how to fix it. Exit code 0: fit, 4: unfit.",
     )
     common(doctor)
     doctor.set_defaults(command=run_doctor)

@@ -50,7 +50,7 @@ class ErrorOf(msgspec.Struct, forbid_unknown_fields=True):
     """The comparison of peaks and estimates that supports it."""
 
 
-class KnobOf(msgspec.Struct, forbid_unknown_fields=True):
+class MemoryOptionOf(msgspec.Struct, forbid_unknown_fields=True):
     """A key of the study with another value."""
 
     writes: str
@@ -59,10 +59,10 @@ class KnobOf(msgspec.Struct, forbid_unknown_fields=True):
     freed_bytes: int
     needs: NeedsOf
     """With this change alone."""
-    standing: str
+    status: str
 
 
-class LeftOutOf(msgspec.Struct, forbid_unknown_fields=True):
+class SkippedOptionOf(msgspec.Struct, forbid_unknown_fields=True):
     """A change that cannot be had, or that frees nothing."""
 
     writes: str
@@ -85,7 +85,7 @@ class FitOf(msgspec.Struct, forbid_unknown_fields=True):
     """Whether it fits."""
 
     device: DeviceOf
-    standing: str
+    status: str
     """fits, may-not-fit or does-not-fit: all of the range is within what is usable, a part of it, or nothing."""
     needs: NeedsOf
     """Of the phase that needs most."""
@@ -93,9 +93,9 @@ class FitOf(msgspec.Struct, forbid_unknown_fields=True):
     spare_bytes: int
     """Usable less the upper end of what is needed; below zero it is what would lack."""
     error: ErrorOf
-    knobs: list[KnobOf]
+    options: list[MemoryOptionOf]
     """What frees most first."""
-    left_out: list[LeftOutOf]
+    skipped: list[SkippedOptionOf]
     turn: list[str] | None
     """The fewest changes with which it fits: empty where it does as it is, null where all are not enough."""
     largest: list[LargestOf]
@@ -122,5 +122,5 @@ class EstimateOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 DOCUMENTS: tuple[type[msgspec.Struct], ...] = (EstimateOf,)
 PARTS: tuple[type[msgspec.Struct], ...] = (
-    PhaseOf, FitOf, NeedsOf, DeviceOf, ErrorOf, KnobOf, LeftOutOf, LargestOf,
+    PhaseOf, FitOf, NeedsOf, DeviceOf, ErrorOf, MemoryOptionOf, SkippedOptionOf, LargestOf,
 )  # fmt: skip

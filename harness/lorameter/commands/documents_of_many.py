@@ -197,7 +197,7 @@ class PackedOf(msgspec.Struct, forbid_unknown_fields=True):
     schema: int
     file: str
     size_bytes: int
-    left_out: list[str]
+    skipped: list[str]
 
 
 class ExportedOf(msgspec.Struct, forbid_unknown_fields=True):

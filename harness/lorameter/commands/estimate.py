@@ -25,22 +25,24 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     estimate = commands.add_parser(
         "estimate",
-        help="what memory a variant will take, by kind, without loading anything; whether a GPU holds it",
-        description="Estimate the peak memory of a variant's training and generation, by kind: on this machine, or on "
-        "a GPU that is not here.",
+        help="estimate a variant's peak memory without loading it; whether it fits on a GPU",
+        description="Estimate the peak memory of a variant's training and generation, by kind, on this machine or on "
+        "another GPU.",
     )
     estimate.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
     add_options(estimate.add_argument, "profile")
     estimate.add_argument("--model", metavar="M", help="another model; its shape is enough, so random:M never loads")
-    estimate.add_argument("--data", metavar="FILE|ID", help="of the earlier run to set beside the estimate")
+    estimate.add_argument("--data", metavar="FILE|ID", help="data of the earlier run to compare the estimate with")
     estimate.add_argument(
         "--gpu",
         metavar="SIZE|NAME",
-        help="whether it fits on a GPU that is not here, and what to change first where it does not: 24GiB, 24GB (of "
+        help="whether it fits on another GPU, and what to change first if it does not: 24GiB, 24GB (of "
         '10^9 bytes), H100, "RTX 4090"',
     )
     estimate.add_argument(
-        "--max-batch", action="store_true", help="the largest batch and the largest length that fit there, or here"
+        "--max-batch",
+        action="store_true",
+        help="the largest batch and the largest length that fit on that GPU, or on this machine",
     )
     common(estimate)
     estimate.set_defaults(command=run_estimate)
@@ -150,7 +152,7 @@ def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) 
             "source": device.source,
             "assumed": device.assumed,
         },
-        "standing": advice.standing,
+        "status": advice.status,
         "needs": _needs_document(advice.needs),
         "phases": {
             phase: _needs_document(Needs.of(estimate.needed_bytes, device.machine.device))
@@ -158,17 +160,17 @@ def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) 
         },
         "spare_bytes": device.usable_bytes - advice.needs.high_bytes,
         "error": {"low": low - 1, "high": high - 1, "basis": describe_basis(device.machine.device)},
-        "knobs": [
+        "options": [
             {
-                "writes": knob.writes,
-                "table": knob.table,
-                "freed_bytes": knob.freed_bytes,
-                "needs": _needs_document(knob.needs),
-                "standing": knob.standing,
+                "writes": option.writes,
+                "table": option.table,
+                "freed_bytes": option.freed_bytes,
+                "needs": _needs_document(option.needs),
+                "status": option.status,
             }
-            for knob in advice.knobs
+            for option in advice.options
         ],
-        "left_out": [{"writes": one.writes, "why": one.why} for one in advice.left_out],
+        "skipped": [{"writes": one.writes, "why": one.why} for one in advice.skipped],
         "turn": advice.turn,
         "largest": [
             {"key": one.key, "value": one.value, "least": one.least, "bound": one.bound} for one in advice.largest

@@ -20,7 +20,7 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of `export`; `common` adds the options that every command has."""
     export = commands.add_parser(
         "export",
-        help="hand out a run to other programs",
+        help="export a run as tables or for other programs",
         description="Write a run as tables, or in the format of another program.",
     )
     export.add_argument("run", metavar="RUN", help="a run id, a run directory, or a packed run")

@@ -15,14 +15,16 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of `history`; `common` adds the options that every command has."""
     history = commands.add_parser(
         "history",
-        help="how a number went from run to run, and where it changed",
-        description="A line of all runs of a fingerprint, with known breaks and suspected changes, and the commands "
-        "that would confirm them.",
+        help="history of a metric across runs, and where it changed",
+        description="Show a metric across all runs with the same fingerprint, with known breaks, suspected changes, "
+        "and the commands that would confirm them.",
     )
     history.add_argument("metric", metavar="METRIC", nargs="?", help="default: step_time_s")
     history.add_argument("--study", metavar="S", help="only this study, by its name")
     history.add_argument("--variant", metavar="V", help="only this variant")
-    history.add_argument("--runs", action="store_true", help="also a row a run, with its interval, commit and versions")
+    history.add_argument(
+        "--runs", action="store_true", help="also show one row per run, with its interval, commit and versions"
+    )
     add_options(history.add_argument, "html")
     common(history)
     history.set_defaults(command=run_history)

@@ -234,7 +234,7 @@ class PartOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     margin: float | None
     by: float | None = None
     replicates: int
-    left_out: int
+    skipped: int
     reason: str
 
 

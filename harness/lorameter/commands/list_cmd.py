@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def add_commands(commands: Any, common: Any) -> None:
     """The parsers of these commands; `common` adds the options that every command has."""
     listing = commands.add_parser(
-        "list", help="list studies, variants and what they train, models, runs; keys of files, JSON documents"
+        "list", help="list studies, variants, model sizes, models, runs, keys of files, JSON documents"
     )
     listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs", "keys", "documents"))
     listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants or sizes to list")
@@ -28,7 +28,7 @@ def add_commands(commands: Any, common: Any) -> None:
     common(listing)
     listing.set_defaults(command=run_list)
 
-    model = commands.add_parser("model", help="get a model")
+    model = commands.add_parser("model", help="fetch a model")
     actions = model.add_subparsers(required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download a catalogue model, convert it once, verify it")
     fetch.add_argument("name", metavar="NAME")

@@ -19,19 +19,19 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "default": [],
         "help": "only this metric or pattern of metrics; repeatable",
     },
-    "policy": {"metavar": "FILE", "help": "TOML: limits, gated metrics, what inconclusive means"},
+    "policy": {"metavar": "FILE", "help": "TOML file: limits, gated metrics, how to treat inconclusive"},
     "format": {"choices": FORMATS, "help": "default: text"},
     "markdown": {"action": "store_true", "help": "the same as {prefix}format markdown"},
-    "html": {"metavar": "FILE", "help": "write it as a page for a browser, too: one file, offline"},
-    "dry-run": {"action": "store_true", "help": "show the plan and what it will take, and measure nothing"},
-    "verbose": {"action": "store_true", "help": "say in full what is said in a line: notices, statistics"},
+    "html": {"metavar": "FILE", "help": "also write one self-contained HTML page"},
+    "dry-run": {"action": "store_true", "help": "show the plan and its expected cost; measure nothing"},
+    "verbose": {"action": "store_true", "help": "show full notices and statistics"},
     "precision": {
         "type": float,
         "metavar": "F",
         "help": "stop when every interval is within ±F of its ratio; a fraction: 0.05 is 5 %%",
     },
-    "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
-    "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
+    "max-minutes": {"type": float, "metavar": "M", "help": "time limit; fewer rounds for every variant"},
+    "allow-disturbed": {"action": "store_true", "help": "keep trials measured under disturbance"},
     "sites": {
         "metavar": "0,1,…",
         "help": "measure replicates on these GPUs at once, or on as many shares of this machine's CPUs, 0+1,2+3 for "
@@ -45,13 +45,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "mixed": {
         "action": "store_true",
-        "help": "let sites be unlike, other GPUs or CPUs: what is told is told of each site, and never of all",
+        "help": "allow different hardware; results are reported per site",
     },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),
         "default": "wait",
-        "help": "beside another measurement on the device: wait for its end (default), end at once, or measure beside "
-        "it",
+        "help": "if the device is in use by another lorameter: wait (default), refuse, or share it",
     },
 }
 """What a parser is told of each, by its name."""

@@ -29,8 +29,8 @@ def add_commands(commands: Any, common: Any) -> None:
     parity.add_argument(
         "--adapter", metavar="DIR", help="a LoRA adapter that PEFT has saved; default: one is trained as the study says"
     )
-    parity.add_argument("--epochs", type=float, metavar="E", help="train for at least so many epochs")
-    parity.add_argument("--prompts", type=int, metavar="N", help="ask of N held-out records; default: the study's")
+    parity.add_argument("--epochs", type=float, metavar="E", help="train for at least this many epochs")
+    parity.add_argument("--prompts", type=int, metavar="N", help="number of held-out records; default: the study's")
     parity.add_argument("--verbose", action="store_true", help="show some of the answers that differ, and all notices")
     add_options(parity.add_argument, "html", "if-busy")
     common(parity)

@@ -29,8 +29,8 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     profile = commands.add_parser(
         "profile",
-        help="where a variant's step, or request, spends time and memory, and what to try",
-        description="Take a variant's step apart, or its requests: phases, what ran in them, memory, ceilings, and "
+        help="profile a training step or generation requests",
+        description="Profile a training step or generation requests: phases, kernels, memory, hardware ceilings, and "
         "what to try.",
     )
     profile.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
@@ -47,7 +47,7 @@ def add_commands(commands: Any, common: Any) -> None:
         metavar="FINDING",
         nargs="?",
         const=DEAREST,
-        help="measure the remedy of a finding beside the present variant; default: of the most expensive",
+        help="measure the remedy of a finding against the present variant; default: of the most expensive finding",
     )
     profile.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="of --try: 3, 8 or 12 replicates")
     add_options(profile.add_argument, "html", "if-busy")

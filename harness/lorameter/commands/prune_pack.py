@@ -20,24 +20,24 @@ def add_commands(commands: Any, common: Any) -> None:
     prune = commands.add_parser(
         "prune",
         help="remove runs that are no longer needed",
-        description="Remove runs, all but the newest of each study, or those that are older than a time. Accepted "
-        "baselines, runs under way and runs that cannot be read stay.",
+        description="Remove runs: all but the newest of each study, or those older than a given age. Accepted "
+        "baselines, unfinished runs and unreadable runs are kept.",
     )
     prune.add_argument("--keep", type=int, metavar="N", help="keep the newest N runs of each study")
     prune.add_argument("--older", metavar="D", help="only runs older than this: 12h, 30d, 8w")
-    prune.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    prune.add_argument("--dry-run", action="store_true", help="list what would be removed; remove nothing")
     common(prune)
     prune.set_defaults(command=run_prune)
 
     pack = commands.add_parser(
         "pack",
-        help="make one file of a run, to send",
-        description="Make one file of a run, which every command reads in its place. Paths, names of hosts and users, "
-        "and texts of records are left out unless they are asked for; logs always are.",
+        help="pack a run into one file",
+        description="Pack a run into one file, which every command reads like a run directory. Paths, names of hosts "
+        "and users, and texts of records are excluded unless included explicitly; logs are always excluded.",
     )
     pack.add_argument("run", metavar="RUN", help="a run id or a run directory")
     pack.add_argument("--output", metavar="FILE", help="default: RUN.lorameter.zip in this folder")
-    pack.add_argument("--include", choices=PRIVATE, action="append", default=[], help="put it in; repeatable")
+    pack.add_argument("--include", choices=PRIVATE, action="append", default=[], help="include this; repeatable")
     common(pack)
     pack.set_defaults(command=run_pack)
 
@@ -79,10 +79,10 @@ def run_pack(options: argparse.Namespace) -> int:
 
     output = Path(options.output) if options.output else None
     target = pack(options.run, store.runs_dir(options.runs_dir), output, options.include)
-    left_out = [word for word in PRIVATE if word not in options.include]
+    skipped = [word for word in PRIVATE if word not in options.include]
     size = target.stat().st_size
     if options.json:
-        print_json({"file": str(target), "size_bytes": size, "left_out": [*left_out, "logs"]})
+        print_json({"file": str(target), "size_bytes": size, "skipped": [*skipped, "logs"]})
         return EXIT_PASS
-    print(escape_control_chars(f"{target}  {format_bytes(size)}, without {', '.join([*left_out, 'logs'])}"))
+    print(escape_control_chars(f"{target}  {format_bytes(size)}, without {', '.join([*skipped, 'logs'])}"))
     return EXIT_PASS

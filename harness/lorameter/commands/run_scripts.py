@@ -21,7 +21,7 @@ def add_script_options(parser: Any) -> None:
         "--command",
         dest="script",
         metavar="COMMAND",
-        help="of an engine's study: your training script, with what turns the engine on in {braces}",
+        help="training command; put the engine's flags in {braces}",
     )
     parser.add_argument("--cwd", metavar="DIR", help="folder that the command is run in; default: this one")
     parser.add_argument("--steps", type=int, metavar="N", help="timed steps of each process of the command")

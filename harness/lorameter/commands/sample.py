@@ -13,13 +13,13 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of `sample`; `common` adds the options that every command has."""
     sample = commands.add_parser(
         "sample",
-        help="show what a trained adapter writes",
-        description="Show a variant's answers beside the reference, before and after training.",
+        help="show answers of a trained adapter",
+        description="Show a variant's answers and the reference answers, before and after training.",
     )
     sample.add_argument("run", metavar="RUN", help="a run id or a run directory")
     sample.add_argument("variant", metavar="VARIANT", help="a variant of the run's study")
     sample.add_argument("--replicate", type=int, default=0, metavar="R", help="which trained adapter, from 0")
-    sample.add_argument("--count", type=int, metavar="N", help="this many answers at most")
+    sample.add_argument("--count", type=int, metavar="N", help="at most this many answers")
     common(sample)
     sample.set_defaults(command=run_sample)
 

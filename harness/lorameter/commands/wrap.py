@@ -19,8 +19,8 @@ def add_commands(commands: Any, common: Any) -> None:
         "wrap",
         help="measure a training script while it runs",
         description="Run a command as it is and measure the training in it: `lorameter wrap -- python train.py`. Its "
-        "output, its exit code and signals to it pass through; the run is written beside, and its report goes to "
-        "standard error.",
+        "output, its exit code and signals to it pass through; the run is stored in the runs directory; the report "
+        "is printed to stderr.",
     )
     wrap.add_argument(
         "--require",
@@ -28,12 +28,14 @@ def add_commands(commands: Any, common: Any) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="what a step must have, as attention.backend=flash; without it the run is invalid, and the exit code 4 "
-        "where the command's is 0",
+        help="required paths, such as attention.backend=flash; if one is not active, the run is invalid, and the "
+        "exit code is 4 where the command's is 0",
     )
     wrap.add_argument("--runs-dir", metavar="DIR", help="default: $LORAMETER_RUNS or ./.lorameter/runs")
     wrap.add_argument("--no-report", action="store_true", help="print no report")
-    wrap.add_argument("words", metavar="-- COMMAND", nargs=argparse.REMAINDER, help="as it is typed without lorameter")
+    wrap.add_argument(
+        "words", metavar="-- COMMAND", nargs=argparse.REMAINDER, help="the command, as typed without lorameter"
+    )
     wrap.set_defaults(command=run_wrap)
 
 

@@ -149,7 +149,7 @@ def read_facts(
     `environment` says which GPU they see first."""
     return MachineFacts(
         machine=machine,
-        settings=settings(card=machine.device == "cuda", environment=environment),
+        settings=settings(gpu=machine.device == "cuda", environment=environment),
         libraries={name: library_version(name) for name in LIBRARIES},
         git=git_state(Path.cwd()),
         host=host,
@@ -291,8 +291,8 @@ def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -
 
     None on a CPU, where the GPU did not tell it, and in runs of before it was recorded.
     """
-    card = provenance.get("settings", {}).get("card")
-    limit = card.get(which) if isinstance(card, Mapping) else None
+    gpu = provenance.get("settings", {}).get("gpu")
+    limit = gpu.get(which) if isinstance(gpu, Mapping) else None
     return round(limit) if isinstance(limit, int | float) and math.isfinite(limit) else None
 
 

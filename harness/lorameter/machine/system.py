@@ -133,13 +133,13 @@ MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
 """Facts of the system that are no settings."""
 
 
-def settings(*, card: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
+def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
     """Of the machine (`system`), of its `GPU`, and which `host_counters_missing` there are, with the reason.
 
     Values are those of `SystemFacts` and `CardFacts`, or "not available: REASON".
 
     Args:
-        GPU: whether trials run on a GPU; if not, none is asked.
+        gpu: whether trials run on a GPU; if not, none is asked.
         environment: of the trials, which says what GPU that is; None for this process's.
         root: where the files of the kernel are.
     """
@@ -149,12 +149,12 @@ def settings(*, card: bool, environment: Mapping[str, str] | None = None, root: 
     system = {name: value for name, value in _told(system_facts(root)).items() if name not in MOMENTARY}
     return {
         "system": system,
-        "card": _card(environment) if card else unavailable("trials do not run on a GPU"),
+        "gpu": _gpu(environment) if gpu else unavailable("trials do not run on a GPU"),
         "host_counters_missing": watch.missing,
     }
 
 
-def _card(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
+def _gpu(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
     opened = open_device(environment=environment)
     if opened.value is None:
         return unavailable(opened.reason)

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.machine.disturbances import CONTENDED
-from lorameter.profile.evidence import ProfileEvidence, left_out
+from lorameter.profile.evidence import ProfileEvidence, changes_without
 from lorameter.profile.finding import Finding
 from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import Variant
@@ -71,7 +71,7 @@ def _dequantisation(seen: ProfileEvidence) -> Iterator[Finding]:
         yield _make_finding(
             "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
             f'quantization = "none" needs about {format_bytes(extra)} more, which is there.',
-            changes=left_out(seen.variant, "quantization"),
+            changes=changes_without(seen.variant, "quantization"),
         )  # fmt: skip
     else:
         yield _make_finding(
@@ -166,7 +166,7 @@ def _checkpointing(seen: ProfileEvidence) -> Iterator[Finding]:
         f"checkpointing repeats {seen.recomputed:.0%} of all FLOPs, at a peak of {format_bytes(seen.peak_bytes)} of "
         f"{format_bytes(seen.memory_bytes)}",
         f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is there.",
-        changes=left_out(seen.variant, "gradient_checkpointing"),
+        changes=changes_without(seen.variant, "gradient_checkpointing"),
     )  # fmt: skip
 
 

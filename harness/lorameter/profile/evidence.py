@@ -37,16 +37,16 @@ UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
 """bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply as ever."""
 DROPPED = (DROPOUT, "dropout_backward_s")
 """Under which names a phase's records of dropout are counted."""
-_LEFT_OUT: Mapping[str, dict[str, Any]] = {
+_WITHOUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
 }
 """Fields of a variant where a saving of memory is left out."""
 
 
-def left_out(variant: Variant, saving: str) -> dict[str, Any]:
+def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
     """What a variant is changed to so that it goes without this saving of memory; nothing that it has already."""
-    return {name: value for name, value in _LEFT_OUT[saving].items() if getattr(variant, name) != value}
+    return {name: value for name, value in _WITHOUT[saving].items() if getattr(variant, name) != value}
 
 
 def saved_bytes(profile: Watched, shape: ModelShape, saving: str) -> int:
@@ -55,7 +55,7 @@ def saved_bytes(profile: Watched, shape: ModelShape, saving: str) -> int:
     Raises:
         UsageError: a model type whose layers are not known.
     """
-    without = dataclasses.replace(profile.variant, **left_out(profile.variant, saving))
+    without = dataclasses.replace(profile.variant, **changes_without(profile.variant, saving))
     with_it, without_it = (
         memory_bytes(variant, profile.workload, shape, profile.device) for variant in (profile.variant, without)
     )
@@ -211,7 +211,7 @@ def _extra_bytes(profile: Profile) -> dict[str, int]:
     extra = {"optimizer": max(0, moments - resident)}
     try:
         shape = shapes.shape(catalogue.resolve(profile.workload.model))
-        extra |= {saving: saved_bytes(profile, shape, saving) for saving in _LEFT_OUT}
+        extra |= {saving: saved_bytes(profile, shape, saving) for saving in _WITHOUT}
     except UsageError:  # a model type whose layers are not known: then nothing is said to fit
         pass
     return extra

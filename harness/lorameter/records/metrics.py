@@ -145,7 +145,7 @@ def _open_ended_time_per_token_s(record: TrialRecord) -> Samples:
     return tuple(seconds / count for seconds, count in pairs)
 
 
-def _final_train_loss(record: TrialRecord) -> Samples:
+def _final_loss(record: TrialRecord) -> Samples:
     if "timed_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
         return ()
     losses = tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
@@ -254,7 +254,7 @@ METRICS: dict[str, Metric] = {
             title="train loss",
             unit="1",
             phase="train",
-            derive=_final_train_loss,
+            derive=_final_loss,
             is_loss=True,
             column="one workload",
         ),

@@ -25,12 +25,11 @@ def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
     for about, title in TITLES.items():
         asked = (check for check in checks if check.about == about)
         rows = tuple(
-            write_row(check.name, Cell(verdict=check.standing), check.found, Cell(detail=check.remedy))
-            for check in asked
+            write_row(check.name, Cell(verdict=check.grade), check.found, Cell(detail=check.remedy)) for check in asked
         )
         yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
-    counts = Counter(check.standing for check in checks)
-    said = ", ".join(f"{counts[standing]} {standing}" for standing in get_args(Grade) if counts[standing])
+    counts = Counter(check.grade for check in checks)
+    said = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
     answer = _fit(counts["bad"]) if fit else _unfit()
     yield say("This machine is ", *answer, f". Checks: {said}.", indented=False)
 

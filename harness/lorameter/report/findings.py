@@ -23,10 +23,10 @@ def tabulate_findings(findings: Sequence[Finding], notes: Iterable[str]) -> Tabl
     )
 
 
-def say_unfound(codes: Iterable[str], findings: Sequence[Finding], blind: Collection[str]) -> Iterator[str]:
-    """What else was looked for, and what could not be: those of `blind`."""
+def say_unfound(codes: Iterable[str], findings: Sequence[Finding], not_observable: Collection[str]) -> Iterator[str]:
+    """What else was looked for, and what could not be: those of `not_observable`."""
     rest = [code for code in codes if code not in {finding.code for finding in findings}]
-    unseen = [code for code in rest if code in blind]
+    unseen = [code for code in rest if code in not_observable]
     yield f"looked for and not found: {', '.join(code for code in rest if code not in unseen)}"
     if unseen:
         yield f"not judged, since it is not known what ran: {', '.join(unseen)}"

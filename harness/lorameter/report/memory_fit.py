@@ -30,11 +30,11 @@ from lorameter.report.blocks import (
 )
 
 if TYPE_CHECKING:
-    from lorameter.run.memory_fit import Largest, MemoryDevice, Needs, Standing
+    from lorameter.run.memory_fit import FitStatus, Largest, MemoryDevice, Needs
     from lorameter.run.memory_options import Advice, MemoryOption
     from lorameter.studies.workload import Workload
 
-_WORDS: Mapping[Standing, tuple[str, Tone]] = {
+_WORDS: Mapping[FitStatus, tuple[str, Tone]] = {
     "fits": ("fits", "good"),
     "may-not-fit": ("may not fit", "warning"),
     "does-not-fit": ("does not fit", "bad"),
@@ -43,7 +43,7 @@ _BOUNDS = {"memory": "", "context": ", which is the model's context", "study": "
 
 
 def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Document:
-    """The finding with its range, what it assumes, the most that fits where that was asked for, and the knobs.
+    """The finding with its range, what it assumes, the most that fits where that was asked for, and the options.
 
     `profile` is that of the study which the device takes, as a run there would.
     """
@@ -58,7 +58,7 @@ def _blocks(advice: Advice, workload: Workload, profile: str | None) -> Iterator
     yield Section(title=f"On {device.name}", lines=tuple(lines))
     if advice.largest:
         yield Section(title="The most that fits", lines=tuple(_most(one, workload) for one in advice.largest))
-    if advice.knobs:
+    if advice.options:
         yield Table(
             title="What can be changed, what frees most first",
             heads=(
@@ -66,25 +66,25 @@ def _blocks(advice: Advice, workload: Workload, profile: str | None) -> Iterator
                 ColumnHeader(text="needs then", right=True),
                 ColumnHeader(text="there"),
             ),
-            rows=tuple(map(_row, advice.knobs)),
+            rows=tuple(map(_row, advice.options)),
             blank_line_before=True,
         )  # fmt: skip
-    if any(knob.table == "workload" for knob in advice.knobs):
+    if any(option.table == "workload" for option in advice.options):
         yield say("batch_size is written in [workload], the others in [[variant]].")
     yield _first(advice)
-    for one in advice.left_out:
+    for one in advice.skipped:
         yield say(f"left out, {one.writes}: {one.why}.")
 
 
 def _finding(advice: Advice) -> Line:
     usable, needs = advice.device.usable_bytes, advice.needs
-    text, tone = _WORDS[advice.standing]
+    text, tone = _WORDS[advice.status]
     left, lacking = usable - needs.high_bytes, needs.low_bytes - usable
     rest = {
         "fits": f"{format_bytes(left)} or more are left",
         "may-not-fit": f"from {format_bytes(-lacking)} left to {format_bytes(-left)} too little",
         "does-not-fit": f"{format_bytes(lacking)} or more are lacking",
-    }[advice.standing]
+    }[advice.status]
     what = "free now" if advice.device.is_here else "usable"
     return say(Span(text=text, tone=tone), f": needs {_range(needs).line} of {format_bytes(usable)} {what}; {rest}.")
 
@@ -130,9 +130,9 @@ def _most(one: Largest, workload: Workload) -> Line:
     return say(f"{one.key} = {one.value}: {text}{_BOUNDS[one.bound]}.")
 
 
-def _row(knob: MemoryOption) -> Row:
-    there = _WORDS[knob.standing][0]
-    return write_row(knob.writes, write_bytes(knob.freed_bytes), _range(knob.needs), there)
+def _row(option: MemoryOption) -> Row:
+    there = _WORDS[option.status][0]
+    return write_row(option.writes, write_bytes(option.freed_bytes), _range(option.needs), there)
 
 
 def _first(advice: Advice) -> Line:

@@ -42,8 +42,8 @@ class Frames:
     def __repr__(self) -> str:
         """How many rows each table has."""
         sizes = [f"{name}: {len(getattr(self, name))}" for name in TABLES]
-        left_out = [f"unreadable: {len(self.unreadable)}"] if self.unreadable else []
-        return f"Frames({', '.join([*sizes, *left_out])})"
+        skipped = [f"unreadable: {len(self.unreadable)}"] if self.unreadable else []
+        return f"Frames({', '.join([*sizes, *skipped])})"
 
 
 def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:

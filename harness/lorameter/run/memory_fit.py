@@ -28,7 +28,7 @@ from lorameter.studies import limits
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import LEAST_LENGTH, MOST_BATCH, Workload
 
-Standing = Literal["fits", "may-not-fit", "does-not-fit"]
+FitStatus = Literal["fits", "may-not-fit", "does-not-fit"]
 Bound = Literal["memory", "context", "study"]
 """What keeps a size from being larger: the device's memory, the model's context, or what a study may ask for."""
 
@@ -65,7 +65,7 @@ class Needs:
         low, high = peak_range(expected_bytes, device)
         return cls(expected_bytes=expected_bytes, low_bytes=low, high_bytes=high)
 
-    def stand_in(self, usable_bytes: int) -> Standing:
+    def status_in(self, usable_bytes: int) -> FitStatus:
         """Whether all of the range is within these bytes, a part of it, or nothing."""
         if self.high_bytes <= usable_bytes:
             return "fits"
@@ -135,12 +135,12 @@ class Fitter:
         )  # fmt: skip
         return Needs.of(expected.needed_bytes, self.device.machine.device)
 
-    def standing(self, needs: Needs) -> Standing:
+    def status(self, needs: Needs) -> FitStatus:
         """Whether that fits."""
-        return needs.stand_in(self.device.usable_bytes)
+        return needs.status_in(self.device.usable_bytes)
 
     def _fits(self, variant: Variant, workload: Workload) -> bool:
-        return self.standing(self.needs(variant, workload)) == "fits"
+        return self.status(self.needs(variant, workload)) == "fits"
 
     def largest_batch(self, variant: Variant, workload: Workload) -> Largest:
         """The largest `batch_size` at the workload's length, such that it fits and each smaller one does."""

@@ -1,6 +1,6 @@
 """What to change in a variant or its workload so that it takes less memory, and what to change first.
 
-A knob is a key of a study with another value: what is estimated with it is a variant that can be run, and what its
+An option is a key of a study with another value: what is estimated with it is a variant that can be run, and what its
 fields refuse is left out with their reason. The batch is the last to go down, because less of it is another training.
 """
 
@@ -15,7 +15,7 @@ from typing import Literal
 from lorameter.errors import UsageError
 from lorameter.models.costs.storage import width
 from lorameter.run.feasibility import check_widths
-from lorameter.run.memory_fit import Fitter, Largest, MemoryDevice, Needs, Standing
+from lorameter.run.memory_fit import FitStatus, Fitter, Largest, MemoryDevice, Needs
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -31,11 +31,11 @@ class MemoryOption:
     needs: Needs
     """With this change alone."""
     freed_bytes: int
-    standing: Standing
+    status: FitStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
+class SkippedOption:
     """A change that this variant or device cannot have, or that frees nothing."""
 
     writes: str
@@ -49,10 +49,10 @@ class Advice:
     device: MemoryDevice
     needs: Needs
     """As it is, in the phase that needs most."""
-    standing: Standing
-    knobs: tuple[MemoryOption, ...]
+    status: FitStatus
+    options: tuple[MemoryOption, ...]
     """Those that are not turned yet, what frees most first."""
-    left_out: tuple[LeftOut, ...]
+    skipped: tuple[SkippedOption, ...]
     turn: tuple[str, ...] | None
     """The fewest lines with which it fits; none where it does as it is, None where all of them are not enough."""
     largest: tuple[Largest, ...] = ()
@@ -60,7 +60,7 @@ class Advice:
 
 
 def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest: bool = False) -> Advice:
-    """Every knob of a variant by what the estimate falls for it, and the fewest that make it fit.
+    """Every option of a variant by what the estimate falls for it, and the fewest that make it fit.
 
     Args:
         fitter: of the model on the device.
@@ -78,28 +78,28 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
             "of several holds is not estimated. Leave --gpu and --max-batch out, or set ranks = 1."
         )
     before = fitter.needs(variant, workload)
-    turns, left_out = _sort_out(fitter, variant, workload)
-    knobs: dict[_Turn, MemoryOption] = {}
+    turns, skipped = _sort_out(fitter, variant, workload)
+    options: dict[_Turn, MemoryOption] = {}
     for turn in turns:
         after = fitter.needs(*turn.apply(variant, workload))
         freed = before.expected_bytes - after.expected_bytes
         if freed > 0:
-            knobs[turn] = MemoryOption(
+            options[turn] = MemoryOption(
                 writes=turn.writes, table="variant" if turn.batch_size is None else "workload", needs=after,
-                freed_bytes=freed, standing=fitter.standing(after),
+                freed_bytes=freed, status=fitter.status(after),
             )  # fmt: skip
         else:
-            left_out.append(LeftOut(writes=turn.writes, why="it frees nothing at the peak"))
-    order = sorted(knobs, key=lambda turn: -knobs[turn].freed_bytes)
-    standing = fitter.standing(before)
+            skipped.append(SkippedOption(writes=turn.writes, why="it frees nothing at the peak"))
+    order = sorted(options, key=lambda turn: -options[turn].freed_bytes)
+    status = fitter.status(before)
     largest = (fitter.largest_batch(variant, workload), fitter.largest_length(variant, workload))
     return Advice(
         device=fitter.device,
         needs=before,
-        standing=standing,
-        knobs=tuple(knobs[turn] for turn in order),
-        left_out=tuple(left_out),
-        turn=() if standing == "fits" else _find_fewest(fitter, variant, workload, order),
+        status=status,
+        options=tuple(options[turn] for turn in order),
+        skipped=tuple(skipped),
+        turn=() if status == "fits" else _find_fewest(fitter, variant, workload, order),
         largest=largest if with_largest else (),
     )
 
@@ -143,10 +143,10 @@ def _smaller_batch(fitter: Fitter, variant: Variant, workload: Workload) -> Iter
         yield _Turn(writes=f"batch_size = {rows}", batch_size=rows)
 
 
-def _sort_out(fitter: Fitter, variant: Variant, workload: Workload) -> tuple[list[_Turn], list[LeftOut]]:
+def _sort_out(fitter: Fitter, variant: Variant, workload: Workload) -> tuple[list[_Turn], list[SkippedOption]]:
     """Those that this variant, model and device can have, and those that they cannot."""
     found: list[_Turn] = []
-    left_out: list[LeftOut] = []
+    skipped: list[SkippedOption] = []
     machine = fitter.device.machine
     for turn in (*_turns(variant), *_smaller_batch(fitter, variant, workload)):
         try:
@@ -155,10 +155,10 @@ def _sort_out(fitter: Fitter, variant: Variant, workload: Workload) -> tuple[lis
                 raise UsageError("nothing is paged on a CPU, and its trials would be invalid")
             check_widths(f"variant {variant.name!r}", changed, fitter.shape, machine)
         except UsageError as error:
-            left_out.append(LeftOut(writes=turn.writes, why=str(error).rstrip(".")))
+            skipped.append(SkippedOption(writes=turn.writes, why=str(error).rstrip(".")))
         else:
             found.append(turn)
-    return found, left_out
+    return found, skipped
 
 
 def _find_fewest(
@@ -174,7 +174,7 @@ def _find_fewest(
                     changed, smaller = one.apply(changed, smaller)
             except UsageError:  # two that exclude each other
                 continue
-            if fitter.standing(fitter.needs(changed, smaller)) != "fits":
+            if fitter.status(fitter.needs(changed, smaller)) != "fits":
                 continue
             most = fitter.largest_batch(changed, workload).value or 1  # beside others it need not be as small
             rows = f"batch_size = {min(most, workload.batch_size - 1)}"

@@ -73,7 +73,7 @@ class Price:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What one A/B of identical code with a injected slow-down says of this machine."""
+    """What one A/B of identical code with an injected slow-down says of this machine."""
 
     run: str
     device: str

@@ -91,7 +91,7 @@ def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
     for one in (found, on_card(found)):
         checks = examine(one)
         assert is_fit(checks)
-        assert {check.standing for check in checks} == {"good"}
+        assert {check.grade for check in checks} == {"good"}
         assert not any(check.remedy for check in checks)
 
 
@@ -99,13 +99,13 @@ def test_a_card_that_no_program_can_use_is_unfit(found):
     """A container can be given NVML without CUDA: nvidia-smi shows the GPU there, and every trial would crash."""
     one = dataclasses.replace(on_card(found), lacks_driver="libcuda.so.1: cannot open shared object file")
     check = by_name(one)["device"]
-    assert (check.standing, is_fit(examine(one))) == ("unfit", False)
+    assert (check.grade, is_fit(examine(one))) == ("unfit", False)
     assert "libcuda.so.1: cannot open" in check.found
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in check.remedy
 
 
 @pytest.mark.parametrize(
-    ("name", "standing", "changes"),
+    ("name", "grade", "changes"),
     [
         ("load", "bad", {"load": given(3.5)}),
         ("governor", "bad", {"governor": given("powersave")}),
@@ -120,27 +120,27 @@ def test_a_card_that_no_program_can_use_is_unfit(found):
         ("container", "note", {"container": given("/.dockerenv is there")}),
     ],
 )
-def test_what_would_spoil_a_measurement_on_the_host(found, name, standing, changes):
+def test_what_would_spoil_a_measurement_on_the_host(found, name, grade, changes):
     """Each has its remedy; only what no trial could bear makes the machine unfit."""
     one = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, **changes))
     check = by_name(one)[name]
-    assert check.standing == standing
+    assert check.grade == grade
     assert check.remedy
-    assert is_fit(examine(one)) is (standing != "unfit")
+    assert is_fit(examine(one)) is (grade != "unfit")
 
 
 @pytest.mark.parametrize(
-    ("load", "stalled_s", "standing"),
+    ("load", "stalled_s", "grade"),
     [(3.5, 0.0, "bad"), (4.0, 0.9, "bad"), (15.2, 0.9, "unfit"), (15.2, None, "unfit"), (15.2, 0.0, "bad")],
 )
-def test_a_machine_that_others_have_is_unfit(found, load, stalled_s, standing):
+def test_a_machine_that_others_have_is_unfit(found, load, stalled_s, grade):
     """A load above all CPUs leaves none free; one that lags behind work that has ended is not waited for by anybody."""
     watched = {name: value for name, value in found.host.items() if name != "cpu_stall_s"}
     if stalled_s is not None:
         watched["cpu_stall_s"] = stalled_s * found.host["watched_s"]
     one = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, load=given(load), cpus=4), host=watched)
-    assert by_name(one)["load"].standing == standing
-    assert is_fit(examine(one)) is (standing != "unfit")
+    assert by_name(one)["load"].grade == grade
+    assert is_fit(examine(one)) is (grade != "unfit")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_bad_check_is_part_of_the_answer(found, load, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "standing", "changes"),
+    ("name", "grade", "changes"),
     [
         ("persistence", "bad", {"persistence": given(False)}),
         ("power limit", "bad", {"power_limit_w": given(400.0)}),
@@ -167,22 +167,22 @@ def test_a_bad_check_is_part_of_the_answer(found, load, words):
         ("other processes", "unfit", {"statement": "who?", "used_bytes": given(60 * GIB)}),
     ],
 )  # fmt: skip
-def test_what_would_spoil_a_measurement_on_a_card(found, name, standing, changes):
+def test_what_would_spoil_a_measurement_on_a_card(found, name, grade, changes):
     """Each has its remedy."""
     one = on_card(found, **changes)
     check = by_name(one)[name]
-    assert check.standing == standing
+    assert check.grade == grade
     assert check.remedy
-    assert is_fit(examine(one)) is (standing != "unfit")
+    assert is_fit(examine(one)) is (grade != "unfit")
 
 
 def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
     """With the command that installs them."""
     lacking = dataclasses.replace(found, packages=found.packages | {"peft": None})
-    assert by_name(lacking)["packages"].standing == "unfit"
+    assert by_name(lacking)["packages"].grade == "unfit"
     assert by_name(lacking)["packages"].remedy == "pip install peft"
     extra = dataclasses.replace(found, packages=found.packages | {"gguf": None})
-    assert by_name(extra)["gguf"].standing == "note"
+    assert by_name(extra)["gguf"].grade == "note"
     assert is_fit(examine(extra))
 
 
@@ -202,7 +202,7 @@ def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, co
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 2
     assert document["fit"] is (code == 0)
-    assert {"about", "name", "standing", "found", "remedy"} == set(document["checks"][0])
+    assert {"about", "name", "grade", "found", "remedy"} == set(document["checks"][0])
     assert cli.main(["doctor"]) == code
     assert "This machine is" in capsys.readouterr().out
 
@@ -217,7 +217,7 @@ def test_this_machine_can_be_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("links", "standing", "words"),
+    ("links", "grade", "words"),
     [
         ({"NVLink": ["0 and 1"]}, "good", "all GPUs by NVLink"),
         ({"one PCIe switch": ["0 and 1"]}, "good", "all GPUs by one PCIe switch"),
@@ -225,11 +225,11 @@ def test_this_machine_can_be_looked_at(tmp_path):
         ({"NVLink": ["0 and 1"], "a PCIe host bridge": ["0 and 2", "1 and 2"]}, "note", "0 and 2, 1 and 2 by a PCIe"),
     ],
 )
-def test_the_connections_of_the_gpus_are_shown(found, links, standing, words):
+def test_the_connections_of_the_gpus_are_shown(found, links, grade, words):
     """Connections that differ, or that cross memory nodes, are noted."""
     check = by_name(dataclasses.replace(on_card(found), links=given(links)))["interconnect"]
-    assert (check.standing, words in check.found) == (standing, True)
-    assert bool(check.remedy) == (standing == "note")
+    assert (check.grade, words in check.found) == (grade, True)
+    assert bool(check.remedy) == (grade == "note")
 
 
 def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
@@ -237,7 +237,7 @@ def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
     one = dataclasses.replace(on_card(found), environment={"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)})
     assert "MPS" not in by_name(one)
     (tmp_path / "control").touch()
-    assert by_name(one)["MPS"].standing == "bad"
+    assert by_name(one)["MPS"].grade == "bad"
     assert "MPS" not in by_name(dataclasses.replace(one, card=missing("no driver")))
 
 
@@ -248,4 +248,4 @@ def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
 def test_a_runs_folder_without_locks_is_bad(found, locks, words):
     """Two runs would write into one folder."""
     check = by_name(dataclasses.replace(found, locks=locks))["runs folder"]
-    assert (check.standing, words in check.found, bool(check.remedy)) == ("bad", True, True)
+    assert (check.grade, words in check.found, bool(check.remedy)) == ("bad", True, True)

@@ -73,7 +73,7 @@ def test_the_estimate_is_the_ratio_with_its_interval(make_run, claim):
     part = part_of(make_run([claim(rule="trend-up")], RISE))
     assert part.low < 1.06 < part.high
     assert part.ratio == pytest.approx(1.06, abs=0.003)
-    assert (part.about, part.tolerance, part.margin, part.replicates, part.left_out) == ("16 / 4", 0.01, None, 6, 0)
+    assert (part.about, part.tolerance, part.margin, part.replicates, part.skipped) == ("16 / 4", 0.01, None, 6, 0)
     assert part.reason.startswith("from r 4 to 16 step time changes by ×1.0")
     assert ": a rise of more than 1 % (95 % interval [1.05" in part.reason
 
@@ -204,7 +204,7 @@ def test_a_replicate_counts_only_with_every_level(make_run, claim):
         return record.replaced(status="timeout") if failed else record
 
     part = part_of(make_run([claim(rule="trend-up")], RISE, change=failing))
-    assert (part.verdict, part.replicates, part.left_out) == ("supported", 5, 1)
+    assert (part.verdict, part.replicates, part.skipped) == ("supported", 5, 1)
     assert part.reason.endswith("; 1 replicate left out, where a level is missing")
 
 

@@ -36,4 +36,4 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
 
 def is_fit(checks: tuple[DoctorCheck, ...]) -> bool:
     """Whether something may be measured here."""
-    return all(check.standing != "unfit" for check in checks)
+    return all(check.grade != "unfit" for check in checks)

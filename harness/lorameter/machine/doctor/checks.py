@@ -48,7 +48,7 @@ class DoctorCheck:
 
     about: About
     name: str
-    standing: Grade
+    grade: Grade
     found: str
     remedy: str = ""
 
@@ -65,7 +65,7 @@ def setting(
     return DoctorCheck(
         about="spoils",
         name=name,
-        standing=grade if wrong else "good" if reading.known else "note",
+        grade=grade if wrong else "good" if reading.known else "note",
         found=in_words(reading, words),
         remedy=remedy if wrong else "",
     )
@@ -81,42 +81,42 @@ def packages(found: Survey) -> Iterator[DoctorCheck]:
     yield DoctorCheck(
         about="runs",
         name="packages",
-        standing="unfit" if lacking else "good",
+        grade="unfit" if lacking else "good",
         found=f"missing: {', '.join(lacking)}; installed: {versions}" if lacking else versions,
         remedy=f"pip install {' '.join(lacking)}" if lacking else "",
     )
     for name, need in OPTIONAL.items():
         if found.packages.get(name) is None:
             remedy = f"Only for {need}: pip install 'lorameter[{name}]'."
-            yield DoctorCheck(about="runs", name=name, standing="note", found=f"{name} is not installed", remedy=remedy)
+            yield DoctorCheck(about="runs", name=name, grade="note", found=f"{name} is not installed", remedy=remedy)
 
 
 def device(found: Survey) -> DoctorCheck:
     """Where trials run, and why not on the GPU."""
     machine, card = found.machine, found.card.value
-    standing: Grade = "good"
+    grade: Grade = "good"
     remedy = ""
     if machine.device == "cuda":
         size = "" if machine.device_memory_bytes is None else f", {format_bytes(machine.device_memory_bytes)}"
         said = f"{machine.device_name}{size}, driver {machine.driver}; torch is built for CUDA {machine.cuda}"
         if found.lacks_driver is not None:
-            standing = "unfit"
+            grade = "unfit"
             said += f"; NVML shows the GPU, and CUDA's driver cannot be loaded: {found.lacks_driver}"
             remedy = (
                 "Start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install all of the driver."
             )
     elif card is not None:
-        standing = "bad"
+        grade = "bad"
         said = f"{in_words(card.facts.name, str)} is there, and torch is built for CPUs: trials run on the CPU"
         remedy = "Install torch for CUDA (pytorch.org, Get Started), or set CUDA_VISIBLE_DEVICES= to mean the CPU."
     elif machine.cuda is not None:
-        standing = "note"
+        grade = "note"
         said = f"{machine.cpu_model}: torch is built for CUDA {machine.cuda}, and no GPU is found ({found.card.reason})"
         remedy = "If there should be one, look at nvidia-smi, CUDA_VISIBLE_DEVICES and docker run --gpus."
     else:
         bf16 = "with" if machine.avx512_bf16 else "without"
         said = f"{machine.cpu_model} {bf16} AVX512-BF16, {machine.cpus} CPUs; torch is built for CPUs"
-    return DoctorCheck(about="runs", name="device", standing=standing, found=said, remedy=remedy)
+    return DoctorCheck(about="runs", name="device", grade=grade, found=said, remedy=remedy)
 
 
 def device_order(found: Survey) -> Iterator[DoctorCheck]:
@@ -126,7 +126,7 @@ def device_order(found: Survey) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="runs",
             name="device order",
-            standing="note",
+            grade="note",
             found=f"GPUs differ ({', '.join(names)}): CUDA puts the fastest first, trials count along the bus",
             remedy=f"Choose by UUID (nvidia-smi -L) in CUDA_VISIBLE_DEVICES, or set {ORDER_VARIABLE}={BUS_ORDER}.",
         )
@@ -139,7 +139,7 @@ def memory(found: Survey) -> DoctorCheck:
     return DoctorCheck(
         about="runs",
         name="memory",
-        standing="unfit" if little else "good" if free.known else "note",
+        grade="unfit" if little else "good" if free.known else "note",
         found=in_words(
             free,
             lambda size: f"{format_bytes(size)} free; a trial takes {format_bytes(least)} before its model",
@@ -162,7 +162,7 @@ def models(found: Survey) -> Iterator[DoctorCheck]:
     yield DoctorCheck(
         about="runs",
         name="models",
-        standing="good" if packed else "note",
+        grade="good" if packed else "note",
         found=f"LoRA: {', '.join(plain) or 'none'}; with a 4-bit base {', '.join(more) or 'no more'} too (estimated, "
         f"{workload.batch_size} × {workload.sequence_length} tokens a batch)",
         remedy="" if packed else "Free memory, or take a smaller model than the catalogue's.",
@@ -186,7 +186,7 @@ def runs_folder(found: Survey) -> DoctorCheck:
     return DoctorCheck(
         about="runs",
         name="runs folder",
-        standing="good" if locks.value else "bad",
+        grade="good" if locks.value else "bad",
         found=f"{found.runs}: {said}",
         remedy="" if locks.value else "Use a folder on a disk of this machine: --runs-dir, or LORAMETER_RUNS.",
     )
@@ -202,14 +202,14 @@ def host_meters(found: Survey) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="measures",
             name=name,
-            standing="note" if reason else "good",
+            grade="note" if reason else "good",
             found=unavailable(reason) if reason else "available",
             remedy=remedy if reason else "",
         )
     yield DoctorCheck(
         about="measures",
         name="host peaks",
-        standing="good" if found.peaks else "unfit",
+        grade="good" if found.peaks else "unfit",
         found="available" if found.peaks else "the kernel does not let this process reset its peak memory",
         remedy="" if found.peaks else "Run where /proc/self/clear_refs can be written.",
     )
@@ -242,7 +242,7 @@ def load(found: Survey) -> Iterator[DoctorCheck]:
             yield DoctorCheck(
                 about="spoils",
                 name=name,
-                standing="bad" if share > limit else "good",
+                grade="bad" if share > limit else "good",
                 found=f"{what} in {share:.0%} of {watched:.1f} s (above {limit:.0%} it matters)",
                 remedy=remedy if share > limit else "",
             )
@@ -266,7 +266,7 @@ def _withheld(found: Survey, name: str, counter: str, what: str, remedy: str) ->
     return DoctorCheck(
         about="spoils",
         name=name,
-        standing="bad" if much else "note" if share is None else "good",
+        grade="bad" if much else "note" if share is None else "good",
         found=said,
         remedy=remedy if much else "",
     )
@@ -326,7 +326,7 @@ def limits(found: Survey) -> Iterator[DoctorCheck]:
     yield DoctorCheck(
         about="spoils",
         name="threads",
-        standing="unfit" if threads > usable else "good",
+        grade="unfit" if threads > usable else "good",
         found=f"{threads} a trial, {usable:g} CPUs' worth of time",
         remedy="Give it a whole CPU: less stops every thread in each period." if threads > usable else "",
     )
@@ -334,7 +334,7 @@ def limits(found: Survey) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="spoils",
             name="CPU quota",
-            standing="bad",
+            grade="bad",
             found=f"{quota:g} of {system.cpus} CPUs: what exceeds it waits for the next period",
             remedy="Use a cpuset (docker run --cpuset-cpus) instead of a quota.",
         )
@@ -342,7 +342,7 @@ def limits(found: Survey) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="spoils",
             name="container",
-            standing="note",
+            grade="note",
             found=f"{system.container.value}: other processes of the machine are not seen",
             remedy="Look at the machine from outside before a result matters.",
         )

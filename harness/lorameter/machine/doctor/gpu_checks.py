@@ -30,7 +30,7 @@ def card_meters(card: GpuSurvey) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="measures",
             name=name,
-            standing="good" if reading.known else "note",
+            grade="good" if reading.known else "note",
             found=in_words(reading, lambda _: "available"),
             remedy="" if reading.known else remedy,
         )
@@ -47,7 +47,7 @@ def interconnect(found: Survey) -> Iterator[DoctorCheck]:
     yield DoctorCheck(
         about="measures",
         name="interconnect",
-        standing="good" if alike else "note",
+        grade="good" if alike else "note",
         found="; ".join(ways),
         remedy=""
         if alike
@@ -88,7 +88,7 @@ def card_state(card: GpuSurvey, *, root: bool) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="spoils",
             name="MIG",
-            standing="note",
+            grade="note",
             found="the device is a part of a GPU: others share its power, its heat and some of its bandwidth",
             remedy="Use a whole GPU for numbers that are to hold for it.",
         )
@@ -140,9 +140,9 @@ def _other_processes(card: GpuSurvey) -> DoctorCheck:
         said = f"{neighbours.statement}; {size} in use, {limit}"
         remedy = "Look at nvidia-smi outside the container, or give it the machine's process numbers (--pid=host)."
     else:
-        return DoctorCheck(about="spoils", name="other processes", standing="good", found="none on the device")
-    standing: Grade = "unfit" if max(held or 0, used or 0) > SHARED_INVALID_BYTES else "bad"
-    return DoctorCheck(about="spoils", name="other processes", standing=standing, found=said, remedy=remedy)
+        return DoctorCheck(about="spoils", name="other processes", grade="good", found="none on the device")
+    grade: Grade = "unfit" if max(held or 0, used or 0) > SHARED_INVALID_BYTES else "bad"
+    return DoctorCheck(about="spoils", name="other processes", grade=grade, found=said, remedy=remedy)
 
 
 def shared_cards(found: Survey) -> Iterator[DoctorCheck]:
@@ -152,7 +152,7 @@ def shared_cards(found: Survey) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="spoils",
             name="ranks",
-            standing="note",
+            grade="note",
             found=f"{'; '.join(shared)} are parts of one GPU: ranks, or sites, on them would disturb each other",
             remedy="Make one instance of each GPU visible (CUDA_VISIBLE_DEVICES).",
         )
@@ -161,7 +161,7 @@ def shared_cards(found: Survey) -> Iterator[DoctorCheck]:
         yield DoctorCheck(
             about="spoils",
             name="MPS",
-            standing="bad",
+            grade="bad",
             found=f"its control daemon listens in {pipes}: processes share a context, and a fault of one ends all",
             remedy="echo quit | nvidia-cuda-mps-control, or set CUDA_MPS_PIPE_DIRECTORY to an empty folder.",
         )

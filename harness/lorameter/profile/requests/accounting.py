@@ -106,8 +106,8 @@ def _pass_account(
     cache = facts.cache_bytes * min(context, whole) // whole
     read = size.linear_bytes + size.head_bytes + size.norm_bytes + (size.adapter_bytes if beside else 0) + cache
     product, memory = profile.peaks.get("product"), profile.peaks.get("memory")
-    left_out = "" if shape is not None else ", without attention"
-    said = f"{rows} rows through the weights, {logit_rows} of logits, {pairs} pairs a head{left_out}"
+    without_attention = "" if shape is not None else ", without attention"
+    said = f"{rows} rows through the weights, {logit_rows} of logits, {pairs} pairs a head{without_attention}"
     return PassAccount(
         time=time,
         calls=calls,

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.profile.diagnosis import BETWEEN, LEAST_IDLE, WORTH, advise_adapter_dtype
-from lorameter.profile.evidence import left_out
+from lorameter.profile.evidence import changes_without
 from lorameter.profile.finding import Finding
 from lorameter.profile.requests.evidence import RequestEvidence
 from lorameter.records.units import format_bytes, format_value
@@ -105,7 +105,7 @@ def _dequantisation(seen: RequestEvidence) -> Iterator[Finding]:
         f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
         if fits
         else "A kernel that multiplies packed weights as they are would not unpack them.",
-        changes=left_out(seen.variant, "quantization") if fits else {},
+        changes=changes_without(seen.variant, "quantization") if fits else {},
         obstacle="" if fits else "there is no memory for the weights unpacked, or reading them would take longer",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ from lorameter.records.atomic_output import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.blocks import (
     Cell,
+    ChartGroup,
+    Collapsible,
     Document,
+    Line,
+    Panel,
     Section,
     Table,
     name_columns,
@@ -36,6 +40,12 @@ from lorameter.report.figure import Figure
 from lorameter.report.html.charts import draw, draw_chart, draw_ratio
 from lorameter.report.html.svg import number_series, series_class
 from lorameter.report.whisker import scale_of
+
+_BLOCKS = {
+    "line": Line, "section": Section, "table": Table, "collapsible": Collapsible, "chart_group": ChartGroup,
+    "panel": Panel,
+}  # fmt: skip
+"""Classes of blocks by the tests of the template."""
 
 
 def write_html(
@@ -96,8 +106,13 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.DictLoader({"page": _file("page.html.jinja")}), autoescape=True, undefined=jinja2.StrictUndefined,
         finalize=_finalize,
     )  # fmt: skip
-    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of, "kind_of": lambda block: type(block).__name__}
+    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of}
+    environment.tests |= {name: _is_instance(block) for name, block in _BLOCKS.items()}
     return environment
+
+
+def _is_instance(block: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, block)
 
 
 def _finalize(value: Any) -> Any:

@@ -60,7 +60,7 @@ class PartResult:
     """What was promised of an engine."""
     replicates: int = 0
     """With every level; 0 where the part was not judged."""
-    left_out: int = 0
+    skipped: int = 0
     """Replicates in which a level is missing."""
     reason: str
 
@@ -189,7 +189,7 @@ def _answered(question: Question, conclusion: Conclusion, said: str) -> PartResu
         "inconclusive" if said else conclusion.status,
         f"{said}; {reason}" if said else reason,
         replicates=conclusion.replicates,
-        left_out=question.left_out,
+        skipped=question.skipped,
     )
     return dataclasses.replace(result, about=question.about[conclusion.contrast], ratio=ratio, low=low, high=high)
 
@@ -214,7 +214,7 @@ def _peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     return dataclasses.replace(result, about=about, ratio=found.ratio, low=found.low, high=found.high)
 
 
-def _result(part: ClaimPart, verdict: Judgement, reason: str, *, replicates: int = 0, left_out: int = 0) -> PartResult:
+def _result(part: ClaimPart, verdict: Judgement, reason: str, *, replicates: int = 0, skipped: int = 0) -> PartResult:
     name, limit = part.limit
     return PartResult(
         rule=part.rule,
@@ -222,7 +222,7 @@ def _result(part: ClaimPart, verdict: Judgement, reason: str, *, replicates: int
         metric=" + ".join(metrics_of(part)),
         verdict=verdict,
         replicates=replicates,
-        left_out=left_out,
+        skipped=skipped,
         tolerance=limit if name == "tolerance" else None,
         margin=limit if name == "margin" else None,
         by=limit if name == "by" else None,

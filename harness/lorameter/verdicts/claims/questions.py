@@ -35,7 +35,7 @@ class Question:
     """What ratio each contrast is, before it was turned over: "256 / 16"."""
     says: tuple[str, ...]
     """The beginning of the sentence that gives this ratio."""
-    left_out: int
+    skipped: int
     context: tuple[tuple[str, NDArray[float64]], ...] = ()
     """Changes that the sentence begins with and that decide nothing: words, and log ratios one a replicate."""
 
@@ -86,7 +86,7 @@ def _trend(part: ClaimPart, table: AxisLogs) -> Question:
         sign=sign,
         about=(f"{say_level(table.levels[-1])} / {say_level(table.levels[0])}",),
         says=(_along(spoken(part.metric), table),),
-        left_out=table.left_out,
+        skipped=table.skipped,
     )
 
 
@@ -100,7 +100,7 @@ def _equal(part: ClaimPart, table: AxisLogs) -> Question:
         sign=1,
         about=tuple(f"{names[high]} / {names[low]}" for low, high in pairs(len(names))),
         says=tuple(f"furthest apart are {names[low]} and {names[high]}," for low, high in pairs(len(names))),
-        left_out=table.left_out,
+        skipped=table.skipped,
         context=((_along(spoken(part.metric), table), _line(table, part.scale)),) if lined else (),
     )
 
@@ -115,7 +115,7 @@ def _differs(part: ClaimPart, table: AxisLogs) -> Question:
         sign=1,
         about=(f"{say_level(high)} / {say_level(low)}",),
         says=(f"from {part.axis} {say_level(low)} to {say_level(high)} {spoken(part.metric)} changes by",),
-        left_out=table.left_out,
+        skipped=table.skipped,
     )
 
 
@@ -138,7 +138,7 @@ def _promised(part: ClaimPart, table: AxisLogs, study: Study) -> Question:
         sign=sign,
         about=(f"speed, {name} / {without}" if faster else f"{name} / {without}",),
         says=(says,),
-        left_out=table.left_out,
+        skipped=table.skipped,
     )
 
 
@@ -154,7 +154,7 @@ def _extreme(part: ClaimPart, table: AxisLogs, title: str) -> Question:
         sign=sign,
         about=tuple(f"{say_level(level)} / {other}" for other in others),
         says=tuple(f"{title} at {part.axis} {say_level(level)} over that at {other} is" for other in others),
-        left_out=table.left_out,
+        skipped=table.skipped,
     )
 
 
@@ -170,7 +170,7 @@ def _best(part: ClaimPart, tables: Sequence[AxisLogs]) -> Question:
         axis=first.axis,
         levels=first.levels,
         replicates=first.replicates,
-        left_out=max(table.left_out for table in shared),
+        skipped=max(table.skipped for table in shared),
         logs=logs,
     )
     return _extreme(part, score, f"the score ({', '.join(terms)})")
@@ -192,7 +192,7 @@ def _largest(part: ClaimPart, tables: Sequence[AxisLogs]) -> Question:
         sign=1,
         about=tuple(f"{part.axis} / {axis}" for axis in part.against),
         says=tuple(f"the change along {part.axis} over that along {axis} is" for axis in part.against),
-        left_out=max(table.left_out for table in shared),
+        skipped=max(table.skipped for table in shared),
         context=tuple((_along(title, table), line) for table, line in zip(shared, lines, strict=True)),
     )
 

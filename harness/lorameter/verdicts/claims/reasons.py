@@ -108,7 +108,7 @@ def reason_of(question: Question, conclusion: Conclusion) -> str:
     begin.append(f"{question.says[conclusion.contrast]} ×{format_ratio(*ratio_of(question, conclusion))}")
     interval = f"{100 * conclusion.level:.4g} % interval {_interval(question, conclusion)}"
     said = f"{'; '.join(begin)}: {_decision(question, conclusion)} ({interval})"
-    return f"{said}{_needed(conclusion)}{left_out(question.left_out)}"
+    return f"{said}{_needed(conclusion)}{format_skipped(question.skipped)}"
 
 
 def _needed(conclusion: Conclusion) -> str:
@@ -128,7 +128,7 @@ def ratio_of(question: Question, conclusion: Conclusion) -> tuple[float, float |
     return math.exp(question.sign * conclusion.estimate), low, high
 
 
-def left_out(count: int) -> str:
+def format_skipped(count: int) -> str:
     """What to say of replicates that do not count."""
     return f"; {format_count(count, 'replicate')} left out, where a level is missing" if count else ""
 

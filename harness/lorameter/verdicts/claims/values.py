@@ -39,7 +39,7 @@ class AxisLogs:
     axis: str
     levels: tuple[Level, ...]
     replicates: tuple[int, ...]
-    left_out: int
+    skipped: int
     """Replicates in which some level was measured and another was not."""
     logs: NDArray[float64]
 
@@ -49,7 +49,7 @@ class AxisLogs:
         return dataclasses.replace(
             self,
             replicates=tuple(self.replicates[row] for row in rows),
-            left_out=self.left_out + len(self.replicates) - len(rows),
+            skipped=self.skipped + len(self.replicates) - len(rows),
             logs=self.logs[rows],
         )
 
@@ -92,7 +92,7 @@ def axis_logs(groups: Groups, study: Study, axis: str, metric: str, planned: Col
         axis=axis,
         levels=tuple(level for level, _ in levels),
         replicates=replicates,
-        left_out=len(seen) - len(replicates),
+        skipped=len(seen) - len(replicates),
         logs=np.stack(columns, axis=1),
     )
 
