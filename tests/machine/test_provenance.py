@@ -26,7 +26,7 @@ def on_card(small_study, machine, monkeypatch):
     """A function that collects the provenance of a run on a GPU with these settings; None: before they were kept."""
 
     def facts(told):
-        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, card, environment: {"card": told})
+        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, gpu, environment: {"gpu": told})
         found = collect(small_study, read_facts(dataclasses.replace(machine, device="cuda", device_name="Card")), 1)
         if told is None:
             del found["settings"]

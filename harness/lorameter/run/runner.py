@@ -169,14 +169,14 @@ def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool
         attempts = {settled.get(slot.trial) for slot in group.slots}
         return None not in attempts and len(attempts) == 1
 
-    left = {group for group in plan.groups if not is_settled(group)} - set(_left_out(plan, earlier))
+    left = {group for group in plan.groups if not is_settled(group)} - set(_skipped(plan, earlier))
     begun = {record.replicate for record in earlier if whole or record.site}
     again = {group.replicate for group in left} & begun
     again |= _of_two_sites(earlier)
     return tuple(group for group in plan.groups if group in left or group.replicate in again)
 
 
-def _left_out(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
+def _skipped(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
     """Isolated trials that minutes did not suffice for: they have no record, and what comes after them has. Where some
     were left out, those of the replicate that broke off are as well."""
     recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}

@@ -211,11 +211,11 @@ class ReplicateWorker:
                 begin, size = self._sent.get(path.name, 0), file.seek(0, os.SEEK_END)
                 if size <= begin:
                     continue
-                left_out = max(0, size - begin - MOST_LOG_BYTES)
-                file.seek(begin + left_out)
-                text = file.read(size - begin - left_out).decode(errors="replace")
+                skipped = max(0, size - begin - MOST_LOG_BYTES)
+                file.seek(begin + skipped)
+                text = file.read(size - begin - skipped).decode(errors="replace")
             self._sent[path.name] = size
-            said = f"[{left_out} bytes are left out]\n" if left_out else ""
+            said = f"[{skipped} bytes are left out]\n" if skipped else ""
             say(NodeMessage(says="log", trial=path.stem, text=said + text))
 
 

@@ -102,7 +102,7 @@ class TrialOfRanks:
             self._one.end()
             self._members.remove(self._one)
             self._one = None
-            return PartialRecord().with_notice(_left_out(self._request.variant.name, failed.failure))
+            return PartialRecord().with_notice(_rank_failure_notice(self._request.variant.name, failed.failure))
         fragment = answers[self._one]
         self._losses["one"] += _losses_of(fragment)
         times = fragment.samples.get("step_time_s", ())
@@ -268,7 +268,7 @@ def _imbalance(values: Mapping[str, float]) -> Notice | None:
 _OWN = re.compile(r"rank([0-9]+)_own_step_time_s")
 
 
-def _left_out(variant: str, failure: Failure) -> Notice:
+def _rank_failure_notice(variant: str, failure: Failure) -> Notice:
     return Notice(
         code="one-rank-failed",
         message=f"{variant}: one rank alone could not train beside the others, so there is no scaling efficiency and "
