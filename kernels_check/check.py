@@ -17,17 +17,6 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 """``active``: seen, as required. ``fallback``: something else ran in its place. ``absent``: it is not there at all.
 ``unknown``: the evidence cannot tell. ``not_applicable``: the question has no meaning here."""
 
-Instrument: TypeAlias = Literal["profile", "spy"]
-"""What watches the step; see ``verify``."""
-INSTRUMENTS: tuple[Instrument, ...] = get_args(Instrument)
-
-Evidence: TypeAlias = Literal[
-    "attention", "recomputation", "update", "products", "product_paths", "kernels", "inputs", "compilation"
-]
-"""What an instrument may be blind to in a step: operators of attention, what is computed again, operators of the
-optimizer's update and of products, what runs inside a 4-bit product, kernels, the inputs of the model, and which
-compiled code is entered."""
-
 NAMES_SHOWN = 4
 """How many offenders a reason names before it only counts them."""
 
@@ -116,18 +105,16 @@ class JudgedPath:
     requirement: Requirement
     judge: Callable[[Any, Json], PathObservation]
     """From the ``Observation`` and what was required (None where nothing was) to the finding."""
-    instruments: tuple[Instrument, ...] = INSTRUMENTS
-    """Those that can judge it at all."""
-    rests_on: tuple[Evidence, ...] = ()
-    """Evidence without which it is left out."""
+    by_operators: bool = False
+    """Whether it rests on what the profiler recorded, so that it is unknown where nothing was."""
     packed: bool = False
-    """Whether it is about packed records: judged by forwards of its own, after the run was restored."""
+    """Whether it is about packed records, and judged only where it is required."""
     by_modules: bool = True
     """Whether it rests on calls of modules, so that it cannot be judged where those could not be watched."""
     takes_update: bool = False
-    """Whether a natural step without an update does not decide it."""
+    """Whether a step without an update does not decide it."""
     further_steps: str | None = None
-    """Why one natural step may not decide it although another may show more, and what to do."""
+    """Why one step may not decide it although another may show more, and what to do."""
 
 
 def judge_safely(path: str, required: Json, judge: Callable[[], PathObservation]) -> Check:

@@ -2,7 +2,7 @@
 
 Each fault is one that training scripts have had, in a small LoRA run of real libraries: a Llama of two layers with
 random weights, quantised by bitsandbytes, with an adapter of PEFT. A control holds if the check of its path is not
-active in the run with the fault, and active in the healthy run. The instruments' full set of controls is in the tests
+active in the run with the fault, and active in the healthy run. The full set of controls is in the tests
 (`tests/kernels_check/negative_controls`).
 """
 
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
+from kernels_check.check import Check, Json
 from kernels_check.terminal import escape_control_chars
 
 SCHEMA = 1
@@ -45,11 +45,11 @@ class SmallRun:
         self.model(**self.inputs, labels=self.inputs["input_ids"]).loss.backward()
         self.optimizer.step()
 
-    def check(self, path: str, required: Json, instrument: Instrument = "profile") -> Check:
+    def check(self, path: str, required: Json) -> Check:
         """Verify one path."""
         from kernels_check import verify
 
-        checks = verify(self.model, self.step, {path: required}, instrument=instrument, batch=self.batch)
+        checks = verify(self.model, self.step, {path: required}, batch=self.batch)
         return next(check for check in checks if check.path == path)
 
 
@@ -186,7 +186,6 @@ class Control:
     required: Json
     fault: Build
     healthy: Build = build
-    instruments: tuple[Instrument, ...] = INSTRUMENTS
 
 
 CONTROLS: tuple[Control, ...] = (
@@ -195,7 +194,7 @@ CONTROLS: tuple[Control, ...] = (
         fault=partial(build, attention="eager"),
     ),
     Control(
-        name="packed records see each other", path="packing.isolated", required=True, instruments=("profile",),
+        name="packed records see each other", path="packing.isolated", required=True,
         fault=changed(partial(pack, cache=True)), healthy=changed(partial(pack, cache=False)),
     ),
     Control(
@@ -229,12 +228,11 @@ CONTROLS: tuple[Control, ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A control with one instrument."""
+    """Both runs of a control."""
 
     control: str
     path: str
     required: Json
-    instrument: Instrument
     held: bool
     failure: str | None
     """What did not hold."""
@@ -242,15 +240,11 @@ class Outcome:
     healthy: Check | None = None
 
 
-def run_control(control: Control, instrument: Instrument) -> Outcome:
+def run_control(control: Control) -> Outcome:
     """Build and verify both runs; an exception is a control that does not hold."""
-    outcome = partial(
-        Outcome, control=control.name, path=control.path, required=control.required, instrument=instrument
-    )
+    outcome = partial(Outcome, control=control.name, path=control.path, required=control.required)
     try:
-        fault, healthy = (
-            make().check(control.path, control.required, instrument) for make in (control.fault, control.healthy)
-        )
+        fault, healthy = (make().check(control.path, control.required) for make in (control.fault, control.healthy))
     except Exception as error:
         return outcome(held=False, failure=f"{type(error).__name__}: {error}")
     failures = [] if fault.status in ("fallback", "absent") else [f"the fault is {fault.status}: {fault.reason}"]
@@ -268,13 +262,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_all(controls: Iterable[Control]) -> list[Outcome]:
-    """Run the controls one after the other, each with every instrument that can observe it."""
+    """Run the controls one after the other."""
     outcomes = []
     for control in controls:
         print(f"kernels_check selftest: {control.name}", file=sys.stderr)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # libraries warn of the faults
-            outcomes += [run_control(control, instrument) for instrument in control.instruments]
+            outcomes.append(run_control(control))
     return outcomes
 
 
@@ -292,14 +286,14 @@ def show(outcomes: Sequence[Outcome]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("fault", "path", "instrument", "with the fault", "healthy", ""):
+    for name in ("fault", "path", "with the fault", "healthy", ""):
         table.add_column(name, overflow="fold", no_wrap=name == "fault")
     for outcome in outcomes:
         seen = [_describe(check) for check in (outcome.fault, outcome.healthy)]
-        table.add_row(outcome.control, outcome.path, outcome.instrument, *seen, _VERDICTS[outcome.held])
+        table.add_row(outcome.control, outcome.path, *seen, _VERDICTS[outcome.held])
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(table)
-    lines = [f"FAILED: {one.control}, {one.instrument}: {one.failure}" for one in outcomes if not one.held]
+    lines = [f"FAILED: {one.control}: {one.failure}" for one in outcomes if not one.held]
     for line in [*lines, f"{sum(one.held for one in outcomes)} of {len(outcomes)} hold"]:
         console.print(escape_control_chars(line), markup=False, highlight=False)
 

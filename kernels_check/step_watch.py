@@ -1,7 +1,6 @@
-"""Watch a fine-tuning step as it takes place: judge what ran, and neither call nor put back anything.
+"""Watch a fine-tuning step as it takes place: judge what ran, and change nothing.
 
-``verify`` takes steps of its own and undoes them. Here the step is the training's: it happens once, and it must come
-out to the bit as if nobody had looked. What one step cannot tell is unknown, with what to do about it.
+What one step cannot tell is unknown, with what to do about it.
 """
 
 from __future__ import annotations
@@ -9,23 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
+from kernels_check.check import Check, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observe.gc_pause import gc_paused
-from kernels_check.observe.live_step import COMPILED_MEANWHILE, LiveStepObserver
+from kernels_check.observe.isolation import IsolationResult, isolation_of
 from kernels_check.observe.observation import Observation
+from kernels_check.observe.step import StepObserver
 from kernels_check.observe.trained_parts import ParameterStatus
-from kernels_check.verification import judge_all
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
     "embedding.trained": Observation.embeddings,
     "norms.trained": Observation.norms,
 }
+COMPILED_MEANWHILE = "code was compiled in this step, and a hook beside it would stay in that code: watch a later step"
 NO_UPDATE = (
     "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
     "one update accumulates"
@@ -35,27 +35,30 @@ NOTHING_RAN = "the model was not called while it was watched, and no gradient re
 
 
 def watch(
-    model: nn.Module,
-    requirements: Mapping[str, Json] | None = None,
-    *,
-    instrument: Instrument = "profile",
-    batch: Mapping[str, Any] | None = None,
+    model: nn.Module, requirements: Mapping[str, Json] | None = None, *, batch: Mapping[str, Any] | None = None
 ) -> Watch:
-    """Look on at a step that takes place by itself: ``with watch(model, requirements) as watched: step()``.
+    """Watch a step that takes place by itself: ``with watch(model, requirements) as watched: step()``.
 
     Args:
-        model: the model that is trained, as PEFT returned it.
-        requirements: path to expected value, see ``REQUIREMENTS``. Paths nobody asked for are reported too.
-        instrument: as for ``verify``.
-        batch: as for ``verify``; its forwards are made when the block has ended.
+        model: the model that is trained, as PEFT returned it; held weakly.
+        requirements: path to expected value, see ``REQUIREMENTS``. Other paths are reported too.
+        batch: packed inputs of ``model(**batch)``: ``packing.isolated`` is judged by forwards when the block has ended,
+            which leave the model as found. Without it, by what the model was given in the step.
 
     Returns:
         A context manager, which can be entered again for the next step. ``checks`` holds what was found.
 
     Raises:
-        ValueError: unknown path or instrument, or a value of the wrong kind.
+        ValueError: unknown path, or a value of the wrong kind.
     """
-    return Watch(model, requirements or {}, instrument=instrument, batch=batch)
+    if batch is None:
+        return Watch(model, requirements or {})
+    return Watch(model, {"packing.isolated": None} | dict(requirements or {}), partial(isolation_of_seen, batch=batch))
+
+
+def isolation_of_seen(seen: Observation, *, batch: Mapping[str, Any] | None) -> IsolationResult:
+    """Change the records of the packed calls of a step, and of a batch."""
+    return isolation_of(seen.model, seen.model_calls, batch)
 
 
 class Watch:
@@ -70,48 +73,49 @@ class Watch:
         self,
         model: nn.Module,
         requirements: Mapping[str, Json],
-        *,
-        instrument: Instrument = "profile",
-        batch: Mapping[str, Any] | None = None,
+        isolate: Callable[[Observation], IsolationResult] | None = None,
     ) -> None:
-        validate(requirements)
-        if instrument not in INSTRUMENTS:
-            raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
-        self._model, self._requirements = model, dict(requirements)
-        self._instrument, self._batch = instrument, batch
-        self._steps = LiveStepObserver(model, instrument)
+        validate({path: value for path, value in requirements.items() if value is not None})
+        self._requirements = dict(requirements)
+        self._steps = StepObserver(model)
         self._is_open = False
         self._unopened: str | None = None
         """Why nothing could be watched."""
         self._checks: tuple[Check, ...] = ()
+        self._isolate = isolate
 
     @contextmanager
-    def glance(self) -> Iterator[None]:
-        """Look on at what the update of a step does, and at nothing else, which costs next to nothing: the step that is
-        watched after it is judged of both where it takes two, as whether an update is kept.
+    def updates_only(self) -> Iterator[None]:
+        """Watch what the update of a step does, and nothing else, which costs next to nothing: the step that is watched
+        after it is judged of both where it takes two, as whether an update is kept.
 
         Raises:
-            RuntimeError: it looks on already.
+            RuntimeError: the watch is open already.
         """
         if self._is_open:
             raise RuntimeError(_OPEN)
         with ExitStack() as stack:
             try:
-                stack.enter_context(self._steps.glanced())
+                stack.enter_context(self._steps.updates_only())
             except Exception:  # the next step is the first then
                 self._steps.forget()
             yield
 
     @property
     def checks(self) -> list[Check]:
-        """One check per path of the last step that ended, as ``verify`` gives them; none before the first has."""
+        """One check per path of the last step that ended, in the order of ``REQUIREMENTS``."""
         return list(self._checks)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a further step may show what these did not."""
+        return self._steps.compiled or self._steps.undecided
+
     def __enter__(self) -> Watch:
-        """Look on from here.
+        """Watch from here.
 
         Raises:
-            RuntimeError: it looks on already.
+            RuntimeError: it is open already.
         """
         if self._is_open:
             raise RuntimeError(_OPEN)
@@ -127,11 +131,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take everything off, and judge.
-
-        Raises:
-            RestoreError: a forward that was made to answer a question, after the step, has changed the model for good.
-        """
+        """Remove everything, and judge."""
         self._is_open = False
         if self._unopened is not None:
             self._checks = self._unknown(self._unopened)
@@ -145,35 +145,17 @@ class Watch:
         try:
             seen = self._steps.end()
             if self._steps.fault is not None:
-                return self._unknown(f"what looked on failed: {self._steps.fault}")
+                return self._unknown(f"a hook failed: {self._steps.fault}")
             traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
             if not any(traces):
                 return self._unknown(NOTHING_RAN)
-            checks = self._checks_of(seen)
+            seen = replace(seen, isolate=self._isolate)
+            return tuple(self._decided(check, seen) for check in judge_all(seen, self._requirements))
         except Exception as error:
             self._steps.forget()
             return self._unknown(f"what was seen could not be read: {_words(error)}")
-        else:
-            if self._steps.unrestored is not None:
-                raise self._steps.unrestored
-            return checks
         finally:
             self._steps.release()
-
-    def _checks_of(self, seen: Observation) -> tuple[Check, ...]:
-        with gc_paused():
-            checks = judge_all(seen, self._requirements, self._instrument, packed=False)
-        if self._asks_for_records():
-            by_forwards = replace(seen, batch=self._batch, left=None)
-            checks |= judge_all(by_forwards, self._requirements, self._instrument, packed=True)
-        decided = (self._decided(checks[path], seen) for path in PATHS if path in checks)
-        return tuple(map(self._with_what_is_left, decided))
-
-    def _with_what_is_left(self, check: Check) -> Check:
-        """The check, with what of its instrument is still in place."""
-        if self._steps.left is None or not PATHS[check.path].rests_on:
-            return check
-        return replace(check, reason=f"{check.reason}; {self._steps.left}")
 
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""
@@ -201,16 +183,24 @@ class Watch:
         parts = _PARTS.get(check.path)
         return parts is not None and self._steps.undecided and any(part.open for part in parts(seen))
 
-    def _asks_for_records(self) -> bool:
-        return self._batch is not None or any(PATHS[path].packed for path in self._requirements)
-
     def _unknown(self, reason: str) -> tuple[Check, ...]:
-        asked = self._asks_for_records()
         return tuple(
             Check(path=path, required=self._requirements.get(path), observed=None, status="unknown", reason=reason)
             for path, judged in PATHS.items()
-            if self._instrument in judged.instruments and (asked or not judged.packed)
+            if path in self._requirements or not judged.packed
         )
+
+
+def judge_all(seen: Observation, requirements: Mapping[str, Json]) -> Iterator[Check]:
+    """Judge every path that the step tells, in their order."""
+    for path, judged in PATHS.items():
+        required = requirements.get(path)
+        if judged.packed and path not in requirements:
+            continue
+        if judged.by_operators and seen.profile.missing is not None:
+            yield Check(path=path, required=required, observed=None, status="unknown", reason=seen.profile.missing)
+        else:
+            yield judge_safely(path, required, partial(judged.judge, seen, required))
 
 
 def _is_merged_and_back(seen: Observation) -> bool:

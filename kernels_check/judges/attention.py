@@ -90,7 +90,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     return PathObservation(
         observed=observed,
         reason=reason,
-        status="unknown" if incomplete and not astray and _in_pieces(layers) else None,
+        status="unknown" if incomplete and not astray and (layers.doubtful or _in_pieces(layers)) else None,
         satisfies=not astray and not incomplete,
     )
 
@@ -296,7 +296,7 @@ _BACKEND = Requirement(
 _MASK = Requirement(kind="choice", choices=("none", "causal", "explicit"))
 
 PATHS: Mapping[str, JudgedPath] = {
-    "attention.backend": JudgedPath(requirement=_BACKEND, judge=judge_backend, rests_on=("attention",)),
-    "attention.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, rests_on=("attention",)),
-    "attention.mask": JudgedPath(requirement=_MASK, judge=judge_mask, rests_on=("attention",)),
+    "attention.backend": JudgedPath(requirement=_BACKEND, judge=judge_backend, by_operators=True),
+    "attention.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, by_operators=True),
+    "attention.mask": JudgedPath(requirement=_MASK, judge=judge_mask, by_operators=True),
 }

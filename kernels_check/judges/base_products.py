@@ -90,6 +90,6 @@ def _most_common(values: dict[str, str | None]) -> str | None:
 _GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu"))
 
 PATHS: Mapping[str, JudgedPath] = {
-    "base.compute_dtype": JudgedPath(requirement=DTYPE, judge=judge_compute_dtype, rests_on=("products",)),
-    "base.gemm_path": JudgedPath(requirement=_GEMM_PATH, judge=judge_gemm_path, rests_on=("product_paths",)),
+    "base.compute_dtype": JudgedPath(requirement=DTYPE, judge=judge_compute_dtype, by_operators=True),
+    "base.gemm_path": JudgedPath(requirement=_GEMM_PATH, judge=judge_gemm_path, by_operators=True),
 }

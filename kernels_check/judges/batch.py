@@ -10,8 +10,8 @@ from kernels_check.check import FLAG, SHARE, Check, Json, JudgedPath, PathObserv
 if TYPE_CHECKING:
     from torch import nn
 
+    from kernels_check.observe.isolation import IsolationResult
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.packing_isolation import IsolationResult
 
 _LEAK = (
     "positions tell records apart only without a cache, which is the default, and without a mask of two dimensions: "
@@ -24,7 +24,7 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     """Check that the records packed in ``batch`` are isolated, in training and in evaluation.
 
     Args:
-        model: called as ``model(**batch)``, some 4 to 8 times a mode: more for more records a row, see ``isolation``.
+        model: called as ``model(**batch)``, three times a mode, see ``isolation``.
         batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or whatever else
             tells the model its records (see ``records``); further entries (such as ``use_cache``) are passed on, labels
             only where the model does not run without.
@@ -32,24 +32,22 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     Returns:
         The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
     """
-    from kernels_check.observe.packed_step import isolation_of_batch
+    from kernels_check.observe.isolation import isolation_of
 
-    return judge_safely("packing.isolated", True, lambda: _judge_leaks(isolation_of_batch(model, batch)))
+    return judge_safely("packing.isolated", True, lambda: _judge_leaks(isolation_of(model, [], batch)))
 
 
 def judge_isolation(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``packing.isolated``."""
+    """Judge ``packing.isolated``: by forwards that changed records, else by what the model was given."""
     return _judge_leaks(seen.isolation())
 
 
 def _judge_leaks(seen: IsolationResult) -> PathObservation:
     if seen.leaks:
-        return PathObservation(observed=False, reason="; ".join([*seen.leaks, _LEAK, *seen.notes]))
+        return PathObservation(observed=False, reason="; ".join([*seen.leaks, _LEAK]))
     if seen.unclear is not None:
         return PathObservation(observed=None, status="unknown", present=seen.packed, reason=seen.unclear)
-    modes = " and ".join(f"in {mode}" for mode in seen.probed)
-    reason = f"{seen.records} records: perturbations changed no other logit, {modes}"
-    return PathObservation(observed=True, reason="; ".join([reason, *seen.notes]))
+    return PathObservation(observed=True, reason=f"{seen.records} records: {seen.proof}")
 
 
 def judge_padding(seen: Observation, required: Json) -> PathObservation:
@@ -74,6 +72,6 @@ def judge_padding(seen: Observation, required: Json) -> PathObservation:
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "packing.isolated": JudgedPath(requirement=FLAG, judge=judge_isolation, instruments=("profile",), packed=True),
-    "padding.share": JudgedPath(requirement=SHARE, judge=judge_padding, rests_on=("inputs",)),
+    "packing.isolated": JudgedPath(requirement=FLAG, judge=judge_isolation, packed=True),
+    "padding.share": JudgedPath(requirement=SHARE, judge=judge_padding),
 }

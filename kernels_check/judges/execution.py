@@ -217,10 +217,10 @@ def judge_mode(seen: Observation, required: Json) -> PathObservation:
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "checkpointing": JudgedPath(requirement=FLAG, judge=judge_checkpointing, rests_on=("recomputation",)),
-    "checkpointing.layers": JudgedPath(requirement=SHARE, judge=judge_checkpointed_layers, rests_on=("recomputation",)),
-    "tf32": JudgedPath(requirement=FLAG, judge=judge_tf32, rests_on=("kernels",), by_modules=False),
-    "compile": JudgedPath(requirement=FLAG, judge=judge_compile, rests_on=("compilation",)),
-    "compile.share": JudgedPath(requirement=SHARE, judge=judge_compiled_share, rests_on=("compilation",)),
+    "checkpointing": JudgedPath(requirement=FLAG, judge=judge_checkpointing, by_operators=True),
+    "checkpointing.layers": JudgedPath(requirement=SHARE, judge=judge_checkpointed_layers, by_operators=True),
+    "tf32": JudgedPath(requirement=FLAG, judge=judge_tf32, by_operators=True, by_modules=False),
+    "compile": JudgedPath(requirement=FLAG, judge=judge_compile, by_operators=True),
+    "compile.share": JudgedPath(requirement=SHARE, judge=judge_compiled_share, by_operators=True),
     "mode": JudgedPath(requirement=Requirement(kind="choice", choices=("train", "eval")), judge=judge_mode),
 }

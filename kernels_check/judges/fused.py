@@ -69,5 +69,5 @@ def _counted(kind: str, places: Sequence[FusedKernelSite], seen: Observation) ->
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "fused.kernels": JudgedPath(requirement=Requirement(kind="text"), judge=judge_fused, rests_on=("compilation",)),
+    "fused.kernels": JudgedPath(requirement=Requirement(kind="text"), judge=judge_fused, by_operators=True),
 }

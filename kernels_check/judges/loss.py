@@ -70,5 +70,5 @@ def _faults(passes: Sequence[LossPass]) -> list[str]:
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "loss.tokens": JudgedPath(requirement=FLAG, judge=judge_tokens, rests_on=("inputs",)),
+    "loss.tokens": JudgedPath(requirement=FLAG, judge=judge_tokens),
 }

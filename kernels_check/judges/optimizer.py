@@ -161,7 +161,7 @@ PATHS: Mapping[str, JudgedPath] = {
         requirement=Requirement(kind="class"), judge=judge_class, by_modules=False, takes_update=True
     ),
     "optimizer.fused": JudgedPath(
-        requirement=FLAG, judge=judge_fused, rests_on=("update",), by_modules=False, takes_update=True
+        requirement=FLAG, judge=judge_fused, by_operators=True, by_modules=False, takes_update=True
     ),
     "optimizer.paged_share": JudgedPath(
         requirement=SHARE, judge=judge_paged_share, by_modules=False, takes_update=True

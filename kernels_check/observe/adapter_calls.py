@@ -21,7 +21,7 @@ from kernels_check.observe.adapter_kinds import AdapterLayer, active_in, is_disa
 from kernels_check.observe.adapter_layers import adapter_layers
 from kernels_check.observe.calls import CallRecorder
 from kernels_check.observe.module_tree import ModelTree
-from kernels_check.observe.safe_hooks import ModuleHook, Shielding, unshielded
+from kernels_check.observe.safe_hooks import HookGuard, ModuleHook
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,8 +49,7 @@ class LayerCall:
 class AdapterCalls:
     """Hooks on the layers of a model's adapters and on their parts, and what they noted."""
 
-    model: nn.Module
-    shield: Shielding = unshielded
+    shield: HookGuard
     """What hooks are wrapped in."""
     layers: dict[str, list[LayerCall]] = field(default_factory=dict)
     """The calls of each layer, by its name."""
@@ -59,16 +58,16 @@ class AdapterCalls:
     """The layers that a thread is in, outermost first."""
 
     @contextmanager
-    def watched(self, tree: ModelTree | None = None, log: CallRecorder | None = None) -> Iterator[None]:
+    def watched(self, tree: ModelTree, log: CallRecorder) -> Iterator[None]:
         """Hook every layer and part; all hooks are off afterwards, whatever raised.
 
         Args:
-            tree: of the model as it is, where that was read already.
+            tree: of the model as it is.
             log: of all calls, which hooks the same modules.
         """
         self.forget()
         self._log = log
-        found = adapter_layers(tree or self.model)
+        found = adapter_layers(tree)
         with ExitStack() as hooks:
             parts: dict[int, tuple[nn.Module, dict[str, str]]] = {}
             for layer in found:

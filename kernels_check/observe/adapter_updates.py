@@ -95,7 +95,7 @@ class Updates:
                 self._names[id(tensor)] = name
                 self._values[id(tensor)] = KeptValue(tensor)
         self._by_method = written_by_method(model)
-        self._blank()
+        self.parameters = {self._names[key]: ParameterUpdates() for key in self._values}
 
     def goes_on(self, model: Model) -> bool:
         """Whether the same parameters are there, as the last call left them: nothing has updated them unseen."""
@@ -144,13 +144,6 @@ class Updates:
         self.optimizers[id(optimizer)] = describe(optimizer)
         self.steps += 1
 
-    def forget(self) -> None:
-        """Drop everything but the values."""
-        self.steps = 0
-        self.optimizers.clear()
-        self._fed.clear()
-        self._blank()
-
     def pending(self) -> bool:
         """Whether another call may show what these did not."""
         if not self.steps:  # something that is no optimizer of torch writes, or none has stepped yet
@@ -167,9 +160,6 @@ class Updates:
         steps, learnt = self._before_call
         warming = any(one.resting and one.updates < LEAST_RESTING for one in seen)
         return self.steps == steps or self._learnt() > learnt or warming
-
-    def _blank(self) -> None:
-        self.parameters = {self._names[key]: ParameterUpdates() for key in self._values}
 
     def _learnt(self) -> int:
         return sum(one.learnt > 0 for one in self.parameters.values())

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels_check.observe.gradients import largest
-from kernels_check.observe.mmap_copy import copy_of
 from kernels_check.observe.tensor_copy import plain_parts
 
 STUCK_SHARE = 0.9
@@ -30,7 +29,7 @@ class KeptValue:
     _version: int = 0
 
     def __post_init__(self) -> None:
-        self._parts = [copy_of(part) for part in _parts(self.tensor)]
+        self._parts = [part.clone() for part in _parts(self.tensor)]
         self._version = _version(self.tensor)
 
     @property
@@ -87,7 +86,7 @@ class KeptValue:
         return all(torch.equal(now, then) for now, then in zip(parts, self._parts, strict=True))
 
     def _keep(self, parts: list[Tensor], before: list[Tensor]) -> None:
-        self._parts = [copy_of(part) for part in parts]
+        self._parts = [part.clone() for part in parts]
         self._version, self._before = _version(self.tensor), before
 
     def _moved(self) -> list[Tensor]:

@@ -4,13 +4,13 @@ Which modules are attention layers is read off the step: a module that ran an im
 what stands where it stands in the other blocks of the model, or is of its class. Of those every call must have run an
 implementation that is known: one that was written by hand, or bypassed, leaves a call without any. A block of another
 kind (a recurrent or convolutional layer of a hybrid, a feed-forward layer in a flat sequence) is told by the model's
-own configuration, by its library, or by letting no token see another in a way that is not known (see ``mixing``).
+own configuration, by its library, or by the operators that it ran; what none of them tells is unknown.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ class AttentionLayers:
     """Calls of known implementations in the forward pass, recomputed ones included, by the layer's name."""
     unknown: Mapping[str, int]
     """Calls of layers in which no known implementation ran, by the layer's name."""
+    doubtful: bool = False
+    """Whether none of these is known to be attention: each may be a block of another kind."""
     compiled: tuple[AttentionCall, ...]
     """Calls in the forward pass inside code that was compiled for many layers at once, of which no layer is known."""
     elsewhere: tuple[AttentionCall, ...]
@@ -67,7 +69,7 @@ def attention_layers(
     calls: Calls,
     attention: Sequence[AttentionCall],
     mixing: Collection[int] = (),
-    asked: Callable[[Collection[str]], Collection[str]] = frozenset,
+    reductions: Collection[int] = (),
 ) -> AttentionLayers:
     """Attribute the attention of one step.
 
@@ -76,7 +78,7 @@ def attention_layers(
         calls: of its modules.
         attention: all calls of the step.
         mixing: numbers of the module calls that did what attention is written out with (``StepProfile.mixing``).
-        asked: tells which of some modules mix tokens for all that; unless they can be asked, all may.
+        reductions: those that did what attention could be written out with by single elements.
     """
     forward = [call for call in attention if call.direction == "forward"]
     inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
@@ -87,9 +89,11 @@ def attention_layers(
     ran: dict[str, list[AttentionCall]] = {}
     for call in ours:
         ran.setdefault(calls.all[call.call or 0].name, []).append(call)
+    found, doubtful = _AttentionSearch(model, calls, ours, mixing, reductions, blocks).unknown()
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
-        unknown=_AttentionSearch(model, calls, ours, mixing, asked, blocks).unknown(),
+        unknown=found | doubtful,
+        doubtful=bool(doubtful) and not found,
         partial={name: part for name, found in ran.items() if (part := _part(model.get_submodule(name), found))},
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
@@ -181,17 +185,17 @@ class _AttentionSearch:
     calls: Calls
     ours: Sequence[AttentionCall]
     mixing: Collection[int]
-    asked: Callable[[Collection[str]], Collection[str]]
+    reductions: Collection[int]
     announced: str | None = None
     """Name of the list of blocks that the configuration announces."""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     covered: set[int] = field(default_factory=set)
     """Calls that an implementation ran in, at any depth."""
 
-    def unknown(self) -> dict[str, int]:
-        """Number of such calls by the name of the layer."""
+    def unknown(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Number of such calls by the name of the layer: of those that are attention, and of those that may be."""
         if not self.ours:
-            return {}
+            return {}, {}
         self.modules = dict(named_modules(self.model, remove_duplicate=False))
         for call in self.ours:
             self.covered.update(self.calls.enclosing(call.call))
@@ -201,11 +205,13 @@ class _AttentionSearch:
             missing = [number for number in self.calls.called(name) if number not in self.covered]
             if missing:
                 (found if sure else doubtful)[name] = len(missing)
-        doubtful = {name: count for name, count in doubtful.items() if name not in found}
-        if doubtful:
-            found |= {name: doubtful[name] for name in self.asked(doubtful.keys())}
+        both = found | {name: count for name, count in doubtful.items() if self._ran_any(name, self.reductions)}
         # The outermost says it: what is inside a block that ran no attention ran none either.
-        return {name: count for name, count in found.items() if not _inside_any(name, found)}
+        outermost = {name: count for name, count in both.items() if not _inside_any(name, both)}
+        return (
+            {name: count for name, count in outermost.items() if name in found},
+            {name: count for name, count in outermost.items() if name not in found},
+        )
 
     def _candidates(self) -> Iterator[tuple[str, bool]]:
         """Modules in which attention should have run, and whether it is sure of them; else only if they mix tokens."""
@@ -299,8 +305,12 @@ class _AttentionSearch:
 
     def _mixes_tokens(self, name: str) -> bool:
         """Whether a block did what attention is written out with."""
+        return self._ran_any(name, self.mixing)
+
+    def _ran_any(self, name: str, operators: Collection[int]) -> bool:
+        """Whether a module, or one inside it, made any of some calls."""
         numbers = set(self.calls.called(name))
-        return any(not numbers.isdisjoint(self.calls.enclosing(number)) for number in self.mixing)
+        return any(not numbers.isdisjoint(self.calls.enclosing(number)) for number in operators)
 
 
 def _pattern(name: str) -> str:

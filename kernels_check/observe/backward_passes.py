@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.dispatch_recorder import unseen
 from kernels_check.observe.gradients import largest
 from kernels_check.observe.module_tree import every_parameter
 
@@ -62,7 +61,7 @@ class BackwardPasses:
         """The pass that is under way; to be asked before it has written any gradient."""
         task = torch._C._current_graph_task_id()
         if self._last is None or self._last.task != task:
-            with unseen(), torch.no_grad():
+            with torch.no_grad():
                 lying, unread = _sizes([value.grad for value in self._trained.values()])
             self._last = BackwardPass(
                 task=task, after_update=self._updated, in_update=self._updating > 0, lying=lying, unread=unread

@@ -24,7 +24,7 @@ from kernels_check.observe.base_state import is_packed
 from kernels_check.observe.failed_calls import BrokenCalls, Output, outputs_of
 from kernels_check.observe.module_tree import named_modules
 from kernels_check.observe.monkeypatch import patched
-from kernels_check.observe.safe_hooks import ModuleHook, Shielding, unshielded
+from kernels_check.observe.safe_hooks import HookGuard, ModuleHook
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""
@@ -163,6 +163,8 @@ class CallRecorder:
     """Writes the log; one for each watched call of the step."""
 
     model: nn.Module
+    shield: HookGuard
+    """What hooks are wrapped in."""
     marked: bool = False
     """Whether each call is also marked in the profiler's records."""
     log: list[ModuleCall] = field(default_factory=list)
@@ -171,8 +173,6 @@ class CallRecorder:
     differentiable: set[int] = field(default_factory=set)
     cut: set[int] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
-    shield: Shielding = unshielded
-    """What hooks are wrapped in."""
     broken: BrokenCalls = field(init=False)
     _local: threading.local = field(default_factory=threading.local)
     _lock: Any = field(default_factory=threading.Lock)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kernels_check.observe.backward_passes import BackwardPass, BackwardPasses
-from kernels_check.observe.dispatch_recorder import unseen
 
 _OPERATORS = ("NllLossBackward0", "NllLoss2DBackward0")
 _MEAN, _SUM = 1, 2
@@ -94,11 +93,11 @@ def read_log_probs(output: Any, passes: BackwardPasses, hooks: ExitStack, shield
     log_probs, mask = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
     if not (isinstance(log_probs, Tensor) and isinstance(mask, Tensor)) or not log_probs.requires_grad:
         return LossMade()
-    with unseen(), torch.no_grad():
+    with torch.no_grad():
         part = CrossEntropy(tokens=mask.sum(), mean=False)
 
     def keep(gradient: Tensor) -> None:
-        with unseen(), torch.no_grad():
+        with torch.no_grad():
             weights = -gradient
             most = weights.masked_fill(~mask, -torch.inf).amax()
             least = weights.masked_fill(~mask, torch.inf).amin()
@@ -136,7 +135,7 @@ def _read(operator: Any) -> CrossEntropy | str:
     if kept.unpack_hook is not None:  # to ask for it would compute again, or fetch, what the backward pass asks for
         return "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
     ignored = (operator._saved_ignore_index + _SIGN) % _WRAP - _SIGN
-    with unseen(), torch.no_grad():
+    with torch.no_grad():
         tokens = (kept.data != ignored).sum()
     return CrossEntropy(tokens=tokens, mean=operator._saved_reduction == _MEAN)
 

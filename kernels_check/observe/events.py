@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kernels_check.check import Evidence
 from kernels_check.observe.attention_calls import AttentionCall, attention_calls
 from kernels_check.observe.operators import (
     COMPILED_REGION,
     COMPILER_LOOKUP,
     FOURBIT,
     PRODUCTS,
+    REDUCTIONS,
     SOFTMAX,
     Operator,
     in_backward,
@@ -48,6 +48,8 @@ class StepProfile:
     """All others of the forward pass."""
     mixing: frozenset[int] = frozenset()
     """Numbers of the module calls of the forward pass with a batched product, or a softmax of at least 3 dimensions."""
+    reductions: frozenset[int] = frozenset()
+    """The same with a sum or an exponential, of which attention could be written out element by element."""
     writes: tuple[Write, ...] = ()
     """What wrote tensors inside the steps of optimizers."""
     writes_hidden: bool = False
@@ -57,10 +59,8 @@ class StepProfile:
     unclassified: Mapping[str, int]
     """Launches of each kernel that no rule knows."""
     compiler: CompilerSeen = field(default_factory=CompilerSeen)
-    blind: Mapping[Evidence, str] = field(default_factory=dict)
-    """Evidence that the instrument leaves to the profiler in this step, with the reason; empty for the profiler."""
-    untold: Mapping[Evidence, str] = field(default_factory=dict)
-    """Evidence that should be here and is not, with the reason: what rests on it is unknown."""
+    missing: str | None = None
+    """Why nothing was recorded, so that whatever rests on operators is unknown."""
 
     @property
     def compiled_regions(self) -> int:
@@ -77,16 +77,16 @@ def reduce_operators(
     operators: list[Operator],
     *,
     kernels: Iterable[str] = (),
-    on_cuda: bool = False,
     writes: Iterable[Write] = (),
+    writes_hidden: bool = False,
 ) -> StepProfile:
     """Reduce what one step called on the host, and the names of the kernels that it launched.
 
     Args:
         operators: those that ``matters`` keeps, each linked to its nearest kept caller.
         kernels: names as the profiler spells them.
-        on_cuda: whether the step ran on a GPU, where no kernels were recorded to tell.
         writes: inside the steps of optimizers.
+        writes_hidden: see ``StepProfile``.
     """
     known, unclassified = Counter[str](), Counter[str]()
     for name in kernels:
@@ -97,14 +97,25 @@ def reduce_operators(
             known[rule.name] += 1
     return StepProfile(
         attention=tuple(attention_calls(operators)),
-        fourbit=tuple(fourbit_products(operators, on_cuda=on_cuda or bool(known or unclassified))),
+        fourbit=tuple(fourbit_products(operators, on_cuda=bool(known or unclassified))),
         products=tuple(plain_products(operators)),
         mixing=frozenset(operator.call for operator in operators if operator.call is not None and _mixes(operator)),
+        reductions=frozenset(
+            operator.call
+            for operator in operators
+            if operator.call is not None and operator.name in REDUCTIONS and not in_backward(operator)
+        ),
         writes=tuple(writes),
+        writes_hidden=writes_hidden,
         kernels=known,
         unclassified=unclassified,
         compiler=compiler_seen(operators),
     )
+
+
+def not_recorded(reason: str) -> StepProfile:
+    """A profile without anything in it."""
+    return replace(reduce_operators([]), missing=reason)
 
 
 def compiler_seen(operators: Sequence[Operator]) -> CompilerSeen:

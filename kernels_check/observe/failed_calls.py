@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels_check.observe.safe_hooks import Shielding, unshielded
+from kernels_check.observe.safe_hooks import HookGuard
 
 Output = tuple[int, "weakref.ref[Tensor]"]
 """A tensor that a gradient can come back to, with the number of the call that returned it."""
@@ -28,7 +28,7 @@ Output = tuple[int, "weakref.ref[Tensor]"]
 class BrokenCalls:
     """Calls that raised, and those that a gradient came back to in spite of it."""
 
-    shield: Shielding = unshielded
+    shield: HookGuard
     """What hooks are wrapped in."""
     raised: set[int] = field(default_factory=set)
     _used: set[int] = field(default_factory=set)

@@ -9,6 +9,7 @@ exception: its gradient is put together outside of autograd, and it is told of i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from kernels_check.observe.adapter_layers import adapter_parameters
 from kernels_check.observe.module_tree import ModelTree, every_parameter, named_parameters
-from kernels_check.observe.safe_hooks import Shielding, unshielded
+from kernels_check.observe.safe_hooks import HookGuard
 from kernels_check.observe.tensor_copy import is_wrapper, plain_parts
 
 _EXACT = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,8 +44,8 @@ class GradientSeen:
 class Gradients:
     """Hooks on the parameters of a model, and what they saw."""
 
-    model: nn.Module
-    shield: Shielding = unshielded
+    reference: weakref.ref[nn.Module]
+    shield: HookGuard
     """What hooks are wrapped in."""
     moved: int = 0
     """Updates that have moved something of the adapter; kept by who watches those."""
@@ -60,17 +61,24 @@ class Gradients:
     _by_hand: set[int] = field(default_factory=set)
     _unread: set[int] = field(default_factory=set)
 
-    @contextmanager
-    def watched(self, tree: ModelTree | None = None) -> Iterator[None]:
-        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised.
+    @property
+    def model(self) -> nn.Module:
+        """The model.
 
-        Args:
-            tree: of the model as it is, where that was read already.
+        Raises:
+            RuntimeError: it no longer exists.
         """
-        model = tree or self.model
-        own = adapter_parameters(model)
+        model = self.reference()
+        if model is None:
+            raise RuntimeError("the model no longer exists")
+        return model
+
+    @contextmanager
+    def watched(self, tree: ModelTree) -> Iterator[None]:
+        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised."""
+        own = adapter_parameters(tree)
         with ExitStack() as hooks:
-            for name, parameter in named_parameters(model):
+            for name, parameter in named_parameters(tree):
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
                     hooks.callback(_take_off, parameter, parameter._backward_hooks)
                     _hook(hooks, parameter, self.shield(partial(self._arrive, parameter)))
@@ -118,12 +126,6 @@ class Gradients:
             )
         return found
 
-    def forget(self) -> None:
-        """Drop what was seen."""
-        for noted in (self._sizes, self._after, self._by_hand, self._unread, self.arrived, self.waiting):
-            noted.clear()
-        self.moved = 0
-
     def _arrive(self, parameter: Tensor, gradient: Tensor) -> None:
         self.arrived.add(id(parameter))
         self._note(parameter, gradient)
@@ -153,7 +155,7 @@ def largest(gradient: Tensor) -> Tensor | None:
     """
     plain = type(gradient) is Tensor and gradient.layout == torch.strided and gradient.numel()
     if plain and gradient.dtype in _EXACT:  # in one operator that nobody watches: there are hundreds in a backward pass
-        with torch.no_grad(), torch._C._DisableTorchDispatch():
+        with torch.no_grad():
             peak: Tensor = torch.linalg.vector_norm(gradient, float("inf"))
             return peak
     with torch.no_grad():

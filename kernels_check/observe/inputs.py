@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from kernels_check.observe.backward_passes import BackwardPasses
 from kernels_check.observe.cross_entropies import LossMade, read_log_probs, read_loss
-from kernels_check.observe.safe_hooks import ModuleHook, Shielding, unshielded
+from kernels_check.observe.module_tree import Model, attribute, every_module
+from kernels_check.observe.safe_hooks import HookGuard, ModuleHook
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
@@ -62,7 +63,7 @@ class InputLog:
         shield: what hooks are wrapped in.
     """
 
-    def __init__(self, shield: Shielding = unshielded) -> None:
+    def __init__(self, shield: HookGuard) -> None:
         self.calls: list[ModelCall] = []
         self._shield = shield
         self._hooks: ExitStack | None = None
@@ -88,6 +89,11 @@ class InputLog:
             begun, ended = (ModuleHook(module, self._shield(hook)) for hook in (self._begin, self._end))
             hooks.push(module.register_forward_pre_hook(begun, with_kwargs=True))
             hooks.push(module.register_forward_hook(ended, always_call=True))
+
+    def clear(self) -> None:
+        """Drop all calls."""
+        self.calls.clear()
+        self.backwards = None
 
     def drop(self, failed: Set[int]) -> None:
         """Drop the calls of these numbers, which came to nothing."""
@@ -206,3 +212,29 @@ def _kept(value: Any) -> Any:
         with suppress(Exception):
             return copy.deepcopy(value)
     return value
+
+
+def special_tokens(
+    configs: Iterable[Any], kinds: tuple[str, ...] = ("",), *, but: tuple[str, ...] = ()
+) -> frozenset[int]:
+    """Ids that configurations name, of some kinds (``pad``, ``eos``) or of all but some."""
+    found: set[int] = set()
+    for config in configs:
+        for name, value in vars(config).items():
+            if name.endswith(("_token_id", "_token_index")) and name.startswith(kinds) and not name.startswith(but):
+                values = value if isinstance(value, list | tuple) else [value]
+                found.update(one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
+    return frozenset(found)
+
+
+def configurations(model: Model) -> Iterator[Any]:
+    """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
+    seen: set[int] = set()
+    modules = list(every_module(model))
+    waiting = [attribute(module, name) for name in ("config", "generation_config") for module in modules]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, "__dict__") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+            waiting += [one for name, one in vars(config).items() if name.endswith("_config")]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from kernels_check.check import Evidence
 from kernels_check.observe import trained_parts
 from kernels_check.observe.adapter_biases import biases_of_adapters
 from kernels_check.observe.adapter_calls import LayerCall
@@ -33,16 +31,14 @@ from kernels_check.observe.events import StepProfile
 from kernels_check.observe.fused_kernels import FusedKernelSite, swapped_places
 from kernels_check.observe.gradients import GradientSeen
 from kernels_check.observe.inputs import ModelCall
+from kernels_check.observe.isolation import IsolationResult, isolation_by_inputs
 from kernels_check.observe.layer_products import LayerProducts, fourbit_layers, products_of
 from kernels_check.observe.loss_tokens import LossSeen, loss_of_step
 from kernels_check.observe.module_tree import ModelTree
 from kernels_check.observe.optimizers import OptimizerSeen
-from kernels_check.observe.packed_step import isolation_of_step
-from kernels_check.observe.packing_isolation import IsolationResult
 from kernels_check.observe.padding import PaddingSeen, count_padding
 from kernels_check.observe.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observe.storage import Storage, read_wrapped, storage_in
-from kernels_check.observe.token_mixing import mixing_modules
 from kernels_check.observe.trained_parts import ParameterStatus
 from kernels_check.observe.updates import GroupSeen, operators_on, updated_by
 from kernels_check.observe.weight_bits import WeightBits, take_census
@@ -96,8 +92,8 @@ class Observation:
     """Calls of the model itself in the hooked call; none where it is compiled in place."""
     compilations: Compilations = field(default_factory=Compilations)
     """What torch.compile has on record after the last call."""
-    batch: Mapping[str, Any] | None = None
-    """Packed inputs of the model, to be perturbed."""
+    isolate: Callable[[Observation], IsolationResult] | None = None
+    """Changes the records of packed calls; without, they are judged by what the model was given."""
     left: ModelTree | None = None
     """The model as the last call left it; None where it has been restored since."""
     updated: tuple[GroupSeen, ...] = ()
@@ -105,23 +101,8 @@ class Observation:
     other_optimizers: tuple[str, ...] = ()
     """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they are another
     model's, or hold copies of this one's, as master weights are."""
-    undone: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What forwards stand in that are made to answer a question, where nobody restores the model afterwards."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What the methods have read of the model, by their names; whoever replaces a field reads anew."""
-
-    @property
-    def blind(self) -> Mapping[Evidence, str]:
-        """Evidence that the instrument could not collect in this step, with the reason."""
-        compiled_in_place = "" in self.modules.unhooked  # it calls no hook of its own
-        if self.profile.blind and not self.model_calls and compiled_in_place:
-            return {**self.profile.blind, "inputs": "the model is compiled in place and its inputs were not seen"}
-        return self.profile.blind
-
-    @property
-    def untold(self) -> Mapping[Evidence, str]:
-        """Evidence that should have been there in this step and was not, with the reason."""
-        return self.profile.untold
 
     @_once
     def compiled_blocks(self) -> CompiledBlocks:
@@ -186,13 +167,10 @@ class Observation:
 
     @_once
     def attention_layers(self) -> AttentionLayers:
-        """The layers in which attention ran or should have; it may take forwards."""
-
-        def asked(names: Collection[str]) -> frozenset[str]:
-            with self.undone():
-                return mixing_modules(self.model, self.model_calls, names)
-
-        return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing, asked)
+        """The layers in which attention ran or should have."""
+        return attention_layers(
+            self.model, self.modules, self.profile.attention, self.profile.mixing, self.profile.reductions
+        )
 
     @_once
     def base_products(self) -> LayerProducts:
@@ -251,9 +229,10 @@ class Observation:
         return trained_parts.fates_of(places, self.tree(), shown)
 
     def isolation(self) -> IsolationResult:
-        """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
-        with self.undone():
-            return isolation_of_step(self.model, self.model_calls, self.batch)
+        """Whether packed records are isolated."""
+        if self.isolate is not None:
+            return self.isolate(self)
+        return isolation_by_inputs(self.model, self.model_calls, self.attention_layers().calls)
 
     @_once
     def padding(self) -> PaddingSeen | None:

@@ -33,7 +33,8 @@ MASKING = frozenset({
     *("aten::index_put_", "aten::_index_put_impl_"),
 })  # fmt: skip
 """What a mask is laid over the scores by, where attention is written out."""
-_READ = SOFTMAX | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
+REDUCTIONS = frozenset({"aten::sum", "aten::exp", "aten::exp2", "aten::cumsum", "aten::logsumexp"})
+_READ = SOFTMAX | REDUCTIONS | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
 _DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
 

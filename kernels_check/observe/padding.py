@@ -18,10 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.check import name_some
-from kernels_check.observe.inputs import ModelCall, find_tokens, names_tokens, training_calls
+from kernels_check.observe.inputs import (
+    ModelCall,
+    configurations,
+    find_tokens,
+    names_tokens,
+    special_tokens,
+    training_calls,
+)
 from kernels_check.observe.module_tree import attribute, every_module
 from kernels_check.observe.records import PADDING, LayoutError, Records, find_records, hidden_by
-from kernels_check.observe.token_perturbation import configurations, special_tokens
 
 _IGNORED = -100
 """The label that no loss is computed for."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,47 +17,38 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.observe.calls import MARK, number_of
-from kernels_check.observe.device import synchronise
-from kernels_check.observe.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
-from kernels_check.observe.gc_pause import gc_paused
+from kernels_check.observe.events import StepProfile, reduce_operators
 from kernels_check.observe.monkeypatch import patched
 from kernels_check.observe.operators import Operator, matters
+from kernels_check.observe.restore import synchronise
 from kernels_check.observe.updates import is_hidden_by_a_mode, recorded_writes
+
+AROUND = "a profiler of the program runs around this check, which another would end"
+INSIDE = "the step runs a profiler of its own, which ends any other"
 
 
 def profiled(call: Callable[[], object]) -> StepProfile | None:
     """Call under the profiler, with shapes, in all threads, and on CUDA with kernels.
 
     Returns:
-        None where nothing was recorded: what was called runs a profiler of its own, which ends this one without a word.
+        None where nothing was recorded: what was called runs a profiler of its own, which ends this one silently.
     """
     synchronise()
-    recording = _recorded(call, ProfilerRecording())
-    return recording.operators() if recording.lasted else None
-
-
-def entries(call: Callable[[], object]) -> CompilerSeen | None:
-    """Call and see what it enters, for a fraction of what a profile costs: names on the host alone.
-
-    Returns:
-        None where nothing was recorded, as for ``profiled``.
-    """
-    recording = _recorded(call, ProfilerRecording(names_alone=True))
-    return recording.entered() if recording.lasted else None
+    recording = ProfilerRecording()
+    with recording.opened():
+        call()
+    return recording.profile() if recording.lasted else None
 
 
 class ProfilerRecording:
-    """A profile between two moments of a program, such as those around a call.
+    """A profile between two moments of a program, such as those around a call; of all threads, with shapes."""
 
-    Args:
-        names_alone: record what runs on the host by name, without shapes or kernels, for a fraction of the price.
-    """
-
-    def __init__(self, *, names_alone: bool = False) -> None:
+    def __init__(self) -> None:
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available() and not names_alone:
+        if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities, record_shapes=not names_alone, **_everywhere())
+        everywhere: Any = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
+        self._profile = profile(activities=activities, record_shapes=True, **everywhere)
         self._another = False
 
     @contextmanager
@@ -84,14 +74,17 @@ class ProfilerRecording:
         """Whether nobody has started another since; after the block whether it has anything to tell."""
         return not self._another and (is_recording() or bool(_events(self._profile)))
 
-    def operators(self) -> StepProfile:
+    def profile(self) -> StepProfile:
         """What was recorded, where it ``lasted``."""
-        with gc_paused():
-            return _reduced(self._profile)
-
-    def entered(self) -> CompilerSeen:
-        """Which compiled code was entered."""
-        return compiler_seen(read_operators(self._profile)[0])
+        operators, kernels = read_operators(self._profile)
+        results: Any = self._profile.profiler
+        roots = results.kineto_results.experimental_event_tree()
+        return reduce_operators(
+            operators,
+            kernels=kernels,
+            writes=recorded_writes(roots, MARK),
+            writes_hidden=is_hidden_by_a_mode(roots, MARK),
+        )
 
     def _noticing(self, enable: Callable[..., Any]) -> Callable[..., Any]:
         def noticed(*args: Any, **kwargs: Any) -> Any:
@@ -101,28 +94,9 @@ class ProfilerRecording:
         return noticed
 
 
-def _recorded(call: Callable[[], object], recording: ProfilerRecording) -> ProfilerRecording:
-    with recording.opened():
-        call()
-    return recording
-
-
-def _reduced(recorded: profile) -> StepProfile:
-    operators, kernels = read_operators(recorded)
-    results: Any = recorded.profiler
-    roots = results.kineto_results.experimental_event_tree()
-    seen = reduce_operators(operators, kernels=kernels, writes=recorded_writes(roots, MARK))
-    return replace(seen, writes_hidden=is_hidden_by_a_mode(roots, MARK))
-
-
 def is_recording() -> bool:
     """Whether a profiler runs already, which another would end."""
     return bool(torch.autograd.profiler._is_profiler_enabled) or torch._C._autograd._profiler_enabled()
-
-
-def _everywhere() -> dict[str, Any]:
-    """A step may run in a thread of its own."""
-    return {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
 
 
 @contextmanager

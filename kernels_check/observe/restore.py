@@ -1,34 +1,47 @@
-"""Leave a training run exactly as it was found.
-
-Verifying takes real steps, so whatever a step changes is kept first and put back afterwards, to the bit:
-
-- of the model: trainable parameters, buffers and gradients by value, in place; which parameter, buffer, module and hook
-  is in which slot; train/eval modes and every other attribute of the modules; ``requires_grad``.
-- of an optimizer, from before its first update: state, parameter groups, and its own attributes.
-- of whatever else can be reached from the step (see ``reach``): second models and running averages of a model, learning
-  rate schedulers, gradient scalers, generators of random numbers.
-- the generators of Python, NumPy and torch.
-
-Putting back is a transaction: everything is tried, and what failed is raised together, by name, at the end. If the step
-itself raised, its exception is the one that is seen, with the rest as notes.
-
-Not covered, since nothing announces them: data iterators, and what a step counts in objects of its own, such as the
-number of steps in a trainer; a running average, scheduler or scaler that cannot be reached from the step; the gradients
-of a second model that cannot be reached; changes in place of frozen parameters of the model (``base.frozen`` reports
-them); objects on a model that hold what cannot be copied; switches of the process, such as the default dtype. A frozen
-tensor outside the model too large to be copied (``COPIED_BYTES``) is an error if the step changed it.
-"""
+"""Puts a training back as it was: parameters, gradients, optimizer state, random numbers and train/eval modes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kernels_check.observe.gc_pause import gc_paused
-from kernels_check.observe.module_tree import every_module
-from kernels_check.observe.snapshot import RestoreError, Snapshot
+from kernels_check.observe.module_tree import every_module, every_parameter
+
+
+class RandomState:
+    """The generators of Python, NumPy (if loaded), torch on the CPU, and CUDA (if initialised)."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._python = random.getstate()
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        """Set every generator back."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+    def advanced(self) -> bool:
+        """Whether torch drew random numbers since."""
+        moved = not torch.equal(self._torch, torch.get_rng_state())
+        if self._cuda is None:
+            return moved
+        pairs = zip(self._cuda, torch.cuda.get_rng_state_all(), strict=True)
+        return moved or any(not torch.equal(before, now) for before, now in pairs)
 
 
 class Modes:
@@ -43,22 +56,105 @@ class Modes:
             module.training = training
 
 
-@contextmanager
-def restored(model: nn.Module, step: Callable[[], object] | None = None) -> Iterator[Snapshot]:
-    """Restore everything at the end of the block, also when it raises.
+class _Parameters:
+    """Values of the parameters that train, and gradients of all."""
 
-    Raises:
-        ValueError: something cannot be copied and written back; the block has not been entered then.
-        RestoreError: not everything could be put back.
-        BaseException: whatever the block raised, with notes on what could not be put back.
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gradients: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        self._gradients[id(parameter)] = parameter, gradient, None if gradient is None else gradient.detach().clone()
+
+    def add_value(self, parameter: Tensor) -> None:
+        if id(parameter) not in self._values:
+            self._values[id(parameter)] = parameter, parameter.detach().clone()
+
+    def restore(self) -> None:
+        for parameter, value in self._values.values():
+            parameter.detach().copy_(value)
+        for parameter, gradient, kept in self._gradients.values():
+            if gradient is not None and kept is not None:
+                gradient.copy_(kept)
+            parameter.grad = gradient
+
+
+class _OptimizerState:
+    """State and parameter groups of one optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state = [(parameter, state, _copied(state)) for parameter, state in optimizer.state.items()]
+        self._groups = [(group, _copied(group)) for group in optimizer.param_groups]
+
+    def restore(self) -> None:
+        self._optimizer.state.clear()
+        for parameter, state, kept in self._state:
+            _put_back(state, kept)
+            self._optimizer.state[parameter] = state
+        self._optimizer.param_groups[:] = [group for group, _ in self._groups]
+        for group, kept in self._groups:
+            _put_back(group, kept)
+
+
+def _copied(values: Any) -> dict[Any, tuple[Any, Any]]:
+    """Each value, with a copy of it where it is a tensor."""
+    return {
+        key: (value, value.detach().clone() if isinstance(value, Tensor) else None)
+        for key, value in values.items()
+    }  # fmt: skip
+
+
+def _put_back(values: Any, kept: dict[Any, tuple[Any, Any]]) -> None:
+    values.clear()
+    for key, (value, copy) in kept.items():
+        if copy is not None:
+            value.detach().copy_(copy)
+        values[key] = value
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Restore a training at the end of the block, also when it raises.
+
+    Restored are, to the bit: values of the parameters of ``model`` that require gradients, and of those that an
+    optimizer updates in the block; gradients of all parameters of ``model``; state and parameter groups of every
+    ``torch.optim.Optimizer`` that steps in the block; the generators of Python, NumPy and torch; the train/eval mode
+    of every module. Nothing else is: neither buffers, frozen parameters and attributes of modules, nor schedulers,
+    gradient scalers, data iterators and what a step counts in objects of its own.
     """
-    with gc_paused():
-        snapshot = Snapshot(model, step)
+    synchronise()
+    parameters, modes, numbers = _Parameters(), Modes(model), RandomState()
+    for parameter in every_parameter(model):
+        parameters.add_gradient(parameter)
+        if parameter.requires_grad:
+            parameters.add_value(parameter)
+    states: dict[int, _OptimizerState] = {}
+
+    def before_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in states:
+            states[id(optimizer)] = _OptimizerState(optimizer)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.requires_grad or parameter.grad is not None:
+                        parameters.add_value(parameter)
+
+    handle = register_optimizer_step_pre_hook(before_update)
     try:
-        yield snapshot
-    except BaseException as error:
-        faults = snapshot.put_back()
-        if faults:
-            error.add_note(str(RestoreError(faults)))
-        raise
-    snapshot.restore()
+        yield
+    finally:
+        handle.remove()
+        synchronise()
+        with torch.no_grad():
+            parameters.restore()
+            for state in states.values():
+                state.restore()
+        modes.restore()
+        numbers.restore()
+
+
+def synchronise() -> None:
+    """Wait for the device, where one is in use; never initialises CUDA."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

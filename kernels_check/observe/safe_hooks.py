@@ -18,12 +18,6 @@ from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 Hook: TypeAlias = Callable[..., Any]
-Shielding: TypeAlias = Callable[[Hook], Hook]
-
-
-def unshielded(hook: Hook) -> Hook:
-    """The hook itself: a step that the check calls may fail by it."""
-    return hook
 
 
 class ModuleHook:

@@ -19,8 +19,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.observe.device import synchronise
 from kernels_check.observe.recording import quiet_kineto
+from kernels_check.observe.restore import synchronise
 from kernels_check.probe.result import Attempt, PathReport, ProbeStatus, Speed
 from kernels_check.rules import classify
 

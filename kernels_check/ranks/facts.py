@@ -16,12 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kernels_check.observe.base_state import quant_state
-from kernels_check.observe.random_state import RandomState
-from kernels_check.observe.restore import restored
+from kernels_check.observe.restore import RandomState, restored
 from kernels_check.ranks.activity import RankTime, share_of
 
 REPEATS = 4
@@ -105,7 +102,7 @@ def observe_rank(
         gradients()
         update()
 
-    with restored(model, step) as snapshot, _told_of_updates(snapshot.watch):
+    with restored(model):
         base_losses = [] if base_loss is None else [before, base_loss()]
         random, repeated = RandomState(), []
         for _ in range(REPEATS):
@@ -138,20 +135,6 @@ def observe_rank(
         base_losses=tuple(base_losses),
         activity=activity,
     )
-
-
-@contextmanager
-def _told_of_updates(watch: Callable[[Optimizer], object]) -> Iterator[None]:
-    """Meanwhile `watch` is called before each update: what it changes is kept from then."""
-
-    def tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        watch(optimizer)
-
-    handle = register_optimizer_step_pre_hook(tell)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

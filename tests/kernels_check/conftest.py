@@ -9,23 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import pytest
 from negative_controls.small_run import SmallRun, build
 
 
-@pytest.fixture(params=["profile", "spy"])
-def instrument(request: pytest.FixtureRequest) -> str:
-    """Both instruments, which must agree."""
-    return str(request.param)
-
-
 @pytest.fixture
-def training(instrument: str) -> Callable[..., SmallRun]:
+def training() -> Callable[..., SmallRun]:
     """The builder of small runs."""
-    return partial(build, instrument=instrument)
+    return build
 
 
 @pytest.fixture

@@ -541,7 +541,7 @@ def test_attention_of_a_cuda_graph_is_known_by_its_kernels():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("instrument", ["profile", "spy"])
-def test_a_request_is_fused_as_a_step_is(training, instrument):
+def test_a_request_is_fused_as_a_step_is(training):
     """By whichever backend SDPA takes for a prompt and for one query; on Hopper they may differ."""
     run = training(device="cuda", quant=None)
     run.model.eval()
@@ -551,6 +551,6 @@ def test_a_request_is_fused_as_a_step_is(training, instrument):
     def request():
         run.model.generate(input_ids=prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
-    check = kernels_check.watch_request(run.model, request, "fused", instrument=instrument)
+    check = kernels_check.watch_request(run.model, request, "fused")
     assert check is not None
     assert check.met, check.reason

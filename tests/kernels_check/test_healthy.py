@@ -33,7 +33,6 @@ PLAIN = {
 WRAPPED = {"optimizer.class": None}
 """A library that wraps the optimizer may show the wrapper's class."""
 NF4 = {"base.bits": 4, "base.quant_type": "nf4"}
-PROFILE_ONLY = ("packing.isolated",)
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -434,13 +433,10 @@ def autocast_trainer():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_healthy_step_meets_every_requirement(name, instrument):
+def test_a_healthy_step_meets_every_requirement(name):
     """No path is missing, and each is active."""
     model, step, changes, *batch = CASES[name]()
     required = {path: value for path, value in (PLAIN | changes).items() if value is not None}
-    checks = kernels_check.verify(model, step, required, batch=batch[0] if batch else None, instrument=instrument)
+    checks = kernels_check.verify(model, step, required, batch=batch[0] if batch else None)
     found = {check.path: (check.status, check.reason) for check in checks}
-    skipped = PROFILE_ONLY if instrument == "spy" else ()
-    assert [
-        (path, found.get(path)) for path in required if path not in skipped and found.get(path, ("",))[0] != "active"
-    ] == []
+    assert [(path, found.get(path)) for path in required if found.get(path, ("",))[0] != "active"] == []

@@ -130,7 +130,7 @@ def test_tokens_that_no_batch_holds_are_unknown(training):
     assert "none of their tokens was in the batches" in check.reason
 
 
-def test_experts_that_are_adapted_as_parameters_are_judged(instrument):
+def test_experts_that_are_adapted_as_parameters_are_judged():
     """PEFT never calls the factors of `target_parameters`: gradients show that they ran."""
     from negative_controls.small_run import SmallRun
     from transformers import AutoModelForCausalLM, MixtralConfig
@@ -144,7 +144,7 @@ def test_experts_that_are_adapted_as_parameters_are_judged(instrument):
         model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter).train()
         optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)
         inputs = {"input_ids": torch.arange(1, 33).reshape(2, 16)}
-        run = SmallRun(model=model, optimizer=optimizer, inputs=inputs, instrument=instrument)
+        run = SmallRun(model=model, optimizer=optimizer, inputs=inputs)
         checks = {check.path: check for check in run.verify({"lora.attached": True, "lora.learning": True})}
         assert checks["lora.attached"].status == status, checks["lora.attached"].reason
         assert checks["lora.learning"].met, checks["lora.learning"].reason

@@ -69,13 +69,13 @@ def _by_path(watched):
     return {check.path: check for check in watched.checks}
 
 
-def test_a_step_comes_out_as_if_never_watched(training, instrument):
+def test_a_step_comes_out_as_if_never_watched(training):
     """To the bit, dropout and random numbers included, over several steps; nothing is left in place."""
     runs = [training(), training()]
     before = _traces(runs[0].model)
     for run in runs:
         torch.manual_seed(5)
-        watched = kernels_check.watch(run.model, WANTED, instrument=instrument)
+        watched = kernels_check.watch(run.model, WANTED)
         for _ in range(3):
             if run is runs[0]:
                 run.step()
@@ -88,10 +88,10 @@ def test_a_step_comes_out_as_if_never_watched(training, instrument):
     assert all(check.met for check in watched.checks if check.required is not None), watched.checks
 
 
-def test_one_step_does_not_tell_what_is_learnt_and_the_next_does(training, instrument):
+def test_one_step_does_not_tell_what_is_learnt_and_the_next_does(training):
     """The reason says what to do, and it is all that is missing."""
     run = training()
-    watched = kernels_check.watch(run.model, {"lora.learning": True}, instrument=instrument)
+    watched = kernels_check.watch(run.model, {"lora.learning": True})
     assert watched.checks == []
     with watched:
         run.step()
@@ -105,11 +105,11 @@ def test_one_step_does_not_tell_what_is_learnt_and_the_next_does(training, instr
     assert {path: (check.status, check.observed) for path, check in _by_path(watched).items()} == verified
 
 
-def test_an_error_of_the_step_goes_through(training, instrument):
+def test_an_error_of_the_step_goes_through(training):
     """Everything is off, nothing passes, and the next step is watched as if it were the first."""
     run = training()
     before = _traces(run.model)
-    watched = kernels_check.watch(run.model, WANTED, instrument=instrument)
+    watched = kernels_check.watch(run.model, WANTED)
 
     def fail(*_):
         raise KeyError("the step's own")
@@ -127,29 +127,29 @@ def test_an_error_of_the_step_goes_through(training, instrument):
     assert all(check.met for check in watched.checks if check.required is not None)
 
 
-def test_a_model_is_copied_and_saved_while_it_is_watched(training, instrument):
+def test_a_model_is_copied_and_saved_while_it_is_watched(training):
     """As for a checkpoint or an average; what a copy does later is nothing of the model's."""
     run = training(quant=None)
     before = _traces(run.model)
-    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+    with kernels_check.watch(run.model, WANTED) as watched:
         average = copy.deepcopy(run.model)
         run.step()
         torch.save(run.model, io.BytesIO())
     assert all(check.met for check in watched.checks if check.required is not None), watched.checks
     assert _traces(run.model) == before
     torch.save(copy.deepcopy(average), io.BytesIO())
-    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+    with kernels_check.watch(run.model, WANTED) as watched:
         average(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
     assert {check.status for check in watched.checks} == {"unknown"}
     assert "the model was not called" in watched.checks[0].reason
 
 
-def test_a_pass_that_failed_and_was_taken_again_counts_once(training, instrument):
+def test_a_pass_that_failed_and_was_taken_again_counts_once(training):
     """Its loss and its attention are none of the step's."""
     run = training(quant=None)
     take_again(run)
     required = {"loss.tokens": True, "lora.attached": True, "attention.backend": "flash"}
-    with kernels_check.watch(run.model, required, instrument=instrument) as watched:
+    with kernels_check.watch(run.model, required) as watched:
         run.step()
     assert all(_by_path(watched)[path].met for path in required), watched.checks
     reason = _by_path(watched)["attention.backend"].reason
@@ -164,26 +164,26 @@ def test_what_is_asked_wrongly_is_refused_at_once(training):
         kernels_check.watch(run.model, {"attention.speed": "fast"})
     with pytest.raises(ValueError, match="instrument 'eyes'"):
         kernels_check.watch(run.model, instrument="eyes")
-    watched = kernels_check.watch(run.model, instrument="spy")
+    watched = kernels_check.watch(run.model)
     with watched, pytest.raises(RuntimeError, match="open already"):
         watched.__enter__()
 
 
-def test_a_block_in_which_nothing_ran_shows_nothing(training, instrument):
+def test_a_block_in_which_nothing_ran_shows_nothing(training):
     """It is no proof of an adapter that was not executed."""
     run = training()
-    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+    with kernels_check.watch(run.model, WANTED) as watched:
         torch.ones(2).sum()
     assert {check.status for check in watched.checks} == {"unknown"}
     assert "the model was not called" in watched.checks[0].reason
 
 
-def test_an_accumulation_is_watched_whole_or_said_to_be_half(training, instrument):
+def test_an_accumulation_is_watched_whole_or_said_to_be_half(training):
     """All that one update accumulates belongs into the block."""
     run = training()
     run.accumulated = [dict(run.inputs), dict(run.inputs)]
     required = {"optimizer.class": "torch.optim.AdamW", "attention.backend": "flash", "lora.attached": True}
-    watched = kernels_check.watch(run.model, required, instrument=instrument)
+    watched = kernels_check.watch(run.model, required)
     with watched:
         run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
     half = _by_path(watched)
@@ -241,7 +241,7 @@ def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
 
 
 @pytest.mark.parametrize(("instrument", "place"), [("profile", "whole"), ("spy", "layers")])
-def test_compiled_code_is_compiled_as_if_never_watched(instrument, place):
+def test_compiled_code_is_compiled_as_if_never_watched(place):
     """No hook is in it, nothing is compiled or broken for a hook; the first step is unknown, the second told."""
 
     def made():
@@ -260,7 +260,7 @@ def test_compiled_code_is_compiled_as_if_never_watched(instrument, place):
         plain.step()
     record = compilations.read()
     run = made()
-    watched = kernels_check.watch(run.model, {"compile": True, "lora.attached": True}, instrument=instrument)
+    watched = kernels_check.watch(run.model, {"compile": True, "lora.attached": True})
     try:
         with watched:
             run.step()
@@ -282,11 +282,11 @@ def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
         raise OSError("no more of it")
 
     monkeypatch.setattr(calls.CallRecorder, "_enter", broken)
-    plain, run = training(instrument="spy"), training(instrument="spy")
+    plain, run = training(), training()
     torch.manual_seed(5)
     plain.step()
     torch.manual_seed(5)
-    with kernels_check.watch(run.model, WANTED, instrument="spy") as watched:
+    with kernels_check.watch(run.model, WANTED) as watched:
         run.step()
     assert run.losses == plain.losses
     assert {check.status for check in watched.checks} == {"unknown"}
@@ -333,12 +333,12 @@ def test_records_are_probed_after_the_step_and_leave_no_trace(training):
 
 def test_a_model_that_was_watched_can_go(training):
     """A watch that has ended holds on to nothing of the step but the model and what the next is compared with."""
-    run = training(instrument="spy")
+    run = training()
     inputs = {"input_ids": run.inputs["input_ids"].clone(), "use_cache": False}
     gone = []
     run.model.register_forward_hook(lambda module, args, output: gone.append(weakref.ref(output.logits)))
     run.inputs = inputs
-    watched = kernels_check.watch(run.model, instrument="spy")
+    watched = kernels_check.watch(run.model)
     with watched:
         run.step()
     gc.collect()
@@ -346,11 +346,11 @@ def test_a_model_that_was_watched_can_go(training):
     assert watched.checks
 
 
-def test_a_glance_at_one_step_lets_the_next_be_judged_of_both(training, instrument):
+def test_a_glance_at_one_step_lets_the_next_be_judged_of_both(training):
     """As after two steps that were watched; to the bit as if nobody had looked, and nothing is left in place."""
     runs = [training() for _ in range(3)]
     before = _traces(runs[0].model)
-    watched = [kernels_check.watch(run.model, {**WANTED, "lora.learning": True}, instrument=instrument)
+    watched = [kernels_check.watch(run.model, {**WANTED, "lora.learning": True})
                for run in runs[:2]]  # fmt: skip
     for run, first in zip(runs, (watched[0].glance(), watched[1], ExitStack()), strict=True):
         torch.manual_seed(5)

@@ -35,8 +35,8 @@ def _adapted():
 class Look(TrainerCallback):
     """Watches each step from its first micro-batch to its update."""
 
-    def __init__(self, model, instrument):
-        self.watched = None if model is None else kernels_check.watch(model, WANTED, instrument=instrument)
+    def __init__(self, model):
+        self.watched = None if model is None else kernels_check.watch(model, WANTED)
         self.open = ExitStack()
         self.found = []
 
@@ -73,12 +73,12 @@ def _losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_told(tmp_path, instrument):
+def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_told(tmp_path):
     """Losses and weights to the bit; from the second step on every requirement is met, before it all but learning."""
     plain, model = _adapted(), _adapted()
     unwatched = _trainer(tmp_path, plain, [])
     unwatched.train()
-    look = Look(model, instrument)
+    look = Look(model)
     trainer = _trainer(tmp_path, model, [look])
     trainer.train()
     assert _losses(trainer) == _losses(unwatched)
@@ -89,7 +89,7 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_told(tmp_path, i
     assert _hooks(model) == _hooks(plain)
 
 
-def test_a_training_that_breaks_off_is_closed_by_whoever_opened(tmp_path, instrument):
+def test_a_training_that_breaks_off_is_closed_by_whoever_opened(tmp_path):
     """The Trainer calls no callback then; the stack is closed outside, the error is the training's own."""
 
     class Broken(Trainer):
@@ -99,7 +99,7 @@ def test_a_training_that_breaks_off_is_closed_by_whoever_opened(tmp_path, instru
 
     model = _adapted()
     before = torch.nn.functional.scaled_dot_product_attention
-    look = Look(model, instrument)
+    look = Look(model)
     trainer = _trainer(tmp_path, model, [look])
     trainer.__class__ = Broken
     with pytest.raises(OSError, match="the data ended"), look.open:
@@ -111,7 +111,7 @@ def test_a_training_that_breaks_off_is_closed_by_whoever_opened(tmp_path, instru
     assert sum(_hooks(model)) == 1, "that of checkpointing, on the embeddings"
 
 
-def test_a_loop_of_accelerate(instrument):
+def test_a_loop_of_accelerate():
     """The model is the one inside; the block holds all that is accumulated."""
     from accelerate import Accelerator
 
@@ -123,7 +123,7 @@ def test_a_loop_of_accelerate(instrument):
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
     required = {path: value for path, value in WANTED.items() if path != "checkpointing"}
-    watched = kernels_check.watch(accelerator.unwrap_model(model), required, instrument=instrument)
+    watched = kernels_check.watch(accelerator.unwrap_model(model), required)
     for _ in range(2):
         with watched:
             for batch in batches:
@@ -144,7 +144,7 @@ def test_the_default_loss_of_trl_is_decided(tmp_path):
         tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
     )
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2))
-    look = Look(None, "profile")
+    look = Look(None)
 
     def begin(args, state, control, model, **kwargs):
         look.watched = kernels_check.watch(model, {"loss.tokens": True, "packing.isolated": True})

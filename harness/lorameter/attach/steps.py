@@ -269,19 +269,10 @@ class Steps:
 
 
 def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
-    """What looks on at a step by kernels_check; None where there is no model to look at.
-
-    On a CPU it is the spy: a profiler would leave a thread behind, for which a fork of the process waits at its end. A
-    path that only a profile tells gets one all the same where it is required: unwatched it could not be met.
-    """
+    """What looks on at a step by kernels_check; None where there is no model to look at."""
     from kernels_check import watch
-    from kernels_check.judges.paths import PATHS
 
-    if not isinstance(model, torch.nn.Module):
-        return None
-    on_card = any(parameter.is_cuda for parameter in model.parameters())
-    beyond_the_spy = any(path in PATHS and "spy" not in PATHS[path].instruments for path in requirements)
-    return watch(model, dict(requirements), instrument="profile" if on_card or beyond_the_spy else "spy")
+    return watch(model, dict(requirements)) if isinstance(model, torch.nn.Module) else None
 
 
 def _without_graph(value: Any) -> Any:

@@ -34,7 +34,7 @@ def watch_of(
     if request.variant.compile or request.workload.ranks > 1:
         return None
     wanted = wanted_of(request, trainee, packed)
-    return kernels_check.watch(trainee.model, wanted, instrument=request.instrument, batch=inputs)
+    return kernels_check.watch(trainee.model, wanted, batch=inputs)
 
 
 def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:

@@ -107,7 +107,7 @@ class Training:
         self._parts = _Parts(trainee, step, stream, ActiveAdapter(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
             memory = {"host_rss_at_start_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
-            with contextlib.nullcontext() if self._watched is None else self._watched.glance():
+            with contextlib.nullcontext() if self._watched is None else self._watched.updates_only():
                 loss, lap = self._take_step()
             values = {
                 "threads": float(request.threads),
@@ -188,8 +188,7 @@ class Training:
         self, step: Callable[[], None], required: Mapping[str, Any], batch: Mapping[str, Any] | None
     ) -> tuple[Sequence[Check], Mapping[str, float]]:
         """What is found of a step, which is left without a trace, and values that come with it."""
-        model, instrument = self._built.trainee.model, self._request.instrument
-        return kernels_check.verify(model, step, required, batch=batch, instrument=instrument), {}
+        return kernels_check.verify(self._built.trainee.model, step, required, batch=batch), {}
 
     def _open_stream(self) -> TokenStream:
         request = self._request

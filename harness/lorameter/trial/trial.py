@@ -55,7 +55,8 @@ class Trial(Training):
         if "open_ended" in self._request.measures and self._request.device.startswith("cuda"):
             self._server.visit(protocol.open_ended_requests)
         fragment = PartialRecord(values=values, tokens={"completion": list(first.tokens)})
-        fragment = prove_attention(fragment, trainee.model, self._server, self._request)
+        if not self._sees_peaks:
+            fragment = prove_attention(fragment, trainee.model, self._server, self._request)
         return prove_mixing(fragment, self._server, self._request)
 
     def request(self) -> PartialRecord:
@@ -86,7 +87,10 @@ class Trial(Training):
 
     def end_generate(self) -> PartialRecord:
         """Peaks of generation."""
-        return PartialRecord(memory=self._gauge.peaks("generate") if self._sees_peaks else {})
+        if not self._sees_peaks:
+            return PartialRecord()
+        fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # of which what a profile keeps is no part
+        return prove_attention(fragment, self._built.trainee.model, self._serving, self._request)
 
     def merge(self) -> PartialRecord:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""

@@ -26,12 +26,6 @@ GOOD = GradientSeen(nonzero=True, finite=True, after_updates=1)
 LEARNT = ParameterUpdates(updates=2, fed=2, moved=2, learnt=2, rate=1e-3)
 
 
-@pytest.fixture
-def instrument():
-    """Evidence is constructed here: nothing is watched."""
-    return "profile"
-
-
 def called(model, **changes):
     """One call of each layer in which all its parts ran."""
     return {

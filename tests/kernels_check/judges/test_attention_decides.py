@@ -26,12 +26,6 @@ FLASH = AttentionCall(
 MATH = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_attention_math", backend="math")
 
 
-@pytest.fixture
-def instrument():
-    """Evidence is constructed here: nothing is watched."""
-    return "profile"
-
-
 def model(**config):
     """Something with a configuration."""
     bare = torch.nn.Identity()

@@ -16,12 +16,6 @@ from kernels_check.observe.weight_bits import WeightBits
 
 
 @pytest.fixture
-def instrument():
-    """Evidence is constructed here: nothing is watched."""
-    return "profile"
-
-
-@pytest.fixture
 def bases(entries):
     """One call of each base layer below an adapter, numbered in their order."""
     return lambda model: entries(*(f"{layer.name}.base_layer" for layer in adapter_layers(model)))

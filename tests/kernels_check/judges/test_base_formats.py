@@ -7,12 +7,6 @@ from torch import nn
 import kernels_check
 
 
-@pytest.fixture
-def instrument():
-    """Storage is read from the tensors, whatever the instrument."""
-    return "profile"
-
-
 class Adapted(nn.Module):
     """An adapter on a base layer of another library, whose product is left out."""
 
@@ -52,7 +46,7 @@ def plain(dtype):
     ],
     ids=["GPTQ", "GPTQ in 8 bits", "AWQ", "HQQ", "float32", "bfloat16", "float8", "a false claim", "no claim"],
 )
-def test_the_bits_of_a_base_are_those_of_its_bytes(base, bits, instrument):
+def test_the_bits_of_a_base_are_those_of_its_bytes(base, bits):
     """A claim that the bytes contradict, and integers that no attribute explains, are unknown."""
     model = nn.Sequential(Adapted(base))
     optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
@@ -62,7 +56,7 @@ def test_the_bits_of_a_base_are_those_of_its_bytes(base, bits, instrument):
         model(torch.ones(2, 64)).sum().backward()
         optimizer.step()
 
-    checks = kernels_check.verify(model, step, {"base.bits": bits or 4}, instrument=instrument)
+    checks = kernels_check.verify(model, step, {"base.bits": bits or 4})
     check = next(check for check in checks if check.path == "base.bits")
     assert check.status == ("unknown" if bits is None else "active"), check.reason
     assert check.observed == bits

@@ -24,7 +24,7 @@ def _tuned(base, *, optimizer=torch.optim.AdamW, everything=False, **options):
     return model, optimizer(given, lr=1e-2)
 
 
-def _judged(model, optimizer, instrument, *, inputs=None, also=lambda: None, path="base.frozen", required=True):
+def _judged(model, optimizer, *, inputs=None, also=lambda: None, path="base.frozen", required=True):
     inputs = torch.randn(4, 8) if inputs is None else inputs
 
     def step():
@@ -34,7 +34,7 @@ def _judged(model, optimizer, instrument, *, inputs=None, also=lambda: None, pat
         optimizer.step()
         also()
 
-    return next(check for check in verify(model, step, {path: required}, instrument=instrument) if check.path == path)
+    return next(check for check in verify(model, step, {path: required}) if check.path == path)
 
 
 def _with_spare(**options):
@@ -56,16 +56,16 @@ def _frozen_norm():
     return base
 
 
-def test_statistics_of_a_norm_are_part_of_the_base(instrument):
+def test_statistics_of_a_norm_are_part_of_the_base():
     """In train mode every forward moves them, whatever is frozen; in eval mode none does."""
-    moving = _judged(*_tuned(_norm()), instrument)
+    moving = _judged(*_tuned(_norm()))
     assert moving.status == "fallback"
     assert "3 changed" in moving.reason
     assert "1.running_mean" in moving.reason
     assert "eval() on the layers whose buffers move" in moving.reason
     model, optimizer = _tuned(_norm())
     model.base_model.model[1].eval()
-    assert _judged(model, optimizer, instrument).met
+    assert _judged(model, optimizer).met
 
 
 class Remembers(nn.Module):
@@ -81,22 +81,22 @@ class Remembers(nn.Module):
         return hidden
 
 
-def test_a_buffer_that_is_not_saved_is_no_base(instrument):
+def test_a_buffer_that_is_not_saved_is_no_base():
     """A forward makes it anew, as positions of rotary embeddings are; one that is saved counts."""
-    made_anew = _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=False))), instrument)
+    made_anew = _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=False))))
     assert made_anew.met
     assert "made anew by the forward, and not saved with the model: base_model.model.1.last" in made_anew.reason
-    assert not _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=True))), instrument).met
+    assert not _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=True)))).met
 
 
-def test_a_frozen_parameter_may_be_given_to_the_optimizer(instrument):
+def test_a_frozen_parameter_may_be_given_to_the_optimizer():
     """``AdamW(model.parameters())`` skips what has no gradient, and decays nothing of it."""
-    check = _judged(*_tuned(_norm()[::2], everything=True), instrument)
+    check = _judged(*_tuned(_norm()[::2], everything=True))
     assert check.met
     assert "4 frozen base parameters are given to the optimizer, which skips them" in check.reason
 
 
-def test_an_optimizer_that_moves_what_has_no_gradient_is_seen(instrument):
+def test_an_optimizer_that_moves_what_has_no_gradient_is_seen():
     """Whatever the flags say, the bytes do not."""
 
     class Decays(torch.optim.SGD):
@@ -106,30 +106,30 @@ def test_an_optimizer_that_moves_what_has_no_gradient_is_seen(instrument):
                 for value in self.param_groups[0]["params"]:
                     value.mul_(0.999)
 
-    check = _judged(*_tuned(_norm()[::2], everything=True, optimizer=Decays), instrument)
+    check = _judged(*_tuned(_norm()[::2], everything=True, optimizer=Decays))
     assert check.status == "fallback"
     assert "4 changed" in check.reason
 
 
-def test_what_would_train_with_a_gradient_is_not_frozen(instrument):
+def test_what_would_train_with_a_gradient_is_not_frozen():
     """Such as an expert that no token of these steps was sent to; held by no optimizer, it cannot move."""
     model, optimizer = _tuned(_with_spare())
     model.base_model.model.spare.requires_grad_(True)
-    idle = _judged(model, optimizer, instrument)
+    idle = _judged(model, optimizer)
     assert idle.met
     assert "though they require gradients: base_model.model.spare.weight" in idle.reason
     optimizer.add_param_group({"params": list(model.base_model.model.spare.parameters())})
-    waiting = _judged(model, optimizer, instrument)
+    waiting = _judged(model, optimizer)
     assert waiting.status == "fallback"
     assert "2 base parameters require gradients" in waiting.reason
 
 
-def test_without_an_optimizer_nobody_knows_what_it_holds(instrument):
+def test_without_an_optimizer_nobody_knows_what_it_holds():
     """A step that accumulates updates nothing."""
     model, _ = _tuned(_with_spare())
     model.base_model.model.spare.requires_grad_(True)
     inputs = torch.randn(4, 8)
-    checks = verify(model, lambda: model(inputs).sum().backward(), {"base.frozen": True}, instrument=instrument)
+    checks = verify(model, lambda: model(inputs).sum().backward(), {"base.frozen": True})
     check = next(check for check in checks if check.path == "base.frozen")
     assert check.status == "unknown", check.reason
     assert "no optimizer stepped" in check.reason
@@ -137,37 +137,37 @@ def test_without_an_optimizer_nobody_knows_what_it_holds(instrument):
 
 
 @pytest.mark.parametrize(("bias", "count"), [("all", 3), ("lora_only", 1)])
-def test_biases_that_peft_was_asked_to_train_are_the_adapters(instrument, bias, count):
+def test_biases_that_peft_was_asked_to_train_are_the_adapters(bias, count):
     """The base beside them is frozen, and the reason says what trains."""
-    check = _judged(*_tuned(_frozen_norm(), bias=bias), instrument)
+    check = _judged(*_tuned(_frozen_norm(), bias=bias))
     assert check.met, check.reason
     assert f"{count} biases train with the adapter, as PEFT was asked to by bias={bias!r}" in check.reason
 
 
-def test_a_weight_that_trains_beside_asked_for_biases_is_still_found(instrument):
+def test_a_weight_that_trains_beside_asked_for_biases_is_still_found():
     """Only biases were asked for."""
     model, _ = _tuned(_frozen_norm(), bias="all")
     model.base_model.model[1].weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
-    check = _judged(model, optimizer, instrument)
+    check = _judged(model, optimizer)
     assert check.status == "fallback"
     assert "1 base parameters require gradients: base_model.model.1.weight" in check.reason
 
 
-def test_biases_of_an_adapter_that_was_put_aside_are_the_bases(instrument):
+def test_biases_of_an_adapter_that_was_put_aside_are_the_bases():
     """PEFT leaves them trainable when another adapter takes its place, which nobody asked for."""
     model, _ = _tuned(_frozen_norm(), bias="lora_only")
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
     model.set_adapter("second")
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
-    check = _judged(model, optimizer, instrument)
+    check = _judged(model, optimizer)
     assert check.status == "fallback"
     assert "base_layer.bias" in check.reason
 
 
-def test_what_is_trained_on_purpose_beside_the_adapter_is_the_adapters(instrument):
+def test_what_is_trained_on_purpose_beside_the_adapter_is_the_adapters():
     """A copy by ``modules_to_save``."""
-    assert _judged(*_tuned(_norm()[::2], modules_to_save=["1"]), instrument).met
+    assert _judged(*_tuned(_norm()[::2], modules_to_save=["1"])).met
 
 
 def test_lora_fa_is_healthy(training):
@@ -192,11 +192,11 @@ class Attends(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_merged_for_each_forward_leaves_rounding(instrument, dtype):
+def test_an_adapter_merged_for_each_forward_leaves_rounding(dtype):
     """PEFT reaches ``nn.MultiheadAttention`` in no other way; what is more than rounding is training."""
     inputs = torch.randn(2, 3, 8, dtype=dtype)
     model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
-    check = _judged(model, optimizer, instrument, inputs=inputs)
+    check = _judged(model, optimizer, inputs=inputs)
     assert check.met, check.reason
     assert "but for rounding, since PEFT merges" in check.reason
     model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
@@ -204,8 +204,8 @@ def test_an_adapter_merged_for_each_forward_leaves_rounding(instrument, dtype):
     def drift():
         model.base_model.model.attention.base_layer.in_proj_weight.data += 1e-2
 
-    assert _judged(model, optimizer, instrument, inputs=inputs, also=drift).status == "fallback"
-    assert _judged(model, optimizer, instrument, inputs=inputs, path="base.bits", required=16).observed == (
+    assert _judged(model, optimizer, inputs=inputs, also=drift).status == "fallback"
+    assert _judged(model, optimizer, inputs=inputs, path="base.bits", required=16).observed == (
         16 if dtype == torch.bfloat16 else 32
     )
 
@@ -225,9 +225,9 @@ def test_a_state_that_moves_is_a_base_that_moves(training, part):
     assert f"q_proj.base_layer.quant_state.{part}" in check.reason
 
 
-def test_what_lies_on_no_device_is_unknown(instrument):
+def test_what_lies_on_no_device_is_unknown():
     """As layers that are kept on a disk between two forwards."""
-    check = _judged(*_tuned(_with_spare(device="meta")), instrument)
+    check = _judged(*_tuned(_with_spare(device="meta")))
     assert check.status == "unknown"
     assert "the bytes of 2 parts could not be read: base_model.model.spare.weight" in check.reason
 

@@ -136,7 +136,7 @@ class _Broken(torch.nn.Linear):
 
 
 @pytest.fixture
-def compiled(instrument):
+def compiled():
     """Judge ``compile`` of a layer by its last step, after steps of as many rows as given."""
 
     def judge(layer, *rows, forward=None, required=True):
@@ -151,7 +151,7 @@ def compiled(instrument):
 
         for count in rows:
             step(count)
-        checks = kernels_check.verify(layer, step, {"compile": required}, instrument=instrument)
+        checks = kernels_check.verify(layer, step, {"compile": required})
         return next(check for check in checks if check.path == "compile")
 
     yield judge

@@ -9,12 +9,6 @@ from kernels_check.observe.calls import Calls
 from kernels_check.observe.fused_kernels import FusedKernelSite
 
 
-@pytest.fixture
-def instrument():
-    """What is bound is read off the model."""
-    return "spy"
-
-
 def _place(kind="rms_norm", library="liger_kernel", *, called=True, hidden=False, name="norm"):
     return FusedKernelSite(kind=kind, name=name, library=library, called=called, hidden=hidden)
 

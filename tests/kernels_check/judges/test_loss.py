@@ -10,12 +10,6 @@ from kernels_check.judges.loss import judge_tokens
 from kernels_check.observe.loss_tokens import LossPass, LossSeen
 
 
-@pytest.fixture
-def instrument():
-    """The spy is enough: hooks tell."""
-    return "spy"
-
-
 def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
     weights = weights or [1 / sum(counts)] * len(counts)
     made = zip(counts, weights, sums or [0] * len(counts), strict=True)

@@ -18,12 +18,6 @@ BACKWARD = dataclasses.replace(MATH, direction="backward")
 
 
 @pytest.fixture
-def instrument():
-    """Each test names its own."""
-    return "spy"
-
-
-@pytest.fixture
 def judge():
     """A function that judges the calls of a request, or its kernels."""
 
@@ -76,9 +70,8 @@ def test_kernels_tell_where_no_operator_does(judge):
     assert judge("fused", BACKWARD).status == "unknown"
 
 
-@pytest.mark.parametrize("instrument", ["profile", "spy"])
 @pytest.mark.parametrize(("attention", "observed"), [("sdpa", "flash"), ("eager", "eager")])
-def test_a_real_request_is_watched(training, instrument, attention, observed):
+def test_a_real_request_is_watched(training, attention, observed):
     """Prefill and one step of decoding, each a call in each layer; both instruments see the same."""
     run = training(attention=attention, quant=None)
     run.model.eval()
@@ -90,17 +83,17 @@ def test_a_real_request_is_watched(training, instrument, attention, observed):
         prompt = run.inputs["input_ids"][:1, :6]
         run.model.generate(input_ids=prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
-    check = kernels_check.watch_request(run.model, request, observed, instrument=instrument)
+    check = kernels_check.watch_request(run.model, request, observed)
     assert check.met, check.reason
     layers = run.model.config.num_hidden_layers
     assert check.reason.startswith(f"forward: {2 * layers} {observed}")
     assert len(asked) == 1
     other = "eager" if observed == "flash" else "fused"
-    check = kernels_check.watch_request(run.model, request, other, instrument=instrument)
+    check = kernels_check.watch_request(run.model, request, other)
     assert (check.status, check.observed) == ("fallback", observed)
 
 
-@pytest.mark.parametrize("given", [{"required": "flsh"}, {"required": 1}, {"instrument": "eyes"}])
+@pytest.mark.parametrize("given", [{"required": "flsh"}, {"required": 1}])
 def test_what_nobody_can_judge_is_refused(training, given):
     """Before anything is asked."""
     run = training(quant=None)

@@ -36,12 +36,6 @@ ADAMW = OptimizerSeen(
 )
 
 
-@pytest.fixture
-def instrument():
-    """Evidence is constructed here: nothing is watched."""
-    return "profile"
-
-
 def but(call, **changes):
     return dataclasses.replace(call, **changes)
 

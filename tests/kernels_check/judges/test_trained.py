@@ -14,12 +14,6 @@ from kernels_check.judges.trained import judge_norms
 from kernels_check.observe.trained_parts import ParameterStatus
 
 
-@pytest.fixture
-def instrument():
-    """What is judged here rests on no operator."""
-    return "spy"
-
-
 def _whole(*, tied, rate=1e-3):
     """Every parameter of a model without an adapter, tied or not."""
     torch.manual_seed(0)
@@ -27,7 +21,7 @@ def _whole(*, tied, rate=1e-3):
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied))
     inputs = {"input_ids": torch.randint(1, 48, (2, 8))}
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    return SmallRun(model=model, optimizer=optimizer, inputs=inputs, instrument="spy")
+    return SmallRun(model=model, optimizer=optimizer, inputs=inputs)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -136,7 +130,7 @@ def test_factors_beside_an_embedding_take_two_watched_steps(training, decay):
     lora = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=decay)
     run = training(quant=None, dtype="float32", adapter=lambda: lora, make_optimizer=adamw)
-    watched = kernels_check.watch(run.model, {"embedding.trained": True}, instrument="spy")
+    watched = kernels_check.watch(run.model, {"embedding.trained": True})
     found = []
     for _ in range(2):
         with watched:

@@ -174,7 +174,7 @@ def _fill_the_row_up(run: SmallRun) -> None:
     run.inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
 
 
-_LEAK: dict[str, Any] = {"path": "packing.isolated", "required": True, "instruments": ("profile",)}
+_LEAK: dict[str, Any] = {"path": "packing.isolated", "required": True}
 _PADDING: dict[str, Any] = {"path": "padding.share", "required": 0.5}
 
 BATCHES = (
@@ -182,14 +182,14 @@ BATCHES = (
         name="packed sequences that leak",
         fault=small(pack),
         healthy=small(pack_without_cache),
-        words=("train: changing the first record", "eval: changing the first record", "use_cache=False"),
+        words=("train: changing the odd records", "eval: changing the odd records", "use_cache=False"),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak in evaluation only",
         fault=small(checkpoint, pack),
         healthy=small(checkpoint, pack_without_cache),
-        words=("eval: changing the first record", "use_cache=False"),
+        words=("eval: changing the odd records", "use_cache=False"),
         not_words=("train:",),
         **_LEAK,
     ),
@@ -197,23 +197,23 @@ BATCHES = (
         name="a boundary lost between later records",
         fault=small(_lose_a_boundary),
         healthy=small(mask_blocks),
-        words=("first those of record 4; 2 of 8 records see others", "a mask of blocks"),
-        not_words=("changing the first record of row 0 changed",),
+        words=("first those of record 4 of row 0", "a mask of blocks"),
+        not_words=("record 2",),
         **_LEAK,
     ),
     Control(
         name="tokens that see ahead in their own record",
         fault=small(_see_ahead),
         healthy=small(mask_blocks),
-        words=("changing the last token or the second half of every record", "earlier tokens"),
-        not_words=("records see others",),
+        words=("changing the second half of each record",),
+        not_words=("odd", "even"),
         **_LEAK,
     ),
     Control(
         name="a step that passes a mask of ones, which its batch does not",
         fault=small(pack_without_cache, _then_pass_a_mask_of_ones),
         healthy=small(pack_without_cache),
-        words=("the step's own call, train: changing the first record", "no attention_mask"),
+        words=("train: changing the odd records", "no attention_mask"),
         not_words=("eval:",),
         **_LEAK,
     ),
@@ -221,7 +221,7 @@ BATCHES = (
         name="a step that builds a cache, which its batch does not",
         fault=small(pack_without_cache, _then_pass(use_cache=True)),
         healthy=small(pack_without_cache),
-        words=("the step's own call, train: changing the first record", "use_cache=False"),
+        words=("train: changing the odd records", "use_cache=False"),
         not_words=("eval:",),
         **_LEAK,
     ),
@@ -229,28 +229,28 @@ BATCHES = (
         name="packed sequences that leak in a step without a batch beside it",
         fault=small(pack, _forget_batch),
         healthy=small(pack_without_cache, _forget_batch),
-        words=("the step's own call, train: changing the first record",),
+        words=("train: changing the odd records",),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak in one of two accumulated batches",
         fault=small(pack_without_cache, _accumulate(use_cache=True), _forget_batch),
         healthy=small(pack_without_cache, _accumulate(), _forget_batch),
-        words=("the step's own call, train: changing the first record",),
+        words=("train: changing the odd records",),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak behind a dropout that is no module",
         fault=_with_dropout(pack),
         healthy=_with_dropout(pack_without_cache),
-        words=("train: changing the first record", "eval: changing the first record"),
+        words=("train: changing the odd records", "eval: changing the odd records"),
         **_LEAK,
     ),
     Control(
         name="packed sequences that leak beside outliers picked over the batch",
         fault=small(pack, quant=eight_bit, dtype="float16"),
         healthy=small(pack_without_cache, quant=eight_bit, dtype="float16"),
-        words=("train: changing the first record", "eval: changing the first record"),
+        words=("train: changing the odd records", "eval: changing the odd records"),
         **_LEAK,
     ),
     Control(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
+from kernels_check.check import Check, Json
 from kernels_check.observe import compilations
 from negative_controls.small_run import SmallRun, build
 
@@ -31,20 +31,17 @@ class Control:
     caught_by: Literal["status", "reason", "unknown"] = "status"
     """``reason``: what was required did run, and the reason warns of what comes with it or of what CUDA would do.
     ``unknown``: the evidence contradicts itself, and the reason says where."""
-    instruments: tuple[Instrument, ...] = INSTRUMENTS
-    """Those that can see it."""
     needs_cuda: str | None = None
     """Why it takes a GPU to show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One control, run with one instrument."""
+    """One control that was run."""
 
     control: str
     path: str
     required: Json
-    instrument: str
     held: bool | None
     """None: skipped."""
     failure: str | None
@@ -68,25 +65,24 @@ def _changed(make: Build, changes: tuple[Callable[[SmallRun], object], ...]) -> 
     return run
 
 
-def run_control(control: Control, instrument: Instrument) -> Outcome:
+def run_control(control: Control) -> Outcome:
     """Build both runs, verify them, and compare with what is required; an exception is a control that failed."""
     import torch
 
     if control.needs_cuda is not None and not torch.cuda.is_available():
-        return _outcome(control, instrument, None, f"needs a CUDA device: {control.needs_cuda}")
+        return _outcome(control, None, f"needs a CUDA device: {control.needs_cuda}")
     try:
-        broken = _verified(control.fault(), control, instrument)
-        sound = _verified(control.healthy(), control, instrument)
+        broken = _verified(control.fault(), control)
+        sound = _verified(control.healthy(), control)
     except Exception as error:
-        return _outcome(control, instrument, False, f"{type(error).__name__}: {error}")
+        return _outcome(control, False, f"{type(error).__name__}: {error}")
     finally:
         compilations.forget()
     failure = "; ".join(_failures(control, broken, sound)) or None
-    return _outcome(control, instrument, failure is None, failure)
+    return _outcome(control, failure is None, failure)
 
 
-def _verified(run: SmallRun, control: Control, instrument: Instrument) -> Check:
-    run.instrument = instrument
+def _verified(run: SmallRun, control: Control) -> Check:
     check: Check = run.check(control.path, control.required)
     return check
 
@@ -111,8 +107,8 @@ def _failures(control: Control, broken: Check, sound: Check) -> list[str]:
     return failures
 
 
-def _outcome(control: Control, instrument: str, held: bool | None, failure: str | None) -> Outcome:
+def _outcome(control: Control, held: bool | None, failure: str | None) -> Outcome:
     return Outcome(
-        control=control.name, path=control.path, required=control.required, instrument=instrument, held=held,
+        control=control.name, path=control.path, required=control.required, held=held,
         failure=failure,
     )  # fmt: skip

@@ -52,7 +52,6 @@ CUDA_CONTROLS = (
         fault=small(faults.tf32_off, quant=None, dtype="float32", device="cuda"),
         healthy=small(faults.tf32_on, quant=None, dtype="float32", device="cuda"),
         words=("0 TF32", "fp32_precision"),
-        instruments=("profile",),
         needs_cuda="TF32 is a format of CUDA's tensor cores",
     ),
 )

@@ -153,11 +153,12 @@ EXECUTION = (
         words=("4 of 8 parameters updated by fused kernels", "not by fused kernels: group 1 of AdamW"),
     ),
     Control(
-        name="a loop inside a step with a profiler of its own",
+        name="a step with a profiler of its own",
         path="optimizer.fused",
         required=True,
         fault=small(execution.record_inside),
-        healthy=small(execution.record_inside, make_optimizer=execution.fused_adamw),
-        words=("0 of 8 parameters updated by fused kernels", "addcdiv"),
+        healthy=small(make_optimizer=execution.fused_adamw),
+        words=("the step runs a profiler of its own",),
+        caught_by="unknown",
     ),
 )

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kernels_check.check import Instrument
-
 WIDTH, ROWS, WORDS = 4, 3, 7
 
 
@@ -252,12 +250,11 @@ class RandomRun:
         return told
 
 
-def check_restored(seed: int, instrument: Instrument = "spy") -> str | None:
+def check_restored(seed: int) -> str | None:
     """Watch a run of this seed and compare it with its twin; say what differs, or None.
 
     Args:
         seed: of the run.
-        instrument: of ``verify``.
     """
     from kernels_check import verify
 
@@ -271,7 +268,7 @@ def check_restored(seed: int, instrument: Instrument = "spy") -> str | None:
             run.fuse = run.breaks_at
             raised = False
             try:
-                verify(run.model, run.step, {}, instrument=instrument)
+                verify(run.model, run.step, {})
             except PlannedError as error:
                 raised = True
                 if getattr(error, "__notes__", None):

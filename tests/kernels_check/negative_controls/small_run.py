@@ -21,7 +21,6 @@ class SmallRun:
     model: Any
     optimizer: Any
     inputs: dict[str, Any]
-    instrument: Any = "profile"
     packed: dict[str, Any] | None = None
     """Packed batch for the isolation probe."""
     accumulated: list[dict[str, Any]] = field(default_factory=list)
@@ -64,11 +63,11 @@ class SmallRun:
         return next(check for check in self.verify(requirements, step) if check.path == path)
 
     def verify(self, requirements: dict[str, Any], step: Callable[[], object] | None = None, **options: Any) -> Any:
-        """Verify with the run's instrument, and its packed batch where it has one."""
+        """Verify with the packed batch where there is one."""
         from kernels_check import verify
 
         options = {"batch": self.packed, **options}
-        return verify(self.model, step or self.step, requirements, instrument=self.instrument, **options)
+        return verify(self.model, step or self.step, requirements, **options)
 
 
 def build(
@@ -88,7 +87,6 @@ def build(
     adapter: Callable[[], Any] | None = None,
     make_optimizer: Callable[[Any], Any] | None = None,
     tokens: int = 16,
-    instrument: str = "profile",
     device: str = "cpu",
 ) -> SmallRun:
     """Build a seeded run.
@@ -109,7 +107,6 @@ def build(
         adapter: makes PEFT's configuration of another adapter; the three above do not count then.
         make_optimizer: from the trainable parameters to the optimizer; AdamW where left out.
         tokens: in each of the two rows.
-        instrument: of ``verify``.
         device: where it runs.
     """
     import peft
@@ -147,7 +144,7 @@ def build(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = make_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     ids = torch.randint(1, 96, (2, tokens)).to(device)
-    return SmallRun(model=model, optimizer=make(trainable), inputs={"input_ids": ids}, instrument=instrument)
+    return SmallRun(model=model, optimizer=make(trainable), inputs={"input_ids": ids})
 
 
 def _linears(model: Any, skipped: tuple[str, ...]) -> list[tuple[Any, str, Any]]:

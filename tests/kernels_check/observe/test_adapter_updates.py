@@ -8,12 +8,6 @@ from torch.optim.lr_scheduler import LambdaLR
 BOTH = ("lora.attached", "lora.learning")
 
 
-@pytest.fixture
-def instrument():
-    """Learning is judged by hooks and values, which both instruments share."""
-    return "profile"
-
-
 def loss(run):
     return run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
 

@@ -126,7 +126,7 @@ def stack(*computed):
 
 
 @pytest.fixture
-def verified(instrument):
+def verified():
     """Checks of a model, by path; ``step`` takes the model and an input."""
 
     def verify(model, required="flash", step=None, path="attention.backend"):
@@ -142,7 +142,7 @@ def verified(instrument):
             (step or plain)(model, x)
             optimizer.step()
 
-        checks = kernels_check.verify(model, once, {path: required}, instrument=instrument)
+        checks = kernels_check.verify(model, once, {path: required})
         return next(check for check in checks if check.path == path)
 
     return verify

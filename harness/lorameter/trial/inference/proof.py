@@ -11,7 +11,7 @@ from typing import Any
 
 import kernels_check
 from lorameter.records import codec
-from lorameter.records.record import Failure, Instrument, PartialRecord
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.requirements import attention_of
@@ -19,15 +19,9 @@ from lorameter.trial.inference.server import Server
 
 
 def prove_attention(fragment: PartialRecord, model: Any, server: Server, request: TrialRequest) -> PartialRecord:
-    """The fragment with the check, which may make its trial invalid as one of a step does.
-
-    A profile's records would be in the peaks of a trial that has such, so that the spy looks on there.
-    """
+    """The fragment with the check, which may make its trial invalid as one of a step does."""
     required = attention_of(request.variant, request.requirements)
-    instrument: Instrument = "spy" if "peaks" in request.measures else request.instrument
-    check = kernels_check.watch_request(model, server.ask_shortly, required, instrument=instrument)
-    if check is None:
-        return fragment
+    check = kernels_check.watch_request(model, server.ask_shortly, required)
     seen = dataclasses.replace(fragment, checks=(codec.to_json(check),))
     name, fallback = request.variant.name, request.allow_fallback
     return judge_required(seen, {check.path: check.required}, name=name, allow_fallback=fallback)

@@ -1,0 +1,353 @@
+"""Whether records packed into one row see each other: change every second one, and compare the others.
+
+Packing relies on ``position_ids`` that restart at each record, and on a mask that the model derives from them only if
+it is given no attention mask and builds no cache. When that fails nothing crashes; the benchmark even gets faster,
+because attention over the whole row is cheaper to dispatch than a block mask.
+
+Two forwards decide: in one the even records are changed and the odd ones compared with those of a plain forward, in the
+other the reverse. Equality is exact: a masked position contributes an exact zero, and each row of a matrix product
+depends on its own input only. Every forward draws the same random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels_check.observe.attention_calls import AttentionCall
+from kernels_check.observe.compilations import compiler_held
+from kernels_check.observe.inputs import (
+    ModelCall,
+    configurations,
+    find_tokens,
+    names_tokens,
+    special_tokens,
+    training_calls,
+    unwrapped,
+)
+from kernels_check.observe.module_tree import every_module
+from kernels_check.observe.records import PADDING, PASSED_ON, LayoutError, Records, find_records
+from kernels_check.observe.restore import Modes, RandomState
+from kernels_check.observe.stored_layout import without_repacking
+
+_VERIFY = "whether it isolates them takes forwards, as verify makes them"
+_LEFT_OUT = ("num_items_in_batch", "logits_to_keep")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsolationResult:
+    """What changing the records of packed calls showed."""
+
+    records: int = 0
+    leaks: tuple[str, ...] = ()
+    """Changes that reached other records, each as a phrase."""
+    unclear: str | None = None
+    """Why nothing can be told."""
+    packed: bool = True
+    """Whether any row holds two records."""
+    proof: str = ""
+    """What shows that nothing leaks."""
+
+
+class _UnclearError(RuntimeError):
+    """Why nothing can be told."""
+
+
+def isolation_of(
+    model: nn.Module, calls: Sequence[ModelCall], batch: Mapping[str, Any] | None = None
+) -> IsolationResult:
+    """Change the records of packed calls, one of each way of calling; the model is left as found.
+
+    Args:
+        model: the one that ``calls`` are calls of.
+        calls: those of a step, or none.
+        batch: packed inputs of ``model(**batch)``, for evaluation, and for training where no call was made.
+    """
+    if (unfit := _unfit(model)) is not None:
+        return IsolationResult(unclear=unfit)
+    trained = [one for call in training_calls(calls) for one in call.told(_packs) or call.told(names_tokens) or [call]]
+    leaks: list[str] = []
+    modes, numbers = Modes(model), RandomState()
+    try:
+        packed = _packed_calls(model, trained, batch)
+        for call, records in packed:
+            with _by_row(model, call.training), compiler_held("force_eager"):
+                leaks += _leaks(call, records)
+    except LayoutError as error:
+        return IsolationResult(unclear=str(error), packed=False)
+    except _UnclearError as error:
+        return IsolationResult(unclear=str(error), leaks=tuple(leaks))
+    finally:
+        modes.restore()
+        numbers.restore()
+    if not packed:
+        reason = f"no call of the step tells of two records in a row, which takes {PASSED_ON}"
+        return IsolationResult(unclear=reason, packed=False)
+    changed = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call, _ in packed))
+    proof = f"perturbations changed no other logit, {changed}"
+    return IsolationResult(records=packed[0][1].count, leaks=tuple(leaks), proof=proof)
+
+
+def isolation_by_inputs(
+    model: nn.Module, calls: Sequence[ModelCall], attention: Sequence[AttentionCall]
+) -> IsolationResult:
+    """Judge packed calls by the mask, positions and lengths that the model was given, without a forward.
+
+    Args:
+        model: the one that ``calls`` are calls of.
+        calls: those of a step.
+        attention: every call of attention that the model made in its forward passes.
+    """
+    trained = [one for call in training_calls(calls) for one in call.told(_packs) or call.told(names_tokens) or [call]]
+    try:
+        packed = [(call, records) for call in trained if (records := records_of(call.arguments)) and records.packed]
+    except LayoutError as error:
+        return IsolationResult(unclear=str(error), packed=False)
+    if not packed:
+        reason = f"no call of the step tells of two records in a row, which takes {PASSED_ON}"
+        return IsolationResult(unclear=reason, packed=False)
+    count = packed[0][1].count
+    if all(records.by == "attention_mask" for _, records in packed):
+        return IsolationResult(records=count, proof="a mask of blocks was given with each call")
+    if not attention:
+        return IsolationResult(records=count, unclear="no attention of the model was seen")
+    by_lengths = ["varlen" in call.op or call.backend == "flex" for call in attention]
+    if not any(by_lengths) and all(call.mask is False for call in attention):
+        leak = "attention was given no mask and no lengths, so that the records of a row see each other"
+        return IsolationResult(records=count, leaks=(leak,))
+    if any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed):
+        return IsolationResult(records=count, unclear=f"an attention_mask beside {packed[0][1].by}: {_VERIFY}")
+    if any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed):
+        return IsolationResult(records=count, unclear=f"the model may have built a cache: {_VERIFY}")
+    if not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True)):
+        return IsolationResult(records=count, unclear=f"some attention was given no mask: {_VERIFY}")
+    proof = f"{packed[0][1].by} tell the records, no mask or cache hides them, and all attention was given them"
+    return IsolationResult(records=count, proof=proof)
+
+
+def _caches(call: ModelCall) -> bool:
+    """Whether a call may build a cache: by its argument, else by the configuration; recomputation switches it off."""
+    asked = call.arguments.get("use_cache")
+    if asked is not None:
+        return bool(asked)
+    configured = any(getattr(one, "use_cache", False) for one in configurations(call.module))
+    return configured and not getattr(call.module, "is_gradient_checkpointing", False)
+
+
+def _packs(arguments: Mapping[str, Any]) -> bool:
+    try:
+        records = records_of(arguments)
+    except LayoutError:
+        return False
+    return records is not None and records.packed
+
+
+def records_of(arguments: Mapping[str, Any]) -> Records | None:
+    """The records of one call; None where nothing in its arguments tells them.
+
+    Raises:
+        LayoutError: names what does not fit the tokens.
+    """
+    tokens = find_tokens(arguments)
+    return None if tokens is None else find_records(arguments, *tokens[1].shape[:2])
+
+
+def _packed_calls(
+    model: nn.Module, calls: Sequence[ModelCall], batch: Mapping[str, Any] | None
+) -> list[tuple[ModelCall, Records]]:
+    """Calls with two records in a row, one of each way of calling, and those of the batch."""
+    chosen: dict[Any, tuple[ModelCall, Records]] = {}
+    for call in calls:
+        tokens, given = find_tokens(call.arguments), None if batch is None else find_tokens(batch)
+        same = tokens is not None and given is not None and torch.equal(tokens[1].cpu(), given[1].cpu())
+        records = records_of(batch if same and batch is not None else call.arguments)
+        if records is not None and records.packed:
+            way = id(call.module), call.training, call.autocast, tuple(map(_kind, sorted(call.arguments.items())))
+            if way not in chosen or chosen[way][1].count < records.count:
+                chosen[way] = call, records
+    packed = list(chosen.values())
+    if batch is None:
+        return packed
+    records = records_of(batch)
+    if records is None or not records.packed:
+        raise LayoutError(f"batch tells of no two records in a row, which takes {PASSED_ON}")
+    if calls and not packed:
+        raise LayoutError("the calls of the step tell of no two records in a row, and batch does")
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    autocast = calls[0].autocast if calls else tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+    for training in (False,) if packed else (True, False):
+        call = ModelCall(module=model, arguments=dict(batch), training=training, gradients=training, autocast=autocast)
+        packed.append((call, records))
+    return packed
+
+
+def _kind(argument: tuple[str, Any]) -> Any:
+    """What an argument of two calls has in common if the model treats the records of both alike."""
+    name, value = argument
+    if isinstance(value, Tensor):
+        return name, value.dtype, value.dim(), name == "attention_mask" and bool(value.all())
+    return name, value if isinstance(value, int | float | str | None) else type(value).__name__
+
+
+def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
+    """Phrases for the records that others reach.
+
+    Raises:
+        _UnclearError: a difference, or none, proves nothing here.
+    """
+    found = find_tokens(call.arguments)
+    if found is None:
+        raise _UnclearError("the model was given no input_ids or inputs_embeds of [rows, tokens]")
+    name, tokens = found
+    other, drawn = _other_tokens(tokens, call.module), RandomState()
+
+    def logits(changed: Tensor) -> Tensor:
+        drawn.restore()
+        chosen = changed.unsqueeze(-1) if tokens.dim() == 3 else changed
+        return _logits(call, {name: torch.where(chosen, other, tokens)}, tokens.shape)
+
+    numbers = records.numbers.to(tokens.device)
+    nothing = torch.zeros_like(numbers, dtype=torch.bool)
+    reference = logits(nothing)
+    length = reference.shape[1]
+    inside = (numbers != PADDING) & (numbers.amax(dim=1, keepdim=True) > 0)
+    differing = (other != tokens).any(-1) if tokens.dim() == 3 else other != tokens
+    place, size = (one.to(tokens.device) for one in records.places())
+    later = place >= ((size + 1) // 2).clamp(min=1)
+    parts = {"the odd records of each row": numbers % 2 == 0, "the even records of each row": numbers % 2 == 1}
+    parts |= {"the second half of each record": later} if _is_causal(call.module) else {}
+    for words, part in parts.items():  # counted from one
+        members = inside & part
+        changed = members & differing
+        moved = (logits(changed) != reference).any(dim=-1)
+        if not bool((moved & members[:, :length]).any()):
+            raise _UnclearError(f"changing {words} did not even change its own logits")
+        leaked = moved & (inside & ~members)[:, :length]
+        if not bool(leaked.any()):
+            continue
+        if bool((logits(nothing) != reference).any()):
+            raise _UnclearError("two forwards of the same batch differ even with the same random numbers")
+        row = int(leaked.any(dim=1).nonzero()[0])
+        outside = changed.clone()
+        outside[row] = False
+        if bool((logits(outside) != reference)[row].any()):
+            raise _UnclearError(
+                "changing one row of the batch changes the logits of another, which no attention does (experts of "
+                "limited capacity, activations quantised over the batch): make the forward depend on each row alone"
+            )
+        first = int(numbers[:, :length][row][leaked[row]].min()) + 1
+        mode = "train" if call.training else "eval"
+        where = f"{int(leaked.sum())} other tokens, first those of record {first} of row {row}"
+        yield f"{mode}: changing {words} changed the logits of {where}"
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether later tokens must not reach earlier ones, by the model's own word."""
+    causal = any(getattr(one, "is_causal", None) is True for one in every_module(model))
+    asks = (getattr(type(one), "can_generate", None) for one in every_module(model))
+    return causal or any(bool(ask()) for ask in asks if callable(ask))
+
+
+def _other_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
+    """Another token of the batch in the place of each; special ones stay, since some mean more than their embedding."""
+    if tokens.is_floating_point():
+        return tokens.roll(1, -1)
+    special = torch.tensor(sorted(special_tokens(configurations(model))), dtype=tokens.dtype, device=tokens.device)
+    kept = torch.isin(tokens, special)
+    known = tokens[~kept].unique()
+    if known.numel() < 2:  # one token over and over: its neighbour must do
+        return torch.where(kept, tokens, torch.where(tokens > 0, tokens - 1, tokens + 1))
+    following = torch.searchsorted(known, tokens.contiguous(), right=True) % known.numel()
+    return torch.where(kept, tokens, known[following])
+
+
+def _logits(call: ModelCall, changed: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """Logits of each token, [rows, tokens, features]; some losses return those of one token less.
+
+    Raises:
+        _UnclearError: the model raised, or returned nothing of that shape.
+    """
+    module = unwrapped(call.module)
+    whole = {key: value for key, value in call.arguments.items() if key not in _LEFT_OUT} | dict(changed)
+    plain = {key: value for key, value in whole.items() if key != "labels"}
+    problem = ""
+    for arguments in (plain, whole):  # some models return logits only without labels, others do not run without
+        try:
+            found = _per_token(_called(module, call, arguments), shape)
+        except Exception as error:
+            first = str(error).partition("\n")[0]
+            problem = f"{type(module).__name__} given {', '.join(arguments)} raised {type(error).__name__}: {first}"
+            continue
+        if found is not None:
+            return found
+        problem = problem or (
+            f"{type(module).__name__} returned nothing of [rows, tokens] = {list(shape[:2])}: pass a batch for which "
+            "it returns the logits of every token"
+        )
+    raise _UnclearError(problem)
+
+
+def _called(module: nn.Module, call: ModelCall, arguments: Mapping[str, Any]) -> Any:
+    # What fills up as it is read, such as a cache, is used once.
+    given = {key: copy.deepcopy(one) if hasattr(one, "get_seq_length") else one for key, one in arguments.items()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(call.gradients))
+        for kind in ("cpu", "cuda"):
+            dtype = dict(call.autocast).get(kind)
+            if dtype is not None or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
+        return module(**given)
+
+
+def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    others = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+    )
+    for value in (logits, *others):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.dim() >= 3 and value.shape[0] == shape[0] and shape[1] - 1 <= value.shape[1] <= shape[1]:
+                return value.detach().flatten(2)
+            if value.dim() == 2 and value.shape[0] == shape[0] * shape[1]:
+                return value.detach().reshape(shape[0], shape[1], -1)
+    return None
+
+
+@contextmanager
+def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
+    """Let a token depend on its own row alone, as far as that can be switched; modes are the caller's to put back."""
+    model.train(training)
+    states = []
+    for module in every_module(model):
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+        state: Any = getattr(module, "state", None)
+        if getattr(state, "threshold", 0.0) and type(module).__module__.startswith("bitsandbytes"):
+            states.append((state, state.threshold))
+    with without_repacking(model):
+        try:
+            for state, _ in states:
+                state.threshold = 0.0
+            yield
+        finally:
+            for state, threshold in states:
+                state.threshold = threshold
+
+
+def _unfit(model: nn.Module) -> str | None:
+    """Why a model cannot be asked by forwards of this process alone."""
+    if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in every_module(model)):
+        return "an encoder-decoder is told of no records by its inputs, so that packing is not judged"
+    sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in every_module(model))
+    if sharded or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters()):
+        return (
+            "its parameters are sharded over processes, all of which would have to make the same forwards: "
+            "probe_isolation(model, batch) before it is sharded"
+        )
+    return None
