@@ -18,7 +18,7 @@ from kernels_check.check import Check, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.isolation import IsolationResult, isolation_of
 from kernels_check.observe.observation import Observation
-from kernels_check.observe.step import StepObserver
+from kernels_check.observe.step import MOST_CALLS, StepObserver
 from kernels_check.observe.trained_parts import ParameterStatus
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
@@ -162,7 +162,9 @@ class Watch:
         why = None
         if self._steps.compiled and PATHS[check.path].by_modules:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
-        if self._takes_an_update(check) and not seen.updated:  # what stepped in an earlier block is none of this one's
+        if (
+            self._takes_an_update(check) and not seen.updated and seen.calls < MOST_CALLS
+        ):  # what stepped in an earlier block is none of this one's
             why = NO_UPDATE
         elif self._may_show_more(check, seen):
             why = PATHS[check.path].further_steps

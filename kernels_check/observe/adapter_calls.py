@@ -81,8 +81,9 @@ class AdapterCalls:
 
     def forget(self) -> None:
         """Drop what was noted."""
-        self.layers.clear()
+        self.layers = {}
         self._entered.clear()
+        self._log = None
 
     def drop(self, failed: Set[int]) -> None:
         """Drop the calls of these numbers, which came to nothing."""

@@ -93,7 +93,8 @@ class InputLog:
     def clear(self) -> None:
         """Drop all calls."""
         self.calls.clear()
-        self.backwards = None
+        self.backwards = self._hooks = None
+        self._current = lambda: None
 
     def drop(self, failed: Set[int]) -> None:
         """Drop the calls of these numbers, which came to nothing."""

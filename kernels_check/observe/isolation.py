@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_check.check import name_some
 from kernels_check.observe.attention_calls import AttentionCall
 from kernels_check.observe.compilations import compiler_held
 from kernels_check.observe.inputs import (
@@ -38,6 +39,8 @@ from kernels_check.observe.stored_layout import without_repacking
 
 _VERIFY = "whether it isolates them takes forwards, as verify makes them"
 _LEFT_OUT = ("num_items_in_batch", "logits_to_keep")
+_NO_DIFFERENCE = (*_LEFT_OUT, "labels", "return_dict", "input_ids", "inputs_embeds")
+"""Arguments that may be others without other attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,8 +180,8 @@ def _packed_calls(
     records = records_of(batch)
     if records is None or not records.packed:
         raise LayoutError(f"batch tells of no two records in a row, which takes {PASSED_ON}")
-    if calls and not packed:
-        raise LayoutError("the calls of the step tell of no two records in a row, and batch does")
+    if not packed and (odd := sorted({name for call in calls for name in _differing(call.arguments, batch)})):
+        raise LayoutError(f"the step calls the model otherwise than batch, which packs: by {name_some(odd)}")
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     autocast = calls[0].autocast if calls else tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
     for training in (False,) if packed else (True, False):
@@ -193,6 +196,13 @@ def _kind(argument: tuple[str, Any]) -> Any:
     if isinstance(value, Tensor):
         return name, value.dtype, value.dim(), name == "attention_mask" and bool(value.all())
     return name, value if isinstance(value, int | float | str | None) else type(value).__name__
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+    """Arguments in which two calls differ, whatever the tokens."""
+    for name in {*one, *other} - set(_NO_DIFFERENCE):
+        if _kind((name, one.get(name))) != _kind((name, other.get(name))) and not name.startswith("output_"):
+            yield name
 
 
 def _leaks(call: ModelCall, records: Records) -> Iterator[str]:

@@ -6,9 +6,11 @@ that takes longer than the two steps that are watched. Fewer than a tenth of the
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class ProfilerRecording:
     """A profile between two moments of a program, such as those around a call; of all threads, with shapes."""
 
     def __init__(self) -> None:
+        _let_forks_end()
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -92,6 +95,18 @@ class ProfilerRecording:
             return enable(*args, **kwargs)
 
         return noticed
+
+
+@cache
+def _let_forks_end() -> None:
+    """Let processes that are forked from here end.
+
+    The profiler leaves a thread behind, which a fork does not have, and the clean-up of the C++ libraries at its end
+    would wait for that thread for ever: ``_exit`` with the same status comes before it.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "on_exit"):  # glibc
+        os.register_at_fork(after_in_child=lambda: library.on_exit(library._exit, None))
 
 
 def is_recording() -> bool:

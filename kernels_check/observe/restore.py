@@ -73,7 +73,10 @@ class _Parameters:
 
     def restore(self) -> None:
         for parameter, value in self._values.values():
-            parameter.detach().copy_(value)
+            if parameter.dtype == value.dtype and parameter.shape == value.shape:
+                parameter.detach().copy_(value)
+            else:  # bitsandbytes casts a bias in the first forward
+                parameter.data = value
         for parameter, gradient, kept in self._gradients.values():
             if gradient is not None and kept is not None:
                 gradient.copy_(kept)

@@ -150,6 +150,7 @@ class StepObserver:
         self._recording = self._calls = self._random = None
         if self._series is not None:
             self._series.inputs.clear()
+            self._series.adapter.forget()
 
     @property
     def _model(self) -> nn.Module:

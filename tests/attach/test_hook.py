@@ -131,8 +131,7 @@ def test_data_workers_and_forks_are_not_followed(wrapped, script):
 
 @pytest.mark.faults
 def test_what_forks_after_a_watched_step_comes_to_its_end(wrapped, script):
-    """Data workers, and a child that ends by itself: what looks on at a step on a CPU leaves no thread behind, for
-    which it would wait."""
+    """Data workers, and a child that ends by itself, which would wait for a thread that the profiler has left."""
     text = """
         import os
         class Rows(torch.utils.data.Dataset):

@@ -109,12 +109,6 @@ class Recorded:
 
 
 @pytest.fixture
-def instrument():
-    """The tests choose their instruments themselves: most use both."""
-    return "profile"
-
-
-@pytest.fixture
 def recorded(tmp_path):
     """A function that profiles a call, exports the trace, reads it back and holds it to the rules of its case."""
 
@@ -139,12 +133,11 @@ def recorded(tmp_path):
 
 @pytest.fixture
 def verified():
-    """A function that verifies one path of a run with both instruments."""
+    """A function that verifies one path of a run."""
 
     def verify(run, path, required, step=None):
-        for run.instrument in ("profile", "spy"):
-            check = run.check(path, required, step)
-            assert check.met, f"{run.instrument}: {check.reason}"
+        check = run.check(path, required, step)
+        assert check.met, check.reason
 
     return verify
 
@@ -540,7 +533,6 @@ def test_attention_of_a_cuda_graph_is_known_by_its_kernels():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("instrument", ["profile", "spy"])
 def test_a_request_is_fused_as_a_step_is(training):
     """By whichever backend SDPA takes for a prompt and for one query; on Hopper they may differ."""
     run = training(device="cuda", quant=None)
@@ -552,5 +544,4 @@ def test_a_request_is_fused_as_a_step_is(training):
         run.model.generate(input_ids=prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
     check = kernels_check.watch_request(run.model, request, "fused")
-    assert check is not None
     assert check.met, check.reason

@@ -19,13 +19,13 @@ def only(monkeypatch):
 
 
 def test_every_fault_is_found_and_every_healthy_run_passes(capsys):
-    """Twelve controls, each of a path of its own; a row for each instrument, exit code 0."""
+    """Twelve controls, each of a path of its own; exit code 0."""
     assert main(["selftest"]) == 0
     shown = capsys.readouterr().out
     assert len({control.path for control in selftest.CONTROLS}) == 12
     assert "fallback (eager)" in shown
     assert "active (flash)" in shown
-    assert shown.rstrip().endswith("23 of 23 hold")
+    assert shown.rstrip().endswith("12 of 12 hold")
     assert all(control.name in shown for control in selftest.CONTROLS)
 
 
@@ -36,10 +36,10 @@ def test_a_fault_that_is_not_found_fails_the_command(only, capsys):
     only(EAGER, MISSED, broken, raises)
     assert main(["selftest"]) == 4
     shown = capsys.readouterr().out
-    assert "FAILED: missed, profile: the fault is active" in shown
-    assert "FAILED: broken, profile: the healthy run is fallback" in shown
-    assert "FAILED: raises, profile: ValueError" in shown
-    assert "2 of 8 hold" in shown
+    assert "FAILED: missed: the fault is active" in shown
+    assert "FAILED: broken: the healthy run is fallback" in shown
+    assert "FAILED: raises: ValueError" in shown
+    assert "1 of 4 hold" in shown
 
 
 def test_json_is_one_document_with_both_checks(only, capsys):
@@ -48,9 +48,9 @@ def test_json_is_one_document_with_both_checks(only, capsys):
     assert main(["selftest", "--json"]) == 4
     captured = capsys.readouterr()
     document = json.loads(captured.out)
-    assert (document["schema"], document["held"], document["counts"]) == (1, False, {"held": 2, "failed": 2})
+    assert (document["schema"], document["held"], document["counts"]) == (1, False, {"held": 1, "failed": 1})
     first = document["outcomes"][0]
-    assert (first["control"], first["path"], first["instrument"]) == (EAGER.name, "attention.backend", "profile")
+    assert (first["control"], first["path"]) == (EAGER.name, "attention.backend")
     assert (first["fault"]["status"], first["healthy"]["status"]) == ("fallback", "active")
     assert EAGER.name in captured.err
 

@@ -11,11 +11,10 @@ import torch
 from negative_controls.layers import take_again
 from negative_controls.small_run import build
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import kernels_check
 from kernels_check.judges.paths import REQUIREMENTS
-from kernels_check.observe import calls, compilations, live_step
+from kernels_check.observe import calls, compilations, step
 from kernels_check.observe.recording import is_recording
 
 WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
@@ -32,11 +31,8 @@ def _traces(model):
         sum(map(bool, tensor_hooks)),
         len(optimizer._global_optimizer_pre_hooks),
         len(optimizer._global_optimizer_post_hooks),
-        id(torch.nn.functional.scaled_dot_product_attention),
         id(torch.autograd.profiler._enable_profiler),
-        id(torch._dynamo.eval_frame._is_skip_guard_eval_unsafe_stance),
         len(torch._dynamo.callback_handler.start_callbacks),
-        _get_current_dispatch_mode_stack(),
         is_recording(),
         torch._dynamo.eval_frame._stance.stance,
     )
@@ -162,8 +158,6 @@ def test_what_is_asked_wrongly_is_refused_at_once(training):
     run = training()
     with pytest.raises(ValueError, match=r"attention\.speed"):
         kernels_check.watch(run.model, {"attention.speed": "fast"})
-    with pytest.raises(ValueError, match="instrument 'eyes'"):
-        kernels_check.watch(run.model, instrument="eyes")
     watched = kernels_check.watch(run.model)
     with watched, pytest.raises(RuntimeError, match="open already"):
         watched.__enter__()
@@ -229,7 +223,7 @@ def test_a_profiler_begun_in_the_watch_keeps_its_events(training, outlasts):
 
 
 def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
-    """As where a schedule of the program's runs out in the step."""
+    """As where a schedule of the program's runs out in the step; what a profile tells is unknown."""
     run = training()
     own = _recorder()
     own.start()
@@ -237,10 +231,13 @@ def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
         run.step()
         own.stop()
     assert "aten::mm" in _names(own)
-    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+    checks = _by_path(watched)
+    assert "a profiler of the program runs around this check" in checks["attention.backend"].reason
+    assert checks["attention.backend"].status == "unknown"
+    assert checks["lora.attached"].met
 
 
-@pytest.mark.parametrize(("instrument", "place"), [("profile", "whole"), ("spy", "layers")])
+@pytest.mark.parametrize("place", ["whole", "layers"])
 def test_compiled_code_is_compiled_as_if_never_watched(place):
     """No hook is in it, nothing is compiled or broken for a hook; the first step is unknown, the second told."""
 
@@ -290,7 +287,7 @@ def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
         run.step()
     assert run.losses == plain.losses
     assert {check.status for check in watched.checks} == {"unknown"}
-    assert "what looked on failed: OSError: no more of it" in watched.checks[0].reason
+    assert "a hook failed: OSError: no more of it" in watched.checks[0].reason
 
 
 def test_what_cannot_be_watched_is_unknown_and_trains_on(training, monkeypatch):
@@ -301,7 +298,7 @@ def test_what_cannot_be_watched_is_unknown_and_trains_on(training, monkeypatch):
 
     run = training()
     before = _traces(run.model)
-    monkeypatch.setattr(live_step, "digest", unreadable)
+    monkeypatch.setattr(step, "digest", unreadable)
     with kernels_check.watch(run.model, WANTED) as watched:
         run.step()
     assert len(run.losses) == 1
@@ -331,8 +328,24 @@ def test_records_are_probed_after_the_step_and_leave_no_trace(training):
     assert _by_path(watched)["packing.isolated"].status == "fallback"
 
 
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [({"use_cache": False}, "active"), ({"use_cache": True}, "fallback"), ({"use_cache": False, "mask": 1}, "unknown")],
+)
+def test_packed_records_are_judged_by_what_the_model_was_given(training, more, status):
+    """A mask made of positions isolates them; without one they see each other; a padding mask takes forwards."""
+    run = training()
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[:, -1] = 0
+    run.inputs |= {"position_ids": torch.arange(8).repeat(2, 2), "use_cache": more["use_cache"]}
+    run.inputs |= {"attention_mask": mask} if "mask" in more else {}
+    with kernels_check.watch(run.model, {"packing.isolated": True}) as watched:
+        run.step()
+    assert _by_path(watched)["packing.isolated"].status == status, watched.checks
+
+
 def test_a_model_that_was_watched_can_go(training):
-    """A watch that has ended holds on to nothing of the step but the model and what the next is compared with."""
+    """A watch that has ended keeps neither the step's tensors nor the model alive."""
     run = training()
     inputs = {"input_ids": run.inputs["input_ids"].clone(), "use_cache": False}
     gone = []
@@ -343,16 +356,20 @@ def test_a_model_that_was_watched_can_go(training):
         run.step()
     gc.collect()
     assert gone[0]() is None
+    model = weakref.ref(run.model)
+    del run
+    gc.collect()
+    assert model() is None
     assert watched.checks
 
 
-def test_a_glance_at_one_step_lets_the_next_be_judged_of_both(training):
+def test_updates_watched_alone_let_the_next_step_be_judged_of_both(training):
     """As after two steps that were watched; to the bit as if nobody had looked, and nothing is left in place."""
     runs = [training() for _ in range(3)]
     before = _traces(runs[0].model)
     watched = [kernels_check.watch(run.model, {**WANTED, "lora.learning": True})
                for run in runs[:2]]  # fmt: skip
-    for run, first in zip(runs, (watched[0].glance(), watched[1], ExitStack()), strict=True):
+    for run, first in zip(runs, (watched[0].updates_only(), watched[1], ExitStack()), strict=True):
         torch.manual_seed(5)
         with first:
             run.step()

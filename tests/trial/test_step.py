@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels_check import probe_isolation, verify
+from kernels_check import probe_isolation, watch
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -167,7 +167,9 @@ def test_joined_batches_leave_attention_plainly_causal(tokens):
     masks = {}
     for layout in ("joined", "packed", "padded"):
         trainee, stream, step = setting(PLAIN, tokens, layout=layout)
-        found = {check.path: check.observed for check in verify(trainee.model, step, {}, instrument="spy")}
+        with watch(trainee.model) as watched:
+            step()
+        found = {check.path: check.observed for check in watched.checks}
         masks[layout] = found["attention.mask"]
     assert masks == {"joined": "causal", "packed": "explicit", "padded": "explicit"}
     trainee, stream, step = setting(PLAIN, tokens, layout="joined")

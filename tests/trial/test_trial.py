@@ -102,7 +102,7 @@ def test_a_whole_answer_is_timed_counted_and_kept(trial):
 @pytest.mark.parametrize("measures", [("steps", "requests"), ("steps", "requests", "peaks")])
 def test_the_attention_of_a_request_is_proved_too(trial, measures):
     """By a short request of its own, beside what a step ran; the answers are what they are without it."""
-    record = record_of(trial(*measures), *TRAIN, "begin_generate", "request")
+    record = record_of(trial(*measures), *TRAIN, "begin_generate", "request", "end_generate")
     (check,) = (one for one in record.checks if one["path"] == "request.attention")
     assert (check["required"], check["observed"], check["status"]) == ("fused", "flash", "active")
     assert len(record.tokens["completion"]) == 3
@@ -255,11 +255,10 @@ def test_nothing_runs_before_the_build(trial, command):
 
 
 @pytest.mark.parametrize("variant", [VARIANT, dataclasses.replace(VARIANT, use_dora=True)])
-@pytest.mark.parametrize("instrument", ["spy", "profile"])
-def test_a_check_watches_steps_that_are_taken_anyway(trial, variant, instrument):
+def test_a_check_watches_steps_that_are_taken_anyway(trial, variant):
     """The first two, so that the training is to the bit what it is without the check."""
     running = trial("steps", variant=variant)
-    running._request = dataclasses.replace(running._request, instrument=instrument, replicate=1)
+    running._request = dataclasses.replace(running._request, replicate=1)
     record = record_of(running, "build", "verify")
     record = record.merged(running.run("warm_up", steps=1))
     for command in ("turn", "turn", "finish_training"):

@@ -43,7 +43,6 @@ def test_a_bias_cast_by_the_forward_is_no_training(training):
     base = _bases(run)[0]
     base.bias = torch.nn.Parameter(torch.full((128,), 0.1), requires_grad=False)
     check = run.check("base.frozen", True)
-    assert base.bias.dtype == torch.float32  # as it was found
     assert check.met
     assert "cast once by the forward" in check.reason
     assert "q_proj.base_layer.bias" in check.reason
