@@ -147,7 +147,7 @@ class Watch:
             if self._steps.fault is not None:
                 return self._unknown(f"a hook failed: {self._steps.fault}")
             traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
-            if not any(traces):
+            if not any(traces) and self._isolate is None:  # else the step is one of this model's own
                 return self._unknown(NOTHING_RAN)
             seen = replace(seen, isolate=self._isolate)
             return tuple(self._decided(check, seen) for check in judge_all(seen, self._requirements))

@@ -120,7 +120,7 @@ def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
 
     request = TrialRequest(
         trial="r0-solo", variant=variant, role="variant", replicate=0, seed=0, workload=workload, protocol=PROTOCOL,
-        interleaving="replicates", measures=("requests", "peaks"), instrument="spy", device="cpu", threads=1,
+        interleaving="replicates", measures=("requests", "peaks"), device="cpu", threads=1,
         tokens_path=json.loads((Path(folder) / "out").read_text()), scratch=folder, log_path="",
     )  # fmt: skip
     prepare_process(request)

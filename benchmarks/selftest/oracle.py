@@ -2,7 +2,7 @@
 
 As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a step that
 succeeds under `sdpa_kernel(FLASH_ATTENTION)` alone runs on flash. A mode of torch's functions counts the attention
-calls, through the scaled dot product or written out. Then, for each instrument:
+calls, through the scaled dot product or written out. Then:
 
 - flash is active exactly if all attention is scaled dot products and the step succeeds on flash alone;
 - math, exactly if all of it is in a step to which only math is left;
@@ -37,7 +37,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.pytorch_utils import Conv1D
 
 import kernels_check
-from kernels_check.check import INSTRUMENTS
 
 PARAMETERS = 5_000_000
 """More than this is not small."""
@@ -346,14 +345,14 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(left, right)
 
 
-def judge(family: Family, found: Found, instrument: Any, *, only_math: bool) -> Iterator[str]:
+def judge(family: Family, found: Found, *, only_math: bool) -> Iterator[str]:
     """Verify a run of the family; yield where the checks are not as they must be."""
     run = Run(family)
     if only_math:
         run.around = partial(sdpa_kernel, SDPBackend.MATH)
     backend = "math" if only_math and found.has_math else found.backend
     required = HEALTHY | {"attention.backend": backend or "flash"}
-    checks = {one.path: one for one in kernels_check.verify(run.model, run.step, required, instrument=instrument)}
+    checks = {one.path: one for one in kernels_check.verify(run.model, run.step, required)}
     for path, value in required.items():
         holds, check = backend is not None if path == "attention.backend" else found.holds(path), checks.get(path)
         active = check is not None and check.status == "active"
@@ -371,12 +370,11 @@ def examine(family: Family) -> tuple[Found, list[str]]:
     found = find(family)
     faults = [f"family {family.name}: {fault}" for fault in found.faults]
     for only_math in (False, True):
-        for instrument in INSTRUMENTS:
-            where = f"family {family.name}, {instrument}{', only math' if only_math else ''}"
-            try:
-                faults += [f"{where}: {fault}" for fault in judge(family, found, instrument, only_math=only_math)]
-            except Exception as error:
-                faults.append(f"{where}: raised {error!r}")
+        where = f"family {family.name}{', only math' if only_math else ''}"
+        try:
+            faults += [f"{where}: {fault}" for fault in judge(family, found, only_math=only_math)]
+        except Exception as error:
+            faults.append(f"{where}: raised {error!r}")
     return found, faults
 
 

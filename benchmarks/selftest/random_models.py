@@ -3,12 +3,11 @@
     python benchmarks/selftest/random_models.py [--many N] [--seed S] [--families NAME ... | all | none]
 
 Models and steps are drawn at random, and what is true of each is known from how it was drawn (`drawn_models.py`,
-`drawn_steps.py`). Each is verified by every instrument against requirements that are drawn too, true ones and others.
+`drawn_steps.py`). Each is verified against requirements that are drawn too, true ones and others.
 Faults are:
 
 - wrong: a requirement that does not hold is active;
 - false alarm: one that holds is not active, or has no check;
-- disagreement: two instruments judge a path and report different things;
 - raised: the check raised an exception;
 - restored: the state of the run afterwards, or its next losses, differ from those of a twin that was not verified.
 
@@ -23,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import itertools
 import logging
 import random
 import sys
@@ -40,9 +38,7 @@ from drawn_steps import DrawnRun
 from shared import exit_code, print_origin
 
 import kernels_check
-from kernels_check.check import INSTRUMENTS
 
-PROFILE_ONLY = frozenset({"packing.isolated", "tf32"})
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "attention.backend": ("flash", "math", "eager", "fused", "efficient"),
     "attention.dtype": ("float32", "bfloat16"),
@@ -80,47 +76,31 @@ def require(truths: Mapping[str, Truth], draw: random.Random) -> dict[str, Any]:
     return required
 
 
-def faults_of(
-    instrument: str, truths: Mapping[str, Truth], required: Mapping[str, Any], checks: Iterable[Any]
-) -> Iterator[str]:
+def faults_of(truths: Mapping[str, Truth], required: Mapping[str, Any], checks: Iterable[Any]) -> Iterator[str]:
     """Compare checks with what is true."""
     judged = {check.path: check for check in checks}
     for path, value in required.items():
         truth, check = truths[path], judged.get(path)
         if check is None:
-            if value in truth.holds and not (instrument == "spy" and path in PROFILE_ONLY) and not truth.hidden:
-                yield f"false alarm: {instrument}: {path} {value!r} has no check"
+            if value in truth.holds and not truth.hidden:
+                yield f"false alarm: {path} {value!r} has no check"
         elif check.status == "active" and value not in truth.holds | truth.free:
             holds = ", ".join(map(repr, truth.holds)) or "nothing"
-            yield f"wrong: {instrument}: {path} {value!r} is active, {holds} holds: {check.reason}"
+            yield f"wrong: {path} {value!r} is active, {holds} holds: {check.reason}"
         elif check.status != "active" and value in truth.holds and not (check.status == "unknown" and truth.hidden):
-            yield f"false alarm: {instrument}: {path} {value!r} is {check.status}: {check.reason}"
-
-
-def disagreements(checks: Mapping[str, Iterable[Any]]) -> Iterator[str]:
-    """Paths that two instruments judge differently."""
-    judged = {instrument: {check.path: check for check in found} for instrument, found in checks.items()}
-    for one, other in itertools.combinations(judged.values(), 2):
-        for path in one.keys() & other.keys():
-            said = [(check.status, check.observed) for check in (one[path], other[path])]
-            if said[0] != said[1] and "unknown" not in (said[0][0], said[1][0]):
-                yield f"disagreement: {path}: {said[0]} ({one[path].reason}), {said[1]} ({other[path].reason})"
+            yield f"false alarm: {path} {value!r} is {check.status}: {check.reason}"
 
 
 def verify(run: DrawnRun, required: Mapping[str, Any]) -> Iterator[str]:
-    """Verify a run with every instrument; the faults of the checks."""
-    checks, objects = {}, [id(one) for one in run.model.parameters()]
-    for instrument in INSTRUMENTS:
-        try:
-            checks[instrument] = kernels_check.verify(
-                run.model, run.step, required, batch=run.batch, instrument=instrument
-            )
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            yield f"raised: {instrument}: {error!r} in {place.filename}, line {place.lineno}"
-        else:
-            yield from faults_of(instrument, run.truths, required, checks[instrument])
-    yield from disagreements(checks)
+    """Verify a run; the faults of the checks."""
+    objects = [id(one) for one in run.model.parameters()]
+    try:
+        checks = kernels_check.verify(run.model, run.step, required, batch=run.batch)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        yield f"raised: {error!r} in {place.filename}, line {place.lineno}"
+    else:
+        yield from faults_of(run.truths, required, checks)
     if [id(one) for one in run.model.parameters()] != objects:
         yield "restored: other parameters than before"
 

@@ -1,4 +1,4 @@
-"""Every method of PEFT is judged as LoRA is: what is healthy is active by both instruments, what is left out is not."""
+"""Every method of PEFT is judged as LoRA is: what is healthy is active, what is left out is not."""
 
 import peft
 import pytest

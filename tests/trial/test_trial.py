@@ -47,7 +47,7 @@ def trial(tokens, tmp_path):
         level = "replicates" if "peaks" in measures else "lockstep"  # what sees its peaks is alone, as a rule
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD,
-            protocol=protocol, interleaving=level, measures=measures, instrument="spy", device="cpu", threads=1,
+            protocol=protocol, interleaving=level, measures=measures, device="cpu", threads=1,
             tokens_path=tokens, scratch=str(tmp_path), log_path="",
         )  # fmt: skip
         return Trial(request, SharedBase())

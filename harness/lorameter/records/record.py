@@ -41,8 +41,6 @@ Measure = Literal["steps", "requests", "open_ended", "merged", "peaks", "cold"]
 """What a trial measures: timed training steps with their losses · warm requests of a fixed number of tokens · requests
 that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of memory, load
 and first calls, which need a process that is alone · the cold start of its saved adapter."""
-Instrument = Literal["profile", "spy"]
-"""How a trial's paths are checked: by a full profile, or by watching what is dispatched, which costs a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,7 +74,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: RunContext) -> M
     trial = f"rehearsal-{slot.contender.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
     place = executor.make_place(trial, trial)
-    request = dataclasses.replace(request_of(plan, slot, site, place), trial=trial, instrument="spy")
+    request = dataclasses.replace(request_of(plan, slot, site, place), trial=trial)
     try:
         worker = executor.launch()
         try:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
-from lorameter.records.record import Instrument, Interleaving, Measure, Role, Side, TrialRecord
+from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
 from lorameter.run.arms import CONTROL_SUFFIX, Arm, check_phases, contenders_of, workloads_of
 from lorameter.studies import limits
 from lorameter.studies.study import Study
@@ -44,7 +44,6 @@ class Slot:
     seed: int
     interleaving: Interleaving
     measures: tuple[Measure, ...]
-    instrument: Instrument = "profile"
     arm: str = ""
     """Which of the run's executors hosts the trial; a run without sides has one, unless its variants differ in
     threads."""
@@ -177,7 +176,6 @@ def make_plan(
             seed=study.protocol.seed + replicate,
             interleaving=level,
             measures=measures,
-            instrument=_instrument(replicate, measures, contender.role),
             arm=arms[contender],
         )
 
@@ -310,12 +308,6 @@ def _take_turns(launches: Sequence[tuple[Slot, ...]], study: Study, shuffler: ra
 def _solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
     """Rounds of requests of an isolated trial; it makes any only with its adapter merged."""
     return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
-
-
-def _instrument(replicate: int, measures: Sequence[Measure], role: Role) -> Instrument:
-    """The full profile once a variant and run, in its first timed trial; the spy in all others, whose paths are the
-    same. The control is a variant that has one already."""
-    return "profile" if replicate == 0 and "steps" in measures and role == "variant" else "spy"
 
 
 def _arm(contender: Arm, contenders: Sequence[Arm]) -> str:

@@ -75,7 +75,6 @@ def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> T
         protocol=study.protocol.here(),  # of no interest there, and unknown to older revisions on a side
         interleaving=slot.interleaving,
         measures=slot.measures,
-        instrument=slot.instrument,
         slowdown_rows=slot.contender.slowdown_rows,
         device=site.device,
         threads=site.threads,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorameter.records import codec
-from lorameter.records.record import SCHEMA, Instrument, Interleaving, Measure, Role
+from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
@@ -28,7 +28,6 @@ class TrialRequest:
     protocol: Protocol
     interleaving: Interleaving
     measures: tuple[Measure, ...]
-    instrument: Instrument = "profile"
     device: str
     threads: int
     tokens_path: str

@@ -160,8 +160,8 @@ class Training:
         return judge_checks(fragment, checks, request) if diverged.status == "ok" else diverged
 
     def _packed(self, stream: TokenStream) -> Batch | None:
-        """A row of packed records, with which their isolation is probed; None where the instrument cannot tell it."""
-        return stream.packed_batch(1) if self._request.instrument == "profile" else None
+        """A row of packed records, by which their isolation is judged in evaluation; None where nothing is packed."""
+        return stream.packed_batch(1)
 
     def _watch_step(self, watch: kernels_check.Watch) -> tuple[PartialRecord, bool]:
         """The first step of the warm-up, watched after a glance at the first of the process; and whether it left open

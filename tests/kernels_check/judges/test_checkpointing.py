@@ -1,4 +1,4 @@
-"""What is recomputed is told block by block, in whatever way it was switched on; both instruments agree."""
+"""What is recomputed is told block by block, in whatever way it was switched on."""
 
 from functools import partial
 

@@ -72,7 +72,7 @@ def test_kernels_tell_where_no_operator_does(judge):
 
 @pytest.mark.parametrize(("attention", "observed"), [("sdpa", "flash"), ("eager", "eager")])
 def test_a_real_request_is_watched(training, attention, observed):
-    """Prefill and one step of decoding, each a call in each layer; both instruments see the same."""
+    """Prefill and one step of decoding, each a call in each layer."""
     run = training(attention=attention, quant=None)
     run.model.eval()
     asked = []

@@ -116,8 +116,7 @@ EVERYDAY = (
         required=True,
         fault=small(adapter_faults.train_a_copy_after_steps),
         healthy=small(),
-        words=("the model was not called",),
-        caught_by="unknown",
+        words=("8 of 8 parameters without gradient", "not given to the optimizer"),
     ),
     Control(
         name="half the layers inactive while the step runs",

@@ -52,7 +52,7 @@ def run(tmp_path):
         request = TrialRequest(
             trial="r0-v", variant=VARIANT, role="variant", replicate=0, seed=1, workload=workload,
             protocol=Protocol().least(), interleaving="replicates", measures=("steps", "requests", "peaks"),
-            instrument="profile", device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path,
+            device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path,
             scratch=str(tmp_path), log_path="",
         )  # fmt: skip
         trial = Trial(request, SharedBase())

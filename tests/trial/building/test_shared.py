@@ -60,7 +60,7 @@ def trial_on(shared, variant, tokens, interleaving="shared-base"):
     workload, path = tokens
     request = TrialRequest(
         trial=variant.name, variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=PROTOCOL,
-        interleaving=interleaving, measures=("steps", "requests"), instrument="spy", device="cpu", threads=1,
+        interleaving=interleaving, measures=("steps", "requests"), device="cpu", threads=1,
         tokens_path=path, scratch="", log_path="",
     )  # fmt: skip
     return Trial(request, shared)

@@ -48,7 +48,7 @@ def begin(tmp_path):
         workload = dataclasses.replace(WORKLOAD, **changes)
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=workload,
-            protocol=PROTOCOL, interleaving="replicates", measures=("steps", "requests", "peaks"), instrument="spy",
+            protocol=PROTOCOL, interleaving="replicates", measures=("steps", "requests", "peaks"),
             device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",
         )  # fmt: skip
         running = Trial(request, SharedBase())

@@ -37,7 +37,7 @@ def trial(tmp_path):
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=workload,
             protocol=PROTOCOL, interleaving="replicates", measures=("steps", "requests", "open_ended", "peaks"),
-            instrument="spy", device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path,
+            device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path,
             scratch=str(tmp_path), log_path="",
         )  # fmt: skip
         running = Trial(request, SharedBase())

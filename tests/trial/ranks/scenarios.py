@@ -266,7 +266,7 @@ def run(name: str, tokens: str, folder: Path) -> dict:
     request = TrialRequest(
         trial="r0", variant=dataclasses.replace(VARIANT, **scenario.variant), role="variant", replicate=0, seed=1,
         workload=workload, protocol=dataclasses.replace(PROTOCOL, step_timeout_s=scenario.timeout_s),
-        interleaving="replicates", measures=("steps", "peaks"), instrument="spy", device="cpu", threads=1,
+        interleaving="replicates", measures=("steps", "peaks"), device="cpu", threads=1,
         tokens_path=tokens, scratch=str(folder), log_path="",
     )  # fmt: skip
     prepare_process(request)

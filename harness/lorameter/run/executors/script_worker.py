@@ -133,7 +133,7 @@ class ScriptWorker:
 
     def _do_verify(self) -> PartialRecord:
         first, required = self._take(1), {**self._own_required, **self._asked.requirements}
-        looked_at = bool(required) or self._asked.instrument == "profile"
+        looked_at = bool(required) or self._asked.replicate == 0
         taken = [*first, *self._take(1, watch=required if looked_at else None)]
         checks = tuple(codec.to_json(check) for one in taken for check in one.checks or ())
         fragment = judge_losses(

@@ -126,7 +126,7 @@ def _measure(
 def _part(plan: Plan, trial: str) -> Plan:
     """A plan of one trial of the reference, by this name."""
     slot = next(slot for slot in plan.slots if slot.role == "control" and "steps" in slot.measures)
-    alone = dataclasses.replace(slot, trial=trial, interleaving="replicates", measures=("steps",), instrument="spy")
+    alone = dataclasses.replace(slot, trial=trial, interleaving="replicates", measures=("steps",))
     turns = ((trial,),) * plan.study.protocol.turns
     return dataclasses.replace(plan, groups=(Group(replicate=slot.replicate, launches=((alone,),), turns=turns),))
 

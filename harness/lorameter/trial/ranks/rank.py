@@ -122,7 +122,7 @@ class RankTrial(Trial):
         def together(model: Any) -> Any:
             self._base_loss_whole = self._base_loss(model, model)
             packed = self._opened.packed_batch() if workload.strategy == "fsdp2" else None
-            if packed is not None and request.instrument == "profile":
+            if packed is not None:
                 inputs = {key: value for key, value in packed.items() if key != "labels"} | {"use_cache": False}
                 self._isolation = kernels_check.probe_isolation(model, inputs)  # sharded, no rank could make a forward
             return distribute(model, self._strategy, device=request.device, repair=workload.repair)
