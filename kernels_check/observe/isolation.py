@@ -81,7 +81,7 @@ def isolation_of(
         packed = _packed_calls(model, trained, batch)
         for call, records in packed:
             with _by_row(model, call.training), compiler_held("force_eager"):
-                leaks += _leaks(call, records)
+                leaks += _leaks_at(call, records)
     except LayoutError as error:
         return IsolationResult(unclear=str(error), packed=False)
     except _UnclearError as error:
@@ -205,6 +205,21 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str
             yield name
 
 
+def _leaks_at(call: ModelCall, records: Records) -> list[str]:
+    """What leaks in a call, else in those inside it where it returns nothing to compare.
+
+    TRL's trainers let a model return log-probabilities of all tokens but one; the one below its head returns hidden
+    states.
+    """
+    try:
+        return list(_leaks(call, records))
+    except _UnclearError:
+        inside = [one for inner in call.inside for one in inner.told(_packs)]
+        if not inside:
+            raise
+        return [leak for one in inside for leak in _leaks_at(one, records_of(one.arguments) or records)]
+
+
 def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
     """Phrases for the records that others reach.
 
@@ -225,7 +240,6 @@ def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
     numbers = records.numbers.to(tokens.device)
     nothing = torch.zeros_like(numbers, dtype=torch.bool)
     reference = logits(nothing)
-    length = reference.shape[1]
     inside = (numbers != PADDING) & (numbers.amax(dim=1, keepdim=True) > 0)
     differing = (other != tokens).any(-1) if tokens.dim() == 3 else other != tokens
     place, size = (one.to(tokens.device) for one in records.places())
@@ -236,9 +250,9 @@ def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
         members = inside & part
         changed = members & differing
         moved = (logits(changed) != reference).any(dim=-1)
-        if not bool((moved & members[:, :length]).any()):
+        if not bool((moved & members).any()):
             raise _UnclearError(f"changing {words} did not even change its own logits")
-        leaked = moved & (inside & ~members)[:, :length]
+        leaked = moved & (inside & ~members)
         if not bool(leaked.any()):
             continue
         if bool((logits(nothing) != reference).any()):
@@ -251,7 +265,7 @@ def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
                 "changing one row of the batch changes the logits of another, which no attention does (experts of "
                 "limited capacity, activations quantised over the batch): make the forward depend on each row alone"
             )
-        first = int(numbers[:, :length][row][leaked[row]].min()) + 1
+        first = int(numbers[row][leaked[row]].min()) + 1
         mode = "train" if call.training else "eval"
         where = f"{int(leaked.sum())} other tokens, first those of record {first} of row {row}"
         yield f"{mode}: changing {words} changed the logits of {where}"
@@ -278,7 +292,7 @@ def _other_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
 
 
 def _logits(call: ModelCall, changed: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
-    """Logits of each token, [rows, tokens, features]; some losses return those of one token less.
+    """Logits of each token, [rows, tokens, features].
 
     Raises:
         _UnclearError: the model raised, or returned nothing of that shape.
@@ -322,7 +336,7 @@ def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
     )
     for value in (logits, *others):
         if isinstance(value, Tensor) and value.is_floating_point():
-            if value.dim() >= 3 and value.shape[0] == shape[0] and shape[1] - 1 <= value.shape[1] <= shape[1]:
+            if value.dim() >= 3 and tuple(value.shape[:2]) == tuple(shape[:2]):
                 return value.detach().flatten(2)
             if value.dim() == 2 and value.shape[0] == shape[0] * shape[1]:
                 return value.detach().reshape(shape[0], shape[1], -1)
