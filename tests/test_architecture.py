@@ -22,8 +22,8 @@ RANK = (
     | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
 )
 FLOORS = (
-    *"pipes memory_limit terminal check rules rules_report observe trace judges serving step_watch verification ranks".split(),
-    *"probe selftest".split(),
+    *"pipes memory_limit terminal check rules rules_report observe trace judges serving".split(),
+    *"step_watch verification ranks probe selftest".split(),
 )
 """Those of kernels_check; its doors are its two dunder modules."""
 STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))
