@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.cli import parser
-from lorameter.studies.placement import OF_SLURM, OURS, SiteSpec, is_batch, read_asked
+from lorameter.studies.placement import OF_SLURM, SITES, SiteSpec, is_slurm, read_slurm
 from lorameter.studies.study_file import load_study
 
 PAGE = (Path(__file__).parents[2] / "docs" / "machines.md").read_text(encoding="utf-8")
@@ -32,14 +32,14 @@ def test_every_command_can_be_typed(pytestconfig):
             options = parser().parse_args(words[1:])
             place = SiteSpec().asked(on=getattr(options, "on", None), sites=getattr(options, "sites", None))
             assert not place.is_plain, words
-            if is_batch(place.on):
-                assert read_asked(place.on).sites >= 1
+            if is_slurm(place.on):
+                assert read_slurm(place.on).sites >= 1
         elif words[0] == "pytest":
             for option in (word.partition("=")[0] for word in words if word.startswith("--")):
                 pytestconfig.getoption(option)  # raises for one that there is not
         else:
             assert words[:2] == ["pip", "install"]
-            assert words[2] in ("lorameter[ray]", "lorameter[slurm]")
+            assert words[2] == "lorameter[ray]"
     assert kinds == {"lorameter", "pytest", "pip"}
 
 
@@ -56,4 +56,4 @@ def test_the_table_of_keys_has_all_that_can_be_asked_of_jobs():
     """And no other."""
     (table,) = re.findall(r"^\| key \|.*?\n\n", PAGE, re.DOTALL | re.MULTILINE)
     named = [key for line in table.split("\n")[2:-2] for key in re.findall(r"`(\w+)`", line.split("|")[1])]
-    assert sorted(named) == sorted({*OURS, *OF_SLURM})
+    assert sorted(named) == sorted({*SITES, *OF_SLURM})

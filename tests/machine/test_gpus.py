@@ -63,13 +63,13 @@ SITES = """
     from lorameter.errors import UsageError
     from lorameter.machine import provenance
     from lorameter.run.executors.local import LocalExecutor
-    from lorameter.run.sites import local
+    from lorameter.run.sites import gpus
     provenance._torch_cuda = lambda: "13.0"
-    local.share_cpus = lambda cpus, sites, asked: [[0]] * sites  # however many this machine has
+    gpus.share_cpus = lambda cpus, sites, asked: [[0]] * sites  # however many this machine has
     machine = provenance.probe_machine()
     try:
-        grounds = local.local_sites(("0", "1"), machine, mixed=MIXED)
-        facts = [LocalExecutor(host=ground.host).facts() for ground in grounds]
+        shares = gpus.local_shares(("0", "1"), machine, mixed=MIXED)
+        facts = [LocalExecutor(host=share.host).facts() for share in shares]
         tell([[one.machine.device_name, one.settings["gpu"]["power_limit_w"]] for one in facts])
     except UsageError as refused:
         tell(str(refused))

@@ -16,7 +16,7 @@ from lorameter import cli
 from lorameter.commands import prune_pack
 from lorameter.commands.documents_of_many import PackedOf
 from lorameter.errors import UsageError
-from lorameter.records import interference, packed, store
+from lorameter.records import packed, store
 from lorameter.records.atomic_json import write_document
 from lorameter.records.locks import alone
 from lorameter.records.record import Failure, Notice
@@ -64,7 +64,7 @@ def private(write_run, monkeypatch, tmp_path):
         tokens = {"answer_0": [5, 6, 7], "base_answer_0": [8], "completion": [9, 9], "real_tokens": 64}
         message = f"see http://{HOST}.internal:80/a/b?c=d and data/mine.jsonl"
         notice = Notice(code="x", message=message, remedy="12.4.5.8")
-        record = record.replaced(tokens=tokens, notices=(notice,), site=f"{HOST}-card-0")
+        record = record.replaced(tokens=tokens, notices=(notice,), site=f"{HOST}-gpu-0")
         if record.trial == "r1-nf4":
             failure = Failure(phase="train", kind="OSError", message="/srv/private/weights.bin is cut", traceback=trace)
             return record.replaced(status="crashed", failure=failure)
@@ -75,7 +75,7 @@ def private(write_run, monkeypatch, tmp_path):
     manifest.tokens.update(examples=[{"prompt": "Dear diary,", "reference": "I was"}], data="mine.jsonl, 4 records")
     manifest.study["workload"]["model"] = "/srv/private/llama"
     manifest.provenance["settings"] = {"gpu": {"uuid": CARD}}
-    manifest.site_facts[f"{HOST}-card-0"] = store.SiteFacts(machine={"cpu_model": "Test CPU"}, fingerprint="f")
+    manifest.site_facts[f"{HOST}-gpu-0"] = store.SiteFacts(machine={"cpu_model": "Test CPU"}, fingerprint="f")
     manifest.provenance["packages"] = {"nvidia-cublas-cu12": "12.4.5.8"}
     write_document(path / "manifest.json", manifest)
     monkeypatch.chdir(tmp_path)
@@ -113,7 +113,7 @@ def spread(write_run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "own").mkdir(parents=True)
     folder = "/home/lovelace/secret lab/my models"
-    sites = ("gx07-card-0", "gx08.cluster.example")
+    sites = ("gx07-gpu-0", "gx08.cluster.example")
     trace = (
         f'File "{folder}/other/load.py", line 3\nOSError: {folder}/other/x.bin of file://{folder}/y and '
         "file:///home/lovelace/z, [fe80::1c2a:ff] and 2001:db8::8a2e, 10.20.30.40, gx08: no route; mine/own/cache\n"
@@ -136,9 +136,6 @@ def spread(write_run, monkeypatch, tmp_path):
     lost = Notice(code="site-lost", message="site lost-node was lost: lost-node.cluster.example is gone", remedy="")
     written = dataclasses.replace(manifest, site_facts=facts, sites=sites, notices=(lost,))
     write_document(path / "manifest.json", written)
-    for site in sites:
-        record = store.read_run(str(path), path.parent).records[0]
-        interference.append(path, record.replaced(trial=f"alone-0-{site}", site=site))
     return path
 
 
@@ -257,17 +254,3 @@ def test_a_packed_run_is_not_gone_on_with(private, capsys):
     pack("mine", private.parent)
     assert cli.main(["run", "--resume", "mine.lorameter.zip"]) == 2
     assert "packed" in capsys.readouterr().err
-
-
-def test_what_neighbours_cost_is_packed_with_its_samples(private, tmp_path):
-    """As the trials are: every sample, and nothing of whose machine it was."""
-    run, samples = private, {"step_time_s": (0.1, 0.2)}
-    record = store.read_run(str(run), run.parent).records[0].replaced(status="ok", failure=None, samples=samples)
-    assert HOST in str(record)
-    for trial in ("alone-0-card", "beside-0-card"):
-        interference.append(run, record.replaced(trial=trial))
-    target = pack(str(run), run.parent, tmp_path / "x.zip")
-    assert HOST not in content(target)["beside.jsonl"]
-    with packed.unpacked(target) as folder:
-        ((one, other),) = interference.read_pairs(folder)
-    assert one.samples == other.samples == samples

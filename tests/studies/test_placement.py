@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.studies.placement import BatchRequest, SiteSpec, read_asked
+from lorameter.studies.placement import SiteSpec, SlurmRequest, read_slurm
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_study
 
@@ -94,18 +94,17 @@ def test_a_protocol_without_a_place_is_written_as_before():
 
 def test_what_is_asked_of_a_batch_system_is_keys_and_values():
     """A value may hold commas; what is not ours is passed on under sbatch's names."""
-    asked = read_asked("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90,start_minutes=0.5")
-    assert (asked.kind, asked.sites, asked.start_minutes) == ("slurm", 4, 0.5)
+    asked = read_slurm("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90")
+    assert asked.sites == 4
     assert asked.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
-    assert read_asked("slurm") == BatchRequest(on="slurm", kind="slurm")
-    assert read_asked("submitit-local:sites=2").sites == 2
-    assert read_asked("slurm:").parameters == {}
+    assert read_slurm("slurm") == SlurmRequest(on="slurm")
+    assert read_slurm("slurm:").parameters == {}
 
 
 @pytest.mark.parametrize(
     ("on", "words"),
     [
-        ("slurm:nodes=2", "'nodes' is not known. Use KEY=VALUE of sites, start_minutes, silent_s, partition"),
+        ("slurm:nodes=2", "'nodes' is not known. Use KEY=VALUE of sites, partition"),
         ("slurm:gpu", "'gpu' is not known"),
         ("slurm:sites=0", "sites='0': a positive number"),
         ("slurm:sites=1000", "1 to 999"),
@@ -113,12 +112,10 @@ def test_what_is_asked_of_a_batch_system_is_keys_and_values():
         ("slurm:partition=", "partition='': a text"),
         ("slurm:partition=a\n", "a text"),
         ("slurm:sites=1,sites=2", "sites is given twice"),
-        ("slurm:silent_s=1", "give 2 seconds or more"),
-        ("slurm:silent_s=nan", "a positive number"),
-        ("submitit-local:partition=gpu", "'partition' is not known"),
+        ("slurm:time=nan", "a positive number"),
     ],
 )
 def test_what_is_no_key_or_no_value_is_refused(on, words):
     """With what there is."""
     with pytest.raises(UsageError, match=words):
-        read_asked(on)
+        read_slurm(on)

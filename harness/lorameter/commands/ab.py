@@ -90,7 +90,7 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
-    from lorameter.run.sites.placement import open_venue
+    from lorameter.run.sites.placement import open_placement
     from lorameter.run.sites.sides import write_sides
     from lorameter.studies.placement import HERE
     from lorameter.verdicts.calibrate import MOST_ROWS
@@ -112,13 +112,13 @@ def run_ab(options: argparse.Namespace) -> int:
     study = read_study(options, "", of=of)
     if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue
         write_sides({"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place.said)
-    with open_venue(study, options.runs_dir) as venue:
-        run = _measured_there(venue, read_study(options, venue.machine.kind, of=of), command, options, policy)
+    with open_placement(study, options.runs_dir) as placement:
+        run = _measured_there(placement, read_study(options, placement.machine.kind, of=of), command, options, policy)
     return EXIT_PASS if run is None else show_ab(run, options)
 
 
 def _measured_there(
-    venue: Placement, study: Study, command: str, options: argparse.Namespace, policy: Policy
+    placement: Placement, study: Study, command: str, options: argparse.Namespace, policy: Policy
 ) -> Run | None:
     """The A/B as measured on the sides that the options name, or of two commands; None after a dry run."""
     from lorameter.models import catalogue
@@ -136,7 +136,7 @@ def _measured_there(
         return plan_ab(
             study,
             machine,
-            free_bytes=venue.free_bytes,
+            free_bytes=placement.free_bytes,
             select=options.variant,
             phases=options.phase or (study.protocol.phases if study.trains_only else DEFAULT_PHASES),
             slowdown_rows=options.inject_rows,
@@ -144,19 +144,19 @@ def _measured_there(
             runs=runs,
         )
 
-    plan, notices = venue.plan(make)
-    for spec in () if command or venue.stations else (options.base, options.candidate):
+    plan, notices = make(placement.machine)
+    for spec in () if command or placement.is_remote else (options.base, options.candidate):
         check_side(spec, Path.cwd())
     if options.dry_run:
-        show_plan(plan, venue.machine, notices, runs, as_json=options.json)
+        show_plan(plan, placement.machine, notices, runs, as_json=options.json)
         return None
     errors = console_for(stderr=True)
     kept = codec.to_json(policy) if options.policy else {}
-    with venue.hold(options.if_busy) as waited:
+    with placement.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = venue.plan(make)
+            plan, notices = make(placement.machine)
         show(warn_before_run(notices), errors)
-        with LiveDisplay(errors, device=venue.machine.device_name) as display:
+        with LiveDisplay(errors, device=placement.machine.device_name) as display:
             if command:
                 arms = arms_of_commands(plan)
                 return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=kept)
@@ -170,7 +170,7 @@ def _measured_there(
                 display=display,
                 notices=notices,
                 policy=kept,
-                venue=venue,
+                placement=placement,
             )
 
 
@@ -186,8 +186,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     import dataclasses
 
     from lorameter.run.executors import open_executor
-    from lorameter.run.sites.interference import PAIRS
-    from lorameter.run.sites.placement import open_venue
+    from lorameter.run.sites.placement import open_placement
     from lorameter.studies.placement import HERE, say_on
     from lorameter.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, rows_for
 
@@ -219,16 +218,16 @@ def run_calibrate(options: argparse.Namespace) -> int:
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, precision=None))
     variant = study.variant(options.variant[0]) if options.variant else study.variant(study.reference)
     rows = options.inject_rows
-    with open_venue(study, options.runs_dir) as venue:
+    with open_placement(study, options.runs_dir) as placement:
         if rows is None:
             pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
             seen = []
             for count in PILOT_ROWS:
-                run = _measured_here(pilot, variant.name, count, venue, options)
+                run = _measured_here(pilot, variant.name, count, placement, options)
                 _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
                 seen.append(calibration_ratio(run, variant.name))
             rows = rows_for(PLANTED, *seen)
-        run = _measured_here(study, variant.name, rows, venue, options, rounds_beside=PAIRS)
+        run = _measured_here(study, variant.name, rows, placement, options)
     return _show_calibration(run, options)
 
 
@@ -288,9 +287,7 @@ def calibration_ratio(run: Run, name: str) -> float:
     return found.ratio
 
 
-def _measured_here(
-    study: Study, name: str, rows: int, venue: Placement, options: argparse.Namespace, *, rounds_beside: int = 0
-) -> Run:
+def _measured_here(study: Study, name: str, rows: int, placement: Placement, options: argparse.Namespace) -> Run:
     """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
     from lorameter.records import store
     from lorameter.report.live import LiveDisplay
@@ -302,8 +299,8 @@ def _measured_here(
     runs = store.runs_dir(options.runs_dir, make=True)
     plan, notices = plan_ab(
         study,
-        venue.machine,
-        free_bytes=venue.free_bytes,
+        placement.machine,
+        free_bytes=placement.free_bytes,
         select=[name],
         phases=("train",),
         slowdown_rows=rows,
@@ -311,11 +308,9 @@ def _measured_here(
     )
     errors = console_for(stderr=True)
     show(warn_before_run(notices), errors)
-    with venue.hold(options.if_busy), LiveDisplay(errors) as display:
+    with placement.hold(options.if_busy), LiveDisplay(errors) as display:
         arms = arms_of_present(rows)
-        return measure(
-            plan, runs=runs, display=display, notices=notices, arms=arms, venue=venue, rounds_beside=rounds_beside
-        )
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, placement=placement)
 
 
 def read_study(options: argparse.Namespace, device: str, standard: int | None = None, of: Study | None = None) -> Study:

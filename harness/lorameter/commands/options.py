@@ -40,8 +40,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "on": {
         "metavar": "CLUSTER",
         "help": "measure replicates on the nodes of a Ray cluster (ray: that of this machine; ray://HOST:PORT: behind "
-        "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60) or, to try that, in "
-        "processes of this machine (submitit-local:sites=2); here: in place of what the study says",
+        "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60); "
+        "here: in place of what the study says",
     },
     "mixed": {
         "action": "store_true",

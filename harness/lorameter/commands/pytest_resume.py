@@ -16,7 +16,6 @@ from lorameter.run.resume import (
     check_place,
     is_finished,
     plan_of,
-    read_broken_off,
     refuse_settled,
     study_of,
 )
@@ -43,7 +42,9 @@ def load_resumed(config: pytest.Config) -> ResumedRun | None:
         from lorameter.studies.study_file import load_study
 
         study = load_study(study).name
-    run = read_broken_off(name, store.runs_dir(config.getoption("--lorameter-runs-dir")), study=study)
+    from lorameter.run.sites.driver import read_broken_off_with_jobs
+
+    run = read_broken_off_with_jobs(name, store.runs_dir(config.getoption("--lorameter-runs-dir")), study=study)
     if run.manifest.sides:
         raise UsageError(f"{OPTION}: run {run.manifest.run} is an A/B. Resume: lorameter run --resume {name}")
     return ResumedRun(run, config.getoption("--lorameter-max-minutes"))
@@ -65,7 +66,7 @@ class ResumedRun:
         """Whether nothing is left of it."""
         return is_finished(self._run)
 
-    def measure(self, venue: Placement, display: Display) -> Run:
+    def measure(self, placement: Placement, display: Display) -> Run:
         """What is left of the run; one of which nothing is, or not here, is given back as it is.
 
         Raises `UsageError` and `InvalidRunError`.
@@ -77,11 +78,11 @@ class ResumedRun:
             print_stderr(f"run {run.manifest.run} is complete: nothing is left to be measured.")
             return run
         try:
-            check_place(run, venue.facts)
+            check_place(run, placement.facts)
             plan = plan_of(run, max_minutes=self._max_minutes)
         except UsageError as refusal:
             if run.manifest.status != "complete":
                 raise
             print_stderr(f"{refusal} What it has is replayed.")  # it came to its end, if not to a good one
             return run
-        return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run, venue=venue)
+        return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run, placement=placement)

@@ -93,20 +93,20 @@ class Session:
             return
         names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
         phases = {phase for _, phase in items}
-        with _usage_errors(), self._opened() as venue:
-            if venue.stations:
-                self._facts, self._study = venue.facts, self._load(venue.machine.kind)
+        with _usage_errors(), self._opened() as placement:
+            if placement.is_remote:
+                self._facts, self._study = placement.facts, self._load(placement.machine.kind)
             if self._gate is not None:
                 from lorameter.machine.provenance import fingerprint, fingerprint_fields
 
                 facts = self._provenance()
                 self._gate.prepare(self._study, fingerprint_fields(facts), fingerprint(facts))
             if self._dry:
-                self._planned = self._foresee(names, phases, venue)
+                self._planned = self._foresee(names, phases, placement)
             elif not self._disabled:
-                self._run = self._measure(names, phases, venue)
+                self._run = self._measure(names, phases, placement)
             elif self._resumed is None and self._study.protocol.on == HERE:
-                self._plan(names, phases, venue, make=False)
+                self._plan(names, phases, placement, make=False)
 
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
@@ -211,8 +211,8 @@ class Session:
 
     def _opened(self) -> AbstractContextManager[Placement]:
         """Where it is measured; for what measures nothing no cluster is asked."""
-        from lorameter.run.sites.local import check_spreadable
-        from lorameter.run.sites.placement import Placement, open_venue
+        from lorameter.run.sites.gpus import check_spreadable
+        from lorameter.run.sites.placement import Placement, open_placement
 
         place = self._study.protocol.place
         if place.mixed:
@@ -224,7 +224,7 @@ class Session:
         if nothing and place.on != HERE:
             check_spreadable(self._study, place)
             return nullcontext(Placement())
-        return open_venue(self._study, self._config.getoption("--lorameter-runs-dir"))
+        return open_placement(self._study, self._config.getoption("--lorameter-runs-dir"))
 
     def _load(self, device: str) -> Study:
         from lorameter.studies.study_file import load_study
@@ -246,7 +246,7 @@ class Session:
             **place,
         )
 
-    def _measure(self, names: list[str], phases: set[str], venue: Placement) -> Run:
+    def _measure(self, names: list[str], phases: set[str], placement: Placement) -> Run:
         from lorameter.commands.display import display_of
         from lorameter.report.live import LiveDisplay
         from lorameter.report.notices import warn_before_run
@@ -254,27 +254,27 @@ class Session:
         from lorameter.run.measure import measure
 
         console = console_for(BestEffortStderr(sys.stderr))
-        held = venue.hold(self._config.getoption("--lorameter-if-busy"))
+        held = placement.hold(self._config.getoption("--lorameter-if-busy"))
         if self._resumed is not None:
             with held, LiveDisplay(console) as display:
-                return self._resumed.measure(venue, display)
-        plan, notices, runs = self._plan(names, phases, venue, make=True)
+                return self._resumed.measure(placement, display)
+        plan, notices, runs = self._plan(names, phases, placement, make=True)
         show(warn_before_run(notices), console)
-        with held, display_of(plan, venue.machine, runs, console) as display:
-            return measure(plan, runs=runs, display=display, notices=notices, venue=venue)
+        with held, display_of(plan, placement.machine, runs, console) as display:
+            return measure(plan, runs=runs, display=display, notices=notices, placement=placement)
 
-    def _foresee(self, names: list[str], phases: set[str], venue: Placement) -> Document:
+    def _foresee(self, names: list[str], phases: set[str], placement: Placement) -> Document:
         """The plan of the session and what it will take. Raises `UsageError` for what cannot be measured here."""
         from lorameter.report.plan import describe_plan
         from lorameter.run.forecast import forecast
 
         if self._resumed is not None:
             raise UsageError("--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.")
-        plan, notices, runs = self._plan(names, phases, venue, make=False)
-        return describe_plan(plan, forecast(plan, venue.machine, runs), venue.machine, notices)
+        plan, notices, runs = self._plan(names, phases, placement, make=False)
+        return describe_plan(plan, forecast(plan, placement.machine, runs), placement.machine, notices)
 
     def _plan(
-        self, names: list[str], phases: set[str], venue: Placement, *, make: bool
+        self, names: list[str], phases: set[str], placement: Placement, *, make: bool
     ) -> tuple[Plan, tuple[Notice, ...], Path]:
         """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be
         measured there."""
@@ -284,14 +284,14 @@ class Session:
         runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=make)
         plan, notices = plan_study(
             self._study,
-            venue.machine,
-            free_bytes=venue.free_bytes,
+            placement.machine,
+            free_bytes=placement.free_bytes,
             select=names,
             phases=sorted(phases),
             interleaving=self._config.getoption("--lorameter-interleave"),
             runs=runs,
         )
-        return plan, (*venue.notices, *notices), runs
+        return plan, notices, runs
 
     def _executor(self) -> Executor:
         from lorameter.run.executors import open_executor

@@ -37,15 +37,16 @@ def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fa
     from lorameter.records import store
     from lorameter.report.blocks import say
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.resume import is_finished, read_broken_off, refuse_settled, study_of
-    from lorameter.run.sites.placement import open_venue
+    from lorameter.run.resume import is_finished, refuse_settled, study_of
+    from lorameter.run.sites.driver import read_broken_off_with_jobs
+    from lorameter.run.sites.placement import open_placement
     from lorameter.studies.study_file import load_study
 
     given = {f"--{SHOWN.get(name, name)}": getattr(options, name.replace("-", "_")) for name in settled}
     refuse_settled("--resume", given)
     runs = store.runs_dir(options.runs_dir)
     study = load_study(options.study).name if options.study else None
-    run = read_broken_off(options.resume, runs, study=study)
+    run = read_broken_off_with_jobs(options.resume, runs, study=study)
     name = run.manifest.run
     if ab and not run.manifest.sides:
         raise UsageError(f"run {name} is no A/B. Resume: lorameter run --resume {name}")
@@ -55,11 +56,11 @@ def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fa
         return run
     there = study_of(run)
     here = there.with_overrides(on=options.on, sites=options.sites, mixed=there.protocol.mixed)
-    with open_venue(here, options.runs_dir) as venue:
-        return _go_on_there(run, venue, options)
+    with open_placement(here, options.runs_dir) as placement:
+        return _go_on_there(run, placement, options)
 
 
-def _go_on_there(run: Run, venue: Placement, options: argparse.Namespace) -> Run | None:
+def _go_on_there(run: Run, placement: Placement, options: argparse.Namespace) -> Run | None:
     from lorameter.models.catalogue import cache_dir
     from lorameter.report.blocks import say
     from lorameter.report.live import LiveDisplay
@@ -71,9 +72,9 @@ def _go_on_there(run: Run, venue: Placement, options: argparse.Namespace) -> Run
 
     name, sides, errors = run.manifest.run, run.manifest.sides, console_for(stderr=True)
     if not sides:  # those of an A/B are asked when they are there again
-        check_place(run, venue.facts)
+        check_place(run, placement.facts)
     plan = plan_of(run, max_minutes=options.max_minutes)
-    unsettled = find_unfinished(plan, run.records, whole=venue.is_spread)
+    unsettled = find_unfinished(plan, run.records, whole=placement.is_spread)
     left = [slot.trial for group in unsettled for slot in group.slots]
     kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
     show((say(f"run {name}: {kept}, {len(left)} are left to be measured.", indented=False),), errors)
@@ -83,7 +84,7 @@ def _go_on_there(run: Run, venue: Placement, options: argparse.Namespace) -> Run
         else:
             show(tuple(say(trial, indented=False) for trial in left), console_for())
         return None
-    with venue.hold(options.if_busy), LiveDisplay(errors) as display:
+    with placement.hold(options.if_busy), LiveDisplay(errors) as display:
         if sides:
-            return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display, venue=venue)
-        return measure(plan, runs=run.path.parent, display=display, resume=name, venue=venue)
+            return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display, placement=placement)
+        return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)

@@ -49,10 +49,10 @@ def run_study(options: argparse.Namespace) -> int:
         raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
-    from lorameter.run.sites.placement import open_venue
+    from lorameter.run.sites.placement import open_placement
 
-    with open_venue(_study(options, ""), options.runs_dir) as venue:
-        return _run_on(venue, options)
+    with open_placement(_study(options, ""), options.runs_dir) as placement:
+        return _run_on(placement, options)
 
 
 def _study(options: argparse.Namespace, device: str) -> Study:
@@ -71,7 +71,7 @@ def _study(options: argparse.Namespace, device: str) -> Study:
     )
 
 
-def _run_on(venue: Placement, options: argparse.Namespace) -> int:
+def _run_on(placement: Placement, options: argparse.Namespace) -> int:
     """Measure there."""
     from lorameter.commands.display import display_of
     from lorameter.records import store
@@ -80,14 +80,14 @@ def _run_on(venue: Placement, options: argparse.Namespace) -> int:
     from lorameter.run.measure import measure, plan_study
 
     runs = store.runs_dir(options.runs_dir, make=not options.dry_run)
-    machine = venue.machine
+    machine = placement.machine
     study = _study(options, machine.kind)
 
     def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
         return plan_study(
             study,
             machine,
-            free_bytes=venue.free_bytes,
+            free_bytes=placement.free_bytes,
             select=options.variant,
             phases=options.phase or study.protocol.phases,
             interleaving=options.interleave,
@@ -95,16 +95,16 @@ def _run_on(venue: Placement, options: argparse.Namespace) -> int:
             shown_only=options.dry_run,
         )
 
-    plan, notices = venue.plan(make)
+    plan, notices = make(placement.machine)
     if options.dry_run:
         return show_plan(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
-    with venue.hold(options.if_busy) as waited:
+    with placement.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = venue.plan(make)
+            plan, notices = make(placement.machine)
         show(warn_before_run(notices), errors)
         with display_of(plan, machine, runs, errors) as display:
-            run = measure(plan, runs=runs, display=display, notices=notices, venue=venue)
+            run = measure(plan, runs=runs, display=display, notices=notices, placement=placement)
     return _show(run, options)
 
 

@@ -42,11 +42,6 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             [f"All draws are from {replicates} one run: they say what it could have said, not what another hour would."]
         ),
     )
-    beside = (
-        ()
-        if result.neighbours is None
-        else (say(f"beside neighbours {write_ratio(result.neighbours, verdict=result.neighbours.verdict).line}"),)
-    )
     return (
         say(
             Span(text="What this machine can see", tone="strong"),
@@ -59,7 +54,6 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
         ),
         say(f"identical code   {identical}"),
         say(f"injected slow-down {planted} ({rows} rows in each adapted layer)"),
-        *beside,
         rates,
         Section(
             title="To see a slow-down in 80 % of the runs",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError, redact
-from lorameter.records import bounded_io, codec, interference, journal, store
+from lorameter.records import bounded_io, codec, journal, store
 from lorameter.records.atomic_json import write_document
 from lorameter.records.atomic_output import replacing
 from lorameter.records.evidence import EvidenceFile, LostEvidenceError
@@ -93,8 +93,6 @@ def _write_records(folder: Path, path: Path, manifest: Manifest, clean: Callable
                 continue
             cleaned = _cleaned(record, clean, texts=texts)
             file.write(line_of(cleaned, evidence.add(cleaned.checks)))
-    for record in interference.read(path):
-        interference.append(folder, _cleaned(record, clean, texts=texts))
 
 
 def _cleaned(record: TrialRecord, clean: Callable[[Any], Any], *, texts: bool) -> TrialRecord:

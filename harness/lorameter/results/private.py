@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from lorameter.models.catalogue import CATALOGUE, RANDOM_PREFIX
-from lorameter.records import codec, interference, journal
+from lorameter.records import codec, journal
 from lorameter.records.store import TRIALS, Manifest
 from lorameter.studies.data_source import SYNTHETIC
 
@@ -45,8 +45,8 @@ _NODES = re.compile(r"\b(nodelist|exclude)=(?:\[[^\]]*\]|[^,\[\s])+")
 """What a study asks SLURM for; several nodes may be written as one word."""
 _SITES_SAID = re.compile(r"\bsites? ([\w.-]+(?:, [\w.-]+)*) (?:are|came|is|was)\b")
 """In notices, also those that have measured nothing."""
-_OF_SITE = re.compile(r"-card(?:-\d+)+$")
-_HERE = re.compile(r"(?:card|cpus)(?:-\d+)+|[\d+]+")
+_OF_SITE = re.compile(r"-gpu(?:-\d+)+$")
+_HERE = re.compile(r"(?:gpu|cpus)(?:-\d+)+|[\d+]+")
 """Sites of one machine, which have no names of hosts."""
 _HOMES = ("/home", "/Users")
 
@@ -158,10 +158,9 @@ def _hosts(manifest: Manifest, run: Path) -> set[str]:
     for notice in manifest.notices:
         sites |= {name for said in _SITES_SAID.findall(notice.message) for name in said.split(", ")}
     decoder = msgspec.json.Decoder(_Line)
-    for file in (TRIALS, interference.FILE):
-        for line in journal.lines(run / file):
-            with contextlib.suppress(msgspec.MsgspecError):  # a line that was cut short
-                sites.add(decoder.decode(line).site)
+    for line in journal.lines(run / TRIALS):
+        with contextlib.suppress(msgspec.MsgspecError):  # a line that was cut short
+            sites.add(decoder.decode(line).site)
     return {_OF_SITE.sub("", site) for site in sites if site and not _HERE.fullmatch(site)}
 
 

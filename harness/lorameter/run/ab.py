@@ -38,7 +38,7 @@ from lorameter.run.memory_probe import REHEARSED
 from lorameter.run.plan import Plan, make_plan
 from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
 from lorameter.run.sites.placement import Placement
-from lorameter.run.sites.sides import open_as, write_sides
+from lorameter.run.sites.sides import write_sides
 from lorameter.studies.data_source import make_absolute
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
@@ -104,7 +104,7 @@ def measure_ab(
     display: Display,
     notices: tuple[Notice, ...] = (),
     policy: Mapping[str, Any] | None = None,
-    venue: Placement | None = None,
+    placement: Placement | None = None,
 ) -> Run:
     """Make both sides ready, measure, and take them down.
 
@@ -118,14 +118,14 @@ def measure_ab(
         display: shows what is going on.
         notices: what was known before.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
-        venue: on which sites; each has both sides.
+        placement: on which sites; each has both sides.
 
     Raises:
         UsageError: a side that cannot be had, or that a command leaves no room for.
         InvalidRunError: a side whose worker does not start, or speaks another schema.
     """
     specs: dict[Side, str] = {"base": base, "candidate": candidate}
-    with _open_sides(specs, repository, cache, venue) as sides:
+    with _open_sides(specs, repository, cache, placement) as sides:
         if plan.study.of_scripts and any(side.kind != "revision" for side in sides.values()):
             for contender in plan.contenders:
                 check_side(contender.variant)
@@ -135,7 +135,7 @@ def measure_ab(
             rows = {slot.contender.slowdown_rows for slot in plan.slots if slot.side == name}
             kind = executor_of(plan.study)
             arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, venue=venue)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, placement=placement)
 
 
 def arms_of_commands(plan: Plan) -> list[ArmExecutor]:
@@ -149,7 +149,7 @@ def arms_of_commands(plan: Plan) -> list[ArmExecutor]:
 
 
 def resume_ab(
-    run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, venue: Placement | None = None
+    run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, placement: Placement | None = None
 ) -> Run:
     """Resume an interrupted A/B: its sides are put up again as they were, and only what is missing is measured.
 
@@ -159,7 +159,7 @@ def resume_ab(
         repository: a folder in the repository whose revisions it compares.
         cache: where environments of requirements are kept.
         display: shows what is going on.
-        venue: on which sites.
+        placement: on which sites.
 
     Raises:
         UsageError: another machine, a side that cannot be had any more, takes a credential that is not kept, or is
@@ -170,37 +170,41 @@ def resume_ab(
     if of_commands(run.manifest):
         arms = arms_of_commands(plan)
         check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
+        return measure(
+            plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, placement=placement
+        )
     if is_calibration(run.manifest):
-        if venue is not None and venue.stations:
+        if placement is not None and placement.is_remote:
             raise UsageError(
                 f"run {run.manifest.run} is a calibration, of the machine that it is started on. Use --on here."
             )
         arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
         check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
+        return measure(
+            plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, placement=placement
+        )
     specs = {name: _spec_again(f"run {run.manifest.run}, {name}", before[name]) for name in SIDES}
-    with _open_sides(specs, repository, cache, venue) as sides:
+    with _open_sides(specs, repository, cache, placement) as sides:
         kind, arms = executor_of(plan.study), []
         for name, side in sides.items():
             arms += arms_of(name, side.host, side.declared, {**before[name], "spec": side.spec}, kind)
         check: Callable[[Mapping[str, MachineFacts]], object] = partial(_check_same, run)
-        if venue is None or not venue.stations:  # else they say what is on their sides when these are put up
+        if placement is None or not placement.is_spread:  # else the jobs say what is on their sides
             check({arm.name: arm.executor.facts() for arm in arms if arm.name == arm.side})
             check = _believe
         again = run.manifest.run
         return measure(
-            plan, runs=run.path.parent, display=display, arms=arms, resume=again, venue=venue, check_facts=check
+            plan, runs=run.path.parent, display=display, arms=arms, resume=again, placement=placement, check_facts=check
         )
 
 
 @contextlib.contextmanager
 def _open_sides(
-    specs: Mapping[Side, str], repository: Path, cache: Path, venue: Placement | None
+    specs: Mapping[Side, str], repository: Path, cache: Path, placement: Placement | None
 ) -> Iterator[dict[Side, OpenSide]]:
-    """Both sides, made ready; taken down at the end, whatever that is. Other machines put them up for themselves."""
-    if venue is not None and venue.stations:
-        yield {one.side: open_as(one) for one in write_sides(specs, repository, venue.said)}
+    """Both sides, made ready; taken down at the end, whatever that is. Jobs open them for themselves."""
+    if placement is not None and placement.is_spread:
+        yield write_sides(specs, repository, placement.said, local=not placement.is_remote)
         return
     with InterruptHandler() as stops, contextlib.ExitStack() as stack:
         sides: dict[Side, OpenSide] = {}

@@ -178,18 +178,6 @@ class Budget:
     def _sought(self) -> int:
         return min(SOUGHT_REPLICATES, self.replicates)
 
-    def share(self, replicates: int) -> Budget:
-        """One for a site that measures so many of the replicates while others measure theirs, from now on."""
-        limit_s = None if self.limit_s is None else self.left_s
-        return Budget(
-            limit_s,
-            replicates=replicates,
-            import_s=self.import_s,
-            load_s=self.load_s,
-            skipped=self.skipped,
-            clock=self.clock,
-        )
-
     # --- a replicate --------------------------------------------------------------------------------------------------
 
     def open_replicate(self, plan: Plan, groups: Sequence[Group], *, on_cpu: bool) -> tuple[Group, ...]:

@@ -10,9 +10,8 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import codec, store
-from lorameter.records.interference import append as append_beside
 from lorameter.records.metrics import PHASES
 from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, Side
@@ -31,31 +29,22 @@ from lorameter.run.arms import contenders_of, variants_of, workloads_of
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.display import Display, Shielded
 from lorameter.run.executors import SCRIPTS, Executor, open_executor
-from lorameter.run.executors.disk import redact_logs
 from lorameter.run.executors.host import Host
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import together_bytes, total_of
 from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.manifest import describe_sites, describe_tokens
+from lorameter.run.manifest import describe_tokens
 from lorameter.run.memory_probe import REHEARSED, probe_memory
 from lorameter.run.plan import Plan, make_plan
-from lorameter.run.plan_spec import SideSpec, write_plan
 from lorameter.run.prepare import prepare_run
-from lorameter.run.resume import continue_manifest, is_finished, mend_manifest
+from lorameter.run.resume import continue_manifest, is_finished, mend
 from lorameter.run.runner import Measured, find_unfinished, records_outside, run_plan
-from lorameter.run.sites.interference import measure_interference
-from lorameter.run.sites.late_nodes import LateNodes, prepare_late
-from lorameter.run.sites.local import LocalNode, check_all, open_station
-from lorameter.run.sites.node import Node
+from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
-from lorameter.run.sites.prepare_nodes import prepare_all
-from lorameter.run.sites.remote import RemoteNode
-from lorameter.run.sites.scheduler import run_distributed
 from lorameter.run.stopping import Stopping
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.interference import neighbour_notices
 
 
 def plan_study(
@@ -146,8 +135,7 @@ def measure(
     arms: Sequence[ArmExecutor] = (),
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
-    venue: Placement | None = None,
-    rounds_beside: int = 0,
+    placement: Placement | None = None,
     check_facts: Callable[[Mapping[str, MachineFacts]], object] = lambda facts: None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
@@ -160,8 +148,7 @@ def measure(
         arms: where trials are measured; those that the plan names, of the present interpreter, if left out.
         resume: id of a run of this plan (`lorameter.run.resume`) to resume; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
-        venue: on which sites: each of this machine has all arms, and others have arms of their own.
-        rounds_beside: how often, before its trials, it is measured what the sites of this machine cost each other.
+        placement: where; in jobs if it has several sites.
         check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
@@ -169,15 +156,23 @@ def measure(
             a limit of time that not one replicate keeps.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
-    study, venue = plan.study, venue or Placement()
-    remote: Sequence[RemoteNode] = venue.stations
+    study = plan.study
+    if placement is not None and placement.launcher is not None:
+        return measure_in_jobs(
+            plan,
+            placement.launcher,
+            runs=runs,
+            display=display,
+            local=not placement.is_remote,
+            if_busy=placement.if_busy if placement.is_remote else None,
+            notices=notices,
+            sides={arm.side: arm.about for arm in arms if arm.side and arm.name == arm.side},
+            resume=resume,
+            policy=policy,
+        )
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    if not (arms or remote):
+    if not arms:
         arms = [ArmExecutor(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
-    hosts = {arm.name: arm.host for arm in arms}
-    local = [open_station(ground, hosts, executor_of(study)) for ground in venue.grounds]
-    if local:
-        arms = [dataclasses.replace(arm, executor=local[0].executors[arm.name]) for arm in arms]
     executors = {arm.name: arm.executor for arm in arms}
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
@@ -187,48 +182,24 @@ def measure(
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         known = () if earlier is None else earlier.records
-        groups = find_unfinished(plan, known, whole=venue.is_spread)
+        groups = find_unfinished(plan, known)
         if earlier is not None and not groups:
-            return earlier if is_finished(earlier) else _mend(earlier)
+            return earlier if is_finished(earlier) else mend(earlier)
         rest = dataclasses.replace(plan, groups=groups)
         shown.starting(rest, run_id)
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         skipped = earlier.manifest.skipped if earlier else ()
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates, skipped=skipped)
-        joining: LateNodes | None = None
-        lost, came = list[Notice](), dict[str, MachineFacts]()
         with stops.interruptible():
-            if remote:
-                stack.callback(redact_logs, runs / run_id / "logs")  # a line may have come in two parts
-                written, folder = write_plan(rest, plan, _written(arms)), runs / run_id
-                without = None if venue.arrivals is None else lost
-                ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
-                if venue.arrivals is not None:
-                    mixed = study.protocol.mixed
-                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder, mixed=mixed)
-
-                    def join(station: RemoteNode) -> None:
-                        late(station, left_s=budget.left_s)
-                        came[station.name] = station.facts
-
-                    joining = LateNodes(venue.arrivals, remote, join, ranks=venue.ranks)
-                there, site = ready.sides or {"": remote[0].facts}, None
-            else:
-                beside = [pair for station in local[1:] for pair in station.executors.items()]
-                for name, executor in (*executors.items(), *beside):
-                    stack.callback(executor.close)
-                    executor.start(runs / run_id, threads[name])
-                # While the workers import:
-                check = partial(check_all, local[1:], [slot.variant for slot in plan.slots])
-                ready, site = prepare_run(rest, executors, shown, tell_data=shown.tokens_prepared, check=check)
-                there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
-            present: list[RemoteNode | LocalNode] = [*remote, *local]
-            found = {station.name: station.facts for station in present}
+            for name, executor in executors.items():
+                stack.callback(executor.close)
+                executor.start(runs / run_id, threads[name])
+            ready, site = prepare_run(rest, executors, shown, tell_data=shown.tokens_prepared)
+            there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
             check_facts(there)
             budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
-        stations: list[Node] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
         notices = (*notices, *ready.base_notices)
-        if plan.provisional and site is not None:
+        if plan.provisional:
             with stops.interruptible():
                 plan, told = probe_memory(plan, executors, site, shown)
             shown.rehearsed(plan, told)
@@ -237,21 +208,18 @@ def measure(
         place = next(iter(there.values()))
         facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
         declared = sorted({name for arm in arms for name in arm.declared})
-        describe = partial(describe_sites, facts, declared)
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
             manifest = dataclasses.replace(
                 manifest,
                 bases=(*manifest.bases, *ready.bases),
                 notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
-                site_facts={**manifest.site_facts, **describe(found)},
             )
         else:
             manifest = Manifest(
                 run=run_id,
                 study=codec.to_json(study),
                 phases=plan.phases,
-                sites=tuple(station.name for station in stations) if study.protocol.mixed else (),
                 selection=tuple(variant.name for variant in variants_of(plan.contenders)),
                 own_workloads=codec.to_json(plan.own_workloads),
                 interleaving=plan.interleaving,
@@ -266,21 +234,22 @@ def measure(
                 notices=notices,
                 sides=_sides(arms, ready.hellos, there),
                 policy=dict(policy or {}),
-                site_facts=describe(found),
             )
         writer = RunWriter(runs, manifest)
         stack.enter_context(writer.refusals())
         try:
-            if rounds_beside and len(local) > 1 and earlier is None:
-                with stops.interruptible():
-                    measure_interference(plan, stations, partial(append_beside, writer.path), rounds_beside, budget)
-            lost += [one for one in neighbour_notices(writer.path) if one not in manifest.notices]
-            stop = Stopping(plan, budget, earlier=records_outside(groups, known), sites=max(1, len(stations)))
-            if venue.is_spread or site is None:
-                run = partial(run_distributed, plan, stations, joining=joining)
-            else:
-                run = partial(run_plan, plan, executors, site)
-            measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
+            stop = Stopping(plan, budget, earlier=records_outside(groups, known))
+            measured = run_plan(
+                plan,
+                executors,
+                site,
+                save=writer.append,
+                watcher=shown,
+                stop=stop,
+                budget=budget,
+                earlier=known,
+                stops=stops,
+            )
         except BaseException as error:
             with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be told
                 if isinstance(error, TimeLimitTooShortError) and not writer.has_records:  # so there is no run
@@ -290,41 +259,24 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        told = (*lost, *measured.notices)
+        told = measured.notices
         if minutes is not None and not measured.interrupted:
             count = len({record.replicate for record in measured.records if record.status == "ok"})
             told += skipped_notice(measured.skipped, count, study.protocol.replicates, measured.needed_s)
-        spending = None if site is None or venue.is_spread else budget.breakdown()
         writer.finish(
             _status(measured),
             stopped=stopped,
             measured=trials,
             notices=told,
-            came=describe(came),
-            spending=spending,
+            spending=budget.breakdown(),
             skipped=tuple(sorted(measured.skipped)),
         )
     return store.read_run(str(writer.path), runs)
 
 
-def _written(arms: Iterable[ArmExecutor]) -> tuple[SideSpec, ...]:
-    """What other machines are told of the sides of an A/B."""
-    return tuple(
-        SideSpec(side=arm.side, kind=arm.about["kind"], spec=arm.about["spec"])
-        for arm in arms
-        if arm.side and arm.name == arm.side
-    )
-
-
 def _is_watched() -> bool:
     """Whether somebody sits at a terminal, who is told of a Ctrl-C and can say it again."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
-
-
-def _mend(run: Run) -> Run:
-    """A run whose trials are all there, as one that is complete."""
-    RunWriter(run.path.parent, mend_manifest(run.manifest)).finish("complete", stopped=run.manifest.stopped)
-    return store.read_run(str(run.path), run.path.parent)
 
 
 def _sides(

@@ -25,7 +25,7 @@ class SideSpec:
     """One side of an A/B, by a word that means the same on every machine."""
 
     side: Side
-    kind: Literal["revision", "interpreter", "requirements"]
+    kind: Literal["revision", "interpreter", "requirements", "present"]
     spec: str
 
 

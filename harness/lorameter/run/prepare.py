@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lorameter.errors import InvalidRunError
-from lorameter.machine.provenance import MachineFacts
 from lorameter.records.record import Notice
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.bases import mean_load_s, prepare_bases
@@ -37,8 +36,6 @@ class Ready:
     """Of bases that could not be prepared."""
     load_s: float = 0.0
     """What a cold start will take to load its base, in the mean."""
-    sides: dict[str, MachineFacts] = field(default_factory=dict)
-    """Of an A/B whose sides the place has put up itself: what is installed on each."""
 
     @property
     def hello(self) -> WorkerInfo:
@@ -56,7 +53,6 @@ def prepare_run(
     watcher: ProgressListener,
     *,
     tell_data: Callable[[str], object],
-    check: Callable[[Mapping[str, WorkerInfo]], None] = lambda hellos: None,
 ) -> tuple[Ready, RunContext]:
     """Have everything prepared that the trials of a plan need, by executors that are started; the first prepares the
     tokens of all. The site holds the paths, which are those of the executors' machine.
@@ -66,7 +62,6 @@ def prepare_run(
         executors: by arm.
         watcher: is told of each base.
         tell_data: is told what data that somebody gave was recognised as.
-        check: may refuse what the workers say of themselves before a base is read.
 
     Raises:
         UsageError: data that cannot be read.
@@ -80,7 +75,6 @@ def prepare_run(
         tell_data(tokens.data)
     variants = [slot.variant for slot in plan.slots]
     hellos = {name: greet(executor, variants) for name, executor in executors.items()}
-    check(hellos)
     hello = next(iter(hellos.values()))
     bases = prepare_bases(plan, executors, hello.device, watcher)
     ready = Ready(

@@ -211,13 +211,15 @@ def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
     return {"the tokens": str(tokens.get("hash")), **own}
 
 
-def mend_manifest(manifest: Manifest) -> Manifest:
-    """The manifest of a run that was resumed although nothing had to be measured: a line that was lost told of
-    what other lines have, or its process was killed when all had been written."""
+def mend(run: Run) -> Run:
+    """A run whose trials are all there, as one that is complete: a line that was lost told of what other lines have, or
+    its process was killed when all had been written."""
     again = Resumption(
         unix_s=time.time(), harness=provenance.harness_identity(), commit=git_state(Path.cwd())["commit"]
     )
-    return dataclasses.replace(manifest, status="running", resumed=(*manifest.resumed, again))
+    manifest = dataclasses.replace(run.manifest, status="running", resumed=(*run.manifest.resumed, again))
+    store.RunWriter(run.path.parent, manifest).finish("complete", stopped=run.manifest.stopped)
+    return store.read_run(str(run.path), run.path.parent)
 
 
 def continue_manifest(

@@ -24,12 +24,9 @@ LEAST_TO_STOP = 5
 class Stopping:
     """The protocol's stopping rule; is asked after each replicate."""
 
-    def __init__(
-        self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = (), sites: int = 1
-    ) -> None:
-        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on; `sites`
-        says how many replicates are measured at once."""
-        self._plan, self._sites = plan, sites
+    def __init__(self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = ()) -> None:
+        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on."""
+        self._plan = plan
         self._budget = budget or Budget()
         self._earlier = {record.trial for record in earlier}
 
@@ -58,7 +55,7 @@ class Stopping:
         if longest is not None:
             return longest
         measured = len({record.replicate for record in records if record.trial not in self._earlier})
-        return self._sites * self._budget.spent_s / measured  # on several sites that many are measured meanwhile
+        return self._budget.spent_s / measured
 
     def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
         """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""

@@ -10,40 +10,31 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lorameter.errors import UsageError
 
 HERE = "here"
 RAY = "ray"
-SLURM, LOCAL = "slurm", "submitit-local"
+SLURM = "slurm"
 OF_SLURM: Mapping[str, type] = {
     "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
     "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
     "exclusive": str,
 }  # fmt: skip
 """What is passed on, by the names that sbatch has for it."""
-OURS: Mapping[str, type] = {"sites": int, "start_minutes": float, "silent_s": float}
-START_MINUTES = 10.0
-SILENT_S = 120.0
-"""Attributes of a file on NFS are a minute old at worst (nfs(5), acregmax), and a file server that is restarted is away
-for about as long."""
-LEAST_SILENT_S = 2.0
+SITES: Mapping[str, type] = {"sites": int}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchRequest:
-    """What an `on` of a batch system asks for."""
+class SlurmRequest:
+    """What an `on` of SLURM asks for."""
 
     on: str
-    kind: Literal["slurm", "submitit-local"]
     sites: int = 1
-    start_minutes: float = START_MINUTES
-    """How long jobs are waited for before those that have started go on without the others."""
-    silent_s: float = SILENT_S
-    """After how long without a sign of life a job, or the driver, is taken for dead."""
+    """How many jobs are in the queue at a time."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Passed on to the batch system."""
+    """Passed on to sbatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +47,8 @@ class SiteSpec:
     """Whether sites may be unlike."""
 
     def __post_init__(self) -> None:
-        if is_batch(self.on):
-            read_asked(self.on)
+        if is_slurm(self.on):
+            read_slurm(self.on)
             if self.sites:
                 raise UsageError(
                     f"{say_on(self.on)}: its jobs are the sites. Write sites=N in it, and leave sites out."
@@ -67,7 +58,7 @@ class SiteSpec:
         elif self.on != RAY and not self.on.startswith(f"{RAY}://"):
             raise UsageError(
                 f"{say_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, "
-                f"{SLURM}:KEY=VALUE,… or {LOCAL}."
+                f"or {SLURM}:KEY=VALUE,…."
             )
         if self.mixed and self.on == HERE and len(self.sites) < 2:
             raise UsageError(
@@ -132,12 +123,12 @@ def say_on(on: str) -> str:
     return f"on = {on!r}"
 
 
-def is_batch(on: str) -> bool:
-    """Whether it names jobs of a batch system."""
-    return on.partition(":")[0] in (SLURM, LOCAL)
+def is_slurm(on: str) -> bool:
+    """Whether it names jobs of SLURM."""
+    return on.partition(":")[0] == SLURM
 
 
-def read_asked(on: str) -> BatchRequest:
+def read_slurm(on: str) -> SlurmRequest:
     """What is asked for, such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
 
     A value may hold commas: what has no "=" after one belongs to the value before it.
@@ -145,9 +136,8 @@ def read_asked(on: str) -> BatchRequest:
     Raises:
         UsageError: a key that is not known, or a value that is none.
     """
-    name, _, listed = on.partition(":")
-    kind: Literal["slurm", "submitit-local"] = "slurm" if name == SLURM else "submitit-local"
-    known = {**OURS, **(OF_SLURM if kind == SLURM else {})}
+    listed = on.partition(":")[2]
+    known = {**SITES, **OF_SLURM}
     found: dict[str, Any] = {}
     for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
         key, equals, text = part.partition("=")
@@ -156,13 +146,10 @@ def read_asked(on: str) -> BatchRequest:
         if key in found:
             raise UsageError(f"{say_on(on)}: {key} is given twice. Give it once.")
         found[key] = _read(on, key, text, known[key])
-    sites, silent_s = found.get("sites", 1), found.get("silent_s", SILENT_S)
+    sites = found.pop("sites", 1)
     if not 0 < sites < 1000:
         raise UsageError(f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
-    if silent_s < LEAST_SILENT_S:
-        raise UsageError(f"{say_on(on)}: silent_s={silent_s:g}: give {LEAST_SILENT_S:g} seconds or more.")
-    passed = {key: value for key, value in found.items() if key not in OURS}
-    return BatchRequest(on=on, kind=kind, parameters=passed, **{key: found[key] for key in OURS if key in found})
+    return SlurmRequest(on=on, sites=sites, parameters=found)
 
 
 def _read(on: str, key: str, text: str, kind: type) -> Any:

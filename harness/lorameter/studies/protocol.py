@@ -84,7 +84,7 @@ class Protocol:
     in docs/method.md. None sets no limit."""
     on: str = field(default=HERE, metadata=codec.LATER)
     """Where replicates are measured by `run`, `ab`, `calibrate` and pytest, as `--on` has it: `here`, `ray`,
-    `ray://HOST:PORT`, `slurm:KEY=VALUE,…` or `submitit-local:KEY=VALUE,…`. Not in a profile, which is chosen by the
+    `ray://HOST:PORT` or `slurm:KEY=VALUE,…`. Not in a profile, which is chosen by the
     device that is there."""
     sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)
     """On which of them at once, as `--sites` has it: GPUs of this machine, or shares of its CPUs, as `["0", "1"]`, or

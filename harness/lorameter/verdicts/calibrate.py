@@ -24,7 +24,6 @@ from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_in
 from lorameter.stats.comparison import effect_of
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.compare_pairs import TOLERANCE
-from lorameter.verdicts.interference import cost_of_neighbours
 from lorameter.verdicts.series import Pairs, Series, compare_series, group_trials, pairs_of
 
 EFFECTS = (0.01, 0.02, 0.05)
@@ -91,8 +90,6 @@ class Calibration:
     sd_high: float
     rates: tuple[Rates, ...]
     prices: tuple[Price, ...]
-    neighbours: Comparison | None = None
-    """A step while the other sites of the machine measured over one alone; None where there was one site."""
 
 
 def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration:
@@ -128,7 +125,6 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
         sd_high=sd_high,
         rates=tuple(_rates(same, other, size) for size in GATE_SIZES if size < both),
         prices=tuple(_price(effect, (sd_low, sd, sd_high), seconds) for effect in EFFECTS),
-        neighbours=cost_of_neighbours(run.path),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,11 +10,8 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.run import ab
-from lorameter.run.executors import ENV_EXECUTOR, EXECUTORS, sides
-from lorameter.run.executors.host import Host
-from lorameter.run.executors.sides import OpenSide
-from lorameter.run.sites import local
+from lorameter.run.executors import ENV_EXECUTOR, EXECUTORS
+from lorameter.run.sites import driver, gpus
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -88,19 +84,24 @@ def finished():
 
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
-    """This machine with two CPUs and an executor that only pretends: the module of it."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    """This machine with two CPUs and an executor that only pretends, in jobs as well: a function that says to the
+    executors of jobs what they are to do."""
+    folder = str(Path(__file__).parent / "pretended")
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.setitem(EXECUTORS, "pretending", "pretending")
+    monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
     monkeypatch.setenv(ENV_EXECUTOR, "pretending")
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
-    monkeypatch.setattr(local, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
+    monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
+    monkeypatch.setattr(driver, "LOOK_S", 0.05)
     monkeypatch.chdir(tmp_path)
-    import pretending
 
-    pretending.MADE.clear()
-    pretending.SLOW.clear()
-    return pretending
+    def tell(**words):
+        monkeypatch.setenv("PRETENDED", json.dumps(words))
+
+    tell()
+    return tell
 
 
 @pytest.fixture
@@ -119,8 +120,7 @@ def placed(study):
 def run(pretended, capsys, tmp_path):
     """A function that runs a command, and gives its exit code, the last run, and what was said."""
 
-    def command(*words, meeting=1):
-        pretended.MEETINGS[:] = [pretended.Meeting(meeting)]
+    def command(*words):
         code = main([str(word) for word in words])
         said = capsys.readouterr()
         runs = sorted((tmp_path / "runs").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -128,15 +128,3 @@ def run(pretended, capsys, tmp_path):
         return code, last, " ".join((said.out + said.err).split())
 
     return command
-
-
-@pytest.fixture
-def two_pythons(monkeypatch):
-    """Sides that are interpreters of these names, whatever they are asked for by."""
-
-    @contextlib.contextmanager
-    def open_side(spec, **options):
-        yield OpenSide(spec=spec, kind="interpreter", host=Host(python=spec), label=spec, declared=("libraries",))
-
-    monkeypatch.setattr(ab, "open_side", open_side)
-    monkeypatch.setattr(sides, "check_side", lambda spec, repository: None)

@@ -1,5 +1,4 @@
-"""Replicates on several sites of this machine, with real trials: shares of its CPUs, and jobs of submitit's local
-executor (make proof-long)."""
+"""Replicates on two shares of this machine's CPUs, with real trials (make proof-long)."""
 
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ from tests.run.sites.wholeness import sites_of_whole
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[3]
-JOBS = ("--on", "submitit-local:sites=2")
 
 
 def run(*arguments, runs):
@@ -27,18 +25,15 @@ def run(*arguments, runs):
         words, cwd=ROOT, env=os.environ | {"PYTHONPATH": ways}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    (path,) = (one for one in runs.iterdir() if one.is_dir())  # and no folder of jobs
+    (path,) = (one for one in runs.iterdir() if one.is_dir())
     return store.read_run(str(path), runs)
 
 
-@pytest.mark.parametrize("place", [("--sites", "0,1"), JOBS], ids=["shares", "jobs"])
-def test_records_of_two_sites_are_those_of_one_device(study, results_of, tmp_path, place):
+def test_records_of_two_sites_are_those_of_one_device(study, results_of, tmp_path):
     """Each replicate is on one and neither is left out; seeds, orders and losses are the same to the bit."""
-    if place != JOBS and len(os.sched_getaffinity(0)) < 2:
+    if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this machine has one CPU, and two sites of it take two")
-    if place == JOBS:
-        pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
-    spread, alone = run(study(), *place, runs=tmp_path / "there"), run(study(), runs=tmp_path / "here")
+    spread, alone = run(study(), "--sites", "0,1", runs=tmp_path / "there"), run(study(), runs=tmp_path / "here")
     assert len(sites_of_whole(spread)) == 2
     assert [results_of(record) for record in spread.records] == [results_of(record) for record in alone.records]
     assert spread.manifest.fingerprint == alone.manifest.fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -12,7 +13,9 @@ from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.run_validity import run_validity
 
 SITES = ("--sites", "0,1", "--mixed")
-SIDES = ("--base", "/a/python", "--candidate", "/b/python", "--phase", "train", "--variant", "small")
+SIDES = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--variant", "small")
+SECOND = "5"
+"""CPUs of the second site."""
 
 
 @pytest.fixture
@@ -20,8 +23,8 @@ def spread(placed, run, pretended):
     """A function that measures eight replicates on two sites, the second of which is slow at what it is told."""
 
     def measure(command, *words, slow=()):
-        pretended.SLOW.update(slow)
-        return run(command, placed("", replicates=8), *SITES, *words, meeting=2)
+        pretended(slow=slow)
+        return run(command, placed("", replicates=8), *SITES, *words)
 
     return measure
 
@@ -44,7 +47,7 @@ def test_each_site_has_as_many_replicates_however_quick_it_is(spread):
 
 def test_a_report_gives_ratios_by_site_and_none_of_all(spread, run):
     """Here they differ by a half: a mean over both would be of neither."""
-    _, last, _ = spread("run", slow={("cpus-1", "large"): 1.5})
+    _, last, _ = spread("run", slow=[(SECOND, "large", 1.5)])
     code, _, said = run("report", last.manifest.run, "--json")
     tables = document(said)["tables"]
     assert code == 0
@@ -61,7 +64,7 @@ def test_a_report_gives_ratios_by_site_and_none_of_all(spread, run):
 
 def test_notices_say_of_which_site_they_are_unless_of_all(spread):
     """Each once."""
-    _, _, said = spread("run", slow={("cpus-1", "control"): 1.5})
+    _, _, said = spread("run", slow=[(SECOND, "control", 1.5)])
     assert said.count("the records are synthetic") == 1
     assert "cpus-1: Training: the reference differs from itself" in said
     assert "cpus-0: Training: the reference" not in said
@@ -69,7 +72,7 @@ def test_notices_say_of_which_site_they_are_unless_of_all(spread):
 
 def test_a_control_that_fails_on_one_site_fails_the_run(spread):
     """However good the other is."""
-    code, last, _ = spread("run", slow={("cpus-1", "control"): 1.5})
+    code, last, _ = spread("run", slow=[(SECOND, "control", 1.5)])
     stands = run_validity(last, read_study(last))
     assert code == 4
     assert any("regressed in phase 'train on cpus-1'" in fault for fault in stands.faults)
@@ -94,9 +97,9 @@ def test_neither_a_page_nor_a_table_takes_sites_together(spread, run, tmp_path):
         assert "unlike machines" in said
 
 
-def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, two_pythons, run):
+def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, run):
     """By its name, in the stored run as well."""
-    code, last, _ = spread("ab", *SIDES, slow={("candidate-cpus-1", "small"): 1.5})
+    code, last, _ = spread("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
     assert code == 1
     rows = {row.site: row for row in report_of(last).comparisons if row.metric == "step_time_s"}
     assert {site: row.verdict for site, row in rows.items()} == {"cpus-0": "equivalent", "cpus-1": "regressed"}
@@ -118,7 +121,7 @@ def test_a_run_is_gone_on_with_on_unlike_sites_or_not_at_all(spread, run, tmp_pa
     code, _, said = run("run", "--resume", name, "--mixed")
     assert code == 2
     assert "--mixed would change the study" in said
-    code, _, _ = run("run", "--resume", name, meeting=2)
+    code, _, _ = run("run", "--resume", name)
     again = store.read_run(name, tmp_path / "runs")
     assert {record.machine for record in again.records} == {"Test CPU"}
     assert {record.status for record in again.records} == {"ok"}

@@ -20,7 +20,7 @@ import pytest
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store
-from lorameter.run.sites.ray import berths_of
+from lorameter.run.sites.ray import shares_of
 from tests.run.sites.wholeness import sites_of_whole
 
 ROOT = Path(__file__).parents[3]
@@ -38,38 +38,38 @@ def node(name, number, *, alive=True, **resources):
 def test_a_site_is_a_node_with_cpus_and_all_of_them_are_reserved():
     """In the order of their names; a node that is gone or has no CPU is none."""
     nodes = [node("b", 1, CPU=4.0), node("a", 2, CPU=8.0), node("c", 3, CPU=4.0, alive=False), node("d", 4)]
-    assert [(berth.site, berth.cpus, berth.cards) for berth in berths_of(nodes)] == [("a", 8.0, 0), ("b", 4.0, 0)]
+    assert [(one.site, one.cpus, one.gpus) for one in shares_of(nodes)] == [("a", 8.0, 0), ("b", 4.0, 0)]
 
 
 def test_a_site_is_a_card_where_the_cluster_has_any():
     """With its part of the node's CPUs; a head without a GPU measures nothing."""
-    berths = berths_of([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
-    assert [(one.site, one.cpus, one.cards, one.share, one.shares) for one in berths] == [
-        ("a-card-0", 4.0, 1, 0, 2),
-        ("a-card-1", 4.0, 1, 1, 2),
+    shares = shares_of([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
+    assert [(one.site, one.cpus, one.gpus, one.share, one.shares) for one in shares] == [
+        ("a-gpu-0", 4.0, 1, 0, 2),
+        ("a-gpu-1", 4.0, 1, 1, 2),
     ]
 
 
 def test_a_site_of_several_ranks_has_a_card_for_each():
     """Of one node; one that has fewer is none, and where all have fewer it is refused."""
-    berths = berths_of([node("small", 1, CPU=4.0, GPU=1.0), node("a", 2, CPU=9.0, GPU=5.0)], ranks=2)
-    assert [(one.site, one.cpus, one.cards, one.share, one.shares) for one in berths] == [
-        ("a-card-0-1", 4.0, 2, 0, 2),
-        ("a-card-2-3", 4.0, 2, 1, 2),
+    shares = shares_of([node("small", 1, CPU=4.0, GPU=1.0), node("a", 2, CPU=9.0, GPU=5.0)], ranks=2)
+    assert [(one.site, one.cpus, one.gpus, one.share, one.shares) for one in shares] == [
+        ("a-gpu-0-1", 4.0, 2, 0, 2),
+        ("a-gpu-2-3", 4.0, 2, 1, 2),
     ]
     with pytest.raises(UsageError, match=r"ranks = 2: no node of the Ray cluster has so many GPUs"):
-        berths_of([node("small", 1, CPU=4.0, GPU=1.0)], ranks=2)
-    assert [berth.site for berth in berths_of([node("a", 1, CPU=2.0)], ranks=2)] == ["a"]
+        shares_of([node("small", 1, CPU=4.0, GPU=1.0)], ranks=2)
+    assert [one.site for one in shares_of([node("a", 1, CPU=2.0)], ranks=2)] == ["a"]
 
 
 def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
     """With those that are."""
     nodes = [node("a", 1, CPU=1.0), node("b", 2, CPU=1.0)]
-    assert [berth.site for berth in berths_of(nodes, ["b"])] == ["b"]
+    assert [one.site for one in shares_of(nodes, ["b"])] == ["b"]
     with pytest.raises(UsageError, match=r"no node 'c'. It has a, b"):
-        berths_of(nodes, ["a", "c"])
+        shares_of(nodes, ["a", "c"])
     with pytest.raises(UsageError, match="no node with a CPU"):
-        berths_of([node("a", 1)])
+        shares_of([node("a", 1)])
 
 
 @pytest.mark.parametrize(
@@ -211,26 +211,25 @@ def check_spread(on, study, results_of, tmp_path):
 
 
 @pytest.mark.selftest
-def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, finished, tmp_path):
+def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, tmp_path):
     """What has ended stays, the replicate is measured elsewhere from its beginning, and the node is named."""
     runs = tmp_path / "runs"
     with subprocess.Popen(
         command(study(replicates=5, turns=10), "--on", "ray", runs=runs),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
-        before = wait_for(lambda: finished(runs), driver)  # of five there is another for gamma, if this one was its own
+        before = wait_for(lambda: {line["trial"]: line["started_unix_s"] for line in lines(runs)}, driver)
         nodes.kill("gamma")
         driver.communicate(timeout=1800)
     assert driver.returncode == 0
     ended = only_run(runs)
     sites_of_whole(ended)
     assert before.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
-    (notice,) = (notice for notice in ended.manifest.notices if notice.code == "site-lost")
-    assert "site gamma was lost" in notice.message
+    assert any(notice.code == "site-lost" and "site gamma" in notice.message for notice in ended.manifest.notices)
 
 
 @pytest.mark.selftest
-def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes, study, tmp_path, monkeypatch):
+def test_a_driver_that_is_killed_ends_what_it_measures_and_is_resumed(nodes, study, tmp_path, monkeypatch):
     """No process is left on any node; what had been written is kept, and whole replicates are measured."""
     monkeypatch.setenv("PROOF", "ray")
     nodes.add("delta", PROOF="ray")
@@ -239,52 +238,14 @@ def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes
         command(study(replicates=3, turns=10), "--on", "ray", "--sites", "delta", runs=runs),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
-        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2, driver)
-        assert measuring()
+        wait_for(lambda: lines(runs) and measuring(), driver)
         driver.send_signal(signal.SIGKILL)
     wait_for(lambda: not measuring())
-    before = {line["trial"]: line for line in lines(runs) if line["replicate"] == 0}
-    name = only_run(runs).manifest.run
-    run("--resume", name, "--on", "ray", runs=runs)
+    before = {line["trial"]: line["started_unix_s"] for line in lines(runs)}
+    run("--resume", only_run(runs).manifest.run, "--on", "ray", runs=runs)
     ended = only_run(runs)
     sites_of_whole(ended)
-    assert {record.trial: record.started_unix_s for record in ended.records if record.replicate == 0} == {
-        trial: line["started_unix_s"] for trial, line in before.items()
-    }
-
-
-@pytest.mark.selftest
-def test_a_run_that_is_interrupted_ends_what_its_nodes_measure(nodes, study, tmp_path):
-    """What was under way is `interrupted`, what never began `not_run`, and no process is left."""
-    nodes.add("delta", PROOF="ray")
-    runs = tmp_path / "runs"
-    with subprocess.Popen(
-        command(study(replicates=2, turns=4000), "--on", "ray", "--sites", "delta", runs=runs),
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as driver:  # fmt: skip
-        wait_for(lambda: measuring() and lines(runs), driver)
-        driver.send_signal(signal.SIGINT)
-        driver.communicate(timeout=1800)
-    assert driver.returncode == 4
-    ended = only_run(runs)
-    assert {record.status for record in ended.records} == {"interrupted", "not_run"}
-    assert ended.manifest.status == "interrupted"
-    wait_for(lambda: not measuring())
-
-
-@pytest.mark.selftest
-def test_an_unlike_node_is_refused_by_name(nodes, study, tmp_path):
-    """Before anything is measured, with what differs: another version of a library is planted on its path."""
-    planted = tmp_path / "planted" / "peft-0.0.1.dist-info"
-    planted.mkdir(parents=True)
-    (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
-    nodes.add("delta", PYTHONPATH=os.pathsep.join([str(planted.parent), os.environ["PYTHONPATH"]]))
-    runs = tmp_path / "runs"
-    done = run(study(), "--on", "ray", runs=runs, codes=(4,))
-    assert "site delta is unlike the first, alpha: libraries.peft is '0.0.1' there" in " ".join(done.stderr.split())
-    assert not runs.exists()
-    done = run(study(), "--on", "ray", "--sites", "alpha,beta", "--dry-run", runs=runs)
-    assert json.loads(done.stdout)["interleaving"] == "lockstep"
+    assert before.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
 
 
 @pytest.mark.selftest

@@ -1,182 +1,194 @@
-"""Sites that are jobs: what is asked of the batch system, and who can write into the folder of the jobs."""
+"""Replicates in jobs of SLURM, whose commands are played by scripts that start processes of this machine."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import json
 import os
-import pickle
-import socket
+import signal
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from lorameter.cli import main
-from lorameter.errors import UsageError
-from lorameter.records import codec, locks
 from lorameter.run.sites import slurm
-from lorameter.run.sites.batch import check_here, sbatch_parameters
-from lorameter.run.sites.file_queue import (
-    DRIVER,
-)
-from lorameter.run.sites.private import make_private
-from lorameter.run.sites.slurm import FOLDER, OWNER, Owner, clear_dead
-from lorameter.studies.placement import read_asked
+from lorameter.run.sites.slurm import sbatch_options
+from lorameter.studies.placement import read_slurm
+from tests.run.sites.wholeness import sites_of_whole
+
+SBATCH = """#!{python}
+import os, re, subprocess, sys
+queue = {queue!r}
+(log,) = (word.partition("=")[2] for word in sys.argv if word.startswith("--output="))
+number = len(os.listdir(queue)) + 1
+with open(log, "wb") as file:
+    environment = dict(os.environ, SLURMD_NODENAME="n%d" % (number % 2))
+    job = subprocess.Popen(["/bin/sh", "-c", sys.stdin.read()], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                           start_new_session=True, env=environment)
+with open(os.path.join(queue, str(number)), "w") as file:
+    file.write(str(job.pid))
+print(number)
+"""
+COMMON = """#!{python}
+import os, signal, sys
+queue = {queue!r}
+def pids():
+    for name in sorted(os.listdir(queue)):
+        pid = int(open(os.path.join(queue, name)).read())
+        try:
+            if open("/proc/%d/stat" % pid).read().rpartition(")")[2].split()[0] != "Z":
+                yield name, pid
+        except OSError:
+            pass
+"""
+SQUEUE = COMMON + "for name, pid in pids(): print(name)\n"
+SCANCEL = COMMON + "for name, pid in pids():\n    if name in sys.argv: os.kill(pid, signal.SIGTERM)\n"
+SACCT = "#!/bin/sh\necho CANCELLED\n"
 
 
-def test_submitit_takes_all_that_is_passed_on(tmp_path, monkeypatch):
-    """And writes it into the script that sbatch reads."""
-    submitit = pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
-    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
-    executor = submitit.SlurmExecutor(folder=tmp_path)
-    on = "slurm:partition=p,account=a,qos=q,reservation=r,constraint=c,nodelist=n[1-2],exclude=n3,gres=gpu:1,"
-    on += "gpus_per_node=1,cpus_per_task=2,mem=4G,time=7,comment=two words,exclusive=user"
-    executor.update_parameters(**sbatch_parameters(read_asked(on).parameters))
-    text = executor._make_submission_file_text("command", "0")
-    for flag in (
-        "--partition=p", "--account=a", "--qos=q", "--reservation=r", "--constraint=c", "--nodelist='n[1-2]'",
-        "--exclude=n3", "--gres=gpu:1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4G", "--time=7",
-        "--comment='two words'", "--exclusive=user", "--requeue",
-    ):  # fmt: skip
-        assert f"#SBATCH {flag}\n" in text
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """The folder of the queue: a file for each job, which holds the id of its process."""
+    queue, programs = tmp_path / "queue", tmp_path / "bin"
+    queue.mkdir()
+    programs.mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("sacct", SACCT)):
+        (programs / name).write_text(text.replace("{python}", sys.executable).replace("{queue!r}", repr(str(queue))))
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setattr(slurm, "ASK_S", 0.2)
+    monkeypatch.setattr(slurm, "SETTLE_S", 1.0)
+    return queue
+
+
+def finished(runs):
+    """Replicates that jobs have finished and that the run does not have yet, or has."""
+    return [one for path in runs.glob("*/jobs/*/state.json") for one in json.loads(path.read_text())["finished"]]
+
+
+def wait_for(condition):
+    """What it gives when that is something."""
+    deadline = time.monotonic() + 100
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_replicates_are_spread_over_jobs(placed, run, queue):
+    """One in each job, two jobs at a time; the sites are their nodes."""
+    code, last, said = run("run", placed('on = "slurm:sites=2,partition=p"', replicates=4), "--if-busy", "share")
+    assert code == 0, said
+    assert sites_of_whole(last) == {"n0", "n1"}
+    assert len(list(queue.iterdir())) == 1 + 4  # the first describes its node
+    assert set(last.manifest.site_facts) == {"n0", "n1"}
+    assert not (last.path / "jobs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["scancel", "node failure"])
+def test_a_job_that_is_cancelled_is_run_again(placed, run, pretended, queue, number):
+    """Its replicate is measured from its start, and a notice says why."""
+    pretended(turn_s=0.5)
+
+    def cancel():
+        wait_for(lambda: len(list(queue.iterdir())) == 2)
+        time.sleep(1)
+        os.kill(int((queue / "2").read_text()), number)
+
+    threading.Thread(target=cancel, daemon=True).start()
+    code, last, said = run("run", placed('on = "slurm"', replicates=2))
+    assert code == 0, said
+    assert {record.replicate for record in last.records} == {0, 1}
+    sites_of_whole(last)
+    (notice,) = (one for one in last.manifest.notices if one.code == "site-lost")
+    assert "cancelled" in notice.message.lower()
+
+
+def test_a_driver_that_is_killed_is_resumed(placed, run, pretended, queue, tmp_path):
+    """What its jobs measured is kept, those that still run are cancelled, and the rest is measured."""
+    pretended(turn_s=1.0)
+    study, runs = placed('on = "slurm:sites=2"', replicates=4), tmp_path / "runs"
+    words = [sys.executable, "-m", "lorameter.cli", "run", str(study), "--if-busy", "share"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        wait_for(lambda: finished(runs) and list(runs.glob("*/manifest.json")))
+        driver.kill()
+    (path,) = (one for one in runs.iterdir() if not one.name.startswith("."))
+    measured = len(finished(runs))
+    assert measured
+    pretended()
+    code, last, said = run("run", "--resume", path.name, "--if-busy", "share")
+    assert code == 0, said
+    sites_of_whole(last)
+    left = len({record.replicate for record in last.records}) - measured
+    assert f"{len(last.records) * left // 4} are left" in said or left < 4
+    assert not (path / "jobs").exists()
+    wait_for(lambda: not subprocess.run(["squeue"], capture_output=True, check=True).stdout)
+
+
+def test_options_of_sbatch_are_passed_on():
+    """A job without a GPU takes its node alone, unless it is told otherwise."""
+    on = "slurm:partition=p,nodelist=n[1-2],gres=gpu:1,gpus_per_node=1,time=7,comment=two words,exclusive=user"
+    assert sbatch_options(read_slurm(on).parameters)[4:] == [
+        "--exclusive=user", "--time=7", "--partition=p", "--nodelist=n[1-2]", "--gres=gpu:1", "--gpus-per-node=1",
+        "--comment=two words",
+    ]  # fmt: skip
+    assert sbatch_options({})[4:] == ["--exclusive", "--time=60"]
+    assert sbatch_options({"gres": "gpu:1"})[4:] == ["--time=60", "--gres=gpu:1"]
+
+
+def test_what_sbatch_refuses_is_told(placed, run, queue, tmp_path):
+    """By its own message, and nothing is left."""
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    code, last, said = run("run", placed('on = "slurm:partition=p"'))
+    assert (code, last) == (2, None)
+    assert "no job was submitted: sbatch: error: invalid partition" in said
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_without_sbatch_it_is_refused_before_anything_is_made(capsys, tmp_path, monkeypatch):
-    """In one sentence, with what works here."""
-    pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
+    """In one sentence, with what works."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["run", "training-step", "--on", "slurm", "--runs-dir", str(tmp_path / "runs")]) == 2
     assert "on = 'slurm': this machine has no sbatch" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_submitit_and_with_sites_of_this_machine_it_is_refused(capsys, tmp_path, monkeypatch):
-    """With the remedy."""
-    runs = ["--runs-dir", str(tmp_path / "runs")]
-    assert main(["run", "training-step", "--on", "submitit-local", "--sites", "0,1", *runs]) == 2
-    assert "Write sites=N in it" in " ".join(capsys.readouterr().err.split())
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UsageError, match=r"Install lorameter\[slurm\]"):
-        check_here(read_asked("submitit-local"))
-    assert not (tmp_path / "runs").exists()
-
-
-def own(folder, **changes):
-    """A folder of a driver."""
-    folder.mkdir(parents=True)
-    owner = Owner(host=socket.gethostname(), boot=slurm._boot(), silent_s=60)
-    (folder / OWNER).write_text(codec.dumps(dataclasses.replace(owner, **changes)))
-    (folder / DRIVER).touch()
-    return folder
-
-
-def test_of_dead_drivers_the_jobs_are_cancelled_and_the_folders_removed(tmp_path, monkeypatch):
-    """Here by the lock, elsewhere by silence in the file server's time; the living keep theirs."""
-    cancelled = []
-    monkeypatch.setattr(slurm, "cancel_jobs", lambda *ids: cancelled.extend(ids))
-    home = tmp_path / FOLDER
-    own(home / "dead", array="7")
-    own(home / "far-dead", host="elsewhere", array="8_3")
-    os.utime(home / "far-dead" / DRIVER, (1, 1))
-    far = own(home / "far", host="elsewhere", array="9")
-    (home / "beginning").mkdir()
-    live = own(home / "live", array="10")
-    with locks.alone(live / OWNER, ""):
-        clear_dead(home)
-    assert sorted(path.name for path in home.iterdir()) == ["beginning", "far", "live"]
-    assert sorted(cancelled) == ["7", "8_3"]
-    assert far.is_dir()
-
-
-class Planted:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, marker):
-        self._marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self._marker),)
-
-
-@contextlib.contextmanager
-def planting(runs, marker):
-    """Meanwhile another user who can write into the folder of the jobs replaces their pickles."""
-    ended = threading.Event()
-
-    def plant():
-        while not ended.wait(0.002):
-            for path in runs.glob(f"{FOLDER}/*/jobs/*_submitted.pkl"):
-                draft = path.with_suffix(".draft")
-                draft.write_bytes(pickle.dumps(Planted(marker)))
-                draft.replace(path)
-
-    thread = threading.Thread(target=plant)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 @pytest.mark.parametrize(
-    "way", ["the folder is writable", "the folder is a link", "the folder is another user's", "its parent is writable"]
+    ("base", "words"),
+    [
+        ("HEAD", "a revision is checked out on this machine only"),
+        ("python3", "it may be another Python on each node. Name its path, such as /"),
+        ("no-such-thing", "not an interpreter"),
+        ("peft @ https://me:secret@host/peft.whl", "what may be a credential"),
+    ],
 )
-def test_no_pickle_is_loaded_from_a_folder_that_others_can_write(way, tmp_path, capsys):
-    """The command names the folder and what to do, and submits nothing."""
-    pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
-    runs, marker = tmp_path / "runs", tmp_path / "marker"
-    runs.mkdir()
-    home = runs / FOLDER
-    if way == "the folder is a link":
-        (tmp_path / "theirs").mkdir()
-        home.symlink_to(tmp_path / "theirs")
-    elif way == "the folder is writable":
-        home.mkdir()
-        home.chmod(0o770)
-    elif way == "the folder is another user's":
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a folder to another user")
-        home.mkdir()
-        os.chown(home, 65534, 65534)
-    else:
-        runs.chmod(0o777)
-    command = ["run", "training-step", "--on", "submitit-local:start_minutes=0.05", "--runs-dir", str(runs)]
-    with planting(runs, marker):
-        code = main(command)
-    said = " ".join(capsys.readouterr().err.split())
-    assert not marker.exists()
-    assert code == 2
-    assert str(runs if way == "its parent is writable" else home) in said
-    assert "--runs-dir" in said
-    assert not list(runs.glob(f"{FOLDER}/*"))
+def test_a_side_that_is_not_the_same_on_another_machine_is_refused(placed, run, queue, tmp_path, base, words):
+    """Before a job waits in a queue."""
+    for git in (["init", "-q"], ["-c", "user.name=n", "-c", "user.email=e@e", "commit", "-q", "--allow-empty", "-mx"]):
+        subprocess.run(["git", *git], cwd=tmp_path, check=True)
+    code, last, said = run("ab", placed(""), "--base", base, "--candidate", sys.executable, "--on", "slurm:sites=2")
+    assert (code, last) == (2, None)
+    assert words in said
+    assert not list(queue.iterdir())
 
 
-def test_the_folder_of_jobs_may_lie_in_a_shared_one_with_the_sticky_bit(tmp_path):
-    """As /tmp is; each user has a folder of their own there, that others cannot rename or write into."""
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    runs.chmod(0o1777)
-    make_private(runs / FOLDER)
-    assert (runs / FOLDER).stat().st_mode & 0o777 == 0o700
+def test_an_ab_has_both_sides_in_each_job(placed, run, queue):
+    """An interpreter is named by its path."""
+    sides = ("--base", sys.executable, "--candidate", sys.executable, "--variant", "small", "--phase", "train")
+    code, last, said = run("ab", placed(""), *sides, "--replicates", "2", "--on", "slurm:sites=2", "--if-busy", "share")
+    assert code in (0, 3), said
+    sites_of_whole(last)
+    assert {record.side for record in last.records} == {"base", "candidate"}
 
 
-def test_no_option_is_given_to_scancel_for_a_job(tmp_path, monkeypatch, capsys):
+def test_no_option_is_given_to_scancel_for_a_job(tmp_path, queue):
     """An id that is read from a file is a number, or it goes nowhere."""
-    pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
-    programs, told = tmp_path / "bin", tmp_path / "told"
-    programs.mkdir()
-    for name in ("sbatch", "srun", "squeue", "scancel"):
-        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {told}\nexit 1\n')
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    runs = tmp_path / "runs"
-    array = Owner(host=socket.gethostname(), boot=slurm._boot(), silent_s=60, array="12")
-    for name, text in (("a", codec.dumps(array)), ("b", codec.dumps(array).replace('"12"', '"--user=root"'))):
-        own(runs / FOLDER / name)
-        (runs / FOLDER / name / OWNER).write_text(text)
-    assert main(["run", "training-step", "--on", "slurm", "--runs-dir", str(runs)]) == 2
-    assert "no job was submitted" in " ".join(capsys.readouterr().err.split())
-    cancelled = [line for line in told.read_text().splitlines() if line.startswith("scancel")]
-    assert cancelled == ["scancel 12"]
+    told = tmp_path / "told"
+    (tmp_path / "bin" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    for name, text in (("a", "12"), ("b", "--user=root")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "slurm-id").write_text(text)
+        assert slurm.cancel_job(tmp_path / name)
+    assert told.read_text() == "12\n"

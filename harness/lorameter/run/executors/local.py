@@ -92,7 +92,7 @@ class LocalExecutor(Here):
         others measure, one: they are timed while this works, and what a neighbour costs them is known of one process.
         """
         machine = self.machine()
-        if machine.device != "cpu" or CPUS in self._host.environment:
+        if machine.device != "cpu" or CPUS in self._host.variables(os.environ):
             return 1
         return max(1, machine.cpus // threads)
 

@@ -1,180 +1,130 @@
-"""A job of a batch system: a post (`lorameter.run.sites.remote_worker`) whose orders and messages are lines of files.
+"""A job: `python -m lorameter.run.sites.job FOLDER` measures the replicates of an order into its folder.
 
-It ends when it is told to, by the driver or the batch system, and by itself when the driver gives no sign of life any
-more or when it was started again elsewhere: nobody would read what it measures. Whatever ends it in order is said in
-its last line. From a signal on nothing else is sent: the batch system ends measuring processes as well, and their
-deaths are no results.
-
-The main thread hears signals, which is where submitit's requeueing happens, and another carries orders out.
+The same command runs on a share of this machine, as a task of Ray and in a job of SLURM. A job is an ordinary run of
+some replicates, in a folder of its own; the process that started it merges the records into the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-import queue
-import signal
 import socket
-import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from lorameter.records import codec, journal
-from lorameter.records.atomic_json import write_whole
-from lorameter.run.sites.file_queue import (
-    ABOUT,
-    BEAT,
-    DRIVER,
-    LEFT,
-    MESSAGES,
-    ORDERS,
-    HeartbeatMonitor,
-    LineReader,
-    beat_of,
-    beating,
-    begin_start,
-    home_of,
-    starts_of,
-)
-from lorameter.run.sites.messages import NodeMessage, read_message
-from lorameter.run.sites.private import check_private
-from lorameter.run.sites.remote_worker import ReplicateWorker
-
-END, CLOSE = "end", "close"
-"""Lines that are no orders: end what is under way; end."""
-BUSY_LOOK_S = 1.0
-"""How often it looks for these while something is measured: a look takes a fraction of a millisecond."""
-IDLE_LOOK_S = 0.1
-GRACE_S = 1.0
-"""So long a trial that has failed is held back: what ends the job may have ended the trial's process first."""
-STAY_S = 20.0
-"""After TERM it stays for so long: at preemption submitit's signal comes after it, and requeues the job."""
+from lorameter.errors import InvalidRunError, UsageError, redact
+from lorameter.machine.hardware_class import say_kind
+from lorameter.machine.processes import PARENT, end_with_parent
+from lorameter.models.catalogue import cache_dir
+from lorameter.records.record import Notice, TrialRecord
+from lorameter.records.store import Run
+from lorameter.run.ab import arms_of_present, measure_ab
+from lorameter.run.device_lock import hold_devices
+from lorameter.run.executors import open_executor
+from lorameter.run.executors.host import Host
+from lorameter.run.measure import measure
+from lorameter.run.plan import Plan, Slot
+from lorameter.run.plan_spec import PlanSpec, read_plan
+from lorameter.run.resume import PRESENT
+from lorameter.run.sites.folder import JobState, check_private, read_order, write_state
+from lorameter.run.sites.gpus import executors_of_ranks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class About:
-    """What a job says of itself when it starts."""
+class _Progress:
+    """Implements `Display`: writes into the job's state which replicates have ended."""
 
-    node: str
-    pid: int
-    cards: str = ""
-    """Numbers of the GPUs that it was given, as the batch system counts those of the node."""
+    def __init__(self, folder: Path, state: JobState) -> None:
+        self._folder, self.state = folder, state
+        self._replicate: int | None = None
 
+    def starting(self, plan: Plan, run_id: str) -> None:
+        """Nothing to show."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteJob:
-    """What submitit is given: is called on the node, and again after each requeueing."""
+    def tokens_prepared(self, data: str) -> None:
+        """Nothing to show."""
 
-    folder: str
-    """Of all jobs of a driver."""
-    number: int
-    silent_s: float
-    environment: Mapping[str, str | None] = field(default_factory=dict)
-    """Variables to set there; None removes one."""
+    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
+        """Nothing to show."""
 
-    def __call__(self) -> str:
-        """Carry orders out until it ends; returns why. Raises `UsageError` where other users can write them."""
-        for name, value in self.environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        home = home_of(Path(self.folder), self.number)
-        if beat_of(home.parent / DRIVER) is None:
-            return "whoever started it is gone"
-        check_private(home.parent)
-        box = begin_start(home)
-        with beating(box / BEAT, self.silent_s):
-            desk = _JobLoop(box)
-            write_whole(box / ABOUT, codec.dumps(_about()))
-            why = "its job was told to end"  # by an exception: submitit's at requeueing, Python's at an interrupt
-            try:
-                why = desk.work(home, self.silent_s)
-            finally:
-                desk.leave(why)
-            if desk.told.is_set():
-                desk.stay()
-        return why
+    def trial_ended(self, record: TrialRecord) -> None:
+        """Nothing to show."""
 
-    def checkpoint(self) -> Any:
-        """What submitit starts again when the job is requeued: the same, which begins anew."""
-        from submitit.helpers import DelayedSubmission
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """A trial of the next replicate begins when the one before has ended."""
+        if phase == "base":  # before anything is measured
+            return
+        if self._replicate not in (None, slot.replicate):
+            self.write(finished=(*self.state.finished, self._replicate))
+        self._replicate = slot.replicate
 
-        return DelayedSubmission(self)
+    def write(self, **changes: object) -> None:
+        """Change the state."""
+        self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
+        write_state(self._folder, self.state)
 
 
-def _about() -> About:
-    cards = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
-    return About(node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(), pid=os.getpid(), cards=cards)
+def run_job(folder: Path) -> None:
+    """Carry out the order in a folder; whatever comes of it is written into the state.
+
+    Raises `UsageError` if other users can write into the folder.
+    """
+    check_private(folder)
+    order = read_order(folder)
+    progress = _Progress(folder, JobState(site=order.site or _name_site()))
+    try:
+        with contextlib.suppress(OSError):  # the nodes of a Ray cluster may not have it
+            os.chdir(order.cwd)
+        executor = open_executor()
+        progress.write(machine=say_kind(executor.machine()))
+        if order.plan is None:
+            progress.write(facts=executor.facts(), free_bytes=executor.free_bytes(), ended=True)
+            return
+        plan = read_plan(order.plan)
+        with contextlib.ExitStack() as stack:
+            if order.if_busy is not None:
+                devices = executors_of_ranks(Host(), plan.study.workload.ranks)
+                stack.enter_context(hold_devices(devices, order.if_busy))
+            run = _measure(plan, order.plan, folder, progress)
+        if run.manifest.status != "complete":
+            raise KeyboardInterrupt
+        progress.write(finished=tuple(dict.fromkeys(record.replicate for record in run.records)), ended=True)
+    except KeyboardInterrupt:
+        progress.write(ended=True, error="its job was cancelled")
+    except (UsageError, InvalidRunError) as error:
+        progress.write(ended=True, error=str(error), usage=isinstance(error, UsageError))
+    except Exception as error:
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        progress.write(ended=True, error=redact(f"{type(error).__name__}: {error}"))
 
 
-class _JobLoop:
-    """The post of one start, and the files that it answers in."""
+def _measure(plan: Plan, spec: PlanSpec, runs: Path, progress: _Progress) -> Run:
+    sides = {one.side: one for one in spec.sides}
+    if not sides:
+        return measure(plan, runs=runs, display=progress)
+    if any(side.kind == PRESENT for side in sides.values()):
+        return measure(plan, runs=runs, display=progress, arms=arms_of_present(spec.injected_rows))
+    return measure_ab(
+        plan,
+        base=sides["base"].spec,
+        candidate=sides["candidate"].spec,
+        repository=Path.cwd(),
+        cache=cache_dir(),
+        runs=runs,
+        display=progress,
+    )
 
-    def __init__(self, box: Path) -> None:
-        self._box, self._post = box, ReplicateWorker()
-        self._lines = LineReader(box / ORDERS)
-        self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._lock, self._closed = threading.Lock(), False
-        self._taken = self._carried_out = 0
-        """Orders; each number is changed by one thread."""
-        self.told = threading.Event()
-        """Set by TERM."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._hear)
-        threading.Thread(target=self._carry_out, daemon=True).start()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.told.set()
+def _name_site() -> str:
+    """The node's name, with the GPUs of a SLURM job if it has any."""
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    gpus = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    return f"{node}-gpu-{gpus.replace(',', '-')}" if gpus else node
 
-    def _carry_out(self) -> None:
-        while True:
-            self._post.carry_out(self._orders.get(), self._send)
-            self._carried_out += 1
 
-    def _send(self, line: str) -> None:
-        if '"crashed"' in line:
-            message = read_message(line)
-            if message.record is not None and message.record.status == "crashed":
-                self.told.wait(GRACE_S)
-        with self._lock:
-            if not (self._closed or self.told.is_set()):
-                journal.append(self._box / MESSAGES, f"{line}\n")
-
-    def work(self, home: Path, silent_s: float) -> str:
-        """Take orders until it is time to end; returns why it is."""
-        driver = HeartbeatMonitor(home.parent / DRIVER, silent_s)
-        while True:
-            for line in self._lines.lines():
-                if line == CLOSE:
-                    return "it was told to end"
-                if line == END:
-                    self._post.end()
-                else:
-                    self._taken += 1
-                    self._orders.put(line)
-            if driver.is_silent() or not home.parent.is_dir():
-                return "whoever started it is gone"
-            if starts_of(home)[-1:] != [self._box]:
-                return "its job was started again"
-            if self.told.wait(BUSY_LOOK_S if self._taken > self._carried_out else IDLE_LOOK_S):
-                return "its job was cancelled or preempted"
-
-    def stay(self) -> None:
-        """For a signal that may come, unless the driver is done."""
-        until = time.monotonic() + STAY_S
-        while time.monotonic() < until and CLOSE not in self._lines.lines():
-            time.sleep(IDLE_LOOK_S)
-
-    def leave(self, why: str) -> None:
-        """Say why, as the answer to whatever is asked; then end what is measured."""
-        with self._lock:
-            self._closed = True
-            with contextlib.suppress(OSError):
-                journal.append(self._box / MESSAGES, f"{codec.dumps(NodeMessage(says='failed', text=why))}\n")
-        self._post.close()
-        with contextlib.suppress(OSError):
-            (self._box / LEFT).touch()
+if __name__ == "__main__":
+    if parent := os.environ.pop(PARENT, ""):
+        end_with_parent(int(parent))
+    run_job(Path(sys.argv[1]))

@@ -1,132 +1,57 @@
-"""Sites of a Ray cluster: an actor on each node, or for each GPU of a node, carries out the orders of a block.
+"""Jobs on a Ray cluster: each is a task that runs the command of a job on a node and returns its files.
 
-What an actor reserves is the site: all CPUs of a node, or a GPU and its part of the CPUs, so that Ray starts nothing
-beside a measurement. It is bound to its node and never restarted elsewhere: another node would be another site. An
-actor ends with whoever started it, and what it measures with it.
-
-Messages are fetched, and not returned by a generator, which a client behind ray:// could not iterate over.
+A task reserves its site: all CPUs of a node, or a GPU with its part of the CPUs, so that Ray starts nothing next to a
+measurement. It is bound to its node. Nodes share no folder: the order travels with the task, and the records come back
+when the task has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lorameter.errors import InvalidRunError, UsageError, said_by
-from lorameter.run.sites.messages import read_message
-from lorameter.run.sites.remote import RemoteNode
-from lorameter.run.sites.remote_worker import ReplicateWorker
+from lorameter.errors import UsageError, said_by
+from lorameter.machine.processes import CPUS, PARENT
+from lorameter.records.tempdirs import scratch_folder
+from lorameter.run.sites.folder import LOG, command, read_order, write_order
+from lorameter.run.sites.gpus import share_cpus
 from lorameter.studies.placement import say_on, say_sites
 
 CLIENT = "ray://"
-START_TIMEOUT_S = 120.0
-"""An actor that has its resources starts in seconds; one that waits for them longer than this waits for another job."""
 CONNECT_TIMEOUT_S = 30.0
-"""A cluster that is there answers in a second or two."""
+"""A cluster that runs answers in a second or two."""
 CLIENT_TIMEOUT_S = 180.0
-"""Behind a client port a process is started first for whoever comes, which imports Ray: seconds, and on a node that is
-busy a minute. Ray itself gives up after half of one (ConnectionAbortedError), so it is asked again."""
-CLOSE_TIMEOUT_S = 20.0
-"""A post that is told to end kills its processes and removes its folder."""
-
-
-class Desk:
-    """What an actor is: a post, whose orders are carried out by one thread, and the messages that wait to be fetched.
-
-    The kernel ends a measuring process with the thread that started it, so that thread lives as long as the actor.
-    """
-
-    def __init__(self) -> None:
-        self._post = ReplicateWorker()
-        self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            self._post.carry_out(self._orders.get(), self._messages.put)
-
-    def order(self, text: str) -> None:
-        """Take an order; its messages are fetched."""
-        self._orders.put(text)
-
-    def fetch(self) -> list[str]:
-        """The messages since the last time; waits for the first."""
-        found = [self._messages.get()]
-        with contextlib.suppress(queue.Empty):
-            while True:
-                found.append(self._messages.get_nowait())
-        return found
-
-    def end(self) -> None:
-        """Kill what is under way."""
-        self._post.end()
-
-    def close(self) -> None:
-        """End everything."""
-        self._post.close()
-
-
-class RayLink:
-    """Implements `Link` by an actor."""
-
-    def __init__(self, ray: Any, actor: Any) -> None:
-        self._ray, self._actor = ray, actor
-        self._started = False
-
-    def ask(self, order: str) -> Iterator[str]:
-        """Raises `InvalidRunError` where the actor does not start, and whatever Ray raises where it is gone."""
-        taken = self._actor.order.remote(order)
-        if not self._started:
-            done, _ = self._ray.wait([taken], timeout=START_TIMEOUT_S)
-            if not done:
-                raise InvalidRunError(
-                    f"its node has not started it within {START_TIMEOUT_S:g} s: something else has its CPUs or its "
-                    "GPU. See `ray status`; --sites names the nodes to measure on."
-                )
-            self._started = True
-        self._ray.get(taken)
-        while True:
-            for line in self._ray.get(self._actor.fetch.remote()):
-                yield line
-                if read_message(line).is_last:
-                    return
-
-    def end(self) -> None:
-        """It goes on answering."""
-        with contextlib.suppress(Exception):  # it may be gone
-            self._actor.end.remote()
-
-    def close(self) -> None:
-        """It is asked first, and then killed: a process that is killed leaves its folder."""
-        with contextlib.suppress(Exception):
-            if self._started:
-                self._ray.wait([self._actor.close.remote()], timeout=CLOSE_TIMEOUT_S)
-        with contextlib.suppress(Exception):
-            self._ray.kill(self._actor)
+"""Behind a client port a process is started for each client first, which imports Ray: on a busy node that takes a
+minute. Ray itself gives up after half of one (ConnectionAbortedError), so it is asked again."""
+RETURNED = (".json", ".jsonl", ".log")
+"""Files of a job that are returned, by suffix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Berth:
-    """Where an actor is to be: a node, and what it reserves of it."""
+class NodeShare:
+    """Where a task is to run: a node, and what it reserves of it."""
 
     site: str
     node: str
     """Ray's id of it."""
     cpus: float
-    cards: int = 0
+    gpus: int = 0
     share: int = 0
     shares: int = 1
 
 
-def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1) -> tuple[Berth, ...]:
+def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1) -> tuple[NodeShare, ...]:
     """The sites of a cluster: its GPUs if it has any, else its nodes with CPUs.
 
     Args:
@@ -145,20 +70,20 @@ def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
             raise UsageError(f"{say_sites(wanted)}: the cluster has no node {name!r}. It has {known}.")
     alive = [node for node in alive if not wanted or names[node["NodeID"]] in wanted]
     resources = {node["NodeID"]: node.get("Resources", {}) for node in alive}
-    with_cards = any(one.get("GPU", 0) >= 1 for one in resources.values())
-    found: list[Berth] = []
+    with_gpus = any(one.get("GPU", 0) >= 1 for one in resources.values())
+    found: list[NodeShare] = []
     for node in sorted(alive, key=lambda one: names[one["NodeID"]]):
         key, has = node["NodeID"], resources[node["NodeID"]]
-        cpus, cards = float(has.get("CPU", 0)), int(has.get("GPU", 0))
-        if with_cards:
-            shares = cards // ranks
+        cpus, gpus = float(has.get("CPU", 0)), int(has.get("GPU", 0))
+        if with_gpus:
+            shares = gpus // ranks
             for share in range(shares):
-                numbers = "-".join(str(card) for card in range(share * ranks, (share + 1) * ranks))
-                site, part = f"{names[key]}-card-{numbers}", cpus // shares
-                found.append(Berth(site=site, node=key, cpus=part, cards=ranks, share=share, shares=shares))
+                numbers = "-".join(str(gpu) for gpu in range(share * ranks, (share + 1) * ranks))
+                site, part = f"{names[key]}-gpu-{numbers}", cpus // shares
+                found.append(NodeShare(site=site, node=key, cpus=part, gpus=ranks, share=share, shares=shares))
         elif cpus >= 1:
-            found.append(Berth(site=names[key], node=key, cpus=cpus))
-    if not found and with_cards and ranks > 1:
+            found.append(NodeShare(site=names[key], node=key, cpus=cpus))
+    if not found and with_gpus and ranks > 1:
         raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many GPUs. Use fewer ranks.")
     if not found:
         raise UsageError("the Ray cluster has no node with a CPU or a GPU to measure on. See `ray status`.")
@@ -176,37 +101,99 @@ def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {key: name if often[name] == 1 else f"{name}-{key[:6]}" for key, name in own.items()}
 
 
-@contextlib.contextmanager
-def open_stations(address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> Iterator[tuple[RemoteNode, ...]]:
-    """A station for each site of a cluster, started meanwhile; nothing is asked of them yet.
+class RayJobs:
+    """Implements `Launcher` by tasks; a job's folder is filled when its task has ended."""
 
-    Args:
-        address: "ray" for the cluster that this machine is part of, "ray://HOST:PORT" for the one behind a client port.
-        wanted: names of nodes; empty for all.
-        ranks: of a trial.
+    def __init__(self, address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> None:
+        """Connect to a cluster.
 
-    Raises:
-        UsageError: Ray is not installed, the cluster does not answer or has no such nodes.
-    """
-    try:
-        import ray
+        Args:
+            address: "ray" for the cluster that this machine is part of, "ray://HOST:PORT" for the one behind a client
+                port.
+            wanted: names of nodes; empty for all.
+            ranks: of a trial, each of which has a GPU of its own if the cluster has any.
+
+        Raises:
+            UsageError: Ray is not installed, the cluster does not answer or has no such nodes.
+        """
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError(
+                f"{say_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
+            ) from None
+        self._ray: Any = ray
+        _connect(ray, address)
+        self._shares = {share.site: share for share in shares_of(ray.nodes(), wanted, ranks=ranks)}
+        self._tasks: dict[Path, Any] = {}
+        self._why: dict[Path, str] = {}
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(self._shares)
+
+    def start(self, folder: Path, slot: str) -> None:
+        """Submit a task."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-    except ImportError as error:
-        raise UsageError(
-            f"{say_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
-        ) from None
-    _connect(ray, address)
-    with contextlib.ExitStack() as stack:
-        stack.callback(ray.shutdown)
-        stations = []
-        for berth in berths_of(ray.nodes(), wanted, ranks=ranks):
-            there = NodeAffinitySchedulingStrategy(berth.node, soft=False)
-            options = {"num_cpus": berth.cpus, "num_gpus": berth.cards, "scheduling_strategy": there}
-            actor = ray.remote(Desk).options(max_concurrency=4, max_restarts=0, **options).remote()
-            link = RayLink(ray, actor)
-            stack.callback(link.close)
-            stations.append(RemoteNode(berth.site, link, share=berth.share, shares=berth.shares))
-        yield tuple(stations)
+
+        share = self._shares[slot]
+        there = NodeAffinitySchedulingStrategy(share.node, soft=False)
+        options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": there, "max_retries": 0}
+        task = self._ray.remote(run_on_node).options(**options)
+        self._tasks[folder] = task.remote(read_order(folder), share.share, share.shares)
+
+    def running(self) -> set[Path]:
+        """Folders of the jobs whose tasks have not ended; those that have are filled."""
+        for folder, task in list(self._tasks.items()):
+            if self._ray.wait([task], timeout=0)[0]:
+                del self._tasks[folder]
+                try:
+                    files = self._ray.get(task)
+                except Exception as error:  # a node that is gone, a task that was cancelled: Ray has a class for each
+                    self._why[folder] = said_by(error)
+                    continue
+                for name, content in files.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(content)
+        return set(self._tasks)
+
+    def why(self, folder: Path) -> str:
+        """How a job ended."""
+        return self._why.get(folder, "its process ended without a result")
+
+    def cancel(self) -> None:
+        """Ask all tasks to end."""
+        for task in self._tasks.values():
+            with contextlib.suppress(Exception):  # it may have ended
+                self._ray.cancel(task)
+
+    def close(self) -> None:
+        """End all tasks, and leave the cluster."""
+        self.cancel()
+        self._ray.shutdown()
+
+
+def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
+    """Carry out an order on this node; returns the files of the job's folder, by their relative paths."""
+    with scratch_folder() as folder:
+        write_order(folder, order)
+        variables = {**os.environ, PARENT: str(os.getpid())}
+        if shares > 1:
+            cpus = share_cpus(os.sched_getaffinity(0), shares, f"site {order.site}")[share]
+            variables[CPUS] = ",".join(map(str, cpus))
+        with (folder / LOG).open("wb") as log:
+            process = subprocess.Popen(
+                command(sys.executable, folder), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+            try:
+                process.wait()
+            finally:
+                process.terminate()
+                process.wait()
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix in RETURNED
+        }
 
 
 def _connect(ray: Any, address: str) -> None:

@@ -1,79 +1,69 @@
-"""The sides of an A/B on other machines: each node puts them up for itself, from a word that means the same there.
+"""The sides of an A/B that is measured in jobs: each job opens them for itself, from a word that means the same there.
 
-An interpreter is named by its path, which every node must see, and requirements are built by each node in its own
-cache. A revision is a worktree of a repository that whoever starts an A/B stands in. Put up by several nodes in one
-repository on a shared disk, each would take the others' worktrees for abandoned, so it is refused.
+An interpreter is named by its path, a revision by its commit, and requirements are installed by each node into its own
+cache. On other machines a revision is refused: worktrees that several nodes make in one repository on a shared disk
+look abandoned to each other.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from lorameter.errors import InvalidRunError, UsageError, redact
-from lorameter.machine.provenance import MachineFacts
+from lorameter.errors import UsageError, redact
 from lorameter.records.record import Side
 from lorameter.run.executors.environments import parse_requirements
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import DECLARED, OpenSide, SideKind, name_side
 from lorameter.run.plan_spec import SideSpec
-from lorameter.verdicts.comparison_input import differences
 
 
-def write_sides(specs: Mapping[Side, str], repository: Path, asked: str) -> tuple[SideSpec, ...]:
-    """What the nodes are told of the sides; `asked` says where that is, for messages.
+def write_sides(
+    specs: Mapping[Side, str], repository: Path, asked: str, *, local: bool = False
+) -> dict[Side, OpenSide]:
+    """The sides as a job opens them; nothing is opened here.
+
+    Args:
+        specs: a revision, an interpreter or requirements, by side.
+        repository: a folder in the repository whose revisions are meant.
+        asked: where the jobs run, for messages.
+        local: whether they run on this machine.
 
     Raises:
-        UsageError: a side that is not the same on another machine, or whose word may hold a credential.
+        UsageError: a side that is another one on another machine, or whose word may hold a credential.
     """
-    return tuple(_write_side(side, spec, repository, f"{asked}, --{side} {spec}") for side, spec in specs.items())
+    return {
+        side: _write_side(spec, repository, f"{asked}, --{side} {spec}", local=local) for side, spec in specs.items()
+    }
 
 
-def _write_side(side: Side, spec: str, repository: Path, where: str) -> SideSpec:
+def _write_side(spec: str, repository: Path, where: str, *, local: bool) -> OpenSide:
     if redact(spec) != spec:
         raise UsageError(
-            f"{where}: it holds what may be a credential, and would be written where other machines read it. Have pip "
-            "know it there, by its configuration or a .netrc."
+            f"{where}: it holds what may be a credential, and would be written into a file. Have pip know it by its "
+            "configuration or a .netrc."
         )
-    if spec.startswith(os.sep) and parse_requirements(spec) is None:
-        return SideSpec(side=side, kind="interpreter", spec=spec)  # it may be there and not here
+    if not local and spec.startswith(os.sep) and parse_requirements(spec) is None:
+        return _side("interpreter", spec, spec)  # it may exist there and not here
     kind, full = name_side(spec, repository)
-    if kind == "revision":
+    if kind == "revision" and not local:
         raise UsageError(
             f"{where}: a revision is checked out on this machine only. Build an environment of it where all nodes see "
             "it and name the path of its Python, give requirements, or use --sites of this machine."
         )
-    if kind == "interpreter" and os.sep not in spec:
+    if kind == "interpreter" and not local and os.sep not in spec:
         raise UsageError(f"{where}: it may be another Python on each node. Name its path, such as {full}.")
-    return SideSpec(side=side, kind=kind, spec=full)
+    return _side(kind, full, spec)
 
 
-def open_as(side: SideSpec) -> OpenSide:
-    """What whoever starts an A/B knows of a side that others put up; nothing is started in its host."""
-    kind: SideKind = side.kind
-    label = " ".join(parse_requirements(side.spec) or ()) or side.spec
-    return OpenSide(spec=side.spec, kind=kind, host=Host(), label=label, declared=DECLARED[kind])
+def _side(kind: SideKind, spec: str, asked: str) -> OpenSide:
+    label = " ".join(parse_requirements(spec) or ()) or spec
+    if kind == "revision":
+        label = asked if spec.startswith(asked) else f"{asked} ({spec[:9]})"
+    return OpenSide(spec=spec, kind=kind, host=Host(), label=label, declared=DECLARED[kind])
 
 
-_OF_A_SIDE = ("python", "libraries", "cuda", "packages")
-
-
-def check_sides(first: str, ours: Mapping[str, MachineFacts], other: str, theirs: Mapping[str, MachineFacts]) -> None:
-    """Raises `InvalidRunError` where a side is another on the other site than on the first."""
-    for side in dict.fromkeys((*ours, *theirs)):
-        known, found = (_about(sides.get(side)) for sides in (ours, theirs))
-        said = _said(known, found)
-        if said:
-            raise InvalidRunError(f"site {other}: its {side} is another than on {first}: {said}. Make them alike.")
-
-
-def _about(facts: MachineFacts | None) -> dict[str, Any]:
-    host = {} if facts is None else facts.host or {}
-    return {name: host.get(name) for name in _OF_A_SIDE}
-
-
-def _said(known: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    some: Iterable[Any] = differences(known, found)[:3]
-    return "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} on the first" for one in some)
+def specs_of(abouts: Mapping[Side, Mapping[str, str]]) -> tuple[SideSpec, ...]:
+    """What a job needs to know of the sides, from what the manifest says of each."""
+    return tuple(SideSpec(side=side, kind=about["kind"], spec=about["spec"]) for side, about in abouts.items())  # type: ignore[arg-type]

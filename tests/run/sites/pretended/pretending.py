@@ -1,12 +1,20 @@
-"""An executor whose measuring processes do no work, so that commands on several sites are tested in seconds.
+"""An executor whose measuring processes do no work, so that commands that start jobs are tested in seconds.
 
-It is added to the table of executors by the name `pretending`.
+Jobs are processes of their own: what they are to do is in the variable `PRETENDED`, as JSON.
+
+slow    [[cpus, trial, factor], …]: how many times as long a step takes on these CPUs, of trials with this in the name
+lost    CPUs on which no process can be launched
+hangs   whether turns never end; turn_s how long one takes, in seconds
+peft    the version of peft, by CPUs
 """
 
 from __future__ import annotations
 
-import threading
+import json
+import os
+import time
 
+from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
@@ -19,28 +27,14 @@ MACHINE = Machine(
 )  # fmt: skip
 
 
-HOST = {"python": "3.11.0", "libraries": {"peft": "1.0"}, "cuda": None, "git": {"commit": None, "dirty": False}}
-MADE = []
-"""Executors of this process, in the order in which they were opened."""
+def told(name, default):
+    """What the test says to this process."""
+    return json.loads(os.environ.get("PRETENDED", "{}")).get(name, default)
 
 
-class Meeting:
-    """Keeps each site of this process from measuring until so many of them are about to."""
-
-    def __init__(self, sites):
-        self.sites, self.here, self.come = sites, set(), threading.Condition()
-
-    def join(self, site):
-        with self.come:
-            self.here.add(site)
-            self.come.notify_all()
-            assert self.come.wait_for(lambda: len(self.here) >= self.sites, timeout=60)
-
-
-SLOW = {}
-"""By how much a step takes longer, by a part of the executor's label and of the trial's name."""
-MEETINGS = [Meeting(1)]
-"""The last one counts."""
+def cpus():
+    """Of the site of this process."""
+    return os.environ.get("LORAMETER_CPUS", "")
 
 
 class Fake:
@@ -50,7 +44,6 @@ class Fake:
 
     def __init__(self, label, host=None):
         self.label, self.host = label, host
-        MADE.append(self)
 
     def machine(self):
         return MACHINE
@@ -62,8 +55,17 @@ class Fake:
         return 2**33
 
     def facts(self):
-        host = None if self.host in (None, Host()) else {**HOST, "packages": {"python": self.host.python}}
-        return MachineFacts(machine=MACHINE, settings={}, libraries={"peft": "1.0"}, git={"commit": None}, host=host)
+        host = None
+        if self.host not in (None, Host()):
+            host = {
+                "python": "3.11.0",
+                "libraries": {"peft": "1.0"},
+                "cuda": None,
+                "git": {"commit": None, "dirty": False},
+            }
+            host["packages"] = {"python": self.host.python}
+        libraries = {"peft": told("peft", {}).get(cpus(), "1.0")}
+        return MachineFacts(machine=MACHINE, settings={}, libraries=libraries, git={"commit": None}, host=host)
 
     def start(self, folder, threads):
         self.folder = folder
@@ -85,21 +87,26 @@ class Fake:
         return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 
     def make_place(self, trial, log):
-        return TrialFiles(scratch=trial, log_path=str(self.folder / "logs" / f"{log}.log"))
+        path = self.folder / "logs" / f"{log}.log"
+        path.write_text(f"{self.label} {cpus()} {'' if self.host is None else self.host.python}\n")
+        return TrialFiles(scratch=trial, log_path=str(path))
 
     def clear_place(self, trial):
         pass
 
     def launch(self):
+        if cpus() in told("lost", []):
+            raise InvalidRunError("its zygote is gone")
         return self
 
     def ask(self, command, trial, timeout_s, **arguments):
-        if trial.startswith("r"):  # one of the plan's
-            MEETINGS[-1].join(self.label[-1:])
         if command != "turn":
             return PartialRecord()
-        factor = next((factor for (label, part), factor in SLOW.items() if label in self.label and part in trial), 1.0)
-        return PartialRecord(samples={"step_time_s": (factor * 0.1,) * arguments["steps"]})
+        while told("hangs", False):
+            time.sleep(0.1)
+        time.sleep(told("turn_s", 0.0))
+        slow = [factor for on, part, factor in told("slow", []) if on == cpus() and part in trial]
+        return PartialRecord(samples={"step_time_s": ((slow or [1.0])[0] * 0.1,) * arguments["steps"]})
 
     def close(self):
         pass

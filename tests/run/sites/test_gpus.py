@@ -11,15 +11,15 @@ from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
 from lorameter.run.executors.host import Host
-from lorameter.run.sites import local
-from lorameter.run.sites.local import local_sites
+from lorameter.run.sites import gpus
+from lorameter.run.sites.gpus import local_shares
 
 
 @pytest.fixture(autouse=True)
 def four_cpus(monkeypatch):
     """Each a core, whatever this machine has."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
-    monkeypatch.setattr(local, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
+    monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
 
 
 def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=None):
@@ -38,7 +38,7 @@ def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=Non
         by_entry = {str(card.entry): card for card in found}
         return Reading(value=found if named is None else tuple(by_entry[entry] for entry in named.split(",")))
 
-    monkeypatch.setattr(local, "visible_cards", visible)
+    monkeypatch.setattr(gpus, "visible_cards", visible)
 
 
 @pytest.mark.parametrize("entries", [(2, 3), ("GPU-aaaa", "GPU-bbbb")])
@@ -46,11 +46,11 @@ def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch, entr
     """By the numbers that CUDA gives them; each sees its own, by what the variable calls it."""
     cards(monkeypatch, "H100", "H100", entries=entries)
     there = dataclasses.replace(machine, device="cuda")
-    sites = local_sites(("0", "1"), there)
-    assert [site.name for site in sites] == ["card-0", "card-1"]
+    sites = local_shares(("0", "1"), there)
+    assert [site.name for site in sites] == ["gpu-0", "gpu-1"]
     assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == [str(entry) for entry in entries]
-    (site,) = local_sites(("1",), there)
-    assert (site.name, site.machine) == ("card-1", "H100 beside Test CPU")
+    (site,) = local_shares(("1",), there)
+    assert site.name == "gpu-1"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, na
     is not told agrees with nothing."""
     cards(monkeypatch, *names, limits=limits)
     with pytest.raises(UsageError, match=words):
-        local_sites(("0", "2"), dataclasses.replace(machine, device="cuda"))
+        local_shares(("0", "2"), dataclasses.replace(machine, device="cuda"))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -77,37 +77,37 @@ def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
     cards(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
     there = dataclasses.replace(machine, device="cuda")
     with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one GPU"):
-        local_sites(("0", "1", "2"), there, mixed=mixed)
-    sites = local_sites(("0", "2"), there)
+        local_shares(("0", "1", "2"), there, mixed=mixed)
+    sites = local_shares(("0", "2"), there)
     assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["MIG-a", "MIG-c"]
 
 
 def test_each_card_that_ranks_take_is_held(monkeypatch):
     """The first that are visible; of one rank, or where none is known, what an executor calls its device."""
     cards(monkeypatch, *["H100"] * 4, entries=("GPU-a", 3, 2, 1))
-    monkeypatch.setattr(local, "open_executor", lambda name=None, *, host: host.environment.get("CUDA_VISIBLE_DEVICES"))
-    assert local.executors_of_ranks(Host(), 3) == ["GPU-a", "3", "2"]
-    assert local.executors_of_ranks(Host(), 1) == [None]
-    monkeypatch.setattr(local, "visible_cards", lambda environment: missing("no driver"))
-    assert local.executors_of_ranks(Host(), 3) == [None]
+    monkeypatch.setattr(gpus, "open_executor", lambda name=None, *, host: host.environment.get("CUDA_VISIBLE_DEVICES"))
+    assert gpus.executors_of_ranks(Host(), 3) == ["GPU-a", "3", "2"]
+    assert gpus.executors_of_ranks(Host(), 1) == [None]
+    monkeypatch.setattr(gpus, "visible_cards", lambda environment: missing("no driver"))
+    assert gpus.executors_of_ranks(Host(), 3) == [None]
 
 
 def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):
     """By what CUDA calls them; its device is held GPU by GPU."""
-    (site,) = local_sites(("0+1",), machine)
+    (site,) = local_shares(("0+1",), machine)
     assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
     cards(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
     there = dataclasses.replace(machine, device="cuda")
-    sites = local_sites(("0+1", "2+3"), there)
-    assert [site.name for site in sites] == ["card-0-1", "card-2-3"]
+    sites = local_shares(("0+1", "2+3"), there)
+    assert [site.name for site in sites] == ["gpu-0-1", "gpu-2-3"]
     assert [site.host.environment for site in sites] == [
         {"CUDA_VISIBLE_DEVICES": "1,2", "LORAMETER_CPUS": "4,5"},
         {"CUDA_VISIBLE_DEVICES": "3,0", "LORAMETER_CPUS": "6,7"},
     ]
-    monkeypatch.setattr(local, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
-    taken = [local.executors_of_ranks(site.host, 2) for site in sites]
+    monkeypatch.setattr(gpus, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
+    taken = [gpus.executors_of_ranks(site.host, 2) for site in sites]
     assert taken == [["1", "2"], ["3", "0"]]
     with pytest.raises(
         UsageError, match=r"ranks of one trial would be on GPUs of different kinds \(A100 at 700 W, H100"
     ):
-        local_sites(("3+4",), there, mixed=True)
+        local_shares(("3+4",), there, mixed=True)

@@ -1,0 +1,183 @@
+"""The sites of this machine: its GPUs, or shares of its CPUs.
+
+A trial that is measured beside others on one machine shares its memory bus and its power with them, but neither its
+GPU nor its cores: each site has CPUs of its own, and its processes stay on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorameter.errors import UsageError
+from lorameter.machine.cores import cores_of
+from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visible_cards
+from lorameter.machine.nvml import VARIABLE
+from lorameter.machine.processes import CPUS, PARENT, exit_words
+from lorameter.machine.provenance import Machine
+from lorameter.records.units import format_count
+from lorameter.run.executors import Executor, open_executor
+from lorameter.run.executors.host import Host
+from lorameter.run.sites.folder import LOG, command
+from lorameter.studies.placement import HERE, SiteSpec, numbers_of, say_sites
+from lorameter.studies.study import Study
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One site of this machine: a name for the records, and how its processes are started."""
+
+    name: str
+    host: Host
+
+
+def local_shares(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Share, ...]:
+    """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine GPUs, in the order in which CUDA numbers those
+    that are visible; on a CPU as many equal shares of its cores. A site of several ranks (0+1) has one for each.
+
+    Raises:
+        UsageError: a GPU that does not exist, GPUs of different kinds that are not to be `mixed`, or fewer cores than
+            sites.
+    """
+    groups = [numbers_of(name) for name in listed]
+    numbers = [number for group in groups for number in group]
+    parts = iter(share_cpus(os.sched_getaffinity(0), len(numbers), say_sites(listed)))
+    cpus = [[cpu for _ in group for cpu in next(parts)] for group in groups]
+    if machine.device == "cpu":
+        return tuple(_share("cpus", group, taken, ()) for group, taken in zip(groups, cpus, strict=True))
+    gpus = dict(zip(numbers, _find_gpus(numbers, listed, mixed=mixed), strict=True))
+    for group in groups:
+        kinds = {gpus[number].kind for number in group}
+        if len(kinds) > 1:
+            raise UsageError(
+                f"{say_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
+                f"({', '.join(sorted(kinds))}), and the quicker ones would wait. Join GPUs of one kind."
+            )
+    return tuple(
+        _share("gpu", group, taken, [str(gpus[number].entry) for number in group])
+        for group, taken in zip(groups, cpus, strict=True)
+    )
+
+
+def check_spreadable(study: Study, place: SiteSpec) -> None:
+    """Raises `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine that
+    are not of as many GPUs as a trial has ranks."""
+    ranks = study.workload.ranks
+    if study.of_scripts:
+        raise UsageError(
+            f"{place.said}: study {study.name} is of scripts, which choose their devices themselves. Leave it out."
+        )
+    if place.on == HERE and any(len(numbers_of(name)) != ranks for name in place.sites):
+        site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
+        raise UsageError(
+            f"{place.said}: a site has a GPU, or a share of the CPUs, for each rank of a trial, and study "
+            f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
+        )
+
+
+def _share(what: str, numbers: Sequence[int], cpus: Sequence[int], gpus: Sequence[str]) -> Share:
+    visible = {VARIABLE: ",".join(gpus)} if gpus else {}
+    host = Host(environment={**visible, CPUS: ",".join(map(str, cpus))})
+    return Share(name="-".join([what, *map(str, numbers)]), host=host)
+
+
+def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int]]:
+    """Equal parts of the cores, one for each site, by their CPUs: two threads of one core are never of two sites.
+    Raises `UsageError`, with what was `asked`, for too many sites."""
+    cores = cores_of(cpus)
+    each = len(cores) // sites
+    if not each:
+        threads = sum(map(len, cores))
+        of_cores = "" if threads == len(cores) else f" of {format_count(len(cores), 'core')}"
+        raise UsageError(
+            f"{asked}: {sites} sites and {format_count(threads, 'CPU')}{of_cores} that this process may use: they "
+            "would share cores. Use fewer sites."
+        )
+    return [sorted(itertools.chain(*cores[site * each : (site + 1) * each])) for site in range(sites)]
+
+
+def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[VisibleCard]:
+    """Each by its number among those that are visible."""
+    asked, cards = say_sites(listed), visible_cards().value
+    if cards is None:
+        raise UsageError(f"{asked}: which GPUs there are cannot be known here. Leave it out.")
+    found: list[VisibleCard] = []
+    for number in numbers:
+        if number >= len(cards):
+            raise UsageError(f"{asked}: GPU {number}: {len(cards)} are visible here. Count from 0.")
+        card = cards[number]
+        if card.name.value is None:
+            raise UsageError(f"{asked}: what GPU {number} is cannot be known: {card.name.reason}. Leave it out.")
+        found.append(card)
+    for parts in shared_boards(found):
+        raise UsageError(
+            f"{asked}: {say_entries(parts)} are parts of one GPU, and what is measured on one would be in the times "
+            "of the other. Name one part of each GPU."
+        )
+    kinds = {card.kind for card in found}
+    if len(kinds) > 1 and not mixed:
+        raise UsageError(
+            f"{asked}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
+            "machine. Name GPUs of one kind, and measure the others in a run of their own, or have each site judged "
+            "by itself by --mixed."
+        )
+    return found
+
+
+def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
+    """An executor for each GPU that the ranks of a trial take in a host, the first of those that it sees, or for what
+    it has instead; nothing is started."""
+    taken = visible_cards(host.variables(os.environ)).value or () if ranks > 1 else ()
+    seen = [{VARIABLE: str(card.entry)} for card in taken[:ranks]] or [{}]
+    return [open_executor(host=dataclasses.replace(host, environment=host.environment | one)) for one in seen]
+
+
+class LocalJobs:
+    """Implements `Launcher`: a job is a subprocess on a GPU, or on a share of the CPUs."""
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        self._shares = {share.name: share for share in shares}
+        self._processes: dict[Path, subprocess.Popen[bytes]] = {}
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(self._shares)
+
+    def start(self, folder: Path, slot: str) -> None:
+        """Start a job; it is killed when this process ends."""
+        variables = self._shares[slot].host.variables(os.environ) | {PARENT: str(os.getpid())}
+        with (folder / LOG).open("wb") as log:
+            self._processes[folder] = subprocess.Popen(
+                command(sys.executable, folder),
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C at the terminal is this process's to handle
+            )
+
+    def running(self) -> set[Path]:
+        """Folders of the jobs that have not ended."""
+        return {folder for folder, process in self._processes.items() if process.poll() is None}
+
+    def why(self, folder: Path) -> str:
+        """How a job ended."""
+        return f"its process ended with {exit_words(self._processes[folder].poll())}"
+
+    def cancel(self) -> None:
+        """Ask all jobs to end."""
+        for folder in self.running():
+            self._processes[folder].terminate()
+
+    def close(self) -> None:
+        """Kill the jobs that have not ended."""
+        for process in self._processes.values():
+            process.kill()
+            process.wait()

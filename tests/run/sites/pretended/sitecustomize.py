@@ -1,0 +1,8 @@
+"""Is imported by every interpreter that starts with this folder on its path, such as those of jobs."""
+
+import contextlib
+
+with contextlib.suppress(ImportError):
+    from lorameter.run.executors import EXECUTORS
+
+    EXECUTORS["pretending"] = "pretending"
