@@ -91,8 +91,9 @@ class Protocol:
     `["0+1", "2+3"]` for trials of two ranks; names of nodes on Ray; never with SLURM, whose `on` says how many. Empty:
     one device here, all nodes of a cluster. Not in a profile."""
     mixed: bool = field(default=False, metadata=codec.LATER)
-    """Let sites be unlike, other GPUs or CPUs, as `--mixed` has it: replicates are divided evenly, and every ratio is
-    of one site, with its own interval; nothing is taken over all of them. Not with a precision; not in a profile."""
+    """Let sites be unlike, other GPUs or CPUs, as `--mixed` has it: on sites of this machine replicates are divided
+    evenly, and every ratio is of one site, with its own interval; nothing is taken over all of them. Not with a
+    precision; not in a profile."""
 
     def __post_init__(self) -> None:
         limits.check_least("protocol", self, _LEAST, positive=("max_minutes", "step_timeout_s"))

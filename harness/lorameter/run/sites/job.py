@@ -105,7 +105,7 @@ def _measure(plan: Plan, spec: PlanSpec, runs: Path, progress: _Progress) -> Run
     if not sides:
         return measure(plan, runs=runs, display=progress)
     if any(side.kind == PRESENT for side in sides.values()):
-        return measure(plan, runs=runs, display=progress, arms=arms_of_present(spec.injected_rows))
+        return measure(plan, runs=runs, display=progress, arms=arms_of_present(spec.slowdown_rows))
     return measure_ab(
         plan,
         base=sides["base"].spec,
