@@ -30,6 +30,8 @@ LEAST_ROUNDS = 2
 SOUGHT_REPLICATES = 3
 """Other measurements are dropped until so many replicates of training fit: fewer give intervals that are too wide."""
 
+SKIPPED = "measurements-skipped"
+"""Code of the notice of what a limit has dropped."""
 Part = Literal["training", "requests", "open_ended", "merged", "cold"]
 """What the time of a replicate goes to; all but the training can be dropped."""
 DROPPABLE: dict[Part, str] = {
@@ -315,7 +317,7 @@ def skipped_notice(skipped: Iterable[str], replicates: int, planned: int, needed
     raised = f" to {minutes}" if minutes else ""
     return (
         Notice(
-            code="measurements-skipped",
+            code=SKIPPED,
             message=f"because of the time limit {'; '.join(said)}{needed}.",
             remedy=f"Raise --max-minutes{raised}, or measure fewer variants (--variant) or phases (--phase).",
         ),

@@ -27,6 +27,7 @@ from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.records.tempdirs import leaving_nothing
+from lorameter.run.budget import SKIPPED, skipped_notice
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display, Shielded
 from lorameter.run.interrupts import InterruptHandler
@@ -110,8 +111,9 @@ def measure_in_jobs(
         launcher: of the jobs.
         runs: where the run is written.
         display: shows what is under way.
-        local: whether the sites are of this machine: each measures its part of the replicates in one job. Elsewhere a
-            job measures one replicate, so that a job that waits in a queue holds up no other replicate.
+        local: whether the sites are of this machine: each measures its part of the replicates in one job, as it does
+            under a time limit. Elsewhere a job measures one replicate, so that one that waits in a queue holds up no
+            other.
         if_busy: what a job does if its device is in use; None: this process holds the devices.
         notices: what was known before.
         sides: what the manifest says of the sides of an A/B.
@@ -179,6 +181,8 @@ class _Driver:
         self._notices: list[Notice] = []
         self._stopped = None if earlier is None else earlier.manifest.stopped
         self._mixed = plan.study.protocol.mixed
+        self._minutes = plan.study.protocol.max_minutes
+        self._skipped = set[str]() if earlier is None else set(earlier.manifest.skipped)
         protocol = dataclasses.replace(plan.study.protocol, max_minutes=None)  # which each job keeps for itself
         self._stop = Stopping(dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol)))
 
@@ -202,9 +206,9 @@ class _Driver:
         """Have all replicates measured; returns why it stopped early."""
         left = sorted({group.replicate for group in self._groups})
         each = math.ceil(len(left) / len(self._free))
-        lists = (
-            [left[first :: len(self._free)] for first in range(len(self._free))] if self._local else [[r] for r in left]
-        )
+        lists = [[replicate] for replicate in left]
+        if self._local or self._minutes is not None:
+            lists = [left[first :: len(self._free)] for first in range(len(self._free))]
         waiting = deque(tuple(replicates) for replicates in lists if replicates)
         while waiting or self._jobs:
             with stops.interruptible():
@@ -234,8 +238,8 @@ class _Driver:
 
     def _order(self, slot: str, replicates: tuple[int, ...], each: int) -> JobOrder:
         protocol = self._plan.study.protocol
-        if protocol.max_minutes is not None:  # of a job its part
-            protocol = dataclasses.replace(protocol, max_minutes=protocol.max_minutes * min(1, len(replicates) / each))
+        if self._minutes is not None:  # less for what a lost job has left
+            protocol = dataclasses.replace(protocol, max_minutes=self._minutes * min(1, len(replicates) / each))
         whole = dataclasses.replace(self._plan, study=dataclasses.replace(self._plan.study, protocol=protocol))
         part = dataclasses.replace(whole, groups=tuple(one for one in self._groups if one.replicate in replicates))
         sides = tuple(
@@ -267,8 +271,7 @@ class _Driver:
         if self._writer is not None:
             return
         if self._earlier is not None:
-            limit = self._plan.study.protocol.max_minutes
-            begun = continue_manifest(self._earlier.manifest, manifest.provenance, manifest.tokens, limit)
+            begun = continue_manifest(self._earlier.manifest, manifest.provenance, manifest.tokens, self._minutes)
         else:
             begun = dataclasses.replace(
                 manifest,
@@ -322,8 +325,9 @@ class _Driver:
         """Keep the logs and notices of a job that has ended."""
         for path in store.list_runs(job.folder):
             manifest = store.read_manifest(path)
-            self._notices += manifest.notices
+            self._notices += [notice for notice in manifest.notices if notice.code != SKIPPED]  # of its part alone
             self._stopped = self._stopped or manifest.stopped
+            self._skipped |= set(manifest.skipped)
         copy_logs(job.folder, self._path)
 
     def _end_jobs(self) -> None:
@@ -357,9 +361,18 @@ class _Driver:
     def _finish(self, status: store.RunStatus) -> None:
         assert self._writer is not None  # a job that measured nothing ended in an error
         trials = [record.trial for record in self._records()] if status == "complete" else None
+        if self._minutes is not None and status == "complete":
+            count = len({record.replicate for record in self._records() if record.status == "ok"})
+            self._notices += skipped_notice(self._skipped, count, self._plan.study.protocol.replicates, 0.0)
         known = store.read_manifest(self._path).notices
-        notices = tuple(one for one in dict.fromkeys(self._notices) if one not in known)
-        self._writer.finish(status, stopped=self._stopped, measured=trials, notices=notices, came=self._sites)
+        self._writer.finish(
+            status,
+            stopped=self._stopped,
+            measured=trials,
+            notices=tuple(one for one in dict.fromkeys(self._notices) if one not in known),
+            came=self._sites,
+            skipped=tuple(sorted(self._skipped)),
+        )
 
 
 def check_alike(first: Manifest, other: Manifest, site: str, *, mixed: bool, again: bool) -> None:
