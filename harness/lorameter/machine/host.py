@@ -1,14 +1,12 @@
-"""What the machine did to this process while something was timed: differences of the kernel's counters.
+"""Disturbances of a timed stretch by the machine, as differences of the kernel's counters.
 
-A timed step says how long it took, and not whether it was let run. Pressure stall information counts the time in which
-runnable work waited for a CPU, for memory or for a disk (Documentation/accounting/psi.rst of the kernel); steal is what
-a hypervisor gave to other guests; a quota is what a container's limit withheld; an involuntary switch is the scheduler
-taking the CPU away. All are cumulative, so two readings tell everything between them and nothing runs beside the timed
-code. Pressure and swapping are those of the whole machine.
+Pressure stall information counts the time in which runnable work waited for a CPU, for memory or for a disk
+(Documentation/accounting/psi.rst of the kernel); steal is CPU time that a hypervisor gave to other guests; a quota
+withholds CPU time from a container; an involuntary switch takes the CPU from a thread. All are cumulative: two readings
+cover the time between them, and nothing runs during the timed code. Pressure and swapping are the whole machine's.
 
-Pressure is time, and its share is of the time that was watched. Steal and quota are CPU time, added up over CPUs, and
-so is what they are a share of: the CPU time that was asked for, which was either given or withheld. Over the wall
-clock 0.5 % of 64 CPUs would read as 32 %.
+Pressure is a share of the time that was watched. Steal and quota are CPU time, summed over CPUs, and a share of the CPU
+time that was requested, given or withheld: as a share of wall time 0.5 % of 64 CPUs would read as 32 %.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import os
 import resource
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from lorameter.machine.cgroup import CpuTime, cpu_times
@@ -26,82 +23,43 @@ ROOT = Path("/")
 NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
 NO_FREQUENCY = "the kernel is not told the CPU's clock (no cpufreq), as is usual in a virtual machine"
 GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
-"""CPU time that was withheld, and what was given over the same CPUs, by the names of `HostTelemetry`."""
+"""Withheld CPU time, and that given on the same CPUs, by the names of `HostTelemetry`."""
 LEAST_ASKED_S = 1.0
 """CPU time of which a share is given. The kernel counts steal in ticks of 10 ms, and of less than this a single one
 would be more than the 1 % from which a share is worth a notice."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostCounters:
-    """One look at the kernel's counters; all cumulative but the last two."""
-
-    taken_s: float
-    """On the monotonic clock."""
-    cpu_stall_s: Reading[float]
-    memory_stall_s: Reading[float]
-    io_stall_s: Reading[float]
-    steal_s: Reading[float]
-    """Summed over the CPUs that this process may use."""
-    busy_s: Reading[float]
-    """What these CPUs computed, for this process and for others."""
-    cgroups: Reading[dict[str, CpuTime]]
-    """What each cgroup of this process was refused by its quota and had, by its folder."""
-    swap_in_bytes: Reading[float]
-    swap_out_bytes: Reading[float]
-    voluntary_switches: Reading[float]
-    involuntary_switches: Reading[float]
-    major_faults: Reading[float]
-    """Pages that had to be read from a disk; like the switches, of all threads of this process."""
-    load: Reading[float]
-    """Runnable and waiting processes, averaged over the last minute."""
-    clock_hz: Reading[float]
-    """Slowest of the CPUs that this process may use."""
-
-
-CUMULATIVE = (
-    "cpu_stall_s",
-    "memory_stall_s",
-    "io_stall_s",
-    "steal_s",
-    "busy_s",
-    "swap_in_bytes",
-    "swap_out_bytes",
-    "voluntary_switches",
-    "involuntary_switches",
-    "major_faults",
-)
+LEVELS = ("load", "clock_hz")
+"""Counters that are no sums: runnable processes averaged over the last minute, and the slowest of the CPUs that this
+process may use."""
 
 
 def withheld_share(withheld_s: float | None, given_s: float | None) -> float | None:
-    """Of the CPU time that was asked for, what was not given; None where either is unknown or both are too short."""
+    """The withheld part of the CPU time that was requested; None if either is unknown or both are too short."""
     if withheld_s is None or given_s is None or withheld_s + given_s < LEAST_ASKED_S:
         return None
     return withheld_s / (withheld_s + given_s)
 
 
-def host_counters(root: Path = ROOT) -> HostCounters:
-    """All counters; a file or field that is absent makes its counter missing."""
+def host_counters(root: Path = ROOT) -> dict[str, Reading[float]]:
+    """All counters by name; a file or field that is absent makes its counter missing. Steal and busy time are sums over
+    the CPUs that this process may use; switches and major faults are those of all its threads."""
     cpus = os.sched_getaffinity(0)
     swapped = read_file(root / "proc/vmstat", _swapped, "there is no /proc/vmstat")
     times = read_file(root / "proc/stat", lambda text: _cpu_times(text, cpus), "there is no /proc/stat")
     used = resource.getrusage(resource.RUSAGE_SELF)  # /proc/self/status counts the switches of one thread only
-    return HostCounters(
-        taken_s=time.monotonic(),
-        cpu_stall_s=pressure_s(root, "cpu"),
-        memory_stall_s=pressure_s(root, "memory"),
-        io_stall_s=pressure_s(root, "io"),
-        steal_s=times.then(lambda both: both[1]),
-        busy_s=times.then(lambda both: both[0]),
-        cgroups=cpu_times(root),
-        swap_in_bytes=swapped.then(lambda both: both[0]),
-        swap_out_bytes=swapped.then(lambda both: both[1]),
-        voluntary_switches=Reading(value=float(used.ru_nvcsw)),
-        involuntary_switches=Reading(value=float(used.ru_nivcsw)),
-        major_faults=Reading(value=float(used.ru_majflt)),
-        load=load_average(root),
-        clock_hz=_clock(root, cpus),
-    )
+    return {
+        **{f"{name}_stall_s": pressure_s(root, name) for name in ("cpu", "memory", "io")},
+        "steal_s": times.then(lambda both: both[1]),
+        "busy_s": times.then(lambda both: both[0]),
+        "swap_in_bytes": swapped.then(lambda both: both[0]),
+        "swap_out_bytes": swapped.then(lambda both: both[1]),
+        "voluntary_switches": Reading(value=float(used.ru_nvcsw)),
+        "involuntary_switches": Reading(value=float(used.ru_nivcsw)),
+        "major_faults": Reading(value=float(used.ru_majflt)),
+        "load": load_average(root),
+        "clock_hz": _clock(root, cpus),
+    }
 
 
 def pressure_s(root: Path, resource_name: str) -> Reading[float]:
@@ -115,55 +73,54 @@ def load_average(root: Path) -> Reading[float]:
 
 
 class HostTelemetry:
-    """What happened to the machine in the stretches between `begin` and `end`, added up over all of them.
+    """Counters of the machine over the stretches between `begin` and `end`, summed.
 
     Both take a fraction of a millisecond and belong outside what is timed. Not shared between threads.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
-        self._begun: HostCounters | None = None
+        self._begun: tuple[float, dict[str, Reading[float]], Reading[dict[str, CpuTime]]] | None = None
         self._watched_s = 0.0
         self._counted = _Differences()
         self._cgroups: dict[str, _Differences] = {}
-        self._loads: list[float] = []
-        self._clocks: list[float] = []
+        self._levels: dict[str, list[float]] = {name: [] for name in LEVELS}
         self.missing: dict[str, str] = {}
-        """Names of counters that this machine does not give, with the reason."""
+        """Names of counters that this machine does not offer, with the reason."""
 
     def begin(self) -> None:
-        """Something timed is about to start."""
-        self._begun = host_counters(self._root)
+        """Marks the begin of a timed stretch."""
+        self._begun = time.monotonic(), host_counters(self._root), cpu_times(self._root)
 
     def end(self) -> dict[str, float]:
-        """It has ended: seconds, bytes and counts so far, by the names of `HostCounters`.
+        """Marks its end and returns seconds, bytes and counts so far, by the names of `host_counters`.
 
-        Beside them `watched_s`, the largest `load`, the extremes of the clock, `clock_min_hz` and `clock_max_hz`, and
-        `quota_stall_s` and `quota_used_s` of the cgroup whose quota withheld most. Raises RuntimeError without `begin`.
+        In addition `watched_s`, the largest `load`, `clock_min_hz` and `clock_max_hz`, and `quota_stall_s` and
+        `quota_used_s` of the cgroup whose quota withheld most. Raises RuntimeError without `begin`.
         """
         if self._begun is None:
             raise RuntimeError("end() without begin(): nothing is being watched")
-        last, first = host_counters(self._root), self._begun
-        self._begun = None
-        self._watched_s += last.taken_s - first.taken_s
-        for name in CUMULATIVE:
-            self._counted.add(name, getattr(first, name), getattr(last, name))
-        self._add_cgroups(first.cgroups, last.cgroups)
-        for name, found in (("load", self._loads), ("clock_hz", self._clocks)):
-            reading: Reading[float] = getattr(last, name)
-            if reading.value is None:
-                self.missing[name] = reading.reason
+        (begun_s, first, cgroups), self._begun = self._begun, None
+        last = host_counters(self._root)
+        self._watched_s += time.monotonic() - begun_s
+        for name in last:
+            if name not in LEVELS:
+                self._counted.add(name, first[name], last[name])
+        for name, found in self._levels.items():
+            if (value := last[name].value) is None:
+                self.missing[name] = last[name].reason
             else:
-                found.append(reading.value)
+                found.append(value)
+        self._add_cgroups(cgroups, cpu_times(self._root))
         return self._totals()
 
     def _add_cgroups(self, first: Reading[dict[str, CpuTime]], last: Reading[dict[str, CpuTime]]) -> None:
         before, after = first.value or {}, last.value or {}
         for folder in before.keys() & after.keys():
             differences = self._cgroups.setdefault(folder, _Differences())
-            ours, theirs = before[folder], after[folder]
-            differences.add("quota_stall_s", Reading(value=ours.withheld_s), Reading(value=theirs.withheld_s))
-            differences.add("quota_used_s", Reading(value=ours.used_s), Reading(value=theirs.used_s))
+            for name, field in (("quota_stall_s", "withheld_s"), ("quota_used_s", "used_s")):
+                values = [Reading(value=float(getattr(of[folder], field))) for of in (before, after)]
+                differences.add(name, *values)
         if not before.keys() & after.keys():
             reason = first.reason or last.reason or "this process was moved to another cgroup"
             self.missing |= dict.fromkeys(("quota_stall_s", "quota_used_s"), reason)
@@ -172,18 +129,17 @@ class HostTelemetry:
         tightest = max(self._cgroups.values(), key=_Differences.withheld_s, default=_Differences())
         counted = self._counted.sums | tightest.sums
         self.missing |= self._counted.missing | tightest.missing
-        totals = {"watched_s": self._watched_s} | {
-            name: value for name, value in counted.items() if name not in self.missing
-        }
-        if self._loads:
-            totals["load"] = max(self._loads)
-        if self._clocks:
-            totals |= {"clock_min_hz": min(self._clocks), "clock_max_hz": max(self._clocks)}
+        totals = {"watched_s": self._watched_s}
+        totals |= {name: value for name, value in counted.items() if name not in self.missing}
+        if load := self._levels["load"]:
+            totals["load"] = max(load)
+        if clocks := self._levels["clock_hz"]:
+            totals |= {"clock_min_hz": min(clocks), "clock_max_hz": max(clocks)}
         return totals
 
 
 class _Differences:
-    """Cumulative counters as what they grew by over several stretches, or why that cannot be said."""
+    """Increases of cumulative counters over several stretches, or why they are unknown."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -198,7 +154,7 @@ class _Differences:
             self.sums[name] = self.sums.get(name, 0.0) + after.value - before.value
 
     def withheld_s(self) -> float:
-        """By a quota, as far as it is known: that of a cgroup."""
+        """Withheld by the quota of a cgroup, as far as it is known."""
         return self.sums.get("quota_stall_s", 0.0)
 
 
@@ -232,7 +188,7 @@ def _swapped(text: str) -> tuple[float, float]:
 
 
 def _clock(root: Path, cpus: set[int]) -> Reading[float]:
-    """Of the slowest; missing where one of them does not tell, and then the others are not asked."""
+    """Of the slowest; missing if one of them does not report it."""
     speeds: list[float] = []
     for cpu in sorted(cpus):
         file = root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq"

@@ -23,7 +23,7 @@ from lorameter.errors import shorten
 from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.processes import exit_words
 from lorameter.records.metrics import LOSSES
-from lorameter.records.record import Failure, Notice, PartialRecord, Status
+from lorameter.records.record import Failure, Notice, PartialRecord
 from lorameter.records.requirements import judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.shared import SharedBase
@@ -196,40 +196,36 @@ def _answers(
 def _failure(
     members: Sequence[RankProcess], answers: Mapping[RankProcess, PartialRecord], command: str, timeout_s: float
 ) -> PartialRecord | None:
-    """What becomes of the trial where a rank died, failed or hangs; None where all are well. Whoever waited for one of
-    those in vain is not to blame."""
+    """The outcome of a trial in which a rank failed, died or hangs; None if all are well. A rank that waited for one of
+    those in vain is not the cause."""
+    bad = [(member, answer, answer.failure) for member, answer in answers.items() if answer.failure is not None]
+    own = sorted((one for one in bad if not _waited(one[2])), key=lambda one: one[1].status != "oom")
     died = [member for member in members if member.code is not None]
-    silent = [member for member in members if member.code is None and member not in answers]
-    bad = [(member, answer) for member, answer in answers.items() if answer.failure is not None]
-    own = [(member, answer) for member, answer in bad if answer.failure and not _waited(answer.failure)]
-    same = len(own) == len(members) and len({answer.failure and answer.failure.message for _, answer in own}) == 1
-    for member, answer in sorted(own, key=lambda pair: pair[1].status != "oom"):
-        assert answer.failure is not None
-        whose = "" if same else f"{member.name}: "  # what all say is of all of them
-        failure = dataclasses.replace(answer.failure, message=f"{whose}{answer.failure.message}")
-        return dataclasses.replace(_ended(answer.status, failure), checks=answer.checks, values=answer.values)
+    silent = ", ".join(member.name for member in members if member.code is None and member not in answers)
+    if own:
+        member, answer, failure = own[0]
+        same = len(own) == len(members) and len({one[2].message for one in own}) == 1
+        message = failure.message if same else f"{member.name}: {failure.message}"
+        failed = PartialRecord().failed(answer.status, dataclasses.replace(failure, message=message))
+        return dataclasses.replace(failed, checks=answer.checks, values=answer.values)
     if died:
-        who = died[0]
-        message = f"{who.name} ended with {exit_words(who.code)} during {command}; the others were ended with it"
-        if who.code == -signal.SIGKILL:
+        message = (
+            f"{died[0].name} ended with {exit_words(died[0].code)} during {command}; the others were ended with it"
+        )
+        if died[0].code == -signal.SIGKILL:
             message += ". It was killed from outside, or by the kernel for want of memory (see dmesg)"
-        return _ended("crashed", Failure(phase=command, kind="RankDied", message=message))
+        return PartialRecord().failed("crashed", Failure(phase=command, kind="RankDied", message=message))
     if silent:
-        names = ", ".join(member.name for member in silent)
-        waited = [member.name for member, _ in bad]
-        message = f"{names} gave no answer within {timeout_s:g} s during {command}"
-        if waited:
-            message = f"{names} hangs in {command}: {', '.join(waited)} waited for it in vain"
-        return _ended("timeout", Failure(phase=command, kind="Silent", message=f"{message}; all were killed"))
-    for member, answer in bad:  # all of them waited for each other
-        assert answer.failure is not None
-        message = f"{member.name}: {shorten(answer.failure.message)}"
-        return _ended(answer.status, dataclasses.replace(answer.failure, message=message))
+        message = f"{silent} gave no answer within {timeout_s:g} s during {command}"
+        if bad:
+            message = f"{silent} hangs in {command}: {', '.join(one[0].name for one in bad)} waited for it in vain"
+        failure = Failure(phase=command, kind="Silent", message=f"{message}; all were killed")
+        return PartialRecord().failed("timeout", failure)
+    if bad:  # all of them waited for each other
+        member, answer, failure = bad[0]
+        message = f"{member.name}: {shorten(failure.message)}"
+        return PartialRecord().failed(answer.status, dataclasses.replace(failure, message=message))
     return None
-
-
-def _ended(status: Status, failure: Failure) -> PartialRecord:
-    return PartialRecord().failed(status, failure)
 
 
 def _waited(failure: Failure) -> bool:
