@@ -123,9 +123,10 @@ def cosine(left, right):
     return float(torch.nn.functional.cosine_similarity(left, right, dim=0))
 
 
-def test_merged_and_unmerged_logits_agree(tokens):
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_merged_and_unmerged_logits_agree(tokens, double_quant):
     """After a packed 4-bit evaluation, unpacking first keeps the merged adapter right."""
-    trainee, stream, step = setting(NF4, tokens)
+    trainee, stream, step = setting(dataclasses.replace(NF4, double_quant=double_quant), tokens)
     for _ in range(6):
         step()
     trainee.model.eval()

@@ -1,7 +1,7 @@
-"""The layout in which 4-bit weights lie, which bitsandbytes changes in place on some CPUs.
+"""The layout of 4-bit weights, which bitsandbytes changes in place on some CPUs.
 
-At the first evaluating forward on a CPU with AVX512-BF16 it repacks 4-bit weights. After that a backward pass loses its
-gradient without an error, and merging gives garbage (docs/method.md); `state_dict()` restores the layout bit by bit.
+At the first evaluating forward on a CPU with AVX512-BF16 it repacks 4-bit weights and rounds their scales to bfloat16.
+After that a backward pass loses its gradient without an error, and merging gives garbage (docs/troubleshooting.md).
 """
 
 from __future__ import annotations
@@ -30,9 +30,17 @@ def is_packed(model: Any) -> bool:
 
 
 def unpack_4bit(model: Any) -> None:
-    """Bring 4-bit layers back to their stored layout after inference on a CPU."""
+    """Bring 4-bit layers back to their stored layout after inference on a CPU; their scales stay rounded to bfloat16.
+
+    `state_dict()` restores the weights. Without double quantisation it leaves the scales transposed (bitsandbytes 0.50.2,
+    `_convert_weight_packed_for_cpu_inverse`).
+    """
     for layer in linear4bit_layers(model):
+        packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
         layer.state_dict()
+        state = layer.weight.quant_state
+        if packed and not state.nested and state.absmax.ndim == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
 
 
 @contextlib.contextmanager
