@@ -32,8 +32,8 @@ def is_packed(model: Any) -> bool:
 def unpack_4bit(model: Any) -> None:
     """Bring 4-bit layers back to their stored layout after inference on a CPU; their scales stay rounded to bfloat16.
 
-    `state_dict()` restores the weights. Without double quantisation it leaves the scales transposed (bitsandbytes 0.50.2,
-    `_convert_weight_packed_for_cpu_inverse`).
+    `state_dict()` restores the weights. Without double quantisation it leaves the scales transposed
+    (`_convert_weight_packed_for_cpu_inverse` in bitsandbytes 0.50.2).
     """
     for layer in linear4bit_layers(model):
         packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
