@@ -38,6 +38,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Version of the messages and of the records in them."""
     harness: str = "unknown"
     pid: int = 0
+    device: str = ""
+    """That a script computes on: "cuda" or "cpu"."""
     started_monotonic_s: float = 0.0
     worker: WorkerInfo | None = None
     """What the zygote has imported."""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from lorameter.attach.observer import StepReading, TrainingInfo
-from lorameter.attach.turn_client import TurnClient
+from lorameter.attach.script_trial import ScriptTrial
 
 HOW, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
 STEP_TIME_S = float(os.environ.get("STEP_TIME_S", "1e-3"))
@@ -49,13 +49,13 @@ def fault(number):
         if HOW == "stdout":
             sys.stdout.close()
         if HOW == "garbled":
-            TURNS._connection.sendall(b"what is this\n")
+            os.write(TURNS._connection.fileno(), b"what is this\n")
 
 
 def train(steps, planned=None):
     """One training."""
     TOTAL["trained"] += 1
-    follow = TURNS.begin(
+    TURNS.begin(
         TrainingInfo(
             source="loop",
             model=None,
@@ -66,11 +66,11 @@ def train(steps, planned=None):
         )
     )
     number = 0
-    while number < steps and (follow.go_on or HOW == "unstoppable"):
+    while number < steps:
         number += 1
         fault(number)
         loss = float("nan") if HOW == "nan" and number == FAULTY else 2.0 / number ** (0.1 if HOW != "worse" else 0.05)
-        follow = TURNS.step(
+        TURNS.step(
             StepReading(
                 number=number,
                 step_time_s=2e-3 if HOW == "slow" else STEP_TIME_S,
@@ -86,7 +86,7 @@ def train(steps, planned=None):
 
 
 TOTAL = {"trained": 0}
-TURNS = TurnClient()
+TURNS = ScriptTrial()
 Path("came").write_text("here")  # into the copy of its folder
 if HOW == "crash-before":
     raise ValueError("no such data set")

@@ -7,12 +7,13 @@ the warm-up ends when the steps are steady, a step that a check looked on at has
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorameter.attach.observer import StepReading
 from lorameter.attach.samples import timed_columns, timed_samples, untimed_columns, untimed_samples
-from lorameter.stats import is_steady
+from lorameter.records.record import Failure
+from lorameter.stats import is_steady, is_warm
 from lorameter.studies.protocol import Protocol
 
 MOST_TIMED = 10_000
@@ -39,8 +40,8 @@ class StepSamples:
         self.conventions: tuple[str, ...] = ()
         """How tokens were counted, in words."""
         self._last_conventions: tuple[str, ...] = ()
-        self.not_finite: StepReading | None = None
-        """The first step whose loss was no number."""
+        self.not_finite: Failure | None = None
+        """That of the first step whose loss is no number."""
 
     def add(self, reading: StepReading) -> dict[str, float | None]:
         """One more step; what it adds to the samples."""
@@ -48,8 +49,8 @@ class StepSamples:
         if reading.conventions != self._last_conventions:
             self._last_conventions = reading.conventions
             self.conventions = tuple(dict.fromkeys((*self.conventions, *reading.conventions)))
-        if self.not_finite is None and reading.loss is not None and not math.isfinite(reading.loss):
-            self.not_finite = reading
+        if self.not_finite is None:
+            self.not_finite = loss_not_finite([reading])
         if reading.checks is not None:
             return {}
         early = untimed_columns("warmup_loss", "warmup_tokens", reading)
@@ -69,7 +70,7 @@ class StepSamples:
         times = [one.step_time_s for one in self._warm]
         if len(times) >= self._least:
             self.steady = is_steady(times)
-            self.warm = self.steady or len(times) >= self._most
+            self.warm = is_warm(times, self._least, self._most)
 
     @property
     def timed(self) -> int:
@@ -94,6 +95,18 @@ class StepSamples:
         if self._first is not None:
             found["first_step_time_s"] = self._first.step_time_s
         return found | ({"warmup_steady": float(self.steady)} if self.warm else {})
+
+
+def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
+    """The failure of a training in which the loss of a step is no number; None where all are."""
+    for reading in readings:
+        if reading.loss is not None and not math.isfinite(reading.loss):
+            message = (
+                f"the loss is {reading.loss} in step {reading.number}; a diverged run has no result. Lower the "
+                "script's learning rate, or let it clip its gradients."
+            )
+            return Failure(phase="train", kind="LossNotFinite", message=message)
+    return None
 
 
 def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:

@@ -116,6 +116,3 @@ def _notices(seen: Iterable[MemoryProbe]) -> Iterator[Notice]:
                 remedy="It is not started again. Correct the script or the command; its log is "
                 f"{one.record.log} in the run.",
             )
-        for notice in one.record.notices:
-            if notice.code == "not-stopped":
-                yield notice

@@ -27,7 +27,7 @@ from lorameter.stats.shared_scatter import share_scatter
 from lorameter.stats.shift import RunWideShift, run_wide_shift
 from lorameter.stats.trend import ShareEstimate, explained_share
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
-from lorameter.stats.warmup import is_steady, steady_after, steady_together
+from lorameter.stats.warmup import is_steady, is_warm, steady_after, steady_together
 
 __all__ = [
     "MOST_ADVISED",
@@ -60,6 +60,7 @@ __all__ = [
     "explained_share",
     "is_precise",
     "is_steady",
+    "is_warm",
     "kept_pairs",
     "label_outliers",
     "mean_interval",

@@ -42,6 +42,11 @@ def is_steady(samples: Sequence[float], window: int = WINDOW, *, tolerance: floa
     return _level(samples, first, window) - _level(samples, first + window, window) <= allowed
 
 
+def is_warm(samples: Sequence[float], least: int, most: int) -> bool:
+    """Whether a warm-up is over: its steps are steady and at least `least`, or there were `most` of them."""
+    return len(samples) >= most or (len(samples) >= least and is_steady(samples))
+
+
 def steady_after(samples: Sequence[float], window: int = WINDOW, *, tolerance: float = 0.02) -> int:
     """After how many steps of a warm-up that was long enough its steps were as fast as its last ones: the fewest whose
     next `window` steps have a median log time at most `tolerance` above that of the last `window`.

@@ -102,9 +102,9 @@ FAULTS = {
     "never": ("invalid", "exit code 0 and trained nothing"),
     "crash": ("crashed", "RuntimeError in step 6: the tensor does not fit"),
     "oom": ("oom", "MemoryError in step 6: no room for 2 GiB"),
-    "kill": ("crashed", "signal 9 (SIGKILL)) after 5 steps"),
-    "exit": ("crashed", "exit code 7) after 5 steps: bye"),
-    "orphan": ("crashed", "exit code 7) after 5 steps"),
+    "kill": ("crashed", "signal 9 (SIGKILL)) during warm_up"),
+    "exit": ("crashed", "exit code 7) during warm_up: bye"),
+    "orphan": ("crashed", "exit code 7) during warm_up"),
     "nan": ("invalid", "the loss is nan in step 6"),
     "few": ("invalid", f"ended by itself after {NEEDED - 1} steps, and more are measured"),
     "planned": ("invalid", f"the script trains 4 steps, and at least {NEEDED} are measured"),
@@ -113,7 +113,6 @@ FAULTS = {
     "fork": ("ok", ""),
     "chdir": ("ok", ""),
     "stdout": ("ok", ""),
-    "unstoppable": ("ok", ""),
     "late": ("ok", ""),
 }
 """How a trial ends, and what is said of it."""
@@ -204,13 +203,6 @@ def test_nothing_follows_the_training(run, records):
     assert not (folder / "mark").exists()
     assert not (folder / "came").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["runs", "scripted.py"]
-
-
-def test_one_that_cannot_be_stopped_is_killed_and_said(records):
-    """Its steps had been taken, so they count."""
-    codes = {notice.code: notice.message for notice in records["unstoppable"].notices}
-    assert "took another step" in codes["not-stopped"]
-    assert not records["plain"].notices
 
 
 def test_one_that_ends_after_its_turns_counts_and_is_said(records):

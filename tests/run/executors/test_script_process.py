@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Client
 
 import psutil
 import pytest
 
-from lorameter.attach.turn_client import SOCKET, address
+from lorameter import wire
+from lorameter.attach.script_trial import SOCKET, address
 from lorameter.machine.orphan_reaper import marked
-from lorameter.run.executors import script_process
-from lorameter.run.executors.script_client import EndedError, Script
+from lorameter.run.executors import WorkerLostError, script_process
 from lorameter.run.executors.script_process import ScriptProcess
 from lorameter.run.executors.script_sandbox import variables_of
 from lorameter.studies.variant import Variant
@@ -40,11 +39,10 @@ def start(tmp_path):
         one.close()
 
 
-def speak(turns, word):
-    """Connect as a process of one's own does, and say something."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address(turns))
-    connection.sendall(json.dumps({"word": word}).encode() + b"\n")
+def greet(turns, harness):
+    """Connect as a script's training does."""
+    connection = Client(address(turns), "AF_UNIX")
+    wire.send(connection, wire.Hello(harness=harness))
     return connection
 
 
@@ -58,11 +56,11 @@ def test_a_python_that_reads_no_path_is_told_from_one_that_never_trains(tmp_path
     words = (sys.executable, option, "-c", "print('alone')")
     process = ScriptProcess(words, variables, folder=tmp_path, log=tmp_path / "log", turns=turns)
     try:
-        with pytest.raises(EndedError) as caught:
-            Script(process, tmp_path / "log", 0).begin(60.0)
+        with pytest.raises(WorkerLostError) as caught:
+            process.connect(60.0)
     finally:
         process.close()
-    assert (caught.value.status, caught.value.kind) == ("invalid", kind)
+    assert (caught.value.status, caught.value.failure.kind) == ("invalid", kind)
 
 
 def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkeypatch):
@@ -71,10 +69,10 @@ def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkey
     monkeypatch.setattr(script_process, "_user_of", lambda connection: next(users))
     turns = "@lorameter-test-" + secrets.token_hex(8)
     process = start("sleep", "60", turns=turns)
-    with speak(turns, "theirs") as theirs, speak(turns, "ours"):
-        assert process.first_word(30) == {"word": "ours"}
-        with pytest.raises(ConnectionResetError):
-            theirs.recv(1)
+    with greet(turns, "theirs") as theirs, greet(turns, "ours"), process.connect(30) as ours:
+        assert wire.receive(ours, wire.Hello).harness == "ours"
+        with pytest.raises(wire.ClosedError):
+            wire.receive(theirs, wire.Hello)
 
 
 def test_nobody_but_another_user_is_nobody(start, monkeypatch):
@@ -82,9 +80,8 @@ def test_nobody_but_another_user_is_nobody(start, monkeypatch):
     monkeypatch.setattr(script_process, "_user_of", lambda connection: os.geteuid() + 1)
     turns = "@lorameter-test-" + secrets.token_hex(8)
     process = start("true", turns=turns)
-    with speak(turns, "theirs"):
-        assert process.first_word(30) is None
-    assert process.ended(10) == 0
+    with greet(turns, "theirs"), pytest.raises(WorkerLostError, match="trained nothing"):
+        process.connect(30)
 
 
 @pytest.fixture
@@ -129,7 +126,7 @@ def test_a_signal_that_stops_a_run_waits_for_a_start(start, monkeypatch):
 def test_what_is_started_holds_no_signal_back(start, tmp_path):
     """Else it could not be stopped."""
     process = start("grep", "SigBlk", "/proc/self/status")
-    assert process.ended(30) == 0
+    assert process.exit_code(30) == 0
     assert int((tmp_path / "log").read_text().split()[1], 16) == 0
 
 
@@ -141,7 +138,8 @@ subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from lorameter.attach.turn_client import SOCKET
+from lorameter import wire
+from lorameter.attach.script_trial import SOCKET
 from lorameter.run.executors.script_process import ScriptProcess
 turns, folder, launcher = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 words = [sys.executable, "-c", launcher]

@@ -193,7 +193,7 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
     assert found["MLFLOW_TRACKING_URI"] == f"file://{tmp_path}/mlflow"
     assert "HF_DATASETS_CACHE" not in found
     assert found["LORAMETER_TURN_SOCKET"] == "/s"
-    assert found["LORAMETER_FOLLOWER"] == "lorameter.attach.turn_client:TurnClient"
+    assert found["LORAMETER_FOLLOWER"] == "lorameter.attach.script_trial:ScriptTrial"
 
 
 def test_the_word_python_is_the_interpreter_that_is_meant(project):

@@ -21,14 +21,15 @@ class ProcessWorker:
     """Implements `Worker` over a connection; how its process is ended is up to what starts it."""
 
     start_latency_s = float("nan")
+    pid = 0
+    connection: Connection
+    _at_work = False
+    _sent_s = 0.0
+    _cpus: tuple[int, ...] = ()
+    """All that it may compute on, once they have been read."""
 
     def __init__(self, pid: int, connection: Connection) -> None:
-        self.pid = pid
-        self.connection = connection
-        self._at_work = False
-        self._sent_s = 0.0
-        self._cpus: tuple[int, ...] = ()
-        """All that it may compute on, once they have been read."""
+        self.pid, self.connection = pid, connection
 
     def end(self, grace_s: float = 0.0) -> int | None:
         """Close the connection and end the process, by force after `grace_s`; its exit status where it is known."""
@@ -63,19 +64,19 @@ class ProcessWorker:
             self.end()
             raise WorkerLostError("timeout", silence(phase, timeout_s)) from None
         except wire.ClosedError:
-            raise WorkerLostError("crashed", self.death(phase)) from None
+            raise self.death(phase) from None
         except (wire.GarbledError, LorameterError) as error:
             self.end()
             message = f"the trial's process gave no answer that can be read, and was killed: {error}"
             raise WorkerLostError("crashed", Failure(phase=phase, kind="Garbled", message=message)) from None
 
-    def death(self, phase: str) -> Failure:
+    def death(self, phase: str) -> WorkerLostError:
         """How a process that closed its connection has ended."""
         code = self.end()
         message = f"the trial's process ended with {exit_words(code)} during {phase}"
         if code == -signal.SIGKILL:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
-        return Failure(phase=phase, kind="ProcessDied", message=message)
+        return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
 
     def close(self) -> None:
         """End the process: at once where it is at work, else when it has seen that the connection is closed."""

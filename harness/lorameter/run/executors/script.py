@@ -12,20 +12,29 @@ import secrets
 import shutil
 import socket
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lorameter.errors import InvalidRunError, UsageError
+from lorameter import wire
+from lorameter.errors import InvalidRunError, LorameterError, UsageError
 from lorameter.machine import provenance
+from lorameter.machine.affinity import has_children
+from lorameter.machine.host import HostTelemetry
+from lorameter.machine.nvml import open_device
 from lorameter.machine.provenance import MachineFacts
+from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
+from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.executors.disk import Disk
 from lorameter.run.executors.here import Here
 from lorameter.run.executors.host import Host, describe, inspect
+from lorameter.run.executors.process_worker import ProcessWorker
 from lorameter.run.executors.script_process import ScriptProcess
 from lorameter.run.executors.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
-from lorameter.run.executors.script_worker import ScriptWorker
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
@@ -43,6 +52,9 @@ TOKENS = TokenSummary(
 )
 """What is known of the tokens of scripts before they run."""
 
+
+OF_A_PROCESS = {"voluntary_switches", "involuntary_switches", "major_faults"}
+OF_NEIGHBOURS = {"own_bytes", "used_bytes", "others", "others_bytes", "hidden_bytes"}
 
 SAFE_PATH = "PYTHONSAFEPATH"
 """Keeps the folder that one stands in off the path where the interpreter of a side is asked what it has. In front of a
@@ -66,6 +78,94 @@ def python_of(host: Host | None) -> str:
         return found if inspect(Host(python=found), ["torch"]).origins["torch"] else sys.executable
     except UsageError:  # it does not answer
         return sys.executable
+
+
+class ScriptWorker(ProcessWorker):
+    """A process of one script, started when its trial is prepared; its training answers (`ScriptTrial`)."""
+
+    start_latency_s = 0.0
+    """What it takes to come to the first step is `ready_time_s` in its record."""
+
+    def __init__(self, start: Callable[[TrialRequest], ScriptProcess]) -> None:
+        self._start = start
+        self._process: ScriptProcess | None = None
+        self._request: dict[str, Any] = {}
+        self._may_pin = False
+        self._host = HostTelemetry()
+        self._gpu: GpuTelemetry | None = None
+
+    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
+        """Carry out a command. Raises `WorkerLostError`."""
+        if command == "prepare":
+            return self._prepare(**arguments)
+        if self._process is None:
+            raise LorameterError(f"trial {trial}: it was asked to run before it was prepared")
+        if command == "build":
+            return self._build(self._process, trial, timeout_s)
+        if command == "turn":
+            return self._turn(trial, timeout_s, **arguments)
+        if command == "close":
+            return PartialRecord()
+        record = super().ask(command, trial, timeout_s, **arguments)
+        if command == "finish_training":  # what the script would do next is not measured
+            self._process.kill()
+        return record
+
+    def _prepare(self, request: dict[str, Any]) -> PartialRecord:
+        self._request = request
+        try:
+            self._process = self._start(codec.from_json(TrialRequest, request, "trial request"))
+        except (OSError, UsageError) as error:
+            message = f"the command could not be started: {error}"
+            raise WorkerLostError("crashed", Failure(phase="prepare", kind="CannotStart", message=message)) from None
+        return PartialRecord()
+
+    def _build(self, process: ScriptProcess, trial: str, timeout_s: float) -> PartialRecord:
+        self.connection = process.connect(timeout_s)
+        with self.losses("build", timeout_s):
+            hello = wire.receive(self.connection, wire.Hello, timeout_s)
+            wire.check_schema(hello, "the script's lorameter")
+        ready = {"ready_time_s": process.age_s()}
+        self.pid = hello.pid
+        super().ask("prepare", trial, timeout_s, request=self._request)
+        record = super().ask("build", trial, timeout_s)
+        if hello.device == "cuda" and (device := open_device().value) is not None:
+            self._gpu = GpuTelemetry(device, energy=False)
+        alone = record.values.get("threads") == record.values.get("ranks") == 1.0
+        self._may_pin = alone and hello.device == "cpu" and not has_children(hello.pid)
+        return dataclasses.replace(record, values=record.values | ready)
+
+    def _turn(self, trial: str, timeout_s: float, steps: int) -> PartialRecord:
+        """Timed steps, and what the machine did meanwhile. Counters of a process would be this one's, and what holds
+        memory on the GPU are other scripts, so neither is read."""
+        if self._gpu is not None:
+            self._gpu.begin(time.monotonic())
+        self._host.begin()
+        record = super().ask("turn", trial, timeout_s, steps=steps)
+        host = self._host.end()
+        gpu = {} if self._gpu is None else self._gpu.end(time.monotonic())
+        values = {telemetry_key("host", name, "train"): host[name] for name in host.keys() - OF_A_PROCESS}
+        values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - OF_NEIGHBOURS}
+        return dataclasses.replace(record, values=record.values | values)
+
+    def death(self, phase: str) -> WorkerLostError:
+        """How a script that had begun to train has ended."""
+        assert self._process is not None
+        lost = self._process.death(phase, f"during {phase}")
+        self.end()
+        return lost
+
+    def end(self, grace_s: float = 0.0) -> None:
+        """End all that was started."""
+        if self._process is not None:
+            self._process.close()
+        if self.pid:
+            self.connection.close()
+
+    def cpus(self) -> tuple[int, ...]:
+        """All that the training may compute on; none where more than one thread, rank or process is at work for it,
+        which would be in each other's way on one of them."""
+        return super().cpus() if self._may_pin else ()
 
 
 class ScriptExecutor(Here):

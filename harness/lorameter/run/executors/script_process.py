@@ -1,4 +1,4 @@
-"""A script's process and all that it starts, as its parent sees them: started, heard, silent, dead, ended.
+"""A script's process and all that it starts, as its parent sees them: started, connected, dead, ended.
 
 A launcher starts others in sessions of their own, so the group of the first process is not all. Every process that
 belongs to the trial has the name of its socket in its environment, and that is what they are found by at the end.
@@ -13,21 +13,27 @@ import struct
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from lorameter.attach.marker_files import lacking_in
-from lorameter.attach.turn_client import SOCKET, address
+from lorameter.attach.script_trial import SOCKET, address
 from lorameter.attach.variables import SEEN
+from lorameter.errors import redact
 from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
-from lorameter.machine.processes import end_with_parent, held_back, kill_group
-from lorameter.run.executors.channel import Channel
+from lorameter.machine.processes import end_with_parent, exit_words, held_back, kill_group
+from lorameter.records.os_errors import says_out_of_memory
+from lorameter.records.record import Failure, Status
+from lorameter.run.executors import WorkerLostError
 from lorameter.run.interrupts import SIGNALS
 
-LOOK_S = 0.05
-"""How often a process that has not spoken yet is looked at: it is loading, and nothing is timed."""
+POLL_S = 0.05
+"""How often a process that has not connected yet is looked at: it is loading, and nothing is timed."""
 END_TIMEOUT_S = 10.0
 """A process whose connection has closed ends in this time, or is killed."""
+MAX_OUTPUT = 8000
+"""Characters of what a script printed before it died that its record keeps; the log has all."""
 
 
 def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -60,7 +66,7 @@ def _user_of(connection: socket.socket) -> int:
 
 
 class ScriptProcess:
-    """One start of a script, listened to on a socket."""
+    """One start of a script, which connects to a socket when its training begins."""
 
     def __init__(
         self, words: Sequence[str], variables: Mapping[str, str], *, folder: Path, log: Path, turns: str
@@ -72,11 +78,11 @@ class ScriptProcess:
             variables: its environment; the socket's name is in it.
             folder: it works in.
             log: what it prints is appended to.
-            turns: name of the socket where it will be heard (`lorameter.attach.turn_client.address`).
+            turns: name of the socket (`lorameter.attach.script_trial.address`).
         """
         self._seen = variables.get(SEEN, "")
         self._marker = f"{SOCKET}={turns}".encode()
-        self._channel: Channel | None = None
+        self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.ExitStack() as stack:
             stack.callback(self._listener.close)
@@ -86,68 +92,92 @@ class ScriptProcess:
             self._listener.bind(address(turns))
             self._listener.listen(8)
             with log.open("ab") as file:
-                self.begun_monotonic_s = time.monotonic()
+                self._begun_s = time.monotonic()
                 self._process = _start(words, variables, folder, file)
             stack.pop_all()
 
-    @property
-    def hooked(self) -> bool:
-        """Whether a Python of it has loaded the hook, as far as that can be told; else nothing is ever heard."""
-        return not self._seen or Path(self._seen).exists()
-
-    @property
-    def lacking(self) -> str:
-        """What its interpreter lacks to be measured, in words; nothing where that is all there."""
-        return lacking_in(Path(self._seen)) if self._seen else ""
-
-    @property
-    def closed(self) -> bool:
-        """Whether the process that spoke has hung up."""
-        return self._channel is not None and self._channel.closed_by_peer
-
     def age_s(self) -> float:
         """Seconds since it was started."""
-        return time.monotonic() - self.begun_monotonic_s
+        return time.monotonic() - self._begun_s
 
-    def first_word(self, timeout_s: float) -> dict[str, Any] | None:
-        """Wait until it speaks; None where it has ended before that, or is silent for so long (`ended` tells which).
-
-        Raises:
-            GarbledError: what it says is no message.
-        """
+    def connect(self, timeout_s: float) -> Connection:
+        """Wait until its training begins. Raises `WorkerLostError` where it ends before that, or does not begin."""
         deadline = time.monotonic() + timeout_s
-        self._listener.settimeout(LOOK_S)
+        self._listener.settimeout(POLL_S)
         while time.monotonic() < deadline:
             try:
                 connection, _ = self._listener.accept()
             except TimeoutError:
-                if self._process.poll() is not None and not self._lives():
-                    return None
+                if self._process.poll() is not None and not self._others():
+                    break
                 continue
-            if _user_of(connection) != os.geteuid():  # a name that lies in no folder has no permissions
-                connection.close()
-                continue
-            connection.settimeout(None)
-            self._channel = Channel(connection)
-            return self._channel.receive(max(LOOK_S, deadline - time.monotonic()))
-        return None
+            if _user_of(connection) == os.geteuid():  # a name that lies in no folder has no permissions
+                connection.settimeout(None)
+                return Connection(connection.detach())
+            connection.close()
+        raise self._without_training(timeout_s)
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """Say something to it; nothing is raised where it is gone."""
-        if self._channel is None:
-            raise RuntimeError("nobody has spoken yet, so there is nobody to be told")
-        self._channel.send(message)
+    def _without_training(self, timeout_s: float) -> WorkerLostError:
+        code, output = self.exit_code(), self.output()
+        lacking = lacking_in(Path(self._seen)) if self._seen else ""
+        status: Status = "invalid"
+        if self._seen and not Path(self._seen).exists() and code in (None, 0):
+            kind, message = (
+                "NotHooked",
+                (
+                    "no Python of the command has loaded the hook, so nothing of its training could be seen. It must "
+                    "start a Python that reads PYTHONPATH (not -I, -E or -S, and not in a container of its own)."
+                ),
+            )
+        elif lacking:
+            kind, message = "Lacking", f"nothing can be measured: {lacking}"
+        elif code is None:
+            status, kind, message = (
+                "timeout",
+                "Silent",
+                (
+                    f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer. "
+                    "Raise step_timeout_s if it was at work"
+                ),
+            )
+        elif code == 0:
+            kind, message = (
+                "NeverTrained",
+                (
+                    "the script ended with exit code 0 and trained nothing: no Trainer was run, no loop was named, and "
+                    "no optimizer took a step. Name the command that trains."
+                ),
+            )
+        else:
+            status, last = self._last_line(output)
+            kind, message = "Crashed", f"the script ended with {exit_words(code)} before it trained{last}"
+        return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
-    def hear(self, timeout_s: float) -> dict[str, Any] | None:
-        """Its next word; None where it is gone (`closed`) or silent. Raises `GarbledError`."""
-        if self._channel is None:
-            raise RuntimeError("nobody has spoken yet, so there is nobody to be heard")
-        return self._channel.receive(timeout_s)
+    def death(self, phase: str, during: str) -> WorkerLostError:
+        """How it ended after it had begun to train."""
+        code, output = self.exit_code(END_TIMEOUT_S), self.output()
+        status, last = self._last_line(output)
+        message = f"the script's process is gone ({exit_words(code)}) {during}{last}"
+        if code == -9:
+            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
+        return WorkerLostError(status, Failure(phase=phase, kind="ProcessDied", message=message, traceback=output))
 
-    def ended(self, grace_s: float = 0.0) -> int | None:
+    def _last_line(self, output: str) -> tuple[Status, str]:
+        lines = output.splitlines()
+        last = f": {lines[-1]}" if lines else ": it printed nothing"
+        return "oom" if says_out_of_memory(last) else "crashed", last
+
+    def output(self) -> str:
+        """What it has printed, its end."""
+        with contextlib.suppress(OSError):
+            printed = self._log.read_bytes()[self._log_begin :].decode(errors="replace")
+            return redact(printed).strip()[-MAX_OUTPUT:]
+        return ""
+
+    def exit_code(self, timeout_s: float = 0.0) -> int | None:
         """Its exit code, waited for so long; None where it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(grace_s) if grace_s else self._process.poll()
+            return self._process.wait(timeout_s) if timeout_s else self._process.poll()
         return None
 
     def kill(self) -> None:
@@ -158,17 +188,11 @@ class ScriptProcess:
             self._process.wait(END_TIMEOUT_S)
 
     def close(self) -> None:
-        """Kill it, and no more of this conversation."""
+        """Kill it, and no longer listen for it."""
         self.kill()
         self._guard.close()
-        if self._channel is not None:
-            self._channel.close()
         self._listener.close()
 
-    def _lives(self) -> bool:
-        """Whether something of the trial runs, although what was started has ended: a launcher that went ahead."""
-        return bool(self._others())
-
     def _others(self) -> list[int]:
-        """Processes of this trial but the first, by the socket in their environment."""
+        """Processes of this trial but the first: what a launcher that has ended left behind."""
         return [pid for pid in marked(self._marker) if pid != self._process.pid]

@@ -22,7 +22,7 @@ from typing import Literal
 
 from lorameter.attach import disable_side_effects
 from lorameter.attach.child_env import environment
-from lorameter.attach.turn_client import SOCKET
+from lorameter.attach.script_trial import SOCKET
 from lorameter.errors import UsageError, shorten
 from lorameter.records import bounded_io
 from lorameter.records.record import Notice
@@ -39,7 +39,7 @@ MOST_FILES = 50_000
 LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
 """Folders that a script reads at most."""
 LEFT_OUT = ("__pycache__", ".lorameter", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb")
-FOLLOWER = "lorameter.attach.turn_client:TurnClient"
+FOLLOWER = "lorameter.attach.script_trial:ScriptTrial"
 
 _QUIET: Mapping[str, str] = {
     "WANDB_MODE": "disabled",

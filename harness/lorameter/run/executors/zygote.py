@@ -134,11 +134,11 @@ class ForkedWorker(ProcessWorker):
             hello = wire.receive(self.connection, wire.Hello, START_TIMEOUT_S)
         self.start_latency_s = hello.started_monotonic_s - asked_monotonic_s
 
-    def death(self, phase: str) -> Failure:
+    def death(self, phase: str) -> WorkerLostError:
         """How it has ended, or that its zygote has, and it with that."""
         if self.end() is None and not self._zygote.lives:
             message = f"{self._zygote.last_words()}, and the trial's process with it, during {phase}"
-            return Failure(phase=phase, kind="ProcessDied", message=message)
+            return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
         return super().death(phase)
 
     def end(self, grace_s: float = 0.0) -> int | None:

@@ -1,0 +1,183 @@
+"""The trial of a script, in the script's process: what it answers before and after its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lorameter import wire
+from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weakly
+from lorameter.attach.script_trial import SOCKET, ScriptTrial, address
+from lorameter.machine.affinity import pin_to_cpus
+from lorameter.records import codec
+from lorameter.records.record import PartialRecord
+from lorameter.run.executors import TrialFiles
+from lorameter.run.executors.script import TOKENS
+from lorameter.run.plan import make_plan
+from lorameter.run.trial_setup import request_of, site_of
+from lorameter.studies.script_study import study_of_command
+
+LARGE_BYTES = 64 << 20
+URL = "https://me:hf_abc@example.org/data?token=xyz"
+
+
+@pytest.fixture
+def listener(monkeypatch):
+    """Listens where a script finds it by its environment."""
+    name = f"@lorameter-test-{secrets.token_hex(8)}"
+    monkeypatch.setenv(SOCKET, name)
+    with socket.socket(socket.AF_UNIX) as found:
+        found.bind(address(name))
+        found.listen(1)
+        found.settimeout(30)
+        yield found
+
+
+@pytest.fixture
+def parent(listener, monkeypatch, tmp_path):
+    """The parent of a trial that this function is the script of, in a thread: it asks by `ask`, and joins by `join`."""
+    monkeypatch.setattr(os, "_exit", sys.exit)  # a script whose parent is gone ends
+    study = study_of_command("python train.py")
+    plan = make_plan(study, phases=("train",), interleaving="lockstep")
+    files = TrialFiles(scratch=str(tmp_path), log_path=str(tmp_path / "log"))
+    request = request_of(plan, plan.slots[0], site_of(study.workload, TOKENS, "cpu"), files)
+
+    def run(script):
+        with contextlib.suppress(SystemExit):
+            script()
+
+    def start(script):
+        child = threading.Thread(target=run, args=(script,), daemon=True)
+        child.start()
+        connection = Connection(listener.accept()[0].detach())
+        assert wire.receive(connection, wire.Hello, 30.0).pid == os.getpid()
+
+        def ask(name, **arguments):
+            return wire.call(connection, wire.Command(name, arguments=arguments), PartialRecord, 60.0)
+
+        ask("prepare", request=codec.to_json(request))
+        return SimpleNamespace(ask=ask, join=lambda: (connection.close(), child.join(60)))
+
+    return start
+
+
+def training(**fields):
+    facts = {"source": "loop", "model": None, "planned_steps": None, "trainable_parameters": 6, "total_parameters": 6}
+    return TrainingInfo(**{**facts, "accumulation": 1, **fields})
+
+
+def reading(number, **fields):
+    return StepReading(number=number, step_time_s=0.1, cpu_time_s=0.1, loss=2.0, **fields)
+
+
+def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent):
+    """Before its first step, and in its second."""
+    model, replies = torch.nn.Linear(2, 2), []
+
+    def script():
+        trial = ScriptTrial()
+        replies.append(trial.begin(training(model=weakly(model), required={"base.bits": 4})))
+        replies.append(trial.step(reading(1)))
+        trial.step(reading(2, checks=()))
+
+    asked = parent(script)
+    built = asked.ask("build")
+    assert (built.values["trainable_parameters"], built.tokens["trainable_dtype"]) == (6.0, "float32")
+    assert built.software["python"] == platform.python_version()
+    assert built.software["torch"] == importlib.metadata.version("torch")
+    verified = asked.ask("verify")
+    assert replies == [ObserverReply(), ObserverReply(watch={"base.bits": 4})]
+    assert (verified.status, verified.failure.kind) == ("invalid", "RequiredPathNotSeen")
+    asked.join()
+
+
+def test_an_evaluation_is_not_in_the_peak_of_training(parent):
+    """What it takes is in a peak of its own, though steps follow."""
+
+    def script():
+        trial = ScriptTrial()
+        trial.begin(training(planned_steps=1000))
+        trial.phase("evaluate")
+        assert len(b"x" * LARGE_BYTES) == LARGE_BYTES
+        trial.phase("train")
+        for number in range(1, 1001):
+            trial.step(reading(number))
+
+    asked = parent(script)
+    asked.ask("build")
+    asked.ask("turn", steps=2)
+    peaks = asked.ask("finish_training").memory
+    assert peaks.keys() == {"host_peak_train_bytes", "host_peak_evaluate_bytes"}
+    assert peaks["host_peak_evaluate_bytes"] >= peaks["host_peak_train_bytes"] + LARGE_BYTES // 2
+    asked.join()
+
+
+def test_what_a_script_dies_of_is_short_and_holds_no_credential(parent):
+    """Steps that it had taken of a turn are kept. It never goes on after its training."""
+    went_on = []
+
+    def script():
+        trial = ScriptTrial()
+        trial.begin(training())
+        trial.step(reading(1))
+        trial.end(OSError(f"401 for {URL} {'x' * 10**6}"))
+        went_on.append(True)
+
+    asked = parent(script)
+    asked.ask("build")
+    record = asked.ask("turn", steps=2)
+    assert (record.status, record.samples["timed_loss"]) == ("crashed", (2.0,))
+    assert "OSError in step 2: 401 for https://***@example.org/data?***" in record.failure.message
+    assert len(record.failure.message + record.failure.traceback) < 20_000
+    for secret in ("hf_abc", "xyz"):
+        assert secret not in record.failure.message + record.failure.traceback
+    assert asked.ask("turn", steps=2).failure.kind == "OSError"
+    asked.join()
+    assert not went_on
+
+
+FORKING = """
+import os
+from lorameter.attach.observer import TrainingInfo
+from lorameter.attach.script_trial import ScriptTrial
+
+trial = ScriptTrial()
+trial.begin(TrainingInfo(
+    source="loop", model=None, planned_steps=None, trainable_parameters=6, total_parameters=6, accumulation=1
+))
+child = os.fork()
+if child == 0:
+    print(len(os.sched_getaffinity(0)), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(len(os.sched_getaffinity(0)), flush=True)
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_what_a_script_forks_is_not_pinned_with_it(listener):
+    """A worker that loads data begins in the middle of the timed steps, and ran before on any CPU."""
+    script = subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True)
+    with script, Connection(listener.accept()[0].detach()) as connection:
+        wire.receive(connection, wire.Hello)
+        pin_to_cpus(script.pid, {min(os.sched_getaffinity(0))})
+        wire.send(connection, wire.Command("turn", arguments={"steps": 1}))
+        said = script.communicate(timeout=60)[0]
+    assert said.split() == [str(len(os.sched_getaffinity(0))), "1"]
+
+
+def test_a_socket_lies_in_no_folder():
+    """Its name is that of the variable, and the first byte says where it lies (unix(7), abstract)."""
+    assert address("@lorameter-1") == "\0lorameter-1"
