@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorameter.attach.attachment import this_process
-from lorameter.attach.child_env import environment
+from lorameter.attach.environment import child_environment
 from lorameter.attach.observer import ObserverReply
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,6 @@ class Follower:
     """Writes a line for each thing that it is told."""
 
     def __init__(self):
-        self.stop_after = int(os.environ.get("STOP_AFTER", "0"))
         self.watch_after = int(os.environ.get("WATCH_AFTER", "0"))
         self.file = open(os.environ["TOLD"], "a")
 
@@ -148,7 +147,7 @@ class Follower:
         found = {name: getattr(reading, name) for name in reading.__slots__}
         self.tell("step", **found | {"checks": None if reading.checks is None else len(reading.checks)})
         watch = {} if reading.number == self.watch_after else None
-        return ObserverReply(go_on=reading.number != self.stop_after, watch=watch)
+        return ObserverReply(watch=watch)
 
     def phase(self, phase):
         self.tell("phase", phase=phase)
@@ -173,7 +172,7 @@ def wrapped(tmp_path):
         inherited = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable if word == "python" else word for word in command],
-            env=environment(inherited, follower="listening:Follower", variables={"TOLD": str(told), **variables}),
+            env=child_environment(inherited, follower="listening:Follower", variables={"TOLD": str(told), **variables}),
             cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         lines = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lorameter.attach.command import write_command
+from lorameter.attach.environment import write_command
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.studies.script import split_command
@@ -131,7 +131,7 @@ def test_a_long_word_takes_no_longer_than_several_short_ones(text):
     from each of its letters, which takes minutes."""
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_CPU, (10, 10)); "
-        "from lorameter.attach.command import write_command; "
+        "from lorameter.attach.environment import write_command; "
         f"assert len(write_command([{text!r} * (120_000 // len({text!r}))])) > 0"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

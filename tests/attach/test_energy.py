@@ -2,8 +2,8 @@
 
 import pytest
 
-from lorameter.attach import energy as module
-from lorameter.attach.energy import Energy
+from lorameter.attach import measures as module
+from lorameter.attach.measures import Energy
 from lorameter.attach.observer import StepReading
 from lorameter.machine.reading import Reading, missing
 

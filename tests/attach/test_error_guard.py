@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from lorameter.attach import error_guard as module
-from lorameter.attach.error_guard import ErrorGuard, NotFollowedError
+from lorameter.attach import observer as module
+from lorameter.attach.observer import ErrorGuard, NotFollowedError
 
 
 def fail(error):

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorameter.attach.flops import Work
+from lorameter.attach.measures import Work
 from lorameter.attach.observer import StepReading, TrainingInfo, weakly
-from lorameter.attach.step_samples import StepSamples
+from lorameter.attach.samples import StepSamples
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.shapes import shape_of_config
 from lorameter.records.metrics import samples_of

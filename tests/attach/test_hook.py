@@ -57,14 +57,6 @@ def test_what_lies_between_two_updates_is_a_step(wrapped, script):
 
 
 @pytest.mark.faults
-def test_a_loop_that_is_to_end_ends_as_by_itself(wrapped, script):
-    """With exit code 0, whatever it would have done afterwards."""
-    done, told = wrapped("python", script("train(50); print('after')"), STOP_AFTER="3")
-    assert (done.returncode, done.stdout) == (0, "")
-    assert [one["what"] for one in told] == ["begin", "step", "step", "step", "end"]
-
-
-@pytest.mark.faults
 def test_an_error_is_the_scripts_own(wrapped, script):
     """It is printed as without the hook, and the follower learns it."""
     done, told = wrapped("python", script("train(3); raise ValueError('mine')"))

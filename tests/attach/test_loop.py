@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from lorameter.attach.meter import Meter
-from lorameter.attach.observer import ObserverReply
-from lorameter.attach.optimizer import StopTraining
 
 
 @pytest.fixture
@@ -98,20 +96,6 @@ def test_an_evaluation_is_a_phase(listener, parts, clock):
     assert max(one.step_time_s for one in listener.readings) < 100
     assert listener.phases == ["evaluate", "train"] * 3
     assert all(one.sequences in (2, None) for one in listener.readings)
-
-
-@pytest.mark.usefixtures("unattached")
-def test_the_follower_ends_a_loop(listener_class, parts):
-    """The loader ends; a block of its own is refused with the end of the script."""
-    model, _, batches = parts
-    listener = listener_class(ObserverReply(), ObserverReply(), ObserverReply(go_on=False))
-    meter = meter_of(listener, model)
-    assert len(list(meter.steps(batches))) == 2
-    assert list(meter.steps(batches)) == []
-    with pytest.raises(StopTraining) as stopped, meter.step():
-        raise AssertionError("no step was to begin")
-    assert stopped.value.code == 0
-    assert listener.ends == [None]
 
 
 @pytest.mark.usefixtures("unattached")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lorameter.attach.loop import MOST_OTHERS, OptimizerSource
 from lorameter.attach.observer import ObserverReply
-from lorameter.attach.optimizer import MOST_OTHERS, OptimizerSource, StopTraining
 
 ROWS = 3
 
@@ -204,17 +204,16 @@ def test_at_the_end_everything_is_as_it_was_found(listener, model, source):
 
     before = found()
     optimizer = sgd(model)
-    listener.answers = [ObserverReply(), ObserverReply(watch={}), ObserverReply(go_on=False)]
+    listener.answers = [ObserverReply(), ObserverReply(watch={}), ObserverReply()]
     train(model, optimizer, batches(2))
     assert not set(before) & set(found())
     assert len(pickle.dumps(model)) > 100  # a step is to be watched, and may never come
-    with pytest.raises(StopTraining):
-        train(model, optimizer, batches(1))
+    train(model, optimizer, batches(1))
+    source.end()
     assert found() == before
     assert "step" not in vars(optimizer)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert listener.ends == [None]
-    source.end()
     train(model, optimizer, batches(1))
     assert len(listener.readings) == 2
 

@@ -6,10 +6,10 @@ import os
 import pytest
 
 from kernels_check import Check
-from lorameter.attach import ranks, step_samples
+from lorameter.attach import ranks, samples
+from lorameter.attach.environment import RUN
 from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.ranks import folder_of
-from lorameter.attach.variables import RUN
 from lorameter.attach.writer import Writer
 from lorameter.records import store
 
@@ -60,7 +60,7 @@ def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
 
 def test_of_a_long_training_the_first_timed_steps_are_compared(told, monkeypatch):
     """More steps than are kept, timed or of any kind, move none of them."""
-    monkeypatch.setattr(step_samples, "MOST_TIMED", 3)
+    monkeypatch.setattr(samples, "MOST_TIMED", 3)
     monkeypatch.setattr(ranks, "MOST_KEPT", 12)
     record = told(40)
     assert record.samples["step_time_s"] == (9.0, 1000.0, 11.0)
@@ -79,7 +79,7 @@ def test_a_rank_that_saw_fewer_steps_was_not_seen(told):
 def test_where_ranks_meet_is_known_without_a_word(tmp_path, monkeypatch):
     """By the run of a wrapped command, else by their launcher and its port."""
     monkeypatch.setenv(RUN, "x")
-    assert folder_of(tmp_path / "run") == tmp_path / ".run.ranks"
+    assert folder_of(tmp_path / "run") == tmp_path / ".run.wrap" / "ranks"
     monkeypatch.delenv(RUN)
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert folder_of(tmp_path / "run").name == f".ranks-{os.getppid()}-29500"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lorameter.attach import step_phases as module
-from lorameter.attach.error_guard import ErrorGuard
-from lorameter.attach.step_phases import Parts, times_of
+from lorameter.attach import readings as module
+from lorameter.attach.observer import ErrorGuard
+from lorameter.attach.readings import Parts, times_of
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 
-from lorameter.attach.error_guard import ErrorGuard
-from lorameter.attach.observer import ObserverReply, TrainingInfo, weakly
+from lorameter.attach.observer import ErrorGuard, ObserverReply, TrainingInfo, weakly
 from lorameter.attach.steps import Steps, make_watch
 
 

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from lorameter.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
+from lorameter.attach.readings import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
 
 
 def tokens_of(batch):
-    (found,) = count_tokens([copy_batch(batch)])
-    return found
+    return count_tokens(copy_batch(batch))
 
 
 def counts(batch):
@@ -74,32 +73,6 @@ def test_labels_are_counted_whatever_they_are_made_of(dtype):
     assert (alone.loss, alone.conventions[1]) == (1, AS_GIVEN)
 
 
-def test_batches_are_counted_together_as_one_by_one():
-    """Those that are alike in one go; others between them, and such as hold no text, keep their places."""
-    torch.manual_seed(0)
-
-    def batch(length, **more):
-        mask = torch.randint(0, 2, (2, length))
-        return {"input_ids": mask, "attention_mask": mask, "labels": torch.where(mask == 0, -100, mask)} | more
-
-    half = {"attention_mask": torch.ones(2, 6, dtype=torch.bool), "labels": LABELS.to(torch.float32)}
-    positions = {"input_ids": IDS, "position_ids": IDS % 3, "labels": LABELS}
-    batches = [
-        batch(6),
-        batch(6),
-        batch(9),
-        batch(6) | half,
-        batch(6),
-        (IDS,),
-        {"pixels": torch.zeros(3, 2)},
-        positions,
-    ]
-    batches += [positions, batch(6, shift_labels=LABELS), {"input_ids": IDS, "labels": torch.tensor(3)}, None, batch(9)]
-    copies = [copy_batch(one) for one in batches]
-    assert count_tokens(copies) == [count_tokens([one])[0] for one in copies]
-    assert count_tokens([]) == []
-
-
 def test_a_batch_is_counted_as_it_was():
     """A script may fill the same tensors with its next one."""
     batch = {"input_ids": IDS.clone(), "attention_mask": MASK.clone(), "labels": LABELS.clone()}
@@ -107,5 +80,5 @@ def test_a_batch_is_counted_as_it_was():
     for tensor in batch.values():
         tensor.fill_(-100)
     batch["attention_mask"].zero_()
-    (found,) = count_tokens([copied])
+    found = count_tokens(copied)
     assert (found.real, found.loss) == (9, 7)

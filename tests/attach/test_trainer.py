@@ -7,9 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.meter import Meter
-from lorameter.attach.observer import ObserverReply
-from lorameter.attach.trainer_hook import add_meter
+from lorameter.attach.meter import Meter, add_meter
 
 
 def arguments(folder, **more):
@@ -105,16 +103,6 @@ def test_a_wait_of_the_follower_is_in_no_step(listener_class, followed, clock):
     listener = Waiting()
     followed(listener, max_steps=3)
     assert max(one.step_time_s for one in listener.readings) < 100
-
-
-@pytest.mark.usefixtures("unattached")
-def test_the_follower_ends_the_training(listener_class, followed):
-    """As the Trainer would by itself."""
-    listener = listener_class(ObserverReply(), ObserverReply(), ObserverReply(go_on=False))
-    trainer = followed(listener)
-    assert trainer.state.global_step == 2
-    assert len(listener.readings) == 2
-    assert listener.ends == [None]
 
 
 @pytest.mark.usefixtures("unattached")

@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import subprocess
+import sys
 
 import pytest
 
 from kernels_check import Check
 from lorameter.attach.attachment import UnendedError
-from lorameter.attach.command import write_command
+from lorameter.attach.environment import RUN, wrap_folder, write_command
 from lorameter.attach.launch import finalize_run
 from lorameter.attach.observer import StepReading, TrainingInfo
-from lorameter.attach.variables import COMMAND, RUN
 from lorameter.attach.writer import Writer
 from lorameter.records import store
 
@@ -38,12 +38,13 @@ CHECKS = (
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """A function that has a writer told of a training, and returns the run, the writer and its answers."""
-    monkeypatch.setenv(COMMAND, "python train.py --r 8")
     names = iter(range(100))
 
     def tell(readings, *, error=None, end=True, require=None, facts=None):
         path = tmp_path / "runs" / f"run-{next(names)}"
         monkeypatch.setenv(RUN, str(path))
+        wrap_folder(path).mkdir(parents=True)
+        (wrap_folder(path) / "command").write_text("python train.py --r 8")
         writer = Writer(require=require or {})
         answers = [writer.begin(facts or training())]
         answers += [writer.step(one) for one in readings]
@@ -65,7 +66,6 @@ def test_steps_become_the_samples_of_a_trial(write):
     (record,) = run.records
     assert (run.state, record.status, record.name, record.trial) == ("complete", "ok", "train", "r0-train")
     assert [index for index, answer in enumerate(answers) if answer.watch is not None] == [7]
-    assert all(answer.go_on for answer in answers)
     assert record.values["first_step_time_s"] == 0.1
     assert len(record.samples["warmup_step_time_s"]) == 6
     assert record.samples["step_time_s"] == (0.1,) * 12
@@ -297,13 +297,13 @@ def test_of_ranks_the_slowest_counts(write, tmp_path, monkeypatch):
     assert record.samples["step_tokens"] == (48.0,) * 4
     assert record.tokens == {"real_tokens": 192, "padded_tokens": 64}
     assert not record.notices
-    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+    assert not list(tmp_path.glob(".*/ranks"))
 
 
 def test_a_command_that_no_study_could_hold_is_followed(tmp_path, monkeypatch):
     """The run is named by its words, and what is written down of it is its program."""
     monkeypatch.delenv(RUN, raising=False)
-    monkeypatch.setenv(COMMAND, write_command(["python", "train.py", ">", "it's"]))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", ">", "it's"])
     writer = Writer(runs_dir=tmp_path, require={}, report=False)
     for tell, told in ((writer.begin, training()), *((writer.step, one) for one in steps(12)), (writer.end, None)):
         tell(told)

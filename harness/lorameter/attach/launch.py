@@ -19,12 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.attach import marker_files
-from lorameter.attach.child_env import environment
-from lorameter.attach.error_guard import say
-from lorameter.attach.marker_files import lacking_in, seen_of
-from lorameter.attach.step_samples import tokens_in
-from lorameter.attach.variables import COMMAND, LONGEST_BYTES, REQUIRE, RUN, UNSEEN_END
+from lorameter.attach.environment import REQUIRE, RUN, child_environment, lacking_in, wrap_folder
+from lorameter.attach.observer import say
+from lorameter.attach.samples import UNSEEN_END, tokens_in
 from lorameter.errors import UsageError, shorten
 from lorameter.machine.processes import exit_words
 from lorameter.records import store
@@ -38,13 +35,12 @@ FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
 
-def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapping[str, Any]) -> int:
+def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any]) -> int:
     """Run a command with the hook in it, and wait for its end.
 
     Args:
         words: program and arguments; they are started as they are.
         path: of the run that its training is written to; not made here.
-        command: how it is written down.
         require: paths of kernels_check that its watched step must have.
 
     Returns:
@@ -53,9 +49,8 @@ def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapp
     Raises:
         UsageError: there is no such program.
     """
-    short = command if len(os.fsencode(command)) <= LONGEST_BYTES else ""
-    variables = {RUN: str(path), COMMAND: short, REQUIRE: json.dumps(dict(require))}
-    variables_of_child = environment(os.environ, seen=seen_of(path), variables=variables)
+    variables = {RUN: str(path), REQUIRE: json.dumps(dict(require))}
+    variables_of_child = child_environment(os.environ, hooked=wrap_folder(path) / "hooked", variables=variables)
     with _passing_on() as pass_on_to:  # also what comes before the command is there: it would end this process alone
         try:
             process = subprocess.Popen(list(words), env=variables_of_child)
@@ -128,8 +123,8 @@ def finalize_run(path: Path, code: int, *, required: bool) -> bool:
     Returns:
         Whether there is no valid trial.
     """
-    loaded, lacking = seen_of(path).exists(), lacking_in(seen_of(path))
-    marker_files.remove(path)
+    hooked = wrap_folder(path) / "hooked"
+    loaded, lacking = hooked.exists(), lacking_in(hooked)
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
         say(f"nothing was measured: {lacking}" if lacking else _why_nothing(code, loaded))

@@ -1,22 +1,191 @@
-"""The steps of a loop that names them: `for batch in steps(loader)`, or `with step()`."""
+"""The steps of a loop: those that it names (`for batch in steps(loader)`, `with step()`), or what lies between two
+updates of an optimizer where nobody names them.
+
+The hook of a process (`hook/sitecustomize.py`) calls `OptimizerSource` around the `step` of every optimizer. The
+training is known once the first update is done, so the first step is not seen. The optimizer that did it marks the
+steps from then on; another one that updates within them, as in adversarial training or inside an optimizer that wraps
+it, is part of the step. The training has ended when its optimizer has been freed, or updates no more while another one
+does.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lorameter.attach.attachment import this_process
-from lorameter.attach.error_guard import ErrorGuard
-from lorameter.attach.identity import count_parameters, device_of, rank_of
-from lorameter.attach.model_hooks import ModelHooks
-from lorameter.attach.observer import Phase, TrainingInfo, TrainingObserver, weakly
-from lorameter.attach.optimizer import StopTraining
-from lorameter.attach.patches import uncompiled
+from lorameter.attach.attachment import count_parameters, device_of, rank_of, this_process
+from lorameter.attach.model_hooks import ModelHooks, Patches, compiles_here, find_root, uncompiled
+from lorameter.attach.observer import ErrorGuard, Phase, TrainingInfo, TrainingObserver, say, weakly
 from lorameter.attach.steps import Steps
+
+MOST_OTHERS = 100
+"""Updates of another optimizer without one of the first, after which the first training is over: no step of several
+optimizers has so many of one."""
+
+
+class OptimizerSource:
+    """Sees the steps of the first optimizer that updates, and holds nothing of its training."""
+
+    def __init__(self, make: Callable[[], TrainingObserver] | None = None) -> None:
+        self._make = make
+        self._steps: Steps | None = None
+        self._sight: ModelHooks | None = None
+        self._optimizer: Callable[[], Any] = lambda: None
+        self._model: Callable[[], Any] = lambda: None
+        self._patches = Patches()
+        self._call = Patches()
+        """The call of a module, until one of the model is called in a step that is to be watched."""
+        self._parts: frozenset[int] = frozenset()
+        """The identities of its modules, of which a loop may call any."""
+        self._trained = True
+        """Whether the model was in training mode at the last update."""
+        self._inside = 0
+        """Updates that are under way, one inside the other."""
+        self._updated = False
+        """Whether the first optimizer has updated inside the outermost of them."""
+        self._others: Counter[int] = Counter()
+        """Updates of each other optimizer since the last one of the first."""
+        self._most_others = 0
+        """Those of all others within a step, at most."""
+        self._aside = compiles_here()
+        """Whether nothing is followed: no training was begun, or it has ended."""
+        if self._aside:
+            say("this training is not followed: torch.compile compiles its whole step, with the optimizer's update")
+        self.begin_update = uncompiled(self._begin_update)
+        """An update begins."""
+        self.end_update = uncompiled(self._end_update)
+        """An update of this optimizer has ended. None: it has failed."""
+
+    def _begin_update(self) -> None:
+        self._inside += 1
+        if self._inside == 1 and self._steps is not None and self._steps.up:
+            if self._sight is not None:
+                self._sight.updates = True
+                if self._sight.passes_in_update:
+                    self._steps.open_step()
+            self._steps.during["optimizer"].begin()
+
+    def _end_update(self, optimizer: Any) -> None:
+        self._inside = max(0, self._inside - 1)
+        if self._aside:
+            return
+        if self._steps is None:
+            if optimizer is not None and not this_process().occupied:
+                self._begin(optimizer)
+            return
+        if optimizer is not None:
+            self._note(optimizer)
+        if self._inside or self._aside or not self._steps.up:
+            return
+        self._steps.during["optimizer"].end()
+        if self._sight is not None:
+            self._sight.updates = False
+        if self._updated:
+            self._updated = False
+            self._end_step(self._steps)
+
+    def _note(self, optimizer: Any) -> None:
+        """Which optimizer has updated."""
+        if optimizer is self._optimizer():
+            self._updated = True
+            self._most_others = max(self._most_others, self._others.total())
+            self._others.clear()
+            return
+        self._others[id(optimizer)] += 1
+        if self._optimizer() is None or self._others[id(optimizer)] >= MOST_OTHERS:
+            self._aside = True
+            self._take_off()
+            if self._steps is not None:
+                self._steps.end(None, seen=False)
+            this_process().tell_of_another("optimizer")
+
+    def tell_of_later(self) -> None:
+        """The process ends: tell of another training that has begun after the last step of the first."""
+        if self._others.total() > self._most_others:
+            this_process().tell_of_another("optimizer")
+
+    def _end_step(self, steps: Steps) -> None:
+        self._call.take_off()
+        if self._sight is not None:
+            steps.run(self._sight.end_step)
+        steps.end_step()
+        self._open_step(steps)
+
+    def _open_step(self, steps: Steps) -> None:
+        """A step that is to be watched is opened when a module of the model is called: after the last step none is.
+        Where a closure of the update does so, the update opens it."""
+        model, in_update = self._model(), self._sight is not None and self._sight.passes_in_update
+        if steps.watch_is_due and model is not None and not in_update:
+            self._trained, self._parts = model.training, frozenset(map(id, model.modules()))
+            self._call.put(torch.nn.Module, "__call__", before=self._called)
+
+    def _called(self, args: tuple[Any, ...]) -> None:
+        model = self._model()
+        if model is None or self._steps is None or id(args[0]) not in self._parts:
+            return
+        if torch.is_grad_enabled() and model.training == self._trained:
+            self._call.take_off()
+            self._steps.open_step()
+
+    def _begin(self, optimizer: Any) -> None:
+        self._steps = ErrorGuard().run(self._follow, optimizer)
+        if self._steps is None:
+            self._aside = True
+            return
+        self._optimizer = weakref.ref(optimizer)
+        weakref.finalize(optimizer, self._take_off).atexit = False  # while the interpreter ends, modules are gone
+        self._patches.put(
+            torch.amp.GradScaler, "step",
+            before=lambda _: self._begin_update(), after=lambda *_: self._end_update(None),
+        )  # fmt: skip
+        self._steps.restart()
+        self._open_step(self._steps)
+
+    def _follow(self, optimizer: Any) -> Steps | None:
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        model = find_root(parameters)
+        trainable, total = count_parameters(model)
+        rank, ranks = rank_of()
+        training = TrainingInfo(
+            source="optimizer",
+            model=weakly(model),
+            planned_steps=None,
+            trainable_parameters=trainable if model is not None else sum(one.numel() for one in parameters),
+            total_parameters=total,
+            accumulation=None,
+            rank=rank,
+            ranks=ranks,
+        )
+        device = parameters[0].device if parameters else torch.device("cpu")
+        steps = this_process().begin(self, training, device, self._make)
+        if steps is not None:
+            self._model = training.model or self._model
+            self._sight = ModelHooks(steps, batches=True)
+        return steps
+
+    def _take_off(self) -> None:
+        """Nothing more of the training is seen. What was seen is written later, by the next update or at the end of the
+        process: this may be called anywhere, as by the garbage collector."""
+        for patches in (self._patches, self._call):
+            patches.take_off()
+        if self._sight is not None:
+            self._sight.end()
+        if self._steps is not None:
+            self._steps.break_off()
+
+    def end(self) -> None:
+        """Nothing more is followed."""
+        self._aside = True
+        self._take_off()
+        if self._steps is not None:
+            self._steps.end(None)
+
 
 Batch = TypeVar("Batch")
 
@@ -39,9 +208,8 @@ class LoopSource:
     def steps(self, batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
         """The batches; `accumulation` of them are a step, and what is left over at the end is none."""
         steps = self._begin(accumulation, counts=False)
-        if steps is None or not steps.go_on:
-            if steps is None:
-                yield from batches
+        if steps is None:
+            yield from batches
             return
         iterator, taken = iter(batches), 0
         steps.restart()
@@ -57,23 +225,19 @@ class LoopSource:
                     steps.open_step()
                 yield batch  # type: ignore[misc]
                 taken = (taken + 1) % accumulation
-                if taken == 0 and not self._end_step(steps):
-                    return
+                if taken == 0:
+                    self._end_step(steps)
         finally:
             self._look(False)
             steps.break_off()
 
     @contextlib.contextmanager
     def step(self, batch: Any) -> Iterator[None]:
-        """The block is a step; what lies between two of them is in none. Raises `StopTraining` where the follower
-        wants no further one; a block that fails is no step."""
+        """The block is a step; what lies between two of them is in none. A block that fails is no step."""
         steps = self._begin(None, counts=batch is None)
         if steps is None:
             yield
             return
-        if not steps.go_on:
-            self.end(None)
-            raise StopTraining
         steps.restart()
         if batch is not None:
             steps.batch(batch)
@@ -167,12 +331,11 @@ class LoopSource:
             register_optimizer_step_post_hook(hook_of(steps.during["optimizer"].end)),
         ]
 
-    def _end_step(self, steps: Steps) -> bool:
-        """Whether there is to be another."""
+    def _end_step(self, steps: Steps) -> None:
         if self._sight is not None:
             steps.run(self._sight.end_step, not self._given_loss)
         self._given_loss = False
-        return steps.end_step()
+        steps.end_step()
 
 
 _END = object()

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from lorameter.attach.attachment import named_follower
+from lorameter.attach.environment import DEFAULT_FOLLOWER, ENV_FOLLOWER
 from lorameter.attach.loop import LoopSource
 from lorameter.attach.observer import TrainingObserver
 from lorameter.attach.trainer import TrainerSource
-from lorameter.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
 from lorameter.records.store import ENV_RUNS
 
 Batch = TypeVar("Batch")
@@ -96,3 +96,9 @@ class Meter(TrainerSource):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end(error)
+
+
+def add_meter(trainer: Any) -> None:
+    """Add a meter, unless the script has given it one."""
+    if not any(isinstance(callback, Meter) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(Meter(log=False))  # its log is the script's own

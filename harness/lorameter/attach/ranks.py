@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.attach.marker_files import ranks_of
+from lorameter.attach.environment import RUN, wrap_folder
 from lorameter.attach.observer import StepReading, TrainingInfo
-from lorameter.attach.step_samples import MOST_TIMED
-from lorameter.attach.variables import RUN
+from lorameter.attach.samples import MOST_TIMED
 from lorameter.records import bounded_io, codec
 from lorameter.records.atomic_json import write_document
 from lorameter.records.record import Notice
@@ -43,7 +42,7 @@ class RankTimes:
 def folder_of(run: Path) -> Path:
     """Where the ranks of a run meet: named after the run where a command was wrapped, else after their launcher."""
     if os.environ.get(RUN):
-        return ranks_of(run)
+        return wrap_folder(run) / "ranks"
     return run.with_name(f".ranks-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}")
 
 

@@ -25,11 +25,10 @@ from multiprocessing.connection import Client, Connection
 from typing import Any, NoReturn
 
 from lorameter import wire
-from lorameter.attach.exit_status import describe_end
+from lorameter.attach.environment import SOCKET, address
+from lorameter.attach.measures import Peaks
 from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
-from lorameter.attach.peaks import Peaks
-from lorameter.attach.samples import timed_samples, untimed_samples
-from lorameter.attach.step_samples import loss_not_finite
+from lorameter.attach.samples import describe_end, loss_not_finite, timed_samples, untimed_samples
 from lorameter.machine.memory import host_bytes
 from lorameter.machine.software import own_software
 from lorameter.records import codec
@@ -40,9 +39,6 @@ from lorameter.records.units import format_count
 from lorameter.stats import is_steady, is_warm
 from lorameter.studies.request import TrialRequest
 
-SOCKET = "LORAMETER_TURN_SOCKET"
-"""The variable that holds the name of the parent's socket: of those that lie in no folder, whose path might be too
-long (`address`)."""
 EXIT_ORPHAN = 75
 """How a process ends whose parent is gone."""
 WARMUP = ("warmup_loss", "warmup_tokens")
@@ -53,11 +49,6 @@ BEFORE_WARMUP = 2
 Steps = Generator[ObserverReply, StepReading, None]
 Command = Generator[ObserverReply, StepReading, PartialRecord]
 """Yields once for each step that it needs, and is sent what that step showed."""
-
-
-def address(name: str) -> str:
-    """The address of a socket by its name, of Linux's abstract ones, which begin with a byte that no variable holds."""
-    return "\0" + name.removeprefix("@")
 
 
 class TrainingOverError(Exception):

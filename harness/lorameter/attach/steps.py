@@ -19,11 +19,16 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.error_guard import ErrorGuard, NotFollowedError
-from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo, TrainingObserver
-from lorameter.attach.readings import FinishedStep, readings_of
-from lorameter.attach.step_phases import Parts
-from lorameter.attach.tokens import Copied, copy_batch
+from lorameter.attach.observer import (
+    ErrorGuard,
+    NotFollowedError,
+    ObserverReply,
+    Phase,
+    StepReading,
+    TrainingInfo,
+    TrainingObserver,
+)
+from lorameter.attach.readings import Copied, FinishedStep, Parts, copy_batch, reading_of
 from lorameter.records.units import format_count
 
 CPU_TIME_REUSE_S = 1e-3
@@ -72,11 +77,6 @@ class Steps:
     def up(self) -> bool:
         """Whether the training is followed: it has begun, has not ended, and nothing of ours has failed."""
         return self._shield.up and not self.ended
-
-    @property
-    def go_on(self) -> bool:
-        """Whether the follower wants another step."""
-        return self._next.go_on
 
     def begin(self) -> None:
         """The training stands before its first step."""
@@ -157,8 +157,8 @@ class Steps:
         self._begun_cpu_s += spent_s
         self._parts.leave_out(spent_s)
 
-    def end_step(self) -> bool:
-        """The step is over; this may wait as long as the follower does. Returns whether that wants another step."""
+    def end_step(self) -> None:
+        """The step is over; this may wait as long as the observer does."""
         if self.up:
             try:
                 self._end_step()
@@ -166,7 +166,6 @@ class Steps:
                 self._shield.stand_aside(error)
         else:  # what goes on to be noted is nobody's
             self._forget()
-        return self._next.go_on
 
     def _end_step(self) -> None:
         if self._device is not None:
@@ -189,7 +188,7 @@ class Steps:
     def _tell(self) -> None:
         """Tell what was noted."""
         noted, self._noted = self._noted, []
-        for reading in readings_of(noted):
+        for reading in map(reading_of, noted):
             if self._since is not None:
                 self._since.append(reading)
             self._next = self._follower.step(reading)

@@ -12,19 +12,17 @@ has said that it has ended. So the wait for data is timed by itself, and evaluat
 from __future__ import annotations
 
 import functools
+import statistics
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
-from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.error_guard import ErrorGuard, without_frames
-from lorameter.attach.identity import count_parameters, device_of, rank_of
-from lorameter.attach.observer import TrainingInfo, TrainingObserver, weakly
+from lorameter.attach.attachment import UnendedError, count_parameters, device_of, rank_of, this_process
+from lorameter.attach.observer import ErrorGuard, StepReading, TrainingInfo, TrainingObserver, weakly, without_frames
 from lorameter.attach.steps import Steps
-from lorameter.attach.trainer_log import summarise
 
 TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
 """Methods of a Trainer that are timed or looked at; one that is not there leaves what it shows unknown."""
@@ -108,8 +106,7 @@ class TrainerSource(TrainerCallback):
         """A step is over. The flow of the Trainer has decided by now what it does next."""
         if self._steps is None:
             return
-        if not self._steps.end_step():
-            control.should_training_stop = True
+        self._steps.end_step()
         self._enter_next(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -231,3 +228,28 @@ def find_trainer(state: Any) -> Any:
             return owner
         frame = frame.f_back
     return None
+
+
+PREFIX = "lorameter/"
+TIMES = ("step_time_s", "data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
+
+
+def summarise(readings: Sequence[StepReading], beside: Mapping[str, float]) -> dict[str, float]:
+    """Medians of the times of these steps, their tokens, and tokens a second; what was not seen in all of them is left
+    out. What the follower knows `beside` goes along.
+
+    Steps that a check looked on at are left out: their times are the check's.
+    """
+    plain = [reading for reading in readings if reading.checks is None]
+    found: dict[str, float] = {}
+    for name in TIMES:
+        times = [getattr(reading, name) for reading in plain]
+        if times and None not in times:
+            found[f"{PREFIX}{name}"] = statistics.median(times)
+    seconds = sum(reading.step_time_s for reading in plain)
+    for kind in ("real", "padded"):
+        counts = [getattr(reading, f"{kind}_tokens") for reading in plain]
+        if seconds and counts and None not in counts:
+            found[f"{PREFIX}{kind}_tokens"] = sum(counts)
+            found[f"{PREFIX}{kind}_tokens_per_s"] = sum(counts) / seconds
+    return found | {f"{PREFIX}{name}": value for name, value in beside.items()}

@@ -1,12 +1,18 @@
-"""The follower that writes down what it is told: a script's training as a run of lorameter on disk.
+"""The observer that writes a script's training as a run of lorameter on disk.
 
 It asks for one step to be watched, the first after the warm-up, and for the next one where that left something unknown.
 What it does itself it does between steps, where no step's time is: a look at the machine where a stretch of training
 begins and ends, and each step to the disk.
+
+The run is claimed by making its directory, which one process can do; a second one is not followed. The record is
+written when the training begins and when it has ended, and each step as it comes, so that a process that is killed
+leaves what it had measured until then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -21,27 +27,161 @@ import torch
 
 import kernels_check
 import lorameter
-from lorameter.attach.command import own_command
-from lorameter.attach.energy import Energy
-from lorameter.attach.error_guard import say
-from lorameter.attach.exit_status import exit_status
-from lorameter.attach.flops import Work
-from lorameter.attach.identity import device_of
-from lorameter.attach.marker_files import command_of
-from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
-from lorameter.attach.peaks import Peaks
+from lorameter.attach.attachment import device_of
+from lorameter.attach.environment import REQUIRE, RUN, command_of
+from lorameter.attach.measures import Energy, Peaks, Work
+from lorameter.attach.observer import (
+    NotFollowedError,
+    ObserverReply,
+    Phase,
+    Source,
+    StepReading,
+    TrainingInfo,
+    say,
+)
 from lorameter.attach.ranks import RankFile, Ranks
-from lorameter.attach.report_notes import SEEN_BY, not_kept, say_missing, say_peaks, say_seen, second_training
-from lorameter.attach.run_file import RunFile
-from lorameter.attach.step_samples import MOST_TIMED, StepSamples, tokens_in
-from lorameter.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
-from lorameter.errors import said_by
+from lorameter.attach.samples import MOST_TIMED, UNSEEN_END, StepSamples, exit_status, tokens_in
+from lorameter.errors import UsageError, said_by
+from lorameter.machine import provenance
 from lorameter.machine.telemetry import Telemetry
-from lorameter.records import codec, store
-from lorameter.records.record import Notice, TrialRecord
+from lorameter.records import codec, steps, store
+from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
 from lorameter.records.requirements import lacking
 from lorameter.records.steps import Step
+from lorameter.records.store import Manifest, RunWriter
+from lorameter.records.units import format_bytes
+from lorameter.records.worker_info import WorkerInfo
+from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_words
+from lorameter.studies.script_study import study_of_command
+from lorameter.studies.study import Study
+
+PROTOCOL = Protocol(phases=("train",), replicates=1, turns=1, steps_per_turn=1, allow_disturbed=True)
+"""A training is measured as it comes; how many steps it has is known at its end."""
+
+
+class RunFile:
+    """One run that is being written. Holds its lock until it is finished."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        command: str,
+        device: str,
+        requirements: Mapping[str, Any],
+        values: dict[str, float],
+    ) -> None:
+        """Claim the directory, and write the manifest and the record with these values.
+
+        Raises:
+            NotFollowedError: another process has claimed it.
+            InvalidRunError: the disk refuses.
+        """
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise NotFollowedError("another process of this command is followed") from None
+        self.path = path
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(store.writing(path))
+        self.study = study_of(command, dict(requirements))
+        (self.variant,) = self.study.variants
+        self._begun_s, self._begun_unix_s = time.monotonic(), time.time()
+        self._manifest = self._first_manifest(device)
+        self._writer = RunWriter(path.parent, self._manifest)
+        self._last: TrialRecord | None = None
+        self._steps = self._held.enter_context((path / steps.FILE).open("ab", buffering=0))
+        failure = Failure(phase="train", kind=UNDER_WAY, message="under way when this was written")
+        self._writer.append(self.record(status="interrupted", failure=failure, values=values))
+
+    def _first_manifest(self, device: str) -> Manifest:
+        machine = provenance.probe_machine()
+        if device == "cpu":
+            machine = dataclasses.replace(
+                machine, device="cpu", device_name=machine.cpu_model, device_memory_bytes=None
+            )
+        hello = WorkerInfo(
+            harness=provenance.harness_identity(), pid=os.getpid(), import_time_s=0.0, device=device.split(":")[0],
+            torch=torch.__version__,
+        )  # fmt: skip
+        facts = provenance.collect(self.study, provenance.read_facts(machine), torch.get_num_threads(), hello)
+        return Manifest(
+            run=self.path.name,
+            study=codec.to_json(self.study),
+            phases=("train",),
+            interleaving="replicates",
+            order=(self.trial,),
+            seed=0,
+            created_unix_s=self._begun_unix_s,
+            provenance=facts,
+            fingerprint=provenance.fingerprint(facts),
+        )
+
+    @property
+    def trial(self) -> str:
+        """The name of the one trial."""
+        return f"r0-{self.variant.name}"
+
+    @property
+    def device_name(self) -> str:
+        """As the provenance names it."""
+        return str(self._manifest.provenance["device_name"])
+
+    def record(self, **measured: Any) -> TrialRecord:
+        """The record of the trial with what was measured; `status` and `failure` among it."""
+        return TrialRecord(
+            trial=self.trial,
+            name=self.variant.name,
+            variant=self.variant.id,
+            role="variant",
+            replicate=0,
+            position=0,
+            interleaving="replicates",
+            seed=0,
+            started_unix_s=self._begun_unix_s,
+            wall_time_s=time.monotonic() - self._begun_s,
+            log=f"logs/{self.trial}.log",
+            **measured,
+        )
+
+    def add(self, step: Step) -> None:
+        """Write what a step adds to the record."""
+        self._steps.write(steps.line_of(step))
+
+    def finish(self, record: TrialRecord, *, timed: int, notes: tuple[str, ...], notices: tuple[Notice, ...]) -> None:
+        """Write the last record, and with it what is known now: how many steps were timed, and what tokens are."""
+        log = self.path / record.log
+        with contextlib.suppress(OSError):
+            said = record.failure.traceback if record.failure is not None else ""
+            log.write_text(said or "What the script printed went where it was started.\n", encoding="utf-8")
+        protocol = dataclasses.replace(PROTOCOL, turns=max(1, timed))
+        study = dataclasses.replace(self.study, protocol=protocol, notes=notes)
+        self._manifest = dataclasses.replace(self._manifest, study=codec.to_json(study), notices=notices)
+        self._write_last(record)
+        self._held.close()
+
+    def add_notice(self, notice: Notice) -> None:
+        """One more notice of a training that has ended, and whose record is written."""
+        if self._last is not None:
+            self._write_last(self._last.replaced(notices=(*self._last.notices, notice)))
+
+    def _write_last(self, record: TrialRecord) -> None:
+        self._last = record
+        writer = RunWriter(self.path.parent, self._manifest)
+        writer.append(record)
+        writer.finish("interrupted" if not record.settled else "complete")
+
+
+def study_of(command: str, requirements: dict[str, object]) -> Study:
+    """The study of a command that runs already. A line that no study could hold (a program text behind `-c`) is written
+    as its program alone."""
+    options: dict[str, Any] = {"threads": torch.get_num_threads(), "protocol": PROTOCOL, "requirements": requirements}
+    try:
+        return study_of_command(command, **options)
+    except UsageError:
+        return study_of_command(shlex.join(shlex.split(command)[:1]), **options)
+
 
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
@@ -105,7 +245,7 @@ class Writer:
             self._ranks = Ranks(path, training.ranks)
         self._values = _counts_of(training)
         self._file = RunFile(
-            path, command=_command(), device=device, requirements=self._require, values=dict(self._values)
+            path, command=command_of(self._named), device=device, requirements=self._require, values=dict(self._values)
         )
         self._peaks, self._watch, self._energy = Peaks(device), Telemetry("train", device), Energy(device)
         self._read_s = time.monotonic()
@@ -238,7 +378,7 @@ class Writer:
         if self._named is not None:
             return self._named
         runs = store.runs_dir(None if self._runs_dir is None else str(self._runs_dir), make=True).absolute()
-        return runs / store.new_run_id(name_of_words(shlex.split(_command())), runs)
+        return runs / store.new_run_id(name_of_words(shlex.split(command_of(self._named))), runs)
 
 
 def print_report(path: Path) -> None:
@@ -253,11 +393,6 @@ def print_report(path: Path) -> None:
         say(f"run {path.name} is written, and its report was not printed: {said_by(error)}")
 
 
-def _command() -> str:
-    written = os.environ.get(COMMAND) or (command_of(Path(run)) if (run := os.environ.get(RUN)) else "")
-    return written or own_command()
-
-
 def _counts_of(training: TrainingInfo) -> dict[str, float]:
     """What is known before the first step, as values of the record."""
     names = ("trainable_parameters", "total_parameters", "accumulation", "ranks")
@@ -269,3 +404,63 @@ def _device_of(training: TrainingInfo) -> str:
     if training.module is None:
         return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
     return str(device_of(training.module))
+
+
+SEEN_BY = {
+    "trainer": "steps are the Trainer's: from the end of one to the end of the next, evaluation and saving apart",
+    "loop": "steps are those that the loop names",
+    "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
+}
+FORWARD = "forward lasts from the wait for data, or the last update or backward pass, until backward begins"
+NO_TOKENS = {
+    "trainer": "no tokens are known: the Trainer's batches hold no token ids",
+    "loop": "no tokens are known: the loop's batches hold no token ids",
+    "optimizer": "no tokens are known: no DataLoader of torch yielded batches with token ids",
+}
+
+
+def say_missing(source: Source, samples: Mapping[str, Any]) -> tuple[str, ...]:
+    """How forward passes were timed, and that no tokens were seen."""
+    forward = (FORWARD,) if source != "trainer" and "forward_time_s" in samples else ()
+    return forward if "turn_tokens" in samples or not samples else (*forward, NO_TOKENS[source])
+
+
+def say_seen(checks: Sequence[Mapping[str, Any]] | None) -> str:
+    """What the watched step was seen to run, whatever was required of it."""
+    if checks is None:
+        return "no step was watched"
+    found = [f"{one['path']} {one['observed']}" for one in checks if one["observed"] is not None]
+    return (
+        f"seen in a step after the warm-up: {', '.join(found)}" if found else "a step was watched, and nothing was seen"
+    )
+
+
+def say_peaks(memory: Mapping[str, int]) -> str:
+    """The peak of each phase in words, where there is more than training."""
+    where = "device_peak_allocated" if "device_peak_allocated_train_bytes" in memory else "host_peak"
+    words = {"train": "training", "evaluate": "evaluating", "save": "saving"}
+    found = [
+        f"{word} {format_bytes(memory[name])}"
+        for phase, word in words.items()
+        if (name := f"{where}_{phase}_bytes") in memory
+    ]
+    return f"peak memory while {', '.join(found)} ({where.split('_')[0]})" if len(found) > 1 else ""
+
+
+def second_training(training: TrainingInfo) -> Notice:
+    """A second training of one process is not measured."""
+    return Notice(
+        code="second-training",
+        message=f"a second training began in the same process (seen by its {training.source}); the first one is what "
+        "was measured.",
+        remedy="Measure each training in a process of its own.",
+    )
+
+
+def not_kept(steps: int) -> Notice:
+    """Of a long training not all steps are kept."""
+    return Notice(
+        code="timed-steps-truncated",
+        message=f"the training had {steps} steps; its first {MOST_TIMED} timed ones are kept.",
+        remedy="Nothing is wrong; later steps are in the script's own log.",
+    )

@@ -41,9 +41,8 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; the exit code is its own, 128 and the number of the signal that ended it, or 4."""
-    from lorameter.attach.command import write_command
+    from lorameter.attach.environment import remove_abandoned, wrapping, write_command
     from lorameter.attach.launch import finalize_run, run_command
-    from lorameter.attach.marker_files import remove_abandoned, wrapping
     from lorameter.records import store
     from lorameter.studies.script import name_of_words
 
@@ -56,7 +55,7 @@ def run_wrap(options: argparse.Namespace) -> int:
     path = runs / store.new_run_id(name_of_words(words), runs)
     remove_abandoned(runs)
     with wrapping(path, command):
-        code = run_command(words, path, command=command, require=require)
+        code = run_command(words, path, require)
         with _telling():
             invalid = finalize_run(path, code, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():

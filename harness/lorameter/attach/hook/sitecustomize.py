@@ -91,7 +91,7 @@ def ours(name: str) -> Any:
         os.environ.setdefault(variable, value)
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         sys.meta_path.insert(0, Own())
-    return importlib.import_module("lorameter.attach.deferred_import").load(name)
+    return importlib.import_module(name)
 
 
 @functools.lru_cache(maxsize=None)
@@ -106,9 +106,9 @@ def lacks() -> bool:
         text = "{0} lacks {1}. Install: {0} -m pip install {1}".format(sys.executable, names)
     else:
         return False
-    seen = os.environ.get("LORAMETER_SEEN")
-    if seen:
-        with open(seen, "w") as file:
+    hooked = os.environ.get("LORAMETER_HOOKED")
+    if hooked:
+        with open(hooked, "w") as file:
             file.write(text)
     say("a training in this process is not measured: {}".format(text))
     return True
@@ -122,7 +122,7 @@ def attach_trainer(module: Any) -> None:
 
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        attempt(lambda: ours("lorameter.attach.trainer_hook").add_meter(self))
+        attempt(lambda: ours("lorameter.attach.meter").add_meter(self))
 
     module.Trainer.__init__ = functools.wraps(build)(built)
 
@@ -154,7 +154,7 @@ def attach_optimizers(module: Any) -> None:
                     source[0].end_update(None)
                 raise
             if not source:
-                source.append(attempt(lambda: ours("lorameter.attach.optimizer").OptimizerSource()))
+                source.append(attempt(lambda: ours("lorameter.attach.loop").OptimizerSource()))
             if source[0] is not None:
                 source[0].end_update(args[0])
             return result
@@ -173,9 +173,9 @@ def named(entry: str) -> Any:
 
 def install() -> None:
     """Watch for the modules that trainings are made of."""
-    seen = os.environ.get("LORAMETER_SEEN")
-    if seen:
-        with open(seen, "a"):
+    hooked = os.environ.get("LORAMETER_HOOKED")
+    if hooked:
+        with open(hooked, "a"):
             pass
     wanted = {"transformers.trainer": [attach_trainer], "torch.optim.optimizer": [attach_optimizers]}
     for entry in filter(None, os.environ.get("LORAMETER_AFTER_IMPORT", "").split(",")):

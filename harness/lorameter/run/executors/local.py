@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorameter import wire
-from lorameter.attach.variables import ENV_FOLLOWER
+from lorameter.attach.environment import ENV_FOLLOWER
 from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact, shorten
 from lorameter.machine import provenance
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words

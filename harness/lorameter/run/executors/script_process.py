@@ -17,9 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-from lorameter.attach.marker_files import lacking_in
-from lorameter.attach.script_trial import SOCKET, address
-from lorameter.attach.variables import SEEN
+from lorameter.attach.environment import HOOKED, SOCKET, address, lacking_in
 from lorameter.errors import redact
 from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
 from lorameter.machine.processes import end_with_parent, exit_words, held_back, kill_group
@@ -80,7 +78,7 @@ class ScriptProcess:
             log: what it prints is appended to.
             turns: name of the socket (`lorameter.attach.script_trial.address`).
         """
-        self._seen = variables.get(SEEN, "")
+        self._hooked = variables.get(HOOKED, "")
         self._marker = f"{SOCKET}={turns}".encode()
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -119,9 +117,9 @@ class ScriptProcess:
 
     def _without_training(self, timeout_s: float) -> WorkerLostError:
         code, output = self.exit_code(), self.output()
-        lacking = lacking_in(Path(self._seen)) if self._seen else ""
+        lacking = lacking_in(Path(self._hooked)) if self._hooked else ""
         status: Status = "invalid"
-        if self._seen and not Path(self._seen).exists() and code in (None, 0):
+        if self._hooked and not Path(self._hooked).exists() and code in (None, 0):
             kind, message = (
                 "NotHooked",
                 (

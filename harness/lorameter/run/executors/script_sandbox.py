@@ -21,8 +21,7 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 from lorameter.attach import disable_side_effects
-from lorameter.attach.child_env import environment
-from lorameter.attach.script_trial import SOCKET
+from lorameter.attach.environment import SOCKET, child_environment
 from lorameter.errors import UsageError, shorten
 from lorameter.records import bounded_io
 from lorameter.records.record import Notice
@@ -186,11 +185,11 @@ def variables_of(
     given = {**inherited, **limits, **_QUIET, **own, **variant.env}
     if in_front := variant.python or side:
         given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
-    return environment(
+    return child_environment(
         given,
         follower=FOLLOWER,
         after_import=disable_side_effects.after_import(),
-        seen=scratch / "seen",
+        hooked=scratch / "hooked",
         variables={SOCKET: socket},
     )
 

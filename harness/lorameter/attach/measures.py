@@ -1,25 +1,113 @@
-"""What a step of a script needs of its device: the numerator of MFU.
+"""What is measured next to the steps of a training: peaks of memory, the energy of a GPU, and the FLOPs of a step.
 
-The counts are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its configuration
-gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N.
-One of a family whose layers are not known is counted from its modules (`lorameter.models.costs.modules`). Pairs of a
-query and a key are those of rows of the mean real length, so a few too few where lengths differ.
+The counts of FLOPs are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its
+configuration gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights,
+which takes 6 N. One of a family whose layers are not known is counted from its modules
+(`lorameter.models.costs.modules`). Pairs of a query and a key are those of rows of the mean real length, so a few too
+few where lengths differ.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lorameter.attach.observer import StepReading, TrainingInfo
-from lorameter.attach.step_samples import StepSamples
+from lorameter.attach.observer import Phase, StepReading, TrainingInfo
+from lorameter.attach.samples import StepSamples
 from lorameter.errors import LorameterError, UsageError
+from lorameter.machine.memory import PeakMemoryTracker
+from lorameter.machine.nvml import NvmlDevice
+from lorameter.machine.reading import Reading
+from lorameter.machine.telemetry import card_of, energy_between
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.costs.modules import count_products
 from lorameter.models.costs.peaks import Rate, stated_peak
 from lorameter.models.shapes import ModelShape, shape_of_config
 from lorameter.studies.variant import Variant
+
+
+class Peaks:
+    """The highest that each phase has come to so far, in the process that asks."""
+
+    def __init__(self, device: str) -> None:
+        """Nothing counts yet; a training is what comes first."""
+        self._gauge = PeakMemoryTracker(device)
+        self._found: dict[str, int] = {}
+        self.phase: Phase = "train"
+        """What the training does now."""
+
+    def begin(self) -> None:
+        """From here on they count."""
+        self._gauge.begin()
+
+    def enter(self, phase: Phase) -> None:
+        """The phase under way has ended, and this one begins."""
+        self._keep()
+        self.phase = phase
+        self._gauge.begin()
+
+    def so_far(self) -> dict[str, int]:
+        """Bytes by their names in a record, that of the phase under way among them."""
+        self._keep()
+        return dict(self._found)
+
+    def _keep(self) -> None:
+        for name, size in self._gauge.peaks(self.phase).items():
+            self._found[name] = max(size, self._found.get(name, 0))
+
+
+class Energy:
+    """Joules of one GPU, by stretches; asks nothing on a CPU."""
+
+    def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._device = device
+        self._clock = clock
+        self._card: NvmlDevice | None = None
+        self._begun: tuple[float, Reading[float]] | None = None
+        self._steps = self._tokens = self._of_steps = self._of_tokens = 0
+        self._joules = 0.0
+        self._counted = True
+        """Whether the tokens of all steps are known."""
+
+    def begin(self) -> None:
+        """A stretch of training begins."""
+        if self._device.startswith("cuda"):
+            self._card = self._card or card_of(self._device).value
+            if self._card is not None:
+                self._begun = (self._clock(), self._card.energy_j())
+                self._steps = self._tokens = 0
+
+    def step(self, reading: StepReading) -> None:
+        """A step of it."""
+        self._steps += 1
+        self._tokens += reading.real_tokens or 0
+        self._counted = self._counted and reading.real_tokens is not None
+
+    def end(self) -> None:
+        """It is over."""
+        self._joules, self._of_steps, self._of_tokens = self._so_far()
+        self._begun = None
+
+    def _so_far(self) -> tuple[float, int, int]:
+        """Joules of all stretches, with their steps and tokens, that of the one under way as far as it has come."""
+        joules, steps, tokens = self._joules, self._of_steps, self._of_tokens
+        if self._begun is not None and self._card is not None:
+            began_s, first = self._begun
+            spent = energy_between(first, self._card.energy_j(), self._clock() - began_s)
+            if spent.value is not None:
+                joules, steps, tokens = joules + spent.value, steps + self._steps, tokens + self._tokens
+        return joules, steps, tokens
+
+    def values(self) -> dict[str, float]:
+        """As of a trial's record; empty where no stretch was long enough."""
+        joules, of_steps, of_tokens = self._so_far()
+        if not of_steps:
+            return {}
+        tokens = {"energy_tokens": of_tokens} if self._counted and of_tokens else {}
+        return {"device_energy_train_j": joules, "energy_steps": of_steps} | tokens
+
 
 RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
