@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lorameter.attach import script_trial
 from lorameter.cli import parser
 from lorameter.commands import ab_scripts
-from lorameter.run.executors import script_sandbox, script_worker
+from lorameter.run.executors import script_sandbox
 from lorameter.studies.protocol import STEPS_PER_TURN
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts import same_training
@@ -71,7 +72,7 @@ def codes_in(text):
     [
         ("Do they do the same?", same_training),
         ("What a measured script writes", script_sandbox),
-        ("The end", script_worker),
+        ("The end", script_trial),
     ],
 )
 def test_its_notices_are_those_that_there_are(title, module):
@@ -84,7 +85,7 @@ def test_its_numbers_are_those_of_the_code():
     assert STEPS_PER_TURN == 2
     assert f"process ({re.search('default ([0-9]+)', inspect.getsource(ab_scripts.add_script_options))[1]})" in TEXT
     assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
-    assert f"more than {script_sandbox.MOST_BYTES >> 30} GiB" in TEXT
+    assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in TEXT
     assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")
     assert f"lies within {same_training.MARGIN:.0%}".replace("%", " %") in section("Do they do the same?")
 

@@ -25,8 +25,8 @@ from lorameter.records.units import format_bytes
 from lorameter.run.arms import CONTROL_SUFFIX, Arm, sides_of
 from lorameter.run.display import Display
 from lorameter.run.executors import open_executor
+from lorameter.run.executors.environments import restore_requirements
 from lorameter.run.executors.host import Host
-from lorameter.run.executors.redacted_requirements import asked_again
 from lorameter.run.executors.script_sandbox import check_side
 from lorameter.run.executors.sides import OpenSide, open_side
 from lorameter.run.feasibility import check_feasible
@@ -220,7 +220,7 @@ def _spec_again(whose: str, side: Mapping[str, Any]) -> str:
     Raises `UsageError` where it takes a credential that is not kept."""
     if side["kind"] == "revision":
         return str(side["facts"]["git"]["commit"])
-    return asked_again(whose, side["spec"]) if side["kind"] == "requirements" else str(side["spec"])
+    return restore_requirements(whose, side["spec"]) if side["kind"] == "requirements" else str(side["spec"])
 
 
 def _believe(facts: Mapping[str, MachineFacts]) -> None:

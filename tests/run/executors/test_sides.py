@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import site
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import lorameter
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, redact
 from lorameter.machine.provenance import differing_packages, harness_identity
-from lorameter.records.locks import alone
 from lorameter.run.executors.environments import (
-    DESCRIPTION_FILE,
-    UNUSED_DAYS,
     layered_environment,
     parse_requirements,
+    restore_requirements,
 )
 from lorameter.run.executors.host import describe, inspect
 from lorameter.run.executors.local import LocalExecutor
@@ -350,20 +346,12 @@ def test_this_process_can_build_extensions_afterwards(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_environments_that_nobody_uses_are_removed(index, cache):
-    """Those that no A/B has asked for in a month; not one that another process makes or takes down now."""
-    python = layered_environment([OLD_PACKAGING], cache, report=silent)
-    long_ago = time.time() - (UNUSED_DAYS + 1) * 24 * 3600
-    old, held, young = (cache / "environments" / name for name in ("old", "held", "young"))
-    for layer in (old, held, young):
-        layer.mkdir()
-        (layer / DESCRIPTION_FILE).touch()
-    for layer in (old, held, python.parents[1]):
-        os.utime(layer / DESCRIPTION_FILE, (long_ago, long_ago))
-    with alone(held, "somebody else's"):
-        assert layered_environment([OLD_PACKAGING], cache, report=silent) == python
-    assert python.is_file()
-    assert [layer.is_dir() for layer in (old, held, young)] == [False, True, True]
+def test_requirements_of_a_resumed_ab_are_asked_for_without_their_credential():
+    """pip has it from elsewhere; a query that was left out is nowhere else."""
+    kept = redact("peft @ https://me:hunter2@host/peft.whl")
+    assert restore_requirements("run r, base", kept) == "peft @ https://host/peft.whl"
+    with pytest.raises(UsageError, match=r"run r, base: .*Measure the A/B anew"):
+        restore_requirements("run r, base", redact("peft @ https://host/peft.whl?sig=hunter2"))
 
 
 def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):

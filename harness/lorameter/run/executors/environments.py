@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -20,22 +19,19 @@ import shutil
 import site
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from lorameter.errors import InvalidRunError, UsageError, redact
+from lorameter.errors import HIDDEN, InvalidRunError, UsageError, redact
 from lorameter.machine.processes import kill_group
 from lorameter.machine.provenance import LIBRARIES, library_version
-from lorameter.records.locks import alone, locked
+from lorameter.records.locks import locked
 from lorameter.records.os_errors import refusal_said
 
 DESCRIPTION_FILE = "lorameter.json"
 """What the layer was made of; written last."""
-UNUSED_DAYS = 30
-"""A layer that no A/B has asked for in this time is removed by the next one that asks for any."""
 _LINE_LETTERS = 1 << 16
 """Of what is read at once: what builds a package may print a line without an end."""
 _LAYER_FILE = "_lorameter_layer.pth"
@@ -65,6 +61,25 @@ def parse_requirements(text: str) -> tuple[str, ...] | None:
     return tuple(sorted(str(each) for each in requirements)) or None
 
 
+def restore_requirements(whose: str, requirements: str) -> str:
+    """Requirements of a run that is resumed, which were written down without their credentials: pip takes the one of a
+    host from ~/.netrc or from an index of that host.
+
+    Args:
+        whose: names them in a refusal.
+        requirements: as they were written down.
+
+    Raises:
+        UsageError: the query of an address was left out, which is kept nowhere else.
+    """
+    if f"?{HIDDEN}" in requirements:
+        raise UsageError(
+            f"{whose}: {requirements}: the query of its address was a credential and is not kept, so it cannot be "
+            "asked for again. Measure the A/B anew."
+        )
+    return requirements.replace(f"{HIDDEN}@", "")
+
+
 def layered_environment(requirements: Sequence[str], cache: Path, *, report: Callable[[str], object]) -> Path:
     """The interpreter of an environment with these requirements on top of the present one; made if it is not there.
 
@@ -90,34 +105,7 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        (target / DESCRIPTION_FILE).touch()  # when it was used last
-    _remove_unused(target.parent)
     return target / "bin" / "python"
-
-
-@contextlib.contextmanager
-def in_use(python: Path) -> Iterator[None]:
-    """Meanwhile nobody removes the layer of this interpreter, however old it looks: by a clock that is wrong, or in an
-    A/B that takes weeks."""
-    with (python.parents[1] / DESCRIPTION_FILE).open("rb") as file:
-        with contextlib.suppress(OSError):  # a disk without locks
-            fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-
-
-def _remove_unused(folder: Path) -> None:
-    """Remove layers that nobody has asked for in a long time; each is hundreds of megabytes, and can be made anew."""
-    for description in folder.glob(f"*/{DESCRIPTION_FILE}"):
-        with contextlib.suppress(OSError, UsageError):  # another process has it, or removes it as well
-            if _is_unused(description):
-                with alone(description.parent, "being made"), description.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if _is_unused(description):
-                        shutil.rmtree(description.parent)
-
-
-def _is_unused(description: Path) -> bool:
-    return time.time() - description.stat().st_mtime > UNUSED_DAYS * 24 * 3600
 
 
 def site_packages(python: Path) -> Path:

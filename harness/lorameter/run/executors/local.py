@@ -24,7 +24,6 @@ from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.executors.disk import Disk
-from lorameter.run.executors.here import Here
 from lorameter.run.executors.host import Host, describe
 from lorameter.run.executors.process_worker import silence
 from lorameter.run.executors.zygote import Zygote, ZygoteLostError
@@ -69,7 +68,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
     return inherited | fixed
 
 
-class LocalExecutor(Here):
+class LocalExecutor:
     """Implements `Executor` with one zygote, and another where that has died. Raises `InvalidRunError` when none can be
     started.
 

@@ -23,14 +23,13 @@ from lorameter.machine import provenance
 from lorameter.machine.affinity import has_children
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
-from lorameter.machine.provenance import MachineFacts
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.executors.disk import Disk
-from lorameter.run.executors.here import Here
 from lorameter.run.executors.host import Host, describe, inspect
 from lorameter.run.executors.process_worker import ProcessWorker
 from lorameter.run.executors.script_process import ScriptProcess
@@ -168,7 +167,7 @@ class ScriptWorker(ProcessWorker):
         return super().cpus() if self._may_pin else ()
 
 
-class ScriptExecutor(Here):
+class ScriptExecutor:
     """Implements `Executor`."""
 
     def __init__(self, *, host: Host | None = None) -> None:
@@ -179,6 +178,22 @@ class ScriptExecutor(Here):
         self._snapshots: dict[Path, Path] = {}
         self._homes: dict[str, Path] = {}
         """The folder that a trial's process has to itself."""
+
+    def machine(self) -> Machine:
+        """The present one."""
+        return provenance.probe_machine()
+
+    def lanes(self, threads: int) -> int:
+        """One: what its processes need is not known."""
+        return 1
+
+    def device_id(self) -> str:
+        """The CPU, all of it, or the GPU by its own number."""
+        return provenance.device_id()
+
+    def free_bytes(self) -> int | None:
+        """On its device, or in this container, now."""
+        return provenance.free_bytes(self.machine())
 
     def facts(self) -> MachineFacts:
         """Of the machine, and of the interpreter if that is not the present one. Raises `UsageError`."""

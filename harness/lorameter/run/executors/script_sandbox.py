@@ -15,10 +15,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import NoReturn
 
 from lorameter.attach import disable_side_effects
 from lorameter.attach.environment import SOCKET, child_environment
@@ -32,9 +31,9 @@ from lorameter.studies.variant import Variant
 
 LARGE_BYTES = 64 * 2**20
 """A larger file is data or weights, which are read; it is linked."""
-MOST_BYTES = 2**30
+MAX_BYTES = 2**30
 """Copied for each process. Whoever has more beside the script has a folder of data there."""
-MOST_FILES = 50_000
+MAX_FILES = 50_000
 LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
 """Folders that a script reads at most."""
 LEFT_OUT = ("__pycache__", ".lorameter", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb")
@@ -62,76 +61,77 @@ _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _PORT_OPTIONS = ("--main_process_port", "--master_port", "--rdzv_endpoint")
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
 
-How = Literal["folder", "copy", "link", "large", "within", "outside"]
-"""What becomes of an entry of a script's folder: made anew · copied · linked, because it is only read · linked, because
-it is too large to be copied · a link to what is copied as well · a link that leads out of the folder."""
-
 
 def take_snapshot(folder: Path, into: Path) -> Path:
     """Copy a folder by the rules above; returns the copy.
 
     Raises:
-        UsageError: it holds more than can be copied for each process.
+        UsageError: it holds more than can be copied for each process, or what cannot be read.
     """
-    into.mkdir(parents=True)
-    for source, how in _walk(folder, into):
-        target = into / source.relative_to(folder)
-        if how == "folder":
-            target.mkdir()
-        elif how == "copy":
-            shutil.copy2(source, target)
-        elif how == "within":
-            target.symlink_to(os.path.relpath(_led_to(source), _led_to(source.parent)))
-        else:
-            target.symlink_to(_led_to(source))
+    links: list[Path] = []
+
+    def ignore(place: str, names: list[str]) -> list[str]:
+        entries = [Path(place, name) for name in names]
+        linked = [entry for entry in entries if not _is_left_out(entry, into) and _is_linked(entry)]
+        links.extend(linked)
+        return [entry.name for entry in entries if _is_left_out(entry, into)] + [entry.name for entry in linked]
+
+    list(copied_files(folder))  # refuses one that is too large, before anything is copied
+    shutil.copytree(folder, into, ignore=ignore)
+    for entry in links:
+        target = _led_to(entry)
+        inside = entry.is_symlink() and _is_copied(target, _led_to(folder))
+        (into / entry.relative_to(folder)).symlink_to(
+            os.path.relpath(target, _led_to(entry.parent)) if inside else target
+        )
     return into
 
 
-def _led_to(entry: Path) -> Path:
-    """Where links lead in the end; of a circle, which `Path.resolve` refuses, to one of its own."""
-    return Path(os.path.realpath(entry))
-
-
-def _walk(folder: Path, into: Path | None = None) -> Iterator[tuple[Path, How]]:
-    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked, and not the
-    copy itself.
+def copied_files(folder: Path) -> Iterator[Path]:
+    """The files of a folder that are copied, and the entries that are linked.
 
     Raises:
         UsageError: it holds more than can be copied, or what cannot be read.
     """
-    try:
-        yield from _entries(folder, into)
-    except OSError as error:
+
+    def refuse(error: OSError) -> NoReturn:
         raise UsageError(
             f"cwd = {str(folder)!r}: {error.filename}: {error.strerror}, and each process works in a copy. Make it "
             "readable, or name the script's own folder as cwd."
         ) from None
 
-
-def _entries(folder: Path, into: Path | None) -> Iterator[tuple[Path, How]]:
-    files, size, folders = 0, 0, [folder]
-    while folders:
-        for entry in sorted(folders.pop().iterdir()):
-            mode = entry.lstat().st_mode
-            if entry.name in LEFT_OUT or not (stat.S_ISLNK(mode) or stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-                continue
-            if stat.S_ISDIR(mode) and (entry == into or is_scratch(entry)):
-                continue
-            if stat.S_ISDIR(mode) and entry.name not in LINKED and not (entry / "pyvenv.cfg").is_file():
-                folders.append(entry)
-                yield entry, "folder"
-            elif stat.S_ISREG(mode) and entry.stat().st_size <= LARGE_BYTES:
+    files = size = 0
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        entries = [Path(place, name) for name in (*folders, *names)]
+        kept = [entry for entry in entries if not _is_left_out(entry)]
+        folders[:] = [entry.name for entry in kept if entry.is_dir() and not _is_linked(entry)]
+        for entry in kept:
+            if entry.is_file() and not _is_linked(entry):
                 files, size = files + 1, size + entry.stat().st_size
-                if files > MOST_FILES or size > MOST_BYTES:
-                    raise UsageError(
-                        f"cwd = {str(folder)!r}: over {MOST_FILES} files or {format_bytes(MOST_BYTES)} below it, and "
-                        "each process works in a copy. Name the script's own folder as cwd, and move data out of it."
-                    )
-                yield entry, "copy"
-            elif stat.S_ISLNK(mode):
-                yield entry, "within" if _is_copied(_led_to(entry), _led_to(folder)) else "outside"
-            else:
-                yield entry, "large" if stat.S_ISREG(mode) else "link"
+            if files > MAX_FILES or size > MAX_BYTES:
+                raise UsageError(
+                    f"cwd = {str(folder)!r}: over {MAX_FILES} files or {format_bytes(MAX_BYTES)} below it, and each "
+                    "process works in a copy. Name the script's own folder as cwd, and move data out of it."
+                )
+            yield entry
+
+
+def _is_left_out(entry: Path, into: Path | None = None) -> bool:
+    """Whether an entry is neither copied nor linked: what tools keep for themselves, pipes, and the copy."""
+    special = not (entry.is_symlink() or entry.is_dir() or entry.is_file())
+    return entry.name in LEFT_OUT or special or entry == into or (not entry.is_symlink() and is_scratch(entry))
+
+
+def _is_linked(entry: Path) -> bool:
+    """Whether an entry is linked, because it is a link, too large, an environment or a repository."""
+    if entry.is_symlink() or entry.name in LINKED or (entry / "pyvenv.cfg").is_file():
+        return True
+    return entry.is_file() and entry.stat().st_size > LARGE_BYTES
+
+
+def _led_to(entry: Path) -> Path:
+    """Where links lead in the end; of a circle, which `Path.resolve` refuses, to one of its own."""
+    return Path(os.path.realpath(entry))
 
 
 def _is_copied(target: Path, folder: Path) -> bool:
@@ -282,22 +282,16 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
     """
     folder = folder_of(variant, stood_in)
     words = words_of(variant, "python", os.environ, folder, origin=folder)
-    large = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "large"]
-    if large:
+    entries = list(copied_files(folder))
+    large = [entry for entry in entries if not entry.is_symlink() and entry.is_file() and _is_linked(entry)]
+    leading_out = [one for one in entries if one.is_symlink() and not _is_copied(_led_to(one), _led_to(folder))]
+    if shared := sorted(str(entry.relative_to(folder)) for entry in (*large, *leading_out)):
         yield Notice(
             code="files-shared",
-            message=f"{variant.name}: {len(large)} files of its folder are larger than "
-            f"{format_bytes(LARGE_BYTES)} and are not copied: {first_few(large, 3)}. A script that writes "
-            "into one of them writes into the original.",
+            message=f"{variant.name}: {first_few(shared, 3)} are not copied: they are larger than "
+            f"{format_bytes(LARGE_BYTES)}, or links that lead out of the folder. A script that writes into one of them "
+            "writes into the original.",
             remedy="Nothing to do where it only reads them; else move them out of its folder.",
-        )
-    links = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "outside"]
-    if links:
-        yield Notice(
-            code="links-shared",
-            message=f"{variant.name}: {len(links)} links of its folder lead out of it: {first_few(links, 3)}. What is "
-            "there is not copied: a script that writes into it writes into the original.",
-            remedy="Nothing to do where it only reads there; else give the script another folder to write into.",
         )
     outside = [word for option, word in _options(words) if _WRITING.fullmatch(option) and _leaves(word)]
     if outside:

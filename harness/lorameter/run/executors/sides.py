@@ -24,8 +24,8 @@ from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, impossible, redact
 from lorameter.machine.repository import run_git
 from lorameter.records import bounded_io
-from lorameter.records.tempdirs import PREFIX, is_abandoned, scratch_folder
-from lorameter.run.executors.environments import in_use, layered_environment, parse_requirements, site_packages
+from lorameter.records.tempdirs import scratch_folder
+from lorameter.run.executors.environments import layered_environment, parse_requirements, site_packages
 from lorameter.run.executors.host import Host, inspect
 
 SideKind = Literal["revision", "interpreter", "requirements"]
@@ -191,8 +191,8 @@ def _revision(
 @contextlib.contextmanager
 def _worktree(commit: str, repository: Path) -> Iterator[Path]:
     """A checkout of a commit in a folder of its own. No hook of the repository runs; submodules stay empty."""
-    _remove_abandoned(repository)
     with scratch_folder() as folder:
+        run_git(repository, "worktree", "prune")  # those of A/Bs that were killed, whose folders are gone
         tree = folder / commit[:12]
         quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
         try:
@@ -204,16 +204,6 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
         finally:
             # Twice: of one that was killed while it was being made git thinks that it is still in use.
             run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
-
-
-def _remove_abandoned(repository: Path) -> None:
-    """Take down the worktrees of A/Bs that were killed; those of others, and of A/Bs under way, stay."""
-    listed = run_git(repository, "worktree", "list", "--porcelain", "-z").stdout.split("\0")
-    for tree in (Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")):
-        folder = tree.parent
-        if folder.name.startswith(PREFIX) and (not folder.exists() or is_abandoned(folder)):
-            run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _roots(repository: Path, top: Path) -> list[Path]:
@@ -290,7 +280,6 @@ def _requirements(
     spec: str, requirements: tuple[str, ...], cache: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
 ) -> OpenSide:
     python = layered_environment(requirements, cache, report=report)
-    stack.enter_context(in_use(python))
     host = Host(python=str(python), environment={"PYTHONSAFEPATH": "1"})
     layer = site_packages(python)
     names = _modules(layer)
@@ -328,9 +317,8 @@ def _modules(folder: Path) -> list[str]:
 
 def _compile(host: Host, folders: list[str]) -> None:
     """Write bytecode once: the first process to import a fresh checkout would else pay for it, on one side only."""
-    command = [host.python, "-c", Path(__file__).with_name("bytecode.py").read_text(encoding="utf-8"), *folders]
-    none = subprocess.DEVNULL  # what it says, nobody reads
-    subprocess.run(command, env=host.variables(os.environ), stdin=none, stdout=none, stderr=none, check=False)
+    command = host.command("compileall", "-qq", *folders)
+    subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
 def _prove(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
