@@ -36,7 +36,7 @@ from typing import Any
 
 from shared import command_output, exit_code, print_origin
 
-from lorameter.attach.environment import COMMAND, RUN, environment
+from lorameter.attach.environment import RUN, child_environment
 from lorameter.machine.affinity import cpus_of, pin_to_cpus
 from lorameter.records.units import format_ratio
 from lorameter.stats import mean_interval
@@ -94,8 +94,7 @@ class Process:
     def __init__(self, folder: Path, steps: int, model: str, *, wrapped: bool) -> None:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if wrapped:
-            run = {RUN: str(folder / "runs" / "run"), COMMAND: f"python {METER_SCRIPT.name}"}
-            variables = environment(variables, variables=run)
+            variables = child_environment(variables, variables={RUN: str(folder / "runs" / "run")})
         command = [
             sys.executable,
             str(METER_SCRIPT),

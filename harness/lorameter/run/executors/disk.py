@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from lorameter.errors import redact
+from lorameter.errors import InvalidRunError, redact
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.executors import TrialFiles
 
@@ -43,6 +43,40 @@ class Disk:
         """Remove what was not to be kept, and redact the logs."""
         self._stack.close()
         redact_logs(self.logs)
+
+
+class DiskExecutor:
+    """The part of an `Executor` that knows where files lie."""
+
+    _disk: Disk | None = None
+    _threads = 1
+
+    def start(self, folder: Path, threads: int) -> None:
+        """Make the folders of a run; further processes compute with so many threads."""
+        self._threads, self._disk = threads, Disk(folder)
+
+    def make_place(self, trial: str, log: str) -> TrialFiles:
+        """In a temporary folder of this executor; the log lies with the run from the start."""
+        return self._required_disk().make_place(trial, log)
+
+    def fetch(self, trial: str, name: str, folder: Path) -> Path:
+        """Moved: nothing else of the trial needs it."""
+        return self._required_disk().fetch(trial, name, folder)
+
+    def clear_place(self, trial: str) -> None:
+        """Adapters and compile caches of a long run would fill the disk."""
+        self._required_disk().clear(trial)
+
+    def close(self) -> None:
+        """Remove what was not to be kept."""
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+
+    def _required_disk(self) -> Disk:
+        if self._disk is None:
+            raise InvalidRunError("the executor is not started. Call start() first.")
+        return self._disk
 
 
 def redact_logs(folder: Path) -> None:

@@ -22,8 +22,8 @@ from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
-from lorameter.run.executors.disk import Disk
+from lorameter.run.executors import Executor, Worker, WorkerLostError
+from lorameter.run.executors.disk import DiskExecutor
 from lorameter.run.executors.host import Host, describe
 from lorameter.run.executors.process_worker import silence
 from lorameter.run.executors.zygote import Zygote, ZygoteLostError
@@ -68,7 +68,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
     return inherited | fixed
 
 
-class LocalExecutor:
+class LocalExecutor(DiskExecutor):
     """Implements `Executor` with one zygote, and another where that has died. Raises `InvalidRunError` when none can be
     started.
 
@@ -80,8 +80,6 @@ class LocalExecutor:
         self._host = host or Host()
         self._whose = f"the worker of {label!r}" if label else "the worker"
         self._suffix = f"-{label}" if label else ""
-        self._threads = 1
-        self._disk: Disk | None = None
         self._zygote: Zygote | None = None
         self._hello: WorkerInfo | None = None
         """Bases that nobody may remove."""
@@ -115,8 +113,7 @@ class LocalExecutor:
 
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""
-        self._threads = threads
-        self._disk = Disk(folder)
+        super().start(folder, threads)
         self._zygote = self._new_zygote()
 
     def _new_zygote(self) -> Zygote:
@@ -277,31 +274,12 @@ class LocalExecutor:
             raise WorkerLostError("crashed", Failure(phase="base", kind="Garbled", message=str(error))) from None
         return summary
 
-    def make_place(self, trial: str, log: str) -> TrialFiles:
-        """In a temporary folder of this executor; the log lies with the run from the start."""
-        return self._required_disk().make_place(trial, log)
-
-    def fetch(self, trial: str, name: str, folder: Path) -> Path:
-        """Moved: nothing else of the trial needs it. Where it does not fit, no part of it is left."""
-        return self._required_disk().fetch(trial, name, folder)
-
-    def clear_place(self, trial: str) -> None:
-        """Adapters and compile caches of a long run would fill the disk."""
-        self._required_disk().clear(trial)
-
     def close(self) -> None:
         """End the zygote; its children die with it."""
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
-        if self._disk is not None:
-            self._disk.close()
-            self._disk = None
-
-    def _required_disk(self) -> Disk:
-        if self._disk is None:
-            raise InvalidRunError("the worker is not started. Call start() first.")
-        return self._disk
+        super().close()
 
     def _required_zygote(self) -> Zygote:
         if self._zygote is None:

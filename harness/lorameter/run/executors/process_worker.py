@@ -23,7 +23,6 @@ class ProcessWorker:
     start_latency_s = float("nan")
     pid = 0
     connection: Connection
-    _at_work = False
     _sent_s = 0.0
     _cpus: tuple[int, ...] = ()
     """All that it may compute on, once they have been read."""
@@ -31,8 +30,8 @@ class ProcessWorker:
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self.connection = pid, connection
 
-    def end(self, grace_s: float = 0.0) -> int | None:
-        """Close the connection and end the process, by force after `grace_s`; its exit status where it is known."""
+    def end(self) -> int | None:
+        """Close the connection and kill the process; its exit status where it is known."""
         raise NotImplementedError
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
@@ -42,7 +41,7 @@ class ProcessWorker:
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
         """Have it begin with a command; a process that is gone is found when its answer is received."""
-        self._sent_s, self._at_work = time.monotonic(), True
+        self._sent_s = time.monotonic()
         with contextlib.suppress(wire.ClosedError):
             wire.send(self.connection, wire.Command(command, trial, arguments))
 
@@ -50,9 +49,7 @@ class ProcessWorker:
         """Its answer to the command that was sent, within `timeout_s` of that. Raises `WorkerLostError`."""
         left_s = timeout_s - (time.monotonic() - self._sent_s)
         with self.losses(command, timeout_s):
-            answer = wire.receive_answer(self.connection, PartialRecord, left_s)
-        self._at_work = False
-        return answer
+            return wire.receive_answer(self.connection, PartialRecord, left_s)
 
     @contextlib.contextmanager
     def losses(self, phase: str, timeout_s: float) -> Iterator[None]:
@@ -79,8 +76,8 @@ class ProcessWorker:
         return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
 
     def close(self) -> None:
-        """End the process: at once where it is at work, else when it has seen that the connection is closed."""
-        self.end(0.0 if self._at_work else END_TIMEOUT_S)
+        """End the process, which keeps nothing that is needed."""
+        self.end()
 
     def cpus(self) -> tuple[int, ...]:
         """All that it may compute on; none where it is gone."""
@@ -98,10 +95,6 @@ class ProcessWorker:
     def fileno(self) -> int:
         """Of the connection that its answer comes by."""
         return self.connection.fileno()
-
-
-END_TIMEOUT_S = 10.0
-"""A process that waits for a command ends as soon as its parent closes the connection."""
 
 
 def silence(phase: str, timeout_s: float) -> Failure:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter import wire
-from lorameter.errors import InvalidRunError, LorameterError, UsageError
+from lorameter.errors import LorameterError, UsageError
 from lorameter.machine import provenance
 from lorameter.machine.affinity import has_children
 from lorameter.machine.host import HostTelemetry
@@ -28,8 +28,8 @@ from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
-from lorameter.run.executors.disk import Disk
+from lorameter.run.executors import Executor, Worker, WorkerLostError
+from lorameter.run.executors.disk import DiskExecutor
 from lorameter.run.executors.host import Host, describe, inspect
 from lorameter.run.executors.process_worker import ProcessWorker
 from lorameter.run.executors.script_process import ScriptProcess
@@ -154,7 +154,7 @@ class ScriptWorker(ProcessWorker):
         self.end()
         return lost
 
-    def end(self, grace_s: float = 0.0) -> None:
+    def end(self) -> None:
         """End all that was started."""
         if self._process is not None:
             self._process.close()
@@ -167,14 +167,12 @@ class ScriptWorker(ProcessWorker):
         return super().cpus() if self._may_pin else ()
 
 
-class ScriptExecutor:
+class ScriptExecutor(DiskExecutor):
     """Implements `Executor`."""
 
     def __init__(self, *, host: Host | None = None) -> None:
         self._host = host
         self._python: str | None = None
-        self._threads = 1
-        self._disk: Disk | None = None
         self._snapshots: dict[Path, Path] = {}
         self._homes: dict[str, Path] = {}
         """The folder that a trial's process has to itself."""
@@ -201,11 +199,6 @@ class ScriptExecutor:
             self.machine(), None if self._interpreter == Host() else describe(self._interpreter)
         )
 
-    def start(self, folder: Path, threads: int) -> None:
-        """Nothing is started before a trial is."""
-        self._threads = threads
-        self._disk = Disk(folder)
-
     def hello(self) -> WorkerInfo:
         """What is known without a worker; a script says itself what it computes on, when it has begun."""
         machine = self.machine()
@@ -229,17 +222,9 @@ class ScriptExecutor:
         message = "a script loads its model itself"
         raise WorkerLostError("not_run", Failure(phase="base", kind="NotOfScripts", message=message))
 
-    def make_place(self, trial: str, log: str) -> TrialFiles:
-        """In a temporary folder of this executor; the log lies with the run from the start."""
-        return self._required_disk().make_place(trial, log)
-
-    def fetch(self, trial: str, name: str, folder: Path) -> Path:
-        """Moved: nothing else of the trial needs it."""
-        return self._required_disk().fetch(trial, name, folder)
-
     def clear_place(self, trial: str) -> None:
         """What the script wrote goes with its trial."""
-        self._required_disk().clear(trial)
+        super().clear_place(trial)
         if (home := self._homes.pop(trial, None)) is not None:
             shutil.rmtree(home, ignore_errors=True)
 
@@ -255,12 +240,6 @@ class ScriptExecutor:
     def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
         """Scripts have no cold start."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Remove all copies."""
-        if self._disk is not None:
-            self._disk.close()
-            self._disk = None
 
     @property
     def _interpreter(self) -> Host:
@@ -299,11 +278,6 @@ class ScriptExecutor:
         )
         words = words_of(variant, host.python, variables, folder, origin=origin, side=side)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
-
-    def _required_disk(self) -> Disk:
-        if self._disk is None:
-            raise InvalidRunError("the executor is not started. Call start() first.")
-        return self._disk
 
 
 def _free_port() -> int:

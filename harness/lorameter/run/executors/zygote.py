@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
-from pathlib import Path
 from typing import Any
 
 from lorameter import wire
@@ -20,10 +19,12 @@ from lorameter.errors import LorameterError
 from lorameter.machine.processes import exit_words, kill_group
 from lorameter.records.record import Failure
 from lorameter.run.executors import WorkerLostError
-from lorameter.run.executors.process_worker import END_TIMEOUT_S, ProcessWorker
+from lorameter.run.executors.process_worker import ProcessWorker
 
 START_TIMEOUT_S = 180.0
 """Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
+END_TIMEOUT_S = 10.0
+"""A zygote that was greeted ends as soon as its parent closes the connection, once it has reaped its children."""
 
 
 class ZygoteLostError(Exception):
@@ -141,25 +142,12 @@ class ForkedWorker(ProcessWorker):
             return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
         return super().death(phase)
 
-    def end(self, grace_s: float = 0.0) -> int | None:
-        """Close the connection, which ends the process where it is at rest, and reap it."""
+    def end(self) -> int | None:
+        """Close the connection, and kill the process and what it has started."""
         self.connection.close()
-        if self._ended:
-            return self._code
-        self._ended = True
-        deadline = time.monotonic() + grace_s
-        while grace_s and time.monotonic() < deadline and _runs(self.pid):
-            time.sleep(0.01)
-        if self._zygote.lives:  # else the process has died with it, and its number may be another's
-            kill_group(self.pid)
-            self._code = self._zygote.reap(self.pid)
+        if not self._ended:
+            self._ended = True
+            if self._zygote.lives:  # else the process has died with it, and its number may be another's
+                kill_group(self.pid)
+                self._code = self._zygote.reap(self.pid)
         return self._code
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process still runs (a zombie that waits to be reaped does not)."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in ("Z", "X")
