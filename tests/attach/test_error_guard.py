@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from lorameter.attach import observer as module
 from lorameter.attach.observer import ErrorGuard, NotFollowedError
 
 
@@ -40,20 +39,6 @@ def test_a_wish_to_end_the_process_goes_through():
         with pytest.raises(type(wish)):
             shield.run(fail, wish)
     assert shield.up
-
-
-def test_a_process_asks_once_to_be_told_of_forks(monkeypatch):
-    """However many trainings it follows: what is registered cannot be taken back, and would keep each of them."""
-    module._shields.cache_clear()
-    with monkeypatch.context() as patch:
-        asked = []
-        patch.setattr(os, "register_at_fork", lambda **told: asked.append(told))
-        shields = [ErrorGuard() for _ in range(3)]
-        assert len(asked) == 1
-        assert all(shield.up for shield in shields)
-        asked[0]["after_in_child"]()
-        assert not any(shield.up for shield in shields)
-    module._shields.cache_clear()
 
 
 def test_in_a_fork_only_what_was_made_there_is_called():

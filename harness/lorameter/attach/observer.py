@@ -14,7 +14,6 @@ pass. An exception that is no `Exception` is a wish to end the process, and goes
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import traceback
@@ -137,11 +136,14 @@ class ErrorGuard:
     """Calls what is ours, in the process that made it and until the first error. Not shared between threads."""
 
     def __init__(self) -> None:
-        self.up = True
-        """Whether what is ours is still called: not after an error, and not in a fork of the process."""
-        _shields().add(self)
+        self._up, self._pid = True, os.getpid()
         self.on_error: Callable[[Exception], None] = _nothing
-        """Is called once, after the error was told."""
+        """Is called once, after the error was printed."""
+
+    @property
+    def up(self) -> bool:
+        """Whether what is ours is still called: not after an error, and not in a fork of the process."""
+        return self._up and os.getpid() == self._pid
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """What the call returns; None where it is not called any more, or fails."""
@@ -155,26 +157,13 @@ class ErrorGuard:
 
     def stand_aside(self, error: Exception) -> None:
         """From here on nothing of ours is called. For what runs in every step and calls by itself, while it is `up`."""
-        self.up = False
+        self._up = False
         if isinstance(error, NotFollowedError):
             say(f"this training is not followed: {said_by(error)}")
         else:
             say(f"the meter has failed and stands aside; the training goes on without it: {said_by(error)}")
         with contextlib.suppress(Exception):
             self.on_error(error)
-
-
-@functools.cache  # of the process: what is registered stays, however many trainings it follows
-def _shields() -> weakref.WeakSet[ErrorGuard]:
-    """All of this process. A fork takes them down: they are asked many times a step, and getpid is a system call."""
-    shields: weakref.WeakSet[ErrorGuard] = weakref.WeakSet()
-
-    def take_down() -> None:
-        for shield in list(shields):
-            shield.up = False
-
-    os.register_at_fork(after_in_child=take_down)
-    return shields
 
 
 def without_frames(error: BaseException) -> BaseException:

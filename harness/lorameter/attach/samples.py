@@ -50,11 +50,8 @@ def timed_samples(turns: Sequence[Sequence[StepReading]]) -> dict[str, tuple[flo
 
 def timed_columns(reading: StepReading) -> dict[str, float | None]:
     """What a timed step adds to these samples as a turn of its own; None where it did not show it."""
-    found = {name: getattr(reading, field) for name, field in _TIMED.items()}
-    found |= {name: getattr(reading, field) for name, field in _COUNTED.items()}
-    real, padded = reading.real_tokens, reading.padded_tokens
-    found["turn_padded_tokens"] = None if real is None or padded is None else padded - real
-    return {name: None if value is None else float(value) for name, value in found.items()}
+    found = timed_samples([[reading]])
+    return {name: found[name][0] if name in found else None for name in (*_TIMED, *_COUNTED, "turn_padded_tokens")}
 
 
 def untimed_columns(losses: str, tokens: str, reading: StepReading) -> dict[str, float | None]:
