@@ -149,14 +149,14 @@ class StepSamples:
         return len(self._timed)
 
     @property
-    def timed_numbers(self) -> tuple[int, ...]:
-        """Which steps these are, from 1."""
-        return tuple(reading.number for reading in self._timed)
+    def timed_steps(self) -> Sequence[StepReading]:
+        """These steps."""
+        return self._timed
 
-    def samples(self) -> dict[str, tuple[float, ...]]:
-        """As of a trial's record, each timed step a turn of its own."""
+    def samples(self, timed: Sequence[StepReading] | None = None) -> dict[str, tuple[float, ...]]:
+        """As of a trial's record, each timed step a turn of its own; `timed` stand in for the timed steps."""
         early = [*([] if self._first is None else [self._first]), *self._warm]
-        found = timed_samples([(reading,) for reading in self._timed])
+        found = timed_samples([(reading,) for reading in (self._timed if timed is None else timed)])
         found |= untimed_samples("warmup_loss", "warmup_tokens", early)
         return found | ({"warmup_step_time_s": tuple(one.step_time_s for one in self._warm)} if self._warm else {})
 

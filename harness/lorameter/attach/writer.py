@@ -39,7 +39,7 @@ from lorameter.attach.observer import (
     TrainingInfo,
     say,
 )
-from lorameter.attach.ranks import RankFile, Ranks
+from lorameter.attach.ranks import Ranks
 from lorameter.attach.samples import MOST_TIMED, UNSEEN_END, StepSamples, exit_status, tokens_in
 from lorameter.errors import UsageError, said_by
 from lorameter.machine import provenance
@@ -217,7 +217,6 @@ class Writer:
         self._file: RunFile | None = None
         self._finished: RunFile | None = None
         """The same when its last record is written."""
-        self._rank: RankFile | None = None
         self._ranks: Ranks | None = None
         self._notices: list[Notice] = []
         self._checks: tuple[dict[str, Any], ...] | None = None
@@ -238,11 +237,11 @@ class Writer:
         self._gathered, self._work = StepSamples(training.planned_steps), Work(training)
         path = self._path()
         if training.rank:
-            self._rank = RankFile(path, training)
+            self._ranks = Ranks(path, training)
             return AT_ONCE
         device = _device_of(training)
         if training.ranks > 1:
-            self._ranks = Ranks(path, training.ranks)
+            self._ranks = Ranks(path, training)
         self._values = _counts_of(training)
         self._file = RunFile(
             path, command=command_of(self._named), device=device, requirements=self._require, values=dict(self._values)
@@ -254,13 +253,10 @@ class Writer:
 
     def step(self, reading: StepReading) -> ObserverReply:
         """One more step; the first after the warm-up is watched."""
-        if self._rank is not None:
-            self._rank.add(reading)
-            return AT_ONCE
-        if self._file is None:
-            return AT_ONCE
         if self._ranks is not None:
             self._ranks.add(reading)
+        if self._file is None:
+            return AT_ONCE
         if reading.checks is not None:
             self._watched += 1
             self._checks = tuple(codec.to_json(check) for check in reading.checks)
@@ -338,9 +334,11 @@ class Writer:
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Write the last record, and print the report."""
-        if self._rank is not None:
-            self._rank.finish()
-        if self._file is None or self._training is None:
+        if self._training is None:
+            return
+        if self._ranks is not None and self._training.rank:
+            self._ranks.write()
+        if self._file is None:
             return
         self._end_stretch()
         status, failure = exit_status(error, self._gathered, self._peaks.phase)
@@ -352,7 +350,10 @@ class Writer:
         measured["values"] |= {} if seen else {UNSEEN_END: 1.0}
         measured["values"] |= self._work.values(self._gathered, self._file.device_name)
         if self._ranks is not None:
-            measured["samples"] = self._ranks.slowest(measured["samples"], self._gathered.timed_numbers, self._notices)
+            measured["samples"] = self._gathered.samples(
+                self._ranks.together(self._gathered.timed_steps, self._notices)
+            )
+            measured["samples"].pop("warmup_tokens", None)  # of this rank alone
             measured["tokens"] = tokens_in(measured["samples"])
         record = self._file.record(
             status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
