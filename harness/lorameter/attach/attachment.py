@@ -12,13 +12,13 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lorameter.attach.environment import DEFAULT_FOLLOWER, ENV_FOLLOWER
-from lorameter.attach.observer import ErrorGuard, NotFollowedError, Source, TrainingInfo, TrainingObserver, say
+from lorameter.attach.observer import ErrorGuard, NotFollowedError, Source, TrainingInfo, TrainingObserver, say, weakly
 from lorameter.attach.steps import Steps
 
 
@@ -83,11 +83,7 @@ class Attachment:
             return
         self._told = True
         say(f"another training of this script (seen by its {source}) is not followed: the first one is")
-        training = TrainingInfo(
-            source=source, model=None, planned_steps=None, trainable_parameters=None, total_parameters=None,
-            accumulation=None,
-        )  # fmt: skip
-        ErrorGuard().run(self._follower.begin, training)
+        ErrorGuard().run(self._follower.begin, TrainingInfo(source=source))
 
     def _end_with_process(self) -> None:
         """The process ends and the training has not: by an error, or because the script has let it go."""
@@ -128,6 +124,33 @@ class UnendedError(NotFollowedError):
 def this_process() -> Attachment:
     """The attachment of this process; a fork has that of the process it was forked from, and is not followed."""
     return Attachment()
+
+
+def follow(
+    source: object,
+    kind: Source,
+    model: Any,
+    make: Callable[[], TrainingObserver] | None,
+    *,
+    parameters: Sequence[torch.nn.Parameter] = (),
+    **facts: Any,
+) -> Steps | None:
+    """Follow the training of a model, as `Attachment.begin` does; of one that is not seen these `parameters` train."""
+    rank, ranks = rank_of()
+    trainable, total = count_parameters(model)
+    if model is None and parameters:
+        trainable = sum(one.numel() for one in parameters)
+    training = TrainingInfo(
+        source=kind,
+        model=weakly(model),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        rank=rank,
+        ranks=ranks,
+        **facts,
+    )
+    device = parameters[0].device if parameters else device_of(model)
+    return this_process().begin(source, training, device, make)
 
 
 def named_follower() -> TrainingObserver:

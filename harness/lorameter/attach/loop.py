@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lorameter.attach.attachment import count_parameters, device_of, rank_of, this_process
+from lorameter.attach.attachment import follow, this_process
 from lorameter.attach.model_hooks import ModelHooks, Patches, compiles_here, find_root, uncompiled
-from lorameter.attach.observer import ErrorGuard, Phase, TrainingInfo, TrainingObserver, say, weakly
+from lorameter.attach.observer import ErrorGuard, Phase, TrainingObserver, say, weakly
 from lorameter.attach.steps import Steps
 
 MOST_OTHERS = 100
@@ -150,22 +150,9 @@ class OptimizerSource:
     def _follow(self, optimizer: Any) -> Steps | None:
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         model = find_root(parameters)
-        trainable, total = count_parameters(model)
-        rank, ranks = rank_of()
-        training = TrainingInfo(
-            source="optimizer",
-            model=weakly(model),
-            planned_steps=None,
-            trainable_parameters=trainable if model is not None else sum(one.numel() for one in parameters),
-            total_parameters=total,
-            accumulation=None,
-            rank=rank,
-            ranks=ranks,
-        )
-        device = parameters[0].device if parameters else torch.device("cpu")
-        steps = this_process().begin(self, training, device, self._make)
+        steps = follow(self, "optimizer", model, self._make, parameters=parameters)
         if steps is not None:
-            self._model = training.model or self._model
+            self._model = weakly(model) or self._model
             self._sight = ModelHooks(steps, batches=True)
         return steps
 
@@ -292,21 +279,8 @@ class LoopSource:
         return self._steps
 
     def _follow(self, accumulation: int | None, counts: bool) -> Steps | None:
-        rank, ranks = rank_of()
         model = None if self._model is None else self._model()
-        trainable, total = count_parameters(model)
-        training = TrainingInfo(
-            source="loop",
-            model=self._model,
-            planned_steps=None,
-            trainable_parameters=trainable,
-            total_parameters=total,
-            accumulation=accumulation,
-            rank=rank,
-            ranks=ranks,
-            required=self._required,
-        )
-        steps = this_process().begin(self, training, device_of(model), self._make)
+        steps = follow(self, "loop", model, self._make, accumulation=accumulation, required=self._required)
         if steps is not None:
             self._sight = ModelHooks(steps, batches=counts)
             self._sight.within = False

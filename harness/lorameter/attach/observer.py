@@ -35,12 +35,12 @@ class TrainingInfo:
     """What is known of a training before its first step. It keeps nothing of the script's alive."""
 
     source: Source
-    model: weakref.ref[Any] | None
+    model: weakref.ref[Any] | None = None
     """To an ``nn.Module``; None where the source does not see it."""
-    planned_steps: int | None
-    trainable_parameters: int | None
-    total_parameters: int | None
-    accumulation: int | None
+    planned_steps: int | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    accumulation: int | None = None
     """Forward and backward passes in a step."""
     rank: int = 0
     ranks: int = 1

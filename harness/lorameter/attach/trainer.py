@@ -20,8 +20,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lorameter.attach.attachment import UnendedError, count_parameters, device_of, rank_of, this_process
-from lorameter.attach.observer import ErrorGuard, StepReading, TrainingInfo, TrainingObserver, weakly, without_frames
+from lorameter.attach.attachment import UnendedError, follow
+from lorameter.attach.observer import ErrorGuard, StepReading, TrainingObserver, without_frames
 from lorameter.attach.steps import Steps
 
 TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
@@ -61,20 +61,15 @@ class TrainerSource(TrainerCallback):
         self._steps = ErrorGuard().run(self._begin, args, state, kwargs.get("model"))
 
     def _begin(self, args: Any, state: Any, model: Any) -> Steps | None:
-        rank, ranks = rank_of()
-        trainable, total = count_parameters(model)
-        training = TrainingInfo(
-            source="trainer",
-            model=weakly(model),
+        steps = follow(
+            self,
+            "trainer",
+            model,
+            self._make,
             planned_steps=state.max_steps or None,
-            trainable_parameters=trainable,
-            total_parameters=total,
             accumulation=args.gradient_accumulation_steps,
-            rank=rank,
-            ranks=ranks,
             required=self._required,
         )
-        steps = this_process().begin(self, training, device_of(model), self._make)
         if steps is not None:
             if self._log:
                 steps.keep_readings()
