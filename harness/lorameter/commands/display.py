@@ -20,6 +20,6 @@ def display_of(plan: Plan, machine: Machine, runs: Path, console: Any) -> LiveDi
     from lorameter.run.forecast import forecast
 
     with contextlib.suppress(LorameterError):
-        expected = forecast(plan, machine, runs)
+        expected = forecast(plan, machine, runs).time
         return LiveDisplay(console, device=machine.device_name, expected_s=expected.time_s, basis=expected.basis)
     return LiveDisplay(console, device=machine.device_name)

@@ -211,6 +211,15 @@ class PlanOf(msgspec.Struct, forbid_unknown_fields=True):
     seed: int
     time_s: float | None
     time_basis: str
+    replicates: int | None
+    """That the run is expected to have."""
+    skipped: list[str]
+    """What the time limit is expected to leave out."""
+    half_width: float | None
+    """Expected, of the interval of a training ratio; a fraction."""
+    noise_basis: str
+    time_for_3_percent_s: float | None
+    """Until a half-width of 3 % is expected."""
     memory_bytes: int | None
     disk_bytes: int | None
     unknown: str = ""

@@ -19,6 +19,7 @@ def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Pat
     """Print a plan and what it is expected to take, as text or as one JSON document."""
     from lorameter.run.feasibility import NOT_HERE
     from lorameter.run.forecast import Forecast, forecast
+    from lorameter.run.forecast_time import TimeForecast
     from lorameter.studies.data_source import SYNTHETIC
     from lorameter.studies.script import OWN
     from lorameter.studies.workload import LOSSES
@@ -27,7 +28,8 @@ def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Pat
     expected = forecast(plan, machine, runs)
     if any(notice.code == NOT_HERE for notice in notices):  # what it would take on another machine is not known here
         why = "it cannot be measured on this machine"
-        expected = Forecast(time_s=None, basis=why, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
+        took = TimeForecast(time_s=None, basis=why)
+        expected = Forecast(time=took, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
     workload = plan.study.workload
     own = workload.data in (SYNTHETIC, OWN)
     data = None if own else f"{describe_data(workload)}; {LOSSES[workload.loss]}"
@@ -38,8 +40,13 @@ def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Pat
                 "interleaving": plan.interleaving,
                 "why": plan.why,
                 "seed": plan.study.protocol.seed,
-                "time_s": expected.time_s,
-                "time_basis": expected.basis,
+                "time_s": expected.time.time_s,
+                "time_basis": expected.time.basis,
+                "replicates": expected.time.replicates,
+                "skipped": list(expected.time.skipped),
+                "half_width": expected.time.half_width,
+                "noise_basis": expected.time.noise,
+                "time_for_3_percent_s": expected.time.sought_width_s,
                 "memory_bytes": expected.memory_bytes,
                 "disk_bytes": expected.disk_bytes,
                 **({"unknown": expected.unknown} if expected.unknown else {}),

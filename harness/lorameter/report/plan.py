@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from lorameter.machine.provenance import Machine
 from lorameter.records.record import Notice
-from lorameter.records.units import format_bytes, format_count, format_duration
+from lorameter.records.units import format_bytes, format_count, format_duration, format_percent
 from lorameter.report.blocks import Document, Span, say, say_each
 from lorameter.report.notices import warn_before_run
+from lorameter.run.budget import DROPPABLE
 from lorameter.run.forecast import Forecast
 from lorameter.run.plan import Plan
 
@@ -32,8 +33,15 @@ def _lines(plan: Plan, expected: Forecast) -> Iterator[str]:
         names = "; ".join(", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in groups)
         yield f"replicate {replicate + 1}: {names}"
     yield f"level   {plan.interleaving}: {plan.why}"
-    took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
-    yield f"time    {took} ({expected.basis})"
+    time = expected.time
+    took = "unknown" if time.time_s is None else f"about {format_duration(time.time_s)}"
+    yield f"time    {took} ({time.basis})"
+    if time.replicates is not None:
+        skipped = f", without {', '.join(DROPPABLE[part] for part in DROPPABLE if part in time.skipped)}"
+        yield f"fits    {format_count(time.replicates, 'replicate')}{skipped if time.skipped else ''}"
+    if time.half_width is not None:
+        needed = "" if time.sought_width_s is None else f"; ± 3 % takes about {format_duration(time.sought_width_s)}"
+        yield f"width   intervals of training ratios of ± {format_percent(time.half_width)} ({time.noise}){needed}"
     for what, size, words in (
         ("memory", expected.memory_bytes, " for what is live together, processes included"),
         ("disk  ", expected.disk_bytes, ""),

@@ -1,14 +1,10 @@
-"""What a plan will take: time, memory and disk, before it runs. Each says what it rests on.
+"""Predicts time, memory and disk of a plan before it runs, each with what it rests on.
 
-Time comes from an earlier run of the same study on the same machine where there is one. Without one, a CPU's is
-estimated from its own matrix speed, measured for a moment; a GPU's is not guessed. Memory is that of an earlier run, or
-counted (`lorameter.models.costs.memory`).
+Memory is that of an earlier run, or counted (`lorameter.models.costs.memory`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,37 +20,27 @@ from lorameter.models.costs.memory import (
     mapped_bytes,
     passing_bytes,
 )
-from lorameter.models.shapes import ModelShape, linear_widths, unknown_layers
+from lorameter.models.shapes import unknown_layers
 from lorameter.records import codec, store
-from lorameter.records.durations import measuring_time_s
 from lorameter.records.metrics import RSS_AT_START
-from lorameter.records.units import format_duration
 from lorameter.run.check_multi_rank import processes_on_device
+from lorameter.run.forecast_time import TimeForecast, forecast_time
 from lorameter.run.plan import Group, Plan
 from lorameter.studies.request import BaseKey, base_key
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
-PROCESS_START_S = 6.0
-"""A new interpreter with these imports, measured on two cores."""
-CHECK_S = 1.0
-"""Fork, build and check of a small model, measured on two cores; the check's own steps come on top."""
-CHECK_STEPS = 6
-"""Steps that the first step, the check and the held-out losses are worth."""
 RUNS_LOOKED_AT = 20
 """Runs that are searched for measured peaks."""
 OF_SCRIPTS = "it is the scripts' own"
-LAYER_OVERHEAD_S = 3e-3
-"""Python and dispatch for one layer's forward and backward on a CPU, measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Expected cost of a plan; each is None where it would be a guess. `basis` says what the time rests on."""
+    """Expected cost of a plan; each is None where it would be a guess."""
 
-    time_s: float | None
-    basis: str
+    time: TimeForecast
     memory_bytes: int | None
     disk_bytes: int | None
     unknown: str | None = None
@@ -62,13 +48,10 @@ class Forecast:
 
 
 def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
-    """Expected wall time, memory of what is live together at most (with its processes) and disk of a run."""
+    """Expected time, memory of what is live together at most (with its processes) and disk of a run."""
     if plan.study.of_scripts:
-        earlier = _earlier_run_s(plan, machine, runs)
-        seconds = None if earlier is None else earlier[0] * plan.study.protocol.replicates
-        basis = "no earlier run of these scripts" if earlier is None else f"replicates of run {earlier[1]}"
-        seconds, basis = _within_limit(plan, seconds, basis)
-        return Forecast(time_s=seconds, basis=basis, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
+        took = forecast_time(plan, machine, {}, runs)
+        return Forecast(time=took, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
     shape_of = {one: shapes.shape(catalogue.resolve(one.model)) for one in plan.workloads}
     unknown = next(filter(None, map(unknown_layers, shape_of.values())), None)
     needs: dict[str, int | None] = {}
@@ -82,17 +65,8 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
             adapter_parameters(contender.variant, shape_of[contender.workload]) for contender in plan.contenders
         ]
         disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
-    time_s, basis = _within_limit(plan, *_time(plan, machine, shape_of, runs))
-    return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
-
-
-def _within_limit(plan: Plan, time_s: float | None, basis: str) -> tuple[float | None, str]:
-    """What a run is expected to take where its minutes are limited: no more than these."""
-    minutes = plan.study.protocol.max_minutes
-    if minutes is None or (time_s is not None and time_s <= 60 * minutes):
-        return time_s, basis
-    whole = "" if time_s is None else f"; all that is planned would take {format_duration(time_s)}, by {basis}"
-    return 60 * minutes, f"the limit of {minutes:g} minutes{whole}"
+    took = forecast_time(plan, machine, shape_of, runs)
+    return Forecast(time=took, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine) -> int | None:
@@ -241,72 +215,3 @@ def _measured_process(machine: Machine, runs: Path) -> int | None:
             if births:
                 return max(births)
     return None
-
-
-def _time(
-    plan: Plan, machine: Machine, shape_of: Mapping[Workload, ModelShape], runs: Path
-) -> tuple[float | None, str]:
-    earlier = _earlier_run_s(plan, machine, runs)
-    if earlier is not None:
-        seconds, run = earlier
-        return PROCESS_START_S + seconds * plan.study.protocol.replicates, f"replicates of run {run}"
-    if machine.device != "cpu":
-        return None, "no earlier run of this study on this device"
-    if unknown := next(filter(None, map(unknown_layers, shape_of.values())), None):
-        return None, unknown
-    protocol, rate = plan.study.protocol, _matrix_rate()
-    costs = {workload: _step_and_token_s(workload, shape, rate) for workload, shape in shape_of.items()}
-    requests = 1 + protocol.generate_warmup + protocol.generate_requests
-    seconds = PROCESS_START_S
-    for slot in plan.slots:
-        new_tokens, (step, token) = slot.workload.new_tokens, costs[slot.workload]
-        timed = protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
-        steps = CHECK_STEPS + (timed if "steps" in slot.measures else protocol.warmup_steps_min)
-        requests_each = 3 if slot.workload.adapters > 1 else 1  # of one adapter, after a switch, mixed
-        served = requests_each * requests * sum(measure in slot.measures for measure in ("requests", "merged"))
-        cold = (PROCESS_START_S + new_tokens * token) * ("cold" in slot.measures)
-        seconds += CHECK_S + steps * step + served * new_tokens * token + cold
-    return seconds, "a rule of thumb from this CPU's matrix speed; expect a factor of 2"
-
-
-def _step_and_token_s(workload: Workload, shape: ModelShape, rate: float) -> tuple[float, float]:
-    """A training step, and a generated token of each prompt of a request, on a CPU of so many operations a second."""
-    weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
-    weights += shape.vocab_size * shape.hidden_size
-    tokens = workload.batch_size * workload.sequence_length
-    step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
-    return step, 2 * weights * workload.request_batch / rate + shape.layers * LAYER_OVERHEAD_S / 3
-
-
-def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:
-    """Seconds a replicate in the latest run of the same study, level and phases on the same machine."""
-    for path in reversed(store.list_runs(runs)):
-        with contextlib.suppress(LorameterError):
-            manifest = store.read_manifest(path)  # a run of another study is not read for nothing
-            same = (
-                manifest.provenance.get("device_name") == machine.device_name
-                and manifest.study == codec.to_json(plan.study)
-                and manifest.own_workloads == codec.to_json(plan.own_workloads)
-                and manifest.interleaving == plan.interleaving
-                and manifest.phases == plan.phases
-                and manifest.status == "complete"
-            )
-            records = store.read_run(str(path), runs).records if same else ()
-            if replicates := {record.replicate for record in records}:
-                return measuring_time_s(records) / len(replicates), path.name
-    return None
-
-
-def _matrix_rate() -> float:
-    """Floating-point operations a second of a 512³ float32 product on one thread of this CPU, best of five."""
-    import numpy as np
-    from threadpoolctl import threadpool_limits
-
-    left = np.ones((512, 512), dtype=np.float32)
-    with threadpool_limits(1):
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            left @ left
-            times.append(time.perf_counter() - begin)
-    return float(2 * 512**3 / min(times))

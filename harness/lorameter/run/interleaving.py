@@ -17,6 +17,8 @@ from lorameter.records.units import format_bytes
 from lorameter.studies.variant import ADAPTER_FIELDS, Variant
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
+SCATTER: dict[Interleaving, float] = {"shared-base": 0.019, "lockstep": 0.022, "replicates": 0.27}
+"""These standard deviations: what is assumed of a machine on which nothing has been measured."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that live processes may be expected to take: a forecast errs, and a machine that swaps
 measures nothing."""
