@@ -1,6 +1,7 @@
 """The forecast rests on an earlier run or on this machine, and says on which."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -9,6 +10,7 @@ from lorameter.models.costs.lora import adapter_parameters
 from lorameter.models.costs.memory import estimate_memory
 from lorameter.records import codec, store
 from lorameter.run.forecast import forecast, measured_peaks, together_bytes
+from lorameter.run.forecast_time import half_width
 from lorameter.run.plan import make_plan
 from lorameter.studies.variant import Variant
 
@@ -32,23 +34,35 @@ def test_adapter_parameters_are_exact(model, variant, count):
 def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
     """Unknown is an answer; memory and disk are still given."""
     expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
-    assert expected.time_s is None
-    assert "no earlier run" in expected.basis
+    assert expected.time.time_s is None
+    assert "no earlier run" in expected.time.basis
     assert expected.memory_bytes > 0 < expected.disk_bytes
 
 
-def test_a_limit_is_what_a_run_takes_at_most(small_study, machine, tmp_path):
-    """It is said what all that is planned would take without it; a run that ends before is no longer for it."""
-    whole = forecast(make_plan(small_study), machine, tmp_path)
-    limited = dataclasses.replace(small_study.protocol, max_minutes=whole.time_s / 120)
-    found = forecast(make_plan(dataclasses.replace(small_study, protocol=limited)), machine, tmp_path)
-    assert found.time_s == pytest.approx(whole.time_s / 2, rel=0.2)
-    assert found.basis.startswith("the limit of")
-    assert "all that is planned would take" in found.basis
-    ample = dataclasses.replace(small_study.protocol, max_minutes=1000)
-    assert "limit" not in forecast(make_plan(dataclasses.replace(small_study, protocol=ample)), machine, tmp_path).basis
-    card = dataclasses.replace(machine, device="cuda")
-    assert forecast(make_plan(dataclasses.replace(small_study, protocol=ample)), card, tmp_path).time_s == 60_000
+def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, machine, tmp_path):
+    """Fewer minutes give fewer replicates, wider intervals and fewer other measurements; never more than the limit."""
+
+    def predict(minutes):
+        protocol = dataclasses.replace(small_study.protocol, max_minutes=minutes, replicates=12)
+        study = dataclasses.replace(small_study, protocol=protocol)
+        return forecast(make_plan(study, interleaving="lockstep"), machine, tmp_path).time
+
+    ample, some, few = predict(1000.0), predict(1.0), predict(0.4)
+    assert (ample.replicates, ample.skipped) == (12, ())
+    assert few.replicates <= some.replicates <= ample.replicates
+    assert few.half_width is None or few.half_width >= some.half_width >= ample.half_width > 0
+    assert set(few.skipped) >= set(some.skipped)
+    assert some.time_s <= 60
+    assert "assumed scatter" in ample.noise
+    assert ample.sought_width_s > 0
+
+
+def test_half_widths_are_those_of_shared_scatter(small_study):
+    """Against the t and Dunnett values of tables: a scatter of 2 % in 5 replicates, one variant and the control."""
+    plan = make_plan(small_study)
+    assert half_width(0.02, 1, plan) is None
+    # Two comparisons share 4 + 3 degrees of freedom; t at 97.5 % is 2.365.
+    assert math.log1p(half_width(0.02, 5, plan)) == pytest.approx(2.365 * 0.02 / math.sqrt(5), rel=1e-3)
 
 
 def test_more_replicates_take_longer(small_study, machine, tmp_path):
@@ -57,7 +71,7 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
     short, long = (
         forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path) for s in (small_study, longer)
     )
-    assert long.time_s > 2 * short.time_s
+    assert long.time.time_s > 2 * short.time.time_s
     plain_cpu = dataclasses.replace(machine, avx512_bf16=False)  # where 4-bit weights are not repacked
     big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
     plain, nf4 = (
@@ -117,9 +131,9 @@ def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run)
     plan, runs = make_plan(small_study, phases=("train",)), tmp_path / "runs"
     write_run("run", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]}, change=later)
     found = forecast(plan, machine, runs)
-    assert found.basis == "replicates of run run"
+    assert found.time.basis == "replicates of run run"
     path = runs / "run" / "manifest.json"
     again = store.Resumption(unix_s=1.0, harness=None, commit=None)
     path.write_text(codec.dumps(dataclasses.replace(store.read_manifest(path.parent), resumed=(again,))))
     assert forecast(plan, machine, runs) == found
-    assert found.time_s < 100
+    assert found.time.time_s < 100
