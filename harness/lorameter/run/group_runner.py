@@ -229,16 +229,11 @@ class GroupRunner:
         first = self._values("build_step_time_s")
         if self._group.turns:
             budget.require_one((2 + LEAST_ROUNDS * protocol.steps_per_turn) * sum(first))
-        later = budget.is_limited and self._group.replicate > 0
         verify_s = self._each("verify")
-        warm_s = self._each("warm_up", arguments={"steps": 1} if later else {})
-        once_s = 0.0
-        if budget.is_limited and not later:
-            # Later replicates watch one step as the control does, take one more, and compute no loss before training.
-            checks = self._values("verify_time_s")
-            counts = [len(times) for times in self._warm_up_times()]
-            once_s = verify_s * (1 - len(checks) * min(checks) / sum(checks)) if sum(checks) else 0.0
-            once_s += warm_s * (1 - len(counts) / sum(counts)) if sum(counts) else 0.0
+        self._each("warm_up", arguments={"steps": 1} if budget.is_limited else {})
+        checks = self._values("verify_time_s") if budget.is_judging else []
+        # Later replicates watch a step as the control does, which no profiler looks at.
+        once_s = verify_s * (1 - len(checks) * min(checks) / sum(checks)) if sum(checks) else 0.0
         budget.lap(self._rest, once_s=once_s)
 
     def _train(self) -> None:
