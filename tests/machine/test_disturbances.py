@@ -100,14 +100,14 @@ def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
     (together,) = found(occupancy=0.4, in_turns=True)
     assert (together.code, together.invalid) == ("cpu-contention", False)
     assert "one thread had a CPU for 40%" in together.message
-    assert "does not count" in together.message
+    assert "isolated trial is invalid" in together.message
 
 
 def test_several_threads_are_judged_by_the_pressure_around_them_alone():
     """They wait for each other, so no occupancy is given for them, and no limit of it is named."""
     (one,) = found({"host_cpu_stall_train_s": 90.0})
     assert "work waited for a CPU in 90% of the time" in one.message
-    assert "does not count" not in one.message
+    assert "isolated trial is invalid" not in one.message
 
 
 def test_what_all_shared_makes_nobody_invalid_and_heat_does():
@@ -138,7 +138,7 @@ def test_what_was_withheld_is_a_share_of_the_cpu_time_that_was_asked_for(withhel
     assert found({withheld: 32.0, given: 6368.0}) == ()
     (one,) = found({withheld: 100.0, given: 100.0})
     assert one.invalid
-    assert "50% of the CPU time that was asked for" in one.message
+    assert "50% of the CPU time that was requested" in one.message
     unknown = {name: value for name, value in QUIET.items() if name != given} | {withheld: 99.0}
     assert judge(unknown, {}, "train", in_turns=False) == ()
 

@@ -38,7 +38,7 @@ def pin_to_cpus(pid: int, cpus: Collection[int]) -> None:
 
 
 def has_children(pid: int) -> bool:
-    """Whether a process has started others that live, or nobody can tell."""
+    """Whether a process has running children; true if that is unknown."""
     try:
         lists = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
         return any(one.read_text().strip() for one in lists)

@@ -32,8 +32,8 @@ CLOCK_MOVED = CLOCK_MARGIN
 CLOCK_INVALID = 0.25
 """nvbench discards samples whose clock is below 75 % of the default (its throttle threshold)."""
 SHARED_INVALID_BYTES = 2**30
-"""Held by processes of others. A CUDA context takes 0.3 to 0.6 GiB, so above this somebody keeps data there to work
-on; what is below may be a notebook that was left open."""
+"""Held by other processes. A CUDA context takes 0.3 to 0.6 GiB: above this limit a process keeps data for work; below
+it may be an idle notebook."""
 PAGE_TIME_S = 1e-4
 """What it takes to bring back one page of 4 KiB from a solid-state disk."""
 SWAP_INVALID_BYTES_PER_S = CLOCK_MARGIN / PAGE_TIME_S * 4096
@@ -41,10 +41,10 @@ SWAP_INVALID_BYTES_PER_S = CLOCK_MARGIN / PAGE_TIME_S * 4096
 CONTENDED = CLOCK_MARGIN
 """Share of the time in which something that could run waited for a CPU; as for the occupancy, 5 %."""
 OCCUPANCY_INVALID = 0.5
-"""CPU time over wall time of a trial of one thread that nobody was compared with turn by turn: it ran half of the time
-at most. Several threads wait for each other, so theirs says nothing of other work."""
+"""CPU time over wall time of an isolated trial of one thread: it ran half of the time at most. Several threads wait for
+each other, so that theirs does not show other work."""
 WITHHELD_INVALID = 0.25
-"""Share of the CPU time that was asked for which a hypervisor or a quota kept. In bursts, which hit one step wholly and
+"""Share of the CPU time that was requested which a hypervisor or a quota kept. In bursts, which hit one step wholly and
 the next not at all, so the median bears with more than the margin."""
 
 
@@ -59,7 +59,7 @@ class Disturbance:
     weight: float
     """What was found over the limit for a notice: how bad it is, to sort by."""
     invalid: bool = False
-    """Whether the trial does not count."""
+    """Whether the trial is invalid."""
 
 
 def judge(
@@ -81,28 +81,28 @@ def judge(
         occupancy: CPU time over wall time of the timed steps of one thread on a CPU; None for several threads, and on a
             GPU, where the host rightly waits.
     """
-    told = _Told(values, phase)
+    phase_values = _PhaseValues(values, phase)
     found = [
-        *_throttled(told),
-        *_power_capped(told),
-        *_hot(told),
-        *_clocks(told, in_turns=in_turns),
-        *_shared(told),
-        *_swapped(told),
+        *_throttled(phase_values),
+        *_power_capped(phase_values),
+        *_hot(phase_values),
+        *_clocks(phase_values, in_turns=in_turns),
+        *_shared(phase_values),
+        *_swapped(phase_values),
         *_retrying(memory, phase),
-        *_contended(told, occupancy, in_turns=in_turns),
-        *_withheld(told, in_turns=in_turns),
+        *_contended(phase_values, occupancy, in_turns=in_turns),
+        *_withheld(phase_values, in_turns=in_turns),
     ]
     return tuple(sorted(found, key=lambda disturbance: (not disturbance.invalid, -disturbance.weight)))
 
 
 def waiting_share(values: Mapping[str, float], phase: str) -> float | None:
     """Share of the watched time of a phase in which something that could run waited for a CPU; None if not known."""
-    return _Told(values, phase).host_share("cpu_stall_s")
+    return _PhaseValues(values, phase).host_share("cpu_stall_s")
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _PhaseValues:
     """Values of one phase by the names that the meters use."""
 
     values: Mapping[str, float]
@@ -120,7 +120,7 @@ class _Told:
         return part / whole if part is not None and whole else None
 
     def withheld_share(self, what: str) -> float | None:
-        """Of the CPU time that was asked for; None where that or what was withheld is not known."""
+        """Of the CPU time that was requested; None where that or what was withheld is not known."""
         return withheld_share(self.host(what), self.host(GIVEN[what]))
 
     def device_share(self, counter: str, samples: str) -> tuple[float, str] | None:
@@ -132,67 +132,67 @@ class _Told:
         return (hit / taken, f"{hit:.0f} of {taken:.0f} samples") if hit is not None and taken else None
 
 
-def _throttled(told: _Told) -> Iterator[Disturbance]:
-    by_samples = told.device("throttled_samples")
-    found = told.device_share("thermal_slowdown_s", "throttled_samples")
-    taken = told.device("samples")
+def _throttled(values: _PhaseValues) -> Iterator[Disturbance]:
+    by_samples = values.device("throttled_samples")
+    found = values.device_share("thermal_slowdown_s", "throttled_samples")
+    taken = values.device("samples")
     if by_samples and taken and (found is None or found[0] < by_samples / taken):
         found = (by_samples / taken, f"{by_samples:.0f} of {taken:.0f} samples")  # the supply has no counter of time
     if found is not None and found[0] > NOTICED:
         yield Disturbance(
             code="throttled",
             message=f"the GPU held its clocks down to protect itself in {found[1]} ({found[0]:.0%}; from "
-            f"{NOTICED:.0%} it is said, above {THROTTLED_INVALID:.0%} the trial does not count)",
+            f"{NOTICED:.0%} it is a notice, above {THROTTLED_INVALID:.0%} the trial is invalid)",
             remedy="Give it air and power, or lock a lower clock (nvidia-smi -lgc), and measure again.",
             weight=found[0] / NOTICED,
             invalid=found[0] > THROTTLED_INVALID,
         )
 
 
-def _power_capped(told: _Told) -> Iterator[Disturbance]:
-    found = told.device_share("power_slowdown_s", "power_capped_samples")
+def _power_capped(values: _PhaseValues) -> Iterator[Disturbance]:
+    found = values.device_share("power_slowdown_s", "power_capped_samples")
     if found is not None and found[0] > NOTICED:
         yield Disturbance(
             code="power-capped",
-            message=f"the power limit set the clock in {found[1]} ({found[0]:.0%}; from {NOTICED:.0%} it is said)",
+            message=f"the power limit set the clock in {found[1]} ({found[0]:.0%}; a notice from {NOTICED:.0%})",
             remedy="Times are those of this limit (nvidia-smi -q -d POWER); compare them under the same one.",
             weight=found[0] / NOTICED,
         )
 
 
-def _hot(told: _Told) -> Iterator[Disturbance]:
-    left, degrees = told.device("temperature_margin_c"), told.device("temperature_c")
+def _hot(values: _PhaseValues) -> Iterator[Disturbance]:
+    left, degrees = values.device("temperature_margin_c"), values.device("temperature_c")
     if left is not None and left < HOT_MARGIN_C:
         at = "" if degrees is None else f"at {degrees:.0f} °C "
         yield Disturbance(
             code="gpu-near-thermal-limit",
-            message=f"the GPU was {at}{left:.0f} °C below its slow-down (under {HOT_MARGIN_C:.0f} °C it is said)",
+            message=f"the GPU was {at}{left:.0f} °C below its slow-down (a notice under {HOT_MARGIN_C:.0f} °C)",
             remedy="Give it air, or lower its power limit, before it slows down.",
             weight=(HOT_MARGIN_C - left + 1) / HOT_MARGIN_C,
         )
 
 
-def _clocks(told: _Told, *, in_turns: bool) -> Iterator[Disturbance]:
-    low, high = told.device("sm_clock_min_hz"), told.device("sm_clock_max_hz")
+def _clocks(values: _PhaseValues, *, in_turns: bool) -> Iterator[Disturbance]:
+    low, high = values.device("sm_clock_min_hz"), values.device("sm_clock_max_hz")
     if low is not None and high and (moved := 1 - low / high) > CLOCK_MOVED:
         yield Disturbance(
             code="clocks-moving",
             message=f"the SM clock was between {low / 1e6:.0f} and {high / 1e6:.0f} MHz, a range of {moved:.0%} (from "
-            f"{CLOCK_MOVED:.0%} it is said, above {CLOCK_INVALID:.0%} a trial that was alone does not count)",
+            f"{CLOCK_MOVED:.0%} it is a notice, above {CLOCK_INVALID:.0%} an isolated trial is invalid)",
             remedy="Lock the clock (nvidia-smi -lgc MHZ) and turn persistence on (nvidia-smi -pm 1).",
             weight=moved / CLOCK_MOVED,
             invalid=moved > CLOCK_INVALID and not in_turns,
         )
 
 
-def _shared(told: _Told) -> Iterator[Disturbance]:
-    others, held, hidden = told.device("others"), told.device("others_bytes"), told.device("hidden_bytes")
+def _shared(values: _PhaseValues) -> Iterator[Disturbance]:
+    others, held, hidden = values.device("others"), values.device("others_bytes"), values.device("hidden_bytes")
     if others:
         size = "memory of unknown size" if held is None else format_bytes(held)
         yield Disturbance(
             code="gpu-shared",
             message=f"{others:.0f} other process{'es' * (others != 1)} held {size} of the device (from 1 process it "
-            f"is said, above {format_bytes(SHARED_INVALID_BYTES)} the trial does not count)",
+            f"is a notice, above {format_bytes(SHARED_INVALID_BYTES)} the trial is invalid)",
             remedy="End them, or measure on a GPU that is free (nvidia-smi lists them).",
             weight=1 + (held or 0.0) / SHARED_INVALID_BYTES,
             invalid=held is not None and held > SHARED_INVALID_BYTES,
@@ -200,23 +200,23 @@ def _shared(told: _Told) -> Iterator[Disturbance]:
     elif hidden is not None and hidden > UNEXPLAINED_LIMIT:
         yield Disturbance(
             code="unaccounted-gpu-memory",
-            message=f"{format_bytes(hidden)} of the device were in use by nobody who can be seen (from "
-            f"{format_bytes(UNEXPLAINED_LIMIT)} it is said)",
+            message=f"{format_bytes(hidden)} of the device were in use by processes that are not visible (from "
+            f"{format_bytes(UNEXPLAINED_LIMIT)} it is a notice)",
             remedy="Look from outside the container (nvidia-smi on the machine), or start it with the machine's "
             "process numbers (--pid=host).",
             weight=hidden / UNEXPLAINED_LIMIT,
         )
 
 
-def _swapped(told: _Told) -> Iterator[Disturbance]:
-    moved, watched = [told.host(name) for name in ("swap_in_bytes", "swap_out_bytes")], told.host("watched_s")
+def _swapped(values: _PhaseValues) -> Iterator[Disturbance]:
+    moved, watched = [values.host(name) for name in ("swap_in_bytes", "swap_out_bytes")], values.host("watched_s")
     total = sum(size for size in moved if size is not None)
     if total and watched:
         rate = total / watched
         yield Disturbance(
             code="swapped",
-            message=f"the machine swapped {format_bytes(total)} in {watched:.2f} s (from one page it is said, above "
-            f"{format_bytes(SWAP_INVALID_BYTES_PER_S)} a second the trial does not count)",
+            message=f"the machine swapped {format_bytes(total)} in {watched:.2f} s (from one page it is a notice, "
+            f"above {format_bytes(SWAP_INVALID_BYTES_PER_S)} a second the trial is invalid)",
             remedy="Free memory or turn swap off (swapoff -a); a smaller batch takes less.",
             weight=1 + rate / SWAP_INVALID_BYTES_PER_S,
             invalid=rate > SWAP_INVALID_BYTES_PER_S,
@@ -230,20 +230,20 @@ def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
         yield Disturbance(
             code="memory-retrying",
             message=f"the allocator emptied its cache {format_count(retries, 'time')} and failed "
-            f"{format_count(failures, 'time')} for want of device memory (from 1 it is said)",
+            f"{format_count(failures, 'time')} for want of device memory (from 1 it is a notice)",
             remedy="Each time stops the device; take a smaller batch, checkpointing, or a larger GPU to time compute.",
             weight=float(retries + failures),
         )
 
 
-def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Iterator[Disturbance]:
-    share, switches = told.host_share("cpu_stall_s"), told.host("involuntary_switches")
+def _contended(values: _PhaseValues, occupancy: float | None, *, in_turns: bool) -> Iterator[Disturbance]:
+    share, switches = values.host_share("cpu_stall_s"), values.host("involuntary_switches")
     low = occupancy is not None and occupancy < OCCUPANCY_INVALID
     if low or (share is not None and share > CONTENDED):
         waited = "" if share is None else f"work waited for a CPU in {share:.0%} of the time"
         had = "" if occupancy is None else f"the trial's one thread had a CPU for {occupancy:.0%} of its time"
         taken = "" if switches is None else f"lost one {format_count(round(switches), 'time')}"
-        counts = f", with a CPU for less than {OCCUPANCY_INVALID:.0%} of the time a trial that was alone does not count"
+        counts = f", with a CPU for less than {OCCUPANCY_INVALID:.0%} of the time an isolated trial is invalid"
         limit = "" if occupancy is None else counts
         yield Disturbance(
             code="cpu-contention",
@@ -254,7 +254,7 @@ def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Itera
         )
 
 
-def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Disturbance]:
+def _withheld(values: _PhaseValues, *, in_turns: bool) -> Iterator[Disturbance]:
     for code, what, who, remedy in (
         ("stolen", "steal_s", "the hypervisor gave this machine's CPUs to others", "Use a machine of its own."),
         (
@@ -264,12 +264,12 @@ def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Disturbance]:
             "Raise the quota (docker run --cpus, limits.cpu), or use a cpuset instead.",
         ),
     ):
-        share = told.withheld_share(what)
+        share = values.withheld_share(what)
         if share is not None and share > NOTICED:
             yield Disturbance(
                 code=code,
-                message=f"{who} for {share:.0%} of the CPU time that was asked for (from {NOTICED:.0%} it is said, "
-                f"above {WITHHELD_INVALID:.0%} a trial that was alone does not count)",
+                message=f"{who} for {share:.0%} of the CPU time that was requested (from {NOTICED:.0%} it is a notice, "
+                f"above {WITHHELD_INVALID:.0%} an isolated trial is invalid)",
                 remedy=remedy,
                 weight=share / NOTICED,
                 invalid=share > WITHHELD_INVALID and not in_turns,

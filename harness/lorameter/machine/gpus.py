@@ -104,4 +104,6 @@ def _connection(nvml: Any, one: Any, other: Any) -> str:
     if joined.known and joined.value == getattr(nvml, "NVML_P2P_STATUS_OK", None):
         return NVLINK
     words = {getattr(nvml, name, None): meeting for name, meeting in MEETINGS.items()}
-    return str(ask(nvml, "nvmlDeviceGetTopologyCommonAncestor", one, other, convert=words.__getitem__).told())
+    return str(
+        ask(nvml, "nvmlDeviceGetTopologyCommonAncestor", one, other, convert=words.__getitem__).value_or_reason()
+    )

@@ -421,8 +421,8 @@ def _current(modes: list[int]) -> bool:
     return bool(modes[0])
 
 
-def _memory(told: Any) -> Memory:
-    return Memory(total=int(told.total), free=int(told.free), used=int(told.used))
+def _memory(info: Any) -> Memory:
+    return Memory(total=int(info.total), free=int(info.free), used=int(info.used))
 
 
 def _occupants(processes: list[Any]) -> tuple[Occupant, ...]:

@@ -31,7 +31,7 @@ def kill_group(pid: int) -> None:
 
 def end_with_parent(parent: int) -> None:
     """From now on the kernel kills this process when `parent` ends, and now if it has ended already: between a fork
-    and this call nobody would have noticed."""
+    and this call its end would go unnoticed."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
@@ -39,11 +39,11 @@ def end_with_parent(parent: int) -> None:
 
 def leave(code: int) -> NoReturn:
     """End this process without taking its interpreter apart: with torch, transformers and PEFT that takes a second
-    (0.9 s measured), for which whoever started it would wait. What libraries have registered for the end is run, and
+    (0.9 s measured), for which its parent would wait. What libraries have registered for the end is run, and
     what was printed is written; threads that still run are not waited for."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
     os._exit(code)
 
@@ -68,15 +68,15 @@ def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
             found = signal.getsignal(number)
             if found not in (signal.SIG_IGN, None):  # None: not from Python, and not to be put back by it
                 before[number] = found
-                signal.signal(number, lambda told, frame: came.append(told))
+                signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         with contextlib.ExitStack() as stack:  # what the handler of one raises does not lose the others
-            for told in reversed(came):
-                stack.callback(signal.raise_signal, told)
+            for arrived in reversed(came):
+                stack.callback(signal.raise_signal, arrived)
 
 
 def exit_words(code: int | None) -> str:

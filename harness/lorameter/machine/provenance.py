@@ -113,7 +113,7 @@ def origin_of(folder: Path) -> str:
 
 
 def device_id(environment: Mapping[str, str] | None = None) -> str:
-    """What a worker measures on here: "cpu", or the UUID of its GPU; its name where that is not told. `environment`
+    """What a worker measures on here: "cpu", or the UUID of its GPU; its name if that is unknown. `environment`
     is that of the worker; None for this process's."""
     if _torch_cuda():
         with _first_gpu(environment) as gpu:
@@ -257,7 +257,7 @@ def _content_of(data: str) -> str:
         return data
     try:
         source = data_source.resolve(data)
-    except UsageError:  # which is for whoever reads it to say
+    except UsageError:  # which the reader of the data reports
         return data
     if not source.files:
         return data

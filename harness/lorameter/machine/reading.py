@@ -1,8 +1,7 @@
-"""A value that a machine may refuse to give: the value, or the reason why there is none.
+"""A value that may be unavailable: the value, or the reason why there is none.
 
-Counters differ from GPU to GPU and container to container. A zero that stands for "unknown" is how energy tools came
-to print 0 J, and an exception would cost a measurement for the sake of its surroundings. So a meter answers with a
-`Reading`, and whoever shows it can say what is missing and why.
+Counters differ between GPUs and containers. A zero for "unknown" would be shown as a measurement, and an exception
+would end one. So meters return a `Reading`, which shows what is missing and why.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Reading(Generic[V_co]):
         """The converted value; a missing one stays missing for its reason."""
         return Reading(reason=self.reason) if self.value is None else Reading(value=convert(self.value))
 
-    def told(self) -> V_co | str:
+    def value_or_reason(self) -> V_co | str:
         """For a document: the value, or that there is none and why."""
         return unavailable(self.reason) if self.value is None else self.value
 

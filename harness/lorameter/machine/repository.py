@@ -1,7 +1,7 @@
-"""The repository that something lies in, asked by git.
+"""Calls of git, and the state of a repository.
 
-Git's hooks export variables that turn every git command to the repository of the hook, whichever folder it is started
-in. They are taken away here: a run that a hook starts is told of, and measures, the repository that was named.
+Git's hooks export variables that direct every git command to the repository of the hook, whichever folder it is started
+in. They are removed here, so that a run that a hook starts reads the repository that was named.
 """
 
 from __future__ import annotations

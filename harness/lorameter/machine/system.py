@@ -5,7 +5,7 @@ lasts as long as the heat allows, huge pages that come and go with fragmentation
 container with a quota that stops every thread for the rest of a period.
 
 A run writes them down once, with those of the GPU, as one document (`settings`), each with why it is not known: a
-limit of 400 W on a GPU of 700, an ECC mode or a governor is gone from every log when somebody asks for it. What
+limit of 400 W on a GPU of 700, an ECC mode or a governor is not in any other log. What
 changes from moment to moment (load, free memory, heat) is left to the readings around what is timed.
 """
 
@@ -165,4 +165,4 @@ def _gpu(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
 
 def _told(facts: Any) -> dict[str, Any]:
     values = {one.name: getattr(facts, one.name) for one in dataclasses.fields(facts)}
-    return {name: value.told() if isinstance(value, Reading) else value for name, value in values.items()}
+    return {name: value.value_or_reason() if isinstance(value, Reading) else value for name, value in values.items()}

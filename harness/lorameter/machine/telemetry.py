@@ -5,9 +5,9 @@ thread polls beside what is timed. What accumulates is a difference; what fluctu
 after the work and before the GPU has cooled, over as many ends as a trial has turns.
 
 A GPU may lower its clocks as soon as it has nothing to do, so those of a step are read while its work is still
-queued: the host has launched all and would only wait (`look`; `lorameter.trial.clock` calls it). Where nobody can
-look in, as in a request, whose tokens the host waits for one by one, the clocks at the end have to do, and those of a
-GPU that idles by then are dropped.
+queued: the host has launched all and would only wait (`look`; `lorameter.trial.clock` calls it). In a
+request, whose tokens the host waits for one by one, the clocks at the end are used, and those of a GPU that idles by
+then are dropped.
 
 Names are those of `telemetry_key`: who, what, phase and unit, as in `host_steal_train_s` and
 `device_sm_clock_min_train_hz`.

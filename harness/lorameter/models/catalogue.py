@@ -301,7 +301,7 @@ def hub_has(source: ModelSource) -> bool:
 
 
 def hub_failure(source: ModelSource, error: Exception) -> UsageError:
-    """The one message for a hub model that cannot be had, whoever asked for it."""
+    """The error for a model of the hub that cannot be had."""
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     why = cause if hub_has(source) else "the model hub cannot be reached and its cache does not hold this model"
     return impossible(

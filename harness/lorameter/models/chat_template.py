@@ -1,4 +1,4 @@
-"""Whether a model's tokenizer has a chat template, told from its files before anything is loaded."""
+"""Whether a model's tokenizer has a chat template, read from its files before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GGUF_KEY = "tokenizer.chat_template"
 def has_chat_template(source: ModelSource) -> bool | None:
     """Whether conversations can be written as this model reads them; None where only the loaded tokenizer tells.
 
-    The byte tokenizer has a template of its own. Files that cannot be read are left to whoever loads them.
+    The byte tokenizer has a template of its own. Files that cannot be read are reported when they are loaded.
     """
     if source.tokenizer == "byte":
         return True

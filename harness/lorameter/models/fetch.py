@@ -34,7 +34,7 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
 
     Args:
         name: a catalogue name.
-        report: told, one line each, what is being done.
+        report: called with a line for each step.
 
     Raises:
         UsageError: nothing to fetch under that name, pip fails, a checksum differs, or the cache is corrupt.

@@ -196,7 +196,7 @@ def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
 
 
 class UnknownLayersError(UsageError):
-    """A number was asked for that follows from layers which nobody has written down."""
+    """A number was requested that follows from layers which are not known."""
 
 
 def family_of(shape: ModelShape) -> Family:

@@ -1,4 +1,4 @@
-"""An engine: something of somebody else's that is said to make training faster or smaller, as a study is about it.
+"""An engine: a third-party feature that promises faster or smaller training, which a study judges.
 
 title = "Liger Kernel"            # what it is called
 variant = "liger"                 # the variant that has it; the reference is the one without
@@ -10,7 +10,7 @@ flag = "{--use_liger_kernel}"     # what a training script is often given for it
 [engine.proof]                    # paths of kernels_check, and what each must show where the engine runs
 
 A promise is judged only where the engine was seen to run in the one variant and not in the other: a flag that a script
-ignores would otherwise refute a promise that nobody has tried.
+ignores would otherwise refute a promise that was not tried.
 """
 
 from __future__ import annotations

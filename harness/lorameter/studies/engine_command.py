@@ -70,7 +70,7 @@ def engine_of(study: Study) -> Engine:
 
 
 def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
-    """What a study claims of an engine, asked of somebody's own script.
+    """A study's claims about an engine, to be judged by the user's own script.
 
     Args:
         study: of the engine, as written.

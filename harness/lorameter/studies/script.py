@@ -1,4 +1,4 @@
-"""What a variant that is a command may say: a line of words for a training script of somebody else's.
+"""Variants that are commands: a command line that starts the user's own training script.
 
 Such a variant names no LoRA parameter, no optimizer and no dtype: the script has them, and what stood beside it could
 contradict it. The words go to the system as they are, without a shell, so that what is measured is one program and what

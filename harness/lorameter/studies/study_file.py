@@ -238,7 +238,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
         if key in data:
             if not isinstance(data[key], kind):
-                raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Mend the value.")
+                raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Correct the value.")
             fields[key] = data[key]
     fields["title"] = redact(" ".join(fields["title"].split()))  # one line, as it heads every report
     for section in ("workload", "protocol"):

@@ -180,8 +180,8 @@ def stored_dtype(source: ModelSource) -> str | None:
     if source.random or source.kind not in ("directory", "hub"):
         return None
     config = read_config(source)
-    told = config.get("dtype") or config.get("torch_dtype")
-    return str(told) if told else None
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return str(dtype) if dtype else None
 
 
 def _linear(shape: ModelShape) -> int:

@@ -1,4 +1,4 @@
-"""FLOPs of a training step of a model whose family nobody has written down, counted from its modules.
+"""FLOPs of a training step of a model whose family has no closed form, counted from its modules.
 
 The rule is that of `lorameter.models.costs.flops`: two FLOPs for each weight and position forward, the same for the
 gradient of what the layer takes, and the same again where the weight trains. What a model multiplies with is seen in
@@ -12,7 +12,7 @@ blocks.
 
 Attention counts by heads and their width, as for families that are known, and all pairs, also where a layer sees a
 window of them. What is no linear layer and no attention (a scan, a convolution, the router of experts) is not counted.
-Modules are told by what they have, not by their class, so that nothing here needs torch.
+Modules are recognised by their attributes, not by their class, so that nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ def _share(name: str, known: Mapping[str, Any], base: Any) -> float:
 def _said(base: Any, names: tuple[str, ...]) -> int | None:
     """What the configuration of the text model gives under one of these names."""
     config: Any = getattr(base, "config", None)
-    told = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return next((value for name in names if type(value := getattr(told, name, None)) is int), None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((value for name in names if type(value := getattr(text, name, None)) is int), None)
 
 
 def _once_a_pass(module: Any) -> float:

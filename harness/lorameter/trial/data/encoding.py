@@ -23,7 +23,7 @@ IGNORED = -100
 class Encoder:
     """Records of one workload to tokens; counts the records used.
 
-    Raises `UsageError` for a record that the chat template does not take, and where the answer's tokens cannot be told.
+    Raises `UsageError` for a record that the chat template does not take, and if the answer's tokens cannot be located.
     """
 
     def __init__(self, tokenizer: Any, workload: Workload) -> None:

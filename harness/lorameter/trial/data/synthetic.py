@@ -1,8 +1,8 @@
 """Seeded instruction records of dolly's schema, for when no data set is at hand.
 
 The tasks are small enough for a model of a few million parameters to learn something from, and their lengths spread
-like those of real records (a log-normal body), because packing and padding costs depend on lengths. Whoever shows a
-number that rests on these says "synthetic".
+like those of real records (a log-normal body), because packing and padding costs depend on lengths. Numbers that
+rest on these are shown with "synthetic".
 """
 
 from __future__ import annotations
