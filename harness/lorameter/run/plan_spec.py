@@ -83,7 +83,7 @@ def read_plan(written: PlanSpec) -> Plan:
             f"study {study.name}: the lorameter here plans other trials than the one that asks for them. Install one "
             "version of it in both places."
         )
-    return take_trials(plan, wanted)
+    return dataclasses.replace(plan, groups=tuple(group for group in plan.groups if wanted >= _trials(group)))
 
 
 def _contenders(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
@@ -91,16 +91,6 @@ def _contenders(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
         return contenders_of(study, written.selection, written.own_workloads)
     variants = [study.variant(name) for name in written.selection]
     return sides_of(study, variants, slowdown_rows=written.slowdown_rows)
-
-
-def take_trials(plan: Plan, wanted: set[str]) -> Plan:
-    """The plan with the groups of these trials only. Raises `UsageError` for a part of a group, or what is in none."""
-    groups = tuple(group for group in plan.groups if wanted & _trials(group))
-    found = {slot.trial for group in groups for slot in group.slots}
-    if found != wanted:
-        others = ", ".join(sorted(found ^ wanted)[:3])
-        raise UsageError(f"study {plan.study.name}: {others}: trials that are no whole groups of the plan.")
-    return dataclasses.replace(plan, groups=groups)
 
 
 def _trials(group: Group) -> set[str]:

@@ -73,7 +73,6 @@ def open_side(
     repository: Path,
     cache: Path,
     report: Callable[[str], object] = print_stderr,
-    kind: SideKind | None = None,
 ) -> Iterator[OpenSide]:
     """Make one side ready, and take down at the end what was put up for it.
 
@@ -82,7 +81,6 @@ def open_side(
         repository: a folder in the repository whose revisions can be named.
         cache: lorameter's cache directory, for the environments of requirements.
         report: told, one line each, what takes long; standard error if left out, as output may be a document.
-        kind: what it names, where that was found out on another machine; an interpreter is then named by its path.
 
     Raises:
         UsageError: nothing goes by that name, it lacks a library that a trial needs, or it would not be what runs.
@@ -91,17 +89,13 @@ def open_side(
     def tell_all(line: str) -> None:
         report(redact(line))  # pip and git repeat the addresses that they were given
 
-    kind, full = (kind, spec) if kind else name_side(spec, repository)
+    kind, full = name_side(spec, repository)
     with contextlib.ExitStack() as stack:
         if kind == "revision":
             yield _revision(spec, full, repository, stack, tell_all)
         elif kind == "requirements":
-            if (requirements := parse_requirements(spec)) is None:
-                raise impossible("ab", "side", spec, "no requirements on this machine", _REMEDY)
-            yield _requirements(spec, requirements, cache, stack, tell_all)
+            yield _requirements(spec, parse_requirements(spec) or (), cache, stack, tell_all)
         else:
-            if not _is_executable_path(full):
-                raise impossible("ab", "side", spec, "no executable file of that path on this machine", _REMEDY)
             yield _interpreter(spec, Path(full), stack)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorameter.errors import InvalidRunError, UsageError, redact, shorten
+from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.hardware_class import OF_A_KIND
 from lorameter.machine.provenance import Machine, fingerprint_fields
 from lorameter.records import codec, store
@@ -142,8 +142,8 @@ def measure_in_jobs(
             return earlier if is_finished(earlier) else mend(earlier)
         shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         stack.callback(launcher.close)
-        driver = _Driver(plan, launcher, path, shown, earlier=earlier, groups=groups, local=local, if_busy=if_busy)
-        driver.about = {"notices": tuple(notices), "sides": sides or {}, "policy": dict(policy or {})}
+        about = {"notices": tuple(notices), "sides": sides or {}, "policy": dict(policy or {})}
+        driver = _Driver(plan, launcher, path, shown, about, earlier, groups, local=local, if_busy=if_busy)
         driver.measure(stops)
     return store.read_run(str(path), runs)
 
@@ -157,16 +157,16 @@ class _Driver:
         launcher: Launcher,
         path: Path,
         shown: Display,
-        *,
+        about: Mapping[str, Any],
         earlier: Run | None,
         groups: Sequence[Group],
+        *,
         local: bool,
         if_busy: IfBusy | None,
     ) -> None:
-        self._plan, self._launcher, self._path, self._shown = plan, launcher, path, shown
+        """`about` is what this process adds to the manifest that a job wrote."""
+        self._plan, self._launcher, self._path, self._shown, self._about = plan, launcher, path, shown, about
         self._earlier, self._groups, self._local, self._if_busy = earlier, groups, local, if_busy
-        self.about: dict[str, Any] = {}
-        """What this process adds to the manifest that a job wrote."""
         known = records_outside(groups, earlier.records if earlier else ())
         self._ended = {record.trial: record for record in known}
         self._free = deque(launcher.slots)
@@ -243,7 +243,7 @@ class _Driver:
         whole = dataclasses.replace(self._plan, study=dataclasses.replace(self._plan.study, protocol=protocol))
         part = dataclasses.replace(whole, groups=tuple(one for one in self._groups if one.replicate in replicates))
         sides = tuple(
-            SideSpec(side=name, kind=one["kind"], spec=one["spec"]) for name, one in self.about["sides"].items()
+            SideSpec(side=name, kind=one["kind"], spec=one["spec"]) for name, one in self._about["sides"].items()
         )
         return JobOrder(plan=write_plan(part, whole, sides), site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
 
@@ -259,7 +259,7 @@ class _Driver:
             self._merged |= new
             for record in store.read_run(str(found[0]), job.folder).records:
                 if record.replicate in new:
-                    self._keep(record, found[0], state)
+                    self._keep(record, state)
         return bool(new)
 
     def _begin(self, manifest: Manifest, site: str) -> None:
@@ -280,13 +280,13 @@ class _Driver:
                 sites=self._launcher.slots if self._mixed and self._local else (),
                 order=tuple(slot.trial for slot in self._plan.slots),
                 created_unix_s=time.time(),
-                notices=tuple(dict.fromkeys((*self.about["notices"], *manifest.notices))),
-                sides={name: {**side, **self.about["sides"][name]} for name, side in manifest.sides.items()},
-                policy=self.about["policy"],
+                notices=tuple(dict.fromkeys((*self._about["notices"], *manifest.notices))),
+                sides={name: {**side, **self._about["sides"][name]} for name, side in manifest.sides.items()},
+                policy=self._about["policy"],
             )
         self._manifest, self._writer = manifest, RunWriter(self._path.parent, begun)
 
-    def _keep(self, record: TrialRecord, path: Path, state: JobState) -> None:
+    def _keep(self, record: TrialRecord, state: JobState) -> None:
         assert self._writer is not None  # the job's manifest came before its records
         record = record.replaced(site=state.site, machine=state.machine if self._mixed else "")
         self._writer.append(record)
@@ -310,13 +310,13 @@ class _Driver:
         if self._losses[job.slot] < MOST_LOSSES:
             self._free.append(job.slot)
         left = tuple(replicate for replicate in job.replicates if replicate not in self._merged)
-        why = state.error or " ".join(filter(None, (self._launcher.why(job.folder), _last_line(job.folder / LOG))))
+        why = state.error or self._launcher.why(job.folder)
         self._notices.append(
             Notice(
                 code="site-lost",
                 message=f"site {state.site or job.slot or 'of a job'} was lost: {why.rstrip('.')}. Of its replicates "
                 f"{len(left)} are measured again from their start.",
-                remedy="Look at its log; lorameter run --resume resumes what is missing.",
+                remedy=f"See logs/job-{job.folder.name}.log; lorameter run --resume resumes what is missing.",
             )
         )
         return left
@@ -350,7 +350,7 @@ class _Driver:
         assert self._writer is not None
         for record, state in read_left(self._path):
             if record.trial not in self._ended:
-                self._keep(record, self._path, state)
+                self._keep(record, state)
         for slot in self._plan.slots:
             if slot.trial not in self._ended:
                 self._writer.append(begin_record(slot, "not_run"))
@@ -465,10 +465,3 @@ def copy_logs(folder: Path, path: Path) -> None:
     with contextlib.suppress(OSError):  # of a job that was not started
         if text := (folder / LOG).read_text(errors="replace"):
             (logs / f"job-{folder.name}.log").write_text(redact(text))
-
-
-def _last_line(log: Path) -> str:
-    with contextlib.suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-        return f"({shorten(redact(next((line for line in reversed(lines) if line), '')))})" if any(lines) else ""
-    return ""

@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +26,6 @@ from lorameter.run.sites.gpus import share_cpus
 from lorameter.studies.placement import say_on, say_sites
 
 CLIENT = "ray://"
-CONNECT_TIMEOUT_S = 30.0
-"""A cluster that runs answers in a second or two."""
-CLIENT_TIMEOUT_S = 180.0
-"""Behind a client port a process is started for each client first, which imports Ray: on a busy node that takes a
-minute. Ray itself gives up after half of one (ConnectionAbortedError), so it is asked again."""
 RETURNED = (".json", ".jsonl", ".log")
 """Files of a job that are returned, by suffix."""
 
@@ -197,36 +189,13 @@ def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Connect to the cluster. Raises `UsageError` where it does not answer.
-
-    Ray goes on trying to reach a cluster that is gone for many minutes, so a thread of its own does it.
-    """
-    told: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    named, timeout_s = (address, CLIENT_TIMEOUT_S) if address.startswith(CLIENT) else ("auto", CONNECT_TIMEOUT_S)
-
-    deadline = time.monotonic() + timeout_s
-
-    def connect() -> None:
-        while True:
-            try:
-                ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
-                if isinstance(error, ConnectionAbortedError) and time.monotonic() < deadline:
-                    time.sleep(1)
-                    continue
-                told.put(error)
-            else:
-                told.put(None)
-            return
-
-    threading.Thread(target=connect, daemon=True).start()
-    error: Exception | None
+    """Connect to the cluster. Raises `UsageError` if none answers."""
     try:
-        error = told.get(timeout=timeout_s)
-    except queue.Empty:
-        error = TimeoutError(f"nothing was heard within {timeout_s:g} s")
-    if error is not None:
+        ray.init(
+            address=address if address.startswith(CLIENT) else "auto", log_to_driver=False, logging_level=logging.ERROR
+        )
+    except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
         raise UsageError(
             f"{say_on(address)}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "
             "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
-        )
+        ) from None
