@@ -60,6 +60,8 @@ def find_card(text: str) -> GpuSpec:
     size = _SIZE.fullmatch(text.strip())
     if size is not None and size[2].lower() in UNITS:
         total = int(float(size[1]) * UNITS[size[2].lower()])
+        if not total:
+            raise UsageError(f"--gpu {_quoted(text)}: no memory. {_REMEDY}.")
         return GpuSpec(name=" ".join(text.split()), device_name="", total_bytes=total, source="as given")
     found = [device for device in DEVICES if _is_called(device, text)]
     if not found:
