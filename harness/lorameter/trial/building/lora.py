@@ -1,7 +1,7 @@
 """What PEFT knows of a variant's adapter: its config, how it comes on a base and off again, its dtype, its files.
 
-The one module that speaks to PEFT. What of a model is the adapter's own is never told by a name: PEFT's layers say
-which of their parts they have added, and a base may call its weights what it likes.
+The one module that speaks to PEFT. Parameters of the adapter are never recognised by name: PEFT's layers list
+the parts that they have added, and names of a base are arbitrary.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def attach_beside(model: Any, variant: Variant, adapter: str) -> None:
 
 def attach_drawn(model: Any, variant: Variant, adapter: str, seed: int) -> None:
     """Give the model an adapter as `attach_beside` does, with random weights as large as a base's: those of a trained
-    one say nothing of time, but what answers like the base could not be told from it.
+    one do not affect times, but answers like those of the base could not be distinguished from it.
 
     An entry of A has the variance 1 / inputs and one of B 1 / r over the square of the scaling, so that what both do
     together leaves the size of what comes in as it is, whatever r and alpha are.
@@ -165,7 +165,7 @@ def _prepare(base: Any, variant: Variant) -> Any:
 
 
 def _upcasts(variant: Variant) -> bool:
-    """Whether PEFT may cast the adapter to float32, which it does unless told otherwise."""
+    """Whether PEFT may cast the adapter to float32, which it does by default."""
     return variant.adapter_dtype in (None, "float32")
 
 

@@ -66,8 +66,8 @@ class Server:
         """Answer the first `count` whole prompts once, untimed; the same tokens come again when they are asked.
 
         What plans a kernel for each length of the keys (cuDNN's attention, which torch prefers on Hopper) plans it
-        when it meets the length first, for tens of milliseconds of the host. Whoever answered at lengths that nobody
-        had visited would pay for it, and another variant, with an answer of another length, would not.
+        when it meets the length first, for tens of milliseconds of the host. A variant that answers at lengths
+        without an earlier request would pay for it, and one with answers of another length would not.
         """
         for index in range(min(count, self._stream.open_ended_prompt_count)):
             self.answer(index)

@@ -1,6 +1,6 @@
 """A cold start in the order of what a user waits for: the base read and quantised, the first forward pass, the token.
 
-transformers reads a tensor and has bitsandbytes quantise it in one call, so that the two are told apart inside of it:
+transformers reads a tensor and has bitsandbytes quantise it in one call, so that the two are separated inside of it:
 by the time that bitsandbytes' own functions take. On a GPU each then waits for the device, which the start of a user
 does not; so this is no measurement of a cold start, and no comparison takes it.
 """

@@ -43,9 +43,9 @@ from lorameter.records.activity import (
 )
 
 MARK = "lorameter."
-"""Before the name of a phase, in the profiler's annotations."""
+"""Prefix of phases in the profiler's annotations."""
 PART = "lorameter.part."
-"""Before the name of what is told apart inside a phase."""
+"""Prefix of the parts of a phase."""
 _RUNTIME = ("cuda", "cu")
 """How calls of the CUDA runtime and driver begin, which the profiler keeps among the records of the host."""
 

@@ -1,7 +1,7 @@
 """Which tensors are alive while a step runs, by kind, without asking the allocator.
 
 Every operator's results pass a dispatch mode, which keeps a weak reference to each storage: while that lives, its bytes
-count. What autograd keeps for the backward pass is told by its own hooks (torch.autograd.graph.saved_tensors_hooks):
+count. What autograd keeps for the backward pass is seen by its own hooks (torch.autograd.graph.saved_tensors_hooks):
 under checkpointing they see what is kept, and not what will be computed again. Views share a storage and count once;
 what an operator allocates and frees inside itself is never seen.
 
@@ -30,7 +30,7 @@ class LiveTensors:
     def __init__(
         self, *, resident: Collection[int], vocabulary: int, device: str, looked: Callable[[dict[str, int]], None]
     ) -> None:
-        """What counts, and who is told.
+        """Counts tensors, and reports to `looked`.
 
         Args:
             resident: addresses of storages that are counted elsewhere.

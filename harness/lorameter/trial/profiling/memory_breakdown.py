@@ -57,7 +57,7 @@ def measure_breakdown(
 
     The call is watched operator by operator, takes several times as long and must not be timed. It is a real step, and
     on the host it is taken twice: once to find where the memory is highest, once to ask there what malloc keeps, which
-    changes what comes after. Whoever must find the model as it was restores it. At least one step must have been taken
+    changes what comes after. The caller restores the model. At least one step must have been taken
     before in this process, or what is built once (optimizer state, code touched for the first time) would count as
     temporary.
 
@@ -103,7 +103,7 @@ def _watched(
     phase: MemoryPhase,
     compiled: bool,
 ) -> dict[str, int]:
-    """The peaks of one call; `looked` is told of what is alive after each of its operators."""
+    """The peaks of one call; `looked` is called with the live bytes after each of its operators."""
     addresses = {tensor.untyped_storage().data_ptr() for tensor in resident}
     live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=looked)
     gauge = PeakMemoryTracker(device)

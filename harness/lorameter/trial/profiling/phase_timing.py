@@ -82,10 +82,10 @@ def step_times(
         What `pair_times` does, and `timed_loss` with the losses of all steps in order.
     """
 
-    def told(loss: torch.Tensor, is_plain: bool) -> dict[str, float]:
+    def samples_of(loss: torch.Tensor, is_plain: bool) -> dict[str, float]:
         return {"timed_loss": float(loss)}
 
-    return pair_times(plain, bordered, device, what="step", told=told, budget_s=budget_s)
+    return pair_times(plain, bordered, device, what="step", samples_of=samples_of, budget_s=budget_s)
 
 
 def pair_times(
@@ -94,7 +94,7 @@ def pair_times(
     device: str,
     *,
     what: str,
-    told: Callable[[Any, bool], Mapping[str, float]],
+    samples_of: Callable[[Any, bool], Mapping[str, float]],
     budget_s: float = BUDGET_S,
 ) -> dict[str, tuple[float, ...]]:
     """Pairs of a plain and a bordered call, each first in every other pair.
@@ -104,13 +104,13 @@ def pair_times(
         bordered: the same with the times of its phases.
         device: as torch names it.
         what: what a call is, in the names of the samples ("step").
-        told: samples of what a call gave, and whether it was a plain one.
+        samples_of: makes samples of a call's result and whether the call was a plain one.
         budget_s: time for pairs; at least `LEAST_STEP_PAIRS` are taken.
 
     Returns:
         Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
         `phase_PHASE_s`, and `between_WHATs_s`, from the end of a call to the beginning of the next: reading what it
-        gave and keeping its times. Then those of `told`.
+        gave and keeping its times. Then those of `samples_of`.
     """
     watch = Stopwatch(device)
     found: dict[str, list[float]] = {}
@@ -125,7 +125,7 @@ def pair_times(
             keep(f"between_{what}s_s", time.perf_counter() - ended_s)
         given, lap = watch(plain if is_plain else bordered)
         ended_s = time.perf_counter()
-        for name, value in told(given, is_plain).items():
+        for name, value in samples_of(given, is_plain).items():
             keep(name, value)
         kind = "plain" if is_plain else "bordered"
         keep(f"{kind}_{what}_time_s", lap.time_s)

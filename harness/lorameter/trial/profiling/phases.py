@@ -32,7 +32,7 @@ class Phases:
         self._since: Any = None
         self._mark: Any = None
         self.marked = False
-        """Whether the profiler is told of the phases; they are not timed then."""
+        """Whether phases are marked for the profiler, and not timed."""
 
     def begin(self, *, marked: bool = False) -> None:
         """Start from zero, in no phase."""

@@ -63,7 +63,7 @@ class BorderedRequest:
 
 @contextmanager
 def _marked_cache(cache: Any) -> Iterator[None]:
-    """Meanwhile the profiler is told of what adds to this cache; nothing of one that is no cache of transformers'."""
+    """Marks updates of this cache for the profiler; nothing for one that is no cache of transformers."""
     update = getattr(cache, "update", None)
     if update is None:
         yield
@@ -82,7 +82,7 @@ def _marked_cache(cache: Any) -> Iterator[None]:
 
 @contextmanager
 def _marked_head(model: Any) -> Iterator[None]:
-    """Meanwhile the profiler is told of the output head; its mark ends with it, also where it raises."""
+    """Marks the output head for the profiler; the mark ends with it, also if it raises."""
     head = model.get_output_embeddings()
     if head is None:
         yield
@@ -100,8 +100,8 @@ def _marked_head(model: Any) -> Iterator[None]:
         yield
 
 
-def told_of_request(request: Request, is_plain: bool) -> dict[str, float]:
-    """For `pair_times`: what a plain request says of its tokens, by metric."""
+def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
+    """Samples for `pair_times`: the token times of a plain request, by metric."""
     if not is_plain:
         return {}
     return {
@@ -229,7 +229,7 @@ def first_token_peak(ask_once: Callable[[], object], device: str) -> dict[str, i
 
 
 def length_times(ask: Callable[[int], Request], lengths: list[int]) -> dict[str, tuple[float, ...]]:
-    """Times to the first token at lengths of the prompt that nobody has asked at: asked once, and once more."""
+    """Times to the first token at new prompt lengths: of the first request, and of a second one."""
     new, again = [], []
     for length in lengths:
         new.append(ask(length).first_token_time_s)

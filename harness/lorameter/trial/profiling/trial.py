@@ -50,8 +50,8 @@ from lorameter.trial.profiling.requests import (
     BorderedRequest,
     first_token_peak,
     length_times,
+    request_samples,
     see_request,
-    told_of_request,
     weights_by_shape,
 )
 from lorameter.trial.trial import Trial
@@ -59,7 +59,7 @@ from lorameter.trial.trial import Trial
 REQUESTS_BUDGET_S = 20.0
 """For pairs of requests, of the adapter as it is and merged."""
 NEW_LENGTHS = 6
-"""Lengths of the prompt that nobody has asked at: the median of fewer times has no interval."""
+"""Prompt lengths without an earlier request; the median of fewer times has no interval."""
 
 
 class ProfiledTrial(Trial):
@@ -134,14 +134,14 @@ class ProfiledTrial(Trial):
         prefix, serving = "merged_" if merged else "", self._serving
         bordered = BorderedRequest(self._built.trainee.model, serving.ask, self._request.device)
         found = pair_times(
-            serving.ask, bordered, self._request.device, what="request", told=told_of_request,
+            serving.ask, bordered, self._request.device, what="request", samples_of=request_samples,
             budget_s=REQUESTS_BUDGET_S,
         )  # fmt: skip
         return PartialRecord(samples={f"{prefix}{name}": times for name, times in found.items()})
 
     def request_facts(self) -> PartialRecord:
         """What a request finds and leaves: its cache, its logits, the mode of the model, the memory up to its first
-        token, and what it takes to begin at a length that nobody has asked at."""
+        token, and the time of the first request at a new prompt length."""
         request, serving = self._request, self._serving
         model, length = self._built.trainee.model, request.workload.prompt_tokens
         memory = first_token_peak(lambda: serving.ask_at(length, 1), request.device)

@@ -74,7 +74,7 @@ class RankTrial(Trial):
     def build(self) -> PartialRecord:
         """Load, attach, meet the others' models, take the first step."""
         fragment, ranks = super().build(), self._party.ranks
-        threads = float(ranks * self._request.threads)  # so that nobody takes waiting for each other for other work
+        threads = float(ranks * self._request.threads)  # so that waiting for each other is not taken for other work
         return dataclasses.replace(fragment, values=fragment.values | {"ranks": float(ranks), "threads": threads})
 
     def turn(self, steps: int) -> PartialRecord:
@@ -144,9 +144,9 @@ class RankTrial(Trial):
         shard_again(self._built.trainee.model)
         facts = self._observe()
         shard_again(self._built.trainee.model)
-        told = self._party.gather_data(([asdict(check) for check in checks], asdict(facts)))
-        every = [_facts(one) for _, one in told]
-        merged = merge_checks([[Check(**check) for check in one] for one, _ in told])
+        gathered = self._party.gather_data(([asdict(check) for check in checks], asdict(facts)))
+        every = [_facts(one) for _, one in gathered]
+        merged = merge_checks([[Check(**check) for check in one] for one, _ in gathered])
         return [*merged, *judge_ranks(every, self._strategy)], _activity(every)
 
     def _observe(self) -> RankFacts:
@@ -165,18 +165,18 @@ class RankTrial(Trial):
             whole=stream.upcoming(self._request.variant.gradient_accumulation),
             rank=self._party.rank,
             ranks=self._party.ranks,
-        )  # the stream is put back by whoever had it checked
+        )  # the caller of the check restores the stream
 
     @property
     def _strategy(self) -> Strategy:
         return cast(Strategy, self._request.workload.strategy)
 
 
-def _facts(told: Mapping[str, Any]) -> RankFacts:
-    """Facts that another rank has told as data."""
-    gradients = {name: Gradient(**one) for name, one in told["gradients"].items()}
-    activity = None if told["activity"] is None else RankTime(**told["activity"])
-    return RankFacts(**{**told, "gradients": gradients, "activity": activity})
+def _facts(data: Mapping[str, Any]) -> RankFacts:
+    """The facts of another rank, from its data."""
+    gradients = {name: Gradient(**one) for name, one in data["gradients"].items()}
+    activity = None if data["activity"] is None else RankTime(**data["activity"])
+    return RankFacts(**{**data, "gradients": gradients, "activity": activity})
 
 
 def _activity(facts: Sequence[RankFacts]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A trial of several ranks, to whoever asks for it a trial like any other.
+"""A trial of several ranks, with the interface of any other trial.
 
 Its process trains nothing: it forks the ranks, passes each command on to all of them, and makes one answer of theirs.
 So it can tell which of them died or hangs while the others wait, and end these, who would wait for ever. Beside the
@@ -34,7 +34,7 @@ OF_RANKS, OF_ONE = 0.5, 0.4
 """How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
 which of them gave no answer."""
 GRACE_S = 5.0
-"""How long the others have once one has failed: whoever waits for it learns so at once, or never."""
+"""Time of the others after one has failed: a rank that waits for it learns so at once, or never."""
 _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
 """What the error of a rank says that waited for another in vain."""
 IMBALANCED = 1.4
