@@ -26,7 +26,7 @@ from lorameter.records.record import PartialRecord
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.script import TOKENS
 from lorameter.run.plan import make_plan
-from lorameter.run.trial_setup import request_of, site_of
+from lorameter.run.prepare import request_of, site_of
 from lorameter.studies.script_study import study_of_command
 
 LARGE_BYTES = 64 << 20

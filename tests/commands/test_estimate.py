@@ -19,8 +19,8 @@ from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import birth_bytes, estimate_memory
 from lorameter.records.metrics import RSS_AT_START
-from lorameter.run.arms import Arm
 from lorameter.run.feasibility import check_feasible
+from lorameter.run.plan import Arm
 from lorameter.studies.study_file import load_study
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from lorameter.run.executors import WorkerLostError
 from lorameter.run.executors.disk import Disk
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan
-from lorameter.run.trial_setup import RunContext, request_of
+from lorameter.run.prepare import RunContext, request_of
 
 DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
 

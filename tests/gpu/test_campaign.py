@@ -18,7 +18,7 @@ from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
 from benchmarks.gpu.steps import BASES, CARD, STEPS, STUDY, Step, command, runs_of
 from lorameter.cli import main, parser
-from lorameter.run.arms import contenders_of
+from lorameter.run.plan import contenders_of
 from lorameter.studies.study_file import load_study, load_variant
 
 ROOT = Path(__file__).parents[2]

@@ -60,8 +60,7 @@ from lorameter.report.sizes import describe_sizes
 from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
 from lorameter.run.forecast import Forecast
-from lorameter.run.memory_fit import Fitter, MemoryDevice, on_card, on_machine
-from lorameter.run.memory_options import advise
+from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_card, on_machine
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
 from lorameter.studies.serving_modes import ways_of

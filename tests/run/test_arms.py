@@ -1,6 +1,6 @@
 """The trials of a replicate: the selected variants, the reference, and the control."""
 
-from lorameter.run.arms import contenders_of
+from lorameter.run.plan import contenders_of
 
 
 def named(contenders):

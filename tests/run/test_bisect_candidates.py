@@ -11,7 +11,7 @@ from lorameter.records import codec, store
 from lorameter.records.atomic_json import write_document
 from lorameter.run import bisect_candidates
 from lorameter.run.ab import plan_ab
-from lorameter.run.bisect_candidates import find_measured, list_steps
+from lorameter.run.bisect import find_measured, list_steps
 
 
 @pytest.fixture

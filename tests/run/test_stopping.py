@@ -17,7 +17,7 @@ from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
-from lorameter.run.stopping import Stopping
+from lorameter.run.runner import Stopping
 from lorameter.stats import VerdictRule
 from lorameter.verdicts.comparison_input import comparison_input
 from lorameter.verdicts.series import compare_series, effects_against, group_trials

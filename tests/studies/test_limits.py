@@ -8,9 +8,8 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.errors import UsageError
-from lorameter.run.arms import contenders_of
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.plan import make_plan
+from lorameter.run.plan import contenders_of, make_plan
 from lorameter.studies.keys import KEYS
 from lorameter.studies.limits import NAME_BYTES
 from lorameter.studies.study_file import load_study

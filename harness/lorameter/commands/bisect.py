@@ -46,8 +46,7 @@ def run_bisect(options: argparse.Namespace) -> int:
     from lorameter.records.metrics import METRICS
     from lorameter.report.bisect import describe_bisection
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.bisect import bisect
-    from lorameter.run.bisect_candidates import list_steps
+    from lorameter.run.bisect import bisect, list_steps
     from lorameter.run.device_lock import hold_device
     from lorameter.run.executors import open_executor
 
@@ -94,7 +93,7 @@ def _compared(
     from lorameter.report.live import LiveDisplay
     from lorameter.report.terminal import console_for
     from lorameter.run.ab import measure_ab, plan_ab
-    from lorameter.run.bisect_candidates import find_measured
+    from lorameter.run.bisect import find_measured
     from lorameter.run.executors import open_executor
     from lorameter.verdicts.series import verdict_only
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from lorameter.machine.provenance import Machine
     from lorameter.models.costs.memory import MemoryEstimate
     from lorameter.records.memory_account import MemoryPhase
-    from lorameter.run.memory_fit import Needs
-    from lorameter.run.memory_options import Advice
+    from lorameter.run.memory_fit import Advice, Needs
     from lorameter.studies.variant import Variant
     from lorameter.studies.workload import Workload
 
@@ -58,8 +57,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     from lorameter.run.executors import open_executor
     from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
     from lorameter.run.forecast import process_bytes
-    from lorameter.run.memory_fit import Fitter, on_card, on_machine
-    from lorameter.run.memory_options import advise
+    from lorameter.run.memory_fit import Fitter, advise, on_card, on_machine
     from lorameter.studies.study_file import load_variant
 
     card = None if options.gpu is None else find_card(options.gpu)

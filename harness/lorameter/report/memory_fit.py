@@ -30,8 +30,7 @@ from lorameter.report.blocks import (
 )
 
 if TYPE_CHECKING:
-    from lorameter.run.memory_fit import FitStatus, Largest, MemoryDevice, Needs
-    from lorameter.run.memory_options import Advice, MemoryOption
+    from lorameter.run.memory_fit import Advice, FitStatus, Largest, MemoryDevice, MemoryOption, Needs
     from lorameter.studies.workload import Workload
 
 _WORDS: Mapping[FitStatus, tuple[str, Tone]] = {

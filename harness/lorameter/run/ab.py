@@ -22,7 +22,6 @@ from lorameter.records import bounded_io, codec
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
-from lorameter.run.arms import CONTROL_SUFFIX, Arm, sides_of
 from lorameter.run.display import Display
 from lorameter.run.executors import open_executor
 from lorameter.run.executors.environments import restore_requirements
@@ -35,7 +34,7 @@ from lorameter.run.interleaving import fits
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.measure import ArmExecutor, executor_of, measure
 from lorameter.run.memory_probe import REHEARSED
-from lorameter.run.plan import Plan, make_plan
+from lorameter.run.plan import CONTROL_SUFFIX, Arm, Plan, make_plan, sides_of
 from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
 from lorameter.run.sites.placement import Placement
 from lorameter.run.sites.sides import write_sides

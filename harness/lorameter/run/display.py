@@ -10,8 +10,17 @@ from typing import Protocol
 from kernels_check.terminal import print_stderr
 from lorameter.errors import redact
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.run.group_runner import ProgressListener
 from lorameter.run.plan import Plan, Slot
+
+
+class ProgressListener(Protocol):
+    """Receives the progress of a run between turns; must return quickly."""
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """A trial enters a phase."""
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """A trial has its record."""
 
 
 class Display(ProgressListener, Protocol):

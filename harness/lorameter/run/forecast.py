@@ -23,7 +23,7 @@ from lorameter.models.costs.memory import (
 from lorameter.models.shapes import unknown_layers
 from lorameter.records import codec, store
 from lorameter.records.metrics import RSS_AT_START
-from lorameter.run.check_multi_rank import processes_on_device
+from lorameter.run.check_variant import processes_on_device
 from lorameter.run.forecast_time import TimeForecast, forecast_time
 from lorameter.run.plan import Group, Plan
 from lorameter.studies.request import BaseKey, base_key

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 from lorameter.machine.affinity import benchmark_cpus
 from lorameter.records import codec
@@ -21,9 +21,10 @@ from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord,
 from lorameter.records.validation import validation_error
 from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
 from lorameter.run.cold_start import ColdStart
+from lorameter.run.display import ProgressListener
 from lorameter.run.executors import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.trial_setup import RunContext, begin_record, request_of
+from lorameter.run.prepare import RunContext, begin_record, request_of
 from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from lorameter.studies.request import TrialRequest
 
@@ -37,16 +38,6 @@ WARM = "warmup_step_time_s"
 PART_OF: dict[RoundKind, Part] = {
     "steps": "training", "epochs": "training", "requests": "requests", "open_ended": "open_ended", "merged": "merged",
 }  # fmt: skip
-
-
-class ProgressListener(Protocol):
-    """Receives the progress of a run between turns; must return quickly."""
-
-    def trial_phase(self, slot: Slot, phase: str) -> None:
-        """A trial enters a phase."""
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """A trial has its record."""
 
 
 class GroupRecords:

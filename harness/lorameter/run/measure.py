@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, Side
 from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.records.tempdirs import leaving_nothing
-from lorameter.records.worker_info import WorkerInfo
-from lorameter.run.arms import contenders_of, variants_of, workloads_of
+from lorameter.records.worker_info import TokenSummary, WorkerInfo
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.display import Display, Shielded
 from lorameter.run.executors import SCRIPTS, Executor, open_executor
@@ -34,17 +33,25 @@ from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import together_bytes, total_of
 from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.manifest import describe_tokens
 from lorameter.run.memory_probe import REHEARSED, probe_memory
-from lorameter.run.plan import Plan, make_plan
-from lorameter.run.prepare import prepare_run
+from lorameter.run.plan import Plan, contenders_of, make_plan, variants_of, workloads_of
+from lorameter.run.prepare import Ready, RunContext, prepare_run
 from lorameter.run.resume import continue_manifest, is_finished, mend
-from lorameter.run.runner import Measured, find_unfinished, records_outside, run_plan
+from lorameter.run.runner import Measured, Stopping, find_unfinished, records_outside, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
-from lorameter.run.stopping import Stopping
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
+
+
+def describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
+    """Of the tokens: those of the study's workload, and `own`, by variant, those of others."""
+    said = {
+        workload: {key: value for key, value in codec.to_json(tokens).items() if key != "path"}
+        for workload, tokens in prepared.items()
+    }
+    own = {name: said[workload] for name, workload in plan.own_workloads.items()}
+    return said[plan.study.workload] | ({"own": own} if own else {})
 
 
 def plan_study(
@@ -170,10 +177,10 @@ def measure(
             resume=resume,
             policy=policy,
         )
-    threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    if not arms:
-        arms = [ArmExecutor(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
-    executors = {arm.name: arm.executor for arm in arms}
+    arms = arms or [
+        ArmExecutor(name=name, executor=open_executor(executor_of(study), label=name))
+        for name in dict.fromkeys(slot.arm for slot in plan.slots)
+    ]
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
     with InterruptHandler(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
@@ -187,91 +194,127 @@ def measure(
             return earlier if is_finished(earlier) else mend(earlier)
         rest = dataclasses.replace(plan, groups=groups)
         shown.starting(rest, run_id)
-        minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
-        skipped = earlier.manifest.skipped if earlier else ()
-        budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates, skipped=skipped)
+        budget = _budget(rest, earlier)
         with stops.interruptible():
-            for name, executor in executors.items():
-                stack.callback(executor.close)
-                executor.start(runs / run_id, threads[name])
-            ready, site = prepare_run(rest, executors, shown, tell_data=shown.tokens_prepared)
-            there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
-            check_facts(there)
+            ready, context = _start(rest, arms, runs / run_id, shown, stack)
+            facts = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            check_facts(facts)
             budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
+        executors = {arm.name: arm.executor for arm in arms}
         notices = (*notices, *ready.base_notices)
         if plan.provisional:
             with stops.interruptible():
-                plan, told = probe_memory(plan, executors, site, shown)
-            shown.rehearsed(plan, told)
-            groups, notices = plan.groups, (*notices, *told)
-        tokens = describe_tokens(plan, ready.tokens_of(plan))
-        place = next(iter(there.values()))
-        facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
-        declared = sorted({name for arm in arms for name in arm.declared})
-        if earlier is not None:
-            manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
-            manifest = dataclasses.replace(
-                manifest,
-                bases=(*manifest.bases, *ready.bases),
-                notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
-            )
+                plan, found = probe_memory(plan, executors, context, shown)
+            shown.rehearsed(plan, found)
+            groups, notices = plan.groups, (*notices, *found)
+        if earlier is None:
+            manifest = _new_manifest(plan, run_id, arms, ready, facts, notices, policy)
         else:
-            manifest = Manifest(
-                run=run_id,
-                study=codec.to_json(study),
-                phases=plan.phases,
-                selection=tuple(variant.name for variant in variants_of(plan.contenders)),
-                own_workloads=codec.to_json(plan.own_workloads),
-                interleaving=plan.interleaving,
-                why=plan.why,
-                order=tuple(slot.trial for slot in plan.slots),
-                seed=study.protocol.seed,
-                created_unix_s=time.time(),
-                provenance=facts,
-                fingerprint=provenance.fingerprint(facts, without=declared),
-                tokens=tokens,
-                bases=ready.bases,
-                notices=notices,
-                sides=_sides(arms, ready.hellos, there),
-                policy=dict(policy or {}),
-            )
+            manifest = _resumed_manifest(plan, earlier.manifest, ready, facts)
         writer = RunWriter(runs, manifest)
         stack.enter_context(writer.refusals())
-        try:
-            stop = Stopping(plan, budget, earlier=records_outside(groups, known))
-            measured = run_plan(
-                plan,
-                executors,
-                site,
-                save=writer.append,
-                watcher=shown,
-                stop=stop,
-                budget=budget,
-                earlier=known,
-                stops=stops,
-            )
-        except BaseException as error:
-            with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be told
-                if isinstance(error, TimeLimitTooShortError) and not writer.has_records:  # so there is no run
-                    (writer.path / store.MANIFEST).unlink()
-                else:
-                    writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-            raise
-        trials = [record.trial for record in measured.records]
-        stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        told = measured.notices
-        if minutes is not None and not measured.interrupted:
-            count = len({record.replicate for record in measured.records if record.status == "ok"})
-            told += skipped_notice(measured.skipped, count, study.protocol.replicates, measured.needed_s)
-        writer.finish(
-            _status(measured),
-            stopped=stopped,
-            measured=trials,
-            notices=told,
-            spending=budget.breakdown(),
-            skipped=tuple(sorted(measured.skipped)),
-        )
+        stack.enter_context(_finishing_after_errors(writer))
+        measured = run_plan(
+            plan, executors, context, save=writer.append, watcher=shown, budget=budget, earlier=known, stops=stops,
+            stop=Stopping(plan, budget, earlier=records_outside(groups, known)),
+        )  # fmt: skip
+        _finish(writer, plan, budget, measured, stopped=manifest.stopped)
     return store.read_run(str(writer.path), runs)
+
+
+def _budget(plan: Plan, earlier: Run | None) -> Budget:
+    """The budget of what is left of a plan."""
+    minutes = plan.study.protocol.max_minutes
+    return Budget(
+        None if minutes is None else 60 * minutes,
+        replicates=len({group.replicate for group in plan.groups}),
+        skipped=earlier.manifest.skipped if earlier else (),
+    )
+
+
+def _start(
+    plan: Plan, arms: Sequence[ArmExecutor], folder: Path, shown: Shielded, stack: contextlib.ExitStack
+) -> tuple[Ready, RunContext]:
+    """Start the executors, which `stack` closes, and have them prepare what the trials need."""
+    threads = {slot.arm: slot.workload.threads for slot in plan.slots}
+    for arm in arms:
+        stack.callback(arm.executor.close)
+        arm.executor.start(folder, threads[arm.name])
+    executors = {arm.name: arm.executor for arm in arms}
+    return prepare_run(plan, executors, shown, tell_data=shown.tokens_prepared)
+
+
+def _new_manifest(
+    plan: Plan, run_id: str, arms: Sequence[ArmExecutor], ready: Ready, facts: Mapping[str, MachineFacts],
+    notices: tuple[Notice, ...], policy: Mapping[str, Any] | None,
+) -> Manifest:  # fmt: skip
+    collected = _provenance(plan, ready, facts)
+    declared = sorted({name for arm in arms for name in arm.declared})
+    return Manifest(
+        run=run_id,
+        study=codec.to_json(plan.study),
+        phases=plan.phases,
+        selection=tuple(variant.name for variant in variants_of(plan.contenders)),
+        own_workloads=codec.to_json(plan.own_workloads),
+        interleaving=plan.interleaving,
+        why=plan.why,
+        order=tuple(slot.trial for slot in plan.slots),
+        seed=plan.study.protocol.seed,
+        created_unix_s=time.time(),
+        provenance=collected,
+        fingerprint=provenance.fingerprint(collected, without=declared),
+        tokens=describe_tokens(plan, ready.tokens_of(plan)),
+        bases=ready.bases,
+        notices=notices,
+        sides=_sides(arms, ready.hellos, facts),
+        policy=dict(policy or {}),
+    )
+
+
+def _resumed_manifest(plan: Plan, before: Manifest, ready: Ready, facts: Mapping[str, MachineFacts]) -> Manifest:
+    tokens = describe_tokens(plan, ready.tokens_of(plan))
+    minutes = plan.study.protocol.max_minutes
+    manifest = continue_manifest(before, _provenance(plan, ready, facts), tokens, minutes)
+    return dataclasses.replace(
+        manifest,
+        bases=(*manifest.bases, *ready.bases),
+        notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
+    )
+
+
+def _provenance(plan: Plan, ready: Ready, facts: Mapping[str, MachineFacts]) -> dict[str, Any]:
+    first = next(iter(facts.values()))
+    return provenance.collect(plan.study, first, plan.study.workload.threads, ready.hello, plan.own_workloads)
+
+
+@contextlib.contextmanager
+def _finishing_after_errors(writer: RunWriter) -> Iterator[None]:
+    """State in the manifest how a run ended that an error ends; of one for which there was no time nothing is left."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be reported
+            if isinstance(error, TimeLimitTooShortError) and not writer.has_records:
+                (writer.path / store.MANIFEST).unlink()
+            else:
+                writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+
+
+def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: Measured, *, stopped: str | None) -> None:
+    notices = measured.notices
+    if budget.is_limited and not measured.interrupted:
+        count = len({record.replicate for record in measured.records if record.status == "ok"})
+        notices += skipped_notice(measured.skipped, count, plan.study.protocol.replicates, measured.needed_s)
+    unfinished = any(record.status in ("interrupted", "not_run") for record in measured.records)
+    writer.finish(
+        "interrupted" if unfinished or measured.interrupted else "complete",
+        stopped=measured.stopped or stopped,
+        measured=[record.trial for record in measured.records],
+        notices=notices,
+        spending=budget.breakdown(),
+        skipped=tuple(sorted(measured.skipped)),
+    )
 
 
 def _is_watched() -> bool:
@@ -289,8 +332,3 @@ def _sides(
         for arm in arms
         if arm.side and arm.name == arm.side
     }
-
-
-def _status(measured: Measured) -> store.RunStatus:
-    stopped = any(record.status in ("interrupted", "not_run") for record in measured.records)
-    return "interrupted" if stopped or measured.interrupted else "complete"

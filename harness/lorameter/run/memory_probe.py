@@ -15,12 +15,11 @@ from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
 from lorameter.records import codec
 from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialRecord
 from lorameter.records.units import format_bytes
-from lorameter.run.arms import Arm
+from lorameter.run.display import ProgressListener
 from lorameter.run.executors import Executor, WorkerLostError
-from lorameter.run.group_runner import ProgressListener
 from lorameter.run.interleaving import fits
-from lorameter.run.plan import Plan, Slot, make_plan
-from lorameter.run.trial_setup import RunContext, begin_record, request_of
+from lorameter.run.plan import Arm, Plan, Slot, make_plan
+from lorameter.run.prepare import RunContext, begin_record, request_of
 from lorameter.studies.command import COMMANDS
 
 REHEARSED = "a rehearsal of the scripts settles it"

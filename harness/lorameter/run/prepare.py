@@ -1,26 +1,164 @@
-"""What is done in a place before anything is measured there: tokens are made, workers greeted, bases prepared.
+"""Prepares a run before anything is measured: tokens, workers, bases, and what the requests of its trials share.
 
 The order is that of cost: tokens are made while the workers import, and what cannot be measured is refused before a
-base is read. It is one and the same for the machine of the run's parent and for any other; what is said of it is JSON,
-and the paths stay where they hold.
+base is read. Each base is prepared once, for every process that will map it. A base that cannot be prepared does not
+end the run: its trials make theirs themselves, on both sides of an A/B alike. Bases that no run has used for a month
+are then removed from the disk, and those used longest ago where all together are too large.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.record import Notice
+from lorameter.models.bases import prune
+from lorameter.records.record import Notice, Status, TrialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.bases import mean_load_s, prepare_bases
-from lorameter.run.executors import Executor
-from lorameter.run.group_runner import ProgressListener
-from lorameter.run.plan import Plan
-from lorameter.run.trial_setup import RunContext, site_of
+from lorameter.run.display import ProgressListener
+from lorameter.run.executors import Executor, TrialFiles, WorkerLostError
+from lorameter.run.plan import Plan, Slot
+from lorameter.studies.request import BaseKey, BaseRequest, TrialRequest, base_key, base_words
+from lorameter.studies.script import OWN
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """What every request of a run has in common; paths are those of the machine that measures."""
+
+    device: str
+    threads: int
+    tokens_path: str
+    tokens: dict[str, Any]
+    bases: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
+    """Folders of the prepared bases, by arm and base."""
+    lanes: int = 1
+    """Processes that may be at work at once where nothing is timed."""
+    own: Mapping[Workload, RunContext] = field(default_factory=dict)
+    """The same for other workloads than the study's."""
+
+    def of(self, workload: Workload) -> RunContext:
+        """What the requests on this workload have in common."""
+        return self.own.get(workload, self)
+
+
+def site_of(workload: Workload, tokens: TokenSummary, device: str) -> RunContext:
+    """The site of trials that are measured on one workload."""
+    if workload.data == OWN:  # its trials say what they saw
+        return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens={})
+    known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
+    return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
+
+
+def begin_record(slot: Slot, status: Status) -> TrialRecord:
+    """The record of a trial that has nothing yet."""
+    return TrialRecord(
+        trial=slot.trial,
+        status=status,
+        name=slot.variant.name,
+        variant=slot.variant.id,
+        role=slot.role,
+        replicate=slot.replicate,
+        position=slot.position,
+        interleaving=slot.interleaving,
+        side=slot.side,
+        seed=slot.seed,
+        started_unix_s=0.0,
+        wall_time_s=0.0,
+        log=f"logs/{slot.trial}.log",
+    )
+
+
+def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> TrialRequest:
+    """All that a worker must know of a trial."""
+    study, bases, site = plan.study, site.bases, site.of(slot.workload)
+    return TrialRequest(
+        trial=slot.trial,
+        variant=slot.variant,
+        role=slot.role,
+        replicate=slot.replicate,
+        seed=slot.seed,
+        workload=slot.workload,
+        protocol=study.protocol.here(),  # of no interest there, and unknown to older revisions on a side
+        interleaving=slot.interleaving,
+        measures=slot.measures,
+        slowdown_rows=slot.contender.slowdown_rows,
+        device=site.device,
+        threads=site.threads,
+        tokens_path=site.tokens_path,
+        scratch=place.scratch,
+        log_path=place.log_path,
+        allow_fallback=study.allow_fallback,
+        requirements=study.requirements,
+        base=bases.get((slot.arm, base_key(slot.variant, slot.workload)), ""),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bases:
+    """What was prepared."""
+
+    folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
+    """By the arm that maps it."""
+    summaries: tuple[BaseSummary, ...] = ()
+    load_s: Mapping[BaseKey, float] = field(default_factory=dict)
+    """What a process takes that makes a base for itself."""
+    notices: tuple[Notice, ...] = ()
+
+
+def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, watcher: ProgressListener) -> Bases:
+    """Have each executor of a plan prepare the bases of its trials.
+
+    Raises:
+        RefusedError: the system refuses what keeping one takes.
+        InvalidRunError: no process can be started.
+    """
+    if plan.study.of_scripts:
+        return Bases()
+    first: dict[tuple[str, BaseKey], Slot] = {}
+    for slot in plan.slots:
+        first.setdefault((slot.arm, base_key(slot.variant, slot.workload)), slot)
+    made: dict[tuple[str, BaseKey], BaseSummary] = {}
+    notices: dict[BaseKey, Notice] = {}
+    for (arm, key), slot in first.items():
+        if key in notices:
+            continue
+        watcher.trial_phase(slot, "base")
+        request = BaseRequest(
+            workload=slot.workload, variant=slot.variant, device=device, threads=slot.workload.threads, log_path=""
+        )
+        try:
+            made[arm, key] = executors[arm].prepare_base(request)
+        except WorkerLostError as lost:
+            notices[key] = _notice(slot, lost)
+    prune()
+    return Bases(
+        folders={place: summary.path for place, summary in made.items() if place[1] not in notices},
+        summaries=tuple(made.values()),
+        load_s={key: summary.load_s for (_, key), summary in made.items()},
+        notices=tuple(notices.values()),
+    )
+
+
+def mean_load_s(plan: Plan, bases: Bases) -> float:
+    """Mean seconds that a cold start takes to load its base, by what making the bases has taken."""
+    each = [
+        bases.load_s.get(base_key(slot.variant, slot.workload), 0.0) for slot in plan.slots if "cold" in slot.measures
+    ]
+    return sum(each) / len(each) if each else 0.0
+
+
+def _notice(slot: Slot, lost: WorkerLostError) -> Notice:
+    return Notice(
+        code="base-not-prepared",
+        message=f"the base {base_words(slot.variant, slot.workload)} could not be prepared ({lost.status}: "
+        f"{lost.failure.message.rstrip('.')}), so each process reads, converts and quantises it itself.",
+        remedy="What is wrong stands in logs/base.log of the run and in the records of its trials.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""An interrupted run is resumed: its own plan, on the same machine, and only what is missing is measured.
+"""Resumes an interrupted run: its own plan, on the same machine, and only what is missing is measured.
 
 The plan follows from the study, the selection, the phases, the level and the seed, all of which the manifest holds, so
-it is made again; it must name the same trials. Machine, libraries, workload and tokens must be the same too, because
-trials of one run are compared without asking. Another version of the harness is only said: a run of days must be able
-to survive the mending of a defect elsewhere.
+it is made again, here or in a job on another machine; it must name the same trials. Machine, libraries, workload and
+tokens must be the same too, because trials of one run are compared. Another version of the harness is only reported: a
+run of days must survive a correction elsewhere.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
@@ -22,16 +23,105 @@ from lorameter.machine.repository import git_state
 from lorameter.records import codec, journal, store
 from lorameter.records.evidence import CHECKS
 from lorameter.records.packed import is_packed
-from lorameter.records.record import Notice
+from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.arms import contenders_of, sides_of
-from lorameter.run.plan import Plan, make_plan
-from lorameter.run.plan_spec import restore_numbers
+from lorameter.run.plan import Arm, Group, Plan, contenders_of, make_plan, sides_of, variants_of
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
+from lorameter.studies.workload import Workload
 from lorameter.verdicts.comparison_input import differences
 from lorameter.verdicts.run_validity import is_single_script_run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideSpec:
+    """One side of an A/B, by a word that means the same on every machine."""
+
+    side: Side
+    kind: Literal["revision", "interpreter", "requirements", "present"]
+    spec: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpec:
+    """What a plan follows from; of an A/B the sides as well, which are not of commands."""
+
+    study: dict[str, Any]
+    phases: tuple[str, ...]
+    selection: tuple[str, ...]
+    own_workloads: dict[str, Workload]
+    interleaving: Interleaving
+    why: str
+    order: tuple[str, ...]
+    """All trials of the whole plan."""
+    trials: tuple[str, ...]
+    """Those of the groups that are to be measured."""
+    sides: tuple[SideSpec, ...] = ()
+    slowdown_rows: int = 0
+    """Extra work of the candidate (`Arm.slowdown_rows`)."""
+
+
+def write_plan(plan: Plan, whole: Plan, sides: tuple[SideSpec, ...] = ()) -> PlanSpec:
+    """A plan, or what is left of the `whole` one, with the `sides` of an A/B."""
+    return PlanSpec(
+        study=codec.to_json(whole.study),
+        phases=whole.phases,
+        selection=tuple(variant.name for variant in variants_of(whole.contenders)),
+        own_workloads=whole.own_workloads,
+        interleaving=whole.interleaving,
+        why=whole.why,
+        order=tuple(slot.trial for slot in whole.slots),
+        trials=tuple(slot.trial for slot in plan.slots),
+        sides=sides,
+        slowdown_rows=max(contender.slowdown_rows for contender in whole.contenders),
+    )
+
+
+def read_plan(written: PlanSpec) -> Plan:
+    """The plan, with the groups that are to be measured. Raises `UsageError` where this version plans other trials."""
+    study = codec.from_json(Study, written.study, "study of the plan")
+    study = restore_numbers(study, written.study)
+    plan = make_plan(
+        study,
+        contenders=_contenders(study, written),
+        phases=written.phases,
+        interleaving=written.interleaving,
+        why=written.why,
+    )
+    order, wanted = set(written.order), set(written.trials)
+    # Of a run that is resumed, replicates that turned out needless are no more part of the plan:
+    plan = dataclasses.replace(plan, groups=tuple(group for group in plan.groups if order >= _trials(group)))
+    if tuple(slot.trial for slot in plan.slots) != written.order:
+        raise UsageError(
+            f"study {study.name}: the lorameter here plans other trials than the one that asks for them. Install one "
+            "version of it in both places."
+        )
+    return dataclasses.replace(plan, groups=tuple(group for group in plan.groups if wanted >= _trials(group)))
+
+
+def _contenders(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
+    if not written.sides:
+        return contenders_of(study, written.selection, written.own_workloads)
+    variants = [study.variant(name) for name in written.selection]
+    return sides_of(study, variants, slowdown_rows=written.slowdown_rows)
+
+
+def _trials(group: Group) -> set[str]:
+    return {slot.trial for slot in group.slots}
+
+
+def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
+    """The study with the ids that its variants had when it was written.
+
+    An id is of a variant as it is written, and a whole number in place of a fraction is written otherwise.
+    """
+    variants = []
+    for variant, fields in zip(study.variants, written.get("variants", ()), strict=True):
+        whole: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is int}
+        variants.append(dataclasses.replace(variant, **whole))
+    return dataclasses.replace(study, variants=tuple(variants))
+
 
 INJECTED = "slowdown_rows"
 """What the manifest of an A/B says of each side's extra work (`Contender.slowdown_rows`)."""

@@ -1,7 +1,7 @@
 """A workload: model, data, batch and sequence length — where variants meet.
 
 Every variant of a study trains on the identical token stream, so whatever belongs to the stream belongs here. Only
-where the workload itself is in question has a variant one of its own (`lorameter.run.arms`).
+where the workload itself is in question has a variant one of its own (`lorameter.run.plan`).
 """
 
 from __future__ import annotations

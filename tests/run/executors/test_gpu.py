@@ -9,7 +9,7 @@ import pytest
 from lorameter.records import codec
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan
-from lorameter.run.trial_setup import request_of, site_of
+from lorameter.run.prepare import request_of, site_of
 
 pytestmark = pytest.mark.gpu
 STEPS = 60

@@ -12,8 +12,8 @@ import pytest
 
 from lorameter.run.executors.zygote import ForkedWorker
 from lorameter.run.plan import make_plan
+from lorameter.run.prepare import site_of
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import site_of
 
 
 class Quiet:

@@ -11,8 +11,8 @@ import pytest
 
 from lorameter.records.metrics import samples_of
 from lorameter.run.plan import make_plan
+from lorameter.run.prepare import site_of
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import site_of
 
 
 class Watcher:

@@ -8,8 +8,8 @@ import psutil
 
 from lorameter.records import codec
 from lorameter.run.plan import make_plan
+from lorameter.run.prepare import request_of, site_of
 from lorameter.run.runner import run_plan
-from lorameter.run.trial_setup import request_of, site_of
 from lorameter.studies.variant import Variant
 
 RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, quantization="nf4"))

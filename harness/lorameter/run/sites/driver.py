@@ -32,9 +32,9 @@ from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display, Shielded
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
-from lorameter.run.plan_spec import SideSpec, write_plan
-from lorameter.run.resume import continue_manifest, is_finished, mend, read_broken_off
-from lorameter.run.runner import find_unfinished, records_outside
+from lorameter.run.prepare import begin_record
+from lorameter.run.resume import SideSpec, continue_manifest, is_finished, mend, read_broken_off, write_plan
+from lorameter.run.runner import Stopping, find_unfinished, records_outside
 from lorameter.run.sites.folder import (
     JOBS,
     LOG,
@@ -46,8 +46,6 @@ from lorameter.run.sites.folder import (
     write_order,
 )
 from lorameter.run.sites.slurm import cancel_job
-from lorameter.run.stopping import Stopping
-from lorameter.run.trial_setup import begin_record
 from lorameter.verdicts.comparison_input import differences
 
 LOOK_S = 1.0

@@ -22,7 +22,7 @@ from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
 from lorameter.records.atomic_json import write_whole
 from lorameter.run.device_lock import IfBusy
-from lorameter.run.plan_spec import PlanSpec
+from lorameter.run.resume import PlanSpec
 
 MODULE = "lorameter.run.sites.job"
 """`python -m MODULE FOLDER` runs a job."""

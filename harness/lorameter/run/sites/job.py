@@ -27,8 +27,7 @@ from lorameter.run.executors import open_executor
 from lorameter.run.executors.host import Host
 from lorameter.run.measure import measure
 from lorameter.run.plan import Plan, Slot
-from lorameter.run.plan_spec import PlanSpec, read_plan
-from lorameter.run.resume import PRESENT
+from lorameter.run.resume import PRESENT, PlanSpec, read_plan
 from lorameter.run.sites.folder import JobState, check_private, read_order, write_state
 from lorameter.run.sites.gpus import executors_of_ranks
 

@@ -16,7 +16,7 @@ from lorameter.records.record import Side
 from lorameter.run.executors.environments import parse_requirements
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import DECLARED, OpenSide, SideKind, name_side
-from lorameter.run.plan_spec import SideSpec
+from lorameter.run.resume import SideSpec
 
 
 def write_sides(
