@@ -8,9 +8,9 @@ from functools import partial
 from torch import nn
 
 from kernels_check.check import Check, Json, judge_safely
+from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import validate
-from kernels_check.judges.request import judge_request
-from kernels_check.observe.recording import AROUND, INSIDE, is_recording, profiled
+from kernels_check.observe.profile import AROUND, INSIDE, is_recording, profiled
 
 PATH = "request.attention"
 

@@ -18,8 +18,8 @@ from kernels_check.check import Check, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.isolation import IsolationResult, isolation_of
 from kernels_check.observe.observation import Observation
+from kernels_check.observe.optimizer import ParameterStatus
 from kernels_check.observe.step import MOST_CALLS, StepObserver
-from kernels_check.observe.trained_parts import ParameterStatus
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
     "embedding.trained": Observation.embeddings,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from kernels_check.check import Check, Json
-from kernels_check.observe.restore import restored
+from kernels_check.observe.hooks import restored
 from kernels_check.observe.step import MOST_CALLS
 from kernels_check.step_watch import Watch, isolation_of_seen
 

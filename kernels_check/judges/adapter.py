@@ -13,7 +13,7 @@ from kernels_check.check import DTYPE, SHARE, Json, JudgedPath, PathObservation,
 from kernels_check.judges.attached import BY_HAND, NO_ADAPTER, calls_that_count, is_trained_by_hand
 
 if TYPE_CHECKING:
-    from kernels_check.observe.adapter_kinds import AdapterLayer
+    from kernels_check.observe.adapter import AdapterLayer
     from kernels_check.observe.observation import Observation
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, format_count, join_values, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observe.adapter_calls import LayerCall
-    from kernels_check.observe.adapter_kinds import AdapterLayer
+    from kernels_check.observe.adapter import AdapterLayer
     from kernels_check.observe.observation import Observation
+    from kernels_check.observe.targets import LayerCall
 
 NO_ADAPTER = "no layer carries an adapter: get_peft_model was not called, or target_modules matched no module"
 

@@ -27,10 +27,11 @@ from kernels_check.check import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observe.attention_calls import AttentionCall
-    from kernels_check.observe.attention_layers import AttentionLayers
-    from kernels_check.observe.events import StepProfile
+    from kernels_check.observe.layers import AttentionLayers
     from kernels_check.observe.observation import Observation
+    from kernels_check.observe.operators import AttentionCall
+    from kernels_check.observe.profile import StepProfile
+
 
 FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
 """Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""
@@ -300,3 +301,25 @@ PATHS: Mapping[str, JudgedPath] = {
     "attention.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, by_operators=True),
     "attention.mask": JudgedPath(requirement=_MASK, judge=judge_mask, by_operators=True),
 }
+
+
+def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> PathObservation:
+    """Judge the attention of one request by its operators, or by its kernels where it called none.
+
+    Args:
+        model: that was asked; it tells what it was built with.
+        profile: of the request alone.
+        required: of a training step, in the words of ``attention.backend``; None where nothing is.
+    """
+    required = "fused" if required in FUSED_ATTENTION else required
+    forward = [call for call in profile.attention if call.direction == "forward"]
+    if not forward:
+        return judge_kernels(profile, required)
+    accepted = FUSED_ATTENTION if required == "fused" else {required}
+    astray = [call for call in forward if call.backend not in accepted]
+    reason = f"forward: {count_values(call.backend for call in forward)}"
+    masked = sum(bool(call.mask) for call in forward)
+    reason += f"; {masked} with an explicit mask" if masked else ""
+    if required is not None and astray:
+        reason += f"; likely cause: {likely_cause(model, astray)}"
+    return PathObservation(observed=join_values(call.backend for call in forward), reason=reason, satisfies=not astray)

@@ -26,10 +26,9 @@ from kernels_check.check import (
 )
 
 if TYPE_CHECKING:
-    from kernels_check.observe.digest import DigestDifference
+    from kernels_check.observe.base import Storage
+    from kernels_check.observe.digest import DigestDifference, WeightBits
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.storage import Storage
-    from kernels_check.observe.weight_bits import WeightBits
 
 _BITS_REMEDY = {
     4: "load with quantization_config=BitsAndBytesConfig(load_in_4bit=True) and keep targets out of its skip list",

@@ -21,7 +21,7 @@ from kernels_check.check import (
 )
 
 if TYPE_CHECKING:
-    from kernels_check.observe.layer_products import LayerProducts
+    from kernels_check.observe.layers import LayerProducts
     from kernels_check.observe.observation import Observation
 
 

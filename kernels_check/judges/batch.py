@@ -52,7 +52,7 @@ def _judge_leaks(seen: IsolationResult) -> PathObservation:
 
 def judge_padding(seen: Observation, required: Json) -> PathObservation:
     """Judge ``padding.share``, a maximum: by what is surely padding it must not be exceeded, nor by what may be."""
-    from kernels_check.observe.padding import describe
+    from kernels_check.observe.inputs import describe
 
     padding = seen.padding()
     if padding is None or not padding.tokens:

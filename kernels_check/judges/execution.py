@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Requirement, count_values, name_some
-from kernels_check.observe.compilations import Compilations
+from kernels_check.observe.compile import Compilations
 
 if TYPE_CHECKING:
+    from kernels_check.observe.compile import BlockRecomputed
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.recomputed_blocks import BlockRecomputed
 
 
 def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:

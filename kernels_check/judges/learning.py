@@ -16,7 +16,7 @@ from kernels_check.judges.attached import NO_ADAPTER
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels_check.observe.adapter_updates import ParameterUpdates
+    from kernels_check.observe.learning import ParameterUpdates
     from kernels_check.observe.observation import Observation
 
 _LORA_FA = "peft.optimizers.lorafa.LoraFAOptimizer"

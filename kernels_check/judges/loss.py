@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, Status, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observe.loss_tokens import LossPass
+    from kernels_check.observe.loss import LossPass
     from kernels_check.observe.observation import Observation
 
 _MEAN_OF_MEANS = (

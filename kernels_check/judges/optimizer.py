@@ -24,8 +24,7 @@ from kernels_check.check import (
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.optimizers import OptimizerSeen
-    from kernels_check.observe.updates import GroupSeen
+    from kernels_check.observe.optimizer import GroupSeen, OptimizerSeen
 
 _UNSEEN = "unseen"
 

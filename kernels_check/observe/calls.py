@@ -1,16 +1,20 @@
 """Which module of the model was called, when, and by which other: the address of everything that is seen in a step.
 
-A count of operators says nothing of where they ran: one layer that is called twice hides another that never ran, and a
-teacher's layers hide the student's. So every module of the model is hooked while a step is watched, each call is noted
-with the call that it came from, and each operator carries the call in which it ran (see ``events``). What carries none
-ran outside the model: in another model, in a copy, or in code that torch.compile made, which calls no hook.
+A count of operators says nothing of where they ran: one layer that is called twice hides another that never ran. So
+every module is hooked while a step is watched, each call is recorded with the call that it came from, and each
+operator carries the call in which it ran. What carries none ran outside the model: in another model, in a copy, or in
+code that torch.compile made, which calls no hook.
+
+A pass that runs out of memory is taken again by a program that catches the error: what it called is no part of the
+step, unless a gradient came back to anything that was returned inside it.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,13 +22,81 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kernels_check.observe.base_state import is_packed
-from kernels_check.observe.failed_calls import BrokenCalls, Output, outputs_of
-from kernels_check.observe.module_tree import named_modules
-from kernels_check.observe.monkeypatch import patched
-from kernels_check.observe.safe_hooks import HookGuard, ModuleHook
+from kernels_check.observe.base import is_packed
+from kernels_check.observe.hooks import HookGuard, ModuleHook, patched
+from kernels_check.observe.modules import named_modules
+
+Output = tuple[int, "weakref.ref[Tensor]"]
+"""A tensor that a gradient can come back to, with the number of the call that returned it."""
+
+
+@dataclass(slots=True)
+class BrokenCalls:
+    """Calls that raised, and those that a gradient came back to in spite of it."""
+
+    shield: HookGuard
+    """What hooks are wrapped in."""
+    raised: set[int] = field(default_factory=set)
+    _used: set[int] = field(default_factory=set)
+    _hooks: ExitStack = field(default_factory=ExitStack)
+
+    def add(self, number: int, outputs: Iterable[Output]) -> None:
+        """Note a call that raised, and ask what was returned inside it for gradients.
+
+        Args:
+            number: of the call.
+            outputs: of the calls inside it.
+        """
+        self.raised.add(number)
+        for inner, reference in outputs:
+            tensor = reference()
+            if tensor is not None:  # what nobody holds any more can only have been a step to what somebody holds
+                self._hooks.push(tensor.register_hook(self.shield(partial(self._come_back, inner))))
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._hooks.close()
+
+    def failed(self, callers: Mapping[int, int | None]) -> frozenset[int]:
+        """Numbers of all calls that came to nothing: those that raised, and those inside them.
+
+        Args:
+            callers: the caller of each call, by their numbers.
+        """
+        used = {around for number in self._used for around in _around(number, callers)}
+        gone = self.raised - used
+        if not gone:
+            return frozenset()
+        return frozenset(number for number in callers if not gone.isdisjoint(_around(number, callers)))
+
+    def _come_back(self, number: int, gradient: Tensor) -> None:
+        self._used.add(number)
+
+
+def outputs_of(number: int, output: Any) -> Iterator[Output]:
+    """The tensors of an output that a gradient can come back to."""
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            yield number, weakref.ref(output)
+    elif isinstance(output, Mapping):
+        for one in output.values():
+            yield from outputs_of(number, one)
+    elif isinstance(output, list | tuple):
+        for one in output:
+            yield from outputs_of(number, one)
+    elif hasattr(output, "__dict__"):
+        for one in vars(output).values():
+            if isinstance(one, Tensor):
+                yield from outputs_of(number, one)
+
+
+def _around(number: int | None, callers: Mapping[int, int | None]) -> Iterator[int]:
+    while number is not None:
+        yield number
+        number = callers[number]
+
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""

@@ -1,8 +1,9 @@
 """Where code of a library of fused kernels stands in place of a model's own, and whether what holds it was called.
 
-Libraries swap classes, bind other forwards to modules, or put other functions into the module of a model's code. All of
-that is read off what is really bound now: the class and the forward of each module, and the function that the forward's
-own globals name. Patching that came too late, or for another architecture, leaves the model's own there silently.
+Libraries swap classes, bind other forwards to modules, or put other functions into the module of a model's code. All
+of that is read off what is really bound now: the class and the forward of each module, and the function that the
+forward's own globals name. Patching that came too late, or for another architecture, leaves the model's own there
+silently.
 
 Whose forward an attention has says little of what is fused in it: one that only calls another attention keeps the
 model's own rotary embeddings and projections. So these are told by the functions that the forward calls. A fused loss
@@ -20,7 +21,7 @@ from torch import nn
 
 from kernels_check.observe.calls import Calls
 from kernels_check.observe.inputs import ModelCall, training_calls
-from kernels_check.observe.module_tree import ModelTree
+from kernels_check.observe.modules import ModelTree
 
 Kind = Literal["rms_norm", "rope", "mlp", "loss", "qkv", "o"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -4,9 +4,9 @@ Packing relies on ``position_ids`` that restart at each record, and on a mask th
 it is given no attention mask and builds no cache. When that fails nothing crashes; the benchmark even gets faster,
 because attention over the whole row is cheaper to dispatch than a block mask.
 
-Two forwards decide: in one the even records are changed and the odd ones compared with those of a plain forward, in the
-other the reverse. Equality is exact: a masked position contributes an exact zero, and each row of a matrix product
-depends on its own input only. Every forward draws the same random numbers.
+Two forwards decide: in one the even records are changed and the odd ones compared with those of a plain forward, in
+the other the reverse. Equality is exact: a masked position contributes an exact zero, and each row of a matrix
+product depends on its own input only. Every forward draws the same random numbers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.check import name_some
-from kernels_check.observe.attention_calls import AttentionCall
-from kernels_check.observe.compilations import compiler_held
+from kernels_check.observe.compile import compiler_held
+from kernels_check.observe.hooks import Modes, RandomState
 from kernels_check.observe.inputs import (
     ModelCall,
     configurations,
@@ -32,10 +32,9 @@ from kernels_check.observe.inputs import (
     training_calls,
     unwrapped,
 )
-from kernels_check.observe.module_tree import every_module
+from kernels_check.observe.modules import every_module, without_repacking
+from kernels_check.observe.operators import AttentionCall
 from kernels_check.observe.records import PADDING, PASSED_ON, LayoutError, Records, find_records
-from kernels_check.observe.restore import Modes, RandomState
-from kernels_check.observe.stored_layout import without_repacking
 
 _VERIFY = "whether it isolates them takes forwards, as verify makes them"
 _LEFT_OUT = ("num_items_in_batch", "logits_to_keep")

@@ -10,38 +10,46 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from kernels_check.observe import trained_parts
-from kernels_check.observe.adapter_biases import biases_of_adapters
-from kernels_check.observe.adapter_calls import LayerCall
-from kernels_check.observe.adapter_kinds import AdapterLayer
-from kernels_check.observe.adapter_layers import (
+from kernels_check.observe.adapter import (
+    AdapterLayer,
     adapter_layers,
     base_parameters,
+    biases_of_adapters,
     token_parameters,
     trained_parameters,
 )
-from kernels_check.observe.adapter_targets import layers_left_to_experts, unmatched_names
-from kernels_check.observe.adapter_updates import ParameterUpdates
-from kernels_check.observe.attention_layers import AttentionLayers, attention_layers
+from kernels_check.observe.base import Storage, read_wrapped, storage_in
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.compilations import Compilations
-from kernels_check.observe.compiled_blocks import CompiledBlocks, compiled_blocks
-from kernels_check.observe.digest import Digest
-from kernels_check.observe.events import StepProfile
+from kernels_check.observe.compile import (
+    BlockRecomputed,
+    Compilations,
+    CompiledBlocks,
+    compiled_blocks,
+    ran_without_gradient,
+    recomputed_blocks,
+)
+from kernels_check.observe.digest import Digest, WeightBits, take_census
 from kernels_check.observe.fused_kernels import FusedKernelSite, swapped_places
-from kernels_check.observe.gradients import GradientSeen
-from kernels_check.observe.inputs import ModelCall
+from kernels_check.observe.inputs import ModelCall, PaddingSeen, count_padding
 from kernels_check.observe.isolation import IsolationResult, isolation_by_inputs
-from kernels_check.observe.layer_products import LayerProducts, fourbit_layers, products_of
-from kernels_check.observe.loss_tokens import LossSeen, loss_of_step
-from kernels_check.observe.module_tree import ModelTree
-from kernels_check.observe.optimizers import OptimizerSeen
-from kernels_check.observe.padding import PaddingSeen, count_padding
-from kernels_check.observe.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
-from kernels_check.observe.storage import Storage, read_wrapped, storage_in
-from kernels_check.observe.trained_parts import ParameterStatus
-from kernels_check.observe.updates import GroupSeen, operators_on, updated_by
-from kernels_check.observe.weight_bits import WeightBits, take_census
+from kernels_check.observe.layers import AttentionLayers, LayerProducts, attention_layers, fourbit_layers, products_of
+from kernels_check.observe.learning import GradientSeen, ParameterUpdates
+from kernels_check.observe.loss import LossSeen, loss_of_step
+from kernels_check.observe.modules import ModelTree
+from kernels_check.observe.optimizer import (
+    GroupSeen,
+    OptimizerSeen,
+    ParameterStatus,
+    TrainedModule,
+    TrainingSeen,
+    embedding_modules,
+    fates_of,
+    norm_modules,
+    operators_on,
+    updated_by,
+)
+from kernels_check.observe.profile import StepProfile
+from kernels_check.observe.targets import LayerCall, layers_left_to_experts, unmatched_names
 
 _T = TypeVar("_T")
 
@@ -215,18 +223,18 @@ class Observation:
     @_once
     def embeddings(self) -> list[ParameterStatus]:
         """The input and output embedding, with what became of their parameters."""
-        return self._fates(trained_parts.embeddings(self.tree()))
+        return self._fates(embedding_modules(self.tree()))
 
     @_once
     def norms(self) -> list[ParameterStatus]:
         """Every norm with parameters, with what became of them."""
-        return self._fates(trained_parts.norms(self.tree()))
+        return self._fates(norm_modules(self.tree()))
 
-    def _fates(self, places: Mapping[str, trained_parts.TrainedModule]) -> list[ParameterStatus]:
-        shown = trained_parts.TrainingSeen(
+    def _fates(self, places: Mapping[str, TrainedModule]) -> list[ParameterStatus]:
+        shown = TrainingSeen(
             changed=self.changed, gradients=self.gradients, updates=self.updates, optimizers=self.optimizers
         )
-        return trained_parts.fates_of(places, self.tree(), shown)
+        return fates_of(places, self.tree(), shown)
 
     def isolation(self) -> IsolationResult:
         """Whether packed records are isolated."""

@@ -1,16 +1,25 @@
-"""One call on the host as an instrument recorded it, and which of them anything here reads.
+"""Operators of a step as the profiler recorded them, and the products and the attention among them.
 
 An operator's ancestors say when it ran: everything below ``autograd::engine::evaluate_function`` runs in the backward
 pass, so a *forward* operator found there is a recomputation (gradient checkpointing). The call of a module that it
-carries says where (see ``calls``).
+carries says where.
+
+A fused implementation of attention is an operator of its own. Attention written out is none; it is known by its
+softmax: over scores of four dimensions, or of any from three on that come from one batched product and go into
+another. Under autocast only the operator inside ``aten::scaled_dot_product_attention`` is read, since the outer one
+still sees float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from kernels_check.rules import attention_backend
 
@@ -107,3 +116,295 @@ def by_place(operators: Iterable[Operator]) -> dict[tuple[int | None, bool], lis
     for operator in operators:
         found.setdefault((operator.call, in_backward(operator)), []).append(operator)
     return found
+
+
+Path = Literal["dequantize", "fused", "packed_cpu", "unknown"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """One product of the forward pass."""
+
+    op: str
+    dtype: str | None
+    """In which it was computed, after any autocast."""
+    path: Path | None = None
+    """How a product with a 4-bit weight was computed; None for any other."""
+    call: int | None = None
+    """Number of the call of a module of the model in which it ran; None outside the model."""
+    compiled: bool = False
+    """Whether it ran inside code of torch.compile, where no module is known."""
+    recomputed: bool = False
+
+
+def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Product]:
+    """Tell the path of each 4-bit product by what the operator calls inside.
+
+    The operator is ``gemm_4bit`` on every path; dequantising ends in an ordinary ``aten::linear``, the fused CUDA
+    kernel in none (bitsandbytes 0.50 ``backends/cuda/ops.py``). Packed weights of AVX512 use ``gemv_4bit``.
+    """
+    for event in host:
+        if event.name not in FOURBIT:
+            continue
+        path: Path = "fused" if on_cuda else "packed_cpu"
+        if event.name == "bitsandbytes::gemm_4bit":
+            inside = {child.name for child in descendants(event)}
+            dequantised = bool(inside & {"aten::linear", "bitsandbytes::dequantize_4bit"})
+            path = "dequantize" if dequantised else "fused" if on_cuda else "unknown"
+        # The packed kernel computes in bfloat16 whatever it is given.
+        dtype = "bfloat16" if path == "packed_cpu" else event.dtype(0)
+        yield _product(event, dtype, path)
+
+
+def plain_products(host: Sequence[Operator]) -> Iterator[Product]:
+    """Every other product of the forward pass; the innermost where one is recorded inside another."""
+    for event in host:
+        if event.name not in PRODUCTS or any(child.name in PRODUCTS for child in descendants(event)):
+            continue
+        if not in_backward(event) and not any(parent.name in FOURBIT for parent in ancestors(event)):
+            first = 1 if event.name in ("aten::addmm", "aten::_addmm_activation", "aten::baddbmm", "aten::addmv") else 0
+            yield _product(event, event.dtype(first), None)
+
+
+def _product(event: Operator, dtype: str | None, path: Path | None) -> Product:
+    return Product(
+        op=event.name,
+        dtype=dtype,
+        path=path,
+        call=event.call,
+        compiled=region_of(event) is not None,
+        recomputed=in_backward(event),
+    )
+
+
+Direction = Literal["forward", "backward"]
+_BATCHED = ("aten::bmm", "aten::baddbmm")
+_PROJECTIONS = {"aten::linear": 0, "aten::mm": 0, "aten::addmm": 1, "aten::_addmm_activation": 1} | dict.fromkeys(
+    FOURBIT, 0
+)
+"""Products of a layer of weights, with the place of the argument that has its inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One call of an attention implementation; None where its operator does not say."""
+
+    op: str
+    backend: str
+    direction: Direction
+    recomputed: bool = False
+    """A forward call inside the backward pass."""
+    call: int | None = None
+    """Number of the call of a module of the model in which it ran; None outside the model."""
+    region: int | None = None
+    """Identity of the entry into compiled code that it ran in, where no module is known; None for what ran eagerly."""
+    dtype: str | None = None
+    mask: bool | None = None
+    causal: bool | None = None
+    dropout: float | None = None
+    grouped: bool | None = None
+    """Fewer key and value heads than query heads."""
+    head_size: int | None = None
+    heads: int | None = None
+    """Query heads."""
+    width: int | None = None
+    """Features that it returns for each token, those of all its heads."""
+    taken: int | None = None
+    """Features of each token that the next layer of weights takes, which is the output projection as a rule."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it ran inside code of torch.compile."""
+        return self.region is not None
+
+
+def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
+    """All calls, those of fused implementations first."""
+    taken = _taken_after(host)
+    for event in host:
+        backend = attention_backend(event.name)
+        if backend is not None and not any(attention_backend(parent.name) for parent in ancestors(event)):
+            yield replace(_named(event, backend), taken=taken.get(id(event)))
+    written = [event for event in host if _is_softmax(event)]
+    if written:
+        yield from _written_out(host, taken)
+
+
+def _taken_after(host: Sequence[Operator]) -> dict[int, int]:
+    """The inputs of the first projection after each operator of attention, by the operator's identity."""
+    found: dict[int, int] = {}
+    width = None
+    for event in reversed(host):
+        if event.name in _PROJECTIONS:
+            inputs = event.shape(_PROJECTIONS[event.name])
+            width = inputs[-1] if inputs else None
+        elif width is not None:
+            found[id(event)] = width
+    return found
+
+
+def _is_softmax(event: Operator) -> bool:
+    """A softmax over three dimensions or more, outside any fused operator; the loss uses ``_log_softmax``."""
+    if event.name not in SOFTMAX or len(event.shape(0)) < 3:
+        return False
+    return not any(
+        parent.name in ("aten::softmax", "aten::_safe_softmax") or attention_backend(parent.name)
+        for parent in ancestors(event)
+    )
+
+
+def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator[AttentionCall]:
+    places = by_place(host)
+    scores = {
+        event.shape(0)
+        for events in places.values()
+        for index, event in enumerate(events)
+        if _is_softmax(event) and _is_over_scores(events, index)
+    }
+    for (call, backward_pass), events in places.items():
+        begin = 0
+        for index, event in enumerate(events):
+            backward = event.name.endswith("_backward_data")
+            if not _is_softmax(event) or not (event.shape(0) in scores if backward else _is_over_scores(events, index)):
+                continue
+            yield AttentionCall(
+                op=event.name,
+                backend="eager",
+                direction="backward" if backward else "forward",
+                recomputed=not backward and backward_pass,
+                call=call,
+                region=region_of(event),
+                dtype=event.dtype(0) if backward else _precision(events, index),
+                mask=any(_masks(other, event.shape(0)) for other in events[begin:index]),
+                causal=False,
+                heads=event.shape(0)[1] if len(event.shape(0)) == 4 else None,
+                width=_width(events, index),
+                taken=taken.get(id(event)),
+            )
+            begin = index + 1
+
+
+def _is_over_scores(events: Sequence[Operator], index: int) -> bool:
+    """Whether a softmax is attention's: a router of experts takes one over fewer dimensions, between no products."""
+    event = events[index]
+    if event.name.endswith("_backward_data"):
+        return len(event.shape(0)) == 4
+    return len(event.shape(0)) == 4 or (
+        _product_before(events, index) is not None and _product_after(events, index) is not None
+    )
+
+
+def _product_before(events: Sequence[Operator], index: int) -> Operator | None:
+    """The product that made the scores: ``[batch, queries, size] x [batch, size, keys]``."""
+    batch, queries, keys = _flattened(events[index].shape(0))
+    for event in reversed(events[:index]):
+        if event.name in _BATCHED:
+            left, right = (event.shape(position) for position in _operands(event))
+            if left[:2] == (batch, queries) and right[::2] == (batch, keys):
+                return event
+    return None
+
+
+def _product_after(events: Sequence[Operator], index: int) -> Operator | None:
+    """The product that the weights of attention go into."""
+    flattened = _flattened(events[index].shape(0))
+    for event in events[index + 1 :]:
+        if event.name in _BATCHED and event.shape(_operands(event)[0]) == flattened:
+            return event
+    return None
+
+
+def _width(events: Sequence[Operator], index: int) -> int | None:
+    """Features that attention of scores by heads returns for each token."""
+    scores, product = events[index].shape(0), _product_after(events, index)
+    if len(scores) != 4 or product is None:
+        return None
+    values: tuple[int, ...] = product.shape(_operands(product)[1])
+    return scores[1] * values[-1] if values else None
+
+
+def _operands(product: Operator) -> tuple[int, int]:
+    return (1, 2) if product.name == "aten::baddbmm" else (0, 1)
+
+
+def _flattened(scores: tuple[int, ...]) -> tuple[int, int, int]:
+    """As a batched product has them."""
+    return math.prod(scores[:-2]), scores[-2], scores[-1]
+
+
+def _precision(events: Sequence[Operator], index: int) -> str | None:
+    """Of the products; None where they are written out, too."""
+    product = _product_before(events, index) or _product_after(events, index)
+    return None if product is None else product.dtype(_operands(product)[0])
+
+
+def _masks(event: Operator, scores: tuple[int, ...]) -> bool:
+    """Whether an operator lays another tensor, one that differs from key to key, over the scores."""
+    if event.name not in MASKING:
+        return False
+    shapes = [tuple(shape) for shape in event.input_shapes]
+    if event.name == "aten::baddbmm":
+        batch, queries, keys = _flattened(scores)
+        made = event.shape(1)[:2] == (batch, queries) and event.shape(2)[::2] == (batch, keys)
+        return made and len(event.shape(0)) >= 2 and event.shape(0)[-1] == keys
+    over = [shape for shape in shapes if shape in (scores, _flattened(scores))]
+    if not over:
+        return False
+    if event.name in ("aten::tril", "aten::triu", "aten::index_put_", "aten::_index_put_impl_"):
+        return shapes[0] == over[0]
+    others = list(shapes)
+    others.remove(over[0])
+    return any(len(shape) >= 2 and shape[-1] == scores[-1] for shape in others)
+
+
+def _named(event: Operator, backend: str) -> AttentionCall:
+    backward = re.search(r"backward|bwd", event.name, re.IGNORECASE) is not None
+    if backward:
+        return AttentionCall(op=event.name, backend=backend, direction="backward", dtype=event.dtype(0))
+    if event.name == "aten::_safe_softmax":  # all that is left of a call of SDPA that nothing else saw
+        return AttentionCall(
+            op=event.name,
+            backend=backend,
+            direction="forward",
+            recomputed=in_backward(event),
+            call=event.call,
+            region=region_of(event),
+        )
+    shapes = event.input_shapes
+    mask = _argument(event.name, ("attn_mask", "attn_bias"))
+    causal = _at(event.concrete_inputs, _argument(event.name, ("is_causal", "causal")))
+    dropout = _at(event.concrete_inputs, _argument(event.name, ("dropout_p", "p_dropout")))
+    four_dimensional = event.name.startswith("aten::_scaled") and [len(shape) for shape in shapes[:2]] == [4, 4]
+    return AttentionCall(
+        op=event.name,
+        backend=backend,
+        direction="forward",
+        recomputed=in_backward(event),
+        call=event.call,
+        region=region_of(event),
+        dtype=event.dtype(0),
+        mask=None if mask is None else bool(_at(event.input_dtypes, mask)),
+        causal=causal if isinstance(causal, bool) else None,
+        dropout=float(dropout) if isinstance(dropout, int | float) else None,
+        grouped=shapes[0][1] != shapes[1][1] if four_dimensional else None,
+        head_size=shapes[0][-1] if shapes and shapes[0] else None,
+        heads=shapes[0][1] if four_dimensional else None,
+        width=shapes[0][1] * shapes[2][-1] if four_dimensional and event.shape(2) else None,
+    )
+
+
+@cache
+def _argument(op: str, names: tuple[str, ...]) -> int | None:
+    """Position of an argument in the operator's schema: -1 where it takes none, None where no schema is known."""
+    namespace, _, name = op.partition("::")
+    packet = getattr(getattr(torch.ops, namespace, None), name, None) if name else None
+    if packet is None:
+        return None
+    arguments = getattr(packet, packet.overloads()[0])._schema.arguments
+    return next((index for index, argument in enumerate(arguments) if argument.name in names), -1)
+
+
+def _at(values: Sequence[Any], index: int | None) -> Any:
+    """What was recorded of an argument; None where nothing was, or where no such argument is known."""
+    recorded: dict[int | None, Any] = dict(enumerate(values))
+    return recorded.get(index)

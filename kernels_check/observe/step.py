@@ -4,8 +4,8 @@ Every hook is guarded, nothing is compiled differently, and whatever was put in 
 order blocks end. Where code is compiled during a step, the hooks on modules are removed at once, since the compiled
 code would keep them; what they had recorded is half a step then, and not used.
 
-Steps may be observed one after the other. What takes several of them, such as whether an update is kept until the next,
-is judged over all of them, unless something has changed the adapter in between.
+Steps may be observed one after the other. What takes several of them, such as whether an update is kept until the
+next, is judged over all of them, unless something has changed the adapter in between.
 """
 
 from __future__ import annotations
@@ -19,23 +19,17 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from kernels_check.observe import compilations
-from kernels_check.observe.adapter_calls import AdapterCalls
-from kernels_check.observe.adapter_updates import Updates
 from kernels_check.observe.calls import CallRecorder, Calls
+from kernels_check.observe.compile import read_compilations
 from kernels_check.observe.digest import digest
-from kernels_check.observe.events import StepProfile, not_recorded
-from kernels_check.observe.fingerprint import Fingerprinter
-from kernels_check.observe.gradients import Gradients
+from kernels_check.observe.hooks import HookGuard, RandomState
 from kernels_check.observe.inputs import InputLog
-from kernels_check.observe.module_tree import ModelTree, every_parameter, named_modules
+from kernels_check.observe.learning import Gradients, Updates
+from kernels_check.observe.modules import Fingerprinter, ModelTree, every_parameter, named_modules, plain_parts
 from kernels_check.observe.observation import Observation
-from kernels_check.observe.optimizers import class_names
-from kernels_check.observe.recording import AROUND, INSIDE, ProfilerRecording, is_recording
-from kernels_check.observe.restore import RandomState
-from kernels_check.observe.safe_hooks import HookGuard
-from kernels_check.observe.tensor_copy import plain_parts
-from kernels_check.observe.updates import GroupSeen, groups_of, with_gradient
+from kernels_check.observe.optimizer import GroupSeen, class_names, groups_of, with_gradient
+from kernels_check.observe.profile import AROUND, INSIDE, ProfilerRecording, StepProfile, is_recording, not_recorded
+from kernels_check.observe.targets import AdapterCalls
 
 MOST_CALLS = 8
 """Steps after which no other is waited for; a run whose optimizer steps in each takes two."""
@@ -277,7 +271,7 @@ class _Series:
             reached=reached,
             updates=self.updates.parameters,
             adapter_calls=self.adapter.layers,
-            compilations=compilations.read(),
+            compilations=read_compilations(),
             updated=tuple(self._stepped),
             other_optimizers=tuple(dict.fromkeys(self._others)),
         )

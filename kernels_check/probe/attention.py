@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from kernels_check.judges.attention import KERNEL_BACKENDS
-from kernels_check.probe.attempt import Executed, Try, paired, watch
-from kernels_check.probe.reference import against_same_precision, cast, step_of, with_gradients
+from kernels_check.probe.attempt import (
+    Executed,
+    Try,
+    against_same_precision,
+    cast,
+    paired,
+    step_of,
+    watch,
+    with_gradients,
+)
 from kernels_check.probe.result import Attempt
 from kernels_check.rules import attention_backend
 

@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_check.observe.storage import read_storage
-from kernels_check.probe.attempt import Try, UnavailableError, paired, watch
-from kernels_check.probe.reference import cast, mean_error, relative, step_of, with_gradients
+from kernels_check.observe.base import read_storage
+from kernels_check.probe.attempt import (
+    Try,
+    UnavailableError,
+    cast,
+    mean_error,
+    paired,
+    relative,
+    step_of,
+    watch,
+    with_gradients,
+)
 from kernels_check.probe.result import Attempt, Exactness
 
 _SIZE, _TOKENS = 1024, 128

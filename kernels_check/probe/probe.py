@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Probe, print the table or one JSON document, and return 4 if a path was inexact or claimed to run and did not."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look for attention kernels on the hub
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from kernels_check.probe.table import show
+    from kernels_check.probe.result import show
 
     device = _device()
     reports = probe(all_paths(), device, announce=lambda name: print(f"kernels_check probe: {name}", file=sys.stderr))

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_check.probe.attempt import Executed, Try, paired, watch
-from kernels_check.probe.reference import against_same_precision, cast, step_of, update, with_gradients
+from kernels_check.probe.attempt import (
+    Executed,
+    Try,
+    against_same_precision,
+    cast,
+    paired,
+    step_of,
+    update,
+    watch,
+    with_gradients,
+)
 from kernels_check.probe.result import Attempt, Exactness
 
 _SIZE, _STEPS = 512, 10

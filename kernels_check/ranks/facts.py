@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.base_state import quant_state
-from kernels_check.observe.restore import RandomState, restored
+from kernels_check.observe.base import quant_state
+from kernels_check.observe.hooks import RandomState, restored
 from kernels_check.ranks.activity import RankTime, share_of
 
 REPEATS = 4

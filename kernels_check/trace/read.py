@@ -15,13 +15,19 @@ from os import PathLike
 from pathlib import Path
 
 from kernels_check.rules import classify
-from kernels_check.trace.arguments import KernelNameFacts, read_facts
-from kernels_check.trace.file import TraceError, TraceFile, open_recording
-from kernels_check.trace.kineto import Kineto, read_kineto
-from kernels_check.trace.nsys import KernelTotal, read_nsys
-from kernels_check.trace.operators import operator_times
-from kernels_check.trace.summary import KernelSummary, Launches, summarise
-from kernels_check.trace.timeline import EventArrays, busy_share, columns, step_counts, totals
+from kernels_check.trace.events import KernelTotal, Kineto, read_kineto, read_nsys
+from kernels_check.trace.file import KernelNameFacts, TraceError, TraceFile, open_recording, read_facts
+from kernels_check.trace.summary import (
+    EventArrays,
+    KernelSummary,
+    Launches,
+    busy_share,
+    columns,
+    operator_times,
+    step_counts,
+    summarise,
+    totals,
+)
 
 _AMD = re.compile(
     r"^(Custom_)?Cijk_A|ck_tile|\bck::|^_ZN(2ck|5aiter)\d|aotriton|\brocprim::|^__amd_rocclr_|^igemm_\w+_gtc|\bhip"

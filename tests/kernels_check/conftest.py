@@ -31,8 +31,8 @@ def seen() -> Callable[..., Any]:
 
     from kernels_check.observe.calls import Calls, ModuleCall
     from kernels_check.observe.digest import Digest
-    from kernels_check.observe.events import CompilerSeen, StepProfile
     from kernels_check.observe.observation import Observation
+    from kernels_check.observe.profile import CompilerSeen, StepProfile
 
     entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False, thread=0)
     nothing = Digest(parts={}, total_bytes=0, unseen={}, sharded=frozenset(), packed=False)

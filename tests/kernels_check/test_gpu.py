@@ -24,10 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
-from kernels_check.observe.recording import quiet_kineto
+from kernels_check.observe.profile import quiet_kineto
 from kernels_check.rules import attention_backend, classify, classify_operator, load_operator_rules, load_rules
+from kernels_check.trace.events import read_kineto
 from kernels_check.trace.file import open_recording
-from kernels_check.trace.kineto import read_kineto
 
 EXPECTED = {
     "flash": {"ATT-SDPA-FLASH", "OP-ATT-FLASH"},

@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
 from kernels_check.judges.paths import REQUIREMENTS
-from kernels_check.observe import calls, compilations, step
-from kernels_check.observe.recording import is_recording
+from kernels_check.observe import calls, step
+from kernels_check.observe.compile import forget_compilations, read_compilations
+from kernels_check.observe.profile import is_recording
 
 WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
 
@@ -242,7 +243,7 @@ def test_compiled_code_is_compiled_as_if_never_watched(place):
     """No hook is in it, nothing is compiled or broken for a hook; the first step is unknown, the second told."""
 
     def made():
-        compilations.forget()
+        forget_compilations()
         run = build(quant=None)
         if place == "whole":
             run.model = torch.compile(run.model, backend="eager")
@@ -255,7 +256,7 @@ def test_compiled_code_is_compiled_as_if_never_watched(place):
     plain = made()
     for _ in range(2):
         plain.step()
-    record = compilations.read()
+    record = read_compilations()
     run = made()
     watched = kernels_check.watch(run.model, {"compile": True, "lora.attached": True})
     try:
@@ -267,9 +268,9 @@ def test_compiled_code_is_compiled_as_if_never_watched(place):
             run.step()
         assert _by_path(watched)["compile"].met, watched.checks
         assert run.losses == plain.losses
-        assert compilations.read() == record
+        assert read_compilations() == record
     finally:
-        compilations.forget()
+        forget_compilations()
 
 
 def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):

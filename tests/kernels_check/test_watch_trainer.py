@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import kernels_check
-from kernels_check.observe.recording import is_recording
+from kernels_check.observe.profile import is_recording
 
 WANTED = {
     **{"attention.backend": "flash", "attention.mask": "causal", "base.frozen": True, "lora.attached": True},

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig
 
-from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.adapter import adapter_layers
 
 
 def test_a_factor_missing_from_the_optimizer_is_named(training):

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 
 from kernels_check.judges import adapter, attached, learning
-from kernels_check.observe.adapter_calls import LayerCall
-from kernels_check.observe.adapter_layers import adapter_layers
-from kernels_check.observe.adapter_updates import ParameterUpdates
-from kernels_check.observe.gradients import GradientSeen
-from kernels_check.observe.optimizers import OptimizerSeen
+from kernels_check.observe.adapter import adapter_layers
+from kernels_check.observe.learning import GradientSeen, ParameterUpdates
+from kernels_check.observe.optimizer import OptimizerSeen
+from kernels_check.observe.targets import LayerCall
 
 ADAMW = OptimizerSeen(
     classes=("torch.optim.adamw.AdamW",),

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kernels_check.judges import attention
-from kernels_check.observe.attention_calls import AttentionCall
-from kernels_check.observe.attention_layers import attention_layers
 from kernels_check.observe.calls import Calls, ModuleCall
+from kernels_check.observe.layers import attention_layers
+from kernels_check.observe.operators import AttentionCall
 
 BARE = torch.nn.Identity()
 FLASH = AttentionCall(

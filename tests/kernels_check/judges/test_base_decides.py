@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from kernels_check.judges import base_layers, base_products
-from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.adapter import adapter_layers
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.digest import digest
-from kernels_check.observe.gradients import GradientSeen
-from kernels_check.observe.optimizers import OptimizerSeen
-from kernels_check.observe.products import Product
-from kernels_check.observe.weight_bits import WeightBits
+from kernels_check.observe.digest import WeightBits, digest
+from kernels_check.observe.learning import GradientSeen
+from kernels_check.observe.operators import Product
+from kernels_check.observe.optimizer import OptimizerSeen
 
 
 @pytest.fixture

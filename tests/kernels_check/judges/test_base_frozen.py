@@ -12,7 +12,7 @@ from torch import nn
 
 from kernels_check import verify
 from kernels_check.judges import base_layers
-from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.adapter import adapter_layers
 from lorameter.run.check_variant import SHARDS_INTEGERS, shards_4bit
 
 

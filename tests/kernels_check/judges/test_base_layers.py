@@ -4,7 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.adapter import adapter_layers
 
 
 def _bases(run):

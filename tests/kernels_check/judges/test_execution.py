@@ -7,7 +7,7 @@ import torch
 from negative_controls import execution_faults
 
 import kernels_check
-from kernels_check.observe import compilations
+from kernels_check.observe.compile import forget_compilations
 
 
 def _checkpointed(run, **options):
@@ -140,7 +140,7 @@ def compiled():
     """Judge ``compile`` of a layer by its last step, after steps of as many rows as given."""
 
     def judge(layer, *rows, forward=None, required=True):
-        compilations.forget()
+        forget_compilations()
         forward = forward or _compile(layer)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
 
@@ -155,7 +155,7 @@ def compiled():
         return next(check for check in checks if check.path == "compile")
 
     yield judge
-    compilations.forget()
+    forget_compilations()
 
 
 def test_a_compiled_model_that_runs_eagerly_is_caught(compiled):
@@ -241,7 +241,7 @@ def test_compiled_in_part_is_not_compiled(training, kind):
     run = training(quant=None)
     getattr(execution_faults, f"compile_{kind}")(run)
     check = run.check("compile", True)
-    compilations.forget()
+    forget_compilations()
     assert (check.status, check.observed) == (("absent", False) if kind == "loss" else ("fallback", "in part"))
 
 
@@ -250,6 +250,6 @@ def test_a_compiled_helper_is_no_compiled_model(training):
     run = training(quant=None)
     execution_faults.compile_loss(run)
     check = run.check("compile", False)
-    compilations.forget()
+    forget_compilations()
     assert check.met
     assert "1 regions outside of its blocks, as of a loss" in check.reason

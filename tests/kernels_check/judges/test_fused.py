@@ -92,7 +92,7 @@ def test_what_was_not_called_beside_compiled_code_is_unknown(seen):
 def test_calls_below_compiled_code_are_hidden():
     """Its modules call no hook."""
     from kernels_check.observe.fused_kernels import swapped_places
-    from kernels_check.observe.module_tree import ModelTree
+    from kernels_check.observe.modules import ModelTree
 
     class RMSNorm(torch.nn.Module):
         def forward(self, x):

@@ -7,7 +7,7 @@ import torch
 from negative_controls.loss_controls import accumulate, return_log_probs
 
 from kernels_check.judges.loss import judge_tokens
-from kernels_check.observe.loss_tokens import LossPass, LossSeen
+from kernels_check.observe.loss import LossPass, LossSeen
 
 
 def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):

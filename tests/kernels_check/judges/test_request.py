@@ -7,9 +7,9 @@ import torch
 
 import kernels_check
 from kernels_check import serving
-from kernels_check.judges.request import judge_request
-from kernels_check.observe.attention_calls import AttentionCall
-from kernels_check.observe.events import StepProfile
+from kernels_check.judges.attention import judge_request
+from kernels_check.observe.operators import AttentionCall
+from kernels_check.observe.profile import StepProfile
 
 FLASH = AttentionCall(op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward", mask=False)
 CUDNN = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_cudnn_attention", backend="cudnn")

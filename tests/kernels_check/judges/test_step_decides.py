@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from kernels_check.judges import execution, optimizer
-from kernels_check.observe.attention_calls import AttentionCall
 from kernels_check.observe.calls import Calls, ModuleCall
-from kernels_check.observe.compilations import Compilations
-from kernels_check.observe.optimizers import OptimizerSeen
-from kernels_check.observe.updates import GroupSeen, Write
+from kernels_check.observe.compile import Compilations
+from kernels_check.observe.operators import AttentionCall
+from kernels_check.observe.optimizer import GroupSeen, OptimizerSeen, Write
 
 FLASH = AttentionCall(
     op="aten::_scaled_dot_product_flash_attention",

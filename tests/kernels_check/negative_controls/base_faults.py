@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.adapter import adapter_layers
 from negative_controls.small_run import SmallRun
 
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from kernels_check.observe.adapter_layers import adapter_layers
+from kernels_check.observe.adapter import adapter_layers
 from negative_controls.small_run import SmallRun
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from kernels_check.check import Check, Json
-from kernels_check.observe import compilations
+from kernels_check.observe.compile import forget_compilations
 from negative_controls.small_run import SmallRun, build
 
 Build: TypeAlias = Callable[[], SmallRun]
@@ -77,7 +77,7 @@ def run_control(control: Control) -> Outcome:
     except Exception as error:
         return _outcome(control, False, f"{type(error).__name__}: {error}")
     finally:
-        compilations.forget()
+        forget_compilations()
     failure = "; ".join(_failures(control, broken, sound)) or None
     return _outcome(control, failure is None, failure)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kernels_check.observe import compilations
+from kernels_check.observe.compile import forget_compilations
 from negative_controls.small_run import SmallRun
 
 
@@ -43,7 +43,7 @@ def compile_some(run: SmallRun, *modules: Any) -> None:
     """Compile the code of these modules, and take a step."""
     import torch
 
-    compilations.forget()  # the code of these layers is shared by all models of the process
+    forget_compilations()  # the code of these layers is shared by all models of the process
     run.inputs["use_cache"] = False  # a cache that fills up is another graph in every layer, and so are inputs that
     run.model.enable_input_require_grads()  # require no gradient
     for module in modules:
@@ -65,7 +65,7 @@ def compile_loss(run: SmallRun) -> None:
     """Compile a loss of one's own, and nothing of the model."""
     import torch
 
-    compilations.forget()
+    forget_compilations()
 
     @torch.compile(backend="eager", dynamic=False)
     def loss_of(logits: Any) -> Any:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from kernels_check.observe.adapter_layers import adapter_parameters
+from kernels_check.observe.adapter import adapter_parameters
 from negative_controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
 
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from kernels_check.observe.adapter_layers import (
+from kernels_check.observe.adapter import (
     adapter_layers,
 )
 

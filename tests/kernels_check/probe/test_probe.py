@@ -14,8 +14,16 @@ from kernels_check.probe import attention as probe_attention
 from kernels_check.probe import base as probe_base
 from kernels_check.probe import probe
 from kernels_check.probe import training as probe_training
-from kernels_check.probe.attempt import Executed, UnavailableError, paired, report, watch
-from kernels_check.probe.reference import against_same_precision, relative, update
+from kernels_check.probe.attempt import (
+    Executed,
+    UnavailableError,
+    against_same_precision,
+    paired,
+    relative,
+    report,
+    update,
+    watch,
+)
 from kernels_check.probe.result import Attempt, Exactness
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU answers")

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels_check import TraceError, read_trace
+from kernels_check.trace.events import NO_CORRELATION, read_kineto
 from kernels_check.trace.file import open_recording
-from kernels_check.trace.kineto import NO_CORRELATION, read_kineto
 
 EVENTS = [
     {"ph": "X", "cat": "kernel", "name": "ampere_sgemm_128x64_tn", "ts": 10.5 * i, "dur": 2, "args": {"stream": 7}}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_check.trace import limits
-from kernels_check.trace.limits import JsonLimits
+from kernels_check.trace.file import JsonLimits
 
 json_values = st.recursive(
     st.none()

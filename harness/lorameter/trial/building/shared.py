@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from kernels_check.observe.restore import RandomState
+from kernels_check.observe.hooks import RandomState
 from lorameter.trial.building import lora
 
 T = TypeVar("T")

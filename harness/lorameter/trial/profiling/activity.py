@@ -28,9 +28,8 @@ from typing import Any, Literal
 from torch._C._autograd import DeviceType
 
 from kernels_check.rules import Rule, classify
-from kernels_check.trace.kineto import Events
-from kernels_check.trace.operators import operator_times
-from kernels_check.trace.timeline import EventArrays, busy_share, columns, totals
+from kernels_check.trace.events import Events
+from kernels_check.trace.summary import EventArrays, busy_share, columns, operator_times, totals
 from lorameter.records.activity import (
     DROPOUT,
     DROPOUT_OPERATOR,

@@ -16,7 +16,7 @@ import torch
 
 import kernels_check
 from kernels_check.check import Check
-from kernels_check.observe.stored_layout import without_repacking
+from kernels_check.observe.modules import without_repacking
 from kernels_check.ranks.activity import RankTime
 from kernels_check.ranks.facts import Gradient, RankFacts, observe_rank
 from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks

@@ -1,19 +1,122 @@
-"""Puts a training back as it was: parameters, gradients, optimizer state, random numbers and train/eval modes."""
+"""Hooks that change nothing of a step, and putting a training back as it was.
+
+What fails in a hook is kept, and is no error of the step. torch.compile does not look into them. A module that is
+copied or saved takes the hooks on it along: in the copy, and in the file, they do nothing and name nothing of this
+project.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kernels_check.observe.module_tree import every_module, every_parameter
+from kernels_check.observe.modules import every_module, every_parameter
+
+Hook: TypeAlias = Callable[..., Any]
+
+
+class ModuleHook:
+    """A hook on one module that tells of calls of that module alone; those of its copies are others.
+
+    A shallow copy shares the dictionary in which its hooks lie, a deep copy has one of its own with copies of them. The
+    replicas of ``DataParallel`` are the module itself: gradients come back from them to its parameters.
+
+    Args:
+        module: that it is registered on.
+        hook: what is called for it.
+    """
+
+    def __init__(self, module: nn.Module, hook: Hook) -> None:
+        self._module, self._hook = module, hook
+        _keep_from_compiler(ModuleHook.__call__)
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        """As torch calls a hook of a module."""
+        if module is self._module or getattr(module, "_is_replica", False):
+            return self._hook(module, *given)
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a copy: what takes any arguments and does nothing."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+class HookGuard:
+    """Keeps the first fault of any of its hooks."""
+
+    def __init__(self) -> None:
+        self.fault: str | None = None
+
+    def __call__(self, hook: Hook) -> Hook:
+        """A hook that does the same and raises nothing; having failed, it changes nothing."""
+
+        def shielded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                self.fault = self.fault or f"{type(error).__name__}: {error}"
+                return None
+
+        _keep_from_compiler(shielded)
+        return wraps(hook)(shielded) if hasattr(hook, "__name__") else shielded
+
+
+def _keep_from_compiler(function: Any) -> None:
+    """Let it neither compile a function nor look at what that calls."""
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+class _PatchedFunction:
+    """Stands where a function stood, and calls what was made of it."""
+
+    def __init__(self, original: Callable[..., Any], make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.original, self._make = original, make
+        self._made: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._made is None:
+            self._made = self._make(self.original)
+        return self._made(*args, **kwargs)
+
+    def link(self, original: Callable[..., Any]) -> None:
+        """Take another function for the original from here on."""
+        self.original, self._made = original, None
+
+    def end(self) -> None:
+        """Call the original alone, for whoever has kept this."""
+        self._made = self.original
+
+
+@contextmanager
+def patched(holder: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Put what ``make`` makes of an attribute in its place, for the length of the block."""
+    ours = _PatchedFunction(getattr(holder, name), make)
+    setattr(holder, name, ours)
+    try:
+        yield
+    finally:
+        _take_out(holder, name, ours)
+
+
+def _take_out(holder: Any, name: str, ours: _PatchedFunction) -> None:
+    outer = getattr(holder, name)
+    if outer is ours:
+        setattr(holder, name, ours.original)
+    while isinstance(outer, _PatchedFunction):
+        if outer.original is ours:
+            outer.link(ours.original)
+        outer = outer.original
+    ours.end()
 
 
 class RandomState:

@@ -1,25 +1,34 @@
-"""One place where an adapter acts, and the kinds of module that are or hold such a place.
+"""What of a model is an adapter's, asked of the places that hold it and never of a name.
 
 PEFT wraps each target in its own class per method and quantisation backend, and says in ``adapter_layer_names`` which
 of its attributes hold what an adapter trains and in ``other_param_names`` what else is the adapter's; copies that are
-trained beside it (``modules_to_save``, trainable tokens) say so in the same way. What several layers share lies on the
-tuner that wraps the model; methods that learn a prompt keep an encoder beside the model and wrap no layer.
+trained (``modules_to_save``, trainable tokens) say so in the same way. PEFT is asked only if it is loaded. A class of
+one's own is an adapter's layer if it keeps the wrapped layer as ``base_layer`` next to ``lora_A`` and ``lora_B``.
 
-PEFT is asked only if it is loaded: a model has nothing of it otherwise. A class of one's own is an adapter's layer if
-it keeps the wrapped layer as ``base_layer`` beside ``lora_A`` and ``lora_B``, with an entry per adapter or without.
+Biases of the base belong to the adapter where ``bias`` of its configuration asks for them: they have to learn.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from kernels_check.observe.module_tree import Model, every_module, named_parameters
+from kernels_check.observe.modules import (
+    Below,
+    Model,
+    ModelTree,
+    every_module,
+    is_wrapper,
+    named_modules,
+    named_parameters,
+    plain_parts,
+    reading,
+)
 
 _PREFIX = "lora_"
 """Of the attributes of a class of one's own."""
@@ -280,3 +289,200 @@ def _drops(part: nn.Module) -> bool:
     """A dropout of a method's own: a probability, and nothing that is trained."""
     probability = getattr(part, "p", None)
     return isinstance(probability, float) and not any(True for _ in part.parameters())
+
+
+@reading
+def biases_of_adapters(model: ModelTree) -> dict[str, str]:
+    """The biases of the base that an adapter in use trains: qualified name, and what PEFT was asked, ``bias='all'``.
+
+    A tensor that several modules share has a name for each.
+    """
+    holders = every_module(model)
+    asked = {id(bias): f"bias={setting!r}" for holder in holders for setting, bias in _asked_of(holder, model)}
+    if not asked:
+        return {}
+    return {
+        f"{name}.{key}" if name else key: asked[id(value)]
+        for name, module in named_modules(model)
+        for key, value in (*module._parameters.items(), *module._buffers.items())  # GPTQ keeps a bias as a buffer
+        if id(value) in asked
+    }
+
+
+def _asked_of(holder: Any, model: ModelTree) -> Iterator[tuple[str, Tensor]]:
+    """Settings, and the tensors they mean, of a tuner, or of a model in which PEFT has left only its layers."""
+    configurations = vars(holder).get("peft_config")
+    if not isinstance(configurations, dict):
+        return
+    settings = {adapter: getattr(one, "bias", "none") for adapter, one in configurations.items()}
+    if all(setting == "none" for setting in settings.values()):
+        return
+    wrapped = holder._modules["model"] if is_tuner(holder) else holder
+    used = in_use(model, (layer for name, module in named_modules(wrapped) for layer in layers_at(name, module)))
+    for adapter, setting in settings.items():
+        if adapter in used and setting == "all":
+            yield from ((setting, bias) for bias in _every(wrapped, mixed=_is_mixed(holder)))
+        elif adapter in used and str(setting).endswith("_only"):
+            yield from ((setting, bias) for bias in _of_layers(wrapped))
+
+
+def _every(wrapped: nn.Module, *, mixed: bool) -> Iterator[Tensor]:
+    apart = tuple(_apart(wrapped))
+    for name, value in named_parameters(wrapped):
+        is_bias = "bias" in name if mixed else name.rpartition(".")[2] == "bias"
+        if is_bias and not name.startswith(apart):
+            yield value
+
+
+def _apart(wrapped: nn.Module) -> Iterator[str]:
+    """Beginnings of the names of what is an adapter's in any case, or stays frozen behind its copy."""
+    for name, module in named_modules(wrapped):
+        prefix = f"{name}." if name else ""
+        yield from (f"{prefix}{held}" for held in holders_in(module))
+        if "copy" in roles_of(module):
+            yield prefix
+
+
+def _of_layers(wrapped: nn.Module) -> Iterator[Tensor]:
+    for module in every_module(wrapped):
+        roles = roles_of(module)
+        bias = getattr(module, "bias", None) if "layer" in roles and "copy" not in roles else None
+        if isinstance(bias, Tensor):
+            yield bias
+
+
+def _is_mixed(holder: nn.Module) -> bool:
+    """Whether a tuner holds adapters of several methods; it takes whatever has ``bias`` in its name."""
+    return is_a(holder, "peft.tuners.mixed.model", "MixedModel")
+
+
+@reading
+def adapter_layers(model: ModelTree) -> list[AdapterLayer]:
+    """Every place at which an adapter that is in use (``in_use``) acts.
+
+    A layer that holds one of them belongs here also if it is inactive in that layer: a layer that was left out is a
+    fault. Where no adapter is active at all, every layer counts with everything it holds.
+    """
+    found = _every_layer(model)
+    wanted = in_use(model, found)
+    layers = [_restrict(layer, wanted) for layer in found]
+    return [layer for layer in layers if layer.held]
+
+
+@reading
+def _every_layer(model: ModelTree) -> list[AdapterLayer]:
+    """Those of adapters that are not in use, too."""
+    return [layer for name, module in model.modules for layer in layers_at(name, module)]
+
+
+@reading
+def trained_parameters(model: ModelTree) -> dict[str, Tensor]:
+    """Parameters that have to learn, by their name in the model, each once: layers may share one.
+
+    Those that the methods in use train, biases of the base that they were asked for, and whatever else of the adapter
+    requires a gradient.
+    """
+    layers = adapter_layers(model)
+    names = {id(value): name for name, value in model.parameters}
+    trained = {names.get(id(value), name): value for layer in layers for name, value in layer.weights()}
+    trained |= {names.get(id(value), name): value for name, value in _biases(model)}
+    own = adapter_parameters(model)
+    resting = {id(value) for layer in _resting(model, layers) for _, value in layer.weights()}
+    for name, value in model.parameters:
+        if name in own and value.requires_grad and id(value) not in resting:
+            trained.setdefault(name, value)
+    left_alone, unread = _frozen_by_design(model), _never_read(model)
+    return {
+        name: value
+        for name, value in trained.items()
+        if (value.requires_grad or id(value) not in left_alone) and id(value) not in unread and _is_here(value)
+    }
+
+
+def _biases(model: ModelTree) -> Iterator[tuple[str, Tensor]]:
+    for name in biases_of_adapters(model):
+        place, _, key = name.rpartition(".")
+        yield name, getattr(model.model.get_submodule(place), key)
+
+
+def _is_here(value: Tensor) -> bool:
+    """Whether any part of a parameter lies on this rank."""
+    return not is_wrapper(value) or any(part.numel() for _, part in plain_parts(value.detach()))
+
+
+@reading
+def token_parameters(model: ModelTree) -> frozenset[str]:
+    """Names of parameters that act on a few tokens only: a batch without these tokens gives them no gradient."""
+    held = {
+        id(value) for layer in adapter_layers(model) if "token_indices" in layer.others for _, value in layer.weights()
+    }
+    return frozenset(name for name, value in model.parameters if id(value) in held)
+
+
+def written_by_method(model: Model) -> frozenset[int]:
+    """Parameters that a method itself writes to between updates: AdaLoRA sets the ranks that it takes away to zero."""
+    written: set[int] = set()
+    for module in every_module(model):
+        if "rankallocator" in vars(module) and is_tuner(module):
+            for layer in module.modules():
+                held = layer._modules.get("lora_E")
+                written |= set(map(id, held.parameters())) if held is not None else set()
+    return frozenset(written)
+
+
+@reading
+def adapters_of(model: ModelTree) -> Below:
+    """What is an adapter's: attributes, with whatever they hold, and biases of the base."""
+    held = (f"{name}.{holder}" if name else holder for name, module in model.modules for holder in holders_in(module))
+    return Below([*held, *biases_of_adapters(model)])
+
+
+@reading
+def adapter_parameters(model: ModelTree) -> frozenset[str]:
+    """Names of the parameters that are an adapter's: of any method of PEFT, and what is trained beside it."""
+    own = adapters_of(model)
+    return frozenset(name for name, _ in model.parameters if own[name])
+
+
+@reading
+def base_parameters(model: ModelTree) -> dict[str, nn.Parameter]:
+    """Every other parameter, by name."""
+    adapter = adapter_parameters(model)
+    return {name: value for name, value in model.parameters if name not in adapter}
+
+
+def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
+    held = tuple(name for name in layer.held if name in wanted or name == "")
+    return layer if held == layer.held else replace(layer, held=held)
+
+
+def _resting(model: ModelTree, layers: list[AdapterLayer]) -> Iterator[AdapterLayer]:
+    """The same places with the adapters that are not in use."""
+    used = {layer.name: set(layer.held) for layer in layers}
+    for layer in _every_layer(model):
+        yield _restrict(layer, {adapter for adapter in layer.held if adapter not in used.get(layer.name, set())})
+
+
+def _frozen_by_design(model: ModelTree) -> set[int]:
+    """Parameters of methods that freeze the layers they build on: X-LoRA trains a router over frozen adapters."""
+    frozen: set[int] = set()
+    for module in every_module(model):
+        configuration = vars(module).get("xlora_config")
+        if configuration is not None and not getattr(configuration, "use_trainable_adapters", True):
+            frozen |= {id(value) for value in module.parameters()}
+    return frozen
+
+
+def _never_read(model: ModelTree) -> set[int]:
+    """Parameters that a method makes and no forward reads.
+
+    ShadowPEFT carries a state from layer to layer and drops what the last of them has made of it.
+    """
+    tuners = (module for _, module in model.modules if is_a(module, "peft.tuners.shadow.model", "ShadowModel"))
+    last = [layer for tuner in tuners for layer in vars(tuner).get("_boundary_layers", ())[-1:]]
+    return {
+        id(value)
+        for layer in last
+        for holder in ("shadow_update_transform", "shadow_update_gate")
+        for value in layer.get_submodule(holder).parameters()
+    }

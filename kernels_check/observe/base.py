@@ -1,0 +1,492 @@
+"""What a base holds, and in how many bits: parameters, buffers, and what a quantised layer keeps of its weight.
+
+The same thing has the same name wherever it is kept, since libraries move it: bitsandbytes hands the scales of
+LLM.int8 from the weight to the layer in the first forward. What a layer or a tensor says of itself proves nothing: a
+quantised tensor of torchao calls itself bfloat16. So bits are counted from the bytes that are there. Whatever cannot
+be read is unknown, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from kernels_check.observe.adapter import adapters_of
+from kernels_check.observe.modules import NO_MEMORY, Model, ModelTree, has_memory, is_wrapper, plain_parts
+
+Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "beside"]
+"""``merged``: a parameter that PEFT merges the adapter into and out of in each forward. ``cache``: a buffer that is not
+saved with the model, since a forward makes it anew. ``beside``: kept in attributes of a quantised weight or layer."""
+
+WEIGHTS = ("weight", "original")
+"""Names of the weight of a layer; the second in a parametrisation, which unpacks it at each access."""
+PACKED = ("qweight", "W_q", "weight_packed")
+"""Names that other libraries give to a packed weight: GPTQ and AWQ, HQQ, compressed-tensors."""
+_STATE = ("absmax", "code", "offset", "shape", "dtype", "blocksize", "quant_type", "nested")
+"""What bitsandbytes keeps of a 4-bit weight; ``state2`` is the same for the scales."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseTensor:
+    """One tensor without structure, or one fact, that belongs to the base."""
+
+    name: str
+    owner: str
+    """Name of the tensor that it is a part of: its own where that has no structure."""
+    wrapper: str | None
+    """Class of that tensor where it is made of others."""
+    kind: Kind
+    layer: nn.Module
+    value: Tensor | str | Exception
+    """The last where its tensor cannot be taken apart."""
+
+
+def base_state(model: Model) -> Iterator[BaseTensor]:
+    """Every part of the base; a tensor that several layers share comes once for each."""
+    tree = ModelTree.of(model)
+    adapter, modules = adapters_of(tree), tree.modules
+    merged = {id(layer) for _, module in modules for layer in _merged_layers(module)}
+    shards = {place: shard for _, module in modules for place, shard in _shards(module)}
+    for name, module in modules:
+        if adapter[name]:
+            continue
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not adapter[prefix + key]:
+                kind: Kind = "merged" if id(module) in merged and key.endswith("weight") else "parameter"
+                here = shards.get(
+                    (id(module), key), getattr(parameter, "ds_tensor", parameter)
+                )  # of DeepSpeed's ZeRO-3
+                yield from _tensor(prefix + key, kind, module, here)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not adapter[prefix + key]:
+                saved = key not in module._non_persistent_buffers_set
+                yield from _tensor(prefix + key, "buffer" if saved else "cache", module, buffer)
+        for key, value in beside(module):
+            if isinstance(value, Tensor):
+                yield from _tensor(prefix + key, "beside", module, value)
+            else:
+                yield _part(prefix + key, "beside", module, str(value))
+
+
+def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    """What FSDP2 keeps of the parameters of a module, by their place: the whole is there for a forward only.
+
+    A whole that an evaluation has left is of no account: the next step shards first, and trains what was sharded.
+    """
+    if not hasattr(type(module), "_get_fsdp_state"):  # asked of a module, it takes as long as all the rest
+        return
+    with suppress(AttributeError):  # torch calls none of this its interface
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for kept in (one for group in groups if group is not None for one in group.fsdp_params):
+            info = kept._module_info
+            modules, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
+            for place, name in zip(modules, names, strict=True):
+                yield (id(place), name), kept.sharded_param
+
+
+def _merged_layers(module: Any) -> tuple[Any, ...]:
+    """Layers whose products PEFT cannot reach: ``nn.MultiheadAttention``, whose forward calls no layer."""
+    base = vars(module).get("_modules", {}).get("base_layer")
+    if not isinstance(base, nn.MultiheadAttention):
+        return ()
+    projection = base._modules["out_proj"]
+    return (base, getattr(projection, "base_layer", projection))
+
+
+def quant_state(layer: Any, weight: Any) -> Any:
+    """What bitsandbytes keeps of a 4-bit weight: on the weight, else where its layer or parametrisation keeps it."""
+    for holder in (weight, layer, *(layer if isinstance(layer, ParametrizationList) else ())):
+        state = getattr(holder, "quant_state", None)
+        if hasattr(state, "absmax"):
+            return state
+    return None
+
+
+def base_weight(layer: Any) -> Any:
+    """The weight of a layer, None where it has none of the usual names; asks no property, which may unpack it."""
+    held = getattr(layer, "_parameters", {})
+    return next((held[name] for name in WEIGHTS if held.get(name) is not None), None)
+
+
+def is_packed(state: Any) -> bool:
+    """Whether bitsandbytes has laid out a 4-bit weight anew for a CPU."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _tensor(name: str, kind: Kind, layer: nn.Module, tensor: Tensor) -> Iterator[BaseTensor]:
+    if is_lazy(tensor):
+        yield _part(name, kind, layer, ValueError("it has no shape yet"))
+        return
+    wrapper = type(tensor).__name__ if is_wrapper(tensor) else None
+    try:
+        parts = list(plain_parts(tensor, name))
+    except Exception as error:  # a class of tensors that somebody wrote
+        yield _part(name, kind, layer, error)
+        return
+    for part, plain in parts:
+        yield BaseTensor(name=part, owner=name, wrapper=wrapper, kind=kind, layer=layer, value=plain)
+
+
+def _part(name: str, kind: Kind, layer: nn.Module, value: str | Exception) -> BaseTensor:
+    return BaseTensor(name=name, owner=name, wrapper=None, kind=kind, layer=layer, value=value)
+
+
+def beside(layer: Any) -> Iterator[tuple[str, Any]]:
+    """What a quantised layer keeps of its weight beside parameters and buffers: tensors, and facts."""
+    weight = base_weight(layer)
+    state = quant_state(layer, weight)
+    if state is not None:
+        yield from _of_state("quant_state", state)
+    elif hasattr(weight, "SCB"):  # LLM.int8
+        moved = getattr(layer, "state", None)
+        for key, otherwise in (("SCB", None), ("CB", weight)):
+            found = next(
+                (one for one in (getattr(moved, key, None), getattr(weight, key)) if one is not None), otherwise
+            )
+            if found is not None:
+                yield key, found
+    elif any(name in held for held in (layer._parameters, layer._buffers) for name in PACKED):
+        for key, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                yield key, value
+            elif isinstance(value, dict) and not key.startswith("_"):
+                yield from ((f"{key}.{name}", one) for name, one in value.items() if isinstance(one, Tensor))
+
+
+def _of_state(name: str, state: Any) -> Iterator[tuple[str, Any]]:
+    for key in _STATE:
+        value = getattr(state, key, None)
+        if value is not None:
+            yield f"{name}.{key}", value
+    nested = getattr(state, "state2", None)
+    if nested is not None:
+        yield from _of_state(f"{name}.state2", nested)
+
+
+_NESTED_BLOCK = 256
+"""Block size of the second quantisation, fixed by bitsandbytes."""
+_CODES = 16
+
+
+def four_bit_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
+    """Say what of a state contradicts the bytes of the weight, its layer or itself; None where nothing does."""
+    checks = (
+        *(_of_the_layer, _of_the_bytes, layout_problem),
+        *(_of_the_scales, _of_the_codes, _of_the_offset, _of_two_states),
+    )
+    return next((problem for check in checks if (problem := check(layer, weight, state)) is not None), None)
+
+
+def _of_the_layer(layer: Any, weight: Tensor, state: Any) -> str | None:
+    weights = math.prod(state.shape)
+    for sides in (("out_features", "in_features"), ("num_embeddings", "embedding_dim")):
+        if all(hasattr(layer, side) for side in sides):
+            expected = tuple(getattr(layer, side) for side in sides)
+            if weights != math.prod(expected):
+                return f"quant_state describes {weights} weights, the layer has {math.prod(expected)}"
+            if tuple(state.shape) != expected:
+                return f"quant_state is of shape {tuple(state.shape)}, the layer of {expected}"
+    return None
+
+
+def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
+    """Say where a weight lies otherwise than its state says, so that every product with it is wrong.
+
+    bitsandbytes lays a weight out anew for a CPU in a forward in eval mode, and marks the state in place. Where the
+    weight is gathered anew for each forward, as by FSDP2, it is the old layout that comes back, to the new state.
+    """
+    if len(state.shape) != 2 or state.shape[1] <= 2:
+        return None
+    old = weight.dim() == 2 and weight.shape[1] == 1
+    if is_packed(state) and old:
+        return "quant_state is laid out anew for AVX512 and the weight is not: products with it are wrong"
+    if not is_packed(state) and not old:
+        return f"the weight has the layout {tuple(weight.shape)} and quant_state that of one column"
+    return None
+
+
+def _of_the_bytes(layer: Any, weight: Tensor, state: Any) -> str | None:
+    weights, stored = math.prod(state.shape), weight.numel() * weight.element_size()
+    expected = math.ceil(weights / 2)
+    if not expected <= stored < expected + weight.element_size():
+        return f"{stored} bytes for {weights} weights, 4-bit takes {expected}"
+    return None
+
+
+def _of_the_scales(layer: Any, weight: Tensor, state: Any) -> str | None:
+    blocks = math.ceil(math.prod(state.shape) / state.blocksize)
+    expected = blocks * (2 if is_packed(state) else 1 if state.nested else 4)
+    scales = state.absmax.numel() * state.absmax.element_size()
+    if state.nested:
+        scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
+        expected += math.ceil(blocks / _NESTED_BLOCK) * 4
+    if scales != expected or (state.nested and state.absmax.dtype != torch.uint8):
+        return f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
+    if state.nested and state.state2.blocksize != _NESTED_BLOCK:
+        return f"the scales are quantised in blocks of {state.state2.blocksize}, bitsandbytes takes {_NESTED_BLOCK}"
+    claimed = getattr(weight, "blocksize", state.blocksize)
+    if claimed != state.blocksize:
+        return f"quant_state has blocks of {state.blocksize}, the weight was quantised in blocks of {claimed}"
+    return None
+
+
+def _of_the_codes(layer: Any, weight: Tensor, state: Any) -> str | None:
+    claimed = getattr(weight, "quant_type", state.quant_type)
+    if claimed != state.quant_type:
+        return f"quant_state is of {state.quant_type}, the weight of {claimed}"
+    if state.code is None or state.code.numel() != _CODES:
+        return "quant_state has no code of 16 values"
+    if not torch.allclose(state.code.detach().float().cpu(), _known_code(state.quant_type)):
+        return f"the code of quant_state is not that of {state.quant_type}"
+    return None
+
+
+@cache
+def _known_code(quant_type: str) -> Tensor:
+    from bitsandbytes.functional import get_4bit_type
+
+    code: Tensor = get_4bit_type(quant_type, device="cpu")
+    return code.float()
+
+
+def _of_the_offset(layer: Any, weight: Tensor, state: Any) -> str | None:
+    """Scales are sizes: below nothing they are another weight's."""
+    if not state.nested:
+        lowest = float(state.absmax.min()) if state.absmax.numel() else 0.0
+    else:
+        if not isinstance(state.offset, Tensor) or state.offset.numel() != 1:
+            return f"the offset of the scales is {state.offset}, where double quantisation keeps one number"
+        sizes = state.state2.absmax.detach().float()
+        codes = state.absmax.detach().reshape(-1)
+        rest = -codes.numel() % _NESTED_BLOCK
+        lowest_codes = pad(codes, (0, rest), value=255).view(-1, _NESTED_BLOCK).amin(-1)  # the codes are in order
+        # Rounding to one of 256 codes leaves up to a hundredth of the largest.
+        scales = (state.state2.code.detach().float()[lowest_codes.long()] + 0.02) * sizes + float(state.offset)
+        lowest = float(scales.min()) if scales.numel() else 0.0
+    if not math.isfinite(lowest) or lowest < 0:
+        return f"the offset of the scales is not theirs: with it a scale is {lowest:.4g}"
+    return None
+
+
+def _of_two_states(layer: Any, weight: Tensor, state: Any) -> str | None:
+    """A weight and its layer each keep it, and the layer's counts where the weight is registered anew."""
+    other = getattr(layer, "quant_state", None)
+    if other is None or other is state:
+        return None
+    for name in ("shape", "blocksize", "quant_type", "dtype"):
+        if getattr(other, name, None) != getattr(state, name, None):
+            return f"the weight and its layer hold states of another {name}"
+    if other.absmax.shape != state.absmax.shape or not torch.equal(other.absmax.cpu(), state.absmax.cpu()):
+        return "the weight and its layer hold different scales"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_ORIGIN = "that is the dtype the base was loaded in, load it with dtype=torch.bfloat16"
+_INT8_NOTE = "computes in int8 with a float16 epilogue on CUDA, by dequantising on a CPU"
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SAYS_BITS = ("bits", "w_bit", "nbits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """How one base layer keeps its weight."""
+
+    bits: int | None
+    quant_type: str | None = None
+    double_quant: bool | None = None
+    compute_dtype: str | None = None
+    bits_per_weight: float | None = None
+    """Stored bits divided by weights, scales included."""
+    packed_for_cpu: bool = False
+    problem: str | None = None
+    """Why the bytes do not prove what the layer claims."""
+    note: str | None = None
+
+
+def read_storage(layer: Any, parameter: str = "weight") -> Storage:
+    """Read the storage of one base layer from its tensors; never raises.
+
+    Args:
+        layer: the layer.
+        parameter: which of its parameters.
+    """
+    try:
+        return _read(layer, parameter)
+    except Exception as error:
+        return _unknown(f"{type(layer).__name__}.{parameter} cannot be read: {type(error).__name__}: {error}")
+
+
+def storage_in(tree: ModelTree, layer: nn.Module, parameter: str = "weight") -> Storage:
+    """The same of a layer of a model that was read, which several ask for."""
+    known: dict[tuple[int, str], Storage] = tree.readings.setdefault(storage_in.__qualname__, {})
+    key = id(layer), parameter
+    if key not in known:
+        known[key] = read_storage(layer, parameter)
+    return known[key]
+
+
+def read_wrapped(wrapper: Any, read: Callable[[Any, str], Storage] = read_storage) -> Storage:
+    """Read the storage of what a layer of PEFT's wraps: a layer, or one parameter of a layer."""
+    layer = wrapper
+    while hasattr(layer, "base_layer"):  # one that wraps a parameter may be wrapped for the next
+        layer = layer.base_layer
+    return read(layer, getattr(wrapper, "parameter_name", None) or "weight")
+
+
+def _read(layer: Any, parameter: str) -> Storage:
+    unpacks = getattr(layer, "parametrizations", {})
+    if parameter in unpacks:  # asking for the parameter itself would unpack it
+        return _read(unpacks[parameter], "original")
+    weight = getattr(layer, "_parameters", {}).get(parameter)
+    weight = getattr(layer, "_buffers", {}).get(parameter) if weight is None else weight
+    if weight is None and parameter == "weight" and isinstance(layer, nn.MultiheadAttention):
+        return _attention(layer)
+    if weight is None and parameter in WEIGHTS:
+        weight = _assigned(layer, parameter)
+    if weight is None:
+        return _named_otherwise(layer, parameter)
+    if is_lazy(weight):
+        return _unknown(f"{type(layer).__name__}.{parameter} has no shape yet: call the model once before")
+    state = quant_state(layer, weight) if parameter in WEIGHTS else None
+    if state is not None and not _is_unpacked(weight, state):
+        return _four_bit(layer, weight, state)
+    if type(weight).__name__ == "Params4bit":
+        return _unknown("Params4bit without quant_state: not quantised")
+    if weight.is_meta:
+        return _unknown(f"{type(layer).__name__}.{parameter} lies on the meta device: its bytes are elsewhere")
+    if hasattr(weight, "SCB"):
+        return _int8(layer, weight)
+    return _of_tensor(weight, f"{type(layer).__name__} with {_short(weight.dtype)} weights is not known")
+
+
+def _int8(layer: Any, weight: Tensor) -> Storage:
+    """LLM.int8 of bitsandbytes: a scale a row, which the first forward hands from the weight to the layer."""
+    if weight.dtype != torch.int8:
+        return _of_tensor(weight, f"Int8Params of {_short(weight.dtype)} are not known")
+    scales = next((part for key, part in beside(layer) if key == "SCB"), None)
+    if scales is None or scales.numel() != weight.shape[0]:
+        found = "no scales" if scales is None else f"{scales.numel()} scales"
+        return _unknown(f"{found} for {weight.shape[0]} rows of int8")
+    return Storage(bits=8, quant_type="int8", double_quant=False, note=_INT8_NOTE)
+
+
+def _assigned(layer: Any, parameter: str) -> Tensor | None:
+    """A weight that is no parameter of the layer, such as one that PEFT put there for the time of a forward."""
+    found = getattr(layer, "__dict__", {}).get(parameter)
+    return found if isinstance(found, Tensor) else None
+
+
+def _is_unpacked(weight: Tensor, state: Any) -> bool:
+    return weight.is_floating_point() and tuple(weight.shape) == tuple(state.shape)
+
+
+def _attention(layer: nn.MultiheadAttention) -> Storage:
+    """Its projections of queries, keys and values, which are parameters without layers."""
+    names = [name for name in ("in_proj_weight", "q_proj_weight") if layer._parameters.get(name) is not None]
+    if names:
+        return _read(layer, names[0])
+    found = vars(layer).get("in_proj_weight")
+    if isinstance(found, Tensor):
+        return _of_tensor(found, "MultiheadAttention is not known")
+    return _unknown("MultiheadAttention without projections")
+
+
+def _named_otherwise(layer: Any, parameter: str) -> Storage:
+    """A layer that packs its weight in integers under a name of its own."""
+    held = {**getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})}
+    name = next((name for name in PACKED if held.get(name) is not None), None)
+    if name is None:
+        return _unknown(f"{type(layer).__name__} has no tensor {parameter!r}: how it keeps its weight is not known")
+    packed = held[name]
+    facts = vars(layer) | (layer.meta if isinstance(getattr(layer, "meta", None), dict) else {})
+    bits = next((int(facts[key]) for key in _SAYS_BITS if isinstance(facts.get(key), int)), None)
+    inputs = facts.get("in_features", facts.get("infeatures"))
+    outputs = facts.get("out_features", facts.get("outfeatures"))
+    if inputs is None and "shape" in facts:
+        inputs, outputs = math.prod(facts["shape"]), 1
+    kind = f"{type(layer).__name__}.{name}"
+    if bits is None or inputs is None or outputs is None:
+        return _unknown(f"{kind} holds integers, but the layer does not say of how many bits and weights")
+    stored = 8 * packed.numel() * packed.element_size()
+    if not bits * inputs * outputs <= stored < (bits + 1) * inputs * outputs:
+        return _unknown(f"{kind} holds {stored} bits, but {bits} for each of {inputs} x {outputs} weights are claimed")
+    return Storage(bits=bits, quant_type=type(layer).__name__, double_quant=False)
+
+
+def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
+    """A plain tensor, a shard of one, or one made of a packed tensor and its scales."""
+    while type(weight).__name__ == "DTensor":
+        weight = weight._local_tensor  # type: ignore[attr-defined]
+    if is_wrapper(weight):
+        return _made_of_others(weight)
+    if not has_memory(weight):
+        return _unknown(f"{type(weight).__qualname__}: {NO_MEMORY}")
+    bits = weight.element_size() * 8
+    if weight.dtype in _PLAIN:
+        return Storage(bits=bits, quant_type="none", double_quant=False, compute_dtype=_short(weight.dtype))
+    if weight.is_floating_point():
+        return Storage(bits=bits, quant_type=_short(weight.dtype), double_quant=False)
+    return _unknown(otherwise)
+
+
+def _made_of_others(weight: Tensor) -> Storage:
+    """A tensor of torchao's kind: what it calls its dtype is what it unpacks to."""
+    parts = [part for _, part in plain_parts(weight)]
+    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+    if not parts or not weight.numel() or any(part.is_meta for part in parts):
+        return _unknown(f"{kind} holds no bytes here")
+    main = max(parts, key=lambda part: part.numel() * part.element_size())
+    bits, rest = divmod(8 * main.numel() * main.element_size(), weight.numel())
+    if rest or bits > 8 * weight.element_size() or (bits not in (4, 8) and main.dtype not in _PLAIN):
+        return _unknown(f"{kind}: its largest part holds {bits} bits and {rest} over for {weight.numel()} weights")
+    if main.dtype in _PLAIN:
+        return Storage(bits=bits, quant_type="none", double_quant=False, compute_dtype=_short(main.dtype))
+    stored = sum(part.numel() * part.element_size() for part in parts)
+    return Storage(
+        bits=bits,
+        quant_type=_short(main.dtype) if main.is_floating_point() else f"int{bits}",
+        double_quant=False,
+        compute_dtype=_short(weight.dtype),
+        bits_per_weight=8 * stored / weight.numel(),
+        note=f"packed by {kind}",
+    )
+
+
+def _four_bit(layer: Any, weight: Tensor, state: Any) -> Storage:
+    packed, nested = is_packed(state), bool(state.nested)
+    weights, stored = math.prod(state.shape), weight.numel() * weight.element_size()
+    scales = state.absmax.numel() * state.absmax.element_size()
+    if nested:
+        scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    problem = four_bit_problem(layer, weight, state)
+    compute = torch.bfloat16 if packed else getattr(layer, "compute_dtype", state.dtype)
+    return Storage(
+        bits=None if problem else 4,
+        quant_type=state.quant_type,
+        double_quant=None if packed else nested,
+        compute_dtype=None if compute is None else _short(compute),
+        bits_per_weight=8 * (stored + scales) / weights if weights else None,
+        packed_for_cpu=packed,
+        problem=problem,
+        note=f"backward dequantises to {_short(state.dtype)} first: {_ORIGIN}" if state.dtype != compute else None,
+    )
+
+
+def _unknown(problem: str) -> Storage:
+    return Storage(bits=None, problem=problem)

@@ -1,0 +1,417 @@
+"""Which blocks of a model ran in code of torch.compile, which were computed again, and what Dynamo has on record.
+
+Compiled code calls no hook, and its regions are entered in some call of a module, or outside all of them. A block
+whose hooks were called ran eagerly, unless a region was entered in it: then what counts is whether any layer of
+weights, product or attention in it ran outside. A block that called no hook ran in compiled code if a region was
+entered where it is called from, and it ran at all. The record of breaks and recompilations is that of the process and
+not of one model; a place counts once.
+
+A module that is called while the autograd engine runs is being recomputed. Each call of a block to which a gradient
+comes back has to be matched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from traceback import FrameSummary
+from typing import Any
+
+from torch import nn
+
+from kernels_check.check import name_some
+from kernels_check.observe.calls import Calls
+from kernels_check.observe.modules import block_names, block_of, named_modules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compilations:
+    """The record of this process; every entry is a phrase that names what, where and why."""
+
+    breaks: tuple[str, ...] = ()
+    """Places in the user's code where a graph ended early."""
+    uncompiled: tuple[str, ...] = ()
+    """Functions that Dynamo gave up on at first sight; what they call may be compiled."""
+    recompiles: tuple[str, ...] = ()
+    """Functions that were compiled again, each time with the guard that failed."""
+    refused: tuple[str, ...] = ()
+    """Recompilations that failed, such as those beyond the limit: what they were for runs eagerly."""
+    complete: bool = True
+    """Whether no compilation has dropped out of the record yet."""
+    unreadable: str | None = None
+    """Why this version of torch does not tell."""
+
+    def __str__(self) -> str:
+        if self.unreadable is not None:
+            return f"graph breaks and recompiles cannot be told: {self.unreadable}"
+        parts = [_counted(self.breaks, "graph breaks"), _counted(self.recompiles, "recompiles")]
+        parts += [_counted(self.uncompiled, "functions left uncompiled")] if self.uncompiled else []
+        parts += [_counted(self.refused, "recompiles refused")] if self.refused else []
+        more = "; TORCH_LOGS=graph_breaks,recompiles shows each as it happens" if self != Compilations() else ""
+        return f"in this process so far{'' if self.complete else ' at least'} {', '.join(parts)}{more}"
+
+
+def read_compilations() -> Compilations:
+    """Read the record; empty where nothing has loaded the compiler."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None:
+        return Compilations()
+    try:
+        return _read(dynamo)
+    except (AttributeError, TypeError) as error:
+        return Compilations(unreadable=str(error))
+
+
+@contextmanager
+def compiler_held(stance: str = "eager_on_recompile") -> Iterator[None]:
+    """Start no compilation: what is compiled already runs, all else runs eagerly. Nothing to hold where none is loaded.
+
+    Under ``force_eager`` what is compiled runs eagerly, too.
+
+    A hook or a dispatch mode that a compiler met would be traced into the code, which keeps it for good.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    from torch import compiler
+
+    with compiler.set_stance(stance):
+        yield
+
+
+def forget_compilations() -> None:
+    """Drop all compiled code and the record of it, for runs in one process that must not see each other's."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+        dynamo.utils.clear_compilation_metrics()
+
+
+def _read(dynamo: Any) -> Compilations:
+    metrics = dynamo.get_compilation_metrics()
+    first = [one for one in metrics if one.recompile_reason is None]
+    again = [one for one in metrics if one.recompile_reason is not None]
+    placed = [one for one in metrics if one.fail_user_frame_filename is not None]
+    places = [_place(reason.reason, reason.user_stack) for reason in dynamo.graph_break_reasons]
+    places += [_place(one.fail_reason, [_frame(one)]) for one in placed]
+    return Compilations(
+        breaks=_distinct(places),
+        uncompiled=_distinct(_function(one) for one in first if one.fail_reason is not None),
+        recompiles=tuple(f"{_function(one)}: {_guard(one)}" for one in again if one.fail_reason is None),
+        refused=_distinct(f"{_title(one.fail_reason)}: {_guard(one)}" for one in again if one.fail_reason is not None),
+        complete=len(metrics) < dynamo.DEFAULT_COMPILATION_METRICS_LIMIT,
+    )
+
+
+def _frame(compilation: Any) -> FrameSummary:
+    return FrameSummary(compilation.fail_user_frame_filename, compilation.fail_user_frame_lineno, "")
+
+
+def _place(reason: str, stack: Sequence[FrameSummary]) -> str:
+    """The innermost frame; a break before the first line of a function has none."""
+    if not stack:
+        return _title(reason)
+    code = f" `{stack[-1].line}`" if stack[-1].line else ""
+    return f"{_title(reason)} at {_short(stack[-1].filename)}:{stack[-1].lineno}{code}"
+
+
+def _function(compilation: Any) -> str:
+    return f"{compilation.co_name} at {_short(compilation.co_filename)}:{compilation.co_firstlineno}"
+
+
+def _guard(compilation: Any) -> str:
+    """The guard that failed, without the compilation it belongs to (``0/1: ``) and the source line behind it."""
+    reason = str(compilation.recompile_reason).partition(": ")[2]
+    return _title(reason).partition("  # ")[0].rstrip()
+
+
+def _title(reason: str) -> str:
+    return reason.partition("\n")[0]
+
+
+def _short(file: str) -> str:
+    return "/".join(PurePath(file).parts[-2:])
+
+
+def _distinct(phrases: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(phrases))
+
+
+def _counted(phrases: tuple[str, ...], what: str) -> str:
+    return f"{len(phrases)} {what}" + (f" ({name_some(phrases, '; ')})" if phrases else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledBlocks:
+    """The blocks that ran, sorted."""
+
+    compiled: tuple[str, ...] = ()
+    """All of it ran in compiled code."""
+    partly: tuple[str, ...] = ()
+    """Some of it did."""
+    eager: tuple[str, ...] = ()
+    regions: int = 0
+    """Compiled regions of the model."""
+    helpers: int = 0
+    """Regions in which none of its blocks or other modules ran, as of a loss."""
+
+    @property
+    def ran(self) -> int:
+        """How many blocks ran."""
+        return len(self.compiled) + len(self.partly) + len(self.eager)
+
+    @property
+    def not_whole(self) -> tuple[str, ...]:
+        """Blocks of which not all was compiled."""
+        return (*self.partly, *self.eager)
+
+
+def compiled_blocks(
+    model: nn.Module, calls: Calls, regions: Collection[int | None], eager: Collection[int], gradients: Collection[str]
+) -> CompiledBlocks:
+    """Sort the blocks that ran in the forward pass.
+
+    Args:
+        model: the model.
+        calls: of its modules, as far as they call hooks.
+        regions: for each compiled region that was entered in the forward pass, the call that it was entered in.
+        eager: calls in which products or attention ran outside of any region.
+        gradients: names of the parameters that a gradient reached.
+    """
+    return _CompiledSearch(
+        model, calls, [one for one in regions if one is None or one in calls.relevant], eager, gradients
+    ).sort()
+
+
+@dataclass(slots=True)
+class _CompiledSearch:
+    model: nn.Module
+    calls: Calls
+    regions: list[int | None]
+    eager: Collection[int]
+    gradients: Collection[str]
+    covered: set[int] = field(default_factory=set)
+    """Calls with a region in them, at any depth."""
+    inner: set[int] = field(default_factory=set)
+    """Calls that called another module."""
+
+    def sort(self) -> CompiledBlocks:
+        names = block_names(self.model)
+        blocks = frozenset(names)
+        for region in self.regions:
+            self.covered.update(self.calls.enclosing(region))
+        fired: dict[str, list[int]] = {}
+        for number in self.calls.forward:
+            caller = self.calls.all[number].caller
+            if caller is not None:
+                self.inner.add(caller)
+            block = self._block(number, blocks)
+            if block is not None:
+                fired.setdefault(block, []).append(number)
+        compiled, partly, eager = set[str](), set[str](), set[str]()
+        for block, numbers in fired.items():
+            outside = any(self._is_eager(number) for number in numbers)
+            if self.covered.isdisjoint(numbers):
+                eager.add(block)
+            else:
+                (partly if outside else compiled).add(block)
+        silent = [block for block in names if block not in fired]
+        proven = {block for block in silent if self._reached(block) and self._region_around(block)}
+        compiled |= proven
+        for block in silent:
+            frozen = block not in proven and not self._trains(block)
+            beside = {other for other in fired if _parent(other) == _parent(block)}
+            if frozen and self._region_around(block) and beside <= compiled:
+                compiled.add(block)
+        ours = sum(self._is_ours(region, blocks, proven=bool(compiled.difference(fired))) for region in self.regions)
+        return CompiledBlocks(
+            compiled=tuple(name for name in names if name in compiled),
+            partly=tuple(name for name in names if name in partly),
+            eager=tuple(name for name in names if name in eager),
+            regions=ours,
+            helpers=len(self.regions) - ours,
+        )
+
+    def _block(self, number: int, blocks: frozenset[str]) -> str | None:
+        found = (block_of(name, blocks) for name in self.calls.all[number].names)
+        return next((block for block in found if block is not None), None)
+
+    def _is_eager(self, number: int) -> bool:
+        """Whether a layer of weights, a product or attention ran in this call itself outside of any region."""
+        if number in self.eager:
+            return True
+        if number in self.covered or number in self.inner:
+            return False
+        return bool(self.model.get_submodule(self.calls.all[number].name)._parameters)
+
+    def _reached(self, block: str) -> bool:
+        return any(block_of(name, frozenset({block})) is not None for name in self.gradients)
+
+    def _trains(self, block: str) -> bool:
+        return any(parameter.requires_grad for parameter in self.model.get_submodule(block).parameters())
+
+    def _region_around(self, block: str) -> bool:
+        """Whether a region was entered directly in the innermost call that a silent block can have been called from."""
+        for name in _ancestors(block):
+            numbers = self.calls.called(name)
+            if numbers:
+                return any(number in numbers for number in self.regions)
+        return None in self.regions
+
+    def _is_ours(self, region: int | None, blocks: frozenset[str], *, proven: bool) -> bool:
+        """Whether a region is of the model; what holds the blocks may call helpers, such as a loss."""
+        if proven:
+            return True
+        if region is None:
+            return False
+        if self._block(region, blocks) is not None:
+            return True
+        return not any(_holds(name, blocks) for name in self.calls.all[region].names)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while name:
+        name = _parent(name)
+        yield name
+
+
+def _holds(name: str, blocks: Collection[str]) -> bool:
+    return not name or any(block.startswith(f"{name}.") for block in blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRecomputed:
+    """One block to which gradients came back."""
+
+    name: str
+    calls: int
+    """Calls of the forward pass that a gradient comes back to."""
+    again: int
+    """How many of them were computed again."""
+    modules: int
+    """Modules inside the block that ran in them; itself where there are none."""
+    repeated: int
+    """How many of those were called again."""
+    kept: tuple[str, ...] = ()
+    """Parts of the block that were not computed again where others were: their activations were kept."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it was computed again, at each of its calls."""
+        return self.again >= self.calls and not self.kept
+
+
+def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, ...]:
+    """Every block that was called and to which a gradient comes back."""
+    names = block_names(model)
+    seen = _Sorted(frozenset(names))
+    for number in calls.forward:
+        seen.note_forward(calls, number)
+    for number in sorted(calls.relevant.difference(calls.forward)):
+        seen.note_again(calls, number)
+    matrices = {
+        name
+        for name, module in named_modules(model, remove_duplicate=False)
+        if any(value is not None and value.dim() > 1 for value in module._parameters.values())
+    }
+    return tuple(seen.judge(name, matrices) for name in names if seen.needing(name))
+
+
+def ran_without_gradient(model: nn.Module, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
+    """Blocks that ran and are none of ``recomputed_blocks``: there is nothing to recompute in them.
+
+    A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hook: the modules in it tell that it ran.
+    """
+    known = {block.name for block in judged}
+    names = block_names(model)
+    ran = {block_of(name, frozenset(names)) for number in calls.forward for name in calls.all[number].names}
+    return tuple(name for name in names if name in ran and name not in known)
+
+
+@dataclass(slots=True)
+class _Sorted:
+    """The calls of a step by the block and by the module in it."""
+
+    blocks: frozenset[str]
+    around: dict[int, int] = field(default_factory=dict)
+    """The call of a block that each call lies in."""
+    inside: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """By block and module, the calls of the block that its calls of the forward pass lie in."""
+    again: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By block and module, its calls in the backward pass."""
+
+    def note_forward(self, calls: Calls, number: int) -> None:
+        call = calls.all[number]
+        block, name = self._place(call.names)
+        if block is None:
+            return
+        if name == block:
+            self.around[number] = number
+        elif call.caller in self.around:
+            self.around[number] = self.around[call.caller]
+        else:  # the block itself calls no hook: each call stands for one of the block
+            self.around[number] = number
+        if self.around[number] in calls.differentiable:
+            self.inside.setdefault(block, {}).setdefault(name, []).append(self.around[number])
+
+    def note_again(self, calls: Calls, number: int) -> None:
+        block, name = self._place(calls.all[number].names)
+        if block is not None:
+            counts = self.again.setdefault(block, {})
+            counts[name] = counts.get(name, 0) + 1
+
+    def needing(self, block: str) -> int:
+        """Calls of a block that a gradient comes back to; of one that calls no hook, those of its busiest module."""
+        modules = self.inside.get(block, {})
+        return len(set(modules.get(block, ()))) or max((len(set(found)) for found in modules.values()), default=0)
+
+    def judge(self, block: str, matrices: Collection[str]) -> BlockRecomputed:
+        modules, again = self.inside[block], self.again.get(block, {})
+        matched = 0
+        for name, within in modules.items():
+            covered = len(set(within))
+            matched = max(matched, again.get(name, 0) * covered // len(within))
+        inside = {name: within for name, within in modules.items() if name != block} or modules
+        repeated = frozenset(name for name, within in modules.items() if again.get(name, 0) >= len(within))
+        return BlockRecomputed(
+            name=block,
+            calls=self.needing(block),
+            again=min(matched, self.needing(block)),
+            modules=len(inside),
+            repeated=len(repeated.intersection(inside)),
+            kept=_kept(block, [name for name in inside if name in matrices], repeated),
+        )
+
+    def _place(self, names: Sequence[str]) -> tuple[str | None, str]:
+        for name in names:
+            block = block_of(name, self.blocks)
+            if block is not None:
+                return block, name
+        return None, names[0]
+
+
+def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tuple[str, ...]:
+    """The outermost parts of a block in which nothing was computed again.
+
+    Args:
+        block: the block.
+        matrices: its modules with a matrix of their own, in the order in which they were called.
+        repeated: what was computed again at each of its calls.
+    """
+    left = [name for name in matrices if block_of(name, repeated) is None]
+    if len(matrices) > 1 and left == list(matrices[-1:]):  # it saves nothing, so that the recomputation ended before it
+        return ()
+    begun = {".".join(parts[:end]) for parts in (name.split(".") for name in repeated) for end in range(len(parts) + 1)}
+    outermost = dict[str, None]()
+    for name in left:
+        parts = name.split(".")
+        places = (".".join(parts[:end]) for end in range(block.count(".") + 2 if block else 1, len(parts) + 1))
+        outermost[next((place for place in places if place not in begun), name)] = None
+    return tuple(outermost)

@@ -1,0 +1,497 @@
+"""The gradients that reached a model's parameters, and what each update made of the adapter.
+
+``parameter.grad`` does not say when it was written, so each parameter carries a hook while it is watched, which sees
+a gradient as it arrives. A sharded parameter of FSDP2 is the exception: its gradient is put together outside of
+autograd.
+
+That a parameter differs after training says little: a state that is reloaded in every step differs as well. So its
+value is compared before and after each update, and again at the next one and at the end; an update counts as learning
+only where it moved the parameter and was given a gradient that the step produced. Weight decay moves parameters
+without one, and bfloat16 may swallow an update whole. With a closure the gradients are complete when the closure
+returns.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels_check.observe.adapter import adapter_parameters, trained_parameters, written_by_method
+from kernels_check.observe.hooks import HookGuard
+from kernels_check.observe.modules import (
+    Model,
+    ModelTree,
+    every_parameter,
+    is_wrapper,
+    largest,
+    named_parameters,
+    plain_parts,
+)
+from kernels_check.observe.optimizer import OptimizerSeen, describe, rate_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSeen:
+    """What reached one parameter over the watched calls."""
+
+    nonzero: bool
+    finite: bool
+    produced: bool = True
+    """Whether it was seen to arrive and could be read; else nobody knows what it is, such as one put there by hand."""
+    after_updates: int = 0
+    """Updates that had moved something of the adapter when the last one arrived."""
+
+
+@dataclass(slots=True)
+class Gradients:
+    """Hooks on the parameters of a model, and what they saw."""
+
+    reference: weakref.ref[nn.Module]
+    shield: HookGuard
+    """What hooks are wrapped in."""
+    moved: int = 0
+    """Updates that have moved something of the adapter; kept by who watches those."""
+    arrived: set[int] = field(default_factory=set)
+    """Parameters that a gradient reached since this was last cleared."""
+    waiting: set[int] = field(default_factory=set)
+    """Parameters that a gradient reached and that no update has taken since; kept by who watches those."""
+    _sizes: dict[int, list[Tensor]] = field(default_factory=dict)
+    """Largest magnitude of each gradient, left on its device so that nothing waits for it in the backward pass."""
+    _after: dict[int, int] = field(default_factory=dict)
+    _at_first: dict[int, Tensor | None] = field(default_factory=dict)
+    """What lay there when the call began."""
+    _by_hand: set[int] = field(default_factory=set)
+    _unread: set[int] = field(default_factory=set)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            RuntimeError: it no longer exists.
+        """
+        model = self.reference()
+        if model is None:
+            raise RuntimeError("the model no longer exists")
+        return model
+
+    @contextmanager
+    def watched(self, tree: ModelTree) -> Iterator[None]:
+        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised."""
+        own = adapter_parameters(tree)
+        with ExitStack() as hooks:
+            for name, parameter in named_parameters(tree):
+                if parameter.requires_grad or (name in own and parameter.is_floating_point()):
+                    _hook(hooks, parameter, self.shield(partial(self._arrive, parameter)))
+                    if is_wrapper(parameter):
+                        told = parameter.register_post_accumulate_grad_hook(self.shield(self._written))
+                        hooks.push(told)
+            yield
+
+    def begin_call(self) -> None:
+        """Note what lies there before a call."""
+        self._at_first = {id(parameter): parameter.grad for parameter in every_parameter(self.model)}
+        self.arrived.clear()
+
+    def end_call(self) -> None:
+        """Notice gradients that were put there by hand, and hold on to none that lay there before."""
+        self.note_by_hand()
+        self._at_first = {}
+
+    def note_by_hand(self) -> None:
+        """Count a gradient that no hook saw and that is another than before the call."""
+        for parameter in every_parameter(self.model):
+            if id(parameter) in self.arrived or parameter.grad is None or not self._at_first:
+                continue
+            if parameter.grad is not self._at_first.get(id(parameter)):
+                self._by_hand.add(id(parameter))
+                self._note(parameter, parameter.grad)
+
+    def reached(self) -> frozenset[str]:
+        """Names of the parameters that a gradient reached in the last call."""
+        return frozenset(name for name, value in named_parameters(self.model) if id(value) in self.arrived)
+
+    def seen(self) -> Mapping[str, GradientSeen]:
+        """What reached each parameter, by name."""
+        found = {}
+        for name, parameter in named_parameters(self.model):
+            key = id(parameter)
+            if key not in self._sizes and key not in self._unread:
+                continue
+            sizes = [float(size) for size in self._sizes.get(key, ())]
+            found[name] = GradientSeen(
+                nonzero=any(size != 0 for size in sizes) or key in self._unread,
+                finite=all(size < float("inf") for size in sizes),
+                produced=key not in self._by_hand and key not in self._unread,
+                after_updates=self._after.get(key, 0),
+            )
+        return found
+
+    def _arrive(self, parameter: Tensor, gradient: Tensor) -> None:
+        self.arrived.add(id(parameter))
+        self._note(parameter, gradient)
+
+    def _written(self, parameter: Tensor) -> None:
+        self.arrived.add(id(parameter))
+        if parameter.grad is not None:
+            self._note(parameter, parameter.grad)
+
+    def _note(self, parameter: Tensor, gradient: Tensor) -> None:
+        key = id(parameter)
+        self.waiting.add(key)
+        self._after[key] = self.moved
+        try:
+            size = largest(gradient)
+        except Exception:  # an exception in a hook would be the step's
+            self._unread.add(key)
+            return
+        if size is not None:
+            self._sizes.setdefault(key, []).append(size)
+
+
+def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
+    """Hook a parameter, also one that trains only later in the step."""
+    frozen = not parameter.requires_grad
+    with suppress(RuntimeError):  # what cannot train cannot be hooked
+        if frozen:
+            parameter.requires_grad_(True)
+        try:
+            hooks.push(parameter.register_hook(noted))
+        finally:
+            if frozen:
+                parameter.requires_grad_(False)
+
+
+STUCK_SHARE = 0.9
+"""Share of the elements with a gradient that an update must leave as they are to count as lost to rounding."""
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(slots=True)
+class KeptValue:
+    """The last known value of one parameter, and what the last update did to it.
+
+    Of a sharded parameter it is the part that is here.
+    """
+
+    tensor: Tensor
+    _parts: list[Tensor] = field(default_factory=list)
+    _before: list[Tensor] = field(default_factory=list)
+    """The value from which the last update started; none once something else wrote to it."""
+    _version: int = 0
+
+    def __post_init__(self) -> None:
+        self._parts = [part.clone() for part in _parts(self.tensor)]
+        self._version = _version(self.tensor)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its dtype may swallow an update."""
+        return self.tensor.dtype in _NARROW
+
+    def is_last(self) -> bool:
+        """Whether it is what it was when it was last looked at."""
+        return self._is_kept(_parts(self.tensor))
+
+    def settle(self) -> bool:
+        """Take in what an update wrote; say whether it wrote anything new."""
+        parts = _parts(self.tensor)
+        if self._is_kept(parts):
+            return False
+        self._keep(parts, self._parts)
+        return True
+
+    def written(self) -> tuple[bool, bool]:
+        """Take in what something other than an update wrote; whether anything did, and whether it undid the update.
+
+        What projects the weights after an update (a clamp, a norm) moves few of them, or all of them by less.
+        """
+        parts = _parts(self.tensor)
+        if self._is_kept(parts):
+            touched = _version(self.tensor) != self._version
+            self._version = _version(self.tensor)
+            return touched, False
+        undone = bool(self._before) and self._undoes(parts)
+        self._keep(parts, [])
+        return True, undone
+
+    def is_faint(self, rate: float) -> bool:
+        """Whether an update in proportion to the gradient is too small for float32 to show."""
+        gradient = self.tensor.grad
+        size = None if gradient is None or self.is_narrow else largest(gradient)
+        if size is None:
+            return False
+        greatest = max((float(part.abs().max()) for part in self._parts if part.numel()), default=0.0)
+        return rate * float(size) < torch.finfo(self.tensor.dtype).eps * greatest
+
+    def is_stuck(self) -> bool:
+        """Whether the last update left nearly all that had a gradient as it was, as a narrow dtype may."""
+        gradient = self.tensor.grad
+        if not self.is_narrow or gradient is None or gradient.layout != torch.strided:
+            return False
+        pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved(), strict=True)]
+        given = sum(int(has.sum()) for has, _ in pairs)
+        return sum(int((has & ~moved).sum()) for has, moved in pairs) > STUCK_SHARE * given
+
+    def _is_kept(self, parts: list[Tensor]) -> bool:
+        """Whether a value is the last known one."""
+        return all(torch.equal(now, then) for now, then in zip(parts, self._parts, strict=True))
+
+    def _keep(self, parts: list[Tensor], before: list[Tensor]) -> None:
+        self._parts = [part.clone() for part in parts]
+        self._version, self._before = _version(self.tensor), before
+
+    def _moved(self) -> list[Tensor]:
+        """Which elements the last update moved."""
+        return [now != then for now, then in zip(self._parts, self._before, strict=True)]
+
+    def _undoes(self, parts: list[Tensor]) -> bool:
+        """Whether a value is as far from the last known one as the update had moved that, and in other places."""
+        if not _distance(self._parts, self._before) <= _distance(parts, self._parts) * (1 + 1e-6):
+            return False
+        moved = self._moved()
+        left = zip(parts, self._parts, moved, strict=True)
+        return (
+            sum(int(((now == then) & one).sum()) for now, then, one in left) < sum(int(one.sum()) for one in moved) / 2
+        )
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """How far two values are apart; parts that are the same may be infinite."""
+    pairs = [(now, then) for now, then in zip(one, other, strict=True) if not torch.equal(now, then)]
+    total: float = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs) ** 0.5
+    return total
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that one is made of, as far as they are here."""
+    return [part for _, part in plain_parts(tensor.detach())]
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes in place that autograd counts; a write through ``data`` is none."""
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor counts none
+        return 0
+
+
+LEAST_UPDATES = 2
+"""Wanted in any case: only the value at the next shows that an update was kept."""
+LEAST_AFTER_LOSS = 4
+"""Updates it takes to tell whether a first one that was undone was the only one."""
+LEAST_RESTING = 3
+"""Updates with a learning rate of zero after which no other is waited for: a warm-up from zero rests once."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ParameterUpdates:
+    """What became of one parameter of the adapter over the watched updates."""
+
+    updates: int = 0
+    """By an optimizer that was given it."""
+    fed: int = 0
+    """With a gradient that was produced for it and was not zero when it was taken."""
+    moved: int = 0
+    learnt: int = 0
+    """Those that were fed and moved it."""
+    stuck: int = 0
+    """Those that were fed, with a learning rate, and left nearly every element as it was."""
+    faint: int = 0
+    """Those that were fed and changed nothing, since the gradient is so small: its partner has just left zero."""
+    idle: int = 0
+    """Of the stuck ones those that moved no parameter at all, although float32 shows such a move."""
+    losses: list[int] = field(default_factory=list)
+    """Which updates nothing was left of at the next or at the end, the first being 1."""
+    written: int = 0
+    """Times that something other than an update wrote to it."""
+    unreadable: str | None = None
+    """Why its value could not be compared."""
+    rate: float = 0.0
+    """Largest learning rate that it was given."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether updates are undone, and not just the first: a projection may move the weights far once."""
+        return bool(self.losses) and (self.losses[-1] > 1 or self.updates < LEAST_AFTER_LOSS)
+
+    @property
+    def idling(self) -> bool:
+        """Whether it was never moved, and nothing else by the same updates."""
+        return self.idle > 0 and not self.moved and self.idle == self.stuck
+
+    @property
+    def resting(self) -> bool:
+        """Whether every learning rate was zero."""
+        return self.updates > 0 and self.rate == 0.0
+
+
+@dataclass(slots=True)
+class Updates:
+    """Watches every optimizer that steps, by hooks that torch calls for all of them."""
+
+    gradients: Gradients
+    steps: int = 0
+    optimizers: dict[int, OptimizerSeen] = field(default_factory=dict)
+    parameters: dict[str, ParameterUpdates] = field(default_factory=dict)
+    _names: dict[int, str] = field(default_factory=dict)
+    _values: dict[int, KeptValue] = field(default_factory=dict)
+    _by_method: frozenset[int] = frozenset()
+    _fed: set[int] = field(default_factory=set)
+    """Parameters whose gradient was there, and not zero, when an update could take it."""
+    _before_call: tuple[int, int] = (0, 0)
+    """Updates, and parameters that had learnt, before the last call."""
+
+    def begin(self, model: Model) -> None:
+        """Take the values from which the first update starts."""
+        for name, tensor in trained_parameters(model).items():
+            if not tensor.is_meta:
+                self._names[id(tensor)] = name
+                self._values[id(tensor)] = KeptValue(tensor)
+        self._by_method = written_by_method(model)
+        self.parameters = {self._names[key]: ParameterUpdates() for key in self._values}
+
+    def goes_on(self, model: Model) -> bool:
+        """Whether the same parameters are there, as the last call left them: nothing has updated them unseen."""
+        here = {id(tensor): name for name, tensor in trained_parameters(model).items() if not tensor.is_meta}
+        return here == self._names and all(
+            key in self._by_method or value.is_last() for key, value in self._values.items()
+        )
+
+    def begin_call(self) -> None:
+        """Note what had been seen before a call."""
+        self._before_call = self.steps, self._learnt()
+
+    def end_call(self) -> None:
+        """Compare with what the last update left."""
+        for key in self._values:
+            self._compare(key)
+
+    def before(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Global optimizer hook: nothing has moved and, without a closure, the gradients are complete."""
+        self._take(optimizer)
+        closure = next((value for value in (*args[1:2], kwargs.get("closure")) if callable(value)), None)
+        if closure is None:
+            return None
+
+        def watched(*given: Any, **named: Any) -> Any:
+            self._settle(optimizer)  # some optimizers call it again from where they have moved
+            result = closure(*given, **named)
+            self._take(optimizer)
+            return result
+
+        return (
+            tuple(watched if value is closure else value for value in args),
+            {key: watched if value is closure else value for key, value in kwargs.items()},
+        )
+
+    def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Global optimizer hook: the optimizer's state exists from here on."""
+        self._settle(optimizer)
+        for key, rate in self._given(optimizer).items():
+            seen = self.parameters[self._names[key]]
+            seen.updates += 1
+            seen.fed += key in self._fed
+            seen.rate = max(seen.rate, rate)
+            self._fed.discard(key)
+            self.gradients.waiting.discard(key)
+        self.optimizers[id(optimizer)] = describe(optimizer)
+        self.steps += 1
+
+    def pending(self) -> bool:
+        """Whether another call may show what these did not."""
+        if not self.steps:  # something that is no optimizer of torch writes, or none has stepped yet
+            return not any(one.written for one in self.parameters.values())
+        seen = [one for one in self.parameters.values() if one.updates]
+        if not seen:
+            return self.steps < LEAST_UPDATES
+        if any(one.updates < LEAST_UPDATES or (one.lost and one.losses == [1]) for one in seen):
+            return True
+        if all(one.learnt or one.faint for one in seen):
+            return False
+        if any(one.idling for one in seen):  # a warm-up may move nothing for some updates
+            return True
+        steps, learnt = self._before_call
+        warming = any(one.resting and one.updates < LEAST_RESTING for one in seen)
+        return self.steps == steps or self._learnt() > learnt or warming
+
+    def _learnt(self) -> int:
+        return sum(one.learnt > 0 for one in self.parameters.values())
+
+    def _given(self, optimizer: Any) -> dict[int, float]:
+        """The adapter's parameters that an optimizer updates, with their learning rates."""
+        rates: dict[int, float] = {}
+        for group in optimizer.param_groups:
+            rate = rate_of(group)
+            rates |= {id(value): rate for value in group["params"] if id(value) in self._values}
+        return rates
+
+    def _take(self, optimizer: Any) -> None:
+        """Look at the values, and at the gradients that the update is about to take."""
+        self.gradients.note_by_hand()
+        for key in self._given(optimizer):
+            self._compare(key)
+            gradient = self._values[key].tensor.grad
+            fed = gradient is not None and key in self.gradients.waiting and _is_nonzero(gradient)
+            (self._fed.add if fed else self._fed.discard)(key)
+
+    def _settle(self, optimizer: Any) -> None:
+        """Count what an update has changed since the values were looked at."""
+        given = self._given(optimizer)
+        stuck = {key: self.parameters[self._names[key]].stuck for key in given}
+        moved = [self._count(key, rate) for key, rate in given.items()]
+        self.gradients.moved += any(moved)
+        for key in given if not any(moved) else ():
+            seen = self.parameters[self._names[key]]
+            seen.idle += seen.stuck > stuck[key] and not self._values[key].is_narrow
+
+    def _count(self, key: int, rate: float) -> bool:
+        """Count an update of one parameter; one that cannot be read is no fault of the step, which goes on."""
+        seen = self.parameters[self._names[key]]
+        try:
+            return self._counted(self._values[key], rate, seen, fed=key in self._fed)
+        except Exception as error:
+            seen.unreadable = f"{type(error).__name__}: {error}"
+            return False
+
+    def _counted(self, value: KeptValue, rate: float, seen: ParameterUpdates, *, fed: bool) -> bool:
+        if not value.settle():
+            if fed and rate:
+                faint = value.is_faint(rate)
+                seen.faint += faint
+                seen.stuck += not faint
+            return False
+        seen.moved += 1
+        if fed:
+            stuck = value.is_stuck()
+            seen.stuck += stuck
+            seen.learnt += not stuck
+        return True
+
+    def _compare(self, key: int) -> None:
+        """Count what has been written since the last update."""
+        seen = self.parameters[self._names[key]]
+        try:
+            written, undone = self._values[key].written()
+        except Exception as error:
+            seen.unreadable = f"{type(error).__name__}: {error}"
+            return
+        if key not in self._by_method:
+            seen.written += written
+            if undone:
+                seen.losses.append(seen.updates)
+
+
+def _is_nonzero(gradient: Tensor) -> bool:
+    try:
+        size = largest(gradient)
+    except Exception:  # of a kind that cannot be read, which the hook that saw it arrive has noted
+        return True
+    return size is None or float(size) != 0

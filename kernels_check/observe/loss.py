@@ -1,0 +1,395 @@
+"""Over how many tokens the loss of a step is, and how much each of them weighs in it.
+
+The name of a loss function says nothing of what it does. The operator of a cross entropy that autograd recorded has
+kept the targets that it was given, and the gradient that reaches it is what everything after it makes of the weight
+of its tokens. A mean of means weighs a token of a short pass more than one of a long pass. Backward passes that add
+up for one update are told by what lies in the gradients when a pass begins, and by whether an update was between two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels_check.observe.modules import every_parameter, largest
+
+if TYPE_CHECKING:
+    from kernels_check.observe.inputs import ModelCall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BackwardPass:
+    """One run of the autograd engine."""
+
+    task: int
+    """Its number, as the engine gives it."""
+    after_update: bool = False
+    """Whether an optimizer of the model's parameters has stepped since the pass before."""
+    in_update: bool = False
+    """Whether one is stepping, as where it is given a closure."""
+    lying: Sequence[Tensor] = ()
+    """Largest magnitudes of what lay in the gradients as it began, left on their devices."""
+
+    unread: bool = False
+    """Whether something lay there that could not be read."""
+
+    @property
+    def anew(self) -> bool:
+        """Whether nothing lay there."""
+        return not any(float(size) != 0 for size in self.lying)
+
+
+@dataclass(slots=True)
+class BackwardPasses:
+    """Notes the passes of a step.
+
+    Args:
+        model: whose gradients they write.
+    """
+
+    model: nn.Module
+    _trained: dict[int, Tensor] = field(init=False)
+    _last: BackwardPass | None = None
+    _updated: bool = False
+    _updating: int = 0
+
+    def __post_init__(self) -> None:
+        self._trained = {id(value): value for value in every_parameter(self.model) if value.requires_grad}
+
+    def current(self) -> BackwardPass:
+        """The pass that is under way; to be asked before it has written any gradient."""
+        task = torch._C._current_graph_task_id()
+        if self._last is None or self._last.task != task:
+            with torch.no_grad():
+                lying, unread = _sizes([value.grad for value in self._trained.values()])
+            self._last = BackwardPass(
+                task=task, after_update=self._updated, in_update=self._updating > 0, lying=lying, unread=unread
+            )
+            self._updated = False
+        return self._last
+
+    def update_begins(self, optimizer: Any) -> None:
+        """An optimizer is about to step; those of other models are none of this one's."""
+        self._updating += self._is_ours(optimizer)
+
+    def update_ends(self, optimizer: Any) -> None:
+        """It has stepped."""
+        if self._is_ours(optimizer):
+            self._updating, self._updated = max(self._updating - 1, 0), True
+
+    def _is_ours(self, optimizer: Any) -> bool:
+        return any(id(value) in self._trained for group in optimizer.param_groups for value in group["params"])
+
+
+def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, int] | str:
+    """Which passes add up: the number of the sum that each belongs to; or why that is not told.
+
+    Args:
+        passes: in the order in which they began, each once, with whether it gave any gradient.
+    """
+    sums: dict[BackwardPass, int] = {}
+    number, given = 0, False
+    for one, gives in passes:
+        if given:
+            if one.unread:
+                return "what lay in the gradients when a pass began could not be read"
+            if one.anew and not one.after_update and not one.in_update:
+                return (
+                    "the gradients of an earlier pass were gone before the next, with no update between them: it is "
+                    "not told which passes the update rests on"
+                )
+            if one.after_update and not one.anew:
+                return "the gradients that an update had taken were still there when the next pass added to them"
+            number, given = (number + 1, False) if one.anew else (number, given)
+        sums[one] = number
+        given = given or gives
+    return sums
+
+
+def _sizes(gradients: Iterable[Tensor | None]) -> tuple[list[Tensor], bool]:
+    """How large each is that is there, and whether one could not be read."""
+    found, unread = [], False
+    for gradient in gradients:
+        try:
+            size = None if gradient is None else largest(gradient)
+        except Exception:  # an exception here would be the step's
+            unread = True
+        else:
+            found += [] if size is None else [size]
+    return found, unread
+
+
+_OPERATORS = ("NllLossBackward0", "NllLoss2DBackward0")
+_MEAN, _SUM = 1, 2
+"""How the operator spells them."""
+_SIGN, _WRAP = 2**63, 2**64
+"""Of the ignored target, which is kept as a number without a sign."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """A gradient that reached a cross entropy."""
+
+    gradient: Tensor
+    """Of no dimension."""
+    during: BackwardPass
+    spread: Tensor | None = None
+    """By how much it differs among the tokens; None where it is one for all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossEntropy:
+    """One operator."""
+
+    tokens: Tensor
+    """How many targets it is over, of no dimension; left on its device, so that nothing waits for it."""
+    mean: bool
+    """Whether it is their mean, else their sum."""
+    arrivals: list[Arrival] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossMade:
+    """How a loss was made."""
+
+    parts: tuple[CrossEntropy, ...] = ()
+    """What is not a cross entropy, such as a term that balances experts, is left out."""
+    unread: str | None = None
+    """Why they are not known."""
+
+
+def read_loss(loss: Tensor, passes: BackwardPasses, hooks: ExitStack, shield: Callable[[Any], Any]) -> LossMade:
+    """Find the cross entropies in a loss, and keep what reaches them until ``hooks`` is closed.
+
+    Args:
+        loss: of one element, with its graph.
+        passes: that are under way when a gradient arrives.
+        hooks: takes the hooks.
+        shield: what hooks are wrapped in.
+    """
+    try:
+        parts = []
+        for operator in _operators(loss.grad_fn):
+            part = _read(operator)
+            if isinstance(part, str):
+                return LossMade(unread=part)
+            parts.append(part)
+            hooks.push(operator.register_prehook(shield(_keeping(part, passes))))
+    except Exception as error:  # an exception here would be the step's
+        return LossMade(unread=f"the loss could not be read: {type(error).__name__}: {error}")
+    return LossMade(parts=tuple(parts))
+
+
+def read_log_probs(output: Any, passes: BackwardPasses, hooks: ExitStack, shield: Callable[[Any], Any]) -> LossMade:
+    """Find what reaches the log-probabilities of single tokens that a model returns for its caller to make a loss of.
+
+    TRL's trainers do so from version 1.16 on: ``log_probs`` and ``label_mask``, both of [rows, tokens - 1].
+
+    Args:
+        output: of the model.
+        passes: as for ``read_loss``.
+        hooks: likewise.
+        shield: likewise.
+    """
+    log_probs, mask = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
+    if not (isinstance(log_probs, Tensor) and isinstance(mask, Tensor)) or not log_probs.requires_grad:
+        return LossMade()
+    with torch.no_grad():
+        part = CrossEntropy(tokens=mask.sum(), mean=False)
+
+    def keep(gradient: Tensor) -> None:
+        with torch.no_grad():
+            weights = -gradient
+            most = weights.masked_fill(~mask, -torch.inf).amax()
+            least = weights.masked_fill(~mask, torch.inf).amin()
+            part.arrivals.append(Arrival(gradient=most, during=passes.current(), spread=most - least))
+
+    hooks.push(log_probs.register_hook(shield(keep)))
+    return LossMade(parts=(part,))
+
+
+def _operators(root: Any) -> Iterator[Any]:
+    """Those that the loss depends on through numbers alone: what is behind a cross entropy belongs to the model."""
+    seen: set[Any] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _OPERATORS:
+            yield node
+        else:
+            waiting += [one for one, place in node.next_functions if one is not None and _is_number(one, place)]
+
+
+def _is_number(node: Any, place: int) -> bool:
+    return all(size == 1 for size in node._input_metadata[place].shape)
+
+
+def _read(operator: Any) -> CrossEntropy | str:
+    if operator._saved_reduction not in (_MEAN, _SUM):
+        return "the loss weighs each token by itself"
+    if operator._raw_saved_weight.data is not None:
+        return "the loss weighs each target by its class"
+    kept = operator._raw_saved_target
+    if kept.unpack_hook is not None:  # to ask for it would compute again, or fetch, what the backward pass asks for
+        return "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
+    ignored = (operator._saved_ignore_index + _SIGN) % _WRAP - _SIGN
+    with torch.no_grad():
+        tokens = (kept.data != ignored).sum()
+    return CrossEntropy(tokens=tokens, mean=operator._saved_reduction == _MEAN)
+
+
+def _keeping(part: CrossEntropy, passes: BackwardPasses) -> Callable[[Any], None]:
+    def keep(gradients: tuple[Tensor | None, ...]) -> None:
+        (gradient,) = gradients
+        if gradient is not None:
+            part.arrivals.append(Arrival(gradient=gradient.detach(), during=passes.current()))
+
+    return keep
+
+
+_EXACT = 1e-3
+_NARROW = 2e-2
+"""Relative difference that rounding explains, of a loss in float32 and in half precision."""
+_OF_A_ROW = 1
+"""Dimensions of labels that are not of tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossPass:
+    """One forward pass that was trained on, as far as it feeds one sum of gradients."""
+
+    tokens: int
+    """Those that the loss is over."""
+    positions: int
+    """All of them, padding included."""
+    weight: float
+    """Of each of these tokens in the gradient of the step."""
+    tolerance: float
+    """Relative, of that weight."""
+    mean: bool = True
+    """Whether its loss is a mean, else a sum, which the program has divided."""
+    sum: int = 0
+    """Number of the sum of gradients that it feeds: one for each update, or for each evaluation of a closure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSeen:
+    """The passes of a step, or why they do not tell."""
+
+    passes: tuple[LossPass, ...] = ()
+    unseen: str | None = None
+
+
+def loss_of_step(calls: Sequence[ModelCall]) -> LossSeen:
+    """Read the passes of a step.
+
+    Args:
+        calls: of the model, as the step made them.
+    """
+    trained = [call for call in calls if call.gradients]
+    if not trained:
+        return LossSeen(unseen="no call of the model itself with gradients was seen")
+    problem = next((problem for call in trained if (problem := _problem(call)) is not None), None)
+    if problem is not None:
+        return LossSeen(unseen=problem)
+    backwards = _backwards(trained)
+    sums = sums_of(backwards)
+    if isinstance(sums, str):
+        return LossSeen(unseen=sums)
+    passes = []
+    for number in sorted(set(sums.values())):
+        for call in trained:
+            found = _pass(call, number, {one for one, place in sums.items() if place == number})
+            if isinstance(found, str):
+                return LossSeen(unseen=found)
+            passes += [] if found is None else [found]
+    if not any(one.weight for one in passes if one.tokens) and any(one.tokens for one in passes):
+        return LossSeen(unseen="the gradient of the loss is zero for every token")
+    return LossSeen(passes=tuple(passes))
+
+
+def _problem(call: ModelCall) -> str | None:
+    """Why a call does not tell over which tokens its loss is."""
+    labels = call.arguments.get("labels")
+    given = [call.arguments.get("shift_labels"), labels]
+    tokens = [one for one in given if isinstance(one, Tensor) and not one.is_floating_point()]
+    if not tokens:
+        return "the model was given no labels of tokens: its loss is made elsewhere"
+    if all(one.dim() <= _OF_A_ROW for one in tokens):
+        return "the labels are of whole rows, not of tokens"
+    if not call.loss_gradients and not any(part.arrivals for part in _parts(call)):
+        return "nothing went back through the loss that the model returned: another was trained on, or none"
+    unread = next((made.unread for made in call.losses if made.unread is not None), None)
+    if unread is not None:
+        return unread
+    if not any(part.arrivals for part in _parts(call)):
+        return (
+            "the loss that the model returned holds no cross entropy that can be read, as where it is compiled, or "
+            "made by a fused kernel"
+        )
+    return None
+
+
+def _parts(call: ModelCall) -> list[CrossEntropy]:
+    return [part for made in call.losses for part in made.parts]
+
+
+def _backwards(calls: Sequence[ModelCall]) -> list[tuple[BackwardPass, bool]]:
+    """The backward passes, and whether each gave a gradient to any token."""
+    gives: dict[BackwardPass, bool] = {}
+    for call in calls:
+        for part in _parts(call):
+            for arrival in part.arrivals:
+                given = int(part.tokens) > 0 and float(arrival.gradient) != 0
+                gives[arrival.during] = given or gives.get(arrival.during, False)
+    return sorted(gives.items(), key=lambda item: item[0].task)
+
+
+def _pass(call: ModelCall, number: int, backwards: set[BackwardPass]) -> LossPass | str | None:
+    """What a call gave to one sum of gradients; None where it gave nothing."""
+    arrived = [
+        (part, [arrival.gradient for arrival in part.arrivals if arrival.during in backwards]) for part in _parts(call)
+    ]
+    arrived = [(part, gradients) for part, gradients in arrived if gradients]
+    if not arrived:
+        return None
+    counts = [int(part.tokens) for part, _ in arrived]
+    weights = [_weight(part, gradients) for part, gradients in arrived]
+    narrow = any(gradient.element_size() < 4 for _, gradients in arrived for gradient in gradients)
+    tolerance = _NARROW if narrow else _EXACT
+    live = [weight for weight, count in zip(weights, counts, strict=True) if count]
+    if not all(map(math.isfinite, live)):
+        return "the gradient of the loss is not finite"
+    arrivals = (one for part, _ in arrived for one in part.arrivals if one.during in backwards)
+    spread = max((float(one.spread) for one in arrivals if one.spread is not None), default=0.0)
+    if spread > tolerance * max(map(abs, live), default=0.0):
+        return "the loss weighs each token by itself"
+    if live and max(live) - min(live) > tolerance * max(map(abs, live)):
+        return f"the loss of one pass is made of {len(live)} cross entropies of different weights"
+    return LossPass(
+        tokens=sum(counts),
+        positions=_positions(call.arguments),
+        weight=live[0] if live else 0.0,
+        tolerance=tolerance,
+        mean=any(part.mean for part, _ in arrived),
+        sum=number,
+    )
+
+
+def _weight(part: CrossEntropy, gradients: Sequence[Tensor]) -> float:
+    total = sum(float(gradient) for gradient in gradients)
+    return total / max(int(part.tokens), 1) if part.mean else total
+
+
+def _positions(arguments: Mapping[str, Any]) -> int:
+    given = (arguments.get(name) for name in ("labels", "shift_labels"))
+    return next((one.numel() for one in given if isinstance(one, Tensor)), 0)
