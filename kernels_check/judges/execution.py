@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Requirement, count_values, name_some
-from kernels_check.observe.compile import Compilations
 
 if TYPE_CHECKING:
     from kernels_check.observe.compile import BlockRecomputed
@@ -145,7 +144,7 @@ def judge_compile(seen: Observation, required: Json) -> PathObservation:
         present = bool(blocks.regions or eagerly)
     else:
         present = True
-    if regions or past != Compilations():
+    if regions or past != type(past)():
         reason += f"; {past}"
     if whole and past.breaks:
         observed = f"in pieces: {name_some(past.breaks, '; ')}"

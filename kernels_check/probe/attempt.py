@@ -1,4 +1,4 @@
-"""Attempts of the probe: run a path, watch what it executed, compare it with a reference in double precision, time it."""
+"""Attempts of the probe: run a path, watch what it executed, compare it with float64, time it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_check.trace import limits
+from kernels_check.trace import file as limits
 from kernels_check.trace.file import JsonLimits
 
 json_values = st.recursive(
