@@ -1,4 +1,4 @@
-"""Sites that are unlike: each has its part of the replicates and is judged by itself, and nobody pools them."""
+"""Sites that are unlike: each has its part of the replicates and is judged by itself, and they are never pooled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND = "5"
 
 @pytest.fixture
 def spread(placed, run, pretended):
-    """A function that measures eight replicates on two sites, the second of which is slow at what it is told."""
+    """A function that measures eight replicates on two sites, the second of which is slow at some trials."""
 
     def measure(command, *words, slow=()):
         pretended(slow=slow)

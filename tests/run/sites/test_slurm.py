@@ -127,8 +127,31 @@ def test_a_driver_that_is_killed_is_resumed(placed, run, pretended, queue, tmp_p
     wait_for(lambda: not subprocess.run(["squeue"], capture_output=True, check=True).stdout)
 
 
+def test_a_driver_that_is_killed_while_its_jobs_wait_is_resumed(placed, run, pretended, queue, tmp_path):
+    """A job that starts later measures its replicate all the same, and it is kept."""
+    pretended(turn_s=0.5)
+    study, runs = placed('on = "slurm"', replicates=2), tmp_path / "runs"
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorameter.cli", "run", str(study)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as driver:
+        wait_for(lambda: (queue / "2").is_file() and (queue / "2").read_text())
+        driver.kill()
+    (order,) = runs.glob("*/jobs/*/order.json")
+    path = order.parents[2]
+    assert not (path / "manifest.json").exists()
+    wait_for(lambda: finished(runs))
+    (began,) = (json.loads(line)["started_unix_s"] for one in runs.glob("*/jobs/*/*/trials.jsonl")
+                for line in one.read_text().splitlines()[-1:])  # fmt: skip
+    pretended()
+    code, last, said = run("run", "--resume", path.name)
+    assert code == 0, said
+    sites_of_whole(last)
+    assert {record.replicate for record in last.records} == {0, 1}
+    assert began in {record.started_unix_s for record in last.records}
+
+
 def test_options_of_sbatch_are_passed_on():
-    """A job without a GPU takes its node alone, unless it is told otherwise."""
+    """A job without a GPU takes its node alone, unless `exclusive` says otherwise."""
     on = "slurm:partition=p,nodelist=n[1-2],gres=gpu:1,gpus_per_node=1,time=7,comment=two words,exclusive=user"
     assert sbatch_options(read_slurm(on).parameters)[4:] == [
         "--exclusive=user", "--time=7", "--partition=p", "--nodelist=n[1-2]", "--gres=gpu:1", "--gpus-per-node=1",
@@ -185,10 +208,10 @@ def test_an_ab_has_both_sides_in_each_job(placed, run, queue):
 
 def test_no_option_is_given_to_scancel_for_a_job(tmp_path, queue):
     """An id that is read from a file is a number, or it goes nowhere."""
-    told = tmp_path / "told"
-    (tmp_path / "bin" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    printed = tmp_path / "printed"
+    (tmp_path / "bin" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {printed}\n')
     for name, text in (("a", "12"), ("b", "--user=root")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "slurm-id").write_text(text)
         assert slurm.cancel_job(tmp_path / name)
-    assert told.read_text() == "12\n"
+    assert printed.read_text() == "12\n"

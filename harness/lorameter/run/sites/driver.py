@@ -42,6 +42,7 @@ from lorameter.run.sites.folder import (
     JobState,
     check_private,
     make_private,
+    read_order,
     read_state,
     write_order,
 )
@@ -447,11 +448,26 @@ def merge_left(path: Path) -> None:
 
 def read_broken_off_with_jobs(name: str, runs: Path, *, study: str | None = None) -> Run:
     """As `lorameter.run.resume.read_broken_off`, with what the jobs of a process that was killed have measured."""
+    for path in (Path(name), runs / name):
+        if (path / JOBS).is_dir() and not store.is_run(path):
+            _begin_again(path)
     run = read_broken_off(name, runs, study=study)
     if (run.path / JOBS).is_dir():
         merge_left(run.path)
         run = read_broken_off(name, runs, study=study)
     return run
+
+
+def _begin_again(path: Path) -> None:
+    """Begin a run whose process was killed before the first job had a manifest, if a job has one now."""
+    check_private(path / JOBS)
+    for folder in sorted((path / JOBS).iterdir()):
+        spec = read_order(folder).plan
+        for found in store.list_runs(folder)[:1]:
+            if spec is not None:
+                manifest = dataclasses.replace(store.read_manifest(found), run=path.name, order=spec.order)
+                RunWriter(path.parent, dataclasses.replace(manifest, status="running"))
+                return
 
 
 def copy_logs(folder: Path, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The sites of this machine: its GPUs, or shares of its CPUs.
 
-A trial that is measured beside others on one machine shares its memory bus and its power with them, but neither its
+A trial that is measured next to others on one machine shares its memory bus and its power with them, but neither its
 GPU nor its cores: each site has CPUs of its own, and its processes stay on them.
 """
 

@@ -83,7 +83,7 @@ def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
 
 
 def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A name for each node, by its id: that which it was started with, else its host's; told apart where they agree."""
+    """A name for each node, by its id: its own, else its host's, with a part of the id if two are the same."""
     own = {
         node["NodeID"]: name if (name := node.get("NodeName")) and name != node.get("NodeManagerAddress") else host
         for node in nodes

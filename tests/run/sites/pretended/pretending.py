@@ -27,7 +27,7 @@ MACHINE = Machine(
 )  # fmt: skip
 
 
-def told(name, default):
+def setting(name, default):
     """What the test says to this process."""
     return json.loads(os.environ.get("PRETENDED", "{}")).get(name, default)
 
@@ -64,7 +64,7 @@ class Fake:
                 "git": {"commit": None, "dirty": False},
             }
             host["packages"] = {"python": self.host.python}
-        libraries = {"peft": told("peft", {}).get(cpus(), "1.0")}
+        libraries = {"peft": setting("peft", {}).get(cpus(), "1.0")}
         return MachineFacts(machine=MACHINE, settings={}, libraries=libraries, git={"commit": None}, host=host)
 
     def start(self, folder, threads):
@@ -95,17 +95,17 @@ class Fake:
         pass
 
     def launch(self):
-        if cpus() in told("lost", []):
+        if cpus() in setting("lost", []):
             raise InvalidRunError("its zygote is gone")
         return self
 
     def ask(self, command, trial, timeout_s, **arguments):
         if command != "turn":
             return PartialRecord()
-        while told("hangs", False):
+        while setting("hangs", False):
             time.sleep(0.1)
-        time.sleep(told("turn_s", 0.0))
-        slow = [factor for on, part, factor in told("slow", []) if on == cpus() and part in trial]
+        time.sleep(setting("turn_s", 0.0))
+        slow = [factor for on, part, factor in setting("slow", []) if on == cpus() and part in trial]
         return PartialRecord(samples={"step_time_s": ((slow or [1.0])[0] * 0.1,) * arguments["steps"]})
 
     def close(self):
