@@ -88,7 +88,7 @@ def _level(run: Run) -> str:
     """Why this level, and what was measured outside it."""
     why = f": {run.manifest.why}" if run.manifest.why else ""
     solo = any(record.interleaving != run.manifest.interleaving for record in run.records)
-    return f"{why}; peaks, cold starts and what needs its own base: isolated trials" if solo else why
+    return f"{why}; peaks and what needs its own base: isolated trials" if solo else why
 
 
 def _ranks_of(workload: Workload) -> str:

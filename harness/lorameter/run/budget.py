@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from lorameter.errors import UsageError
-from lorameter.records.record import Measure, Notice
+from lorameter.records.record import Notice
 from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.records.units import format_count, format_duration
-from lorameter.run.plan import Group, Plan, Slot
+from lorameter.run.plan import Group, Plan, measured_groups
 
 LEAST_ROUNDS = 2
 """Rounds of a replicate whatever the time: one has no spread."""
@@ -137,6 +137,8 @@ class Budget:
         """Parts that are not measured."""
         self.needed_s = 0.0
         """Seconds that the sought replicates would take with everything that is planned, where they do not fit."""
+        self.training_s = 0.0
+        """Seconds that they would take of training alone, where not even that fits."""
         self._begin = self._lap = self._entered = self.clock()
         self._once_s = 0.0
         self._admitted: set[Part] = set()
@@ -269,7 +271,7 @@ class Budget:
         for part in found.dropped:
             self._skip(part, self.spent_s + found.needed_s)
         if found.replicates < self._sought - 1:
-            self.needed_s = max(self.needed_s, self.spent_s + (self._sought - 1) * (self.longest_s or 0.0))
+            self.training_s = self.spent_s + (self._sought - 1) * (self.longest_s or 0.0)
 
     def fits_another(self) -> bool:
         """Whether another replicate fits."""
@@ -299,53 +301,29 @@ class Budget:
         )
 
 
-def skipped_notice(skipped: Iterable[str], replicates: int, planned: int, needed_s: float) -> tuple[Notice, ...]:
+def skipped_notice(
+    skipped: Iterable[str], replicates: int, planned: int, needed_s: float, training_s: float = 0.0
+) -> tuple[Notice, ...]:
     """The notice of what a limit has dropped, and of fewer replicates than give a useful interval; none where neither
-    is so. `needed_s` is what the sought replicates would take, 0 where that is not known."""
+    is so. `needed_s` is what the sought replicates take with everything that is planned, `training_s` what they take
+    of training alone; 0 where that is not known."""
     dropped = [DROPPABLE[part] for part in DROPPABLE if part in set(skipped)]
     sought = min(SOUGHT_REPLICATES, planned)
-    if not dropped and replicates >= sought:
+    few = replicates < sought
+    if not dropped and not few:
         return ()
-    said = []
-    if dropped:
-        said.append(f"{', '.join(dropped)} {'were' if len(dropped) > 1 or dropped[0].endswith('s') else 'was'} skipped")
-    if replicates < sought:
-        said.append(f"{format_count(replicates, 'replicate')} of training fitted, and an interval needs {sought}")
-    minutes = math.ceil(needed_s / 60)
-    needed = f": {sought} replicates {'with them ' if dropped else ''}take about {minutes} min" if minutes else ""
-    raised = f" to {minutes}" if minutes else ""
+
+    def minutes(seconds: float, words: str) -> str:
+        return f" ({sought} replicates{words} take about {math.ceil(seconds / 60)} min)" if seconds else ""
+
+    parts = [f"skipped {', '.join(dropped)}{minutes(needed_s, ' with them')}"] if dropped else []
+    parts += [f"{format_count(replicates, 'replicate')} of training{minutes(training_s, '')}"] if few else []
+    aim = math.ceil((training_s if few else needed_s) / 60)
     return (
         Notice(
             code=SKIPPED,
-            message=f"because of the time limit {'; '.join(said)}{needed}.",
-            remedy=f"Raise --max-minutes{raised}, or measure fewer variants (--variant) or phases (--phase).",
+            message=f"because of the time limit: {'; '.join(parts)}.",
+            remedy=f"Raise --max-minutes{f' to {aim}' if aim else ''}, or measure fewer variants (--variant) or phases "
+            "(--phase).",
         ),
     )
-
-
-def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[Part], *, on_cpu: bool) -> tuple[Group, ...]:
-    """What is measured of the groups of a replicate where time is limited: nothing that was skipped, and peaks once a
-    variant unless a claim is about them.
-
-    Isolated trials measure peaks, in the first replicate. On a CPU the peak of a process is the same whatever else is
-    live, so there the trials that take turns measure it: those of the second replicate, since the first is profiled.
-    """
-    once, without = not plan.study.claims_peaks, set(skipped)
-    live = once and on_cpu and plan.interleaving == "lockstep" and plan.study.protocol.replicates > 1
-
-    def measures(slot: Slot, *, turns: bool) -> tuple[Measure, ...]:
-        left = tuple(one for one in slot.measures if one not in without)
-        if turns and live and slot.replicate == 1 and "peaks" not in left:
-            return (*left, "peaks")
-        needless = not turns and once and left == ("peaks",) and (live or slot.replicate > 0)
-        return () if needless else left
-
-    found = []
-    for group in groups:
-        launches = tuple(
-            tuple(replace(slot, measures=measures(slot, turns=bool(group.turns))) for slot in launch)
-            for launch in group.launches
-        )
-        if any(slot.measures for launch in launches for slot in launch):
-            found.append(replace(group, launches=launches))
-    return tuple(found)

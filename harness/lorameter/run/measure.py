@@ -305,7 +305,8 @@ def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: Measured, *
     notices = measured.notices
     if budget.is_limited and not measured.interrupted:
         count = len({record.replicate for record in measured.records if record.status == "ok"})
-        notices += skipped_notice(measured.skipped, count, plan.study.protocol.replicates, measured.needed_s)
+        planned = plan.study.protocol.replicates
+        notices += skipped_notice(measured.skipped, count, planned, measured.needed_s, measured.training_s)
     unfinished = any(record.status in ("interrupted", "not_run") for record in measured.records)
     writer.finish(
         "interrupted" if unfinished or measured.interrupted else "complete",

@@ -418,3 +418,31 @@ def _arm(contender: Arm, contenders: Sequence[Arm]) -> str:
     if contender.side:
         return CONTROL_SUFFIX if contender.role == "control" else contender.side
     return contender.name if len({one.workload.threads for one in contenders}) > 1 else ""
+
+
+def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str], *, on_cpu: bool) -> tuple[Group, ...]:
+    """What is measured of the groups of a replicate where time is limited: nothing that was skipped, and peaks once a
+    variant unless a claim is about them.
+
+    Isolated trials measure peaks, in the first replicate. On a CPU the peak of a process is the same whatever else is
+    live, so there the trials that take turns measure it: those of the second replicate, since the first is profiled.
+    """
+    once, without = not plan.study.claims_peaks, set(skipped)
+    live = once and on_cpu and plan.interleaving == "lockstep" and plan.study.protocol.replicates > 1
+
+    def measures(slot: Slot, *, turns: bool) -> tuple[Measure, ...]:
+        left = tuple(one for one in slot.measures if one not in without)
+        if turns and live and slot.replicate == 1 and "peaks" not in left:
+            return (*left, "peaks")
+        needless = not turns and once and left == ("peaks",) and (live or slot.replicate > 0)
+        return () if needless else left
+
+    found = []
+    for group in groups:
+        launches = tuple(
+            tuple(dataclasses.replace(slot, measures=measures(slot, turns=bool(group.turns))) for slot in launch)
+            for launch in group.launches
+        )
+        if any(slot.measures for launch in launches for slot in launch):
+            found.append(dataclasses.replace(group, launches=launches))
+    return tuple(found)

@@ -109,6 +109,8 @@ class Measured:
     """What there was no time for."""
     needed_s: float = 0.0
     """Seconds that it would have taken, as far as that is known."""
+    training_s: float = 0.0
+    """Seconds that the sought replicates take of training, where fewer fitted."""
 
 
 def run_plan(
@@ -159,6 +161,7 @@ def run_plan(
         return Measured(
             records=in_order(), stopped=stopped, interrupted=interrupted, skipped=frozenset(budget.skipped),
             needed_s=budget.needed_s,
+            training_s=budget.training_s,
         )  # fmt: skip
 
     on_cpu = site.device == "cpu"
