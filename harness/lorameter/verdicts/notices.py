@@ -95,7 +95,8 @@ def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
             message=f"{len(disturbed)} of {len(shares)} trials of one thread had less than {OCCUPANCY_FLOOR:.0%} of a "
             f"CPU while they were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
             remedy="Stop it, or measure more replicates. The intervals carry the noise. The CPU time of a step is "
-            "shown next to its wall time: it depends less on other work. Verdicts rest on wall time, as CPU time is biased.",
+            "shown next to its wall time: it depends less on other work. Verdicts rest on wall time, as CPU time is "
+            "biased.",
         )
 
 
