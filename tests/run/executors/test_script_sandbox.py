@@ -151,21 +151,14 @@ def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
         ("python train.py hydra.run.dir=/data/out", "writes-outside"),
         ("python train.py output_dir=~/out", "writes-outside"),
         ("python train.py -o ../out", "writes-outside"),
-        ("accelerate launch --main_process_port 29500 train.py", "port-shared"),
-        ("accelerate launch --main-process-port 29500 train.py", "port-shared"),
-        ("accelerate launch --rdzv-endpoint=localhost:29400 train.py", "port-shared"),
         ("python train.py --output_dir out --data /data/rows.jsonl", None),
-        ("accelerate launch --main_process_port 0 train.py", None),
-        ("accelerate launch --rdzv-endpoint=localhost:0 train.py", None),
         ("python train.py --log_level info --save_steps 10 run_name=x --output_dir", None),
         ("python train.py trainer.output_dir=out data.path=/data/rows.jsonl --lr=1e-3", None),
     ],
 )
 def test_what_cannot_be_kept_apart_is_said_before_the_start(project, command, code):
-    """As far as the command tells: output outside of its folder, a port that all of its processes would listen on."""
-    (project / "accelerate").write_text("#!/bin/sh\n")
-    (project / "accelerate").chmod(0o755)
-    variant = Variant(name="a", command=command.replace("accelerate ", "./accelerate "))
+    """As far as the command tells: output outside of its folder."""
+    variant = Variant(name="a", command=command)
     found = [notice.code for notice in shared_notices(variant, project)]
     assert found == ([code] if code else [])
 

@@ -58,7 +58,6 @@ UNVERSIONED = ("python", "python3")
 """Words that mean the interpreter of where one stands, or of a side; python3.12 is that one and no other."""
 _LONGEST_LINE = 4096
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
-_PORT_OPTIONS = ("--main_process_port", "--master_port", "--rdzv_endpoint")
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
 
 
@@ -302,15 +301,6 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
             "before its training ends is not held back.",
             remedy="Give the script a relative path: it then writes into a copy that is thrown away.",
         )
-    given = _options(words)
-    ports = [f"{option} {word}" for option, word in given if _with_underscores(option) in _PORT_OPTIONS and _port(word)]
-    if ports:
-        yield Notice(
-            code="port-shared",
-            message=f"{variant.name}: {first_few(ports, 3)} is the same for all of its processes, and they are live "
-            "at the same time.",
-            remedy="Leave the port out: each process has one of its own in MASTER_PORT.",
-        )
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -318,15 +308,6 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         option, equals, value = word.partition("=")
         if option.startswith("-") or equals:  # Hydra's have no dashes
             yield option, value if equals else following
-
-
-def _with_underscores(option: str) -> str:
-    return "--" + option.removeprefix("--").replace("-", "_")
-
-
-def _port(word: str) -> bool:
-    """Whether it names a port, and not 0, for which the system finds one."""
-    return word.rpartition(":")[2] != "0"
 
 
 def _leaves(word: str) -> bool:
