@@ -97,17 +97,23 @@ class ScriptWorker(ProcessWorker):
         """Carry out a command. Raises `WorkerLostError`."""
         if command == "prepare":
             return self._prepare(**arguments)
-        if self._process is None:
-            raise LorameterError(f"trial {trial}: it was asked to run before it was prepared")
-        if command == "build":
-            return self._build(self._process, trial, timeout_s)
-        if command == "turn":
-            return self._turn(trial, timeout_s, **arguments)
         if command == "close":
             return PartialRecord()
-        record = super().ask(command, trial, timeout_s, **arguments)
-        if command == "finish_training":  # what the script would do next is not measured
-            self._process.kill()
+        process = self._process
+        if process is None:
+            raise LorameterError(f"trial {trial}: it was asked to run before it was prepared")
+        try:
+            if command == "build":
+                record = self._build(process, trial, timeout_s)
+            elif command == "turn":
+                record = self._turn(trial, timeout_s, **arguments)
+            else:
+                record = super().ask(command, trial, timeout_s, **arguments)
+        except WorkerLostError:
+            self.end()
+            raise
+        if command == "finish_training" or record.status != "ok":  # what the script would do next is not measured
+            process.kill()
         return record
 
     def _prepare(self, request: dict[str, Any]) -> PartialRecord:
@@ -150,9 +156,7 @@ class ScriptWorker(ProcessWorker):
     def death(self, phase: str) -> WorkerLostError:
         """How a script that had begun to train has ended."""
         assert self._process is not None
-        lost = self._process.death(phase, f"during {phase}")
-        self.end()
-        return lost
+        return self._process.death(phase)
 
     def end(self) -> None:
         """End all that was started."""

@@ -151,11 +151,11 @@ class ScriptProcess:
             kind, message = "Crashed", f"the script ended with {exit_words(code)} before it trained{last}"
         return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
-    def death(self, phase: str, during: str) -> WorkerLostError:
+    def death(self, phase: str) -> WorkerLostError:
         """How it ended after it had begun to train."""
         code, output = self.exit_code(END_TIMEOUT_S), self.output()
         status, last = self._last_line(output)
-        message = f"the script's process is gone ({exit_words(code)}) {during}{last}"
+        message = f"the script's process is gone ({exit_words(code)}) during {phase}{last}"
         if code == -9:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
         return WorkerLostError(status, Failure(phase=phase, kind="ProcessDied", message=message, traceback=output))
