@@ -19,7 +19,8 @@ def describe_error(error: BaseException, phase: str) -> tuple[Status, Failure]:
     if refusal := find_system_error(error):
         return "interrupted", Failure(phase=phase, kind=REFUSED, message=refusal, traceback=text)
     status: Status = "oom" if is_out_of_memory(error) else "crashed"
-    message = next(iter(str(error).strip().splitlines()), type(error).__name__)[:MAX_LINE]
+    line = next(iter(str(error).strip().splitlines()), "")[:MAX_LINE]
+    message = line if len(line.split()) > 1 else f"{type(error).__name__}: {line}".removesuffix(": ")
     return status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text)
 
 
