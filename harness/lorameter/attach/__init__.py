@@ -9,7 +9,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "Meter":
-        from lorameter.attach.meter import Meter
+        from lorameter.attach.deferred_import import load
 
-        return Meter
+        return load("lorameter.attach.meter").Meter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
