@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -35,7 +35,7 @@ def test_a_record_arrives_as_it_was_sent(ends):
     )
     wire.send(ends[1], wire.answer_with(record))
     assert wire.receive_answer(ends[0], PartialRecord) == record
-    wire.send(ends[1], wire.answer_with(dataclasses.replace(record, values={"loss": math.nan})))
+    wire.send(ends[1], wire.answer_with(msgspec.structs.replace(record, values={"loss": math.nan})))
     assert math.isnan(wire.receive_answer(ends[0], PartialRecord).values["loss"])
 
 

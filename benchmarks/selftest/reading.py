@@ -22,13 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from shared import ROOT, command_output, exit_code, print_origin
 
 from lorameter.records import codec, store
-from lorameter.records.evidence import EvidenceFile
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import TRIALS
-from lorameter.records.trial_lines import line_of
+from lorameter.records.trials import EvidenceFile, line_of
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 
@@ -74,7 +74,7 @@ def write_run(folder: Path, variants: int, replicates: int, samples: int) -> Pat
         for record, checks in _records(template, study, samples, random.Random(1)):
             order.append(record.trial)
             file.write(line_of(record, names(checks)))
-    manifest = dataclasses.replace(
+    manifest = msgspec.structs.replace(
         given.manifest, run=path.name, study=codec.to_json(study), order=tuple(order), phases=("train",),
         interleaving="replicates", selection=(), resumed=(), stopped=None, status="complete",
     )  # fmt: skip
@@ -121,7 +121,7 @@ def copy_run(path: Path) -> Path:
     copy.mkdir()
     for file in path.glob("*.jsonl"):
         (copy / file.name).hardlink_to(file)
-    manifest = dataclasses.replace(store.read_manifest(path), run=copy.name)
+    manifest = msgspec.structs.replace(store.read_manifest(path), run=copy.name)
     (copy / "manifest.json").write_text(codec.dumps(manifest) + "\n", encoding="utf-8")
     return copy
 

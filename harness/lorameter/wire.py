@@ -23,6 +23,7 @@ import msgspec
 
 from lorameter.errors import EXIT_INVALID, InvalidRunError, LorameterError, UsageError, shorten
 from lorameter.machine.processes import kill_group
+from lorameter.records import codec
 from lorameter.records.record import SCHEMA
 from lorameter.records.worker_info import WorkerInfo
 
@@ -91,17 +92,7 @@ def answer_with(value: object) -> Answer:
 
 
 def _encode(value: object) -> bytes:
-    return msgspec.msgpack.encode(value, enc_hook=_plain)
-
-
-def _plain(value: object) -> object:
-    """A value of a subclass (numpy's floats, torch's version) as one of the plain type."""
-    kinds: tuple[Any, ...] = (str, int, float, list, tuple, dict)
-    for kind in kinds:
-        if isinstance(value, kind):
-            plain: object = kind(value)
-            return plain
-    raise NotImplementedError(f"a message with a {type(value).__name__}")
+    return msgspec.msgpack.encode(value, enc_hook=codec.to_plain)
 
 
 def send(connection: Connection, message: Hello | Command | Answer | Refused) -> None:

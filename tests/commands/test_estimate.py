@@ -62,7 +62,7 @@ def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run
     libraries = {name: provenance.library_version(name) for name in ("torch", "transformers")}
     write_run(
         "earlier", {"plain": [1.0]}, facts={"libraries": libraries},
-        change=lambda record: dataclasses.replace(record, memory={RSS_AT_START: 515 * 2**20}),
+        change=lambda record: msgspec.structs.replace(record, memory={RSS_AT_START: 515 * 2**20}),
     )  # fmt: skip
     assert main(["estimate", SPEC, "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -67,7 +67,7 @@ def test_the_page_and_the_schema_are_those_of_the_types(capsys):
     assert main(["list", "documents", "--json"]) == 0
     schema = json.loads(capsys.readouterr().out)["json_schema"]
     assert {cls.__name__ for cls in (*DOCUMENTS, *PARTS)} == set(schema["$defs"])
-    assert schema["$defs"]["Ratio"]["required"] == [
+    assert schema["$defs"]["Comparison"]["required"] == [
         "verdict", "ratio", "low", "high", "reason", "replicates", "replicates_needed", "mde80",
     ]  # fmt: skip
 

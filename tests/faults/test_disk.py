@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from lorameter.records import journal, store
-from lorameter.records.atomic_json import write_document
+from lorameter.records import fileio, store
+from lorameter.records.fileio import write_document
 
 
 def limited(**limits):
@@ -59,16 +59,16 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
     """/dev/full behind the file: the refusal names it, and a file that took a part of a line is as it was."""
     (tmp_path / "trials.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: .*trials\.jsonl") as refused:
-        journal.append(tmp_path / "trials.jsonl", "line\n")
+        fileio.append(tmp_path / "trials.jsonl", "line\n")
     assert refused.value.errno == errno.ENOSPC
 
 
 def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
     """The system takes what fits and then refuses; the file ends with the line before."""
     code = (
-        "import sys; from pathlib import Path; from lorameter.records import journal\n"
-        "path = Path(sys.argv[1])\njournal.append(path, 'x' * 99 + '\\n')\n"
-        "try: journal.append(path, 'y' * 99 + '\\n')\nexcept OSError as error: print(error.errno)"
+        "import sys; from pathlib import Path; from lorameter.records import fileio\n"
+        "path = Path(sys.argv[1])\nfileio.append(path, 'x' * 99 + '\\n')\n"
+        "try: fileio.append(path, 'y' * 99 + '\\n')\nexcept OSError as error: print(error.errno)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "trials.jsonl")]
     done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)

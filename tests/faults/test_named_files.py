@@ -14,7 +14,7 @@ import pytest
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import store
-from lorameter.records.atomic_output import replacing
+from lorameter.records.fileio import replacing
 from lorameter.report.html.page import save_html
 from lorameter.results.files import write_tables, write_text
 from lorameter.results.pack import pack

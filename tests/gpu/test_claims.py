@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from benchmarks.gpu import report
@@ -224,7 +224,7 @@ def test_the_study_is_judged_by_its_records(found, write_run, status, verdict):
     """Every trial ok and every check met on both bases; one that is not refutes, with its name."""
 
     def change(record):
-        return dataclasses.replace(record, status=status) if record.trial == "r0-plain" else record
+        return msgspec.structs.replace(record, status=status) if record.trial == "r0-plain" else record
 
     run = write_run("kept", {"plain": [0.1, 0.1], "nf4": [0.1, 0.1]}, control=0.0, change=change)
     (found.folder / "runs" / "study").mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.gguf_header import read_header
-from lorameter.records.bounded_io import NotReadableError
+from lorameter.records.fileio import NotReadableError
 
 gguf = pytest.importorskip("gguf")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import msgspec
@@ -65,8 +64,8 @@ def test_answers_that_differ_are_counted_and_placed(make_parity):
     parity = make_parity()
     merged = served(parity, MERGED)
     others = ((7, 8, 9, 99), (7, 8, 9, 98), (7, 1, 1, 1), *merged.answers[3:])
-    distances = (dataclasses.replace(merged.distances[0], argmax_differs=2), *merged.distances[1:])
-    changed = dataclasses.replace(merged, answers=others, distances=distances, losses=(2.1, 2.4, 3.4))
+    distances = (msgspec.structs.replace(merged.distances[0], argmax_differs=2), *merged.distances[1:])
+    changed = msgspec.structs.replace(merged, answers=others, distances=distances, losses=(2.1, 2.4, 3.4))
     found = judge_parity(make_parity(**{MERGED: changed})).likenesses[0]
     assert (found.verdict, found.answers, found.first_difference) == ("differ", proportion(3, 8), 4)
     assert (found.tokens.count, found.tokens.of) == (2, 32)
@@ -80,9 +79,11 @@ def test_what_the_reference_does_to_itself_is_noise(make_parity):
     parity = make_parity()
     moved = ((7, 8, 9, 99), *served(parity, AGAIN).answers[1:])
     near = served(parity, MERGED).distances
-    again = dataclasses.replace(served(parity, AGAIN), answers=moved, distances=near)
-    merged = dataclasses.replace(served(parity, MERGED), answers=moved)
-    further = dataclasses.replace(merged, way="merged into bfloat16", answers=((9,) * 4, (9,) * 4, *merged.answers[2:]))
+    again = msgspec.structs.replace(served(parity, AGAIN), answers=moved, distances=near)
+    merged = msgspec.structs.replace(served(parity, MERGED), answers=moved)
+    further = msgspec.structs.replace(
+        merged, way="merged into bfloat16", answers=((9,) * 4, (9,) * 4, *merged.answers[2:])
+    )
     judgement = judge_parity(make_parity(**{AGAIN: again, MERGED: merged, "merged into bfloat16": further}))
     assert [one.verdict for one in judgement.likenesses] == ["noise", "same", "same", "differ"]
     assert [one.within_floor for one in judgement.likenesses] == [True, True, True, False]
@@ -91,7 +92,7 @@ def test_what_the_reference_does_to_itself_is_noise(make_parity):
 def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
     """Else a merge that leaves it out would be called the same."""
     parity = make_parity()
-    same = dataclasses.replace(served(parity, AGAIN), way=WITHOUT)
+    same = msgspec.structs.replace(served(parity, AGAIN), way=WITHOUT)
     judgement = judge_parity(make_parity(**{WITHOUT: same}))
     assert not judgement.whole
     assert "--epochs" in judgement.trouble
@@ -102,7 +103,9 @@ def test_one_answer_to_everything_is_said(make_parity):
     """An untrained model says the same to every prompt: eight looks that are hardly more than one."""
     parity = make_parity()
     alike = {
-        one.way: dataclasses.replace(one, answers=((7, 8, 9, 1),) * 8) for one in parity.served if one.way != WITHOUT
+        one.way: msgspec.structs.replace(one, answers=((7, 8, 9, 1),) * 8)
+        for one in parity.served
+        if one.way != WITHOUT
     }
     assert judge_parity(parity).distinct == 8
     assert "little is asked" not in text(parity, 200)
@@ -146,7 +149,7 @@ def test_no_word_is_broken(make_parity, width):
 def test_differing_answers_stand_beside_each_other_and_obey_nobody(make_parity):
     """Three of each way at most; what a model writes is shown and not acted upon; controls are left out."""
     parity = make_parity()
-    merged = dataclasses.replace(served(parity, MERGED), answers=tuple((7, 8, 1, 1) for _ in range(8)))
+    merged = msgspec.structs.replace(served(parity, MERGED), answers=tuple((7, 8, 1, 1) for _ in range(8)))
     panels = show_differing(make_parity(**{MERGED: merged}), lambda tokens: f"\x1b[2J{list(tokens)} [/b]")
     assert len(panels) == 3
     assert panels[0].title == "merged into nf4, prompt 0, from token 3"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lorameter.records.atomic_json import write_document
+from lorameter.records.fileio import write_document
 
 
 def test_it_replaces_what_was_there_and_leaves_no_draft(tmp_path):

@@ -10,59 +10,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorameter.records import bounded_io, codec
-from lorameter.records.bounded_io import NotReadableError, read_json, read_text, read_toml
+from lorameter.records import codec, fileio
+from lorameter.records.fileio import NotReadableError, read_json, read_text, read_toml
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("[" * 100_000, "nested too deeply"),
-        ("[" * 65 + "]" * 65, "nested too deeply"),
-        ('{"a":' * 900 + "1" + "}" * 900, "nested too deeply"),
-        ("[" + "[]," * codec.MOST_PARTS + "[]]", "lists and tables"),
         ("9" * 5000, "digits"),
         ('{"a": ', "Expecting value"),
         (b"\xff\xfe{}", "utf-8"),
         (b"", "Expecting value"),
     ],
-    ids=["deep", "too-deep", "tables", "many", "digits", "cut", "utf-16", "empty"],
+    ids=["deep", "digits", "cut", "utf-16", "empty"],
 )
 def test_json_beyond_the_bounds_is_refused(tmp_path, content, words):
-    """By depth, by number of parts, by digits and by bytes, before anybody rests on it."""
+    """By depth, by digits and by bytes."""
     path = tmp_path / "a.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(NotReadableError, match=words):
-        read_json(path, bounded_io.MANIFEST_BYTES)
-
-
-def test_json_within_the_bounds_is_read(tmp_path):
-    """A depth of 64; a whole number beyond 63 bits is the float that it is to others."""
-    path = tmp_path / "a.json"
-    path.write_text(f'{{"deep": {"[" * 60}{"]" * 60}, "large": 1{"0" * 30}, "most": {2**63 - 1}}}')
-    read = read_json(path, 1000)
-    assert (read["large"], read["most"]) == (1e30, 2**63 - 1)
+        read_json(path, fileio.MANIFEST_BYTES)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("a" + ".a" * 200_000 + " = 1", "64 parts or more .at line 1"),
-        ("[" + '"a" . ' * 100 + "a]", "64 parts or more"),
-        ("a = " + "[" * 70 + "]" * 70, "64 deep"),
-        ("a = " + "[" * 100_000, "64 deep"),
-        ("a = " + "{a = " * 100 + "1" + "}" * 100, "64 deep"),
+        ("a = " + "[" * 100_000, "nested too deeply"),
         ("a = 1" + "0" * 5000, "not a TOML file: Exceeds"),
-        ("a = 0x1" + "0" * 4000, "a whole number of 16001 bits"),
-        ("[a]\nb = 2020-01-01", "a.b = 2020-01-01: a date"),
-        ("a = [{b = 07:32:00}]", r"a\[0\].b = 07:32:00: a date"),
-        ("a = 1979-05-27T07:32:00Z", "a date"),
         ("a =", "not a TOML file"),
     ],
     ids=lambda value: value[:20],
 )
 def test_toml_beyond_the_bounds_is_refused(tmp_path, content, words):
-    """Where tomllib would take the square of a key's length, call itself without end, or give what no key takes."""
+    """By depth and by digits, or because it is no TOML."""
     path = tmp_path / "a.toml"
     path.write_text(content)
     with pytest.raises(NotReadableError, match=words):
@@ -76,7 +57,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(NotReadableError):
         read_text(tmp_path / name, 10)
-    assert not bounded_io.is_file(tmp_path / name)
+    assert not fileio.is_file(tmp_path / name)
 
 
 def test_a_file_without_end_is_not_read_to_it(tmp_path):
@@ -85,7 +66,7 @@ def test_a_file_without_end_is_not_read_to_it(tmp_path):
     with path.open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(NotReadableError, match="more than the 1 MiB"):
-        read_text(path, bounded_io.STUDY_BYTES)
+        read_text(path, fileio.STUDY_BYTES)
 
 
 plain = st.recursive(
@@ -105,4 +86,4 @@ def test_what_lies_within_the_bounds_is_read_as_it_is(data):
 def test_any_bytes_are_data_or_a_refusal(content):
     """Nothing but `NotJsonError`, whatever the bytes are."""
     with contextlib.suppress(codec.NotJsonError):
-        codec.check_depth(codec.parse(content))
+        codec.parse(content)

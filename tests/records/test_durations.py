@@ -2,8 +2,8 @@
 
 import pytest
 
-from lorameter.records.durations import measuring_time_s
 from lorameter.records.record import TrialRecord
+from lorameter.records.store import measuring_time_s
 
 
 def record(started_unix_s, wall_time_s):

@@ -10,8 +10,8 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.errors import UsageError
-from lorameter.records import bounded_io, journal, store
-from lorameter.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
+from lorameter.records import fileio, store
+from lorameter.records.trials import CHECKS, EvidenceFile, LostEvidenceError
 from tests.constructed import RUNS
 
 
@@ -39,7 +39,7 @@ def make_line(path):
 @pytest.fixture(params=[make_pipe, make_link, make_sparse, make_line])
 def no_journal(request, monkeypatch):
     """A function that puts what is no journal in the place of a file."""
-    monkeypatch.setattr(bounded_io, "LINE_BYTES", 1024)
+    monkeypatch.setattr(fileio, "LINE_BYTES", 1024)
 
     def make(path):
         path.unlink(missing_ok=True)
@@ -77,13 +77,13 @@ def test_what_is_no_evidence_is_lost_or_refused(runs, no_journal):
 
 def test_lines_are_read_as_they_were_appended(tmp_path):
     """With what ends them, blank ones left out; bytes that are no text stand in no JSON."""
-    journal.append(tmp_path / "x", "one\n")
-    journal.append(tmp_path / "x", "two")
+    fileio.append(tmp_path / "x", "one\n")
+    fileio.append(tmp_path / "x", "two")
     with (tmp_path / "x").open("ab") as file:
         file.write(b"\n\n \r\nthr\xffee\n")
-    assert list(journal.lines(tmp_path / "x")) == ["one\n", "two\n", "thr\\xffee\n"]
-    assert list(journal.lines(tmp_path / "none")) == []
-    assert list(journal.lines(tmp_path / ("x" * 300))) == []
+    assert list(fileio.journal_lines(tmp_path / "x")) == ["one\n", "two\n", "thr\\xffee\n"]
+    assert list(fileio.journal_lines(tmp_path / "none")) == []
+    assert list(fileio.journal_lines(tmp_path / ("x" * 300))) == []
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file", "a link to a file", "a link", "a circle", "a folder", "a pipe"])
@@ -101,21 +101,8 @@ def test_what_lines_are_added_to_is_a_file(what, tmp_path):
     }[what]()
     before = sorted(tmp_path.iterdir())
     if what in ("nothing", "a file", "a link to a file"):
-        journal.check_appendable(path)
+        fileio.check_appendable(path)
     else:
         with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be written: .*\. Restore it, or remove it\."):
-            journal.check_appendable(path)
+            fileio.check_appendable(path)
     assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(("line", "said"), [("\n", "blank"), ("{\n", "damaged")])
-def test_evidence_of_nothing_is_read_to_a_bound(tmp_path, monkeypatch, line, said):
-    """What a small packed file can be made of takes minutes else."""
-    monkeypatch.setattr(bounded_io, "MOST_BLANK_LINES", 9)
-    monkeypatch.setattr(bounded_io, "MOST_DAMAGED_LINES", 9 if said == "damaged" else 99)
-    (tmp_path / CHECKS).write_text(line * 9)
-    with pytest.raises(LostEvidenceError):
-        EvidenceFile(tmp_path).find(["0" * 16])
-    (tmp_path / CHECKS).write_text(line * 10)
-    with pytest.raises(UsageError, match=rf"checks\.jsonl: cannot be read: more than 9 of its lines are {said}"):
-        EvidenceFile(tmp_path).find(["0" * 16])

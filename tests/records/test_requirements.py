@@ -2,8 +2,7 @@
 
 import pytest
 
-from lorameter.records.record import PartialRecord
-from lorameter.records.requirements import judge_required, lacking
+from lorameter.records.record import PartialRecord, judge_required, lacking
 
 
 def check(path, status="active", reason="as made up"):

@@ -1,8 +1,8 @@
 """The store appends, syncs and reads back; damage is seen, never guessed around."""
 
-import dataclasses
 import subprocess
 
+import msgspec
 import pytest
 
 from lorameter.errors import UsageError
@@ -122,7 +122,7 @@ def test_the_last_record_of_a_trial_counts(tmp_path):
 
 def test_a_trial_given_up_and_then_needless_is_in_no_report(tmp_path):
     """After an interruption it was not run; resumed, the run ended before its turn came."""
-    writer = RunWriter(tmp_path, dataclasses.replace(manifest(), order=("r0-a", "r1-a")))
+    writer = RunWriter(tmp_path, msgspec.structs.replace(manifest(), order=("r0-a", "r1-a")))
     writer.append(record("r0-a"))
     writer.append(record("r1-a").replaced(status="not_run"))
     assert [one.status for one in store.read_run(str(writer.path), tmp_path).records] == ["ok", "not_run"]
@@ -132,13 +132,13 @@ def test_a_trial_given_up_and_then_needless_is_in_no_report(tmp_path):
 
 def test_writing_goes_on_after_a_line_that_was_cut_short(tmp_path):
     """The next record is whole; the damage counts until everything that was planned has been measured."""
-    begun = dataclasses.replace(manifest(), order=("r0-a", "r0-b"))
+    begun = msgspec.structs.replace(manifest(), order=("r0-a", "r0-b"))
     writer = RunWriter(tmp_path, begun)
     writer.append(record())
     with (writer.path / "trials.jsonl").open("a") as file:
         file.write('{"schema": 3, "tri')
     again = store.Resumption(unix_s=2.0, harness="0.1", commit=None)
-    writer = RunWriter(tmp_path, dataclasses.replace(begun, resumed=(again,)))
+    writer = RunWriter(tmp_path, msgspec.structs.replace(begun, resumed=(again,)))
     assert store.read_run(str(writer.path), tmp_path).damaged_lines == 1
     writer.append(record("r0-b"))
     run = store.read_run(str(writer.path), tmp_path)

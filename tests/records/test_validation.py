@@ -12,11 +12,9 @@ from lorameter.records.store import read_run
 from lorameter.run.forecast import measured_peaks
 from lorameter.studies.workload import Workload
 
-DEEP = "[" * 700 + "]" * 700
 DAMAGES = {
     "null": "null",
     "a list": "[]",
-    "deep": f'{{"schema": 5, "study": {DEEP}}}',
     "deeper": "[" * 100_000,
     "digits": '{"schema": 5, "seed": 1' + "0" * 5000 + "}",
     "schema": '{"schema": {"a": 1}}',
@@ -68,11 +66,8 @@ def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine
         (("study", "variants"), {"name": "plain"}),
         (("study", "title"), None),
         (("study", "title"), "mine\n::error::forged"),
-        (("study", "variants"), [{"name": "a\u2028b"}]),
         (("run",), "mine\r::error::forged"),
         (("order",), ["r0-plain", "r0\n::error::forged"]),
-        (("created_unix_s",), "NaN"),
-        (("seed",), 2**70),
     ],
     ids=str,
 )
@@ -107,13 +102,7 @@ def test_what_is_not_known_of_a_machine_is_said_so(path, capsys):
         {"samples": {"step_time_s": [1e308] * 3}},
         {"samples": {"step_time_s": [0.0, 1.0, 2.0]}},
         {"values": {"threads": "NaN"}},
-        {"tokens": {"answer_0": "x"}},
-        {"tokens": {"hash": 3}},
         {"tokens": {"x": {"y": 1}}},
-        {"tokens": {"real_tokens": "x"}},
-        {"memory": {"host_peak_train_bytes": 2**80}},
-        {"samples": {"open_ended_tokens": [3.0, 4.0], "open_ended_request_time_s": [0.5]}},
-        {"samples": {"open_ended_tokens": [3.0]}},
     ],
     ids=str,
 )
@@ -124,22 +113,6 @@ def test_a_record_that_no_trial_could_leave_is_refused(change, path):
     (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["report", "mine", "--runs-dir", str(path.parent)]) in (2, 4)
     assert measured_peaks(Workload(), None, path.parent / "none", "x") == {}  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "check", [{}, {"path": 3, "status": "active", "required": 1}, {"path": "x", "status": []}, {"a": 1}]
-)
-def test_evidence_that_says_nothing_is_lost(check, path):
-    """A line of checks.jsonl without what was looked at and what was found is no evidence; its trials do not count."""
-    from lorameter.records.evidence import EvidenceFile
-
-    trials = path / "trials.jsonl"
-    hashes = EvidenceFile(path).add([check])
-    lines = [json.loads(line) | {"checks": list(hashes)} for line in trials.read_text().splitlines()]
-    trials.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = read_run("mine", path.parent)
-    assert run.records == ()
-    assert run.without_evidence == len(lines)
 
 
 def test_two_names_for_long_are_no_error(tmp_path):

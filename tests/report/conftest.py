@@ -29,11 +29,10 @@ from lorameter.profile.requests.evidence import evidence_of_requests
 from lorameter.profile.requests.facts import RequestProfile
 from lorameter.profile.requests.rules import diagnose_requests
 from lorameter.records import codec, store
-from lorameter.records.activity import Activity, OperatorUse, PhaseActivity, WeightCopy
+from lorameter.records.activity import Activity, ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.parity import LogitDistance, Served
 from lorameter.records.record import Failure, Notice, TrialRecord
-from lorameter.records.request_facts import ModelSize, RequestFacts
 from lorameter.report.attribution import describe_attribution
 from lorameter.report.bisect import describe_bisection
 from lorameter.report.blocks import Document

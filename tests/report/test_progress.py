@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -79,7 +80,7 @@ def test_an_ab_that_broke_off_is_reported_too(write_run, tmp_path):
     path = write_run("run", STEPS, status="running")
     run = store.read_run("run", tmp_path / "runs")
     sides = {side: {"label": side, "declared": [], "worker": None, "facts": None} for side in ("base", "candidate")}
-    manifest = dataclasses.replace(run.manifest, sides=sides)
+    manifest = msgspec.structs.replace(run.manifest, sides=sides)
     for records in ((), tuple(record.replaced(side="base") for record in run.records)):
         report = report_of(dataclasses.replace(run, path=path, manifest=manifest, records=records))
         assert {row.comparison.verdict for row in report.comparisons} <= {"invalid"}

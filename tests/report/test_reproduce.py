@@ -11,7 +11,7 @@ import pytest
 
 from lorameter.cli import parser
 from lorameter.records import codec, store
-from lorameter.records.atomic_json import write_document
+from lorameter.records.fileio import write_document
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study_file import load_study

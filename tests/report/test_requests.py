@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import msgspec
 import pytest
 
 from lorameter import cli
@@ -54,7 +55,7 @@ def test_the_copied_head_and_the_adapter_are_found(profile):
     assert [finding.code for finding in findings] == ["weight-copied", "adapter-unmerged"]
     assert findings[0].cost_s == pytest.approx(0.31 / 2 - 524_288 / 1e10)
     assert findings[1].cost_s == pytest.approx(0.045)
-    head = dataclasses.replace(profile, facts=dataclasses.replace(profile.facts, head=""))
+    head = dataclasses.replace(profile, facts=msgspec.structs.replace(profile.facts, head=""))
     assert not findings_of(head)[2][0].suggestion
 
 

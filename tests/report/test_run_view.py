@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -140,7 +141,7 @@ def test_a_run_that_is_not_whole_is_no_pass(small_study, tmp_path, change):
 
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
     assert view_of(run).valid
-    view = view_of(dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, **change)))
+    view = view_of(dataclasses.replace(run, manifest=msgspec.structs.replace(run.manifest, **change)))
     assert not view.valid
     assert ("r9-gone" in " ".join(view.failures)) is ("order" in change)
 

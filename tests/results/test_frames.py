@@ -11,7 +11,7 @@ import pytest
 import lorameter
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
-from lorameter.records.atomic_json import write_document
+from lorameter.records.fileio import write_document
 from lorameter.results.columns import SETTINGS, TABLES
 from lorameter.results.frames import DTYPES, Frames
 from lorameter.studies.script import script_workload

@@ -15,7 +15,7 @@ from lorameter.commands.documents_of_many import HistoryOf
 from lorameter.commands.output import SCHEMA
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
-from lorameter.records.atomic_json import write_document
+from lorameter.records.fileio import write_document
 from lorameter.report.history import describe_history
 from lorameter.report.history_figures import figures_of_history
 from lorameter.report.terminal import text_of
@@ -175,7 +175,7 @@ def test_the_command_that_would_confirm(before, after, words):
         run="r", folder="r", created_unix_s=0.0, value=1.0, low=None, high=None, replicates=1, commit=None,
         dirty=False, versions={}, why_not=None,
     )  # fmt: skip
-    command = confirming("mine", "plain", *(dataclasses.replace(moment, **one) for one in (before, after)))
+    command = confirming("mine", "plain", *(msgspec.structs.replace(moment, **one) for one in (before, after)))
     assert command == (f"lorameter ab mine.toml {words} --variant plain" if words else "")
 
 

@@ -67,7 +67,7 @@ def test_facts_of_scripts_are_those_that_their_processes_tell(write_run):
 def test_a_run_whose_study_cannot_be_read_is_named(sound, study):
     """The others are read all the same."""
     from lorameter.records import codec
-    from lorameter.records.atomic_json import write_document
+    from lorameter.records.fileio import write_document
 
     shutil.copytree(sound, sound.with_name("torn"))
     changed = codec.to_json(store.read_manifest(sound.with_name("torn"))) | {"study": study}

@@ -14,8 +14,8 @@ import pytest
 from lorameter import cli
 from lorameter.commands.documents_of_many import PrunedOf
 from lorameter.errors import UsageError
-from lorameter.records import bounded_io, codec, store
-from lorameter.records.atomic_json import write_document
+from lorameter.records import codec, fileio, store
+from lorameter.records.fileio import write_document
 from lorameter.records.locks import alone
 from lorameter.results.prune import choose, parse_age, remove
 from lorameter.verdicts.baselines import accept
@@ -240,7 +240,7 @@ def test_two_at_once_leave_nothing(runs):
 @pytest.mark.parametrize("words", [("list", "runs"), ("history",), ("prune", "--keep", "1", "--dry-run")])
 def test_a_run_that_vanishes_while_it_is_read_is_left_out(runs, words, monkeypatch, capsys):
     """Whether it goes before it is read or in the middle: the others are listed, and the exit code is 0."""
-    listed, read_json = store.list_runs, bounded_io.read_json
+    listed, read_json = store.list_runs, fileio.read_json
 
     def going(path, most_bytes):
         data = read_json(path, most_bytes)
@@ -249,7 +249,7 @@ def test_a_run_that_vanishes_while_it_is_read_is_left_out(runs, words, monkeypat
         return data
 
     monkeypatch.setattr(store, "list_runs", lambda folder: [runs / "gone", *listed(folder)])
-    monkeypatch.setattr(bounded_io, "read_json", going)
+    monkeypatch.setattr(fileio, "read_json", going)
     assert cli.main([*words, "--runs-dir", str(runs)]) == 0
     said = capsys.readouterr()
     assert "gone" not in said.out

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import msgspec
 import pytest
 
 from lorameter.errors import UsageError
@@ -77,7 +78,7 @@ def test_an_ab_has_rows_of_both_sides_and_its_own_verdicts(read):
 
 def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
     """It stands before the attempt that counts, and gives no sample."""
-    from lorameter.records.trial_lines import line_of
+    from lorameter.records.trials import line_of
 
     path = write_run("again", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]})
     lines = (path / store.TRIALS).read_text().splitlines(keepends=True)
@@ -110,6 +111,6 @@ def test_a_unit_follows_from_the_name(name):
 def test_a_study_that_cannot_be_is_refused(read):
     """By the same words as in a report."""
     run = read("sound")
-    broken = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, study={"name": 1}))
-    with pytest.raises(UsageError, match="title is missing"):
+    broken = dataclasses.replace(run, manifest=msgspec.structs.replace(run.manifest, study={"name": 1}))
+    with pytest.raises(UsageError, match="name = 1"):
         rows_of(broken)

@@ -8,7 +8,7 @@ from lorameter import cli
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec, store
-from lorameter.records.atomic_json import write_document
+from lorameter.records.fileio import write_document
 from lorameter.run import bisect as bisect_candidates
 from lorameter.run.ab import plan_ab
 from lorameter.run.bisect import find_measured, list_steps

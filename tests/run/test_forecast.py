@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import msgspec
 import pytest
 
 from lorameter.models import catalogue, shapes
@@ -134,6 +135,6 @@ def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run)
     assert found.time.basis == "replicates of run run"
     path = runs / "run" / "manifest.json"
     again = store.Resumption(unix_s=1.0, harness=None, commit=None)
-    path.write_text(codec.dumps(dataclasses.replace(store.read_manifest(path.parent), resumed=(again,))))
+    path.write_text(codec.dumps(msgspec.structs.replace(store.read_manifest(path.parent), resumed=(again,))))
     assert forecast(plan, machine, runs) == found
     assert found.time.time_s < 100

@@ -2,6 +2,7 @@
 
 import os
 
+import msgspec
 import pytest
 
 import lorameter.stats
@@ -125,7 +126,7 @@ def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s,
     path = write_run("a", {"plain": [0.1, 0.101, 0.1, 0.1, 0.1], "nf4": [0.12, 0.121, 0.12, 0.12, 0.12]})
     run = store.read_run(str(path), path.parent)
     spending = TimeBreakdown(wall_s=480.0 + late_s, limit_s=480.0, measured_s={"steps": 400.0})
-    run = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, spending=spending))
+    run = dataclasses.replace(run, manifest=msgspec.structs.replace(run.manifest, spending=spending))
     found = [*real.judge(run)]
     assert len(found) == broken, found
     assert "step time of nf4: ± " in capsys.readouterr().out

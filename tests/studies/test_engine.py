@@ -137,14 +137,6 @@ def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
             study_of_engine(load_study(name), "python train.py {--flag}")
 
 
-def test_a_study_without_an_engine_is_written_as_before():
-    """No new key, so that manifests and hashes of runs on disk stay."""
-    written = codec.to_json(load_study("llama2-lora-parameters"))
-    assert "engine" not in written
-    assert not {"source"} & {key for claim in written["claims"] for key in claim}
-    assert not {"by"} & {key for claim in written["claims"] for part in claim["parts"] for key in part}
-
-
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 
 from lorameter.errors import UsageError
@@ -16,6 +17,6 @@ def test_every_key_must_be_known():
     """A key that is not known could be what two sides differ in."""
     run = store.read_run("sound", RUNS)
     assert read_study(run).name == "lora-or-qlora"
-    manifest = dataclasses.replace(run.manifest, study={**run.manifest.study, "shade": 1})
+    manifest = msgspec.structs.replace(run.manifest, study={**run.manifest.study, "shade": 1})
     with pytest.raises(UsageError, match="shade"):
         read_study(dataclasses.replace(run, manifest=manifest))

@@ -67,7 +67,7 @@ def test_an_impossible_value_is_refused(tmp_path, section, key, value):
         (f"[profile.a]\nnotes = 3\n{ONE}", "[profile.a], notes = 3"),
         (f"[profile.a]\ndevices = 5\n{ONE}", "[profile.a], devices = 5"),
         (f"[profile.a]\nprotocol = 5\n{ONE}", "protocol = 5: a table is expected"),
-        (f"[requirements]\nx = 2020-01-01\n{ONE}", "requirements.x = 2020-01-01: a date"),
+        (f"[requirements]\nx = 2020-01-01\n{ONE}", "a value is a date"),
     ],
     ids=lambda value: value[:24],
 )

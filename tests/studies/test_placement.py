@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.records import codec
 from lorameter.studies.placement import SiteSpec, SlurmRequest, read_slurm
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_study
@@ -84,12 +83,6 @@ def test_a_list_that_is_none_is_refused(sites):
     """An empty one, too."""
     with pytest.raises(UsageError, match="sites = "):
         SiteSpec().asked(sites=sites)
-
-
-def test_a_protocol_without_a_place_is_written_as_before():
-    """So hashes stay, and a side of an older revision reads it."""
-    assert {"on", "sites"}.isdisjoint(codec.to_json(Protocol()))
-    assert codec.to_json(Protocol(on="ray", sites=("n1",)).here()) == codec.to_json(Protocol())
 
 
 def test_what_is_asked_of_a_batch_system_is_keys_and_values():

@@ -10,7 +10,6 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
-from lorameter.records import codec
 from lorameter.run.check_variant import processes_on_device
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.interleaving import choose_interleaving
@@ -43,12 +42,6 @@ def refusal(**changes):
 def test_a_workload_that_ranks_cannot_share_is_refused(changes, words):
     """With the key, its value and the remedy."""
     assert words in refusal(**changes)
-
-
-def test_one_rank_leaves_no_trace_in_what_is_written():
-    """Runs of before keep their hashes, and other revisions read the workload."""
-    assert {"ranks", "strategy", "repair", "scaling"}.isdisjoint(codec.to_json(Workload()))
-    assert codec.to_json(Workload(**DDP))["ranks"] == 2
 
 
 def test_a_study_of_ranks_trains_and_need_not_say_so(tmp_path):

@@ -42,12 +42,6 @@ def test_a_study_of_commands_needs_nothing_else(tmp_path):
     assert codec.from_json(Study, codec.to_json(study), "manifest") == study
 
 
-def test_a_variant_without_a_command_is_written_as_before():
-    """No field of commands is written, so ids and hashes of runs that are on disk stay."""
-    assert not {"command", "cwd", "env", "python"} & set(codec.to_json(Variant()))
-    assert Variant().id == "702ec6b9c3f5"
-
-
 def test_commands_are_told_apart_by_all_that_they_say():
     """Another argument, folder, variable or interpreter is another variant; another name is not."""
     one = Variant(name="a", command="python train.py")

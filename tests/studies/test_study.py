@@ -6,11 +6,9 @@ import re
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.records import codec
 from lorameter.studies.study import is_of_tokens
 from lorameter.studies.study_file import builtin_studies, load_study, load_variant
 from lorameter.studies.variant import Variant
-from lorameter.studies.workload import Workload
 
 GOOD = """
 title = "t"
@@ -352,13 +350,3 @@ def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
     assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == Variant(r=4)
     with pytest.raises(UsageError, match=r"lora-r16, .*lora-or-qlora:lora-r16"):
         load_variant("lora-or-qlora")
-
-
-def test_a_workload_that_was_written_before_requests_had_several_prompts_has_one():
-    """It reads, and what has one prompt is written as it was, so that its hashes stay."""
-    written = codec.to_json(Workload())
-    assert "request_batch" not in written
-    assert codec.from_json(Workload, written, "record").request_batch == 1
-    several = codec.to_json(Workload(request_batch=8))
-    assert several == {**written, "request_batch": 8}
-    assert codec.from_json(Workload, several, "record") == Workload(request_batch=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ def record(name, replicate, site, time_s, **changes):
         position=0, interleaving="lockstep", site=site, seed=0, started_unix_s=0.0, wall_time_s=1.0,
         samples={"step_time_s": (time_s,) * 3},
     )  # fmt: skip
-    return dataclasses.replace(found, **changes)
+    return msgspec.structs.replace(found, **changes)
 
 
 def run_of(speeds):

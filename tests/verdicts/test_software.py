@@ -1,7 +1,6 @@
 """What scripts tell of their software, and what was found before they were started."""
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from lorameter.records.record import TrialRecord
@@ -20,7 +19,7 @@ RECORD = TrialRecord(
 def telling(threads=None, **software):
     """A record whose process tells this; underscores stand for hyphens."""
     told = {name.replace("_", "-"): version for name, version in software.items()}
-    return dataclasses.replace(RECORD, software=told, values={} if threads is None else {"threads": threads})
+    return msgspec.structs.replace(RECORD, software=told, values={} if threads is None else {"threads": threads})
 
 
 def test_what_trials_tell_goes_before():

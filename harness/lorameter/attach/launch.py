@@ -7,7 +7,6 @@ or left without a word; whoever started it sees that, and writes it then.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shlex
@@ -18,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lorameter.attach.environment import REQUIRE, RUN, child_environment, lacking_in, wrap_folder
 from lorameter.attach.observer import say
@@ -143,7 +144,7 @@ def finalize_run(path: Path, code: int, *, required: bool) -> bool:
         writer.finish("complete" if record.settled else "interrupted")
     elif record is not None and record.status == "ok" and code:
         if record.values.get(UNSEEN_END):
-            record = dataclasses.replace(record, status="crashed", failure=_unseen_end(code))
+            record = msgspec.structs.replace(record, status="crashed", failure=_unseen_end(code))
         else:
             record = record.replaced(notices=(*record.notices, _exit_notice(code)))
         writer = RunWriter(path.parent, manifest)
@@ -178,7 +179,7 @@ def _ended(record: TrialRecord, code: int) -> TrialRecord:
         message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
     status: Status = "interrupted" if stopped else "crashed"
     failure = Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message)
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         record, status=status, failure=failure, wall_time_s=max(0.0, time.time() - record.started_unix_s)
     )
 

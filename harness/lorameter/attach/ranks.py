@@ -19,7 +19,7 @@ import msgspec
 from lorameter.attach.environment import RUN, wrap_folder
 from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.samples import MOST_TIMED
-from lorameter.records.atomic_json import write_whole
+from lorameter.records.fileio import write_whole
 from lorameter.records.record import Notice
 
 WAIT_S = 10.0

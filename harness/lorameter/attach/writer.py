@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 import kernels_check
@@ -44,11 +45,10 @@ from lorameter.attach.samples import MOST_TIMED, UNSEEN_END, StepSamples, exit_s
 from lorameter.errors import UsageError, said_by
 from lorameter.machine import provenance
 from lorameter.machine.telemetry import Telemetry
-from lorameter.records import codec, steps, store
-from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
-from lorameter.records.requirements import lacking
-from lorameter.records.steps import Step
+from lorameter.records import codec, store
+from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord, lacking
 from lorameter.records.store import Manifest, RunWriter
+from lorameter.records.trials import STEPS, Step, step_line_of
 from lorameter.records.units import format_bytes
 from lorameter.records.worker_info import WorkerInfo
 from lorameter.studies.protocol import Protocol
@@ -91,7 +91,7 @@ class RunFile:
         self._manifest = self._first_manifest(device)
         self._writer = RunWriter(path.parent, self._manifest)
         self._last: TrialRecord | None = None
-        self._steps = self._held.enter_context((path / steps.FILE).open("ab", buffering=0))
+        self._steps = self._held.enter_context((path / STEPS).open("ab", buffering=0))
         failure = Failure(phase="train", kind=UNDER_WAY, message="under way when this was written")
         self._writer.append(self.record(status="interrupted", failure=failure, values=values))
 
@@ -147,7 +147,7 @@ class RunFile:
 
     def add(self, step: Step) -> None:
         """Write what a step adds to the record."""
-        self._steps.write(steps.line_of(step))
+        self._steps.write(step_line_of(step))
 
     def finish(self, record: TrialRecord, *, timed: int, notes: tuple[str, ...], notices: tuple[Notice, ...]) -> None:
         """Write the last record, and with it what is known now: how many steps were timed, and what tokens are."""
@@ -157,7 +157,7 @@ class RunFile:
             log.write_text(said or "What the script printed went where it was started.\n", encoding="utf-8")
         protocol = dataclasses.replace(PROTOCOL, turns=max(1, timed))
         study = dataclasses.replace(self.study, protocol=protocol, notes=notes)
-        self._manifest = dataclasses.replace(self._manifest, study=codec.to_json(study), notices=notices)
+        self._manifest = msgspec.structs.replace(self._manifest, study=codec.to_json(study), notices=notices)
         self._write_last(record)
         self._held.close()
 

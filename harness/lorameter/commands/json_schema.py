@@ -13,6 +13,13 @@ import msgspec
 
 from lorameter.commands import documents_of_estimates, documents_of_many, documents_of_parity
 from lorameter.commands.output import SCHEMA
+from lorameter.records.record import Notice
+from lorameter.stats import Comparison, ShareEstimate
+from lorameter.verdicts.claims import ClaimResult, ClaimsReport, PartResult
+from lorameter.verdicts.claims.answers import Answers
+from lorameter.verdicts.claims.engines import EngineShown
+from lorameter.verdicts.claims.proof import Shown
+from lorameter.verdicts.comparison_input import Difference
 
 
 class Value(msgspec.Struct, forbid_unknown_fields=True):
@@ -23,30 +30,6 @@ class Value(msgspec.Struct, forbid_unknown_fields=True):
     high: float | None
 
 
-class Ratio(msgspec.Struct, forbid_unknown_fields=True):
-    """One comparison: candidate over base, or variant over reference; above 1 is worse."""
-
-    verdict: str
-    """improved, regressed, equivalent, inconclusive, invalid, no_baseline or not_comparable."""
-    ratio: float | None
-    low: float | None
-    """Lower end of the interval by which the verdict was found."""
-    high: float | None
-    reason: str
-    replicates: int
-    replicates_needed: int | None
-    mde80: float | None
-    """The smallest slow-down that is detected with 80 % power, a fraction."""
-
-
-class NoticeDocument(msgspec.Struct, forbid_unknown_fields=True):
-    """A notice."""
-
-    code: str
-    message: str
-    remedy: str
-
-
 class VariantOf(msgspec.Struct, forbid_unknown_fields=True):
     """A row of a table: one variant."""
 
@@ -54,7 +37,7 @@ class VariantOf(msgspec.Struct, forbid_unknown_fields=True):
     reference: bool
     cells: list[str]
     """As text, one a head."""
-    ratio: Ratio | None
+    ratio: Comparison | None
     values: dict[str, Value]
     """The cells that are numbers, by metric; `peak_memory_bytes`, and `…_p95_s` of a percentile."""
 
@@ -68,7 +51,7 @@ class TableOf(msgspec.Struct, forbid_unknown_fields=True):
     """What `ratio` is of."""
     heads: list[str]
     rows: list[VariantOf]
-    control: Ratio | None
+    control: Comparison | None
     """The reference against itself; null where it was not measured."""
     note: str
     alone: bool = False
@@ -102,7 +85,7 @@ class ReportOfRun(msgspec.Struct, forbid_unknown_fields=True):
     notes: list[str]
     tables: list[TableOf]
     failures: list[str]
-    notices: list[NoticeDocument]
+    notices: list[Notice]
     counts: dict[str, int]
     """Trials by status."""
     state: str
@@ -133,14 +116,6 @@ class ComparedOf(msgspec.Struct, forbid_unknown_fields=True):
     """On which site, where sites are unlike."""
 
 
-class Differs(msgspec.Struct, forbid_unknown_fields=True):
-    """What should agree on both sides and does not."""
-
-    field: str
-    base: Any
-    candidate: Any
-
-
 class ComparisonOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`compare BASE CANDIDATE --json`."""
 
@@ -148,10 +123,10 @@ class ComparisonOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     base: str
     candidate: str
     comparisons: list[ComparedOf]
-    control: dict[str, Ratio | None]
+    control: dict[str, Comparison | None]
     """By phase."""
-    differing: list[Differs]
-    notices: list[NoticeDocument]
+    differing: list[Difference]
+    notices: list[Notice]
     losses: dict[str, dict[str, str]] = {}
     """By variant, whether the losses of both sides agree; where anybody has looked."""
 
@@ -171,7 +146,7 @@ class AttributionOf(msgspec.Struct, forbid_unknown_fields=True):
 
     packages: dict[str, list[str | None]]
     """Versions in the base and in the candidate."""
-    differing: list[Differs]
+    differing: list[Difference]
     parts: list[dict[str, Any]]
     """variant and metric, and the keys of a ratio."""
 
@@ -193,7 +168,7 @@ class RunOf(msgspec.Struct, forbid_unknown_fields=True):
     path: str
     status: str
     """ok or invalid."""
-    control: dict[str, Ratio | None]
+    control: dict[str, Comparison | None]
     """By phase; by phase and site, as `train on n1`, where sites are unlike."""
     trials: dict[str, int]
     """By status."""
@@ -226,56 +201,10 @@ class PlanOf(msgspec.Struct, forbid_unknown_fields=True):
     data: str = ""
 
 
-class PartOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """One part of a claim."""
-
-    rule: str
-    axis: str
-    metric: str
-    about: str
-    """What `ratio` is of."""
-    verdict: str
-    """supported, refuted, inconclusive or not judged."""
-    ratio: float | None
-    low: float | None
-    high: float | None
-    tolerance: float | None
-    margin: float | None
-    by: float | None = None
-    replicates: int
-    skipped: int
-    reason: str
-
-
-class ClaimOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """One claim."""
-
-    id: str
-    says: str
-    original: str
-    verdict: str
-    parts: list[PartOf]
-    source: str = ""
-
-
-class ClaimsOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ClaimsOf(ClaimsReport, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`claims RUN --json`."""
 
     schema: int
-    run: str
-    title: str
-    status: str
-    claims: list[ClaimOf]
-    replicates: int
-    trials: dict[str, int]
-    control: dict[str, Ratio | None]
-    """By metric."""
-    deviations: list[str]
-    notes: list[str]
-    answers: dict[str, Any]
-    """Shares of the variance of request time that the length of the answers explains."""
-    engine: dict[str, Any] | None = None
-    """Machine, versions, commands and proof, of a study about an engine."""
 
 
 DOCUMENTS: tuple[type[msgspec.Struct], ...] = (
@@ -283,9 +212,10 @@ DOCUMENTS: tuple[type[msgspec.Struct], ...] = (
     *documents_of_many.DOCUMENTS, *documents_of_parity.DOCUMENTS,
 )  # fmt: skip
 """What commands print as a whole."""
-PARTS: tuple[type[msgspec.Struct], ...] = (
-    Value, Ratio, NoticeDocument, VariantOf, TableOf, TimeOf, ComparedOf, Differs, AttributionOf, PartOf, ClaimOf,
-    *documents_of_estimates.PARTS, *documents_of_many.PARTS, *documents_of_parity.PARTS,
+PARTS: tuple[type, ...] = (
+    Value, Comparison, Notice, VariantOf, TableOf, TimeOf, ComparedOf, Difference, AttributionOf, PartResult,
+    ClaimResult, Answers, ShareEstimate, EngineShown, Shown, *documents_of_estimates.PARTS, *documents_of_many.PARTS,
+    *documents_of_parity.PARTS,
 )  # fmt: skip
 """What they are made of."""
 

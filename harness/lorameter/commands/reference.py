@@ -13,8 +13,10 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+import msgspec
 
 TITLE = "# Reference: every key of a study and of a policy"
 INTRODUCTION = """\
@@ -160,31 +162,36 @@ def write_documents() -> str:
     lines = ["# What `--json` prints", "", "Made by `lorameter list documents` from the types in "
              "`lorameter.commands.json_schema`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
     lines += [inspect.cleandoc(json_schema.__doc__ or "").partition("\n\n")[2], "", f"The schema is {SCHEMA}."]
-    for title, classes in (("documents", json_schema.DOCUMENTS), ("parts", json_schema.PARTS)):
-        for cls in classes:
-            lines += ["", f"## {cls.__name__}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
-            lines += _fields(cls, inherited=title == "parts")
+    for cls in (*json_schema.DOCUMENTS, *json_schema.PARTS):
+        lines += ["", f"## {cls.__name__}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+        lines += _fields(cls, json_schema.DOCUMENTS)
     return "\n".join(lines) + "\n"
 
 
-def _fields(cls: Any, *, inherited: bool) -> Iterator[str]:
-    """A row of each field that a document does not have from the one that it is built on."""
-    docs, hints = documents_of(cls), typing.get_type_hints(cls)
-    names = [name for name in cls.__struct_fields__ if inherited or name in cls.__annotations__]
+def _fields(cls: Any, documents: Collection[type]) -> Iterator[str]:
+    """A row of each field that a document does not have from another one that it extends."""
+    docs: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        docs |= documents_of(one) if one.__module__.startswith("lorameter") else {}
+    hints = typing.get_type_hints(cls)
+    known = {name for base in cls.__mro__[1:] if base in documents for name in typing.get_type_hints(base)}
     yield "| key | value | |"
     yield "|---|---|---|"
-    for name in names:
-        said = " ".join(docs.get(name, "").split())
-        yield f"| `{name}` | {_cell(_json_kind(hints[name]))} | {_cell(said)} |"
+    for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]  # of a Struct or a dataclass
+        if field.name not in known:
+            said = " ".join(docs.get(field.name, "").split())
+            yield f"| `{field.name}` | {_cell(_json_kind(hints[field.name]))} | {_cell(said)} |"
 
 
 def _json_kind(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if one is type(None) else _json_kind(one) for one in args)
-    if origin is list:
+    if origin is typing.Literal:
+        return ", ".join(map(str, args))
+    if origin in (list, tuple):
         return f"list of {_json_kind(args[0])}"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return f"table of {_json_kind(args[1])}"
     return _KINDS.get(hint) or f"{hint.__name__}"
 

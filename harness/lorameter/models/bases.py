@@ -22,8 +22,8 @@ from typing import Any
 
 from lorameter.errors import LorameterError
 from lorameter.models import catalogue
-from lorameter.records import bounded_io, codec
-from lorameter.records.atomic_json import write_document
+from lorameter.records import codec, fileio
+from lorameter.records.fileio import write_document
 
 ENV_BASES = "LORAMETER_BASES"
 DESCRIPTION = "lorameter.json"
@@ -75,7 +75,7 @@ def folder_of(follows_from: Mapping[str, Any]) -> Path:
 def read_description(folder: Path) -> BaseDescription | None:
     """The description of the base in a folder; None if there is none, or its file of tensors has another size."""
     try:
-        data = bounded_io.read_json(folder / DESCRIPTION, bounded_io.MANIFEST_BYTES)
+        data = fileio.read_json(folder / DESCRIPTION, fileio.MANIFEST_BYTES)
         description = codec.from_json(BaseDescription, data, "description of a base")
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
     except (OSError, ValueError, LorameterError):  # whatever is written there

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorameter.errors import UsageError, impossible
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 
 RANDOM_PREFIX = "random:"
 PROVENANCE_FILE = "lorameter.json"
@@ -172,7 +172,7 @@ def resolve(model: str) -> ModelSource:
     name = model.removeprefix(RANDOM_PREFIX)
     if entry := CATALOGUE.get(name):
         source = _resolve_entry(entry, model, random=random)
-    elif bounded_io.is_there(path := _expand(name)) and name:
+    elif fileio.is_there(path := _expand(name)) and name:
         source = _resolve_path(path, model)
     elif _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         source = ModelSource(
@@ -198,7 +198,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
         return dataclasses.replace(source, kind="hub", location=entry.hub_id, random=False)
     if entry.package is None:
         return source
-    if bounded_io.is_file(entry.directory / PROVENANCE_FILE):
+    if fileio.is_file(entry.directory / PROVENANCE_FILE):
         return dataclasses.replace(source, kind="directory", location=str(entry.directory), random=False)
     if random:  # the shape is all that is needed, and it is packaged
         return dataclasses.replace(source, description=f"shape of {entry.description}, random weights")
@@ -218,8 +218,8 @@ def _resolve_path(path: Path, label: str) -> ModelSource:
         raise impossible(
             "catalogue", "model", label, f"cannot be found: {error.strerror}", "Give a whole path."
         ) from None
-    if bounded_io.is_folder(path):
-        if not bounded_io.is_file(path / "config.json"):
+    if fileio.is_folder(path):
+        if not fileio.is_file(path / "config.json"):
             raise impossible(
                 "catalogue",
                 "model",

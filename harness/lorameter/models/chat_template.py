@@ -7,7 +7,7 @@ from pathlib import Path
 from lorameter.errors import UsageError
 from lorameter.models import shapes
 from lorameter.models.catalogue import ModelSource
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 
 _FILES = ("chat_template.jinja", "chat_template.json")
 _GGUF_KEY = "tokenizer.chat_template"
@@ -27,11 +27,11 @@ def has_chat_template(source: ModelSource) -> bool | None:
     if source.kind != "directory":
         return None
     folder = Path(source.location)
-    if any(bounded_io.is_file(folder / name) for name in _FILES):
+    if any(fileio.is_file(folder / name) for name in _FILES):
         return True
     try:
-        config = bounded_io.read_json(folder / "tokenizer_config.json", bounded_io.CONFIG_BYTES)
-    except bounded_io.NotReadableError:
+        config = fileio.read_json(folder / "tokenizer_config.json", fileio.CONFIG_BYTES)
+    except fileio.NotReadableError:
         return None
     return isinstance(config, dict) and bool(config.get("chat_template"))
 

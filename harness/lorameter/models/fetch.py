@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError, impossible
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 from lorameter.records.locks import locked
 from lorameter.records.os_errors import refusal_said
 
@@ -138,7 +138,7 @@ def _say_refused(what: str, code: int, said: str, folder: Path) -> None:
 
 def _verify(target: Path, name: str) -> None:
     try:
-        recorded = bounded_io.read_json(target / PROVENANCE_FILE, bounded_io.CONFIG_BYTES)["sha256"]
+        recorded = fileio.read_json(target / PROVENANCE_FILE, fileio.CONFIG_BYTES)["sha256"]
         if not recorded:
             raise ValueError("it names no files")
         wrong = [file for file, expected in recorded.items() if _sha256(target / file) != expected]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 
 VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -39,16 +39,16 @@ def read_header(path: Path) -> Header:
         NotReadableError: it is no GGUF file of a known version, or truncated.
         OSError: it does not exist, or cannot be opened.
     """
-    with bounded_io.open_plain(path) as file:
+    with fileio.open_plain(path) as file:
         if file.read(4) != b"GGUF":
-            raise bounded_io.NotReadableError("it does not begin with GGUF")
+            raise fileio.NotReadableError("it does not begin with GGUF")
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Parser(content).header()
         except struct.error:
-            raise bounded_io.NotReadableError("it is truncated") from None
+            raise fileio.NotReadableError("it is truncated") from None
         except (KeyError, ValueError) as error:
-            raise bounded_io.NotReadableError(f"unknown type or text: {error}") from None
+            raise fileio.NotReadableError(f"unknown type or text: {error}") from None
 
 
 class _Parser:
@@ -62,7 +62,7 @@ class _Parser:
         version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
         if version not in VERSIONS:
             known = " and ".join(map(str, VERSIONS))
-            raise bounded_io.NotReadableError(f"its version is {version}, and {known} are supported")
+            raise fileio.NotReadableError(f"its version is {version}, and {known} are supported")
         found = {self._text(): self._value(self._number("I")) for _ in range(entries)}
         values = {name: value for name, value in found.items() if value is not None}
         return Header(values=values, tensors=self._tensors(tensors, int(values.get("general.alignment", 32))))
@@ -77,7 +77,7 @@ class _Parser:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self._number("I"))]
             last_byte = max(last_byte, self._number("Q") + math.prod(found[name]) // block * size)
         if count and -(-self._offset // alignment) * alignment + last_byte > len(self._content):
-            raise bounded_io.NotReadableError("it is truncated: tensors are missing")
+            raise fileio.NotReadableError("it is truncated: tensors are missing")
         return found
 
     def _value(self, kind: int) -> Value | None:

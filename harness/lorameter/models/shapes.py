@@ -18,7 +18,7 @@ from lorameter.errors import UsageError, impossible, shorten
 from lorameter.models.catalogue import ModelSource, config_file
 from lorameter.models.families import FAMILIES, Family, Layers
 from lorameter.models.gguf_header import Header, read_header
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +69,8 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     """The content of a model's config.json. Raises `UsageError` where it cannot be had or read."""
     path = config_file(source)
     try:
-        config = bounded_io.read_json(path, bounded_io.CONFIG_BYTES)
-    except bounded_io.NotReadableError as error:
+        config = fileio.read_json(path, fileio.CONFIG_BYTES)
+    except fileio.NotReadableError as error:
         raise impossible("catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it.") from None
     if not isinstance(config, dict):
         raise impossible("catalogue", "model", source.label, f"{path} holds no table", "Repair it.")
@@ -184,7 +184,7 @@ def gguf_of(path: Path) -> Header:
     try:
         state = path.stat()
         return _read_header(path, state.st_size, state.st_mtime_ns)
-    except (OSError, bounded_io.NotReadableError) as error:
+    except (OSError, fileio.NotReadableError) as error:
         why = f"not a readable GGUF file ({shorten(str(error))})"
         raise impossible("catalogue", "model", str(path), why, "Download it again.") from None
 

@@ -15,7 +15,7 @@ from typing import Any
 from lorameter.errors import InvalidRunError, UsageError, impossible, said_by
 from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.profile.measure import ConductedTrial, OpenTrial, answer_of, open_trial, trouble_in
-from lorameter.records import bounded_io, codec
+from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import Executor
@@ -36,11 +36,11 @@ def check_adapter(folder: str) -> Path:
     path = Path(folder).resolve()
     remedy = "Name the folder that save_pretrained wrote the adapter into."
     for name in (CONFIG, WEIGHTS):
-        if not bounded_io.is_file(path / name):
+        if not fileio.is_file(path / name):
             raise impossible("parity", "adapter", folder, f"it holds no {name}", remedy)
     try:
-        kind = codec.from_json(dict[str, Any], bounded_io.read_json(path / CONFIG, bounded_io.MANIFEST_BYTES), CONFIG)
-    except (bounded_io.NotReadableError, UsageError) as error:
+        kind = codec.from_json(dict[str, Any], fileio.read_json(path / CONFIG, fileio.MANIFEST_BYTES), CONFIG)
+    except (fileio.NotReadableError, UsageError) as error:
         why = f"its {CONFIG} cannot be read ({said_by(error)})"
         raise impossible("parity", "adapter", folder, why, remedy) from None
     if kind.get("peft_type") != "LORA":

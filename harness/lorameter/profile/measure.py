@@ -21,9 +21,9 @@ from lorameter.models.costs.ceiling import product_rate
 from lorameter.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
 from lorameter.models.costs.peaks import Peak, Rate, stated_peak
 from lorameter.profile.facts import Profile
-from lorameter.records import bounded_io, codec
+from lorameter.records import codec, fileio
 from lorameter.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
-from lorameter.records.atomic_json import write_document
+from lorameter.records.fileio import write_document
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.os_errors import translate_os_errors
@@ -62,10 +62,8 @@ class OpenTrial:
         """What the trial left in its folder. Raises `InvalidRunError` where that cannot be read."""
         request = self.trial.request
         try:
-            data = bounded_io.read_json(
-                self.executor.fetch(request.trial, name, self.scratch), bounded_io.MANIFEST_BYTES
-            )
-        except bounded_io.NotReadableError as error:
+            data = fileio.read_json(self.executor.fetch(request.trial, name, self.scratch), fileio.MANIFEST_BYTES)
+        except fileio.NotReadableError as error:
             raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Measure again.") from None
         return codec.from_json(kind, data, name)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
-from lorameter.records import codec
+import msgspec
+
 from lorameter.records.memory_account import MemoryPhase
 
 ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
@@ -28,8 +28,7 @@ CACHE, HEAD = "cache", "head"
 """Parts of forward passes that are told apart: adding to the cache of keys and values, and the output head."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightCopy:
+class WeightCopy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Copies of one whole weight: inside a product that could not take the weight as it lies, or by themselves."""
 
     weight: str
@@ -39,11 +38,10 @@ class WeightCopy:
     operator: str
     calls: float
     time_s: float
-    in_product: bool = field(default=True, metadata=codec.LATER)
+    in_product: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OperatorUse:
+class OperatorUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kernel of a GPU, or one operator of a CPU without those that it calls, in a mean step."""
 
     name: str
@@ -53,8 +51,7 @@ class OperatorUse:
     time_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseActivity:
+class PhaseActivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What ran in one phase of a mean step, or request, under the profiler."""
 
     phase: str
@@ -64,20 +61,20 @@ class PhaseActivity:
     """Time in which anything of `operators` ran; on a GPU streams may overlap, so it can be less than their sum."""
     operators: tuple[OperatorUse, ...]
     """The longest first."""
-    totals_s: dict[str, float] = field(default_factory=dict)
+    totals_s: dict[str, float] = msgspec.field(default_factory=dict)
     """Seconds of each operator by name with all that it calls; empty on a GPU, whose kernels call nothing."""
-    casts_s: float = field(default=0.0, metadata=codec.LATER)
+    casts_s: float = 0.0
     """Time of the copies from one type to another, and of sums and products of two types."""
-    wide_products_s: float = field(default=0.0, metadata=codec.LATER)
+    wide_products_s: float = 0.0
     """Time of the products of numbers of 32 bits."""
-    dropout_backward_s: float = field(default=0.0, metadata=codec.LATER)
+    dropout_backward_s: float = 0.0
     """Time of the backward pass of what `DROPOUT_OPERATOR` has made."""
-    records: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)
+    records: dict[str, float] = msgspec.field(default_factory=dict)
     """How many of the profiler's records of operators lie in the phase (`WHOLE`), and in what is told apart of it, by
     its field's name. Each slows the phase down by about as much; empty on a GPU, whose kernels are not slowed down."""
-    copies: tuple[WeightCopy, ...] = field(default=(), metadata=codec.LATER)
+    copies: tuple[WeightCopy, ...] = ()
     """Whole weights that were copied, the dearest first."""
-    parts_s: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)
+    parts_s: dict[str, float] = msgspec.field(default_factory=dict)
     """Seconds of what is told apart inside the phase (`CACHE`, `HEAD`)."""
 
     @property
@@ -94,8 +91,7 @@ class PhaseActivity:
         return sum(one.calls for one in self.operators)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activity:
+class Activity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What ran in some steps, or requests, under the profiler, as their mean."""
 
     device: Literal["cpu", "cuda"]
@@ -119,3 +115,45 @@ class Activity:
 
 LEAST_STEP_PAIRS = 8
 """Where fewer undisturbed pairs would remain, all count."""
+
+
+class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a forward pass multiplies with and reads, counted from a model's modules, whatever family it is of.
+
+    Elements are weights that take two FLOPs for each row; bytes are as they are stored, constants of quantisation
+    included.
+    """
+
+    linear_elements: int
+    """Linear layers of the base without the output head."""
+    linear_bytes: int
+    head_elements: int
+    head_bytes: int
+    adapter_elements: int
+    adapter_bytes: int
+    norm_bytes: int
+    """What is read of each block beside its linear layers."""
+
+
+class RequestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one request found, and what it left."""
+
+    training: bool
+    """Whether the model was in train mode in any of its forward passes."""
+    checkpointing: bool
+    """Whether gradient checkpointing was on."""
+    prompt_rows: int
+    """Tokens of each prompt that the first forward pass took."""
+    decode_rows: int
+    """The most tokens of each that a later one took; without a cache it takes all that there are."""
+    logit_rows: int
+    """Rows of logits that the first pass made of each."""
+    cache: str
+    """Class of the cache of keys and values; "" where there was none."""
+    cache_bytes: int
+    """What it held at the end, of all prompts."""
+    cache_moved: float
+    """Share of the tokens at which its tensors lay elsewhere than before: they were made anew, and copied."""
+    head: str
+    """Name of the output head's weight; "" where the model has none."""
+    size: ModelSize

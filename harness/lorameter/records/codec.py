@@ -1,14 +1,11 @@
-"""Frozen dataclasses to JSON and back, strict in both directions.
+"""JSON of records, studies and messages: msgspec converts it, and an error names file, key, value and remedy.
 
-Whatever crosses a process or reaches a disk is JSON of a dataclass. A reader that ignores unknown fields would let
-two sides of a comparison disagree silently, so an unknown or missing key, or a value of the wrong type, is an error
-that names the place. The standard library writes (`dataclasses.asdict`) but does not read; this module reads.
+An unknown or missing key and a value of the wrong type are errors: a reader that ignored them would let two sides of a
+comparison disagree silently.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
 import functools
 import json
@@ -16,207 +13,166 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lorameter.errors import UsageError, impossible, shorten
+import msgspec
+
+from lorameter.errors import UsageError, impossible
 
 T = TypeVar("T")
-MOST_DEPTH = 64
-"""Lists and tables in one another. What is read is copied, compared and printed by functions that call themselves."""
-MOST_PARTS = 2_000_000
-"""Lists and tables in one text: an empty one takes thirty times the memory of its text."""
-MOST_INTEGER = 2**63 - 1
-"""Beyond it no count, size, seed or time lies."""
-_MANY_DIGITS = re.compile(r"\d{19}", re.ASCII)
-NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""What is no number in JSON, as it is written."""
-LATER: Mapping[str, bool] = types.MappingProxyType({"later": True})
-"""Metadata of a field that came when there was already something written: it is left out where it has its default. So
-what was written before keeps its hashes, and a revision that does not know the field reads what does without it."""
+_WORDS = {"object": ("a table", "Write it as { key = value }."), "array": ("a list", "Write it as [ ... ].")}
 
 
 class NotJsonError(ValueError):
-    """A text that is no JSON, or none that can be held: cut short, nested too deeply, a number without end."""
+    """A text that is not JSON, or that is nested too deeply to be read."""
 
 
-def parse(text: str | bytes, *, once: bool = False) -> Any:
-    """Plain data of JSON text, within bounds; `once` refuses a table that says a key twice, of which readers of JSON
-    take one or the other. Raises `NotJsonError`, and nothing else, whatever the text is."""
+def parse(text: str | bytes) -> Any:
+    """Plain data of JSON text. Raises `NotJsonError`."""
     try:
-        text = text if isinstance(text, str) else text.decode("utf-8")
-        parts = text.count("[") + text.count("{")
-        if parts > MOST_PARTS:
-            raise NotJsonError(f"it has more than {MOST_PARTS} lists and tables")
-        numbers = _number if _MANY_DIGITS.search(text) else None
-        data = json.loads(text, parse_int=numbers, object_pairs_hook=_table if once else None)
-        if parts > MOST_DEPTH:
-            check_depth(data)
-        return data
+        return json.loads(text)
     except RecursionError:
         raise NotJsonError("it is nested too deeply") from None
     except ValueError as error:  # of a text cut short, of bytes that are no text, of thousands of digits
         raise NotJsonError(str(error).partition(";")[0]) from None
 
 
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise NotJsonError(f"it says {shorten(repr(max(keys, key=keys.count)), 60)} twice")
-    return table
-
-
-def _number(digits: str) -> int | float:
-    """A whole number; beyond the bound as the float that it is to most readers of JSON (RFC 8259, section 6)."""
-    value = int(digits)
-    return value if abs(value) <= MOST_INTEGER else float(digits)
-
-
-def check_depth(data: Any) -> None:
-    """Raises `NotJsonError` for plain data that is nested more deeply than `MOST_DEPTH`."""
-    level = [data] if isinstance(data, (dict, list)) else []
-    for _ in range(MOST_DEPTH):
-        level = [
-            item
-            for value in level
-            for item in (value.values() if isinstance(value, dict) else value)
-            if isinstance(item, (dict, list))
-        ]
-        if not level:
-            return
-    raise NotJsonError("it is nested too deeply")
-
-
 def to_json(value: Any) -> Any:
-    """Plain JSON data of a dataclass instance (tuples become lists); non-finite floats become their names, and a field
-    marked `LATER` is left out where it has its default.
+    """Plain data of a Struct, a dataclass or a collection of them.
 
-    JSON has no NaN or infinity, and a diverged loss must not make a record unreadable, so they are written as the
-    strings "NaN", "Infinity" and "-Infinity", which `from_json` turns back into floats where a float is due.
+    JSON has no NaN or infinity, and a loss that diverged must not make a record unreadable: they become the strings
+    "NaN", "Infinity" and "-Infinity", which `from_json` turns back into floats where a float is expected.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: to_json(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if "later" not in field.metadata or getattr(value, field.name) != _default_of(field)
-        }
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence):
-        return [to_json(item) for item in value]
+    return _name_floats(msgspec.to_builtins(value, str_keys=True, enc_hook=to_plain))
+
+
+def to_plain(value: object) -> object:
+    """A value of a subclass (numpy's floats, torch's version, a read-only mapping) as one of the plain type."""
+    kinds: tuple[tuple[type, Any], ...] = ((str, str), (int, int), (float, float), (Mapping, dict), (Sequence, list))
+    for kind, plain in kinds:
+        if isinstance(value, kind):
+            converted: object = plain(value)
+            return converted
+    raise TypeError(f"JSON with a {type(value).__name__}")
+
+
+def _name_floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _name_floats(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_name_floats(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value
 
 
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """Canonical JSON text: sorted keys, so that equal content has an equal hash.
-
-    Raises:
-        NotJsonError: it is nested too deeply.
-    """
+    """Canonical JSON text: sorted keys, so that equal content has an equal hash. Raises `NotJsonError` for a value that
+    is nested too deeply."""
     try:
         return json.dumps(to_json(value), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False)
     except RecursionError:
         raise NotJsonError("it is nested too deeply") from None
 
 
-def from_json(cls: type[T], data: Any, where: str) -> T:
-    """Build `cls` from JSON or TOML data; `where` names the file or message in errors.
+def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T:
+    """Build `cls` from plain data.
+
+    Args:
+        cls: a Struct, a dataclass, or a type made of them.
+        data: plain data of JSON or TOML.
+        where: names the file or the message in errors.
+        strict: whether text is refused where a number is expected. In JSON "NaN" is a number.
 
     Raises:
         UsageError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
     """
     try:
-        return typing.cast(T, _convert(cls, data, where, ""))
+        for path, key, value, known in _unknown_keys(cls, data, ""):
+            near = difflib.get_close_matches(key, known, n=1)
+            raise impossible(where, f"{path}.{key}".lstrip("."), value, "unknown key", _remedy_of(near))
+        return msgspec.convert(data, cls, strict=strict, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), cls, data, where, strict=strict) from None
     except RecursionError:
         raise UsageError(f"{where}: it is nested too deeply. Write it as a table of keys.") from None
+    except UsageError as error:  # a class knows its own limits, this place knows the file
+        said, named = str(error), where.rpartition(", ")[2].strip("[]")  # a message may begin with a part of the file
+        raise (error if said.startswith(where) else UsageError(f"{where}: {said.removeprefix(f'{named}: ')}")) from None
+
+
+def _remedy_of(near: list[str]) -> str:
+    return f"Did you mean {near[0]}?" if near else "Take it out."
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _fields_of(cls: Any) -> dict[str, Any]:
+    """The type of each field of a Struct or a dataclass; {} of any other type."""
+    return typing.get_type_hints(cls, include_extras=True) if hasattr(cls, "__match_args__") else {}
 
 
-def _convert(hint: Any, data: Any, where: str, path: str) -> Any:
-    if hint is Any:
-        return data
-    if dataclasses.is_dataclass(hint):
-        return _convert_dataclass(typing.cast(type, hint), data, where, path)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        if data not in args:
-            raise impossible(
-                where, path, data, "not one of the known values", f"Use one of {', '.join(map(str, args))}."
-            )
-        return data
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(args, data, where, path)
-    if origin is tuple:
-        if not isinstance(data, (list, tuple)):
-            raise impossible(where, path, data, "a list is expected", "Write it as [ ... ].")
-        return tuple(_convert(args[0], item, where, f"{path}[{index}]") for index, item in enumerate(data))
-    if origin is dict:
-        if not isinstance(data, Mapping):
-            raise impossible(where, path, data, "a table is expected", "Write it as { key = value }.")
-        return {str(key): _convert(args[1], item, where, f"{path}.{key}") for key, item in data.items()}
-    return _convert_scalar(hint, data, where, path)
+def _allows_unknown(cls: Any) -> bool:
+    config = getattr(cls, "__struct_config__", None)
+    return config is not None and not config.forbid_unknown_fields
 
 
-def _convert_dataclass(cls: type, data: Any, where: str, path: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise impossible(where, path or cls.__name__, data, "a table is expected", "Write it as a table of keys.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"Did you mean {near[0]}?" if near else "Take it out."
-            raise impossible(where, f"{path}.{key}".lstrip("."), data[key], "unknown key", remedy)
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in data:
-            raise UsageError(f"{where}: {f'{path}.{name}'.lstrip('.')} is missing. Add it.")
-    hints = _hints(cls)
-    values = {key: _convert(hints[key], item, where, f"{path}.{key}".lstrip(".")) for key, item in data.items()}
-    try:
-        return cls(**values)
-    except UsageError as error:  # the dataclass knows its own limits, this place knows the file
-        named = where.rpartition(", ")[2].strip("[]")  # a part of the file that the message may begin with as well
-        raise UsageError(f"{where}: {str(error).removeprefix(f'{named}: ')}") from None
+def _inner(hint: Any) -> list[Any]:
+    """The types of a union, or the type itself, without None."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return [one for one in typing.get_args(hint) if one is not type(None)] if union else [hint]
 
 
-def _convert_union(args: tuple[Any, ...], data: Any, where: str, path: str) -> Any:
-    if data is None and type(None) in args:
-        return None
-    errors = []
-    for arg in args:
-        if arg is type(None):
-            continue
+def _unknown_keys(hint: Any, data: Any, path: str) -> Iterator[tuple[str, str, Any, list[str]]]:
+    """Keys of tables that their class has no field for: path, key, value, and the fields of the class."""
+    hint = _inner(hint)[0]
+    fields, origin = _fields_of(hint), typing.get_origin(hint)
+    if fields and isinstance(data, Mapping):
+        for key, value in data.items():
+            if key not in fields and not _allows_unknown(hint):
+                yield path, str(key), value, list(fields)
+            elif key in fields:
+                yield from _unknown_keys(fields[key], value, f"{path}.{key}")
+    elif origin is tuple and isinstance(data, (list, tuple)):
+        for index, item in enumerate(data):
+            yield from _unknown_keys(typing.get_args(hint)[0], item, f"{path}[{index}]")
+    elif origin is dict and isinstance(data, Mapping):
+        for key, item in data.items():
+            yield from _unknown_keys(typing.get_args(hint)[1], item, f"{path}.{key}")
+
+
+def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) -> UsageError:
+    """What msgspec says of a value ("Expected `int`, got `str` - at `$.a[0]`"), with the value and a remedy."""
+    said, _, place = message.partition(" - at `")
+    place, path = place.removeprefix("key` in `").rstrip("`"), ""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
+        inner = _inner(hint)[0]
+        if name:
+            hint, key = _fields_of(inner)[name], name
+        else:
+            hint = typing.get_args(inner)[-1 if typing.get_origin(inner) is dict else 0]
+            key = int(index) if index != "..." else _first_wrong(hint, data, strict=strict)
+        data, path = data[key], f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+    if missing := re.search(r"missing required field `(\w+)`", said):
+        return UsageError(f"{where}: {f'{path}.{missing[1]}'.lstrip('.')} is missing. Add it.")
+    if said.startswith("Invalid enum value"):
+        known = [word for one in _inner(hint) for word in typing.get_args(one)]
+        remedy = f"Use one of {', '.join(map(str, known))}."
+        return impossible(where, path, data, "not one of the known values", remedy)
+    expected = re.match(r"Expected `(.*?)(?: \| null)?`(?! (?:matching|of))", said)
+    if "matching regex" in said:
+        return impossible(where, path, data, "one line is expected", "Write it in one line.")
+    if not expected:
+        return impossible(where, path, data, f"{said[0].lower()}{said[1:]}", "Write another value.")
+    word, remedy = _WORDS.get(expected[1], (expected[1], f"Write a value of type {expected[1]}."))
+    return impossible(where, path, data, f"{word} is expected", remedy)
+
+
+def _first_wrong(hint: Any, data: Mapping[str, Any], *, strict: bool) -> str:
+    """The key of the first value that does not convert: msgspec does not name it."""
+    for key, value in data.items():
         try:
-            return _convert(arg, data, where, path)
-        except UsageError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def _convert_scalar(hint: Any, data: Any, where: str, path: str) -> Any:
-    if hint is float:
-        if isinstance(data, str) and data in NAMED:
-            return NAMED[data]
-        if isinstance(data, (int, float)) and not isinstance(data, bool):
-            with contextlib.suppress(OverflowError):  # of a whole number beyond all floats
-                return float(data)
-    elif hint is int:
-        if isinstance(data, int) and not isinstance(data, bool) and abs(data) <= MOST_INTEGER:
-            return data
-    elif isinstance(hint, type) and isinstance(data, hint):
-        return data
-    expected = getattr(hint, "__name__", str(hint))
-    raise impossible(where, path, data, f"{expected} is expected", f"Write a value of type {expected}.")
+            msgspec.convert(value, hint, strict=strict, str_keys=True)
+        except msgspec.ValidationError:
+            return key
+    return next(iter(data))

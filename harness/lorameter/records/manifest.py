@@ -4,23 +4,22 @@ after its last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from lorameter.errors import UsageError
-from lorameter.records import bounded_io, codec
-from lorameter.records.record import SCHEMA, Notice, require_readable
+from lorameter.records import codec, fileio
+from lorameter.records.record import SCHEMA, Line, Notice, require_readable
 from lorameter.records.time_breakdown import TimeBreakdown
-from lorameter.records.validation import check_manifest
-from lorameter.records.worker_info import BaseSummary
+from lorameter.records.worker_info import BaseSummary, Example
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resumption:
+class Resumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One time that a run which had broken off was resumed."""
 
     unix_s: float
@@ -32,8 +31,7 @@ class Resumption:
     """The limit of time from then on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteFacts:
+class SiteFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a site is that replicates were measured on."""
 
     machine: dict[str, Any]
@@ -42,49 +40,121 @@ class SiteFacts:
     """What the run's would be if it had been measured there alone."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What must be known to read the records of a run and to repeat it."""
 
     schema: int = SCHEMA
-    run: str
+    run: Line
     study: dict[str, Any]
     phases: tuple[str, ...]
-    sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)  # that may be unlike: each is judged by itself
+    sites: tuple[str, ...] = ()  # that may be unlike: each is judged by itself
     selection: tuple[str, ...] = ()
     """Names of the variants that are measured; empty for all of the study."""
-    own_workloads: dict[str, Any] = field(default_factory=dict)
+    own_workloads: dict[str, Any] = msgspec.field(default_factory=dict)
     """What variants are measured on that are not measured on the study's workload, by name."""
     interleaving: str
     why: str = ""
     """Why this interleaving."""
-    order: tuple[str, ...]
+    order: tuple[Line, ...]
     """Trial ids in the order of the plan; those of replicates that turned out needless are taken off at the end."""
     seed: int
     created_unix_s: float
     provenance: dict[str, Any]
     fingerprint: str
     """Hash of the provenance fields that must agree for two runs to be compared."""
-    tokens: dict[str, Any] = field(default_factory=dict)
-    bases: tuple[BaseSummary, ...] = field(default=(), metadata=codec.LATER)
+    tokens: dict[str, Any] = msgspec.field(default_factory=dict)
+    bases: tuple[BaseSummary, ...] = ()
     """What the trials stand on, prepared once; of each time that the run was resumed."""
     notices: tuple[Notice, ...] = ()
     """What was known of the study before it ran."""
-    sides: dict[str, Any] = field(default_factory=dict)
+    sides: dict[str, Any] = msgspec.field(default_factory=dict)
     """For an A/B: what stands on either side, and with which versions."""
-    policy: dict[str, Any] = field(default_factory=dict, metadata=codec.LATER)
+    policy: dict[str, Any] = msgspec.field(default_factory=dict)
     """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
-    site_facts: dict[str, SiteFacts] = field(default_factory=dict, metadata=codec.LATER)
+    site_facts: dict[str, SiteFacts] = msgspec.field(default_factory=dict)
     """Of a run that was spread: where each of its sites is; those of every time that it was resumed."""
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()
-    spending: TimeBreakdown | None = field(default=None, metadata=codec.LATER)
+    spending: TimeBreakdown | None = None
     """What the time of its last invocation went to."""
-    skipped: tuple[str, ...] = field(default=(), metadata=codec.LATER)
+    skipped: tuple[str, ...] = ()
     """What was not measured because of the time limit: requests, open_ended, merged, cold."""
     status: RunStatus = "running"
     """"running" also says a manifest whose process was killed; see `Run.live`."""
+
+
+class _Git(msgspec.Struct):
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+class _Worker(msgspec.Struct):
+    harness: str | None = None
+
+
+class _Kernels(msgspec.Struct):
+    cudnn: str | None = None
+    cublas: str | None = None
+    switches: dict[str, str] = {}
+
+
+class _Provenance(msgspec.Struct):
+    device: str = ""
+    device_name: str = ""
+    threads: int = 0
+    python: str = ""
+    driver: str | None = None
+    cuda: str | None = None
+    libraries: dict[str, str | None] = {}
+    engine: dict[str, str | None] = {}
+    kernels: _Kernels | None = None
+    settings: dict[str, Any] = {}
+    git: _Git | None = None
+    worker: _Worker | None = None
+
+
+class _Tokens(msgspec.Struct):
+    hash: str = ""
+    data: str = ""
+    real_tokens: int = 0
+    padded_tokens: int = 0
+    loss_tokens: int | None = None
+    without_loss: int = 0
+    synthetic: bool = False
+    tokenizer_substituted: bool = False
+    examples: tuple[Example, ...] = ()
+    own: dict[str, _Tokens] = {}
+
+
+class _SideFacts(msgspec.Struct):
+    packages: dict[str, str]
+    python: str | None = None
+    cuda: str | None = None
+    git: _Git | None = None
+
+
+class _Side(msgspec.Struct):
+    label: str
+    worker: str
+    facts: _SideFacts | None = None
+
+
+class _Protocol(msgspec.Struct):
+    mixed: bool = False
+
+
+class _Study(msgspec.Struct):
+    protocol: _Protocol | None = None
+
+
+class _Tables(msgspec.Struct):
+    """The types of the keys that readers of a run rely on in the tables that it keeps as they were written."""
+
+    study: _Study
+    provenance: _Provenance
+    tokens: _Tokens = msgspec.field(default_factory=_Tokens)
+    sides: dict[str, _Side] = {}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -95,11 +165,13 @@ def read_manifest(path: Path) -> Manifest:
     """
     source = path / MANIFEST
     try:
-        data = bounded_io.read_json(source, bounded_io.MANIFEST_BYTES)
+        data = fileio.read_json(source, fileio.MANIFEST_BYTES)
         require_readable(data, source)
         codec.dumps(data).encode()  # what could not be written again would only fail later
-    except (bounded_io.NotReadableError, codec.NotJsonError, UnicodeError) as error:
+    except (fileio.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     manifest = codec.from_json(Manifest, data, source.name)
-    check_manifest(manifest, source.name)
+    codec.from_json(_Tables, data, source.name)
+    if manifest.sides and manifest.sides.keys() != {"base", "candidate"}:
+        raise UsageError(f"{source}: sides = {', '.join(manifest.sides)}: base and candidate are expected. Restore it.")
     return manifest

@@ -7,8 +7,9 @@ another instrument, and what is left between them is a line of its own, which ma
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 MemoryPhase = Literal["train", "generate"]
 MEMORY_PHASES: tuple[MemoryPhase, ...] = ("train", "generate")
@@ -62,8 +63,7 @@ def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[s
     return {kind: every[kind] for kind in sorted(every, key=place) if every[kind] or kind in named}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryAccount:
+class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was resident at the peak of one phase, in bytes by kind, beside the peak as measured.
 
     On CUDA it is device memory and the peak the allocator's; else the peak resident set of the process.
@@ -73,7 +73,7 @@ class MemoryAccount:
     kinds: dict[str, int]
     """Bytes by kind (`KINDS`), each measured by itself."""
     peak_bytes: int
-    beside: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, int] = msgspec.field(default_factory=dict)
     """Bytes that are not in CUDA's allocated peak: `fragmentation`, which is reserved and not allocated, and
     `paged_optimizer_state`, which is managed memory. Empty on a CPU."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorameter.errors import UsageError
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 from lorameter.records.os_errors import OF_THE_MACHINE, translate_write_errors
 from lorameter.records.tempdirs import scratch_folder
 
@@ -25,17 +25,12 @@ MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl", "beside.jsonl")
 """The files of a run that say what was measured; the first is in every run."""
 MOST_BYTES = 4 << 30
 """Of all of them together: three times the run of a hundred thousand trials."""
-UNPACKED_FREELY_BYTES = 16 << 20
-MOST_EXPANSION = 200
-"""What a run says unpacks to some twenty times its size; a zip archive can make a thousand times of what is none."""
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Others fail in ways of their own when what they read is damaged."""
 _REMEDY = "Ask for the file again, or for the run's directory."
 
 
 def is_packed(path: Path) -> bool:
     """Whether a file with an archive in it is there."""
-    if not bounded_io.is_file(path):
+    if not fileio.is_file(path):
         return False
     with contextlib.suppress(OSError):
         return zipfile.is_zipfile(path)
@@ -44,7 +39,7 @@ def is_packed(path: Path) -> bool:
 
 def list_packed(folder: Path) -> list[Path]:
     """The packed runs that lie in a folder, by name."""
-    if not bounded_io.is_folder(folder):
+    if not fileio.is_folder(folder):
         return []
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if is_packed(path))
 
@@ -83,16 +78,8 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
     for name in MEMBERS:
         if name not in held:
             continue
-        if held[name].compress_type not in _METHODS:
-            raise UsageError(f"{path}: {name} is compressed as no packed run is. {_REMEDY}")
         if held[name].file_size > left:  # reading stops at the size that is told, whatever follows
             raise UsageError(f"{path}: it holds more than the {MOST_BYTES >> 30} GiB that are read. {_REMEDY}")
-        packed_bytes = min(held[name].compress_size, path.stat().st_size)
-        if held[name].file_size > max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * packed_bytes):
-            raise UsageError(
-                f"{path}: {name} unpacks from {packed_bytes:,} bytes to {held[name].file_size:,}, over "
-                f"{MOST_EXPANSION} times as many: no run is that empty. {_REMEDY}"
-            )
         left -= held[name].file_size
         with archive.open(held[name]) as source, (folder / name).open("wb") as target:
             shutil.copyfileobj(source, target)

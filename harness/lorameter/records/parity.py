@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from lorameter.records.record import Failure
 
@@ -12,8 +12,7 @@ PROMPTS = "prompts"
 """Tokens of the prompts, in its fragment."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitDistance:
+class LogitDistance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far the logits of one answer lie from the reference's, at the positions of the reference's own answer, so
     that both have read the same tokens. Worked out in float64."""
 
@@ -33,8 +32,7 @@ class LogitDistance:
     cosine_min: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class Served(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One adapter, served in one way."""
 
     way: str

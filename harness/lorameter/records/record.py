@@ -6,17 +6,20 @@ and single values as measured; estimates are computed on demand from these and n
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from lorameter.errors import UsageError, redact
-from lorameter.records import codec
 
 SCHEMA = 5
 """Version of the files of a run. There is one: a reader refuses any other."""
+
+Line = Annotated[str, msgspec.Meta(pattern=r"^[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*\Z")]
+"""A name of one line. Runners of CI read an output line by line, and would take a second line for one of ours."""
 
 
 def require_readable(data: Any, source: Path) -> None:
@@ -43,8 +46,7 @@ that end where the model ends them, with their answers · warm requests with the
 and first calls, which need a process that is alone · the cold start of its saved adapter."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
+class Notice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Something that a reader of the numbers must know, with what to do about it. Its texts are redacted."""
 
     code: str
@@ -55,8 +57,7 @@ class Notice:
         _redact(self, "message", "remedy")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a trial is not ok: the phase it happened in, the kind, the message, the child's own traceback. Its texts are
     redacted, as libraries repeat what they were given."""
 
@@ -71,7 +72,7 @@ class Failure:
 
 def _redact(instance: Notice | Failure, *names: str) -> None:
     for name in names:
-        object.__setattr__(instance, name, redact(getattr(instance, name)))
+        msgspec.structs.force_setattr(instance, name, redact(getattr(instance, name)))
 
 
 UNDER_WAY = "UnderWay"
@@ -80,35 +81,33 @@ DISTURBED = "Disturbed"
 """Kind of the failure of a trial that came to its end in surroundings in which its numbers say nothing of it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartialRecord:
+class PartialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one command added to a trial; the parent merges fragments, so a death later loses nothing.
 
     `samples` are raw values in the order measured, `values` single ones (seconds, tokens a second, loss), `memory`
     bytes by kind, `checks` the evidence of kernels_check.
     """
 
-    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
+    values: dict[str, float] = msgspec.field(default_factory=dict)
+    memory: dict[str, int] = msgspec.field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     notices: tuple[Notice, ...] = ()
-    tokens: dict[str, Any] = field(default_factory=dict)
-    software: dict[str, str] = field(default_factory=dict, metadata=codec.LATER)
+    tokens: dict[str, Any] = msgspec.field(default_factory=dict)
+    software: dict[str, str] = msgspec.field(default_factory=dict)
     failure: Failure | None = None
     status: Status = "ok"
 
     def failed(self, status: Status, failure: Failure) -> PartialRecord:
         """This fragment as that of a trial that is not ok."""
-        return dataclasses.replace(self, status=status, failure=failure)
+        return msgspec.structs.replace(self, status=status, failure=failure)
 
     def with_notice(self, notice: Notice) -> PartialRecord:
         """This fragment with one more notice."""
-        return dataclasses.replace(self, notices=(*self.notices, notice))
+        return msgspec.structs.replace(self, notices=(*self.notices, notice))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialRecord:
+class TrialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trial as measured: one line of trials.jsonl."""
 
     schema: int = SCHEMA
@@ -126,22 +125,22 @@ class TrialRecord:
     interleaving: Interleaving
     """How this trial alternated with those that it is compared with; "replicates" where it was alone in its turn."""
     side: Side = ""
-    site: str = field(default="", metadata=codec.LATER)
+    site: str = ""
     """On which of several sites it was measured, with all that it is paired with; empty where there is one."""
-    machine: str = field(default="", metadata=codec.LATER)
+    machine: str = ""
     """What kind of machine the site is, in a run whose sites may be unlike: then nothing is taken over all of them."""
     seed: int
     started_unix_s: float
     wall_time_s: float
-    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    samples: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
     turn_lengths: tuple[int, ...] = ()
     """Number of timed steps in each turn, in order; they sum to the length of the step samples."""
-    values: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
+    values: dict[str, float] = msgspec.field(default_factory=dict)
+    memory: dict[str, int] = msgspec.field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     notices: tuple[Notice, ...] = ()
-    tokens: dict[str, Any] = field(default_factory=dict)
-    software: dict[str, str] = field(default_factory=dict, metadata=codec.LATER)
+    tokens: dict[str, Any] = msgspec.field(default_factory=dict)
+    software: dict[str, str] = msgspec.field(default_factory=dict)
     """Versions of packages, and of `python` and `cuda`, as a script's own process tells them; empty for any other
     trial, of which the run's provenance says it."""
     failure: Failure | None = None
@@ -160,14 +159,14 @@ class TrialRecord:
 
     def replaced(self, **changes: Any) -> TrialRecord:
         """This record with other values in some fields."""
-        return dataclasses.replace(self, **changes)
+        return msgspec.structs.replace(self, **changes)
 
     def merged(self, fragment: PartialRecord) -> TrialRecord:
         """This record with a fragment added: samples are appended, the rest is united, a bad status stays."""
         samples = dict(self.samples)
         for name, values in fragment.samples.items():
             samples[name] = samples.get(name, ()) + values
-        return dataclasses.replace(
+        return msgspec.structs.replace(
             self,
             status=self.status if self.status != "ok" else fragment.status,
             samples=samples,
@@ -179,3 +178,44 @@ class TrialRecord:
             software=self.software | fragment.software,
             failure=self.failure or fragment.failure,
         )
+
+
+def lacking(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) -> Failure | None:
+    """The failure of a step that lacks a required path; what nobody watched is no pass. None where it has all.
+
+    Args:
+        checks: as data, of the paths that were judged.
+        required: values by path.
+    """
+    seen = {str(check["path"]): check for check in checks}
+    failed = {
+        path: value for path, value in required.items() if path not in seen or seen[path].get("status") != "active"
+    }
+    if not failed:
+        return None
+    unseen = "no row of the watched step is about it" if seen else "no step was watched"
+    said = "; ".join(
+        f"{path}: required {value!r}, {seen[path].get('reason') if path in seen else unseen}"
+        for path, value in failed.items()
+    )
+    kind = "RequiredPathNotSeen" if seen.keys().isdisjoint(failed) else "RequiredPathNotActive"
+    return Failure(phase="verify", kind=kind, message=said)
+
+
+def judge_required(
+    fragment: PartialRecord, required: Mapping[str, Any], *, name: str, allow_fallback: bool
+) -> PartialRecord:
+    """The fragment of a verified trial: invalid where it lacks what is required, or with a notice where that is
+    allowed."""
+    failure = lacking(fragment.checks, required)
+    if failure is None:
+        return fragment
+    if not allow_fallback:
+        return fragment.failed("invalid", failure)
+    return fragment.with_notice(
+        Notice(
+            code="fallback-allowed",
+            message=f"{name}: measured although not what is required: {failure.message}",
+            remedy="Rank it under what really ran, or set allow_fallback = false in the study.",
+        )
+    )

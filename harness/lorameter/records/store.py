@@ -18,15 +18,16 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from lorameter.errors import UsageError
-from lorameter.records import bounded_io, codec, journal, steps
-from lorameter.records.atomic_json import write_document, write_whole
-from lorameter.records.evidence import EvidenceFile, LostEvidenceError
+from lorameter.records import codec, fileio
+from lorameter.records.fileio import write_document, write_whole
 from lorameter.records.locks import alone, is_locked, lock_of
 from lorameter.records.manifest import MANIFEST as MANIFEST
 from lorameter.records.manifest import Manifest as Manifest
@@ -38,19 +39,19 @@ from lorameter.records.os_errors import translate_os_errors, translate_write_err
 from lorameter.records.packed import is_packed, unpacked
 from lorameter.records.record import UNDER_WAY, Notice, TrialRecord
 from lorameter.records.time_breakdown import TimeBreakdown
-from lorameter.records.trial_lines import TrialLines, line_of, nothing_collected
+from lorameter.records.trials import TRIALS as TRIALS
+from lorameter.records.trials import EvidenceFile, LostEvidenceError, line_of, read_trials, remove_steps, with_steps
 
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
 """How a run stands: its status, unless its process has ended without a word."""
 ENV_RUNS = "LORAMETER_RUNS"
-TRIALS = "trials.jsonl"
 
 
 def runs_dir(given: str | None, *, make: bool = False) -> Path:
     """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
     named = given or os.environ.get(ENV_RUNS)
     path = Path(named or Path(".lorameter") / "runs")
-    if not make and (bounded_io.is_folder(path) or not bounded_io.is_there(path)):
+    if not make and (fileio.is_folder(path) or not fileio.is_there(path)):
         return path
     with translate_write_errors(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
         path.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def _hide_from_git(folder: Path) -> None:
 
 def new_run_id(name: str, folder: Path) -> str:
     """Sortable by time and of nothing that is in the folder, whatever the clock says: 20260131-093000-study-a1b2."""
-    while bounded_io.is_there(folder / (run := f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")):
+    while fileio.is_there(folder / (run := f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")):
         pass
     return run
 
@@ -88,12 +89,12 @@ class RunWriter:
     def append(self, record: TrialRecord) -> None:
         """Write one record, its new evidence before it, and wait until the disk has it."""
         with self.refusals():
-            journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
+            fileio.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
     @property
     def has_records(self) -> bool:
         """Whether anything was measured in this run, now or before."""
-        return bounded_io.is_file(self.path / TRIALS)
+        return fileio.is_file(self.path / TRIALS)
 
     def finish(
         self,
@@ -109,7 +110,7 @@ class RunWriter:
         """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap,
         `notices` what came up on the way, `came` sites that joined it, `spending` what its time went to, and `skipped`
         what the time limit left out."""
-        self._manifest = dataclasses.replace(
+        self._manifest = msgspec.structs.replace(
             self._manifest,
             status=status,
             stopped=stopped,
@@ -121,7 +122,7 @@ class RunWriter:
         )
         self._write_manifest()
         with self.refusals():
-            steps.remove(self.path)
+            remove_steps(self.path)
 
     def _write_manifest(self) -> None:
         with self.refusals():
@@ -181,26 +182,20 @@ def read_run(name: str, folder: Path) -> Run:
         if is_packed(place):
             with unpacked(place) as inside:
                 return dataclasses.replace(_read(inside, place.name, folder), path=place)
-    path = Path(name) if bounded_io.is_file(Path(name) / MANIFEST) else folder / name
+    path = Path(name) if fileio.is_file(Path(name) / MANIFEST) else folder / name
     return _read(path, name, folder)
 
 
 def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / MANIFEST
-    if not bounded_io.is_file(source):
+    if not fileio.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
-    lines = TrialLines(EvidenceFile(path), source, f"{name}, {TRIALS}")
-    records, cut_short, without_evidence = [], 0, 0
-    with nothing_collected():
-        for line in journal.lines(path / TRIALS):
-            try:
-                records.append(lines.read(line))
-            except codec.NotJsonError:
-                cut_short += 1
-            except LostEvidenceError:
-                without_evidence += 1
+    found = list(read_trials(path, name))
+    records = [one for one in found if isinstance(one, TrialRecord)]
+    cut_short = sum(isinstance(one, codec.NotJsonError) for one in found)
+    without_evidence = sum(isinstance(one, LostEvidenceError) for one in found)
     latest = _latest(records, manifest)
     if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
         cut_short = without_evidence = 0  # whatever a line that was cut short told of has been measured again
@@ -219,7 +214,7 @@ def _read(path: Path, name: str, folder: Path) -> Run:
 
 def _as_far_as_it_came(record: TrialRecord, path: Path) -> TrialRecord:
     under_way = record.failure is not None and record.failure.kind == UNDER_WAY
-    return steps.with_steps(record, path) if under_way else record
+    return with_steps(record, path) if under_way else record
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
@@ -266,13 +261,13 @@ def refusal_while_live(path: Path) -> str:
 
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
-    found = folder.glob("*") if bounded_io.is_folder(folder) else ()
+    found = folder.glob("*") if fileio.is_folder(folder) else ()
     return sorted(path for path in found if is_run(path))
 
 
 def list_unbegun(folder: Path) -> list[Path]:
     """Directories of runs whose process was killed before it had written a manifest."""
-    found = folder.glob("*") if bounded_io.is_folder(folder) else ()
+    found = folder.glob("*") if fileio.is_folder(folder) else ()
     return sorted(path for path in found if is_held_by_nobody(path) and not is_run(path))
 
 
@@ -284,3 +279,20 @@ def is_held_by_nobody(path: Path) -> bool:
 def is_run(path: Path) -> bool:
     """Whether the directory of a run is there; another process may have removed it since it was listed."""
     return os.path.lexists(path / MANIFEST)
+
+
+def measuring_time_s(records: Iterable[TrialRecord]) -> float:
+    """Seconds in which at least one of these trials was under way.
+
+    Trials that took turns lie over each other and count once; what lies between trials (a pause before a run was gone
+    on with, a clock that was set) counts nothing. Each trial's own length is by a clock that nobody sets, so a jump of
+    the calendar can only part what lay together: it adds one group's time at most, however far it jumped.
+    """
+    spans = sorted(
+        (record.started_unix_s, record.started_unix_s + record.wall_time_s) for record in records if record.wall_time_s
+    )
+    total_s, reached = 0.0, float("-inf")
+    for begin, end in spans:
+        total_s += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total_s

@@ -6,14 +6,12 @@ Both cross from a measuring process to its parent, and parts of both stand in th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
-from lorameter.records import codec
 from lorameter.records.record import SCHEMA
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerInfo:
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a worker announces that it has imported what every trial needs."""
 
     schema: int = SCHEMA
@@ -28,16 +26,14 @@ class WorkerInfo:
     """Why bitsandbytes could not run on that device; None if it can."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
+class Example(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A held-out record that is put to the model whole: its prompt, and what the record continues it with."""
 
     prompt: str
     reference: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenSummary:
+class TokenSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a plan must know of its tokens; goes into every record."""
 
     path: str
@@ -53,16 +49,15 @@ class TokenSummary:
     padded_tokens: int
     """Padding in one epoch of the training stream."""
     records: int
-    loss_tokens: int | None = field(default=None, metadata=codec.LATER)
+    loss_tokens: int | None = None
     """Tokens that the loss is taken over in one epoch of the training stream; None is not counted."""
-    without_loss: int = field(default=0, metadata=codec.LATER)
+    without_loss: int = 0
     """Sequences that were left out because no token of an answer is in them."""
     examples: tuple[Example, ...] = ()
     """The whole prompts, in the order of their numbers."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseSummary:
+class BaseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A base that was prepared for all processes of a run: read, converted and quantised once, if it was not kept."""
 
     path: str

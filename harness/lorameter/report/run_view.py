@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import msgspec
+
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PHASES, Phase, columns_of
@@ -131,7 +133,7 @@ def _view_of_sites(run: Run, study: Study, asked: ReportFilter) -> RunView:
         replace(table, site=site, title=f"{table.title} on {site}") for site in views for table in views[site].tables
     ]
     machines = say_machines(run.records)
-    manifest = replace(run.manifest, provenance={**run.manifest.provenance, "device_name": machines})
+    manifest = msgspec.structs.replace(run.manifest, provenance={**run.manifest.provenance, "device_name": machines})
     return RunView(
         run=run.manifest.run,
         path=str(run.path),

@@ -15,7 +15,7 @@ from typing import get_args
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.records.atomic_output import replacing
+from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.store import Run
 from lorameter.results.columns import TABLES, TableName, Values, names_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from lorameter.errors import LorameterError
-from lorameter.records import bounded_io, store
+from lorameter.records import fileio, store
 from lorameter.records.packed import list_packed
 from lorameter.records.store import Run
 from lorameter.studies.from_run import read_study
@@ -44,7 +44,7 @@ def read_each(runs: Path, read: Callable[[Run], T]) -> Iterator[Read[T]]:
             found = Read(path=path, content=read(store.read_run(str(path), path.parent)))
         except (LorameterError, UnicodeError) as error:  # one that cannot be read must not hide the others
             found = Read(path=path, error=str(error))
-        if bounded_io.is_file(path) or store.is_run(path):
+        if fileio.is_file(path) or store.is_run(path):
             yield found
 
 

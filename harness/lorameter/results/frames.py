@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorameter.errors import UsageError
-from lorameter.records import bounded_io, store
+from lorameter.records import fileio, store
 from lorameter.results.columns import TABLES, Kind, TableName, Values
 from lorameter.results.folder import read_each
 from lorameter.results.rows import rows_of
@@ -73,7 +73,7 @@ def load_all(folder: str | Path | None = None) -> Frames:
         lorameter.errors.UsageError: no such folder.
     """
     runs = _folder(folder)
-    if not bounded_io.is_folder(runs):
+    if not fileio.is_folder(runs):
         raise UsageError(f"{runs}: there is no such folder. Name the folder that holds the runs.")
     found: list[dict[TableName, list[Values]]] = []
     unreadable: dict[str, str] = {}

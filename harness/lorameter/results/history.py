@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PRIMARY
@@ -27,8 +28,7 @@ DEFAULT_METRIC = PRIMARY["train"]
 Direction = Literal["slower", "faster", "worse", "better"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
+class Moment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run's number, with when and with what it was measured."""
 
     run: str
@@ -45,8 +45,7 @@ class Moment:
     """Why it does not count; None where it does."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suspicion:
+class Suspicion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A change of level inside a line."""
 
     before: Moment
@@ -67,8 +66,7 @@ class Suspicion:
     """The command that would confirm it; empty where nothing known differs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plateau:
+class Plateau(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A level of a line, in the unit of the metric."""
 
     first: Moment
@@ -79,8 +77,7 @@ class Plateau:
     high: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HistorySeries:
+class HistorySeries(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Runs of one fingerprint and one content of the variant."""
 
     fingerprint: str
@@ -100,8 +97,7 @@ class HistorySeries:
         return tuple(moment for moment in self.moments if moment.why_not is None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Break:
+class Break(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a line begins that may not be compared with what was before."""
 
     before: Moment
@@ -113,8 +109,7 @@ class Break:
     """The command that measures what it did; empty where none could."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Track:
+class Track(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One metric of one variant of one study."""
 
     study: str
@@ -126,8 +121,7 @@ class Track:
     breaks: tuple[Break, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
+class History(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the runs of a folder say of a metric over time."""
 
     metric: str

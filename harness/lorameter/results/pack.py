@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError, redact
-from lorameter.records import bounded_io, codec, journal, store
-from lorameter.records.atomic_json import write_document
-from lorameter.records.atomic_output import replacing
-from lorameter.records.evidence import EvidenceFile, LostEvidenceError
+from lorameter.records import codec, fileio, store
+from lorameter.records.fileio import replacing, write_document
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.packed import SUFFIX, is_packed, write_packed
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import MANIFEST, TRIALS, Manifest
 from lorameter.records.tempdirs import scratch_folder
-from lorameter.records.trial_lines import TrialLines, line_of
+from lorameter.records.trials import EvidenceFile, line_of, read_trials
 from lorameter.results.private import without_hosts, without_paths
 
 Private = Literal["paths", "hosts", "texts"]
@@ -51,10 +49,10 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
     Raises:
         UsageError, InvalidRunError: no such run, one that is being measured, or a place that cannot be written.
     """
-    path = Path(name) if bounded_io.is_file(Path(name) / MANIFEST) else runs / name
+    path = Path(name) if fileio.is_file(Path(name) / MANIFEST) else runs / name
     if is_packed(Path(name)) or is_packed(path):
         raise UsageError(f"run {name!r}: it is packed already. Send that file.")
-    if not bounded_io.is_file(path / MANIFEST):
+    if not fileio.is_file(path / MANIFEST):
         store.read_run(name, runs)  # says that there is none, and which there are
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
@@ -82,13 +80,10 @@ def _write_manifest(folder: Path, manifest: Manifest, clean: Callable[[Any], Any
 
 def _write_records(folder: Path, path: Path, manifest: Manifest, clean: Callable[[Any], Any], *, texts: bool) -> None:
     """Every line, earlier attempts included; the checks anew, since their names are hashes of what they say."""
-    read = TrialLines(EvidenceFile(path), path / MANIFEST, f"{path.name}, {TRIALS}")
     evidence = EvidenceFile(folder)
     with (folder / TRIALS).open("w", encoding="utf-8", errors="replace") as file:
-        for line in journal.lines(path / TRIALS):
-            try:
-                record = read.read(line)
-            except (codec.NotJsonError, LostEvidenceError):
+        for record in read_trials(path, path.name):
+            if not isinstance(record, TrialRecord):
                 file.write(DAMAGED)
                 continue
             cleaned = _cleaned(record, clean, texts=texts)

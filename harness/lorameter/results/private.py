@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from lorameter.models.catalogue import CATALOGUE, RANDOM_PREFIX
-from lorameter.records import codec, journal
+from lorameter.records import codec, fileio
 from lorameter.records.store import TRIALS, Manifest
 from lorameter.studies.data_source import SYNTHETIC
 
@@ -158,7 +158,7 @@ def _hosts(manifest: Manifest, run: Path) -> set[str]:
     for notice in manifest.notices:
         sites |= {name for said in _SITES_SAID.findall(notice.message) for name in said.split(", ")}
     decoder = msgspec.json.Decoder(_Line)
-    for line in journal.lines(run / TRIALS):
+    for line in fileio.journal_lines(run / TRIALS):
         with contextlib.suppress(msgspec.MsgspecError):  # a line that was cut short
             sites.add(decoder.decode(line).site)
     return {_OF_SITE.sub("", site) for site in sites if site and not _HERE.fullmatch(site)}

@@ -10,8 +10,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records import store
@@ -24,8 +26,7 @@ _REMOVED = ".removed-"
 """Begins the names of folders that hold a run while it is deleted. No command lists what is in them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneDecision:
+class PruneDecision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run that goes, or that stays for a reason."""
 
     run: str
@@ -156,7 +157,7 @@ def remove(runs: Path, going: Sequence[PruneDecision]) -> tuple[tuple[PruneDecis
         except (OSError, UsageError) as error:
             why = f"it could not be removed: {error}" if moved is None else f"its files are still in {moved}: {error}"
         if why:
-            refused.append(replace(one, why=why))
+            refused.append(msgspec.structs.replace(one, why=why))
         elif moved is not None:
             gone.append(one)
     return tuple(gone), tuple(refused)

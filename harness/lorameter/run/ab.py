@@ -18,7 +18,7 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.models.catalogue import RANDOM_PREFIX
-from lorameter.records import bounded_io, codec
+from lorameter.records import codec, fileio
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
@@ -251,7 +251,7 @@ def _locate(study: Study) -> Study:
     workload = study.workload
     prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
     model = Path(workload.model.removeprefix(prefix))
-    if bounded_io.is_there(model):
+    if fileio.is_there(model):
         workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
     workload = dataclasses.replace(workload, data=make_absolute(workload.data))
     return dataclasses.replace(study, workload=workload)

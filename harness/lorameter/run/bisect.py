@@ -15,9 +15,10 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from lorameter.errors import UsageError, redact
 from lorameter.machine.provenance import probe_machine
@@ -39,8 +40,7 @@ Compare = Callable[[str, int], Comparison]
 """The comparison of a candidate with the good end, in so many replicates."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One state of the thing: a revision, or requirements."""
 
     spec: str
@@ -48,8 +48,7 @@ class Candidate:
     label: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class Look(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One comparison of one candidate with the good end."""
 
     place: int
@@ -59,8 +58,7 @@ class Look:
     comparison: Comparison
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bisection:
+class Bisection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was found, and by which comparisons."""
 
     looks: tuple[Look, ...]

@@ -6,10 +6,11 @@ timed in a fresh child of a process that has imported.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
@@ -55,7 +56,7 @@ class ColdStart:
         values: dict[str, float] = {**loaded.values, **imported.values}
         whole_s = values.pop("cold_after_import_time_s") + values["cold_import_time_s"]
         values["cold_start_time_s"] = whole_s
-        return dataclasses.replace(loaded, values=values, samples={"cold_start_time_s": (whole_s,)})
+        return msgspec.structs.replace(loaded, values=values, samples={"cold_start_time_s": (whole_s,)})
 
     def _whole(self) -> PartialRecord:
         found = self.executor.cold_start(self.request)

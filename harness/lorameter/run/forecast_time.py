@@ -20,9 +20,8 @@ from lorameter.errors import LorameterError
 from lorameter.machine.provenance import Machine
 from lorameter.models.shapes import ModelShape, linear_widths, unknown_layers
 from lorameter.records import codec, store
-from lorameter.records.durations import measuring_time_s
 from lorameter.records.record import TrialRecord
-from lorameter.records.store import Run
+from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_duration, format_percent
 from lorameter.run.budget import SOUGHT_REPLICATES, Cost, Part, fit, replicate_s
 from lorameter.run.interleaving import SCATTER

@@ -18,7 +18,7 @@ from lorameter.records import codec
 from lorameter.records.checkpoints import checkpoint_is_due
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
-from lorameter.records.validation import validation_error
+from lorameter.records.trials import find_fault
 from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
 from lorameter.run.cold_start import ColdStart
 from lorameter.run.display import ProgressListener
@@ -95,7 +95,7 @@ class GroupRecords:
         if turn:
             changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
         record = record.replaced(**changes)
-        if flaw := validation_error(record):  # no reader would take it, and with it the whole run
+        if flaw := find_fault(record):  # no reader would take it, and with it the whole run
             failure = Failure(phase="record", kind="Unreadable", message=flaw)
             record = self.records[trial].merged(PartialRecord().failed("invalid", failure))
         self.records[trial] = record

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lorameter.errors import InvalidRunError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import Machine, MachineFacts
@@ -275,7 +277,7 @@ def _resumed_manifest(plan: Plan, before: Manifest, ready: Ready, facts: Mapping
     tokens = describe_tokens(plan, ready.tokens_of(plan))
     minutes = plan.study.protocol.max_minutes
     manifest = continue_manifest(before, _provenance(plan, ready, facts), tokens, minutes)
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         manifest,
         bases=(*manifest.bases, *ready.bases),
         notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),

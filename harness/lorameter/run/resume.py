@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.machine.hardware_class import OF_A_KIND
 from lorameter.machine.provenance import MachineFacts
 from lorameter.machine.repository import git_state
-from lorameter.records import codec, journal, store
-from lorameter.records.evidence import CHECKS
+from lorameter.records import codec, fileio, store, trials
 from lorameter.records.packed import is_packed
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
@@ -181,8 +182,8 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Go on where it was measured.")
     if run.path.resolve().name != manifest.run:
         raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
-    for name in (store.TRIALS, CHECKS):
-        journal.check_appendable(run.path / name)
+    for name in (store.TRIALS, trials.CHECKS):
+        fileio.check_appendable(run.path / name)
     return run
 
 
@@ -307,7 +308,7 @@ def mend(run: Run) -> Run:
     again = Resumption(
         unix_s=time.time(), harness=provenance.harness_identity(), commit=git_state(Path.cwd())["commit"]
     )
-    manifest = dataclasses.replace(run.manifest, status="running", resumed=(*run.manifest.resumed, again))
+    manifest = msgspec.structs.replace(run.manifest, status="running", resumed=(*run.manifest.resumed, again))
     store.RunWriter(run.path.parent, manifest).finish("complete", stopped=run.manifest.stopped)
     return store.read_run(str(run.path), run.path.parent)
 
@@ -346,4 +347,4 @@ def continue_manifest(
             ),
         )
     resumed = (*manifest.resumed, again)
-    return dataclasses.replace(manifest, status="running", resumed=resumed, notices=notices, spending=None)
+    return msgspec.structs.replace(manifest, status="running", resumed=resumed, notices=notices, spending=None)

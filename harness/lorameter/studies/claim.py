@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError, impossible
-from lorameter.records import codec
 from lorameter.records.metrics import METRICS
 from lorameter.studies import limits
 
@@ -105,7 +104,7 @@ class ClaimPart:
     """Smallest effect worth the word, a fraction; of "trend-up", "trend-down", "differs", "highest" and "lowest"."""
     margin: float = 0.05
     """Within it two things count as equal, a fraction; of "no-trend" and "equal"."""
-    by: float = field(default=0.01, metadata=codec.LATER)
+    by: float = 0.01
     """What is promised of an engine or a pair, a fraction: 0.2 is 1.2 times as fast, a metric that falls to 0.8, or one
     that rises to 1.2 at most. A promise without a figure takes what is worth the word, 1 %."""
 
@@ -186,7 +185,7 @@ class Claim:
     """What the source of the claim published."""
     pretrained: bool = False
     """Whether it says nothing of a model with random weights (a loss)."""
-    source: str = field(default="", metadata=codec.LATER)
+    source: str = ""
     """The page that says so, and the day on which it was read."""
 
     def __post_init__(self) -> None:

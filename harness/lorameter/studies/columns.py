@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lorameter.errors import UsageError, shorten
-from lorameter.records import codec
 
 FAMILIES: tuple[tuple[str, ...], ...] = (
     ("instruction", "context", "response"),
@@ -24,19 +23,19 @@ class DataColumns:
     Raises `UsageError` for parts that make no record together.
     """
 
-    instruction: str | None = field(default=None, metadata=codec.LATER)
+    instruction: str | None = None
     """What is asked."""
-    context: str | None = field(default=None, metadata=codec.LATER)
+    context: str | None = None
     """What the instruction is about; the only part that a record can be without."""
-    response: str | None = field(default=None, metadata=codec.LATER)
+    response: str | None = None
     """What is to be answered."""
-    prompt: str | None = field(default=None, metadata=codec.LATER)
+    prompt: str | None = None
     """What is asked, of a record of two parts."""
-    completion: str | None = field(default=None, metadata=codec.LATER)
+    completion: str | None = None
     """What is to be answered, of a record of two parts."""
-    messages: str | None = field(default=None, metadata=codec.LATER)
+    messages: str | None = None
     """A list of messages: role and content, or from and value."""
-    text: str | None = field(default=None, metadata=codec.LATER)
+    text: str | None = None
     """All of a record that has no parts."""
 
     def __post_init__(self) -> None:

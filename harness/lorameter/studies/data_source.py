@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorameter.errors import UsageError, shorten
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 
 SYNTHETIC = "synthetic"
 """Name of the embedded data source: seeded instruction records, no download."""
@@ -71,11 +71,11 @@ def resolve(data: str) -> DataSource:
     if data == SYNTHETIC:
         return DataSource(kind="synthetic", name=data)
     name, split = data, ""
-    if not bounded_io.is_there(data) and (found := _SPLIT.fullmatch(data)):
+    if not fileio.is_there(data) and (found := _SPLIT.fullmatch(data)):
         name, split = found["name"], found["split"]
-    if bounded_io.is_folder(name):
+    if fileio.is_folder(name):
         return _folder(Path(name), split, where)
-    if bounded_io.is_there(name):
+    if fileio.is_there(name):
         if split:
             raise UsageError(f"{where}: a file has no splits. Leave [{split}] out.")
         return _file(name, where)
@@ -89,12 +89,12 @@ def resolve(data: str) -> DataSource:
 def make_absolute(data: str) -> str:
     """The same data by a name that is valid in every folder."""
     found = _SPLIT.fullmatch(data)
-    name, behind = (found["name"], f"[{found['split']}]") if found and not bounded_io.is_there(data) else (data, "")
-    return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and bounded_io.is_there(name) else data
+    name, behind = (found["name"], f"[{found['split']}]") if found and not fileio.is_there(data) else (data, "")
+    return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and fileio.is_there(name) else data
 
 
 def _file(name: str, where: str) -> DataSource:
-    if not bounded_io.is_file(name):  # a pipe would block
+    if not fileio.is_file(name):  # a pipe would block
         raise UsageError(f"{where}: it is no plain file. {REMEDY}")
     if not name.endswith(ENDINGS):
         raise UsageError(f"{where}: a file of no known kind: its name ends in none of {', '.join(ENDINGS)}. {REMEDY}")

@@ -74,7 +74,7 @@ class Engine:
         if not self.workload:
             return workload
         common: Mapping[str, Any] = codec.to_json(workload)
-        changed = codec.from_json(Workload, {**common, **self.workload}, "[engine.workload]")
+        changed = codec.from_json(Workload, {**common, **self.workload}, "[engine.workload]", strict=True)
         if (changed.model, changed.data) != (workload.model, workload.data):
             raise UsageError("[engine.workload]: another model or other data. Leave them as they are in [workload].")
         return changed

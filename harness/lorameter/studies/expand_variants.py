@@ -92,7 +92,7 @@ def split_lists(where: str, data: Mapping[str, Any]) -> tuple[dict[str, Any], Li
             remedy = f"Use {limits.MOST_VARIANTS} or fewer."
             raise impossible(place, key, values, f"{len(values)} values, and each is a variant", remedy)
         for value in values:
-            codec.from_json(Workload, {key: value}, place)
+            codec.from_json(Workload, {key: value}, place, strict=True)
         if len(set(values)) < len(values):
             twice = max(values, key=values.count)
             raise impossible(place, key, values, f"{twice} is listed twice", "Take one of them out.")
@@ -172,7 +172,7 @@ def variants_of(where: str, data: Mapping[str, Any], rows: Sequence[Any]) -> tup
             raise UsageError(f'{place}: name is missing. Add name = "...".')
         check_axes(place, row)
         own = {key: value for key, value in row.items() if not key.startswith(OF_WORKLOAD)}
-        variants.append(codec.from_json(Variant, {**data.get("controls", {}), **own}, place))
+        variants.append(codec.from_json(Variant, {**data.get("controls", {}), **own}, place, strict=True))
     return tuple(variants)
 
 

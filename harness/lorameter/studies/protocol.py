@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lorameter.errors import UsageError
-from lorameter.records import codec
 from lorameter.records.metrics import PHASES, Phase
 from lorameter.studies import limits
 from lorameter.studies.placement import HERE, SiteSpec
@@ -54,7 +53,7 @@ class Protocol:
     """Measure requests with the adapter merged, too."""
     peak_replicates: int = 3
     """Peaks take few values and are compared by their maximum, so a few isolated trials are enough."""
-    cold_replicates: int | None = field(default=None, metadata=codec.LATER)
+    cold_replicates: int | None = None
     """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
     None: all."""
     generate_warmup: int = 1
@@ -82,15 +81,15 @@ class Protocol:
     """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
     is resumed. Rounds, replicates, cold starts and requests are dropped to keep it, for all variants alike, by the rule
     in docs/method.md. None sets no limit."""
-    on: str = field(default=HERE, metadata=codec.LATER)
+    on: str = HERE
     """Where replicates are measured by `run`, `ab`, `calibrate` and pytest, as `--on` has it: `here`, `ray`,
     `ray://HOST:PORT` or `slurm:KEY=VALUE,…`. Not in a profile, which is chosen by the
     device that is there."""
-    sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)
+    sites: tuple[str, ...] = ()
     """On which of them at once, as `--sites` has it: GPUs of this machine, or shares of its CPUs, as `["0", "1"]`, or
     `["0+1", "2+3"]` for trials of two ranks; names of nodes on Ray; never with SLURM, whose `on` says how many. Empty:
     one device here, all nodes of a cluster. Not in a profile."""
-    mixed: bool = field(default=False, metadata=codec.LATER)
+    mixed: bool = False
     """Let sites be unlike, other GPUs or CPUs, as `--mixed` has it: on sites of this machine replicates are divided
     evenly, and every ratio is of one site, with its own interval; nothing is taken over all of them. Not with a
     precision; not in a profile."""

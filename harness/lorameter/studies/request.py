@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorameter.records import codec
 from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import Variant
@@ -40,9 +39,9 @@ class TrialRequest:
     slowdown_rows: int = 0
     """Rows of an extra matrix product in every adapted layer's forward: a real slow-down of known cause, which shows
     what a protocol can see. 0 in every measurement of a variant."""
-    base: str = field(default="", metadata=codec.LATER)
+    base: str = ""
     """Folder of the prepared base, to be mapped; without one the process reads, converts and quantises it itself."""
-    waterfall: bool = field(default=False, metadata=codec.LATER)
+    waterfall: bool = False
     """Whether a cold start is taken apart, which times parts of it and so is no measurement of it."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
+from lorameter.records.record import Line
 from lorameter.studies import limits
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_number, say_level
 from lorameter.studies.engine import Engine
@@ -39,7 +40,7 @@ class Study:
     """Variants that meet on one workload under one protocol."""
 
     name: str
-    title: str
+    title: Line
     workload: Workload
     protocol: Protocol
     variants: tuple[Variant, ...]
@@ -53,9 +54,9 @@ class Study:
     """Name of the profile that fitted the study to a machine."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
-    engine: Engine | None = field(default=None, metadata=codec.LATER)
+    engine: Engine | None = None
     """Whose promises it is about, where it is about an engine's."""
-    workloads: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=codec.LATER)
+    workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fields of the workload that variants have a value of their own for, by the variant's name."""
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class Study:
         engine, where it is one of the workload."""
         common, where = codec.to_json(self.workload), f"study {self.name}, workload of"
         own = {
-            name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}")
+            name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}", strict=True)
             for name, fields in self.workloads.items()
         }
         if self.engine is not None and self.engine.workload:

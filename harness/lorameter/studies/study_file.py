@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, impossible, redact
-from lorameter.records import bounded_io, codec
+from lorameter.records import codec, fileio
 from lorameter.studies.claim import Claim, check_limits
 from lorameter.studies.engine import Engine
 from lorameter.studies.expand_variants import rows_of, split_lists, spread, variants_of, workloads_of
@@ -87,7 +87,7 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     Raises:
         UsageError: no such study or variant, a study of several and none named, or one of commands.
     """
-    named = ":" in spec and not bounded_io.is_file(spec)  # a file may have a colon in its name
+    named = ":" in spec and not fileio.is_file(spec)  # a file may have a colon in its name
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
     study = load_study(study_name, profile=profile, device=device)
     if study.of_scripts:
@@ -107,17 +107,17 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
     """The file and its content, with what it extends filled in."""
     known = builtin_studies()
     path = known.get(name_or_path, Path(name_or_path))
-    if not bounded_io.is_file(path) and (path.suffix == ".toml" or path.name != name_or_path):
+    if not fileio.is_file(path) and (path.suffix == ".toml" or path.name != name_or_path):
         raise UsageError(
             f"study {name_or_path!r}: file not found. Check the path; `lorameter list studies` prints those built in."
         )
-    if not bounded_io.is_file(path):
+    if not fileio.is_file(path):
         raise UsageError(
             f"study {name_or_path!r}: {unknown(name_or_path, list(known))} A path to a .toml file works too."
         )
     try:
-        data = bounded_io.read_toml(path)
-    except bounded_io.NotReadableError as error:
+        data = fileio.read_toml(path)
+    except fileio.NotReadableError as error:
         raise UsageError(f"{path.name}: {error}") from None
     for key in data:
         if key not in _KEYS:
@@ -172,7 +172,7 @@ def _choose_profile(where: str, profiles: Any, asked: str | None, device: str) -
             if key not in _PROFILE_KEYS:
                 raise unknown_key(f"{where}, [profile.{name}]", key, table[key], _PROFILE_KEYS)
         for key in ("devices", "notes"):
-            codec.from_json(tuple[str, ...], table.get(key, []), f"{where}, [profile.{name}], {key}")
+            codec.from_json(tuple[str, ...], table.get(key, []), f"{where}, [profile.{name}], {key}", strict=True)
         for section in _SECTIONS:
             if not isinstance(table.get(section, {}), Mapping):
                 remedy = f"Write {section}.KEY = VALUE."
@@ -244,16 +244,20 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     for section in ("workload", "protocol"):
         check_keys(f"{where}, [{section}]", section, data.get(section, {}))
     try:
-        workload = codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]")
+        workload = codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]", strict=True)
         study = Study(
             name=path.stem,
             workload=workload,
             workloads=workloads_of(rows, workload),
-            protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]"),
+            protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]", strict=True),
             variants=variants,
             claims=tuple(_claims(where, data.get("claim", []))),
-            notes=tuple(map(redact, codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes"))),
-            engine=codec.from_json(Engine, data["engine"], f"{where}, [engine]") if "engine" in data else None,
+            notes=tuple(
+                map(redact, codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes", strict=True))
+            ),
+            engine=codec.from_json(Engine, data["engine"], f"{where}, [engine]", strict=True)
+            if "engine" in data
+            else None,
             **fields,
         )
         study.check_distinct()
@@ -286,5 +290,5 @@ def _claim(where: str, written: Any) -> Claim:
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, Mapping):
             check_limits(part, where)
-    claim = codec.from_json(Claim, written, where)
+    claim = codec.from_json(Claim, written, where, strict=True)
     return dataclasses.replace(claim, says=redact(claim.says), original=redact(claim.original))

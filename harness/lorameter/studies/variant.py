@@ -58,7 +58,7 @@ class Variant:
 
     r: int = 16
     """Rank of the update, LoRA's r (Hu et al. 2021, arXiv 2106.09685)."""
-    lora_alpha: float = 16
+    lora_alpha: float = 16.0
     """Numerator of the scaling alpha / r (alpha / sqrt(r) with `use_rslora`)."""
     lora_dropout: float = 0.0
     """Probability with which an input of the adapter is zeroed in training."""
@@ -96,7 +96,7 @@ class Variant:
     """Let products of float32 run in TF32 on a GPU."""
     compile: bool = False
     """Compile the model with torch.compile, in caches of the trial's own."""
-    liger_kernel: bool = field(default=False, metadata=codec.LATER)
+    liger_kernel: bool = False
     """Patch the base with the Triton kernels of liger-kernel, all that it has for the architecture (Hsu et al. 2024,
     arXiv 2410.10989)."""
 
@@ -115,22 +115,22 @@ class Variant:
     gradient_accumulation: int = 1
     """Batches of one update of the optimizer."""
 
-    merge_adapter: bool = field(default=False, metadata=codec.LATER)
+    merge_adapter: bool = False
     """Answer requests with the adapter merged into the base, which changes nothing of the training before."""
-    kv_cache: KeyValueCache = field(default="dynamic", metadata=codec.LATER)
+    kv_cache: KeyValueCache = "dynamic"
     """Cache of a request's keys and values: "dynamic" is made anew for each token, one longer, and what it held is
     copied; "static" is made once, of the whole length."""
-    copy_head_input: bool = field(default=False, metadata=codec.LATER)
+    copy_head_input: bool = False
     """Hand the output head a copy of what it takes in a request. The hidden states of the last token are a view with
     the strides of the whole prompt, which torch's linear does not fold; on a CPU it then copies the head's weight."""
 
-    command: str = field(default="", metadata=codec.LATER)
+    command: str = ""
     """A training script in place of all above, as one would start it, but without a shell: `python train.py --r 64`."""
-    cwd: str = field(default="", metadata=codec.LATER)
+    cwd: str = ""
     """Folder that the command is run in; the one that one stands in if left out."""
-    env: dict[str, str] = field(default_factory=dict, hash=False, metadata=codec.LATER)
+    env: dict[str, str] = field(default_factory=dict, hash=False)
     """Variables that the command has beside those of the environment. They are written into the run."""
-    python: str = field(default="", metadata=codec.LATER)
+    python: str = ""
     """Interpreter in place of the command's `python`; its folder comes first on the command's PATH."""
 
     def __post_init__(self) -> None:

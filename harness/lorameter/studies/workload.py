@@ -57,9 +57,9 @@ class Workload:
     data: str = SYNTHETIC
     """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; what of these can be read and
     how a configuration and a split are named stands in `lorameter.studies.data_source`."""
-    columns: DataColumns = field(default=DataColumns(), metadata=codec.LATER)
+    columns: DataColumns = field(default=DataColumns())
     """Columns of the data that have other names than those that are recognised."""
-    loss: Loss = field(default="all", metadata=codec.LATER)
+    loss: Loss = "all"
     """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with
     the token that ends it, and nothing of the prompt; sequences without a token of an answer are left out."""
     prompt_format: PromptFormat = "answer-instruction"
@@ -85,10 +85,10 @@ class Workload:
     new_tokens: int = 32
     """Tokens generated per request, for each of its prompts; the end-of-sequence token is ignored so that every request
     has this length."""
-    request_batch: int = field(default=1, metadata=codec.LATER)
+    request_batch: int = 1
     """Prompts of a request, all different and of `prompt_tokens` each, that are answered together. Times are those of
     the whole batch, and output tokens a second count all of its answers."""
-    adapters: int = field(default=1, metadata=codec.LATER)
+    adapters: int = 1
     """Adapters on the base while requests are answered: the trained one, and others of its size with random weights of
     their own. With more than one, switching is measured beside requests of the trained adapter and, from two prompts a
     request on, batches whose prompts name different adapters (PEFT's `adapter_names`)."""
@@ -100,14 +100,14 @@ class Workload:
     threads: int = 1
     """CPU threads of a trial, of each of its ranks. Two on two cores collapse under contention, so one unless the study
     is about threads."""
-    ranks: int = field(default=1, metadata=codec.LATER)
+    ranks: int = 1
     """Processes that train together in one trial, each on its part of every batch: `batch_size` is that of all."""
-    strategy: Strategy = field(default="", metadata=codec.LATER)
+    strategy: Strategy = ""
     """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
-    repair: Repair = field(default="", metadata=codec.LATER)
+    repair: Repair = ""
     """What is mended in the libraries for it. "quant_state": 4-bit weights that FSDP2 has sharded keep their
     quantisation state (`lorameter.trial.ranks.strategies`), without which they are refused as wrong."""
-    scaling: bool = field(default=True, metadata=codec.LATER)
+    scaling: bool = True
     """Whether one rank alone takes turns with the ranks of a trial, on the same batches: what scaling efficiency and
     losses are measured against. It needs a device that holds the whole model."""
 

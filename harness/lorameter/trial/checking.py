@@ -12,8 +12,7 @@ from typing import Any
 import kernels_check
 from kernels_check.check import Check
 from lorameter.records import codec
-from lorameter.records.record import PartialRecord
-from lorameter.records.requirements import judge_required
+from lorameter.records.record import PartialRecord, judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.building.requirements import requirements_of

@@ -8,9 +8,10 @@ some for it, after its peaks have been read, for as long as the counter needs to
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
+
+import msgspec
 
 from lorameter.machine.telemetry import LEAST_S, Telemetry
 from lorameter.records.record import PartialRecord
@@ -63,7 +64,7 @@ class TrialTelemetry:
             self._steps += len(fragment.samples["step_time_s"])
             self._tokens += sum(fragment.samples["turn_tokens"])
             values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
-        return dataclasses.replace(fragment, values=fragment.values | values)
+        return msgspec.structs.replace(fragment, values=fragment.values | values)
 
     def _spent(self, fragment: PartialRecord) -> PartialRecord:
         """Training has ended, and its energy is still due: take steps for it."""
@@ -74,4 +75,4 @@ class TrialTelemetry:
             self._step()
             steps += 1
         counts = {"energy_steps": float(steps), "energy_tokens": float(self._real_tokens() - tokens)}
-        return dataclasses.replace(fragment, values=fragment.values | watch.end() | counts)
+        return msgspec.structs.replace(fragment, values=fragment.values | watch.end() | counts)

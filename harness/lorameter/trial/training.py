@@ -11,7 +11,6 @@ on at the first step and at that of the warm-up after it instead.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import math
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 
 import kernels_check
@@ -139,7 +139,7 @@ class Training:
         found = self._check_apart()
         values = dict(found.values)
         values["verify_time_s"] += watched.values["verify_time_s"]
-        return dataclasses.replace(found, values=values, samples=watched.samples)
+        return msgspec.structs.replace(found, values=values, samples=watched.samples)
 
     def _check_apart(self) -> PartialRecord:
         """A check in steps of its own, which are taken back."""
@@ -181,7 +181,7 @@ class Training:
         if diverged.status != "ok":
             return diverged, False
         if any(check.required is not None and check.status == "unknown" for check in checks):
-            return dataclasses.replace(fragment, checks=()), True
+            return msgspec.structs.replace(fragment, checks=()), True
         return judge_checks(fragment, checks, self._request), False
 
     def _check(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.records import bounded_io, codec, store
-from lorameter.records.atomic_json import write_document
+from lorameter.records import codec, fileio, store
+from lorameter.records.fileio import write_document
 from lorameter.records.packed import is_packed
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.comparison_input import ComparisonInput, comparison_input
@@ -54,11 +54,11 @@ class Baselines:
 def read_baselines(runs: Path) -> Baselines:
     """What was accepted in this runs directory. Raises `UsageError` for a damaged file."""
     path = runs / FILE
-    if not bounded_io.is_there(path):
+    if not fileio.is_there(path):
         return Baselines()
     try:
-        data = bounded_io.read_json(path, bounded_io.CONFIG_BYTES)
-    except bounded_io.NotReadableError as error:
+        data = fileio.read_json(path, fileio.CONFIG_BYTES)
+    except fileio.NotReadableError as error:
         raise UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it and accept again.") from None
     read = codec.from_json(Baselines, data, str(path))
     if read.schema != 1:
@@ -104,7 +104,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         accepted_unix_s=time.time(),
     )
     with deciding(runs):
-        if not bounded_io.is_there(run.path):
+        if not fileio.is_there(run.path):
             raise UsageError(f"run {run.path.name}: it was removed while it was read. Accept another run.")
         known = read_baselines(runs)
         replaced = known.of(accepted.fingerprint, accepted.study)
@@ -138,12 +138,12 @@ def read_comparand(name: str, runs: Path) -> ComparisonInput:
     Raises:
         UsageError: none of these, or one that cannot be read.
     """
-    if bounded_io.is_file(name) and not is_packed(Path(name)):
+    if fileio.is_file(name) and not is_packed(Path(name)):
         from lorameter.verdicts.benchmark_json import read_benchmark_json
 
         return read_benchmark_json(Path(name))
     folder = Path(name)
-    if bounded_io.is_folder(folder) and not store.is_run(folder) and not store.is_run(runs / name):
+    if fileio.is_folder(folder) and not store.is_run(folder) and not store.is_run(runs / name):
         from lorameter.verdicts.benchmark_folder import list_benchmarks, read_benchmark_folder
 
         if list_benchmarks(folder):
@@ -151,7 +151,7 @@ def read_comparand(name: str, runs: Path) -> ComparisonInput:
     try:
         return comparison_input(store.read_run(name, runs))
     except UsageError as error:
-        if bounded_io.is_folder(runs / name) or bounded_io.is_there(name):
+        if fileio.is_folder(runs / name) or fileio.is_there(name):
             raise
         raise UsageError(
             f"{error} A pytest-benchmark .json file, or a folder of several, works too; there is none at {name!r}."

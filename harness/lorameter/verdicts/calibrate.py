@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.durations import measuring_time_s
 from lorameter.records.metrics import PRIMARY, Phase
-from lorameter.records.store import Run
+from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from lorameter.stats.comparison import effect_of

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import LATER, POWER_LIMIT
@@ -25,7 +27,6 @@ from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.studies.workload import Workload
 from lorameter.verdicts.per_site import refuse_mixed
 from lorameter.verdicts.run_validity import run_validity, say_broken, trial_faults
 from lorameter.verdicts.series import Series, Trials, group_trials
@@ -168,21 +169,9 @@ def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> li
 def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
     """Facts of machine, libraries and workload that differ. A power limit, or what steers a GPU's choice of kernels,
     that one side did not record differs from nothing: neither was recorded at first, and such runs stay comparable.
-    `unknown_power_limit` says so of the limit. A field of the workload that one side does not write has its default
-    there."""
-    found = [one if None not in (one.base, one.candidate) else _told(one) for one in differences(base, candidate)]
+    `unknown_power_limit` says so of the limit."""
+    found = differences(base, candidate)
     return [one for one in found if one.field not in LATER or None not in (one.base, one.candidate)]
-
-
-def _told(difference: Difference) -> Difference:
-    """The same with the default in place of what is not written of a workload while it has it (`codec.LATER`)."""
-    section, _, name = difference.field.rpartition(".")
-    later = {one.name: one.default for one in dataclasses.fields(Workload) if "later" in one.metadata}
-    if section != "workload" or name not in later:
-        return difference
-    given = {"base": difference.base, "candidate": difference.candidate}
-    told = {side: codec.to_json(later[name]) if value is None else value for side, value in given.items()}
-    return dataclasses.replace(difference, **told)
 
 
 def unknown_power_limit(base: ComparisonInput, candidate: ComparisonInput) -> Notice | None:
@@ -235,8 +224,7 @@ def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
     return f"{'; '.join(map(str, found))}. {remedy}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A field that should agree and does not."""
 
     field: str

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError
-from lorameter.records import bounded_io, codec
+from lorameter.records import codec, fileio
 from lorameter.records.store import Run
 from lorameter.studies.limits import check_fraction
 from lorameter.verdicts.compare_pairs import ComparisonLimits, default_limits
@@ -72,7 +72,7 @@ class Policy:
     """Names or patterns of what is gated; the primary metric of each phase and the peaks if left out."""
     required: tuple[str, ...] = ()
     """Patterns of variants of which one at least must have been compared."""
-    losses: Literal["any", "agree"] = field(default="any", metadata=codec.LATER)
+    losses: Literal["any", "agree"] = "any"
     """Whether the losses of both sides of an A/B must agree."""
     limit: tuple[LimitRule, ...] = ()
     """Limits of their own for some variants and metrics."""
@@ -119,10 +119,10 @@ def load_policy(path: str | None) -> Policy:
     if path is None:
         return Policy()
     try:
-        data = bounded_io.read_toml(Path(path))
-    except bounded_io.NotReadableError as error:
+        data = fileio.read_toml(Path(path))
+    except fileio.NotReadableError as error:
         raise UsageError(f"policy {path}: {error}") from None
-    return codec.from_json(Policy, data, path)
+    return codec.from_json(Policy, data, path, strict=True)
 
 
 def kept_policy(run: Run) -> Policy:

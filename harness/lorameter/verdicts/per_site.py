@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from lorameter.errors import UsageError
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
@@ -37,7 +39,7 @@ def _run_of(run: Run, site: str) -> Run:
     machine = next(record.machine for record in run.records if record.site == site)
     study: dict[str, Any] = run.manifest.study
     protocol = {key: value for key, value in study.get("protocol", {}).items() if key != MIXED}
-    manifest = dataclasses.replace(
+    manifest = msgspec.structs.replace(
         run.manifest,
         study={**study, "protocol": protocol},
         order=tuple(record.trial for record in records),
@@ -77,7 +79,7 @@ def join_notices(run: Run, told: Mapping[str, Sequence[Notice]]) -> tuple[Notice
     ways = [dict.fromkeys(notices) for notices in told.values()]
     common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
     own = [
-        dataclasses.replace(notice, message=f"{site}: {notice.message}")
+        msgspec.structs.replace(notice, message=f"{site}: {notice.message}")
         for site, notices in told.items()
         for notice in dict.fromkeys(notices)
         if notice not in common

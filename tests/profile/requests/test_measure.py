@@ -6,6 +6,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from lorameter.profile.requests.accounting import request_accounts
@@ -94,7 +95,7 @@ def test_it_is_judged_and_shown_from_its_file(taken, capsys):
 def test_a_trial_that_was_not_recorded_is_judged_by_its_times(taken):
     """Where the profiler saw nothing, no rule of what ran finds anything, and all else is there."""
     profile, _ = taken
-    blind = dataclasses.replace(profile.activity, phases=(), missing="the profiler recorded nothing")
+    blind = msgspec.structs.replace(profile.activity, phases=(), missing="the profiler recorded nothing")
     seen = dataclasses.replace(profile, activity=blind)
     served, merged = request_accounts(seen)
     assert served.decode.calls is None

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import msgspec
 import pytest
 import torch
 
@@ -17,8 +18,7 @@ from lorameter.profile.requests.rules import (
     check_request_code,
     diagnose_requests,
 )
-from lorameter.records.activity import WeightCopy
-from lorameter.records.request_facts import ModelSize, RequestFacts
+from lorameter.records.activity import ModelSize, RequestFacts, WeightCopy
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -65,7 +65,8 @@ HEALTHY = RequestEvidence(
 
 def changed(*, variant=None, prefill=None, decode=None, facts=None, **fields):
     """The healthy evidence with other fields, of its parts as well."""
-    parts = {"variant": variant, "prefill": prefill, "decode": decode, "facts": facts}
+    parts = {"variant": variant, "prefill": prefill, "decode": decode}
+    fields |= {"facts": msgspec.structs.replace(FACTS, **facts)} if facts else {}
     own = {name: dataclasses.replace(getattr(HEALTHY, name), **given) for name, given in parts.items() if given}
     return dataclasses.replace(HEALTHY, **own, **fields)
 
@@ -124,13 +125,13 @@ def test_a_planted_case_is_found_alone(code):
     assert bool(finding.suggestion) != bool(finding.obstacle)
 
 
-LAYER_COPY = dataclasses.replace(HEAD_COPY, weight="model.layers.0.mlp.up_proj.weight and 7 like it")
+LAYER_COPY = msgspec.structs.replace(HEAD_COPY, weight="model.layers.0.mlp.up_proj.weight and 7 like it")
 
 
 @pytest.mark.parametrize(
     ("evidence", "found"),
     [
-        (changed(prefill={"copies": (dataclasses.replace(HEAD_COPY, time_s=0.0005),)}), []),
+        (changed(prefill={"copies": (msgspec.structs.replace(HEAD_COPY, time_s=0.0005),)}), []),
         (changed(**SLOW_HEAD, variant={"copy_head_input": True}), [{}]),
         (changed(prefill={"time_s": 1.55, "copies": (LAYER_COPY,)}, first_token=span(1.6)), [{}]),
         (changed(merged=TimeSpan(value=0.3, low=0.2, high=0.4)), []),
@@ -163,7 +164,7 @@ def test_what_costs_nothing_or_cannot_be_changed(evidence, found):
 
 def test_a_weight_that_is_copied_by_itself_is_no_fault_of_a_product():
     """As one that is cast for each pass: what goes into the layer changes nothing of it."""
-    cast = dataclasses.replace(HEAD_COPY, operator="aten::_to_copy", in_product=False)
+    cast = msgspec.structs.replace(HEAD_COPY, operator="aten::_to_copy", in_product=False)
     (finding,) = diagnose_requests(changed(prefill={"time_s": 1.55, "copies": (cast,)}, first_token=span(1.6)))
     assert (finding.code, finding.changes) == ("weight-copied", {})
     assert "outside of any product" in finding.message

@@ -18,8 +18,8 @@ from lorameter.records.activity import (
     REQUEST_PHASES,
     REQUEST_TRACE,
     Activity,
+    RequestFacts,
 )
-from lorameter.records.request_facts import RequestFacts
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant

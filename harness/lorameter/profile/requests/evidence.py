@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.profile.accounting import IDLE, TimeSpan, categories_s, plain_s, span_of
@@ -20,8 +21,7 @@ from lorameter.profile.evidence import (
 )
 from lorameter.profile.requests.accounting import RequestAccount
 from lorameter.profile.requests.facts import RequestProfile
-from lorameter.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
-from lorameter.records.request_facts import RequestFacts
+from lorameter.records.activity import CACHE, HEAD, PhaseActivity, RequestFacts, WeightCopy
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -127,7 +127,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         return plain_s(profile, whole, ran, seconds(ran), records=records) / count
 
     copies = tuple(
-        dataclasses.replace(one, calls=one.calls / count, time_s=plain_s(profile, whole, ran, one.time_s) / count)
+        msgspec.structs.replace(one, calls=one.calls / count, time_s=plain_s(profile, whole, ran, one.time_s) / count)
         for one in ran.copies
     )
     return PassEvidence(

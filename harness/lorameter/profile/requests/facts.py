@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from lorameter.models.shapes import ModelShape
 from lorameter.profile.accounting import Names
 from lorameter.profile.facts import Watched
-from lorameter.records.activity import REQUEST_PHASES, Activity
+from lorameter.records.activity import REQUEST_PHASES, Activity, RequestFacts
 from lorameter.records.memory_account import MemoryAccount
-from lorameter.records.request_facts import RequestFacts
 
 SERVED = Names(what="request", phases=REQUEST_PHASES)
 MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")

@@ -24,10 +24,10 @@ from lorameter.records.activity import (
     REQUEST_FACTS,
     REQUEST_TRACE,
     Activity,
+    RequestFacts,
 )
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice
-from lorameter.records.request_facts import RequestFacts
 from lorameter.run.executors import Executor
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant

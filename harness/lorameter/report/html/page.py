@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.records.atomic_output import replacing
+from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.blocks import (
     Cell,

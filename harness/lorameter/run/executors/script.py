@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lorameter import wire
 from lorameter.errors import LorameterError, UsageError
 from lorameter.machine import provenance
@@ -138,7 +140,7 @@ class ScriptWorker(ProcessWorker):
             self._gpu = GpuTelemetry(device, energy=False)
         alone = record.values.get("threads") == record.values.get("ranks") == 1.0
         self._may_pin = alone and hello.device == "cpu" and not has_children(hello.pid)
-        return dataclasses.replace(record, values=record.values | ready)
+        return msgspec.structs.replace(record, values=record.values | ready)
 
     def _turn(self, trial: str, timeout_s: float, steps: int) -> PartialRecord:
         """Timed steps, and what the machine did meanwhile. Counters of a process would be this one's, and what holds
@@ -151,7 +153,7 @@ class ScriptWorker(ProcessWorker):
         gpu = {} if self._gpu is None else self._gpu.end(time.monotonic())
         values = {telemetry_key("host", name, "train"): host[name] for name in host.keys() - OF_A_PROCESS}
         values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - OF_NEIGHBOURS}
-        return dataclasses.replace(record, values=record.values | values)
+        return msgspec.structs.replace(record, values=record.values | values)
 
     def death(self, phase: str) -> WorkerLostError:
         """How a script that had begun to train has ended."""

@@ -22,7 +22,7 @@ from typing import NoReturn
 from lorameter.attach import disable_side_effects
 from lorameter.attach.environment import SOCKET, child_environment
 from lorameter.errors import UsageError, shorten
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 from lorameter.records.record import Notice
 from lorameter.records.tempdirs import is_scratch
 from lorameter.records.units import first_few, format_bytes
@@ -147,7 +147,7 @@ def copy_snapshot(snapshot: Path, into: Path) -> Path:
 def folder_of(variant: Variant, stood_in: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` where there is none."""
     folder = stood_in / variant.cwd
-    if not bounded_io.is_folder(folder):
+    if not fileio.is_folder(folder):
         said = f"cwd = {shorten(repr(variant.cwd))}: no folder {shorten(str(folder))}"
         raise UsageError(f"variant {variant.name!r}: {said}. Mend the path.")
     return folder.resolve()
@@ -223,7 +223,7 @@ def words_of(
         raise UsageError(f"{where}: no program {shorten(repr(words[0]))} on PATH. Install it, or write its path.")
     if PYTHON.fullmatch(PurePath(words[0]).name):
         script = next((word for word in words[1:] if not word.startswith("-")), None)
-        if script is not None and script == words[1] and not bounded_io.is_there(folder / script):
+        if script is not None and script == words[1] and not fileio.is_there(folder / script):
             raise UsageError(
                 f"{where}: no file {shorten(repr(script))} in {folder}. Name its folder as cwd, or mend the path."
             )
@@ -269,7 +269,7 @@ def check_side(variant: Variant) -> None:
 def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
     if os.sep in word and not PurePath(word).is_absolute():
         path = folder / word
-        return str(path) if bounded_io.is_file(path) and os.access(path, os.X_OK) else None
+        return str(path) if fileio.is_file(path) and os.access(path, os.X_OK) else None
     return shutil.which(word, path=variables.get("PATH"))
 
 

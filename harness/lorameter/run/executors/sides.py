@@ -23,7 +23,7 @@ from typing import Literal
 from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, impossible, redact
 from lorameter.machine.repository import run_git
-from lorameter.records import bounded_io
+from lorameter.records import fileio
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.executors.environments import layered_environment, parse_requirements, site_packages
 from lorameter.run.executors.host import Host, inspect
@@ -132,13 +132,13 @@ def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
 
 
 def _is_executable_path(spec: str) -> bool:
-    return os.sep in spec and bounded_io.is_file(spec) and os.access(spec, os.X_OK)
+    return os.sep in spec and fileio.is_file(spec) and os.access(spec, os.X_OK)
 
 
 def _unknown(spec: str, repository: Path, refusal: str) -> str:
     """Everything that was tried, for the message."""
-    if os.sep in spec and bounded_io.is_there(spec):
-        path = "it exists but is a folder" if bounded_io.is_folder(spec) else "the file is not executable"
+    if os.sep in spec and fileio.is_there(spec):
+        path = "it exists but is a folder" if fileio.is_folder(spec) else "the file is not executable"
     else:
         path = "no executable file of that path" if os.sep in spec else "no Python of that name on PATH"
     return (

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.hardware_class import OF_A_KIND
 from lorameter.machine.provenance import Machine, fingerprint_fields
@@ -272,7 +274,7 @@ class _Driver:
         if self._earlier is not None:
             begun = continue_manifest(self._earlier.manifest, manifest.provenance, manifest.tokens, self._minutes)
         else:
-            begun = dataclasses.replace(
+            begun = msgspec.structs.replace(
                 manifest,
                 run=self._path.name,
                 study=codec.to_json(self._plan.study),
@@ -465,8 +467,8 @@ def _begin_again(path: Path) -> None:
         spec = read_order(folder).plan
         for found in store.list_runs(folder)[:1]:
             if spec is not None:
-                manifest = dataclasses.replace(store.read_manifest(found), run=path.name, order=spec.order)
-                RunWriter(path.parent, dataclasses.replace(manifest, status="running"))
+                manifest = msgspec.structs.replace(store.read_manifest(found), run=path.name, order=spec.order)
+                RunWriter(path.parent, msgspec.structs.replace(manifest, status="running"))
                 return
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
-from lorameter.records.atomic_json import write_whole
+from lorameter.records.fileio import write_whole
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.resume import PlanSpec
 

@@ -13,9 +13,10 @@ device context.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from pathlib import Path
+
+import msgspec
 
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
@@ -42,7 +43,7 @@ def start_cold(request: TrialRequest, spawned_monotonic_s: float) -> PartialReco
     fragment = load_and_answer(request)
     values = {**fragment.values, **imported.values, "cold_start_time_s": time.monotonic() - spawned_monotonic_s}
     del values["cold_after_import_time_s"]
-    return dataclasses.replace(fragment, values=values)
+    return msgspec.structs.replace(fragment, values=values)
 
 
 def load_and_answer(request: TrialRequest) -> PartialRecord:

@@ -6,13 +6,13 @@ name different adapters, each must get the answer of its own.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
+
+import msgspec
 
 import kernels_check
 from lorameter.records import codec
-from lorameter.records.record import Failure, PartialRecord
-from lorameter.records.requirements import judge_required
+from lorameter.records.record import Failure, PartialRecord, judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.requirements import attention_of
 from lorameter.trial.inference.server import Server
@@ -22,7 +22,7 @@ def prove_attention(fragment: PartialRecord, model: Any, server: Server, request
     """The fragment with the check, which may make its trial invalid as one of a step does."""
     required = attention_of(request.variant, request.requirements)
     check = kernels_check.watch_request(model, server.ask_shortly, required)
-    seen = dataclasses.replace(fragment, checks=(codec.to_json(check),))
+    seen = msgspec.structs.replace(fragment, checks=(codec.to_json(check),))
     name, fallback = request.variant.name, request.allow_fallback
     return judge_required(seen, {check.path: check.required}, name=name, allow_fallback=fallback)
 
@@ -35,13 +35,13 @@ def prove_mixing(fragment: PartialRecord, server: Server, request: TrialRequest)
     values = {**fragment.values, "adapters": float(request.workload.adapters)}
     found = server.check_mixing()
     if found is None:
-        return dataclasses.replace(fragment, values=values)
+        return msgspec.structs.replace(fragment, values=values)
     values |= {
         "mixed_rows": float(found.rows),
         "mixed_rows_rounded": float(len(found.rounded)),
         "mixed_rows_telling": float(found.telling),
     }
-    fragment = dataclasses.replace(fragment, values=values)
+    fragment = msgspec.structs.replace(fragment, values=values)
     if found.wrong:
         rows = ", ".join(map(str, found.wrong))
         message = (

@@ -18,13 +18,13 @@ Four kinds of work are identified in the records:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
 
+import msgspec
 from torch._C._autograd import DeviceType
 
 from kernels_check.rules import Rule, classify
@@ -299,7 +299,7 @@ def sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ..
     for copy in copies:
         sums.setdefault((copy.weight, copy.shape, copy.in_product), []).append(copy)
     means = [
-        dataclasses.replace(group[0], calls=len(group) / steps, time_s=sum(one.time_s for one in group) / steps)
+        msgspec.structs.replace(group[0], calls=len(group) / steps, time_s=sum(one.time_s for one in group) / steps)
         for group in sums.values()
     ]
     return tuple(sorted(means, key=lambda one: -one.time_s))

@@ -20,8 +20,7 @@ from torch.profiler import record_function
 from transformers.pytorch_utils import Conv1D
 
 from lorameter.machine.memory import PeakMemoryTracker
-from lorameter.records.activity import CACHE, HEAD, REQUEST_PHASES
-from lorameter.records.request_facts import ModelSize, RequestFacts
+from lorameter.records.activity import CACHE, HEAD, REQUEST_PHASES, ModelSize, RequestFacts
 from lorameter.trial.building import lora
 from lorameter.trial.inference.generate import Request
 from lorameter.trial.memory import output_head, resident_tensors, storage_bytes

@@ -6,12 +6,12 @@ So all of them take the same decisions (when a warm-up has ended), and a step's 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 
 import kernels_check
@@ -75,7 +75,7 @@ class RankTrial(Trial):
         """Load, attach, meet the others' models, take the first step."""
         fragment, ranks = super().build(), self._party.ranks
         threads = float(ranks * self._request.threads)  # so that waiting for each other is not taken for other work
-        return dataclasses.replace(fragment, values=fragment.values | {"ranks": float(ranks), "threads": threads})
+        return msgspec.structs.replace(fragment, values=fragment.values | {"ranks": float(ranks), "threads": threads})
 
     def turn(self, steps: int) -> PartialRecord:
         """`steps` timed steps; tokens are those of all ranks."""
@@ -88,7 +88,7 @@ class RankTrial(Trial):
         samples |= {
             f"rank{rank}_step_time_s": tuple(lap[rank] for lap in self._laps) for rank in range(self._party.ranks)
         }
-        return dataclasses.replace(fragment, samples=samples)
+        return msgspec.structs.replace(fragment, samples=samples)
 
     def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
         self._party.barrier()

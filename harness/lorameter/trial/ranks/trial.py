@@ -18,13 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lorameter import wire
 from lorameter.errors import shorten
 from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.processes import exit_words
 from lorameter.records.metrics import LOSSES
-from lorameter.records.record import Failure, Notice, PartialRecord
-from lorameter.records.requirements import judge_required
+from lorameter.records.record import Failure, Notice, PartialRecord, judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.ranks.agreement import compare_losses
@@ -78,7 +79,7 @@ class TrialOfRanks:
             return fragment
         if not one_first:
             beside = self._ask_one(command, arguments)
-        fragment = dataclasses.replace(
+        fragment = msgspec.structs.replace(
             fragment, samples=fragment.samples | beside.samples, notices=fragment.notices + beside.notices
         )
         self._losses["ranks"] += _losses_of(fragment)
@@ -114,14 +115,14 @@ class TrialOfRanks:
             return fragment
         request = self._request
         check = compare_losses(self._losses["ranks"], self._losses["one"], request.variant, request.workload.ranks)
-        added = dataclasses.replace(fragment, checks=(*fragment.checks, check))
+        added = msgspec.structs.replace(fragment, checks=(*fragment.checks, check))
         if check["required"] is None:
             return added
         judged = judge_required(
             PartialRecord(checks=(check,)), {check["path"]: True}, name=request.variant.name,
             allow_fallback=request.allow_fallback,
         )  # fmt: skip
-        return dataclasses.replace(
+        return msgspec.structs.replace(
             added, status=judged.status, failure=judged.failure, notices=added.notices + judged.notices
         )
 
@@ -206,8 +207,8 @@ def _failure(
         member, answer, failure = own[0]
         same = len(own) == len(members) and len({one[2].message for one in own}) == 1
         message = failure.message if same else f"{member.name}: {failure.message}"
-        failed = PartialRecord().failed(answer.status, dataclasses.replace(failure, message=message))
-        return dataclasses.replace(failed, checks=answer.checks, values=answer.values)
+        failed = PartialRecord().failed(answer.status, msgspec.structs.replace(failure, message=message))
+        return msgspec.structs.replace(failed, checks=answer.checks, values=answer.values)
     if died:
         message = (
             f"{died[0].name} ended with {exit_words(died[0].code)} during {command}; the others were ended with it"
@@ -224,7 +225,7 @@ def _failure(
     if bad:  # all of them waited for each other
         member, answer, failure = bad[0]
         message = f"{member.name}: {shorten(failure.message)}"
-        return PartialRecord().failed(answer.status, dataclasses.replace(failure, message=message))
+        return PartialRecord().failed(answer.status, msgspec.structs.replace(failure, message=message))
     return None
 
 
@@ -239,7 +240,7 @@ def _merged(answers: Sequence[PartialRecord]) -> PartialRecord:
         sizes = [answer.memory.get(kind, 0) for answer in answers]
         memory |= {kind: max(sizes)} | {f"rank{rank}_{kind}": size for rank, size in enumerate(sizes)}
     values = {key: value for answer in reversed(answers) for key, value in answer.values.items()}
-    return dataclasses.replace(first, memory=memory, values=values)
+    return msgspec.structs.replace(first, memory=memory, values=values)
 
 
 def _losses_of(fragment: PartialRecord) -> list[float]:

@@ -10,11 +10,11 @@ then.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
@@ -39,8 +39,7 @@ PartKey = tuple[str, int]
 """Id of a claim and the place of a part in it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartResult:
+class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What became of one part."""
 
     rule: str
@@ -56,7 +55,7 @@ class PartResult:
     tolerance: float | None = None
     """None where the rule has none."""
     margin: float | None = None
-    by: float | None = field(default=None, metadata=codec.LATER)
+    by: float | None = None
     """What was promised of an engine."""
     replicates: int = 0
     """With every level; 0 where the part was not judged."""
@@ -65,8 +64,7 @@ class PartResult:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimResult:
+class ClaimResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What became of a claim."""
 
     id: str
@@ -74,11 +72,10 @@ class ClaimResult:
     original: str
     verdict: Judgement
     parts: tuple[PartResult, ...]
-    source: str = field(default="", metadata=codec.LATER)
+    source: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimsReport:
+class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that is said of a run's claims."""
 
     run: str
@@ -94,7 +91,7 @@ class ClaimsReport:
     deviations: tuple[str, ...]
     notes: tuple[str, ...]
     answers: Answers
-    engine: EngineShown | None = field(default=None, metadata=codec.LATER)
+    engine: EngineShown | None = None
     """Of a study about an engine: what it takes to show the verdicts to somebody else."""
 
     @property
@@ -191,7 +188,7 @@ def _answered(question: Question, conclusion: Conclusion, said: str) -> PartResu
         replicates=conclusion.replicates,
         skipped=question.skipped,
     )
-    return dataclasses.replace(result, about=question.about[conclusion.contrast], ratio=ratio, low=low, high=high)
+    return msgspec.structs.replace(result, about=question.about[conclusion.contrast], ratio=ratio, low=low, high=high)
 
 
 def _rises(part: ClaimPart, groups: Groups, study: Study, planned: set[str]) -> PartResult:
@@ -211,7 +208,7 @@ def _peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     found = judge_peaks(part, groups, study)
     result = _result(part, found.verdict, found.reason, replicates=found.replicates)
     about = " / ".join(reversed(pair_of(part, study)))
-    return dataclasses.replace(result, about=about, ratio=found.ratio, low=found.low, high=found.high)
+    return msgspec.structs.replace(result, about=about, ratio=found.ratio, low=found.low, high=found.high)
 
 
 def _result(part: ClaimPart, verdict: Judgement, reason: str, *, replicates: int = 0, skipped: int = 0) -> PartResult:

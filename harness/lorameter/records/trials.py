@@ -1,0 +1,253 @@
+"""The records of a run on disk: a line of trials.jsonl each, whose checks are hashes of lines of checks.jsonl.
+
+The evidence of checks is two thirds of a record and the same in nearly all of them, so it is stored once a run. It is
+on the disk before the first record that names it, so that no crash leaves a hash without evidence. A line that was
+damaged later no longer has its hash: its evidence is lost, and is written again when the same is found again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lorameter.errors import UsageError, redact, shorten
+from lorameter.records import codec, fileio
+from lorameter.records.record import SCHEMA, Line, TrialRecord, require_readable
+
+TRIALS, CHECKS = "trials.jsonl", "checks.jsonl"
+HASH_DIGITS = 16
+
+
+class LostEvidenceError(Exception):
+    """A record names evidence that is not there."""
+
+
+class StoredRecord(TrialRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A record as a line of trials.jsonl holds it."""
+
+    trial: Line
+    name: Line
+    site: Line = ""
+    checks: tuple[str, ...] = ()  # type: ignore[assignment]  # hashes of the evidence
+    tokens: dict[str, bool | int | float | str | list[int] | None] = msgspec.field(default_factory=dict)
+
+
+class StoredCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line of checks.jsonl."""
+
+    hash: str
+    check: dict[str, Any]
+
+
+_RECORD = msgspec.json.Decoder(StoredRecord, strict=False)
+_CHECK = msgspec.json.Decoder(StoredCheck)
+_KEPT = tuple(field.name for field in msgspec.structs.fields(TrialRecord) if field.name != "checks")
+
+
+class EvidenceFile:
+    """The checks of one run by their hashes; read as far as needed, so that a run that is being written can be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / CHECKS
+        self._checks: dict[str, dict[str, Any]] = {}
+        self._read_bytes = 0
+
+    def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        """The hashes of these checks, redacted, as they may repeat an error's text; those that are new are on the disk
+        afterwards.
+
+        Raises:
+            OSError: the disk refuses.
+            UsageError: the file that is there is no evidence.
+        """
+        self._read_on()
+        hashed = [(_hash_of(check), check) for check in map(_redacted, checks)]
+        new = {name: check for name, check in hashed if name not in self._checks}
+        if new:
+            lines = [f'{{"hash": "{name}", "check": {codec.dumps(check)}}}\n' for name, check in new.items()]
+            fileio.append(self._path, "".join(lines))
+        return tuple(name for name, _ in hashed)
+
+    def find(self, hashes: Sequence[str]) -> tuple[dict[str, Any], ...]:
+        """The checks of these hashes.
+
+        Raises:
+            LostEvidenceError: one is not there.
+            UsageError: the file is there and cannot be read.
+        """
+        if not all(name in self._checks for name in hashes):
+            self._read_on()
+        try:
+            return tuple([self._checks[name] for name in hashes])
+        except KeyError as error:
+            raise LostEvidenceError(error.args[0]) from None
+
+    def _read_on(self) -> None:
+        """Read what was added since; a line without its end is left for the next time."""
+        if not fileio.is_file(self._path) or self._path.stat().st_size == self._read_bytes:
+            return
+        with fileio.explain_unreadable(self._path), fileio.open_plain(self._path) as file:
+            file.seek(self._read_bytes)
+            for line in fileio.read_lines(file):
+                if not line.endswith(b"\n"):
+                    return
+                self._read_bytes += len(line)
+                self._keep(line)
+
+    def _keep(self, line: bytes) -> None:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+            stored = _CHECK.decode(line)
+            if stored.hash == _hash_of(stored.check):
+                self._checks[stored.hash] = stored.check
+
+
+def check_findings(checks: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Raises `UsageError` for the finding of a check that does not say what was checked and what was found."""
+    for check in checks:
+        for key in ("path", "status", "required"):
+            if key not in check or (key != "required" and not isinstance(check[key], str)):
+                raise UsageError(f"{shorten(where)}: {key} of a check is missing or no text. Add it.")
+
+
+_redact = functools.lru_cache(maxsize=4096)(redact)
+"""Checks are nearly the same in all trials."""
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return _redact(value)
+    if isinstance(value, Mapping):
+        return {key: _redacted(item) for key, item in value.items()}
+    return [_redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _hash_of(check: Mapping[str, Any]) -> str:
+    return hashlib.sha256(codec.dumps(check).encode("utf-8", errors="replace")).hexdigest()[:HASH_DIGITS]
+
+
+def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
+    """A record as a line of trials.jsonl, its checks named by these hashes."""
+    return codec.dumps({**msgspec.structs.asdict(record), "schema": SCHEMA, "checks": hashes}) + "\n"
+
+
+def find_fault(record: TrialRecord) -> str | None:
+    """Why a record could not be read again once it is written; None where it can."""
+    try:
+        check_findings(record.checks, f"record, trial {record.trial}")
+        _read_line(line_of(record, ()), "record", Path())
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | codec.NotJsonError | LostEvidenceError]:
+    """Every line of the trials.jsonl of a run as a record with its evidence, or as the reason why it is none: a crash
+    cut it short, or its evidence is lost.
+
+    Raises:
+        UsageError: a line that is not a record of this schema.
+    """
+    evidence = EvidenceFile(folder)
+    with _collection_paused():
+        for line in fileio.journal_lines(folder / TRIALS):
+            try:
+                stored = _read_line(line, f"{name}, {TRIALS}", folder / TRIALS)
+                yield _with_checks(stored, evidence.find(stored.checks))
+            except (codec.NotJsonError, LostEvidenceError) as error:
+                yield error
+
+
+def _with_checks(stored: StoredRecord, checks: tuple[dict[str, Any], ...]) -> TrialRecord:
+    return TrialRecord(checks=checks, **{name: getattr(stored, name) for name in _KEPT})
+
+
+def _read_line(line: str, where: str, source: Path) -> StoredRecord:
+    try:
+        record = _RECORD.decode(line)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        data = codec.parse(line)
+        if not isinstance(data, dict):  # "5}" has lost its beginning, and so may "5" have
+            raise codec.NotJsonError("it is no table") from None
+        require_readable(data, source)
+        record = codec.from_json(StoredRecord, data, where)
+    if record.schema != SCHEMA:
+        require_readable({"schema": record.schema}, source)
+    times = record.started_unix_s + record.wall_time_s
+    sums = [sum(record.values.values()), *map(sum, record.samples.values())] if record.status == "ok" else []
+    if not all(map(math.isfinite, (times, *sums))):
+        raise UsageError(
+            f"{where}, trial {shorten(record.trial, 60)}: a number in times, samples or values is not finite, and the "
+            f"trial is {record.status}. Restore the file, or measure again."
+        )
+    return record
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Pauses the garbage collector: records hold no cycles, and searching those of a large run again and again takes
+    as long as reading them."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+STEPS = "steps.jsonl"
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a step adds to the record of its trial."""
+
+    samples: dict[str, float | None] = msgspec.field(default_factory=dict)
+    """One value for each sample; None where it was not seen."""
+    values: dict[str, float] = msgspec.field(default_factory=dict)
+    """Values of the record as they are now."""
+    memory: dict[str, int] = msgspec.field(default_factory=dict)
+    """Peaks as they are now."""
+
+
+def step_line_of(step: Step) -> bytes:
+    """The line of a step. It is written while a training waits, and `codec` takes five times as long."""
+    try:
+        text = json.dumps({"samples": step.samples, "values": step.values, "memory": step.memory}, allow_nan=False)
+    except ValueError:  # what is no number in JSON
+        text = codec.dumps(step)
+    return f"{text}\n".encode()
+
+
+def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
+    """The record with the steps in the folder of its run, each a turn of its own. A sample that one of them did not
+    show is left out for all, and so is a line that was cut short."""
+    samples: dict[str, list[float | None]] = {}
+    values, memory = dict(record.values), dict(record.memory)
+    for line in fileio.journal_lines(folder / STEPS):
+        try:
+            step = codec.from_json(Step, codec.parse(line), STEPS)
+        except (UsageError, codec.NotJsonError):
+            break
+        for name, value in step.samples.items():
+            samples.setdefault(name, []).append(value)
+        values |= step.values
+        memory |= step.memory
+    whole = {name: tuple(value for value in found if value is not None) for name, found in samples.items()}
+    seen = {name: found for name, found in whole.items() if len(found) == len(samples[name])}
+    turns = (1,) * len(seen.get("step_time_s", ()))
+    return record.replaced(samples=record.samples | seen, turn_lengths=turns, values=values, memory=memory)
+
+
+def remove_steps(folder: Path) -> None:
+    """Its trial has ended."""
+    (folder / STEPS).unlink(missing_ok=True)
