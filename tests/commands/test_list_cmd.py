@@ -26,7 +26,7 @@ def edited(text, **changes):
     (lambda text: "[" * DEEP, "nested too deeply"), (lambda text: '{"schema": ' * DEEP, "nested too deeply"),
     (lambda text: text.replace('"study": {', '"study": {"a": ' + "[" * 900 + "]" * 900 + ","), "nested too deeply"),
     (lambda text: text.replace('"seed": 0', '"seed": ' + "9" * 5000), "Exceeds the limit (4300 digits)"),
-    (lambda text: text.replace('"created_unix_s": 1.0', '"created_unix_s": ' + "9" * 400), "created_unix_s = inf"),
+    (lambda text: text.replace('"created_unix_s": 1.0', '"created_unix_s": ' + "9" * 400), "created_unix_s = 9999"),
     (lambda text: edited(text, schema=[[]]), "schema [[]]"),
     (lambda text: edited(text, schema=True), "schema True"),
     (lambda text: edited(text, study={}), "name is missing"), (lambda text: edited(text, study=3), "study = 3"),

@@ -57,7 +57,6 @@ def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine
         (("tokens",), {"own": {"plain": {"examples": [{"prompt": "x"}]}}}),
         (("sides",), {"base": {"label": "x", "worker": "y"}}),
         (("sides",), {"base": 3, "candidate": 4}),
-        (("sides",), {side: {"label": "x", "worker": "y", "facts": {"python": "3"}} for side in ("base", "candidate")}),
         (("study", "replaced"), {"workload.no": 1}),
         (("study", "replaced"), {"x": 1}),
         (("study", "protocol"), []),

@@ -62,7 +62,7 @@ def test_the_document_is_that_of_the_contract(claims):
     assert document["answers"] == {"requests": None, "variants": None}
     assert (document["status"], document["trials"]) == ("complete", {"planned": 12, "ok": 12})
     first, second = document["claims"]
-    assert {"id", "says", "original", "verdict", "parts"} == set(first)
+    assert {"id", "says", "original", "verdict", "parts", "source"} == set(first)
     assert (first["id"], first["original"], first["verdict"]) == ("1", "33 min at r 4, 35 min at r 8", "inconclusive")
     (part,) = first["parts"]
     assert part["low"] < part["ratio"] < part["high"]

@@ -146,7 +146,7 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
     said, _, place = message.partition(" - at `")
     place, path = place.removeprefix("key` in `").rstrip("`"), ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
-        inner = _inner(hint)[0]
+        inner = next((one for one in _inner(hint) if typing.get_args(one) or _fields_of(one)), hint)
         if name:
             hint, key = _fields_of(inner)[name], name
         else:

@@ -128,7 +128,7 @@ class _Tokens(msgspec.Struct):
 
 
 class _SideFacts(msgspec.Struct):
-    packages: dict[str, str]
+    packages: dict[str, str] = {}
     python: str | None = None
     cuda: str | None = None
     git: _Git | None = None

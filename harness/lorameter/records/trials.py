@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -31,6 +31,9 @@ class LostEvidenceError(Exception):
     """A record names evidence that is not there."""
 
 
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
 class StoredRecord(TrialRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A record as a line of trials.jsonl holds it."""
 
@@ -38,7 +41,7 @@ class StoredRecord(TrialRecord, frozen=True, kw_only=True, forbid_unknown_fields
     name: Line
     site: Line = ""
     checks: tuple[str, ...] = ()  # type: ignore[assignment]  # hashes of the evidence
-    tokens: dict[str, bool | int | float | str | list[int] | None] = msgspec.field(default_factory=dict)
+    tokens: dict[str, bool | int | float | str | list[Token] | None] = msgspec.field(default_factory=dict)
 
 
 class StoredCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ are only decoded, by the tokenizer of the run's model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
     record = _record(run, variant, replicate)
     workload, tokens = read_workload_of(run, variant), run.manifest.tokens
     examples = tokens.get("own", {}).get(variant, tokens).get("examples", [])
-    prompts = [key.removeprefix("answer_") for key in record.tokens if key.startswith("answer_")]
+    prompts = [found[1] for key in record.tokens if (found := re.fullmatch(r"answer_(\d+)", key))]
     chosen = [index for index in sorted(map(int, prompts)) if index < len(examples)][:count]
     if not chosen or not examples:
         raise _no_answers(run)
@@ -82,7 +83,7 @@ def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
     records = [
         record
         for record in run.records
-        if record.role == "variant" and any(key.startswith("answer_") for key in record.tokens)
+        if record.role == "variant" and any(re.fullmatch(r"answer_\d+", key) for key in record.tokens)
     ]
     names = list(dict.fromkeys(record.name for record in records))
     if not names:
