@@ -245,3 +245,13 @@ def test_a_run_without_limits_measures_all_replicates(measured):
     run = measured(replicates=6)
     assert run.manifest.stopped is None
     assert {record.replicate for record in run.records} == set(range(6))
+
+
+def test_a_limited_run_says_how_many_turns_each_replicate_took(measured):
+    """Two in the first, whose cost nobody knew, and all of the plan after it where there is time."""
+    run = measured(replicates=4, turns=4, max_minutes=60.0)
+    assert run.manifest.spending.turns == (2, 4, 4, 4)
+    assert run.manifest.spending.limit_s == 3600
+    assert run.manifest.skipped == ()
+    assert not [notice for notice in run.manifest.notices if notice.code == "measurements-skipped"]
+    assert {record.status for record in run.records} == {"ok"}
