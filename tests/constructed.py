@@ -152,12 +152,12 @@ class Planted:
             arms = self._arms()
             self.luck.shuffle(arms)
             machine = self._machine()
-            for solo in (False, True):
+            for isolated in (False, True):
                 for name, role, side in arms:
                     alone = role == "control" and "cold" not in self.phases
-                    if solo and (replicate >= self.peaks or alone):
+                    if isolated and (replicate >= self.peaks or alone):
                         continue
-                    yield self._record(name, role, side, replicate, position, machine, solo=solo)
+                    yield self._record(name, role, side, replicate, position, machine, isolated=isolated)
                     position += 1
 
     def _machine(self) -> list[float]:
@@ -166,30 +166,32 @@ class Planted:
         return [level * math.exp(self.luck.gauss(0, 0.08)) for _ in range(self.turns)]
 
     def _record(
-        self, name: str, role: str, side: str, replicate: int, position: int, machine: list[float], *, solo: bool
+        self, name: str, role: str, side: str, replicate: int, position: int, machine: list[float], *, isolated: bool
     ) -> Json:
         template = next(
-            one for one in self._templates if one["name"] == name and one["trial"].endswith("-solo") == solo
+            one for one in self._templates if one["name"] == name and one["trial"].endswith("-isolated") == isolated
         )
-        suffix = (f"-{side}" if side else "") + ("-control" if role == "control" else "") + ("-solo" if solo else "")
+        suffix = (
+            (f"-{side}" if side else "") + ("-control" if role == "control" else "") + ("-isolated" if isolated else "")
+        )
         made = {key: copy.deepcopy(template[key]) for key in ("name", "variant", "failure", "seed")}
         made |= {
             "schema": SCHEMA, "trial": f"r{replicate}-{name}{suffix}", "role": role, "side": side, "attempt": 0,
             "replicate": replicate, "position": position, "started_unix_s": BEGUN + 20.0 * position, "status": "ok",
-            "wall_time_s": 15.0, "interleaving": "replicates" if solo else self.level, "notices": [],
-            "log": f"logs/r{replicate}-{name}{suffix}.log", "turn_lengths": [] if solo else [1] * self.turns,
-            "checks": self._checked(template), "memory": self._memory(name, side) if solo else {},
+            "wall_time_s": 15.0, "interleaving": "replicates" if isolated else self.level, "notices": [],
+            "log": f"logs/r{replicate}-{name}{suffix}.log", "turn_lengths": [] if isolated else [1] * self.turns,
+            "checks": self._checked(template), "memory": self._memory(name, side) if isolated else {},
             "tokens": {"hash": template["tokens"]["hash"][:12], "padded_tokens": 0, "real_tokens": 32768},
             "values": {key: rounded(template["values"][key]) for key in KEPT_VALUES if key in template["values"]},
         }  # fmt: skip
-        if not solo:
+        if not isolated:
             made["values"]["held_out_loss"] = rounded(self._loss(name) * 1.02)
             factor = self.ratios.get(name, 1.0) if side != "base" else 1.0
             factor *= self.control if role == "control" else 1.0
             made["samples"] = self._samples(name, factor, machine)
         else:
             made["samples"] = {}
-        if "cold" in self.phases and solo:
+        if "cold" in self.phases and isolated:
             made["values"]["cold_start_time_s"] = self._near(4.0)
             made["samples"]["cold_start_time_s"] = [made["values"]["cold_start_time_s"]]
         return made
@@ -267,7 +269,7 @@ def failed(record: Json) -> Json | None:
     ends = {
         f"r1-{NF4}": ("crashed", "timed", "SIGSEGV", "the process ended with signal 11"),
         f"r2-{NF4}": ("timeout", "timed", "Timeout", "no answer within 600 s"),
-        f"r0-{ALPHA}-solo": ("oom", "build", "OutOfMemoryError", "tried to allocate 2.00 GiB"),
+        f"r0-{ALPHA}-isolated": ("oom", "build", "OutOfMemoryError", "tried to allocate 2.00 GiB"),
         f"r3-{REFERENCE}": ("not_run", "start", "TimeLimit", "the limit of time was reached"),
     }
     return failure(record, *ends[record["trial"]]) if record["trial"] in ends else record
@@ -552,7 +554,7 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
     luck = random.Random(f"profile {missing} {remainder}")
     manifest, records = measured("lora-or-qlora")
     variant = next(one for one in manifest["study"]["variants"] if one["name"] == NF4)
-    template = next(one for one in records if one["trial"] == f"r0-{NF4}-solo")
+    template = next(one for one in records if one["trial"] == f"r0-{NF4}-isolated")
     noise = [math.exp(luck.gauss(0, 0.004)) for _ in range(8)]
 
     def times(seconds: float) -> list[float]:

@@ -65,7 +65,7 @@ def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
         assert word in text
     assert main(["run", "lora-or-qlora", "--dry-run", "--json", "--runs-dir", str(tmp_path)]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert len(document["order"]) == 15 + 15  # in turns, and solo for peaks and cold starts
+    assert len(document["order"]) == 15 + 15  # in turns, and isolated for peaks and cold starts
     assert document["time_s"] > 0
     assert not list(tmp_path.iterdir())
 
@@ -104,15 +104,15 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
     run = store.read_run(json.loads(done.stdout)["run"], runs)
     records = run.records
     timed = [record for record in records if "step_time_s" in record.samples]
-    solo = [record for record in records if record.trial.endswith("-solo")]
-    assert len(timed) == len(solo) == 3
+    isolated = [record for record in records if record.trial.endswith("-isolated")]
+    assert len(timed) == len(isolated) == 3
     assert sum(record.values["base_loads"] for record in timed) == 1
     assert [(base.conversions, base.quantisations) for base in run.manifest.bases] == [(1, 1)]
     assert not any(record.values["base_conversions"] for record in records)
-    assert all(record.values["cold_base_conversions"] == 1 for record in solo)  # as a user's
+    assert all(record.values["cold_base_conversions"] == 1 for record in isolated)  # as a user's
     assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
-    assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in solo)
-    assert all(record.memory["adapter_bytes"] > 0 for record in solo)
+    assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in isolated)
+    assert all(record.memory["adapter_bytes"] > 0 for record in isolated)
     twins = {record.role: record.samples["timed_loss"] for record in timed if record.name == "a"}
     assert twins["variant"] == twins["control"]
 

@@ -180,7 +180,7 @@ def test_the_plan_runs_once_for_all_tests_and_is_on_disk(suite):
     result.assert_outcomes(passed=6)
     (run,) = (suite.path / ".lorameter" / "runs").iterdir()
     trials = [json.loads(line)["trial"] for line in (run / "trials.jsonl").read_text().splitlines()]
-    assert sum(not trial.endswith("-solo") for trial in trials) == 2 * 3
+    assert sum(not trial.endswith("-isolated") for trial in trials) == 2 * 3
     assert (suite.path / "measured").read_text() == "x"
     result.stdout.fnmatch_lines(["*lorameter*", "*Training*", "*control*equivalent*", "*benchmark 'cold'*"])
 

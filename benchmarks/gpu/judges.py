@@ -154,12 +154,12 @@ def study_is_valid(evidence: Evidence) -> Decision:
     paths = [check for one in records for check in one.checks]
     idle = sorted({f"{check['path']} {check['status']}" for check in paths if check["status"] not in _MET})
     if not records:
-        return undecided("no trial came to its end")
+        return undecided("no trial ended")
     if bad or idle:
         return decided(False, "; ".join([*bad, *idle])[:600])
     names = sorted({one.name for one in records})
     if len(names) < 2:
-        return undecided(f"only {', '.join(names)} came to its end")
+        return undecided(f"only {', '.join(names)} ended")
     return decided(True, f"{len(records)} trials of {', '.join(names)} ok, {len(paths)} checks met")
 
 
@@ -211,7 +211,7 @@ def cold_has_its_parts(evidence: Evidence) -> Decision:
     """Import, load, first token and completion, each a number, and their sum within the whole."""
     cold = [one.values for one in evidence.run("cold").records if "cold_start_time_s" in one.values]
     if not cold:
-        return undecided("no cold start came to its end")
+        return undecided("no cold start ended")
     parts = ("cold_import_time_s", "cold_load_time_s", "cold_completion_time_s")
     holds = all(set(parts) <= set(one) and sum(one[part] for part in parts) <= one["cold_start_time_s"] for one in cold)
     mean = {name: sum(one.get(name, 0.0) for one in cold) / len(cold) for name in (*parts, "cold_start_time_s")}
@@ -251,7 +251,7 @@ def start_of_the_device_is_told(evidence: Evidence) -> Decision:
     starts = [one.values["device_start_time_s"] for one in evidence.run("study").records
               if "device_start_time_s" in one.values]  # fmt: skip
     if not starts:
-        return undecided("no isolated trial came to its end")
+        return undecided("no isolated trial ended")
     return decided(min(starts) > 0, f"{min(starts):.2f} to {max(starts):.2f} s in {len(starts)} isolated trials")
 
 
@@ -262,7 +262,7 @@ def all_settings_share_a_base(evidence: Evidence) -> Decision:
     turns = [one for one in records if one.interleaving == "shared-base"]
     bad = sorted({f"{one.trial} {one.status}" for one in records if not _ok(one)})
     if not [one for one in turns if one.status == "ok"]:
-        return decided(False, "; ".join(bad)) if bad else undecided(f"no trial came to its end; {run.manifest.status}")
+        return decided(False, "; ".join(bad)) if bad else undecided(f"no trial ended; {run.manifest.status}")
     settings = {one.name for one in turns if one.status == "ok"}
     said = f"{len(settings)} settings took turns on one base"
     return decided(not bad, said + (f"; {'; '.join(bad)}" if bad else ""))

@@ -128,7 +128,7 @@ STEPS: tuple[Step, ...] = (
         "tests/trial/profiling/test_memory_breakdown.py",
         limit_s=150,
     ),
-    tests("7b", "does a trial of Llama-2-7B come to its end on either base", "tests/test_gpu_study.py", limit_s=480),
+    tests("7b", "does a trial of Llama-2-7B end on either base", "tests/test_gpu_study.py", limit_s=480),
     tests(
         "controls",
         "are faults that only a GPU shows found, and do their healthy controls pass",

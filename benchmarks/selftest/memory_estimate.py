@@ -119,7 +119,7 @@ def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
     from lorameter.trial.profiling.trial import ProfiledTrial
 
     request = TrialRequest(
-        trial="r0-solo", variant=variant, role="variant", replicate=0, seed=0, workload=workload, protocol=PROTOCOL,
+        trial="r0-isolated", variant=variant, role="variant", replicate=0, seed=0, workload=workload, protocol=PROTOCOL,
         interleaving="replicates", measures=("requests", "peaks"), device="cpu", threads=1,
         tokens_path=json.loads((Path(folder) / "out").read_text()), scratch=folder, log_path="",
     )  # fmt: skip

@@ -15,7 +15,7 @@
   replicates; without any pairing identical code is never called equivalent. Other decision rules on the same draws are
   printed next to them. Skipped without the recording.
 - claims: simulated runs of the built-in study of LoRA parameters (`simulated_claims.py`). At most 5 % of the runs have
-  a wrong verdict on a claim, and 80 % find each planted effect.
+  a wrong verdict on a claim, and 80 % find each injected effect.
 
 A bound holds unless an exact binomial test at 1 % rejects it.
 

@@ -42,7 +42,7 @@ from lorameter.records.units import format_ratio
 from lorameter.stats import mean_interval
 
 SCRIPT = Path(__file__).with_name("work_script.py")
-PRODUCTS, PLANTED = 100, 104
+PRODUCTS, INJECTED = 100, 104
 REPLICATES, STEPS = "8", "40"
 MAX_ALARMS, MIN_FOUND = 1 / 8, 9 / 10
 LIMIT_S, LIMIT_SHARE = 100e-6, 0.005
@@ -66,26 +66,28 @@ def run_ab(products: int, folder: Path) -> dict[str, Any]:
 
 def judge_verdicts(tries: int) -> Iterator[str]:
     """Print the A/Bs of identical and of slower scripts, in turn; yield the bounds that do not hold."""
-    counts: dict[str, Counter[str]] = {"identical": Counter(), "planted": Counter()}
+    counts: dict[str, Counter[str]] = {"identical": Counter(), "injected": Counter()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copy(SCRIPT, folder)
         share = 1 - run_ab(0, folder)["step"]["ratio"]
-        print(f"products are {share:.1%} of a step, so {share * (PLANTED / PRODUCTS - 1):.2%} are planted", flush=True)
+        print(
+            f"products are {share:.1%} of a step, so {share * (INJECTED / PRODUCTS - 1):.2%} are injected", flush=True
+        )
         for number in range(tries):
-            for part, products in (("identical", PRODUCTS), ("planted", PLANTED)):
+            for part, products in (("identical", PRODUCTS), ("injected", INJECTED)):
                 document = run_ab(products, folder)
                 step, verdicts = document["step"], [row["verdict"] for row in document["comparisons"]]
                 counts[part][step["verdict"]] += 1
                 counts[part]["any"] += bool({"regressed", "improved"} & {*verdicts})
                 ratio = format_ratio(step["ratio"], step["low"], step["high"])
                 print(f"{part} {number}: {step['verdict']} {ratio}, {document['interleaving']}", flush=True)
-    alarms, found = counts["identical"]["any"], counts["planted"]["regressed"]
-    print(f"identical: {alarms} of {tries} are called different; planted: {found} of {tries} are called slower")
+    alarms, found = counts["identical"]["any"], counts["injected"]["regressed"]
+    print(f"identical: {alarms} of {tries} are called different; injected: {found} of {tries} are called slower")
     if alarms > MAX_ALARMS * tries:
         yield f"identical: {alarms} of {tries} are called different, at most {MAX_ALARMS:.1%} are allowed"
     if found < MIN_FOUND * tries:
-        yield f"planted: {found} of {tries} are called slower, {MIN_FOUND:.0%} are required"
+        yield f"injected: {found} of {tries} are called slower, {MIN_FOUND:.0%} are required"
 
 
 class Process:

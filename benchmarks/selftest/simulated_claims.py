@@ -1,7 +1,7 @@
 """Verdicts on claims in simulated runs of the built-in study of LoRA parameters, whose truth is known.
 
 Three sets of runs: `null`, where no setting has an effect; `null, at the limit`, the same with every tolerance and
-margin at nearly zero, so that nothing but its interval protects a statement; `planted`, where step time rises by 4 %
+margin at nearly zero, so that nothing but its interval protects a statement; `injected`, where step time rises by 4 %
 from r 16 to 512, loss falls by 3 % from alpha 16 to 256 and parameters grow with alpha.
 
 The noise is that of a busy machine (docs/method.md), a part of its own each: a course that all settings of a replicate
@@ -45,18 +45,18 @@ FALSE_STATEMENTS = ((True, "supported"), (False, "refuted"))
 """Where nothing has an effect: of an effect and of an equality. What `rises` states of counts is exact."""
 FOUND = ("1", "1 train", "2", "4", "5", "6", "8", "9", "12")
 FALSE = ("3", "3 to EOS", "7", "7 to EOS", "10", "10 to EOS", "11")
-"""Claims that are true, and that are false, in the planted set."""
+"""Claims that are true, and that are false, in the injected set."""
 RIGHT = dict.fromkeys(FOUND, "supported") | dict.fromkeys(FALSE, "refuted")
 
 
-def simulated_run(study: Study, rng: np.random.Generator, *, planted: bool) -> Run:
+def simulated_run(study: Study, rng: np.random.Generator, *, injected: bool) -> Run:
     """One run of all settings and the control."""
     members: list[tuple[Variant, Role]] = [(variant, "variant") for variant in study.variants]
     members.append((study.variant(study.reference), "control"))
     records = [
         record
         for replicate in range(study.protocol.replicates)
-        for record in _replicate(study, members, replicate, rng, planted=planted)
+        for record in _replicate(study, members, replicate, rng, injected=injected)
     ]
     manifest = Manifest(
         run="simulated", study=codec.to_json(study), phases=("train", "generate"), interleaving="shared-base",
@@ -66,16 +66,16 @@ def simulated_run(study: Study, rng: np.random.Generator, *, planted: bool) -> R
     return Run(path=Path("simulated"), manifest=manifest, records=tuple(records))
 
 
-def _effects(variant: Variant, *, planted: bool) -> tuple[float, float, float]:
+def _effects(variant: Variant, *, injected: bool) -> tuple[float, float, float]:
     """The true factors on step time, loss and trainable parameters."""
-    if not planted:
+    if not injected:
         return 1.0, 1.0, 1.0
     alpha = variant.lora_alpha / 16
     return 1.04 ** (math.log2(variant.r / 16) / 5), 0.97 ** (math.log2(alpha) / 4), alpha
 
 
 def _replicate(
-    study: Study, members: list[tuple[Variant, Role]], replicate: int, rng: np.random.Generator, *, planted: bool
+    study: Study, members: list[tuple[Variant, Role]], replicate: int, rng: np.random.Generator, *, injected: bool
 ) -> Iterator[TrialRecord]:
     protocol, count = study.protocol, len(members)
     process = rng.normal(0.0, PROCESS_SD, (count, 1))
@@ -87,7 +87,7 @@ def _replicate(
     losses = np.exp(0.5 + rng.normal(0.0, SEED_SD) + rng.normal(0.0, LOSS_SD, count))
     losses[-1] = losses[[variant.name for variant, _ in members].index(study.reference)]
     for index, (variant, role) in enumerate(members):
-        time, loss, parameters = _effects(variant, planted=planted)
+        time, loss, parameters = _effects(variant, injected=injected)
         loss *= float(losses[index])
         yield TrialRecord(
             trial=f"r{replicate}-{variant.name}{'-control' if role == 'control' else ''}", status="ok",
@@ -125,16 +125,22 @@ def at_the_limit(study: Study) -> Study:
 
 
 def shares(draws: int) -> Iterator[Share]:
-    """How often a run has a wrong verdict, its control fails, and each planted effect is found."""
+    """How often a run has a wrong verdict, its control fails, and each injected effect is found."""
     study = load_study(STUDY, device="cpu")
-    sets = {"null": study, "null, at the limit": at_the_limit(study), "planted": study}
+    sets = {"null": study, "null, at the limit": at_the_limit(study), "injected": study}
     for seed, (name, own) in enumerate(sets.items(), start=1):
-        rng, planted, wrong, invalid, right = np.random.default_rng([4, seed]), name == "planted", 0, 0, Counter[str]()
+        rng, injected, wrong, invalid, right = (
+            np.random.default_rng([4, seed]),
+            name == "injected",
+            0,
+            0,
+            Counter[str](),
+        )
         for _ in range(draws):
-            report = judge_claims(simulated_run(own, rng, planted=planted))
+            report = judge_claims(simulated_run(own, rng, injected=injected))
             invalid += not report.valid
             right.update(claim.id for claim in report.claims if claim.verdict == RIGHT[claim.id])
-            if planted:
+            if injected:
                 opposite = {"supported": "refuted", "refuted": "supported"}
                 wrong += any(claim.verdict == opposite[RIGHT[claim.id]] for claim in report.claims)
             else:
@@ -144,4 +150,4 @@ def shares(draws: int) -> Iterator[Share]:
         yield Share(f"claims, {name}: a control fails", invalid, draws, most=0.1)  # two families of controls
     for claim in study.claims:
         least = 0.8 if RIGHT[claim.id] == "supported" else None
-        yield Share(f"claims, planted: {claim.id} is {RIGHT[claim.id]} ({claim.says})", right[claim.id], draws, least)
+        yield Share(f"claims, injected: {claim.id} is {RIGHT[claim.id]} ({claim.says})", right[claim.id], draws, least)

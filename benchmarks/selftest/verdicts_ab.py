@@ -1,10 +1,10 @@
 """Verdicts of `lorameter ab` on identical commits, on an injected slow-down and on a loaded machine; interleaving
 levels.
 
-    python benchmarks/selftest/verdicts_ab.py [--tries N] [--part identical planted loaded levels] [--minutes M]
+    python benchmarks/selftest/verdicts_ab.py [--tries N] [--part identical injected loaded levels] [--minutes M]
 
 - identical: a commit against itself is never called slower.
-- planted: a commit against itself with about 5 % more work in the step is called slower in 90 % of the tries, and the
+- injected: a commit against itself with about 5 % more work in the step is called slower in 90 % of the tries, and the
   interval covers the true size in 85 %. A rigorous run measures the true size first.
 - loaded: identical, while one process per CPU only computes: never called slower, and a notice names the contention.
 - levels: six variants and the A/A control for the same minutes at each interleaving level. In each round the levels run
@@ -34,7 +34,7 @@ from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
 from lorameter.run.interleaving import LEVELS
-from lorameter.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
+from lorameter.verdicts.calibrate import INJECTED, PILOT_ROWS, rows_for
 from lorameter.verdicts.series import compare_series, group_trials
 
 STUDY = "training-step"
@@ -76,10 +76,10 @@ def ratio_of(row: dict[str, Any]) -> tuple[float, float, float]:
     return row["ratio"], row["low"], row["high"]
 
 
-def planted_rows(folder: Path) -> tuple[int, tuple[float, float, float]]:
+def injected_rows_of(folder: Path) -> tuple[int, tuple[float, float, float]]:
     """Rows of extra work that make about 5 %, sized by two pilots, and the slow-down that a rigorous run measures."""
     pilots = [run_ab(folder, "--inject-rows", str(rows), "--replicates", "5")["step"]["ratio"] for rows in PILOT_ROWS]
-    rows = rows_for(PLANTED, *pilots)
+    rows = rows_for(INJECTED, *pilots)
     found = run_ab(folder, "--inject-rows", str(rows), "--effort", "rigorous")
     return rows, ratio_of(found["step"])
 
@@ -87,10 +87,10 @@ def planted_rows(folder: Path) -> tuple[int, tuple[float, float, float]]:
 def try_part(part: str, tries: int, folder: Path) -> tuple[list[dict[str, Any]], float]:
     """The A/Bs of a part, each printed, and the true ratio."""
     options, truth, found = [], 1.0, []
-    if part == "planted":
-        rows, size = planted_rows(folder)
+    if part == "injected":
+        rows, size = injected_rows_of(folder)
         options, truth = ["--inject-rows", str(rows)], size[0]
-        print(f"planted: {rows} rows in each adapted layer are a slow-down of {format_ratio(*size)}")
+        print(f"injected: {rows} rows in each adapted layer are a slow-down of {format_ratio(*size)}")
     with busy_cpus() if part == "loaded" else contextlib.nullcontext():
         for number in range(1, tries + 1):
             one = run_ab(folder, *options)
@@ -115,12 +115,12 @@ def judge(part: str, tries: list[dict[str, Any]], truth: float) -> Iterator[str]
     longest = max(one["seconds"] for one in tries)
     print(f"{part}: {dict(verdicts)}; {covered} cover the true ratio; {named} name contention; up to {longest:.0f} s")
     slower = verdicts["regressed"]
-    if part != "planted" and slower:
+    if part != "injected" and slower:
         yield f"{part}: {slower} of {count} are called slower"
-    if part == "planted" and slower < MIN_FOUND * count:
-        yield f"planted: {slower} of {count} are called slower, {MIN_FOUND:.0%} are required"
-    if part == "planted" and covered < MIN_COVERED * count:
-        yield f"planted: {covered} of {count} intervals cover the true ratio, {MIN_COVERED:.0%} are required"
+    if part == "injected" and slower < MIN_FOUND * count:
+        yield f"injected: {slower} of {count} are called slower, {MIN_FOUND:.0%} are required"
+    if part == "injected" and covered < MIN_COVERED * count:
+        yield f"injected: {covered} of {count} intervals cover the true ratio, {MIN_COVERED:.0%} are required"
     if part == "loaded" and named < count:
         yield f"loaded: {count - named} of {count} do not name the contention"
     if part != "loaded" and longest > MAX_TRY_S:
@@ -174,7 +174,7 @@ def judge_level(level: str, records: list[TrialRecord]) -> Iterator[str]:
 
 def main() -> int:
     """Measure the parts and print them; 1 where a bound does not hold."""
-    parts = ("identical", "planted", "loaded", "levels")
+    parts = ("identical", "injected", "loaded", "levels")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=8, help="A/Bs of each part; half as many of loaded")
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))

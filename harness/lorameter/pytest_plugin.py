@@ -1,4 +1,4 @@
-"""`pytest benchmarks/ --benchmark-save=NAME`: the main front door.
+"""`pytest benchmarks/ --benchmark-save=NAME`: the main entry point.
 
 A benchmark suite asks for it with three lines in its conftest (`attach`); in every other project this plugin adds its
 options and does nothing. The whole selected plan is measured once, interleaved, after collection; each test then

@@ -51,13 +51,14 @@ def check_shape(name: str, found: Any) -> None:
 
 
 def check_run(name: str, run: Path) -> None:
-    """The files of a run, and keys and types of its manifest and of the last record of each trial, solo ones apart."""
+    """The files of a run, and keys and types of its manifest and of the last record of each trial, isolated
+    ones separately."""
     last = {record["trial"]: record for record in read_records(run)}
     assert {record["status"] for record in last.values()} == {"ok"}
     records = [_without_the_host(record) for record in last.values()]
     kinds = {
-        "records": [record for record in records if not record["trial"].endswith("-solo")],
-        "solo records": [record for record in records if record["trial"].endswith("-solo")],
+        "records": [record for record in records if not record["trial"].endswith("-isolated")],
+        "isolated records": [record for record in records if record["trial"].endswith("-isolated")],
     }
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     check_shape(f"runs/{name}", {"manifest": _without_the_machine(manifest)} | kinds)

@@ -63,8 +63,8 @@ def test_an_unknown_metric_is_an_error():
 
 def test_a_trial_that_times_no_steps_has_no_final_loss():
     """Its training ends early, so what it lost last is not the loss after all steps."""
-    solo = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
-    assert samples_of(solo, "timed_loss") == ()
+    isolated = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
+    assert samples_of(isolated, "timed_loss") == ()
 
 
 def test_every_entry_stands_under_its_name():

@@ -18,7 +18,7 @@ INVALID = {
     "control-failed": "its control regressed in phase 'train': the reference differs from itself",
     "without-reference": "the control of phase 'train' was not measured",
     "diverged": "trial r1-qlora-nf4-r64-a256 is invalid in timed: the loss of step 4 is nan",
-    "failed": "trial r0-qlora-nf4-r64-a256-solo is oom in build: tried to allocate 2.00 GiB",
+    "failed": "trial r0-qlora-nf4-r64-a256-isolated is oom in build: tried to allocate 2.00 GiB",
     "disturbed": "trial r2-qlora-nf4-r64-a256 is invalid in train: while training the machine swapped 64 MiB in 1.00 s",
     "interrupted": "its status is 'interrupted', not 'complete'",
     "killed": "its status is 'running', not 'complete'",

@@ -206,7 +206,7 @@ class FakeWorker:
             return PartialRecord(
                 samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "timed_loss": (2.0,)} | counts
             )
-        if command == "finish_training" and trial.endswith("-solo"):
+        if command == "finish_training" and trial.endswith("-isolated"):
             return PartialRecord(memory={"host_peak_train_bytes": 2**20})
         return PartialRecord()
 
@@ -374,7 +374,7 @@ def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_fil
     code, document = lorameter("calibrate", study_file, "--replicates", "9", "--json")
     assert code == 0
     assert document["inject_rows"] == pytest.approx(50, abs=2)
-    assert document["calibration"]["planted"]["ratio"] == pytest.approx(1.05, rel=0.005)
+    assert document["calibration"]["injected"]["ratio"] == pytest.approx(1.05, rel=0.005)
     assert [rate["replicates"] for rate in document["calibration"]["rates"]] == [5, 8]
     assert [executor.label for executor in fake.made] == ["base", "control", "candidate"] * 3
     assert {command for _, command in fake.asked}.isdisjoint({"begin_generate", "request"})

@@ -106,7 +106,7 @@ class Timed:
             seconds = self.costs["turn"] / 2 * arguments["steps"]
         self.now += seconds
         self.asked.append((trial, command))
-        if command == "finish_training" and "solo" not in trial:
+        if command == "finish_training" and "isolated" not in trial:
             self.steps[trial] = arguments.get("steps")
         if command == "cold":
             return PartialRecord(values={"cold_after_import_time_s": self.costs["cold"]})
@@ -175,7 +175,7 @@ def measured(small_study):
 
 def rounds(executor, command):
     """How often the trials that take turns were asked for it: by replicate, the set over its trials."""
-    counts = Counter(trial for trial, asked in executor.asked if asked == command and "solo" not in trial)
+    counts = Counter(trial for trial, asked in executor.asked if asked == command and "isolated" not in trial)
     found = {}
     for trial, count in counts.items():
         found.setdefault(int(trial[1 : trial.index("-")]), set()).add(count)
@@ -248,7 +248,7 @@ def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):
 def test_peaks_are_measured_once_a_variant(measured):
     """By the trials that take turns on a CPU; nothing is measured of a trial on its own then."""
     executor, _ = measured(900.0)
-    assert not any("solo" in trial for trial, _ in executor.asked)
+    assert not any("isolated" in trial for trial, _ in executor.asked)
 
 
 def test_a_replicate_that_turns_out_slower_ends_the_run(measured, monkeypatch):

@@ -1,4 +1,4 @@
-"""The bounds of the proof programs, on planted results: what breaks one is reported, and what holds is not."""
+"""The bounds of the proof programs, on injected results: what breaks one is reported, and what holds is not."""
 
 import os
 
@@ -19,16 +19,20 @@ def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, noti
         ("identical", [ab_document()] * 8, ""),
         ("identical", [ab_document()] * 7 + [ab_document("regressed")], "1 of 8 are called slower"),
         ("identical", [ab_document(seconds=50.0)], "took 50 s"),
-        ("planted", [ab_document("regressed", 1.03, 1.06)] * 8, ""),
-        ("planted", [ab_document("regressed", 1.03, 1.06)] * 7 + [ab_document()], "planted: 7 of 8 are called slower"),
-        ("planted", [ab_document("regressed", 1.08, 1.09)] * 8, "0 of 8 intervals cover"),
+        ("injected", [ab_document("regressed", 1.03, 1.06)] * 8, ""),
+        (
+            "injected",
+            [ab_document("regressed", 1.03, 1.06)] * 7 + [ab_document()],
+            "injected: 7 of 8 are called slower",
+        ),
+        ("injected", [ab_document("regressed", 1.08, 1.09)] * 8, "0 of 8 intervals cover"),
         ("loaded", [ab_document(seconds=95.0, notices=("contention",))] * 4, ""),
         ("loaded", [ab_document(notices=("contention",)), ab_document()], "1 of 2 do not name the contention"),
     ],
 )
 def test_verdicts_are_judged_by_part(program, part, documents, broken):
     """Identical commits are never slower, an injected slow-down is found and covered, contention is named."""
-    found = [*program("verdicts_ab").judge(part, documents, 1.05 if part == "planted" else 1.0)]
+    found = [*program("verdicts_ab").judge(part, documents, 1.05 if part == "injected" else 1.0)]
     assert bool(found) == bool(broken)
     assert broken in "".join(found)
 

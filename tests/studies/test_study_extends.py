@@ -87,6 +87,6 @@ def test_the_sweep_can_be_planned_on_a_small_model(name, capsys):
     arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--interleave", "shared-base"]
     assert cli.main(["run", name, *arguments, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    settings = {trial.partition("-")[2] for trial in plan["order"] if not trial.endswith("-solo")}
+    settings = {trial.partition("-")[2] for trial in plan["order"] if not trial.endswith("-isolated")}
     assert settings == {variant.name for variant in load_study(name).variants} | {"r64-a16-d0.1-control"}
     assert plan["interleaving"] == "shared-base"

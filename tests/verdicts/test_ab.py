@@ -74,7 +74,7 @@ def write_ab(tmp_path, small_study):
                             side,
                             "variant",
                             replicate,
-                            "-solo",
+                            "-isolated",
                             memory={"host_peak_train_bytes": seen[replicate]},
                         )
         kept = [changed for record in records if (changed := change(record)) is not None]

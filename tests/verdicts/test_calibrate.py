@@ -81,8 +81,8 @@ def test_a_quiet_machine_finds_the_slow_down_and_cries_no_wolf(ab_run, plain):
     assert all(rate.false_alarms < 0.02 for rate in result.rates)
     assert all(rate.found > 0.97 for rate in result.rates)
     assert all(rate.equivalent > 0.97 for rate in result.rates)
-    assert (result.identical.verdict, result.planted.verdict) == ("equivalent", "regressed")
-    assert result.planted.ratio == pytest.approx(1.05)
+    assert (result.identical.verdict, result.injected.verdict) == ("equivalent", "regressed")
+    assert result.injected.ratio == pytest.approx(1.05)
     assert result.interleaving == "lockstep"
     assert (result.run, result.device, result.replicates) == ("ab", "Test CPU", 24)
 

@@ -97,8 +97,10 @@ def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
     base, other = sides([(1, 1)] * 3)
     for series in (base, other):
         turns = tuple(one.replaced(interleaving=level) for one in series.records)
-        solo = tuple(one.replaced(samples={"merged_request_time_s": (1.0, 2.0)}, values={}) for one in series.records)
-        object.__setattr__(series, "records", (*turns, *solo))
+        isolated = tuple(
+            one.replaced(samples={"merged_request_time_s": (1.0, 2.0)}, values={}) for one in series.records
+        )
+        object.__setattr__(series, "records", (*turns, *isolated))
     assert f"paired {words}" in compare_series(base, other, "step_time_s").reason
     assert "paired by replicate" in compare_series(base, other, "merged_request_time_s").reason
     assert base.interleaving("step_time_s") == level

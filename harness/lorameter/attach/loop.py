@@ -262,7 +262,7 @@ class LoopSource:
             self._steps.loss(loss)
 
     def end(self, error: BaseException | None) -> None:
-        """The training has come to its end."""
+        """The training has ended."""
         while self._handles:
             self._handles.pop().remove()
         if self._sight is not None:

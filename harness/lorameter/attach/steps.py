@@ -66,7 +66,7 @@ class Steps:
         """What looks on, and has, if anything did: of steps in a row it is the same."""
         self._open = False
         self.ended = False
-        """Whether the training has come to its end."""
+        """Whether the training has ended."""
         self._begun_s = self._begun_cpu_s = 0.0
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
@@ -242,7 +242,7 @@ class Steps:
             self._release()
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
-        """The training has come to its end, as its source has `seen`, or its process has; later calls do nothing."""
+        """The training has ended, as its source has `seen`, or its process has; later calls do nothing."""
         if not self.ended:
             self.ended = True
             self.break_off()

@@ -140,13 +140,13 @@ class TrainerSource(TrainerCallback):
                 self._steps.run(lambda: trainer.log(summarise(since, beside)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training has come to its end."""
+        """Training has ended."""
         self._release_trainer()
         if self._steps is not None:
             self._steps.end(None)
 
     def unended(self) -> BaseException:
-        """What is said of a training that did not come to its end: the last error of one of its steps."""
+        """What is said of a training that did not end: the last error of one of its steps."""
         return self._failed or UnendedError("the process has ended before its training did")
 
     def _time_methods(self, trainer: Any) -> None:

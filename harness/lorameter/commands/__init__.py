@@ -1,1 +1,1 @@
-"""What the doors do: one module a command."""
+"""Commands of the command line: one module a command."""

@@ -1,7 +1,7 @@
 """`pytest benchmarks/ --lorameter-resume=RUN`: the session resumes an interrupted run, and replays all of it.
 
 Study, variants and phases are those of the run; what the tests of a session select is only what is replayed. So the
-command line of the session that broke off may be given again with this one option.
+command line of the interrupted session may be given again with this one option.
 """
 
 from __future__ import annotations
@@ -83,6 +83,6 @@ class ResumedRun:
         except UsageError as refusal:
             if run.manifest.status != "complete":
                 raise
-            print_stderr(f"{refusal} What it has is replayed.")  # it came to its end, if not to a good one
+            print_stderr(f"{refusal} What it has is replayed.")  # it ended, if not to a good one
             return run
         return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run, placement=placement)

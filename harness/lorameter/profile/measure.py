@@ -178,7 +178,7 @@ def profile_variant(
 
     Raises:
         UsageError: what cannot work on this machine.
-        InvalidRunError: the trial did not come to its end; the message says where its log is.
+        InvalidRunError: the trial did not end; the message says where its log is.
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
         trial, machine = opened.trial, opened.machine

@@ -36,7 +36,7 @@ OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EM
 """Those that a trial meets through no fault of its own, and that the next trial meets as well."""
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError", "MemoryError", "std::bad_alloc")
 REFUSED = "Refused"
-"""Kind of the failure of a trial that one of them broke off."""
+"""Kind of the failure of a trial that one of them interrupted."""
 
 
 class SystemLimitError(Exception):

@@ -78,7 +78,7 @@ def _redact(instance: Notice | Failure, *names: str) -> None:
 UNDER_WAY = "UnderWay"
 """Kind of the failure in a record that was written before its trial had ended."""
 DISTURBED = "Disturbed"
-"""Kind of the failure of a trial that came to its end in surroundings in which its numbers say nothing of it."""
+"""Kind of the failure of a trial that ended in surroundings in which its numbers say nothing of it."""
 
 
 class PartialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -218,7 +218,7 @@ def _as_far_as_it_came(record: TrialRecord, path: Path) -> TrialRecord:
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
-    """The last record of each trial that came to its end, else its last of all; none of trials that turned out needless
+    """The last record of each trial that ended, else its last of all; none of trials that turned out needless
     after they had been given up."""
     planned = set(manifest.order)
     ended = {record.trial: record for record in records if record.settled}

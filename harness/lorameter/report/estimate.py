@@ -33,7 +33,7 @@ def describe_estimate(
     """One row a kind, one column a phase; `measured` are peaks in bytes by phase, where a run has them.
 
     Without estimates, as of a model whose layers are not known, there are the measured peaks alone. `elsewhere` is said
-    of a device that is not here: whether it fits on that is another document (`lorameter.report.memory_fit`).
+    of another device: whether it fits on that is another document (`lorameter.report.memory_fit`).
     """
     return tuple(_blocks(variant, workload, machine, estimates, measured, elsewhere))
 

@@ -87,8 +87,8 @@ def _own_workloads(run: Run, study: Study) -> Iterator[Line]:
 def _level(run: Run) -> str:
     """Why this level, and what was measured outside it."""
     why = f": {run.manifest.why}" if run.manifest.why else ""
-    solo = any(record.interleaving != run.manifest.interleaving for record in run.records)
-    return f"{why}; peaks and what needs its own base: isolated trials" if solo else why
+    isolated = any(record.interleaving != run.manifest.interleaving for record in run.records)
+    return f"{why}; peaks and what needs its own base: isolated trials" if isolated else why
 
 
 def _ranks_of(workload: Workload) -> str:

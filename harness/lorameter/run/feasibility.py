@@ -337,7 +337,7 @@ def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Ite
     else:
         tensors = len(adapter_tensors(variant, shape)) if known else None
         yield Notice(
-            code="paged-on-card",
+            code="paged-on-gpu",
             message=f"{variant.name}: {variant.optimizer} waits for the device after each of its "
             f"{'tensors' if tensors is None else f'{tensors} tensors'}, in every step, and its paged state lies in "
             "managed memory, which no figure of the allocator holds.",

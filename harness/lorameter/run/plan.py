@@ -270,7 +270,7 @@ def make_plan(
 
     def slot(contender: Arm, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
         return Slot(
-            trial=f"r{replicate}-{contender.name}" + ("" if "steps" in measures else "-solo"),
+            trial=f"r{replicate}-{contender.name}" + ("" if "steps" in measures else "-isolated"),
             contender=contender,
             replicate=replicate,
             position=next(positions),
@@ -286,10 +286,10 @@ def make_plan(
             orders = _orders(panel, alone, shuffler, twin=study.claims_peaks)
             live = [slot(one, replicate, interleaving, live_measures) for one in next(orders)]
             groups += _group_slots(live, study, shuffler)
-            if _has_solo(study, alone, replicate):
+            if _has_isolated(study, alone, replicate):
                 for one in next(orders):
-                    solo = slot(one, replicate, "replicates", alone)
-                    groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
+                    isolated = slot(one, replicate, "replicates", alone)
+                    groups.append(Group(replicate=replicate, launches=((isolated,),), requests=_isolated_requests(study, isolated)))
     return Plan(
         study=study,
         contenders=contenders,
@@ -327,13 +327,13 @@ def measures_of(
         if (phase in phases or measure == "steps") and measure not in unwanted
     )
     wanted = (*(measure for measure in wanted if measure != "peaks"), "peaks")
-    solo: set[Measure] = {
+    isolated: set[Measure] = {
         "shared-base": {"merged", "peaks"},
         "lockstep": {"peaks"},
     }.get(interleaving, set())  # type: ignore[assignment]
     return (
-        tuple(measure for measure in wanted if measure not in solo),
-        tuple(measure for measure in wanted if measure in solo),
+        tuple(measure for measure in wanted if measure not in isolated),
+        tuple(measure for measure in wanted if measure in isolated),
     )
 
 
@@ -358,22 +358,22 @@ def _orders(
     """
     if panel[0].side:
         yield shuffler.sample(panel, len(panel))
-        solo = _solo_members(panel, alone, twin=twin)
-        yield shuffler.sample(solo, len(solo))
+        isolated = _isolated_members(panel, alone, twin=twin)
+        yield shuffler.sample(isolated, len(isolated))
         return
     order = list(panel)
     shuffler.shuffle(order)
     yield list(order)
     shuffler.shuffle(order)
-    yield _solo_members(order, alone, twin=twin)
+    yield _isolated_members(order, alone, twin=twin)
 
 
-def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
+def _has_isolated(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
     """Whether a replicate has isolated trials for what they measure; peaks alone need few."""
     return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
 
 
-def _solo_members(contenders: Sequence[Arm], alone: Sequence[Measure], *, twin: bool) -> list[Arm]:
+def _isolated_members(contenders: Sequence[Arm], alone: Sequence[Measure], *, twin: bool) -> list[Arm]:
     """Who has isolated trials; peaks are compared by their maximum, which takes no control, and a claim about them
     does."""
     return [one for one in contenders if one.role == "variant" or twin or set(alone) != {"peaks"}]
@@ -406,7 +406,7 @@ def _take_turns(launches: Sequence[tuple[Slot, ...]], study: Study, shuffler: ra
     )
 
 
-def _solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
+def _isolated_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
     """Rounds of requests of an isolated trial; it makes any only with its adapter merged."""
     return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
 

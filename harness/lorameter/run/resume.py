@@ -132,13 +132,13 @@ SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
     "allow-disturbed", "mixed",
 )  # fmt: skip
-"""Options of either door that make a study and its plan; a run that is resumed has both."""
+"""Options of either entry point that make a study and its plan; a run that is resumed has both."""
 
 
 def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
     """Raises `UsageError`, by the name of the option that resumes, for options that the run has settled.
 
-    `options` are those of the door by their names, with what was given for each: None, False, 0 and [] are nothing.
+    `options` are those of the entry point by name, with the value given for each; None, False, 0 and [] mean not given.
     """
     given = [name for name, value in options.items() if value not in (None, False, [])]
     if given:
@@ -319,7 +319,7 @@ def continue_manifest(
     """The manifest of a run from here on: under way again, with the time and the code that resumed it.
 
     Args:
-        manifest: as it was when the run broke off.
+        manifest: as it was when the run was interrupted.
         facts: provenance of now.
         tokens: what the manifest would say of the tokens as they were prepared now.
         max_minutes: the limit from now on.

@@ -148,7 +148,7 @@ def run_plan(
 
     def give_up(groups: Iterable[Group]) -> None:
         for slot in (slot for group in groups for slot in group.slots if slot.trial not in ended):
-            if slot.trial in untouched:  # what it had when the run broke off is more than nothing
+            if slot.trial in untouched:  # what it had when the run was interrupted is more than nothing
                 ended[slot.trial] = untouched[slot.trial]
             else:
                 keep(begin_record(slot, "not_run"))
@@ -188,7 +188,7 @@ def run_plan(
                     raise ended_by
                 return outcome(stopped=str(ended_by))
             for record in conductor.records():
-                if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
+                if record.settled or record.trial not in ended:  # an interrupted second attempt keeps the first
                     keep(record if plan.study.protocol.allow_disturbed else mark_disturbed(record, on_cpu=on_cpu))
             took_s[group] = budget.clock() - begin
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
@@ -220,7 +220,7 @@ def _conduct(conductor: GroupRunner, stops: InterruptHandler) -> BaseException |
 
 
 def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
-    """The number of the next measurement of a group: the one that broke off, or the one after those that ended."""
+    """The number of the next measurement of a group: the interrupted one, or the one after those that ended."""
     records = [record for record in earlier if record.trial in {slot.trial for slot in group.slots}]
     last = max((record.attempt for record in records), default=0)
     return last + any(record.disturbed and record.attempt == last for record in records)
@@ -249,7 +249,7 @@ def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool
 
 def _skipped(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
     """Isolated trials that minutes did not suffice for: they have no record, and what comes after them has. Where some
-    were left out, those of the replicate that broke off are as well."""
+    were left out, those of the interrupted replicate are as well."""
     recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
     groups = [] if plan.study.protocol.max_minutes is None else plan.groups
     known = [any(slot.trial in recorded for slot in group.slots) for group in groups]

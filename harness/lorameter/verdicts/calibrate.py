@@ -27,7 +27,7 @@ from lorameter.verdicts.series import Pairs, Series, compare_series, group_trial
 
 EFFECTS = (0.01, 0.02, 0.05)
 """Slow-downs whose price is stated."""
-PLANTED = 0.05
+INJECTED = 0.05
 """Slow-down that the extra work aims at; its true size is measured."""
 GATE_SIZES = (5, 8, 12)
 """Replicates of the gates whose rates are shown."""
@@ -80,7 +80,7 @@ class Calibration:
     seconds_per_replicate: float
     identical: Comparison
     """The base against itself, over all replicates."""
-    planted: Comparison
+    injected: Comparison
     """The slow-down against the base, over all replicates: its true size with its interval."""
     sd: float
     """Standard deviation of the A/A log ratio of one replicate."""
@@ -106,8 +106,8 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
         raise InvalidRunError(f"run {run.manifest.run}: no trial of {variant.name} to calibrate with.") from None
     same, other = _pairs(base, twin, metric, run), _pairs(base, slow, metric, run)
     both = min(len(same.base), len(other.base))
-    identical, planted = compare_series(base, twin, metric), compare_series(base, slow, metric)
-    assert identical is not None and planted is not None  # noqa: PT018 - _pairs has looked
+    identical, injected = compare_series(base, twin, metric), compare_series(base, slow, metric)
+    assert identical is not None and injected is not None  # noqa: PT018 - _pairs has looked
     sd = _sd(same)
     sd_low, sd_high = sd_interval(sd, len(same.base) - 1)
     seconds = measuring_time_s(run.records) / len({record.replicate for record in run.records})
@@ -118,7 +118,7 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
         replicates=len(same.base),
         seconds_per_replicate=seconds,
         identical=identical,
-        planted=planted,
+        injected=injected,
         sd=sd,
         sd_low=sd_low,
         sd_high=sd_high,
@@ -127,19 +127,19 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
     )
 
 
-def rows_for(planted: float, few: float, many: float) -> int:
-    """Rows that slow the step by `planted`, from the ratios that the two pilots gave: cost is linear in the rows.
+def rows_for(injected: float, few: float, many: float) -> int:
+    """Rows that slow the step by `injected`, from the ratios that the two pilots gave: cost is linear in the rows.
 
     Raises:
         InvalidRunError: more rows did not cost more, or fewer than one row would be too much already.
     """
     low, high = PILOT_ROWS
     slope = (many - few) / (high - low)
-    rows = round(low + (1 + planted - few) / slope) if slope > 0 else 0
+    rows = round(low + (1 + injected - few) / slope) if slope > 0 else 0
     if not 1 <= rows <= MOST_ROWS:
         raise InvalidRunError(
             f"{low} and {high} rows of extra work gave ratios of {few:.4f} and {many:.4f}: no number of rows can be "
-            f"planned from them for {100 * planted:g} %. Give one with --inject-rows."
+            f"planned from them for {100 * injected:g} %. Give one with --inject-rows."
         )
     return rows
 

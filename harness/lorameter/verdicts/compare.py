@@ -70,7 +70,7 @@ def compare(
 
     Raises:
         UsageError: a metric that neither exists nor was measured.
-        InvalidRunError: no variant on either side, because a run broke off.
+        InvalidRunError: no variant on either side, because a run was interrupted.
     """
     broken = base.broken or candidate.broken
     if broken and not base.sides and not candidate.sides:

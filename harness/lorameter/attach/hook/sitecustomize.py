@@ -69,7 +69,7 @@ class Loader:
 
 
 def attempt(call: Any) -> Any:
-    """Call what is ours; what goes wrong in it is told, and the script goes on without it."""
+    """Call what is ours; what goes wrong in it is told, and the script continues without it."""
     try:
         return call()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A GPU that is not here: by its name, or by how much memory it has.
+"""Another GPU: by its name, or by how much memory it has.
 
 A vendor's "24 GB" is 24 GiB of chips. What a process can have of them is less: ECC may take its share before the driver
 shows anything (`lorameter.models.costs.peaks`), the driver keeps some of what it shows, and CUDA's context and

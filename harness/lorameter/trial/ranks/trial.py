@@ -94,7 +94,7 @@ class TrialOfRanks:
         return failed if failed is not None else _merged([answers[member] for member in ranks])
 
     def _ask_one(self, command: str, arguments: Mapping[str, Any]) -> PartialRecord:
-        """What one rank alone has to add; where it fails it is left out, and the trial goes on without it."""
+        """What one rank alone has to add; where it fails it is left out, and the trial continues without it."""
         if self._one is None or command not in ONE_RANK:
             return PartialRecord()
         answers = _answers([self._one], command, arguments, self._one_timeout_s)

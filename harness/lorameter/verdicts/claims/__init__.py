@@ -142,7 +142,7 @@ def judge_claims(run: Run) -> ClaimsReport:
 def _judge_parts(
     run: Run, study: Study, groups: Groups, controls: Controls, engine: EngineShown | None
 ) -> dict[PartKey, PartResult]:
-    planned = {trial.partition("-")[2].removesuffix("-solo") for trial in run.manifest.order}
+    planned = {trial.partition("-")[2].removesuffix("-isolated") for trial in run.manifest.order}
     random_weights = any(notice.code == "random-weights" for notice in run.manifest.notices)
     results: dict[PartKey, PartResult] = {}
     questions: dict[PartKey, Question] = {}
