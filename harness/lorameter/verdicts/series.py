@@ -1,7 +1,7 @@
 """From records to what the statistics take: one list of samples a trial, for a metric by name.
 
-A variant may have several trials in a replicate: one that took turns with the others, and an isolated one for what needs
-a process that is alone. Each metric is measured by one kind of them only, so a metric's trials are those that have it,
+A variant may have several trials in a replicate: one that took turns with the others, and an isolated one for what
+needs a process of its own. Each metric is measured by one kind of them only, so a metric's trials are those that have it,
 and its pairing follows from how those alternated.
 
 How samples follow from a record is said by the table of metrics and nowhere else, so that a report, a saved benchmark
