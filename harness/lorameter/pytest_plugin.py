@@ -92,6 +92,8 @@ def attach(config: pytest.Config) -> None:
             "Leave the option out; what ran inside a step is in the checks of each trial."
         )
     if config.getoption("dist", "no") != "no" or config.getoption("numprocesses", None):
-        raise pytest.UsageError("pytest-xdist: trials measured beside each other disturb each other. Run without -n.")
+        raise pytest.UsageError(
+            "pytest-xdist: trials that are measured at the same time disturb each other. Run without -n."
+        )
     config.pluginmanager.register(Session(config), PLUGIN)
     config.pluginmanager.register(Output())

@@ -65,7 +65,7 @@ def test_outside_text_is_printed_as_it_is_and_acts_on_nothing(coloured):
 def test_what_folds_is_a_line_and_unfolds_when_asked():
     """It ends between words, and where something is folded it is said how it unfolds; a pipe gets all of it."""
     fold = Collapsible(summary=say("noise  ", "one two three four five six"), lines=(say("all of it"),))
-    hint = "Notices and statistics stand in full with --verbose.\n"
+    hint = "--verbose shows full notices and statistics.\n"
     assert text_of((fold,), width=60, coloured=False) == f"  noise  one two three four five six\n{hint}"
     assert text_of((fold,), width=24, coloured=False).splitlines()[0] == "  noise  one two three …"
     assert text_of((fold,), width=24, coloured=False, verbose=True) == "  all of it\n"

@@ -87,7 +87,7 @@ def test_what_stays_open_is_named_and_the_search_goes_on_around_it():
     assert not found.found
     assert (found.before.label, found.culprit.label) == ("commit 3", "commit 5")
     assert [one.label for one in found.between] == ["commit 4"]
-    assert "commit 4 could not be told" in found.conclusion
+    assert "inconclusive: commit 4" in found.conclusion
     assert sum(place == 4 for place, _ in asked.asked) == 3
     assert max(replicates for _, replicates in asked.asked) == 4 * MOST_TIMES
 

@@ -53,7 +53,7 @@ def study_of_options(options: argparse.Namespace) -> tuple[Study, str] | None:
     if options.variant:
         raise UsageError("--variant: a command is the one variant. Leave it out.")
     if one is not None and (base is not None or candidate is not None):
-        raise UsageError("--command stands on both sides, and each side has a command as well. Give one of the two.")
+        raise UsageError("--command is for both sides, but each side also has its own command. Give one of the two.")
     if one is None and (base is None or candidate is None):
         missing = "--base-command" if base is None else "--candidate-command"
         raise UsageError(

@@ -61,15 +61,16 @@ def _lines() -> Iterator[str]:
             "`[controls]`, and never of the reference.",
         ),
         ("[engine]", Engine, "Whose promises the claims are."),
-        ("[[claim]]", Claim, "A sentence and what it stands on."),
+        ("[[claim]]", Claim, "A sentence and its evidence."),
         ("claim.parts", ClaimPart, "One statement that data can support or refute."),
     )
     for title, cls, said in sections:
         yield from ("", f"## {title}", "", said, "")
         yield from _table(cls)
     yield from ("", "### The rules of a part", "", " ".join(_doc_of(claim, "Rule").split()), "")
-    yield from ("", "## [requirements]", "", "Paths of `kernels_check` that every variant must show, beside what it "
-                "implies by itself:", "", ", ".join(f"`{path}`" for path in REQUIREMENTS) + ".", "")  # fmt: skip
+    yield from ("", "## [requirements]", "", "Paths of `kernels_check` that are required of every "
+                "variant, in addition to those that it implies:", "",
+                ", ".join(f"`{path}`" for path in REQUIREMENTS) + ".", "")  # fmt: skip
     yield from ("## A policy", "", "A file for `--policy` of `gate`, `compare`, `report` and `ab`, and for "
                 "`--lorameter-policy` of pytest.", "")  # fmt: skip
     yield from _block(gate)

@@ -21,7 +21,7 @@ from lorameter.machine.reading import Reading, count_of, missing, read_file
 
 ROOT = Path("/")
 NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
-NO_FREQUENCY = "the kernel is not told the CPU's clock (no cpufreq), as is usual in a virtual machine"
+NO_FREQUENCY = "the kernel does not know the CPU's clock (no cpufreq), as is usual in a virtual machine"
 GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
 """Withheld CPU time, and that given on the same CPUs, by the names of `HostTelemetry`."""
 LEAST_ASKED_S = 1.0

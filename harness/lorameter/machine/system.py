@@ -99,7 +99,7 @@ def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
     used = [
         node for node in nodes if read_file(node / "cpulist", lambda text: holds_any(text, cpus), "not there").value
     ]
-    return Reading(value=len(used)) if used else missing("the kernel tells of no memory nodes")
+    return Reading(value=len(used)) if used else missing("the kernel reports no memory nodes")
 
 
 def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:

@@ -40,6 +40,7 @@ def no_chat_template(model: str) -> UsageError:
     """The one message for conversations that a model has no template for."""
     return UsageError(
         f"model {model!r}: its tokenizer has no chat template, and the data is conversations. Use a model made for "
-        "them (often called Instruct or Chat), put its chat_template.jinja beside the tokenizer, or use data of prompt "
+        "them (often called Instruct or Chat), put its chat_template.jinja next to the tokenizer, or use data of "
+        "prompt "
         "and completion."
     )

@@ -155,9 +155,9 @@ def _is_within(floor: Likeness, one: Likeness) -> bool:
 
 def _trouble(floor: Likeness | None, without: Likeness | None) -> str:
     if floor is None:
-        return "the reference could not be asked again, so that nobody knows what differs for no reason"
+        return "the reference could not be run again, so the noise of its answers is unknown"
     if without is None:
-        return "the base without the adapter could not be asked, so that nobody knows what the adapter changes"
+        return "the base without the adapter could not be run, so the effect of the adapter is unknown"
     if _is_within(floor, without):
         return (
             "the base without the adapter answers as it does with it, so that a merge that leaves the adapter out "

@@ -144,7 +144,7 @@ def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:
     """What a process says of its ways; where it came to no good, its failure, for each of them."""
     if fragment.status == "ok":
         return list(codec.from_json(tuple[Served, ...], fragment.tokens.get(SERVED), "what was served"))
-    failure = fragment.failure or Failure(phase="parity", kind="Unknown", message="it says nothing")
+    failure = fragment.failure or Failure(phase="parity", kind="Unknown", message="no message")
     return [Served(way=way.name, failure=failure) for way in ways]
 
 

@@ -91,7 +91,7 @@ def _wide_adapter(seen: ProfileEvidence) -> Iterator[Finding]:
         return
     yield _make_finding(
         "float32-adapter", seen, share,
-        f"adapters in float32 beside products in {narrow}: casts take {seen.casts:.1%} of a step"
+        f"adapters in float32 next to products in {narrow}: casts take {seen.casts:.1%} of a step"
         + (f", products in float32 {products:.1%}" if products else ""),
         advise_adapter_dtype(narrow),
         changes={"adapter_dtype": narrow},
@@ -197,7 +197,7 @@ def _data(seen: ProfileEvidence) -> Iterator[Finding]:
     if share > WORTH:
         yield _make_finding(
             "data-wait", seen, share, f"a step waits {share:.1%} of its time for its batch",
-            "Look at where the token file lies: it is mapped, and read at first use.",
+            "Check which disk holds the token file: it is mapped, and read at first use.",
             obstacle="it is the disk's",
         )  # fmt: skip
 

@@ -276,4 +276,4 @@ def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
 def trouble_in(fragment: PartialRecord) -> str:
     """What a fragment says of its failure, without a full stop."""
     failure = fragment.failure
-    return f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"
+    return f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "no message"

@@ -68,7 +68,7 @@ def describe_verdicts(report: ClaimsReport) -> Document:
         *list_sections(
             {
                 "Proof (what kernels_check saw)": tuple(_proof(report)),
-                "Differs beside the engine": report.engine.differs if report.engine else (),
+                "Differs apart from the engine": report.engine.differs if report.engine else (),
                 "Sources": tuple(_sources(report)),
             }
         ),

@@ -35,8 +35,8 @@ def _figure(title: str, found: list[ComparisonRow]) -> Figure:
     )
     return Figure(
         title=f"{title}: candidate / base",
-        says="A dot is the candidate's value as a multiple of the base's, the line through it the interval in which it "
-        "lies; right of 1 is worse.",
+        says="A dot is the candidate's value as a multiple of the base's, the line through it its interval; right of "
+        "1 is worse.",
         drawing=Intervals(axis=Axis(title="candidate / base; right of 1 is worse", line_at=1.0), marks=marks),
         table=Table(heads=name_columns("variant", "metric", "candidate / base", left=2), rows=rows),
     )

@@ -12,7 +12,7 @@ from lorameter.report.blocks import Block, Cell, Document, Span, Table, name_col
 TITLES: dict[About, str] = {
     "runs": "What this machine can run",
     "measures": "What it can measure",
-    "spoils": "What would spoil a measurement here",
+    "spoils": "What would disturb a measurement here",
 }
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 MIB = 2**20
-_BESIDE = {"context": "beside: CUDA's context", "paged_optimizer_state": "beside: paged optimizer state"}
+_BESIDE = {"context": "outside: CUDA's context", "paged_optimizer_state": "outside: paged optimizer state"}
 
 
 def describe_estimate(

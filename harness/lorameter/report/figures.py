@@ -87,7 +87,7 @@ def _ratios(table: PhaseTable) -> Figure | None:
     axis = Axis(title=f"{title_of_ratio(table.metric)} × {reference}; right of 1 is worse", line_at=1.0)
     return Figure(
         title=f"{table.title}: ratios to {reference}",
-        says="A dot is the ratio of a variant to the reference, the line through it the interval in which it lies.",
+        says="A dot is the ratio of a variant to the reference, the line through it its interval.",
         drawing=Intervals(axis=axis, marks=marks),
         table=_of_marks("variant", axis, marks),
     )
@@ -122,8 +122,8 @@ def _memory(shown: Shown) -> Figure | None:
     kinds = list(dict.fromkeys(part.kind for bar in bars for part in bar.parts))
     return Figure(
         title="Memory of training",
-        says="What a step keeps, by kind, and what its peak held beside it (activations, work space, what the process "
-        "began with); the median over replicates.",
+        says="What a step keeps, by kind, and what else its peak held (activations, work space, the process "
+        "baseline); the median over replicates.",
         drawing=Bars(axis=Axis(title="memory", unit="byte"), bars=bars),
         table=_of_bars(bars, kinds, format_bytes),
     )
@@ -163,7 +163,7 @@ def _cold(shown: Shown) -> Figure | None:
     if not bars:
         return None
     return Figure(
-        title="A cold start taken apart",
+        title="A cold start by phase",
         says="From a new interpreter to its first completion, piece after piece; the median of each over replicates.",
         drawing=Bars(axis=Axis(title="time", unit="s"), bars=tuple(bars)),
         table=_of_bars(bars, list(COLD.values()), lambda value: format_value(value, "s")),
@@ -207,8 +207,8 @@ def _samples(of: Sequence[TrialRecord]) -> Figure | None:
     rows = tuple(_quartiles(record) for record in records)
     return Figure(
         title="Every step by time",
-        says="Each dot is one step, warm-ups included, so drift and warming up can be seen. Steps are spread evenly "
-        "over the time of their trial: trials that took turns stand above each other.",
+        says="Each dot is one step, warm-ups included, which shows drift and warm-up. Steps are spread evenly over "
+        "the time of their trial: interleaved trials are above each other.",
         drawing=Samples(
             across=Axis(title="since the first trial", unit="s"), up=Axis(title="step time", unit="s"),
             stretches=stretches,

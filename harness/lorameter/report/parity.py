@@ -69,8 +69,8 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
     if asked is not None and judgement.distinct == 1 < asked.answers.of:
         yield say(
             Span(text="little is asked", tone="warning"),
-            f": the reference gives one answer to all {asked.answers.of} prompts, so that they are hardly more than "
-            "one. A model that has learnt something, or more training (--epochs), tells more.",
+            f": the reference gives one answer to all {asked.answers.of} prompts, so they are hardly more than one "
+            f"observation. Use a trained model, or train for longer (--epochs).",
         )
     if judgement.trouble:
         yield say(Span(text="no verdict can be relied on", tone="alarm"), f": {judgement.trouble}.")

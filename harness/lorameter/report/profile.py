@@ -61,7 +61,9 @@ def _memory(profile: Profile) -> Table:
     rows.append(write_row("unexplained", f"{format_bytes(one.unexplained_bytes)} ({one.share:.1%})", ""))
     expected = _expected(sum(guess.values()), one.peak_bytes)
     rows.append(write_row("peak, as measured", _bytes(one.peak_bytes), expected, strong=True))
-    rows += [write_row(f"{kind.replace('_', ' ')}, beside it", _bytes(size), "") for kind, size in one.beside.items()]
+    rows += [
+        write_row(f"{kind.replace('_', ' ')}, outside of it", _bytes(size), "") for kind, size in one.beside.items()
+    ]
     return Table(
         title=f"Memory of the {'device' if profile.device == 'cuda' else 'process'} at its peak",
         heads=name_columns("kind", "a step", "estimated"),

@@ -120,7 +120,8 @@ def _memory(profile: RequestProfile) -> Table:
     )
     rows.append(write_row("peak, as measured", write_bytes(account.peak_bytes), strong=True))
     rows += [
-        write_row(f"{kind.replace('_', ' ')}, beside it", write_bytes(size)) for kind, size in account.beside.items()
+        write_row(f"{kind.replace('_', ' ')}, outside of it", write_bytes(size))
+        for kind, size in account.beside.items()
     ]
     first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
     lines = [] if first is None else [f"up to the first token, in a request of its own: {format_bytes(first)}"]

@@ -19,7 +19,7 @@ _HEADS = name_columns(
 def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = None) -> Document:
     """One row a variant; exact counts, so no interval. `unknown` is why a formula cannot be held against them."""
     base = f"{model}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded"
-    alone = f"counted by PEFT alone, and what training takes beside is unknown: {unknown}"
+    alone = f"counted by PEFT alone; other memory of the training is unknown: {unknown}"
     return (
         say(base, indented=False),
         Table(heads=_HEADS, rows=tuple(map(_row, sizes))),

@@ -119,7 +119,7 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
         yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these {what}s"
     limit = f"{REMAINDER_LIMIT:.0%} of the {what}"
     if step.explained is None:
-        yield f"whether the remainder is at most {limit} cannot be told: measure again on a quieter machine"
+        yield f"whether the remainder is at most {limit} is inconclusive: measure again on a quieter machine"
     elif not step.explained:
         yield f"the phases do not explain the {what}: the remainder is more than {limit}"
 

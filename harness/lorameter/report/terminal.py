@@ -17,7 +17,7 @@ PIPED_WIDTH = 200
 """Nothing may be cut where there is no terminal whose width one could ask."""
 
 
-FOLDED = "Notices and statistics stand in full with --verbose."
+FOLDED = "--verbose shows full notices and statistics."
 
 
 def console_for(file: object | None = None, *, stderr: bool = False) -> Console:

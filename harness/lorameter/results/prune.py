@@ -127,7 +127,7 @@ def _why_it_stays(path: Path, manifest: Manifest, accepted: Collection[str]) -> 
         return "it is an accepted baseline"
     if store.is_live(path, manifest):
         return "it is being measured"
-    return "it is a link to a run that lies elsewhere" if path.is_symlink() else ""
+    return "it is a link to a run in another folder" if path.is_symlink() else ""
 
 
 def remove(runs: Path, going: Sequence[PruneDecision]) -> tuple[tuple[PruneDecision, ...], tuple[PruneDecision, ...]]:

@@ -68,7 +68,7 @@ class Bisection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     culprit: Candidate | None = None
     """The first that is known to be slow."""
     between: tuple[Candidate, ...] = ()
-    """What lies between them and could not be told; empty where the step is found."""
+    """Candidates between them, which are inconclusive; empty where the step is found."""
     ratio: float | None = None
     """The culprit over the one before it."""
     low: float | None = None
@@ -173,7 +173,7 @@ def _ratio(found: Comparison) -> float:
 
 def _no_effect(last: Look) -> str:
     if last.side == "open":
-        return "the bad end leaves the question open: it cannot be told whether it is slower than the good end"
+        return "the bad end is inconclusive: it is open whether it is slower than the good end"
     if last.side == "not measured":
         return "the bad end could not be measured"
     return f"the bad end is not slower than the good end ({last.comparison.verdict}): there is no step to find"
@@ -189,7 +189,7 @@ def _conclude(
     between = tuple(candidates[fast + 1 : slow])
     if between:
         names = ", ".join(one.label for one in between)
-        conclusion = f"it lies between {candidates[fast].label} and {candidates[slow].label}: {names} could not be told"
+        conclusion = f"it is between {candidates[fast].label} and {candidates[slow].label}; inconclusive: {names}"
     else:
         conclusion = f"{candidates[slow].label} made it slower"
     return Bisection(

@@ -47,7 +47,7 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
         (
             sharded and variant.quantization == "int8",
             "quantization = 'int8'",
-            "FSDP2 does not shard the weights of LLM.int8, whose scales lie beside them",
+            "FSDP2 does not shard the weights of LLM.int8, whose scales are stored separately",
             'Use strategy = "ddp", or another quantization.',
         ),
         (
@@ -80,9 +80,10 @@ def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
         if workload.repair:
             yield Notice(
                 code="bitsandbytes-fsdp2-patched",
-                message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state "
-                "is set on the weight that stands in the layer. As it is distributed it may compute another model.",
-                remedy="Train with the same repair, or the numbers are those of something that nobody runs.",
+                message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation "
+                f"state is set on the weight of the layer. Without this repair the released package may compute "
+                f"another model.",
+                remedy="Train with the same repair; otherwise these numbers do not describe your training.",
             )
         else:
             yield Notice(

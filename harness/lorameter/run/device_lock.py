@@ -56,8 +56,11 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
             if not _lock(file, wait=False):
                 who = f"{_holder(file)} measures on this device ({device})"
                 if if_busy == "refuse":
-                    raise InvalidRunError(f"{who}. Wait for it, or measure beside it with --if-busy share.")
-                tell(f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures beside it.")
+                    raise InvalidRunError(f"{who}. Wait for it, or measure at the same time with --if-busy share.")
+                tell(
+                    f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures at the "
+                    f"same time."
+                )
                 waited = _lock(file, wait=True)
         yield waited
     finally:

@@ -128,7 +128,7 @@ def _open_ended_notices(workloads: Sequence[Workload]) -> Iterator[Notice]:
     if batches:
         yield Notice(
             code="open-ended-batch-1",
-            message=f"requests that the model ends itself are of one prompt each, beside those of request_batch = "
+            message=f"requests until EOS are of one prompt each, the others of request_batch = "
             f"{' and '.join(map(str, batches))}: answers that end at lengths of their own would be padded.",
             remedy="Read their times as those of one prompt, or write open_ended_tokens = 0 to leave them out.",
         )
@@ -149,7 +149,7 @@ def layers_notice(model: str, unknown: str) -> Notice:
         code="layers-unknown",
         message=f"{model}: parameters, FLOPs, memory and what a token reads are unknown before they are measured: "
         f"{unknown}.",
-        remedy="Start with a small batch_size, since nobody can say whether it fits.",
+        remedy="Start with a small batch_size, since it is unknown whether it fits.",
     )
 
 
@@ -339,8 +339,8 @@ def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Ite
         yield Notice(
             code="paged-on-gpu",
             message=f"{variant.name}: {variant.optimizer} waits for the device after each of its "
-            f"{'tensors' if tensors is None else f'{tensors} tensors'}, in every step, and its paged state lies in "
-            "managed memory, which no figure of the allocator holds.",
+            f"{'tensors' if tensors is None else f'{tensors} tensors'}, in every step, and its paged state is in "
+            f"managed memory, which the allocator does not count.",
             remedy="Lay no more of its step time to paging than a run with adamw_fused leaves, and add "
             "`paged_optimizer_state_bytes` to its peaks.",
         )

@@ -288,8 +288,12 @@ def make_plan(
             groups += _group_slots(live, study, shuffler)
             if _has_isolated(study, alone, replicate):
                 for one in next(orders):
-                    isolated = slot(one, replicate, "replicates", alone)
-                    groups.append(Group(replicate=replicate, launches=((isolated,),), requests=_isolated_requests(study, isolated)))
+                    single = slot(one, replicate, "replicates", alone)
+                    groups.append(
+                        Group(
+                            replicate=replicate, launches=((single,),), requests=_isolated_requests(study, single)
+                        )
+                    )
     return Plan(
         study=study,
         contenders=contenders,

@@ -125,14 +125,14 @@ def _reason(
     if spread.standard_error == 0:
         count += ", no variance between replicates"
     if verdict == "regressed":
-        return f"the {interval} lies wholly above the tolerance of {tolerance} ({count})"
+        return f"the {interval} is entirely above the tolerance of {tolerance} ({count})"
     if verdict == "improved":
-        return f"the {interval} lies wholly below minus the tolerance of {tolerance} ({count})"
+        return f"the {interval} is entirely below minus the tolerance of {tolerance} ({count})"
     if verdict == "equivalent":
-        return f"the {narrow} lies inside the margin of ±{margin} ({count})"
+        return f"the {narrow} is inside the margin of ±{margin} ({count})"
     if judged == "equivalent":
         return (
-            f"the {narrow} lies inside the margin of ±{margin}, but times that are not paired are never called "
+            f"the {narrow} is inside the margin of ±{margin}, but times that are not paired are never called "
             f"equivalent: measure both sides in one run ({count})"
         )
     open_question = (

@@ -70,7 +70,7 @@ def steady_together(
     Raises ValueError as `is_steady` does, and for no trials at all.
     """
     if not trials:
-        raise ValueError("no trials: nobody has warmed up")
+        raise ValueError("no trials to warm up")
     alone = max(steady_after(times, tolerance=tolerance_alone) for times in trials)
     shared = min(len(times) for times in trials)
     ends = [_level(times, len(times) - last, last) for times in trials for last in (_window_of(times, WINDOW),)]

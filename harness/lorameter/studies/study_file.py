@@ -92,8 +92,8 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     study = load_study(study_name, profile=profile, device=device)
     if study.of_scripts:
         raise UsageError(
-            f"variant {spec!r}: it is a command, and its model is its script's: there is nothing to work out, or to "
-            "take apart, without starting it. Measure it with `lorameter run` or `lorameter ab`."
+            f"variant {spec!r}: it is a command whose script chooses the model: nothing can be estimated or profiled "
+            f"without starting it. Measure it with `lorameter run` or `lorameter ab`."
         )
     if not named and len(study.variants) > 1:
         names = ", ".join(variant.name for variant in study.variants)

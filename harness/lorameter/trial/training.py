@@ -4,8 +4,8 @@
 Order: build and first step, verify, warm up, timed turns, held-out loss and memory. What a command measures depends on
 what the request asks for: a trial that takes turns beside others has no first times of its own to report, and an
 isolated trial has no turns. The first step comes before the check so that its time is that of a process's first step;
-the check leaves adapter, optimizer and RNG as it found them, and its cost is in no number. Where minutes are limited it looks
-on at the first step and at that of the warm-up after it instead.
+the check leaves adapter, optimizer and RNG as it found them, and its cost is in no number. Where minutes are limited it
+looks on at the first step and at that of the warm-up after it instead.
 """
 
 from __future__ import annotations

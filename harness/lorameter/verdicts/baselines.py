@@ -85,8 +85,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
     run = store.read_run(name, runs)
     if run.path.resolve().parent != runs.resolve():
         raise UsageError(
-            f"run {name!r}: lies outside of {runs}, where its baseline would be kept. "
-            f"Give --runs-dir {run.path.parent}."
+            f"run {name!r}: is outside of {runs}, where its baseline would be kept. Give --runs-dir {run.path.parent}."
         )
     if run.manifest.sides:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")

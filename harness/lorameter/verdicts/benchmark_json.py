@@ -73,7 +73,9 @@ def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
         place = f"benchmarks[{index}]"
         name: str = _expect(where, f"{place}.fullname", row.get("fullname", row.get("name")), str)
         if name in sides:
-            raise impossible(where, f"{place}.fullname", name, "a second benchmark of that name", "Save them apart.")
+            raise impossible(
+                where, f"{place}.fullname", name, "a second benchmark of that name", "Save them separately."
+            )
         stats = _expect(where, f"{place}.stats", row.get("stats"), dict)
         samples = stats.get("data") or []
         trial = _numbers(where, f"{place}.stats.data", samples)

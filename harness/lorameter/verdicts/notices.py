@@ -58,15 +58,15 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     if cut_short := run.damaged_lines - run.without_evidence:
         yield Notice(
             code="damaged-lines",
-            message=f"{format_count(cut_short, 'line')} of trials.jsonl cut short: what was told there counts as not "
-            "run.",
+            message=f"{format_count(cut_short, 'line')} of trials.jsonl cut short: those measurements count as not "
+            f"run.",
             remedy=f"Have it measured again: lorameter run --resume {run.manifest.run}",
         )
     if run.without_evidence:
         yield Notice(
             code="evidence-lost",
             message=f"{format_count(run.without_evidence, 'line')} of trials.jsonl with checks that checks.jsonl does "
-            "not hold: what was told there counts as not run.",
+            "not hold: those measurements count as not run.",
             remedy=f"Restore checks.jsonl, or have them measured again: lorameter run --resume {run.manifest.run}",
         )
 
@@ -81,7 +81,7 @@ def _data(run: Run, study: Study) -> Iterator[Notice]:
     if run.manifest.tokens.get("tokenizer_substituted"):
         yield Notice(
             code="byte-tokenizer",
-            message=f"the tokenizer of {study.workload.model} could not be had; bytes stand in for its tokens.",
+            message=f"the tokenizer of {study.workload.model} is not available; its tokens are bytes.",
             remedy="Give a local directory that holds the tokenizer files.",
         )
 

@@ -68,7 +68,8 @@ def mixed_notice(run: Run) -> Notice:
     """What to know of such a run."""
     return Notice(
         code="sites-mixed",
-        message=f"the sites are unlike machines ({say_machines(run.records)}): each is judged by itself, with its part "
+        message=f"the sites are different machines ({say_machines(run.records)}): each is judged by itself, with its "
+        f"part "
         "of the replicates, and no number is taken over all of them.",
         remedy="Read each site; for one number measure on machines of one kind.",
     )
@@ -91,7 +92,7 @@ def refuse_mixed(run: Run, what: str) -> None:
     """Raises `UsageError` for such a run, of which `what` cannot be had."""
     if is_mixed(run):
         raise UsageError(
-            f"run {run.manifest.run}: its sites are unlike machines ({say_machines(run.records)}), and {what} is of "
+            f"run {run.manifest.run}: its sites are different machines ({say_machines(run.records)}), and {what} is of "
             f"one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
             "own."
         )

@@ -234,7 +234,7 @@ def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
         yield Notice(
             code="tokens-differ",
             message=f"{name}: a step holds {means[0]:.1f} real tokens in {sides.names[0]} and {means[1]:.1f} in "
-            f"{sides.names[1]}{f' ({held})' if held else ''}, so step times say nothing beside each other.",
+            f"{sides.names[1]}{f' ({held})' if held else ''}, so step times are not comparable.",
             remedy="Read the time per real token, which is given as well, or give both the same batch.",
         )
     elif batches and batches[0] != batches[1]:

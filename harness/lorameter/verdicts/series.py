@@ -1,8 +1,8 @@
 """From records to what the statistics take: one list of samples a trial, for a metric by name.
 
 A variant may have several trials in a replicate: one that took turns with the others, and an isolated one for what
-needs a process of its own. Each metric is measured by one kind of them only, so a metric's trials are those that have it,
-and its pairing follows from how those alternated.
+needs a process of its own. Each metric is measured by one kind of them only, so a metric's trials are those that
+have it, and its pairing follows from how those alternated.
 
 How samples follow from a record is said by the table of metrics and nowhere else, so that a report, a saved benchmark
 and a comparison cannot disagree. Only trials that are ok have a series: an invalid trial is shown as such and never
@@ -135,7 +135,8 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
     """
     if any(record.machine for record in records):
         raise UsageError(
-            "these trials are of sites that are unlike machines, and no number holds over all of them. Read each site "
+            "these trials are of sites that are different machines, and no number holds over all of them. Read each "
+            "site "
             "by `lorameter report RUN`."
         )
     groups: dict[tuple[str, Role], list[TrialRecord]] = {}

@@ -102,5 +102,6 @@ def _unlike(effects: Mapping[str, float]) -> Iterator[Notice]:
                 code="node-mismatch",
                 message=f"site {site} is {abs(away):.0%} {'slower' if away > 0 else 'faster'} than the median of its "
                 "like.",
-                remedy="Look at its clocks, its heat and what runs beside it (lorameter doctor), or leave it out.",
+                remedy="Check its clocks, its temperature and other processes on it (lorameter doctor), or leave it "
+                "out.",
             )

@@ -58,7 +58,7 @@ def test_a_report_gives_ratios_by_site_and_none_of_all(spread, run):
     assert [one["ratio"] for one in ratios] == pytest.approx([1.0, 1.5])
     assert [one["replicates"] for one in ratios] == [4, 4]
     code, _, said = run("report", last.manifest.run)
-    assert "the sites are unlike machines (cpus-0: Test CPU; cpus-1: Test CPU)" in said
+    assert "the sites are different machines (cpus-0: Test CPU; cpus-1: Test CPU)" in said
     assert "1.22" not in said  # the mean of the logarithms
 
 

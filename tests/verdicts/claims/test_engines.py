@@ -127,7 +127,7 @@ def test_what_nobody_saw_is_unknown_and_proves_nothing(judged):
     """A step that was not watched, and one whose check failed, with the reason of the check."""
     found = part_of(judged(FASTER, {"r16": 0.5}, change=lambda record: record))
     assert found.verdict == "not judged"
-    assert "unknown by compile (r16: nothing that was watched tells it" in found.reason
+    assert "unknown by compile (r16: nothing that was observed shows it" in found.reason
 
     def broken(record):
         return record.replaced(checks=(check(True, status="unknown" if record.name == "r16" else "active"),))

@@ -51,7 +51,7 @@ def test_a_field_of_the_workload_is_an_axis(make_run, claim, small_study, part, 
     ],
 )
 def test_losses_of_other_tokens_are_not_compared(make_run, claim, small_study, own, metric):
-    """A lower one says nothing, so nothing is said: also where so many sequences hold more of the records, or less."""
+    """The claim is not judged, also where as many sequences hold more of the records, or fewer."""
     ((key, value),) = own.items()
     assert getattr(small_study.workload, key) != value
     level = float(value) if isinstance(value, int) else value

@@ -61,7 +61,7 @@ class Utilisation:
     @property
     def _beyond(self) -> str:
         if self.peak.rate == "memory":
-            return "what lies in a cache is not read from memory"
+            return "what is in a cache is not read from memory"
         return "what ran was faster than the product by which the peak is known, which bounds nothing here"
 
 

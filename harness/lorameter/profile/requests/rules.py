@@ -85,7 +85,7 @@ def _adapter_unmerged(seen: RequestEvidence) -> Iterator[Finding]:
     rounding = " Merging rounds the weights anew, to 4 bits where they are stored so: compare the answers."
     yield _make_finding(
         "adapter-unmerged", seen, WHOLE, cost,
-        f"the adapter beside the base takes {cost / request.value:.1%} of a request, as measured in the same process "
+        f"the unmerged adapter takes {cost / request.value:.1%} of a request, as measured in the same process "
         f"with it merged{calls}",
         f"merge_adapter = true merges it before requests.{rounding if seen.variant.quantization != 'none' else ''}",
         changes={"merge_adapter": True},
@@ -158,7 +158,8 @@ def _between_tokens(seen: RequestEvidence) -> Iterator[Finding]:
         return
     yield _make_finding(
         "between-tokens", seen, LATER, seen.choose_s,
-        f"{seen.choose_s / seen.token.value:.0%} of each later token lies between two passes, on the host: choosing "
+        f"{seen.choose_s / seen.token.value:.0%} of each later token is spent between two passes, on the host: "
+        f"choosing "
         "the token, handing it over, preparing the next pass",
         "Choose on the device and hand over several tokens at once; transformers' generate does neither.",
         obstacle="it is generate's own",
@@ -186,7 +187,7 @@ def _mixed_types(seen: RequestEvidence) -> Iterator[Finding]:
     what = "adapters" if wide else "norms, embeddings and head"
     yield _make_finding(
         "mixed-types", seen, WHOLE, cost,
-        f"{what} in float32 beside weights in {narrow}: casts take {cost / seen.request.value:.1%} of a request",
+        f"{what} in float32 next to weights in {narrow}: casts take {cost / seen.request.value:.1%} of a request",
         advise_adapter_dtype(narrow)
         if wide
         else "prepare_for_kbit = false leaves them in the type of the base; look at the loss.",

@@ -296,7 +296,7 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
     if outside:
         yield Notice(
             code="writes-outside",
-            message=f"{variant.name}: {first_few(outside, 3)} lies outside of its folder, and all of its processes "
+            message=f"{variant.name}: {first_few(outside, 3)} is outside of its folder, and all of its processes "
             "write there. Trainer saves and reports nothing while it is measured; what the script writes by itself "
             "before its training ends is not held back.",
             remedy="Give the script a relative path: it then writes into a copy that is thrown away.",

@@ -256,7 +256,7 @@ def _identity(source: ModelSource) -> Any:
         return [_stamp(path) for path in sorted(Path(source.location).iterdir()) if path.is_file()]
     config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=not catalogue.hub_has(source))
     if config._commit_hash is None:
-        why = "the cache of the hub does not say which revision of it lies there"
+        why = "the cache of the hub does not say which revision of it is there"
         raise impossible("models", "model", source.label, why, "Nothing to do: each process loads it itself.")
     return [source.location, config._commit_hash]
 

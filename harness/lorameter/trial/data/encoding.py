@@ -82,8 +82,8 @@ class Encoder:
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         except NotImplementedError:
             raise UsageError(
-                f"workload: loss = 'answer': the tokenizer of {self._workload.model} does not tell which characters a "
-                'token holds. Use loss = "all", or save a tokenizer.json beside it.'
+                f"workload: loss = 'answer': the tokenizer of {self._workload.model} does not report which "
+                'characters a token holds. Use loss = "all", or save a tokenizer.json next to it.'
             ) from None
         ids = encoded["input_ids"]
         said = mark_tokens(encoded["offset_mapping"], spans)

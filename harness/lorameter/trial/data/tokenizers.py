@@ -53,7 +53,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
             "model",
             source.label,
             f"its tokenizer cannot be loaded ({said_by(error)})",
-            "Save one beside the weights.",
+            "Save one next to the weights.",
         ) from None
     if tokenizer.vocab_size > vocab_size:
         raise impossible(
@@ -61,7 +61,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
             "model",
             source.label,
             f"its tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}",
-            "Put the tokenizer that the model was trained with beside its weights.",
+            "Put the tokenizer that the model was trained with next to its weights.",
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:  # Llama-2's <pad> is beyond its table
         tokenizer.pad_token = tokenizer.eos_token
@@ -91,7 +91,7 @@ def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizer
     if source.kind == "gguf":
         return gguf_tokenizer(Path(source.location))
     if source.kind == "config":
-        raise OSError("a packaged configuration has no tokenizer beside it")
+        raise OSError("a packaged configuration has no tokenizer")
     offline = source.kind != "hub" or not catalogue.hub_has(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of some families without files

@@ -258,7 +258,7 @@ def _imbalance(values: Mapping[str, float]) -> Notice | None:
         code="ranks-imbalanced",
         message=f"rank {slowest} takes {own[slowest]:.3g} s of its own in a step and the others "
         f"{sum(rest) / len(rest):.3g} s: they wait for it.",
-        remedy="Look at what runs beside it, at its GPU's clocks, and at how many tokens its part of a batch holds.",
+        remedy="Check other processes on its GPU, the GPU's clocks, and how many tokens its part of a batch holds.",
     )
 
 
@@ -268,7 +268,7 @@ _OWN = re.compile(r"rank([0-9]+)_own_step_time_s")
 def _rank_failure_notice(variant: str, failure: Failure) -> Notice:
     return Notice(
         code="one-rank-failed",
-        message=f"{variant}: one rank alone could not train beside the others, so there is no scaling efficiency and "
-        f"no loss to compare with: {shorten(failure.message)}",
+        message=f"{variant}: training on one rank failed, so there is no scaling efficiency and no loss to compare "
+        f"with: {shorten(failure.message)}",
         remedy="Write scaling = false in [workload] where the model does not fit one device.",
     )

@@ -61,7 +61,7 @@ def doubt(part: ClaimPart, controls: Controls) -> str:
             found = controls.get(name)
             if found is not None and failed(found):
                 ratio = format_ratio(found.ratio, found.low, found.high)
-                return f"the control differs from itself in {spoken(name)}, ×{ratio}, so nothing is said"
+                return f"the control differs from itself in {spoken(name)}, ×{ratio}, so the claim is not judged"
     return ""
 
 

@@ -130,7 +130,7 @@ def _born(records: Iterable[TrialRecord]) -> str:
 
 
 def _in_spite(records: Iterable[TrialRecord]) -> str:
-    return f", in spite of what the process holds beside it (on a CPU the peak is its resident memory{_born(records)})"
+    return f", although the process holds more (on a CPU the peak is its resident memory{_born(records)})"
 
 
 def _diluted(part: ClaimPart, records: Iterable[TrialRecord]) -> str:

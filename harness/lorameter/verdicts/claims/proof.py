@@ -74,7 +74,7 @@ def _look(name: str, records: Sequence[TrialRecord], path: str) -> _PathStatuses
     checks = [check for record in records for check in record.checks if check.get("path") == path]
     unclear = [check for check in checks if check.get("status") == "unknown"]
     if not checks:
-        return _PathStatuses(name=name, values=(), unclear=f"{name}: nothing that was watched tells it")
+        return _PathStatuses(name=name, values=(), unclear=f"{name}: nothing that was observed shows it")
     if unclear:
         return _PathStatuses(name=name, values=(), unclear=f"{name}: {unclear[0].get('reason')}")
     return _PathStatuses(name=name, values=tuple(check.get("observed") for check in checks), unclear="")

@@ -99,7 +99,9 @@ def _equal(part: ClaimPart, table: AxisLogs) -> Question:
         contrasts=pair_differences(table.logs),
         sign=1,
         about=tuple(f"{names[high]} / {names[low]}" for low, high in pairs(len(names))),
-        says=tuple(f"furthest apart are {names[low]} and {names[high]}," for low, high in pairs(len(names))),
+        says=tuple(
+            f"the largest difference is between {names[low]} and {names[high]}," for low, high in pairs(len(names))
+        ),
         skipped=table.skipped,
         context=((_along(spoken(part.metric), table), _line(table, part.scale)),) if lined else (),
     )
