@@ -15,7 +15,7 @@ def fail(error):
     ("error", "said", "never"),
     [
         (NotFollowedError("another process of it is"), "this training is not followed: another process", "has failed"),
-        (OSError("no room left"), "the meter has failed and stands aside; the training goes on", "is not followed"),
+        (OSError("no room left"), "the measurement failed and has stopped; the training", "is not followed"),
     ],
 )
 def test_an_error_is_told_as_what_it_is(capfd, error, said, never):

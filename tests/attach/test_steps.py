@@ -206,7 +206,7 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     ((error, told),) = patient.errors
     assert told == 3
     assert "ZeroDivisionError" in str(error)
-    assert "stands aside" in capfd.readouterr().err
+    assert "has stopped" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["failed", "ended"])

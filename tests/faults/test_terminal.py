@@ -14,7 +14,7 @@ import threading
 import pytest
 
 STYLED = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-WAITING = "once more ends at once"
+WAITING = "press it again to stop at once"
 
 
 class Terminal:

@@ -137,12 +137,12 @@ def test_the_lines_of_a_step_add_up(profile):
     ],
 )
 def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profile, remainder, explained):
-    """2 % of the step; where the interval reaches over the limit it cannot be told."""
+    """2 % of the step; where the interval reaches over the limit it is inconclusive."""
     step = dataclasses.replace(step_account(profile), remainder=remainder)
     assert step.explained is explained
     text = io.StringIO()
     show(describe_profile(profile, step, token_shares(profile), "x", ()), console_for(text))
-    assert ("cannot be told" in text.getvalue()) is (explained is None)
+    assert ("is inconclusive" in text.getvalue()) is (explained is None)
     assert ("do not explain" in text.getvalue()) is (explained is False)
 
 

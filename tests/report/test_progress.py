@@ -51,7 +51,7 @@ def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
     """Complete replicates are counted, the others not; the trial under way is named."""
     text = text_of(broken_off(5))
     assert "1 of 3 replicates complete" in text
-    assert "status    its process was killed; 4 of 9 trials have come to their end" in text
+    assert "status    its process was killed; 4 of 9 trials have ended" in text
     assert "Resume: lorameter run --resume run" in text
     assert "interrupted in turn: under way when this was written" in text
     assert "no record (the run is killed)" in text

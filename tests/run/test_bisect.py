@@ -116,7 +116,7 @@ def test_a_bad_end_that_nobody_can_tell_is_said():
     """After all replicates that may be spent on it, or where it cannot be measured at all."""
     asked = Exact([1.0, 1.0, 1.03], spread=0.2)
     found = bisect(candidates(2), asked, replicates=4)
-    assert "cannot be told" in found.conclusion
+    assert "inconclusive" in found.conclusion
     assert [replicates for _, replicates in asked.asked] == [4, 8, 16]
     found = bisect(candidates(2), Constructed([1.0] * 3, broken=[2]), replicates=4)
     assert "could not be measured" in found.conclusion

@@ -106,7 +106,7 @@ def test_somebody_who_can_say_it_twice_is_waited_for(capfd):
     with pytest.raises(StopRequested):
         measure()
     assert done == ["measured", "saved"]
-    assert "once more ends at once" in capfd.readouterr().err
+    assert "press it again to stop at once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM,),

@@ -411,7 +411,7 @@ def test_a_killed_run_is_reported_whatever_it_holds(broken_off, capsys):
         (path / "trials.jsonl").write_text("".join(lines[:count]))
         assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
         text = " ".join(capsys.readouterr().out.split())
-        assert f"its process was killed; {count} of 21 trials have come to their end" in text
+        assert f"its process was killed; {count} of 21 trials have ended" in text
         assert f"{min(count // 7, 2)} of 3 replicates complete" in text
 
 

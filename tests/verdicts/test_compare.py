@@ -623,5 +623,5 @@ def test_the_text_shows_rows_reasons_and_control(write_run, tmp_path, capsys):
     write_run("b", slower(1.2, "nf4"))
     assert main(["compare", "a", "b", "--runs-dir", str(tmp_path / "runs")]) == 1
     text = capsys.readouterr().out
-    for word in ("b against a", "nf4", "step time", "regressed", "lies wholly above", "control of train"):
+    for word in ("b against a", "nf4", "step time", "regressed", "is entirely above", "control of train"):
         assert word in text

@@ -129,5 +129,5 @@ def remove_abandoned(runs: Path) -> None:
         run = folder.with_name(folder.name.removeprefix(".").removesuffix(".wrap"))
         with contextlib.suppress(OSError), (folder / "command").open("r+") as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not marked(f"{RUN}={run}".encode()):  # a command that goes on without it
+            if not marked(f"{RUN}={run}".encode()):  # a command that continues without it
                 shutil.rmtree(folder, ignore_errors=True)

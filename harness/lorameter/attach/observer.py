@@ -121,7 +121,7 @@ class TrainingObserver(Protocol):
         and have been told of."""
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
-        """The training has come to its end, by itself or by an error; unless it was `seen`, only the process has."""
+        """The training has ended, by itself or by an error; unless it was `seen`, only the process has."""
 
 
 P = ParamSpec("P")
@@ -161,7 +161,7 @@ class ErrorGuard:
         if isinstance(error, NotFollowedError):
             say(f"this training is not followed: {said_by(error)}")
         else:
-            say(f"the meter has failed and stands aside; the training goes on without it: {said_by(error)}")
+            say(f"the measurement failed and has stopped; the training continues without it: {said_by(error)}")
         with contextlib.suppress(Exception):
             self.on_error(error)
 

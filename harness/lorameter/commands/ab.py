@@ -188,7 +188,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from lorameter.run.executors import open_executor
     from lorameter.run.sites.placement import open_placement
     from lorameter.studies.placement import HERE, say_on
-    from lorameter.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, rows_for
+    from lorameter.verdicts.calibrate import INJECTED, LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, rows_for
 
     if options.resume:
         return _calibrate_on(options)
@@ -226,7 +226,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
                 run = _measured_here(pilot, variant.name, count, placement, options)
                 _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
                 seen.append(calibration_ratio(run, variant.name))
-            rows = rows_for(PLANTED, *seen)
+            rows = rows_for(INJECTED, *seen)
         run = _measured_here(study, variant.name, rows, placement, options)
     return _show_calibration(run, options)
 

@@ -5,7 +5,7 @@ what the remedy takes away counts (the casts beside an adapter in float32, not a
 thing may cost something too, and a thing may cost others time that was not seen to hang on it. Only a measurement of
 both says what is won (`lorameter.profile.remedy`).
 
-The rules see evidence only, never a process: a planted case for each is a few numbers.
+The rules see evidence only, never a process: a constructed case for each is a few numbers.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
     """The scatter, both comparisons, the rates of gates drawn from them, and what it takes to see more."""
     from lorameter.verdicts.calibrate import DRAWS, planned_effects
 
-    identical, planted = (
-        write_ratio(found, verdict=found.verdict).line for found in (result.identical, result.planted)
+    identical, injected = (
+        write_ratio(found, verdict=found.verdict).line for found in (result.identical, result.injected)
     )
     replicates = f"{result.replicates} replicates of"
     rates = Table(
@@ -53,7 +53,7 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             f"identical code {100 * result.sd:.2f} % [{100 * result.sd_low:.2f}, {100 * result.sd_high:.2f}]"
         ),
         say(f"identical code   {identical}"),
-        say(f"injected slow-down {planted} ({rows} rows in each adapted layer)"),
+        say(f"injected slow-down {injected} ({rows} rows in each adapted layer)"),
         rates,
         Section(
             title="To see a slow-down in 80 % of the runs",

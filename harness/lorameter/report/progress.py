@@ -26,7 +26,7 @@ def standing(run: Run, study: Study) -> tuple[Line, ...]:
     lines = []
     if run.state != "complete":
         ended, planned = sum(record.settled for record in run.records), len(manifest.order)
-        said = f"{_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
+        said = f"{_WORDS[run.state]}; {ended} of {planned} trials have ended"
         resumable = run.state != "running" and is_resumable(manifest) and not is_single_script_run(run, study)
         said += f". Resume: lorameter run --resume {manifest.run}" if resumable else ""
         lines.append(say(said, label="status"))

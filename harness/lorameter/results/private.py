@@ -40,7 +40,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]+[^\s'\"]*")
 _ADDRESS = re.compile(r"(?<![\w.=])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])")
 """Of a machine; one that is all of a text is a version of four parts."""
 _ADDRESS_6 = re.compile(r"(?<![\w:.])(?=[\da-fA-F:]*:[\da-fA-F:]*:)[\da-fA-F:]+(?:(?:\d+\.){3}\d+)?(?:%\w+)?(?![\w:])")
-_CARD = re.compile(r"(?:GPU|MIG)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_GPU = re.compile(r"(?:GPU|MIG)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _NODES = re.compile(r"\b(nodelist|exclude)=(?:\[[^\]]*\]|[^,\[\s])+")
 """What a study asks SLURM for; several nodes may be written as one word."""
 _SITES_SAID = re.compile(r"\bsites? ([\w.-]+(?:, [\w.-]+)*) (?:are|came|is|was)\b")
@@ -117,7 +117,7 @@ def without_hosts(manifest: Manifest, run: Path) -> Replace:
     here = {socket.gethostname(), socket.getfqdn().partition(".")[0], os.uname().nodename}
     words = dict.fromkeys(here, "host") | {_user(): "user"}
     words = {name: word for name, word in words.items() if len(name) > 2 and name not in ("localhost", "root")}
-    of_here = _named(words, before=r"(?<![\w-])", after=r"(?:(?=-card-\d)|(?![\w-]))")  # a site is a GPU of a host
+    of_here = _named(words, before=r"(?<![\w-])", after=r"(?:(?=-gpu-\d)|(?![\w-]))")  # a site is a GPU of a host
     hosts = sorted(_hosts(manifest, run))
     nodes = {host: f"node-{number}" for number, host in enumerate(hosts, 1)}
     nodes |= {host.partition(".")[0]: word for host, word in nodes.items() if not _ADDRESS.fullmatch(host)}
@@ -128,7 +128,7 @@ def without_hosts(manifest: Manifest, run: Path) -> Replace:
         if text in words or _ADDRESS.fullmatch(text):  # a word of ours that a machine happens to be called by
             return text
         text = _ADDRESS.sub("address", _URL.sub(r"\1host", of_here(text)))
-        return _CARD.sub("card", _ADDRESS_6.sub(_address, text))
+        return _GPU.sub("gpu", _ADDRESS_6.sub(_address, text))
 
     return replace
 

@@ -6,9 +6,8 @@ blocks that say so (`interruptible`), and nowhere else: between them it is remem
 begin. Once it has been taken nothing interrupts what it sets off; who has no time for that sends KILL, and the next run
 removes what is left.
 
-Somebody who sits before it can say it twice. So at a terminal the first Ctrl-C lets come to its end what takes turns
-now, which can be worth many minutes, and the second ends that at once; TERM and HUP, and a Ctrl-C that no terminal
-sent, do so the first time.
+At a terminal the first Ctrl-C waits for the trials under way, which can be worth many minutes, and the second one ends
+them at once. TERM, HUP, and a Ctrl-C that no terminal sent end them the first time.
 
 A signal that was ignored from the start, as HUP under `nohup`, goes on being ignored.
 """
@@ -26,7 +25,7 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-WAITING = b"\nCtrl-C: what takes turns now comes to its end and is reported; once more ends at once.\n"
+WAITING = b"\nCtrl-C: waiting for the trials under way, which will be reported; press it again to stop at once.\n"
 
 
 class StopRequested(KeyboardInterrupt):
@@ -71,7 +70,7 @@ class InterruptHandler:
     def interruptible(self, *, worth_waiting: bool = False) -> Iterator[None]:
         """A block that a stop ends at once. Raises `StopRequested`, and does not begin after one that was not taken.
 
-        `worth_waiting`: whether a first Ctrl-C of somebody who can say it twice lets it come to its end.
+        `worth_waiting`: whether the first Ctrl-C at a terminal waits for its end.
         """
         if self._told is not None and not self._taken:
             self._take()

@@ -134,7 +134,7 @@ class ColdTrial:
     [
         (True, "the cold start is timeout: WorkerLost: it fell silent."),
         (False, "the cold start is oom: OutOfMemoryError: no room."),
-        (None, "the cold start is crashed: it says nothing."),
+        (None, "the cold start is crashed: no message."),
     ],
 )
 def test_a_cold_start_that_fails_is_a_notice(lost, said):

@@ -3,7 +3,7 @@
 The work is a float32 matrix product in the layer's forward pass; its result is thrown away, so losses stay what they
 were. It takes the path that a real regression takes (one more kernel in a layer's forward), which a `sleep` would not.
 The factors are narrow: one as wide as the layer would have to be read from memory each time, and a small slow-down
-could not be planted.
+could not be injected.
 """
 
 from __future__ import annotations
