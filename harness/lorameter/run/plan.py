@@ -290,9 +290,7 @@ def make_plan(
                 for one in next(orders):
                     single = slot(one, replicate, "replicates", alone)
                     groups.append(
-                        Group(
-                            replicate=replicate, launches=((single,),), requests=_isolated_requests(study, single)
-                        )
+                        Group(replicate=replicate, launches=((single,),), requests=_isolated_requests(study, single))
                     )
     return Plan(
         study=study,
