@@ -346,6 +346,8 @@ class Updates:
     _by_method: frozenset[int] = frozenset()
     _fed: set[int] = field(default_factory=set)
     """Parameters whose gradient was there, and not zero, when an update could take it."""
+    _stepping: int = 0
+    """Optimizers that are stepping: one may hold another, and what it writes before that steps is its own."""
     _before_call: tuple[int, int] = (0, 0)
     """Updates, and parameters that had learnt, before the last call."""
 
@@ -368,6 +370,7 @@ class Updates:
     def begin_call(self) -> None:
         """Note what had been seen before a call."""
         self._before_call = self.steps, self._learnt()
+        self._stepping = 0
 
     def end_call(self) -> None:
         """Compare with what the last update left."""
@@ -377,6 +380,7 @@ class Updates:
     def before(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Global optimizer hook: nothing has moved and, without a closure, the gradients are complete."""
         self._take(optimizer)
+        self._stepping += 1
         closure = next((value for value in (*args[1:2], kwargs.get("closure")) if callable(value)), None)
         if closure is None:
             return None
@@ -394,6 +398,7 @@ class Updates:
 
     def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook: the optimizer's state exists from here on."""
+        self._stepping = max(self._stepping - 1, 0)
         self._settle(optimizer)
         for key, rate in self._given(optimizer).items():
             seen = self.parameters[self._names[key]]
@@ -483,7 +488,7 @@ class Updates:
         except Exception as error:
             seen.unreadable = f"{type(error).__name__}: {error}"
             return
-        if key not in self._by_method:
+        if key not in self._by_method and not self._stepping:  # SAM goes back to where it was within its step
             seen.written += written
             if undone:
                 seen.losses.append(seen.updates)

@@ -63,6 +63,48 @@ def forget_the_update(run: SmallRun) -> None:
     run.step = run.gradients  # type: ignore[method-assign]
 
 
+def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
+    """Train by SAM with an optimizer of torch inside; undone: and reload the weights before each step."""
+    import torch
+
+    class Sharpness(torch.optim.Optimizer):
+        """Takes the gradient from a little uphill, then lets its base step from where it was."""
+
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1})
+            self.base = torch.optim.SGD(self.param_groups, lr=0.1)
+            self.param_groups = self.base.param_groups
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            """Two passes and an update."""
+            with torch.enable_grad():
+                loss = closure()
+            values = [value for group in self.param_groups for value in group["params"]]
+            before = [value.clone() for value in values]
+            for value in values:
+                value.add_(value.grad, alpha=0.05)
+            with torch.enable_grad():
+                closure()
+            for value, old in zip(values, before, strict=True):
+                value.copy_(old)
+            self.base.step()
+            return loss
+
+    parameters = [value for value in run.model.parameters() if value.requires_grad]
+    run.optimizer, run.by_closure = Sharpness(parameters), True
+    if undone:
+        start, passes = [value.detach().clone() for value in parameters], run.step
+
+        def reloaded() -> None:
+            with torch.no_grad():
+                for value, old in zip(parameters, start, strict=True):
+                    value.copy_(old)
+            passes()
+
+        run.step = reloaded  # type: ignore[method-assign]
+
+
 def step_in_a_thread(run: SmallRun) -> None:
     """Let another thread do all of the step."""
     sound = run.step

@@ -177,6 +177,14 @@ EVERYDAY = (
         words=("eval",),
     ),
     Control(
+        name="SAM whose weights are reloaded before each step",
+        path="lora.learning",
+        required=True,
+        fault=small(partial(adapter_faults.minimise_sharpness, undone=True), dtype="float32", quant=None),
+        healthy=small(adapter_faults.minimise_sharpness, dtype="float32", quant=None),
+        words=("lost what an update had written",),
+    ),
+    Control(
         name="a step in a thread of its own, forced to math",
         path="attention.backend",
         required="flash",
