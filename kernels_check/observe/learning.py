@@ -158,15 +158,12 @@ class Gradients:
 
 def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
     """Hook a parameter, also one that trains only later in the step."""
-    frozen = not parameter.requires_grad
+    trains = parameter.requires_grad
     with suppress(RuntimeError):  # what cannot train cannot be hooked
-        if frozen:
-            parameter.requires_grad_(True)
         try:
-            hooks.push(parameter.register_hook(noted))
+            hooks.push(parameter.requires_grad_(True).register_hook(noted))
         finally:
-            if frozen:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(trains)
 
 
 STUCK_SHARE = 0.9
@@ -495,8 +492,7 @@ class Updates:
 
 
 def _is_nonzero(gradient: Tensor) -> bool:
-    try:
+    with suppress(Exception):  # of a kind that cannot be read, which the hook that saw it arrive has noted
         size = largest(gradient)
-    except Exception:  # of a kind that cannot be read, which the hook that saw it arrive has noted
-        return True
-    return size is None or float(size) != 0
+        return size is None or float(size) != 0
+    return True
