@@ -77,13 +77,19 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
 
 
 def test_a_document_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    """The draft in its place is a link to a full device; neither it nor half of anything is left."""
-    write_document(tmp_path / "a.json", {"a": 1})
-    (tmp_path / "a.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        write_document(tmp_path / "a.json", {"a": 2})
-    assert '"a": 1' in (tmp_path / "a.json").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    """The system refuses the new one in the middle; neither its draft nor half of anything is left."""
+    path = tmp_path / "a.json"
+    write_document(path, {"a": 1})
+    code = (
+        "import sys; from pathlib import Path; from lorameter.records.fileio import write_document\n"
+        "try: write_document(Path(sys.argv[1]), {'a': 'x' * 999})\nexcept OSError as error: print(error.errno, error)"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{errno.EFBIG} ")
+    assert str(path) in done.stdout
+    assert '"a": 1' in path.read_text()
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(command, runs):
