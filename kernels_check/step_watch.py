@@ -53,7 +53,7 @@ def watch(
     """
     if batch is None:
         return Watch(model, requirements or {})
-    return Watch(model, {"packing.isolated": None} | dict(requirements or {}), partial(isolation_of_seen, batch=batch))
+    return Watch(model, requirements or {}, partial(isolation_of_seen, batch=batch), packed=True)
 
 
 def isolation_of_seen(seen: Observation, *, batch: Mapping[str, Any] | None) -> IsolationResult:
@@ -74,9 +74,14 @@ class Watch:
         model: nn.Module,
         requirements: Mapping[str, Json],
         isolate: Callable[[Observation], IsolationResult] | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
-        validate({path: value for path, value in requirements.items() if value is not None})
-        self._requirements = dict(requirements)
+        validate(requirements)
+        asked: dict[str, Json] = {"packing.isolated": None} if packed else {}
+        self._requirements = asked | dict(requirements)
+            {"packing.isolated": None} | dict(requirements) if packed else dict(requirements)
+        )
         self._steps = StepObserver(model)
         self._is_open = False
         self._unopened: str | None = None

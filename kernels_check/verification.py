@@ -46,8 +46,7 @@ def verify(
         ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
         Exception: whatever ``step`` raises.
     """
-    asked = {"packing.isolated": None} if batch is not None else {}
-    watched = Watch(model, {**asked, **requirements}, partial(isolation_of_seen, batch=batch))
+    watched = Watch(model, requirements, partial(isolation_of_seen, batch=batch), packed=batch is not None)
     with restored(model):
         with watched.updates_only():  # compiles, and moves lora_B off zero
             step()

@@ -43,6 +43,8 @@ MASKING = frozenset({
 })  # fmt: skip
 """What a mask is laid over the scores by, where attention is written out."""
 REDUCTIONS = frozenset({"aten::sum", "aten::exp", "aten::exp2", "aten::cumsum", "aten::logsumexp"})
+SHAPED = SOFTMAX | PRODUCTS | FOURBIT
+"""Operators of which shapes and types are read, with those of attention."""
 _READ = SOFTMAX | REDUCTIONS | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
 _DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 

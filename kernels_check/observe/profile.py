@@ -26,8 +26,10 @@ from kernels_check.observe.operators import (
     COMPILED_REGION,
     COMPILER_LOOKUP,
     FOURBIT,
+    MASKING,
     PRODUCTS,
     REDUCTIONS,
+    SHAPED,
     SOFTMAX,
     AttentionCall,
     Operator,
@@ -194,6 +196,8 @@ class ProfilerRecording:
         everywhere: Any = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
         self._profile = profile(activities=activities, record_shapes=True, **everywhere)
         self._another = False
+        self._read: list[Any] = []
+        """The raw events, which take long to hand over."""
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -216,11 +220,11 @@ class ProfilerRecording:
     @property
     def lasted(self) -> bool:
         """Whether nobody has started another since; after the block whether it has anything to tell."""
-        return not self._another and (is_recording() or bool(_events(self._profile)))
+        return not self._another and (is_recording() or bool(self._events()))
 
     def profile(self) -> StepProfile:
         """What was recorded, where it ``lasted``."""
-        operators, kernels = read_operators(self._profile)
+        operators, kernels = read_operators(self._events())
         results: Any = self._profile.profiler
         roots = results.kineto_results.experimental_event_tree()
         return reduce_operators(
@@ -229,6 +233,12 @@ class ProfilerRecording:
             writes=recorded_writes(roots, MARK),
             writes_hidden=is_hidden_by_a_mode(roots, MARK),
         )
+
+    def _events(self) -> list[Any]:
+        result: Any = getattr(self._profile.profiler, "kineto_results", None)
+        if not self._read and result is not None:
+            self._read = result.events()
+        return self._read
 
     def _noticing(self, enable: Callable[..., Any]) -> Callable[..., Any]:
         def noticed(*args: Any, **kwargs: Any) -> Any:
@@ -269,22 +279,19 @@ def quiet_kineto() -> Iterator[None]:
             os.environ["KINETO_LOG_LEVEL"] = before
 
 
-def read_operators(recorded: profile) -> tuple[list[Operator], list[str]]:
+def read_operators(events: Iterable[Any]) -> tuple[list[Operator], list[str]]:
     """Operators that matter, in the order in which they began, and the names of all kernels."""
     host, kernels = [], []
-    for event in _events(recorded):
+    for event in events:
         if event.device_type() == DeviceType.CPU:
             name = event.name()
             if (matters(name) or name.startswith(MARK)) and not _crosses_threads(event):
                 host.append(event)
         elif event.device_type() == DeviceType.CUDA and not _is_mark(event):
             kernels.append(event.name())
-    return list(_nested(host)), kernels
-
-
-def _events(recorded: profile) -> Iterable[Any]:
-    result: Any = getattr(recorded.profiler, "kineto_results", None)
-    return () if result is None else result.events()
+    # Shapes take long to read, and those of what may lay a mask matter only where attention is written out.
+    with_shapes = SHAPED | (MASKING if any(event.name() in SOFTMAX for event in host) else frozenset())
+    return list(_nested(host, with_shapes)), kernels
 
 
 def _crosses_threads(event: Any) -> bool:
@@ -296,7 +303,7 @@ def _is_mark(event: Any) -> bool:
     return bool(event.is_user_annotation() or event.is_hidden_event()) or event.name().startswith("[")
 
 
-def _nested(events: Iterable[Any]) -> Iterator[Operator]:
+def _nested(events: Iterable[Any], with_shapes: frozenset[str]) -> Iterator[Operator]:
     """Link each event to the innermost one of its thread that encloses it, and to the innermost call of a module.
 
     An operator that is written in Python, or that autocast calls anew with other inputs, is recorded twice, one record
@@ -317,7 +324,10 @@ def _nested(events: Iterable[Any]) -> Iterator[Operator]:
         if parent is not None and parent.name == name:
             parent.input_shapes, parent.input_dtypes = event.shapes(), event.dtypes()
             continue
-        operator = Operator(name, event.shapes(), event.dtypes(), event.concrete_inputs(), parent, call=call)
+        operator = Operator(name, parent=parent, call=call)
+        if name in with_shapes or attention_backend(name) is not None:
+            operator.input_shapes, operator.input_dtypes = event.shapes(), event.dtypes()
+            operator.concrete_inputs = event.concrete_inputs()
         if parent is not None:
             parent.add_child(operator)
         around.append((event.end_ns(), operator, call))
