@@ -80,8 +80,6 @@ class Watch:
         validate(requirements)
         asked: dict[str, Json] = {"packing.isolated": None} if packed else {}
         self._requirements = asked | dict(requirements)
-            {"packing.isolated": None} | dict(requirements) if packed else dict(requirements)
-        )
         self._steps = StepObserver(model)
         self._is_open = False
         self._unopened: str | None = None
