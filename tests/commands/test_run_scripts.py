@@ -15,8 +15,8 @@ COMMAND = "python scripted.py {slow|plain}"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["compile", "--command", "python scripted.py plain"], "no braces, so nothing differs"),
-        (["compile", "--command", "python scripted.py {"], "a brace is open"),
+        (["compile", "--command", "python scripted.py plain"], "nothing differs"),
+        (["compile", "--command", "python scripted.py {"], "a brace without its partner"),
         (["compile", "--command", "python scripted.py {}"], "an empty brace"),
         (["training-step", "--command", COMMAND], "it claims nothing of an engine"),
         (["--command", COMMAND], "no study named"),
