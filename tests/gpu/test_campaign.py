@@ -18,7 +18,7 @@ from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
 from benchmarks.gpu.steps import BASES, CARD, STEPS, STUDY, Step, command, runs_of
 from lorameter.cli import main, parser
-from lorameter.run.plan import contenders_of
+from lorameter.run.plan import arms_of
 from lorameter.studies.study_file import load_study, load_variant
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def check_words(words):
         options = parser().parse_args(words[3:])
         assert options.json
         if study := getattr(options, "study", None):
-            contenders_of(load_study(study, profile=getattr(options, "profile", None)), getattr(options, "variant", ()))
+            arms_of(load_study(study, profile=getattr(options, "profile", None)), getattr(options, "variant", ()))
         elif variant := getattr(options, "variant", None):
             load_variant(variant, profile=options.profile)
     elif words[2] == "pytest":

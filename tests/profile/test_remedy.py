@@ -107,7 +107,7 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
     assert plan.interleaving in ("lockstep", "replicates")
     assert "2 workloads" in plan.why
-    assert {slot.arm for slot in plan.slots} == {""}
+    assert {slot.executor for slot in plan.slots} == {""}
     both = make_pair(padded, variant, finding(r=8, workload={"batch_size": 4}), protocol=epochs)
     assert (both.study.variants[1].r, both.own_workloads, both.study.protocol.epochs) == (8, {}, 3.0)
 
@@ -127,7 +127,7 @@ def test_other_threads_take_executors_of_their_own(small_study, machine):
     fewer = finding("oversubscription", workload={"threads": 1})
     pair = make_pair(threads, threads.variants[0], fewer, protocol=threads.protocol)
     plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
-    assert {slot.arm for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
+    assert {slot.executor for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
 
 
 def judged(write_run, pair, code, present, suggested, **options):

@@ -53,7 +53,7 @@ def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
     for replicate in range(5):
         groups = [group for group in made.groups if group.replicate == replicate and group.turns]
         arms = {
-            group.slots[0].variant.name: sorted((slot.side, slot.role, slot.arm) for slot in group.slots)
+            group.slots[0].variant.name: sorted((slot.side, slot.role, slot.executor) for slot in group.slots)
             for group in groups
         }
         sides = [("base", "variant", "base"), ("candidate", "variant", "candidate")]

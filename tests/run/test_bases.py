@@ -76,8 +76,8 @@ def test_trials_make_what_could_not_be_prepared(study):
 
 def test_both_sides_stand_on_their_bases_alike(study):
     """Where one cannot prepare a base, neither maps one, or the two would be measured on different ground."""
-    plan = make_plan(study, contenders=sides_of(study, study.variants[:2]))
-    arms = {slot.arm for slot in plan.slots}
+    plan = make_plan(study, arms=sides_of(study, study.variants[:2]))
+    arms = {slot.executor for slot in plan.slots}
     executors = {arm: Preparing(arm, crash if arm == "candidate" else lambda request: None) for arm in arms}
     bases = prepare_bases(plan, executors, "cpu", Watching())
     assert {key[1][3] for key in bases.folders} == {"none"}

@@ -9,7 +9,7 @@ import pytest
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.plan import contenders_of, make_plan
+from lorameter.run.plan import arms_of, make_plan
 from lorameter.studies.keys import KEYS
 from lorameter.studies.limits import NAME_BYTES
 from lorameter.studies.study_file import load_study
@@ -90,7 +90,7 @@ def test_a_plan_has_a_bound(tmp_path):
     path.write_text(f"[protocol]\nreplicates = 10000\nturns = 10000\n{ONE}")
     study = load_study(str(path))
     with pytest.raises(UsageError, match="a plan holds 2000000"):
-        make_plan(study, contenders=contenders_of(study))
+        make_plan(study, arms=arms_of(study))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def _measured_there(
     from lorameter.report.live import LiveDisplay
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.ab import DEFAULT_PHASES, arms_of_commands, measure_ab, plan_ab
+    from lorameter.run.ab import DEFAULT_PHASES, executors_of_commands, measure_ab, plan_ab
     from lorameter.run.executors.sides import check_side
     from lorameter.run.measure import measure
 
@@ -158,8 +158,10 @@ def _measured_there(
         show(warn_before_run(notices), errors)
         with LiveDisplay(errors, device=placement.machine.device_name) as display:
             if command:
-                arms = arms_of_commands(plan)
-                return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=kept)
+                arm_executors = executors_of_commands(plan)
+                return measure(
+                    plan, runs=runs, display=display, notices=notices, arm_executors=arm_executors, policy=kept
+                )
             return measure_ab(
                 plan,
                 base=options.base,
@@ -293,7 +295,7 @@ def _measured_here(study: Study, name: str, rows: int, placement: Placement, opt
     from lorameter.report.live import LiveDisplay
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.ab import arms_of_present, plan_ab
+    from lorameter.run.ab import executors_of_present, plan_ab
     from lorameter.run.measure import measure
 
     runs = store.runs_dir(options.runs_dir, make=True)
@@ -309,8 +311,10 @@ def _measured_here(study: Study, name: str, rows: int, placement: Placement, opt
     errors = console_for(stderr=True)
     show(warn_before_run(notices), errors)
     with placement.hold(options.if_busy), LiveDisplay(errors) as display:
-        arms = arms_of_present(rows)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, placement=placement)
+        arm_executors = executors_of_present(rows)
+        return measure(
+            plan, runs=runs, display=display, notices=notices, arm_executors=arm_executors, placement=placement
+        )
 
 
 def read_study(options: argparse.Namespace, device: str, standard: int | None = None, of: Study | None = None) -> Study:

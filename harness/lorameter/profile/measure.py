@@ -126,10 +126,10 @@ def open_trial(
             f"Take the {label} with one rank; a run of the study says how its ranks spend a step."
         )
     study = dataclasses.replace(study, allow_fallback=True)
-    contender = Arm(variant=variant, workload=study.workload)
+    arm = Arm(variant=variant, workload=study.workload)
     machine = executor.machine()
-    notices = check_feasible(study, machine, [contender], free_bytes=executor.free_bytes())
-    plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
+    notices = check_feasible(study, machine, [arm], free_bytes=executor.free_bytes())
+    plan = make_plan(study, arms=[arm], phases=("train", "generate"))
     slot = plan.slots[0]
     folder = runs / new_run_id(f"{label}-{variant.name}", runs)
     folder.mkdir(parents=True)

@@ -85,10 +85,10 @@ def plan_ab(
         )
     study = study if study.of_scripts else _locate(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
-    contenders = sides_of(study, variants, slowdown_rows=slowdown_rows, command=command)
-    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
-    level, why, provisional = _level(contenders, study, machine, free_bytes, runs)
-    plan = make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why, provisional=provisional)
+    arms = sides_of(study, variants, slowdown_rows=slowdown_rows, command=command)
+    notices = check_feasible(study, machine, arms, free_bytes=free_bytes)
+    level, why, provisional = _level(arms, study, machine, free_bytes, runs)
+    plan = make_plan(study, arms=arms, phases=phases, interleaving=level, why=why, provisional=provisional)
     return plan, notices
 
 
@@ -126,25 +126,33 @@ def measure_ab(
     specs: dict[Side, str] = {"base": base, "candidate": candidate}
     with _open_sides(specs, repository, cache, placement) as sides:
         if plan.study.of_scripts and any(side.kind != "revision" for side in sides.values()):
-            for contender in plan.contenders:
-                check_side(contender.variant)
-        arms: list[ArmExecutor] = []
+            for arm in plan.arms:
+                check_side(arm.variant)
+        arm_executors: list[ArmExecutor] = []
         for name, side in sides.items():
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
-            rows = {slot.contender.slowdown_rows for slot in plan.slots if slot.side == name}
+            rows = {slot.arm.slowdown_rows for slot in plan.slots if slot.side == name}
             kind = executor_of(plan.study)
-            arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, placement=placement)
+            arm_executors += executors_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
+        return measure(
+            plan,
+            runs=runs,
+            display=display,
+            notices=notices,
+            arm_executors=arm_executors,
+            policy=policy,
+            placement=placement,
+        )
 
 
-def arms_of_commands(plan: Plan) -> list[ArmExecutor]:
+def executors_of_commands(plan: Plan) -> list[ArmExecutor]:
     """The sides of an A/B of two commands: nothing but the command differs between them."""
-    arms: list[ArmExecutor] = []
+    arm_executors: list[ArmExecutor] = []
     for name in SIDES:
-        command = next(one.variant.command for one in plan.contenders if one.side == name)
+        command = next(one.variant.command for one in plan.arms if one.side == name)
         about = {"spec": command, "kind": SIDE, "label": command, INJECTED: 0}
-        arms += arms_of(name, None, (), about, executor_of(plan.study))
-    return arms
+        arm_executors += executors_of(name, None, (), about, executor_of(plan.study))
+    return arm_executors
 
 
 def resume_ab(
@@ -167,33 +175,49 @@ def resume_ab(
     """
     before = run.manifest.sides
     if of_commands(run.manifest):
-        arms = arms_of_commands(plan)
-        check_place(run, arms[0].executor.facts())
+        arm_executors = executors_of_commands(plan)
+        check_place(run, arm_executors[0].executor.facts())
         return measure(
-            plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, placement=placement
+            plan,
+            runs=run.path.parent,
+            display=display,
+            arm_executors=arm_executors,
+            resume=run.manifest.run,
+            placement=placement,
         )
     if is_calibration(run.manifest):
         if placement is not None and placement.is_remote:
             raise UsageError(
                 f"run {run.manifest.run} is a calibration, of the machine that it is started on. Use --on here."
             )
-        arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
-        check_place(run, arms[0].executor.facts())
+        arm_executors = [arm for name in SIDES for arm in executors_of(name, Host(), (), before[name])]
+        check_place(run, arm_executors[0].executor.facts())
         return measure(
-            plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, placement=placement
+            plan,
+            runs=run.path.parent,
+            display=display,
+            arm_executors=arm_executors,
+            resume=run.manifest.run,
+            placement=placement,
         )
     specs = {name: _spec_again(f"run {run.manifest.run}, {name}", before[name]) for name in SIDES}
     with _open_sides(specs, repository, cache, placement) as sides:
-        kind, arms = executor_of(plan.study), []
+        kind, arm_executors = executor_of(plan.study), []
         for name, side in sides.items():
-            arms += arms_of(name, side.host, side.declared, {**before[name], "spec": side.spec}, kind)
+            arm_executors += executors_of(name, side.host, side.declared, {**before[name], "spec": side.spec}, kind)
         check: Callable[[Mapping[str, MachineFacts]], object] = partial(_check_same, run)
         if placement is None or not placement.is_spread:  # else the jobs say what is on their sides
-            check({arm.name: arm.executor.facts() for arm in arms if arm.name == arm.side})
+            check({arm.name: arm.executor.facts() for arm in arm_executors if arm.name == arm.side})
             check = _believe
         again = run.manifest.run
         return measure(
-            plan, runs=run.path.parent, display=display, arms=arms, resume=again, placement=placement, check_facts=check
+            plan,
+            runs=run.path.parent,
+            display=display,
+            arm_executors=arm_executors,
+            resume=again,
+            placement=placement,
+            check_facts=check,
         )
 
 
@@ -257,7 +281,7 @@ def _locate(study: Study) -> Study:
     return dataclasses.replace(study, workload=workload)
 
 
-def arms_of(
+def executors_of(
     side: Side,
     host: Host | None,
     declared: tuple[str, ...],
@@ -279,18 +303,18 @@ def arms_of(
     ]
 
 
-def arms_of_present(slowdown_rows: int) -> list[ArmExecutor]:
+def executors_of_present(slowdown_rows: int) -> list[ArmExecutor]:
     """Both sides of a calibration: the present interpreter, and the same with extra work in the adapters."""
     same = {"spec": "", "kind": PRESENT, "label": "the present interpreter", INJECTED: 0}
     slowed = same | {"label": f"the same with {slowdown_rows} rows of extra work", INJECTED: slowdown_rows}
-    return [*arms_of("base", Host(), (), same), *arms_of("candidate", Host(), (), slowed)]
+    return [*executors_of("base", Host(), (), same), *executors_of("candidate", Host(), (), slowed)]
 
 
 def _level(
-    contenders: Sequence[Arm], study: Study, machine: Machine, free: int | None, runs: Path | None
+    arms: Sequence[Arm], study: Study, machine: Machine, free: int | None, runs: Path | None
 ) -> tuple[Interleaving, str, bool]:
     """Lockstep if three live processes of the largest variant fit; and whether a rehearsal is to show that."""
-    variants = {one.variant.id: one.variant for one in contenders}.values()
+    variants = {one.variant.id: one.variant for one in arms}.values()
     needed = most_of(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
     if free is None:
         return "replicates", "how much memory is free cannot be known", False

@@ -249,7 +249,7 @@ def find_measured(plan: Plan, sides: tuple[str, str], runs: Path) -> Run | None:
         sides: the words by which both are known: commits, or requirements.
         runs: the folder of runs; what cannot be read there is none.
     """
-    asked = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.contenders)))
+    asked = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.arms)))
     device = probe_machine().device_name
     for path in reversed(store.list_runs(runs)):
         try:

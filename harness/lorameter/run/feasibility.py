@@ -22,7 +22,7 @@ from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
 from lorameter.run.check_variant import check_adapters, check_ranks, rank_notices
 from lorameter.run.executors.script_sandbox import shared_notices
-from lorameter.run.plan import Arm, contenders_of, workloads_of
+from lorameter.run.plan import Arm, arms_of, workloads_of
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
@@ -37,7 +37,7 @@ NF4_BLOCK = 64
 def check_feasible(
     study: Study,
     machine: Machine,
-    contenders: Sequence[Arm] = (),
+    arms: Sequence[Arm] = (),
     *,
     free_bytes: int | None = None,
     phases: Sequence[str] = (),
@@ -48,7 +48,7 @@ def check_feasible(
     Args:
         study: what is to be measured.
         machine: where.
-        contenders: those selected; all if left out.
+        arms: those selected; all if left out.
         free_bytes: memory that is free there now; None where it is not known.
         phases: what is measured of them; the study's if left out.
         shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
@@ -62,12 +62,12 @@ def check_feasible(
     elsewhere = _check_engine(study, machine, shown_only)
     if study.of_scripts:
         _check_requirements(study)
-        commands = {one.variant.id: one.variant for one in contenders or contenders_of(study)}
+        commands = {one.variant.id: one.variant for one in arms or arms_of(study)}
         return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
-    contenders = contenders or contenders_of(study)
-    sources = {one.model: catalogue.resolve(one.model) for one in workloads_of(study, contenders)}
+    arms = arms or arms_of(study)
+    sources = {one.model: catalogue.resolve(one.model) for one in workloads_of(study, arms)}
     shape_of = {model: shapes.shape(source) for model, source in sources.items()}
-    for workload in workloads_of(study, contenders):
+    for workload in workloads_of(study, arms):
         _check_lengths(study.name, workload, shape_of[workload.model])
     describe_data(study.workload)
     _check_requirements(study)
@@ -77,7 +77,7 @@ def check_feasible(
     notices: list[Notice] = []
     measured = phases or study.protocol.phases
     answers = "generate" in measured or "cold" in measured
-    for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
+    for variant, workload in {one.variant.name: (one.variant, one.workload) for one in arms}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         shape = shape_of[workload.model]
         _check_attention(where, variant, machine)
@@ -108,7 +108,7 @@ def check_feasible(
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)
     notices += [layers_notice(model, said) for model, said in unknown.items()]
-    notices += _open_ended_notices(workloads_of(study, contenders)) if "generate" in measured else ()
+    notices += _open_ended_notices(workloads_of(study, arms)) if "generate" in measured else ()
     notices += [
         Notice(
             code="random-weights",

@@ -56,14 +56,12 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     unknown = next(filter(None, map(unknown_layers, shape_of.values())), None)
     needs: dict[str, int | None] = {}
     for one in plan.workloads:
-        needs |= needed_bytes([who.variant for who in plan.contenders if who.workload == one], one, machine, runs)
+        needs |= needed_bytes([who.variant for who in plan.arms if who.workload == one], one, machine, runs)
     memory = most_of(_group_bytes(group, needs, machine) for group in plan.groups)
     disk = None
     if unknown is None:
         tokens = sum(4 * 8 * one.sequence_length * (one.train_sequences + one.held_out_sequences) for one in shape_of)
-        adapters = [
-            adapter_parameters(contender.variant, shape_of[contender.workload]) for contender in plan.contenders
-        ]
+        adapters = [adapter_parameters(arm.variant, shape_of[arm.workload]) for arm in plan.arms]
         disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
     took = forecast_time(plan, machine, shape_of, runs)
     return Forecast(time=took, memory_bytes=memory, disk_bytes=disk, unknown=unknown)

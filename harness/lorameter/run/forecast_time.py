@@ -119,8 +119,8 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
     and all comparisons of the plan share their scatter; None of one replicate."""
     if replicates < 2:
         return None
-    sided = any(one.side for one in plan.contenders)
-    comparisons = 1 if sided else len(plan.contenders) - 1
+    sided = any(one.side for one in plan.arms)
+    comparisons = 1 if sided else len(plan.arms) - 1
     prior = min(PRIOR_DF, (comparisons - 1) * (replicates - 1))
     spread = Spread(
         standard_error=sd / math.sqrt(replicates), df=replicates - 1 + prior, sd=sd, df_per_replicate=1.0,

@@ -169,7 +169,7 @@ class GroupRunner:
                 worker.close()
         self._start_cold()
         for slot in self._group.slots:
-            self._executors[slot.arm].clear_place(slot.trial)
+            self._executors[slot.executor].clear_place(slot.trial)
 
     def interrupt(self) -> None:
         """Mark what was under way as interrupted by the user."""
@@ -187,14 +187,14 @@ class GroupRunner:
 
     def _launch(self, launch: tuple[Slot, ...]) -> None:
         records = self._records
-        if failed := self._plan.failed.get(launch[0].contender.name):  # in a rehearsal of scripts
+        if failed := self._plan.failed.get(launch[0].arm.name):  # in a rehearsal of scripts
             trial = launch[0].trial
             records.add(trial, PartialRecord(status=failed.status, failure=failed.failure))
             records.records[trial] = records.records[trial].replaced(log=failed.log)
             return
         records.begin(launch)
         try:
-            worker = self._executors[launch[0].arm].launch()
+            worker = self._executors[launch[0].executor].launch()
         except WorkerLostError as lost:
             for slot in launch:
                 records.add(slot.trial, PartialRecord().failed(lost.status, lost.failure))
@@ -209,7 +209,7 @@ class GroupRunner:
             records.records[slot.trial] = records.records[slot.trial].replaced(log=f"logs/{log}.log")
         for slot in launch:
             if records.is_ok(slot.trial):
-                place = self._executors[slot.arm].make_place(slot.trial, log)
+                place = self._executors[slot.executor].make_place(slot.trial, log)
                 request = self._requests[slot.trial] = request_of(self._plan, slot, self._context, place)
                 self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
@@ -238,7 +238,7 @@ class GroupRunner:
             records.add(trial, PartialRecord(values={"turns_wall_time_s": wall_time_s}))
         if timed and turns:
             self._budget.note_turns(self._group, taken)
-        epochs = max((records.slots[trial].contender.rounds_after_turns(protocol) for trial in timed), default=0)
+        epochs = max((records.slots[trial].arm.rounds_after_turns(protocol) for trial in timed), default=0)
         # In rounds as well: a command that trained for hours could not be told from one that hangs.
         self._take_rounds("epochs", tuple(turns[number % len(turns)] for number in range(epochs)),
                           steps=protocol.steps_per_turn)  # fmt: skip
@@ -298,7 +298,7 @@ class GroupRunner:
             slot, warm = records.slots[trial], records.records[trial].tokens.get("completion")
             self._listener.trial_phase(slot, "cold")
             start = ColdStart(
-                self._executors[slot.arm], self._requests[trial], self._imports, side=slot.side, warm=warm
+                self._executors[slot.executor], self._requests[trial], self._imports, side=slot.side, warm=warm
             )
             fragment = start.measure()
             records.add(trial, fragment)

@@ -36,7 +36,7 @@ from lorameter.run.forecast import together_bytes, total_of
 from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.memory_probe import REHEARSED, probe_memory
-from lorameter.run.plan import Plan, contenders_of, make_plan, variants_of, workloads_of
+from lorameter.run.plan import Plan, arms_of, make_plan, variants_of, workloads_of
 from lorameter.run.prepare import Ready, RunContext, prepare_run
 from lorameter.run.resume import continue_manifest, is_finished, mend
 from lorameter.run.runner import Measured, Stopping, find_unfinished, records_outside, run_plan
@@ -84,15 +84,15 @@ def plan_study(
     Raises:
         UsageError: anything that cannot work.
     """
-    contenders = contenders_of(study, select, own_workloads)
-    workloads = workloads_of(study, contenders)
-    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
+    arms = arms_of(study, select, own_workloads)
+    workloads = workloads_of(study, arms)
+    notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
     together = total_of(
-        together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
+        together_bytes([one.variant for one in arms if one.workload == workload], workload, machine, runs)
         for workload in workloads
     )
     level, why = choose_interleaving(
-        variants_of(contenders),
+        variants_of(arms),
         together_bytes=together,
         free_bytes=free_bytes,
         asked=interleaving,
@@ -104,7 +104,7 @@ def plan_study(
     provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
     if provisional:
         level, why = "lockstep", REHEARSED
-    plan = make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why, provisional=provisional)
+    plan = make_plan(study, arms=arms, phases=phases, interleaving=level, why=why, provisional=provisional)
     return plan, notices
 
 
@@ -141,7 +141,7 @@ def measure(
     runs: Path,
     display: Display,
     notices: tuple[Notice, ...] = (),
-    arms: Sequence[ArmExecutor] = (),
+    arm_executors: Sequence[ArmExecutor] = (),
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
     placement: Placement | None = None,
@@ -154,11 +154,11 @@ def measure(
         runs: where the run is written.
         display: shows what is going on.
         notices: what was known before.
-        arms: where trials are measured; those that the plan names, of the present interpreter, if left out.
+        arm_executors: where trials are measured; those that the plan names, of the present interpreter, if left out.
         resume: id of a run of this plan (`lorameter.run.resume`) to resume; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
         placement: where; in jobs if it has several sites.
-        check_facts: may refuse, before anything is measured, what is said of the arms, by name.
+        check_facts: may refuse, before anything is measured, the facts of the executors, by name.
 
     Raises:
         UsageError: data that cannot be read, a run to resume that another process writes or whose tokens differ, or
@@ -175,13 +175,13 @@ def measure(
             local=not placement.is_remote,
             if_busy=placement.if_busy if placement.is_remote else None,
             notices=notices,
-            sides={arm.side: arm.about for arm in arms if arm.side and arm.name == arm.side},
+            sides={arm.side: arm.about for arm in arm_executors if arm.side and arm.name == arm.side},
             resume=resume,
             policy=policy,
         )
-    arms = arms or [
+    arm_executors = arm_executors or [
         ArmExecutor(name=name, executor=open_executor(executor_of(study), label=name))
-        for name in dict.fromkeys(slot.arm for slot in plan.slots)
+        for name in dict.fromkeys(slot.executor for slot in plan.slots)
     ]
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
@@ -198,11 +198,15 @@ def measure(
         shown.starting(rest, run_id)
         budget = _budget(rest, earlier)
         with stops.interruptible():
-            ready, context = _start(rest, arms, runs / run_id, shown, stack)
-            facts = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            ready, context = _start(rest, arm_executors, runs / run_id, shown, stack)
+            facts = {
+                arm.name: arm.executor.facts()
+                for arm in arm_executors
+                if arm is arm_executors[0] or arm.name == arm.side
+            }
             check_facts(facts)
             budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
-        executors = {arm.name: arm.executor for arm in arms}
+        executors = {arm.name: arm.executor for arm in arm_executors}
         notices = (*notices, *ready.base_notices)
         if plan.provisional:
             with stops.interruptible():
@@ -210,7 +214,7 @@ def measure(
             shown.rehearsed(plan, found)
             groups, notices = plan.groups, (*notices, *found)
         if earlier is None:
-            manifest = _new_manifest(plan, run_id, arms, ready, facts, notices, policy)
+            manifest = _new_manifest(plan, run_id, arm_executors, ready, facts, notices, policy)
         else:
             manifest = _resumed_manifest(plan, earlier.manifest, ready, facts)
         writer = RunWriter(runs, manifest)
@@ -235,28 +239,28 @@ def _budget(plan: Plan, earlier: Run | None) -> Budget:
 
 
 def _start(
-    plan: Plan, arms: Sequence[ArmExecutor], folder: Path, shown: Shielded, stack: contextlib.ExitStack
+    plan: Plan, arm_executors: Sequence[ArmExecutor], folder: Path, shown: Shielded, stack: contextlib.ExitStack
 ) -> tuple[Ready, RunContext]:
     """Start the executors, which `stack` closes, and have them prepare what the trials need."""
-    threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    for arm in arms:
+    threads = {slot.executor: slot.workload.threads for slot in plan.slots}
+    for arm in arm_executors:
         stack.callback(arm.executor.close)
         arm.executor.start(folder, threads[arm.name])
-    executors = {arm.name: arm.executor for arm in arms}
+    executors = {arm.name: arm.executor for arm in arm_executors}
     return prepare_run(plan, executors, shown, tell_data=shown.tokens_prepared)
 
 
 def _new_manifest(
-    plan: Plan, run_id: str, arms: Sequence[ArmExecutor], ready: Ready, facts: Mapping[str, MachineFacts],
+    plan: Plan, run_id: str, arm_executors: Sequence[ArmExecutor], ready: Ready, facts: Mapping[str, MachineFacts],
     notices: tuple[Notice, ...], policy: Mapping[str, Any] | None,
 ) -> Manifest:  # fmt: skip
     collected = _provenance(plan, ready, facts)
-    declared = sorted({name for arm in arms for name in arm.declared})
+    declared = sorted({name for arm in arm_executors for name in arm.declared})
     return Manifest(
         run=run_id,
         study=codec.to_json(plan.study),
         phases=plan.phases,
-        selection=tuple(variant.name for variant in variants_of(plan.contenders)),
+        selection=tuple(variant.name for variant in variants_of(plan.arms)),
         own_workloads=codec.to_json(plan.own_workloads),
         interleaving=plan.interleaving,
         why=plan.why,
@@ -268,7 +272,7 @@ def _new_manifest(
         tokens=describe_tokens(plan, ready.tokens_of(plan)),
         bases=ready.bases,
         notices=notices,
-        sides=_sides(arms, ready.hellos, facts),
+        sides=_sides(arm_executors, ready.hellos, facts),
         policy=dict(policy or {}),
     )
 
@@ -326,12 +330,12 @@ def _is_watched() -> bool:
 
 
 def _sides(
-    arms: Sequence[ArmExecutor], hellos: Mapping[str, WorkerInfo], facts: Mapping[str, MachineFacts]
+    arm_executors: Sequence[ArmExecutor], hellos: Mapping[str, WorkerInfo], facts: Mapping[str, MachineFacts]
 ) -> dict[str, Any]:
     """What the manifest says of the sides of an A/B."""
     return {
         arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].harness}
         | {"facts": facts[arm.name].host}
-        for arm in arms
+        for arm in arm_executors
         if arm.side and arm.name == arm.side
     }

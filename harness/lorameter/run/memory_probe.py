@@ -54,23 +54,23 @@ def probe_memory(
     free = first.free_bytes()
     seen: dict[str, MemoryProbe] = {}
     for slot in plan.slots:
-        key = _key(slot.contender)
+        key = _key(slot.arm)
         if key not in seen:
             watcher.trial_phase(slot, "rehearsing")
-            seen[key] = _rehearse(plan, slot, executors[slot.arm], site)
+            seen[key] = _rehearse(plan, slot, executors[slot.executor], site)
     level, why = _level(plan, seen, free)
-    settled = make_plan(plan.study, contenders=plan.contenders, phases=plan.phases, interleaving=level, why=why)
-    failed = {one.name: record for one in plan.contenders if (record := seen[_key(one)].record).status != "ok"}
+    settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why)
+    failed = {one.name: record for one in plan.arms if (record := seen[_key(one)].record).status != "ok"}
     return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(_notices(seen.values())))
 
 
-def _key(contender: Arm) -> str:
-    """Equal for a contender and its control, which are one script."""
-    return f"{contender.side} {contender.variant.id}"
+def _key(arm: Arm) -> str:
+    """Equal for an arm and its control, which are one script."""
+    return f"{arm.side} {arm.variant.id}"
 
 
 def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: RunContext) -> MemoryProbe:
-    trial = f"rehearsal-{slot.contender.name}"
+    trial = f"rehearsal-{slot.arm.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
     place = executor.make_place(trial, trial)
     request = dataclasses.replace(request_of(plan, slot, site, place), trial=trial)
@@ -91,12 +91,12 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: RunContext) -> M
     except WorkerLostError as lost:
         record = record.merged(PartialRecord().failed(lost.status, lost.failure))
     executor.clear_place(trial)
-    return MemoryProbe(name=slot.contender.name, record=record)
+    return MemoryProbe(name=slot.arm.name, record=record)
 
 
 def _level(plan: Plan, seen: Mapping[str, MemoryProbe], free: int | None) -> tuple[Interleaving, str]:
     """Side by side if all of those that are compared with each other fit; one that does not train takes nothing."""
-    sizes = [size for one in plan.contenders if (size := seen[_key(one)].needed_bytes) is not None]
+    sizes = [size for one in plan.arms if (size := seen[_key(one)].needed_bytes) is not None]
     if free is None:
         return "replicates", "how much memory is free cannot be known"
     if not sizes:

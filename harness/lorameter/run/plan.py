@@ -57,7 +57,7 @@ class Arm:
         return math.ceil(steps / protocol.steps_per_turn)
 
 
-def contenders_of(
+def arms_of(
     study: Study, select: Sequence[str] = (), own_workloads: Mapping[str, Workload] | None = None
 ) -> tuple[Arm, ...]:
     """The variants to measure and the control; the reference stays in whatever is selected.
@@ -76,11 +76,11 @@ def contenders_of(
     chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
     chosen.add(study.reference)
 
-    def contender(variant: Variant, role: Role = "variant") -> Arm:
+    def arm(variant: Variant, role: Role = "variant") -> Arm:
         return Arm(variant=variant, role=role, workload=own.get(variant.name, study.workload))
 
-    measured = [contender(variant) for variant in study.variants if variant.name in chosen]
-    return (*measured, contender(study.variant(study.reference), "control"))
+    measured = [arm(variant) for variant in study.variants if variant.name in chosen]
+    return (*measured, arm(study.variant(study.reference), "control"))
 
 
 def sides_of(
@@ -110,14 +110,14 @@ def _check_own(study: Study, own: Mapping[str, Workload]) -> None:
             )
 
 
-def variants_of(contenders: Iterable[Arm]) -> tuple[Variant, ...]:
+def variants_of(arms: Iterable[Arm]) -> tuple[Variant, ...]:
     """The variants that contend, each once."""
-    return tuple({contender.variant.name: contender.variant for contender in contenders}.values())
+    return tuple({arm.variant.name: arm.variant for arm in arms}.values())
 
 
-def workloads_of(study: Study, contenders: Iterable[Arm]) -> tuple[Workload, ...]:
-    """What contenders are measured on, each once, the study's first."""
-    return tuple(dict.fromkeys((study.workload, *(contender.workload for contender in contenders))))
+def workloads_of(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
+    """What arms are measured on, each once, the study's first."""
+    return tuple(dict.fromkeys((study.workload, *(arm.workload for arm in arms))))
 
 
 def check_phases(phases: Sequence[str]) -> tuple[str, ...]:
@@ -139,35 +139,35 @@ class Slot:
     """One trial in the plan."""
 
     trial: str
-    contender: Arm
+    arm: Arm
     replicate: int
     position: int
     seed: int
     interleaving: Interleaving
     measures: tuple[Measure, ...]
-    arm: str = ""
+    executor: str = ""
     """Which of the run's executors hosts the trial; a run without sides has one, unless its variants differ in
     threads."""
 
     @property
     def variant(self) -> Variant:
         """What the trial is of."""
-        return self.contender.variant
+        return self.arm.variant
 
     @property
     def role(self) -> Role:
         """Whether it is one of the control."""
-        return self.contender.role
+        return self.arm.role
 
     @property
     def side(self) -> Side:
         """Which side of an A/B it stands on."""
-        return self.contender.side
+        return self.arm.side
 
     @property
     def workload(self) -> Workload:
         """What it is measured on."""
-        return self.contender.workload
+        return self.arm.workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +196,7 @@ class Plan:
     """What one run measures, in order."""
 
     study: Study
-    contenders: tuple[Arm, ...]
+    arms: tuple[Arm, ...]
     phases: tuple[str, ...]
     interleaving: Interleaving
     why: str
@@ -205,17 +205,17 @@ class Plan:
     provisional: bool = False
     """Whether its level is still to be settled by a rehearsal of its scripts (`lorameter.run.memory_probe`)."""
     failed: Mapping[str, TrialRecord] = field(default_factory=dict)
-    """Records of the rehearsals that failed, by contender: their trials are not started."""
+    """Records of the rehearsals that failed, by arm: their trials are not started."""
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
         """What is measured on, each once, the study's first."""
-        return workloads_of(self.study, self.contenders)
+        return workloads_of(self.study, self.arms)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
         """Workloads of variants that are not measured on the study's, by name."""
-        found = {contender.variant.name: contender.workload for contender in self.contenders}
+        found = {arm.variant.name: arm.workload for arm in self.arms}
         return {name: workload for name, workload in found.items() if workload != self.study.workload}
 
     @property
@@ -227,17 +227,17 @@ class Plan:
 def make_plan(
     study: Study,
     *,
-    contenders: Sequence[Arm] = (),
+    arms: Sequence[Arm] = (),
     phases: Sequence[str] = PHASES,
     interleaving: Interleaving = "replicates",
     why: str = "asked for",
     provisional: bool = False,
 ) -> Plan:
-    """Replicates × contenders, shuffled inside each replicate by `protocol.seed`.
+    """Replicates × arms, shuffled inside each replicate by `protocol.seed`.
 
     Args:
         study: what to measure.
-        contenders: whom; all variants of the study and its control if left out. Those of an A/B (`lorameter.run.ab`)
+        arms: whom; all variants of the study and its control if left out. Those of an A/B (`lorameter.run.ab`)
         are
             compared side by side, and so each variant for itself.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
@@ -248,7 +248,7 @@ def make_plan(
     Raises:
         UsageError: an unknown phase.
     """
-    contenders = tuple(contenders) or contenders_of(study)
+    arms = tuple(arms) or arms_of(study)
     checked = check_phases(phases)
     if study.of_scripts and checked != ("train",):
         raise UsageError(
@@ -262,27 +262,27 @@ def make_plan(
         )
     cold = study.protocol.cold_replicates or study.protocol.replicates
     together, alone = measures_of(study, interleaving, checked)
-    _check_size(study, len(contenders))
-    arms = {contender: _arm(contender, contenders) for contender in contenders}
+    _check_size(study, len(arms))
+    executors = {arm: _executor_of(arm, arms) for arm in arms}
     shuffler = random.Random(study.protocol.seed)
     positions = itertools.count()
     groups: list[Group] = []
 
-    def slot(contender: Arm, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
+    def slot(arm: Arm, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
         return Slot(
-            trial=f"r{replicate}-{contender.name}" + ("" if "steps" in measures else "-isolated"),
-            contender=contender,
+            trial=f"r{replicate}-{arm.name}" + ("" if "steps" in measures else "-isolated"),
+            arm=arm,
             replicate=replicate,
             position=next(positions),
             seed=study.protocol.seed + replicate,
             interleaving=level,
             measures=measures,
-            arm=arms[contender],
+            executor=executors[arm],
         )
 
     for replicate in range(study.protocol.replicates):
         live_measures = tuple(one for one in together if one != "cold" or replicate < cold)
-        for panel in _panels(contenders, shuffler):
+        for panel in _panels(arms, shuffler):
             orders = _orders(panel, alone, shuffler, twin=study.claims_peaks)
             live = [slot(one, replicate, interleaving, live_measures) for one in next(orders)]
             groups += _group_slots(live, study, shuffler)
@@ -294,7 +294,7 @@ def make_plan(
                     )
     return Plan(
         study=study,
-        contenders=contenders,
+        arms=arms,
         phases=checked,
         interleaving=interleaving,
         why=why,
@@ -303,14 +303,14 @@ def make_plan(
     )
 
 
-def _check_size(study: Study, contenders: int) -> None:
+def _check_size(study: Study, arms: int) -> None:
     """Raises `UsageError` for a plan that would take longer to make, and to read, than anybody waits."""
     protocol = study.protocol
     rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
-    total = contenders * protocol.replicates * rounds
+    total = arms * protocol.replicates * rounds
     if total > limits.MOST_ROUNDS:
         raise UsageError(
-            f"study {study.name}: {protocol.replicates} replicates of {contenders} trials with {rounds} turns and "
+            f"study {study.name}: {protocol.replicates} replicates of {arms} trials with {rounds} turns and "
             f"requests each are {total} in all, and a plan holds {limits.MOST_ROUNDS}. Use fewer of any of them."
         )
 
@@ -339,13 +339,13 @@ def measures_of(
     )
 
 
-def _panels(contenders: Sequence[Arm], shuffler: random.Random) -> list[list[Arm]]:
+def _panels(arms: Sequence[Arm], shuffler: random.Random) -> list[list[Arm]]:
     """Those who are compared with each other: all of a study at once, of an A/B the sides of a variant."""
-    if not contenders[0].side:
-        return [list(contenders)]
+    if not arms[0].side:
+        return [list(arms)]
     by_variant: dict[str, list[Arm]] = {}
-    for contender in contenders:
-        by_variant.setdefault(contender.variant.name, []).append(contender)
+    for arm in arms:
+        by_variant.setdefault(arm.variant.name, []).append(arm)
     return shuffler.sample(list(by_variant.values()), len(by_variant))
 
 
@@ -375,10 +375,10 @@ def _has_isolated(study: Study, alone: Sequence[Measure], replicate: int) -> boo
     return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
 
 
-def _isolated_members(contenders: Sequence[Arm], alone: Sequence[Measure], *, twin: bool) -> list[Arm]:
+def _isolated_members(arms: Sequence[Arm], alone: Sequence[Measure], *, twin: bool) -> list[Arm]:
     """Who has isolated trials; peaks are compared by their maximum, which takes no control, and a claim about them
     does."""
-    return [one for one in contenders if one.role == "variant" or twin or set(alone) != {"peaks"}]
+    return [one for one in arms if one.role == "variant" or twin or set(alone) != {"peaks"}]
 
 
 def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
@@ -413,13 +413,13 @@ def _isolated_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
     return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
 
 
-def _arm(contender: Arm, contenders: Sequence[Arm]) -> str:
+def _executor_of(arm: Arm, arms: Sequence[Arm]) -> str:
     """The executor of a trial. Sides have one each. The number of threads is set where a process begins, so other
     threads take another executor. Where there are several each of those that are compared has its own, for the reason
     that `measure.Arm` gives."""
-    if contender.side:
-        return CONTROL_SUFFIX if contender.role == "control" else contender.side
-    return contender.name if len({one.workload.threads for one in contenders}) > 1 else ""
+    if arm.side:
+        return CONTROL_SUFFIX if arm.role == "control" else arm.side
+    return arm.name if len({one.workload.threads for one in arms}) > 1 else ""
 
 
 def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str], *, on_cpu: bool) -> tuple[Group, ...]:

@@ -35,7 +35,7 @@ class RunContext:
     tokens_path: str
     tokens: dict[str, Any]
     bases: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
-    """Folders of the prepared bases, by arm and base."""
+    """Folders of the prepared bases, by executor and base."""
     lanes: int = 1
     """Processes that may be at work at once where nothing is timed."""
     own: Mapping[Workload, RunContext] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> T
         protocol=study.protocol.here(),  # of no interest there, and unknown to older revisions on a side
         interleaving=slot.interleaving,
         measures=slot.measures,
-        slowdown_rows=slot.contender.slowdown_rows,
+        slowdown_rows=slot.arm.slowdown_rows,
         device=site.device,
         threads=site.threads,
         tokens_path=site.tokens_path,
@@ -94,7 +94,7 @@ def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> T
         log_path=place.log_path,
         allow_fallback=study.allow_fallback,
         requirements=study.requirements,
-        base=bases.get((slot.arm, base_key(slot.variant, slot.workload)), ""),
+        base=bases.get((slot.executor, base_key(slot.variant, slot.workload)), ""),
     )
 
 
@@ -103,7 +103,7 @@ class Bases:
     """What was prepared."""
 
     folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
-    """By the arm that maps it."""
+    """By the executor that maps it."""
     summaries: tuple[BaseSummary, ...] = ()
     load_s: Mapping[BaseKey, float] = field(default_factory=dict)
     """What a process takes that makes a base for itself."""
@@ -121,10 +121,10 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, wa
         return Bases()
     first: dict[tuple[str, BaseKey], Slot] = {}
     for slot in plan.slots:
-        first.setdefault((slot.arm, base_key(slot.variant, slot.workload)), slot)
+        first.setdefault((slot.executor, base_key(slot.variant, slot.workload)), slot)
     made: dict[tuple[str, BaseKey], BaseSummary] = {}
     notices: dict[BaseKey, Notice] = {}
-    for (arm, key), slot in first.items():
+    for (name, key), slot in first.items():
         if key in notices:
             continue
         watcher.trial_phase(slot, "base")
@@ -132,7 +132,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, wa
             workload=slot.workload, variant=slot.variant, device=device, threads=slot.workload.threads, log_path=""
         )
         try:
-            made[arm, key] = executors[arm].prepare_base(request)
+            made[name, key] = executors[name].prepare_base(request)
         except WorkerLostError as lost:
             notices[key] = _notice(slot, lost)
     prune()
@@ -166,7 +166,7 @@ class Ready:
     """What a place says when it can measure a plan."""
 
     hellos: dict[str, WorkerInfo]
-    """By arm, the one that prepared the tokens first."""
+    """By executor, the one that prepared the tokens first."""
     tokens: tuple[TokenSummary, ...]
     """Of the plan's workloads, in their order."""
     bases: tuple[BaseSummary, ...] = ()
@@ -177,7 +177,7 @@ class Ready:
 
     @property
     def hello(self) -> WorkerInfo:
-        """Of the first arm."""
+        """Of the first executor."""
         return next(iter(self.hellos.values()))
 
     def tokens_of(self, plan: Plan) -> dict[Workload, TokenSummary]:
@@ -197,7 +197,7 @@ def prepare_run(
 
     Args:
         plan: what will be measured.
-        executors: by arm.
+        executors: by name.
         watcher: is told of each base.
         tell_data: is told what data that somebody gave was recognised as.
 

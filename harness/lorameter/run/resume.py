@@ -26,7 +26,7 @@ from lorameter.records import codec, fileio, store, trials
 from lorameter.records.packed import is_packed
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.plan import Arm, Group, Plan, contenders_of, make_plan, sides_of, variants_of
+from lorameter.run.plan import Arm, Group, Plan, arms_of, make_plan, sides_of, variants_of
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
@@ -68,14 +68,14 @@ def write_plan(plan: Plan, whole: Plan, sides: tuple[SideSpec, ...] = ()) -> Pla
     return PlanSpec(
         study=codec.to_json(whole.study),
         phases=whole.phases,
-        selection=tuple(variant.name for variant in variants_of(whole.contenders)),
+        selection=tuple(variant.name for variant in variants_of(whole.arms)),
         own_workloads=whole.own_workloads,
         interleaving=whole.interleaving,
         why=whole.why,
         order=tuple(slot.trial for slot in whole.slots),
         trials=tuple(slot.trial for slot in plan.slots),
         sides=sides,
-        slowdown_rows=max(contender.slowdown_rows for contender in whole.contenders),
+        slowdown_rows=max(arm.slowdown_rows for arm in whole.arms),
     )
 
 
@@ -85,7 +85,7 @@ def read_plan(written: PlanSpec) -> Plan:
     study = restore_numbers(study, written.study)
     plan = make_plan(
         study,
-        contenders=_contenders(study, written),
+        arms=_arms(study, written),
         phases=written.phases,
         interleaving=written.interleaving,
         why=written.why,
@@ -101,9 +101,9 @@ def read_plan(written: PlanSpec) -> Plan:
     return dataclasses.replace(plan, groups=tuple(group for group in plan.groups if wanted >= _trials(group)))
 
 
-def _contenders(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
+def _arms(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
     if not written.sides:
-        return contenders_of(study, written.selection, written.own_workloads)
+        return arms_of(study, written.selection, written.own_workloads)
     variants = [study.variant(name) for name in written.selection]
     return sides_of(study, variants, slowdown_rows=written.slowdown_rows)
 
@@ -125,7 +125,7 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
 
 
 INJECTED = "slowdown_rows"
-"""What the manifest of an A/B says of each side's extra work (`Contender.slowdown_rows`)."""
+"""What the manifest of an A/B says of each side's extra work (`Arm.slowdown_rows`)."""
 PRESENT = "present"
 """Kind of a side that is the interpreter which measures, as both of a calibration are: the run's own facts are its."""
 SETTLED_OPTIONS = (
@@ -270,12 +270,12 @@ def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
         variants = [study.variant(name) for name in manifest.selection]
         side = manifest.sides["candidate"]
         command = side["spec"] if of_commands(manifest) else ""
-        contenders = sides_of(study, variants, slowdown_rows=side[INJECTED], command=command)
+        arms = sides_of(study, variants, slowdown_rows=side[INJECTED], command=command)
     else:
-        contenders = contenders_of(study, manifest.selection, read_own_workloads(run))
+        arms = arms_of(study, manifest.selection, read_own_workloads(run))
     plan = make_plan(
         study,
-        contenders=contenders,
+        arms=arms,
         phases=manifest.phases,
         interleaving=manifest.interleaving,  # type: ignore[arg-type]
         why=manifest.why,

@@ -21,7 +21,7 @@ from lorameter.machine.processes import PARENT, end_with_parent
 from lorameter.models.catalogue import cache_dir
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
-from lorameter.run.ab import arms_of_present, measure_ab
+from lorameter.run.ab import executors_of_present, measure_ab
 from lorameter.run.device_lock import hold_devices
 from lorameter.run.executors import open_executor
 from lorameter.run.executors.host import Host
@@ -104,7 +104,7 @@ def _measure(plan: Plan, spec: PlanSpec, runs: Path, progress: _Progress) -> Run
     if not sides:
         return measure(plan, runs=runs, display=progress)
     if any(side.kind == PRESENT for side in sides.values()):
-        return measure(plan, runs=runs, display=progress, arms=arms_of_present(spec.slowdown_rows))
+        return measure(plan, runs=runs, display=progress, arm_executors=executors_of_present(spec.slowdown_rows))
     return measure_ab(
         plan,
         base=sides["base"].spec,
