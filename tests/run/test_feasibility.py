@@ -137,7 +137,7 @@ def test_conversations_need_a_chat_template(small_study, machine, tmp_path):
     data.write_text(CHAT * 9)
     (folder / "tokenizer_config.json").write_text('{"chat_template": null}')
     study = with_workload(small_study, model=str(folder), data=str(data))
-    with pytest.raises(UsageError, match=r"its tokenizer has no chat template.*Instruct.*chat_template\.jinja beside"):
+    with pytest.raises(UsageError, match=r"its tokenizer has no chat template.*Instruct.*chat_template\.jinja next to"):
         check_feasible(study, machine)
     check_feasible(with_workload(study, model=f"random:{folder}"), machine)
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -255,7 +255,7 @@ def power_limit(monkeypatch):
 
     def put(watts):
         card = {} if watts is None else {"power_limit_w": watts}
-        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda **_: {"card": card})
+        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda **_: {"gpu": card})
 
     return put
 
