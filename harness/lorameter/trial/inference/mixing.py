@@ -4,7 +4,7 @@ A row is to get the tokens that it gets in the same batch where its adapter is t
 PEFT rounds the two otherwise, and where two tokens are almost equally likely that decides. So where a row differs, the
 logits of its first other token are looked at, over the same tokens before it. Rounding moves them by little beside what
 another adapter of the batch does, and turns only tokens that lie as near to each other. Another adapter's answer fails
-the first, and an answer that goes astray although the logits of one pass over all tokens are right fails the second.
+the first, and an answer that diverges although the logits of one pass over all tokens are right fails the second.
 """
 
 from __future__ import annotations
