@@ -192,7 +192,7 @@ AT_ONCE = ObserverReply()
 
 
 class Writer:
-    """A `TrainingObserver` that writes a run. Without arguments the environment configures it, as in a wrapped command."""
+    """A `TrainingObserver` that writes a run. Without arguments the environment configures it."""
 
     def __init__(
         self,
