@@ -37,6 +37,7 @@ for name in [name for name in os.environ if name.startswith("LORAMETER_") and na
 OWN = ("LORAMETER_LOCKS", "LORAMETER_BASES")
 for name in OWN:  # of this process: the other one measures as well, and what tests prepare is of no use to anybody
     os.environ[name] = tempfile.mkdtemp(prefix="lorameter-tests-")
+os.environ.pop("COLUMNS", None)  # reports are as wide as it says, and a process of xdist has it
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
 
 # How long an example takes is the machine's affair, and beside other work it is long.

@@ -124,7 +124,7 @@ def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
     )
     known, new = shape_of("llama"), shape_of("new")
     assert shapes.unknown_layers(new) is None
-    for name in ("widths", "parameters", "FLOPs", "memory of a step", "decoding"):
+    for name in ("widths", "parameters", "FLOPs", "memory of a step"):
         assert ESTIMATES[name](new) == ESTIMATES[name](known)
 
 

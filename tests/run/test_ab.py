@@ -460,22 +460,6 @@ def test_planted_work_is_planted_again(broken_off, lorameter):
     assert document["comparisons"][0]["ratio"] == pytest.approx(before["comparisons"][0]["ratio"])
 
 
-def test_a_side_whose_credential_is_not_kept_says_so_first(broken_off, fake, lorameter, tmp_path, monkeypatch):
-    """Before any side is put up, and nobody is asked with `***` for a user."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NETRC", raising=False)
-    before = broken_off()
-    source = Path(before["path"]) / "manifest.json"
-    manifest = json.loads(source.read_text())
-    manifest["sides"]["candidate"] |= {"kind": "requirements", "spec": "peft @ https://***@host.example/peft.whl"}
-    source.write_text(json.dumps(manifest))
-    opened = []
-    monkeypatch.setattr("lorameter.run.ab.open_side", lambda *words, **options: opened.append(words))
-    code, said = lorameter("ab", "--resume", before["run"])
-    assert (code, opened, fake.made) == (2, [], [])
-    assert "its credential for host.example is not kept, and is needed again" in said
-
-
 def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_path):
     """A package of another version: by its name, with both, and nothing is measured."""
     before = broken_off()

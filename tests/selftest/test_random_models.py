@@ -56,7 +56,7 @@ def test_a_check_is_compared_with_the_truth(models, required, status, hidden, fa
     """What holds must be active, anything else must not; unknown is right where a path cannot be observed."""
     truth = models.Truth(holds=frozenset({"flash"}), free=frozenset({"fused"}), hidden=hidden)
     checks = [SimpleNamespace(path="mode", status=status, observed=None, reason="")] if status else []
-    found = [*models.faults_of("profile", {"mode": truth}, {"mode": required}, checks)]
+    found = [*models.faults_of({"mode": truth}, {"mode": required}, checks)]
     assert [one.partition(":")[0] for one in found] == ([fault] if fault else [])
 
 

@@ -48,7 +48,7 @@ def test_the_command_line_wins_and_another_place_goes_on(placed, run):
     """One device in place of two sites, and two in place of one."""
     _, first, _ = run("run", placed('sites = ["0", "1"]'), "--on", "here")
     assert sites_of(first) == {""}
-    assert "sites" not in first.manifest.study["protocol"]
+    assert not first.manifest.study["protocol"]["sites"]
     break_off(first, keep=1)
     _, again, _ = run("run", "--resume", first.manifest.run, "--sites", "0,1")
     assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
