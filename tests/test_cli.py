@@ -65,7 +65,7 @@ def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
         assert word in text
     assert main(["run", "lora-or-qlora", "--dry-run", "--json", "--runs-dir", str(tmp_path)]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert len(document["order"]) == 15 + 15  # in turns, and isolated for peaks and cold starts
+    assert len(document["order"]) == 15 + 12  # in turns, and isolated for peaks, which the control does without
     assert document["time_s"] > 0
     assert not list(tmp_path.iterdir())
 
@@ -109,9 +109,11 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
     assert sum(record.values["base_loads"] for record in timed) == 1
     assert [(base.conversions, base.quantisations) for base in run.manifest.bases] == [(1, 1)]
     assert not any(record.values["base_conversions"] for record in records)
-    assert all(record.values["cold_base_conversions"] == 1 for record in isolated)  # as a user's
+    cold = [record for record in records if "cold_start_time_s" in record.samples]
+    assert {record.name for record in cold} == {record.name for record in records}
+    assert all(record.values["cold_base_conversions"] == 1 for record in cold)  # as a user's
     assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
-    assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in isolated)
+    assert all("merged_request_time_s" in record.samples for record in isolated)
     assert all(record.memory["adapter_bytes"] > 0 for record in isolated)
     twins = {record.role: record.samples["timed_loss"] for record in timed if record.name == "a"}
     assert twins["variant"] == twins["control"]
@@ -155,7 +157,7 @@ def test_requests_of_every_size_are_measured(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["run", "lora-or-qlora", "--replicates", "1" + "0" * 20], "replicates = 1000"),
+        (["run", "lora-or-qlora", "--replicates", "1" + "0" * 20], "a plan holds 2000000"),
         (["run", "lora-or-qlora", "--max-minutes", "1e400"], "max_minutes = inf"),
         (["run", "lora-or-qlora", "--precision", "inf"], "precision = inf"),
         (["run", "lora-or-qlora", "--model", "x" * 5000], "model"),

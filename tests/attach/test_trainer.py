@@ -200,7 +200,7 @@ def test_an_error_of_the_meter_is_told_once_and_the_training_goes_on(listener_cl
     assert len(listener.readings) == 1
     (error,) = listener.ends
     assert "the meter failed after 1 step: OSError: no room" in str(error)
-    assert capfd.readouterr().err.count("the meter has failed") == 1
+    assert capfd.readouterr().err.count("the measurement failed and has stopped") == 1
 
 
 @pytest.mark.usefixtures("unattached")

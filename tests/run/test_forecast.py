@@ -41,7 +41,7 @@ def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
 
 
 def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, machine, tmp_path):
-    """Fewer minutes give fewer replicates or fewer other measurements, and wider intervals; never more than the limit."""
+    """Fewer minutes give fewer replicates or fewer other measurements, and wider intervals; never above the limit."""
 
     def predict(minutes):
         protocol = dataclasses.replace(small_study.protocol, max_minutes=minutes, replicates=12)

@@ -96,7 +96,7 @@ def test_the_type_that_a_step_multiplies_in(options, rate):
 
 
 @pytest.mark.parametrize(
-    ("rate", "words"), [("memory", "what lies in a cache"), ("bfloat16", "which bounds nothing here")]
+    ("rate", "words"), [("memory", "what is in a cache"), ("bfloat16", "which bounds nothing here")]
 )
 @pytest.mark.parametrize(("seconds", "above"), [(0.5, True), (1.0, False)])
 def test_more_than_the_peak_is_said_to_be_no_bound(rate, words, seconds, above):
