@@ -69,7 +69,7 @@ def test_each_prompt_of_a_request_has_the_answer_that_it_has_alone(trial):
 def test_throughput_is_of_all_prompts_and_latency_of_the_request(trial, batch):
     """Tokens a second count every answer; one that is made up of no more tokens takes its time once."""
     running, record = trial(batch)
-    record = record.merged(running.run("request")).merged(running.run("request"))
+    record = record.merged(running.run("request")).merged(running.run("request")).merged(running.run("end_generate"))
     times = record.samples["request_time_s"]
     assert (record.status, record.values["request_batch"], record.values["new_tokens"]) == ("ok", batch, 3)
     assert samples_of(record, "output_tokens_per_s") == pytest.approx([batch * 3 / seconds for seconds in times])
