@@ -18,7 +18,7 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -195,7 +195,7 @@ class Attentions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and call."""
         kwargs = kwargs or {}
-        multihead = function is multi_head_attention_forward  # the mode is not asked about what it calls
+        multihead = function is multi_head_attention_forward  # the mode does not see what it calls
         if multihead and kwargs.get("need_weights", True):
             self.written += 1
         elif multihead or function is scaled_dot_product_attention:
@@ -257,10 +257,10 @@ class Run:
 def _calls(modules: Sequence[nn.Module], run: Any) -> list[nn.Module]:
     """Those of the modules that a function calls, in the order of their first call."""
     called = dict[nn.Module, None]()
-    handles = [one.register_forward_hook(lambda module, *_: called.setdefault(module)) for one in modules]
-    run()
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for one in modules:
+            hooks.push(one.register_forward_hook(lambda module, *_: called.setdefault(module)))
+        run()
     return list(called)
 
 
@@ -328,14 +328,11 @@ def find(family: Family) -> Found:
     backend = "eager" if seen.written and not seen.scaled else None
     if seen.scaled and not seen.written:
         backend = "flash" if on_flash else "math" if seen.refused == seen.scaled else None
-    agrees, said = (
-        on_flash == (seen.refused == 0),
-        f"flash refused {seen.refused} calls, a step on flash alone succeeds",
-    )
+    contradiction = f"flash refused {seen.refused} calls, a step on flash alone {'succeeds' if on_flash else 'fails'}"
     return Found(
         backend=backend, has_math=bool(seen.scaled and not seen.written), attached=attached, frozen=still,
         learning=True if changed else None if reached else False,  # an update may be lost in rounding
-        faults=() if agrees else (f"{said}: {on_flash}",),
+        faults=() if on_flash == (seen.refused == 0) else (contradiction,),
     )  # fmt: skip
 
 

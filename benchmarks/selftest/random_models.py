@@ -1,6 +1,6 @@
 """kernels_check on random models and on families of transformers: what a check says is compared with what is true.
 
-    python benchmarks/selftest/random_models.py [--many N] [--seed S] [--families NAME ... | all | none]
+    python benchmarks/selftest/random_models.py [--many N] [--first S] [--seed S] [--families NAME ... | all | none]
 
 Models and steps are drawn at random, and what is true of each is known from how it was drawn (`drawn_models.py`,
 `drawn_steps.py`). Each is verified against requirements that are drawn too, true ones and others.
@@ -146,9 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
             faults, about = [f"raised: the run itself: {traceback.format_exc(limit=-3)}"], []
         features.update({*about})
         broken += [f"seed {seed}: {fault} [{'; '.join(about)}]" for fault in faults]
-    print(
-        f"{len(seeds)} random runs, of which: " + ", ".join(f"{runs} {one}" for one, runs in sorted(features.items()))
-    )
+    print(f"{len(seeds)} random runs: " + ", ".join(f"{runs} {one}" for one, runs in sorted(features.items())))
     if options.families != ["none"]:
         broken += oracle.faults_of_families(options.families)
     return exit_code(broken)
