@@ -1,11 +1,8 @@
 """Requirements are validated and findings become checks by one rule."""
 
-import dataclasses
-import json
-
 import pytest
 
-from kernels_check.check import Check, PathObservation
+from kernels_check.check import PathObservation
 from kernels_check.judges.paths import validate
 
 
@@ -65,20 +62,3 @@ def test_an_unknown_path_is_refused_with_the_known_ones():
 def test_status_follows_from_what_was_seen_and_asked(finding, required, status):
     """Only a satisfied requirement is active; an unasked path says what was seen."""
     assert finding.against("attention.backend", required).status == status
-
-
-def test_only_active_is_met():
-    """Unknown evidence never passes."""
-    for status in ("fallback", "absent", "unknown", "not_applicable"):
-        assert not Check(path="mode", required="train", observed=None, status=status, reason="").met
-    assert Check(path="mode", required="train", observed="train", status="active", reason="").met
-
-
-def test_a_check_is_frozen_json_with_a_known_status():
-    """Checks cross process boundaries as JSON."""
-    check = Check(path="mode", required="train", observed="train", status="active", reason="")
-    assert json.loads(json.dumps(dataclasses.asdict(check)))["observed"] == "train"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        check.status = "absent"
-    with pytest.raises(ValueError, match="passed"):
-        Check(path="mode", required=None, observed=None, status="passed", reason="")

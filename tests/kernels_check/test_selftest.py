@@ -53,11 +53,3 @@ def test_json_is_one_document_with_both_checks(only, capsys):
     assert (first["control"], first["path"]) == (EAGER.name, "attention.backend")
     assert (first["fault"]["status"], first["healthy"]["status"]) == ("fallback", "active")
     assert EAGER.name in captured.err
-
-
-def test_bad_usage_is_its_own_exit_status(capsys):
-    """As in every command."""
-    with pytest.raises(SystemExit) as caught:
-        main(["selftest", "--fast"])
-    assert caught.value.code == 2
-    assert "--fast" in capsys.readouterr().err

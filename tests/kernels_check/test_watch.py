@@ -9,13 +9,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 from negative_controls.layers import take_again
-from negative_controls.small_run import build
+from negative_controls.small_run import build, forget_compilations
 from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
 from kernels_check.judges.paths import REQUIREMENTS
 from kernels_check.observe import calls, step
-from kernels_check.observe.compile import forget_compilations, read_compilations
+from kernels_check.observe.compile import read_compilations
 from kernels_check.observe.profile import is_recording
 
 WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
@@ -94,7 +94,7 @@ def test_one_step_does_not_tell_what_is_learnt_and_the_next_does(training):
         run.step()
     first = _by_path(watched)["lora.learning"]
     assert (first.status, first.observed) == ("unknown", None)
-    assert "the same watch stand around the next step" in first.reason
+    assert "the same watch around the next step" in first.reason
     with watched:
         run.step()
     assert _by_path(watched)["lora.learning"].met

@@ -8,7 +8,6 @@ import torch
 
 from kernels_check.judges import attention
 from kernels_check.observe.calls import Calls, ModuleCall
-from kernels_check.observe.layers import attention_layers
 from kernels_check.observe.operators import AttentionCall
 
 BARE = torch.nn.Identity()
@@ -53,14 +52,6 @@ def but(which, /, **changes):
     return dataclasses.replace(which, **changes)
 
 
-def test_every_call_counts(backend):
-    """Of the one layer that the model itself is."""
-    check = backend("flash", FLASH, FLASH, FLASH)
-    assert check.met
-    assert check.reason.startswith("forward: 3 flash; backward: none; 1 of 1 attention layers as required;")
-    assert not backend("flash", FLASH, MATH).met
-
-
 def test_calls_of_compiled_code_must_be_a_multiple_of_the_layers(backend):
     """No module is known there: each entry must have called as many as the configuration announces."""
     flash = but(FLASH, region=1)
@@ -87,25 +78,6 @@ def test_recomputed_calls_alone_prove_no_forward_pass(backend):
     assert "only recomputed ones" in backend("flash", again, again).reason
     assert not backend("flash", again, again).met
     assert backend("flash", FLASH, FLASH, again, again).met
-
-
-def test_layers_that_went_astray_are_named(backend):
-    """One wrong call of a layer is enough, and a layer that is right is not named."""
-    check = backend("flash", but(FLASH, call=1), but(MATH, call=2), but(FLASH, call=2), entered=("first", "second"))
-    assert "1 of 2 attention layers as required" in check.reason
-    assert "not as required in second;" in check.reason
-    assert not check.met
-
-
-def test_what_is_not_the_models_is_said_and_not_judged(backend):
-    """A reference without gradients, and another model; where they are all there is, the model ran none."""
-    reference = but(MATH, call=2)
-    other = MATH
-    check = backend("flash", but(FLASH, call=1), reference, entered=("first", "second"), grads=(True, False))
-    assert check.met
-    assert "not judged: 1 call without gradients (1 math)" in check.reason
-    assert backend("flash", reference, entered=("first", "second"), grads=(True, False)).status == "absent"
-    assert attention_layers(BARE, Calls(), [other]).elsewhere == (other,)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +156,7 @@ def test_what_one_call_does_not_tell_is_unknown_unless_another_differs(seen, req
     calls = but(FLASH, mask=True), but(FLASH, mask=None, causal=False)
     judged = attention.judge_mask(seen(*calls), required)
     assert judged.against("attention.mask", required).status == status
-    assert "not told by 1 call" in judged.reason
+    assert "unknown for 1 call" in judged.reason
 
 
 @pytest.mark.parametrize("judge", [attention.judge_backend, attention.judge_dtype, attention.judge_mask])

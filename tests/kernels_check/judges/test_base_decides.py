@@ -148,31 +148,3 @@ def judge_frozen(seen):
         return base_layers.judge_frozen(seen(model=model, gradients=gradients, **watched), True)
 
     return judge
-
-
-def test_a_base_that_an_optimizer_holds_or_a_gradient_reaches_is_not_frozen(judge_frozen):
-    """Either is enough where it requires gradients; what requires none is skipped, and said."""
-    for given, reached in ((True, False), (False, True), (True, True)):
-        finding = judge_frozen(requires=True, given=given, reached=reached)
-        assert finding.observed is False
-        assert finding.reason.startswith("1 base parameters require gradients: 0.base_layer.weight")
-        assert ("are given to the optimizer" in finding.reason) is given
-        assert ("received a gradient" in finding.reason) is reached
-        assert "unchanged over" not in finding.reason
-    idle = judge_frozen(requires=False, given=True)
-    assert idle.observed is True
-    assert "unchanged over 2 steps, no gradient, not optimised; 1 frozen base parameters are given to" in idle.reason
-
-
-def test_a_base_that_requires_gradients_to_no_effect_is_noted(judge_frozen):
-    """Where an optimizer stepped without it; where none did, one may hold it and it is unknown."""
-    loose = judge_frozen(requires=True, given=False)
-    assert (loose.observed, loose.status) == (True, None)
-    assert "no gradient reached and no optimizer holds, though they require gradients: 0.base" in loose.reason
-    unseen = judge_frozen(requires=True, given=False, stepped=False)
-    assert (unseen.observed, unseen.status) == (None, "unknown")
-    assert unseen.reason == (
-        "no optimizer stepped, so it cannot be told whether one holds what trains: 0.base_layer.weight"
-    )
-    sound = judge_frozen(requires=False, given=False)
-    assert (sound.observed, "though they require gradients" in sound.reason) == (True, False)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from negative_controls.small_run import SmallRun
-from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
 from kernels_check import verify
@@ -56,18 +55,6 @@ def _frozen_norm():
     return base
 
 
-def test_statistics_of_a_norm_are_part_of_the_base():
-    """In train mode every forward moves them, whatever is frozen; in eval mode none does."""
-    moving = _judged(*_tuned(_norm()))
-    assert moving.status == "fallback"
-    assert "3 changed" in moving.reason
-    assert "1.running_mean" in moving.reason
-    assert "eval() on the layers whose buffers move" in moving.reason
-    model, optimizer = _tuned(_norm())
-    model.base_model.model[1].eval()
-    assert _judged(model, optimizer).met
-
-
 class Remembers(nn.Module):
     """Keeps something of its last input."""
 
@@ -94,21 +81,6 @@ def test_a_frozen_parameter_may_be_given_to_the_optimizer():
     check = _judged(*_tuned(_norm()[::2], everything=True))
     assert check.met
     assert "4 frozen base parameters are given to the optimizer, which skips them" in check.reason
-
-
-def test_an_optimizer_that_moves_what_has_no_gradient_is_seen():
-    """Whatever the flags say, the bytes do not."""
-
-    class Decays(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            with torch.no_grad():
-                for value in self.param_groups[0]["params"]:
-                    value.mul_(0.999)
-
-    check = _judged(*_tuned(_norm()[::2], everything=True, optimizer=Decays))
-    assert check.status == "fallback"
-    assert "4 changed" in check.reason
 
 
 def test_what_would_train_with_a_gradient_is_not_frozen():
@@ -154,28 +126,9 @@ def test_a_weight_that_trains_beside_asked_for_biases_is_still_found():
     assert "1 base parameters require gradients: base_model.model.1.weight" in check.reason
 
 
-def test_biases_of_an_adapter_that_was_put_aside_are_the_bases():
-    """PEFT leaves them trainable when another adapter takes its place, which nobody asked for."""
-    model, _ = _tuned(_frozen_norm(), bias="lora_only")
-    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
-    model.set_adapter("second")
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
-    check = _judged(model, optimizer)
-    assert check.status == "fallback"
-    assert "base_layer.bias" in check.reason
-
-
 def test_what_is_trained_on_purpose_beside_the_adapter_is_the_adapters():
     """A copy by ``modules_to_save``."""
     assert _judged(*_tuned(_norm()[::2], modules_to_save=["1"])).met
-
-
-def test_lora_fa_is_healthy(training):
-    """PEFT's optimizer keeps A fixed and takes all parameters of the model."""
-    run = training()
-    run.optimizer = create_lorafa_optimizer(run.model, r=4, lora_alpha=8, lr=1e-3)
-    check = run.check("base.frozen", True)
-    assert check.met, check.reason
 
 
 class Attends(nn.Module):
@@ -208,21 +161,6 @@ def test_an_adapter_merged_for_each_forward_leaves_rounding(dtype):
     assert _judged(model, optimizer, inputs=inputs, path="base.bits", required=16).observed == (
         16 if dtype == torch.bfloat16 else 32
     )
-
-
-@pytest.mark.parametrize("part", ["offset", "absmax"])
-def test_a_state_that_moves_is_a_base_that_moves(training, part):
-    """The bytes of the weight stay what they are."""
-    run = training()
-
-    def step():
-        run.step()
-        state = adapter_layers(run.model)[2].base.weight.quant_state
-        state.offset.add_(1e-4) if part == "offset" else state.absmax.add_(1)
-
-    check = run.check("base.frozen", True, step)
-    assert check.status == "fallback"
-    assert f"q_proj.base_layer.quant_state.{part}" in check.reason
 
 
 def test_what_lies_on_no_device_is_unknown():

@@ -16,11 +16,6 @@ def test_an_unset_compute_dtype_is_read_after_the_first_forward(training):
     assert training(compute=None, dtype="bfloat16").check("base.compute_dtype", "bfloat16").met
 
 
-def test_untargeted_layers_do_not_matter(training):
-    """lm_head stays in float by design."""
-    assert training().check("base.bits", 4).met
-
-
 def test_int8_weights_count_as_eight_bits(training):
     """LLM.int8 is recognised and stays frozen, although its scales move to the module in the first forward."""
 
@@ -72,15 +67,6 @@ def test_a_base_changed_behind_autograd_is_seen(training):
     check = run.check("base.frozen", True, step)
     assert check.status == "fallback"
     assert "changed over 2 steps" in check.reason
-
-
-def test_the_gemm_path_of_training_is_dequantize(training):
-    """On a CPU every training product dequantises first; asking for the fused kernel fails."""
-    run = training(targets="all-linear")
-    check = run.check("base.gemm_path", "dequantize")
-    assert check.met
-    assert "14 dequantize" in check.reason
-    assert run.check("base.gemm_path", "fused").status == "fallback"
 
 
 def test_the_gemm_path_of_a_float_base_is_not_applicable(training):

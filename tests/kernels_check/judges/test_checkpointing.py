@@ -139,33 +139,6 @@ def test_every_way_of_recomputing_is_seen(judge, way):
     assert checks["attention.backend"].met, checks["attention.backend"].reason
 
 
-@pytest.mark.parametrize(("way", "kept"), [("mlp", "attention"), ("reentrant mlp", "attention"), ("attention", "mlp")])
-def test_a_part_of_a_block_is_not_the_block(judge, way, kept):
-    """The activations of the other part are kept."""
-    checks = judge(Model(way, way))
-    assert (checks["checkpointing"].status, checks["checkpointing"].observed) == ("fallback", True)
-    assert f"layers.0 without layers.0.{kept}, layers.1 without" in checks["checkpointing"].reason
-    assert checks["checkpointing.layers"].observed == 0.0
-
-
-@pytest.mark.parametrize("way", WAYS[:-1])
-def test_one_block_of_two_is_not_all(judge, way):
-    """Whichever way, the other is named."""
-    checks = judge(Model("none", way))
-    assert (checks["checkpointing"].status, checks["checkpointing"].observed) == ("fallback", True)
-    assert "1 of 2 blocks computed again in the backward pass, without layers.0" in checks["checkpointing"].reason
-    assert checks["checkpointing.layers"].observed == 0.5
-
-
-@pytest.mark.parametrize("way", ["all", "reentrant"])
-def test_one_micro_batch_of_two_is_not_all(judge, way):
-    """Half of the calls keep what they computed."""
-    checks = judge(Model(way, way, every=2), passes=2)
-    assert checks["checkpointing"].status == "fallback"
-    assert "layers.0 (1 of 2 calls)" in checks["checkpointing"].reason
-    assert checks["checkpointing.layers"].observed == 0.0
-
-
 def test_the_last_segment_of_a_sequence_is_not_recomputed(judge):
     """``checkpoint_sequential`` runs it as it is."""
     checks = judge(Model("sequential", "none", "none", "none"))

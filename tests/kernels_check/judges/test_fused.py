@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from negative_controls.fused_kernel_controls import bind_norms, bind_one_norm
 
 from kernels_check.judges.fused import judge_fused
 from kernels_check.observe.calls import Calls
@@ -24,19 +23,6 @@ def test_what_is_bound_nowhere_is_counted(training):
     check = training().check("fused.kernels")
     assert (check.status, check.observed) == ("not_applicable", None)
     assert check.reason == "loss 0 of 1, rope 0 of 2, qkv 0 of 2, o 0 of 2, mlp 0 of 2, rms_norm 0 of 5"
-
-
-def test_a_kind_that_is_whole_is_named(training):
-    """And one that is not is only counted."""
-    run = training()
-    bind_norms(run)
-    check = run.check("fused.kernels", "rms_norm")
-    assert (check.status, check.observed) == ("active", "rms_norm")
-    assert "no kernel was recorded to confirm it" in check.reason
-    assert run.check("fused.kernels", "rms_norm+mlp").status == "fallback"
-    one = training()
-    bind_one_norm(one)
-    assert one.check("fused.kernels", "rms_norm").status == "fallback"
 
 
 def test_rope_is_told_by_the_function_that_attention_names(training, monkeypatch):

@@ -36,15 +36,6 @@ def test_the_observed_class_is_its_full_path(training):
     assert run.check("optimizer.class", "torch.optim.AdamW").status == "fallback"
 
 
-@pytest.mark.parametrize("kind", ["fused", "foreach"])
-def test_the_implementation_is_told_from_its_operators(training, kind):
-    """One fused operator, or lists of elementwise ones."""
-    run = training(make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, **{kind: True}))
-    check = run.check("optimizer.fused", kind == "fused")
-    assert check.met
-    assert check.observed == kind
-
-
 def test_foreach_outside_the_optimizer_does_not_count(training):
     """Gradient clipping uses foreach operators too."""
     run = training()
@@ -61,22 +52,6 @@ def test_a_bitsandbytes_optimizer_has_no_fused_switch(training):
     run = training(make_optimizer=lambda parameters: bnb.optim.AdamW8bit(parameters, lr=1e-3))
     check = run.check("optimizer.fused", True)
     assert (check.status, check.observed) == ("not_applicable", "bitsandbytes")
-
-
-def test_paged_bytes_are_counted_tensor_by_tensor(training):
-    """Only state that is really marked paged counts, by bytes."""
-
-    class HalfPaged(torch.optim.AdamW):
-        def step(self, closure=None):
-            super().step(closure)
-            for state in self.state.values():
-                state["exp_avg"].is_paged = True
-
-    run = training(make_optimizer=lambda parameters: HalfPaged(parameters, lr=1e-3))
-    check = run.check("optimizer.paged_share", 0.45)
-    assert check.met
-    assert 0.49 < check.observed < 0.5
-    assert run.check("optimizer.paged_share", 0.9).status == "fallback"
 
 
 def test_no_optimizer_is_absent(training):
@@ -118,30 +93,6 @@ def test_every_optimizer_with_a_fused_version_is_told(training, kind, fused):
     run = training(quant=None, make_optimizer=lambda given: make(given, lr=1e-3, fused=True if fused else None))
     check = run.check("optimizer.fused", fused)
     assert (check.met, check.observed) == (True, "fused" if fused else "loop")
-
-
-@pytest.mark.parametrize("kind", ["Adafactor", "Muon", "RMSprop"])
-def test_what_has_no_fused_version_is_named(training, kind):
-    """Nothing can switch it on."""
-    make = getattr(torch.optim, kind)
-    check = training(quant=None, make_optimizer=lambda given: make(given, lr=1e-3)).check("optimizer.fused", True)
-    assert (check.status, check.observed) == ("fallback", "loop")
-    assert f"{kind} has no fused version" in check.reason
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_closure_is_no_update(training, fused):
-    """Its forward and backward, and the clipping in it, run inside the optimizer's step."""
-    run = training(make_optimizer=lambda given: torch.optim.AdamW(given, lr=1e-3, fused=fused))
-
-    def passes(run):
-        loss = run.one_pass()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0, foreach=True)
-        return loss
-
-    run.passes, run.by_closure = passes, True
-    check = run.check("optimizer.fused", fused)
-    assert (check.met, check.observed) == (True, "fused" if fused else "loop"), check.reason
 
 
 def test_a_gradient_scaler_and_a_wrapper_change_nothing(training):

@@ -137,9 +137,9 @@ def test_compile_is_told_by_blocks(seen, called, entered, gradients, observed, s
     [
         (2, 2, BREAK, "in pieces: here", "active", "2 look-ups; 2 of 2 blocks"),
         (2, 2, REFUSED, True, "active", "1 recompiles refused (guard)"),
-        (2, 2, UNREADABLE, None, "unknown", "cannot be told: no record"),
+        (2, 2, UNREADABLE, None, "unknown", "are unknown: no record"),
         (2, 2, Compilations(complete=False), True, "active", "in this process so far at least 0 graph"),
-        (0, 0, UNREADABLE, False, "absent", "cannot be told: no record"),
+        (0, 0, UNREADABLE, False, "absent", "are unknown: no record"),
         (0, 3, Compilations(), False, "fallback", "look-ups: the code ran eagerly"),
         (0, 3, REFUSED, False, "fallback", "look-ups: the code ran eagerly"),
     ],
@@ -152,36 +152,6 @@ def test_breaks_and_refusals_are_told_beside_the_blocks(seen, regions, lookups, 
     judged = execution.judge_compile(watched, True)
     assert (judged.observed, judged.against("compile", True).status) == (observed, wanted), judged.reason
     assert words.replace("2 look-ups", "2 compiler cache look-ups") in judged.reason
-
-
-@pytest.mark.parametrize(
-    ("called", "again", "status", "observed", "share", "words"),
-    [
-        (BOTH, [], "absent", False, 0.0, "0 of 2 blocks computed again"),
-        (BOTH, parts(ZERO, ONE), "active", True, 1.0, "2 of 2 blocks"),
-        (
-            BOTH,
-            parts(ZERO),
-            "fallback",
-            True,
-            0.5,
-            "1 of 2 blocks computed again in the backward pass, without layers.1",
-        ),
-        (BOTH, [f"{ZERO}.first", f"{ONE}.first"], "active", True, 1.0, "1 of 2 modules of layers.0"),
-        (BOTH, [f"{ZERO}.second", f"{ONE}.second"], "fallback", True, 0.0, "layers.0 without layers.0.first"),
-        ([*BOTH, *BOTH], parts(ZERO, ONE), "fallback", True, 0.0, "layers.0 (1 of 2 calls)"),
-        ([*BOTH, *BOTH], parts(ZERO, ONE, ZERO, ONE), "active", True, 1.0, "2 of 2 blocks"),
-        ([*BOTH, *BOTH], parts(ZERO, ZERO, ONE), "fallback", True, 0.5, "layers.1 (1 of 2 calls)"),
-        ([""], [], "unknown", None, None, "no layer call was seen"),
-    ],
-)
-def test_checkpointing_is_told_by_blocks(seen, called, again, status, observed, share, words):
-    """All of them at every call, but for a last layer that saves nothing; half of the calls are not all."""
-    watched = seen(model=Stack(), modules=log(*called, again=again))
-    judged = execution.judge_checkpointing(watched, True)
-    assert (judged.observed, judged.against("checkpointing", True).status) == (observed, status), judged.reason
-    assert words in judged.reason
-    assert execution.judge_checkpointed_layers(watched, 0.5).observed == share
 
 
 FIRST = but(FLASH, region=1)

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from kernels_check.check import Check, Json
-from kernels_check.observe.compile import forget_compilations
-from negative_controls.small_run import SmallRun, build
+from negative_controls.small_run import SmallRun, build, forget_compilations
 
 Build: TypeAlias = Callable[[], SmallRun]
 
@@ -35,19 +34,6 @@ class Control:
     """Why it takes a GPU to show."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """One control that was run."""
-
-    control: str
-    path: str
-    required: Json
-    held: bool | None
-    """None: skipped."""
-    failure: str | None
-    """What did not hold, or why it was skipped."""
-
-
 def small(*changes: Callable[[SmallRun], object], **options: Any) -> Build:
     """A recipe: build a small run with ``options``, then apply the ``changes`` in order."""
     return changed(partial(build, **options), *changes)
@@ -65,21 +51,14 @@ def _changed(make: Build, changes: tuple[Callable[[SmallRun], object], ...]) -> 
     return run
 
 
-def run_control(control: Control) -> Outcome:
-    """Build both runs, verify them, and compare with what is required; an exception is a control that failed."""
-    import torch
-
-    if control.needs_cuda is not None and not torch.cuda.is_available():
-        return _outcome(control, None, f"needs a CUDA device: {control.needs_cuda}")
+def failures_of(control: Control) -> list[str]:
+    """Verify both runs; what does not hold."""
     try:
         broken = _verified(control.fault(), control)
         sound = _verified(control.healthy(), control)
-    except Exception as error:
-        return _outcome(control, False, f"{type(error).__name__}: {error}")
     finally:
         forget_compilations()
-    failure = "; ".join(_failures(control, broken, sound)) or None
-    return _outcome(control, failure is None, failure)
+    return _failures(control, broken, sound)
 
 
 def _verified(run: SmallRun, control: Control) -> Check:
@@ -105,10 +84,3 @@ def _failures(control: Control, broken: Check, sound: Check) -> list[str]:
     if control.caught_by == "reason" and all(word in sound.reason for word in control.words):
         failures.append(f"the healthy run is given the same warning: {sound.reason}")
     return failures
-
-
-def _outcome(control: Control, held: bool | None, failure: str | None) -> Outcome:
-    return Outcome(
-        control=control.name, path=control.path, required=control.required, held=held,
-        failure=failure,
-    )  # fmt: skip

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kernels_check.observe.compile import forget_compilations
-from negative_controls.small_run import SmallRun
+from negative_controls.small_run import SmallRun, forget_compilations
 
 
 def fused_adamw(parameters: Any) -> Any:

@@ -186,3 +186,11 @@ def only_math() -> Iterator[None]:
 
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def forget_compilations() -> None:
+    """Drop all compiled code and the record of it, which all models of the process share."""
+    import torch
+
+    torch.compiler.reset()
+    torch._dynamo.utils.clear_compilation_metrics()

@@ -82,18 +82,6 @@ def test_verifying_one_leaves_the_others_untouched(shared):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_disabled_adapter_is_caught_among_several(shared, name):
-    """Other adapters in the same layers do not stand in for it."""
-    run = shared(name)
-    run.model.base_model.disable_adapter_layers()
-    for parameter, value in run.model.named_parameters():
-        value.requires_grad_(f".{name}." in parameter or parameter.endswith("norm.weight"))
-    check = run.check("lora.attached", True)
-    assert (check.status, check.observed) == ("fallback", False)
-    assert f"adapters disabled in {LAYERS[name]} of {LAYERS[name]} layers" in check.reason
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
 def test_a_frozen_adapter_is_caught_among_several(shared, name):
     """An active adapter that is frozen while an inactive one is trainable does not learn."""
     run = shared(name)
@@ -136,31 +124,3 @@ def test_dropout_of_an_inactive_adapter_is_not_counted(shared):
     run = shared("narrow")
     check = run.check("lora.dropout", 0.2)
     assert (check.status, check.observed) == ("fallback", 0.0)
-
-
-class Wrapper(torch.nn.Module):
-    """A class of one's own that keeps the model under a name which begins like a factor of LoRA."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.lora_model = model
-
-    def forward(self, **inputs):
-        return self.lora_model(**inputs)
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_model_held_under_a_name_like_a_factor_is_a_base(training, trained):
-    """`self.lora_model` makes no adapter of the base: one that trains is caught, its frozen twin passes."""
-    run = training()
-    run.model = Wrapper(run.model)
-    if trained:
-        norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
-        norm.requires_grad_(True)
-        run.optimizer.add_param_group({"params": [norm], "lr": 0.1})
-    checks = {check.path: check for check in run.verify({"base.frozen": True, "lora.learning": True})}
-    assert checks["lora.learning"].met, checks["lora.learning"].reason
-    assert checks["base.frozen"].status == ("fallback" if trained else "active")
-    assert "0.0 MiB" not in checks["base.frozen"].reason
-    if trained:
-        assert "1 base parameters require gradients: lora_model.base_model" in checks["base.frozen"].reason

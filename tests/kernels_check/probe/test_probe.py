@@ -9,20 +9,13 @@ import torch
 from negative_controls.small_run import only_math
 
 from kernels_check.__main__ import main
-from kernels_check.probe import attempt as probe_attempt
 from kernels_check.probe import attention as probe_attention
 from kernels_check.probe import base as probe_base
 from kernels_check.probe import probe
 from kernels_check.probe import training as probe_training
 from kernels_check.probe.attempt import (
-    Executed,
     UnavailableError,
-    against_same_precision,
-    paired,
-    relative,
     report,
-    update,
-    watch,
 )
 from kernels_check.probe.result import Attempt, Exactness
 
@@ -42,15 +35,6 @@ def silent(device):
 def paths(monkeypatch):
     """Probe some paths instead of all."""
     return lambda **tried: monkeypatch.setattr(probe, "all_paths", lambda: tried)
-
-
-def test_every_path_of_the_table_is_there():
-    """One entry each, in the order in which they are shown."""
-    assert list(probe.all_paths()) == [
-        *("SDPA flash", "SDPA cuDNN", "SDPA memory-efficient", "SDPA math", "flash-attn 2 package"),
-        *("flash-attn 3 package", "flash-attn 4 package", "flex attention", "NF4", "FP4", "int8"),
-        *("double quantisation", "fused 4-bit GEMM", "paged optimizer", "fused optimizer", "tf32", "compile", "Liger"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -139,13 +123,6 @@ def test_an_error_without_a_number_is_null_in_json(paths, capsys):
     assert (compared["error"], compared["holds"]) == (None, False)
 
 
-def test_bad_usage_is_its_own_exit_status():
-    """As in every command."""
-    with pytest.raises(SystemExit) as caught:
-        main(["probe", "--fast"])
-    assert caught.value.code == 2
-
-
 @pytest.mark.parametrize("name", ["SDPA flash", "SDPA math", "NF4", "FP4", "int8", "double quantisation"])
 def test_a_real_path_runs_and_is_exact(name):
     """On any device, by the operators or stored bytes that the report names."""
@@ -210,15 +187,6 @@ def test_fp4_in_place_of_nf4_is_a_claim(monkeypatch):
     assert "fp4" in found.reason
 
 
-def test_missing_double_quantisation_is_a_claim(monkeypatch):
-    """By the bits a weight."""
-    real = probe_base._fourbit
-    monkeypatch.setattr(probe_base, "_fourbit", lambda device, kind, *, double: real(device, kind, double=False))
-    found = report("double", probe_base.TRIES["double quantisation"], "cpu")
-    assert found.status == "claimed"
-    assert "4.500 bits" in found.reason
-
-
 def test_wrong_attention_is_inexact(monkeypatch):
     """The right operator with a wrong scale does not agree with the reference."""
     real = probe_attention._function
@@ -230,13 +198,6 @@ def test_wrong_attention_is_inexact(monkeypatch):
     monkeypatch.setattr(probe_attention, "_function", scaled)
     found = report("SDPA flash", probe_attention.TRIES["SDPA flash"], "cpu")
     assert (found.status, found.ran) == ("inexact", True)
-
-
-def test_wrong_weights_are_inexact(monkeypatch):
-    """Stored as nf4, but not those that were given: the error of quantisation leaves its window."""
-    monkeypatch.setattr(probe_base, "_restored", lambda layer: torch.zeros(1024, 1024))
-    found = report("NF4", probe_base.TRIES["NF4"], "cpu")
-    assert found.status == "inexact"
 
 
 def test_an_optimizer_that_does_something_else_is_inexact(monkeypatch):
@@ -253,77 +214,11 @@ def test_an_optimizer_that_does_something_else_is_inexact(monkeypatch):
     assert report("fused optimizer", probe_training.TRIES["fused optimizer"], "cpu").status == "inexact"
 
 
-def test_a_parameter_may_be_off_by_its_tolerance_only():
-    """1e-6, and 1e-5 of its value."""
-    exact = torch.ones(3, dtype=torch.float64)
-    assert update([exact + 1.09e-5], [exact]).holds
-    assert not update([exact + 1.11e-5], [exact]).holds
-
-
 def test_a_quantisation_error_below_its_window_is_wrong_too():
     """Too exact for its format means another format."""
     window = Exactness(what="error", error=0.05, least=0.07, bound=0.08, source="here")
     assert not window.holds
     assert window.strain == math.inf
-
-
-def test_tolerances_come_from_the_same_precision():
-    """Twice the plain path's error for the output, three times for gradients."""
-    exact = {"output": torch.zeros(1, dtype=torch.float64), "dq": torch.zeros(1, dtype=torch.float64)}
-    plain = {"output": torch.tensor([0.1]), "dq": torch.tensor([0.1])}
-    found = {"output": torch.tensor([0.25]), "dq": torch.tensor([0.25])}
-    output, gradient = against_same_precision(found, plain, exact)
-    assert (output.holds, gradient.holds) == (False, True)
-    assert output.bound == pytest.approx(0.20001)
-    assert gradient.bound == pytest.approx(0.30001)
-
-
-def test_relative_errors_are_of_the_whole_tensor():
-    """Frobenius norm of the difference over that of the reference."""
-    exact = {"output": torch.tensor([3.0, 4.0])}
-    (compared,) = relative({"output": torch.tensor([3.0, 4.05])}, exact, ("output",))
-    assert compared.error == pytest.approx(0.01, rel=1e-4)
-    assert compared.holds
-
-
-def test_pairs_are_timed_in_turn(monkeypatch):
-    """Whoever was second is first in the next pair; calls are repeated to fill a sample."""
-    seconds = {"path": 1e-3, "plain": 4e-3}
-    timed = []
-
-    def measure(call, number):
-        timed.append((call.__name__, number))
-        return seconds[call.__name__]
-
-    def path(): ...
-    def plain(): ...
-
-    monkeypatch.setattr(probe_attempt, "_seconds", measure)
-    speed = paired(path, plain, "the plain path")
-    assert timed[2:6] == [("plain", 1), ("path", 2), ("path", 2), ("plain", 1)]
-    assert len(timed) == 2 + 2 * speed.repeats
-    assert (speed.speedup, speed.low, speed.high) == (4.0, 4.0, 4.0)
-    assert (speed.path_time_s, speed.plain_time_s, speed.plain) == (1e-3, 4e-3, "the plain path")
-
-
-def test_what_is_executed_is_counted_by_name():
-    """Operators of one call."""
-    seen = watch(lambda: torch.ones(2, 2) @ torch.ones(2, 2))
-    assert seen.operators["aten::mm"] == 1
-    assert dict(seen.kernels) == {} or torch.cuda.is_available()
-
-
-@pytest.mark.parametrize(
-    ("in_use", "kernels", "kept"), [(True, [0, 3], 1), (True, [3], 0), (True, [0, 0], 1), (False, [0], 0)]
-)
-def test_a_session_without_a_kernel_of_the_card_is_tried_once_more(monkeypatch, in_use, kernels, kept):
-    """Another before it may be the cause; without a GPU there are none, and nothing is tried again."""
-    sessions = [Executed(operators={}, kernels={"LIGER": many} if many else {}) for many in kernels]
-    left = list(sessions)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
-    monkeypatch.setattr(probe_attempt, "_session", lambda call: left.pop(0))
-    assert watch(lambda: None) is sessions[kept]
-    assert not left
 
 
 def test_probing_leaves_the_number_of_threads_alone():

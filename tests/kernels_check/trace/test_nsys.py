@@ -63,7 +63,7 @@ def test_a_table_has_no_intervals(judge):
     assert summary.busy_share is None
     assert summary.kernels_per_step is None
     assert summary.notices == (
-        "an nsys summary has sums and no intervals: neither busy share nor kernels a step can be told",
+        "an nsys summary has sums and no intervals: neither busy share nor kernels per step can be computed",
     )
 
 

@@ -191,15 +191,6 @@ def test_a_launch_without_a_usable_duration_counts_with_no_time(judge, dur):
     )
 
 
-def test_a_missing_duration_is_no_duration(judge):
-    """Neither key nor value is there."""
-    bare = kernel(FLASH, 10, 1)
-    del bare["dur"]
-    summary = judge([kernel(GEMM, 0, 10), bare])
-    assert summary.attention.backends["flash"].time_ms == 0.0
-    assert "no usable duration" in summary.notices[0]
-
-
 def test_a_launch_without_a_start_is_in_no_interval(judge):
     """Its time is in the sums; when it ran is unknown."""
     summary = judge([kernel(GEMM, 0, 10), kernel(FLASH, None, 10), kernel(GEMM, 30, 10)])
