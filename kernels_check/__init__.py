@@ -1,7 +1,7 @@
 """Proof that the fast paths a fine-tuning configuration asks for are the ones that ran.
 
 A flag says what was requested; only the operators, tensors and gradients of the measured process say what happened.
-The package stands alone: nothing of ``lorameter`` is imported, and importing it loads neither torch nor numpy.
+The package is independent: nothing of ``lorameter`` is imported, and importing it loads neither torch nor numpy.
 """
 
 from __future__ import annotations

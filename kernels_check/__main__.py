@@ -66,11 +66,9 @@ def _add_trace(commands: argparse._SubParsersAction[SafeParser]) -> None:
 
 
 def _add_rules(commands: argparse._SubParsersAction[SafeParser]) -> None:
-    rules = commands.add_parser("rules", help="the ordered rules by which kernel names are told apart")
+    rules = commands.add_parser("rules", help="the ordered rules by which kernel names are classified")
     rules.add_argument("--json", action="store_true", help="print one JSON document")
-    rules.add_argument(
-        "--check", action="store_true", help="tell whether the installed versions are the validated ones"
-    )
+    rules.add_argument("--check", action="store_true", help="say whether the installed versions are the validated ones")
     rules.set_defaults(run="rules_report:run")
 
 

@@ -15,7 +15,7 @@ Status: TypeAlias = Literal["active", "fallback", "absent", "unknown", "not_appl
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 """``active``: seen, as required. ``fallback``: something else ran in its place. ``absent``: it is not there at all.
-``unknown``: the evidence cannot tell. ``not_applicable``: the question has no meaning here."""
+``unknown``: the evidence does not decide. ``not_applicable``: the question has no meaning here."""
 
 NAMES_SHOWN = 4
 """How many offenders a reason names before it only counts them."""
@@ -82,7 +82,7 @@ class PathObservation:
     status: Status | None = None
     """Set where comparing ``observed`` with ``required`` cannot decide."""
     present: bool = True
-    """Whether the thing was there at all: decides the status of a path that nobody required."""
+    """Whether the thing was there at all: decides the status of a path that was not required."""
     satisfies: bool | None = None
     """Set where meeting the requirement is not plain equality."""
 

@@ -1,6 +1,6 @@
 """Whether numpy starts in the memory that this process may have (`ulimit -v`, as batch systems set it).
 
-OpenBLAS, on which numpy stands, takes its buffers when it is loaded or first used. Where it gets none it ends the
+OpenBLAS, which numpy uses, takes its buffers when it is loaded or first used. Where it gets none it ends the
 process with exit code 1, which is a verdict here, or tries for minutes. No exception is raised, so it is tried in
 another process first, and only where there is a limit.
 """

@@ -1,7 +1,7 @@
 """Standard streams whose other end can go away, for every program of this distribution.
 
-Standard error carries asides. Somebody who no longer reads them (a closed terminal, a full disk, a pager that was left
-alone) must neither end nor hold up what they tell of, which may have measured for hours: what cannot be written there
+Standard error carries notices. A reader that is gone (a closed terminal, a full disk, a pager that was left alone)
+must neither end nor hold up the measurement, which may have run for hours: what cannot be written there
 is dropped.
 
 Standard output carries the result. A reader that has seen enough (`| head -1`) ends a program as it ends others: at
@@ -107,7 +107,7 @@ class BestEffortStderr(_Stream):
         return bool(waiting.poll(1000 * PATIENCE_S))
 
     def _lost(self, error: OSError) -> None:
-        """Nobody is told."""
+        """Do nothing."""
 
 
 class Result(_Stream):
@@ -118,7 +118,7 @@ class Result(_Stream):
 
 
 class CapturedStdout(_Stream):
-    """A stream that drops what cannot be written and remembers why: what it tells of is to come to its end."""
+    """A stream that drops what cannot be written and remembers why, so that the measurement comes to its end."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -128,7 +128,7 @@ class CapturedStdout(_Stream):
         self.lost = self.lost or error
 
     def drain(self) -> None:
-        """Have nothing left in a buffer that somebody else would write out."""
+        """Have nothing left in a buffer that would be written out later."""
         self._silence()
         self.flush()
 

@@ -34,7 +34,7 @@ GRADES = {
 UNDECIDED = "math_or_eager"
 """Backend of a rule for softmax: SDPA's math, a model that writes attention out, or no attention at all."""
 
-# `(int)128`, `(unsigned long)4096` and `(bool)1`: only a cast stands directly before a number.
+# `(int)128`, `(unsigned long)4096` and `(bool)1`: only a cast comes directly before a number.
 _C_CAST = re.compile(r"\((?:(?:unsigned|signed|long) )*[\w:<>]+\)(?=-?\d)")
 
 

@@ -169,7 +169,7 @@ def compile_layers(run: SmallRun, count: int) -> None:
     """Compile so many of the two decoder layers."""
     import torch
 
-    torch._dynamo.reset()  # the code of these layers is shared by all models of the process
+    torch.compiler.reset()  # the code of these layers is shared by all models of the process
     run.inputs["use_cache"] = False  # a cache that fills up is another graph in every layer
     run.model.enable_input_require_grads()
     for layer in run.model.base_model.model.model.layers[:count]:

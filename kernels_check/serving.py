@@ -21,8 +21,8 @@ def watch_request(model: nn.Module, request: Callable[[], object], required: Jso
     Args:
         model: that answers, as PEFT returned it.
         request: asks it once.
-        required: what a training step is required to run, in the words of ``attention.backend``; a fused backend stands
-            for any.
+        required: what a training step is required to run, in the words of ``attention.backend``; a fused backend
+            accepts any.
 
     Returns:
         A check of the path ``request.attention``; ``unknown`` under a profiler of the program, around this call or in

@@ -1,6 +1,6 @@
 """Watch a fine-tuning step as it takes place: judge what ran, and change nothing.
 
-What one step cannot tell is unknown, with what to do about it.
+What one step does not show is unknown, with what to do about it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
     "embedding.trained": Observation.embeddings,
     "norms.trained": Observation.norms,
 }
-COMPILED_MEANWHILE = "code was compiled in this step, and a hook beside it would stay in that code: watch a later step"
+COMPILED_MEANWHILE = "code was compiled in this step, and a hook would stay in that code: watch a later step"
 NO_UPDATE = (
-    "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
+    "no optimizer that holds the model's parameters stepped in what was watched: keep the watch open around all that "
     "one update accumulates"
 )
 _OPEN = "this watch is open already: close it before the next step, or make one for each model"
@@ -197,7 +197,7 @@ class Watch:
 
 
 def judge_all(seen: Observation, requirements: Mapping[str, Json]) -> Iterator[Check]:
-    """Judge every path that the step tells, in their order."""
+    """Judge every path that the step shows, in their order."""
     for path, judged in PATHS.items():
         required = requirements.get(path)
         if judged.packed and path not in requirements:

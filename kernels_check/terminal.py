@@ -35,7 +35,7 @@ class SafeParser(argparse.ArgumentParser):
     """A parser of command lines whose refusals repeat what was typed, made visible."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but `--option=--` is refused: it would store an empty list in the place of a text. What stands
+        """As argparse's, but `--option=--` is refused: it would store an empty list in the place of a text. What comes
         behind a `--` of its own is another program's."""
         words = sys.argv[1:] if args is None else list(args)
         for word in itertools.takewhile("--".__ne__, words):

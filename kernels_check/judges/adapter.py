@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``lora.dtype``; copies of parts of the base that are trained beside the adapter keep the base's."""
+    """Judge ``lora.dtype``; copies of parts of the base that are trained with the adapter keep the base's."""
     layers = seen.adapter_layers()
     if not layers:
         return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
@@ -29,7 +29,7 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
         return PathObservation(observed=None, present=False, reason="no adapter is active")
     reason = f"adapter weights: {count_values(dtypes)}"
     if copies and own is not copies:
-        reason += f"; copies trained beside it: {count_values(_dtypes(copies))}"
+        reason += f"; copies trained with it: {count_values(_dtypes(copies))}"
     return PathObservation(observed=join_values(dtypes), reason=reason)
 
 

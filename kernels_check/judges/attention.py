@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
-"""Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""
+"""Backends that never write the score matrix to memory; what the requirement ``fused`` accepts."""
 LARGEST_FLASH_HEAD = 256
 """Head size up to which CUDA's flash runs (``sdp_utils.cpp``, ``check_head_dim_size_flash``)."""
 _FLOAT32_REMEDY = (
@@ -103,7 +103,7 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     if not forward:
         return _nothing_of_the_model(layers) or _unseen()
     dtypes = [call.dtype for call in forward if call.dtype]
-    reason = f"input types of the inner operator: {count_values(dtypes) or 'none that is told'}"
+    reason = f"input types of the inner operator: {count_values(dtypes) or 'none that is known'}"
     if "float32" in dtypes:
         reason += "; flash and cuDNN of CUDA refuse float32"
         grouped = any(call.grouped for call in forward) and not any(call.mask for call in forward)
@@ -128,15 +128,15 @@ def judge_mask(seen: Observation, required: Json) -> PathObservation:
 
 
 def _over_calls(
-    layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str
+    layers: AttentionLayers, values: list[str], unclear: int, required: Json, reason: str
 ) -> PathObservation:
-    """One property over all calls: what some call does not tell is unknown, unless another already differs."""
-    if untold:
-        reason += f"; not told by {format_count(untold, 'call')}"
+    """One property over all calls: what some call does not show is unknown, unless another already differs."""
+    if unclear:
+        reason += f"; unknown for {format_count(unclear, 'call')}"
     missing = _incomplete(layers, [call for call in layers.calls if not call.recomputed])
     reason += f"; {missing}" if missing else ""
     differs = required is not None and any(value not in (required, "unknown") for value in values)
-    status: Status | None = "unknown" if (untold or missing) and not differs else None
+    status: Status | None = "unknown" if (unclear or missing) and not differs else None
     return PathObservation(observed=join_values(values), status=status, reason=reason + _aside(layers))
 
 
@@ -152,9 +152,9 @@ def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
     total = len(layers.names)
     if not total:
         expected = "an unknown number of" if layers.expected is None else layers.expected
-        return f"compiled, so that no layer is told, {expected} attention layers; "
-    beside = f" beside {format_count(len(layers.compiled), 'call')} in compiled code" if layers.compiled else ""
-    return f"{len(good)} of {total} attention layers{' as required' if required is not None else ''}{beside}; "
+        return f"compiled, so that no layer is known, {expected} attention layers; "
+    compiled = f", with {format_count(len(layers.compiled), 'call')} in compiled code" if layers.compiled else ""
+    return f"{len(good)} of {total} attention layers{' as required' if required is not None else ''}{compiled}; "
 
 
 def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
@@ -180,7 +180,7 @@ def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
 
 
 def _in_pieces(layers: AttentionLayers) -> bool:
-    """Whether the calls may be all there and are only not told apart: in regions between which a graph broke."""
+    """Whether the calls may be all there and are only not assigned: in regions between which a graph broke."""
     whole = not layers.unknown and all(count == layers.expected for count in layers.entries)
     return (
         whole and bool(layers.expected) and bool(layers.regions) and sum(layers.regions) % (layers.expected or 1) == 0
@@ -188,7 +188,7 @@ def _in_pieces(layers: AttentionLayers) -> bool:
 
 
 def _aside(layers: AttentionLayers) -> str:
-    """What ran beside the model's training and is not judged."""
+    """What ran outside the model's training and is not judged."""
     parts = []
     if layers.aside:
         aside = count_values(call.backend for call in layers.aside)
@@ -307,7 +307,7 @@ def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> Pat
     """Judge the attention of one request by its operators, or by its kernels where it called none.
 
     Args:
-        model: that was asked; it tells what it was built with.
+        model: that was asked; its configuration says what it was built with.
         profile: of the request alone.
         required: of a training step, in the words of ``attention.backend``; None where nothing is.
     """

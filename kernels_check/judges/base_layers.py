@@ -55,10 +55,10 @@ def judge_bits(seen: Observation, required: Json) -> PathObservation:
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
     bits = {name: item.bits for name, item in stored.items()}
     finding = _over_layers(stored, bits, required, reason, remedy)
-    told = Counter(value for value in bits.values() if value is not None)
-    if not told:
+    known = Counter(value for value in bits.values() if value is not None)
+    if not known:
         return finding
-    expected = required if isinstance(required, int) else told.most_common(1)[0][0]
+    expected = required if isinstance(required, int) else known.most_common(1)[0][0]
     rest = _rest_of_the_base(seen.census(), expected)
     return replace(finding, reason=f"{finding.reason}; {rest}")
 
@@ -152,23 +152,23 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     notes += [f"{_ROUNDED}: {name_some(change.rounded)}"] if change.rounded else []
     notes += _biases(seen)
     good = [] if faults or unknown else [f"{what} unchanged over {steps}, no gradient, not optimised"]
-    told = [f"remedy: {remedy}" for remedy in remedies]
+    advice = [f"remedy: {remedy}" for remedy in remedies]
     return PathObservation(
         observed=False if faults else None if unknown else True,
-        reason="; ".join([*good, *faults, *told, *unknown, *notes]),
+        reason="; ".join([*good, *faults, *advice, *unknown, *notes]),
         status="unknown" if unknown and not faults else None,
     )
 
 
 def _biases(seen: Observation) -> list[str]:
-    """What of the base nobody asks to stay as it is, since PEFT was asked to train it."""
+    """Biases of the base that PEFT was asked to train."""
     found = seen.biases_of_adapters()
     settings = join_values(set(found.values()))
     return [f"{len(found)} biases train with the adapter, as PEFT was asked to by {settings}"] if found else []
 
 
 def _unread(seen: Observation, change: DigestDifference) -> list[str]:
-    """What of the base could not be compared, so that nobody can say that it is still."""
+    """What of the base could not be compared, so that it may have changed."""
     reasons = []
     unseen = {**seen.before.unseen, **seen.after.unseen}
     if unseen:
@@ -178,7 +178,7 @@ def _unread(seen: Observation, change: DigestDifference) -> list[str]:
         named = name_some(change.incomparable)
         reasons.append(f"sharded at one time and whole at the other, so that they cannot be compared: {named}")
     if not seen.optimizers and (loose := _loose(seen)):
-        reasons.append(f"no optimizer stepped, so it cannot be told whether one holds what trains: {name_some(loose)}")
+        reasons.append(f"no optimizer stepped, so it is unknown whether one holds what trains: {name_some(loose)}")
     return reasons
 
 
@@ -228,7 +228,7 @@ def _over_layers(
     parts += [f"exceptions: {name_some(odd)}"] if odd else []
     unread = [name for name, value in values.items() if value is None]
     problems = [f"{name}: {item.problem}" for name, item in stored.items() if item.problem]
-    parts += [f"cannot tell for {name_some(problems or unread)}"] if unread else []
+    parts += [f"unknown for {name_some(problems or unread)}"] if unread else []
     packed = [name for name, item in stored.items() if item.packed_for_cpu]
     if packed:
         parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {name_some(packed)}")
@@ -251,7 +251,7 @@ PATHS: Mapping[str, JudgedPath] = {
         by_modules=False,
         further_steps=(
             "PEFT merges the adapter into nn.MultiheadAttention for each forward and out again, so that some changes "
-            "show in the step after: let the same watch stand around that, too"
+            "show in the step after: open the same watch around that, too"
         ),
     ),
 }

@@ -37,8 +37,8 @@ def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
     reason = f"{len(good)} of {len(values)} targeted layers: {expected}, by the products that they called"
     odd = [f"{name} ({value})" for name, value in values.items() if value not in (None, expected)]
     reason += f"; exceptions: {name_some(odd)}" if odd else ""
-    untold = [name for name, value in values.items() if value is None]
-    reason += f"; cannot tell for {name_some(untold)}: no product of theirs was seen" if untold else ""
+    unclear = [name for name, value in values.items() if value is None]
+    reason += f"; unknown for {name_some(unclear)}: no product of theirs was seen" if unclear else ""
     claims = {item.compute_dtype for name, item in stored.items() if item.compute_dtype not in (None, values[name])}
     reason += f"; layers claim {join_values(str(claim) for claim in claims)}" if claims else ""
     if odd and required is not None and any(item.bits == 4 for item in stored.values()):
@@ -48,8 +48,8 @@ def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
     return PathObservation(
         observed=observed,
         reason=reason,
-        status="unknown" if untold and not odd else None,
-        satisfies=not odd and not untold,
+        status="unknown" if unclear and not odd else None,
+        satisfies=not odd and not unclear,
     )
 
 
@@ -83,8 +83,8 @@ def _passed_by(layers: LayerProducts) -> list[str]:
 
 
 def _most_common(values: dict[str, str | None]) -> str | None:
-    told = [value for value in values.values() if value is not None]
-    return max(told, key=told.count) if told else None
+    known = [value for value in values.values() if value is not None]
+    return max(known, key=known.count) if known else None
 
 
 _GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu"))

@@ -90,7 +90,7 @@ def _compiled_again(seen: Observation) -> tuple[float | None, str]:
     share = min(1.0, (len(calls) - first) / first)
     if not share and _flagged(seen.model):
         return None, "the blocks ran in compiled code, which may keep the attention and recompute the rest"
-    return share, f"in compiled code, told by its attention: {len(calls)} forward calls for {first} layers"
+    return share, f"in compiled code, by its attention: {len(calls)} forward calls for {first} layers"
 
 
 def _flagged(model: Any) -> bool:
@@ -133,9 +133,9 @@ def judge_compile(seen: Observation, required: Json) -> PathObservation:
     regions, past = seen.profile.compiled_regions, seen.compilations
     blocks = seen.compiled_blocks()
     reason = _entered(seen)
-    untold = _untold(seen)
-    if untold is not None:
-        return PathObservation(observed=None, status="unknown", reason=f"{reason}; {untold}")
+    undecided = _undecided(seen)
+    if undecided is not None:
+        return PathObservation(observed=None, status="unknown", reason=f"{reason}; {undecided}")
     whole = bool(blocks.compiled) and not blocks.not_whole
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
     if not whole:
@@ -156,9 +156,9 @@ def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
     blocks = seen.compiled_blocks()
     reason = _entered(seen)
-    untold = _untold(seen) or ("no block of the model was seen to run" if not blocks.ran else None)
-    if untold is not None:
-        return PathObservation(observed=None, status="unknown", present=False, reason=f"{reason}; {untold}")
+    undecided = _undecided(seen) or ("no block of the model was seen to run" if not blocks.ran else None)
+    if undecided is not None:
+        return PathObservation(observed=None, status="unknown", present=False, reason=f"{reason}; {undecided}")
     share = len(blocks.compiled) / blocks.ran
     minimum = float(required) if isinstance(required, int | float) else 0.0
     reason += _eagerly(seen) if share < 1.0 else ""
@@ -180,14 +180,14 @@ def _entered(seen: Observation) -> str:
     return reason
 
 
-def _untold(seen: Observation) -> str | None:
-    """Why what was entered does not tell which blocks ran in it."""
+def _undecided(seen: Observation) -> str | None:
+    """Why the compiled regions do not show which blocks ran in them."""
     if not seen.profile.compiled_regions:
         return None
     if seen.compilations.unreadable is not None:
         return str(seen.compilations)
     if not seen.modules.taken:
-        return "the step compiles anew in each call, so that no module could be watched beside it"
+        return "the step compiles anew in each call, so that no module could be watched"
     return None
 
 

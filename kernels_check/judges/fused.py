@@ -1,7 +1,7 @@
-"""Which fused kernels of other libraries stand in the model, and in how many of their places they were called.
+"""Which fused kernels of other libraries are bound in the model, and in how many places they were called.
 
 The switch that asks for them is silent where it comes after the model was built, or where it does not know the
-architecture: then they stand in 0 of 28 layers.
+architecture: then they are bound in 0 of 28 layers.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     missing = [kind for kind in wanted if kind not in kinds]
     counts = {kind: [place for place in places if place.kind == kind] for kind in kinds}
     whole = [kind for kind in kinds if all(_ran(place, seen) for place in counts[kind])]
-    told = ", ".join(_counted(kind, counts[kind], seen) for kind in kinds) or "no place for any is known"
-    parts = [told]
+    counted = ", ".join(_counted(kind, counts[kind], seen) for kind in kinds) or "no place for any is known"
+    parts = [counted]
     parts += [f"the model has no place of {name_some(missing)}; it has {name_some(kinds)}"] if missing else []
     bound = [place for place in places if place.library is not None]
     parts += [] if bound or not wanted else [_NOTHING]
     silent = sorted({place.library or "" for place in bound if _launched(place, seen) is False})
     parts += [f"no kernel of {name_some(silent)} was launched in the profile"] if silent else []
     if bound and not seen.profile.kernels:
-        parts.append("told by what is bound and called, no kernel was recorded to confirm it")
+        parts.append("judged by what is bound and called, no kernel was recorded to confirm it")
     compiled = bool(seen.profile.compiled_regions)
     idle = [place for place in bound if not place.called and (not wanted or place.kind in wanted)]
     hidden = [place.name for place in idle if place.hidden or compiled]

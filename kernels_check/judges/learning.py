@@ -1,4 +1,4 @@
-"""Whether every trainable parameter of the adapter learns: of each method, of copies trained beside it, of magnitudes.
+"""Whether every trainable parameter of the adapter learns: of each method, of copies trained with it, of magnitudes.
 
 While lora_B is zero the gradient of lora_A is exactly zero, and other methods begin at zeros of their own. So learning
 is judged over the watched calls together, and a gradient of zero counts against a parameter only if it arrived after an
@@ -29,7 +29,7 @@ _REPACKED = (
     "evaluation"
 )
 _NO_STEP = (
-    "whether the adapter learns cannot be told; let the step end in optimizer.step(): Trainer wants "
+    "whether the adapter learns is unknown; let the step end in optimizer.step(): Trainer wants "
     "current_gradient_accumulation_steps set, and Accelerate's optimizer does not step until accelerator.sync_gradients"
 )
 
@@ -63,7 +63,9 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     reason = f"gradients reached {count} and updates moved all of them, in {seen.optimizer_steps} updates"
     faint = [name for name in judged if not seen.updates[name].learnt]
     if faint:
-        reason += f"; {len(faint)} of {len(judged)} by less than float32 shows, beside a factor that has just left zero"
+        reason += (
+            f"; {len(faint)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
+        )
     return PathObservation(observed=True, reason=reason + note)
 
 
@@ -87,7 +89,7 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
     doubts = _count(
         judged,
         (
-            "gradient zero in every call before an update moved anything, as beside a factor that starts at zero",
+            "gradient zero in every call before an update moved anything, as next to a factor that starts at zero",
             unproven,
         ),
         ("gradient zero: none of their tokens was in the batches", sorted(rare)),
@@ -119,7 +121,7 @@ def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Ob
     if changed:
         reason += (
             f", although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, whose "
-            "updates cannot be told from other writing"
+            "updates cannot be distinguished from other writing"
         )
         return PathObservation(observed=None, status="unknown", reason=reason)
     return PathObservation(observed=None, status="unknown", reason=f"{reason}: {_NO_STEP}")
@@ -195,8 +197,8 @@ PATHS: Mapping[str, JudgedPath] = {
         by_modules=False,
         takes_update=True,
         further_steps=(
-            "one step does not show whether its update is kept, nor what learns once lora_B has left zero: let the "
-            "same watch stand around the next step, too"
+            "one step does not show whether its update is kept, nor what learns once lora_B has left zero: open the "
+            "same watch around the next step, too"
         ),
     )
 }

@@ -1,7 +1,7 @@
 """Which optimizer stepped, by which implementation, and where its state lives.
 
 ``is_paged`` on a bitsandbytes optimizer is a wish: tensors below 1e5 elements, and every tensor on a CPU, are not paged
-while the flag stays true. Only the state tensors themselves tell.
+while the flag stays true. Only the state tensors themselves show it.
 """
 
 from __future__ import annotations

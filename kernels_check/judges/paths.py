@@ -1,7 +1,7 @@
 """Every path that can be required, joined from the judges that export them.
 
 To add one is an entry in the ``PATHS`` of its judge. Neither torch nor numpy is loaded by this table, so that a study
-can be refused for a requirement that nobody knows before anything heavy is imported: a judge names the types of what
+can be refused for an unknown requirement before anything heavy is imported: a judge names the types of what
 was observed, and leaves reading it to the observation.
 """
 

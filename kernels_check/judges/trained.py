@@ -56,7 +56,7 @@ def _judge(seen: Observation, parts: Sequence[ParameterStatus], what: str, requi
 
 
 def _doubt(fates: Set[Fate], seen: Observation) -> str | None:
-    """Why the steps do not tell."""
+    """Why the steps do not show it."""
     if fates <= {"updated", "frozen"}:
         return None
     if not seen.optimizer_steps:
@@ -71,7 +71,7 @@ def _doubt(fates: Set[Fate], seen: Observation) -> str | None:
 
 
 _FURTHER_STEPS = (
-    "a gradient of zero does not show what learns once the factor beside has left zero: let the same watch stand "
+    "a gradient of zero does not show what learns once the other factor has left zero: open the same watch "
     "around the next step, too"
 )
 PATHS: Mapping[str, JudgedPath] = {

@@ -35,7 +35,10 @@ _PREFIX = "lora_"
 _FACTORS = ("lora_A", "lora_embedding_A")
 _DRAWN_INSIDE = ("rank_dropout", "module_dropout")
 """Probabilities that the methods of LyCORIS keep as numbers and draw by inside the product."""
-_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.Identity)
+_DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    nn.Identity,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +93,7 @@ class AdapterLayer:
         """Name, as from this layer, and tensor of every parameter that the method trains; what it freezes is left out.
 
         Some methods freeze weights of theirs by design and list them (``frozen_peft_weight_names``); a prompt's encoder
-        may hold tables beside what it trains.
+        may hold frozen tables, too.
         """
         listed = list(self._listed())
         trained = [(name, value) for name, value in listed if value.requires_grad]
@@ -439,7 +442,7 @@ def adapters_of(model: ModelTree) -> Below:
 
 @reading
 def adapter_parameters(model: ModelTree) -> frozenset[str]:
-    """Names of the parameters that are an adapter's: of any method of PEFT, and what is trained beside it."""
+    """Names of the parameters that are an adapter's: of any method of PEFT, and what is trained with it."""
     own = adapters_of(model)
     return frozenset(name for name, _ in model.parameters if own[name])
 

@@ -24,9 +24,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from kernels_check.observe.adapter import adapters_of
 from kernels_check.observe.modules import NO_MEMORY, Model, ModelTree, has_memory, is_wrapper, plain_parts
 
-Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "beside"]
+Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "quantisation"]
 """``merged``: a parameter that PEFT merges the adapter into and out of in each forward. ``cache``: a buffer that is not
-saved with the model, since a forward makes it anew. ``beside``: kept in attributes of a quantised weight or layer."""
+saved with the model, since a forward makes it anew. ``quantisation``: kept in attributes of a quantised weight or
+layer."""
 
 WEIGHTS = ("weight", "original")
 """Names of the weight of a layer; the second in a parametrisation, which unpacks it at each access."""
@@ -72,11 +73,11 @@ def base_state(model: Model) -> Iterator[BaseTensor]:
             if buffer is not None and not adapter[prefix + key]:
                 saved = key not in module._non_persistent_buffers_set
                 yield from _tensor(prefix + key, "buffer" if saved else "cache", module, buffer)
-        for key, value in beside(module):
+        for key, value in quantisation_parts(module):
             if isinstance(value, Tensor):
-                yield from _tensor(prefix + key, "beside", module, value)
+                yield from _tensor(prefix + key, "quantisation", module, value)
             else:
-                yield _part(prefix + key, "beside", module, str(value))
+                yield _part(prefix + key, "quantisation", module, str(value))
 
 
 def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
@@ -132,7 +133,7 @@ def _tensor(name: str, kind: Kind, layer: nn.Module, tensor: Tensor) -> Iterator
     wrapper = type(tensor).__name__ if is_wrapper(tensor) else None
     try:
         parts = list(plain_parts(tensor, name))
-    except Exception as error:  # a class of tensors that somebody wrote
+    except Exception as error:  # a class of tensors outside torch
         yield _part(name, kind, layer, error)
         return
     for part, plain in parts:
@@ -143,8 +144,8 @@ def _part(name: str, kind: Kind, layer: nn.Module, value: str | Exception) -> Ba
     return BaseTensor(name=name, owner=name, wrapper=None, kind=kind, layer=layer, value=value)
 
 
-def beside(layer: Any) -> Iterator[tuple[str, Any]]:
-    """What a quantised layer keeps of its weight beside parameters and buffers: tensors, and facts."""
+def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
+    """What a quantised layer keeps of its weight outside parameters and buffers: tensors, and facts."""
     weight = base_weight(layer)
     state = quant_state(layer, weight)
     if state is not None:
@@ -379,7 +380,7 @@ def _int8(layer: Any, weight: Tensor) -> Storage:
     """LLM.int8 of bitsandbytes: a scale a row, which the first forward hands from the weight to the layer."""
     if weight.dtype != torch.int8:
         return _of_tensor(weight, f"Int8Params of {_short(weight.dtype)} are not known")
-    scales = next((part for key, part in beside(layer) if key == "SCB"), None)
+    scales = next((part for key, part in quantisation_parts(layer) if key == "SCB"), None)
     if scales is None or scales.numel() != weight.shape[0]:
         found = "no scales" if scales is None else f"{scales.numel()} scales"
         return _unknown(f"{found} for {weight.shape[0]} rows of int8")

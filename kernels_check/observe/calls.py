@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observe.base import is_packed
-from kernels_check.observe.hooks import HookGuard, ModuleHook, patched
+from kernels_check.observe.hooks import HookGuard, ModuleHook, backward_task, patched
 from kernels_check.observe.modules import named_modules
 
 Output = tuple[int, "weakref.ref[Tensor]"]
@@ -52,7 +52,7 @@ class BrokenCalls:
         self.raised.add(number)
         for inner, reference in outputs:
             tensor = reference()
-            if tensor is not None:  # what nobody holds any more can only have been a step to what somebody holds
+            if tensor is not None:  # a freed tensor can only have led to one that is still held
                 self._hooks.push(tensor.register_hook(self.shield(partial(self._come_back, inner))))
 
     def close(self) -> None:
@@ -208,10 +208,6 @@ class Calls:
         """Whether there is a log at all: of a step that compiles anew in each call there is none."""
         return self.thread is not None
 
-    def in_other_threads(self) -> bool:
-        """Whether the forward pass ran in a thread that is not the one that called the step."""
-        return any(self.all[number].thread != self.thread for number in self.forward)
-
     def _root(self, number: int) -> int:
         *_, root = self.enclosing(number)
         return root
@@ -285,7 +281,7 @@ class CallRecorder:
         return entry is None or entry.with_grad or entry.in_backward
 
     def break_off(self) -> None:
-        """Close the calls of this thread that are under way: no hook will be told of their end."""
+        """Close the calls of this thread that are under way: no hook will be called at their end."""
         stack = self._stack()
         while stack:
             _end_mark(stack.pop())
@@ -337,7 +333,7 @@ class CallRecorder:
 
     def _enter(self, module: nn.Module, names: tuple[str, ...], *, compiled: bool = False) -> None:
         stack = self._stack()
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = backward_task() != -1
         caller = stack[-1].number if stack else None
         context = None
         if not in_backward and not torch.is_grad_enabled() and (caller is None or self.log[caller].with_grad):
@@ -365,7 +361,7 @@ class CallRecorder:
         stack.append(_OpenCall(number, module, mark, sys.exc_info()[1]))
 
     def _leave(self, module: nn.Module, output: Any) -> None:
-        """Close the call, and those inside it whose end no hook was told of."""
+        """Close the call, and those inside it at whose end no hook was called."""
         stack = self._stack()
         if not any(entry.module is module for entry in stack):
             return

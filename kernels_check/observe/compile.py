@@ -42,11 +42,11 @@ class Compilations:
     complete: bool = True
     """Whether no compilation has dropped out of the record yet."""
     unreadable: str | None = None
-    """Why this version of torch does not tell."""
+    """Why this version of torch cannot be read."""
 
     def __str__(self) -> str:
         if self.unreadable is not None:
-            return f"graph breaks and recompiles cannot be told: {self.unreadable}"
+            return f"graph breaks and recompiles are unknown: {self.unreadable}"
         parts = [_counted(self.breaks, "graph breaks"), _counted(self.recompiles, "recompiles")]
         parts += [_counted(self.uncompiled, "functions left uncompiled")] if self.uncompiled else []
         parts += [_counted(self.refused, "recompiles refused")] if self.refused else []
@@ -80,14 +80,6 @@ def compiler_held(stance: str = "eager_on_recompile") -> Iterator[None]:
 
     with compiler.set_stance(stance):
         yield
-
-
-def forget_compilations() -> None:
-    """Drop all compiled code and the record of it, for runs in one process that must not see each other's."""
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()
-        dynamo.utils.clear_compilation_metrics()
 
 
 def _read(dynamo: Any) -> Compilations:
@@ -165,7 +157,7 @@ class CompiledBlocks:
 
     @property
     def not_whole(self) -> tuple[str, ...]:
-        """Blocks of which not all was compiled."""
+        """Blocks that were not compiled whole."""
         return (*self.partly, *self.eager)
 
 
@@ -223,8 +215,8 @@ class _CompiledSearch:
         compiled |= proven
         for block in silent:
             frozen = block not in proven and not self._trains(block)
-            beside = {other for other in fired if _parent(other) == _parent(block)}
-            if frozen and self._region_around(block) and beside <= compiled:
+            siblings = {other for other in fired if _parent(other) == _parent(block)}
+            if frozen and self._region_around(block) and siblings <= compiled:
                 compiled.add(block)
         ours = sum(self._is_ours(region, blocks, proven=bool(compiled.difference(fired))) for region in self.regions)
         return CompiledBlocks(
@@ -327,7 +319,8 @@ def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, 
 def ran_without_gradient(model: nn.Module, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
     """Blocks that ran and are none of ``recomputed_blocks``: there is nothing to recompute in them.
 
-    A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hook: the modules in it tell that it ran.
+    A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hook: the calls of its modules show that
+    it ran.
     """
     known = {block.name for block in judged}
     names = block_names(model)
@@ -356,7 +349,7 @@ class _Sorted:
             self.around[number] = number
         elif call.caller in self.around:
             self.around[number] = self.around[call.caller]
-        else:  # the block itself calls no hook: each call stands for one of the block
+        else:  # the block itself calls no hook: each call counts as one of the block
             self.around[number] = number
         if self.around[number] in calls.differentiable:
             self.inside.setdefault(block, {}).setdefault(name, []).append(self.around[number])

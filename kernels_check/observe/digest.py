@@ -68,7 +68,7 @@ class Digest:
     unseen: Mapping[str, str]
     """Parts whose bytes could not be read, with the reason."""
     sharded: frozenset[str]
-    """Tensors of which this process holds a shard."""
+    """Tensors that are sharded: this process holds a part."""
     packed: bool
     """Whether a 4-bit weight was in the layout that bitsandbytes makes for a CPU."""
     torn: Mapping[str, str] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def digest(model: Model, before: Digest | None = None) -> Digest:
             tensor = _readable(part.value)
             taken = take(_where_it_lay(tensor, earlier.get(part.name)))
             parts[part.name] = Hashed(fingerprint=taken, kind=part.kind, owner=part.owner, tensor=tensor)
-        except Exception as error:  # of a kind that nobody has met: unknown, and nothing else is lost
+        except Exception as error:  # of an unknown kind: it is unseen, and nothing else is lost
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
     states = _states(tree)
@@ -156,7 +156,7 @@ def _where_it_lay(tensor: Tensor, before: Hashed | None) -> Tensor:
 
 
 def _difference(old: Hashed | None, new: Hashed | None) -> str:
-    """Tell what training does to a part from what a forward does to it: a cast, and rounding where PEFT merges."""
+    """Distinguish training from what a forward does to a part: a cast, and rounding where PEFT merges."""
     if old is None or new is None or old.tensor is None or new.tensor is None:
         return "changed"
     take = Fingerprinter()
@@ -187,7 +187,7 @@ class WeightBits:
     """The bytes of a base as they are stored here, scales included; memory that several layers share counts once."""
 
     bytes_of: Counter[int | None] = field(default_factory=Counter)
-    """By bits of the weights they keep; None where those cannot be told."""
+    """By bits of the weights they keep; None where they are unknown."""
     weights_of: Counter[int | None] = field(default_factory=Counter)
     """The number of weights, likewise."""
     largest: Counter[tuple[int | None, str]] = field(default_factory=Counter)
@@ -241,7 +241,7 @@ class _Bits:
 
     def __init__(self, parts: list[BaseTensor], tree: ModelTree) -> None:
         self._tree, self._layer = tree, parts[0].layer
-        packs = any(part.kind == "beside" or _key(part) in PACKED for part in parts)
+        packs = any(part.kind == "quantisation" or _key(part) in PACKED for part in parts)
         self._packed = storage_in(tree, self._layer, _weight_name(self._layer)).bits if packs else None
         self._packs = packs
 
@@ -269,7 +269,7 @@ def _plain(value: object) -> bool:
 def _weights(part: BaseTensor, bits: int | None, parts: list[BaseTensor]) -> int:
     """How many weights lie in a part: none in scales, and many in a word where they are packed."""
     value = part.value
-    if not isinstance(value, Tensor) or part.kind == "beside":
+    if not isinstance(value, Tensor) or part.kind == "quantisation":
         return 0
     if part.wrapper is not None:
         if value is not max((one.value for one in parts if one.owner == part.owner), key=_size):

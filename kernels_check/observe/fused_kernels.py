@@ -1,4 +1,4 @@
-"""Where code of a library of fused kernels stands in place of a model's own, and whether what holds it was called.
+"""Where code of a library of fused kernels replaces a model's own, and whether what holds it was called.
 
 Libraries swap classes, bind other forwards to modules, or put other functions into the module of a model's code. All
 of that is read off what is really bound now: the class and the forward of each module, and the function that the
@@ -6,8 +6,8 @@ forward's own globals name. Patching that came too late, or for another architec
 silently.
 
 Whose forward an attention has says little of what is fused in it: one that only calls another attention keeps the
-model's own rotary embeddings and projections. So these are told by the functions that the forward calls. A fused loss
-runs only where the forward is given labels, and is trained on only where a gradient reaches what it returned.
+model's own rotary embeddings and projections. So these are recognised by the functions that the forward calls. A fused
+loss runs only where the forward is given labels, and is trained on only where a gradient reaches what it returned.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LABELS = ("labels", "shift_labels")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedKernelSite:
-    """One place of a model where a fused kernel of some kind may stand."""
+    """One place of a model where a fused kernel of some kind may be bound."""
 
     kind: Kind
     name: str

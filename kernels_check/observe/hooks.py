@@ -25,8 +25,13 @@ from kernels_check.observe.modules import every_module, every_parameter
 Hook: TypeAlias = Callable[..., Any]
 
 
+def backward_task() -> int:
+    """Number of the run of the autograd engine that this thread is in; -1 outside a backward pass."""
+    return torch._C._current_graph_task_id()
+
+
 class ModuleHook:
-    """A hook on one module that tells of calls of that module alone; those of its copies are others.
+    """A hook on one module that notes calls of that module only, and not those of its copies.
 
     A shallow copy shares the dictionary in which its hooks lie, a deep copy has one of its own with copies of them. The
     replicas of ``DataParallel`` are the module itself: gradients come back from them to its parameters.
@@ -77,7 +82,7 @@ def _keep_from_compiler(function: Any) -> None:
 
 
 class _PatchedFunction:
-    """Stands where a function stood, and calls what was made of it."""
+    """Replaces a function, and calls what was made of it."""
 
     def __init__(self, original: Callable[..., Any], make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         self.original, self._make = original, make
@@ -93,7 +98,7 @@ class _PatchedFunction:
         self.original, self._made = original, None
 
     def end(self) -> None:
-        """Call the original alone, for whoever has kept this."""
+        """Call the original only, where a reference to this is still held."""
         self._made = self.original
 
 

@@ -2,8 +2,8 @@
 
 None of the inputs alone is believed: a mask of ones may lie over padded rows, and the token that pads need not be the
 one in the configuration. What a mask hides is padding. So is a run of one token at either end of a record, if labels
-of -100 all over it, positions that stay the same, or a configuration that names the token say so. A run of which
-nothing says so may be text, and is counted apart.
+of -100 all over it, positions that stay the same, or a configuration that names the token say so. Any other
+run may be text, and is counted separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.check import name_some
-from kernels_check.observe.hooks import HookGuard, ModuleHook
+from kernels_check.observe.hooks import HookGuard, ModuleHook, backward_task
 from kernels_check.observe.loss import BackwardPasses, LossMade, read_log_probs, read_loss
 from kernels_check.observe.modules import Model, attribute, every_module
 from kernels_check.observe.records import PADDING, LayoutError, Records, find_records, hidden_by
@@ -54,9 +54,9 @@ class ModelCall:
     number: int | None = None
     """Of the call in the log of all calls, where there is one."""
 
-    def told(self, tells: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
-        """This call if its arguments tell something, else those inside that do: wrappers have names of their own."""
-        return [self] if tells(self.arguments) else [one for call in self.inside for one in call.told(tells)]
+    def matching(self, matches: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
+        """This call if its arguments match, else those inside that do: wrappers have names of their own."""
+        return [self] if matches(self.arguments) else [one for call in self.inside for one in call.matching(matches)]
 
 
 class InputLog:
@@ -105,7 +105,7 @@ class InputLog:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = replace(_describe(module, args, kwargs), number=self._current())
-        if torch._C._current_graph_task_id() == -1:  # in a backward pass it is a recomputation
+        if backward_task() == -1:  # in a backward pass it is a recomputation
             (self._open[-1].inside if self._open else self.calls).append(call)
         self._open.append(call)
 
@@ -258,7 +258,7 @@ class PaddingSeen:
     doubtful: int = 0
     """Further positions at the end of a record, in runs of one token or of a token that pads, which may be text."""
     by: tuple[str, ...] = ()
-    """What told."""
+    """What in the inputs showed it."""
     by_call: tuple[tuple[int, int], ...] = ()
     """Padded positions and all positions of each call."""
     unseen: str | None = None
@@ -271,8 +271,8 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
     if not trained:
         return None
     named = _Named.by(model)
-    told, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
-    given = [one for outer in trained for one in outer.told(names_tokens) or [outer]]
+    signs, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
+    given = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
     for call in [one for encoded in given for one in (encoded, *_decoded(encoded))]:
         counted = _Counted.read(call, named)
         if counted is None:
@@ -282,12 +282,12 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
             unseen = counted.unseen
         counts.append((int(counted.padded.sum()), counted.padded.numel()))
         doubtful += int(counted.doubtful.sum())
-        told |= counted.told
+        signs |= counted.signs
     return PaddingSeen(
         tokens=sum(total for _, total in counts),
         padded=sum(padded for padded, _ in counts),
         doubtful=doubtful,
-        by=tuple(sorted(told)),
+        by=tuple(sorted(signs)),
         by_call=tuple(counts),
         unseen=unseen,
     )
@@ -332,7 +332,7 @@ class _Counted:
 
     padded: Tensor
     doubtful: Tensor
-    told: frozenset[str]
+    signs: frozenset[str]
     unseen: str | None = None
 
     @classmethod
@@ -343,16 +343,16 @@ class _Counted:
             return None
         rows, length = found[1].shape[:2]
         hidden = hidden_by(call.arguments.get("attention_mask"), rows, length)
-        told = {"attention_mask"} if hidden is not None and bool(hidden.any()) else set()
+        signs = {"attention_mask"} if hidden is not None and bool(hidden.any()) else set()
         if found[1].is_floating_point():
             nothing = torch.zeros(rows, length, dtype=torch.bool)
             unseen = None
-            if not told:  # a mask of ones may lie over anything
+            if not signs:  # a mask of ones may lie over anything
                 unseen = (
-                    f"{found[0]} of {list(found[1].shape)} hides the tokens, and no attention_mask tells any padding"
+                    f"{found[0]} of {list(found[1].shape)} hides the tokens, and no attention_mask shows any padding"
                 )
             return cls(
-                padded=nothing if hidden is None else hidden, doubtful=nothing, told=frozenset(told), unseen=unseen
+                padded=nothing if hidden is None else hidden, doubtful=nothing, signs=frozenset(signs), unseen=unseen
             )
         ids = found[1]
         masked = torch.zeros_like(ids, dtype=torch.bool) if hidden is None else hidden.to(ids.device)
@@ -360,23 +360,23 @@ class _Counted:
         runs, spare = _end_runs(ids, numbers)
         runs &= ~_among(ids, tokens.holders)
         ignored = _ignored(call.arguments.get("labels"), runs, spare)
-        still = runs & _standing(call.arguments.get("position_ids"), numbers)
+        still = runs & _repeated(call.arguments.get("position_ids"), numbers)
         named = runs & ~spare & _among(ids, tokens.ends)
         by_mask = runs & ~spare & torch.isin(ids, ids[masked].unique())
-        for what, where in (("labels of -100", ignored), ("positions that stand still", still)):
-            told |= {what} if bool((where & ~masked).any()) else set()
+        for what, where in (("labels of -100", ignored), ("positions that do not change", still)):
+            signs |= {what} if bool((where & ~masked).any()) else set()
         for token in ids[(named | by_mask) & ~masked].unique().tolist():
-            told.add(f"runs of token {token} at the ends of the records")
+            signs.add(f"runs of token {token} at the ends of the records")
         padded = masked | ignored | still | named | by_mask
         # Where a mask hides anything, it was made for these rows, and what else repeats in them is text.
         # The last before the text, too, and one alone: what is named as nothing but padding hardly is a word.
         nothing_else = (runs | _ends(numbers)) & _among(ids, tokens.pads)
         doubtful = ((runs & ~spare) | nothing_else) & ~padded & ~masked.any()
-        return cls(padded=padded, doubtful=doubtful, told=frozenset(told))
+        return cls(padded=padded, doubtful=doubtful, signs=frozenset(signs))
 
 
 def _records(call: ModelCall, ids: Tensor) -> Records:
-    """The records, or each row as one where nothing tells."""
+    """The records, or each row as one where nothing gives them."""
     rows, length = ids.shape
     try:
         found = find_records(call.arguments, rows, length)
@@ -429,7 +429,7 @@ def _ignored(labels: Any, runs: Tensor, spare: Tensor) -> Tensor:
     return runs & ~spare & labels.eq(_IGNORED).to(runs.device)
 
 
-def _standing(positions: Any, numbers: Tensor) -> Tensor:
+def _repeated(positions: Any, numbers: Tensor) -> Tensor:
     """Where a position is that of the token before or after it in the same record: each record begins at the same."""
     still = torch.zeros_like(numbers, dtype=torch.bool)
     if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != numbers.shape[1]:
@@ -442,9 +442,9 @@ def _standing(positions: Any, numbers: Tensor) -> Tensor:
 
 
 def describe(padding: PaddingSeen) -> str:
-    """Both numbers, what told, and the calls where they differ."""
+    """Both numbers, what showed it, and the calls where they differ."""
     share = padding.padded / padding.tokens if padding.tokens else 0.0
-    by = f", told by {' and '.join(padding.by)}" if padding.by else ""
+    by = f", shown by {' and '.join(padding.by)}" if padding.by else ""
     text = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding{by}"
     if len(set(padding.by_call)) > 1:
         text += f" (by call: {name_some(f'{padded} of {total}' for padded, total in padding.by_call)})"

@@ -50,7 +50,7 @@ class IsolationResult:
     leaks: tuple[str, ...] = ()
     """Changes that reached other records, each as a phrase."""
     unclear: str | None = None
-    """Why nothing can be told."""
+    """Why nothing is known."""
     packed: bool = True
     """Whether any row holds two records."""
     proof: str = ""
@@ -58,7 +58,7 @@ class IsolationResult:
 
 
 class _UnclearError(RuntimeError):
-    """Why nothing can be told."""
+    """Why nothing is known."""
 
 
 def isolation_of(
@@ -73,7 +73,9 @@ def isolation_of(
     """
     if (unfit := _unfit(model)) is not None:
         return IsolationResult(unclear=unfit)
-    trained = [one for call in training_calls(calls) for one in call.told(_packs) or call.told(names_tokens) or [call]]
+    trained = [
+        one for call in training_calls(calls) for one in call.matching(_packs) or call.matching(names_tokens) or [call]
+    ]
     leaks: list[str] = []
     modes, numbers = Modes(model), RandomState()
     try:
@@ -89,7 +91,7 @@ def isolation_of(
         modes.restore()
         numbers.restore()
     if not packed:
-        reason = f"no call of the step tells of two records in a row, which takes {PASSED_ON}"
+        reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
         return IsolationResult(unclear=reason, packed=False)
     changed = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call, _ in packed))
     proof = f"perturbations changed no other logit, {changed}"
@@ -106,13 +108,15 @@ def isolation_by_inputs(
         calls: those of a step.
         attention: every call of attention that the model made in its forward passes.
     """
-    trained = [one for call in training_calls(calls) for one in call.told(_packs) or call.told(names_tokens) or [call]]
+    trained = [
+        one for call in training_calls(calls) for one in call.matching(_packs) or call.matching(names_tokens) or [call]
+    ]
     try:
         packed = [(call, records) for call in trained if (records := records_of(call.arguments)) and records.packed]
     except LayoutError as error:
         return IsolationResult(unclear=str(error), packed=False)
     if not packed:
-        reason = f"no call of the step tells of two records in a row, which takes {PASSED_ON}"
+        reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
         return IsolationResult(unclear=reason, packed=False)
     count = packed[0][1].count
     if all(records.by == "attention_mask" for _, records in packed):
@@ -124,12 +128,12 @@ def isolation_by_inputs(
         leak = "attention was given no mask and no lengths, so that the records of a row see each other"
         return IsolationResult(records=count, leaks=(leak,))
     if any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed):
-        return IsolationResult(records=count, unclear=f"an attention_mask beside {packed[0][1].by}: {_VERIFY}")
+        return IsolationResult(records=count, unclear=f"an attention_mask with {packed[0][1].by}: {_VERIFY}")
     if any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed):
         return IsolationResult(records=count, unclear=f"the model may have built a cache: {_VERIFY}")
     if not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True)):
         return IsolationResult(records=count, unclear=f"some attention was given no mask: {_VERIFY}")
-    proof = f"{packed[0][1].by} tell the records, no mask or cache hides them, and all attention was given them"
+    proof = f"{packed[0][1].by} give the records, no mask or cache hides them, and all attention was given them"
     return IsolationResult(records=count, proof=proof)
 
 
@@ -151,7 +155,7 @@ def _packs(arguments: Mapping[str, Any]) -> bool:
 
 
 def records_of(arguments: Mapping[str, Any]) -> Records | None:
-    """The records of one call; None where nothing in its arguments tells them.
+    """The records of one call; None where nothing in its arguments gives them.
 
     Raises:
         LayoutError: names what does not fit the tokens.
@@ -178,7 +182,7 @@ def _packed_calls(
         return packed
     records = records_of(batch)
     if records is None or not records.packed:
-        raise LayoutError(f"batch tells of no two records in a row, which takes {PASSED_ON}")
+        raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
     if not packed and (odd := sorted({name for call in calls for name in _differing(call.arguments, batch)})):
         raise LayoutError(f"the step calls the model otherwise than batch, which packs: by {name_some(odd)}")
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
@@ -213,7 +217,7 @@ def _leaks_at(call: ModelCall, records: Records) -> list[str]:
     try:
         return list(_leaks(call, records))
     except _UnclearError:
-        inside = [one for inner in call.inside for one in inner.told(_packs)]
+        inside = [one for inner in call.inside for one in inner.matching(_packs)]
         if not inside:
             raise
         return [leak for one in inside for leak in _leaks_at(one, records_of(one.arguments) or records)]
@@ -366,7 +370,7 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
 def _unfit(model: nn.Module) -> str | None:
     """Why a model cannot be asked by forwards of this process alone."""
     if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in every_module(model)):
-        return "an encoder-decoder is told of no records by its inputs, so that packing is not judged"
+        return "the inputs of an encoder-decoder show no records, so that packing is not judged"
     sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in every_module(model))
     if sharded or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters()):
         return (

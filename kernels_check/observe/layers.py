@@ -3,8 +3,8 @@
 Which modules are attention layers is read off the step: a module that ran an implementation in it is one, and so is
 what has the same place in the other blocks of the model, or is of its class. Of those every call must have run an
 implementation that is known. A block of another kind (a recurrent or convolutional layer of a hybrid, a feed-forward
-layer in a flat sequence) is told by the model's own configuration, by its library, or by the operators that it ran;
-what none of them tells is unknown.
+layer in a flat sequence) is recognised by the model's own configuration, by its library, or by the operators that it
+ran; what none of them shows is unknown.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AttentionLayers:
     doubtful: bool = False
     """Whether none of these is known to be attention: each may be a block of another kind."""
     compiled: tuple[AttentionCall, ...]
-    """Calls in the forward pass inside code that was compiled for many layers at once, of which no layer is known."""
+    """Calls in the forward pass inside code that was compiled for many layers at once: the layer is unknown."""
     elsewhere: tuple[AttentionCall, ...]
     """Calls in the forward pass outside the model: in another model, in a copy, in a function of one's own."""
     aside: tuple[AttentionCall, ...]
@@ -223,15 +223,15 @@ class _AttentionSearch:
             if name in layers:
                 continue
             if type(module) in kinds or _pattern(name) in slots:
-                beside = [type(self.modules[layer]) for layer in layers if _pattern(layer) == _pattern(name)]
+                siblings = [type(self.modules[layer]) for layer in layers if _pattern(layer) == _pattern(name)]
                 in_sequence = type(module) not in kinds and name.rpartition(".")[2].isdigit()
-                if not self._is_of_another_kind(name, beside):
+                if not self._is_of_another_kind(name, siblings):
                     yield name, not in_sequence or self._mixes_tokens(name)
         announced = [f"{name}.{index}" for name in filter(None, [self.announced]) for index in self._indices(name)]
         if not any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in announced):
-            # What attention there was ran beside the blocks: in a head, or in the tower of another modality. But where
+            # Attention ran outside the blocks: in a head, or in the tower of another modality. But where
             # a model holds the parts of its blocks in lists of their own, as XLM does, it may be the other part.
-            parted = self._is_in_a_list_beside(layers)
+            parted = self._is_in_another_list(layers)
             for name in announced:
                 if not self._is_of_another_kind(name, []):
                     yield name, not parted or self._mixes_tokens(name)
@@ -240,18 +240,18 @@ class _AttentionSearch:
                 if self._may_have_to_attend(name, block, inside, layers):
                     yield name, self._passes_by(name, block, inside) or self._mixes_tokens(name)
 
-    def _is_in_a_list_beside(self, layers: Collection[str]) -> bool:
-        """Whether a layer lies in a list of as many modules as the announced one, beside it."""
+    def _is_in_another_list(self, layers: Collection[str]) -> bool:
+        """Whether a layer lies in another list of as many modules as the announced one."""
         if not self.announced:
             return False
         parent, _, own = self.announced.rpartition(".")
         count = len(self._indices(self.announced))
-        beside = (
+        siblings = (
             f"{parent}.{key}".lstrip(".")
             for key, module in self.modules[parent].named_children()
             if key != own and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
         )
-        return any(layer.startswith(f"{name}.") for name in beside for layer in layers)
+        return any(layer.startswith(f"{name}.") for name in siblings for layer in layers)
 
     def _blocks(self, layers: set[str]) -> Iterator[tuple[str, str]]:
         """Each numbered block around a layer, and the layer's path within; one of each pattern."""
@@ -272,7 +272,7 @@ class _AttentionSearch:
         yield from (name for name in self.modules if name != block and _pattern(name) == pattern)
 
     def _may_have_to_attend(self, name: str, block: str, inside: str, layers: set[str]) -> bool:
-        """Whether a block beside one with attention may have had to attend, too."""
+        """Whether a block in the same list as one with attention may have had to attend, too."""
         if any(layer.startswith(f"{name}.") for layer in layers):
             return False
         if self._is_of_another_kind(name, [type(self.modules[block])]):
@@ -283,21 +283,21 @@ class _AttentionSearch:
         """Whether a block of the same kind has the layer and did not call it."""
         return type(self.modules[name]) is type(self.modules[block]) and f"{name}.{inside}" in self.modules
 
-    def _is_of_another_kind(self, name: str, beside: Sequence[type]) -> bool:
+    def _is_of_another_kind(self, name: str, siblings: Sequence[type]) -> bool:
         """Whether the configuration or the library says that this is no attention."""
         kinds = _kinds(_text_config(self.model))
         for index in (int(part) for part in name.split(".") if part.isdigit()):
-            if index < len(kinds) and self._count_beside(name, index) == len(kinds):
+            if index < len(kinds) and self._count_siblings(name, index) == len(kinds):
                 return kinds[index] not in _ATTENTION_KINDS
         kind = type(self.modules[name])
         return (
-            bool(beside)
-            and kind not in beside
+            bool(siblings)
+            and kind not in siblings
             and kind.__module__.startswith(_LIBRARY)
-            and all(other.__module__ == kind.__module__ for other in beside)
+            and all(other.__module__ == kind.__module__ for other in siblings)
         )
 
-    def _count_beside(self, name: str, index: int) -> int:
+    def _count_siblings(self, name: str, index: int) -> int:
         parts = name.split(".")
         stem = ".".join(parts[: parts.index(str(index))])
         parent = self.modules.get(stem)
@@ -314,7 +314,7 @@ class _AttentionSearch:
 
 
 def _pattern(name: str) -> str:
-    """A name with its numbers left out: what stands in the same place of another block has the same."""
+    """A name with its numbers left out, equal for the same place of another block."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -329,9 +329,9 @@ class LayerProducts:
 
     by_layer: Mapping[str, tuple[Product, ...]]
     compiled: tuple[Product, ...]
-    """Those inside compiled code, of which no layer is known."""
+    """Those inside compiled code: the layer is unknown."""
     without: tuple[str, ...] = ()
-    """Layers of which some call had no product."""
+    """Layers with a call that had no product."""
     passed_by: tuple[str, ...] = ()
     """Layers that were not called where what holds them was, and their like in other blocks were."""
 
@@ -370,7 +370,7 @@ def products_of(
     products = list(products)
     within: dict[int, list[Product]] = {}
     for product in products:
-        for number in calls.enclosing(product.call):  # what is not relevant is nobody's below: by_name leaves it out
+        for number in calls.enclosing(product.call):  # irrelevant calls drop out below: by_name leaves them out
             within.setdefault(number, []).append(product)
     by_layer: dict[str, tuple[Product, ...]] = {}
     without, idle = [], []

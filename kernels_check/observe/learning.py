@@ -44,7 +44,7 @@ class GradientSeen:
     nonzero: bool
     finite: bool
     produced: bool = True
-    """Whether it was seen to arrive and could be read; else nobody knows what it is, such as one put there by hand."""
+    """Whether it was seen to arrive and could be read; else its origin is unknown, as of one put there by hand."""
     after_updates: int = 0
     """Updates that had moved something of the adapter when the last one arrived."""
 
@@ -91,8 +91,7 @@ class Gradients:
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
                     _hook(hooks, parameter, self.shield(partial(self._arrive, parameter)))
                     if is_wrapper(parameter):
-                        told = parameter.register_post_accumulate_grad_hook(self.shield(self._written))
-                        hooks.push(told)
+                        hooks.push(parameter.register_post_accumulate_grad_hook(self.shield(self._written)))
             yield
 
     def begin_call(self) -> None:
@@ -283,7 +282,7 @@ def _version(tensor: Tensor) -> int:
 LEAST_UPDATES = 2
 """Wanted in any case: only the value at the next shows that an update was kept."""
 LEAST_AFTER_LOSS = 4
-"""Updates it takes to tell whether a first one that was undone was the only one."""
+"""Updates after which a first one that was undone counts as the only one."""
 LEAST_RESTING = 3
 """Updates with a learning rate of zero after which no other is waited for: a warm-up from zero rests once."""
 

@@ -3,7 +3,8 @@
 The name of a loss function says nothing of what it does. The operator of a cross entropy that autograd recorded has
 kept the targets that it was given, and the gradient that reaches it is what everything after it makes of the weight
 of its tokens. A mean of means weighs a token of a short pass more than one of a long pass. Backward passes that add
-up for one update are told by what lies in the gradients when a pass begins, and by whether an update was between two.
+up for one update are recognised by what lies in the gradients when a pass begins, and by whether an update was between
+two.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kernels_check.observe.hooks import backward_task
 from kernels_check.observe.modules import every_parameter, largest
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class BackwardPasses:
 
     def current(self) -> BackwardPass:
         """The pass that is under way; to be asked before it has written any gradient."""
-        task = torch._C._current_graph_task_id()
+        task = backward_task()
         if self._last is None or self._last.task != task:
             with torch.no_grad():
                 lying, unread = _sizes([value.grad for value in self._trained.values()])
@@ -88,7 +90,7 @@ class BackwardPasses:
 
 
 def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, int] | str:
-    """Which passes add up: the number of the sum that each belongs to; or why that is not told.
+    """Which passes add up: the number of the sum that each belongs to; or why that is unknown.
 
     Args:
         passes: in the order in which they began, each once, with whether it gave any gradient.
@@ -102,7 +104,7 @@ def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, i
             if one.anew and not one.after_update and not one.in_update:
                 return (
                     "the gradients of an earlier pass were gone before the next, with no update between them: it is "
-                    "not told which passes the update rests on"
+                    "unknown which passes the update rests on"
                 )
             if one.after_update and not one.anew:
                 return "the gradients that an update had taken were still there when the next pass added to them"
@@ -283,7 +285,7 @@ class LossPass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSeen:
-    """The passes of a step, or why they do not tell."""
+    """The passes of a step, or why they are unknown."""
 
     passes: tuple[LossPass, ...] = ()
     unseen: str | None = None
@@ -318,7 +320,7 @@ def loss_of_step(calls: Sequence[ModelCall]) -> LossSeen:
 
 
 def _problem(call: ModelCall) -> str | None:
-    """Why a call does not tell over which tokens its loss is."""
+    """Why it is unknown over which tokens the loss of a call is."""
     labels = call.arguments.get("labels")
     given = [call.arguments.get("shift_labels"), labels]
     tokens = [one for one in given if isinstance(one, Tensor) and not one.is_floating_point()]

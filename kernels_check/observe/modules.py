@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 class ModelTree:
     """A model as it is at one moment, and what has been read of it then.
 
-    Whoever keeps one sees to it that nothing runs meanwhile that adds a module, or switches an adapter.
+    It is valid as long as nothing adds a module or switches an adapter.
     """
 
     model: nn.Module
@@ -260,7 +260,7 @@ NO_MEMORY = "it has no memory: freed, or of a class that cannot be taken apart"
 _ROWS = 2048
 """In a block."""
 _SHIFT = 29
-"""Brings down the highest bits, of which pairs would cancel in a sum of products. It is no distance of two lanes of a
+"""Brings down the highest bits, pairs of which would cancel in a sum of products. It is no distance of two lanes of a
 word, such as 8, 16 or 32, at which all elements may have been changed alike, as by a negation."""
 _SEED = 20_240_229
 

@@ -110,7 +110,7 @@ class Observation:
     """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they are another
     model's, or hold copies of this one's, as master weights are."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """What the methods have read of the model, by their names; whoever replaces a field reads anew."""
+    """What the methods have read of the model, by their names; a copy with another field reads anew."""
 
     @_once
     def compiled_blocks(self) -> CompiledBlocks:
@@ -212,7 +212,7 @@ class Observation:
 
     @_once
     def swapped(self) -> list[FusedKernelSite]:
-        """Where fused kernels of other libraries may stand, and what is bound there."""
+        """Where fused kernels of other libraries may be bound, and what is bound there."""
         return swapped_places(self.tree(), self.modules, self.model_calls)
 
     @_once

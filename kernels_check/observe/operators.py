@@ -44,7 +44,7 @@ MASKING = frozenset({
 """What a mask is laid over the scores by, where attention is written out."""
 REDUCTIONS = frozenset({"aten::sum", "aten::exp", "aten::exp2", "aten::cumsum", "aten::logsumexp"})
 SHAPED = SOFTMAX | PRODUCTS | FOURBIT
-"""Operators of which shapes and types are read, with those of attention."""
+"""Operators whose shapes and types are read, with those of attention."""
 _READ = SOFTMAX | REDUCTIONS | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
 _DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
@@ -140,7 +140,7 @@ class Product:
 
 
 def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Product]:
-    """Tell the path of each 4-bit product by what the operator calls inside.
+    """Find the path of each 4-bit product by what the operator calls inside.
 
     The operator is ``gemm_4bit`` on every path; dequantising ends in an ordinary ``aten::linear``, the fused CUDA
     kernel in none (bitsandbytes 0.50 ``backends/cuda/ops.py``). Packed weights of AVX512 use ``gemv_4bit``.

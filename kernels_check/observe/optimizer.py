@@ -46,7 +46,7 @@ class OptimizerSeen:
 
 
 def describe(optimizer: Any) -> OptimizerSeen:
-    """Read an optimizer as it stands."""
+    """Read an optimizer as it is now."""
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     # Quantisation maps are shared between the states of many parameters: count each tensor once.
     tensors = {id(value): value for state in optimizer.state.values() for value in _tensors(state)}.values()
@@ -120,7 +120,7 @@ def writes(name: str) -> bool:
 def identity(tensor: Tensor) -> Identity:
     """Of a tensor in this process."""
     storage = 0
-    with suppress(RuntimeError, NotImplementedError):  # a tensor of another kind may have no storage
+    with suppress(RuntimeError):  # a sparse or opaque tensor has no storage; it is known by its address alone
         storage = tensor.untyped_storage().data_ptr()
     return int(tensor._cdata), storage
 
@@ -284,13 +284,13 @@ class ParameterStatus:
 
     @property
     def open(self) -> bool:
-        """Whether a further step may show more: a gradient is zero as long as the factor beside is."""
+        """Whether a further step may show more: a gradient is zero as long as the other factor is."""
         return not _OPEN.isdisjoint(self.fates.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModule:
-    """What stands for one embedding or norm."""
+    """The parameters that train in place of one embedding or norm."""
 
     values: list[Tensor]
     tokens: tuple[int, int] | None = None
@@ -312,7 +312,7 @@ class TrainingSeen:
 
 
 def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
-    """What stands for the input and the output embedding, by the name of the module; tied ones once."""
+    """What trains in place of the input and the output embedding, by the name of the module; tied ones once."""
     found: set[int] = set()
     for _, module in tree.modules:
         for ask in ("get_input_embeddings", "get_output_embeddings"):
@@ -322,10 +322,10 @@ def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
 
 
 def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
-    """What stands for every norm that has parameters, by the name of the module.
+    """What trains in place of every norm that has parameters, by the name of the module.
 
-    The names of its classes tell a norm: those of a library or of one's own build on one that is called so. A head that
-    normalises its weight first is called so, too, and is a linear layer.
+    A norm is recognised by the names of its classes: those of libraries and of users derive from one that is called so.
+    A head that normalises its weight first is called so, too, and is a linear layer.
     """
     return _places(
         tree,
@@ -402,14 +402,14 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
     """Parameters of the modules in question, each once, by the name of the place."""
     layers = {layer.name: layer for layer in adapter_layers(tree)}
     own = adapters_of(tree)
-    standing: dict[str, tuple[list[AdapterLayer], nn.Module]] = {}
+    places_of: dict[str, tuple[list[AdapterLayer], nn.Module]] = {}
     for name, module in tree.modules:
         if not own[name] and is_one(module):
             place, acting = _acting(name, layers)
-            standing.setdefault(place, (acting, module))
-    seen = {id(value) for acting, _ in standing.values() for layer in acting for value in _beside(layer)}
+            places_of.setdefault(place, (acting, module))
+    seen = {id(value) for acting, _ in places_of.values() for layer in acting for value in _base_weights(layer)}
     places: dict[str, TrainedModule] = {}
-    for name, (acting, module) in standing.items():
+    for name, (acting, module) in places_of.items():
         weights = [value for layer in acting for _, value in layer.weights()]
         values = weights if acting else list(module.parameters(False))
         fresh = {id(value): value for value in values if id(value) not in seen}
@@ -428,14 +428,14 @@ def _acting(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[Ad
 
 
 def _around(name: str) -> Iterator[str]:
-    """The module itself, and what holds it as the one that it stands for."""
+    """The module itself, and the wrapper that replaces it."""
     yield name
     holder, _, attribute = name.rpartition(".")
     if attribute in ("original_module", "base_layer"):
         yield holder
 
 
-def _beside(layer: AdapterLayer) -> Iterator[Tensor]:
+def _base_weights(layer: AdapterLayer) -> Iterator[Tensor]:
     """The weights that the layer adds to, which may be those of another place, too."""
     if isinstance(layer.base, nn.Module):
         yield from every_parameter(layer.base)

@@ -16,8 +16,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._C._autograd import DeviceType
 from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.observe.calls import MARK, number_of
@@ -71,7 +71,7 @@ class StepProfile:
     mixing: frozenset[int] = frozenset()
     """Numbers of the module calls of the forward pass with a batched product, or a softmax of at least 3 dimensions."""
     reductions: frozenset[int] = frozenset()
-    """The same with a sum or an exponential, of which attention could be written out element by element."""
+    """The same with a sum or an exponential, from which attention could be written out element by element."""
     writes: tuple[Write, ...] = ()
     """What wrote tensors inside the steps of optimizers."""
     writes_hidden: bool = False
@@ -219,7 +219,7 @@ class ProfilerRecording:
 
     @property
     def lasted(self) -> bool:
-        """Whether nobody has started another since; after the block whether it has anything to tell."""
+        """Whether no other was started since; after the block, whether it recorded anything."""
         return not self._another and (is_recording() or bool(self._events()))
 
     def profile(self) -> StepProfile:
@@ -299,7 +299,7 @@ def _crosses_threads(event: Any) -> bool:
 
 
 def _is_mark(event: Any) -> bool:
-    """A user's annotation or a record of memory, neither of which is a launch."""
+    """A user's annotation or a record of memory, and no launch."""
     return bool(event.is_user_annotation() or event.is_hidden_event()) or event.name().startswith("[")
 
 

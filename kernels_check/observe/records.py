@@ -1,8 +1,8 @@
-"""Which record each token of a packed batch belongs to, by whatever the model is told of it.
+"""Which record each token of a packed batch belongs to, by what the model was given.
 
 There is no one way to say it: positions that restart, numbers of the sequence, cumulated lengths, a mask that counts
-the records, or a mask of blocks. A model that ignores what it is told leaks, so the first of these that shows a
-boundary is taken at its word.
+the records, or a mask of blocks. A model that ignores them leaks, so the first of these that shows a boundary
+is believed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PASSED_ON = "position_ids that restart at each record, seq_idx, cu_seq_lens_q, o
 
 
 class LayoutError(ValueError):
-    """What tells the records does not fit the tokens."""
+    """The input that gives the records does not fit the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Records:
     numbers: Tensor
     """[rows, tokens], from 0 in each row; ``PADDING`` where there is no record."""
     by: str
-    """What told."""
+    """Name of the input that gave them."""
 
     @property
     def count(self) -> int:
@@ -57,12 +57,12 @@ class Records:
 
 
 def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Records | None:
-    """Read the records of a batch; None where nothing in it tells them.
+    """Read the records of a batch; None where nothing in it gives them.
 
     Raises:
         LayoutError: names what does not fit, with both shapes.
     """
-    told: Records | None = None
+    first: Records | None = None
     for name, value, read in _sources(arguments):
         numbers = read(name, value, rows, tokens)
         if numbers is None:
@@ -70,8 +70,8 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
         found = Records(numbers=_without_padding(numbers, arguments), by=name)
         if found.packed:
             return found
-        told = told or found
-    return told
+        first = first or found
+    return first
 
 
 def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:

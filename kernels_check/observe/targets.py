@@ -1,8 +1,8 @@
 """Whether an adapter was attached wherever its configuration asks, and what each call of its layers ran.
 
-PEFT refuses a list of targets of which none matches. Of a list of which one matches it takes that one and is silent
-about the rest. Each name is asked of PEFT's own matching. Of models whose experts transformers 5 holds in one
-parameter, PEFT turns the names of their projections into names of that parameter, in the configuration itself.
+PEFT refuses a list of targets if none matches. If one matches, PEFT takes it and is silent about the rest. Each name is
+asked of PEFT's own matching. Of models whose experts transformers 5 holds in one parameter, PEFT turns the names of
+their projections into names of that parameter, in the configuration itself.
 
 Flags that are read before or after a step say nothing of the step: ``disable_adapter()`` around the forward switches
 back before. A part is counted for the layer in whose call it ran, since layers may share one.
@@ -27,7 +27,7 @@ from kernels_check.observe.hooks import HookGuard, ModuleHook
 from kernels_check.observe.modules import Model, ModelTree, named_modules
 
 _HEADS = frozenset({"classifier", "score", "qa_outputs"})
-"""Names that PEFT adds to ``modules_to_save`` by itself for a task, of which a model has one."""
+"""Names that PEFT adds to ``modules_to_save`` by itself for a task; a model has one of them."""
 _TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -124,7 +124,7 @@ def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
 
 
 def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
-    """Names of parameters; of those that PEFT has made of others, only where somebody asked for what is there."""
+    """Names of parameters; of those that PEFT has made of others, only where what is there was asked for."""
     words = {name.rpartition(".")[2] for name in places.bare}
     by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
     for name in asked:
@@ -159,7 +159,7 @@ def _asked(configuration: Any, field: str) -> list[str]:
 
 
 def _by_default(configuration: Any, places: _Places) -> bool:
-    """Whether PEFT chose the targets by the model's type, and nobody asked for them by name."""
+    """Whether PEFT chose the targets by the model's type, and not the user by name."""
     tables = getattr(places.tuner, "target_module_mapping", None) or {}
     asked = configuration.target_modules
     return not isinstance(asked, str) and any(set(asked) == set(table) for table in tables.values())

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._autograd import DeviceType
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.observe.hooks import synchronise
@@ -201,7 +201,7 @@ def _seconds(call: Callable[[], object], number: int) -> float:
 
 
 def report(name: str, attempt: Try, device: str) -> PathReport:
-    """Try one path; whatever it raises becomes its reason and nobody else's."""
+    """Try one path; whatever it raises becomes its reason only."""
     with heard() as words:
         try:
             found = attempt(device)

@@ -122,7 +122,7 @@ def backends(executed: Executed) -> set[str]:
     """Every attention implementation that an operator or a kernel belongs to."""
     by_operator = {attention_backend(name) for name in executed.operators} - {None}
     by_kernel = {KERNEL_BACKENDS[rule] for rule in executed.kernels if rule in KERNEL_BACKENDS}
-    # Where kernels tell the version of flash, they overrule its operator, which is the same for all.
+    # Where kernels show the version of flash, they overrule its operator, which is the same for all.
     if "flash" in by_operator and by_kernel & {"flash_attention_3", "flash_attention_4"}:
         by_operator.discard("flash")
     return {str(name) for name in by_operator | by_kernel}

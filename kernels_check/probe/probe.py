@@ -1,7 +1,7 @@
 """``python -m kernels_check probe``: which fast paths this machine runs, how exact, how fast, and why not the others.
 
 Each path is tried on a small real layer. What counts is what was executed, not what is importable or switched on:
-``python -m bitsandbytes``, ``ds_report`` and their like tell the latter only.
+``python -m bitsandbytes``, ``ds_report`` and the like show the latter only.
 """
 
 from __future__ import annotations

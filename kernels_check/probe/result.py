@@ -21,7 +21,8 @@ from kernels_check.terminal import escape_control_chars
 
 ProbeStatus: TypeAlias = Literal["exact", "inexact", "claimed", "unavailable", "broken"]
 """``exact``: ran, within its bounds. ``inexact``: ran, outside. ``claimed``: accepted in silence, and did not run.
-``unavailable``: refused, by an exception or a warning. ``broken``: the probe's own code raised, which tells nothing."""
+``unavailable``: refused, by an exception or a warning. ``broken``: the probe's own code raised, which says nothing of
+the path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class PathReport:
 
     @property
     def failed(self) -> bool:
-        """Whether it misleads: wrong numbers, a claim that is none, or a probe that could not tell."""
+        """Whether it misleads: wrong numbers, a claim that is none, or a probe that failed."""
         return self.status in ("inexact", "claimed", "broken")
 
 

@@ -163,7 +163,7 @@ def _compiled(device: str) -> Attempt:
     try:
         return _compared(device, plain, torch.compile(plain), proof)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 def _liger(device: str) -> Attempt:

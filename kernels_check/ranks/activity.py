@@ -1,8 +1,8 @@
 """How a rank spends a step: computing, exchanging, or waiting for the others, by one profiled step.
 
-Ranks wait for each other inside their exchanges, so the times of their steps are alike whoever is slow. What tells them
-apart is the time outside of exchanges: it is a rank's own. An exchange that goes on while the rank computes costs it
-nothing, so only what is exposed is taken off.
+Ranks wait for each other inside their exchanges, so the times of their steps are alike whichever is slow. What
+distinguishes them is the time outside of exchanges: it is a rank's own. An exchange that goes on while the rank
+computes costs it nothing, so only what is exposed is taken off.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RankTime:
     exposed_s: float
     """The part of it in which nothing was computed."""
     own_s: float
-    """What the rank takes if nobody has to be waited for: the least of the steps."""
+    """What the rank takes if it waits for no other: the least of the steps."""
 
 
 Interval = tuple[float, float]

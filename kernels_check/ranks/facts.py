@@ -1,9 +1,9 @@
-"""What one rank says of a few steps of a training of several: facts as data, to be judged beside those of all others.
+"""What one rank says of a few steps of a training of several: facts as data, to be judged with those of all others.
 
 Every rank observes at the same time, since what it looks at are collective steps. Nothing here exchanges anything of
-its own but the whole of a sharded tensor. A gradient before and after its exchange would be gigabytes beside each
-other, so both are told by their product with a random vector of signs, the same on every rank: what is linear in
-gradients (a sum, a mean) is linear in these numbers, and a wrong divisor or a missing exchange cannot hide in them.
+its own but the whole of a sharded tensor. A gradient before and after its exchange would be gigabytes, so both are
+compared by their product with a random vector of signs, the same on every rank: what is linear in gradients (a sum, a
+mean) is linear in these numbers, and a wrong divisor or a missing exchange cannot hide in them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Strategy = Literal["ddp", "fsdp2"]
 PATHS = ("ranks.data", "ranks.gradients", "ranks.adapters", "ranks.sharded", "ranks.steady")
 WHOLE_SHARE = 0.02
-"""Share of the base that may lie whole on every rank: norms and biases that somebody leaves out cost nothing."""
+"""Share of the base that may lie whole on every rank: norms and biases that are left out cost nothing."""
 EXACT, ROUNDED = 1e-3, 3e-2
 """How far a mean may be from that of the ranks' own gradients, over their norm: in float32, and in 16 bits, whose sums
 are rounded twice. A rank left out of two is off by half of it."""
@@ -28,7 +28,7 @@ NF4_BY_FSDP2 = (
     "FSDP2 gathers 4-bit weights anew for each forward, and bitsandbytes registers them anew inside it "
     "(fix_4bit_weight_quant_state_from_module): what it then does to them, as in eval mode on a CPU with AVX512_BF16, "
     "is lost to the next gathering, but not to their state, and another model computes. "
-    'Write repair = "quant_state" in [workload], which sets the quantisation state on the weight that stands there, or '
+    'Write repair = "quant_state" in [workload], which sets the quantisation state on the weight that is there, or '
     'use strategy = "ddp"'
 )
 """What is known of losses that move under a base in 4 bits that FSDP2 has sharded."""
@@ -189,7 +189,7 @@ def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
 
 
 def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
-    """Whether weights that nobody updates go on computing what they computed before ranks shared them: the base alone
+    """Whether weights that are not updated go on computing what they computed before ranks shared them: the base alone
     over some steps, and all of the model over forwards and backwards of one batch."""
     for one in facts:
         sharded = any(here < size for here, size in one.base.values())

@@ -59,7 +59,7 @@ class JsonLimits:
         return self._number_problem(outside) or self._nesting_problem(outside)
 
     def _unescaped(self, part: bytes) -> bytes:
-        """The part with what is escaped blotted out, of which quotation marks matter."""
+        """The part with what is escaped blotted out; only quotation marks matter."""
         if self._escaped and part:
             part, self._escaped = b"_" + part[1:], False
         if b"\\" in part:
@@ -179,7 +179,7 @@ def _dtype(name: str, rule: Rule) -> str | None:
         for mainloop in ("CollectiveMainloopFwdSm90", "CollectiveMainloopBwdSm90"):
             elements = [dtype for argument in template_arguments(name, mainloop)[4:7] if (dtype := _named(argument))]
             if elements:
-                return elements[0]  # the element type stands before the accumulator's
+                return elements[0]  # the element type comes before the accumulator's
     if rule.name == "GEMM-AMD":
         letters = _TENSILE.search(name)
         return None if letters is None else _TENSILE_DTYPES[letters.group(1)]
@@ -297,7 +297,7 @@ class _Unpacked(io.RawIOBase):
 
 @contextmanager
 def open_recording(path: Path) -> Iterator[tuple[TraceFile, RecordingKind]]:
-    """Open ``path`` and tell its kind; failures to read it, also later ones, become a ``TraceError``.
+    """Open ``path`` and find its kind; failures to read it, also later ones, become a ``TraceError``.
 
     Raises:
         TraceError: the file is missing, empty, damaged, or neither of the kinds.

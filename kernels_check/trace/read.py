@@ -1,4 +1,4 @@
-"""Judges a recording that somebody else made: which kernels ran, and what they spent the time on.
+"""Judges a recording made elsewhere: which kernels ran, and what they spent the time on.
 
     python -m kernels_check trace FILE [--json]
 
@@ -58,7 +58,7 @@ def _judge_table(recording: TraceFile) -> KernelSummary:
     rows, notices = read_nsys(recording)
     launches = _launches(rows)
     _require_time(recording, launches)
-    notices.append("an nsys summary has sums and no intervals: neither busy share nor kernels a step can be told")
+    notices.append("an nsys summary has sums and no intervals: neither busy share nor kernels per step can be computed")
     return summarise(launches, source="nsys", notices=[*notices, *_name_notices(launches)])
 
 
@@ -137,7 +137,7 @@ def _event_notices(kept: EventArrays, not_complete: int) -> Iterator[str]:
 
 
 def _name_notices(launches: Iterable[Launches]) -> Iterator[str]:
-    """Names that hide what ran, which full demangled names would tell."""
+    """Names that hide what ran, which full demangled names would show."""
     launches = list(launches)
     foreign = [one for one in launches if _AMD.search(one.name)]
     if foreign:

@@ -108,7 +108,7 @@ def _union(start: Floats, end: Floats) -> float:
 def step_counts(trace: Kineto, kept: EventArrays) -> StepCounts | None:
     """Count the kernels of each ProfilerStep; None where no step is marked.
 
-    A kernel belongs to the step that launched it, which its correlation with the host's launch tells. Only where that
+    A kernel belongs to the step that launched it, which its correlation with the host's launch shows. Only where that
     is missing does it belong to the step in which it ran.
     """
     kernels = np.array([not name.startswith(("Memcpy", "Memset")) for name in trace.gpu.names], dtype=bool)
@@ -269,7 +269,7 @@ class Fourbit:
 
     paths: Mapping[str, Use]
     """``fused``: multiplied without unpacking; ``dequantize``: unpacked for an ordinary product; ``dequantize_8bit``:
-    blockwise 8-bit values, beside 4-bit weights the constants of double quantisation; ``gemv``: older decoding kernel;
+    blockwise 8-bit values, with 4-bit weights the constants of double quantisation; ``gemv``: older decoding kernel;
     ``packed_cpu``: the CPU's own layout."""
     quant_types: Mapping[str, Use]
     """Only a kernel that dequantizes names it."""
@@ -297,7 +297,7 @@ class KernelSummary:
 
     source: Literal["kineto", "nsys"]
     device: Literal["gpu", "cpu"]
-    """``cpu``: no kernel was recorded, operators on the host stand in their place."""
+    """``cpu``: no kernel was recorded, operators on the host are judged in their place."""
     calls: int
     time_ms: float
     attention: Attention
@@ -341,10 +341,10 @@ def summarise(
         launches: with a time above zero in all.
         source: kind of recording.
         device: what the names are of.
-        operators: names of the host's operators, where recorded: they tell attention's math backend from eager.
+        operators: names of the host's operators, where recorded: they distinguish attention's math backend from eager.
         busy_share: passed on.
         kernels_per_step: passed on.
-        notices: what the reader should know beside the numbers.
+        notices: what the reader should know with the numbers.
     """
     ran = [one for one in launches if one.calls or one.time_ms > 0.0]
     total_ms = math.fsum(one.time_ms for one in ran)
@@ -401,7 +401,7 @@ def _by_time(groups: Mapping[str, list[Launches]]) -> dict[str, list[Launches]]:
 
 
 def _backend(one: Launches, operators: Collection[str]) -> str:
-    """Name the backend; a softmax kernel alone cannot tell SDPA's math from a model that writes attention out.
+    """Name the backend; a softmax kernel alone does not distinguish SDPA's math from attention written out.
 
     The host's operators can: math calls ``_safe_softmax``, and eager attention never enters SDPA.
     """
