@@ -163,12 +163,16 @@ def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, t
 
 
 def test_a_site_that_is_unlike_the_first_ends_the_run(placed, run, pretended):
-    """By its name, with what differs."""
+    """By its name, with what differs; the run keeps no record of it, and none when it is resumed."""
     pretended(peft={"5": "0.0.1"}, turn_s=1.0)
-    code, _, said = run("run", placed('sites = ["0", "1"]'))
+    code, last, said = run("run", placed('sites = ["0", "1"]'))
     assert code == 4
     assert "libraries.peft is '" in said
     assert "is unlike the first" in said
+    unlike = said.partition("site ")[2].partition(" is unlike")[0]
+    assert unlike in ("cpus-0", "cpus-1")
+    assert {record.status for record in last.records} <= {"interrupted", "not_run"}
+    assert unlike not in {record.site for record in last.records}
 
 
 def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ from lorameter.run.sites.folder import (
     write_order,
 )
 from lorameter.run.sites.slurm import cancel_job
-from lorameter.verdicts.comparison_input import differences
+from lorameter.verdicts.comparison_input import Difference, differences
 
 LOOK_S = 1.0
 """How often jobs are looked at; a look reads a file of a few lines."""
@@ -341,15 +341,17 @@ class _Driver:
                 for job in list(self._jobs):
                     state = read_state(job.folder)
                     if state.ended or job.folder not in running:
-                        self._merge(job, state)
                         self._jobs.remove(job)
+                        with contextlib.suppress(InvalidRunError):  # unlike the others, so that nothing of it is kept
+                            self._merge(job, state)
                         self._collect(job)
                 time.sleep(LOOK_S / 10)
 
     def _give_up(self) -> None:
         """A record for each trial that has none: what a job has of it, else `not_run`."""
         assert self._writer is not None
-        for record, state in read_left(self._path):
+        assert self._manifest is not None
+        for record, state in read_left(self._path, self._manifest):
             if record.trial not in self._ended:
                 self._keep(record, state)
         for slot in self._plan.slots:
@@ -386,11 +388,7 @@ def check_alike(first: Manifest, other: Manifest, site: str, *, mixed: bool, aga
         mixed: whether the kinds of machines may differ.
         again: whether the run is resumed, maybe by another version of lorameter.
     """
-    declared = [name for side in other.sides.values() for name in side["declared"]]
-    without = (*declared, *(OF_A_KIND if mixed else ()))
-    fields = (_likeness(one, without) for one in (first, other))
-    known, found = ({key: value for key, value in one.items() if not (again and key == "harness")} for one in fields)
-    if unlike := differences(known, found):
+    if unlike := find_unlike(first, other, mixed=mixed, again=again):
         said = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in unlike[:3])
         of_kind = all(one.field in OF_A_KIND for one in unlike)
         raise InvalidRunError(
@@ -398,6 +396,15 @@ def check_alike(first: Manifest, other: Manifest, site: str, *, mixed: bool, aga
             f"Ray, by nodelist, exclude or constraint on SLURM"
             f"{', or have each site judged by itself by --mixed' if of_kind else ''}."
         )
+
+
+def find_unlike(first: Manifest, other: Manifest, *, mixed: bool, again: bool) -> list[Difference]:
+    """In what a job differs from the run, with the arguments of `check_alike`; empty where they can be compared."""
+    declared = [name for side in other.sides.values() for name in side["declared"]]
+    without = (*declared, *(OF_A_KIND if mixed else ()))
+    fields = (_likeness(one, without) for one in (first, other))
+    known, found = ({key: value for key, value in one.items() if not (again and key == "harness")} for one in fields)
+    return differences(known, found)
 
 
 def _likeness(manifest: Manifest, without: Sequence[str]) -> dict[str, Any]:
@@ -416,12 +423,17 @@ def _likeness(manifest: Manifest, without: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def read_left(path: Path) -> Iterator[tuple[TrialRecord, JobState]]:
-    """All records that the jobs of a run have left in its folder, oldest job first."""
+def read_left(path: Path, manifest: Manifest) -> Iterator[tuple[TrialRecord, JobState]]:
+    """All records that the jobs of a run have left in its folder, oldest job first; none of a job that is unlike the
+    run of this manifest."""
+    mixed = bool(manifest.study["protocol"].get("mixed"))
     for folder in sorted((path / JOBS).glob("*")):
         state = read_state(folder)
         for found in store.list_runs(folder):
-            for record in store.read_run(str(found), folder).records:
+            run = store.read_run(str(found), folder)
+            if find_unlike(manifest, run.manifest, mixed=mixed, again=bool(manifest.resumed)):
+                continue
+            for record in run.records:
                 if record.status != "not_run":
                     yield record, state
 
@@ -442,7 +454,7 @@ def merge_left(path: Path) -> None:
         run = store.read_run(str(path), path.parent)
         settled = {record.trial for record in run.records if record.settled}
         writer, mixed = RunWriter(path.parent, run.manifest), bool(run.manifest.study["protocol"].get("mixed"))
-        for record, state in read_left(path):
+        for record, state in read_left(path, run.manifest):
             if record.trial not in settled:
                 writer.append(record.replaced(site=state.site, machine=state.machine if mixed else ""))
         shutil.rmtree(path / JOBS, ignore_errors=True)
