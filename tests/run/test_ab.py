@@ -20,12 +20,13 @@ import pytest
 import lorameter.run.ab as planning
 import lorameter.run.executors.local as local_executor
 from lorameter.cli import main
+from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.ab import plan_ab
 from lorameter.run.device_lock import hold_device
-from lorameter.run.executors import TrialFiles
+from lorameter.run.executors import TrialFiles, sides
 from lorameter.run.executors.local import LocalExecutor
 
 GIB = 2**30
@@ -458,6 +459,38 @@ def test_planted_work_is_planted_again(broken_off, lorameter):
     code, document = lorameter("ab", "--resume", before["run"], "--json")
     assert code == 1
     assert document["comparisons"][0]["ratio"] == pytest.approx(before["comparisons"][0]["ratio"])
+
+
+def test_a_side_whose_credential_is_not_recorded_says_so(broken_off, fake, lorameter, monkeypatch):
+    """Where pip gets nothing without it: in one message, before any executor is made, and no host is sent `***`."""
+    before = broken_off()
+    source = Path(before["path"]) / "manifest.json"
+    manifest = json.loads(source.read_text())
+    manifest["sides"]["candidate"] |= {"kind": "requirements", "spec": "peft @ https://***@host.example/peft.whl"}
+    source.write_text(json.dumps(manifest))
+    asked = []
+
+    def install(requirements, cache, *, report):
+        asked.append(requirements)
+        raise UsageError("pip: HTTP error 401.")
+
+    monkeypatch.setattr(sides, "layered_environment", install)
+    code, said = lorameter("ab", "--resume", before["run"])
+    assert (code, asked, fake.made) == (2, [("peft@ https://host.example/peft.whl",)], [])
+    assert "HTTP error 401. The record of run" in said
+    assert "leaves out the user in the address of its candidate: put it into ~/.netrc" in said
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_resumed_ab_with_one_trial_left_is_completed(broken_off, fake, lorameter, monkeypatch, left):
+    """Also where processes take no turns, so that a side has nothing left to measure."""
+    monkeypatch.setattr(planning, "fits", lambda needed, free: False)
+    before = broken_off(records=-left)
+    code, document = lorameter("ab", "--resume", before["run"], "--json")
+    assert (code, document["exit"]) == (before["exit"], before["exit"])
+    run = store.read_run(document["run"], Path(document["path"]).parent)
+    assert (run.manifest.interleaving, run.state) == ("replicates", "complete")
+    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
 
 
 def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_path):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError
+from lorameter.errors import HIDDEN, UsageError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.models.catalogue import RANDOM_PREFIX
 from lorameter.records import codec, fileio
@@ -173,52 +173,35 @@ def resume_ab(
             another now.
         InvalidRunError: a side whose worker does not start.
     """
-    before = run.manifest.sides
-    if of_commands(run.manifest):
-        arm_executors = executors_of_commands(plan)
+    before, run_id = run.manifest.sides, run.manifest.run
+    measure_rest = partial(measure, plan, runs=run.path.parent, display=display, resume=run_id, placement=placement)
+    if of_commands(run.manifest) or is_calibration(run.manifest):
+        if of_commands(run.manifest):
+            arm_executors = executors_of_commands(plan)
+        elif placement is not None and placement.is_remote:
+            raise UsageError(f"run {run_id} is a calibration, of the machine that it is started on. Use --on here.")
+        else:
+            arm_executors = [arm for name in SIDES for arm in executors_of(name, Host(), (), before[name])]
         check_place(run, arm_executors[0].executor.facts())
-        return measure(
-            plan,
-            runs=run.path.parent,
-            display=display,
-            arm_executors=arm_executors,
-            resume=run.manifest.run,
-            placement=placement,
-        )
-    if is_calibration(run.manifest):
-        if placement is not None and placement.is_remote:
+        return measure_rest(arm_executors=arm_executors)
+    specs = {name: _restore_spec(f"run {run_id}, {name}", before[name]) for name in SIDES}
+    with contextlib.ExitStack() as stack:
+        try:
+            sides = stack.enter_context(_open_sides(specs, repository, cache, placement))
+        except UsageError as error:
+            lost = [name for name in SIDES if HIDDEN in before[name]["spec"]]
+            if not lost:
+                raise
             raise UsageError(
-                f"run {run.manifest.run} is a calibration, of the machine that it is started on. Use --on here."
-            )
-        arm_executors = [arm for name in SIDES for arm in executors_of(name, Host(), (), before[name])]
-        check_place(run, arm_executors[0].executor.facts())
-        return measure(
-            plan,
-            runs=run.path.parent,
-            display=display,
-            arm_executors=arm_executors,
-            resume=run.manifest.run,
-            placement=placement,
-        )
-    specs = {name: _spec_again(f"run {run.manifest.run}, {name}", before[name]) for name in SIDES}
-    with _open_sides(specs, repository, cache, placement) as sides:
+                f"{error} The record of run {run_id} leaves out the user in the address of its "
+                f"{' and '.join(lost)}: put it into ~/.netrc or pip's configuration, or measure a new A/B."
+            ) from None
         kind, arm_executors = executor_of(plan.study), []
         for name, side in sides.items():
             arm_executors += executors_of(name, side.host, side.declared, {**before[name], "spec": side.spec}, kind)
-        check: Callable[[Mapping[str, MachineFacts]], object] = partial(_check_same, run)
-        if placement is None or not placement.is_spread:  # else the jobs say what is on their sides
-            check({arm.name: arm.executor.facts() for arm in arm_executors if arm.name == arm.side})
-            check = _believe
-        again = run.manifest.run
-        return measure(
-            plan,
-            runs=run.path.parent,
-            display=display,
-            arm_executors=arm_executors,
-            resume=again,
-            placement=placement,
-            check_facts=check,
-        )
+        if placement is None or not placement.is_spread:  # else the driver compares what the jobs record of their sides
+            _check_same(run, {arm.name: arm.executor.facts() for arm in arm_executors if arm.name == arm.side})
+        return measure_rest(arm_executors=arm_executors)
 
 
 @contextlib.contextmanager
@@ -237,17 +220,13 @@ def _open_sides(
         yield sides
 
 
-def _spec_again(whose: str, side: Mapping[str, Any]) -> str:
+def _restore_spec(whose: str, side: Mapping[str, Any]) -> str:
     """The word that names the same side again; a branch may have moved since, its commit has not.
 
-    Raises `UsageError` where it takes a credential that is not kept."""
+    Raises `UsageError` for one that cannot be named without a credential."""
     if side["kind"] == "revision":
         return str(side["facts"]["git"]["commit"])
     return restore_requirements(whose, side["spec"]) if side["kind"] == "requirements" else str(side["spec"])
-
-
-def _believe(facts: Mapping[str, MachineFacts]) -> None:
-    """What was checked before."""
 
 
 def _check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:

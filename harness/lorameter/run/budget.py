@@ -273,10 +273,6 @@ class Budget:
         if found.replicates < self._sought - 1:
             self.training_s = self.spent_s + (self._sought - 1) * (self.longest_s or 0.0)
 
-    def fits_another(self) -> bool:
-        """Whether another replicate fits."""
-        return (self.longest_s or 0.0) <= self.left_s
-
     def _fit(self, planned: int, *, sought: int, most_rounds: int) -> Fit:
         longest = max(self._past, key=self._least_s)
         kept = {part: cost for part, cost in longest.items() if part not in self.skipped}

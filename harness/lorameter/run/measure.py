@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,6 @@ def measure(
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
     placement: Placement | None = None,
-    check_facts: Callable[[Mapping[str, MachineFacts]], object] = lambda facts: None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -158,7 +157,6 @@ def measure(
         resume: id of a run of this plan (`lorameter.run.resume`) to resume; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
         placement: where; in jobs if it has several sites.
-        check_facts: may refuse, before anything is measured, the facts of the executors, by name.
 
     Raises:
         UsageError: data that cannot be read, a run to resume that another process writes or whose tokens differ, or
@@ -179,9 +177,9 @@ def measure(
             resume=resume,
             policy=policy,
         )
+    threads = {slot.executor: slot.workload.threads for slot in plan.slots}
     arm_executors = arm_executors or [
-        ArmExecutor(name=name, executor=open_executor(executor_of(study), label=name))
-        for name in dict.fromkeys(slot.executor for slot in plan.slots)
+        ArmExecutor(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads
     ]
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
@@ -198,13 +196,12 @@ def measure(
         shown.starting(rest, run_id)
         budget = _budget(rest, earlier)
         with stops.interruptible():
-            ready, context = _start(rest, arm_executors, runs / run_id, shown, stack)
+            ready, context = _start(rest, arm_executors, threads, runs / run_id, shown, stack)
             facts = {
                 arm.name: arm.executor.facts()
                 for arm in arm_executors
                 if arm is arm_executors[0] or arm.name == arm.side
             }
-            check_facts(facts)
             budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
         executors = {arm.name: arm.executor for arm in arm_executors}
         notices = (*notices, *ready.base_notices)
@@ -239,10 +236,11 @@ def _budget(plan: Plan, earlier: Run | None) -> Budget:
 
 
 def _start(
-    plan: Plan, arm_executors: Sequence[ArmExecutor], folder: Path, shown: Shielded, stack: contextlib.ExitStack
-) -> tuple[Ready, RunContext]:
-    """Start the executors, which `stack` closes, and have them prepare what the trials need."""
-    threads = {slot.executor: slot.workload.threads for slot in plan.slots}
+    plan: Plan, arm_executors: Sequence[ArmExecutor], threads: Mapping[str, int], folder: Path, shown: Shielded,
+    stack: contextlib.ExitStack,
+) -> tuple[Ready, RunContext]:  # fmt: skip
+    """Start the executors with so many `threads`, by name, and have them prepare what the trials need; `stack` closes
+    them."""
     for arm in arm_executors:
         stack.callback(arm.executor.close)
         arm.executor.start(folder, threads[arm.name])
@@ -308,11 +306,11 @@ def _finishing_after_errors(writer: RunWriter) -> Iterator[None]:
 
 
 def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: Measured, *, stopped: str | None) -> None:
-    notices = measured.notices
+    notices: tuple[Notice, ...] = ()
     if budget.is_limited and not measured.interrupted:
         count = len({record.replicate for record in measured.records if record.status == "ok"})
         planned = plan.study.protocol.replicates
-        notices += skipped_notice(measured.skipped, count, planned, measured.needed_s, measured.training_s)
+        notices = skipped_notice(measured.skipped, count, planned, measured.needed_s, measured.training_s)
     unfinished = any(record.status in ("interrupted", "not_run") for record in measured.records)
     writer.finish(
         "interrupted" if unfinished or measured.interrupted else "complete",

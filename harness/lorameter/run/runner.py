@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.records.metrics import primary_metric
-from lorameter.records.record import Notice, PartialRecord, TrialRecord
+from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.units import format_count
 from lorameter.run.budget import Budget, Part, TimeLimitTooShortError
 from lorameter.run.display import ProgressListener
@@ -103,8 +103,6 @@ class Measured:
     stopped: str | None = None
     interrupted: bool = False
     """Whether the user ended it."""
-    notices: tuple[Notice, ...] = ()
-    """What came up on the way."""
     skipped: frozenset[Part] = frozenset()
     """What there was no time for."""
     needed_s: float = 0.0

@@ -62,22 +62,23 @@ def parse_requirements(text: str) -> tuple[str, ...] | None:
 
 
 def restore_requirements(whose: str, requirements: str) -> str:
-    """Requirements of a run that is resumed, which were written down without their credentials: pip takes the one of a
-    host from ~/.netrc or from an index of that host.
+    """Requirements of a run that is resumed, whose record leaves credentials out: an address without its user, which
+    pip may know from ~/.netrc, a keyring or an index of the same host.
 
     Args:
         whose: names them in a refusal.
-        requirements: as they were written down.
+        requirements: as they were recorded.
 
     Raises:
-        UsageError: the query of an address was left out, which is kept nowhere else.
+        UsageError: something else than a user was left out.
     """
-    if f"?{HIDDEN}" in requirements:
+    restored = requirements.replace(f"://{HIDDEN}@", "://")
+    if HIDDEN in restored:
         raise UsageError(
-            f"{whose}: {requirements}: the query of its address was a credential and is not kept, so it cannot be "
-            "asked for again. Measure the A/B anew."
+            f"{whose}: {requirements}: a part of it was left out of the record as a credential, so it cannot be "
+            "installed again. Measure a new A/B."
         )
-    return requirements.replace(f"{HIDDEN}@", "")
+    return restored
 
 
 def layered_environment(requirements: Sequence[str], cache: Path, *, report: Callable[[str], object]) -> Path:

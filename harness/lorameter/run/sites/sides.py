@@ -16,7 +16,6 @@ from lorameter.records.record import Side
 from lorameter.run.executors.environments import parse_requirements
 from lorameter.run.executors.host import Host
 from lorameter.run.executors.sides import DECLARED, OpenSide, SideKind, name_side
-from lorameter.run.resume import SideSpec
 
 
 def write_sides(
@@ -62,8 +61,3 @@ def _side(kind: SideKind, spec: str, asked: str) -> OpenSide:
     if kind == "revision":
         label = asked if spec.startswith(asked) else f"{asked} ({spec[:9]})"
     return OpenSide(spec=spec, kind=kind, host=Host(), label=label, declared=DECLARED[kind])
-
-
-def specs_of(abouts: Mapping[Side, Mapping[str, str]]) -> tuple[SideSpec, ...]:
-    """What a job needs to know of the sides, from what the manifest says of each."""
-    return tuple(SideSpec(side=side, kind=about["kind"], spec=about["spec"]) for side, about in abouts.items())  # type: ignore[arg-type]
