@@ -11,13 +11,15 @@ from lorameter.report.blocks import Document, Span, say, say_each
 from lorameter.report.notices import warn_before_run
 from lorameter.run.budget import DROPPABLE
 from lorameter.run.forecast import Forecast
+from lorameter.run.forecast_time import TimeForecast
 from lorameter.run.plan import Plan
+from lorameter.studies.protocol import Protocol
 
 
 def describe_plan(
     plan: Plan, expected: Forecast, machine: Machine, notices: Sequence[Notice], data: str | None = None
 ) -> Document:
-    """A line a replicate, the level and why, time, memory and disk, and what `data` somebody gave was recognised as."""
+    """A line a replicate, the level and why, estimates of time, width, memory and disk, and the kind of the `data`."""
     size = f": {format_count(len(plan.slots), 'trial')} on {machine.device_name}"
     return (
         say(Span(text=plan.study.title, tone="strong"), size, indented=False),
@@ -33,18 +35,32 @@ def _lines(plan: Plan, expected: Forecast) -> Iterator[str]:
         names = "; ".join(", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in groups)
         yield f"replicate {replicate + 1}: {names}"
     yield f"level   {plan.interleaving}: {plan.why}"
-    time = expected.time
-    took = "unknown" if time.time_s is None else f"about {format_duration(time.time_s)}"
-    yield f"time    {took} ({time.basis})"
-    if time.replicates is not None:
-        skipped = f", without {', '.join(DROPPABLE[part] for part in DROPPABLE if part in time.skipped)}"
-        yield f"fits    {format_count(time.replicates, 'replicate')}{skipped if time.skipped else ''}"
-    if time.half_width is not None:
-        needed = "" if time.sought_width_s is None else f"; ± 3 % takes about {format_duration(time.sought_width_s)}"
-        yield f"width   intervals of training ratios of ± {format_percent(time.half_width)} ({time.noise}){needed}"
+    yield from _estimates(expected.time, plan.study.protocol)
     for what, size, words in (
         ("memory", expected.memory_bytes, " for what is live together, processes included"),
         ("disk  ", expected.disk_bytes, ""),
     ):
-        known = f"unknown ({expected.unknown})" if size is None else f"about {format_bytes(size)}{words}"
+        known = f"unknown ({expected.unknown})" if size is None else f"estimate: {format_bytes(size)}{words}"
         yield f"{what}  {known}"
+
+
+def _estimates(time: TimeForecast, protocol: Protocol) -> Iterator[str]:
+    """Time, replicates, and the width of the intervals."""
+    took = "unknown" if time.time_s is None else f"estimate: {format_duration(time.time_s)}"
+    yield f"time    {took} ({time.basis})"
+    if protocol.max_minutes is None:
+        yield f"fits    {format_count(protocol.replicates, 'replicate')}, as planned: no time limit"
+    elif time.replicates is not None:
+        skipped = f", without {', '.join(DROPPABLE[part] for part in DROPPABLE if part in time.skipped)}"
+        fitting = (
+            f"{time.replicates} of {format_count(protocol.replicates, 'replicate')} in {protocol.max_minutes:g} min"
+        )
+        yield f"fits    estimate: {fitting}{skipped if time.skipped else ''}"
+    if time.half_width is None and time.sought_width_s is None:
+        return
+    width = "no interval from one replicate"
+    if time.half_width is not None:
+        width = f"estimate: intervals of training ratios of ± {format_percent(time.half_width)} ({time.noise})"
+    sought_s = time.sought_width_s
+    needed = "the time for ± 3 % is unknown" if sought_s is None else f"± 3 % takes about {format_duration(sought_s)}"
+    yield f"width   {width}; {needed}"
