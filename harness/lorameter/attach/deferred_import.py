@@ -1,9 +1,10 @@
 """Imports what follows a training, all of it at once and in a thread of its own.
 
-A module that is imported takes memory and gives most of it back, in pieces between those that it keeps. What a training
-allocates afterwards lies in these pieces, on more pages than without: its steps miss the translation of an address more
-often and are slower for all of its life, though they execute no instruction more (3 % of CPU time, of steps of 11 ms).
-The C library gives each thread a heap of its own, so most of what is given back there is used by no other thread.
+An import allocates memory and frees most of it, in blocks between those that it keeps. What a training allocates later
+may lie in these blocks, spread over more pages, and its steps may then miss the TLB more often. The C library gives
+each thread an arena of its own, so what is freed in this thread is rarely reused by the training. That this makes steps
+faster is not proven: in two sequential runs on a machine under load, the meter added 453 µs of CPU time a step
+[174, 732] with the thread and 931 µs [641, 1221] without.
 
 Neither torch nor any other module is imported here, so that what waits for a training may ask for this one.
 """
