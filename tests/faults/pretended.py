@@ -98,7 +98,7 @@ class Pretended(local.LocalExecutor):
     def hello(self) -> WorkerInfo:
         return WorkerInfo(harness="0.1 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
-    def lanes(self, threads):
+    def max_parallel(self, threads):
         return 1
 
     def prepare_base(self, request) -> BaseSummary:

@@ -67,7 +67,7 @@ class Executor(LocalExecutor):
     def hello(self):
         return WorkerInfo(harness=Executor.harness, pid=1, import_time_s=1.0, device="cpu", torch="0")
 
-    def lanes(self, threads):
+    def max_parallel(self, threads):
         return 1
 
     def prepare_base(self, request):

@@ -153,8 +153,6 @@ class ScriptTrial:
         steps: dict[str, Callable[..., Command]] = {
             "verify": self._verify, "warm_up": self._warm_up, "turn": self._turn, "finish_training": self._finish,
         }  # fmt: skip
-        if name not in steps:
-            return PartialRecord()
         return (yield from steps[name](**arguments))
 
     def _build(self) -> PartialRecord:

@@ -373,7 +373,7 @@ class GroupRunner:
             return 0.0
         live = [trial for trial in self._records.live(command.measure) if trials is None or trial in trials]
         alone = len({id(worker) for worker in self._workers.values()}) == len(self._workers)
-        size = self._context.lanes if alone else 1
+        size = self._context.max_parallel if alone else 1
         for batch in (live[start : start + size] for start in range(0, len(live), size)):
             if len(batch) == 1:
                 self._ask(batch[0], word, **arguments)
@@ -448,14 +448,14 @@ class GroupRunner:
             if cpu != chosen:
                 chosen = cpu
                 for worker in pinnable:
-                    worker.sit(cpu)
+                    worker.pin(cpu)
 
         try:
             yield pin
         finally:
             if chosen is not None:
                 for worker in pinnable:
-                    worker.stand()
+                    worker.unpin()
 
 
 def fastest_cpu(candidates: Sequence[int], took_s: Mapping[int, float]) -> int:

@@ -36,8 +36,8 @@ class RunContext:
     tokens: dict[str, Any]
     bases: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
     """Folders of the prepared bases, by executor and base."""
-    lanes: int = 1
-    """Processes that may be at work at once where nothing is timed."""
+    max_parallel: int = 1
+    """Processes that may work at once while nothing is timed."""
     own: Mapping[Workload, RunContext] = field(default_factory=dict)
     """The same for other workloads than the study's."""
 
@@ -114,7 +114,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, wa
     """Have each executor of a plan prepare the bases of its trials.
 
     Raises:
-        RefusedError: the system refuses what keeping one takes.
+        SystemLimitError: the system refuses memory or disk for one.
         InvalidRunError: no process can be started.
     """
     if plan.study.of_scripts:
@@ -204,7 +204,7 @@ def prepare_run(
     Raises:
         UsageError: data that cannot be read.
         InvalidRunError: a worker that cannot measure these variants.
-        RefusedError: the system refuses what keeping a base takes.
+        SystemLimitError: the system refuses memory or disk for a base.
     """
     first = next(iter(executors.values()))
     prepared = {workload: first.prepare_tokens(workload) for workload in plan.workloads}
@@ -223,13 +223,13 @@ def prepare_run(
         load_s=mean_load_s(plan, bases),
     )
     site = _site(plan, prepared, hello.device)
-    return ready, dataclasses.replace(site, bases=bases.folders, lanes=count_lanes(plan, executors))
+    return ready, dataclasses.replace(site, bases=bases.folders, max_parallel=max_parallel(plan, executors))
 
 
-def count_lanes(plan: Plan, executors: Mapping[str, Executor]) -> int:
-    """How many trials of a plan may be at work at once where nothing is timed; each rank of one has its own threads."""
+def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:
+    """How many trials of a plan may work at once while nothing is timed; each rank of a trial has its own threads."""
     threads = max(slot.workload.threads * slot.workload.ranks for slot in plan.slots)
-    return min(executor.lanes(threads) for executor in executors.values())
+    return min(executor.max_parallel(threads) for executor in executors.values())
 
 
 def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> RunContext:

@@ -1,11 +1,10 @@
-"""Where trials run. `Executor` is the one seam of the harness: the runner knows nothing else of processes.
+"""Where trials run. `Executor` is the interface between the runner and processes: the runner knows no other.
 
-An executor starts workers, and a worker hosts one or more trials and answers one command at a time. The parent blocks
-on the answer: nothing of the harness runs while a step is timed.
+An executor starts workers. A worker hosts one or more trials and answers one command at a time. The parent blocks on
+the answer: nothing of the harness runs while a step is timed.
 
-It answers for its machine and its disk as well. What the manifest says of the machine, how much memory is free and
-where a trial's files lie is asked of the executor and never of the machine that the parent happens to be on. To add
-one: a module with a function `open_executor`, and a line in `EXECUTORS`.
+The facts of the machine, its free memory and the places of a trial's files come from the executor as well. To add one:
+a module with a function `open_executor`, and a line in `EXECUTORS`.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
 EXECUTORS = {"local": "lorameter.run.executors.local", "script": "lorameter.run.executors.script"}
 """The module of each executor, by its name."""
 SCRIPTS = "script"
-"""The one for variants that are commands."""
+"""The executor of variants that are commands."""
 ENV_EXECUTOR = "LORAMETER_EXECUTOR"
 
 
 class WorkerLostError(Exception):
-    """A worker died or fell silent; `status` and `failure` are what becomes of its trials."""
+    """A worker died or did not answer; `status` and `failure` go into the records of its trials."""
 
     def __init__(self, status: Status, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -44,12 +43,12 @@ class WorkerLostError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialFiles:
-    """Where the files of a trial lie: absolute paths on the machine that measures it."""
+    """Paths of a trial's files, absolute, on the machine that measures it."""
 
     scratch: str
     """Its folder: saved adapter, compile caches."""
     log_path: str
-    """What its process prints."""
+    """Output of its process."""
 
 
 class Worker(Protocol):
@@ -59,37 +58,34 @@ class Worker(Protocol):
     """From the request for the process to its first own instruction."""
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
-        """Have one command carried out. Raises `WorkerLostError` when the process dies or is silent for `timeout_s`."""
+        """Carry out a command. Raises `WorkerLostError` if the process dies or gives no answer within `timeout_s`."""
 
     def close(self) -> None:
-        """End the process. Never raises for a process that is gone already."""
+        """End the process; one that has ended is no error."""
 
 
 class AsyncWorker(Worker, Protocol):
-    """One that can be at work beside others: it is asked in two halves."""
+    """A worker that can work at the same time as others: sending a command does not wait for the answer."""
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
-        """Have it begin with a command, and wait for nothing."""
+        """Send a command without waiting for its answer."""
 
     def receive(self, command: str, timeout_s: float) -> PartialRecord:
-        """Its answer to what was sent, within `timeout_s` of that. Raises `WorkerLostError` as `ask` does."""
-
-    def fileno(self) -> int:
-        """What can be read when it has answered, or has died."""
+        """The answer to the command that was sent, within `timeout_s` of sending. Raises `WorkerLostError` as `ask`."""
 
 
 @runtime_checkable
 class PinnableWorker(Worker, Protocol):
-    """One that can be told on which of its CPUs to compute."""
+    """A worker that can be pinned to a CPU."""
 
     def cpus(self) -> tuple[int, ...]:
-        """All that it may compute on; none where it is gone."""
+        """CPUs that it may run on; none where it is gone."""
 
-    def sit(self, cpu: int) -> None:
-        """Compute on one of them until it stands up."""
+    def pin(self, cpu: int) -> None:
+        """Run on one of them until `unpin`."""
 
-    def stand(self) -> None:
-        """Compute on any of them again."""
+    def unpin(self) -> None:
+        """Run on any of them again."""
 
 
 class Executor(Protocol):
@@ -98,12 +94,12 @@ class Executor(Protocol):
     def machine(self) -> Machine:
         """The machine as far as it can be known without touching its device."""
 
-    def lanes(self, threads: int) -> int:
-        """How many of its workers, of so many threads each, may be at work at once where nothing is timed; above one
+    def max_parallel(self, threads: int) -> int:
+        """How many of its workers, with so many threads each, may work at once while nothing is timed; above one
         they are `AsyncWorker`s."""
 
     def device_id(self) -> str:
-        """What is measured on: the same for two executors whose measurements would disturb each other."""
+        """The measuring device: equal for two executors whose measurements would disturb each other."""
 
     def free_bytes(self) -> int | None:
         """Memory that processes could take there on the measuring device now; None where it cannot be known."""
@@ -115,8 +111,8 @@ class Executor(Protocol):
         """Begin to get ready for a run; returns at once.
 
         Args:
-            folder: of the run, on the parent's disk. When the executor is closed, the logs of its trials lie in `logs`
-                in it, and the tokens that are to be kept beside that.
+            folder: of the run, on the parent's disk. When the executor is closed, it holds the tokens that are to be
+                kept, and the logs of the trials in `logs`.
             threads: of each measuring process.
         """
 
@@ -130,33 +126,32 @@ class Executor(Protocol):
         """
 
     def prepare_base(self, request: BaseRequest) -> BaseSummary:
-        """Have a base made, or found, that the trials of this executor will map; it is kept for other runs as well, and
-        held for this one until the executor is closed.
+        """Make or find the base that the trials of this executor will map. It stays in the cache for other runs.
 
-        Raises `WorkerLostError` where it cannot be made (trials then make theirs themselves), `RefusedError` where the
-        system refuses what it takes, `InvalidRunError` if no process can be started.
+        Raises `WorkerLostError` where it cannot be made (each trial then makes its own), `SystemLimitError` where the
+        system refuses memory or disk for it, `InvalidRunError` if no process can be started.
         """
 
     def make_place(self, trial: str, log: str) -> TrialFiles:
-        """Make a trial's folder, and say where its files lie. Trials of one process print into one `log`."""
+        """Make a trial's folder; returns where its files lie. Trials of one process share one `log`."""
 
     def fetch(self, trial: str, name: str, folder: Path) -> Path:
-        """Bring a file of a trial's folder into one of the parent's disk; returns its path there."""
+        """Move a file of a trial's folder into a folder of the parent's disk; returns its path there."""
 
     def clear_place(self, trial: str) -> None:
-        """Remove a trial's folder with all that it holds, if there is one; its log stays."""
+        """Remove a trial's folder if it exists; its log stays."""
 
     def launch(self) -> Worker:
-        """A fresh process; it hosts the trials that it is asked to `prepare`. Raises `WorkerLostError`."""
+        """Start a process; it hosts the trials that it is asked to `prepare`. Raises `WorkerLostError`."""
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
-        """Load and ask the trial's saved adapter in a new interpreter. Raises `WorkerLostError`."""
+        """Load the trial's saved adapter in a new interpreter and make a request. Raises `WorkerLostError`."""
 
     def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
         """Time a new interpreter that imports what a cold start does. Raises `WorkerLostError`."""
 
     def close(self) -> None:
-        """End everything that was started, and remove what was not to be kept."""
+        """End everything that was started, and remove temporary files."""
 
 
 def open_executor(name: str | None = None, *, host: Host | None = None, label: str = "") -> Executor:

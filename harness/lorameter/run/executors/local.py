@@ -82,12 +82,11 @@ class LocalExecutor(DiskExecutor):
         self._suffix = f"-{label}" if label else ""
         self._zygote: Zygote | None = None
         self._hello: WorkerInfo | None = None
-        """Bases that nobody may remove."""
+        """Of the first zygote."""
 
-    def lanes(self, threads: int) -> int:
-        """On a CPU as many as it has cores for them; a GPU is one for all. Of the share of a machine on whose rest
-        others measure, one: they are timed while this works, and what a neighbour costs them is known of one process.
-        """
+    def max_parallel(self, threads: int) -> int:
+        """As many as the CPU has cores for; one on a GPU. One as well on a share of a machine (`CPUS`): other sites are
+        timed meanwhile, and several busy processes would disturb them more than one."""
         machine = self.machine()
         if machine.device != "cpu" or CPUS in self._host.variables(os.environ):
             return 1

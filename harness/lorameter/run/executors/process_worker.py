@@ -1,7 +1,8 @@
-"""A process that hosts trials and answers commands, as its parent sees it: at work, silent, or dead."""
+"""The parent's end of a process that hosts trials and answers commands: it asks, and names how a process is lost."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import signal
 import time
@@ -17,22 +18,22 @@ from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.executors import WorkerLostError
 
 
-class ProcessWorker:
-    """Implements `Worker` over a connection; how its process is ended is up to what starts it."""
+class ProcessWorker(abc.ABC):
+    """Implements `Worker` over a connection; a subclass starts the process and ends it."""
 
     start_latency_s = float("nan")
     pid = 0
     connection: Connection
     _sent_s = 0.0
     _cpus: tuple[int, ...] = ()
-    """All that it may compute on, once they have been read."""
+    """CPUs that it may run on, once they have been read."""
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self.connection = pid, connection
 
+    @abc.abstractmethod
     def end(self) -> int | None:
         """Close the connection and kill the process; its exit status where it is known."""
-        raise NotImplementedError
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
         """Send a command and block until its answer, the process's death, or `timeout_s`."""
@@ -40,21 +41,20 @@ class ProcessWorker:
         return self.receive(command, timeout_s)
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
-        """Have it begin with a command; a process that is gone is found when its answer is received."""
+        """Send a command without waiting for its answer; `receive` finds a process that is gone."""
         self._sent_s = time.monotonic()
         with contextlib.suppress(wire.ClosedError):
             wire.send(self.connection, wire.Command(command, trial, arguments))
 
     def receive(self, command: str, timeout_s: float) -> PartialRecord:
-        """Its answer to the command that was sent, within `timeout_s` of that. Raises `WorkerLostError`."""
+        """The answer to the command that was sent, within `timeout_s` of sending. Raises `WorkerLostError`."""
         left_s = timeout_s - (time.monotonic() - self._sent_s)
         with self.losses(command, timeout_s):
             return wire.receive_answer(self.connection, PartialRecord, left_s)
 
     @contextlib.contextmanager
     def losses(self, phase: str, timeout_s: float) -> Iterator[None]:
-        """Within the block a message is received; where there is none the process is ended, and `WorkerLostError` says
-        why."""
+        """Raise `WorkerLostError` with the reason where the block receives no message, and end the process."""
         try:
             yield
         except TimeoutError:
@@ -76,25 +76,21 @@ class ProcessWorker:
         return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
 
     def close(self) -> None:
-        """End the process, which keeps nothing that is needed."""
+        """End the process."""
         self.end()
 
     def cpus(self) -> tuple[int, ...]:
-        """All that it may compute on; none where it is gone."""
+        """CPUs that it may run on; none where it is gone."""
         self._cpus = self._cpus or cpus_of(self.pid)
         return self._cpus
 
-    def sit(self, cpu: int) -> None:
-        """Compute on one of them until it stands up."""
+    def pin(self, cpu: int) -> None:
+        """Run on one of them until `unpin`."""
         pin_to_cpus(self.pid, {cpu})
 
-    def stand(self) -> None:
-        """Compute on any of them again."""
+    def unpin(self) -> None:
+        """Run on any of them again."""
         pin_to_cpus(self.pid, self._cpus)
-
-    def fileno(self) -> int:
-        """Of the connection that its answer comes by."""
-        return self.connection.fileno()
 
 
 def silence(phase: str, timeout_s: float) -> Failure:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from lorameter import wire
-from lorameter.errors import LorameterError, UsageError
+from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.machine.affinity import has_children
 from lorameter.machine.host import HostTelemetry
@@ -99,11 +99,8 @@ class ScriptWorker(ProcessWorker):
         """Carry out a command. Raises `WorkerLostError`."""
         if command == "prepare":
             return self._prepare(**arguments)
-        if command == "close":
-            return PartialRecord()
         process = self._process
-        if process is None:
-            raise LorameterError(f"trial {trial}: it was asked to run before it was prepared")
+        assert process is not None  # a trial whose `prepare` fails is asked nothing more
         try:
             if command == "build":
                 record = self._build(process, trial, timeout_s)
@@ -187,8 +184,8 @@ class ScriptExecutor(DiskExecutor):
         """The present one."""
         return provenance.probe_machine()
 
-    def lanes(self, threads: int) -> int:
-        """One: what its processes need is not known."""
+    def max_parallel(self, threads: int) -> int:
+        """One: it is unknown how many threads a script needs."""
         return 1
 
     def device_id(self) -> str:
@@ -225,8 +222,7 @@ class ScriptExecutor(DiskExecutor):
 
     def prepare_base(self, request: BaseRequest) -> BaseSummary:
         """Scripts have none."""
-        message = "a script loads its model itself"
-        raise WorkerLostError("not_run", Failure(phase="base", kind="NotOfScripts", message=message))
+        raise _not_of_scripts("base", "a script loads its model itself")
 
     def clear_place(self, trial: str) -> None:
         """What the script wrote goes with its trial."""
@@ -240,12 +236,11 @@ class ScriptExecutor(DiskExecutor):
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
         """Scripts have none."""
-        message = "a script saves no adapter that could be loaded again"
-        raise WorkerLostError("not_run", Failure(phase="cold", kind="NotOfScripts", message=message))
+        raise _not_of_scripts("cold", "a script saves no adapter that could be loaded again")
 
     def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
         """Scripts have no cold start."""
-        raise NotImplementedError
+        raise _not_of_scripts("cold", "a script imports what it needs itself")
 
     @property
     def _interpreter(self) -> Host:
@@ -286,8 +281,12 @@ class ScriptExecutor(DiskExecutor):
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
 
 
+def _not_of_scripts(phase: str, message: str) -> WorkerLostError:
+    return WorkerLostError("not_run", Failure(phase=phase, kind="NotOfScripts", message=message))
+
+
 def _free_port() -> int:
-    """A port that nobody listens on now."""
+    """A TCP port that is free now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -80,7 +80,7 @@ class Fake:
             real_tokens=1, padded_tokens=0, records=1,
         )  # fmt: skip
 
-    def lanes(self, threads):
+    def max_parallel(self, threads):
         return 1
 
     def prepare_base(self, request):
