@@ -38,16 +38,19 @@ class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     schema: int = SCHEMA
     """Version of the messages and of the records in them."""
     harness: str = "unknown"
+    """Its version of lorameter."""
     pid: int = 0
+    """Of a script: the process that trains, which a launcher may have started."""
     device: str = ""
-    """That a script computes on: "cuda" or "cpu"."""
+    """Of a script: what it computes on, "cuda" or "cpu"."""
     started_monotonic_s: float = 0.0
+    """Of a process that hosts trials: when it could run its first own instruction."""
     worker: WorkerInfo | None = None
-    """What the zygote has imported."""
+    """Of the zygote: what it has imported."""
 
 
 class Command(msgspec.Struct, tag=True, frozen=True):
-    """What a process is to do; `arguments` are plain data, named as the parameters of what carries it out."""
+    """What a process is to do; `arguments` are plain data, named as the parameters of the function that does it."""
 
     name: str
     trial: str = ""
@@ -147,7 +150,7 @@ _REPLY: Any = Answer | Refused
 
 
 def call(connection: Connection, command: Command, kind: type[T], timeout_s: float | None = None) -> T:
-    """Have a command carried out; its result.
+    """Send a command and wait for its result.
 
     Raises:
         TimeoutError: there is none within `timeout_s`.
@@ -170,7 +173,7 @@ def receive_answer(connection: Connection, kind: type[T], timeout_s: float | Non
 def serve(connection: Connection, carry_out: Callable[[Command], object]) -> None:
     """Greet, then carry out each command until the other end closes the connection; a `LorameterError` refuses it."""
     with contextlib.suppress(ClosedError):
-        send(connection, Hello(pid=os.getpid(), started_monotonic_s=time.monotonic()))
+        send(connection, Hello(started_monotonic_s=time.monotonic()))
         while True:
             command = receive(connection, Command)
             try:
@@ -183,10 +186,10 @@ def serve(connection: Connection, carry_out: Callable[[Command], object]) -> Non
 def ask_process(
     process: subprocess.Popen[bytes], connection: Connection, command: Command, kind: type[T], timeout_s: float
 ) -> T | None:
-    """Ask a process that was started for one command; whatever becomes of that, it and its group are gone afterwards.
+    """Send a command to a process that was started for it. The process and its group have ended on return.
 
     Returns:
-        The result; None where the process ended without one (`process.returncode` says how).
+        The result; None where the process ended without one (see `process.returncode`).
 
     Raises:
         TimeoutError: it has not answered in this time.

@@ -96,7 +96,7 @@ class Pretended(local.LocalExecutor):
         stop("", "start")
 
     def hello(self) -> WorkerInfo:
-        return WorkerInfo(harness="0.1 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="0.1 sha256:one", import_time_s=1.0, device="cpu", torch="0")
 
     def max_parallel(self, threads):
         return 1

@@ -20,7 +20,7 @@ def worker(machine):
     """A function that makes the executor of a worker that says this of itself."""
 
     def make(**said):
-        hello = WorkerInfo(**{"harness": "1.0", "pid": 1, "import_time_s": 1.0, "device": "cpu", "torch": "0"} | said)
+        hello = WorkerInfo(**{"harness": "1.0", "import_time_s": 1.0, "device": "cpu", "torch": "0"} | said)
         return SimpleNamespace(hello=lambda: hello, machine=lambda: machine)
 
     return make

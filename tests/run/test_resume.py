@@ -65,7 +65,7 @@ class Executor(LocalExecutor):
         pass
 
     def hello(self):
-        return WorkerInfo(harness=Executor.harness, pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness=Executor.harness, import_time_s=1.0, device="cpu", torch="0")
 
     def max_parallel(self, threads):
         return 1

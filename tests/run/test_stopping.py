@@ -170,7 +170,7 @@ class Executor(LocalExecutor):
         pass
 
     def hello(self):
-        return WorkerInfo(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="1.0", import_time_s=1.0, device="cpu", torch="0")
 
     def max_parallel(self, threads):
         return 1

@@ -102,7 +102,7 @@ class RunFile:
                 machine, device="cpu", device_name=machine.cpu_model, device_memory_bytes=None
             )
         hello = WorkerInfo(
-            harness=provenance.harness_identity(), pid=os.getpid(), import_time_s=0.0, device=device.split(":")[0],
+            harness=provenance.harness_identity(), import_time_s=0.0, device=device.split(":")[0],
             torch=torch.__version__,
         )  # fmt: skip
         facts = provenance.collect(self.study, provenance.read_facts(machine), torch.get_num_threads(), hello)

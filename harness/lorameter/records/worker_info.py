@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import msgspec
 
-from lorameter.records.record import SCHEMA
-
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a worker announces that it has imported what every trial needs."""
 
-    schema: int = SCHEMA
     harness: str
     """Version and content of the harness that it runs."""
-    pid: int
     import_time_s: float
     device: str
     """"cuda" or "cpu", as torch sees it."""

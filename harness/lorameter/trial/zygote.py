@@ -66,7 +66,7 @@ def zygote(control: Connection) -> None:
     begin = time.perf_counter()
     import_libraries()
     worker = _describe(time.perf_counter() - begin)
-    wire.send(control, wire.Hello(harness=worker.harness, pid=os.getpid(), worker=worker))
+    wire.send(control, wire.Hello(harness=worker.harness, worker=worker))
     outlive_parent()  # from here on its hanging up is heard, and there may be children to be ended first
     children: set[int] = set()
     try:
@@ -226,7 +226,6 @@ def _describe(import_time_s: float) -> WorkerInfo:
 
     return WorkerInfo(
         harness=harness_identity(),
-        pid=os.getpid(),
         import_time_s=import_time_s,
         device="cuda" if torch.cuda.is_available() else "cpu",
         torch=torch.__version__,

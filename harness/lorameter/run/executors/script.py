@@ -210,7 +210,6 @@ class ScriptExecutor(DiskExecutor):
             torch = describe(self._interpreter)["libraries"].get("torch")
         return WorkerInfo(
             harness=provenance.harness_identity(),
-            pid=os.getpid(),
             import_time_s=0.0,
             device=machine.device,
             torch=torch or "unknown",

@@ -72,7 +72,7 @@ class Fake:
         (folder / "logs").mkdir(exist_ok=True)
 
     def hello(self):
-        return WorkerInfo(harness="1.0 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
+        return WorkerInfo(harness="1.0 sha256:one", import_time_s=1.0, device="cpu", torch="0")
 
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(
