@@ -26,7 +26,7 @@ from lorameter.records.record import PartialRecord
 from lorameter.run.executors import TrialFiles
 from lorameter.run.executors.script import TOKENS
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import request_of, site_of
+from lorameter.run.prepare import context_of, request_of
 from lorameter.studies.script_study import study_of_command
 
 LARGE_BYTES = 64 << 20
@@ -52,7 +52,7 @@ def parent(listener, monkeypatch, tmp_path):
     study = study_of_command("python train.py")
     plan = make_plan(study, phases=("train",), interleaving="lockstep")
     files = TrialFiles(scratch=str(tmp_path), log_path=str(tmp_path / "log"))
-    request = request_of(plan, plan.slots[0], site_of(study.workload, TOKENS, "cpu"), files)
+    request = request_of(plan, plan.slots[0], context_of(study.workload, TOKENS, "cpu"), files)
 
     def run(script):
         with contextlib.suppress(SystemExit):

@@ -135,7 +135,7 @@ class Timed:
 
 
 class Quiet:
-    """A watcher that only watches."""
+    """A listener that only watches."""
 
     def trial_phase(self, slot, phase):
         pass
@@ -164,7 +164,7 @@ def measured(small_study):
         )
         site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={})
         found = run_plan(
-            plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
+            plan, {"": executor}, site, save=lambda record: None, listener=Quiet(), budget=budget,
             stop=Stopping(plan, budget),
         )  # fmt: skip
         assert {record.status for record in found.records} == {"ok"}

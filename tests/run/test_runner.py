@@ -80,7 +80,7 @@ class FakeExecutor:
 
 
 class Quiet:
-    """A watcher that notes the order of events."""
+    """A listener that notes the order of events."""
 
     def __init__(self):
         self.ended = []
@@ -101,7 +101,7 @@ def small_study(small_study):
 
 def conduct(plan, script=None):
     executor, saved = FakeExecutor(script), []
-    records = run_plan(plan, {"": executor}, SITE, save=saved.append, watcher=Quiet()).records
+    records = run_plan(plan, {"": executor}, SITE, save=saved.append, listener=Quiet()).records
     assert [record.trial for record in saved] == [record.trial for record in records]
     return executor, {record.trial: record for record in records}
 
@@ -169,7 +169,7 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
             saved.append(record)
 
         with InterruptHandler() as stops:
-            measured = run_plan(plan, {"": executor}, SITE, save=save, watcher=Quiet(), stops=stops)
+            measured = run_plan(plan, {"": executor}, SITE, save=save, listener=Quiet(), stops=stops)
         assert measured.interrupted
         assert [record.trial for record in saved if record.status == "ok"] == together
         assert {record.status for record in saved[len(together) :]} == {"not_run"}
@@ -192,7 +192,7 @@ def test_a_first_ctrl_c_lets_the_turns_come_to_their_end(small_study):
     saved = []
     with InterruptHandler(patient=True) as stops:
         measured = run_plan(
-            plan, {"": FakeExecutor()}, SITE, save=saved.append, watcher=Sending(), stops=stops
+            plan, {"": FakeExecutor()}, SITE, save=saved.append, listener=Sending(), stops=stops
         )  # fmt: skip
     assert measured.interrupted
     assert [record.trial for record in saved if record.status == "ok"] == together
@@ -239,7 +239,7 @@ def test_a_defect_of_the_parent_costs_no_record(small_study):
     plan = make_plan(small_study)
     executor, saved = FakeExecutor({(plan.slots[1].trial, "turn"): ZeroDivisionError("oops")}), []
     with pytest.raises(ZeroDivisionError):
-        run_plan(plan, {"": executor}, SITE, save=saved.append, watcher=Quiet())
+        run_plan(plan, {"": executor}, SITE, save=saved.append, listener=Quiet())
     assert [record.status for record in saved] == ["ok", "interrupted", *["not_run"] * (len(plan.slots) - 2)]
     assert "oops" in saved[1].failure.message
 
@@ -259,7 +259,7 @@ def go_on(plan, earlier=(), *, script=None, command_s=0.0):
     """Conduct in simulated time; returns the executor, the records, and each saved one with what had been asked."""
     executor, saved = FakeExecutor(script, command_s), []
     measured = run_plan(
-        plan, {"": executor}, SITE, watcher=Quiet(), budget=Budget(clock=lambda: executor.now),
+        plan, {"": executor}, SITE, listener=Quiet(), budget=Budget(clock=lambda: executor.now),
         save=lambda record: saved.append((record, list(executor.asked))), earlier=earlier,
     )  # fmt: skip
     return executor, measured.records, saved
@@ -352,9 +352,9 @@ class Recovering(FakeExecutor):
 
 def retried(plan, disturbed, *, earlier=()):
     """Conduct beside a throttled GPU; returns the executor, the result and all that was saved."""
-    executor, saved, watcher = Recovering(disturbed), [], Quiet()
+    executor, saved, listener = Recovering(disturbed), [], Quiet()
     measured = run_plan(
-        plan, {"": executor}, SITE, watcher=watcher, save=saved.append, earlier=earlier,
+        plan, {"": executor}, SITE, listener=listener, save=saved.append, earlier=earlier,
         budget=Budget(clock=lambda: executor.now),
     )  # fmt: skip
     return executor, measured, saved

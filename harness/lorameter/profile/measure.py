@@ -33,7 +33,7 @@ from lorameter.records.tempdirs import leaving_nothing, scratch_folder
 from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
-from lorameter.run.prepare import RunContext, begin_record, greet, request_of, site_of
+from lorameter.run.prepare import RunContext, begin_record, context_of, greet, request_of
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
@@ -141,7 +141,7 @@ def open_trial(
         tokens = executor.prepare_tokens(study.workload, keep=False)
         if not tokens.synthetic:
             say(f"data {tokens.data}")
-        site = site_of(study.workload, tokens, greet(executor, [variant]).device)
+        site = context_of(study.workload, tokens, greet(executor, [variant]).device)
         try:
             worker = executor.launch()
         except WorkerLostError as lost:

@@ -1,8 +1,8 @@
-"""One measurement at a time on a device: two of them would be in each other's numbers, and neither would know why.
+"""One measurement at a time on a device: two would disturb each other.
 
-The lock is one of the kernel's on a file that is named by the device, so it ends with whoever held it, however that
-ended, and waiting for it costs no time of the CPU that is measured on. The file lies where every user of the machine
-looks, and is never removed: two processes that lock two files of one name exclude nobody.
+The lock is the kernel's (flock) on a file that is named after the device. So it ends with the process that held it, and
+waiting for it takes no CPU time. The file lies in a folder that all users share, and is never removed: two processes
+could otherwise lock two files of one name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.run.executors import Executor
 
 IfBusy = Literal["wait", "refuse", "share"]
-"""What to do beside another measurement: begin when it has ended · end at once · measure beside it."""
+"""What to do if the device is in use: wait for the end of the other measurement · exit · measure at the same time."""
 ENV_LOCKS = "LORAMETER_LOCKS"
 SHARED_FOLDER = Path("/tmp")
 """The same for all users and jobs, whatever their TMPDIR is."""
@@ -34,16 +34,16 @@ def tell_stderr(line: str) -> None:
 
 @contextlib.contextmanager
 def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], object] = tell_stderr) -> Iterator[bool]:
-    """Meanwhile nobody else measures on the executor's device; says whether it had to wait for that, so that what was
-    known before of its free memory is so no more. Where no lock can be had at all, none is held.
+    """Lock the executor's device inside the block. Yields whether another measurement was waited for: free memory may
+    have changed since. Without a file system with locks nothing is locked.
 
     Args:
-        executor: names its device.
-        if_busy: what to do where somebody measures on it; "share" asks for no lock.
-        tell: is told whom it waits for.
+        executor: of the device.
+        if_busy: what to do if the device is in use; "share" takes no lock.
+        tell: prints what is waited for.
 
     Raises:
-        InvalidRunError: somebody measures on it, and `if_busy` is "refuse"; or what should be locked is no file.
+        InvalidRunError: the device is in use, and `if_busy` is "refuse"; or the path of the lock is not a file.
     """
     device = executor.device_id()
     file = None if if_busy == "share" else _open(device)
@@ -80,14 +80,14 @@ def hold_devices(
 
 
 class _NoLocksError(Exception):
-    """The disk knows no locks."""
+    """The file system has no locks."""
 
 
 def _open(device: str) -> int | None:
-    """The file of a device; it may be another user's, who made it. Raises `InvalidRunError` where it is none."""
+    """The lock file of a device, which may belong to another user. Raises `InvalidRunError` if it is not a file."""
     name = f"lorameter-{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
     path = Path(os.environ.get(ENV_LOCKS) or SHARED_FOLDER) / name
-    never_waiting = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # of a pipe it would wait for who writes into it
+    never_waiting = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would block until something writes into it
     for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # others may make it meanwhile
         with contextlib.suppress(OSError):
             file = os.open(path, flags | never_waiting, 0o644)
@@ -112,7 +112,7 @@ def _lock(file: int, *, wait: bool) -> bool:
 
 
 def _holder(file: int) -> str:
-    """Who holds it, as the kernel lists its locks: the process, where it is one that can be seen from here."""
+    """The process that holds the lock, from the kernel's list; another container's process has no number here."""
     inode = os.fstat(file).st_ino
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():

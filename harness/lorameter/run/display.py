@@ -1,4 +1,4 @@
-"""What shows a run under way, and what keeps it from doing harm to the run."""
+"""The interface of displays of a running measurement, and the wrapper that keeps their errors from the run."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Display(ProgressListener, Protocol):
         """The worker is being started."""
 
     def tokens_prepared(self, data: str) -> None:
-        """What the data that somebody gave was recognised as."""
+        """The user's data has been read; `data` describes it."""
 
     def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """The scripts of a plan have been rehearsed: the level that follows, and what is to be known of them."""
+        """The scripts have been rehearsed: the plan at the level that fits, and notices."""
 
 
 class Shielded:
-    """A display that can do no harm: an error in it is told, once, and what it tells of goes on unseen."""
+    """A display whose first error is printed; after it nothing is displayed and the run goes on."""
 
     def __init__(self, display: Display) -> None:
         self._display: Display | None = display
@@ -67,9 +67,9 @@ class Shielded:
             return
         try:
             what(self._display)
-        except MemoryError:  # the loop has no more of it either, and says so
+        except MemoryError:  # the run reports it itself
             self._display = None
-        except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
+        except (Exception, SystemExit):  # rich exits where its output is closed
             self._display = None
             with contextlib.suppress(OSError, ValueError):
                 print_stderr(redact(traceback.format_exc().rstrip("\n")))

@@ -1,15 +1,14 @@
-"""Being told to stop: Ctrl-C, TERM (SLURM, `timeout`, `docker stop`) and HUP (a terminal that is closed) are one thing.
+"""Signals that stop a run: INT (Ctrl-C), TERM (SLURM, `timeout`, `docker stop`) and HUP (a closed terminal) alike.
 
-Whoever is told so ends what is under way, saves it, takes down what was put up, and says how to go on. That takes a
-moment, and a second Ctrl-C in it would cost what the first one saved. So a stop is taken where a process waits, in
-blocks that say so (`interruptible`), and nowhere else: between them it is remembered, and the next such block does not
-begin. Once it has been taken nothing interrupts what it sets off; who has no time for that sends KILL, and the next run
-removes what is left.
+A run that is stopped ends its trials, saves their records, cleans up and prints how to resume it. A second Ctrl-C
+during that would lose what the first one saves. So a signal raises only inside blocks that a process waits in
+(`interruptible`); between them it is stored, and the next such block does not begin. After it has been raised, later
+signals are ignored. KILL ends the run at once, and the next run removes what is left.
 
-At a terminal the first Ctrl-C waits for the trials under way, which can be worth many minutes, and the second one ends
-them at once. TERM, HUP, and a Ctrl-C that no terminal sent end them the first time.
+At a terminal the first Ctrl-C waits for the trials under way, which can be worth many minutes; the second ends them at
+once. TERM, HUP, and an INT without a terminal end them the first time.
 
-A signal that was ignored from the start, as HUP under `nohup`, goes on being ignored.
+A signal that was ignored from the start, as HUP under `nohup`, stays ignored.
 """
 
 from __future__ import annotations
@@ -29,22 +28,21 @@ WAITING = b"\nCtrl-C: waiting for the trials under way, which will be reported; 
 
 
 class StopRequested(KeyboardInterrupt):
-    """Somebody wants this process to end."""
+    """A signal asked this process to end."""
 
 
 class InterruptHandler:
-    """While it is open it hears the signals in place of whoever heard them before. A stop that it heard and that no
-    block took is raised at its end.
+    """Handles the signals inside a `with` block; one that no `interruptible` block has raised is raised at its end.
 
-    Signals reach the main thread only: in another one it hears nothing, and all is as without it.
+    Python runs signal handlers in the main thread; in another thread this does nothing.
     """
 
     def __init__(self, *, patient: bool = False) -> None:
-        """`patient`: whether the first Ctrl-C waits for the end of a block that says that it is worth it."""
+        """`patient`: whether the first Ctrl-C waits for the end of an `interruptible` block that is worth waiting."""
         self._patient, self._worth = patient, False
         self._before: dict[signal.Signals, Any] = {}
-        self._told: str | None = None
-        self._taken = False
+        self._received: str | None = None
+        self._raised = False
         self._deferred = False
         """Whether the only stop so far was a first Ctrl-C that waits."""
         self._waiting = False
@@ -53,9 +51,9 @@ class InterruptHandler:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 before = signal.getsignal(number)
-                if before not in (signal.SIG_IGN, None):  # None: not from Python, and not to be put back by it
+                if before not in (signal.SIG_IGN, None):  # None: set outside of Python, which cannot restore it
                     self._before[number] = before
-                    signal.signal(number, self._hear)
+                    signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -63,32 +61,32 @@ class InterruptHandler:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if error is None and self._told is not None and not self._taken and not self._deferred:
-            self._take()
+        if error is None and self._received is not None and not self._raised and not self._deferred:
+            self._raise()
 
     @contextlib.contextmanager
     def interruptible(self, *, worth_waiting: bool = False) -> Iterator[None]:
-        """A block that a stop ends at once. Raises `StopRequested`, and does not begin after one that was not taken.
+        """A block in which a signal raises `StopRequested` at once; one that came before it raises it at the start.
 
-        `worth_waiting`: whether the first Ctrl-C at a terminal waits for its end.
+        `worth_waiting`: whether the first Ctrl-C at a terminal waits for the end of the block.
         """
-        if self._told is not None and not self._taken:
-            self._take()
+        if self._received is not None and not self._raised:
+            self._raise()
         self._waiting, self._worth = True, worth_waiting
         try:
             yield
         finally:
             self._waiting = self._worth = False
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        first, self._told = self._told is None, signal.Signals(number).name
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self._received = self._received is None, signal.Signals(number).name
         self._deferred = first and self._patient and self._worth and number == signal.SIGINT
         if self._deferred:
-            os.write(2, WAITING)  # nothing that a signal might have interrupted in the middle
+            os.write(2, WAITING)  # safe in a handler, which may have interrupted a write of Python's
             return
-        if self._waiting and not self._taken:
-            self._take()
+        if self._waiting and not self._raised:
+            self._raise()
 
-    def _take(self) -> None:
-        self._taken = True
-        raise StopRequested(self._told)
+    def _raise(self) -> None:
+        self._raised = True
+        raise StopRequested(self._received)

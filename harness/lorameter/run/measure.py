@@ -218,7 +218,7 @@ def measure(
         stack.enter_context(writer.refusals())
         stack.enter_context(_finishing_after_errors(writer))
         measured = run_plan(
-            plan, executors, context, save=writer.append, watcher=shown, budget=budget, earlier=known, stops=stops,
+            plan, executors, context, save=writer.append, listener=shown, budget=budget, earlier=known, stops=stops,
             stop=Stopping(plan, budget, earlier=records_outside(groups, known)),
         )  # fmt: skip
         _finish(writer, plan, budget, measured, stopped=manifest.stopped)

@@ -47,7 +47,7 @@ class MemoryProbe:
 
 
 def probe_memory(
-    plan: Plan, executors: Mapping[str, Executor], site: RunContext, watcher: ProgressListener
+    plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: ProgressListener
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """The plan at the level that its scripts allow, and what was seen of them that is to be told before the start."""
     first = next(iter(executors.values()))
@@ -56,8 +56,8 @@ def probe_memory(
     for slot in plan.slots:
         key = _key(slot.arm)
         if key not in seen:
-            watcher.trial_phase(slot, "rehearsing")
-            seen[key] = _rehearse(plan, slot, executors[slot.executor], site)
+            listener.trial_phase(slot, "rehearsing")
+            seen[key] = _rehearse(plan, slot, executors[slot.executor], context)
     level, why = _level(plan, seen, free)
     settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why)
     failed = {one.name: record for one in plan.arms if (record := seen[_key(one)].record).status != "ok"}
@@ -69,11 +69,11 @@ def _key(arm: Arm) -> str:
     return f"{arm.side} {arm.variant.id}"
 
 
-def _rehearse(plan: Plan, slot: Slot, executor: Executor, site: RunContext) -> MemoryProbe:
+def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -> MemoryProbe:
     trial = f"rehearsal-{slot.arm.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
     place = executor.make_place(trial, trial)
-    request = dataclasses.replace(request_of(plan, slot, site, place), trial=trial)
+    request = dataclasses.replace(request_of(plan, slot, context, place), trial=trial)
     try:
         worker = executor.launch()
         try:

@@ -28,7 +28,7 @@ from lorameter.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What every request of a run has in common; paths are those of the machine that measures."""
+    """What all requests of a run share; paths are those of the machine that measures."""
 
     device: str
     threads: int
@@ -42,12 +42,12 @@ class RunContext:
     """The same for other workloads than the study's."""
 
     def of(self, workload: Workload) -> RunContext:
-        """What the requests on this workload have in common."""
+        """The context of the requests on this workload."""
         return self.own.get(workload, self)
 
 
-def site_of(workload: Workload, tokens: TokenSummary, device: str) -> RunContext:
-    """The site of trials that are measured on one workload."""
+def context_of(workload: Workload, tokens: TokenSummary, device: str) -> RunContext:
+    """The context of trials on one workload."""
     if workload.data == OWN:  # its trials say what they saw
         return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens={})
     known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
@@ -55,7 +55,7 @@ def site_of(workload: Workload, tokens: TokenSummary, device: str) -> RunContext
 
 
 def begin_record(slot: Slot, status: Status) -> TrialRecord:
-    """The record of a trial that has nothing yet."""
+    """The record of a trial before it has measured anything."""
     return TrialRecord(
         trial=slot.trial,
         status=status,
@@ -73,9 +73,9 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
     )
 
 
-def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> TrialRequest:
-    """All that a worker must know of a trial."""
-    study, bases, site = plan.study, site.bases, site.of(slot.workload)
+def request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> TrialRequest:
+    """The request with which a worker prepares a trial."""
+    study, bases, context = plan.study, context.bases, context.of(slot.workload)
     return TrialRequest(
         trial=slot.trial,
         variant=slot.variant,
@@ -83,13 +83,13 @@ def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> T
         replicate=slot.replicate,
         seed=slot.seed,
         workload=slot.workload,
-        protocol=study.protocol.here(),  # of no interest there, and unknown to older revisions on a side
+        protocol=study.protocol.here(),  # a worker does not need where others run
         interleaving=slot.interleaving,
         measures=slot.measures,
         slowdown_rows=slot.arm.slowdown_rows,
-        device=site.device,
-        threads=site.threads,
-        tokens_path=site.tokens_path,
+        device=context.device,
+        threads=context.threads,
+        tokens_path=context.tokens_path,
         scratch=place.scratch,
         log_path=place.log_path,
         allow_fallback=study.allow_fallback,
@@ -100,17 +100,17 @@ def request_of(plan: Plan, slot: Slot, site: RunContext, place: TrialFiles) -> T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bases:
-    """What was prepared."""
+    """The bases that were prepared."""
 
     folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
     """By the executor that maps it."""
     summaries: tuple[BaseSummary, ...] = ()
     load_s: Mapping[BaseKey, float] = field(default_factory=dict)
-    """What a process takes that makes a base for itself."""
+    """Seconds in which a process makes the base for itself."""
     notices: tuple[Notice, ...] = ()
 
 
-def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, watcher: ProgressListener) -> Bases:
+def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, listener: ProgressListener) -> Bases:
     """Have each executor of a plan prepare the bases of its trials.
 
     Raises:
@@ -127,7 +127,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, wa
     for (name, key), slot in first.items():
         if key in notices:
             continue
-        watcher.trial_phase(slot, "base")
+        listener.trial_phase(slot, "base")
         request = BaseRequest(
             workload=slot.workload, variant=slot.variant, device=device, threads=slot.workload.threads, log_path=""
         )
@@ -157,13 +157,13 @@ def _notice(slot: Slot, lost: WorkerLostError) -> Notice:
         code="base-not-prepared",
         message=f"the base {base_words(slot.variant, slot.workload)} could not be prepared ({lost.status}: "
         f"{lost.failure.message.rstrip('.')}), so each process reads, converts and quantises it itself.",
-        remedy="What is wrong stands in logs/base.log of the run and in the records of its trials.",
+        remedy="See logs/base.log of the run, and the records of its trials.",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """What a place says when it can measure a plan."""
+    """What the executors of a plan answer when they are ready."""
 
     hellos: dict[str, WorkerInfo]
     """By executor, the one that prepared the tokens first."""
@@ -173,7 +173,7 @@ class Ready:
     base_notices: tuple[Notice, ...] = ()
     """Of bases that could not be prepared."""
     load_s: float = 0.0
-    """What a cold start will take to load its base, in the mean."""
+    """Mean seconds in which a cold start loads its base."""
 
     @property
     def hello(self) -> WorkerInfo:
@@ -188,18 +188,18 @@ class Ready:
 def prepare_run(
     plan: Plan,
     executors: Mapping[str, Executor],
-    watcher: ProgressListener,
+    listener: ProgressListener,
     *,
     tell_data: Callable[[str], object],
 ) -> tuple[Ready, RunContext]:
-    """Have everything prepared that the trials of a plan need, by executors that are started; the first prepares the
-    tokens of all. The site holds the paths, which are those of the executors' machine.
+    """Prepare everything that the trials of a plan need, with executors that are started; the first prepares all
+    tokens.
 
     Args:
         plan: what will be measured.
         executors: by name.
-        watcher: is told of each base.
-        tell_data: is told what data that somebody gave was recognised as.
+        listener: receives each base that is made.
+        tell_data: receives a description of the user's data.
 
     Raises:
         UsageError: data that cannot be read.
@@ -214,7 +214,7 @@ def prepare_run(
     variants = [slot.variant for slot in plan.slots]
     hellos = {name: greet(executor, variants) for name, executor in executors.items()}
     hello = next(iter(hellos.values()))
-    bases = prepare_bases(plan, executors, hello.device, watcher)
+    bases = prepare_bases(plan, executors, hello.device, listener)
     ready = Ready(
         hellos=hellos,
         tokens=tuple(prepared.values()),
@@ -222,8 +222,8 @@ def prepare_run(
         base_notices=bases.notices,
         load_s=mean_load_s(plan, bases),
     )
-    site = _site(plan, prepared, hello.device)
-    return ready, dataclasses.replace(site, bases=bases.folders, max_parallel=max_parallel(plan, executors))
+    context = _context(plan, prepared, hello.device)
+    return ready, dataclasses.replace(context, bases=bases.folders, max_parallel=max_parallel(plan, executors))
 
 
 def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:
@@ -232,15 +232,15 @@ def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:
     return min(executor.max_parallel(threads) for executor in executors.values())
 
 
-def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> RunContext:
-    """What the requests on the study's workload have in common, and what those on the others do."""
-    sites = {workload: site_of(workload, tokens, device) for workload, tokens in prepared.items()}
-    study = sites.pop(plan.study.workload)
-    return dataclasses.replace(study, own=sites)
+def _context(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> RunContext:
+    """The context of the study's workload, with those of the other workloads in `own`."""
+    contexts = {workload: context_of(workload, tokens, device) for workload, tokens in prepared.items()}
+    study = contexts.pop(plan.study.workload)
+    return dataclasses.replace(study, own=contexts)
 
 
 def greet(executor: Executor, variants: Iterable[Variant]) -> WorkerInfo:
-    """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on its machine."""
+    """The worker's description of itself. Raises `InvalidRunError` if it cannot measure these variants."""
     hello, machine = executor.hello(), executor.machine()
     if hello.device != machine.device:
         raise InvalidRunError(

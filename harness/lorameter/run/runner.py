@@ -92,21 +92,21 @@ class Stopping:
 
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
-"""Is asked between replicates whether the run has what it needs; a reason ends the run there."""
+"""Called between replicates; returns the reason to end the run, or None to continue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What came of a plan: the records of all trials that belong to the run, and why it ended before its cap."""
+    """The result of a plan: the records of all trials of the run, and why it ended early."""
 
     records: tuple[TrialRecord, ...]
     stopped: str | None = None
     interrupted: bool = False
-    """Whether the user ended it."""
+    """Whether the user stopped it."""
     skipped: frozenset[Part] = frozenset()
-    """What there was no time for."""
+    """Parts that there was no time for."""
     needed_s: float = 0.0
-    """Seconds that it would have taken, as far as that is known."""
+    """Seconds that the sought replicates take with all parts; 0 where unknown."""
     training_s: float = 0.0
     """Seconds that the sought replicates take of training, where fewer fitted."""
 
@@ -114,10 +114,10 @@ class Measured:
 def run_plan(
     plan: Plan,
     executors: Mapping[str, Executor],
-    site: RunContext,
+    context: RunContext,
     *,
     save: Callable[[TrialRecord], None],
-    watcher: ProgressListener,
+    listener: ProgressListener,
     stop: Stop = lambda records: None,
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
@@ -142,7 +142,7 @@ def run_plan(
     def keep(record: TrialRecord) -> None:
         save(record)
         ended[record.trial] = record
-        watcher.trial_ended(record)
+        listener.trial_ended(record)
 
     def give_up(groups: Iterable[Group]) -> None:
         for slot in (slot for group in groups for slot in group.slots if slot.trial not in ended):
@@ -162,7 +162,7 @@ def run_plan(
             training_s=budget.training_s,
         )  # fmt: skip
 
-    on_cpu = site.device == "cpu"
+    on_cpu = context.device == "cpu"
     again: list[Group] = []  # groups to be measured once more, when the others of their replicate have been
     took_s: dict[Group, float] = {}
     imports: dict[tuple[int, str], PartialRecord] = {}
@@ -178,14 +178,14 @@ def run_plan(
         if not retry or took_s[group] <= budget.left_s:
             attempts[group] += retry
             budget.enter(group)
-            conductor = GroupRunner(plan, group, executors, site, watcher, save, budget, attempts[group], imports)
+            runner = GroupRunner(plan, group, executors, context, listener, save, budget, attempts[group], imports)
             begin = budget.clock()
-            ended_by = _conduct(conductor, stops)
+            ended_by = _run_group(runner, stops)
             if isinstance(ended_by, TimeLimitTooShortError):
                 if not any(record.status == "ok" for record in ended.values()):
                     raise ended_by
                 return outcome(stopped=str(ended_by))
-            for record in conductor.records():
+            for record in runner.records():
                 if record.settled or record.trial not in ended:  # an interrupted second attempt keeps the first
                     keep(record if plan.study.protocol.allow_disturbed else mark_disturbed(record, on_cpu=on_cpu))
             took_s[group] = budget.clock() - begin
@@ -203,16 +203,16 @@ def run_plan(
     return outcome(interrupted=ended_by is not None)
 
 
-def _conduct(conductor: GroupRunner, stops: InterruptHandler) -> BaseException | None:
-    """Measure a group; what ended it before its time, of which its records tell."""
+def _run_group(runner: GroupRunner, stops: InterruptHandler) -> BaseException | None:
+    """Measure a group; returns the exception that ended it early, which its records name."""
     try:
         with stops.interruptible(worth_waiting=True):
-            conductor.measure()
+            runner.measure()
     except KeyboardInterrupt as interrupt:
-        conductor.interrupt()
+        runner.interrupt()
         return interrupt
-    except Exception as defect:  # one of ours must not cost what was measured
-        conductor.abandon(defect)
+    except Exception as defect:  # a defect of the harness must not lose what was measured
+        runner.abandon(defect)
         return defect
     return None
 
@@ -225,11 +225,10 @@ def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
 
 
 def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool = False) -> tuple[Group, ...]:
-    """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
-    its own, or one that was disturbed, however often: whoever resumes a run hopes for better surroundings. Trials
-    of one group took turns and are paired, so they are measured again together, and count only if they are of one
-    attempt. What is spread over sites is paired within one: of a replicate that was, or will be
-    (`whole`), all groups are measured again. What there was no time for stays left out."""
+    """The groups that are to be measured, for the first time or again: those with a trial that has not ended, or that
+    was disturbed, however often. Trials of one group took turns and are paired, so they are measured again
+    together, and count only if they are of one attempt. Replicates on several sites are paired within a site: all
+    groups of one that was spread, or will be (`whole`), are measured again. What there was no time for is left out."""
     settled = {
         record.trial: (record.attempt, record.site) for record in earlier if record.settled and not record.disturbed
     }

@@ -9,7 +9,7 @@ import pytest
 from lorameter.records import codec
 from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import request_of, site_of
+from lorameter.run.prepare import context_of, request_of
 
 pytestmark = pytest.mark.gpu
 STEPS = 60
@@ -22,7 +22,7 @@ def test_a_step_is_as_fast_after_the_check_as_before(small_study, tmp_path):
     try:
         assert executor.hello().device == "cuda"
         tokens = executor.prepare_tokens(small_study.workload)
-        site = site_of(small_study.workload, tokens, "cuda")
+        site = context_of(small_study.workload, tokens, "cuda")
         plan = make_plan(small_study, phases=["train"])
         slot = plan.slots[0]
         worker = executor.launch()

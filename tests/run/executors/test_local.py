@@ -12,12 +12,12 @@ import pytest
 
 from lorameter.run.executors.zygote import ForkedWorker
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import site_of
+from lorameter.run.prepare import context_of
 from lorameter.run.runner import run_plan
 
 
 class Quiet:
-    """A watcher that can act when a trial enters a phase, and when it has ended."""
+    """A listener that can act when a trial enters a phase, and when it has ended."""
 
     def __init__(self, act=None, at_end=None):
         self.act = act
@@ -54,13 +54,13 @@ def served(measure, small_study):
 def measure(executor, tokens_of):
     """A function that measures one replicate of a study, or some trials of one by name; their records by trial."""
 
-    def run(study, *, phases=("train",), watcher=None, only=None):
+    def run(study, *, phases=("train",), listener=None, only=None):
         protocol = dataclasses.replace(study.protocol, replicates=1)
         plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
         groups = (group for group in plan.groups if only is None or {slot.trial for slot in group.slots} <= {*only})
         plan = dataclasses.replace(plan, groups=tuple(groups))
-        site = site_of(study.workload, tokens_of(study.workload), "cpu")
-        measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher or Quiet())
+        site = context_of(study.workload, tokens_of(study.workload), "cpu")
+        measured = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=listener or Quiet())
         return {record.trial: record for record in measured.records}
 
     return run
@@ -133,7 +133,7 @@ def test_a_killed_trial_is_a_row(measure, executor, small_study):
             for child in children_of(executor):
                 child.kill()
 
-    records = measure(small_study, watcher=Quiet(kill))
+    records = measure(small_study, listener=Quiet(kill))
     assert records["r0-nf4"].status == "crashed"
     assert "SIGKILL" in records["r0-nf4"].failure.message
     assert records["r0-nf4"].samples["step_time_s"]
@@ -158,7 +158,7 @@ def test_a_dead_zygote_costs_the_trial_under_way_and_no_other(measure, executor,
                 assert time.monotonic() < deadline, "the trial has outlived its zygote"
                 time.sleep(0.05)
 
-    records = measure(small_study, watcher=Quiet(under_way, between))
+    records = measure(small_study, listener=Quiet(under_way, between))
     assert {trial: record.status for trial, record in records.items()} == {first: "ok", second: "crashed", third: "ok"}
     assert "the zygote ended with signal 9 (SIGKILL)" in records[second].failure.message
     assert records[second].samples["step_time_s"]
@@ -183,7 +183,7 @@ def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, mon
             for child in children_of(executor):
                 os.kill(child.pid, signal.SIGSTOP)
 
-    records = measure(small_study, watcher=Quiet(stop))
+    records = measure(small_study, listener=Quiet(stop))
     assert limits == {small_study.protocol.step_timeout_s}
     assert records["r0-nf4"].status == "timeout"
     assert "0.5 s" in records["r0-nf4"].failure.message

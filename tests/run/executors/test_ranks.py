@@ -11,7 +11,7 @@ import pytest
 
 from lorameter.records.metrics import samples_of
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import site_of
+from lorameter.run.prepare import context_of
 from lorameter.run.runner import run_plan
 
 
@@ -35,11 +35,11 @@ def measure(executor, tokens_of, small_study):
     protocol = dataclasses.replace(small_study.protocol, replicates=1, turns=3, phases=("train",), step_timeout_s=300)
     study = dataclasses.replace(small_study, workload=workload, protocol=protocol, variants=small_study.variants[:1])
 
-    def run(watcher):
+    def run(listener):
         plan = make_plan(study, phases=("train",), interleaving="lockstep")
         plan = dataclasses.replace(plan, groups=plan.groups[:1])
-        site = site_of(study.workload, tokens_of(small_study.workload), "cpu")
-        measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher)
+        site = context_of(study.workload, tokens_of(small_study.workload), "cpu")
+        measured = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=listener)
         return {record.trial: record for record in measured.records if record.trial in {s.trial for s in plan.slots}}
 
     return run

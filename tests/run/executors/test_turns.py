@@ -8,7 +8,7 @@ import psutil
 
 from lorameter.records import codec
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import request_of, site_of
+from lorameter.run.prepare import context_of, request_of
 from lorameter.run.runner import run_plan
 from lorameter.studies.variant import Variant
 
@@ -16,7 +16,7 @@ RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, qu
 
 
 class Quiet:
-    """A watcher that only watches."""
+    """A listener that only watches."""
 
     def trial_phase(self, slot, phase):
         pass
@@ -27,7 +27,7 @@ class Quiet:
 
 def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):
     """While one side of a lockstep takes its steps, the other blocks on its socket."""
-    site = site_of(small_study.workload, tokens_of(small_study.workload), "cpu")
+    site = context_of(small_study.workload, tokens_of(small_study.workload), "cpu")
     plan = make_plan(small_study, interleaving="lockstep", phases=["train"])
     workers = {}
     for slot in plan.groups[0].slots[:2]:
@@ -53,8 +53,8 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
     for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
         study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
-        site = site_of(study.workload, tokens_of(study.workload), "cpu")
-        records = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Quiet()).records
+        site = context_of(study.workload, tokens_of(study.workload), "cpu")
+        records = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet()).records
         statuses = {record.name: record.status for record in records}
         assert statuses["r4"] == "ok"
         assert name == "without" or statuses["wild"] == "invalid"
