@@ -476,7 +476,7 @@ def test_a_side_whose_credential_is_not_recorded_says_so(broken_off, fake, loram
 
     monkeypatch.setattr(sides, "layered_environment", install)
     code, said = lorameter("ab", "--resume", before["run"])
-    assert (code, asked, fake.made) == (2, [("peft@ https://host.example/peft.whl",)], [])
+    assert (code, asked, fake.made) == (2, [("peft @ https://host.example/peft.whl",)], [])
     assert "HTTP error 401. The record of run" in said
     assert "leaves out the user in the address of its candidate: put it into ~/.netrc" in said
 

@@ -8,7 +8,6 @@ from collections import defaultdict
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
 from lorameter.report.blocks import Line, say
-from lorameter.run.resume import is_resumable
 from lorameter.studies.study import Study
 from lorameter.verdicts.run_validity import is_single_script_run
 
@@ -27,7 +26,7 @@ def standing(run: Run, study: Study) -> tuple[Line, ...]:
     if run.state != "complete":
         ended, planned = sum(record.settled for record in run.records), len(manifest.order)
         said = f"{_WORDS[run.state]}; {ended} of {planned} trials have ended"
-        resumable = run.state != "running" and is_resumable(manifest) and not is_single_script_run(run, study)
+        resumable = run.state != "running" and not is_single_script_run(run, study)
         said += f". Resume: lorameter run --resume {manifest.run}" if resumable else ""
         lines.append(say(said, label="status"))
     if manifest.resumed:

@@ -125,9 +125,9 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
 
 
 INJECTED = "slowdown_rows"
-"""What the manifest of an A/B says of each side's extra work (`Arm.slowdown_rows`)."""
+"""Key of a side in the manifest: its extra work (`Arm.slowdown_rows`)."""
 PRESENT = "present"
-"""Kind of a side that is the interpreter which measures, as both of a calibration are: the run's own facts are its."""
+"""Kind of a side that is the measuring interpreter, as both sides of a calibration: its facts are those of the run."""
 SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
     "allow-disturbed", "mixed",
@@ -149,12 +149,12 @@ def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
 
 
 def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """The run to resume, by id or directory; one of which nothing is left (`is_finished`) as well.
+    """The run to resume, by id or directory; also a run that is complete (`is_finished`).
 
     Args:
         name: a run id, or a run directory.
         runs: the folder of runs.
-        study: name of the study that the user believes it to be of; None to believe the run.
+        study: name of the study that the user expects; None: any.
 
     Raises:
         UsageError, InvalidRunError: no such run, one of another study, or one that cannot be resumed.
@@ -171,15 +171,10 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
             f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be resumed. "
             "Run it again."
         )
-    if not is_resumable(manifest):
-        raise UsageError(
-            f"run {manifest.run}: it does not say what its sides were, as those of earlier versions do not, so they "
-            f"cannot be put up again. Measure it again; what there is, `lorameter report {manifest.run}` shows."
-        )
     if run.live:
         raise UsageError(store.refusal_while_live(run.path))
     if is_packed(run.path):
-        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Go on where it was measured.")
+        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Resume it where it was measured.")
     if run.path.resolve().name != manifest.run:
         raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
     for name in (store.TRIALS, trials.CHECKS):
@@ -187,40 +182,14 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
     return run
 
 
-def is_resumable(manifest: Manifest) -> bool:
-    """Whether a run says all that it takes to resume it."""
-    return not manifest.sides or all(_is_told(manifest.sides.get(name)) for name in ("base", "candidate"))
-
-
-def _is_told(side: Any) -> bool:
-    """Whether a manifest says of a side what it takes to put it up again and to see that it is the same."""
-    if not isinstance(side, Mapping) or not isinstance(side.get(INJECTED), int):
-        return False
-    facts, declared = side.get("facts"), side.get("declared")
-    if side.get("kind") == PRESENT:
-        return isinstance(declared, list)
-    if side.get("kind") == SIDE:
-        return isinstance(declared, list) and isinstance(side.get("spec"), str)
-    return (
-        isinstance(side.get("kind"), str)
-        and isinstance(side.get("spec"), str)
-        and isinstance(declared, list)
-        and isinstance(facts, Mapping)
-        and isinstance(facts.get("git"), Mapping)
-        and (side["kind"] != "revision" or isinstance(facts["git"].get("commit"), str))
-    )
-
-
 def is_calibration(manifest: Manifest) -> bool:
     """Whether a run is an A/B of the interpreter that measured it with itself."""
-    sides = [manifest.sides.get(name) for name in ("base", "candidate")]
-    return is_resumable(manifest) and all(isinstance(side, Mapping) and side.get("kind") == PRESENT for side in sides)
+    return {side["kind"] for side in manifest.sides.values()} == {PRESENT}
 
 
 def of_commands(manifest: Manifest) -> bool:
     """Whether a run is an A/B of two commands."""
-    sides = [manifest.sides.get(name) for name in ("base", "candidate")]
-    return all(isinstance(side, Mapping) and side.get("kind") == SIDE for side in sides)
+    return {side["kind"] for side in manifest.sides.values()} == {SIDE}
 
 
 def is_finished(run: Run) -> bool:
@@ -255,7 +224,7 @@ def check_place(run: Run, facts: MachineFacts) -> None:
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(
             f"run {manifest.run}: it cannot be resumed here, because its trials would be of two kinds: {said}. "
-            "Go on where it began and with what was installed there, or measure a new run."
+            "Resume it where it began, with what was installed there, or measure a new run."
         )
 
 
@@ -303,8 +272,8 @@ def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
 
 
 def mend(run: Run) -> Run:
-    """A run whose trials are all there, as one that is complete: a line that was lost told of what other lines have, or
-    its process was killed when all had been written."""
+    """Mark a run as complete whose trials are all recorded: a damaged line repeated others, or its process was killed
+    after the last one."""
     again = Resumption(
         unix_s=time.time(), harness=provenance.harness_identity(), commit=git_state(Path.cwd())["commit"]
     )
