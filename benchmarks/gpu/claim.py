@@ -1,7 +1,4 @@
-"""A claim that the documentation makes about GPUs, and how one is decided: confirmed, refuted, or not.
-
-Each names the sentence that makes it, so that a claim cannot outlive its sentence: a test looks for it there.
-"""
+"""A claim about GPUs, and how one is decided: confirmed, refuted, or not."""
 
 from __future__ import annotations
 
@@ -28,14 +25,10 @@ Judge = Callable[[Evidence], Decision]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What is said of a GPU, where, and who decides."""
+    """A statement about a GPU, and the judge that decides it."""
 
     name: str
     says: str
-    file: str
-    """The file that says so, from the root of the repository."""
-    quote: str
-    """Its words there, whatever the line breaks."""
     judge: Judge
 
     def decide(self, evidence: Evidence) -> Decision:

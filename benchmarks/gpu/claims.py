@@ -1,7 +1,4 @@
-"""The claims that the documentation makes about GPUs: the sentence that makes each, and the judge that decides it.
-
-A sentence that changes takes its claim with it: `tests/gpu/test_claims.py` looks for every quotation.
-"""
+"""What the harness and its documentation assume about GPUs, and the judge that decides each claim."""
 
 from __future__ import annotations
 
@@ -37,64 +34,46 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="fork",
         says="a zygote has one thread and leaves the device alone, and its children use it",
-        file="docs/method.md",
-        quote="A zygote imports torch, transformers, peft and bitsandbytes once, with one thread, and then only forks.",
         judge=zygote_forks,
     ),
     Claim(
         name="counters",
         says="a counter that the GPU does not give is missing with its reason",
-        file="docs/method.md",
-        quote="A value that a GPU, a driver or a container does not give is missing with its reason, never zero.",
         judge=child_reads_nvml,
     ),
     Claim(
         name="events",
         says="a pair of device events times a step",
-        file="docs/method.md",
-        quote="A CUDA step is timed by a pair of device events.",
         judge=events_agree,
     ),
     Claim(
         name="wall",
         says="by the tests, events agree with the wall within 1 %",
-        file="docs/method.md",
-        quote="A CUDA step is timed by a pair of device events.",
         judge=by_tests(f"{METERS}::test_device_events_agree_with_the_wall"),
     ),
     Claim(
         name="hand-over",
         says="a hand-over between turns does not slow the next step down",
-        file="harness/lorameter/machine/telemetry.py",
-        quote="a hand-over of a millisecond between turns of 50 ms or more",
         judge=hand_over_costs_nothing,
     ),
     Claim(
         name="energy",
         says="the energy counter agrees with integrated power within 5 %",
-        file="docs/method.md",
-        quote="no energy is given for less than 2 s, which allows for steps of 0.1 s and an error of 5 %",
         judge=by_tests(f"{METERS}::test_the_energy_counter_agrees_with_integrated_power"),
     ),
     Claim(
         name="energy period",
         says="the energy counter moves at least every 0.1 s",
-        file="docs/method.md",
-        quote="The energy counter moves in steps whose period is not documented",
         judge=counter_moves_often_enough,
     ),
     Claim(
         name="clocks",
         says="while work is queued, no reading of the clocks is one of an idle GPU",
-        file="docs/method.md",
-        quote="a GPU's clocks, which may fall as soon as it idles, are read in the last step of each turn",
         judge=idle_clocks_are_left_out,
     ),
     Claim(
         name="peaks of memory",
         says="the allocator's peaks are those of the phase, and NVML sees what the allocator takes",
-        file="docs/method.md",
-        quote="on CUDA the allocator's peaks",
         judge=by_tests(
             f"{METERS}::test_nvml_sees_what_the_allocator_takes",
             f"{METERS}::test_the_allocator_has_not_retried_where_memory_is_plenty",
@@ -104,8 +83,6 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="account of memory",
         says="an account of memory explains a step's peak within 2 %",
-        file="docs/method.md",
-        quote="sets the measured peak against kinds that are each measured by themselves",
         judge=by_tests(
             "tests/trial/profiling/test_memory_breakdown.py::test_a_step_on_a_gpu_is_explained_within_two_percent"
         ),
@@ -113,36 +90,26 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="estimate",
         says="the estimated peak of a 7B model is within 10 % of the measured one",
-        file="README.md",
-        quote="Weights, constants of quantisation, optimizer state, activations and logits follow from the shape",
         judge=estimate_is_near,
     ),
     Claim(
         name="mask",
         says="flash refuses an explicit mask on CUDA",
-        file="docs/method.md",
-        quote="On a CPU the flash kernel accepts a mask; on CUDA it refuses one",
         judge=flash_refuses_a_mask,
     ),
     Claim(
         name="names",
         says="the kernels of the usual products, attentions and norms have rules",
-        file="README.md",
-        quote="kernel names and what they mean, with the evidence for each",
         judge=names_are_known,
     ),
     Claim(
         name="attention",
         says="each backend of attention is told from the others, live and in a recording",
-        file="README.md",
-        quote="which attention operator ran",
         judge=by_tests(f"{KERNELS}::test_a_forced_backend_is_told_in_both_directions"),
     ),
     Claim(
         name="4 bits",
         says="unpacking and packed products of 4-bit weights are told by their kernels",
-        file="README.md",
-        quote="whether every targeted layer is stored in 4 bits",
         judge=by_tests(
             f"{KERNELS}::test_training_shapes_unpack_the_base",
             f"{KERNELS}::test_double_quantisation_unpacks_its_scales",
@@ -152,43 +119,31 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="paged state",
         says="only tensors in managed memory count as paged, and some are",
-        file="docs/method.md",
-        quote="Only tensors in managed memory count.",
         judge=by_tests(f"{KERNELS}::test_the_paged_share_is_what_the_driver_says"),
     ),
     Claim(
         name="TF32",
         says="TF32 is told by the kernels that ran",
-        file="kernels_check/judges/execution.py",
-        quote="kernels where CUDA ran, else what the flag allows",
         judge=by_tests(f"{KERNELS}::test_tf32_is_told_by_flag_by_number_and_by_kernel"),
     ),
     Claim(
         name="fused optimizer",
         says="fused and foreach optimizers are told by their kernels",
-        file="docs/method.md",
-        quote="every parameter that had a gradient was written by one of torch's fused kernels",
         judge=by_tests(f"{KERNELS}::test_the_optimizers_implementation_is_told"),
     ),
     Claim(
         name="faults",
         says="faults that only a GPU shows are found, their healthy controls pass",
-        file="README.md",
-        quote="twelve faults are found, their healthy controls pass",
         judge=by_tests("tests/kernels_check/test_negative_controls.py::test_control_on_cuda"),
     ),
     Claim(
         name="after the check",
         says="a step after the check is as fast as before it",
-        file="docs/method.md",
-        quote="on a GPU CUPTI can go on slowing down launches",
         judge=by_tests("tests/run/executors/test_gpu.py::test_a_step_is_as_fast_after_the_check_as_before"),
     ),
     Claim(
         name="stated peaks",
         says="products and copies reach a fair share of the vendor's figures and never more",
-        file="harness/lorameter/models/costs/peaks.py",
-        quote="A peak is dense",
         judge=by_tests(
             "tests/trial/profiling/test_peak.py::test_products_on_a_known_gpu",
             "tests/trial/profiling/test_peak.py::test_copies_on_a_known_gpu",
@@ -197,16 +152,12 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="MFU",
         says="no step uses more than the stated peak",
-        file="docs/own-script.md",
-        quote="where its device has a stated peak",
         judge=nobody_beats_the_peak,
     ),
     *(
         Claim(
             name=f"phases, {title}",
             says=f"phases between events explain a step of Llama-2-7B in {title} within 2 %",
-            file="docs/method.md",
-            quote="Where its interval reaches over 2 % of the step the report says that it cannot tell",
             judge=step_is_explained(variant),
         )
         for title, variant in zip(("bf16", "NF4"), BASES, strict=True)
@@ -214,71 +165,51 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="kernels of a step",
         says="what a profile of a 7B step records is kernels, and at most 1 % of their time has no name",
-        file="docs/method.md",
-        quote="On a GPU what it records is kernels",
         judge=kernels_are_told,
     ),
     Claim(
         name="the study",
         says="Llama-2-7B in bf16 and in NF4: every trial is ok and every required path active",
-        file="README.md",
-        quote="checks that the attention kernel and the 4-bit path it claims were really running",
         judge=study_is_valid,
     ),
     Claim(
         name="A/A",
         says="an A/B of the same code with itself sees no difference",
-        file="README.md",
-        quote="A control that differs from itself makes the run invalid",
         judge=same_is_same,
     ),
     Claim(
         name="levels",
         says="a control that takes turns in lockstep is known better than one by whole replicates",
-        file="README.md",
-        quote="Turns, as fine as the variants allow.",
         judge=lockstep_is_finer,
     ),
     Claim(
         name="shared base",
         says="all settings of a sweep at 7B take turns on one base",
-        file="README.md",
-        quote="Variants that differ in their adapters share one base model in one process",
         judge=all_settings_share_a_base,
     ),
     Claim(
         name="cold start",
         says="a cold start on a GPU has its parts, each a number",
-        file="docs/method.md",
-        quote="a new interpreter: imports, load and quantise, adapter, first completion; each part apart",
         judge=cold_has_its_parts,
     ),
     Claim(
         name="new lengths",
         says="where torch takes cuDNN's attention, a length of keys that is new costs the host some tens of ms",
-        file="docs/method.md",
-        quote="each new one costs 23 to 37 ms of the host, by published measurements",
         judge=new_lengths_cost_what_was_published,
     ),
     Claim(
         name="mask on Hopper",
         says="an explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention",
-        file="docs/method.md",
-        quote="On Hopper and B200 cuDNN takes it, from 9.15.1 on, and elsewhere memory-efficient",
         judge=cudnn_takes_a_mask_on_hopper,
     ),
     Claim(
         name="paging",
         says="a paged optimizer waits for the device after every tensor",
-        file="docs/method.md",
-        quote="they wait for the device after every tensor",
         judge=paging_waits_for_every_tensor,
     ),
     Claim(
         name="device start",
         says="what CUDA's own start takes is a number of isolated trials",
-        file="docs/method.md",
-        quote="`device_start_time_s`, of isolated trials",
         judge=start_of_the_device_is_told,
     ),
 )

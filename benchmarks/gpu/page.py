@@ -1,4 +1,4 @@
-"""`docs/gpu.md`: what has been confirmed on which GPU, written from the committed reports and by nobody's hand."""
+"""`docs/gpu.md`: what has been confirmed on which GPU, generated from the committed reports."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
     """The one table: a row a claim, a column a campaign."""
     heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in found]
     heads = heads or ["no GPU yet"]
-    lines = [_row(["claim", "said in", *heads]), _row(["---"] * (2 + len(heads)))]
+    lines = [_row(["claim", *heads]), _row(["---"] * (1 + len(heads)))]
     for claim in claims:
         verdicts = [_verdict(claim, one) for one in found] or ["not decided"]
-        link = claim.file if claim.file.endswith(".md") and "/" in claim.file else f"../{claim.file}"
-        lines.append(_row([claim.says, f"[{claim.file}]({link.removeprefix('docs/')})", *verdicts]))
+        lines.append(_row([claim.says, *verdicts]))
     return "\n".join(lines)
 
 

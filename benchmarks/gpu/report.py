@@ -52,17 +52,16 @@ def document(campaign: Campaign) -> dict[str, Any]:
         "origin": campaign.origin,
         "steps": [asdict(entry) for entry in campaign.journal.entries],
         "claims": [
-            {"name": claim.name, "says": claim.says, "file": claim.file, **asdict(decision)}
-            for claim, decision in campaign.decisions
+            {"name": claim.name, "says": claim.says, **asdict(decision)} for claim, decision in campaign.decisions
         ],
     }
 
 
 def text(campaign: Campaign) -> str:
     """The report: where, each step with its time, and the table of claims at its end."""
-    lines = [campaign.origin, *_about(campaign), "", "Steps", *_steps(campaign), "", "Claims of the documentation"]
+    lines = [campaign.origin, *_about(campaign), "", "Steps", *_steps(campaign), "", "Claims"]
     lines += [
-        f"  {decision.verdict:12} {claim.name}: {claim.says} ({claim.file})\n               {decision.evidence}"
+        f"  {decision.verdict:12} {claim.name}: {claim.says}\n               {decision.evidence}"
         for claim, decision in campaign.decisions
     ]
     counts = Counter(decision.verdict for _, decision in campaign.decisions)

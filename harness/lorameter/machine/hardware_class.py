@@ -9,5 +9,5 @@ OF_A_KIND = ("device_name", "driver", "cpu_model", POWER_LIMIT)
 
 
 def say_kind(machine: Machine) -> str:
-    """For a reader: its CPU, or its GPU beside its CPU."""
+    """For a reader: its CPU, or its GPU and CPU."""
     return machine.cpu_model if machine.device == "cpu" else f"{machine.device_name} and {machine.cpu_model}"

@@ -1,9 +1,9 @@
-"""What decides, beside torch's version, which kernels a GPU is given, and how its memory is held.
+"""What decides, in addition to torch's version, which kernels a GPU is given, and how its memory is held.
 
-Torch chooses among the algorithms of cuDNN and cuBLAS, which are installed beside it and replaced without it, and both
-read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` takes attention away from cuDNN, `NVIDIA_TF32_OVERRIDE` sets the
-format of all float32 products whatever a program asks for, and `PYTORCH_ALLOC_CONF` (formerly of `CUDA` or `HIP`) how
-the allocator reserves. Two runs that differ in any of these are not the same measurement.
+Torch chooses among the algorithms of cuDNN and cuBLAS, which are separate packages and can be replaced without it, and
+both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` takes attention away from cuDNN, `NVIDIA_TF32_OVERRIDE` sets
+the format of all float32 products whatever a program asks for, and `PYTORCH_ALLOC_CONF` (formerly of `CUDA` or `HIP`)
+how the allocator reserves. Two runs that differ in any of these are not the same measurement.
 
 The versions are those of the distributions that torch is installed with; of a torch that brought its libraries along in
 another way they are not known.
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FIELD = "kernels"
-"""Under which it stands in the provenance of a run on a GPU."""
+"""Its key in the provenance of a run on a GPU."""
 SWITCHES = re.compile(r"TORCH_CUDNN_SDPA_\w+|PYTORCH_(\w+_)?ALLOC_CONF|NVIDIA_TF32_OVERRIDE", re.ASCII)
 _LIBRARIES = ("cudnn", "cublas")
 

@@ -2,7 +2,7 @@
 
 Peaks are maxima, so they are reset at the start of each phase. On the host that is VmHWM, which the kernel resets on
 request (`/proc/self/clear_refs`); `ru_maxrss` will not do, because a forked child inherits its parent's maximum. A
-forked child also maps its parent's pages, so its resident size at birth is recorded beside the peaks.
+forked child also maps its parent's pages, so its resident size at birth is recorded too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PeakMemoryTracker:
         freed and could not be given out again yet because another stream still used it, and
         `device_peak_reserved_PHASE_bytes` what the allocator had taken from the device.
 
-        On CUDA two counts stand beside them: `device_alloc_retries_PHASE`, how often the allocator gave its cache back
+        On CUDA there are also two counts: `device_alloc_retries_PHASE`, how often the allocator gave its cache back
         and tried again, which stops the device, and `device_ooms_PHASE`, how often that did not help.
         """
         peaks = {f"host_peak_{phase}_bytes": host_bytes("VmHWM")}

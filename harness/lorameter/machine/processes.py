@@ -38,7 +38,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without taking its interpreter apart: with torch, transformers and PEFT that takes a second
+    """End this process without shutting its interpreter down: with torch, transformers and PEFT that takes a second
     (0.9 s measured), for which its parent would wait. What libraries have registered for the end is run, and
     what was printed is written; threads that still run are not waited for."""
     atexit._run_exitfuncs()

@@ -1,8 +1,8 @@
 """The surroundings of a trial's timed stretches: one flat dict of values for its record, and what could not be had.
 
 Heat, power and the kernel's counters are read before and after a stretch (a turn, a request) and never during it: no
-thread polls beside what is timed. What accumulates is a difference; what fluctuates is known at the ends only, right
-after the work and before the GPU has cooled, over as many ends as a trial has turns.
+thread polls while something is timed. What accumulates is a difference; what fluctuates is known at the ends only,
+right after the work and before the GPU has cooled, over as many ends as a trial has turns.
 
 A GPU may lower its clocks as soon as it has nothing to do, so those of a step are read while its work is still
 queued: the host has launched all and would only wait (`look`; `lorameter.trial.clock` calls it). In a
@@ -39,7 +39,7 @@ what torch's allocator reserved say nearly the same."""
 
 @functools.cache  # a few dozen names, asked for of every trial
 def telemetry_key(owner: str, what: str, phase: str) -> str:
-    """The name under which a value stands in the record: the phase goes before the unit, where there is one."""
+    """The name of a value in the record: the phase goes before the unit, where there is one."""
     stem, _, unit = what.rpartition("_")
     return f"{owner}_{stem}_{phase}_{unit}" if unit in UNITS else f"{owner}_{what}_{phase}"
 
@@ -114,12 +114,12 @@ class GpuTelemetry:
         self._keep("power_capped_samples", found.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
 
     def _neighbours(self) -> None:
-        beside = neighbours_of(self._device)
-        self._keep("own_bytes", beside.own_bytes.then(float))
-        self._keep("used_bytes", beside.used_bytes.then(float))
-        self._keep("others", beside.others.then(lambda pids: float(len(pids))))
-        self._keep("others_bytes", beside.others_bytes.then(float))
-        self._keep("hidden_bytes", beside.hidden_bytes.then(float))
+        found = neighbours_of(self._device)
+        self._keep("own_bytes", found.own_bytes.then(float))
+        self._keep("used_bytes", found.used_bytes.then(float))
+        self._keep("others", found.others.then(lambda pids: float(len(pids))))
+        self._keep("others_bytes", found.others_bytes.then(float))
+        self._keep("hidden_bytes", found.hidden_bytes.then(float))
 
     def _difference(self, name: str, before: Reading[float], after: Reading[float]) -> None:
         if before.value is not None and after.value is not None and after.value >= before.value:
@@ -162,7 +162,7 @@ _COMBINED: dict[str, Callable[[list[float]], float]] = {
     "others_bytes": max,
     "hidden_bytes": max,
 }
-"""What stands in the record, and how it comes of the readings at the ends of the stretches."""
+"""Values of the record, and how each is computed from the readings at the ends of the stretches."""
 _SOURCES = {
     "sm_clock_min_hz": "sm_clock_hz",
     "sm_clock_max_hz": "sm_clock_hz",

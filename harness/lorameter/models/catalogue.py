@@ -6,7 +6,7 @@ weights can be had; what it cannot measure is loss. Front doors resolve names to
 and asks the hub only for what no file here says; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch`
 fills the cache.
 
-The catalogue is data: a new model is one `Entry` below and its config.json beside the others in
+The catalogue is data: a new model is one `Entry` below and its config.json with the others in
 `harness/lorameter/models/`.
 """
 
@@ -157,7 +157,7 @@ def cache_dir() -> Path:
 
 
 def _expand(path: str) -> Path:
-    """The path with ~ as the home that it stands for, or as it is where there is none."""
+    """The path with ~ expanded, or unchanged if there is no home."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 that of a Path raises
 
 
@@ -214,7 +214,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 def _resolve_path(path: Path, label: str) -> ModelSource:
     try:
         where = os.path.realpath(path)  # that of a Path raises for a link to itself
-    except OSError as error:  # the folder that one stands in has been removed
+    except OSError as error:  # the working folder has been removed
         raise impossible(
             "catalogue", "model", label, f"cannot be found: {error.strerror}", "Give a whole path."
         ) from None

@@ -1,4 +1,4 @@
-"""Model families: what is known of an architecture beside its config, as one table.
+"""Model families: what is known of an architecture in addition to its config, as one table.
 
 Every number that is computed from a model's shape (parameters, FLOPs, memory, what a token reads) follows from the
 linear layers of its blocks, and config.json does not name these. They are known for the model types below, and a type

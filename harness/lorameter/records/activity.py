@@ -18,14 +18,14 @@ REQUEST_PHASES = ("prepare", "prefill", "decode", "choose")
 each, and what lies between passes and after the last: choosing a token, handing it over, getting the next one ready."""
 REQUEST_FACTS, REQUEST_ACTIVITY, MERGED_ACTIVITY = "requests.json", "requests-activity.json", "merged-activity.json"
 REQUEST_TRACE, MERGED_TRACE = "requests-trace.json.gz", "merged-trace.json.gz"
-"""What a trial whose requests are taken apart leaves beside these: what was seen of one, what ran in some, and with
-the adapter merged."""
+"""Further files of a trial with profiled requests: facts of one request, what ran in some, and the same with the
+adapter merged."""
 DROPOUT_OPERATOR = "aten::dropout"
 """Draws a mask and multiplies with it, by operators or kernels of its own."""
 WHOLE, DROPOUT = "phase", "dropout_s"
-"""Of `PhaseActivity.records`, beside the names of fields: all of a phase, and those in `DROPOUT_OPERATOR`."""
+"""Keys of `PhaseActivity.records`, in addition to field names: all of a phase, and those in `DROPOUT_OPERATOR`."""
 CACHE, HEAD = "cache", "head"
-"""Parts of forward passes that are told apart: adding to the cache of keys and values, and the output head."""
+"""Parts of forward passes that are timed separately: adding to the cache of keys and values, and the output head."""
 
 
 class WeightCopy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,12 +70,12 @@ class PhaseActivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dropout_backward_s: float = 0.0
     """Time of the backward pass of what `DROPOUT_OPERATOR` has made."""
     records: dict[str, float] = msgspec.field(default_factory=dict)
-    """How many of the profiler's records of operators lie in the phase (`WHOLE`), and in what is told apart of it, by
-    its field's name. Each slows the phase down by about as much; empty on a GPU, whose kernels are not slowed down."""
+    """How many of the profiler's records of operators are in the phase (`WHOLE`), and in its separate parts, by
+    their field names. Each slows the phase down by about as much; empty on a GPU, whose kernels are not slowed down."""
     copies: tuple[WeightCopy, ...] = ()
     """Whole weights that were copied, the dearest first."""
     parts_s: dict[str, float] = msgspec.field(default_factory=dict)
-    """Seconds of what is told apart inside the phase (`CACHE`, `HEAD`)."""
+    """Seconds of parts of the phase (`CACHE`, `HEAD`)."""
 
     @property
     def categories_s(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     adapter_elements: int
     adapter_bytes: int
     norm_bytes: int
-    """What is read of each block beside its linear layers."""
+    """Bytes read of each block in addition to its linear layers."""
 
 
 class RequestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

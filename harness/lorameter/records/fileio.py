@@ -221,9 +221,9 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path, *, anew: bool = False) -> Iterator[Path]:
-    """A path beside `target`, to be written to; at the end that file takes the place of what was there.
+    """A path next to `target`, to be written to; at the end that file replaces what was there.
 
-    After an error what was there is there, and nothing is beside it. A link stays one, and what it leads to is
+    After an error the old file is unchanged, and no draft is left. A link stays one, and what it leads to is
     replaced. What is there and is no plain file, such as a pipe, is written to as it is.
 
     Args:

@@ -11,7 +11,7 @@ from lorameter.errors import UsageError
 
 @contextmanager
 def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Iterator[None]:
-    """Hold the lock beside `target` for the block; `waiting` is reported where another process has it."""
+    """Hold the lock of `target` for the block; `waiting` is reported where another process has it."""
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -28,12 +28,12 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
 
 
 ASKING_S = 1.0
-"""How long somebody who only asks (`is_locked`) may be in the way of somebody who wants the lock."""
+"""How long a process that only asks (`is_locked`) may hold up one that wants the lock."""
 
 
 @contextmanager
 def alone(target: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock beside `target` for the block; waits for nobody.
+    """Hold the lock of `target` for the block; does not wait for another process.
 
     Raises:
         UsageError: another process has it; `refusal` is the message.
@@ -53,7 +53,7 @@ def alone(target: Path, refusal: str) -> Iterator[None]:
 
 
 def is_locked(target: Path) -> bool:
-    """Whether a process holds the lock beside `target`; one that was killed holds none."""
+    """Whether a process holds the lock of `target`; one that was killed holds none."""
     import filelock
 
     if not lock_of(target).is_file():
@@ -63,7 +63,7 @@ def is_locked(target: Path) -> bool:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
-    except OSError:  # a copy that may only be read is written by nobody here
+    except OSError:  # a read-only copy is not being written
         return False
     lock.release()
     return False

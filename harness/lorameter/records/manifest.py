@@ -26,7 +26,7 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     harness: str | None
     """Version and content of the harness that went on (`provenance.harness_identity`)."""
     commit: str | None
-    """That of the repository one stood in."""
+    """That of the repository of the working folder."""
     max_minutes: float | None = None
     """The limit of time from then on."""
 
@@ -68,7 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     notices: tuple[Notice, ...] = ()
     """What was known of the study before it ran."""
     sides: dict[str, Any] = msgspec.field(default_factory=dict)
-    """For an A/B: what stands on either side, and with which versions."""
+    """For an A/B: what either side is, and its versions."""
     policy: dict[str, Any] = msgspec.field(default_factory=dict)
     """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
     site_facts: dict[str, SiteFacts] = msgspec.field(default_factory=dict)

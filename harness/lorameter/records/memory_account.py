@@ -40,8 +40,8 @@ MEMORY_KINDS: Mapping[str, str] = {
     "heap_slack": "free, and kept by malloc",
     "heap_growth": "grown when less was alive",
 }
-"""Kinds in the order in which they are shown, with their titles. Embeddings, norms and buffers are told apart by type:
-their kind is followed by the name of the type ("norms_float32")."""
+"""Kinds in the order in which they are shown, with their titles. Embeddings, norms and buffers are distinguished by
+type: their kind is followed by the name of the type ("norms_float32")."""
 BY_TYPE = ("embeddings", "norms", "buffers")
 
 
@@ -64,7 +64,7 @@ def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[s
 
 
 class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was resident at the peak of one phase, in bytes by kind, beside the peak as measured.
+    """What was resident at the peak of one phase, in bytes by kind, and the measured peak.
 
     On CUDA it is device memory and the peak the allocator's; else the peak resident set of the process.
     """

@@ -18,15 +18,15 @@ Phase = Literal["train", "generate", "cold"]
 PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
 Samples = tuple[float, ...]
 Column = Literal["", "always", "one workload", "own workloads"]
-"""Whether a metric is a column of its phase's table, beside the one that variants are compared by: never · always ·
-where all variants share a workload · where some have one of their own. Losses of different tokens are not set side by
-side, and tokens a second of the timed steps depend on whose records these held."""
+"""Whether a metric is a column of its phase's table, in addition to the one that variants are compared by: never ·
+always · where all variants share a workload · where some have one of their own. Losses of different tokens are not set
+side by side, and tokens a second of the timed steps depend on whose records these held."""
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
 SCRIPT_TOKENS = ("warmup_tokens", "step_tokens", "remaining_tokens")
 """The same for the real tokens of each step of a script."""
 SCRIPT_ONLY_METRICS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
-"""Parts of a step that are told apart in somebody's script, and in no trial of the harness's own."""
+"""Parts of a step that are timed separately in a user's script, and not in the harness's own trials."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
@@ -218,7 +218,7 @@ METRICS: dict[str, Metric] = {
             derive=_samples_per_s,
             of_trial="mean",
         ),
-        # Of several ranks: beside one rank alone on the same batches, and of profiled steps.
+        # Of several ranks: compared with one rank on the same batches, and of profiled steps.
         Metric(
             name="scaling_efficiency",
             title="scaling efficiency",
@@ -289,7 +289,7 @@ METRICS: dict[str, Metric] = {
         Metric(name="merged_request_time_s", title="request, merged", unit="s", phase="generate", column="always"),
         Metric(name="merged_first_token_time_s", title="first token, merged", unit="s", phase="generate"),
         Metric(name="merged_time_per_output_token_s", title="per token, merged", unit="s", phase="generate"),
-        # Of several adapters on one base, beside requests of one of them; a factor of 1 is no cost.
+        # Of several adapters on one base, compared with requests of one of them; a factor of 1 is no cost.
         Metric(name="switch_time_s", title="switch of adapters", unit="s", phase="generate", column="always"),
         Metric(name="switched_request_time_s", title="request after a switch", unit="s", phase="generate"),
         Metric(
@@ -334,12 +334,12 @@ PEAKS: dict[Phase, tuple[str, ...]] = {
 RSS_AT_START = "host_rss_at_start_bytes"
 """The kind of memory that says how much of a host's peak each process had before it did anything."""
 PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
-"""The metric that stands for a phase in pytest-benchmark and in the ratio column."""
+"""The metric that represents a phase in pytest-benchmark and in the ratio column."""
 
 
 def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
     """The metric that variants are compared by in a phase. Steps of different workloads hold different numbers of
-    tokens, so their times say nothing beside each other; the time of a real token does."""
+    tokens, so their times cannot be compared; the time of a real token can."""
     return "time_per_real_token_s" if phase == "train" and own_workloads else PRIMARY[phase]
 
 

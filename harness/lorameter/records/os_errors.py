@@ -1,7 +1,7 @@
 """What the operating system refuses (a full disk, no more descriptors), in words and with what to do about it.
 
-It is no defect of lorameter and no fault of a trial. Whoever sees such a refusal ends as from a machine that cannot
-measure, and what was measured before stays what it is.
+It is no defect of lorameter and no fault of a trial. A run ends with it as on a machine that cannot measure, and what
+was measured before is kept.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def translate_write_errors(where: str, remedy: str, *, done: str = "written") ->
 
 
 @contextlib.contextmanager
-def translate_os_errors(told: Callable[[], tuple[str, str]]) -> Iterator[None]:
-    """Meanwhile a refusal of the system is an `InvalidRunError`. `told` is asked then what it put an end to, and what
-    to do once its cause is gone ("" for nothing)."""
+def translate_os_errors(describe: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    """Within the block, a refusal of the system becomes an `InvalidRunError`. `describe` returns what it ended, and
+    what to do once its cause is gone ("" for nothing)."""
     try:
         yield
     except (OSError, MemoryError, SystemLimitError) as error:
@@ -132,5 +132,5 @@ def translate_os_errors(told: Callable[[], tuple[str, str]]) -> Iterator[None]:
             said = (
                 format_os_error(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
             )
-        where, then = told()
+        where, then = describe()
         raise InvalidRunError(f"{where}: {said}{', then ' if then else ''}{then}.") from error

@@ -1,8 +1,8 @@
 """A run in one file, as `lorameter pack` makes it: what a run's folder holds of it, in a zip archive.
 
 Whoever reads one gets a folder for the time of reading, so that there is one way to read a run. Nothing but the
-files of a run is taken out, under names of our own, and no more of them than a run can hold: what somebody sends may be
-anything.
+files of a run is taken out, under names of our own, and no more of them than a run can hold: a file from another user
+may be anything.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def unpacked(path: Path) -> Iterator[Path]:
             try:
                 with zipfile.ZipFile(path) as archive:
                     _extract(archive, path, folder)
-            except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+            # A RuntimeError is an encrypted member, or a compression that zipfile does not know.
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                     raise
                 raise UsageError(f"{path}: cannot be unpacked: {error}. {_REMEDY}") from None
@@ -78,7 +79,7 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
     for name in MEMBERS:
         if name not in held:
             continue
-        if held[name].file_size > left:  # reading stops at the size that is told, whatever follows
+        if held[name].file_size > left:  # reading stops at the stated size, whatever follows
             raise UsageError(f"{path}: it holds more than the {MOST_BYTES >> 30} GiB that are read. {_REMEDY}")
         left -= held[name].file_size
         with archive.open(held[name]) as source, (folder / name).open("wb") as target:

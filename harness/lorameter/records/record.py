@@ -35,11 +35,11 @@ def require_readable(data: Any, source: Path) -> None:
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
 FINAL_STATUSES: tuple[Status, ...] = ("ok", "invalid", "oom", "timeout", "crashed")
-"""How a trial can end by itself. The others say that somebody ended it, or that it never began."""
+"""How a trial can end by itself. The others mean that it was ended from outside, or never began."""
 Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
-"""Which side of an A/B a trial stands on; empty where there are no sides."""
+"""The side of an A/B that a trial belongs to; empty where there are no sides."""
 Measure = Literal["steps", "requests", "open_ended", "merged", "peaks", "cold"]
 """What a trial measures: timed training steps with their losses · warm requests of a fixed number of tokens · requests
 that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of memory, load
@@ -141,8 +141,8 @@ class TrialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     notices: tuple[Notice, ...] = ()
     tokens: dict[str, Any] = msgspec.field(default_factory=dict)
     software: dict[str, str] = msgspec.field(default_factory=dict)
-    """Versions of packages, and of `python` and `cuda`, as a script's own process tells them; empty for any other
-    trial, of which the run's provenance says it."""
+    """Versions of packages, and of `python` and `cuda`, as a script's own process reports them; empty for any other
+    trial, whose versions are in the run's provenance."""
     failure: Failure | None = None
     log: str = ""
     """Path of the log, relative to the run's directory."""
@@ -181,7 +181,7 @@ class TrialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def lacking(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) -> Failure | None:
-    """The failure of a step that lacks a required path; what nobody watched is no pass. None where it has all.
+    """The failure of a step that lacks a required path; a path that was not watched is no pass. None where it has all.
 
     Args:
         checks: as data, of the paths that were judged.

@@ -43,7 +43,7 @@ from lorameter.records.trials import TRIALS as TRIALS
 from lorameter.records.trials import EvidenceFile, LostEvidenceError, line_of, read_trials, remove_steps, with_steps
 
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
-"""How a run stands: its status, unless its process has ended without a word."""
+"""State of a run: its status, or "killed" if its process ended without writing one."""
 ENV_RUNS = "LORAMETER_RUNS"
 
 
@@ -164,7 +164,7 @@ class Run:
 
     @property
     def state(self) -> RunState:
-        """How the run stands."""
+        """State of the run."""
         return "killed" if self.manifest.status == "running" and not self.live else self.manifest.status
 
 
@@ -198,7 +198,7 @@ def _read(path: Path, name: str, folder: Path) -> Run:
     without_evidence = sum(isinstance(one, LostEvidenceError) for one in found)
     latest = _latest(records, manifest)
     if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
-        cut_short = without_evidence = 0  # whatever a line that was cut short told of has been measured again
+        cut_short = without_evidence = 0  # the trials of damaged lines have been measured again
     counted = {record.trial: record for record in latest}
     return Run(
         path=path,
@@ -229,8 +229,8 @@ def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRe
 
 
 def _measured_again(records: Sequence[TrialRecord]) -> int:
-    """Trials with records of more than one start of the same attempt; one start has several where it was told of while
-    under way."""
+    """Trials with records of more than one start of the same attempt; one start has several where it was written
+    while under way."""
     starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
     counts = Counter((trial, attempt) for trial, attempt, _ in starts)
     return len({trial for (trial, _), count in counts.items() if count > 1})
@@ -239,11 +239,6 @@ def _measured_again(records: Sequence[TrialRecord]) -> int:
 def is_live(path: Path, manifest: Manifest) -> bool:
     """Whether a process is writing the run in this directory now."""
     return manifest.status == "running" and is_locked(path / TRIALS)
-
-
-def state_of(path: Path, manifest: Manifest) -> RunState:
-    """How the run in this directory stands."""
-    return "killed" if manifest.status == "running" and not is_live(path, manifest) else manifest.status
 
 
 def writing(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -285,7 +280,7 @@ def measuring_time_s(records: Iterable[TrialRecord]) -> float:
     """Seconds in which at least one of these trials was under way.
 
     Trials that took turns lie over each other and count once; what lies between trials (a pause before a run was gone
-    on with, a clock that was set) counts nothing. Each trial's own length is by a clock that nobody sets, so a jump of
+    on with, a clock that was set) counts nothing. Each trial's own length is by a monotonic clock, so a jump of
     the calendar can only part what lay together: it adds one group's time at most, however far it jumped.
     """
     spans = sorted(

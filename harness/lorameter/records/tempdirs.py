@@ -1,7 +1,7 @@
 """Temporary folders of this program, and what its killed processes have left of theirs.
 
-A folder holds a file that its process keeps locked as long as it lives, however it ends: whoever makes a folder removes
-those of the dead first. One without that file is nobody's, or is being made, and is left alone.
+A folder holds a file that its process keeps locked as long as it lives, however it ends: a process that makes a folder
+first removes those of dead ones. One without that file is not ours, or is being made, and is left alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scratch_folder() -> Iterator[Path]:
     try:
         draft = folder / _DRAFT
         with draft.open("w") as owner:
-            with contextlib.suppress(OSError):  # a disk without locks: nobody can tell then, and it stays if it is left
+            with contextlib.suppress(OSError):  # a disk without locks: the folder stays if its process dies
                 fcntl.flock(owner, fcntl.LOCK_EX)
                 draft.rename(folder / OWNER)
             yield folder
@@ -56,7 +56,7 @@ def is_abandoned(folder: Path) -> bool:
     try:
         with (folder / OWNER).open("r+") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody has it, or it is not ours
+    except OSError:  # its process lives, or it is not ours
         return False
     return True
 

@@ -52,7 +52,7 @@ def decimals(spread: float) -> int:
 def split_interval(value: float, low: float | None, high: float | None, unit: Unit) -> tuple[str, str]:
     """`value unit` and `[low, high]`, all three in one scale and with the digits that the interval supports.
 
-    Without an interval (one replicate) the value stands with `[no interval]`, never alone.
+    Without an interval (one replicate) the value is followed by `[no interval]`.
     """
     factor, symbol = scale_of(value, unit)
     suffix = symbol if symbol.startswith("/") else f" {symbol}".rstrip()
@@ -95,6 +95,6 @@ def format_duration(seconds: float) -> str:
 
 
 def first_few(words: Sequence[str], most: int, between: str = ", ") -> str:
-    """The first few words, and how many there are beside them."""
+    """The first few words, and how many more there are."""
     more = f"{between.rstrip(', ')} and {len(words) - most} more" if len(words) > most else ""
     return between.join(words[:most]) + more

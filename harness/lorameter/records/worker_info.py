@@ -71,4 +71,4 @@ class BaseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seconds: float
     """That making it took, or finding it whole."""
     load_s: float = 0.0
-    """That making it of its source took when it was made, and takes whoever does it again, as a cold start does."""
+    """That making it from its source took, as a cold start must do again."""

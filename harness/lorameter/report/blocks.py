@@ -51,11 +51,11 @@ class Line:
 
     spans: tuple[Span, ...]
     label: str = ""
-    """What the paragraph is about, in a word; it stands before it, and the leads of a section below each other."""
+    """What the paragraph is about, in a word; printed before it, and aligned with the other leads of a section."""
     indented: bool = True
-    """Whether it belongs to what stands above it."""
+    """Whether it belongs to the line above it."""
     blank_line_before: bool = False
-    """Whether an empty line stands before it."""
+    """Whether an empty line precedes it."""
     last: bool = False
     """Whether a terminal repeats it below the report."""
 
@@ -75,7 +75,7 @@ class Section:
     """What follows the title on its line without being part of it."""
     tone: Tone = "plain"
     blank_line_before: bool = True
-    """Whether an empty line stands before it."""
+    """Whether an empty line precedes it."""
     last: bool = False
     """Whether a terminal repeats it below the report."""
 
@@ -92,7 +92,7 @@ class ColumnHeader:
     collapse_if_constant: bool = False
     """Whether what is equal in all of its cells is said once, below the table."""
     ratio: bool = False
-    """Whether its values are ratios of which 1 is no difference, to be drawn around it."""
+    """Whether its values are ratios, drawn around 1, which is no difference."""
     picture_priority: int = 1
     """The drop priority of the picture of a ratio, which repeats what its column says in numbers."""
     joins_left: bool = False
@@ -123,7 +123,7 @@ class Cell:
     verdict: str = ""
     """The finding's word, as programs know it; it decides the tone."""
     said: str = ""
-    """What people are told in its place; empty where it is that word."""
+    """What people see instead; empty where it is that word."""
     value: float | None = None
     """The number behind the text, in its base unit; None where there is none."""
     low: float | None = None
@@ -162,12 +162,12 @@ class Table:
     notes: tuple[Line, ...] = ()
     """What a reader of the table must know; below it."""
     blank_line_before: bool = False
-    """Whether an empty line stands before it."""
+    """Whether an empty line precedes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collapsible:
-    """What is said in one line, and in full to whoever asks."""
+    """A text in one line, and in full on request."""
 
     summary: Line
     lines: tuple[Line, ...]
@@ -175,7 +175,7 @@ class Collapsible:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChartGroup:
-    """Charts that stand beside each other, each called by the title of its axis across."""
+    """Charts side by side, each named by the title of its horizontal axis."""
 
     title: str
     charts: tuple[Curves, ...]
@@ -184,7 +184,7 @@ class ChartGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
-    """Words of somebody else, and whose they are."""
+    """Text of someone else, and its author."""
 
     head: str
     text: str
@@ -236,7 +236,7 @@ def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
 
 
 def name_columns(*texts: str, left: int = 1) -> tuple[ColumnHeader, ...]:
-    """Heads of which the first so many are words and the others numbers."""
+    """Heads, the first so many of words and the others of numbers."""
     return tuple(ColumnHeader(text=text, right=place >= left) for place, text in enumerate(texts))
 
 

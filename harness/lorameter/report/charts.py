@@ -22,14 +22,14 @@ LEAST_STEPS = 6
 MOST_CURVES = 8
 """Curves of losses that are shown; a study of fifty variants would fill the screen with them."""
 _SWEPT: dict[Phase, tuple[str, ...]] = {"train": ("held_out_loss",), "generate": (), "cold": ()}
-"""Metrics beside the one that a phase is compared by, of which a sweep is drawn."""
+"""Metrics that a sweep draws, in addition to the one that a phase is compared by."""
 
 _Point = tuple[float, float, float | None, float | None]
 """Place, value, and the ends of its interval where it has one."""
 
 
 def add_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
-    """The table with its charts and what stands beside it, as far as there are any."""
+    """The table with its charts and further blocks, if there are any."""
     galleries = (*_sweeps(table, study, groups), *(_losses(study, groups) if table.phase == "train" else ()))
     serving = None
     if table.phase == "generate":

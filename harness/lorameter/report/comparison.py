@@ -1,6 +1,6 @@
 """A comparison as a document: a row for each metric of each variant, and below it what no table can say.
 
-What cannot be told is a sentence, what is wrong is its reason, and the statistics of the rest are folded. Whatever is
+What is inconclusive is a sentence, what is wrong is its reason, and the statistics of the rest are folded. Whatever is
 shown of a comparison, here or by the gate, has these rows with these digits.
 """
 
@@ -50,7 +50,7 @@ MOST_FINDINGS = 6
 
 
 def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Document:
-    """What was found, the table with the controls, and what differs beside; `ab`: whether both sides were measured in
+    """What was found, the table with the controls, and what else differs; `ab`: whether both sides were measured in
     one job."""
     lines = tuple(list_findings(report, ab=ab))
     more = lines[MOST_FINDINGS:]
@@ -108,7 +108,7 @@ def write_compared(compared: ComparisonRow) -> Cell:
 
 
 def list_findings(report: ComparisonReport, *, ab: bool = False) -> Iterator[Line]:
-    """What decides, the worst first: what has regressed, improved, or cannot be told; each reason once."""
+    """What decides, the worst first: what has regressed, improved, or is inconclusive; each reason once."""
     order = {code: place for place, code in enumerate(PRECEDENCE)}
     found = [one for one in report.comparisons if one.verdict != "equivalent"]
     found.sort(key=lambda one: order[EXIT_OF[one.verdict]])

@@ -19,7 +19,7 @@ class Axis:
     line_at: float | None = None
     """A value that all others are read against, as 1 is of ratios."""
     named: tuple[tuple[float, str], ...] = ()
-    """Values that are named beside it, and by what; () leaves that to the renderer."""
+    """Values that are named next to it, and by what; () leaves that to the renderer."""
     log: bool = False
     """Whether it is laid out by the logarithm, as values are that double; they are above 0."""
     span: tuple[float, float] | None = None

@@ -1,4 +1,4 @@
-"""Expected memory of a variant by kind, with the measured peaks of an earlier run beside it."""
+"""Expected memory of a variant by kind, and the measured peaks of an earlier run."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
     provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
     tokens, git = run.manifest.tokens, provenance.get("git", {})
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
-    told = versions_of(provenance, run.records)
-    versions = ", ".join(f"{name} {told.get(name)}" for name in libraries)
+    reported = versions_of(provenance, run.records)
+    versions = ", ".join(f"{name} {reported.get(name)}" for name in libraries)
     changes = " with local changes" if git.get("dirty") else ""
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
     device, name = (provenance.get(key, "unknown") for key in ("device", "device_name"))
@@ -45,7 +45,7 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
     )
     return (
         say(f"{name} ({device}, {say_threads(provenance, run.records)}){_power_limit(provenance)}", label="device"),
-        say(f"{versions}, Python {told['python'] or 'unknown'}; {commit}", label="software"),
+        say(f"{versions}, Python {reported['python'] or 'unknown'}; {commit}", label="software"),
         *of_what,
         *_own_workloads(run, study),
         say(

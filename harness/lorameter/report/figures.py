@@ -1,4 +1,5 @@
-"""The figures of a run beside its charts: ratios, losses, memory, cold starts, two measures at once, samples, checks.
+"""The figures of a run in addition to its charts: ratios, losses, memory, cold starts, two measures at once, samples,
+checks.
 
 Each is left out where a run holds nothing for it. Every number of a figure is one that the terminal's report or the
 records have; nothing is smoothed.
@@ -50,7 +51,7 @@ COLD = {
 
 def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     """All figures that the run has something for, in the order in which they are read: of the variants that the view
-    shows, and beside its ratios of the phases that it shows whole."""
+    shows, and next to its ratios of the phases that it shows whole."""
     groups = group_trials(run.records)
     shown = {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}

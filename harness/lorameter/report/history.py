@@ -173,7 +173,7 @@ def _run(moment: Moment, line: Course, track: Track) -> Row:
 
 
 def write_time(moment: Moment) -> str:
-    """When a run began, by the clock of whoever reads it, to the minute."""
+    """When a run began, in local time, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment.created_unix_s))
 
 

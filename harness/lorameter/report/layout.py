@@ -1,7 +1,7 @@
 """Which columns of a table fit, and how wide each is: numbers whole, words whole, what matters least left out first.
 
 A column has a width below which a word or a number of it would break, and one at which nothing of it wraps. Where
-columns do not fit beside each other, some are left out by their rank; where those that may never be left out do not
+columns do not fit next to each other, some are left out by their rank; where those that may never be left out do not
 fit, the table is no table there, and its rows are written below each other.
 """
 

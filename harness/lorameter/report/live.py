@@ -1,7 +1,7 @@
 """A run under way: a grid of variants and replicates, the ratios as they narrow, and the time left with its basis.
 
 Redrawn only when the parent is between two commands, so never while a step is timed: rich's refresh thread is off,
-because a thread that wakes up then is work beside the measurement. Without a terminal a line a trial is printed, and
+because a thread that wakes up then would disturb the measurement. Without a terminal a line a trial is printed, and
 one where a replicate has been silent for long.
 """
 
@@ -79,7 +79,7 @@ class LiveDisplay:
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """Show the trial's new phase."""
-        words = COMMANDS[phase].label if phase in COMMANDS else phase  # whatever it is told, it raises nothing
+        words = COMMANDS[phase].label if phase in COMMANDS else phase  # it must not raise
         role = " (control)" if slot.role == "control" else ""
         side = f"{slot.side} " if slot.side else ""
         replicates = self._grid.plan.study.protocol.replicates if self._grid else 0

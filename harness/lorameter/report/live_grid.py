@@ -1,6 +1,6 @@
 """What is known of a run under way: a cell for each variant and replicate, and the ratios as far as they have come.
 
-Nothing here draws. The display is told of every phase and of every record, and asks for this between two turns.
+Nothing here draws. The display gets every phase and every record, and asks for this between two turns.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Grid:
 
 
 def _value(record: TrialRecord) -> Cell | None:
-    """What stands for a trial: its step time, else a request, else its cold start."""
+    """The value shown for a trial: its step time, else a request, else its cold start."""
     phases: tuple[Phase, ...] = ("train", "generate", "cold")
     for phase in phases:
         metric = METRICS[PRIMARY[phase]]

@@ -1,6 +1,6 @@
 """Several A/B runs in one table: what each change of versions did to each study, a column a change.
 
-Every cell is a verdict of its own run, paired there turn by turn; what stands beside each other was measured at
+Every cell is a verdict of its own run, paired there turn by turn; neighbouring cells were measured at
 different times and is compared with nothing.
 """
 

@@ -1,4 +1,4 @@
-"""Parity: a verdict for each way of serving an adapter first, then the numbers that it stands on."""
+"""Parity: a verdict for each way of serving an adapter first, then the numbers behind it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorameter.report.notices import describe_notices
 from lorameter.stats import Proportion
 
 SHOWN = 3
-"""Answers of each way that are shown beside the reference's."""
+"""Answers of each way that are shown next to the reference's."""
 
 
 def describe_parity(parity: Parity, judgement: Judgement) -> Document:
@@ -193,7 +193,7 @@ def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
 
 
 def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Document:
-    """The first answers of each way that differ, beside the reference's; of none that do not."""
+    """The first different answers of each way, next to the reference's."""
     controls = {way.name for way in parity.ways if way.is_control}
     panels: list[Panel] = []
     for one in parity.served[1:]:

@@ -32,7 +32,7 @@ VARIANT, RATIO, TAILS, PEAK, CHECKS = "variant", "ratio", "tail", "peak_memory_b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseColumn:
-    """What stands below each other."""
+    """What is shown below each other."""
 
     key: str
     """A metric's name, or one of the words above."""
@@ -50,7 +50,7 @@ class VariantRow:
     margin: float
     """Within which it counts as equal to the reference."""
     remark: str = ""
-    """Why the estimate beside a ratio says something else than it; empty where it does not."""
+    """Why the estimate next to a ratio disagrees with it; empty where it does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ class PhaseTable:
 
 
 def tabulate_phase(
-    phase: Phase, metric: str, stands: RunValidity, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
+    phase: Phase, metric: str, validity: RunValidity, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
 ) -> PhaseTable:
     """A phase by its primary metric, with every other metric that is a column of it."""
     shown = _shown(study, groups)
@@ -101,15 +101,15 @@ def tabulate_phase(
         asked = ("step_cpu_time_s", *asked)
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     title = PHASE_TITLES[phase]
-    ratios = _ratios(groups, study, metric, stands.controls[phase], limits_of, stands.invalid)
+    ratios = _ratios(groups, study, metric, validity.controls[phase], limits_of, validity.invalid)
     return _tabulate(
-        phase, metric, stands.controls[phase], ratios, run, study, groups, limits_of, others=columns, title=title,
+        phase, metric, validity.controls[phase], ratios, run, study, groups, limits_of, others=columns, title=title,
         whole=True,
     )  # fmt: skip
 
 
 def tabulate_metric(
-    metric: str, phase: Phase, stands: RunValidity, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
+    metric: str, phase: Phase, validity: RunValidity, run: Run, study: Study, groups: Groups, limits_of: LimitsOf
 ) -> PhaseTable:
     """One metric or kind of memory that was asked for, with the control of its own."""
     if is_memory(metric):
@@ -118,7 +118,7 @@ def tabulate_metric(
     else:
         control = control_of(groups, study.reference, metric, family=1)
     title = f"{PHASE_TITLES[phase]}: {title_of(metric)}"
-    ratios = _ratios(groups, study, metric, control, limits_of, stands.invalid)
+    ratios = _ratios(groups, study, metric, control, limits_of, validity.invalid)
     return _tabulate(phase, metric, control, ratios, run, study, groups, limits_of, others=(), title=title, whole=False)
 
 

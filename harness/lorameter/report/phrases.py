@@ -1,7 +1,7 @@
-"""The words of findings, for people: programs are told the verdicts of the contract, whatever a screen says.
+"""The words of findings, for people: programs get the verdicts of the contract.
 
 Variants are slower or faster than each other, larger or smaller, higher or lower; a candidate has regressed or improved
-on its base. What cannot be told is said as a sentence: what the effect may be, what would have been seen, and what to
+on its base. What is inconclusive is a sentence: what the effect may be, what would have been seen, and what to
 do, which is never "measure hundreds of replicates".
 """
 

@@ -52,7 +52,7 @@ def _place(x: float, across: Axis) -> float:
 
 
 def _span(ends: Sequence[float]) -> tuple[float, float]:
-    """From the least to the greatest of all points and whiskers, and a little beside where all are one."""
+    """From the least to the greatest of all points and whiskers, and a little around it if all are equal."""
     low, high = min(ends), max(ends)
     slack = 0.02 * (abs(high) or 1.0)
     return (low, high) if high - low > slack / 10 else (low - slack, high + slack)
@@ -67,7 +67,7 @@ def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def _labels(marks: Sequence[float], unit: Unit) -> list[str]:
-    """With as many digits as tell them apart."""
+    """With as many digits as distinguish them."""
     if unit != "1":
         return [format_value(mark, unit) for mark in marks]
     apart = (marks[-1] - marks[0]) / 2 if len(marks) > 1 else abs(marks[0])

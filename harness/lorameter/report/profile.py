@@ -51,7 +51,7 @@ def describe_profile(
 
 
 def _memory(profile: Profile) -> Table:
-    """Kinds of a step, each beside what was expected of it from the shape alone; what no kind explains is a line of
+    """Kinds of a step, each next to its estimate from the shape alone; what no kind explains is a line of
     its own."""
     one, guess = profile.memory["train"], profile.estimates.get("train", {})
     rows = [
@@ -77,7 +77,7 @@ def _bytes(size: int | None) -> Cell:
 
 
 def _guess(size: int | None) -> Cell:
-    """As a size, but faint beside what was measured."""
+    """As a size, but fainter than measured values."""
     return Cell(detail="–") if size is None else Cell(detail=format_bytes(size), value=size, unit="byte")
 
 

@@ -36,7 +36,7 @@ def standing(run: Run, study: Study) -> tuple[Line, ...]:
 
 
 def replicates_said(run: Run) -> str:
-    """The replicates of a run; of one that is not complete those of which every trial has ended."""
+    """The replicates of a run; of an incomplete run those whose trials have all ended."""
     planned: dict[str, set[str]] = defaultdict(set)
     for trial in run.manifest.order or (record.trial for record in run.records):
         planned[trial.partition("-")[0]].add(trial)

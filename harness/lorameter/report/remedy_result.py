@@ -1,4 +1,4 @@
-"""What a remedy gained, beside what was seen to hang on the finding."""
+"""What a remedy gained, and the expected cost of the finding."""
 
 from __future__ import annotations
 

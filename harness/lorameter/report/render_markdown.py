@@ -24,12 +24,12 @@ COMMENT_CHARACTERS = 65_536
 """Of a comment, and of the body of an issue."""
 _CHART_WIDTH = 80
 _SUMMARY = 120
-"""Characters of a summary; all of it stands below."""
+"""Characters of a summary; the full text follows below it."""
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
 _LIST = re.compile(r"^(\d*)([.)+-])(?=\s|$)|^()([-=]+)$")
 _ADDRESS = re.compile(r"\b(https?|ftp)(:)//|\b(www)(\.)", re.IGNORECASE)
 _BREAK = "<!-- -->"
-"""Shows as nothing, and keeps apart what would be a mention or a link together."""
+"""Invisible, and splits what would be read as a mention or a link."""
 
 
 def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:

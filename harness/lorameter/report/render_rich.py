@@ -4,7 +4,7 @@ No text is read as markup, so a title such as `a [/b] c` is shown as it is, and 
 control character in it. No word and no number is broken where the terminal is as wide as the longest of them: tables
 give up columns, and prose wraps between words.
 
-The colours tell good from bad by blue and orange, which eyes that take red for green tell apart as well, and none of
+The colours for good and bad are blue and orange, which red-green colour-blind readers can distinguish, and none of
 them says what no word says.
 """
 
@@ -85,7 +85,7 @@ def _paragraphs(lines: Sequence[Line], console: Console) -> Iterator[Text]:
 
 
 def _paragraph(line: Line, console: Console, lead: int) -> Text:
-    """Wrapped between words, what follows hanging beside its lead; below a lead that leaves it no room."""
+    """Wrapped between words, with a hanging indent after its lead, or below a lead that leaves no room."""
     begin = Text(_INDENT * line.indented).append_text(draw_text(line.label.ljust(lead), "faint"))
     begin.append(_INDENT if lead else "")
     beside = min(begin.cell_len, console.width // 3)

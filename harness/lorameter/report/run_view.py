@@ -43,12 +43,12 @@ SORTS: tuple[Sort, ...] = get_args(Sort)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportFilter:
-    """What somebody wants to see of a run; all of it where nothing is said."""
+    """What a report of a run shows; everything by default."""
 
     metrics: tuple[str, ...] = ()
     """Names or patterns: a table of each of these in place of those of the phases."""
     variants: tuple[str, ...] = ()
-    """Names or patterns of variants beside the reference."""
+    """Names or patterns of variants, in addition to the reference."""
     phases: tuple[str, ...] = ()
     sort: Sort = "study"
     limits_of: LimitsOf = default_limits
@@ -81,7 +81,7 @@ class RunView:
     notices: tuple[Notice, ...]
     counts: dict[str, int]
     state: str
-    """How the run stands: complete, running, killed, interrupted or failed."""
+    """State of the run: complete, running, killed, interrupted or failed."""
     invalid: str | None
     """Why the run is invalid, so that no verdict counts; None where it is valid."""
     spending: TimeBreakdown | None = None
@@ -103,8 +103,8 @@ def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
     if is_mixed(run):
         return _view_of_sites(run, study, asked)
     groups = group_trials(run.records)
-    stands, names = run_validity(run, study), _names(study, asked)
-    tables = _tables(run, study, groups, stands, asked)
+    validity, names = run_validity(run, study), _names(study, asked)
+    tables = _tables(run, study, groups, validity, asked)
     return RunView(
         run=run.manifest.run,
         path=str(run.path),
@@ -113,21 +113,21 @@ def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
         deviations=study.deviations,
         notes=study.notes,
         tables=tuple(_chosen(table, names, asked.sort) for table in tables),
-        outcomes=tuple(_chosen(table, names, asked.sort) for table in _outcomes(run, study, groups, stands, asked)),
+        outcomes=tuple(_chosen(table, names, asked.sort) for table in _outcomes(run, study, groups, validity, asked)),
         variants=tuple(names),
         phases=() if asked.metrics else tuple(table.phase for table in tables),
-        failures=stands.failures,
-        notices=notices_of(run, study, stands.controls),
+        failures=validity.failures,
+        notices=notices_of(run, study, validity.controls),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
-        invalid=stands.invalid,
+        invalid=validity.invalid,
         spending=run.manifest.spending,
     )
 
 
 def _view_of_sites(run: Run, study: Study, asked: ReportFilter) -> RunView:
     """What each site says, side by side, and of all of them what is no number."""
-    stands = run_validity(run, study)
+    validity = run_validity(run, study)
     views = {site: view_of(part, asked) for site, part in runs_of_sites(run).items()}
     tables = [
         replace(table, site=site, title=f"{table.title} on {site}") for site in views for table in views[site].tables
@@ -145,21 +145,21 @@ def _view_of_sites(run: Run, study: Study, asked: ReportFilter) -> RunView:
         outcomes=(),
         variants=tuple(_names(study, asked)),
         phases=tuple(dict.fromkeys(phase for view in views.values() for phase in view.phases)),
-        failures=(*stands.failures, *fault_of_sites(run)),
+        failures=(*validity.failures, *fault_of_sites(run)),
         notices=join_notices(run, {site: view.notices for site, view in views.items()}),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
-        invalid=stands.invalid,
+        invalid=validity.invalid,
     )
 
 
-def _tables(run: Run, study: Study, groups: Groups, stands: RunValidity, asked: ReportFilter) -> list[PhaseTable]:
-    phases = [phase for phase in stands.controls if not asked.phases or phase in asked.phases]
-    if absent := [phase for phase in asked.phases if phase not in stands.controls]:
-        raise UsageError(f"phase {absent[0]!r}: run {run.manifest.run} has {', '.join(stands.controls) or 'none'}.")
+def _tables(run: Run, study: Study, groups: Groups, validity: RunValidity, asked: ReportFilter) -> list[PhaseTable]:
+    phases = [phase for phase in validity.controls if not asked.phases or phase in asked.phases]
+    if absent := [phase for phase in asked.phases if phase not in validity.controls]:
+        raise UsageError(f"phase {absent[0]!r}: run {run.manifest.run} has {', '.join(validity.controls) or 'none'}.")
     if not asked.metrics:
         tables = [
-            tabulate_phase(phase, stands.primary[phase], stands, run, study, groups, asked.limits_of)
+            tabulate_phase(phase, validity.primary[phase], validity, run, study, groups, asked.limits_of)
             for phase in phases
         ]
         return [add_charts(table, _of(study, asked), groups) for table in tables]
@@ -171,15 +171,17 @@ def _tables(run: Run, study: Study, groups: Groups, stands: RunValidity, asked: 
             raise UsageError(f"metric {pattern!r}: run {run.manifest.run} has none of that name. {hint}")
     chosen = [(metric, phase_of(metric)) for metric in matching(known, asked.metrics)]
     return [
-        tabulate_metric(metric, phase, stands, run, study, groups, asked.limits_of)
+        tabulate_metric(metric, phase, validity, run, study, groups, asked.limits_of)
         for metric, phase in chosen
         if not asked.phases or phase in phases
     ]
 
 
-def _outcomes(run: Run, study: Study, groups: Groups, stands: RunValidity, asked: ReportFilter) -> Iterator[PhaseTable]:
+def _outcomes(
+    run: Run, study: Study, groups: Groups, validity: RunValidity, asked: ReportFilter
+) -> Iterator[PhaseTable]:
     """The peak memory of the first phase, and the last loss that was measured, as tables of one metric."""
-    phases = [phase for phase in stands.controls if not asked.phases or phase in asked.phases]
+    phases = [phase for phase in validity.controls if not asked.phases or phase in asked.phases]
     reference = groups.get((study.reference, "variant"))
     if asked.metrics or not phases or reference is None or is_single_script_run(run, study):
         return
@@ -188,7 +190,7 @@ def _outcomes(run: Run, study: Study, groups: Groups, stands: RunValidity, asked
     losses = [name for name in columns_of(phase, own_workloads=bool(run.manifest.own_workloads))
               if METRICS[name].is_loss and reference.trials(name)]  # fmt: skip
     for metric in (*kinds[:1], *losses[-1:]):
-        yield tabulate_metric(metric, phase, stands, run, study, groups, asked.limits_of)
+        yield tabulate_metric(metric, phase, validity, run, study, groups, asked.limits_of)
 
 
 def _measured(run: Run, groups: Groups) -> list[str]:
@@ -224,7 +226,7 @@ def _names(study: Study, asked: ReportFilter) -> list[str]:
 
 
 def _chosen(table: PhaseTable, names: Collection[str], sort: Sort) -> PhaseTable:
-    """The table with the rows that are shown, in the order asked for; what has no value stands last."""
+    """The table with the rows that are shown, in the order asked for; rows without a value come last."""
     rows = [row for row in table.rows if row.name in names]
     keys = {"ratio": RATIO, "value": table.metric, "memory": PEAK}
     if sort == "name":

@@ -1,4 +1,4 @@
-"""The runs of a folder as a document: how each stands, what it found, how large it is."""
+"""The runs of a folder as a document: the state, findings and size of each."""
 
 from __future__ import annotations
 

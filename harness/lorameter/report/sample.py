@@ -1,4 +1,4 @@
-"""What a trained adapter writes: the answers of a run beside the records' own, before and after training, one panel a
+"""What a trained adapter writes: the answers of a run next to the records' own, before and after training, one panel a
 prompt.
 
 The answers were generated, timed and kept while the run was measured (requests that the model ends itself); here they

@@ -23,7 +23,7 @@ from lorameter.report.blocks import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """What is taken apart is called, and what its phases are."""
+    """Words for what is profiled, and its phases."""
 
     what: str
     titles: Mapping[str, str]

@@ -65,7 +65,7 @@ class Summary:
 
 
 def summary_of(run: Run) -> Summary:
-    """How a run stands, in a row."""
+    """The state of a run, in a row."""
     manifest, study, counts = run.manifest, read_study(run), dict[str, int]()
     for record in run.records:
         counts[record.status] = counts.get(record.status, 0) + 1

@@ -63,8 +63,8 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:
 def load_all(folder: str | Path | None = None) -> Frames:
     """The tables of all runs in a folder, below each other, by the names of their folders; then those that are packed.
 
-    A run that cannot be read is left out, with a warning, and stands with the reason in `unreadable`: it must not hide
-    the others.
+    A run that cannot be read is left out, with a warning, and is listed with the reason in `unreadable`: it must not
+    hide the others.
 
     Args:
         folder: default: $LORAMETER_RUNS or ./.lorameter/runs.

@@ -43,7 +43,7 @@ def pack(name: str, runs: Path, output: Path | None = None, include: Collection[
     Args:
         name: a run id or a run directory.
         runs: where ids are looked for.
-        output: the file; None for the run's name with `.lorameter.zip` in the folder one stands in.
+        output: the file; None for the run's name with `.lorameter.zip` in the working folder.
         include: what else goes in.
 
     Raises:

@@ -46,7 +46,7 @@ class Choice:
     staying: tuple[PruneDecision, ...]
     """What would go, but for a reason."""
     kept: int
-    """Runs that nobody asked to remove."""
+    """Runs that were not selected."""
 
 
 def parse_age(text: str) -> float:

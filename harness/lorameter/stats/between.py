@@ -1,4 +1,4 @@
-"""By how much groups differ in themselves, beside the scatter of what is measured in each: a variance component.
+"""By how much groups differ, beyond the scatter of what is measured in each: a variance component.
 
 The mean of a group scatters though all groups were the same, so what the means differ by is taken less what chance
 makes of it (one-way random effects; for groups of unlike size by the harmonic mean of the sizes, Thomas & Hultquist
@@ -24,7 +24,7 @@ class Between:
     low: float
     high: float
     alone: bool
-    """Whether it is theirs alone; with one value a group the scatter within them is in it, and nobody can say how
+    """Whether it is theirs alone; with one value a group the scatter within them is in it, and it is unknown how
     much."""
 
 

@@ -10,7 +10,7 @@ a change hardly touches, gives a first division; the scatter around its levels, 
 no change, gives the last. That the scatter of few values is itself uncertain is paid for by `OF_FEW`.
 
 No verdict follows from a level: runs of different times share nothing but the machine, and two levels that look alike
-are not called equivalent by anybody.
+are never called equivalent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LEAST_SEGMENT = 3
 """A level is one from so many values on."""
 WINDOW, FARTHEST = 5, 3.0
 """A value farther from the median of so many neighbours, itself among them, than so many standard deviations counts as
-one that lies there: a night beside other work must not make a level, and three nights of a new one are a majority."""
+one that lies there: a night with other load must not make a level, and three nights of a new one are a majority."""
 PENALTY, PER_LOG, OF_FEW = 7.0, 0.5, 110.0
 """A change must gain `PENALTY` squared standard deviations; `PER_LOG` more for each unit of the log of the number of
 values, among which chance has to choose; and `OF_FEW` more, divided by that number. Who looks at every new value is to

@@ -1,6 +1,6 @@
 """Whether timed steps change their level: a clock that throttles, a leak, a neighbour that came or went.
 
-The steady state of a series is told as Barrett et al. (2017, "Virtual machine warmup blows hot and cold") do, from
+The steady state of a series is found as in Barrett et al. (2017, "Virtual machine warmup blows hot and cold"), from
 change points in the log step times: the level of the last segment, if enough of the series is at it. The change points
 come from binary segmentation (Scott & Knott 1974) on shifts of the mean, with a penalty of three log n a change, as a
 BIC-type criterion asks (Yao 1988, made stricter, because step times are not quite independent). The unit of cost is the
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _LEAST_SEGMENT = 3
 _PENALTY_PER_LOG_N = 3.0
-# Steps are not told apart below a thousandth: clocks that tick coarsely make most differences exactly zero.
+# Steps are not distinguished below a thousandth: clocks that tick coarsely make most differences exactly zero.
 _NOISE_FLOOR = 1e-3
 # From the median absolute difference of neighbours to their standard deviation, if normal: 1.4826, and two steps
 # differ.
@@ -88,7 +88,8 @@ def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, pe
     starts = _segment_starts(despiked / noise, penalty)
     segments = [despiked[start:end] for start, end in itertools.pairwise([*starts, count])]
     levels, last = [float(segment.mean()) for segment in segments], segments[-1]
-    # Segments that do not touch are told apart by the criterion that parts neighbours, and only beyond the tolerance.
+    # Segments that do not touch are distinguished by the criterion that parts neighbours, and only beyond the
+    # tolerance.
     steady = [
         abs(level - levels[-1]) <= max(allowed, noise * math.sqrt(penalty * (1 / segment.size + 1 / last.size)))
         for level, segment in zip(levels, segments, strict=True)

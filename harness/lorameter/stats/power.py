@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 POWER = 0.8
 MOST_ADVISED = 50
-"""More replicates are advised to nobody: what takes them is measured in another way, or on a quieter machine."""
+"""No advice exceeds this number of replicates: what needs more is measured in another way, or on a quieter machine."""
 # A plan beyond this is no plan.
 _MOST_REPLICATES = 10**9
 

@@ -145,8 +145,8 @@ def _midpoint(low: float, high: float) -> float:
 def effective_size(samples: Sequence[float]) -> float:
     """The number of independent samples with the same error of the mean, between 1 and the number of samples.
 
-    Series of one value throughout, and of fewer than 4 samples, from which no correlation can be told, count in full;
-    so do series that alternate, whose mean is better than that of independent samples: no bonus is given.
+    Series of one value throughout, and of fewer than 4 samples, from which no correlation can be estimated, count in
+    full; so do series that alternate, whose mean is better than that of independent samples: no bonus is given.
     Raises ValueError for no samples and for samples that are not finite.
     """
     import numpy as np

@@ -40,7 +40,7 @@ class Conclusion:
     by: By
     """What was asserted; empty where nothing was."""
     contrast: int
-    """Index of the contrast that decided, or that stands in the way."""
+    """Index of the contrast that decided, or that is undecided."""
     estimate: float
     """Mean of that contrast over replicates."""
     low: float
@@ -55,7 +55,7 @@ class Conclusion:
     """Coverage of that interval."""
     replicates: int
     replicates_needed: int | None = None
-    """Of an open statement: how many would decide it with 80 % power if the contrast that stands in the way is what it
+    """Of an open statement: how many would decide it with 80 % power if the undecided contrast is what it
     looks like; None where no practical number would, and of one that is decided."""
 
 

@@ -161,7 +161,7 @@ class ClaimPart:
 
 def check_limits(part: Mapping[str, Any], where: str) -> None:
     """Raises `UsageError` for a limit that is written of a part and is not its rule's: it would decide nothing, however
-    strict it reads. In a record of a study all of them stand, with what they are where nobody wrote one."""
+    strict it reads. A record of a study has all of them, with their defaults."""
     rule = part.get("rule")
     own = _LIMITED.get(rule) if rule in RULES else None
     for name in dict.fromkeys(_LIMITED.values()) if rule in RULES else ():
@@ -173,7 +173,7 @@ def check_limits(part: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A sentence and the parts that it stands on."""
+    """A sentence and the parts that it consists of."""
 
     id: str
     """What it is called in the report."""

@@ -13,7 +13,7 @@ from lorameter.records.metrics import Phase
 from lorameter.records.record import Measure
 
 Doer = Literal["process", "trial", "profiled trial", "interpreter"]
-"""Who carries a command out: the process before it has the trial · the trial · one that is taken apart, which does what
+"""Who carries a command out: the process before it has the trial · the trial · a profiled trial, which does what
 any other does as well · a new interpreter, which the executor is asked for."""
 RoundKind = Literal["steps", "epochs", "requests", "open_ended", "merged"]
 

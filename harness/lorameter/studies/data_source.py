@@ -31,9 +31,9 @@ REMEDY = (
 )
 DEFAULT_SPLIT = "train"
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-"""Words in the name of a file that say of which split it is, as `datasets` reads them."""
+"""Words of a file name that name its split, as `datasets` reads them."""
 _NO_DATA = ("dataset_info.json", "dataset_infos.json")
-"""What `datasets` writes beside data."""
+"""Files that `datasets` writes next to data."""
 _SPLIT = re.compile(r"(?P<name>.+)\[(?P<split>[\w.-]+)\]")
 _HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[^\[\]:/]+))?")
 

@@ -29,7 +29,7 @@ ANY = "any"
 LESS = "less"
 """Proof of a share: below half of what it is without the engine."""
 SAFE = "not false"
-"""Proof that nothing is won unfairly: refuted where the path is seen to be false, and no obstacle where nobody could
+"""Proof that nothing is won unfairly: refuted where the path is seen to be false, and no obstacle where it could not
 see it."""
 
 

@@ -75,7 +75,7 @@ def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
     Args:
         study: of the engine, as written.
         command: the script, with what turns the engine on in braces.
-        cwd: folder that it is run in; "" for the one that one stands in.
+        cwd: folder that it is run in; "" for the working folder.
 
     Raises:
         UsageError: a study of no engine, or a command that cannot be two.

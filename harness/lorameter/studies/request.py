@@ -35,14 +35,14 @@ class TrialRequest:
     log_path: str
     allow_fallback: bool = False
     requirements: dict[str, Any] = field(default_factory=dict)
-    """Requirements of the study beside those that follow from the variant; paths as in kernels_check."""
+    """Requirements of the study, in addition to those that follow from the variant; paths as in kernels_check."""
     slowdown_rows: int = 0
     """Rows of an extra matrix product in every adapted layer's forward: a real slow-down of known cause, which shows
     what a protocol can see. 0 in every measurement of a variant."""
     base: str = ""
     """Folder of the prepared base, to be mapped; without one the process reads, converts and quantises it itself."""
     waterfall: bool = False
-    """Whether a cold start is taken apart, which times parts of it and so is no measurement of it."""
+    """Whether a cold start is profiled, which times its parts and so is no measurement of the whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Variants that are commands: a command line that starts the user's own training script.
 
-Such a variant names no LoRA parameter, no optimizer and no dtype: the script has them, and what stood beside it could
+Such a variant names no LoRA parameter, no optimizer and no dtype: the script has them, and such fields could
 contradict it. The words go to the system as they are, without a shell, so that what is measured is one program and what
 it starts, and so that a signal reaches it.
 """
@@ -41,7 +41,8 @@ PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
 
 
 def check_script(label: str, variant: Variant) -> None:
-    """Raises `UsageError` for a command that cannot be one, or for fields beside it that only its script could mean."""
+    """Raises `UsageError` for a command that cannot be one, or for fields next to it that only its script could
+    mean."""
     if not variant.command:
         for key in FIELDS:
             if getattr(variant, key):

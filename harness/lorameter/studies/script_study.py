@@ -25,7 +25,7 @@ def study_of_command(
     Args:
         command: as one would type it (`shlex.join` of its words).
         name: of the variant and of the study; that of the script if left out.
-        cwd: folder that it is run in; "" for the one that one stands in.
+        cwd: folder that it is run in; "" for the working folder.
         threads: of each process on the CPU.
         protocol: how it is measured; of a run that measured one script from its beginning to its end: one replicate,
             and in `turns` its timed steps, one a turn.

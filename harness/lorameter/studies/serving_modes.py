@@ -1,18 +1,17 @@
-"""The ways in which one trained adapter is served: beside a base or merged into it, and which base that is.
+"""The ways in which one trained adapter is served: unmerged or merged, and on which base.
 
-The reference is the adapter beside the base that it was trained on. Everything else is what somebody does to it before
-users come: merge it, put it on the 16-bit weights, quantise the base. A 4-bit base offers two merges, and both are
+The reference is the unmerged adapter on the base that it was trained on. Everything else is what is done to serve it:
+merge it, put it on the 16-bit weights, quantise the base. A 4-bit base offers two merges, and both are
 taken: PEFT adds the update to the dequantised weights and quantises the sum again, which loses what is smaller than a
 step of the 4-bit grid; or the weights are dequantised for good and the sum stays in the base's type.
 
-Two ways are controls. The reference is asked once more in another process, which shows what differs for no reason at
-all. And the base is asked without the adapter: where that is no different, no way of merging could be.
+Two ways are controls. The reference is asked once more in another process, which shows the noise. And the base is asked
+without the adapter: if that makes no difference, no way of merging can.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorameter.studies.request import TrialRequest
@@ -96,13 +95,3 @@ class ServingRequest:
     ways: tuple[ServingMode, ...]
     reference: tuple[tuple[int, ...], ...] = ()
     """The reference's answers, over which logits are compared; empty where the first way is the reference."""
-
-    @property
-    def seeks_reference(self) -> bool:
-        """Whether its first way is the reference."""
-        return not self.reference
-
-
-def name_reference(groups: Sequence[Sequence[ServingMode]]) -> str:
-    """The reference's name."""
-    return groups[0][0].name

@@ -27,7 +27,7 @@ from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 OF_WORKLOAD = "workload."
 """Begins the name of an axis that is a field of the workload: `workload.batch_size`."""
 RESERVED = {"-control": "the A/A control", "-isolated": "what is measured alone"}
-"""Endings by which a run tells trials of one variant apart; two trials of one name would overwrite each other."""
+"""Endings that distinguish the trials of one variant in a run; two trials of one name would overwrite each other."""
 
 
 def is_of_tokens(axis: str) -> bool:

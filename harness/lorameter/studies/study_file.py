@@ -14,7 +14,7 @@ request_batch = [1, 8]          # several values, also of prompt_tokens and adap
 [sweeps]                        # field = [values]: one field at a time, all else as in the controls
 [[variant]]                     # or variants one by one: name and what differs from the controls; or name and command
 workload.batch_size = 8         # a field of the workload, also of [axes] and [sweeps]: what this variant is measured on
-[requirements]                  # paths of kernels_check that the study demands beside what the variants imply
+[requirements]                  # paths of kernels_check that the study demands in addition to what the variants imply
 [[claim]]                       # see lorameter.studies.claim
 [engine]                        # whose promises the claims are, see lorameter.studies.engine
 [profile.NAME]                  # any of the above but the variants, for one kind of machine

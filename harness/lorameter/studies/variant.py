@@ -1,9 +1,9 @@
 """A variant: one fine-tuning configuration, and nothing about how it is measured.
 
-The fields carry the names that PEFT, transformers and bitsandbytes give them, so that a variant reads like the code
-it stands for. What can be judged from the values alone is refused here; what depends on the model or the machine is
-judged in `feasibility`. Defaults are those of the QLoRA paper's recipe (Dettmers et al. 2023, arXiv 2305.14314) where
-PEFT itself has no opinion.
+The fields carry the names that PEFT, transformers and bitsandbytes give them, so that a variant reads like the
+code that it describes. What can be judged from the values alone is refused here; what depends on the model or the
+machine is judged in `feasibility`. Defaults are those of the QLoRA paper's recipe (Dettmers et al. 2023, arXiv
+2305.14314) where PEFT itself has no opinion.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Variant:
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Suffixes of module names; ("all-linear",) is every linear layer but the head; () is PEFT's own default."""
     bias: Bias = "none"
-    """Biases that train beside the adapter, as PEFT names them."""
+    """Biases that train with the adapter, as PEFT names them."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
-    """Train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)."""
+    """Train magnitude and direction separately (Liu et al. 2024, arXiv 2402.09353)."""
     init_lora_weights: Init = "default"
     """How the adapter begins, as PEFT names it."""
 
@@ -127,9 +127,9 @@ class Variant:
     command: str = ""
     """A training script in place of all above, as one would start it, but without a shell: `python train.py --r 64`."""
     cwd: str = ""
-    """Folder that the command is run in; the one that one stands in if left out."""
+    """Folder that the command is run in; the working folder if left out."""
     env: dict[str, str] = field(default_factory=dict, hash=False)
-    """Variables that the command has beside those of the environment. They are written into the run."""
+    """Variables of the command in addition to those of the environment. They are written into the run."""
     python: str = ""
     """Interpreter in place of the command's `python`; its folder comes first on the command's PATH."""
 
@@ -213,11 +213,11 @@ class Variant:
     def id(self) -> str:
         """Short content id: equal for equal configurations, on any machine, in any order of keys."""
         content = {key: value for key, value in codec.to_json(self).items() if key != "name"}
-        for key in () if self.is_4bit else OF_4BIT:  # what is not read must not tell two variants apart
+        for key in () if self.is_4bit else OF_4BIT:  # fields that are not read must not distinguish two variants
             content.pop(key)
         return hashlib.sha256(codec.dumps(content).encode()).hexdigest()[:12]
 
     def differences(self, other: Variant) -> tuple[str, ...]:
-        """Names of the fields in which two variants differ, the label apart."""
+        """Names of the fields in which two variants differ, except the label."""
         names = (field.name for field in dataclasses.fields(self) if field.name != "name")
         return tuple(name for name in names if getattr(self, name) != getattr(other, name))

@@ -30,7 +30,7 @@ OF_VARIANTS = (
 )  # fmt: skip
 """Fields that variants of one study may have a value of their own for: the same records, in another form."""
 LISTED = ("request_batch", "prompt_tokens", "adapters")
-"""Those of which a study may list several values in [workload]: every variant is then measured at each of them."""
+"""Fields for which a study may list several values in [workload]: every variant is then measured at each of them."""
 OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
 that differ in one of them are not compared."""
@@ -55,8 +55,8 @@ class Workload:
     model: str = "tiny-llama"
     """Catalogue name, hub id, directory, GGUF file, or "random:" followed by any of these."""
     data: str = SYNTHETIC
-    """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; what of these can be read and
-    how a configuration and a split are named stands in `lorameter.studies.data_source`."""
+    """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; docs/data.md lists what
+    can be read, and how a configuration and a split are named."""
     columns: DataColumns = field(default=DataColumns())
     """Columns of the data that have other names than those that are recognised."""
     loss: Loss = "all"
@@ -90,7 +90,7 @@ class Workload:
     the whole batch, and output tokens a second count all of its answers."""
     adapters: int = 1
     """Adapters on the base while requests are answered: the trained one, and others of its size with random weights of
-    their own. With more than one, switching is measured beside requests of the trained adapter and, from two prompts a
+    their own. With more than one, switching is measured next to requests of the trained adapter and, from two prompts a
     request on, batches whose prompts name different adapters (PEFT's `adapter_names`)."""
     open_ended_tokens: int = 0
     """Most tokens of a request that ends where the model ends it; 0 makes no such requests. They are of one prompt,

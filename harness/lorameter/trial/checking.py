@@ -1,7 +1,7 @@
-"""What must be found in a trial's step, and what the record says of what was found.
+"""What a trial's step must show, and what the record holds of it.
 
-The check watches two steps that the training takes anyway, neither of which is timed: what the update of the first
-does, and all of the one after it. It takes two to see that an update is kept and that both factors of an adapter learn.
+The check watches two untimed steps that the training takes anyway: the update of the first step, and the whole second
+step. Two are needed to see that an update is kept and that both factors of an adapter learn.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def watch_of(
 
 
 def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:
-    """The fragment that holds the checks, invalid where a required path is not active.
-
-    What only a profile tells is no row of a step under the spy: the replicate that was profiled judged it.
-    """
+    """The fragment that holds the checks, invalid where a required path is not active."""
     judged: Mapping[str, Any] = {check.path: check.required for check in checks if check.required is not None}
     return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
 

@@ -34,8 +34,8 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
     """What a training step keeps between steps, by kind (`lorameter.records.memory_account.MEMORY_KINDS`), each storage
     once; without an optimizer nothing of its state.
 
-    What is neither a linear layer of a block nor trained is told apart by type: embeddings with the output head, norms,
-    buffers.
+    What is neither a linear layer of a block nor trained is distinguished by type: embeddings with the output head,
+    norms, buffers.
     """
     seen: set[int] = set()
     kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
@@ -67,7 +67,7 @@ def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The base's output head, also where an adapter is on it; None where the model has none."""
     found = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
     head = None if found is None else found()
-    return getattr(head, "base_layer", head)  # PEFT's layer stands in its place
+    return getattr(head, "base_layer", head)  # PEFT's layer replaces it
 
 
 def _kind(module: torch.nn.Module, parameter: torch.Tensor, head: torch.nn.Module | None) -> str:

@@ -1,4 +1,4 @@
-"""What a measuring process is told before it measures, forked or cold, and how it gives memory back."""
+"""How a measuring process is set up, forked or cold, and how it gives memory back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def release_unused(device: str) -> None:
     """Give back what is no longer referenced, so that the next phase's peak and its timed steps do not pay for it.
 
     The profiler's events refer to each other in cycles, which only the collector frees; the C library then keeps the
-    freed heap, and torch's allocator its blocks, unless told otherwise.
+    freed heap, and torch's allocator its blocks.
     """
     gc.collect()
     if device.startswith("cuda"):
@@ -72,7 +72,7 @@ def resident_now() -> int:
 def give_back_free() -> int | None:
     """Have malloc give back every page that holds nothing; the bytes by which the resident set fell.
 
-    None where the C library cannot be told to (malloc_trim(3) is glibc's).
+    None where the C library has no malloc_trim(3), which is glibc's.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:

@@ -82,7 +82,7 @@ def _served(request: ServingRequest) -> PartialRecord:
 
 
 def _profiled_trial() -> Any:
-    """The trial that `lorameter profile` takes apart; the others do not pay for its imports."""
+    """The profiled trial of `lorameter profile`; other trials do not pay for its imports."""
     from lorameter.trial.profiling.trial import ProfiledTrial
 
     return ProfiledTrial

@@ -2,10 +2,10 @@
 `PartialRecord`.
 
 Order: build and first step, verify, warm up, timed turns, held-out loss and memory. What a command measures depends on
-what the request asks for: a trial that takes turns beside others has no first times of its own to report, and an
-isolated trial has no turns. The first step comes before the check so that its time is that of a process's first step;
-the check leaves adapter, optimizer and RNG as it found them, and its cost is in no number. Where minutes are limited it
-looks on at the first step and at that of the warm-up after it instead.
+what the request asks for: a trial that takes turns with others has no first times of its own to report, and an
+isolated trial has no turns. The check watches the first step and the first one of the warm-up. Where steps compile, or
+several ranks take them, it takes steps of its own after the first one and restores adapter, optimizer and RNG. Its cost
+is in no number.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ class Training:
 
     @property
     def _alone(self) -> bool:
-        """Whether nothing else is at work beside it, so that first times are its own."""
+        """Whether the trial is the only one at work, so that first times are its own."""
         return self._sees_peaks and self._request.interleaving != "lockstep"
 
     @property

@@ -60,7 +60,7 @@ class Trial(Training):
         return prove_mixing(fragment, self._server, self._request)
 
     def request(self) -> PartialRecord:
-        """One warm request, by the adapter beside the base or, after `merge`, merged into it."""
+        """One warm request, with the unmerged adapter or, after `merge`, the merged one."""
         return PartialRecord(samples=self._serving.request())
 
     def open_ended(self) -> PartialRecord:

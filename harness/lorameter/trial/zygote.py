@@ -90,7 +90,7 @@ REAP_TIMEOUT_S = 20.0
 
 
 def _reap(pid: int) -> int | None:
-    """Exit status of a child that was told to end; None if it does not."""
+    """Exit status of a child that was asked to end; None if it does not end."""
     deadline = time.monotonic() + REAP_TIMEOUT_S
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -147,7 +147,7 @@ def _driver_started() -> bool:
     """Whether anything in this process has called cuInit, which torch does not notice where another library did."""
     try:
         driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-    except OSError:  # nobody has loaded it
+    except OSError:  # it is not loaded
         return False
     return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != _CUDA_NOT_INITIALISED
 
@@ -157,7 +157,7 @@ _QUIETED = {"jemalloc_bg_thd": "Set background_thread:false in MALLOC_CONF, whic
 
 
 def other_threads() -> list[str]:
-    """Names of this process's threads beside the calling one, as the kernel has them; native code names its own."""
+    """Names of this process's threads without the calling one, as the kernel has them; native code names its own."""
     own, names = threading.get_native_id(), []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended since

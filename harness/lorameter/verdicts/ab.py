@@ -85,12 +85,12 @@ def report_of(
     """
     if is_mixed(run):
         sites = runs_of_sites(run).items()
-        told = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
-        return _report_of_sites(run, told)
+        by_site = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
+        return _report_of_sites(run, by_site)
     study = _study(run)
-    stands = run_validity(run, study)
-    control: dict[str, Comparison | None] = dict(stands.controls.items())
-    broken = say_broken(run.manifest.run, stands.faults)
+    validity = run_validity(run, study)
+    control: dict[str, Comparison | None] = dict(validity.controls.items())
+    broken = say_broken(run.manifest.run, validity.faults)
     pairs = _pairs(run, study, broken, metrics)
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
@@ -107,23 +107,25 @@ def report_of(
     )
 
 
-def _report_of_sites(run: Run, told: Mapping[str, ComparisonReport]) -> ComparisonReport:
+def _report_of_sites(run: Run, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
     """What each site says, side by side: a gate lets pass what all of them let pass. Without a site there is no row,
     which is no pass either."""
     sides, faults = run.manifest.sides, [*run_faults(run), *fault_of_sites(run)]
     broken = say_broken(run.manifest.run, faults)
     rows = [
         dataclasses.replace(row, site=site, comparison=verdict_only("invalid", broken) if broken else row.comparison)
-        for site, report in told.items()
+        for site, report in by_site.items()
         for row in report.comparisons
     ]
     return ComparisonReport(
         base=str(sides["base"]["label"]),
         candidate=str(sides["candidate"]["label"]),
         comparisons=tuple(rows),
-        control={_on(phase, site): found for site, report in told.items() for phase, found in report.control.items()},
-        notices=join_notices(run, {site: report.notices for site, report in told.items()}),
-        losses={_on(name, site): found for site, report in told.items() for name, found in report.losses.items()},
+        control={
+            _on(phase, site): found for site, report in by_site.items() for phase, found in report.control.items()
+        },
+        notices=join_notices(run, {site: report.notices for site, report in by_site.items()}),
+        losses={_on(name, site): found for site, report in by_site.items() for name, found in report.losses.items()},
     )
 
 
@@ -218,13 +220,13 @@ def _parts_of(run: Run) -> list[PhaseEffect]:
 def _facts(run: Run, side: str) -> dict[str, Any]:
     """What a side has installed, as its scripts tell it, else as its interpreter did."""
     stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
-    told = {name: say_versions(seen) for name, seen in _told(run, side).items()}
-    if not told:
+    versions = {name: say_versions(seen) for name, seen in _reported_versions(run, side).items()}
+    if not versions:
         return stated
-    return stated | {name: told.pop(name, None) for name in ("python", "cuda")} | {"packages": told}
+    return stated | {name: versions.pop(name, None) for name in ("python", "cuda")} | {"packages": versions}
 
 
-def _told(run: Run, side: str) -> dict[str, tuple[str, ...]]:
+def _reported_versions(run: Run, side: str) -> dict[str, tuple[str, ...]]:
     return versions_by_name(record for record in run.records if record.side == side)
 
 
@@ -275,8 +277,8 @@ def _alike(run: Run) -> bool:
     if sides[0].get("kind") == SIDE:  # whatever else there is, is the same on purpose
         return bool(sides[0].get("spec") == sides[1].get("spec"))
     facts = [side.get("facts") for side in sides]
-    told = [_told(run, side) for side in ("base", "candidate")]
-    if told[0] and told[0] == told[1] and sides[0].get("kind") != "revision":
+    versions = [_reported_versions(run, side) for side in ("base", "candidate")]
+    if versions[0] and versions[0] == versions[1] and sides[0].get("kind") != "revision":
         return True
     return facts[0] == facts[1] and sides[0].get("worker") == sides[1].get("worker") and facts[0] is not None
 

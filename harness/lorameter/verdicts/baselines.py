@@ -1,4 +1,4 @@
-"""Which run is trusted: the one that somebody accepted, for one fingerprint and one study.
+"""The baseline: the run that was accepted, for one fingerprint and one study.
 
 Never the newest and never by itself: the newest run may be the slow one, and a baseline that follows every run hides a
 slow-down that comes in small steps. Accepting is a decision, and a run that is not valid cannot be accepted.
@@ -44,7 +44,7 @@ class Baselines:
     baselines: tuple[Baseline, ...] = ()
 
     def of(self, fingerprint: str | None, study: str | None) -> Baseline | None:
-        """The accepted run; None where nobody accepted one."""
+        """The accepted run; None if there is none."""
         for baseline in self.baselines:
             if (baseline.fingerprint, baseline.study) == (fingerprint, study):
                 return baseline
@@ -90,10 +90,10 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
     if run.manifest.sides:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
     refuse_mixed(run, "a baseline")
-    stands = run_validity(run, read_study(run))
-    if stands.invalid:
+    validity = run_validity(run, read_study(run))
+    if validity.invalid:
         raise InvalidRunError(
-            f"run {run.path.name}: not valid, so it was not accepted: {stands.invalid}. "
+            f"run {run.path.name}: not valid, so it was not accepted: {validity.invalid}. "
             f"See `lorameter report {run.path.name}`."
         )
     accepted = Baseline(

@@ -1,6 +1,6 @@
 """pytest-benchmark files as a side of a comparison, those of other projects included.
 
-A file of ours keeps the boundaries between trials beside the raw samples, so it says as much as the run itself. Any
+A file of ours keeps the boundaries between trials with the raw samples, so it says as much as the run itself. Any
 other file holds the rounds of one process. However many they are, they are one replicate: most of the scatter of a
 duration lies between processes (Kalibera & Jones 2013), so one file gives a ratio and no interval. Several files in a
 folder are replicates (`lorameter.verdicts.benchmark_folder`).
@@ -262,7 +262,8 @@ def _expect(where: str, key: str, value: Any, kind: type) -> Any:
 
 
 def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, Any]:
-    """What stands beside the samples of one test: trial boundaries, other metrics of the phase, memory, checks."""
+    """What a file holds of one test in addition to its samples: trial boundaries, other metrics of the phase, memory,
+    checks."""
     measured = [name for name, item in METRICS.items() if item.phase == phase and series.measuring(name)]
     trials = series.measured(metric)
     last = trials[-1][0]
@@ -294,7 +295,7 @@ def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, A
 
 
 def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str) -> list[str]:
-    """What differs between this session and a saved file, as far as two runs must agree to stand beside each other.
+    """What differs between this session and a saved file, as far as two runs must agree to be compared.
 
     Args:
         study: of this session.
@@ -323,7 +324,7 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
 
 
 def about_run(run: Run) -> dict[str, Any]:
-    """What stands once in a file: the run, its fingerprint and variants, its control, and what does not count."""
+    """What a file holds once: the run, its fingerprint and variants, its control, and what does not count."""
     side = comparison_input(run)
     return {
         "schema": run.manifest.schema,

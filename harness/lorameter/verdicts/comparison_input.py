@@ -99,7 +99,7 @@ class ComparisonInput:
     broken: str | None = None
     """Why no number of this side counts."""
     absent: str | None = None
-    """Why there is no such side at all: a baseline that nobody accepted."""
+    """Why there is no such side: no baseline was accepted."""
     notices: tuple[Notice, ...] = ()
 
     def without(self, names: frozenset[str]) -> ComparisonInput:

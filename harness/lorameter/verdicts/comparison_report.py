@@ -89,7 +89,7 @@ class ComparisonReport:
     differing: tuple[Difference, ...] = ()
     notices: tuple[Notice, ...] = ()
     losses: Mapping[str, LossAgreement] = dataclasses.field(default_factory=dict)
-    """Whether the losses of both sides agree, by variant; empty where nobody has looked."""
+    """Whether the losses of both sides agree, by variant; empty where it was not examined."""
 
 
 def worst(codes: Iterable[int]) -> int:

@@ -1,6 +1,6 @@
 """What the surroundings say against a trial: disturbances by phase, and the record of one that must not count.
 
-A trial that ended beside somebody else's job, or on a GPU that protected itself from heat, has numbers of
+A trial that ran next to another user's job, or on a GPU that protected itself from heat, has numbers of
 these and not of its variant. It is judged by its surroundings only (`lorameter.machine.disturbances`); a rule that
 looked at its times would select them.
 """

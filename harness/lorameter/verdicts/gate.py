@@ -1,4 +1,4 @@
-"""A comparison turned into pass or fail by a policy that a team keeps beside its code.
+"""A comparison turned into pass or fail by a policy that a team keeps with its code.
 
 inconclusive = "fail"            # or "pass"
 tolerance = 0.01                 # a fraction of times and of peaks: 0.01 is 1 %
@@ -71,7 +71,7 @@ class Policy:
     metrics: tuple[str, ...] = ()
     """Names or patterns of what is gated; the primary metric of each phase and the peaks if left out."""
     required: tuple[str, ...] = ()
-    """Patterns of variants of which one at least must have been compared."""
+    """Patterns of variants, at least one of which must have been compared."""
     losses: Literal["any", "agree"] = "any"
     """Whether the losses of both sides of an A/B must agree."""
     limit: tuple[LimitRule, ...] = ()

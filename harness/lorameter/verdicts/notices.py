@@ -1,4 +1,4 @@
-"""What a reader of a run must know beside its numbers, each with what to do about it.
+"""What a reader of a run must know in addition to its numbers, each with a remedy.
 
 A notice never changes a number. Those that cast doubt on one (contention, a control that failed) say how much.
 """
@@ -24,7 +24,7 @@ from lorameter.verdicts.sites import site_notices
 DRIFT = 0.05
 """Change of level that is worth a word, a fraction."""
 LEAST_STEPS_FOR_DRIFT = 12
-"""Fewer steps show no change of level beside their noise."""
+"""With fewer steps no change of level shows above the noise."""
 
 
 def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:

@@ -2,7 +2,7 @@
 
 Ratios of other GPUs are other ratios: a variant that is bound by memory on one is bound by arithmetic on the next. A
 mean over them would be of no machine that there is, and its interval would be that of the choice of machines. So each
-site is judged by itself, and whoever takes records together without asking is refused (`series_of`).
+site is judged by itself, and code that combines their records without asking is refused (`series_of`).
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def mixed_notice(run: Run) -> Notice:
     )
 
 
-def join_notices(run: Run, told: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
+def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
     """What each site gives reason to say, by site, once where all of them do; before it what the run is."""
-    ways = [dict.fromkeys(notices) for notices in told.values()]
+    ways = [dict.fromkeys(notices) for notices in by_site.values()]
     common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
     own = [
         msgspec.structs.replace(notice, message=f"{site}: {notice.message}")
-        for site, notices in told.items()
+        for site, notices in by_site.items()
         for notice in dict.fromkeys(notices)
         if notice not in common
     ]

@@ -1,6 +1,6 @@
-"""How a run stands: what its controls say, which trials have no result, and whether it is valid as a whole.
+"""The validity of a run: what its controls say, which trials have no result, and whether it is valid as a whole.
 
-Whoever asks is told the same: the report, a comparison, the gate, a baseline, a tried remedy, the pytest session.
+All of these use it: the report, a comparison, the gate, a baseline, a tried remedy, the pytest session.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RunValidity:
 
 
 def run_validity(run: Run, study: Study) -> RunValidity:
-    """How a run stands by the records that there are; one of unlike sites stands if each of them does, and its controls
+    """The validity of a run by its records; one of unlike sites is valid if each of them is, and its controls
     are in these. Raises nothing for missing trials: what is not there is said."""
     if is_mixed(run):
         return _standing_of_sites(run, study)
@@ -107,7 +107,7 @@ def _standing_of_sites(run: Run, study: Study) -> RunValidity:
 
 def is_single_script_run(run: Run, study: Study) -> bool:
     """Whether it is the run of one training that was followed where it took place: there is no second one to be its
-    control, and nobody has planned one."""
+    control, and none is planned."""
     return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
 
 
@@ -151,7 +151,7 @@ def discounted(found: Comparison, invalid: str | None) -> Comparison:
 
 
 def say_broken(run: str, faults: Sequence[str]) -> str | None:
-    """The first few faults of a run, and how many there are beside them; None of none."""
+    """The first few faults of a run, and how many more there are; None if there is none."""
     return f"run {run}: {first_few(faults, MOST_FAULTS, '; ')}" if faults else None
 
 

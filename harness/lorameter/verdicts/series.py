@@ -130,14 +130,13 @@ Groups = Mapping[tuple[str, Role], Series]
 def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
     """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance.
 
-    Raises `UsageError` for records of sites that may be unlike: nobody takes them together by accident
+    Raises `UsageError` for records of sites that may be unlike, so that they are not combined by accident
     (`lorameter.verdicts.per_site`).
     """
     if any(record.machine for record in records):
         raise UsageError(
             "these trials are of sites that are different machines, and no number holds over all of them. Read each "
-            "site "
-            "by `lorameter report RUN`."
+            "site by `lorameter report RUN`."
         )
     groups: dict[tuple[str, Role], list[TrialRecord]] = {}
     for record in records:
@@ -160,7 +159,7 @@ def occupancy(record: TrialRecord) -> float | None:
     """CPU time over wall time of the timed steps.
 
     None where either is missing, and for a trial of several threads: these wait for each other and for what only one of
-    them does, so they leave CPUs idle with nobody else on the machine.
+    them does, so they leave CPUs idle even if nothing else runs.
     """
     wall, cpu = sum(record.samples.get("step_time_s", ())), record.samples.get("step_cpu_time_s", ())
     return sum(cpu) / wall if wall and cpu and record.values.get("threads", 1.0) == 1 else None

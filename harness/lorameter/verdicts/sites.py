@@ -92,7 +92,7 @@ def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
 
 
 def _unlike(effects: Mapping[str, float]) -> Iterator[Notice]:
-    if len(effects) < 3:  # of two nobody can say which one is unlike
+    if len(effects) < 3:  # of two sites, neither is the unlike one
         return
     centre = statistics.median(effects.values())
     for site, effect in effects.items():

@@ -25,9 +25,9 @@ NONE = "none"
 
 def versions_by_name(records: Iterable[TrialRecord]) -> dict[str, tuple[str, ...]]:
     """What all trials of a script tell of each package, each version once; nothing where none of them tells any."""
-    told = [record.software for record in records if record.software]
-    names = sorted({name for one in told for name in one})
-    return {name: tuple(sorted({one.get(name, NONE) for one in told})) for name in names}
+    reported = [record.software for record in records if record.software]
+    names = sorted({name for one in reported for name in one})
+    return {name: tuple(sorted({one.get(name, NONE) for one in reported})) for name in names}
 
 
 def say_versions(seen: Iterable[str]) -> str:
@@ -40,11 +40,11 @@ def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -
     provenance does. None for what is not installed; all versions where there are several."""
     stated = {"python": provenance.get("python"), **provenance.get("libraries", {}), **provenance.get("engine", {})}
     stated |= {"cuda": provenance["cuda"]} if provenance.get("cuda") else {}
-    told = versions_by_name(records)
-    if not told:
+    reported = versions_by_name(records)
+    if not reported:
         return stated
-    names = [*stated, *(name for name in ("cuda",) if name in told and name not in stated)]
-    found = {name: told.get(normal_name(name), (NONE,)) for name in names}
+    names = [*stated, *(name for name in ("cuda",) if name in reported and name not in stated)]
+    found = {name: reported.get(normal_name(name), (NONE,)) for name in names}
     versions = {name: None if seen == (NONE,) else say_versions(seen) for name, seen in found.items()}
     return versions | ({OURS: stated[OURS]} if OURS in stated else {})
 
@@ -64,19 +64,19 @@ def differing_versions(
 def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, Any]:
     """The provenance with what the trials tell in place of what was found before the start."""
     records = list(records)
-    told = {name: say_versions(seen) for name, seen in versions_by_name(records).items()}
-    if not told:
+    reported = {name: say_versions(seen) for name, seen in versions_by_name(records).items()}
+    if not reported:
         return dict(provenance)
     versions = versions_of(provenance, records)
     libraries = {name: versions.get(name) for name in provenance.get("libraries", {})}
     found = {"libraries": libraries} | {name: versions[name] for name in ("python", "cuda") if name in versions}
     if kernels := provenance.get(kernel_env.FIELD):
-        found[kernel_env.FIELD] = kernel_env.steering(told, versions.get("cuda"), kernels["switches"])
+        found[kernel_env.FIELD] = kernel_env.steering(reported, versions.get("cuda"), kernels["switches"])
     return {**provenance, **found}
 
 
 def say_threads(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> str:
     """On how many threads a process computes, as the trials of scripts tell it."""
-    told = sorted({record.values["threads"] for record in records if "threads" in record.values})
-    counts = [f"{count:g}" for count in told] or [str(provenance.get("threads", "unknown"))]
+    reported = sorted({record.values["threads"] for record in records if "threads" in record.values})
+    counts = [f"{count:g}" for count in reported] or [str(provenance.get("threads", "unknown"))]
     return f"{' or '.join(counts)} thread{'' if counts == ['1'] else 's'}"

@@ -275,14 +275,9 @@ def _withheld(found: Survey, name: str, counter: str, what: str, remedy: str) ->
 def settings(found: Survey) -> Iterator[DoctorCheck]:
     """Settings that change times by themselves."""
     system = found.system
-    yield setting(
-        "governor",
-        system.governor,
-        str,
-        wrong=system.governor.value not in (None, "performance"),
-        grade="bad",
-        remedy="sudo cpupower frequency-set -g performance",
-    )
+    slow = system.governor.value not in (None, "performance")
+    remedy = "sudo cpupower frequency-set -g performance"
+    yield setting("governor", system.governor, str, wrong=slow, grade="bad", remedy=remedy)
     yield setting(
         "turbo",
         system.turbo,

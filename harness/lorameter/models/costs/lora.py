@@ -1,6 +1,6 @@
 """An adapter in numbers: which linear layers it is on, its parameters, and what its optimizer keeps.
 
-LoRA puts two matrices beside a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section
+LoRA adds two matrices to a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section
 4.1); DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Nothing here depends on a weight's
 value, and nothing needs torch. What is said of a model raises `UnknownLayersError` where its type is not among
 `lorameter.models.families`.

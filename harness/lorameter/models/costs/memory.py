@@ -6,8 +6,8 @@ forward pass keeps (`lorameter.models.costs.activations`), logits. A step is hig
 loss's gradient is taken (activations, and logits in float32 three times over: log-probabilities and two gradients),
 under checkpointing when a block has been computed again, or when the optimizer has all gradients.
 
-What a process takes beside its tensors on a CPU has no formula. Those constants are measured, each says on what, and
-they are for one thread and glibc. What it begins with depends on what torch is built for (`birth_bytes`).
+What a process takes in addition to its tensors on a CPU has no formula. Those constants are measured, each says on
+what, and they are for one thread and glibc. What it begins with depends on what torch is built for (`birth_bytes`).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def birth_bytes(cuda: str | None) -> int:
 
 
 def bare_process_bytes(cuda: str | None) -> int:
-    """Resident in a trial's process beside tensors; `cuda` as for `birth_bytes`."""
+    """Resident in a trial's process without tensors; `cuda` as for `birth_bytes`."""
     return birth_bytes(cuda) + sum(AT_WORK.values())
 
 
@@ -222,7 +222,7 @@ def _adapter_width(variant: Variant) -> int:
 
 
 def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
-    """Optimizer state, its paged part apart."""
+    """Optimizer state, its paged part separately."""
     tensors, size = adapter_tensors(variant, shape), _adapter_width(variant)
     paged = paged_state_bytes(variant.optimizer, tensors)
     state = optimizer_state_bytes(variant.optimizer, [(elements, size) for elements in tensors])
@@ -272,7 +272,7 @@ def _dequantised(variant: Variant, shape: ModelShape) -> int:
 
 def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
     """What a request adds, for each of its prompts: the context's keys and values, one block's work on the prompt, the
-    last token's logits; and the adapters that lie beside each other meanwhile."""
+    last token's logits; and the adapters, all of which are in memory meanwhile."""
     size, prompts = 4 if variant.prepare_for_kbit else width(variant.dtype), workload.request_batch
     context = workload.prompt_tokens + workload.new_tokens
     kinds = {

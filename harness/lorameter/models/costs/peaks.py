@@ -5,7 +5,7 @@ accumulate in float32, as torch's products of half-precision numbers do, which o
 advertised. All are at the boost clock of the datasheet, which a device under load may not hold, and a GeForce GPU may
 exceed. A device that is not listed by its exact name has no peak here; measure one (`lorameter.trial.profiling.peak`).
 
-Beside them stands how much memory a GPU has. That is what its driver says and not what it is sold as: where ECC takes
+The memory of each GPU is listed too. That is what its driver says and not what it is sold as: where ECC takes
 its share of GDDR6, as on an L4, a GPU that is sold with 24 GB shows 22.5 GiB.
 """
 

@@ -1,4 +1,4 @@
-"""Bytes of a frozen linear layer as it is stored: the weights, and the constants of their quantisation beside them."""
+"""Bytes of a frozen linear layer as it is stored: the weights, and the constants of their quantisation."""
 
 from __future__ import annotations
 

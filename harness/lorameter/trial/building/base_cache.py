@@ -55,9 +55,9 @@ FORMAT = 1
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest register that reads weights."""
 LIBRARIES = ("transformers", "bitsandbytes")
-"""What has a hand in a base's content beside torch."""
+"""What affects the content of a base, in addition to torch."""
 _MARK = "|"
-"""Between a weight's name and that of a constant beside it; no module's name has it."""
+"""Between a weight's name and that of one of its constants; no module's name has it."""
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -267,7 +267,7 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _installed(name: str) -> str:
-    """A library's code, of which a side of an A/B may have another under the same version."""
+    """A library's code, which may differ between sides of an A/B under the same version."""
     folder = Path(str(importlib.import_module(name).__file__)).parent
     files = sorted(path for ending in ("py", "so") for path in folder.rglob(f"*.{ending}"))
     states = [(str(path.relative_to(folder)), path.stat()) for path in files]

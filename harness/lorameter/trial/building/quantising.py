@@ -112,7 +112,7 @@ def quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str)
 
 
 def constants_of(weight: Any) -> dict[str, torch.Tensor]:
-    """What quantising has left beside a weight, by the names under which bitsandbytes itself keeps it.
+    """The constants of a quantised weight, by the names under which bitsandbytes itself keeps it.
 
     A 4-bit weight must be in its stored layout (`lorameter.trial.building.packing`).
     """

@@ -27,6 +27,11 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, workload: Workload) -> None:
+        if workload.loss == "answer" and not getattr(tokenizer, "is_fast", False):  # MistralCommonBackend has none
+            raise UsageError(
+                f"workload: loss = 'answer': the tokenizer of {workload.model} does not report which characters a "
+                'token holds. Use loss = "all", or save a tokenizer.json next to it.'
+            )
         self._tokenizer = tokenizer
         self._workload = workload
         self._template: ChatTemplate | None = None
@@ -49,7 +54,7 @@ class Encoder:
         return self._begun(*self._encode("".join(self._parts(record))))[0]
 
     def example(self, record: AnyRecord) -> tuple[list[int], Example]:
-        """The prompt alone, as ids and as text beside its reference."""
+        """The prompt alone, as ids, and its text with the reference."""
         prompt, target = self._chat.prompt(record) if isinstance(record, Conversation) else self._parts(record)
         encoded = self._encode(prompt)
         ids = encoded[0] if isinstance(record, Conversation) else self._begun(*encoded)[0]
@@ -78,16 +83,10 @@ class Encoder:
         if spans is None:
             ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids, list(ids)
-        try:
-            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        except NotImplementedError:
-            raise UsageError(
-                f"workload: loss = 'answer': the tokenizer of {self._workload.model} does not report which "
-                'characters a token holds. Use loss = "all", or save a tokenizer.json next to it.'
-            ) from None
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
-        said = mark_tokens(encoded["offset_mapping"], spans)
-        return ids, [token if marked else IGNORED for token, marked in zip(ids, said, strict=True)]
+        labelled = mark_tokens(encoded["offset_mapping"], spans)
+        return ids, [token if marked else IGNORED for token, marked in zip(ids, labelled, strict=True)]
 
     def _begun(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """With the token that begins a text, where the tokenizer has one."""

@@ -86,7 +86,7 @@ class TokenStream:
         return tuple(end - start for start, end in pairwise([*starts, len(positions)]))
 
     def position(self) -> tuple[int, int, int]:
-        """Where the stream stands; `restore` brings it back there."""
+        """The position of the stream, for `restore`."""
         return self._next, self.real_tokens, self.padded_tokens
 
     def restore(self, position: tuple[int, int, int]) -> None:

@@ -2,7 +2,7 @@
 
 A server of many adapters has two ways. It switches: one adapter is active, and PEFT's `set_adapter` walks over all
 layers to have another. Or it mixes: each row of a batch names its adapter, and every adapted layer takes its rows apart
-(`adapter_names`). Both need nothing but adapters of one kind, so those beside the trained one have random weights.
+(`adapter_names`). Both need nothing but adapters of one kind, so the others have random weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _APART = 1_009
 
 
 class Adapters:
-    """The trained adapter of a model and those beside it. Raises what PEFT does where it cannot have them."""
+    """The trained adapter of a model and further ones. Raises what PEFT raises if it cannot attach them."""
 
     def __init__(self, model: Any, variant: Variant, *, trained: str, count: int, seed: int) -> None:
         """Attach those that are missing of `count`; the trained one stays active."""

@@ -27,10 +27,10 @@ NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
 
 
 class Server:
-    """Answers prompts by number, with the adapter beside the base or merged into it."""
+    """Answers prompts by number, with the adapter unmerged or merged into the base."""
 
     def __init__(self, model: Any, adapter: str, stream: TokenStream, request: TrialRequest) -> None:
-        """`adapter` is the trained one. The seed of the request draws the weights of those beside it, and orders."""
+        """`adapter` is the trained one. The seed of the request draws the weights of the others, and orders."""
         self._model = model
         self._adapter = adapter
         self._seed = request.seed
@@ -88,7 +88,7 @@ class Server:
         return found
 
     def hold_adapters(self) -> None:
-        """Attach the adapters beside the trained one, and ask once with each way of answering by them."""
+        """Attach the other adapters, and ask once in each way."""
         self._adapters = Adapters(
             self._model, self._variant, trained=self._adapter, count=self._workload.adapters, seed=self._seed
         )

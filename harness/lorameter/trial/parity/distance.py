@@ -56,7 +56,7 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, length: int) -> 
 
     Args:
         logits: shape (rows, tokens, vocabulary); a row may hold several sequences one after the other.
-        labels: shape (rows, tokens), as transformers takes them: a token's label stands at its own place, -100 is none.
+        labels: shape (rows, tokens), as transformers takes them: a token's label is at its own position, -100 is none.
         length: tokens of a sequence. The first token of each has no label, or its loss would cross the border.
     """
     losses: list[float] = []

@@ -63,7 +63,7 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
 
 
 def load_served(request: ServingRequest, way: ServingMode) -> Any:
-    """The base of a way with the adapter beside it, in eval mode."""
+    """The base of a way with the unmerged adapter, in eval mode."""
     trial = request.trial
     base: Any = load_base(
         catalogue.resolve(trial.workload.model), way.variant, device=trial.device, seed=trial.workload.data_seed
@@ -115,7 +115,7 @@ def observe(
 
 
 def answer_logits(model: Any, prompt: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
-    """The logits from which each token of an answer is chosen, given all that stands before it; shape (tokens,
+    """The logits from which each token of an answer is chosen, given all tokens before it; shape (tokens,
     vocabulary), in the model's type. One pass over prompt (shape (1, length)) and answer, without a cache."""
     tokens = torch.tensor([list(answer)], dtype=prompt.dtype, device=prompt.device)
     whole = torch.cat([prompt, tokens], dim=1)

@@ -1,1 +1,1 @@
-"""A trial taken apart, in steps of its own."""
+"""A profiled trial, in steps of its own."""

@@ -1,4 +1,4 @@
-"""The account of a trial's memory: one call watched, and beside the measured peak everything that can be counted.
+"""The account of a trial's memory: one watched call, and everything that can be counted towards its measured peak.
 
 What is resident between steps is counted tensor by tensor. What lives during the step is watched
 (`lorameter.trial.profiling.live`) and taken as it stood where the memory was highest; what one operator held beyond its
@@ -171,7 +171,7 @@ class _Slack:
 
 
 def _on_host(birth: ProcessBaseline, resident: Collection[torch.Tensor]) -> dict[str, int]:
-    """Kinds of which torch knows nothing: pages of files."""
+    """Kinds that torch does not know: pages of files."""
     now = read_pages()
     mapped: dict[str, int] = {}
     for tensor in resident:

@@ -1,4 +1,4 @@
-"""Requests taken apart: the same call that a user makes, with borders where a forward pass begins and ends.
+"""Profiled requests: the same call that a user makes, with borders where a forward pass begins and ends.
 
 transformers' `generate` is one call from prompt to last token. Where the model itself is entered and left divides it:
 what comes before the first pass, the pass over the prompt (prefill), the passes over one token each (decode), and what

@@ -1,4 +1,4 @@
-"""A trial that is taken apart: the commands of `lorameter profile`, beside those of any trial.
+"""A profiled trial: the commands of `lorameter profile`, in addition to those of any trial.
 
 What they find goes into files of the trial's folder: it is the evidence of one process, and no comparison takes it.
 """

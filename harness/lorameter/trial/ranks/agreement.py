@@ -21,13 +21,13 @@ EXACT, ROUNDED = 1e-4, 3e-3
 
 
 def tolerance_of(variant: Variant) -> float:
-    """How far losses may be apart, as a share."""
+    """The largest allowed relative difference of losses."""
     compute = {variant.autocast or variant.dtype, variant.compute_dtype if variant.is_4bit else variant.dtype}
     return EXACT if compute == {"float32"} and variant.adapter_dtype in (None, "float32") else ROUNDED
 
 
 def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> dict[str, Any]:
-    """A check, as data: the losses of several ranks beside those of one, from the first step on."""
+    """A check, as data: the losses of several ranks compared with those of one, from the first step on."""
     pairs = list(zip(several, one, strict=False))
     if variant.lora_dropout:
         return _check(None, None, "not_applicable", "ranks draw their own dropout, so losses are not those of one rank")

@@ -92,7 +92,7 @@ class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     notes: tuple[str, ...]
     answers: Answers
     engine: EngineShown | None = None
-    """Of a study about an engine: what it takes to show the verdicts to somebody else."""
+    """Of a study about an engine: what is needed to publish the verdicts."""
 
     @property
     def valid(self) -> bool:

@@ -1,4 +1,5 @@
-"""What belongs to a verdict on an engine beside its numbers: the machine, the versions, and the proof that it ran.
+"""What belongs to a verdict on an engine in addition to its numbers: the machine, the versions, and the proof that it
+ran.
 
 And what must hold before there is a verdict: that it ran where it was to run and not where it was not, and that what is
 compared did the same work.
@@ -38,7 +39,7 @@ class EngineShown:
     """Of scripts as their own processes tell them; None for what is not installed."""
     proof: tuple[Shown, ...]
     differs: tuple[str, ...]
-    """What the two do not have in common beside the engine, of scripts."""
+    """What differs between two scripts in addition to the engine."""
 
 
 def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
@@ -80,7 +81,7 @@ def _sides(run: Run, study: Study) -> ScriptPair | None:
 
 
 def _check_scripts(part: ClaimPart, study: Study, sides: ScriptPair) -> None:
-    """Two scripts must be the same training, of which nobody knows more than was seen."""
+    """Two scripts must be the same training, as far as that was observed."""
     assert study.engine is not None
     other = [
         notice.message

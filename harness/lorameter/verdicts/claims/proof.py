@@ -1,7 +1,7 @@
 """Whether an engine ran where it was to run, and nowhere else: without that no promise of it is judged.
 
 A flag that a script does not know, a patch that came too late, a path that fell back: each leaves two variants that do
-the same, and would refute a promise that nobody has tried. So what kernels_check saw in the watched steps of both is
+the same, and would refute a promise that was not tested. So what kernels_check saw in the watched steps of both is
 asked first. What it could not see is unknown, and proves nothing.
 """
 
@@ -30,7 +30,7 @@ class Shown:
     wanted: Any
     """What it must show (`lorameter.studies.engine`)."""
     found: Found
-    """active: as wanted, with the engine and not without it · absent: not so · unknown: nobody could see it."""
+    """active: as wanted, with the engine and not without it · absent: not so · unknown: it could not be seen."""
     with_engine: Any
     """What was observed in the variant with the engine; None for nothing."""
     without: Any

@@ -103,7 +103,7 @@ _WORDS: dict[Rule, _Words] = {
 
 
 def reason_of(question: Question, conclusion: Conclusion) -> str:
-    """The sentence; for an open question it names the contrast that stands in the way."""
+    """The sentence; for an open question it names the contrast that is undecided."""
     begin = [f"{words} ×{_centre(values)}" for words, values in question.context]
     begin.append(f"{question.says[conclusion.contrast]} ×{format_ratio(*ratio_of(question, conclusion))}")
     interval = f"{100 * conclusion.level:.4g} % interval {_interval(question, conclusion)}"
