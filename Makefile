@@ -64,7 +64,7 @@ test-lower-bound: $(STAMP)
 	$(BIN)/python -m uv pip install --quiet --python $(LOWER) -e '.[dev]' torch==2.11.0 'transformers==5.17.*' \
 	scikit-learn pandas pyarrow
 	$(LOWER)/bin/pytest tests/models/costs tests/kernels_check/judges/test_execution.py \
-	tests/kernels_check/trace/test_report.py tests/kernels_check/probe/test_probe.py tests/trial/test_zygote.py \
+	tests/kernels_check/trace/test_report.py tests/kernels_check/test_probe.py tests/trial/test_zygote.py \
 	tests/run/executors/test_local.py tests/profile/test_measure.py tests/machine tests/gpu
 
 # Everything that only a card can say, in steps that go on where they were stopped; the report is written under reports/,

@@ -1,6 +1,6 @@
-"""Proof that the fast paths a fine-tuning configuration asks for are the ones that ran.
+"""Checks whether the fast paths that a fine-tuning configuration requires are the ones that ran.
 
-A flag says what was requested; only the operators, tensors and gradients of the measured process say what happened.
+A flag shows what was requested; only the operators, tensors and gradients of the measured process show what happened.
 The package is independent: nothing of ``lorameter`` is imported, and importing it loads neither torch nor numpy.
 """
 
@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from kernels_check.judges.batch import probe_isolation
     from kernels_check.judges.paths import REQUIREMENTS
     from kernels_check.rules import Rule, classify
-    from kernels_check.serving import watch_request
-    from kernels_check.step_watch import Watch, watch
+    from kernels_check.step_watch import Watch, verify, watch, watch_request
     from kernels_check.trace.file import TraceError
     from kernels_check.trace.read import read_trace
     from kernels_check.trace.summary import KernelSummary
-    from kernels_check.verification import verify
 
 __all__ = [
     "REQUIREMENTS",
@@ -49,10 +47,10 @@ _HOME = {
     "classify": "rules",
     "probe_isolation": "judges.batch",
     "read_trace": "trace.read",
-    "verify": "verification",
+    "verify": "step_watch",
     "Watch": "step_watch",
     "watch": "step_watch",
-    "watch_request": "serving",
+    "watch_request": "step_watch",
 }
 
 

@@ -7,19 +7,22 @@ Standard output carries the result (with ``--json`` exactly one document), stand
 
 from __future__ import annotations
 
-import argparse
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from kernels_check.memory_limit import memory_limit_problem
 from kernels_check.pipes import with_streams
 from kernels_check.terminal import SafeParser, print_stderr
 
-EXIT_CHECK_FAILED = 4
 EXIT_UNEXPECTED = 70
+COMMANDS = {
+    "probe": "which fast paths run on this machine, and how exact (default)",
+    "selftest": "are twelve faults found on this machine, and do healthy runs pass",
+    "trace": "judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV",
+}
+MODULES = {"probe": "probe", "selftest": "selftest", "trace": "trace.report"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,12 +35,8 @@ def _run(argv: Sequence[str] | None) -> int:
     if words in ([], ["--json"]):
         words.insert(0, "probe")
     arguments = _parser().parse_args(words)
-    if said := memory_limit_problem():
-        print_stderr(f"kernels_check: {said}")
-        return EXIT_CHECK_FAILED
-    module, _, function = arguments.run.partition(":")
     try:
-        code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
+        code: int = import_module(f"kernels_check.{MODULES[arguments.command]}").run(arguments)
     except Exception:
         print_stderr(
             f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command"
@@ -46,42 +45,16 @@ def _run(argv: Sequence[str] | None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> SafeParser:
     parser = SafeParser(prog="python -m kernels_check", description="What really ran, not what was asked for.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_trace(commands)
-    _add_rules(commands)
-    _add_probe(commands)
-    _add_selftest(commands)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+        if name == "trace":
+            help_text = "trace .json or .json.gz, or nsys .csv (also .gz)"
+            command.add_argument("file", type=Path, metavar="FILE", help=help_text)
     return parser
-
-
-def _add_trace(commands: argparse._SubParsersAction[SafeParser]) -> None:
-    trace = commands.add_parser(
-        "trace", help="judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV"
-    )
-    trace.add_argument("file", type=Path, metavar="FILE", help="trace .json or .json.gz, or nsys .csv (also .gz)")
-    trace.add_argument("--json", action="store_true", help="print one JSON document")
-    trace.set_defaults(run="trace.report:run")
-
-
-def _add_rules(commands: argparse._SubParsersAction[SafeParser]) -> None:
-    rules = commands.add_parser("rules", help="the ordered rules by which kernel names are classified")
-    rules.add_argument("--json", action="store_true", help="print one JSON document")
-    rules.add_argument("--check", action="store_true", help="say whether the installed versions are the validated ones")
-    rules.set_defaults(run="rules_report:run")
-
-
-def _add_probe(commands: argparse._SubParsersAction[SafeParser]) -> None:
-    probe = commands.add_parser("probe", help="which fast paths run on this machine, how exact and how fast (default)")
-    probe.add_argument("--json", action="store_true", help="print one JSON document")
-    probe.set_defaults(run="probe.probe:run")
-
-
-def _add_selftest(commands: argparse._SubParsersAction[SafeParser]) -> None:
-    selftest = commands.add_parser("selftest", help="are twelve faults found on this machine, and do healthy runs pass")
-    selftest.add_argument("--json", action="store_true", help="print one JSON document")
-    selftest.set_defaults(run="selftest:run")
 
 
 if __name__ == "__main__":

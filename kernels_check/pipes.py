@@ -1,12 +1,11 @@
 """Standard streams whose other end can go away, for every program of this distribution.
 
-Standard error carries notices. A reader that is gone (a closed terminal, a full disk, a pager that was left alone)
-must neither end nor hold up the measurement, which may have run for hours: what cannot be written there
-is dropped.
+Standard error carries notices. A reader that is gone (a closed terminal, a full disk, a suspended pager) must neither
+end nor hold up the measurement, which may have run for hours: what cannot be written there is dropped.
 
-Standard output carries the result. A reader that has seen enough (`| head -1`) ends a program as it ends others: at
-once, without a word, with the exit code that a shell gives to one that was killed by SIGPIPE. Where the result cannot
-be written for another reason, that is said.
+Standard output carries the result. Where its reader has seen enough (`| head -1`), the program ends at once, without a
+message, with the exit code that a shell gives to a process that SIGPIPE killed. Any other reason why the result cannot
+be written is reported.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ import errno
 import os
 import select
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 EXIT_CLOSED_PIPE = 141
-"""128 + SIGPIPE: what a shell says of `git log | head -1`."""
+"""128 + SIGPIPE: the exit code of `git log` in `git log | head -1`."""
 EXIT_UNWRITABLE = 4
 """The exit code of what could not be done on this machine."""
 
@@ -35,28 +33,36 @@ class BrokenOutputError(BaseException):
         """Whether its reader has gone away."""
 
 
-class _Stream(ABC):
-    """A text stream as it was given, but for what happens where it cannot be written."""
+class CapturedStdout:
+    """A text stream that drops what cannot be written and remembers why, so that the measurement comes to its end."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.lost: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """All of the text; characters that the encoding lacks as escape sequences."""
-        self._try(lambda: self._write(text))
+        """Write all of the text; characters that the encoding lacks as escape sequences."""
+        self._try(self._write, text)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """One after the other."""
+        """Write one after the other."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Have the other end see it."""
+        """Write out what is in a buffer."""
         self._try(self._stream.flush)
+
+    def drain(self) -> None:
+        """Discard what is in a buffer: the interpreter would write it out at its end, and end with 120."""
+        with contextlib.suppress(OSError, ValueError):  # no file behind it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
     def _write(self, text: str) -> None:
         try:
@@ -64,40 +70,38 @@ class _Stream(ABC):
         except UnicodeEncodeError as error:
             self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
 
-    def _try(self, action: Callable[[], object]) -> None:
+    def _try(self, action: Callable[..., object], *given: str) -> None:
         try:
-            action()
+            action(*given)
         except OSError as error:
-            self._silence()
-            self._lost(error)
+            self.drain()
+            self.lost = self.lost or error
 
-    @abstractmethod
-    def _lost(self, error: OSError) -> None:
-        """What is done where it cannot be written."""
 
-    def _silence(self) -> None:
-        """What is still in a buffer goes nowhere: the interpreter writes it out at its end, and would end with 120."""
-        with contextlib.suppress(OSError, ValueError):  # no file behind it
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+class Result(CapturedStdout):
+    """A stream that must be written. Raises `BrokenOutputError` where it cannot."""
+
+    def _try(self, action: Callable[..., object], *given: str) -> None:
+        super()._try(action, *given)
+        if self.lost is not None:
+            raise BrokenOutputError(self.lost)
 
 
 PATIENCE_S = 10.0
-"""Who reads asides may pause for as long; longer, and he is taken for one that has left."""
+"""How long the reader of notices may pause before it counts as gone."""
 
 
-class BestEffortStderr(_Stream):
-    """A stream that takes whatever can be written, and drops the rest."""
+class BestEffortStderr(CapturedStdout):
+    """A stream that also drops what its reader leaves in a full pipe for longer than ``PATIENCE_S``."""
 
-    def _try(self, action: Callable[[], object]) -> None:
+    def _try(self, action: Callable[..., object], *given: str) -> None:
         if self._is_read():
-            super()._try(action)
+            super()._try(action, *given)
         else:
-            self._silence()
+            self.drain()
 
     def _is_read(self) -> bool:
-        """Whether there is room for more, now or soon. What has no file behind it always has."""
+        """Whether there is room for more, now or soon. A stream without a file always has."""
         try:
             number = self._stream.fileno()
         except (OSError, ValueError, AttributeError):
@@ -105,32 +109,6 @@ class BestEffortStderr(_Stream):
         waiting = select.poll()
         waiting.register(number, select.POLLOUT)
         return bool(waiting.poll(1000 * PATIENCE_S))
-
-    def _lost(self, error: OSError) -> None:
-        """Do nothing."""
-
-
-class Result(_Stream):
-    """A stream that must be written. Raises `BrokenOutputError` where it cannot."""
-
-    def _lost(self, error: OSError) -> None:
-        raise BrokenOutputError(error)
-
-
-class CapturedStdout(_Stream):
-    """A stream that drops what cannot be written and remembers why, so that the measurement comes to its end."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self.lost: OSError | None = None
-
-    def _lost(self, error: OSError) -> None:
-        self.lost = self.lost or error
-
-    def drain(self) -> None:
-        """Have nothing left in a buffer that would be written out later."""
-        self._silence()
-        self.flush()
 
 
 def with_streams(name: str, program: Callable[[], int]) -> int:
@@ -159,8 +137,8 @@ def with_streams(name: str, program: Callable[[], int]) -> int:
 
 
 def _open_closed() -> None:
-    """Streams that were closed from the start (`>&-`) lead nowhere: the next file to be opened would take their number,
-    and whatever a library prints would be written into it."""
+    """Open streams that were closed from the start (`>&-`) on the null device: the next file to be opened would take
+    their number, and a library would print into it."""
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
     for number in range(3):

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -240,6 +240,27 @@ class Outcome:
     healthy: Check | None = None
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Run the controls, print the table or one JSON document, and return 0 if all hold."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    outcomes = []
+    for control in CONTROLS:
+        print(f"kernels_check selftest: {control.name}", file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries warn of the faults
+            outcomes.append(run_control(control))
+    held = [outcome.held for outcome in outcomes]
+    if arguments.json:
+        counts = {"held": held.count(True), "failed": held.count(False)}
+        results = [asdict(outcome) for outcome in outcomes]
+        document = {"schema": SCHEMA, "held": all(held), "counts": counts, "outcomes": results}
+        print(json.dumps(document, indent=2, allow_nan=False))
+    else:
+        _show(outcomes)
+    return 0 if all(held) else EXIT_FAILED
+
+
 def run_control(control: Control) -> Outcome:
     """Build and verify both runs; an exception is a control that does not hold."""
     outcome = partial(Outcome, control=control.name, path=control.path, required=control.required)
@@ -252,53 +273,23 @@ def run_control(control: Control) -> Outcome:
     return outcome(held=not failures, failure="; ".join(failures) or None, fault=fault, healthy=healthy)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the controls, print the table or one JSON document, and return 0 if all hold."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    outcomes = run_all(CONTROLS)
-    print(json.dumps(document(outcomes), indent=2, allow_nan=False)) if arguments.json else show(outcomes)
-    return 0 if all(outcome.held for outcome in outcomes) else EXIT_FAILED
-
-
-def run_all(controls: Iterable[Control]) -> list[Outcome]:
-    """Run the controls one after the other."""
-    outcomes = []
-    for control in controls:
-        print(f"kernels_check selftest: {control.name}", file=sys.stderr)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # libraries warn of the faults
-            outcomes.append(run_control(control))
-    return outcomes
-
-
-def document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The JSON document: the verdict on all, and every outcome with both checks."""
-    held = [outcome.held for outcome in outcomes]
-    counts = {"held": held.count(True), "failed": held.count(False)}
-    return {"schema": SCHEMA, "held": all(held), "counts": counts, "outcomes": [asdict(one) for one in outcomes]}
-
-
-def show(outcomes: Sequence[Outcome]) -> None:
+def _show(outcomes: Sequence[Outcome]) -> None:
     """Print the table, then what failed and why."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    def describe(check: Check | None) -> str:
+        return "–" if check is None else escape(escape_control_chars(f"{check.status} ({check.observed})"))
 
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("fault", "path", "with the fault", "healthy", ""):
         table.add_column(name, overflow="fold", no_wrap=name == "fault")
-    for outcome in outcomes:
-        seen = [_describe(check) for check in (outcome.fault, outcome.healthy)]
-        table.add_row(outcome.control, outcome.path, *seen, _VERDICTS[outcome.held])
+    for one in outcomes:
+        table.add_row(one.control, one.path, describe(one.fault), describe(one.healthy), _VERDICTS[one.held])
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(table)
     lines = [f"FAILED: {one.control}: {one.failure}" for one in outcomes if not one.held]
     for line in [*lines, f"{sum(one.held for one in outcomes)} of {len(outcomes)} hold"]:
         console.print(escape_control_chars(line), markup=False, highlight=False)
-
-
-def _describe(check: Check | None) -> str:
-    from rich.markup import escape
-
-    return "–" if check is None else escape(escape_control_chars(f"{check.status} ({check.observed})"))

@@ -1,4 +1,4 @@
-"""Watch a fine-tuning step as it takes place: judge what ran, and change nothing.
+"""Watch a fine-tuning step as it takes place, or a request: judge what ran, and change nothing.
 
 What one step does not show is unknown, with what to do about it.
 """
@@ -15,10 +15,13 @@ from typing import Any
 from torch import nn
 
 from kernels_check.check import Check, Json, judge_safely
+from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
+from kernels_check.observe.hooks import restored
 from kernels_check.observe.isolation import IsolationResult, isolation_of
 from kernels_check.observe.observation import Observation
 from kernels_check.observe.optimizer import ParameterStatus
+from kernels_check.observe.profile import AROUND, INSIDE, is_recording, profiled
 from kernels_check.observe.step import MOST_CALLS, StepObserver
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
@@ -31,6 +34,7 @@ NO_UPDATE = (
     "one update accumulates"
 )
 _OPEN = "this watch is open already: close it before the next step, or make one for each model"
+REQUEST = "request.attention"
 NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
 
@@ -54,6 +58,77 @@ def watch(
     if batch is None:
         return Watch(model, requirements or {})
     return Watch(model, requirements or {}, partial(isolation_of_seen, batch=batch), packed=True)
+
+
+def verify(
+    model: nn.Module,
+    step: Callable[[], object],
+    requirements: Mapping[str, Json],
+    *,
+    batch: Mapping[str, Any] | None = None,
+) -> list[Check]:
+    """Judge what really runs in ``step`` against ``requirements``.
+
+    Args:
+        model: the model that ``step`` trains, as PEFT returned it.
+        step: does one forward, backward and optimizer step; called twice, and up to eight times where its optimizer
+            steps in some calls only or begins at a learning rate of zero.
+        requirements: path to expected value, see ``REQUIREMENTS``. Other paths are reported, too.
+        batch: packed inputs of ``model(**batch)``, to judge isolation in evaluation too. Without it
+            ``packing.isolated`` is judged, where it is required, by the step's own calls.
+
+    Returns:
+        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. What the
+        profiler records is ``unknown``, with the reason, where the program runs a profiler around this call or inside
+        ``step``, which is left undisturbed.
+
+    Restored afterwards, also if ``step`` raises, are to the bit: the parameters of ``model`` that require gradients and
+    those that an optimizer updates in ``step``; the gradients of all parameters of ``model``; state and groups of the
+    optimizers that step; the random numbers of Python, NumPy and torch; train/eval modes. Not restored is everything
+    else: buffers, frozen parameters that the step changes, gradients of other models, learning-rate schedulers,
+    gradient scalers, running averages, data iterators, and what the step counts in objects of its own.
+
+    Raises:
+        ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
+        Exception: whatever ``step`` raises.
+    """
+    watched = Watch(model, requirements, partial(isolation_of_seen, batch=batch), packed=batch is not None)
+    with restored(model):
+        with watched.updates_only():  # compiles, and moves lora_B off zero
+            step()
+        for _ in range(MOST_CALLS - 1):
+            with watched:
+                step()
+            if not watched.undecided:
+                break
+    return watched.checks
+
+
+def watch_request(model: nn.Module, request: Callable[[], object], required: Json = None) -> Check:
+    """Judge the attention of one request, of its first token and of those after it.
+
+    Args:
+        model: that answers, as PEFT returned it.
+        request: asks it once.
+        required: what a training step is required to run, in the words of ``attention.backend``; a fused backend
+            accepts any.
+
+    Returns:
+        A check of the path ``request.attention``; ``unknown`` under a profiler of the program, around this call or in
+        ``request``.
+
+    Raises:
+        ValueError: a value of the wrong kind.
+        Exception: whatever ``request`` raises.
+    """
+    if required is not None:
+        validate({"attention.backend": required})
+    if is_recording():
+        return Check(path=REQUEST, required=required, observed=None, status="unknown", reason=AROUND)
+    seen = profiled(request)
+    if seen is None:
+        return Check(path=REQUEST, required=required, observed=None, status="unknown", reason=INSIDE)
+    return judge_safely(REQUEST, required, partial(judge_request, model, seen, required))
 
 
 def isolation_of_seen(seen: Observation, *, batch: Mapping[str, Any] | None) -> IsolationResult:

@@ -27,16 +27,16 @@ def escape_control_chars(text: str) -> str:
 
 
 def print_stderr(text: str) -> None:
-    """A line on standard error, made visible."""
+    """Print a line on standard error, with its control characters escaped."""
     print(escape_control_chars(text), file=sys.stderr, flush=True)
 
 
 class SafeParser(argparse.ArgumentParser):
-    """A parser of command lines whose refusals repeat what was typed, made visible."""
+    """A parser of command lines whose errors show control characters in what was typed."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but `--option=--` is refused: it would store an empty list in the place of a text. What comes
-        behind a `--` of its own is another program's."""
+        """As argparse's, but `--option=--` is an error: it would store an empty list. What follows a `--` belongs to
+        another program."""
         words = sys.argv[1:] if args is None else list(args)
         for word in itertools.takewhile("--".__ne__, words):
             option, _, value = word.partition("=")

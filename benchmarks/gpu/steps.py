@@ -137,10 +137,10 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         name="paths",
-        asks="which fast paths run, how exact and how fast",
+        asks="which fast paths run, and how exact",
         words=(*KERNELS, "probe", "--json"),
         limit_s=120,
-        rehearsal=(*KERNELS, "rules", "--json"),
+        rehearsal=(*KERNELS, "--help"),
         skipped="the paths of a CPU are what `python -m kernels_check` probes",
         answers=VERDICTS,
     ),

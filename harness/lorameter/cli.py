@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from kernels_check import terminal
-from kernels_check.memory_limit import memory_limit_problem
 from kernels_check.pipes import with_streams
 from kernels_check.terminal import print_stderr
 from lorameter.commands import (
@@ -75,9 +74,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         with InterruptHandler() as stops, stops.interruptible():
             options = parser().parse_args(arguments)
             command: Callable[[argparse.Namespace], int] = options.command
-            if said := memory_limit_problem():
-                print_stderr(f"lorameter: {said}")
-                return EXIT_INVALID
             return command(options)
     except LorameterError as error:
         print_stderr(f"lorameter: {error}")

@@ -18,7 +18,6 @@ from collections.abc import Generator
 
 import pytest
 
-from kernels_check.memory_limit import memory_limit_problem
 from lorameter.commands.options import add_options
 from lorameter.commands.pytest_output import Output
 from lorameter.commands.pytest_session import DEFAULT_STUDY, PLUGIN, Session
@@ -84,8 +83,6 @@ def attach(config: pytest.Config) -> None:
     for name, value in vars(config.option).items():
         if name.startswith("lorameter_") and value == []:  # what argparse makes of --option=--
             raise pytest.UsageError(f"argument --{name.replace('_', '-')}: '--' is no value of it")
-    if said := memory_limit_problem():
-        raise pytest.UsageError(said)
     if config.getoption("benchmark_cprofile", None):
         raise pytest.UsageError(
             "--benchmark-cprofile: the tests replay recorded samples, so there is nothing of theirs to profile. "

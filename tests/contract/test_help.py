@@ -48,7 +48,7 @@ def test_help_imports_nothing_heavy(command):
     assert not {"torch", "numpy", "pandas", "scipy", "rich", "pytest", "psutil"} & imported
 
 
-@pytest.mark.parametrize("command", ["", "probe", "trace", "rules", "selftest"])
+@pytest.mark.parametrize("command", ["", "probe", "trace", "selftest"])
 def test_the_options_of_kernels_check(command, kernels_check, monkeypatch):
     """`python -m kernels_check COMMAND --help` exits with 0."""
     monkeypatch.setenv("COLUMNS", "80")

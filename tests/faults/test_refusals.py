@@ -176,22 +176,3 @@ def test_what_pytest_cannot_save_is_in_the_run(session, only_run, tmp_path):
     )
     assert done.returncode not in (0, 5), done.stdout
     assert only_run().state == "complete"
-
-
-@pytest.mark.parametrize("limit", ["AS", "DATA"])
-@pytest.mark.parametrize(
-    "words",
-    [["lorameter.cli", "run", "training-step", "--dry-run"], ["lorameter.cli", "report", "x"], ["kernels_check"]],
-)
-def test_no_room_for_numpy_is_no_verdict(words, limit):
-    """OpenBLAS would end the process with 1, which means a regression, or try for minutes: 4, the limit, the remedy."""
-
-    def narrow():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (60 << 20, 60 << 20))
-
-    done = subprocess.run(
-        [sys.executable, "-m", *words], preexec_fn=narrow, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 4, done.stderr
-    assert "60 MiB of" in done.stderr
-    assert done.stderr.endswith("in which numpy does not start. Raise the limit.\n")
