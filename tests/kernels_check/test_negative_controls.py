@@ -4,20 +4,18 @@ import dataclasses
 
 import pytest
 from negative_controls.catalogue import CONTROLS
-from negative_controls.control import failures_of
+from negative_controls.control import Verifier
 
-SOUND = next(control for control in CONTROLS if control.name == "eager attention")
-
-
-HERE = [control for control in CONTROLS if control.needs_cuda is None]
-ON_CUDA = [control for control in CONTROLS if control.needs_cuda is not None]
+HERE = tuple(control for control in CONTROLS if control.needs_cuda is None)
+ON_CUDA = tuple(control for control in CONTROLS if control.needs_cuda is not None)
+SHARED = Verifier(CONTROLS)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("control", HERE, ids=lambda control: control.name)
 def test_control(control):
     """The fault is found with its reason; the healthy control passes."""
-    assert failures_of(control) == []
+    assert SHARED.failures(control) == []
 
 
 @pytest.mark.gpu
@@ -25,12 +23,13 @@ def test_control(control):
 @pytest.mark.parametrize("control", ON_CUDA, ids=lambda control: control.name)
 def test_control_on_cuda(control):
     """What a CPU can only judge by its inputs."""
-    assert failures_of(control) == []
+    assert SHARED.failures(control) == []
 
 
 def test_a_control_fails_without_its_fault():
     """The healthy run in its place passes, its reason lacks the words, and a run that always fails is no control."""
-    passed = " ".join(failures_of(dataclasses.replace(SOUND, fault=SOUND.healthy)))
+    sound = next(control for control in CONTROLS if control.name == "eager attention")
+    passed = " ".join(SHARED.failures(dataclasses.replace(sound, fault=sound.healthy)))
     assert "the faulty run is active" in passed
     assert "its reason lacks 'forward: 2 eager" in passed
-    assert "the healthy run is fallback" in " ".join(failures_of(dataclasses.replace(SOUND, healthy=SOUND.fault)))
+    assert "the healthy run is fallback" in " ".join(SHARED.failures(dataclasses.replace(sound, healthy=sound.fault)))

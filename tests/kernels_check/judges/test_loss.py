@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from negative_controls.loss_controls import accumulate, return_log_probs
+from negative_controls.loss_faults import accumulate, return_log_probs
 
 from kernels_check.judges.loss import judge_tokens
 from kernels_check.observe.loss import LossPass, LossSeen

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import kernels_check
-from kernels_check import serving
 from kernels_check.judges.attention import judge_request
 from kernels_check.observe.operators import AttentionCall
 from kernels_check.observe.profile import StepProfile
+from kernels_check.step_watch import REQUEST
 
 FLASH = AttentionCall(op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward", mask=False)
 CUDNN = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_cudnn_attention", backend="cudnn")
@@ -23,7 +23,7 @@ def judge():
 
     def judged(required, *calls, kernels=None):
         seen = StepProfile(attention=calls, fourbit=(), kernels=kernels or {}, unclassified={})
-        return judge_request(torch.nn.Identity(), seen, required).against(serving.PATH, required)
+        return judge_request(torch.nn.Identity(), seen, required).against(REQUEST, required)
 
     return judged
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from negative_controls.small_run import SmallRun
-from negative_controls.trained_part_controls import with_embeddings
+from negative_controls.trained_part_faults import with_embeddings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels_check

@@ -1,9 +1,9 @@
-"""A negative control, and when it holds."""
+"""A negative control, and whether it holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -11,9 +11,26 @@ from kernels_check.check import Check, Json
 from negative_controls.small_run import SmallRun, build, forget_compilations
 
 Build: TypeAlias = Callable[[], SmallRun]
+Change: TypeAlias = Callable[[SmallRun], object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
+class Recipe:
+    """How to build a run: made, then changed in order. Recipes with the same text are the same run."""
+
+    make: Build
+    changes: tuple[Change, ...]
+    text: str
+    """Identifies it: functions with their arguments."""
+
+    def __call__(self) -> SmallRun:
+        run = self.make()
+        for change in self.changes:
+            change(run)
+        return run
+
+
+@dataclass(frozen=True, kw_only=True)
 class Control:
     """A run with a fault, and a healthy one."""
 
@@ -21,12 +38,12 @@ class Control:
     path: str
     """The path whose check must find the fault."""
     required: Json
-    fault: Build
-    healthy: Build
+    fault: Recipe
+    healthy: Recipe
     words: tuple[str, ...]
-    """All of them stand in the reason."""
+    """All of them are in the reason."""
     not_words: tuple[str, ...] = ()
-    """None of them does."""
+    """None of them is."""
     caught_by: Literal["status", "reason", "unknown"] = "status"
     """``reason``: what was required did run, and the reason warns of what comes with it or of what CUDA would do.
     ``unknown``: the evidence contradicts itself, and the reason says where."""
@@ -34,47 +51,70 @@ class Control:
     """Why it takes a GPU to show."""
 
 
-def small(*changes: Callable[[SmallRun], object], **options: Any) -> Build:
+def control(name: str, path: str, required: Json, fault: Build, healthy: Build, *words: str, **options: Any) -> Control:
+    """A row of the catalogue."""
+    return Control(
+        name=name, path=path, required=required, fault=_recipe(fault), healthy=_recipe(healthy), words=words, **options
+    )
+
+
+def small(*changes: Change, **options: Any) -> Recipe:
     """A recipe: build a small run with ``options``, then apply the ``changes`` in order."""
     return changed(partial(build, **options), *changes)
 
 
-def changed(make: Build, *changes: Callable[[SmallRun], object]) -> Build:
+def changed(make: Build, *changes: Change) -> Recipe:
     """A recipe: make a run, then apply the ``changes`` in order."""
-    return partial(_changed, make, changes)
+    return Recipe(make, changes, " then ".join(map(_text, (make, *changes))))
 
 
-def _changed(make: Build, changes: tuple[Callable[[SmallRun], object], ...]) -> SmallRun:
-    run = make()
-    for change in changes:
-        change(run)
-    return run
+def _recipe(make: Build) -> Recipe:
+    return make if isinstance(make, Recipe) else changed(make)
 
 
-def failures_of(control: Control) -> list[str]:
-    """Verify both runs; what does not hold."""
-    try:
-        broken = _verified(control.fault(), control)
-        sound = _verified(control.healthy(), control)
-    finally:
-        forget_compilations()
-    return _failures(control, broken, sound)
+def _text(value: Any) -> str:
+    if isinstance(value, partial):
+        given = [*map(_text, value.args), *(f"{name}={_text(one)}" for name, one in value.keywords.items())]
+        return f"{_text(value.func)}({', '.join(given)})"
+    return repr(value)
 
 
-def _verified(run: SmallRun, control: Control) -> Check:
-    check: Check = run.check(control.path, control.required)
-    return check
+HEALTHY = small()
 
 
-def _failures(control: Control, broken: Check, sound: Check) -> list[str]:
-    """Everything that a control requires and that does not hold."""
+@dataclass
+class Verifier:
+    """Verifies the runs of some controls; those that share a recipe share the verification."""
+
+    controls: tuple[Control, ...]
+    _checks: dict[tuple[str, str, Json], Check] = field(default_factory=dict)
+
+    def failures(self, control: Control) -> list[str]:
+        """Everything that the control requires and that does not hold."""
+        broken, sound = (self._check(recipe, control) for recipe in (control.fault, control.healthy))
+        return find_failures(control, broken, sound)
+
+    def _check(self, recipe: Recipe, control: Control) -> Check:
+        key = recipe.text, control.path, control.required
+        if key not in self._checks:
+            required = {control.path: control.required}
+            for other in self.controls:
+                if recipe.text in (other.fault.text, other.healthy.text):
+                    required.setdefault(other.path, other.required)
+            try:
+                checks = recipe().verify(required)
+            finally:
+                forget_compilations()
+            self._checks |= {(recipe.text, one.path, one.required): one for one in checks}
+        return self._checks[key]
+
+
+def find_failures(control: Control, broken: Check, sound: Check) -> list[str]:
+    """Everything that a control requires and that these checks do not show."""
     failures = []
-    if control.caught_by == "status" and broken.status not in ("fallback", "absent"):
+    caught = {"status": broken.status in ("fallback", "absent"), "unknown": broken.status == "unknown"}
+    if not caught.get(control.caught_by, broken.met):
         failures.append(f"the faulty run is {broken.status}")
-    if control.caught_by == "unknown" and broken.status != "unknown":
-        failures.append(f"the faulty run is {broken.status}")
-    if control.caught_by == "reason" and not broken.met:
-        failures.append(f"the faulty run is {broken.status}, although what was required ran")
     missing = [word for word in control.words if word not in broken.reason]
     failures += [f"its reason lacks {', '.join(map(repr, missing))}: {broken.reason}"] if missing else []
     present = [word for word in control.not_words if word in broken.reason]

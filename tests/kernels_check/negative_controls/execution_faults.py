@@ -135,13 +135,15 @@ def half_paged(parameters: Any) -> Any:
     return HalfPaged(parameters, lr=1e-3)
 
 
-def checkpoint_layers(run: SmallRun, choose: Callable[[int, int], bool], part: str = "", **options: Any) -> None:
-    """Recompute by hand: where ``choose`` says so of the layer and of the micro-batch, a part of it or all."""
+def checkpoint_layers(
+    run: SmallRun, layers: tuple[int, ...] = (0, 1), passes: tuple[int, ...] = (0, 1), part: str = "", **options: Any
+) -> None:
+    """Recompute these layers, or one part of each, in these passes of a step."""
     from torch.utils.checkpoint import checkpoint
 
     def recomputing(original: Callable[..., Any], place: int) -> Callable[..., Any]:
         def forward(*given: Any, **named: Any) -> Any:
-            if not choose(place, run.micro_batch):
+            if place not in layers or run.micro_batch not in passes:
                 return original(*given, **named)
             return checkpoint(original, *given, **{"use_reentrant": False, **options}, **named)
 
@@ -161,7 +163,7 @@ def keep_attention(run: SmallRun) -> None:
         kept = "scaled_dot_product" in str(operator)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    checkpoint_layers(run, lambda *_: True, context_fn=partial(create_selective_checkpoint_contexts, policy))
+    checkpoint_layers(run, context_fn=partial(create_selective_checkpoint_contexts, policy))
 
 
 def two_passes(run: SmallRun) -> None:

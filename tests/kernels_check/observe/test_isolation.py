@@ -1,7 +1,7 @@
 """Packed records are judged by forwards of the step's own calls."""
 
-from negative_controls.batch_controls import pack, pack_without_cache
-from negative_controls.loss_controls import return_log_probs
+from negative_controls.batch_faults import pack, pack_without_cache
+from negative_controls.loss_faults import return_log_probs
 
 
 def test_a_model_that_returns_log_probabilities_is_judged_below_its_head(training):

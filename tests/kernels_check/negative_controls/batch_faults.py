@@ -1,0 +1,171 @@
+"""Batches, and ways to pass one, that leak between records or are mostly padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from negative_controls.control import Build
+from negative_controls.faults import pad
+from negative_controls.small_run import PAD_TOKEN, SmallRun
+
+_FOREIGN_PAD = 5
+"""A token that pads without being the configuration's."""
+
+
+def pack(run: SmallRun, **more: Any) -> None:
+    """Two records a row, told by positions that restart."""
+    import torch
+
+    positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
+    run.inputs |= {"position_ids": positions.to(run.inputs["input_ids"].device), **more}
+    run.packed = dict(run.inputs)
+
+
+def pack_without_cache(run: SmallRun) -> None:
+    """As it must be: without a cache the mask follows from the positions."""
+    pack(run, use_cache=False)
+
+
+def forget_batch(run: SmallRun) -> None:
+    run.packed = None
+
+
+def then_pass(**more: Any) -> Callable[[SmallRun], None]:
+    """The step passes more than the batch that is said to stand for it."""
+
+    def change(run: SmallRun) -> None:
+        run.inputs |= more
+
+    return change
+
+
+def then_pass_a_mask_of_ones(run: SmallRun) -> None:
+    """As a tokenizer returns it, which tells nothing and takes the records' boundaries away."""
+    run.inputs |= {"attention_mask": run.inputs["input_ids"].new_ones(run.inputs["input_ids"].shape)}
+
+
+def accumulate(**more: Any) -> Callable[[SmallRun], None]:
+    """Train on a batch before, passed in another way."""
+
+    def change(run: SmallRun) -> None:
+        run.accumulated = [run.inputs | more]
+
+    return change
+
+
+def mask_blocks(run: SmallRun, *, lost: int | None = None, causal: bool = True) -> None:
+    """Four records a row, told by a mask of blocks.
+
+    Args:
+        run: to be changed.
+        lost: number of a record that sees the one before it.
+        causal: whether a token sees nothing of what comes after it.
+    """
+    import torch
+
+    ids = run.inputs["input_ids"]
+    numbers = torch.arange(ids.shape[1], device=ids.device) // 4
+    merged = torch.where(numbers == lost, numbers - 1, numbers) if lost is not None else numbers
+    mask = merged[:, None] == merged[None, :]
+    positions = torch.arange(4, device=ids.device).repeat(len(ids), ids.shape[1] // 4)
+    shape = len(ids), 1, ids.shape[1], ids.shape[1]
+    mask = (mask.tril() if causal else mask).expand(shape)
+    run.inputs |= {"position_ids": positions, "attention_mask": mask, "use_cache": False}
+    run.packed = dict(run.inputs)
+    if not causal:
+        for module in run.model.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+
+
+def lose_a_boundary(run: SmallRun) -> None:
+    """The mask of blocks has one block of two records, and neither is the first."""
+    mask_blocks(run, lost=3)
+
+
+def see_ahead(run: SmallRun) -> None:
+    """Blocks without the triangle: a record is isolated, and its tokens see what comes next."""
+    mask_blocks(run, causal=False)
+
+
+def with_dropout(*changes: Callable[[SmallRun], object]) -> Build:
+    """A GPT-2 with its own dropout, much of which is a function and no module."""
+
+    def build() -> SmallRun:
+        import peft
+        import torch
+        from transformers import AutoModelForCausalLM, GPT2Config
+
+        torch.manual_seed(7)
+        config = GPT2Config(
+            n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+        adapter = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+        model.train()
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        inputs = {"input_ids": torch.randint(3, 96, (2, 16))}
+        run = SmallRun(model=model, optimizer=torch.optim.AdamW(trainable, lr=1e-3), inputs=inputs)
+        for change in changes:
+            change(run)
+        return run
+
+    return build
+
+
+def eight_bit(linear: Any) -> Any:
+    """The 8-bit layer of a linear layer, with so low a threshold that outlier columns are found in every batch."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, False, has_fp16_weights=False, threshold=1.0)
+    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    return layer
+
+
+def pad_most(run: SmallRun) -> None:
+    """One long record among short ones: all rows are padded but one."""
+    import torch
+
+    ids = run.inputs["input_ids"]
+    run.inputs = {"input_ids": torch.cat([ids, ids.flip(1), ids])}
+    pad(run, real=2)
+
+
+def hide_in_ones(run: SmallRun) -> None:
+    """Most is padding, and the mask says that none is."""
+    pad_most(run)
+    run.inputs["attention_mask"].fill_(1)
+
+
+def pad_with_another_token(run: SmallRun) -> None:
+    """The tokenizer's padding token is not the configuration's; only the labels know."""
+    pad_most(run)
+    hidden = run.inputs.pop("attention_mask").eq(0)
+    ids = run.inputs["input_ids"].masked_fill(hidden, _FOREIGN_PAD)
+    run.inputs = {"input_ids": ids, "labels": ids.masked_fill(hidden, -100)}
+
+
+def label_the_answer(run: SmallRun) -> None:
+    """Labels of -100 over a prompt, which is no padding."""
+    ids = run.inputs["input_ids"]
+    labels = ids.clone()
+    labels[:, :12] = -100
+    run.inputs = {"input_ids": ids, "labels": labels}
+
+
+def pad_the_first_of_two(run: SmallRun) -> None:
+    """The accumulated batch is mostly padding, the last is full."""
+    full = run.inputs
+    pad_most(run)
+    run.accumulated, run.inputs = [run.inputs], full
+
+
+def fill_the_row_up(run: SmallRun) -> None:
+    """Two short records a row; the rest is padding that is called a third record."""
+    import torch
+
+    ids = run.inputs["input_ids"].clone()
+    ids[:, 6:] = PAD_TOKEN
+    positions = torch.tensor([*range(3), *range(3), *range(10)], device=ids.device).expand_as(ids)
+    run.inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}

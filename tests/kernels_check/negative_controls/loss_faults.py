@@ -1,0 +1,123 @@
+"""Ways to take several passes for one update, and to make a loss of them."""
+
+from __future__ import annotations
+
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+from negative_controls.small_run import SmallRun
+
+_FIRST, _SECOND = 12, 4
+"""Tokens with a label in each row of the two passes."""
+
+
+def accumulate(
+    run: SmallRun,
+    *,
+    told: bool = False,
+    weighed: bool = False,
+    divided: bool = True,
+    even: bool = False,
+    shifted: bool = True,
+) -> None:
+    """Two passes before each update, of which the second has fewer tokens with a label.
+
+    Args:
+        run: to be changed.
+        told: whether each forward is told the tokens of both.
+        weighed: whether each loss is multiplied by its share of them.
+        divided: whether each loss is divided by the number of passes, where it is neither told nor weighed.
+        even: whether both have as many.
+        shifted: whether the first of each row is no target.
+    """
+    ids = run.inputs["input_ids"]
+    batches = []
+    for count in (_FIRST, _FIRST if even else _SECOND):
+        labels = ids.clone()
+        labels[:, count + shifted :] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    total = sum(_targets(batch["labels"], shifted=shifted) for batch in batches)
+
+    def passes(run: SmallRun) -> Any:
+        for batch in batches:
+            more = {"num_items_in_batch": total} if told else {}
+            loss = run.model(**batch, **more).loss
+            share = _targets(batch["labels"], shifted=shifted) / total if weighed else 1.0
+            whole = told or weighed or not divided
+            (loss * share if whole else loss / len(batches)).backward()
+        return loss
+
+    run.passes = passes
+
+
+def return_log_probs(run: SmallRun, *, told: bool = True, weigh: Any = None) -> None:
+    """Let the model return log-probabilities of all tokens but one, and make the loss of them, as TRL's trainers do.
+
+    Args:
+        run: of a PEFT model, after ``accumulate`` or ``pack``.
+        told: whether the loss is over the tokens of all passes, else a mean of each pass, and a mean of those.
+        weigh: from log-probabilities to their weights.
+    """
+    base = run.model.get_base_model()
+
+    def forward(self: Any, *given: Any, labels: Any, **named: Any) -> Any:
+        hidden, labels = self.model(*given, **named).last_hidden_state[:, :-1], labels[:, 1:]
+        mask = labels != -100
+        scores = self.lm_head(hidden).float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))
+        return SimpleNamespace(log_probs=scores.squeeze(-1).masked_fill(~mask, 0), label_mask=mask)
+
+    base.forward = MethodType(forward, base)
+
+    def passes(run: SmallRun) -> Any:
+        batches = [{"labels": inputs["input_ids"]} | inputs for inputs in (*run.accumulated, run.inputs)]
+        total = sum(_targets(batch["labels"], shifted=True) for batch in batches)
+        for batch in batches:
+            output = run.model(**batch)
+            scores = output.log_probs if weigh is None else output.log_probs * weigh(output.log_probs)
+            loss = -scores.sum() / (total if told else output.label_mask.sum() * len(batches))
+            loss.backward()
+        return loss
+
+    run.passes = passes
+
+
+def _targets(labels: Any, *, shifted: bool) -> int:
+    return int((labels[:, int(shifted) :] != -100).sum())
+
+
+def drop_the_number(run: SmallRun) -> None:
+    """Let the forward take the number of tokens that it is told, and make nothing of it."""
+    model = run.model.get_base_model()
+    own = type(model).forward
+
+    def forward(self: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        del num_items_in_batch
+        return own(self, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def prompt() -> Any:
+    """A learned prompt, after which the first token of each row is a target, too."""
+    import peft
+
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+def search_along_a_line(run: SmallRun) -> None:
+    """Give the optimizer a closure, which it evaluates several times for one update."""
+    import torch
+
+    parameters = [value for value in run.model.parameters() if value.requires_grad]
+    run.optimizer, run.by_closure = torch.optim.LBFGS(parameters, lr=1e-3, max_iter=3), True
+
+
+def update_twice(run: SmallRun) -> None:
+    """Two whole updates in what is taken for one step."""
+    once = run.step
+
+    def step() -> None:
+        once()
+        once()
+
+    run.step = step  # type: ignore[method-assign]

@@ -1,0 +1,74 @@
+"""Ways to train embeddings and norms with an adapter, or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from negative_controls.small_run import SmallRun
+
+
+def with_embeddings() -> Any:
+    """LoRA, and copies of both embeddings that are trained whole, as for new tokens."""
+    import peft
+
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens", "lm_head"]
+    )
+
+
+def with_tokens() -> Any:
+    """LoRA, and a few tokens of the vocabulary that are trained alone, as for new ones."""
+    import peft
+
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", trainable_token_indices=[1, 2, 3]
+    )
+
+
+def read_the_tokens(run: SmallRun) -> None:
+    """Let the batch hold each of the tokens that are trained."""
+    run.inputs["input_ids"][0, :3] = run.inputs["input_ids"].new_tensor([1, 2, 3])
+
+
+def train_the_embedding(run: SmallRun, *, masked: bool = False) -> None:
+    """Let both embeddings train, with weight decay.
+
+    Args:
+        run: to be changed.
+        masked: whether a hook multiplies their gradients by zero, as a mask of tokens does that matches none.
+    """
+    weights = [run.model.get_input_embeddings().weight, run.model.get_output_embeddings().weight]
+    for weight in weights:
+        weight.requires_grad_(True)
+        if masked:
+            weight.register_hook(lambda gradient: gradient * 0)
+    run.optimizer.add_param_group({"params": weights, "lr": 0.01, "weight_decay": 0.1})
+
+
+def rename_the_norm(run: SmallRun, *, train: bool = True) -> None:
+    """Give the last norm a class of one's own, whose name says nothing of norms.
+
+    Args:
+        run: to be changed.
+        train: whether its weight trains, too.
+    """
+    norm = run.model.get_base_model().model.norm
+    norm.__class__ = type("Scaled", (type(norm),), {})
+    if train:
+        train_norms(run, only="model.norm.weight")
+
+
+def train_norms(run: SmallRun, *, only: str = "norm.weight", forgotten: bool = False, rate: float = 0.01) -> None:
+    """Let norms train, and give them to the optimizer or forget to.
+
+    Args:
+        run: to be changed.
+        only: ends of the names of those that train.
+        forgotten: whether the optimizer is left as it was.
+        rate: their learning rate.
+    """
+    norms = [value for name, value in run.model.named_parameters() if name.endswith(only)]
+    for value in norms:
+        value.requires_grad_(True)
+    if not forgotten:
+        run.optimizer.add_param_group({"params": norms, "lr": rate})
