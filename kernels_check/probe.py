@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -49,8 +49,6 @@ EXIT_FAILED = 4
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "triton", "flash-attn", "flash-attn-4", "liger-kernel")
 _BFLOAT16 = 1.6e-2
 """The relative tolerance of ``torch.testing.assert_close`` in bfloat16."""
-_LONGEST_REASON = 240
-
 Outputs: TypeAlias = Mapping[str, Tensor]
 
 
@@ -83,11 +81,6 @@ class Attempt:
             return "claimed" if self.reason is None else "unavailable"
         return "exact" if self.errors and all(error <= self.bound for error in self.errors.values()) else "inexact"
 
-    @property
-    def wrong(self) -> bool:
-        """Whether it misleads."""
-        return self.status in ("inexact", "claimed")
-
     def to_json(self) -> dict[str, Any]:
         """Its fields and its status; an error that is no finite number is null, which JSON lacks."""
         errors = {what: error if math.isfinite(error) else None for what, error in self.errors.items()}
@@ -114,13 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": {name: metadata.version(name) for name in _LIBRARIES if find_spec(name.replace("-", "_"))},
     }
+    failed = [name for name, one in found.items() if one.status in ("inexact", "claimed")]
     if arguments.json:
         paths = [{"name": name, **one.to_json()} for name, one in found.items()]
-        failed = [name for name, one in found.items() if one.wrong]
         print(json.dumps({"schema": SCHEMA, "machine": machine, "failed": failed, "paths": paths}, indent=2))
     else:
-        _show(found, machine)
-    return EXIT_FAILED if any(one.wrong for one in found.values()) else 0
+        _show(found, machine, failed)
+    return EXIT_FAILED if failed else 0
 
 
 def attempt(path: Try, device: str) -> Attempt:
@@ -142,24 +135,22 @@ _MARKS = {
 }
 
 
-def _show(found: Mapping[str, Attempt], machine: Mapping[str, Any]) -> None:
+def _show(found: Mapping[str, Attempt], machine: Mapping[str, Any], failed: Iterable[str]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("path", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("evidence, or why not", overflow="fold", ratio=3)
     table.add_column("largest relative error", overflow="fold", ratio=1)
     for name, one in found.items():
-        words = escape(escape_control_chars((one.reason or one.evidence or "")[:_LONGEST_REASON]))
+        words = escape(escape_control_chars((one.reason or one.evidence or "")[:240]))
         table.add_row(name, _MARKS[one.status], words, _largest_error(one))
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     heading = f"{machine['device']} ({machine['name']}, {machine['cpu_capability']}); {versions}"
     console.print(escape_control_chars(heading), markup=False)
     console.print(table)
-    wrong = ", ".join(name for name, one in found.items() if one.wrong)
-    ran = sum(one.ran for one in found.values())
-    verdict = f"wrong: {wrong}" if wrong else "each that ran agrees with float64"
-    console.print(f"{ran} of {len(found)} paths ran; {verdict}")
+    verdict = f"wrong: {', '.join(failed)}" if failed else "each that ran agrees with float64"
+    console.print(f"{sum(one.ran for one in found.values())} of {len(found)} paths ran; {verdict}")
 
 
 def _largest_error(one: Attempt) -> str:
