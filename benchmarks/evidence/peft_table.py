@@ -1,0 +1,373 @@
+"""How far PEFT's published comparison of methods can tell its methods apart, from the history of its result files.
+
+    python benchmarks/evidence/peft_table.py CHECKOUT [--revision REVISION] [--out reports/peft-method-comparison]
+
+CHECKOUT is a clone of github.com/huggingface/peft with its history, as a work tree or a bare repository. It is read for
+every version of `method_comparison/*/results/*.json` in the first-parent history up to REVISION. A run is identified by
+its experiment and its time of creation, so a file that was only rewritten counts once. The folder of `--out` gets
+`report.txt`, `report.html`, `runs.csv` (every run with its commit) and `ranking.csv`. The numbers are the authors' of
+PEFT; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lorameter.report.blocks import Document, Row, Section, Table, name_columns, say, say_each, write_row
+from lorameter.report.curves import Axis
+from lorameter.report.figure import Figure, Intervals, Mark
+from lorameter.report.html.page import save_html, write_html
+from lorameter.report.terminal import text_of
+
+TITLE = "PEFT's method comparison, and what its history says of its ranking"
+CONFIDENCE = 0.95
+ITEMS = {"MetaMathQA": 1319}
+"""Items of a test set whose metric is a share of right answers: GSM8K `main`, split `test`."""
+QUALITY = {"MetaMathQA": "test accuracy", "image-gen": "test dino_similarity"}
+"""The metric that a task is ranked by on PEFT's page; higher is better."""
+MEMORY = ("accelerator_memory_max", "cuda_memory_max")
+"""One thing under two names: the files were renamed when other accelerators than CUDA were supported."""
+LEAST_PAIRS = 3
+OUTCOMES = ("peft_version", "base_model_name_or_path", "rank_pattern")
+"""Entries of a stored adapter configuration that the run wrote and its author did not choose (AdaLoRA's ranks)."""
+
+
+def git(checkout: Path, *words: str, stdin: bytes | None = None) -> bytes:
+    """The output of a git command. Raises CalledProcessError."""
+    return subprocess.run(["git", "-C", str(checkout), *words], input=stdin, capture_output=True, check=True).stdout
+
+
+def list_tasks(checkout: Path, revision: str) -> list[str]:
+    """Tasks whose ranking has a known metric, in the tree of a revision."""
+    names = git(checkout, "ls-tree", "-d", "--name-only", revision, "method_comparison/").decode().split()
+    return [task for task in (Path(name).name for name in names) if task in QUALITY]
+
+
+def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Every version of the result files of a task, oldest first, one row a blob, and the commit that deleted a path.
+
+    Columns: what identifies a run (experiment, created), where it is from (commit, path, blob), its software and GPU,
+    its configuration as text, and its figures. `rewrite` marks a later blob of a run that is there already.
+    """
+    folder = f"method_comparison/{task}/results"
+    history = git(
+        checkout, "log", "--first-parent", "-m", "--reverse", "--raw", "--abbrev=40", "--no-renames",
+        "--format=commit %H", revision, "--", folder,
+    )  # fmt: skip
+    found, deleted, commit = [], {}, ""
+    for line in history.decode().splitlines():
+        if line.startswith("commit "):
+            commit = line.split()[1][:9]
+        elif line.startswith(":") and line.endswith(".json"):
+            blob, path = line.split()[3], line.split("\t")[-1]
+            if set(blob) == {"0"}:
+                deleted[path] = commit
+            else:
+                found.append((commit, path, blob))
+    answers = git(checkout, "cat-file", "--batch", stdin="\n".join(blob for *_, blob in found).encode())
+    runs = pd.DataFrame(
+        {"commit": commit, "path": path, "blob": blob, **parse_run(task, json.loads(text))}
+        for (commit, path, blob), text in zip(found, split_batch(answers), strict=True)
+    ).drop_duplicates("blob")
+    runs["rewrite"] = runs.duplicated(["experiment", "created"])
+    return runs, deleted
+
+
+def split_batch(answers: bytes) -> Iterator[bytes]:
+    """The contents that `git cat-file --batch` wrote one after the other."""
+    while answers:
+        head, _, rest = answers.partition(b"\n")
+        size = int(head.split()[2])
+        yield rest[:size]
+        answers = rest[size + 1 :]
+
+
+def parse_run(task: str, result: dict) -> dict:
+    """The columns of one result file. Times in seconds, memory in bytes."""
+    run, train, meta = result["run_info"], result["train_info"], result["meta_info"]
+    rows = train["metrics"]
+    adapter = {key: value for key, value in (run["peft_config"] or {}).items() if key not in OUTCOMES}
+    final = next((row for row in reversed(rows) if QUALITY[task] in row), {})
+    return {
+        "experiment": run["experiment_name"],
+        "created": run["created_at"],
+        "gpu": meta["system_info"].get("accelerator") or meta["system_info"].get("gpu"),
+        "torch": meta["package_info"]["torch-version"],
+        "transformers": meta["package_info"]["transformers-version"],
+        "peft": meta["package_info"]["peft-version"],
+        "seed": run["train_config"]["seed"],
+        "learning_rate": run["train_config"]["optimizer_kwargs"].get("lr"),
+        "settings": json.dumps({"train": run["train_config"], "adapter": adapter}, sort_keys=True),
+        "quality": final.get(QUALITY[task], math.nan),
+        "forgetting": final.get("forgetting", math.nan),
+        "memory": next((train[name] for name in MEMORY if name in train), math.nan),
+        "train_time": train["train_time"],
+        "step_time": sum(row.get("train time", 0.0) for row in rows if QUALITY[task] not in row),
+    }
+
+
+def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
+    """Consecutive runs of one experiment with equal settings and GPU type, by whether their versions are equal too.
+
+    Columns: experiment, commits, and the differences (quality) or logarithms of ratios (step_time, memory), later to
+    earlier. A setting that one of the two files does not name was added by a version; it is no change.
+    """
+    pairs = []
+    for _, repeats in runs.sort_values("created").groupby("experiment", sort=False):
+        for (_, old), (_, new) in itertools.pairwise(repeats.iterrows()):
+            versions = all(old[name] == new[name] for name in ("torch", "transformers"))
+            if versions is same_versions and old.gpu == new.gpu and not changed_settings(old.settings, new.settings):
+                pairs.append({
+                    "experiment": new.experiment, "commits": f"{old.commit}..{new.commit}",
+                    "days": (pd.Timestamp(new.created) - pd.Timestamp(old.created)) / pd.Timedelta(days=1),
+                    "quality": new.quality - old.quality, "forgetting": new.forgetting - old.forgetting,
+                    "step_time": math.log(new.step_time / old.step_time), "memory": math.log(new.memory / old.memory),
+                })  # fmt: skip
+    return pd.DataFrame(
+        pairs, columns=["experiment", "commits", "days", "quality", "forgetting", "step_time", "memory"]
+    )
+
+
+def changed_settings(old: str, new: str) -> list[str]:
+    """Names of settings that both have and that differ; lists of names in any order are equal."""
+
+    def flatten(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from flatten(inner, f"{name}.{key}" if name else key)
+        else:
+            yield name, sorted(map(str, value)) if isinstance(value, list) else value
+
+    before, after = dict(flatten(json.loads(old))), dict(flatten(json.loads(new)))
+    return sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
+
+
+def smallest_difference(differences: pd.Series) -> float:
+    """The difference between two runs that their own repeats show in 5 % of cases.
+
+    Differences d of n pairs with mean 0 have the variance sum(d²) / n with n degrees of freedom, so two runs differ by
+    more than t(0.975, n) × that root with probability 0.05 if nothing differs. NaN without pairs.
+    """
+    values = differences.dropna()
+    if values.empty:
+        return math.nan
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values)) * math.sqrt((values**2).mean()))
+
+
+def limits(task: str, ranking: pd.DataFrame, runs: pd.DataFrame) -> dict[str, np.ndarray]:
+    """By kind of noise: the difference in quality that two experiments must exceed, (experiments, experiments)."""
+    count = len(ranking)
+    found = {
+        "numerical": np.full((count, count), smallest_difference(pair_repeats(runs, same_versions=True).quality)),
+        "versions": np.full((count, count), smallest_difference(pair_repeats(runs, same_versions=False).quality)),
+    }
+    if task in ITEMS:
+        variance = (ranking.quality * (1 - ranking.quality) / ITEMS[task]).to_numpy()
+        z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+        found["test items"] = z * np.sqrt(variance[:, None] + variance[None, :])
+    return found
+
+
+def rank(task: str, runs: pd.DataFrame, current: set[str]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The current results, best first, and the limits of each kind of noise.
+
+    Adds a column for each kind of noise, true if an experiment is separable from the next one, and `best` and `worst`,
+    the possible ranks of an experiment under the largest noise, from how many are separably better and worse.
+    """
+    ranking = runs[runs.path.isin(current)].drop_duplicates("path", keep="last")
+    ranking = ranking.sort_values("quality", ascending=False, ignore_index=True)
+    found = limits(task, ranking, runs[~runs.rewrite])
+    gap = ranking.quality.to_numpy()[:, None] - ranking.quality.to_numpy()[None, :]
+    for kind, limit in found.items():
+        ranking[kind] = [*(np.diagonal(gap, 1) > np.diagonal(limit, 1)), False]
+    widest = widest_limit(found)
+    ranking["best"] = 1 + (gap < -widest).sum(axis=1)
+    ranking["worst"] = len(ranking) - (gap > widest).sum(axis=1)
+    return ranking, found
+
+
+def widest_limit(found: dict[str, np.ndarray]) -> np.ndarray:
+    """The largest of the kinds of noise that are known, by pair; NaN where none is."""
+    return np.fmax.reduce(list(found.values()))
+
+
+def pareto(ranking: pd.DataFrame, runs: pd.DataFrame, limit: np.ndarray) -> pd.DataFrame:
+    """Members of the front (more quality, less memory), and how many experiments could dominate each (`rivals`).
+
+    An experiment is a rival if its quality is no lower by more than `limit` and its memory no higher by more than what
+    repeats with equal versions differ by. A member with rivals is open.
+    """
+    quality, memory = ranking.quality.to_numpy(), ranking.memory.to_numpy()
+    tolerance = math.exp(smallest_difference(pair_repeats(runs, same_versions=True).memory))
+    better = (quality[None, :] >= quality[:, None]) & (memory[None, :] <= memory[:, None])
+    strictly = (quality[None, :] > quality[:, None]) | (memory[None, :] < memory[:, None])
+    member = ~(better & strictly).any(axis=1)
+    near = (quality[None, :] >= quality[:, None] - limit) & (memory[None, :] <= memory[:, None] * tolerance)
+    np.fill_diagonal(near, False)
+    return ranking.assign(rivals=near.sum(axis=1))[member]
+
+
+def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
+    """How much the same configuration differs between repeats, with equal and with other versions."""
+    rows: list[Row] = []
+    for title, same in (("equal", True), ("other", False)):
+        for commits, found in pair_repeats(runs, same_versions=same).groupby("commits", sort=False):
+            if len(found) >= LEAST_PAIRS:
+                longer = np.exp(found.step_time.abs())
+                rows.append(write_row(
+                    str(commits), title, str(len(found)), f"{found.days.max():.0f}",
+                    f"{longer.min():.2f} to {longer.max():.2f}, median {longer.median():.2f}",
+                    f"{(found.step_time < 0).sum()}", f"{found.quality.abs().max():.3f}",
+                    f"{found.memory.abs().max():.1%}",
+                ))  # fmt: skip
+    if not rows:
+        return (say("No experiment was run again, so nothing is known of the noise.", indented=True),)
+    heads = name_columns(
+        "commits", "versions", "pairs", "days", "steps, × as long", "later faster", "Δ quality", "Δ memory", left=2
+    )
+    note = (
+        "Pairs of consecutive runs of one experiment with equal settings and GPU type. Versions: of torch and "
+        "transformers. Steps: the slower run over the faster one. Δ: the largest."
+    )
+    return (Table(title="The same configuration, run again", heads=heads, rows=tuple(rows), notes=(say(note),)),)
+
+
+def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Document:
+    """The ranking with the noises that separate neighbours, the front, the share of steps, the learning rates."""
+    known = {kind: limit for kind, limit in found.items() if not np.isnan(limit).any()}
+    fronts = {kind: pareto(ranking, runs, limit) for kind, limit in known.items()}
+    front = pareto(ranking, runs, widest_limit(found))
+    share = 1 - ranking.step_time / ranking.train_time
+    rates = ranking.learning_rate.value_counts()
+    open_members = "; ".join(f"{kind}: {(one.rivals > 0).sum()}" for kind, one in fronts.items()) or "unknown"
+    lines = [
+        *(
+            f"{kind} noise: {ranking[kind].sum()} of {len(ranking) - 1} pairs of neighbours are separable (they must "
+            f"differ by {np.median(np.diagonal(limit, 1)):.4f}, median)"
+            for kind, limit in known.items()
+        ),
+        f"seed noise: unknown, because every run has seed {runs.seed.iloc[0]}" if runs.seed.nunique() == 1 else "",
+        f"Pareto front of quality and peak memory: {len(front)} members. Open under each kind of noise: {open_members}",
+        f"{share.median():.0%} of train time is no training step (median of {len(ranking)}: evaluation, data loading, "
+        "bookkeeping)",
+        f"{rates.iloc[0]} of {len(ranking)} share the learning rate {rates.index[0]:g}",
+    ]
+    if known:
+        spread = ranking.worst - ranking.best + 1
+        lines.append(f"an experiment can be at any of {spread.median():.0f} ranks (median) under the largest noise")
+    rivals = dict(zip(front.experiment, front.rivals, strict=True))
+    rows = tuple(
+        write_row(
+            str(row.Index + 1), row.experiment, f"{row.quality:.4f}", f"{row.best}–{row.worst}" if known else "unknown",
+            ", ".join(kind for kind in known if getattr(row, kind.replace(" ", "_"))) or "–",
+            f"{row.memory / 2**30:.1f} GiB",
+            "" if row.experiment not in rivals else "unknown" if not known
+            else "open" if rivals[row.experiment] else "certain",
+            row.commit,
+        )
+        for row in ranking.rename(columns=lambda name: name.replace(" ", "_")).itertuples()
+    )  # fmt: skip
+    heads = name_columns(
+        "rank", "experiment", "quality", "possible", "separable from next by", "memory", "front", "commit", left=2
+    )
+    return (
+        Section(title=f"{task}: what the ranking supports", lines=say_each(filter(None, lines))),
+        Table(title=f"Current results; quality is {QUALITY[task]}", heads=heads, rows=rows, blank_line_before=True),
+    )
+
+
+def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[str]:
+    """A line for each experiment whose settings changed, under its own name or when another replaced it."""
+    for _, group in runs.sort_values("created").groupby("experiment", sort=False):
+        for (_, old), (_, new) in itertools.pairwise(group.iterrows()):
+            if names := changed_settings(old.settings, new.settings):
+                yield f"settings of {new.experiment} changed in {new.commit}: {', '.join(names)}"
+    for path, commit in deleted.items():
+        old = runs[runs.path == path]
+        method = old.experiment.iloc[-1].split("/")[0] if len(old) else ""
+        for new in runs[(runs.commit == commit) & runs.experiment.str.startswith(f"{method}/")].itertuples():
+            names = changed_settings(old.settings.iloc[-1], str(new.settings))
+            changed = ", ".join(names) or "nothing"
+            yield f"{new.experiment} replaced {old.experiment.iloc[-1]} in {commit}; changed: {changed}"
+
+
+def describe_task(checkout: Path, revision: str, task: str) -> tuple[Document, Figure, pd.DataFrame, pd.DataFrame]:
+    """The report of one task, its picture, its runs and its ranking."""
+    blobs, deleted = read_runs(checkout, revision, task)
+    runs = blobs[~blobs.rewrite]
+    folder = f"method_comparison/{task}/results"
+    names = git(checkout, "ls-tree", "-r", "--name-only", revision, folder).decode().split()
+    ranking, found = rank(task, blobs, set(names))
+    repeats = runs.experiment.value_counts()
+    gone = {path: commit for path, commit in deleted.items() if path not in names}
+    lines = (
+        f"{blobs.commit.nunique()} commits bring {len(blobs)} result files: {len(runs)} runs of {len(repeats)} "
+        f"experiments, {(repeats > 1).sum()} repeated, up to {repeats.max()} times; {blobs.rewrite.sum()} files are "
+        "rewrites of a run",
+        f"{len(ranking)} are current at {revision[:9]}",
+        *describe_changes(runs, gone),
+    )
+    half = np.nan_to_num(np.diagonal(widest_limit(found))) / 2
+    marks = tuple(
+        Mark(name=row.experiment, value=row.quality, low=row.quality - margin, high=row.quality + margin)
+        for row, margin in zip(ranking.itertuples(), half, strict=True)
+    )
+    figure = Figure(
+        title=f"{task}: {QUALITY[task]}",
+        says="Two experiments whose lines overlap are not separable by one run each, by the largest kind of noise that "
+        "the history shows.",
+        drawing=Intervals(axis=Axis(title=QUALITY[task]), marks=marks),
+        table=None,
+    )
+    said = (
+        Section(title=task, lines=say_each(lines)),
+        *describe_repeats(task, runs),
+        *describe_ranking(task, ranking, found, runs),
+    )
+    return said, figure, blobs.assign(task=task), ranking.assign(task=task)
+
+
+def main() -> int:
+    """Write the report of all tasks."""
+    parser = argparse.ArgumentParser(description="Judge PEFT's published comparison of methods by its own history.")
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--revision", default="HEAD")
+    parser.add_argument("--out", type=Path, default=Path("reports/peft-method-comparison"))
+    options = parser.parse_args()
+    revision = git(options.checkout, "rev-parse", options.revision).decode().strip()
+    tasks = [describe_task(options.checkout, revision, task) for task in list_tasks(options.checkout, revision)]
+    notes = (
+        f"github.com/huggingface/peft at {revision}, method_comparison/*/results; the numbers are its authors'",
+        "forgetting is not compared: its definition changed in #2986 and in #3419",
+        f"separable: by a two-sided test of each pair at {CONFIDENCE:.0%}, without correction for the number of pairs; "
+        "test items: the answers of two methods are taken as independent",
+    )
+    document: Document = (
+        Section(title=TITLE, lines=say_each(notes)),
+        *(block for said, *_ in tasks for block in said),
+    )
+    text = text_of(document, width=160, coloured=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "report.txt").write_text(text)
+    page = write_html(document, title=TITLE, figures=[figure for _, figure, *_ in tasks])
+    save_html(page, options.out / "report.html")
+    every = pd.concat([runs for *_, runs, _ in tasks]).drop(columns=["settings", "blob"])
+    every.to_csv(options.out / "runs.csv", index=False)
+    ranked = pd.concat([ranking for *_, ranking in tasks]).drop(columns=["settings", "blob", "rewrite"])
+    ranked.to_csv(options.out / "ranking.csv", index=False)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
