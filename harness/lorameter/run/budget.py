@@ -2,9 +2,9 @@
 
 A replicate takes two rounds of what is measured, after the watched warm-up step and one more. After each replicate
 another one starts as long as the longest so far still fits, up to the number planned; what time is left after the last
-raises the rounds of all alike. Before replicate 1, when the cost of a replicate is known, cold starts, merged requests
-and requests are dropped, in this order, until three replicates fit. Peaks are measured once a variant. If three
-training replicates do not fit, the run says so with the minutes that it needs, and goes on.
+raises the rounds of all alike, if three replicates fit. Before replicate 1, when the cost of a replicate is known, cold
+starts, merged requests and requests are dropped, in this order, until three replicates fit. Peaks are measured once a
+variant. If three training replicates do not fit, the run says so with the minutes that it needs, and goes on.
 
 What would be dropped after the first replicate is not measured in it either: one replicate gives no interval. So each
 part is judged just before the first replicate comes to it, by what one request or one load has taken.
@@ -193,7 +193,11 @@ class Budget:
         if len(self._past) == 1:  # the same for all, so that their trainings are as long as each other
             planned = max(1, self.replicates - len(self._past))
             turns = plan.study.protocol.turns
-            self._rounds = self._fit(planned, sought=0, most_rounds=turns).rounds
+            found = self._fit(planned, sought=0, most_rounds=turns)
+            if (
+                1 + found.replicates >= self._sought
+            ):  # else the time is for a further replicate, should this one be shorter
+                self._rounds = found.rounds
         return measured_groups(plan, groups, self.skipped, on_cpu=on_cpu)
 
     def enter(self, group: Group) -> None:

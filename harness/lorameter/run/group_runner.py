@@ -220,12 +220,9 @@ class GroupRunner:
         first = self._values("build_step_time_s")
         if self._group.turns:
             budget.require_one((2 + LEAST_ROUNDS * protocol.steps_per_turn) * sum(first))
-        verify_s = self._each("verify")
+        self._each("verify")
         self._each("warm_up", arguments={"steps": 1} if budget.is_limited else {})
-        checks = self._values("verify_time_s") if budget.is_judging else []
-        # Later replicates watch a step as the control does, which no profiler looks at.
-        once_s = verify_s * (1 - len(checks) * min(checks) / sum(checks)) if sum(checks) else 0.0
-        budget.lap(self._rest, once_s=once_s)
+        budget.lap(self._rest, once_s=sum(self._values("isolation_probe_time_s")))
 
     def _train(self) -> None:
         """The timed turns, and the untimed steps of the epochs asked for."""

@@ -25,15 +25,19 @@ def wanted_of(request: TrialRequest, trainee: TrainableModel, packed: Batch | No
     return requirements_of(request.variant, shapes, packed=packed is not None) | request.requirements
 
 
-def watch_of(
-    request: TrialRequest, trainee: TrainableModel, packed: Batch | None, inputs: Mapping[str, Any] | None
-) -> kernels_check.Watch | None:
+def watch_of(request: TrialRequest, trainee: TrainableModel, packed: Batch | None) -> kernels_check.Watch | None:
     """What watches the first two steps of a trial; None where it is checked in steps of its own: where they compile, or
-    several ranks take them. `inputs` are those of the `packed` batch."""
+    several ranks take them."""
     if request.variant.compile or request.workload.ranks > 1:
         return None
-    wanted = wanted_of(request, trainee, packed)
-    return kernels_check.watch(trainee.model, wanted, batch=inputs)
+    return kernels_check.watch(trainee.model, wanted_of(request, trainee, packed))
+
+
+def with_probe(checks: Sequence[Check], probed: Check) -> list[Check]:
+    """The checks of a step, one of which was probed by forward passes as well; a fault that the step shows stays."""
+    return [
+        probed if check.path == probed.path and check.status in ("active", "unknown") else check for check in checks
+    ]
 
 
 def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:

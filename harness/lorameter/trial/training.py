@@ -33,7 +33,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
 from lorameter.trial.building.build import TrainableModel, build
 from lorameter.trial.building.shared import ActiveAdapter, SharedBase
-from lorameter.trial.checking import as_data, judge_checks, wanted_of, watch_of
+from lorameter.trial.checking import as_data, judge_checks, wanted_of, watch_of, with_probe
 from lorameter.trial.clock import Lap, Stopwatch
 from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.memory import resident_bytes
@@ -103,7 +103,7 @@ class Training:
             self.shared.remember()
         step = self._make_step(trainee, stream)
         packed = self._packed(stream)
-        self._watched = watch_of(request, trainee, packed, None if packed is None else step.inputs(packed))
+        self._watched = watch_of(request, trainee, packed)
         self._parts = _Parts(trainee, step, stream, ActiveAdapter(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
             memory = {"host_rss_at_start_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
@@ -172,9 +172,15 @@ class Training:
         checks, self._watched = watch.checks, None
         del watch
         gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
+        values = {"verify_time_s": time.perf_counter() - begin}
+        packed = self._packed(self._built.stream) if self._timed and not self._request.replicate else None
+        if packed is not None:  # later replicates call the model alike, and are judged by what their step gives it
+            probed = kernels_check.probe_isolation(self._built.trainee.model, self._built.step.inputs(packed))
+            checks = with_probe(checks, probed)
+            values["isolation_probe_time_s"] = time.perf_counter() - begin - values["verify_time_s"]
         fragment = PartialRecord(
             checks=as_data(checks),
-            values={"verify_time_s": time.perf_counter() - begin},
+            values=values,
             samples={"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)},
         )
         diverged = self._judged(fragment, [loss])  # explains every check that failed with it
