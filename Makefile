@@ -65,7 +65,7 @@ test-lower-bound: $(STAMP)
 	scikit-learn pandas pyarrow
 	$(LOWER)/bin/pytest tests/models/costs tests/kernels_check/judges/test_execution.py \
 	tests/kernels_check/trace/test_report.py tests/kernels_check/test_probe.py tests/trial/test_zygote.py \
-	tests/run/executors/test_local.py tests/profile/test_measure.py tests/machine tests/gpu
+	tests/run/workers/test_local.py tests/profile/test_measure.py tests/machine tests/gpu
 
 # Everything that only a card can say, in steps that go on where they were stopped; the report is written under reports/,
 # with the device in its name, and docs/gpu.md anew. Without a card all steps are rehearsed. GPU_OPTIONS: --minutes,

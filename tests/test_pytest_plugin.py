@@ -1,7 +1,7 @@
 """The main front door: what pytest-benchmark saves, compares and refuses.
 
 The session is real; at the one seam stands a fake executor with exact numbers, so that no clock decides a test. That
-the real executor gives such records is shown by `executors/test_local.py` and by `contract/test_measured.py`.
+the real executor gives such records is shown by `run/workers/test_local.py` and by `contract/test_measured.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
 FAKE = """
 import os
 from pathlib import Path
-import lorameter.run.executors.local
+import lorameter.run.workers.local
 from lorameter.pytest_plugin import attach
 from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import Failure, PartialRecord
-from lorameter.run.executors import TrialFiles
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers import TrialFiles
+from lorameter.run.workers.local import LocalExecutor
 
 STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345678"))}
 
@@ -88,7 +88,7 @@ class Executor(LocalExecutor):
 
 def pytest_configure(config):
     if not os.environ.get("REAL"):
-        lorameter.run.executors.local.LocalExecutor = Executor
+        lorameter.run.workers.local.LocalExecutor = Executor
     attach(config)
 """
 

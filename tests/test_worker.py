@@ -13,11 +13,11 @@ import pytest
 
 from lorameter import wire
 from lorameter.machine.processes import CPUS
-from lorameter.run.executors.local import worker_environment
+from lorameter.run.workers.local import worker_environment
 
 STARTER = """
 import os, subprocess, sys
-from lorameter.run.executors.local import worker_environment
+from lorameter.run.workers.local import worker_environment
 what, descriptor = sys.argv[1], int(sys.argv[2])
 child = subprocess.Popen(
     [sys.executable, "-m", "lorameter.worker", what, str(descriptor)],

@@ -139,7 +139,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="after the check",
         says="a step after the check is as fast as before it",
-        judge=by_tests("tests/run/executors/test_gpu.py::test_a_step_is_as_fast_after_the_check_as_before"),
+        judge=by_tests("tests/run/workers/test_gpu.py::test_a_step_is_as_fast_after_the_check_as_before"),
     ),
     Claim(
         name="stated peaks",

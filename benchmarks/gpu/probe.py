@@ -56,7 +56,7 @@ def machine() -> Fact:
 
 def zygote() -> Fact:
     """Whether a zygote forks, and what its child can do; in a process of its own, in a worker's environment."""
-    from lorameter.run.executors.local import worker_environment
+    from lorameter.run.workers.local import worker_environment
 
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.forked"], env=worker_environment(1), capture_output=True, text=True,

@@ -123,7 +123,7 @@ STEPS: tuple[Step, ...] = (
     tests(
         "trial",
         "a step after the check, measured peaks, an account of memory",
-        "tests/run/executors/test_gpu.py",
+        "tests/run/workers/test_gpu.py",
         "tests/trial/profiling/test_peak.py",
         "tests/trial/profiling/test_memory_breakdown.py",
         limit_s=150,

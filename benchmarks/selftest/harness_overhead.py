@@ -18,7 +18,7 @@ from pathlib import Path
 from shared import exit_code, print_origin
 
 from lorameter.records.units import format_ratio
-from lorameter.run.executors.local import worker_environment
+from lorameter.run.workers.local import worker_environment
 from lorameter.stats import Comparison, compare_trials
 
 PROGRAM = Path(__file__).with_name("bare_loop.py")

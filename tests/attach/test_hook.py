@@ -81,7 +81,7 @@ def test_a_training_of_lorameters_own_is_not_followed(wrapped, script):
     script("train(3)")
     text = """
         import subprocess, sys
-        from lorameter.run.executors.local import worker_environment
+        from lorameter.run.workers.local import worker_environment
         subprocess.run([sys.executable, "train.py"], env=worker_environment(1), check=True)
     """
     done, told = wrapped("python", script(text, name="lorameter.py", loop=""), PYTHONSAFEPATH="1")

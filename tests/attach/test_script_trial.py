@@ -23,10 +23,10 @@ from lorameter.attach.script_trial import SOCKET, ScriptTrial, address
 from lorameter.machine.affinity import pin_to_cpus
 from lorameter.records import codec
 from lorameter.records.record import PartialRecord
-from lorameter.run.executors import TrialFiles
-from lorameter.run.executors.script import TOKENS
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import context_of, request_of
+from lorameter.run.workers import TrialFiles
+from lorameter.run.workers.script import TOKENS
 from lorameter.studies.script_study import study_of_command
 
 LARGE_BYTES = 64 << 20

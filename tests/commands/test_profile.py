@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import pytest
 
-import lorameter.run.executors.local
+import lorameter.run.workers.local
 from lorameter.cli import main
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import TokenSummary, WorkerInfo
-from lorameter.run.executors import TrialFiles
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers import TrialFiles
+from lorameter.run.workers.local import LocalExecutor
 
 
 class FakeExecutor(LocalExecutor):
@@ -53,7 +53,7 @@ class FakeExecutor(LocalExecutor):
 
 def test_a_profile_of_a_step_asks_for_no_request(tmp_path, monkeypatch, capsys):
     """The step is profiled, and nothing is done that `--phase generate` is for."""
-    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", FakeExecutor)
+    monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", FakeExecutor)
     monkeypatch.setattr(FakeExecutor, "asked", [])
     assert main(["profile", "training-step", "--runs-dir", str(tmp_path)]) == 4  # its process left nothing to be read
     assert "cannot be read" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from lorameter.attach import script_trial
 from lorameter.cli import parser
 from lorameter.commands import ab_scripts
-from lorameter.run.executors import script_sandbox
+from lorameter.run.workers import script_sandbox
 from lorameter.studies.protocol import STEPS_PER_TURN
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts import same_training

@@ -22,10 +22,10 @@ import sys
 import time
 from pathlib import Path
 
-import lorameter.run.executors.local as local
+import lorameter.run.workers.local as local
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.executors.disk import Disk
+from lorameter.run.workers.base import Disk
 from lorameter.trial.failure import failure_of
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]

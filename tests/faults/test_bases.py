@@ -11,10 +11,10 @@ import pytest
 
 from lorameter.models import bases
 from lorameter.records.os_errors import SystemLimitError
-from lorameter.run.executors import WorkerLostError
-from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import prepare_bases
+from lorameter.run.workers import WorkerLostError
+from lorameter.run.workers.local import LocalExecutor
 from lorameter.studies.request import BaseRequest
 
 

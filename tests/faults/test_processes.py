@@ -1,6 +1,6 @@
 """Measuring processes that die: each death is a row or an error with its reason, and nothing else is lost by it.
 
-What becomes of a trial whose own process or whose zygote dies is in tests/run/executors/test_local.py.
+What becomes of a trial whose own process or whose zygote dies is in tests/run/workers/test_local.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import pytest
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.processes import FAULTS
-from lorameter.run.executors import WorkerLostError
-from lorameter.run.executors.disk import Disk
-from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, request_of
+from lorameter.run.workers import WorkerLostError
+from lorameter.run.workers.base import Disk
+from lorameter.run.workers.local import LocalExecutor
 
 DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
 
@@ -91,7 +91,7 @@ def test_a_cold_interpreter_that_is_stopped_is_a_row(executor, doomed, request_c
 
 def test_a_token_process_that_is_stopped_ends_the_run_before_it_begins(executor, doomed, small_study, monkeypatch):
     """After the time that a download may take; it is gone with its group, and the log is named."""
-    monkeypatch.setattr("lorameter.run.executors.local.TOKENS_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("lorameter.run.workers.local.TOKENS_TIMEOUT_S", 1.0)
     doomed("tokens", signal.SIGSTOP)
     with pytest.raises(InvalidRunError, match=r"tokens took over 1 s.*tokens\.log"):
         executor.prepare_tokens(small_study.workload)

@@ -14,8 +14,8 @@ import pytest
 from lorameter.errors import InvalidRunError
 from lorameter.records import store
 from lorameter.records.os_errors import REFUSED
-from lorameter.run.executors.disk import Disk
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers.base import Disk
+from lorameter.run.workers.local import LocalExecutor
 
 
 def limited(most):

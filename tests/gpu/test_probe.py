@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu import probe
 from benchmarks.gpu.probe import FACTS, NEEDS_NO_CARD, Recorded
-from lorameter.run.executors.local import worker_environment
+from lorameter.run.workers.local import worker_environment
 
 ROOT = Path(__file__).parents[2]
 HOST, KERNEL = Recorded("cudaDeviceSynchronize", 0.1, False), Recorded("nvjet_tst", 0.1, True)

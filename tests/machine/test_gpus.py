@@ -62,7 +62,7 @@ SITES = """
     import dataclasses
     from lorameter.errors import UsageError
     from lorameter.machine import provenance
-    from lorameter.run.executors.local import LocalExecutor
+    from lorameter.run.workers.local import LocalExecutor
     from lorameter.run.sites import gpus
     provenance._torch_cuda = lambda: "13.0"
     gpus.share_cpus = lambda cpus, sites, asked: [[0]] * sites  # however many this machine has

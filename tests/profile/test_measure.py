@@ -15,7 +15,7 @@ from lorameter.records import codec
 from lorameter.records.activity import STEP_PHASES
 from lorameter.report.profile import describe_profile
 from lorameter.report.terminal import console_for, show
-from lorameter.run.executors import open_executor
+from lorameter.run.workers import open_executor
 
 pytestmark = pytest.mark.selftest
 

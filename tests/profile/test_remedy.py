@@ -11,8 +11,8 @@ from lorameter.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remed
 from lorameter.records import store
 from lorameter.records.record import Failure
 from lorameter.report.run_view import view_of
-from lorameter.run.executors import open_executor
 from lorameter.run.measure import plan_study
+from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_variant
 from lorameter.studies.workload import Workload

@@ -21,10 +21,9 @@ from lorameter.report.gate import describe_gate
 from lorameter.report.live import LiveDisplay
 from lorameter.report.render_markdown import markdown_of
 from lorameter.report.terminal import console_for, text_of
-from lorameter.run.executors import sides
-from lorameter.run.executors.environments import DESCRIPTION_FILE, layered_environment, parse_requirements
-from lorameter.run.executors.host import Host
-from lorameter.run.executors.sides import OpenSide
+from lorameter.run.workers import sides
+from lorameter.run.workers.environment import DESCRIPTION_FILE, Host, layered_environment, parse_requirements
+from lorameter.run.workers.sides import OpenSide
 from lorameter.studies.study_file import load_study
 from lorameter.trial.failure import failure_of
 from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
@@ -139,8 +138,8 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
             read.append((listed.read_text(), listed.stat().st_mode & 0o777))
             raise UsageError(f"ab: an environment with {requirement} could not be made")
 
-    monkeypatch.setattr("lorameter.run.executors.environments._run", run)
-    monkeypatch.setattr("lorameter.run.executors.environments.site_packages", lambda python: tmp_path)
+    monkeypatch.setattr("lorameter.run.workers.environment._run", run)
+    monkeypatch.setattr("lorameter.run.workers.environment.site_packages", lambda python: tmp_path)
     monkeypatch.setattr(sides, "_commit", lambda spec, repository: pytest.fail("git was given the address"))
     with (
         pytest.raises(UsageError) as caught,
@@ -160,19 +159,17 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
 
 def test_the_description_of_an_environment_holds_no_credential(tmp_path, monkeypatch):
     """The cache is kept, and may be shared."""
-    monkeypatch.setattr(
-        "lorameter.run.executors.environments._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True)
-    )
-    monkeypatch.setattr("lorameter.run.executors.environments.site_packages", lambda python: tmp_path)
+    monkeypatch.setattr("lorameter.run.workers.environment._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True))
+    monkeypatch.setattr("lorameter.run.workers.environment.site_packages", lambda python: tmp_path)
 
     def made(requirements, out, report):
         out.mkdir(parents=True)
         return real(requirements, out, report)
 
-    from lorameter.run.executors import environments
+    from lorameter.run.workers import environment
 
-    real = environments._build
-    monkeypatch.setattr(environments, "_build", made)
+    real = environment._build
+    monkeypatch.setattr(environment, "_build", made)
     layered_environment([f"peft@ {URLS[0]}"], tmp_path / "cache", report=lambda line: None)
     (description,) = (tmp_path / "cache").rglob(DESCRIPTION_FILE)
     assert "example.org" in description.read_text()

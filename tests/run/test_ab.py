@@ -18,7 +18,7 @@ from typing import ClassVar
 import pytest
 
 import lorameter.run.ab as planning
-import lorameter.run.executors.local as local_executor
+import lorameter.run.workers.local as local_executor
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store
@@ -26,8 +26,8 @@ from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.ab import plan_ab
 from lorameter.run.device_lock import hold_device
-from lorameter.run.executors import TrialFiles, sides
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers import TrialFiles, sides
+from lorameter.run.workers.local import LocalExecutor
 
 GIB = 2**30
 

@@ -7,9 +7,9 @@ import pytest
 from lorameter.records.os_errors import SystemLimitError
 from lorameter.records.record import Failure
 from lorameter.records.worker_info import BaseSummary
-from lorameter.run.executors import WorkerLostError
 from lorameter.run.plan import make_plan, sides_of
 from lorameter.run.prepare import prepare_bases
+from lorameter.run.workers import WorkerLostError
 
 
 class Preparing:

@@ -11,10 +11,10 @@ from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import PartialRecord
 from lorameter.run.budget import LEAST_ROUNDS, Budget, Cost, fit, replicate_s, skipped_notice
-from lorameter.run.executors import TrialFiles
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext
 from lorameter.run.runner import Stopping, run_plan
+from lorameter.run.workers import TrialFiles
 from lorameter.verdicts.series import compare_series, group_trials
 
 COSTS = {

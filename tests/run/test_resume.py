@@ -13,15 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-import lorameter.run.executors.local
 import lorameter.run.measure
+import lorameter.run.workers.local
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.records.record import UNDER_WAY, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.report.run_view import view_of
-from lorameter.run.executors import TrialFiles
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers import TrialFiles
+from lorameter.run.workers.local import LocalExecutor
 
 STUDY = """
 [workload]
@@ -97,7 +97,7 @@ class Executor(LocalExecutor):
 @pytest.fixture
 def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with the fake at the seam and a machine that is always the same."""
-    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", Executor)
+    monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", Executor)
     monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
     for name in ("asked", "harness", "tokens"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))

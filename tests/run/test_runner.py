@@ -12,11 +12,11 @@ import pytest
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.trials import find_fault
 from lorameter.run.budget import Budget
-from lorameter.run.executors import TrialFiles, WorkerLostError
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, make_plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.runner import run_plan
+from lorameter.run.workers import TrialFiles, WorkerLostError
 from lorameter.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]

@@ -7,17 +7,17 @@ import math
 
 import pytest
 
-import lorameter.run.executors.local
+import lorameter.run.workers.local
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
 from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.budget import Budget
-from lorameter.run.executors import TrialFiles
-from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import Stopping
+from lorameter.run.workers import TrialFiles
+from lorameter.run.workers.local import LocalExecutor
 from lorameter.stats import VerdictRule
 from lorameter.verdicts.comparison_input import comparison_input
 from lorameter.verdicts.series import compare_series, effects_against, group_trials
@@ -217,7 +217,7 @@ class Silent:
 @pytest.fixture
 def measured(small_study, machine, tmp_path, monkeypatch):
     """A function that measures the small study with the fake at the seam and reads the run back."""
-    monkeypatch.setattr(lorameter.run.executors.local, "LocalExecutor", Executor)
+    monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", Executor)
     monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
 
     def run(**changes):

@@ -3,7 +3,7 @@
 It is started many times and ended in the middle, and what it leaves behind would be that of a training which nobody
 asked for. The import hook calls these functions with a module right after that was imported. They change what is asked
 of a library and nothing of how it trains; what the script writes by itself goes into a folder of its own
-(`lorameter.run.executors.script_sandbox`).
+(`lorameter.run.workers.script_sandbox`).
 """
 
 from __future__ import annotations

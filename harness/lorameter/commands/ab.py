@@ -127,8 +127,8 @@ def _measured_there(
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
     from lorameter.run.ab import DEFAULT_PHASES, executors_of_commands, measure_ab, plan_ab
-    from lorameter.run.executors.sides import check_side
     from lorameter.run.measure import measure
+    from lorameter.run.workers.sides import check_side
 
     runs = store.runs_dir(options.runs_dir, make=not options.dry_run)
 
@@ -187,8 +187,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     """Size the slow-down by a pilot, measure, print what the gate can see here."""
     import dataclasses
 
-    from lorameter.run.executors import open_executor
     from lorameter.run.sites.placement import open_placement
+    from lorameter.run.workers import open_executor
     from lorameter.studies.placement import HERE, say_on
     from lorameter.verdicts.calibrate import INJECTED, LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, rows_for
 

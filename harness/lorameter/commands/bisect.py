@@ -48,7 +48,7 @@ def run_bisect(options: argparse.Namespace) -> int:
     from lorameter.report.terminal import console_for, show
     from lorameter.run.bisect import bisect, list_steps
     from lorameter.run.device_lock import hold_device
-    from lorameter.run.executors import open_executor
+    from lorameter.run.workers import open_executor
 
     if options.metric not in METRICS:
         raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
@@ -94,7 +94,7 @@ def _compared(
     from lorameter.report.terminal import console_for
     from lorameter.run.ab import measure_ab, plan_ab
     from lorameter.run.bisect import find_measured
-    from lorameter.run.executors import open_executor
+    from lorameter.run.workers import open_executor
     from lorameter.verdicts.series import verdict_only
 
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))

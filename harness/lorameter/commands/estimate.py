@@ -54,10 +54,10 @@ def run_estimate(options: argparse.Namespace) -> int:
     from lorameter.models.costs.memory import estimate_phases
     from lorameter.records import store
     from lorameter.records.memory_account import MEMORY_PHASES
-    from lorameter.run.executors import open_executor
     from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
     from lorameter.run.forecast import process_bytes
     from lorameter.run.memory_fit import Fitter, advise, on_card, on_machine
+    from lorameter.run.workers import open_executor
     from lorameter.studies.study_file import load_variant
 
     card = None if options.gpu is None else find_card(options.gpu)

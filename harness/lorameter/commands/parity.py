@@ -47,7 +47,7 @@ def run_parity(options: argparse.Namespace) -> int:
     from lorameter.report.parity import describe_parity, show_differing
     from lorameter.report.terminal import console_for, show
     from lorameter.run.device_lock import hold_device
-    from lorameter.run.executors import open_executor
+    from lorameter.run.workers import open_executor
     from lorameter.studies.study_file import load_variant
 
     if options.adapter is not None and options.epochs is not None:

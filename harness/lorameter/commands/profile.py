@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorameter.profile.finding import Finding
     from lorameter.profile.remedy import Tried
     from lorameter.report.blocks import Document
-    from lorameter.run.executors import Executor
+    from lorameter.run.workers import Executor
     from lorameter.studies.study import Study
     from lorameter.studies.variant import Variant
 
@@ -75,7 +75,7 @@ def run_profile(options: argparse.Namespace) -> int:
     from lorameter.report.remedy_result import describe_tried
     from lorameter.report.terminal import console_for, show
     from lorameter.run.device_lock import hold_device
-    from lorameter.run.executors import open_executor
+    from lorameter.run.workers import open_executor
     from lorameter.studies.placement import HERE
     from lorameter.studies.study_file import load_variant
 

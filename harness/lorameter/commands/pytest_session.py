@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from lorameter.records.record import Notice, TrialRecord
     from lorameter.records.store import Run
     from lorameter.report.blocks import Document
-    from lorameter.run.executors import Executor
     from lorameter.run.plan import Plan
     from lorameter.run.sites.placement import Placement
+    from lorameter.run.workers import Executor
     from lorameter.studies.study import Study
     from lorameter.verdicts.gate import GateResult
 
@@ -294,7 +294,7 @@ class Session:
         return plan, notices, runs
 
     def _executor(self) -> Executor:
-        from lorameter.run.executors import open_executor
+        from lorameter.run.workers import open_executor
 
         return open_executor()
 

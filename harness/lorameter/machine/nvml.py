@@ -8,7 +8,7 @@ nanoseconds are converted here.
 NVML knows the whole machine and not CUDA_VISIBLE_DEVICES, whose rules are in the CUDA programming guide, appendix "CUDA
 environment variables": unset, every GPU; empty, none; else a list of indices or UUIDs (or unambiguous beginnings of
 UUIDs), cut at the first invalid entry. Measuring processes are started with CUDA_DEVICE_ORDER=PCI_BUS_ID
-(`executors.local`), so that CUDA counts along the bus, as NVML does.
+(`lorameter.run.workers.local`), so that CUDA counts along the bus, as NVML does.
 """
 
 from __future__ import annotations

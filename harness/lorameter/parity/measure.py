@@ -18,7 +18,7 @@ from lorameter.profile.measure import ConductedTrial, OpenTrial, answer_of, open
 from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
-from lorameter.run.executors import Executor
+from lorameter.run.workers import Executor
 from lorameter.studies.serving_modes import ServingMode, ServingRequest, ways_of
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant

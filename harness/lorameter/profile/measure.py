@@ -30,10 +30,10 @@ from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, PartialRecord, TrialRecord
 from lorameter.records.store import new_run_id
 from lorameter.records.tempdirs import leaving_nothing, scratch_folder
-from lorameter.run.executors import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
 from lorameter.run.prepare import RunContext, begin_record, context_of, greet, request_of
+from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant

@@ -23,11 +23,6 @@ from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
 from lorameter.run.display import Display
-from lorameter.run.executors import open_executor
-from lorameter.run.executors.environments import restore_requirements
-from lorameter.run.executors.host import Host
-from lorameter.run.executors.script_sandbox import check_side
-from lorameter.run.executors.sides import OpenSide, open_side
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import most_of, together_bytes
 from lorameter.run.interleaving import fits
@@ -38,6 +33,10 @@ from lorameter.run.plan import CONTROL_SUFFIX, Arm, Plan, make_plan, sides_of
 from lorameter.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
 from lorameter.run.sites.placement import Placement
 from lorameter.run.sites.sides import write_sides
+from lorameter.run.workers import open_executor
+from lorameter.run.workers.environment import Host, restore_requirements
+from lorameter.run.workers.script_sandbox import check_side
+from lorameter.run.workers.sides import OpenSide, open_side
 from lorameter.studies.data_source import make_absolute
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
@@ -109,7 +108,7 @@ def measure_ab(
 
     Args:
         plan: from `plan_ab`.
-        base: a revision, an interpreter or requirements (`lorameter.run.executors.sides`).
+        base: a revision, an interpreter or requirements (`lorameter.run.workers.sides`).
         candidate: the same.
         repository: a folder in the repository whose revisions are meant.
         cache: where environments of requirements are kept.

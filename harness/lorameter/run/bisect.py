@@ -25,8 +25,8 @@ from lorameter.machine.provenance import probe_machine
 from lorameter.machine.repository import run_git
 from lorameter.records import codec, store
 from lorameter.records.store import Run
-from lorameter.run.executors.environments import parse_requirements
 from lorameter.run.plan import Plan, variants_of
+from lorameter.run.workers.environment import parse_requirements
 from lorameter.stats import Comparison
 
 if TYPE_CHECKING:

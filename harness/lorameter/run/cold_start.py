@@ -14,7 +14,7 @@ import msgspec
 
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
-from lorameter.run.executors import Executor, WorkerLostError
+from lorameter.run.workers import Executor, WorkerLostError
 from lorameter.studies.request import TrialRequest
 
 

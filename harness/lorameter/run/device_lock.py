@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorameter.errors import InvalidRunError
-from lorameter.run.executors import Executor
+from lorameter.run.workers import Executor
 
 IfBusy = Literal["wait", "refuse", "share"]
 """What to do if the device is in use: wait for the end of the other measurement · exit · measure at the same time."""

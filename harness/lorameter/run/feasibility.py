@@ -21,8 +21,8 @@ from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
 from lorameter.run.check_variant import check_adapters, check_ranks, rank_notices
-from lorameter.run.executors.script_sandbox import shared_notices
 from lorameter.run.plan import Arm, arms_of, workloads_of
+from lorameter.run.workers.script_sandbox import shared_notices
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload

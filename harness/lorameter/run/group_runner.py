@@ -22,9 +22,9 @@ from lorameter.records.trials import find_fault
 from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
 from lorameter.run.cold_start import ColdStart
 from lorameter.run.display import ProgressListener
-from lorameter.run.executors import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.prepare import RunContext, begin_record, request_of
+from lorameter.run.workers import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
 from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from lorameter.studies.request import TrialRequest
 

@@ -29,8 +29,6 @@ from lorameter.records.tempdirs import leaving_nothing
 from lorameter.records.worker_info import TokenSummary, WorkerInfo
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.display import Display, Shielded
-from lorameter.run.executors import SCRIPTS, Executor, open_executor
-from lorameter.run.executors.host import Host
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import together_bytes, total_of
 from lorameter.run.interleaving import choose_interleaving
@@ -42,6 +40,8 @@ from lorameter.run.resume import continue_manifest, is_finished, mend
 from lorameter.run.runner import Measured, Stopping, find_unfinished, records_outside, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
+from lorameter.run.workers import SCRIPTS, Executor, open_executor
+from lorameter.run.workers.environment import Host
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
 

@@ -16,10 +16,10 @@ from lorameter.records import codec
 from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialRecord
 from lorameter.records.units import format_bytes
 from lorameter.run.display import ProgressListener
-from lorameter.run.executors import Executor, WorkerLostError
 from lorameter.run.interleaving import fits
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
 from lorameter.run.prepare import RunContext, begin_record, request_of
+from lorameter.run.workers import Executor, WorkerLostError
 from lorameter.studies.command import COMMANDS
 
 REHEARSED = "a rehearsal of the scripts settles it"

@@ -18,8 +18,8 @@ from lorameter.models.bases import prune
 from lorameter.records.record import Notice, Status, TrialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.display import ProgressListener
-from lorameter.run.executors import Executor, TrialFiles, WorkerLostError
 from lorameter.run.plan import Plan, Slot
+from lorameter.run.workers import Executor, TrialFiles, WorkerLostError
 from lorameter.studies.request import BaseKey, BaseRequest, TrialRequest, base_key, base_words
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import Variant

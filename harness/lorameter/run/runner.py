@@ -20,11 +20,11 @@ from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.units import format_count
 from lorameter.run.budget import Budget, Part, TimeLimitTooShortError
 from lorameter.run.display import ProgressListener
-from lorameter.run.executors import Executor
 from lorameter.run.group_runner import GroupRunner
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
+from lorameter.run.workers import Executor
 from lorameter.stats import Comparison, VerdictRule, is_precise, relative_half_width
 from lorameter.verdicts.disturbed_trials import mark_disturbed
 from lorameter.verdicts.series import compare_series, effects_against, group_trials

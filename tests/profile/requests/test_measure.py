@@ -19,7 +19,7 @@ from lorameter.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRA
 from lorameter.records.record import Failure, PartialRecord, TrialRecord
 from lorameter.report.requests import describe_requests
 from lorameter.report.terminal import console_for, show
-from lorameter.run.executors import WorkerLostError, open_executor
+from lorameter.run.workers import WorkerLostError, open_executor
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant

@@ -10,8 +10,8 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.run.executors import ENV_EXECUTOR, EXECUTORS
 from lorameter.run.sites import driver, gpus
+from lorameter.run.workers import ENV_EXECUTOR, EXECUTORS
 
 STUDY = """
 title = "two ranks of an adapter"

@@ -10,9 +10,9 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
-from lorameter.run.executors.host import Host
 from lorameter.run.sites import gpus
 from lorameter.run.sites.gpus import local_shares
+from lorameter.run.workers.environment import Host
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from lorameter.records.activity import (
 )
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice
-from lorameter.run.executors import Executor
+from lorameter.run.workers import Executor
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 

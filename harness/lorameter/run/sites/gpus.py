@@ -22,9 +22,9 @@ from lorameter.machine.nvml import VARIABLE
 from lorameter.machine.processes import CPUS, PARENT, exit_words
 from lorameter.machine.provenance import Machine
 from lorameter.records.units import format_count
-from lorameter.run.executors import Executor, open_executor
-from lorameter.run.executors.host import Host
 from lorameter.run.sites.folder import LOG, command
+from lorameter.run.workers import Executor, open_executor
+from lorameter.run.workers.environment import Host
 from lorameter.studies.placement import HERE, SiteSpec, numbers_of, say_sites
 from lorameter.studies.study import Study
 

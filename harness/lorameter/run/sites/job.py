@@ -23,13 +23,13 @@ from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.run.ab import executors_of_present, measure_ab
 from lorameter.run.device_lock import hold_devices
-from lorameter.run.executors import open_executor
-from lorameter.run.executors.host import Host
 from lorameter.run.measure import measure
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.resume import PRESENT, PlanSpec, read_plan
 from lorameter.run.sites.folder import JobState, check_private, read_order, write_state
 from lorameter.run.sites.gpus import executors_of_ranks
+from lorameter.run.workers import open_executor
+from lorameter.run.workers.environment import Host
 
 
 class _Progress:

@@ -18,11 +18,11 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import store
 from lorameter.run.device_lock import IfBusy, hold_devices
-from lorameter.run.executors import open_executor
-from lorameter.run.executors.host import Host
 from lorameter.run.sites.driver import LOOK_S, Launcher
 from lorameter.run.sites.folder import JobOrder, JobState, check_private, read_state, write_order
 from lorameter.run.sites.gpus import LocalJobs, Share, check_spreadable, executors_of_ranks, local_shares
+from lorameter.run.workers import open_executor
+from lorameter.run.workers.environment import Host
 from lorameter.studies.placement import HERE, SiteSpec, is_slurm, read_slurm
 from lorameter.studies.study import Study
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from lorameter.errors import UsageError, redact
 from lorameter.records.record import Side
-from lorameter.run.executors.environments import parse_requirements
-from lorameter.run.executors.host import Host
-from lorameter.run.executors.sides import DECLARED, OpenSide, SideKind, name_side
+from lorameter.run.workers.environment import Host, parse_requirements
+from lorameter.run.workers.sides import DECLARED, OpenSide, SideKind, name_side
 
 
 def write_sides(

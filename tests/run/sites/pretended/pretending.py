@@ -18,8 +18,8 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.executors import TrialFiles
-from lorameter.run.executors.host import Host
+from lorameter.run.workers import TrialFiles
+from lorameter.run.workers.environment import Host
 
 MACHINE = Machine(
     device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
@@ -113,5 +113,5 @@ class Fake:
 
 
 def open_executor(*, host=None, label=""):
-    """As `lorameter.run.executors.EXECUTORS` has them."""
+    """As `lorameter.run.workers.EXECUTORS` has them."""
     return Fake(label, host)

@@ -3,6 +3,6 @@
 import contextlib
 
 with contextlib.suppress(ImportError):
-    from lorameter.run.executors import EXECUTORS
+    from lorameter.run.workers import EXECUTORS
 
     EXECUTORS["pretending"] = "pretending"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lorameter.machine.provenance import probe_machine
-from lorameter.run.executors.host import Host
-from lorameter.run.executors.script import ScriptExecutor, python_of
 from lorameter.run.measure import measure, plan_study
+from lorameter.run.workers.environment import Host
+from lorameter.run.workers.script import ScriptExecutor, python_of
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study

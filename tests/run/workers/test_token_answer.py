@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers.local import LocalExecutor
 
 
 @pytest.mark.parametrize("where", ["sitecustomize", "tokenizers"])

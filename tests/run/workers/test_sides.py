@@ -14,14 +14,15 @@ import pytest
 import lorameter
 from lorameter.errors import UsageError, redact
 from lorameter.machine.provenance import differing_packages, harness_identity
-from lorameter.run.executors.environments import (
+from lorameter.run.workers.environment import (
+    describe,
+    inspect,
     layered_environment,
     parse_requirements,
     restore_requirements,
 )
-from lorameter.run.executors.host import describe, inspect
-from lorameter.run.executors.local import LocalExecutor
-from lorameter.run.executors.sides import OWN_PACKAGES, open_side
+from lorameter.run.workers.local import LocalExecutor
+from lorameter.run.workers.sides import OWN_PACKAGES, open_side
 
 OLD_PACKAGING = "packaging==24.2"
 """Pure, small, and older than anything that depends on lorameter's own dependencies would bring."""
@@ -336,7 +337,7 @@ def test_this_process_can_build_extensions_afterwards(tmp_path):
     """Asking Python's finders about pip has setuptools give up its distutils for good; torch's extensions need it."""
     code = (
         "import pathlib, sys\n"
-        "from lorameter.run.executors import environments\n"
+        "from lorameter.run.workers import environments\n"
         "environments._run = lambda *_: None\n"
         "environments.site_packages = lambda python: pathlib.Path(sys.argv[1])\n"
         "environments._build(['packaging'], pathlib.Path(sys.argv[1]), print)\n"

@@ -23,9 +23,9 @@ from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.workload import Workload
 
 if TYPE_CHECKING:
-    from lorameter.run.executors.host import Host
+    from lorameter.run.workers.environment import Host
 
-EXECUTORS = {"local": "lorameter.run.executors.local", "script": "lorameter.run.executors.script"}
+EXECUTORS = {"local": "lorameter.run.workers.local", "script": "lorameter.run.workers.script"}
 """The module of each executor, by its name."""
 SCRIPTS = "script"
 """The executor of variants that are commands."""

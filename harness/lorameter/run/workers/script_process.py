@@ -23,8 +23,8 @@ from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
 from lorameter.machine.processes import end_with_parent, exit_words, held_back, kill_group
 from lorameter.records.os_errors import says_out_of_memory
 from lorameter.records.record import Failure, Status
-from lorameter.run.executors import WorkerLostError
 from lorameter.run.interrupts import SIGNALS
+from lorameter.run.workers import WorkerLostError
 
 POLL_S = 0.05
 """How often a process that has not connected yet is looked at: it is loading, and nothing is timed."""

@@ -25,8 +25,7 @@ from lorameter.errors import UsageError, impossible, redact
 from lorameter.machine.repository import run_git
 from lorameter.records import fileio
 from lorameter.records.tempdirs import scratch_folder
-from lorameter.run.executors.environments import layered_environment, parse_requirements, site_packages
-from lorameter.run.executors.host import Host, inspect
+from lorameter.run.workers.environment import Host, inspect, layered_environment, parse_requirements, site_packages
 
 SideKind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[SideKind, tuple[str, ...]] = {

@@ -30,12 +30,11 @@ from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.executors import Executor, Worker, WorkerLostError
-from lorameter.run.executors.disk import DiskExecutor
-from lorameter.run.executors.host import Host, describe, inspect
-from lorameter.run.executors.process_worker import ProcessWorker
-from lorameter.run.executors.script_process import ScriptProcess
-from lorameter.run.executors.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
+from lorameter.run.workers import Executor, Worker, WorkerLostError
+from lorameter.run.workers.base import DiskExecutor, ProcessWorker
+from lorameter.run.workers.environment import Host, describe, inspect
+from lorameter.run.workers.script_process import ScriptProcess
+from lorameter.run.workers.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
@@ -292,6 +291,6 @@ def _free_port() -> int:
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
-    """What `lorameter.run.executors.open_executor` asks of its module. No file of a script's is named by its side, so
+    """What `lorameter.run.workers.open_executor` asks of its module. No file of a script's is named by its side, so
     the label is not needed."""
     return ScriptExecutor(host=host)

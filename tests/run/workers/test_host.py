@@ -15,9 +15,8 @@ from lorameter.machine.provenance import (
     differing_packages,
 )
 from lorameter.records.record import SCHEMA
-from lorameter.run.executors import host
-from lorameter.run.executors.host import Host, describe, inspect
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers.environment import Host, describe, inspect
+from lorameter.run.workers.local import LocalExecutor
 
 
 def test_a_zygote_forks_beside_scikit_learn_pandas_and_pyarrow(tmp_path):
@@ -125,6 +124,6 @@ def test_a_program_that_talks_without_end_is_ended(program, tmp_path):
 
 def test_a_program_that_says_nothing_is_ended(program, monkeypatch):
     """When its time is over."""
-    monkeypatch.setattr(host, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(environment, "ANSWER_TIMEOUT_S", 0.1)
     with pytest.raises(UsageError, match="it printed: nothing"):
         inspect(Host(python=program("exec sleep 300")))

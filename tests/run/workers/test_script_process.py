@@ -17,9 +17,9 @@ import pytest
 from lorameter import wire
 from lorameter.attach.script_trial import SOCKET, address
 from lorameter.machine.orphan_reaper import marked
-from lorameter.run.executors import WorkerLostError, script_process
-from lorameter.run.executors.script_process import ScriptProcess
-from lorameter.run.executors.script_sandbox import variables_of
+from lorameter.run.workers import WorkerLostError, script_process
+from lorameter.run.workers.script_process import ScriptProcess
+from lorameter.run.workers.script_sandbox import variables_of
 from lorameter.studies.variant import Variant
 
 
@@ -140,7 +140,7 @@ import os, sys, time
 from pathlib import Path
 from lorameter import wire
 from lorameter.attach.script_trial import SOCKET
-from lorameter.run.executors.script_process import ScriptProcess
+from lorameter.run.workers.script_process import ScriptProcess
 turns, folder, launcher = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 words = [sys.executable, "-c", launcher]
 process = ScriptProcess(words, {**os.environ, SOCKET: turns}, folder=folder, log=folder / "log", turns=turns)

@@ -7,9 +7,9 @@ import statistics
 import pytest
 
 from lorameter.records import codec
-from lorameter.run.executors.local import LocalExecutor
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import context_of, request_of
+from lorameter.run.workers.local import LocalExecutor
 
 pytestmark = pytest.mark.gpu
 STEPS = 60

@@ -9,8 +9,8 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records.tempdirs import scratch_folder
-from lorameter.run.executors import script_sandbox
-from lorameter.run.executors.script_sandbox import (
+from lorameter.run.workers import script_sandbox
+from lorameter.run.workers.script_sandbox import (
     check_side,
     copy_snapshot,
     shared_notices,

@@ -10,10 +10,10 @@ import time
 import psutil
 import pytest
 
-from lorameter.run.executors.zygote import ForkedWorker
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import context_of
 from lorameter.run.runner import run_plan
+from lorameter.run.workers.local import ForkedWorker
 
 
 class Quiet:

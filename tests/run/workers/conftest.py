@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorameter.run.executors.local import LocalExecutor
+from lorameter.run.workers.local import LocalExecutor
 
 
 @pytest.fixture(scope="session")
