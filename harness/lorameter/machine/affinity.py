@@ -10,14 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Collection
 from pathlib import Path
-
-LOOP = 400_000
-"""Turns of the loop that says how fast a CPU is at this moment: some milliseconds."""
-LOOPS = 3
-"""The fastest of so many counts: what interrupts one of them is no property of the CPU."""
 
 
 def cpus_of(pid: int) -> tuple[int, ...]:
@@ -44,24 +38,3 @@ def has_children(pid: int) -> bool:
         return any(one.read_text().strip() for one in lists)
     except OSError:
         return True
-
-
-def benchmark_cpus(cpus: Collection[int]) -> dict[int, float]:
-    """Seconds that a fixed loop takes on each of these CPUs now, in the calling thread; nothing of those on which it
-    may not run."""
-    before, found = os.sched_getaffinity(0), dict[int, float]()
-    try:
-        for cpu in cpus:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, {cpu})
-                found[cpu] = min(_loop_s() for _ in range(LOOPS))
-    finally:
-        os.sched_setaffinity(0, before)
-    return found
-
-
-def _loop_s() -> float:
-    begin = time.perf_counter()
-    for _ in range(LOOP):
-        pass
-    return time.perf_counter() - begin

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
-from lorameter.machine.affinity import benchmark_cpus
 from lorameter.records import codec
 from lorameter.records.checkpoints import checkpoint_is_due
 from lorameter.records.os_errors import REFUSED, SystemLimitError
@@ -28,12 +27,6 @@ from lorameter.run.workers import AsyncWorker, Executor, PinnableWorker, Worker,
 from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from lorameter.studies.request import TrialRequest
 
-PIN_AGAIN_S = 4.0
-"""CPUs are compared no more often: it takes some hundredths of a second, and rounds may be shorter than that."""
-COMPARED_CPUS = 4
-"""CPUs that are compared, of a machine that has many."""
-SLOWER_SHARE = 0.03
-"""By how much a CPU must be slower than another to be left for it."""
 WARM = "warmup_step_time_s"
 PART_OF: dict[RoundKind, Part] = {
     "steps": "training", "epochs": "training", "requests": "requests", "open_ended": "open_ended", "merged": "merged",
@@ -312,18 +305,19 @@ class GroupRunner:
 
     def _admits(self, part: Literal["requests", "open_ended", "merged", "cold"]) -> bool:
         """Whether trials of the group measure a part and the budget has room for it."""
-        measuring, workload = self._records.live(part), self._plan.study.workload
-        served_s = (self._first_requests + LEAST_ROUNDS) * self._request_s
-        whole_s = self._request_s * workload.open_ended_tokens / workload.new_tokens
-        seconds = {  # of one trial; whole answers are asked before training as well
-            "requests": served_s,
-            "merged": served_s,
-            "open_ended": 2 * LEAST_ROUNDS * whole_s,
-            "cold": self._budget.load_s + self._request_s,
-        }
-        imports_s = self._budget.import_s * len({slot.side for slot in self._group.slots}) if part == "cold" else 0.0
-        whole_s = len(measuring) * (self._budget.import_s + seconds["cold"]) if part == "cold" else 0.0
-        return bool(measuring) and self._budget.admits(part, len(measuring) * seconds[part] + imports_s, once_s=whole_s)
+        measuring, workload, budget = len(self._records.live(part)), self._plan.study.workload, self._budget
+        once_s = 0.0
+        if part == "cold":
+            load_s = budget.load_s + self._request_s
+            sides = len({slot.side for slot in self._group.slots})
+            seconds = measuring * load_s + sides * budget.import_s
+            once_s = measuring * (budget.import_s + load_s)  # whole cold starts, which check the sum
+        elif part == "open_ended":  # complete answers are requested before training as well
+            answer_s = self._request_s * workload.open_ended_tokens / workload.new_tokens
+            seconds = measuring * 2 * LEAST_ROUNDS * answer_s
+        else:
+            seconds = measuring * (self._first_requests + LEAST_ROUNDS) * self._request_s
+        return bool(measuring) and budget.admits(part, seconds, once_s=once_s)
 
     @property
     def _first_requests(self) -> int:
@@ -391,9 +385,8 @@ class GroupRunner:
         if not (self._due(command) and orders and measuring):
             return len(orders)
         rounds = len(orders) if kind == "epochs" else self._budget.rounds(len(orders))
-        with self._pinned(command) as pin:
+        with self._pinned(command):
             for order in orders[:rounds]:
-                pin()
                 for trial in order:
                     if trial in measuring:
                         self._ask(trial, command.name, **arguments)
@@ -418,50 +411,25 @@ class GroupRunner:
         raise_refused(trial, fragment)
 
     @contextmanager
-    def _pinned(self, command: Command) -> Iterator[Callable[[], None]]:
-        """Meanwhile calling it pins all processes that are timed to one CPU, where each computes in one thread there.
-
-        What is slow about a CPU is then so for all of them. It is another CPU in each replicate, and the fastest of its
-        neighbours where that one is slower at this moment. Its speed is measured between two rounds, and never at what
-        was measured on it.
-        """
+    def _pinned(self, command: Command) -> Iterator[None]:
+        """Pins all processes to one CPU while they are timed, if each computes in one thread there: what is slow about
+        a CPU is then slow for all of them. It is another CPU in each replicate."""
         single = self._context.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
-        workers = list(dict.fromkeys(self._workers.values()))
+        workers = set(self._workers.values())
         pinnable = [worker for worker in workers if isinstance(worker, PinnableWorker)]
-        if not (command.timed and self._context.device == "cpu" and single and len(pinnable) == len(workers) > 1):
-            yield lambda: None
+        cpus: set[int] = set()
+        if command.timed and self._context.device == "cpu" and single and len(pinnable) == len(workers) > 1:
+            cpus = set.intersection(*(set(worker.cpus()) for worker in pinnable))
+        if len(cpus) < 2:
+            yield
             return
-        cpus = sorted(set.intersection(*(set(worker.cpus()) for worker in pinnable)))
-        first = self._group.replicate % len(cpus) if cpus else 0
-        candidates = (*cpus[first:], *cpus[:first])[:COMPARED_CPUS]
-        compared_s, chosen = float("-inf"), None
-
-        def pin() -> None:
-            nonlocal compared_s, chosen
-            if len(cpus) < 2 or time.monotonic() - compared_s < PIN_AGAIN_S:
-                return
-            compared_s = time.monotonic()
-            cpu = fastest_cpu(candidates, benchmark_cpus(candidates))
-            if cpu != chosen:
-                chosen = cpu
-                for worker in pinnable:
-                    worker.pin(cpu)
-
+        for worker in pinnable:
+            worker.pin({sorted(cpus)[self._group.replicate % len(cpus)]})
         try:
-            yield pin
+            yield
         finally:
-            if chosen is not None:
-                for worker in pinnable:
-                    worker.unpin()
-
-
-def fastest_cpu(candidates: Sequence[int], took_s: Mapping[int, float]) -> int:
-    """The first of some CPUs, or the fastest where the first is clearly slower, by what some work took on each."""
-    own = candidates[0]
-    if not took_s:
-        return own
-    fastest = min(took_s, key=lambda cpu: took_s[cpu])
-    return own if took_s.get(own, float("inf")) <= (1 + SLOWER_SHARE) * took_s[fastest] else fastest
+            for worker in pinnable:
+                worker.pin(worker.cpus())
 
 
 def raise_refused(trial: str, fragment: PartialRecord) -> None:

@@ -15,6 +15,7 @@ from lorameter.machine.provenance import (
     differing_packages,
 )
 from lorameter.records.record import SCHEMA
+from lorameter.run.workers import environment
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.local import LocalExecutor
 

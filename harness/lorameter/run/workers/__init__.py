@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -76,16 +77,13 @@ class AsyncWorker(Worker, Protocol):
 
 @runtime_checkable
 class PinnableWorker(Worker, Protocol):
-    """A worker that can be pinned to a CPU."""
+    """A worker whose CPUs can be chosen."""
 
     def cpus(self) -> tuple[int, ...]:
-        """CPUs that it may run on; none where it is gone."""
+        """CPUs that it may run on unless it is pinned; none where it is gone."""
 
-    def pin(self, cpu: int) -> None:
-        """Run on one of them until `unpin`."""
-
-    def unpin(self) -> None:
-        """Run on any of them again."""
+    def pin(self, cpus: Collection[int]) -> None:
+        """Run on these of them only."""
 
 
 class Executor(Protocol):

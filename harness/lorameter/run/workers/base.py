@@ -7,7 +7,7 @@ import contextlib
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -165,17 +165,13 @@ class ProcessWorker(abc.ABC):
         self.end()
 
     def cpus(self) -> tuple[int, ...]:
-        """CPUs that it may run on; none where it is gone."""
+        """CPUs that it may run on unless it is pinned; none where it is gone."""
         self._cpus = self._cpus or cpus_of(self.pid)
         return self._cpus
 
-    def pin(self, cpu: int) -> None:
-        """Run on one of them until `unpin`."""
-        pin_to_cpus(self.pid, {cpu})
-
-    def unpin(self) -> None:
-        """Run on any of them again."""
-        pin_to_cpus(self.pid, self._cpus)
+    def pin(self, cpus: Collection[int]) -> None:
+        """Run on these of them only."""
+        pin_to_cpus(self.pid, cpus)
 
 
 def silence(phase: str, timeout_s: float) -> Failure:
