@@ -25,7 +25,7 @@ from pathlib import Path
 import lorameter.run.workers.local as local
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.workers.base import Disk
+from lorameter.run.workers.base import DiskExecutor
 from lorameter.trial.failure import failure_of
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
@@ -92,7 +92,7 @@ class Pretended(local.LocalExecutor):
     start_latency_s = 0.01
 
     def start(self, folder: Path, threads: int) -> None:
-        self._disk = Disk(folder)
+        DiskExecutor.start(self, folder, threads)
         stop("", "start")
 
     def hello(self) -> WorkerInfo:

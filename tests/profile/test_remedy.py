@@ -11,7 +11,7 @@ from lorameter.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remed
 from lorameter.records import store
 from lorameter.records.record import Failure
 from lorameter.report.run_view import view_of
-from lorameter.run.measure import plan_study
+from lorameter.run.build_plan import build_plan
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_variant
@@ -104,7 +104,7 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     assert suggested.differences(present) == ()
     assert pair.own_workloads == {suggested.name: dataclasses.replace(padded.workload, layout="packed")}
     assert pair.study.protocol.epochs == 0.0
-    plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
+    plan, _ = build_plan(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
     assert plan.interleaving in ("lockstep", "replicates")
     assert "2 workloads" in plan.why
     assert {slot.executor for slot in plan.slots} == {""}
@@ -126,7 +126,7 @@ def test_other_threads_take_executors_of_their_own(small_study, machine):
     threads = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, threads=2))
     fewer = finding("oversubscription", workload={"threads": 1})
     pair = make_pair(threads, threads.variants[0], fewer, protocol=threads.protocol)
-    plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
+    plan, _ = build_plan(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
     assert {slot.executor for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
 
 
@@ -167,7 +167,7 @@ def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_
     pair = make_pair(study, study.variants[0], wait, protocol=dataclasses.replace(study.protocol, epochs=3.0))
     protocol = pair.study.protocol
     assert (protocol.merged, protocol.epochs, protocol.turns, protocol.generate_requests) == (False, 0.0, 2, 12)
-    plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=(phase_of(wait),))
+    plan, _ = build_plan(pair.study, machine, free_bytes=None, phases=(phase_of(wait),))
     assert {measure for slot in plan.slots for measure in slot.measures} == {"steps", "requests", "peaks"}
 
     def answer(record):

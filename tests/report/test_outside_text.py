@@ -22,8 +22,7 @@ from lorameter.report.live import LiveDisplay
 from lorameter.report.render_markdown import markdown_of
 from lorameter.report.terminal import console_for, text_of
 from lorameter.run.workers import sides
-from lorameter.run.workers.environment import DESCRIPTION_FILE, Host, layered_environment, parse_requirements
-from lorameter.run.workers.sides import OpenSide
+from lorameter.run.workers.environment import DESCRIPTION_FILE, layered_environment
 from lorameter.studies.study_file import load_study
 from lorameter.trial.failure import failure_of
 from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
@@ -106,12 +105,11 @@ def test_a_studys_words_hold_no_credential(tmp_path):
 @pytest.mark.parametrize("url", URLS[:5])
 def test_a_side_holds_no_credential(url, write_run, capsys):
     """Neither the manifest nor what is drawn of it: text, document, Markdown, annotations."""
-    (requirement,) = parse_requirements(f"peft @ {url}")
-    side = OpenSide(spec=f"peft @ {url}", kind="requirements", host=Host(), label=requirement, declared=())
-    assert SECRET not in side.spec + side.label
+    side = sides.name_side(f"peft @ {url}", Path()).to_json()
+    assert SECRET not in str(side)
     path = write_run("ab", {"plain": [1.0] * 5, "nf4": [1.0] * 5})
     manifest = read_manifest(path)
-    told = {"label": side.label, "spec": side.spec, "kind": side.kind, "worker": "1", "facts": {"packages": {}}}
+    told = side | {"worker": "1", "facts": {"packages": {}}}
     document = codec.to_json(manifest) | {"sides": {"base": told, "candidate": told}}
     (path / "manifest.json").write_text(json.dumps(document))
     assert main(["report", str(path)]) in (0, 4, 5)
@@ -143,7 +141,7 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
     monkeypatch.setattr(sides, "_commit", lambda spec, repository: pytest.fail("git was given the address"))
     with (
         pytest.raises(UsageError) as caught,
-        sides.open_side(f"peft @ {URLS[0]}", repository=tmp_path, cache=tmp_path / "cache"),
+        sides.open_side(sides.name_side(f"peft @ {URLS[0]}", tmp_path), repository=tmp_path, cache=tmp_path / "cache"),
     ):
         pass
     ((text, mode),) = read

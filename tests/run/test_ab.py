@@ -17,17 +17,18 @@ from typing import ClassVar
 
 import pytest
 
-import lorameter.run.ab as planning
+import lorameter.run.build_plan as planning
+import lorameter.run.interleaving as interleaving
 import lorameter.run.workers.local as local_executor
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.ab import plan_ab
 from lorameter.run.device_lock import hold_device
 from lorameter.run.workers import TrialFiles, sides
 from lorameter.run.workers.local import LocalExecutor
+from lorameter.run.workers.sides import present_sides
 
 GIB = 2**30
 
@@ -39,7 +40,8 @@ def plan(small_study, machine, monkeypatch):
     def make(*, free=8 * GIB, study=small_study, replicates=5, **options):
         monkeypatch.setattr(planning, "together_bytes", lambda members, *_: len(members) * GIB)
         protocol = dataclasses.replace(study.protocol, replicates=replicates)
-        return plan_ab(dataclasses.replace(study, protocol=protocol), machine, free_bytes=free, **options)[0]
+        study = dataclasses.replace(study, protocol=protocol)
+        return planning.build_plan(study, machine, free_bytes=free, sides=present_sides(0), **options)[0]
 
     return make
 
@@ -284,9 +286,9 @@ def test_two_revisions_are_measured_and_judged(fake, repository, study_file, lor
     times = [row for row in document["comparisons"] if row["metric"] == "step_time_s"]
     assert [row["verdict"] for row in times] == [verdict]
     assert times[0]["replicates"] == 8, "the default of an A/B, whatever the study says"
-    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
+    assert [executor.label for executor in fake.made] == ["base", "candidate", "control"]
     folders = [executor.host.cwd for executor in fake.made]
-    assert folders[0] == folders[1] != folders[2]
+    assert folders[0] == folders[2] != folders[1]
     assert all(executor.closed for executor in fake.made)
     assert not any(Path(folder).exists() for folder in folders)
     assert len(git(repository, "worktree", "list").splitlines()) == 1
@@ -377,7 +379,7 @@ def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_fil
     assert document["inject_rows"] == pytest.approx(50, abs=2)
     assert document["calibration"]["injected"]["ratio"] == pytest.approx(1.05, rel=0.005)
     assert [rate["replicates"] for rate in document["calibration"]["rates"]] == [5, 8]
-    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"] * 3
+    assert [executor.label for executor in fake.made] == ["base", "candidate", "control"] * 3
     assert {command for _, command in fake.asked}.isdisjoint({"begin_generate", "request"})
 
 
@@ -445,7 +447,7 @@ def test_an_ab_that_broke_off_is_gone_on_with(broken_off, fake, repository, lora
     code, document = lorameter(door, "--resume", before["run"], "--json")
     assert (code, document["exit"]) == (before["exit"], before["exit"])
     assert [row["ratio"] for row in document["comparisons"]] == [row["ratio"] for row in before["comparisons"]]
-    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
+    assert [executor.label for executor in fake.made] == ["base", "candidate", "control"]
     run = store.read_run(document["run"], Path(document["path"]).parent)
     assert tuple(record.trial for record in run.records) == run.manifest.order
     assert (run.state, len(run.manifest.resumed)) == ("complete", 1)
@@ -484,13 +486,13 @@ def test_a_side_whose_credential_is_not_recorded_says_so(broken_off, fake, loram
 @pytest.mark.parametrize("left", [1, 2])
 def test_a_resumed_ab_with_one_trial_left_is_completed(broken_off, fake, lorameter, monkeypatch, left):
     """Also where processes take no turns, so that a side has nothing left to measure."""
-    monkeypatch.setattr(planning, "fits", lambda needed, free: False)
+    monkeypatch.setattr(interleaving, "fits", lambda needed, free: False)
     before = broken_off(records=-left)
     code, document = lorameter("ab", "--resume", before["run"], "--json")
     assert (code, document["exit"]) == (before["exit"], before["exit"])
     run = store.read_run(document["run"], Path(document["path"]).parent)
     assert (run.manifest.interleaving, run.state) == ("replicates", "complete")
-    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
+    assert [executor.label for executor in fake.made] == ["base", "candidate", "control"]
 
 
 def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_path):
@@ -538,7 +540,7 @@ def test_a_calibration_that_broke_off_is_gone_on_with(calibration, fake, loramet
     name, before = calibration
     code, document = lorameter("calibrate", "--resume", name, "--json")
     assert code == 0
-    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
+    assert [executor.label for executor in fake.made] == ["base", "candidate", "control"]
     assert document["inject_rows"] == 50
     fake.made.clear()
     assert lorameter("calibrate", "--resume", name, "--json") == (0, document), "nothing is left, and it says the same"

@@ -7,9 +7,10 @@ import pytest
 from lorameter.records.os_errors import SystemLimitError
 from lorameter.records.record import Failure
 from lorameter.records.worker_info import BaseSummary
-from lorameter.run.plan import make_plan, sides_of
+from lorameter.run.plan import arms_on_sides, make_plan
 from lorameter.run.prepare import prepare_bases
 from lorameter.run.workers import WorkerLostError
+from lorameter.run.workers.sides import present_sides
 
 
 class Preparing:
@@ -76,7 +77,7 @@ def test_trials_make_what_could_not_be_prepared(study):
 
 def test_both_sides_stand_on_their_bases_alike(study):
     """Where one cannot prepare a base, neither maps one, or the two would be measured on different ground."""
-    plan = make_plan(study, arms=sides_of(study, study.variants[:2]))
+    plan = make_plan(study, arms=arms_on_sides(study, [one.name for one in study.variants[:2]], present_sides(0)))
     arms = {slot.executor for slot in plan.slots}
     executors = {arm: Preparing(arm, crash if arm == "candidate" else lambda request: None) for arm in arms}
     bases = prepare_bases(plan, executors, "cpu", Watching())

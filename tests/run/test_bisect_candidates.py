@@ -1,5 +1,6 @@
 """What lies between two ends: commits of a real repository, and releases as pip lists them."""
 
+import dataclasses
 import subprocess
 
 import pytest
@@ -10,8 +11,9 @@ from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.run import bisect as bisect_candidates
-from lorameter.run.ab import plan_ab
 from lorameter.run.bisect import find_measured, list_steps
+from lorameter.run.build_plan import build_plan
+from lorameter.run.workers.sides import command_sides
 
 
 @pytest.fixture
@@ -123,7 +125,9 @@ def test_the_command_lists_without_measuring(repository, monkeypatch, capsys):
 
 def test_a_comparison_that_was_measured_is_taken_again_and_no_other(write_run, small_study, machine):
     """Of the same study, variant, phase and sides, whole, and of this machine; the newest."""
-    plan, _ = plan_ab(small_study, machine, free_bytes=None, select=["plain"], phases=("train",))
+    sides = command_sides("a", "b")
+    plan, _ = build_plan(small_study, machine, free_bytes=None, select=["plain"], phases=("train",))
+    plan = dataclasses.replace(plan, sides=sides)
     device = probe_machine().device_name
 
     def written(name, *, base="a", candidate="b", **changes):
@@ -141,7 +145,7 @@ def test_a_comparison_that_was_measured_is_taken_again_and_no_other(write_run, s
     written("5-another-study", study=codec.to_json(small_study) | {"title": "another"})
     written("6-another-variant", selection=["nf4"])
     (written("7-damaged") / "7-damaged" / "manifest.json").write_text("{")
-    assert find_measured(plan, ("a", "b"), runs).manifest.run == "1-whole"
+    assert find_measured(plan, runs).manifest.run == "1-whole"
     written("8-newer")
-    assert find_measured(plan, ("a", "b"), runs).manifest.run == "8-newer"
-    assert find_measured(plan, ("a", "d"), runs) is None
+    assert find_measured(plan, runs).manifest.run == "8-newer"
+    assert find_measured(dataclasses.replace(plan, sides=command_sides("a", "d")), runs) is None

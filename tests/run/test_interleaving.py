@@ -6,8 +6,8 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
+from lorameter.run.build_plan import build_plan
 from lorameter.run.interleaving import MEMORY_SHARE, choose_interleaving, shared_base_obstacle
-from lorameter.run.measure import plan_study
 from lorameter.studies.variant import Variant
 
 R8 = Variant(name="r8", r=8)
@@ -69,7 +69,7 @@ def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, lev
     study = dataclasses.replace(small_study, variants=tuple(
         dataclasses.replace(small_study.variants[0], name=f"r{r}", r=r) for r in (4, 8)
     ), reference="r4", claims=())  # fmt: skip
-    plan, _ = plan_study(study, machine, free_bytes=64 * GIB)
+    plan, _ = build_plan(study, machine, free_bytes=64 * GIB)
     assert plan.interleaving == level
 
 

@@ -391,11 +391,12 @@ def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
 
 def test_a_run_completed_by_another_process_meanwhile_is_given_back(broken_off, machine):
     """Between reading and locking a second process may have ended it."""
-    from lorameter.run.resume import plan_of, read_broken_off
+    from lorameter.run.resume import plan_rest, read_broken_off
+    from lorameter.run.sites.placement import Placement
 
     path = broken_off()
     run = read_broken_off(path.name, path.parent)
-    plan = plan_of(run)
+    plan = plan_rest(run, Placement())
     resume(path)
     Executor.asked = ()
     again = lorameter.run.measure.measure(plan, runs=path.parent, display=None, resume=path.name)

@@ -10,10 +10,10 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
+from lorameter.run.build_plan import build_plan
 from lorameter.run.check_variant import processes_on_device
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.interleaving import choose_interleaving
-from lorameter.run.measure import plan_study
 from lorameter.run.plan import make_plan
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import Variant
@@ -150,7 +150,7 @@ def test_ranks_share_no_base_with_other_trials(small_study, machine):
     assert (level, why.split(",")[0]) == ("lockstep", "a trial has 2 ranks")
     workload = dataclasses.replace(small_study.workload, **DDP)
     study = dataclasses.replace(small_study, workload=workload)
-    plan, _ = plan_study(study, machine, free_bytes=2**40, phases=("train",))
+    plan, _ = build_plan(study, machine, free_bytes=2**40, phases=("train",))
     assert plan.interleaving == "lockstep"
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorameter.machine.provenance import Machine
     from lorameter.records.record import Notice
     from lorameter.records.store import Run
-    from lorameter.run.plan import Plan
+    from lorameter.run.plan import Plan, Sides
     from lorameter.run.sites.placement import Placement
     from lorameter.studies.study import Study
     from lorameter.verdicts.gate import Policy
@@ -91,8 +91,7 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
     from lorameter.run.sites.placement import open_placement
-    from lorameter.run.sites.sides import write_sides
-    from lorameter.studies.placement import HERE
+    from lorameter.run.workers.sides import command_sides, name_sides
     from lorameter.verdicts.calibrate import MOST_ROWS
     from lorameter.verdicts.gate import load_policy
 
@@ -104,49 +103,50 @@ def run_ab(options: argparse.Namespace) -> int:
     if options.resume:
         return _go_on(options)
     given = study_of_options(options)
-    for name in () if given and given[1] else ("base", "candidate") if given else ("study", "base", "candidate"):
+    of, command = given or (None, "")
+    for name in () if command else ("base", "candidate") if given else ("study", "base", "candidate"):
         if getattr(options, name) is None:
             word = name.upper() if name == "study" else f"--{name} SIDE"
             raise UsageError(f"ab: {word} is missing. Give it, or resume an interrupted A/B by --resume RUN.")
-    of, command = given or (None, "")
     study = read_study(options, "", of=of)
-    if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue
-        write_sides({"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place.said)
+    if command:
+        sides = command_sides(study.variants[0].command, command)
+    else:  # before anything waits in a queue
+        sides = name_sides(
+            {"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place,
+            slowdown_rows=options.inject_rows,
+        )  # fmt: skip
     with open_placement(study, options.runs_dir) as placement:
-        run = _measured_there(placement, read_study(options, placement.machine.kind, of=of), command, options, policy)
+        run = _measured_there(placement, read_study(options, placement.machine.kind, of=of), sides, options, policy)
     return EXIT_PASS if run is None else show_ab(run, options)
 
 
 def _measured_there(
-    placement: Placement, study: Study, command: str, options: argparse.Namespace, policy: Policy
+    placement: Placement, study: Study, sides: Sides, options: argparse.Namespace, policy: Policy
 ) -> Run | None:
-    """The A/B as measured on the sides that the options name, or of two commands; None after a dry run."""
-    from lorameter.models import catalogue
+    """The A/B as measured; None after a dry run."""
     from lorameter.records import codec, store
     from lorameter.report.live import LiveDisplay
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.ab import DEFAULT_PHASES, executors_of_commands, measure_ab, plan_ab
+    from lorameter.run.build_plan import build_plan
     from lorameter.run.measure import measure
-    from lorameter.run.workers.sides import check_side
+    from lorameter.run.plan import AB_PHASES
 
     runs = store.runs_dir(options.runs_dir, make=not options.dry_run)
 
     def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
-        return plan_ab(
+        return build_plan(
             study,
             machine,
             free_bytes=placement.free_bytes,
             select=options.variant,
-            phases=options.phase or (study.protocol.phases if study.trains_only else DEFAULT_PHASES),
-            slowdown_rows=options.inject_rows,
-            command=command,
+            phases=options.phase or (study.protocol.phases if study.trains_only else AB_PHASES),
+            sides=sides,
             runs=runs,
         )
 
     plan, notices = make(placement.machine)
-    for spec in () if command or placement.is_remote else (options.base, options.candidate):
-        check_side(spec, Path.cwd())
     if options.dry_run:
         show_plan(plan, placement.machine, notices, runs, as_json=options.json)
         return None
@@ -157,23 +157,7 @@ def _measured_there(
             plan, notices = make(placement.machine)
         show(warn_before_run(notices), errors)
         with LiveDisplay(errors, device=placement.machine.device_name) as display:
-            if command:
-                arm_executors = executors_of_commands(plan)
-                return measure(
-                    plan, runs=runs, display=display, notices=notices, arm_executors=arm_executors, policy=kept
-                )
-            return measure_ab(
-                plan,
-                base=options.base,
-                candidate=options.candidate,
-                repository=Path.cwd(),
-                cache=catalogue.cache_dir(),
-                runs=runs,
-                display=display,
-                notices=notices,
-                policy=kept,
-                placement=placement,
-            )
+            return measure(plan, runs=runs, display=display, notices=notices, policy=kept, placement=placement)
 
 
 def _go_on(options: argparse.Namespace) -> int:
@@ -295,26 +279,24 @@ def _measured_here(study: Study, name: str, rows: int, placement: Placement, opt
     from lorameter.report.live import LiveDisplay
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.ab import executors_of_present, plan_ab
+    from lorameter.run.build_plan import build_plan
     from lorameter.run.measure import measure
+    from lorameter.run.workers.sides import present_sides
 
     runs = store.runs_dir(options.runs_dir, make=True)
-    plan, notices = plan_ab(
+    plan, notices = build_plan(
         study,
         placement.machine,
         free_bytes=placement.free_bytes,
         select=[name],
         phases=("train",),
-        slowdown_rows=rows,
+        sides=present_sides(rows),
         runs=runs,
     )
     errors = console_for(stderr=True)
     show(warn_before_run(notices), errors)
     with placement.hold(options.if_busy), LiveDisplay(errors) as display:
-        arm_executors = executors_of_present(rows)
-        return measure(
-            plan, runs=runs, display=display, notices=notices, arm_executors=arm_executors, placement=placement
-        )
+        return measure(plan, runs=runs, display=display, notices=notices, placement=placement)
 
 
 def read_study(options: argparse.Namespace, device: str, standard: int | None = None, of: Study | None = None) -> Study:

@@ -87,42 +87,35 @@ def _compared(
     """One A/B of the good end and a candidate; `must`: whether one that cannot be put up ends the search."""
     import dataclasses
 
-    from lorameter.models import catalogue
     from lorameter.records import store
     from lorameter.records.metrics import METRICS
     from lorameter.report.live import LiveDisplay
     from lorameter.report.terminal import console_for
-    from lorameter.run.ab import measure_ab, plan_ab
     from lorameter.run.bisect import find_measured
+    from lorameter.run.build_plan import build_plan
+    from lorameter.run.measure import measure
+    from lorameter.run.plan import SIDES
     from lorameter.run.workers import open_executor
+    from lorameter.run.workers.sides import name_side
     from lorameter.verdicts.series import verdict_only
 
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
-    plan, notices = plan_ab(
-        study,
-        executor.machine(),
-        free_bytes=executor.free_bytes(),
-        select=[variant],
-        phases=(METRICS[options.metric].phase,),
-        runs=runs,
-    )
-    errors = console_for(stderr=True)
-    earlier = find_measured(plan, sides, runs) if options.resume else None
-    if earlier is not None:
-        return _judged(earlier, options.metric)
     try:
-        with LiveDisplay(errors) as display:
-            run = measure_ab(
-                plan,
-                base=sides[0],
-                candidate=sides[1],
-                repository=Path.cwd(),
-                cache=catalogue.cache_dir(),
-                runs=runs,
-                display=display,
-                notices=notices,
-            )
+        plan, notices = build_plan(
+            study,
+            executor.machine(),
+            free_bytes=executor.free_bytes(),
+            select=[variant],
+            phases=(METRICS[options.metric].phase,),
+            sides={name: name_side(spec, Path.cwd()) for name, spec in zip(SIDES, sides, strict=True)},
+            runs=runs,
+        )
+        earlier = find_measured(plan, runs) if options.resume else None
+        if earlier is not None:
+            return _judged(earlier, options.metric)
+        with LiveDisplay(console_for(stderr=True)) as display:
+            run = measure(plan, runs=runs, display=display, notices=notices)
     except LorameterError as error:
         if must:
             raise

@@ -178,11 +178,12 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
     from lorameter.report.live import LiveDisplay
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.measure import measure, plan_study
+    from lorameter.run.build_plan import build_plan
+    from lorameter.run.measure import measure
 
     pair = make_pair(study, variant, finding, protocol=study.protocol)
     machine = executor.machine()
-    plan, notices = plan_study(
+    plan, notices = build_plan(
         pair.study,
         machine,
         free_bytes=executor.free_bytes(),

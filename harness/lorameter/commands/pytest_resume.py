@@ -13,9 +13,8 @@ from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.run.resume import (
     SETTLED_OPTIONS,
-    check_place,
     is_finished,
-    plan_of,
+    plan_rest,
     refuse_settled,
     study_of,
 )
@@ -78,8 +77,7 @@ class ResumedRun:
             print_stderr(f"run {run.manifest.run} is complete: nothing is left to be measured.")
             return run
         try:
-            check_place(run, placement.facts)
-            plan = plan_of(run, max_minutes=self._max_minutes)
+            plan = plan_rest(run, placement, max_minutes=self._max_minutes)
         except UsageError as refusal:
             if run.manifest.status != "complete":
                 raise

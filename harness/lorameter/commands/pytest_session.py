@@ -279,10 +279,10 @@ class Session:
         """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be
         measured there."""
         from lorameter.records import store
-        from lorameter.run.measure import plan_study
+        from lorameter.run.build_plan import build_plan
 
         runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=make)
-        plan, notices = plan_study(
+        plan, notices = build_plan(
             self._study,
             placement.machine,
             free_bytes=placement.free_bytes,

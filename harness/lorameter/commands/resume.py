@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorameter.commands.output import print_json
@@ -61,19 +60,15 @@ def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fa
 
 
 def _go_on_there(run: Run, placement: Placement, options: argparse.Namespace) -> Run | None:
-    from lorameter.models.catalogue import cache_dir
     from lorameter.report.blocks import say
     from lorameter.report.live import LiveDisplay
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.ab import resume_ab
     from lorameter.run.measure import measure
-    from lorameter.run.resume import check_place, plan_of
+    from lorameter.run.resume import plan_rest
     from lorameter.run.runner import find_unfinished
 
-    name, sides, errors = run.manifest.run, run.manifest.sides, console_for(stderr=True)
-    if not sides:  # those of an A/B are asked when they are there again
-        check_place(run, placement.facts)
-    plan = plan_of(run, max_minutes=options.max_minutes)
+    name, errors = run.manifest.run, console_for(stderr=True)
+    plan = plan_rest(run, placement, max_minutes=options.max_minutes)
     unsettled = find_unfinished(plan, run.records, whole=placement.is_spread)
     left = [slot.trial for group in unsettled for slot in group.slots]
     kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
@@ -85,6 +80,4 @@ def _go_on_there(run: Run, placement: Placement, options: argparse.Namespace) ->
             show(tuple(say(trial, indented=False) for trial in left), console_for())
         return None
     with placement.hold(options.if_busy), LiveDisplay(errors) as display:
-        if sides:
-            return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display, placement=placement)
         return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)

@@ -77,14 +77,15 @@ def _run_on(placement: Placement, options: argparse.Namespace) -> int:
     from lorameter.records import store
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
-    from lorameter.run.measure import measure, plan_study
+    from lorameter.run.build_plan import build_plan
+    from lorameter.run.measure import measure
 
     runs = store.runs_dir(options.runs_dir, make=not options.dry_run)
     machine = placement.machine
     study = _study(options, machine.kind)
 
     def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
-        return plan_study(
+        return build_plan(
             study,
             machine,
             free_bytes=placement.free_bytes,

@@ -10,7 +10,8 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.store import Run
-from lorameter.run.resume import INJECTED, PRESENT, of_commands
+from lorameter.run.plan import PRESENT
+from lorameter.run.resume import INJECTED, of_commands
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.verdicts.software import BETWEEN, facts_of
 

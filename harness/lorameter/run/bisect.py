@@ -241,25 +241,24 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
     )
 
 
-def find_measured(plan: Plan, sides: tuple[str, str], runs: Path) -> Run | None:
-    """The newest A/B of this plan and these sides, base and candidate, that is whole and of this machine; None of none.
+def find_measured(plan: Plan, runs: Path) -> Run | None:
+    """The newest A/B of this plan that is complete and of this machine; None if there is none.
 
     Args:
         plan: as it would be measured now.
-        sides: the words by which both are known: commits, or requirements.
-        runs: the folder of runs; what cannot be read there is none.
+        runs: the folder of runs; what cannot be read there is skipped.
     """
-    asked = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.arms)))
-    device = probe_machine().device_name
+    wanted = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.arms)))
+    device, sides = probe_machine().device_name, {name: side.to_json() for name, side in plan.sides.items()}
     for path in reversed(store.list_runs(runs)):
         try:
             manifest = store.read_manifest(path)
         except UsageError:
             continue
-        held = (manifest.study, tuple(manifest.phases), manifest.selection)
-        specs = tuple(manifest.sides.get(name, {}).get("spec") for name in ("base", "candidate"))
+        found = (manifest.study, tuple(manifest.phases), manifest.selection)
+        same_sides = all(manifest.sides.get(name, {}).get("spec") == side["spec"] for name, side in sides.items())
         here = manifest.provenance.get("device_name") == device
-        if manifest.status == "complete" and here and specs == sides and held == asked:
+        if manifest.status == "complete" and here and same_sides and found == wanted:
             return store.read_run(str(path), runs)
     return None
 

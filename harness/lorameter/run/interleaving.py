@@ -37,6 +37,7 @@ def choose_interleaving(
     workloads: int = 1,
     ranks: int = 1,
     adapters: int = 1,
+    sided: bool = False,
     one_heap: bool = False,
 ) -> tuple[Interleaving, str]:
     """The level and the reason for it.
@@ -50,6 +51,7 @@ def choose_interleaving(
         workloads: on how many different workloads they are measured.
         ranks: processes of a trial.
         adapters: those that a trial's requests have on its base, at most.
+        sided: whether they are on the sides of an A/B.
         one_heap: whether variants in one process take their memory from one heap, as on a CPU, and are faster there
             than by themselves: each then has a process of its own where memory allows for that.
 
@@ -63,6 +65,8 @@ def choose_interleaving(
         obstacle = f"a trial has {ranks} ranks, which are processes of its own"
     if adapters > 1:
         obstacle = f"requests have {adapters} adapters on a base, and those of other trials would take part in a switch"
+    if sided:
+        obstacle = "base and candidate are processes of their own"
     if asked is not None:
         if asked not in LEVELS:
             raise UsageError(f"interleave = {asked!r}: not known. Use one of {', '.join(LEVELS)}.")
@@ -90,7 +94,7 @@ def fits(needed_bytes: int, free_bytes: int) -> bool:
 
 
 def shared_base_obstacle(variants: Sequence[Variant]) -> str | None:
-    """Why these variants cannot stand on one base model, naming the variant; None if they can."""
+    """Why these variants cannot share one base model, naming the variant; None if they can."""
     first = variants[0]
     for variant in variants:
         label = variant.name or variant.id

@@ -59,7 +59,7 @@ def probe_memory(
             listener.trial_phase(slot, "rehearsing")
             seen[key] = _rehearse(plan, slot, executors[slot.executor], context)
     level, why = _level(plan, seen, free)
-    settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why)
+    settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why, sides=plan.sides)
     failed = {one.name: record for one in plan.arms if (record := seen[_key(one)].record).status != "ok"}
     return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(_notices(seen.values())))
 

@@ -19,8 +19,9 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, redact
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
 from lorameter.studies import limits
@@ -30,6 +31,32 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 CONTROL_SUFFIX = "control"
+AB_PHASES = ("train", "generate")
+"""The phases of an A/B by default: a cold start is mostly the imports of either side and takes seconds a trial."""
+SIDES: tuple[Side, ...] = ("base", "candidate")
+SideKind = Literal["revision", "interpreter", "requirements", "command", "present"]
+PRESENT: SideKind = "present"
+"""The interpreter that measures, as both sides of a calibration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideSpec:
+    """One side of an A/B, by a word that means the same in every job."""
+
+    kind: SideKind
+    spec: str = ""
+    """A commit, the path of an interpreter, requirements, or a command."""
+    label: str
+    """For tables and messages."""
+    slowdown_rows: int = 0
+    """Extra work of the candidate (`Arm.slowdown_rows`)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest: without what may be a credential."""
+        return dataclasses.asdict(self) | {"spec": redact(self.spec), "label": redact(self.label)}
+
+
+Sides = Mapping[Side, SideSpec]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,17 +110,19 @@ def arms_of(
     return (*measured, arm(study.variant(study.reference), "control"))
 
 
-def sides_of(
-    study: Study, variants: Sequence[Variant], *, slowdown_rows: int = 0, command: str = ""
-) -> tuple[Arm, ...]:
-    """Each variant on both sides, and one of them on the base once more; `command` is the candidate's in place of the
-    variants' own, where two scripts are the sides."""
+def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Arm, ...]:
+    """Each variant on both sides of an A/B, and the reference, or the first that is selected, on the base once more.
+    Raises `UsageError` for an unknown variant."""
+    variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
     controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
-    found: list[Arm] = []
+    candidate, found = sides["candidate"], list[Arm]()
     for variant in variants:
         base = Arm(variant=variant, side="base", workload=study.workload)
-        other = dataclasses.replace(variant, command=command) if command else variant
-        found += [base, dataclasses.replace(base, side="candidate", variant=other, slowdown_rows=slowdown_rows)]
+        other = dataclasses.replace(variant, command=candidate.spec) if candidate.kind == "command" else variant
+        found += [
+            base,
+            dataclasses.replace(base, side="candidate", variant=other, slowdown_rows=candidate.slowdown_rows),
+        ]
         found += [dataclasses.replace(base, role="control")] if variant is controlled else []
     return tuple(found)
 
@@ -161,7 +190,7 @@ class Slot:
 
     @property
     def side(self) -> Side:
-        """Which side of an A/B it stands on."""
+        """Which side of an A/B it is on."""
         return self.arm.side
 
     @property
@@ -206,6 +235,8 @@ class Plan:
     """Whether its level is still to be settled by a rehearsal of its scripts (`lorameter.run.memory_probe`)."""
     failed: Mapping[str, TrialRecord] = field(default_factory=dict)
     """Records of the rehearsals that failed, by arm: their trials are not started."""
+    sides: Sides = field(default_factory=dict)
+    """Of an A/B: what its base and its candidate are."""
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
@@ -232,18 +263,19 @@ def make_plan(
     interleaving: Interleaving = "replicates",
     why: str = "asked for",
     provisional: bool = False,
+    sides: Sides | None = None,
 ) -> Plan:
     """Replicates × arms, shuffled inside each replicate by `protocol.seed`.
 
     Args:
         study: what to measure.
-        arms: whom; all variants of the study and its control if left out. Those of an A/B (`lorameter.run.ab`)
-        are
+        arms: whom; all variants of the study and its control if left out. Those of an A/B (`arms_on_sides`) are
             compared side by side, and so each variant for itself.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
         interleaving: the level of alternation (`lorameter.run.interleaving` picks one).
         why: the reason for that level, for the report.
         provisional: whether a rehearsal settles the level.
+        sides: of an A/B, whose arms these are.
 
     Raises:
         UsageError: an unknown phase.
@@ -263,7 +295,7 @@ def make_plan(
     cold = study.protocol.cold_replicates or study.protocol.replicates
     together, alone = measures_of(study, interleaving, checked)
     _check_size(study, len(arms))
-    executors = {arm: _executor_of(arm, arms) for arm in arms}
+    executors = {arm: executor_of(arm, arms) for arm in arms}
     shuffler = random.Random(study.protocol.seed)
     positions = itertools.count()
     groups: list[Group] = []
@@ -300,6 +332,7 @@ def make_plan(
         why=why,
         groups=tuple(groups),
         provisional=provisional,
+        sides=sides or {},
     )
 
 
@@ -413,10 +446,13 @@ def _isolated_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
     return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
 
 
-def _executor_of(arm: Arm, arms: Sequence[Arm]) -> str:
-    """The executor of a trial. Sides have one each. The number of threads is set where a process begins, so other
-    threads take another executor. Where there are several each of those that are compared has its own, for the reason
-    that `measure.Arm` gives."""
+def executor_of(arm: Arm, arms: Sequence[Arm]) -> str:
+    """The executor of a trial: one for all, unless arms are on sides or differ in threads, which are set where a
+    process begins. Then each of those that are compared has its own, the control too.
+
+    Processes of one zygote share its pages, and each finds them warm in the caches when the other has just run: with
+    base and control from one zygote, the candidate, from another, was measured 0.5 % slower on identical code.
+    """
     if arm.side:
         return CONTROL_SUFFIX if arm.role == "control" else arm.side
     return arm.name if len({one.workload.threads for one in arms}) > 1 else ""

@@ -8,16 +8,17 @@ run of days must survive a correction elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lorameter.errors import UsageError
+from lorameter.errors import HIDDEN, UsageError
 from lorameter.machine import provenance
 from lorameter.machine.hardware_class import OF_A_KIND
 from lorameter.machine.provenance import MachineFacts
@@ -26,7 +27,18 @@ from lorameter.records import codec, fileio, store, trials
 from lorameter.records.packed import is_packed
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.plan import Arm, Group, Plan, arms_of, make_plan, sides_of, variants_of
+from lorameter.run.plan import (
+    PRESENT,
+    SIDES,
+    Group,
+    Plan,
+    SideSpec,
+    arms_of,
+    arms_on_sides,
+    make_plan,
+    variants_of,
+)
+from lorameter.run.workers.environment import restore_requirements
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
@@ -34,19 +46,13 @@ from lorameter.studies.workload import Workload
 from lorameter.verdicts.comparison_input import differences
 from lorameter.verdicts.run_validity import is_single_script_run
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SideSpec:
-    """One side of an A/B, by a word that means the same on every machine."""
-
-    side: Side
-    kind: Literal["revision", "interpreter", "requirements", "present"]
-    spec: str
+if TYPE_CHECKING:
+    from lorameter.run.sites.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
-    """What a plan follows from; of an A/B the sides as well, which are not of commands."""
+    """What a plan follows from."""
 
     study: dict[str, Any]
     phases: tuple[str, ...]
@@ -58,13 +64,11 @@ class PlanSpec:
     """All trials of the whole plan."""
     trials: tuple[str, ...]
     """Those of the groups that are to be measured."""
-    sides: tuple[SideSpec, ...] = ()
-    slowdown_rows: int = 0
-    """Extra work of the candidate (`Arm.slowdown_rows`)."""
+    sides: dict[Side, SideSpec] = field(default_factory=dict)
 
 
-def write_plan(plan: Plan, whole: Plan, sides: tuple[SideSpec, ...] = ()) -> PlanSpec:
-    """A plan, or what is left of the `whole` one, with the `sides` of an A/B."""
+def write_plan(plan: Plan, whole: Plan) -> PlanSpec:
+    """A plan, or what is left of the `whole` one."""
     return PlanSpec(
         study=codec.to_json(whole.study),
         phases=whole.phases,
@@ -74,38 +78,30 @@ def write_plan(plan: Plan, whole: Plan, sides: tuple[SideSpec, ...] = ()) -> Pla
         why=whole.why,
         order=tuple(slot.trial for slot in whole.slots),
         trials=tuple(slot.trial for slot in plan.slots),
-        sides=sides,
-        slowdown_rows=max(arm.slowdown_rows for arm in whole.arms),
+        sides=dict(whole.sides),
     )
 
 
 def read_plan(written: PlanSpec) -> Plan:
     """The plan, with the groups that are to be measured. Raises `UsageError` where this version plans other trials."""
-    study = codec.from_json(Study, written.study, "study of the plan")
-    study = restore_numbers(study, written.study)
+    study = restore_numbers(codec.from_json(Study, written.study, "study of the plan"), written.study)
+    if written.sides:
+        arms = arms_on_sides(study, written.selection, written.sides)
+    else:
+        arms = arms_of(study, written.selection, written.own_workloads)
     plan = make_plan(
-        study,
-        arms=_arms(study, written),
-        phases=written.phases,
-        interleaving=written.interleaving,
-        why=written.why,
-    )
+        study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
+        sides=written.sides,
+    )  # fmt: skip
     order, wanted = set(written.order), set(written.trials)
     # Of a run that is resumed, replicates that turned out needless are no more part of the plan:
     plan = dataclasses.replace(plan, groups=tuple(group for group in plan.groups if order >= _trials(group)))
     if tuple(slot.trial for slot in plan.slots) != written.order:
         raise UsageError(
-            f"study {study.name}: the lorameter here plans other trials than the one that asks for them. Install one "
-            "version of it in both places."
+            f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
+            "that version, or measure a new run."
         )
     return dataclasses.replace(plan, groups=tuple(group for group in plan.groups if wanted >= _trials(group)))
-
-
-def _arms(study: Study, written: PlanSpec) -> tuple[Arm, ...]:
-    if not written.sides:
-        return arms_of(study, written.selection, written.own_workloads)
-    variants = [study.variant(name) for name in written.selection]
-    return sides_of(study, variants, slowdown_rows=written.slowdown_rows)
 
 
 def _trials(group: Group) -> set[str]:
@@ -126,8 +122,6 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
 
 INJECTED = "slowdown_rows"
 """Key of a side in the manifest: its extra work (`Arm.slowdown_rows`)."""
-PRESENT = "present"
-"""Kind of a side that is the measuring interpreter, as both sides of a calibration: its facts are those of the run."""
 SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
     "allow-disturbed", "mixed",
@@ -204,6 +198,41 @@ def study_of(run: Run) -> Study:
     return restore_numbers(read_study(run), run.manifest.study)
 
 
+def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
+    """Raises `UsageError` where the machine, or a side of an A/B, is not what it was; `facts` are of the sides."""
+    for name, side in run.manifest.sides.items():
+        if side["kind"] not in (PRESENT, SIDE):
+            fields = ("python", "libraries", "cuda", "packages", *(("git",) if side["kind"] == "revision" else ()))
+            now = codec.to_json(facts[name].host or {})
+            was, found = ({field: one.get(field) for field in fields} for one in (side["facts"], now))
+            if was != found:
+                raise _other_kind(run, f"its {name}", was, found)
+    check_place(run, next(iter(facts.values())))
+
+
+def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> UsageError:
+    found = differences(was, now)
+    said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in found)
+    return UsageError(
+        f"run {run.manifest.run}: it cannot be resumed here, because {what} would be of two kinds: {said}. "
+        "Resume it where it began, with what was installed there, or measure a new run."
+    )
+
+
+@contextlib.contextmanager
+def explain_lost_credential(run: Run | None, side: Side) -> Iterator[None]:
+    """Add to a refusal of a side that the record of the run leaves out the user of its address."""
+    try:
+        yield
+    except UsageError as error:
+        if run is None or HIDDEN not in run.manifest.sides[side]["spec"]:
+            raise
+        raise UsageError(
+            f"{error} The record of run {run.manifest.run} leaves out the user in the address of its {side}: put it "
+            "into ~/.netrc or pip's configuration, or measure a new A/B."
+        ) from None
+
+
 def check_place(run: Run, facts: MachineFacts) -> None:
     """Raises `UsageError` where the trials of a run would be of two kinds: on another machine or with other libraries.
 
@@ -220,49 +249,51 @@ def check_place(run: Run, facts: MachineFacts) -> None:
         was = provenance.fingerprint(manifest.provenance, without=without)
         before = provenance.fingerprint_fields(manifest.provenance, without=without)
     if provenance.fingerprint(here, without=without) != was:
-        before, now = codec.to_json(before), codec.to_json(provenance.fingerprint_fields(here, without=without))
-        said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
-        raise UsageError(
-            f"run {manifest.run}: it cannot be resumed here, because its trials would be of two kinds: {said}. "
-            "Resume it where it began, with what was installed there, or measure a new run."
-        )
+        now = provenance.fingerprint_fields(here, without=without)
+        raise _other_kind(run, "its trials", codec.to_json(before), codec.to_json(now))
 
 
-def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
+def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = None) -> Plan:
     """The plan of a run as it was made; `max_minutes` is a limit in place of the study's, and either counts from now.
 
     Raises:
-        UsageError: a plan that comes out otherwise in this version.
+        UsageError: a run of another machine, as far as that is known before the sides of an A/B are made ready, or a
+            plan that comes out otherwise in this version.
     """
-    manifest, study = run.manifest, study_of(run)
-    if manifest.sides:
-        variants = [study.variant(name) for name in manifest.selection]
-        side = manifest.sides["candidate"]
-        command = side["spec"] if of_commands(manifest) else ""
-        arms = sides_of(study, variants, slowdown_rows=side[INJECTED], command=command)
-    else:
-        arms = arms_of(study, manifest.selection, read_own_workloads(run))
-    plan = make_plan(
-        study,
-        arms=arms,
-        phases=manifest.phases,
-        interleaving=manifest.interleaving,  # type: ignore[arg-type]
-        why=manifest.why,
+    manifest = run.manifest
+    if not manifest.sides:
+        check_place(run, placement.facts)
+    elif is_calibration(manifest) and placement.is_remote:
+        raise UsageError(f"run {manifest.run} is a calibration, of the machine that it is started on. Use --on here.")
+    plan = read_plan(
+        PlanSpec(
+            study=manifest.study,
+            phases=manifest.phases,
+            selection=manifest.selection,
+            own_workloads=read_own_workloads(run),
+            interleaving=manifest.interleaving,  # type: ignore[arg-type]
+            why=manifest.why,
+            order=manifest.order,
+            trials=manifest.order,
+            sides=_recorded_sides(run),
+        )
     )
-    if manifest.status == "complete":  # replicates that turned out needless are no more part of it
-        order = set(manifest.order)
-        plan = dataclasses.replace(
-            plan, groups=tuple(group for group in plan.groups if {slot.trial for slot in group.slots} <= order)
-        )
-    if tuple(slot.trial for slot in plan.slots) != manifest.order:
-        raise UsageError(
-            f"run {manifest.run}: this version of lorameter plans other trials than the one that began it. "
-            "Resume that version, or measure a new run."
-        )
     if max_minutes is None:
         return plan
-    protocol = dataclasses.replace(study.protocol, max_minutes=max_minutes)
-    return dataclasses.replace(plan, study=dataclasses.replace(study, protocol=protocol))
+    protocol = dataclasses.replace(plan.study.protocol, max_minutes=max_minutes)
+    return dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol))
+
+
+def _recorded_sides(run: Run) -> dict[Side, SideSpec]:
+    """The sides of a run. Raises `UsageError` for one that cannot be named without a credential."""
+    found: dict[Side, SideSpec] = {}
+    for name in SIDES if run.manifest.sides else ():
+        side = run.manifest.sides[name]
+        spec = str(side["spec"])
+        if side["kind"] == "requirements":
+            spec = restore_requirements(f"run {run.manifest.run}, {name}", spec)
+        found[name] = SideSpec(kind=side["kind"], spec=spec, label=side["label"], slowdown_rows=side[INJECTED])
+    return found
 
 
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:

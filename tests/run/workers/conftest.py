@@ -15,7 +15,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def executor(folder):
-    """Its zygote may be another after a test that has ended it."""
+    """Started once."""
     local = LocalExecutor()
     local.start(folder, 1)
     local.hello()

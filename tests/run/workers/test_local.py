@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import time
 
 import psutil
 import pytest
 
+from lorameter.errors import InvalidRunError
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import context_of
 from lorameter.run.runner import run_plan
-from lorameter.run.workers.local import ForkedWorker
+from lorameter.run.workers.local import ForkedWorker, LocalExecutor
 
 
 class Quiet:
@@ -54,7 +54,7 @@ def served(measure, small_study):
 def measure(executor, tokens_of):
     """A function that measures one replicate of a study, or some trials of one by name; their records by trial."""
 
-    def run(study, *, phases=("train",), listener=None, only=None):
+    def run(study, *, phases=("train",), listener=None, only=None, executor=executor):
         protocol = dataclasses.replace(study.protocol, replicates=1)
         plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
         groups = (group for group in plan.groups if only is None or {slot.trial for slot in group.slots} <= {*only})
@@ -66,16 +66,18 @@ def measure(executor, tokens_of):
     return run
 
 
+@pytest.fixture
+def own_executor(tmp_path):
+    """One whose zygote may be killed."""
+    local = LocalExecutor()
+    local.start(tmp_path, 1)
+    local.hello()
+    yield local
+    local.close()
+
+
 def children_of(executor):
     return psutil.Process(executor._zygote.pid).children()
-
-
-def is_there(process):
-    """Whether a process has not ended; whoever has inherited it may not have looked after it yet."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def variant(study, **changes):
@@ -140,28 +142,23 @@ def test_a_killed_trial_is_a_row(measure, executor, small_study):
     assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
 
 
-def test_a_dead_zygote_costs_the_trial_under_way_and_no_other(measure, executor, small_study):
-    """Ended by TERM between two trials and killed in the middle of one: another is started each time. The trial under
-    way dies with its zygote."""
+def test_a_dead_zygote_ends_the_run_and_costs_the_trial_under_way(measure, own_executor, small_study):
+    """Killed in the middle of a trial, which dies with it: what was measured is kept, and the run ends with the signal
+    and the log."""
     first, second, third = (slot.trial for slot in make_plan(small_study, phases=("train",)).slots[:3])
-
-    def between(record):
-        if record.trial == first:
-            os.kill(executor._zygote.pid, signal.SIGTERM)
+    kept = {}
 
     def under_way(slot, phase):
         if slot.trial == second and phase == "finish_training":
-            (orphan,) = children_of(executor)
-            os.kill(executor._zygote.pid, signal.SIGKILL)
-            deadline = time.monotonic() + 240
-            while is_there(orphan):  # else it might answer before it dies
-                assert time.monotonic() < deadline, "the trial has outlived its zygote"
-                time.sleep(0.05)
+            os.kill(own_executor._zygote.pid, signal.SIGKILL)
 
-    records = measure(small_study, listener=Quiet(under_way, between))
-    assert {trial: record.status for trial, record in records.items()} == {first: "ok", second: "crashed", third: "ok"}
-    assert "the zygote ended with signal 9 (SIGKILL)" in records[second].failure.message
-    assert records[second].samples["step_time_s"]
+    listener = Quiet(under_way, lambda record: kept.update({record.trial: record}))
+    with pytest.raises(InvalidRunError, match=r"the zygote ended with signal 9 \(SIGKILL\)\. Its log is .*zygote"):
+        measure(small_study, listener=listener, executor=own_executor)
+    assert {trial: record.status for trial, record in kept.items()} == {
+        first: "ok", second: "crashed", third: "not_run",
+    }  # fmt: skip
+    assert kept[second].samples["step_time_s"]
 
 
 def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, monkeypatch):

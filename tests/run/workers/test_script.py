@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lorameter.machine.provenance import probe_machine
-from lorameter.run.measure import measure, plan_study
+from lorameter.run.build_plan import build_plan
+from lorameter.run.measure import measure
 from lorameter.run.workers.environment import Host
 from lorameter.run.workers.script import ScriptExecutor, python_of
 from lorameter.studies.protocol import Protocol
@@ -68,7 +69,7 @@ def measured(study, folder, display=None, interleaving="lockstep"):
         patch.chdir(folder)
         patch.setenv("MARK", str(folder / "mark"))
         patch.setenv("PYTHONPATH", f"{Path(__file__).parents[3] / 'harness'}:{Path(__file__).parents[3]}")
-        plan, notices = plan_study(
+        plan, notices = build_plan(
             study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving=interleaving, runs=folder / "runs"
         )
         return measure(plan, runs=folder / "runs", display=display or Quiet(), notices=notices)

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from lorameter.machine.provenance import probe_machine
-from lorameter.run.measure import measure, plan_study
+from lorameter.run.build_plan import build_plan
+from lorameter.run.measure import measure
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
@@ -49,7 +50,7 @@ def take_turns(folder, commands, monkeypatch):
         name="launched", title="launched", workload=script_workload(), protocol=protocol, variants=variants,
         reference=variants[0].name,
     )  # fmt: skip
-    plan, notices = plan_study(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
+    plan, notices = build_plan(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
     return measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
 
 

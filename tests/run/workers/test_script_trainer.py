@@ -9,7 +9,8 @@ from unittest.mock import Mock
 import pytest
 
 from lorameter.machine.provenance import probe_machine
-from lorameter.run.measure import measure, plan_study
+from lorameter.run.build_plan import build_plan
+from lorameter.run.measure import measure
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
@@ -69,7 +70,7 @@ def run(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        plan, notices = plan_study(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
+        plan, notices = build_plan(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
         return measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
 
 
@@ -104,7 +105,7 @@ def test_of_two_trainers_of_a_script_the_first_is_measured(tmp_path, monkeypatch
     study = Study(
         name="two", title="two", workload=script_workload(), protocol=protocol, variants=variants, reference="after"
     )
-    plan, notices = plan_study(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
+    plan, notices = build_plan(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
     run = measure(plan, runs=tmp_path / "runs", display=Mock(), notices=notices)
     by_trial = {record.trial: record for record in run.records}
     assert {by_trial[name].status for name in ("r0-after", "r0-after-control")} == {"ok"}

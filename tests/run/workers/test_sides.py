@@ -8,6 +8,7 @@ import site
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +23,7 @@ from lorameter.run.workers.environment import (
     restore_requirements,
 )
 from lorameter.run.workers.local import LocalExecutor
-from lorameter.run.workers.sides import OWN_PACKAGES, open_side
+from lorameter.run.workers.sides import DECLARED, OWN_PACKAGES, name_side, open_side
 
 OLD_PACKAGING = "packaging==24.2"
 """Pure, small, and older than anything that depends on lorameter's own dependencies would bring."""
@@ -66,8 +67,12 @@ def repository(tmp_path):
 def opened(repository, tmp_path):
     """Opens sides of that repository."""
 
-    def open_it(spec, **changes):
-        return open_side(spec, **{"repository": repository, "cache": tmp_path / "cache", "report": silent} | changes)
+    @contextlib.contextmanager
+    def open_it(word, **changes):
+        options = {"repository": repository, "cache": tmp_path / "cache", "report": silent} | changes
+        side = name_side(word, options["repository"])
+        with open_side(side, **options) as host:
+            yield SimpleNamespace(host=host, kind=side.kind, label=side.label, declared=DECLARED[side.kind])
 
     return open_it
 
@@ -209,22 +214,20 @@ def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
         file.write("CHANGED = True\n")
     git(clone, "add", *folders)
     git(clone, "commit", "--quiet", "--message", "another harness")
-    with open_side("HEAD", repository=clone, cache=tmp_path, report=silent) as side:
-        tree = Path(side.host.cwd)
-        origins = inspect(side.host, OWN_PACKAGES).origins
+    with open_side(name_side("HEAD", clone), repository=clone, cache=tmp_path, report=silent) as host:
+        tree = Path(host.cwd)
+        origins = inspect(host, OWN_PACKAGES).origins
         assert {name: Path(origin) for name, origin in origins.items()} == {
             "lorameter": tree / "harness" / "lorameter" / "__init__.py",
             "kernels_check": tree / "kernels_check" / "__init__.py",
         }
-        executor = LocalExecutor(host=side.host, label="base")
+        executor = LocalExecutor(host=host, label="base")
         executor.start(tmp_path, 1)
         try:
             hello = executor.hello()
         finally:
             executor.close()
-        identity = run(
-            side.host, "from lorameter.machine.provenance import harness_identity; print(harness_identity())"
-        )
+        identity = run(host, "from lorameter.machine.provenance import harness_identity; print(harness_identity())")
     assert hello.harness == identity != harness_identity()
 
 
@@ -337,10 +340,10 @@ def test_this_process_can_build_extensions_afterwards(tmp_path):
     """Asking Python's finders about pip has setuptools give up its distutils for good; torch's extensions need it."""
     code = (
         "import pathlib, sys\n"
-        "from lorameter.run.workers import environments\n"
-        "environments._run = lambda *_: None\n"
-        "environments.site_packages = lambda python: pathlib.Path(sys.argv[1])\n"
-        "environments._build(['packaging'], pathlib.Path(sys.argv[1]), print)\n"
+        "from lorameter.run.workers import environment\n"
+        "environment._run = lambda *_: None\n"
+        "environment.site_packages = lambda python: pathlib.Path(sys.argv[1])\n"
+        "environment._build(['packaging'], pathlib.Path(sys.argv[1]), print)\n"
         "import torch.utils.cpp_extension\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)

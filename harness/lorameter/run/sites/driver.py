@@ -35,7 +35,7 @@ from lorameter.run.display import Display, Shielded
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import begin_record
-from lorameter.run.resume import SideSpec, continue_manifest, is_finished, mend, read_broken_off, write_plan
+from lorameter.run.resume import continue_manifest, is_finished, mend, read_broken_off, write_plan
 from lorameter.run.runner import Stopping, find_unfinished, records_outside
 from lorameter.run.sites.folder import (
     JOBS,
@@ -101,7 +101,6 @@ def measure_in_jobs(
     local: bool,
     if_busy: IfBusy | None = None,
     notices: Sequence[Notice] = (),
-    sides: Mapping[str, Mapping[str, Any]] | None = None,
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -117,7 +116,6 @@ def measure_in_jobs(
             other.
         if_busy: what a job does if its device is in use; None: this process holds the devices.
         notices: what was known before.
-        sides: what the manifest says of the sides of an A/B.
         resume: id of a run of this plan to resume; None for a new one.
         policy: what the run will be judged by, as JSON data.
 
@@ -143,7 +141,7 @@ def measure_in_jobs(
             return earlier if is_finished(earlier) else mend(earlier)
         shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         stack.callback(launcher.close)
-        about = {"notices": tuple(notices), "sides": sides or {}, "policy": dict(policy or {})}
+        about = {"notices": tuple(notices), "policy": dict(policy or {})}
         driver = _Driver(plan, launcher, path, shown, about, earlier, groups, local=local, if_busy=if_busy)
         driver.measure(stops)
     return store.read_run(str(path), runs)
@@ -243,10 +241,7 @@ class _Driver:
             protocol = dataclasses.replace(protocol, max_minutes=self._minutes * min(1, len(replicates) / each))
         whole = dataclasses.replace(self._plan, study=dataclasses.replace(self._plan.study, protocol=protocol))
         part = dataclasses.replace(whole, groups=tuple(one for one in self._groups if one.replicate in replicates))
-        sides = tuple(
-            SideSpec(side=name, kind=one["kind"], spec=one["spec"]) for name, one in self._about["sides"].items()
-        )
-        return JobOrder(plan=write_plan(part, whole, sides), site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
+        return JobOrder(plan=write_plan(part, whole), site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
 
     def _merge(self, job: Job, state: JobState) -> bool:
         """Keep the records of replicates that a job has finished; says whether there were any."""
@@ -282,7 +277,6 @@ class _Driver:
                 order=tuple(slot.trial for slot in self._plan.slots),
                 created_unix_s=time.time(),
                 notices=tuple(dict.fromkeys((*self._about["notices"], *manifest.notices))),
-                sides={name: {**side, **self._about["sides"][name]} for name, side in manifest.sides.items()},
                 policy=self._about["policy"],
             )
         self._manifest, self._writer = manifest, RunWriter(self._path.parent, begun)

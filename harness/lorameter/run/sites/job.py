@@ -18,14 +18,11 @@ from pathlib import Path
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.processes import PARENT, end_with_parent
-from lorameter.models.catalogue import cache_dir
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.records.store import Run
-from lorameter.run.ab import executors_of_present, measure_ab
 from lorameter.run.device_lock import hold_devices
 from lorameter.run.measure import measure
 from lorameter.run.plan import Plan, Slot
-from lorameter.run.resume import PRESENT, PlanSpec, read_plan
+from lorameter.run.resume import read_plan
 from lorameter.run.sites.folder import JobState, check_private, read_order, write_state
 from lorameter.run.sites.gpus import executors_of_ranks
 from lorameter.run.workers import open_executor
@@ -86,7 +83,7 @@ def run_job(folder: Path) -> None:
             if order.if_busy is not None:
                 devices = executors_of_ranks(Host(), plan.study.workload.ranks)
                 stack.enter_context(hold_devices(devices, order.if_busy))
-            run = _measure(plan, order.plan, folder, progress)
+            run = measure(plan, runs=folder, display=progress)
         if run.manifest.status != "complete":
             raise KeyboardInterrupt
         progress.write(finished=tuple(dict.fromkeys(record.replicate for record in run.records)), ended=True)
@@ -97,23 +94,6 @@ def run_job(folder: Path) -> None:
     except Exception as error:
         print(redact(traceback.format_exc()), file=sys.stderr)
         progress.write(ended=True, error=redact(f"{type(error).__name__}: {error}"))
-
-
-def _measure(plan: Plan, spec: PlanSpec, runs: Path, progress: _Progress) -> Run:
-    sides = {one.side: one for one in spec.sides}
-    if not sides:
-        return measure(plan, runs=runs, display=progress)
-    if any(side.kind == PRESENT for side in sides.values()):
-        return measure(plan, runs=runs, display=progress, arm_executors=executors_of_present(spec.slowdown_rows))
-    return measure_ab(
-        plan,
-        base=sides["base"].spec,
-        candidate=sides["candidate"].spec,
-        repository=Path.cwd(),
-        cache=cache_dir(),
-        runs=runs,
-        display=progress,
-    )
 
 
 def _name_site() -> str:

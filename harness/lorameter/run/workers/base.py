@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter import wire
-from lorameter.errors import InvalidRunError, LorameterError, redact
+from lorameter.errors import LorameterError, redact
 from lorameter.machine.affinity import cpus_of, pin_to_cpus
 from lorameter.machine.processes import exit_words
 from lorameter.records.record import Failure, PartialRecord
@@ -21,18 +21,29 @@ from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.workers import TrialFiles, WorkerLostError
 
 
-class Disk:
-    """Where a run's files lie, by absolute paths: a host may run in another folder."""
+class DiskExecutor:
+    """The part of an `Executor` that knows where the files of a run are; paths are absolute, since a host may run in
+    another folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+    folder: Path
+    """Of the run."""
+    logs: Path
+    scratch: Path
+    """For what is not kept."""
+    threads: int
+    """Of each measuring process."""
+    _stack: contextlib.ExitStack | None = None
+
+    def start(self, folder: Path, threads: int) -> None:
+        """Make the folders of a run; further processes compute with so many threads."""
+        self.folder, self.threads = folder.resolve(), threads
         self.logs = self.folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self._stack = contextlib.ExitStack()
         self.scratch = self._stack.enter_context(scratch_folder())
 
     def make_place(self, trial: str, log: str) -> TrialFiles:
-        """A folder for a trial, and the name of its log."""
+        """A temporary folder for a trial; the log lies with the run from the start."""
         scratch = self.scratch / trial
         scratch.mkdir(parents=True, exist_ok=True)
         return TrialFiles(scratch=str(scratch), log_path=str(self.logs / f"{log}.log"))
@@ -45,48 +56,16 @@ class Disk:
             (folder / name).unlink(missing_ok=True)
             raise
 
-    def clear(self, trial: str) -> None:
-        """Remove the folder of a trial."""
+    def clear_place(self, trial: str) -> None:
+        """Remove the folder of a trial: adapters and compile caches of a long run would fill the disk."""
         shutil.rmtree(self.scratch / trial, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove what was not to be kept, and redact the logs."""
-        self._stack.close()
-        redact_logs(self.logs)
-
-
-class DiskExecutor:
-    """The part of an `Executor` that knows where files lie."""
-
-    _disk: Disk | None = None
-    _threads = 1
-
-    def start(self, folder: Path, threads: int) -> None:
-        """Make the folders of a run; further processes compute with so many threads."""
-        self._threads, self._disk = threads, Disk(folder)
-
-    def make_place(self, trial: str, log: str) -> TrialFiles:
-        """In a temporary folder of this executor; the log lies with the run from the start."""
-        return self._required_disk().make_place(trial, log)
-
-    def fetch(self, trial: str, name: str, folder: Path) -> Path:
-        """Moved: nothing else of the trial needs it."""
-        return self._required_disk().fetch(trial, name, folder)
-
-    def clear_place(self, trial: str) -> None:
-        """Adapters and compile caches of a long run would fill the disk."""
-        self._required_disk().clear(trial)
-
-    def close(self) -> None:
-        """Remove what was not to be kept."""
-        if self._disk is not None:
-            self._disk.close()
-            self._disk = None
-
-    def _required_disk(self) -> Disk:
-        if self._disk is None:
-            raise InvalidRunError("the executor is not started. Call start() first.")
-        return self._disk
+        """Remove what is not kept, and redact the logs."""
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+            redact_logs(self.logs)
 
 
 def redact_logs(folder: Path) -> None:

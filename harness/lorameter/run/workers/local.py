@@ -71,8 +71,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
 
 
 class LocalExecutor(DiskExecutor):
-    """Implements `Executor` with one zygote, and another where that has died. Raises `InvalidRunError` when none can be
-    started.
+    """Implements `Executor` with one zygote. Where that dies the run ends, and can be resumed.
 
     `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
     executors can share a folder.
@@ -83,8 +82,6 @@ class LocalExecutor(DiskExecutor):
         self._whose = f"the worker of {label!r}" if label else "the worker"
         self._suffix = f"-{label}" if label else ""
         self._zygote: Zygote | None = None
-        self._hello: WorkerInfo | None = None
-        """Of the first zygote."""
 
     def max_parallel(self, threads: int) -> int:
         """As many as the CPU has cores for; one on a GPU. One as well on a share of a machine (`CPUS`): other sites are
@@ -115,10 +112,7 @@ class LocalExecutor(DiskExecutor):
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""
         super().start(folder, threads)
-        self._zygote = self._new_zygote()
-
-    def _new_zygote(self) -> Zygote:
-        return Zygote(lambda descriptor: self._spawn("zygote", descriptor, self._zygote_log))
+        self._zygote = Zygote(lambda descriptor: self._spawn("zygote", descriptor, self._zygote_log))
 
     def _spawn(self, what: str, descriptor: int, log: Path, *, threads: int = 0) -> subprocess.Popen[bytes]:
         """Start a measuring process of the host, which answers on a descriptor and prints into a log.
@@ -132,27 +126,23 @@ class LocalExecutor(DiskExecutor):
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=worker_environment(threads or self._threads, self._host),
+                env=worker_environment(threads or self.threads, self._host),
                 cwd=self._host.cwd,
                 start_new_session=True,
             )
 
     @property
     def _zygote_log(self) -> Path:
-        return self._required_disk().logs / f"zygote{self._suffix}.log"
+        return self.logs / f"zygote{self._suffix}.log"
 
     def hello(self) -> WorkerInfo:
         """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
-        self._hello = self._greet(self._required_zygote())
-        return self._hello
-
-    def _greet(self, zygote: Zygote) -> WorkerInfo:
+        zygote = self._required_zygote()
         try:
             hello = zygote.greet()
         except wire.GarbledError:
             hello = wire.Hello(schema=0)  # of a revision that spoke another protocol
         except ZygoteLostError as lost:
-            zygote.close()
             last = _last_line(self._zygote_log) or f"it printed nothing; {lost}"
             raise InvalidRunError(
                 f"{self._whose} did not start: {last}. Its log is {self._zygote_log}. "
@@ -163,36 +153,11 @@ class LocalExecutor(DiskExecutor):
         return hello.worker
 
     def launch(self) -> Worker:
-        """Fork a worker from the zygote; from a new one where that has died since.
-
-        Raises `InvalidRunError` if there is no other to be had: nothing more can be measured here.
-        """
-        zygote = self._required_zygote()
-        try:
-            return zygote.fork()
-        except ZygoteLostError as lost:
-            self._replace(zygote, lost)
+        """Fork a worker from the zygote. Raises `InvalidRunError` where that is gone."""
         try:
             return self._required_zygote().fork()
-        except ZygoteLostError as again:
-            raise InvalidRunError(
-                f"{self._whose}: {again}, as the one before it. Its log is {self._zygote_log}."
-            ) from None
-
-    def _replace(self, lost: Zygote, why: ZygoteLostError) -> None:
-        """Another zygote in place of one that is gone; trials of one run must not be of two harnesses."""
-        lost.close()
-        self._zygote = zygote = self._new_zygote()
-        try:
-            hello = self._greet(zygote)
-        except InvalidRunError as error:
-            raise InvalidRunError(f"{self._whose}: {why}, and no other could be started: {error}") from None
-        before = self._hello or hello
-        if (hello.harness, hello.device, hello.torch) != (before.harness, before.device, before.torch):
-            raise InvalidRunError(
-                f"{self._whose}: {why}, and another would be another program: harness {before.harness}, torch "
-                f"{before.torch}, {before.device} then; {hello.harness}, {hello.torch}, {hello.device} now."
-            )
+        except ZygoteLostError as lost:
+            raise InvalidRunError(f"{self._whose}: {lost}. Its log is {self._zygote_log}.") from None
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
@@ -223,9 +188,8 @@ class LocalExecutor(DiskExecutor):
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
         """Tokenise in a process of its own."""
-        disk = self._required_disk()
-        arguments = {"workload": codec.to_json(workload), "folder": str(disk.folder if keep else disk.scratch)}
-        log = disk.logs / f"tokens{self._suffix}.log"
+        arguments = {"workload": codec.to_json(workload), "folder": str(self.folder if keep else self.scratch)}
+        log = self.logs / f"tokens{self._suffix}.log"
         try:
             summary, code = self._ask_process("tokens", arguments, TokenSummary, log, TOKENS_TIMEOUT_S, threads=1)
         except TimeoutError:
@@ -256,8 +220,7 @@ class LocalExecutor(DiskExecutor):
     def prepare_base(self, request: BaseRequest) -> BaseSummary:
         """In a process forked from the zygote, which has imported what it takes; its log is the one of the tokens' kind
         (`base.log`)."""
-        disk = self._required_disk()
-        request = dataclasses.replace(request, log_path=str(disk.logs / f"base{self._suffix}.log"))
+        request = dataclasses.replace(request, log_path=str(self.logs / f"base{self._suffix}.log"))
         worker = self.launch()
         try:
             fragment = worker.ask("base", "base", TOKENS_TIMEOUT_S, request=codec.to_json(request))
@@ -410,13 +373,6 @@ class ForkedWorker(ProcessWorker):
         with self.losses("start", START_TIMEOUT_S):
             hello = wire.receive(self.connection, wire.Hello, START_TIMEOUT_S)
         self.start_latency_s = hello.started_monotonic_s - asked_monotonic_s
-
-    def death(self, phase: str) -> WorkerLostError:
-        """How it has ended, or that its zygote has, and it with that."""
-        if self.end() is None and not self._zygote.lives:
-            message = f"{self._zygote.last_words()}, and the trial's process with it, during {phase}"
-            return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
-        return super().death(phase)
 
     def end(self) -> int | None:
         """Close the connection, and kill the process and what it has started."""

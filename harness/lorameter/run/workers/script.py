@@ -250,17 +250,16 @@ class ScriptExecutor(DiskExecutor):
 
     def _snapshot(self, folder: Path) -> Path:
         """The folder of a command as it was when it was first asked for. Raises `UsageError`."""
-        disk = self._required_disk()
         if folder not in self._snapshots:
-            into = disk.scratch / f"snapshot-{len(self._snapshots)}"
+            into = self.scratch / f"snapshot-{len(self._snapshots)}"
             self._snapshots[folder] = take_snapshot(folder, into)
         return self._snapshots[folder]
 
     def _start_trial(self, request: TrialRequest) -> ScriptProcess:
-        disk, variant, host = self._required_disk(), request.variant, self._interpreter
+        variant, host = request.variant, self._interpreter
         # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
         # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
-        home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
+        home = self._homes[request.trial] = self.scratch / secrets.token_hex(4)
         origin = folder_of(variant, Path(host.cwd or Path.cwd()))
         folder = copy_snapshot(self._snapshot(origin), home / "work")
         turns = f"@lorameter-{secrets.token_hex(8)}"
@@ -270,7 +269,7 @@ class ScriptExecutor(DiskExecutor):
             variant,
             dataclasses.replace(host, environment=environment).variables(os.environ),
             scratch=home,
-            threads=self._threads,
+            threads=self.threads,
             port=_free_port(),
             socket=turns,
             side=side,

@@ -16,23 +16,27 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, impossible, redact
 from lorameter.machine.repository import run_git
 from lorameter.records import fileio
+from lorameter.records.record import Side
 from lorameter.records.tempdirs import scratch_folder
+from lorameter.run.plan import PRESENT, SideKind, Sides, SideSpec
 from lorameter.run.workers.environment import Host, inspect, layered_environment, parse_requirements, site_packages
+from lorameter.studies.placement import HERE, SiteSpec
 
-SideKind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[SideKind, tuple[str, ...]] = {
+    "command": (),
+    "present": (),
     "revision": ("git",),
     "interpreter": ("python", "libraries", "cuda", "kernels"),
     "requirements": ("libraries", "cuda", "kernels"),  # another torch may be built for another CUDA, with another cuDNN
 }
+"""Fields of the provenance in which a side of each kind is meant to differ from the other."""
 OLDEST_PYTHON = (3, 11)
 """As requires-python in pyproject.toml: the harness runs in the interpreter of either side."""
 NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes"}
@@ -47,67 +51,55 @@ _REMEDY = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenSide:
-    """One side of an A/B, ready to be measured."""
-
-    spec: str
-    """As the user wrote it, less what may be a credential: it goes into the record, as the label does."""
-    kind: SideKind
-    host: Host
-    label: str
-    """For tables and messages; a revision has its commit in it."""
-    declared: tuple[str, ...]
-    """Fields of the provenance in which this side is meant to differ from the other."""
-
-    def __post_init__(self) -> None:
-        for name in ("spec", "label"):
-            object.__setattr__(self, name, redact(getattr(self, name)))
-
-
-@contextlib.contextmanager
-def open_side(
-    spec: str,
-    *,
-    repository: Path,
-    cache: Path,
-    report: Callable[[str], object] = print_stderr,
-) -> Iterator[OpenSide]:
-    """Make one side ready, and take down at the end what was put up for it.
+def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, slowdown_rows: int = 0) -> Sides:
+    """The sides that the words of a user name; none is made ready.
 
     Args:
-        spec: a revision, a Python executable, or requirements in one string.
+        words: a revision, a Python executable, or requirements in one string, by side.
         repository: a folder in the repository whose revisions can be named.
-        cache: lorameter's cache directory, for the environments of requirements.
-        report: told, one line each, what takes long; standard error if left out, as output may be a document.
+        place: where the sides will be measured.
+        slowdown_rows: extra work of the candidate.
 
     Raises:
-        UsageError: nothing goes by that name, it lacks a library that a trial needs, or it would not be what runs.
+        UsageError: nothing goes by that name, the interpreter cannot be measured, or it is another side on another
+            machine.
     """
-
-    def tell_all(line: str) -> None:
-        report(redact(line))  # pip and git repeat the addresses that they were given
-
-    kind, full = name_side(spec, repository)
-    with contextlib.ExitStack() as stack:
-        if kind == "revision":
-            yield _revision(spec, full, repository, stack, tell_all)
-        elif kind == "requirements":
-            yield _requirements(spec, parse_requirements(spec) or (), cache, stack, tell_all)
-        else:
-            yield _interpreter(spec, Path(full), stack)
-
-
-def check_side(spec: str, repository: Path) -> None:
-    """Raises `UsageError` for a side that cannot be measured, as far as that is seen without making it ready."""
-    kind, full = name_side(spec, repository)
-    if kind == "interpreter":
-        with contextlib.ExitStack() as stack:
-            _inspect_interpreter(spec, Path(full), stack)
+    found: dict[Side, SideSpec] = {}
+    for name, word in words.items():
+        where = f"{place.said}, --{name} {word}"
+        if not place.is_plain and redact(word) != word:
+            raise UsageError(
+                f"{where}: it holds what may be a credential, and would be written into a file. Let pip find it in its "
+                "configuration or a .netrc."
+            )
+        if place.on != HERE:
+            found[name] = _name_remote_side(word, repository, where)
+            continue
+        found[name] = name_side(word, repository)
+        if found[name].kind == "interpreter":
+            with contextlib.ExitStack() as stack:
+                _inspect_interpreter(found[name].spec, stack)
+    return found | {"candidate": replace(found["candidate"], slowdown_rows=slowdown_rows)}
 
 
-def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
-    """What a word names, and that in full: the path of an interpreter, a commit, or the requirements.
+def _name_remote_side(word: str, repository: Path, where: str) -> SideSpec:
+    """A side on other machines, where worktrees that several nodes make in one repository look abandoned to each
+    other. An interpreter may exist there and not here."""
+    if word.startswith(os.sep) and parse_requirements(word) is None:
+        return SideSpec(kind="interpreter", spec=word, label=word)
+    side = name_side(word, repository)
+    if side.kind == "revision":
+        raise UsageError(
+            f"{where}: a revision is checked out on this machine only. Build an environment of it where all nodes see "
+            "it and name the path of its Python, give requirements, or use --sites of this machine."
+        )
+    if side.kind == "interpreter" and os.sep not in word:
+        raise UsageError(f"{where}: it may be another Python on each node. Name its path, such as {side.spec}.")
+    return side
+
+
+def name_side(word: str, repository: Path) -> SideSpec:
+    """The side that a word names.
 
     A path of an executable file goes before a revision, that before a Python found on PATH, and that before
     requirements.
@@ -115,19 +107,67 @@ def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
     Raises:
         UsageError: nothing goes by that name.
     """
-    if not spec.strip() or "\0" in spec:
-        raise impossible("ab", "side", spec, "no word that anything goes by", _REMEDY)
-    if _is_executable_path(spec):
-        return "interpreter", str(Path(spec).absolute())
+    if not word.strip() or "\0" in word:
+        raise impossible("ab", "side", word, "no word that anything goes by", _REMEDY)
+    if _is_executable_path(word):
+        return SideSpec(kind="interpreter", spec=str(Path(word).absolute()), label=redact(word))
     # No revision holds an address, and git need not see one, which may hold a credential.
-    commit, refusal = (None, "no revision holds '://'") if "://" in spec else _commit(spec, repository)
+    commit, refusal = (None, "no revision holds '://'") if "://" in word else _commit(word, repository)
     if commit is not None:
-        return "revision", commit
-    if _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
-        return "interpreter", str(Path(found).absolute())
-    if parse_requirements(spec):
-        return "requirements", spec
-    raise impossible("ab", "side", spec, _unknown(spec, repository, refusal), _REMEDY)
+        label = word if commit.startswith(word) else f"{word} ({commit[:9]})"
+        return SideSpec(kind="revision", spec=commit, label=redact(label))
+    if _PYTHON_NAME.fullmatch(word) and (found := shutil.which(word)):
+        return SideSpec(kind="interpreter", spec=str(Path(found).absolute()), label=word)
+    if requirements := parse_requirements(word):
+        return SideSpec(kind="requirements", spec=word, label=redact(" ".join(requirements)))
+    raise impossible("ab", "side", word, _unknown(word, repository, refusal), _REMEDY)
+
+
+def command_sides(base: str, candidate: str) -> Sides:
+    """The sides of an A/B of two commands: nothing else differs between them."""
+    return {
+        "base": SideSpec(kind="command", spec=base, label=base),
+        "candidate": SideSpec(kind="command", spec=candidate, label=candidate),
+    }
+
+
+def present_sides(slowdown_rows: int) -> Sides:
+    """Both sides of a calibration: the present interpreter, and the same with extra work in the adapters."""
+    label = f"the same with {slowdown_rows} rows of extra work"
+    return {
+        "base": SideSpec(kind=PRESENT, label="the present interpreter"),
+        "candidate": SideSpec(kind=PRESENT, label=label, slowdown_rows=slowdown_rows),
+    }
+
+
+@contextlib.contextmanager
+def open_side(
+    side: SideSpec, *, repository: Path, cache: Path, report: Callable[[str], object] = print_stderr
+) -> Iterator[Host]:
+    """Make one side ready, and remove at the end what was made for it.
+
+    Args:
+        side: what to make ready.
+        repository: a folder in the repository whose revisions can be named.
+        cache: lorameter's cache directory, for the environments of requirements.
+        report: gets a line for each thing that takes long; standard error if left out, as output may be a document.
+
+    Raises:
+        UsageError: it cannot be made, it lacks a library that a trial needs, or it would not be what runs.
+    """
+
+    def report_redacted(line: str) -> None:
+        report(redact(line))  # pip and git repeat the addresses that they were given
+
+    with contextlib.ExitStack() as stack:
+        if side.kind == "revision":
+            yield _revision(side, repository, stack, report_redacted)
+        elif side.kind == "requirements":
+            yield _requirements(side.spec, cache, stack, report_redacted)
+        elif side.kind == "interpreter":
+            yield _interpreter(side.spec, stack)
+        else:
+            yield Host()
 
 
 def _is_executable_path(spec: str) -> bool:
@@ -157,10 +197,9 @@ def _commit(spec: str, repository: Path) -> tuple[str | None, str]:
     return None, (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("fatal: ")
 
 
-def _revision(
-    spec: str, commit: str, repository: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
-) -> OpenSide:
-    tree = stack.enter_context(_worktree(commit, repository))
+def _revision(side: SideSpec, repository: Path, stack: contextlib.ExitStack, report: Callable[[str], object]) -> Host:
+    spec = side.label
+    tree = stack.enter_context(_worktree(side.spec, repository))
     top = Path(run_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
     roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
     path = [str(folder) for folder in roots]
@@ -176,9 +215,7 @@ def _revision(
     origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES]).origins
     _prove(spec, {name: origins[name] for name in modules}, tree)
     _prove_apart(spec, {name: origins[name] for name in (*NEEDED, *OWN_PACKAGES)}, top, tree)
-    short = commit[:9]
-    label = spec if short.startswith(spec) or commit.startswith(spec) else f"{spec} ({short})"
-    return OpenSide(spec=spec, kind="revision", host=host, label=label, declared=DECLARED["revision"])
+    return host
 
 
 @contextlib.contextmanager
@@ -225,32 +262,32 @@ def _prove_apart(spec: str, origins: Mapping[str, str | None], top: Path, tree: 
 # --- an interpreter ---------------------------------------------------------------------------------------------------
 
 
-def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> OpenSide:
+def _interpreter(python: str, stack: contextlib.ExitStack) -> Host:
     """Another Python, given the present harness; what else it has is its own."""
-    host = _inspect_interpreter(spec, python, stack)
+    host = _inspect_interpreter(python, stack)
     _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
-    return OpenSide(spec=spec, kind="interpreter", host=host, label=spec, declared=DECLARED["interpreter"])
+    return host
 
 
-def _inspect_interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> Host:
+def _inspect_interpreter(python: str, stack: contextlib.ExitStack) -> Host:
     """A host of this interpreter. Raises `UsageError` where it is too old or lacks what a trial needs.
 
     PYTHONSAFEPATH keeps the current folder off its path: its own packages are what is compared.
     """
     safe = {"PYTHONSAFEPATH": "1"}
-    facts = inspect(Host(python=str(python), environment=safe))
+    facts = inspect(Host(python=python, environment=safe))
     version = tuple(int(part) for part in facts.python.split(".")[:2])
     if version < OLDEST_PYTHON:
         needed = ".".join(map(str, OLDEST_PYTHON))
         why = f"it is Python {facts.python}, and the harness needs {needed}"
-        raise impossible("ab", "side", spec, why, "Name a newer interpreter.")
+        raise impossible("ab", "side", python, why, "Name a newer interpreter.")
     # What it calls itself: a launcher in front of it (pyenv's) would be part of every cold start.
     host = Host(python=facts.executable, path=(_own_packages(stack),), environment=safe)
     needed_modules = NEEDED | (NEEDED_ON_A_GPU if Path("/dev/nvidiactl").exists() else {})
     origins = inspect(host, [*needed_modules]).origins
     if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
         why = f"Python {facts.python} without {', '.join(missing)}"
-        raise impossible("ab", "side", spec, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
+        raise impossible("ab", "side", python, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
     return host
 
 
@@ -269,9 +306,8 @@ def _own_packages(stack: contextlib.ExitStack) -> str:
 # --- requirements -----------------------------------------------------------------------------------------------------
 
 
-def _requirements(
-    spec: str, requirements: tuple[str, ...], cache: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
-) -> OpenSide:
+def _requirements(spec: str, cache: Path, stack: contextlib.ExitStack, report: Callable[[str], object]) -> Host:
+    requirements = parse_requirements(spec) or ()
     python = layered_environment(requirements, cache, report=report)
     host = Host(python=str(python), environment={"PYTHONSAFEPATH": "1"})
     layer = site_packages(python)
@@ -281,8 +317,7 @@ def _requirements(
         host = replace(host, path=(_own_packages(stack),))
     _prove(spec, inspect(host, names).origins, layer)  # of the host as it is now
     _prove_versions(spec, requirements, facts.packages)
-    label = " ".join(requirements)
-    return OpenSide(spec=spec, kind="requirements", host=host, label=label, declared=DECLARED["requirements"])
+    return host
 
 
 def _prove_versions(spec: str, requirements: tuple[str, ...], packages: dict[str, str]) -> None:

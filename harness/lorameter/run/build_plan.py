@@ -1,0 +1,116 @@
+"""Builds the plan of a study on a machine: its arms, and the finest interleaving that they and the memory allow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lorameter.errors import UsageError
+from lorameter.machine.provenance import Machine
+from lorameter.models.catalogue import RANDOM_PREFIX
+from lorameter.records import fileio
+from lorameter.records.metrics import PHASES
+from lorameter.records.record import Notice
+from lorameter.run.feasibility import check_feasible
+from lorameter.run.forecast import most_of, together_bytes, total_of
+from lorameter.run.interleaving import choose_interleaving
+from lorameter.run.memory_probe import REHEARSED
+from lorameter.run.plan import Arm, Plan, Sides, arms_of, arms_on_sides, make_plan, variants_of, workloads_of
+from lorameter.run.workers.script_sandbox import check_side
+from lorameter.studies.data_source import make_absolute
+from lorameter.studies.study import Study
+from lorameter.studies.workload import Workload
+
+
+def build_plan(
+    study: Study,
+    machine: Machine,
+    *,
+    free_bytes: int | None,
+    select: Sequence[str] = (),
+    phases: Sequence[str] = PHASES,
+    interleaving: str | None = None,
+    runs: Path | None = None,
+    own_workloads: Mapping[str, Workload] | None = None,
+    sides: Sides | None = None,
+    shown_only: bool = False,
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """The plan of a study on this machine, with notices.
+
+    Args:
+        study: what to measure.
+        machine: where.
+        free_bytes: memory that is free there now; None where it cannot be known.
+        select: names of variants; empty for all.
+        phases: what to measure of them.
+        interleaving: a level to use instead of the finest that is possible.
+        runs: folder of earlier runs, whose measured peaks say what fits together.
+        own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
+        sides: of an A/B: what each variant is compared on.
+        shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
+
+    Raises:
+        UsageError: anything that cannot work.
+    """
+    if sides:
+        study = _check_sides(study, sides)
+        arms = arms_on_sides(study, select, sides)
+    else:
+        arms = arms_of(study, select, own_workloads)
+    workloads = workloads_of(study, arms)
+    notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
+    together = _together_bytes(study, arms, machine, runs)
+    level, why = choose_interleaving(
+        variants_of(arms),
+        together_bytes=together,
+        free_bytes=free_bytes,
+        asked=interleaving,
+        workloads=len(workloads),
+        ranks=max(workload.ranks for workload in workloads),
+        adapters=max(workload.adapters for workload in workloads) if "generate" in phases else 1,
+        sided=bool(sides),
+        one_heap=machine.device == "cpu",
+    )
+    provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
+    if provisional:
+        level, why = "lockstep", REHEARSED
+    plan = make_plan(study, arms=arms, phases=phases, interleaving=level, why=why, provisional=provisional, sides=sides)
+    return plan, notices
+
+
+def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: Path | None) -> int | None:
+    """What the processes need that are live together: those of all variants, in an A/B the three of one variant."""
+    if arms[0].side:
+        variants = {arm.variant.id: arm.variant for arm in arms}.values()
+        return most_of(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
+    return total_of(
+        together_bytes([arm.variant for arm in arms if arm.workload == workload], workload, machine, runs)
+        for workload in workloads_of(study, arms)
+    )
+
+
+def _check_sides(study: Study, sides: Sides) -> Study:
+    """Refuses what an A/B cannot compare. Returns the study with absolute paths: a relative one would be another in the
+    worktree that a revision runs in."""
+    if sides["candidate"].slowdown_rows and study.of_scripts:
+        raise UsageError(
+            f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."
+        )
+    if study.own_workloads:
+        raise UsageError(
+            f"study {study.name}: its variants differ in what they are trained on, and an A/B compares two sides of "
+            f"one variant on one workload. Measure it with `lorameter run {study.name}`."
+        )
+    if study.of_scripts:
+        if any(side.kind in ("interpreter", "requirements") for side in sides.values()):
+            for variant in study.variants:
+                check_side(variant)
+        return study
+    workload = study.workload
+    prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
+    model = Path(workload.model.removeprefix(prefix))
+    if fileio.is_there(model):
+        workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
+    workload = dataclasses.replace(workload, data=make_absolute(workload.data))
+    return dataclasses.replace(study, workload=workload)
