@@ -78,7 +78,7 @@ def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, 
         found[name] = name_side(word, repository)
         if found[name].kind == "interpreter":
             with contextlib.ExitStack() as stack:
-                _inspect_interpreter(found[name].spec, stack)
+                _inspect_interpreter(found[name], stack)
     return found | {"candidate": replace(found["candidate"], slowdown_rows=slowdown_rows)}
 
 
@@ -165,7 +165,7 @@ def open_side(
         elif side.kind == "requirements":
             yield _requirements(side.spec, cache, stack, report_redacted)
         elif side.kind == "interpreter":
-            yield _interpreter(side.spec, stack)
+            yield _interpreter(side, stack)
         else:
             yield Host()
 
@@ -262,32 +262,32 @@ def _prove_apart(spec: str, origins: Mapping[str, str | None], top: Path, tree: 
 # --- an interpreter ---------------------------------------------------------------------------------------------------
 
 
-def _interpreter(python: str, stack: contextlib.ExitStack) -> Host:
+def _interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
     """Another Python, given the present harness; what else it has is its own."""
-    host = _inspect_interpreter(python, stack)
+    host = _inspect_interpreter(side, stack)
     _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
     return host
 
 
-def _inspect_interpreter(python: str, stack: contextlib.ExitStack) -> Host:
+def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
     """A host of this interpreter. Raises `UsageError` where it is too old or lacks what a trial needs.
 
     PYTHONSAFEPATH keeps the current folder off its path: its own packages are what is compared.
     """
     safe = {"PYTHONSAFEPATH": "1"}
-    facts = inspect(Host(python=python, environment=safe))
+    facts = inspect(Host(python=side.spec, environment=safe))
     version = tuple(int(part) for part in facts.python.split(".")[:2])
     if version < OLDEST_PYTHON:
         needed = ".".join(map(str, OLDEST_PYTHON))
         why = f"it is Python {facts.python}, and the harness needs {needed}"
-        raise impossible("ab", "side", python, why, "Name a newer interpreter.")
+        raise impossible("ab", "side", side.label, why, "Name a newer interpreter.")
     # What it calls itself: a launcher in front of it (pyenv's) would be part of every cold start.
     host = Host(python=facts.executable, path=(_own_packages(stack),), environment=safe)
     needed_modules = NEEDED | (NEEDED_ON_A_GPU if Path("/dev/nvidiactl").exists() else {})
     origins = inspect(host, [*needed_modules]).origins
     if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
         why = f"Python {facts.python} without {', '.join(missing)}"
-        raise impossible("ab", "side", python, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
+        raise impossible("ab", "side", side.label, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
     return host
 
 
