@@ -24,8 +24,6 @@ class Listener:
     def __init__(self, *answers):
         self.answers = list(answers)
         self.trainings, self.readings, self.phases, self.ends, self.seen = [], [], [], [], []
-        self.beside = {}
-        """What it knows beside what steps show."""
 
     def _next(self):
         return self.answers.pop(0) if self.answers else ObserverReply()
@@ -40,9 +38,6 @@ class Listener:
 
     def phase(self, phase):
         self.phases.append(phase)
-
-    def so_far(self, readings):
-        return self.beside
 
     def end(self, error, *, seen=True):
         self.ends.append(error)

@@ -26,46 +26,6 @@ def test_a_trainer_is_asked_to_save_report_and_push_nothing(tmp_path):
     assert (made.learning_rate, made.load_best_model_at_end) == (0.5, False)
 
 
-@pytest.mark.parametrize(("given", "metric"), [({}, "loss"), ({"metric_for_best_model": "accuracy"}, "accuracy")])
-def test_a_script_that_stops_early_finds_what_it_stops_by(tmp_path, given, metric):
-    """The best model is not loaded; what tells which it is stays as transformers would have it."""
-    from transformers import EarlyStoppingCallback, TrainingArguments, training_args
-
-    complete = TrainingArguments.__post_init__
-    told = {"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
-    plain = TrainingArguments(**told, load_best_model_at_end=True, save_strategy="steps", **given)
-    try:
-        disable_side_effects.disable_trainer_side_effects(training_args)
-        made = TrainingArguments(**told, load_best_model_at_end=True, save_strategy="steps", **given)
-        without = TrainingArguments(**told)
-    finally:
-        TrainingArguments.__post_init__ = complete
-    EarlyStoppingCallback().on_train_begin(made, None, None)
-    assert made.metric_for_best_model == plain.metric_for_best_model == metric
-    assert made.greater_is_better == plain.greater_is_better
-    assert without.metric_for_best_model is None
-
-
-def test_the_hub_is_closed():
-    """Every method that changes something there, and the functions that are made of them, say why."""
-    import types
-
-    class Api:
-        def create_repo(self):
-            return "made"
-
-        def model_info(self):
-            return "read"
-
-    module = types.ModuleType("hub")
-    module.HfApi, module.create_repo = Api, Api().create_repo
-    disable_side_effects.block_hub_writes(module)
-    for publish in (Api().create_repo, module.create_repo):
-        with pytest.raises(RuntimeError, match="publishes nothing"):
-            publish("name")
-    assert Api().model_info() == "read"
-
-
 READING = """
     auth bucket dataset download fetch file get hf inspect is kernel list model paper parse read repo resolve revision
     search snapshot space sync url verify wait whoami
@@ -102,10 +62,3 @@ def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
         delete_files delete_folder move_repo update_repo_settings super_squash_history preupload_lfs_files
     """
     assert set(wanted.split()) <= closed & functions
-
-
-def test_the_hook_is_told_of_all_of_them():
-    """By the import that each follows."""
-    assert disable_side_effects.after_import().count("=lorameter.attach.disable_side_effects:") == len(
-        disable_side_effects.CALLS
-    )

@@ -5,7 +5,7 @@ import pytest
 from lorameter.attach import measures as module
 from lorameter.attach.measures import Energy
 from lorameter.attach.observer import StepReading
-from lorameter.machine.reading import Reading, missing
+from lorameter.machine.reading import Reading
 
 
 class Card:
@@ -70,28 +70,3 @@ def test_a_stretch_that_is_too_short_for_the_counter_says_nothing(card, clock):
     train(energy, clock, 20.0, steps=1)
     energy.end()
     assert energy.values() == {"device_energy_train_j": 2000.0, "energy_steps": 1, "energy_tokens": 10}
-
-
-def test_tokens_that_were_not_seen_are_not_told(card, clock):
-    """Energy a token would be that of some of them."""
-    energy = Energy("cuda:0", lambda: clock[0])
-    train(energy, clock, 20.0, tokens=None)
-    energy.end()
-    assert energy.values() == {"device_energy_train_j": 2000.0, "energy_steps": 2}
-
-
-def test_a_cpu_is_asked_for_none(card, clock):
-    """It has no counter."""
-    energy = Energy("cpu", lambda: clock[0])
-    train(energy, clock, 20.0)
-    energy.end()
-    assert (energy.values(), card.asked) == ({}, 0)
-
-
-def test_a_card_that_cannot_be_opened_says_nothing(clock, monkeypatch):
-    """The training goes on without."""
-    monkeypatch.setattr(module, "card_of", lambda device: missing("no driver"))
-    energy = Energy("cuda:0", lambda: clock[0])
-    train(energy, clock, 20.0)
-    energy.end()
-    assert energy.values() == {}

@@ -1,8 +1,5 @@
 """What a step of a script needs of its device: constructed, as no device with a stated peak is needed to count."""
 
-import dataclasses
-
-import msgspec
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,8 +10,6 @@ from lorameter.attach.observer import StepReading, TrainingInfo, weakly
 from lorameter.attach.samples import StepSamples
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.shapes import shape_of_config
-from lorameter.records.metrics import samples_of
-from lorameter.records.record import TrialRecord
 from lorameter.studies.variant import Variant
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -80,29 +75,3 @@ def test_what_is_not_known_is_left_out(make_model, gathered):
     unseen = StepSamples(None)
     unseen.add(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
     assert work(make_model()).values(unseen, H100) == {}
-
-
-def test_mfu_follows_from_both():
-    """Of each step; nothing where one is missing."""
-    record = TrialRecord(
-        trial="r0-x", status="ok", name="x", variant="v", role="variant", replicate=0, position=0,
-        interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0, samples={"step_time_s": (0.5, 1.0)},
-        values={"model_flops_per_step": 1e12, "peak_flops_per_s": 1e13},
-    )  # fmt: skip
-    assert samples_of(record, "mfu") == (0.2, 0.1)
-    assert samples_of(msgspec.structs.replace(record, values={}), "mfu") == ()
-
-
-def test_mfu_of_some_steps_is_told_on_the_way(make_model, gathered):
-    """As many FLOPs as in the mean step, over their time and the peak; a step that a check looked on at is none of
-    them, and where the tokens of one were not seen, or the device has no peak, nothing is said."""
-    told = work(make_model())
-    values = told.values(gathered, H100)
-    plain = StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20)
-    slow, watched = dataclasses.replace(plain, step_time_s=0.3), dataclasses.replace(plain, step_time_s=9.0, checks=())
-    expected = values["model_flops_per_step"] / 0.2 / values["peak_flops_per_s"]
-    assert told.mfu([plain, slow, watched], H100) == {"mfu": pytest.approx(expected)}
-    assert told.mfu([plain], "Test CPU") == {}
-    assert told.mfu([plain, dataclasses.replace(plain, real_tokens=None)], H100) == {}
-    assert told.mfu([watched], H100) == {}
-    assert work(torch.nn.Linear(2, 2)).mfu([plain], H100) == {}

@@ -56,15 +56,6 @@ def test_what_lies_between_two_updates_is_a_step(wrapped, script):
     assert told[-1]["error"] is None
 
 
-@pytest.mark.faults
-def test_an_error_is_the_scripts_own(wrapped, script):
-    """It is printed as without the hook, and the follower learns it."""
-    done, told = wrapped("python", script("train(3); raise ValueError('mine')"))
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("ValueError: mine")
-    assert told[-1] == {"what": "end", "pid": told[0]["pid"], "error": "ValueError: mine"}
-
-
 def test_a_script_that_never_trains_is_left_alone(wrapped, script):
     """Nothing of lorameter is imported in it."""
     text = "import transformers; print(len(transformers.__version__) > 0)"
@@ -145,21 +136,6 @@ def test_what_forks_after_a_watched_step_comes_to_its_end(wrapped, script):
     assert steps[:2] + steps[3:] == [None] * 5
 
 
-@pytest.mark.faults
-def test_a_script_may_change_its_folder_and_its_streams(wrapped, script):
-    """What is followed does not rest on either."""
-    text = """
-        import os, sys, io
-        os.chdir("/")
-        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
-        train(3)
-        sys.__stdout__.write("done")
-    """
-    done, told = wrapped("python", script(text))
-    assert (done.returncode, done.stdout) == (0, "done")
-    assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
-
-
 def test_the_users_own_sitecustomize_is_imported(wrapped, script, tmp_path):
     """And stands under its name; the folder of the hook is not on the path."""
     (tmp_path / "mine").mkdir()
@@ -206,17 +182,6 @@ def test_a_trainer_is_followed_and_not_its_optimizer(wrapped, script):
 
 
 @pytest.mark.faults
-def test_a_trainer_whose_process_ends_early_has_no_end(wrapped, script):
-    """Which is no error of the script's, and not the end of its training."""
-    stop = "class Stop(transformers.TrainerCallback):\n    def on_step_end(self, *a, **k): sys.exit(0)\n"
-    text = textwrap.dedent(TRAINER).replace("train_dataset=rows)", "train_dataset=rows, callbacks=[Stop()])")
-    text = text.replace("class Own", stop + "class Own")
-    done, told = wrapped("python", script(text))
-    assert done.returncode == 0, done.stderr
-    assert told[-1]["error"] == "UnendedError: the process has ended before its training did"
-
-
-@pytest.mark.faults
 def test_ranks_are_told_by_rank_0(wrapped, script):
     """Of two processes under torchrun, which is in no training itself.
 
@@ -240,15 +205,6 @@ def test_ranks_are_told_by_rank_0(wrapped, script):
     assert done.returncode == 0, done.stderr
     assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
     assert (told[0]["rank"], told[0]["ranks"], told[0]["model"]) == (0, 2, "DistributedDataParallel")
-
-
-@pytest.mark.faults
-def test_a_console_script_passes_the_hook_on(wrapped, script):
-    """`accelerate launch` starts the script in a process of its own; it is in no training itself."""
-    program = str(__import__("pathlib").Path(sys.executable).with_name("accelerate"))
-    done, told = wrapped(program, "launch", "--cpu", "--num_processes", "1", script("train(3)"))
-    assert done.returncode == 0, done.stderr
-    assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
 
 
 def make_interpreter(folder, *packages):

@@ -1,20 +1,15 @@
 """`lorameter wrap`: a command as it is, and what becomes of the training in it, however it ends."""
 
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import textwrap
-import zipfile
-from pathlib import Path
 
-import psutil
 import pytest
 
 from lorameter.attach import launch
-from lorameter.attach.environment import command_of, remove_abandoned, wrapping
 from lorameter.cli import main
 from lorameter.commands.wrap import read_requirements
 from lorameter.errors import UsageError
@@ -66,32 +61,6 @@ def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
     assert "steps lie between two updates" in told.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "train.py"]
     assert (tmp_path / "train.py").read_text() == LOOP
-
-
-LINE = f"HF_HOME=x WANDB_API_KEY={'0123abcd' * 5} exec python train.py"
-
-
-@pytest.mark.parametrize("end", ["", "raise ValueError('it is refused: password=hunter2')\n"])
-def test_no_credential_of_a_line_for_a_shell_is_kept(end, tmp_path, monkeypatch, capfd):
-    """The run is named by its script; no name and no file of it, packed or not, has the credential, nor has what is
-    printed, but for what the script prints itself."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    (tmp_path / "train.py").write_text(LOOP + end)
-    main(["wrap", "--runs-dir", "runs", "--", "sh", "-c", LINE])
-    (path,) = store.list_runs(tmp_path / "runs")
-    assert re.fullmatch(r"\d+-\d+-train-\w+", path.name)
-    (record,) = store.read_run(str(path), path.parent).records
-    assert (record.failure is None) == (not end)
-    assert main(["pack", str(path), "--include", "paths", "--include", "hosts", "--output", "run.zip"]) == 0
-    files = [one for one in (tmp_path / "runs").rglob("*") if one.is_file()]
-    with zipfile.ZipFile("run.zip") as archive:
-        packed = b"".join(map(archive.read, archive.namelist()))
-    written = packed + b"".join(one.read_bytes() for one in files) + "".join(map(str, files)).encode()
-    assert b"WANDB_API_KEY=***" in written
-    assert b"0123abcd" not in written
-    assert b"hunter2" not in written
-    assert "0123abcd" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.faults
@@ -171,12 +140,6 @@ def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     assert "nothing was measured: the command has ended, and no Trainer" in told.err
 
 
-def test_words_that_a_shell_would_take_are_the_commands_own(tmp_path):
-    """There is none, so they are handed on as they are."""
-    asked = ["sh", "-c", 'test "$1$2$3" = ">it\'sA=1" && exit 3', "sh", ">", "it's", "A=1"]
-    assert main(["wrap", "--runs-dir", str(tmp_path), "--", *asked]) == 3
-
-
 def test_a_python_that_reads_no_path_is_said(wrap, capfd):
     """The hook was loaded by nobody."""
     assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
@@ -223,29 +186,6 @@ def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
     assert not record.notices
     assert min(record.samples["step_time_s"]) >= 0.05
     assert set(record.samples["turn_tokens"]) == {24.0}
-
-
-TRAINER = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-def train(steps):
-    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(2 * steps)]
-    arguments = TrainingArguments(output_dir="out", use_cpu=True, max_steps=steps, report_to=[], save_strategy="no",
-                                  disable_tqdm=True, per_device_train_batch_size=2)
-    Trainer(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=rows).train()
-train(30)
-train(7)
-"""
-
-
-@pytest.mark.faults
-def test_of_two_trainers_of_a_script_the_first_is_measured(wrap):
-    """And the second is noted."""
-    code, run = wrap(TRAINER, "--no-report")
-    (record,) = run.records
-    assert (code, record.status, record.values["training_steps"]) == (0, "ok", 30), record.failure
-    assert [notice.code for notice in record.notices] == ["second-training"]
 
 
 @pytest.mark.faults
@@ -328,48 +268,3 @@ def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch
         assert ours == [1]
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_the_hook_is_where_it_is_said_to_be():
-    """It ships with the package."""
-    from lorameter.attach.environment import HOOK
-
-    assert (Path(HOOK) / "sitecustomize.py").is_file()
-
-
-def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_path, monkeypatch):
-    """Unless its command goes on without it, whose ranks meet there."""
-    monkeypatch.chdir(tmp_path)
-    fifo = tmp_path / "until"
-    os.mkfifo(fifo)
-    runs = tmp_path / "runs"
-    text = "open('runs-on', 'w').write('x'); open('until').read()"
-    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--runs-dir", "runs", "--", sys.executable, "-c", text]
-    with subprocess.Popen(words, stdin=subprocess.PIPE) as process, fifo.open("w"):  # opened when the command waits
-        (command,) = psutil.Process(process.pid).children()
-        process.kill()
-        process.wait()
-        left = {path.name for path in runs.iterdir()}
-        assert {name.rpartition(".")[2] for name in left} == {"wrap"}
-        remove_abandoned(runs)
-        assert {path.name for path in runs.iterdir()} == left
-    psutil.wait_procs([command])
-    assert main(["wrap", "--runs-dir", "runs", "--", "true"]) == 0
-    assert not list(runs.iterdir())
-
-
-def test_a_command_longer_than_a_variable_runs(tmp_path, monkeypatch):
-    """Linux takes 128 KiB of one, and 2 MiB of a command; whoever writes the run finds it as it was typed."""
-    monkeypatch.chdir(tmp_path)
-    words = ["sh", "-c", "cp runs/.*.wrap/command told; exit 3", *["word " * 20] * 2000]
-    assert main(["wrap", "--runs-dir", "runs", "--", *words]) == 3
-    assert shlex.split((tmp_path / "told").read_text()) == words
-    with wrapping(tmp_path / "run", "a b"):
-        assert command_of(tmp_path / "run") == "a b"
-    assert command_of(tmp_path / "run") != "a b"
-
-
-def test_a_command_without_a_name_is_quoted(tmp_path, capsys):
-    """Else nobody sees that there is none."""
-    assert main(["wrap", "--runs-dir", str(tmp_path), "--", ""]) == 2
-    assert "wrap: '': " in capsys.readouterr().err

@@ -128,15 +128,6 @@ def test_a_loss_of_ones_own_is_taken(listener, parts):
 
 
 @pytest.mark.usefixtures("unattached")
-def test_what_the_script_requires_reaches_whoever_follows(listener, parts):
-    """Whoever that is, before the first step."""
-    model, _, batches = parts
-    with meter_of(listener, model, require={"base.bits": 4}) as meter:
-        next(meter.steps(batches))
-    assert listener.trainings[0].required == {"base.bits": 4}
-
-
-@pytest.mark.usefixtures("unattached")
 def test_the_norm_that_a_loop_clips_by_is_its_gradients(listener, parts):
     """As `clip_grad_norm_` gives it, which is torch's own again afterwards; a step that clips nothing has none."""
     model, optimizer, batches = parts
@@ -152,19 +143,3 @@ def test_the_norm_that_a_loop_clips_by_is_its_gradients(listener, parts):
     assert [first, third] == norms
     assert min(norms) > 0
     assert second is None
-
-
-class OnSeveralRanks(torch.Tensor):
-    """A tensor of which each rank holds a part."""
-
-
-@pytest.mark.usefixtures("unattached")
-def test_a_norm_that_lies_on_several_ranks_is_not_read(listener, parts, monkeypatch):
-    """Ranks that are not followed would be waited for."""
-    model, _, batches = parts
-    norm = torch.ones(()).as_subclass(OnSeveralRanks)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: norm)
-    with meter_of(listener, model) as meter:
-        for _ in meter.steps(batches[:1]):
-            assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) is norm
-    assert listener.readings[0].gradient_norm is None

@@ -1,15 +1,13 @@
 """Several ranks: of each timed step the slowest counts, wherever it lies among all steps."""
 
 import dataclasses
-import os
 
 import pytest
 
 from kernels_check import Check
-from lorameter.attach import ranks, samples
+from lorameter.attach import samples
 from lorameter.attach.environment import RUN
 from lorameter.attach.observer import StepReading, TrainingInfo
-from lorameter.attach.ranks import folder_of
 from lorameter.attach.writer import Writer
 from lorameter.records import store
 
@@ -23,7 +21,7 @@ def told(tmp_path, monkeypatch):
     """A function that has rank 0 and rank 1 told of as many steps, and gives the record; a step takes rank 0 its number
     and rank 1 a hundred times that where it is even."""
     monkeypatch.setenv(RUN, str(tmp_path / "run"))
-    monkeypatch.setattr(ranks, "WAIT_S", 0.2)
+    monkeypatch.setattr(samples, "WAIT_S", 0.2)
 
     def tell(steps, *, other=None, watched=(WATCHED,)):
         training = TrainingInfo(
@@ -61,7 +59,7 @@ def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
 def test_of_a_long_training_the_first_timed_steps_are_compared(told, monkeypatch):
     """More steps than are kept, timed or of any kind, move none of them."""
     monkeypatch.setattr(samples, "MOST_TIMED", 3)
-    monkeypatch.setattr(ranks, "MOST_KEPT", 12)
+    monkeypatch.setattr(samples, "MOST_KEPT", 12)
     record = told(40)
     assert record.samples["step_time_s"] == (9.0, 1000.0, 11.0)
     assert record.samples["turn_tokens"] == (27.0, 30.0, 33.0)
@@ -74,12 +72,3 @@ def test_a_rank_that_saw_fewer_steps_was_not_seen(told):
     assert [notice.code for notice in record.notices] == ["rank-unseen"]
     assert record.samples["step_time_s"] == (9.0, 10.0, 11.0, 12.0)
     assert not [name for name in record.samples if name.startswith("turn_")]
-
-
-def test_where_ranks_meet_is_known_without_a_word(tmp_path, monkeypatch):
-    """By the run of a wrapped command, else by their launcher and its port."""
-    monkeypatch.setenv(RUN, "x")
-    assert folder_of(tmp_path / "run") == tmp_path / ".run.wrap" / "ranks"
-    monkeypatch.delenv(RUN)
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    assert folder_of(tmp_path / "run").name == f".ranks-{os.getppid()}-29500"

@@ -176,8 +176,3 @@ def test_what_a_script_forks_is_not_pinned_with_it(listener):
         wire.send(connection, wire.Command("turn", arguments={"steps": 1}))
         said = script.communicate(timeout=60)[0]
     assert said.split() == [str(len(os.sched_getaffinity(0))), "1"]
-
-
-def test_a_socket_lies_in_no_folder():
-    """Its name is that of the variable, and the first byte says where it lies (unix(7), abstract)."""
-    assert address("@lorameter-1") == "\0lorameter-1"

@@ -5,7 +5,7 @@ import torch
 
 from lorameter.attach import readings as module
 from lorameter.attach.observer import ErrorGuard
-from lorameter.attach.readings import Parts, times_of
+from lorameter.attach.readings import Parts, sum_parts
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def play(parts, clock, *events):
 def test_each_moment_is_that_of_the_innermost_part(parts, clock, events, found):
     """However they lie in one another, and whatever end is missing: no time is counted twice."""
     play(parts, clock, *events)
-    assert times_of(parts.borders) == found
+    assert sum_parts(parts.borders) == found
 
 
 def test_what_is_left_out_is_in_no_part(parts, clock):
@@ -62,7 +62,7 @@ def test_what_is_left_out_is_in_no_part(parts, clock):
     clock[0] += 5.0
     parts.leave_out(5.0)
     play(parts, clock, "+backward", "-backward")
-    assert times_of(parts.borders) == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
+    assert sum_parts(parts.borders) == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
 
 
 class Event:
@@ -85,4 +85,4 @@ def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatc
     play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")
     parts.leave_out(5.0)
     play(parts, clock, "-optimizer")
-    assert times_of(parts.borders) == {"data": 2.0, "optimizer": 1.5, "forward": 0.5}
+    assert sum_parts(parts.borders) == {"data": 2.0, "optimizer": 1.5, "forward": 0.5}

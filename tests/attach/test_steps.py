@@ -46,59 +46,6 @@ def test_the_step_that_was_asked_for_is_judged(model, listener_class):
     assert (mode.status, mode.observed) == ("active", "train")
 
 
-def test_a_part_that_fails_has_ended(model, listener):
-    """As a pass that runs out of memory: what the script does about it is none of its time."""
-    training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
-    steps.begin()
-
-    def fail():
-        with steps.during["forward"]:
-            raise MemoryError
-
-    with pytest.raises(MemoryError):
-        fail()
-    time.sleep(0.05)
-    steps.end_step()
-    (reading,) = listener.readings
-    assert 0 <= reading.forward_time_s <= reading.step_time_s - 0.05
-
-
-def test_a_part_that_never_ended_is_not_in_the_next_step(model, listener):
-    """What was seen of a step ends with it, and what was seen before a new beginning is nobody's."""
-    training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
-    steps.begin()
-    for leave in (steps.end_step, steps.restart):
-        steps.during["backward"].begin()
-        leave()
-        steps.during["backward"].end()
-        with steps.during["forward"]:
-            pass
-        steps.end_step()
-        assert (listener.readings[-1].backward_time_s, listener.readings[-1].forward_time_s is None) == (None, False)
-
-
-def test_no_step_computes_for_less_than_no_time(model, listener):
-    """Where the meter's own work inside a step was held up by other processes for longer than the step computed."""
-    training = training_of(model)
-    steps, begin = Steps(listener, training, torch.device("cpu"), ErrorGuard()), time.perf_counter()
-    steps.begin()
-    with steps.aside():
-        time.sleep(0.05)
-    steps.end_step()
-    took_s = time.perf_counter() - begin
-    steps.during["forward"].begin()
-    with steps.aside():
-        time.sleep(0.05)
-    steps.during["forward"].end()
-    steps.end_step()
-    first, second = listener.readings
-    assert first.cpu_time_s >= 0.0
-    assert 0.0 <= first.step_time_s <= took_s - 0.05
-    assert 0.0 <= second.forward_time_s <= second.step_time_s * (1 + 1e-9)  # as of the step, so of its part
-
-
 class Stamp:
     """In place of a GPU's event: it stamps the host's clock."""
 
@@ -154,44 +101,6 @@ class Patient:
         self.errors.append((error, len(self.told)))
 
 
-def test_a_follower_that_has_time_is_told_of_many_steps_at_once(model):
-    """Before anything else happens: another phase, the end, somebody who asks. Each step is as it was when it ended."""
-    patient = Patient()
-    training = training_of(model)
-    steps = Steps(patient, training, torch.device("cpu"), ErrorGuard())
-    steps.begin()
-    steps.keep_readings()
-    total = torch.zeros(())
-
-    def step(loss):
-        nonlocal total
-        steps.batch({"input_ids": torch.ones(2, int(loss), dtype=torch.long)})
-        with steps.during["forward"]:
-            shown = torch.tensor(loss)
-        steps.loss(shown)
-        steps.end_step()
-        total = shown.add_(total)  # as scripts add up what they print
-
-    steps.loss(1.0)
-    steps.end_step()  # the first is told at once: nothing was told before it
-    for loss in (2.0, 3.0, 4.0):
-        step(loss)
-    assert len(patient.told) == 1
-    assert [one.number for one in steps.take_readings()] == [1, 2, 3, 4]
-    assert len(patient.told) == 4
-    step(5.0)
-    steps.phase("evaluate")
-    steps.phase("train")
-    step(6.0)
-    steps.end(None)
-    assert patient.phases == [("evaluate", 5), ("train", 5)]
-    assert patient.errors == [(None, 6)]
-    assert [one.number for one in patient.told] == [1, 2, 3, 4, 5, 6]
-    assert [one.padded_tokens for one in patient.told] == [None, 4, 6, 8, 10, 12]
-    assert [one.loss for one in patient.told] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    assert all(0 <= one.forward_time_s <= one.step_time_s for one in patient.told[1:])
-
-
 def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     """Nothing that was measured is lost by an error of ours in a later step."""
     patient = Patient()
@@ -227,21 +136,3 @@ def test_what_a_training_goes_on_to_do_is_kept_by_nobody(model, listener, how, c
         steps.end_step()
     assert listener.readings == []
     assert (steps._noted, steps._batches, steps._losses, steps._parts.borders) == ([], [], [], [])
-
-
-def test_a_device_that_takes_no_stamp_ends_the_meter_and_not_the_training(model, listener, monkeypatch, capfd):
-    """As where its context has gone; the GPU is pretended."""
-
-    def fail(**asked):
-        raise RuntimeError("no context")
-
-    monkeypatch.setattr(torch.cuda, "Event", fail)
-    training = training_of(model)
-    steps = Steps(listener, training, torch.device("cuda"), ErrorGuard())
-    steps.begin()
-    with steps.during["forward"]:
-        pass
-    assert not steps.up
-    assert "no context" in capfd.readouterr().err
-    steps.end_step()
-    assert listener.readings == []

@@ -62,17 +62,6 @@ def test_of_anything_else_nothing_is_counted(batch):
     assert (found.padded, found.real, found.loss, found.conventions) == (None, None, None, ())
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16])
-def test_labels_are_counted_whatever_they_are_made_of(dtype):
-    """Of each kind of number; one label as many."""
-    ids = torch.ones(2, 4, dtype=torch.int64)
-    labels = torch.tensor([[-100, 4, -100, 5], [7, -100, 8, 9]]).to(dtype)
-    found = tokens_of({"input_ids": ids, "labels": labels})
-    assert (found.loss, found.conventions[1]) == (4, SHIFTED)
-    alone = tokens_of({"input_ids": ids, "labels": torch.tensor(3).to(dtype)})
-    assert (alone.loss, alone.conventions[1]) == (1, AS_GIVEN)
-
-
 def test_a_batch_is_counted_as_it_was():
     """A script may fill the same tensors with its next one."""
     batch = {"input_ids": IDS.clone(), "attention_mask": MASK.clone(), "labels": LABELS.clone()}

@@ -1,13 +1,10 @@
 """The steps of transformers' Trainer, as its meter tells them."""
 
-import sys
-
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lorameter.attach.attachment import UnendedError, this_process
-from lorameter.attach.meter import Meter, add_meter
+from lorameter.attach.meter import Meter
 
 
 def arguments(folder, **more):
@@ -106,65 +103,6 @@ def test_a_wait_of_the_follower_is_in_no_step(listener_class, followed, clock):
 
 
 @pytest.mark.usefixtures("unattached")
-def test_what_is_measured_goes_through_the_trainers_log(listener, followed):
-    """Once for each time that the Trainer logs its loss, whose own log is as it was: times and tokens of the steps
-    since, and what the follower knows beside."""
-    seen = []
-
-    class Tracker(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            seen.append(dict(logs))
-
-    listener.beside = {"host_peak_train_bytes": 2.0**30, "mfu": 0.25}
-    followed(listener, callbacks=[Tracker()])
-    ours = [logs for logs in seen if any(key.startswith("lorameter/") for key in logs)]
-    assert len([logs for logs in seen if "loss" in logs]) == len(ours) == 2
-    names = {f"{part}_time_s" for part in ("step", "data", "forward", "backward", "optimizer")}
-    names |= {f"{kind}_tokens{rate}" for kind in ("real", "padded") for rate in ("", "_per_s")} | set(listener.beside)
-    for logs, first in zip(ours, (0, 2), strict=True):
-        own = {key.removeprefix("lorameter/"): logs[key] for key in logs if key.startswith("lorameter/")}
-        assert set(own) == names
-        assert all(value > 0 for value in own.values())
-        steps = listener.readings[first : first + 2]
-        assert own["real_tokens"] == sum(one.real_tokens for one in steps)
-        assert own["padded_tokens"] == 64
-        assert (own["host_peak_train_bytes"], own["mfu"]) == (2.0**30, 0.25)
-    assert not [logs for logs in ours if "loss" in logs]
-
-
-@pytest.mark.usefixtures("unattached")
-def test_a_trainer_that_was_given_no_meter_logs_its_own_alone(listener, make_model, rows, tmp_path):
-    """The meter of a wrapped script measures, and its trackers are told nothing of it; one of its own is left alone."""
-    trainer = Trainer(model=make_model(), args=arguments(tmp_path), train_dataset=rows)
-    add_meter(trainer)
-    add_meter(trainer)
-    (meter,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Meter))
-    meter._make = lambda: listener
-    trainer.train()
-    assert len(listener.readings) == 4
-    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
-    assert not [key for entry in trainer.state.log_history for key in entry if key.startswith("lorameter/")]
-
-
-@pytest.mark.usefixtures("unattached")
-def test_a_process_that_ends_inside_a_training_has_seen_no_end(listener, followed, monkeypatch):
-    """As by `sys.exit(0)` in a callback: no error of the script's, and not the end of its training."""
-
-    class Leave(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            sys.exit(0)
-
-    monkeypatch.delattr(sys, "last_value", raising=False)
-    with pytest.raises(SystemExit):
-        followed(listener, callbacks=[Leave()])
-    assert listener.ends == []
-    this_process()._end_with_process()
-    (error,) = listener.ends
-    assert isinstance(error, UnendedError)
-    assert listener.seen == [False]
-
-
-@pytest.mark.usefixtures("unattached")
 def test_what_the_script_requires_reaches_whoever_follows(listener, followed):
     """Whoever that is."""
     followed(listener, require={"base.bits": 4}, max_steps=1)
@@ -201,18 +139,6 @@ def test_an_error_of_the_meter_is_told_once_and_the_training_goes_on(listener_cl
     (error,) = listener.ends
     assert "the meter failed after 1 step: OSError: no room" in str(error)
     assert capfd.readouterr().err.count("the measurement failed and has stopped") == 1
-
-
-@pytest.mark.usefixtures("unattached")
-def test_of_two_trainers_the_first_is_followed(listener, listener_class, followed, capfd):
-    """The other is said, and its follower is told of a second beginning."""
-    followed(listener)
-    followed(listener_class())
-    assert len(listener.readings) == 4
-    assert len(listener.trainings) == 2
-    followed(listener_class())
-    assert len(listener.trainings) == 2
-    assert capfd.readouterr().err.count("another training of this script") == 1
 
 
 @pytest.mark.usefixtures("unattached")

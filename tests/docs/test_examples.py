@@ -162,12 +162,11 @@ def test_qlora_of_a_real_model_by_trl(wrap, sft_words):
 @pytest.mark.faults
 @pytest.mark.network_model
 def test_a_meter_in_two_lines_of_trl(sft_words, tmp_path):
-    """Of the same script; what it measures goes where the Trainer logs."""
+    """Of the same script."""
     done = start(with_meter("sft_qlora.py", tmp_path), *sft_words, "--steps", "20", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (record,) = only_run(tmp_path / ".lorameter" / "runs").records
     assert record.status == "ok", record.failure
-    assert "lorameter/step_time_s" in done.stdout
 
 
 @pytest.mark.faults

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorameter.records.record import PartialRecord, judge_required, lacking
+from lorameter.records.record import PartialRecord, judge_required, find_unmet
 
 
 def check(path, status="active", reason="as made up"):
@@ -20,15 +20,15 @@ def check(path, status="active", reason="as made up"):
 )
 def test_what_is_lacking_is_said(checks, kind, said):
     """A path that nobody judged is told from one that does not hold, and neither is met."""
-    found = lacking(checks, {"mode": "train"})
+    found = find_unmet(checks, {"mode": "train"})
     assert found.kind == kind
     assert said in found.message
 
 
 def test_nothing_is_lacking_where_all_is_active():
     """Whatever else was found beside it."""
-    assert lacking([check("mode"), check("base.bits", "fallback")], {"mode": "train"}) is None
-    assert lacking([], {}) is None
+    assert find_unmet([check("mode"), check("base.bits", "fallback")], {"mode": "train"}) is None
+    assert find_unmet([], {}) is None
 
 
 def test_a_fallback_is_allowed_by_a_notice_or_makes_the_trial_invalid():

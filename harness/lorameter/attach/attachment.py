@@ -30,7 +30,7 @@ class Attachment:
         self._source: object = None
         self._follower: TrainingObserver | None = None
         self.steps: Steps | None = None
-        self._told = False
+        self._reported = False
         """Whether it was told of another training."""
 
     @property
@@ -60,7 +60,7 @@ class Attachment:
             self.steps.restart()
             return self.steps
         if self._pid is not None:
-            self.tell_of_another(training.source)
+            self.report_another(training.source)
             return None
         if training.rank and os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) != DEFAULT_FOLLOWER:
             return None  # it follows what rank 0 shows
@@ -77,11 +77,11 @@ class Attachment:
         self.steps.begin()
         return self.steps
 
-    def tell_of_another(self, source: Source) -> None:
+    def report_another(self, source: Source) -> None:
         """Another training has begun. It is not followed, and who follows the first learns of it, once."""
-        if self._told or self._follower is None or self._pid != os.getpid():
+        if self._reported or self._follower is None or self._pid != os.getpid():
             return
-        self._told = True
+        self._reported = True
         say(f"another training of this script (seen by its {source}) is not followed: the first one is")
         ErrorGuard().run(self._follower.begin, TrainingInfo(source=source))
 
@@ -91,9 +91,6 @@ class Attachment:
             return
         error = getattr(sys, "last_value", None)  # what the interpreter has just printed
         self.steps.end(error if isinstance(error, BaseException) else self._source_end(), seen=False)
-        tell_of_later: Any = getattr(self._source, "tell_of_later", None)
-        if tell_of_later is not None:
-            tell_of_later()
 
     def _see_exit(self) -> None:
         """`os._exit` leaves out what is registered for the end of a process. Scripts call it where a library would

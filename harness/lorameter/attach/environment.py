@@ -1,28 +1,22 @@
-"""How a script is started so that its training is followed, and the hidden folder in which its processes meet.
+"""The environment of a script whose training is followed.
 
 No file of the user's is changed and nothing is installed. A folder in front on PYTHONPATH holds a module that every
 interpreter imports when it starts (`hook/sitecustomize.py`); launchers hand the environment on to what they start, so
 that the hook is in each of their processes, and it only does something in one that trains.
 
-`lorameter wrap` makes the folder `.RUN.wrap` next to the run. It holds the command as it was typed, a file that the
-hook makes, and the times of the ranks, and is removed when the command has ended. A program that wraps and is killed
-does not remove it; the next one does, unless the command still runs.
+`lorameter wrap` makes a temporary folder. It holds the command as it was typed, a file that the hook makes, and the
+times of the ranks, and is removed when the command has ended.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from lorameter.errors import redact
-from lorameter.machine.orphan_reaper import marked
-from lorameter.records.os_errors import naming
 from lorameter.studies.credentials import hide_credentials
 
 ENV_FOLLOWER = "LORAMETER_FOLLOWER"
@@ -36,6 +30,8 @@ HOOKED = "LORAMETER_HOOKED"
 """A file that the hook makes when an interpreter has loaded it; it holds what an interpreter lacks to be measured."""
 RUN = "LORAMETER_RUN"
 """The directory of the run that the first training of the command is written to."""
+WRAP = "LORAMETER_WRAP"
+"""The temporary folder of the program that wraps the command."""
 REQUIRE = "LORAMETER_REQUIRE"
 """JSON of the paths of kernels_check that a step must have."""
 SOCKET = "LORAMETER_TURN_SOCKET"
@@ -75,7 +71,7 @@ def address(name: str) -> str:
     return "\0" + name.removeprefix("@")
 
 
-def lacking_in(hooked: Path) -> str:
+def read_missing_packages(hooked: Path) -> str:
     """What an interpreter that has loaded the hook lacks to be measured, in words; nothing where none does."""
     try:
         return hooked.read_text(encoding="utf-8", errors="replace")
@@ -89,45 +85,9 @@ def write_command(words: Sequence[str]) -> str:
     return shlex.join(map(redact, hide_credentials(words))).encode(errors="replace").decode()
 
 
-def command_of(run: Path | None) -> str:
-    """The command that is wrapped to measure a run; that of this process where none is."""
-    if run is not None:
-        with contextlib.suppress(OSError):
-            return os.fsdecode((wrap_folder(run) / "command").read_bytes())
+def read_command() -> str:
+    """The command that is wrapped, from its file, since a variable holds 128 KiB; else that of this process."""
+    if folder := os.environ.get(WRAP):
+        return os.fsdecode((Path(folder) / "command").read_bytes())
     program, *words = sys.orig_argv or [sys.executable]
     return write_command([PurePath(program).name, *words])
-
-
-def wrap_folder(run: Path) -> Path:
-    """The hidden folder of a run that is wrapped."""
-    return run.with_name(f".{run.name}.wrap")
-
-
-@contextlib.contextmanager
-def wrapping(run: Path, command: str) -> Iterator[Path]:
-    """Meanwhile this process wraps the command of a run, in this folder.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-    folder = wrap_folder(run)
-    folder.mkdir()
-    try:
-        with naming(folder), (folder / "command").open("wb") as held:
-            held.write(os.fsencode(command))
-            held.flush()
-            with contextlib.suppress(OSError):  # a disk without locks: what is left there stays
-                fcntl.flock(held, fcntl.LOCK_EX)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_abandoned(runs: Path) -> None:
-    """Remove what wrapping programs that were killed have left in a folder of runs."""
-    for folder in runs.absolute().glob(".*.wrap"):
-        run = folder.with_name(folder.name.removeprefix(".").removesuffix(".wrap"))
-        with contextlib.suppress(OSError), (folder / "command").open("r+") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not marked(f"{RUN}={run}".encode()):  # a command that continues without it
-                shutil.rmtree(folder, ignore_errors=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from lorameter.attach.environment import REQUIRE, RUN, child_environment, lacking_in, wrap_folder
+from lorameter.attach.environment import REQUIRE, RUN, WRAP, child_environment, read_missing_packages, write_command
 from lorameter.attach.observer import say
 from lorameter.attach.samples import UNSEEN_END, tokens_in
 from lorameter.errors import UsageError, shorten
@@ -34,15 +34,17 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 """Those that a terminal sends to all of its processes, so that the command has them already."""
 PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+HOOKED_FILE = "hooked"
 
 
-def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any]) -> int:
+def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], folder: Path) -> int:
     """Run a command with the hook in it, and wait for its end.
 
     Args:
         words: program and arguments; they are started as they are.
         path: of the run that its training is written to; not made here.
         require: paths of kernels_check that its watched step must have.
+        folder: a temporary one for the processes of the command.
 
     Returns:
         Its exit code; 128 and the number of the signal that ended it.
@@ -50,11 +52,12 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any]) ->
     Raises:
         UsageError: there is no such program.
     """
-    variables = {RUN: str(path), REQUIRE: json.dumps(dict(require))}
-    variables_of_child = child_environment(os.environ, hooked=wrap_folder(path) / "hooked", variables=variables)
+    (folder / "command").write_bytes(os.fsencode(write_command(words)))
+    variables = {RUN: str(path), REQUIRE: json.dumps(dict(require)), WRAP: str(folder)}
+    environment = child_environment(os.environ, hooked=folder / HOOKED_FILE, variables=variables)
     with _passing_on() as pass_on_to:  # also what comes before the command is there: it would end this process alone
         try:
-            process = subprocess.Popen(list(words), env=variables_of_child)
+            process = subprocess.Popen(list(words), env=environment)
         except OSError as error:
             program = shorten(shlex.quote(words[0]))
             raise UsageError(
@@ -113,19 +116,20 @@ def _in_terminal() -> bool:
         os.close(terminal)
 
 
-def finalize_run(path: Path, code: int, *, required: bool) -> bool:
+def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool:
     """Write what the training process could not, and say what there is to say.
 
     Args:
         path: of the run.
         code: how the command ended.
+        folder: that of `run_command`.
         required: whether something was required of it.
 
     Returns:
         Whether there is no valid trial.
     """
-    hooked = wrap_folder(path) / "hooked"
-    loaded, lacking = hooked.exists(), lacking_in(hooked)
+    hooked = folder / HOOKED_FILE
+    loaded, lacking = hooked.exists(), read_missing_packages(hooked)
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
         say(f"nothing was measured: {lacking}" if lacking else _why_nothing(code, loaded))

@@ -35,7 +35,7 @@ class OptimizerSource:
     def __init__(self, make: Callable[[], TrainingObserver] | None = None) -> None:
         self._make = make
         self._steps: Steps | None = None
-        self._sight: ModelHooks | None = None
+        self._hooks: ModelHooks | None = None
         self._optimizer: Callable[[], Any] = lambda: None
         self._model: Callable[[], Any] = lambda: None
         self._patches = Patches()
@@ -51,8 +51,6 @@ class OptimizerSource:
         """Whether the first optimizer has updated inside the outermost of them."""
         self._others: Counter[int] = Counter()
         """Updates of each other optimizer since the last one of the first."""
-        self._most_others = 0
-        """Those of all others within a step, at most."""
         self._aside = compiles_here()
         """Whether nothing is followed: no training was begun, or it has ended."""
         if self._aside:
@@ -65,9 +63,9 @@ class OptimizerSource:
     def _begin_update(self) -> None:
         self._inside += 1
         if self._inside == 1 and self._steps is not None and self._steps.up:
-            if self._sight is not None:
-                self._sight.updates = True
-                if self._sight.passes_in_update:
+            if self._hooks is not None:
+                self._hooks.updates = True
+                if self._hooks.passes_in_update:
                     self._steps.open_step()
             self._steps.during["optimizer"].begin()
 
@@ -84,8 +82,8 @@ class OptimizerSource:
         if self._inside or self._aside or not self._steps.up:
             return
         self._steps.during["optimizer"].end()
-        if self._sight is not None:
-            self._sight.updates = False
+        if self._hooks is not None:
+            self._hooks.updates = False
         if self._updated:
             self._updated = False
             self._end_step(self._steps)
@@ -94,7 +92,6 @@ class OptimizerSource:
         """Which optimizer has updated."""
         if optimizer is self._optimizer():
             self._updated = True
-            self._most_others = max(self._most_others, self._others.total())
             self._others.clear()
             return
         self._others[id(optimizer)] += 1
@@ -103,24 +100,19 @@ class OptimizerSource:
             self._take_off()
             if self._steps is not None:
                 self._steps.end(None, seen=False)
-            this_process().tell_of_another("optimizer")
-
-    def tell_of_later(self) -> None:
-        """The process ends: tell of another training that has begun after the last step of the first."""
-        if self._others.total() > self._most_others:
-            this_process().tell_of_another("optimizer")
+            this_process().report_another("optimizer")
 
     def _end_step(self, steps: Steps) -> None:
         self._call.take_off()
-        if self._sight is not None:
-            steps.run(self._sight.end_step)
+        if self._hooks is not None:
+            steps.run(self._hooks.end_step)
         steps.end_step()
         self._open_step(steps)
 
     def _open_step(self, steps: Steps) -> None:
         """A step that is to be watched is opened when a module of the model is called: after the last step none is.
         Where a closure of the update does so, the update opens it."""
-        model, in_update = self._model(), self._sight is not None and self._sight.passes_in_update
+        model, in_update = self._model(), self._hooks is not None and self._hooks.passes_in_update
         if steps.watch_is_due and model is not None and not in_update:
             self._trained, self._parts = model.training, frozenset(map(id, model.modules()))
             self._call.put(torch.nn.Module, "__call__", before=self._called)
@@ -153,7 +145,7 @@ class OptimizerSource:
         steps = follow(self, "optimizer", model, self._make, parameters=parameters)
         if steps is not None:
             self._model = weakly(model) or self._model
-            self._sight = ModelHooks(steps, batches=True)
+            self._hooks = ModelHooks(steps, batches=True)
         return steps
 
     def _take_off(self) -> None:
@@ -161,8 +153,8 @@ class OptimizerSource:
         process: this may be called anywhere, as by the garbage collector."""
         for patches in (self._patches, self._call):
             patches.take_off()
-        if self._sight is not None:
-            self._sight.end()
+        if self._hooks is not None:
+            self._hooks.end()
         if self._steps is not None:
             self._steps.break_off()
 
@@ -187,7 +179,7 @@ class LoopSource:
         self._make = make
         self._required = dict(required or {})
         self._steps: Steps | None = None
-        self._sight: ModelHooks | None = None
+        self._hooks: ModelHooks | None = None
         self._handles: list[Any] = []
         self._begun = False
         self._given_loss = False
@@ -241,8 +233,8 @@ class LoopSource:
 
     def _look(self, within: bool) -> None:
         """What happens from here on is within a step, or not."""
-        if self._sight is not None:
-            self._sight.within = within
+        if self._hooks is not None:
+            self._hooks.within = within
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -265,8 +257,8 @@ class LoopSource:
         """The training has ended."""
         while self._handles:
             self._handles.pop().remove()
-        if self._sight is not None:
-            self._sight.end()
+        if self._hooks is not None:
+            self._hooks.end()
         if self._steps is not None:
             self._steps.end(error)
 
@@ -282,12 +274,12 @@ class LoopSource:
         model = None if self._model is None else self._model()
         steps = follow(self, "loop", model, self._make, accumulation=accumulation, required=self._required)
         if steps is not None:
-            self._sight = ModelHooks(steps, batches=counts)
-            self._sight.within = False
-            self._see_updates(self._sight, steps)
+            self._hooks = ModelHooks(steps, batches=counts)
+            self._hooks.within = False
+            self._see_updates(self._hooks, steps)
         return steps
 
-    def _see_updates(self, sight: ModelHooks, steps: Steps) -> None:
+    def _see_updates(self, hooks: ModelHooks, steps: Steps) -> None:
         """Every optimizer's update within a step is a part of it. Where one is compiled, the hook is nothing."""
         compiling = torch.compiler.is_compiling
 
@@ -295,7 +287,7 @@ class LoopSource:
             call = uncompiled(call)
 
             def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-                if not compiling() and sight.within:
+                if not compiling() and hooks.within:
                     call()
 
             return hook
@@ -306,8 +298,8 @@ class LoopSource:
         ]
 
     def _end_step(self, steps: Steps) -> None:
-        if self._sight is not None:
-            steps.run(self._sight.end_step, not self._given_loss)
+        if self._hooks is not None:
+            steps.run(self._hooks.end_step, not self._given_loss)
         self._given_loss = False
         steps.end_step()
 

@@ -138,17 +138,6 @@ class Work:
         peak = self._peak_per_s(device_name)
         return {"model_flops_per_step": flops} | ({} if peak is None else {"peak_flops_per_s": peak})
 
-    def mfu(self, readings: Sequence[StepReading], device_name: str) -> dict[str, float]:
-        """`mfu` of these steps, those apart that a check looked on at; empty where the device has no stated peak."""
-        plain = [one for one in readings if one.checks is None]
-        real = [one.real_tokens for one in plain if one.real_tokens is not None]
-        rows = [one.sequences for one in plain if one.sequences is not None]
-        peak = self._peak_per_s(device_name)
-        if peak is None or not len(real) == len(rows) == len(plain):
-            return {}
-        flops = self._of_a_step(real, rows)
-        return {} if flops is None else {"mfu": flops * len(plain) / sum(one.step_time_s for one in plain) / peak}
-
     def _of_a_step(self, real: Sequence[float], rows: Sequence[float]) -> float | None:
         """Of the mean step, by the real tokens and the sequences of each; None where it is not known."""
         if not real or not rows or self._flops is None:

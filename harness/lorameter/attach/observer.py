@@ -18,7 +18,7 @@ import os
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -115,10 +115,6 @@ class TrainingObserver(Protocol):
 
     def phase(self, phase: Phase) -> None:
         """From here on the training does this."""
-
-    def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
-        """What it knows beside what steps show, by names of a record; the `readings` are those since it was last asked
-        and have been told of."""
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """The training has ended, by itself or by an error; unless it was `seen`, only the process has."""

@@ -95,7 +95,7 @@ def _new_event() -> torch.cuda.Event:
     return event
 
 
-def times_of(borders: Sequence[Border]) -> dict[Part, float]:
+def sum_parts(borders: Sequence[Border]) -> dict[Part, float]:
     """Seconds of each part that was seen; a part inside another is none of that one's time. The device must have done
     what it was asked."""
     found: dict[Part, float] = {}
@@ -240,7 +240,7 @@ class FinishedStep(NamedTuple):
 
 def reading_of(ended: FinishedStep) -> StepReading:
     """What a step showed. Waits for the device."""
-    parts, norm = times_of(ended.borders), ended.gradient_norm
+    parts, norm = sum_parts(ended.borders), ended.gradient_norm
     tokens = [count_tokens(batch) for batch in ended.batches]
     counted = tokens[0] if len(tokens) == 1 else _together(tokens)
     return StepReading(

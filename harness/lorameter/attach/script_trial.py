@@ -95,10 +95,6 @@ class ScriptTrial:
         if os.getpid() == self._pid and self._program is not None:
             self._peaks.enter(phase)
 
-    def so_far(self, readings: Any) -> dict[str, float]:
-        """Nothing: what is measured is its parent's."""
-        return {}
-
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Answer with how the training has ended, and never come back."""
         if os.getpid() != self._pid or self._program is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from lorameter.attach.observer import (
     NotFollowedError,
     ObserverReply,
     Phase,
-    StepReading,
     TrainingInfo,
     TrainingObserver,
 )
@@ -57,9 +56,8 @@ class Steps:
         self._gradient_norm: Any = None
         self._next = ObserverReply()
         self._noted: list[FinishedStep] = []
-        """Steps that the follower has not been told of, the first of which ended a moment after `told_s`."""
-        self._told_s = -math.inf
-        self._since: list[StepReading] | None = None
+        """Steps that the follower has not been told of, the first of which ended a moment after `_reported_s`."""
+        self._reported_s = -math.inf
         self._phase: Phase = "train"
         self._watching = contextlib.ExitStack()
         self._watch: Any = None
@@ -143,15 +141,6 @@ class Steps:
             self.break_off()
         self._shield.run(self._release)
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """The block is the meter's own work inside a step, and in no time of it; it computes and does not wait."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._leave_out(time.perf_counter() - begun)
-
     def _leave_out(self, spent_s: float) -> None:
         self._begun_s += spent_s
         self._begun_cpu_s += spent_s
@@ -181,32 +170,16 @@ class Steps:
         dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
         borders = self._parts.borders
         self._noted.append(FinishedStep(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
-        if checks is not None or ended_s - self._told_s >= self._next.flush_interval_s:
-            self._tell()
+        if checks is not None or ended_s - self._reported_s >= self._next.flush_interval_s:
+            self._report_steps()
         self._release(ended_s, ended_cpu_s)
 
-    def _tell(self) -> None:
+    def _report_steps(self) -> None:
         """Tell what was noted."""
         noted, self._noted = self._noted, []
         for reading in map(reading_of, noted):
-            if self._since is not None:
-                self._since.append(reading)
             self._next = self._follower.step(reading)
-        self._told_s = time.perf_counter()
-
-    def keep_readings(self) -> None:
-        """From now on what steps show is kept for whoever takes it."""
-        self._since = []
-
-    def take_readings(self) -> Sequence[StepReading]:
-        """What steps showed since it was last taken; the follower has been told of them."""
-        self._shield.run(self._tell)
-        taken, self._since = self._since or (), []
-        return taken
-
-    def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
-        """What the follower knows beside these readings."""
-        return self._shield.run(self._follower.so_far, readings) or {}
+        self._reported_s = time.perf_counter()
 
     def _close_watch(self) -> tuple[Any, ...] | None:
         if not self._open:
@@ -235,7 +208,7 @@ class Steps:
             self._shield.run(self._enter, phase)
 
     def _enter(self, phase: Phase) -> None:
-        self._tell()
+        self._report_steps()
         self._phase = phase
         self._follower.phase(phase)
         if phase == "train":
@@ -249,7 +222,7 @@ class Steps:
             self._shield.run(self._end, error, seen)
 
     def _end(self, error: BaseException | None, seen: bool) -> None:
-        self._tell()
+        self._report_steps()
         self._follower.end(error, seen=seen)
 
     def _failed(self, error: Exception) -> None:
@@ -259,7 +232,7 @@ class Steps:
             self._watching.close()
         self._watch = None
         with contextlib.suppress(Exception):  # it may be what has failed
-            self._tell()
+            self._report_steps()
         failure = NotFollowedError(
             f"the meter failed after {format_count(self._number, 'step')}: {type(error).__name__}: {error}"
         )

@@ -29,7 +29,7 @@ import torch
 import kernels_check
 import lorameter
 from lorameter.attach.attachment import device_of
-from lorameter.attach.environment import REQUIRE, RUN, command_of
+from lorameter.attach.environment import REQUIRE, RUN, read_command
 from lorameter.attach.measures import Energy, Peaks, Work
 from lorameter.attach.observer import (
     NotFollowedError,
@@ -40,13 +40,12 @@ from lorameter.attach.observer import (
     TrainingInfo,
     say,
 )
-from lorameter.attach.ranks import Ranks
-from lorameter.attach.samples import MOST_TIMED, UNSEEN_END, StepSamples, exit_status, tokens_in
+from lorameter.attach.samples import MOST_TIMED, UNSEEN_END, Ranks, StepSamples, exit_status, tokens_in
 from lorameter.errors import UsageError, said_by
 from lorameter.machine import provenance
 from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec, store
-from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord, lacking
+from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord, find_unmet
 from lorameter.records.store import Manifest, RunWriter
 from lorameter.records.trials import STEPS, Step, step_line_of
 from lorameter.records.units import format_bytes
@@ -244,7 +243,7 @@ class Writer:
             self._ranks = Ranks(path, training)
         self._values = _counts_of(training)
         self._file = RunFile(
-            path, command=command_of(self._named), device=device, requirements=self._require, values=dict(self._values)
+            path, command=read_command(), device=device, requirements=self._require, values=dict(self._values)
         )
         self._peaks, self._watch, self._energy = Peaks(device), Telemetry("train", device), Energy(device)
         self._read_s = time.monotonic()
@@ -315,12 +314,6 @@ class Writer:
         if phase == "train" and self._gathered.timed:
             self._begin_stretch()
 
-    def so_far(self, readings: Sequence[StepReading]) -> Mapping[str, float]:
-        """Peaks of memory, the GPU's energy, and MFU of these steps where the device has a stated peak."""
-        if self._file is None:
-            return {}
-        return self._peaks.so_far() | self._energy.values() | self._work.mfu(readings, self._file.device_name)
-
     def _measured(self) -> dict[str, Any]:
         """What goes into the record."""
         samples = self._gathered.samples()
@@ -342,7 +335,7 @@ class Writer:
             return
         self._end_stretch()
         status, failure = exit_status(error, self._gathered, self._peaks.phase)
-        if status == "ok" and (failure_of_checks := lacking(self._checks or (), self._require)):
+        if status == "ok" and (failure_of_checks := find_unmet(self._checks or (), self._require)):
             status, failure = "invalid", failure_of_checks
         if self._gathered.steps > MOST_TIMED:
             self._notices.append(not_kept(self._gathered.steps))
@@ -379,7 +372,7 @@ class Writer:
         if self._named is not None:
             return self._named
         runs = store.runs_dir(None if self._runs_dir is None else str(self._runs_dir), make=True).absolute()
-        return runs / store.new_run_id(name_of_words(shlex.split(command_of(self._named))), runs)
+        return runs / store.new_run_id(name_of_words(shlex.split(read_command())), runs)
 
 
 def print_report(path: Path) -> None:

@@ -41,9 +41,9 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; the exit code is its own, 128 and the number of the signal that ended it, or 4."""
-    from lorameter.attach.environment import remove_abandoned, wrapping, write_command
     from lorameter.attach.launch import finalize_run, run_command
     from lorameter.records import store
+    from lorameter.records.tempdirs import scratch_folder
     from lorameter.studies.script import name_of_words
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
@@ -51,21 +51,19 @@ def run_wrap(options: argparse.Namespace) -> int:
         raise UsageError("wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
     require = read_requirements(options.require)
     runs = store.runs_dir(options.runs_dir, make=True).absolute()
-    command, invalid = write_command(words), True
-    path = runs / store.new_run_id(name_of_words(words), runs)
-    remove_abandoned(runs)
-    with wrapping(path, command):
-        code = run_command(words, path, require)
-        with _telling():
-            invalid = finalize_run(path, code, required=bool(require))
+    path, invalid = runs / store.new_run_id(name_of_words(words), runs), True
+    with scratch_folder() as folder:
+        code = run_command(words, path, require, folder)
+        with _report_errors():
+            invalid = finalize_run(path, code, folder, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():
-        with _telling():
+        with _report_errors():
             _report(path)
     return code or (EXIT_INVALID if invalid and require else code)
 
 
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     """Meanwhile an error, as of a full disk, is told and ends nothing: the exit code is the command's."""
     try:
         yield

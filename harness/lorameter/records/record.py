@@ -180,7 +180,7 @@ class TrialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
 
 
-def lacking(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) -> Failure | None:
+def find_unmet(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) -> Failure | None:
     """The failure of a step that lacks a required path; a path that was not watched is no pass. None where it has all.
 
     Args:
@@ -207,7 +207,7 @@ def judge_required(
 ) -> PartialRecord:
     """The fragment of a verified trial: invalid where it lacks what is required, or with a notice where that is
     allowed."""
-    failure = lacking(fragment.checks, required)
+    failure = find_unmet(fragment.checks, required)
     if failure is None:
         return fragment
     if not allow_fallback:

@@ -19,7 +19,7 @@ HOMES = (HOME, os.path.dirname(HOME))  # installed, both packages lie in the fir
 OWN = ("lorameter", "kernels_check")
 NEEDED = ("filelock", "msgspec", "xxhash")
 PYTHON = (3, 11)
-TOLD = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
+VARIABLES = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
 
 
 class Own:
@@ -87,7 +87,7 @@ def say(text: str) -> None:
 def ours(name: str) -> Any:
     """A module of lorameter's, wherever this interpreter has it or not. It is told what the process was started with,
     also where the script has made an environment of its own since."""
-    for variable, value in TOLD.items():
+    for variable, value in VARIABLES.items():
         os.environ.setdefault(variable, value)
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         sys.meta_path.insert(0, Own())

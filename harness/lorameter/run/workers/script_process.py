@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-from lorameter.attach.environment import HOOKED, SOCKET, address, lacking_in
+from lorameter.attach.environment import HOOKED, SOCKET, address, read_missing_packages
 from lorameter.errors import redact
 from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
 from lorameter.machine.processes import end_with_parent, exit_words, held_back, kill_group
@@ -117,7 +117,7 @@ class ScriptProcess:
 
     def _without_training(self, timeout_s: float) -> WorkerLostError:
         code, output = self.exit_code(), self.output()
-        lacking = lacking_in(Path(self._hooked)) if self._hooked else ""
+        lacking = read_missing_packages(Path(self._hooked)) if self._hooked else ""
         status: Status = "invalid"
         if self._hooked and not Path(self._hooked).exists() and code in (None, 0):
             kind, message = (
