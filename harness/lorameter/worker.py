@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
             # It ends the process as other signals do: transformers makes of an exception that meets one of its imports
             # an error of its own, which names no signal.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        from lorameter.trial.one_shot import serve_once
+        from lorameter.trial.serve import serve_once
 
         serve_once(connection)
     return 0

@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 
 import lorameter.run.workers.local as local
+from lorameter.records.failures import failed_record
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.workers.base import DiskExecutor
-from lorameter.trial.failure import failure_of
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
 
@@ -130,7 +130,7 @@ class Pretended(local.LocalExecutor):
                 stop(trial, command)
             except RuntimeError as error:
                 with contextlib.redirect_stderr(io.StringIO()):  # a trial's own goes into its log
-                    return failure_of(error, command)
+                    return failed_record(error, command)
             if command == "cold":
                 return PartialRecord(values={"cold_after_import_time_s": 1.0})
             if command == "merge":

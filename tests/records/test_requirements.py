@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorameter.records.record import PartialRecord, judge_required, find_unmet
+from lorameter.records.record import PartialRecord, find_unmet, judge_required
 
 
 def check(path, status="active", reason="as made up"):

@@ -150,8 +150,7 @@ def constructed_requests() -> RequestProfile:
             "new_length_first_token_s": (0.202,) * 6, "known_length_first_token_s": (0.202,) * 6,
         },
         values={
-            "cold_import_time_s": 4.0, "cold_prepare_time_s": 0.1, "cold_read_time_s": 1.0, "cold_quantise_time_s": 0.5,
-            "cold_adapter_time_s": 0.2, "cold_before_first_forward_s": 0.01, "cold_first_forward_time_s": 0.3,
+            "cold_import_time_s": 4.0, "cold_prepare_time_s": 0.1, "cold_base_time_s": 1.5, "cold_adapter_time_s": 0.2,
             "cold_first_token_time_s": 0.32, "cold_completion_time_s": 0.4, "cold_start_time_s": 6.2,
         },
         memory={"host_peak_first_token_bytes": 2**28},

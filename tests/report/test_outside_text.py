@@ -13,6 +13,7 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.cli import main
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.records import codec
+from lorameter.records.failures import failed_record
 from lorameter.records.record import Notice
 from lorameter.records.store import read_manifest
 from lorameter.report.annotations import annotation, gate_annotations
@@ -24,7 +25,6 @@ from lorameter.report.terminal import console_for, text_of
 from lorameter.run.workers import sides
 from lorameter.run.workers.environment import DESCRIPTION_FILE, layered_environment
 from lorameter.studies.study_file import load_study
-from lorameter.trial.failure import failure_of
 from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
 from lorameter.verdicts.gate import Policy, gate_document, judge
 
@@ -179,7 +179,7 @@ def test_an_exception_of_a_trial_holds_no_credential(capsys):
     try:
         raise RuntimeError(f"cannot reach {URLS[5]}")
     except RuntimeError as error:
-        failure = failure_of(error, "build").failure
+        failure = failed_record(error, "build").failure
     assert failure is not None
     assert SECRET not in failure.message + failure.traceback + capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from lorameter.trial.building.packing import evaluating, unpack_4bit
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.inference.generate import generate
+from lorameter.trial.serving.generate import generate
 from lorameter.trial.step import TrainStep
 
 WORKLOAD = Workload(

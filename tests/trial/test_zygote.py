@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lorameter.records.failures import failed_record
 from lorameter.trial import zygote
-from lorameter.trial.failure import failure_of
 
 
 class OutOfMemoryError(RuntimeError):
@@ -31,7 +31,7 @@ def test_running_out_of_memory_is_told_from_a_crash(error, status, capfd):
     try:
         raise error
     except Exception as caught:
-        fragment = failure_of(caught, "build")
+        fragment = failed_record(caught, "build")
     assert fragment.status == status
     assert (fragment.failure.phase, fragment.failure.kind) == ("build", type(error).__name__)
     assert fragment.failure.message == (str(error) or type(error).__name__)

@@ -34,7 +34,7 @@ REMAINDER_LIMIT = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """How the samples of what was taken apart are called (`lorameter.trial.profiling.phase_timing.pair_times`)."""
+    """How the samples of what was taken apart are called (`lorameter.trial.profiling.phases.pair_times`)."""
 
     what: str
     phases: tuple[str, ...]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import traceback
 
 from lorameter.records.os_errors import REFUSED, find_system_error, is_out_of_memory
-from lorameter.records.record import Failure, Status
+from lorameter.records.record import Failure, PartialRecord, Status
 
 MAX_LINE, MAX_TRACEBACK = 2000, 16_000
 """Characters that a record keeps; the trial's log has all. Texts are cut before they are redacted, which takes long for
@@ -22,6 +24,16 @@ def describe_error(error: BaseException, phase: str) -> tuple[Status, Failure]:
     line = next(iter(str(error).strip().splitlines()), "")[:MAX_LINE]
     message = line if len(line.split()) > 1 else f"{type(error).__name__}: {line}".removesuffix(": ")
     return status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text)
+
+
+def failed_record(error: BaseException, phase: str) -> PartialRecord:
+    """The answer of a measuring process to a command that raised; its traceback goes to the log too, where that can be
+    written."""
+    status, failure = describe_error(error, phase)
+    with contextlib.suppress(OSError):
+        sys.stderr.write(failure.traceback)
+        sys.stderr.flush()
+    return PartialRecord().failed(status, failure)
 
 
 def _cut(text: str) -> str:

@@ -41,8 +41,6 @@ class TrialRequest:
     what a protocol can see. 0 in every measurement of a variant."""
     base: str = ""
     """Folder of the prepared base, to be mapped; without one the process reads, converts and quantises it itself."""
-    waterfall: bool = False
-    """Whether a cold start is profiled, which times its parts and so is no measurement of the whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,96 +1,148 @@
-"""What a process that hosts trials does with a command; each is answered by a `PartialRecord`.
+"""What a measuring process does with a command: one that hosts trials, and one that is started for a single command.
 
-Standard output and error go to the trial's log.
+Nothing heavy is imported before the command is there: a cold start measures its own imports. Standard output and error
+of a process that hosts trials go to the trial's log.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from lorameter import wire
+from lorameter.errors import InvalidRunError
 from lorameter.records import codec
+from lorameter.records.failures import failed_record
+from lorameter.records.os_errors import find_system_error
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.serving_modes import ServingRequest
-from lorameter.trial.failure import failure_of
+from lorameter.studies.workload import Workload
 
 
 def serve(connection: Connection) -> None:
-    """The loop of a trial's process: one answer for each command, until the parent closes the connection."""
+    """The loop of a process that hosts trials: one answer for each command, until the parent closes the connection."""
     trials: dict[str, Any] = {}
     wire.serve(connection, lambda command: _answer(command, trials))
 
 
 def _answer(command: wire.Command, trials: dict[str, Any]) -> PartialRecord:
     """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
+    arguments = command.arguments
+    try:
+        if command.name in PROCESS_COMMANDS:
+            return PROCESS_COMMANDS[command.name](**arguments)
+        if command.name == "prepare":
+            trials[command.trial] = _prepare_trial(trials, **arguments)
+            return PartialRecord()
+        return trials[command.trial].run(command.name, **arguments)  # type: ignore[no-any-return]
+    except Exception as error:
+        return failed_record(error, command.name)
+
+
+def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bool = False) -> Any:
     from lorameter.trial.building.shared import SharedBase
     from lorameter.trial.process import prepare_process
     from lorameter.trial.trial import Trial
 
-    phase, trial, arguments = command.name, command.trial, command.arguments
-    try:
-        if phase == "prepare":
-            request = codec.from_json(TrialRequest, arguments["request"], "trial request")
-            _log_to(Path(request.log_path))
-            prepare_process(request)
-            if request.workload.ranks > 1:
-                from lorameter.trial.ranks.trial import TrialOfRanks
+    wanted = codec.from_json(TrialRequest, request, "trial request")
+    _log_to(wanted.log_path)
+    prepare_process(wanted)
+    if wanted.workload.ranks > 1:
+        from lorameter.trial.ranks.trial import TrialOfRanks
 
-                trials[trial] = TrialOfRanks(request)
-                return PartialRecord()
-            shared = next((other.shared for other in trials.values()), None) or SharedBase()
-            trials[trial] = (_profiled_trial() if arguments.get("profiled") else Trial)(request, shared)
-            return PartialRecord()
-        if phase == "base":
-            return _prepared(codec.from_json(BaseRequest, arguments["request"], "base request"))
-        if phase == "cold":
-            return _loaded(codec.from_json(TrialRequest, arguments["request"], "trial request"))
-        if phase == "parity":
-            return _served(codec.from_json(ServingRequest, arguments["request"], "serving request"))
-        return trials[trial].run(phase, **arguments)  # type: ignore[no-any-return]
-    except Exception as error:
-        return failure_of(error, phase)
+        return TrialOfRanks(wanted)
+    shared = next((other.shared for other in trials.values()), None) or SharedBase()
+    if profiled:  # other trials do not pay for its imports
+        from lorameter.trial.profiling.trial import ProfiledTrial
+
+        return ProfiledTrial(wanted, shared)
+    return Trial(wanted, shared)
 
 
-def _prepared(request: BaseRequest) -> PartialRecord:
-    """A base that every process of the run will map, made by this one, which then ends."""
+# Each of these is carried out by a process for this alone, which then ends.
+
+
+def _prepare_base(request: dict[str, Any]) -> PartialRecord:
     from lorameter.trial.building.base_cache import prepare
     from lorameter.trial.process import limit_threads
 
-    _log_to(Path(request.log_path))
-    limit_threads(request.device, request.threads)
-    return PartialRecord(tokens={"base": codec.to_json(prepare(request))})
+    wanted = codec.from_json(BaseRequest, request, "base request")
+    _log_to(wanted.log_path)
+    limit_threads(wanted.device, wanted.threads)
+    return PartialRecord(tokens={"base": codec.to_json(prepare(wanted))})
 
 
-def _loaded(request: TrialRequest) -> PartialRecord:
-    """A cold start after its imports, by this process alone, which then ends."""
-    from lorameter.trial.inference.cold import load_and_answer
+def _load_and_answer(request: dict[str, Any]) -> PartialRecord:
+    from lorameter.trial.serving.cold import load_and_answer
 
-    _log_to(Path(request.log_path))
-    return load_and_answer(request)
-
-
-def _served(request: ServingRequest) -> PartialRecord:
-    """An adapter in the ways that one base allows, by this process alone, which then ends."""
-    from lorameter.trial.parity.serving import serve_adapter
-
-    _log_to(Path(request.trial.log_path))
-    return serve_adapter(request)
+    wanted = codec.from_json(TrialRequest, request, "trial request")
+    _log_to(wanted.log_path)
+    return load_and_answer(wanted)
 
 
-def _profiled_trial() -> Any:
-    """The profiled trial of `lorameter profile`; other trials do not pay for its imports."""
-    from lorameter.trial.profiling.trial import ProfiledTrial
+def _serve_adapter(request: dict[str, Any]) -> PartialRecord:
+    from lorameter.trial.serving.parity import serve_adapter
 
-    return ProfiledTrial
+    wanted = codec.from_json(ServingRequest, request, "serving request")
+    _log_to(wanted.trial.log_path)
+    return serve_adapter(wanted)
 
 
-def _log_to(path: Path) -> None:
+PROCESS_COMMANDS: dict[str, Callable[..., PartialRecord]] = {
+    "base": _prepare_base,
+    "cold": _load_and_answer,
+    "parity": _serve_adapter,
+}
+
+
+def _log_to(log: str) -> None:
+    path = Path(log)
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+# --- a new interpreter ------------------------------------------------------------------------------------------------
+
+
+def serve_once(connection: Connection) -> None:
+    """The loop of an interpreter that is started for one command, until the parent closes the connection."""
+    wire.serve(connection, lambda command: COMMANDS[command.name](**command.arguments))
+
+
+def _start_cold(request: dict[str, Any], spawned_monotonic_s: float) -> PartialRecord:
+    from lorameter.trial.serving.cold import start_cold
+
+    try:
+        return start_cold(codec.from_json(TrialRequest, request, "trial request"), spawned_monotonic_s)
+    except Exception as error:
+        return failed_record(error, "cold")
+
+
+def _time_imports(spawned_monotonic_s: float) -> PartialRecord:
+    from lorameter.trial.serving.cold import time_imports
+
+    try:
+        return time_imports(spawned_monotonic_s)
+    except Exception as error:
+        return failed_record(error, "cold")
+
+
+def _prepare_tokens(workload: dict[str, Any], folder: str) -> object:
+    from lorameter.trial.data.tokens import prepare
+
+    try:
+        return prepare(codec.from_json(Workload, workload, "token request"), Path(folder))
+    except Exception as error:
+        if refusal := find_system_error(error):
+            raise InvalidRunError(f"the tokens could not be prepared: {refusal}.") from None
+        raise
+
+
+COMMANDS: dict[str, Callable[..., object]] = {"cold": _start_cold, "imports": _time_imports, "tokens": _prepare_tokens}

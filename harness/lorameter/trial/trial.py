@@ -14,9 +14,8 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import lora
 from lorameter.trial.building.packing import is_packed, unpack_4bit
 from lorameter.trial.building.shared import SharedBase
-from lorameter.trial.inference.proof import prove_attention, prove_mixing
-from lorameter.trial.inference.server import Server
 from lorameter.trial.process import release_unused
+from lorameter.trial.serving.server import Server, check_adapters, check_attention
 from lorameter.trial.training import Training
 
 
@@ -56,8 +55,8 @@ class Trial(Training):
             self._server.visit(protocol.open_ended_requests)
         fragment = PartialRecord(values=values, tokens={"completion": list(first.tokens)})
         if not self._sees_peaks:
-            fragment = prove_attention(fragment, trainee.model, self._server, self._request)
-        return prove_mixing(fragment, self._server, self._request)
+            fragment = check_attention(fragment, trainee.model, self._server, self._request)
+        return check_adapters(fragment, self._server, self._request)
 
     def request(self) -> PartialRecord:
         """One warm request, with the unmerged adapter or, after `merge`, the merged one."""
@@ -90,7 +89,7 @@ class Trial(Training):
         if not self._sees_peaks:
             return PartialRecord()
         fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # of which what a profile keeps is no part
-        return prove_attention(fragment, self._built.trainee.model, self._serving, self._request)
+        return check_attention(fragment, self._built.trainee.model, self._serving, self._request)
 
     def merge(self) -> PartialRecord:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""

@@ -16,8 +16,7 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building import build, lora
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.memory import resident_tensors
-from lorameter.trial.profiling.live import LiveTensors
-from lorameter.trial.profiling.memory_breakdown import watch_cache
+from lorameter.trial.profiling.memory import LiveTensors, watch_cache
 
 ROWS, LENGTH, VOCABULARY = 2, 24, 320
 LLAMA = {

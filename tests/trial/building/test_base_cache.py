@@ -19,7 +19,7 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import base_cache, base_model, lora
 from lorameter.trial.memory import resident_tensors, storage_bytes
-from lorameter.trial.profiling.pages import read_pages
+from lorameter.trial.profiling.memory import read_pages
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 192,

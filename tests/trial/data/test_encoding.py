@@ -7,8 +7,8 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.encoding import IGNORED, Encoder, mark_tokens
 from lorameter.trial.data.tokenizers import load_tokenizer
+from lorameter.trial.data.tokens import IGNORED, Encoder, mark_tokens
 
 RECORDS = {
     "dolly": ({"instruction": "ask", "context": "ctx", "response": "it is é so"}, "it is é so"),

@@ -8,8 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorameter.trial.memory import resident_bytes, resident_tensors
-from lorameter.trial.profiling.live import LiveTensors
-from lorameter.trial.profiling.memory_breakdown import measure_breakdown, take_birth
+from lorameter.trial.profiling.memory import LiveTensors, measure_breakdown, take_birth
 
 ROWS, WIDTH = 16, 32
 

@@ -19,7 +19,7 @@ from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling.activity import MARK, activity_of
-from lorameter.trial.profiling.phase_timing import BorderedStep, step_times
+from lorameter.trial.profiling.phases import BorderedStep, step_times
 from lorameter.trial.step import TrainStep
 
 
@@ -65,7 +65,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now_s = 100.0
         for module in (
-            "lorameter.trial.profiling.phase_timing",
+            "lorameter.trial.profiling.phases",
             "lorameter.trial.profiling.phases",
             "lorameter.trial.clock",
         ):

@@ -27,12 +27,12 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building import lora
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.inference.generate import generate
 from lorameter.trial.profiling import phase_timing
 from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.requests import BorderedRequest, see_request
 from lorameter.trial.profiling.trial import ProfiledTrial
+from lorameter.trial.serving.generate import generate
 
 PROMPT, NEW = 12, 4
 

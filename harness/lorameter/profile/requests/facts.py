@@ -17,12 +17,9 @@ MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")
 COLD_PARTS: Mapping[str, str] = {
     "cold_import_time_s": "interpreter and imports",
     "cold_prepare_time_s": "limits, data and device",
-    "cold_read_time_s": "reading the base, and moving it",
-    "cold_quantise_time_s": "quantising it",
+    "cold_base_time_s": "reading, moving and quantising the base",
     "cold_adapter_time_s": "the adapter",
-    "cold_before_first_forward_s": "before the first forward pass",
-    "cold_first_forward_time_s": "first forward pass",
-    "cold_choose_first_s": "choosing the first token",
+    "cold_first_token_time_s": "first token",
     "cold_rest_s": "all other tokens",
 }
 """Parts of a cold start in their order; they are one after the other, so that they add up to it."""
@@ -52,13 +49,7 @@ class RequestProfile(Watched):
     def cold_parts_s(self) -> dict[str, float]:
         """Seconds of each part of a cold start; nothing where it was not taken apart."""
         values = self.record.values
-        if "cold_read_time_s" not in values:
+        if "cold_base_time_s" not in values:
             return {}
-        rest = {
-            "cold_choose_first_s": values["cold_first_token_time_s"]
-            - values["cold_before_first_forward_s"]
-            - values["cold_first_forward_time_s"],
-            "cold_rest_s": values["cold_completion_time_s"] - values["cold_first_token_time_s"],
-        }
-        known = values | rest
+        known = values | {"cold_rest_s": values["cold_completion_time_s"] - values["cold_first_token_time_s"]}
         return {name: known[name] for name in COLD_PARTS if name in known}

@@ -6,7 +6,6 @@ is then measured and not guessed. At last a new interpreter starts cold, with it
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def _start_cold(trial: ConductedTrial, executor: Executor) -> None:
     of what was seen before."""
     trial.close()
     trial.tell("cold")
-    fragment = answer_of(lambda: executor.cold_start(dataclasses.replace(trial.request, waterfall=True)))
+    fragment = answer_of(lambda: executor.cold_start(trial.request))
     if fragment.status == "ok":
         trial.take("cold", fragment)
         return

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Layout, Workload
-from lorameter.trial.data.encoding import IGNORED
+from lorameter.trial.data.tokens import IGNORED
 
 Batch = dict[str, torch.Tensor]
 _KEYS: dict[Layout, tuple[str, ...]] = {

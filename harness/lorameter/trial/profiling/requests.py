@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.records.activity import CACHE, HEAD, REQUEST_PHASES, ModelSize, RequestFacts
 from lorameter.trial.building import lora
-from lorameter.trial.inference.generate import Request
 from lorameter.trial.memory import output_head, resident_tensors, storage_bytes
 from lorameter.trial.process import give_back_free
 from lorameter.trial.profiling.activity import PART
 from lorameter.trial.profiling.phases import Phases
+from lorameter.trial.serving.generate import Request
 
 Ask = Callable[[], Request]
 

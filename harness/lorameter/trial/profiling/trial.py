@@ -36,9 +36,9 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.packing import unpack_4bit
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.process import release_unused
-from lorameter.trial.profiling.memory_breakdown import measure_breakdown, take_birth
+from lorameter.trial.profiling.memory import measure_breakdown, take_birth
 from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
-from lorameter.trial.profiling.phase_timing import (
+from lorameter.trial.profiling.phases import (
     BorderedStep,
     pair_times,
     profiled,

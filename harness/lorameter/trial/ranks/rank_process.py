@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from lorameter import wire
 from lorameter.machine.processes import end_with_parent
+from lorameter.records.failures import failed_record
 from lorameter.records.record import PartialRecord
-from lorameter.trial.failure import failure_of
 
 
 class RankProcess:
@@ -54,7 +54,7 @@ class RankProcess:
                         made.append(make())
                     return made[0].run(command.name, **command.arguments)  # type: ignore[no-any-return]
                 except Exception as error:
-                    return failure_of(error, command.name)
+                    return failed_record(error, command.name)
 
             with connection:
                 wire.serve(connection, answer)

@@ -15,7 +15,7 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.inference.generate import generate
+from lorameter.trial.serving.generate import generate
 from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(

@@ -12,7 +12,6 @@ device context.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 
@@ -27,8 +26,7 @@ def import_libraries() -> None:
     import lorameter.trial.building.base_model
     import lorameter.trial.building.build
     import lorameter.trial.data.stream
-    import lorameter.trial.inference.generate
-    import lorameter.trial.inference.waterfall  # noqa: F401
+    import lorameter.trial.serving.generate  # noqa: F401
 
 
 def time_imports(spawned_monotonic_s: float) -> PartialRecord:
@@ -53,20 +51,17 @@ def load_and_answer(request: TrialRequest) -> PartialRecord:
     from lorameter.trial.building.base_model import load_base
     from lorameter.trial.building.build import set_precision
     from lorameter.trial.data.stream import TokenStream
-    from lorameter.trial.inference.generate import generate
-    from lorameter.trial.inference.waterfall import Waterfall
     from lorameter.trial.process import prepare_process, synchronize
+    from lorameter.trial.serving.generate import generate
 
     entered = time.monotonic()
-    waterfall = Waterfall() if request.waterfall else None
     prepare_process(request)
     variant = request.variant
     set_precision(variant)
     stream = TokenStream(Path(request.tokens_path), request.workload, variant, request.device)
     source = catalogue.resolve(request.workload.model)
     begin = time.monotonic()
-    with waterfall.loading(request.device) if waterfall else contextlib.nullcontext():
-        base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+    base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
     read = time.monotonic()
     model = lora.load(base, variant, Path(request.scratch) / "adapter")
     if variant.merge_adapter:
@@ -74,16 +69,15 @@ def load_and_answer(request: TrialRequest) -> PartialRecord:
     model.eval()
     synchronize(request.device)
     loaded = time.monotonic()
-    with waterfall.answering(lora.wrapped(model), request.device) if waterfall else contextlib.nullcontext():
-        first = generate(model, stream.prompts(0), request.workload.new_tokens, variant=variant)
+    first = generate(model, stream.prompts(0), request.workload.new_tokens, variant=variant)
     values = {
         "cold_after_import_time_s": time.monotonic() - entered,
+        "cold_prepare_time_s": begin - entered,
         "cold_load_time_s": loaded - begin,
+        "cold_base_time_s": read - begin,
+        "cold_adapter_time_s": loaded - read,
         "cold_base_conversions": 1.0,
         "cold_first_token_time_s": first.first_token_time_s,
         "cold_completion_time_s": first.request_time_s,
     }
-    if waterfall is not None:
-        prepared = {"cold_prepare_time_s": begin - entered, "cold_adapter_time_s": loaded - read}
-        values |= prepared | waterfall.values(base_s=read - begin, first_token_s=first.first_token_time_s)
     return PartialRecord(values=values, tokens={"cold_completion": list(first.tokens)})

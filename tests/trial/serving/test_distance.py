@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorameter.trial.parity.distance import ROWS, measure_distance, sequence_losses
+from lorameter.trial.serving.parity import ROWS, measure_distance, sequence_losses
 
 
 @pytest.fixture

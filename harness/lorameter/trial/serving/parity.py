@@ -1,4 +1,4 @@
-"""An adapter as PEFT loads it, served in one way after another, and what is observed of each.
+"""An adapter as PEFT loads it, served in several ways, and how far their answers and logits are from each other.
 
 Every way begins with the saved adapter, as a user's does, in eval mode, greedy, with the same seed. The reference's
 logits are written into the trial's folder, an answer each, for those that are compared with it in other processes: one
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lorameter.errors import LorameterError
 from lorameter.models import catalogue
 from lorameter.records import codec
+from lorameter.records.failures import failed_record
 from lorameter.records.parity import PROMPTS, SERVED, LogitDistance, Served
 from lorameter.records.record import PartialRecord
 from lorameter.studies.serving_modes import ServingMode, ServingRequest
@@ -27,10 +28,11 @@ from lorameter.trial.building.build import seed_everything, set_precision
 from lorameter.trial.building.packing import unpack_4bit
 from lorameter.trial.building.quantising import dtype_of
 from lorameter.trial.data.stream import TokenStream
-from lorameter.trial.failure import failure_of
-from lorameter.trial.inference.generate import generate
-from lorameter.trial.parity.distance import measure_distance, sequence_losses
 from lorameter.trial.process import prepare_process
+from lorameter.trial.serving.generate import generate
+
+ROWS = 16
+"""Positions at a time: 16 of 262,144 words are 34 MB in float64."""
 
 
 def serve_adapter(request: ServingRequest) -> PartialRecord:
@@ -49,7 +51,7 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
                 model = load_served(request, way)
             found = observe(prepare_way(model, way), way, stream, request, answers)
         except Exception as error:
-            failed = failure_of(error, "parity")
+            failed = failed_record(error, "parity")
             if failed.status == "interrupted":  # the disk is full, and it is for the next one as well
                 return failed
             found = Served(way=way.name, failure=failed.failure)
@@ -141,3 +143,57 @@ def _losses(model: Any, batch: dict[str, torch.Tensor], request: ServingRequest)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**inputs, use_cache=False).logits
     return sequence_losses(logits, batch["labels"], request.trial.workload.sequence_length)
+
+
+# --- distances -------------------------------------------------------------------------------------------------------
+
+
+def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDistance:
+    """The distance of `other` from `reference`, both of shape (positions, vocabulary), on one device.
+
+    Raises:
+        LorameterError: their shapes differ, there is no position, or a logit is not finite.
+    """
+    if reference.shape != other.shape or reference.dim() != 2 or not reference.numel():
+        raise LorameterError(f"logits of shapes {tuple(reference.shape)} and {tuple(other.shape)} are not compared")
+    for which, logits in (("the reference's", reference), ("its", other)):
+        if not logits.isfinite().all():
+            raise LorameterError(f"{which} logits hold a number that is not finite")
+    differs, kl, means, largest, cosines = [], [], [], [], []
+    for rows, others in zip(reference.split(ROWS), other.split(ROWS), strict=True):
+        ours, theirs = rows.double(), others.double()
+        differs.append(ours.argmax(-1) != theirs.argmax(-1))
+        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))  # rounding may go below what it cannot be
+        apart = (ours - theirs).abs()
+        means.append(apart.mean(-1))
+        largest.append(apart.amax(-1))
+        cosines.append(torch.cosine_similarity(ours, theirs, dim=-1))
+    divergence, cosine = torch.cat(kl), torch.cat(cosines)
+    return LogitDistance(
+        positions=reference.shape[0],
+        argmax_differs=int(torch.cat(differs).sum()),
+        kl_mean_nats=float(divergence.mean()),
+        kl_max_nats=float(divergence.max()),
+        difference_mean=float(torch.cat(means).mean()),
+        difference_max=float(torch.cat(largest).max()),
+        cosine_mean=float(cosine.mean()),
+        cosine_min=float(cosine.min()),
+    )
+
+
+def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, length: int) -> list[float]:
+    """Mean loss over the labelled tokens of each sequence of `length` tokens that has one, in nats.
+
+    Args:
+        logits: shape (rows, tokens, vocabulary); a row may hold several sequences one after the other.
+        labels: shape (rows, tokens), as transformers takes them: a token's label is at its own position, -100 is none.
+        length: tokens of a sequence. The first token of each has no label, or its loss would cross the border.
+    """
+    losses: list[float] = []
+    for row, expected in zip(logits, labels, strict=True):
+        each = torch.nn.functional.cross_entropy(row[:-1].float(), expected[1:], reduction="none", ignore_index=-100)
+        each = torch.nn.functional.pad(each, (1, 0)).double().reshape(-1, length)
+        counts = (torch.nn.functional.pad(expected[1:], (1, 0), value=-100) != -100).reshape(-1, length).sum(-1)
+        losses += [float(total / count) for total, count in zip(each.sum(-1), counts, strict=True) if int(count)]
+    return losses

@@ -20,8 +20,8 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building import base_cache, base_model, lora
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.inference import cold
-from lorameter.trial.inference.generate import generate
+from lorameter.trial.serving import cold
+from lorameter.trial.serving.generate import generate
 
 VARIANT = Variant(name="v", r=2, quantization="nf4", dtype="float32", compute_dtype="float32")
 WORKLOAD = Workload(

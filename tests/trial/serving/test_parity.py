@@ -20,7 +20,7 @@ from lorameter.trial.building import lora
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.parity import serving
+from lorameter.trial.serving import serving
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=2, train_sequences=8, held_out_records=4, held_out_sequences=2, prompt_tokens=8,
