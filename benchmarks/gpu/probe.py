@@ -35,7 +35,7 @@ def machine() -> Fact:
     torch.ones(1, device="cuda")
     torch.cuda.synchronize()
     started_s = time.perf_counter() - begin
-    from lorameter.machine.other_gpu_processes import neighbours_of
+    from lorameter.machine.gpus import neighbours_of
 
     card = card_of_torch()
     own, facts = neighbours_of(card, generations=0).own_bytes, card.facts()

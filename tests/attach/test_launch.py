@@ -262,7 +262,7 @@ def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch
     monkeypatch.setattr(launch, "_in_terminal", lambda: True)
     before = signal.signal(signal.SIGHUP, lambda *_: ours.append(1))
     try:
-        code = launch.run_command(["sleep", "60"], tmp_path / "run", {})
+        code = launch.run_command(["sleep", "60"], tmp_path / "run", {}, tmp_path)
         assert (code, ours) == (128 + signal.SIGHUP, [])
         os.kill(os.getpid(), signal.SIGHUP)
         assert ours == [1]

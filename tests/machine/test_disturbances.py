@@ -78,13 +78,6 @@ def test_the_counter_of_time_goes_before_the_samples():
     assert found({"device_power_slowdown_train_s": 0.0, "device_power_capped_samples_train": 40.0}) == ()
 
 
-def test_a_supply_that_brakes_shows_in_samples_only():
-    """The GPU's thermal counter stays at zero then."""
-    (one,) = found({"device_throttled_samples_train": 20.0})
-    assert "20 of 40 samples" in one.message
-    assert one.invalid
-
-
 def test_a_variant_that_barely_fits_is_told_and_stays_valid():
     """Its times are what it costs, and would be again."""
     (one,) = found(memory={"device_alloc_retries_train": 3, "device_ooms_train": 1})
@@ -103,32 +96,6 @@ def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
     assert "isolated trial is invalid" in together.message
 
 
-def test_several_threads_are_judged_by_the_pressure_around_them_alone():
-    """They wait for each other, so no occupancy is given for them, and no limit of it is named."""
-    (one,) = found({"host_cpu_stall_train_s": 90.0})
-    assert "work waited for a CPU in 90% of the time" in one.message
-    assert "isolated trial is invalid" not in one.message
-
-
-def test_what_all_shared_makes_nobody_invalid_and_heat_does():
-    """A GPU that protects itself is not what the study asks about, however fairly it is shared."""
-    assert not any(one.invalid for one in found({"device_sm_clock_min_train_hz": 1.0e9}, in_turns=True))
-    assert not any(one.invalid for one in found({"host_steal_train_s": 50.0}, in_turns=True))
-    assert any(one.invalid for one in found({"device_thermal_slowdown_train_s": 50.0}, in_turns=True))
-
-
-def test_the_worst_stands_first():
-    """Invalid before notices, then by how far past its limit."""
-    codes = [
-        one.code
-        for one in found({
-            "device_temperature_margin_train_c": 4.0, "host_steal_train_s": 20.0,
-            "device_others_train": 1.0, "device_others_train_bytes": 2.0 * GIB,
-        })
-    ]  # fmt: skip
-    assert codes == ["gpu-shared", "stolen", "gpu-near-thermal-limit"]
-
-
 @pytest.mark.parametrize(
     ("withheld", "given"),
     [("host_steal_train_s", "host_busy_train_s"), ("host_quota_stall_train_s", "host_quota_used_train_s")],
@@ -141,8 +108,3 @@ def test_what_was_withheld_is_a_share_of_the_cpu_time_that_was_asked_for(withhel
     assert "50% of the CPU time that was requested" in one.message
     unknown = {name: value for name, value in QUIET.items() if name != given} | {withheld: 99.0}
     assert judge(unknown, {}, "train", in_turns=False) == ()
-
-
-def test_a_phase_is_judged_by_its_own_values():
-    """Training that was disturbed says nothing of generation."""
-    assert found({"host_steal_train_s": 50.0}, phase="generate") == ()

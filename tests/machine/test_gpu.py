@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
+from lorameter.machine.gpus import neighbours_of
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.nvml import IDLE
-from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.telemetry import Telemetry, card_of
 from lorameter.trial.clock import Stopwatch
 

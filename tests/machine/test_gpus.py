@@ -6,30 +6,6 @@ import pytest
 
 from tests.machine.two_cards import MIG, TWO
 
-NOT_SUPPORTED = 3
-
-
-LINKS = """
-    from lorameter.machine.gpus import card_links
-    tell(card_links().value)
-"""
-
-
-def test_the_connections_of_gpus_are_read(nvml):
-    """NVLink, else the point where their paths meet; hidden GPUs and MIG instances are left out."""
-    three = {"count": 3, "0.nvlink.1": 0, "0.meet.2": 50, "1.meet.2": 30}
-    three |= {f"{number}.uuid": f"GPU-{number}{number}" for number in range(3)}
-    far, near = "the link between memory nodes", "a PCIe host bridge"
-    assert nvml(LINKS, three) == {"NVLink": ["0 and 1"], far: ["0 and 2"], near: ["1 and 2"]}
-    assert nvml(LINKS, three, CUDA_VISIBLE_DEVICES="GPU-0,2") == {far: ["GPU-0 and 2"]}
-    assert nvml(LINKS, three, CUDA_VISIBLE_DEVICES="1,7") == {}
-    assert nvml(LINKS, {**MIG, "count": 2}, CUDA_VISIBLE_DEVICES="MIG-bbbb,0") == {}
-    refused = nvml(LINKS, {**three, "rc.nvmlDeviceGetP2PStatus": NOT_SUPPORTED, "0.meet.1": 20})
-    assert refused["several PCIe switches"] == ["0 and 1"]
-    (unknown,) = [way for way, pairs in nvml(LINKS, {**three, "0.meet.2": 60}).items() if "0 and 2" in pairs]
-    assert unknown.startswith("not available")
-
-
 VISIBLE = """
     from lorameter.machine.gpus import visible_cards
     tell([

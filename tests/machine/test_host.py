@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from lorameter.machine.cgroup import cpu_quota, memory_left
-from lorameter.machine.host import HostTelemetry, host_counters, withheld_share
+from lorameter.machine.host import HostTelemetry, cpu_quota, host_counters, withheld_share
 from lorameter.machine.system import memory_available_bytes, memory_bytes, system_facts
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -102,16 +101,6 @@ def test_a_cgroup_is_paired_with_its_own_use(root):
     assert (totals["quota_stall_s"], totals["quota_used_s"]) == (pytest.approx(3.0), pytest.approx(2.0))
 
 
-def test_a_process_that_is_moved_has_no_quota_of_that_stretch(root):
-    """The counters are those of two cgroups, so their difference says nothing; the next stretch has its own."""
-    watch = HostTelemetry(root(files()))
-    watch.begin()
-    elsewhere = "sys/fs/cgroup/elsewhere/cpu.stat"
-    root({"proc/self/cgroup": "0::/elsewhere\n", elsewhere: "usage_usec 5\nthrottled_usec 7000000\n"})
-    assert "quota_stall_s" not in watch.end()
-    assert "moved to another cgroup" in watch.missing["quota_stall_s"]
-
-
 def test_a_counter_that_goes_back_is_missing(root):
     """Steal is known to; a difference below zero is no measurement."""
     watch = HostTelemetry(root(files(steal=500)))
@@ -119,18 +108,6 @@ def test_a_counter_that_goes_back_is_missing(root):
     root(files(steal=100))
     assert "steal_s" not in watch.end()
     assert "went back" in watch.missing["steal_s"]
-
-
-def test_the_clock_has_a_range(root):
-    """In hertz, from the kernel's kilohertz."""
-    name = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_cur_freq"
-    watch = HostTelemetry(root({name.format(cpu): "3200000\n" for cpu in os.sched_getaffinity(0)}))
-    watch.begin()
-    watch.end()
-    watch.begin()
-    root({name.format(CPU): "1600000\n"})
-    totals = watch.end()
-    assert (totals["clock_min_hz"], totals["clock_max_hz"]) == (1.6e9, 3.2e9)
 
 
 def test_the_real_machine_counts_this_process():
@@ -157,16 +134,6 @@ def test_the_real_machine_counts_this_process():
 def test_the_tightest_quota_counts(root, described, cpus):
     """Also that of a parent, and in a container, which does not see the folder of its own name."""
     assert cpu_quota(root(described)).value == cpus
-
-
-def test_file_pages_can_be_dropped(root):
-    """They count as used, and a process that needs memory gets theirs."""
-    folder = "sys/fs/cgroup/a"
-    described = {"proc/self/cgroup": "0::/a\n", f"{folder}/memory.stat": "inactive_file 300\n"}
-    described |= {f"{folder}/memory.max": "1000\n", f"{folder}/memory.current": "800\n"}
-    assert memory_left(root(described)).value == 500
-    root({f"{folder}/memory.max": "max\n"})
-    assert not memory_left(root({})).known
 
 
 def test_memory_is_the_least_of_what_the_machine_has_and_a_container_may_use(root):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 GIB = 2**30
 ASK = """
     import dataclasses, os
-    from lorameter.machine.other_gpu_processes import neighbours_of
+    from lorameter.machine.gpus import neighbours_of
     from lorameter.machine.nvml import open_device
     with open(os.environ["FAKE_NVML"], "a") as file:
         file.write("0.processes=" + {listed} + "\\n")
@@ -55,30 +53,8 @@ def test_numbers_of_another_container_tell_nothing(nvml):
     assert "mean nothing in this container" in told["statement"]
 
 
-def test_what_is_in_use_is_known_where_the_processes_are_not(nvml):
-    """The device tells it without a list, and the list without sizes."""
-    told = nvml(ask('""'), {"rc.nvmlDeviceGetComputeRunningProcesses_v3": 4, "0.used": 7000})
-    assert told["used_bytes"] == [7000, ""]
-    assert told["own_bytes"][0] is None
-    told = nvml(ask('""'), {"rc.nvmlDeviceGetMemoryInfo_v2": 4, "rc.nvmlDeviceGetMemoryInfo": 4})
-    assert told["used_bytes"] == [None, "nvmlDeviceGetMemoryInfo: this process is not permitted to read it"]
-    assert told["own_bytes"] == [None, "this process is not listed as holding device memory"]
-
-
 def test_memory_that_nobody_holds_gives_hidden_processes_away(nvml):
     """The list is empty, and 3 GiB are in use."""
     told = nvml(ask('""'), {"0.used": 3 * GIB})
     assert told["hidden_bytes"] == [3 * GIB, ""]
     assert told["statement"].startswith("3 GiB of device memory are in use and no listed process holds them")
-
-
-@pytest.mark.parametrize(
-    ("answers", "listed", "words"),
-    [
-        ({"rc.nvmlDeviceGetComputeRunningProcesses_v3": 4}, '""', "not permitted"),
-        ({}, 'f"{os.getpid()}:?"', "does not say how much memory"),
-    ],
-)
-def test_a_list_that_is_not_given_is_no_empty_list(nvml, answers, listed, words):
-    """Not permitted, or without sizes."""
-    assert words in nvml(ask(listed), answers)["own_bytes"][1]

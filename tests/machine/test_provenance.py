@@ -117,14 +117,6 @@ def test_a_cpu_chooses_no_kernels_of_a_card(steered):
     assert fingerprint(steered(device="cpu")) == fingerprint(steered({}, {}, device="cpu"))
 
 
-def test_another_interpreter_has_libraries_and_switches_of_its_own(steered):
-    """Its packages, its CUDA and its environment, in place of those of the parent."""
-    host = {"packages": {"nvidia-cudnn-cu12": "9.1"}, "cuda": "12.6", "switches": {"NVIDIA_TF32_OVERRIDE": "1"}}
-    facts = steered(host=host)
-    assert facts["kernels"] == {"cudnn": "9.1", "cublas": None, "switches": {"NVIDIA_TF32_OVERRIDE": "1"}}
-    assert "switches" not in facts
-
-
 @pytest.mark.parametrize(
     ("name", "steers"),
     [

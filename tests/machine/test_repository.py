@@ -45,15 +45,3 @@ def test_a_hook_does_not_turn_the_question_to_its_repository(repository, tmp_pat
     state = git_state(repository)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     assert git_state(repository) == state
-
-
-def test_outside_of_one_nothing_is_known(tmp_path):
-    """Nor where git is not installed."""
-    assert git_state(tmp_path) == {"commit": None, "dirty": None}
-
-
-def test_without_git_the_answer_is_the_reason(tmp_path, monkeypatch):
-    """Never an exception."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert run_git(tmp_path, "status").stderr.startswith("git cannot be run")
-    assert git_state(tmp_path) == {"commit": None, "dirty": None}

@@ -33,13 +33,6 @@ def test_energy_runs_from_the_first_begin_to_the_last_end(nvml):
     assert "energy_j" not in missing
 
 
-def test_energy_is_not_given_where_others_take_turns(nvml):
-    """It would be theirs as well."""
-    found, missing = watched(nvml, {"0.energy": "0,900000"}, (0.0, 5.0), energy=False)
-    assert "energy_j" not in found[-1]
-    assert "energy_j" not in missing
-
-
 def test_extremes_over_all_ends(nvml):
     """Clocks right after the work, the hottest moment, samples at both ends of each stretch."""
     answers = {

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
-from lorameter.records import codec, fileio
+from lorameter.records import fileio
 from lorameter.records.fileio import NotReadableError, read_json, read_text, read_toml
 
 
@@ -74,16 +71,3 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=20,
 )
-
-
-@given(plain)
-def test_what_lies_within_the_bounds_is_read_as_it_is(data):
-    """The bounds take nothing from what is within them."""
-    assert codec.parse(json.dumps(data)) == data
-
-
-@given(st.binary(max_size=60))
-def test_any_bytes_are_data_or_a_refusal(content):
-    """Nothing but `NotJsonError`, whatever the bytes are."""
-    with contextlib.suppress(codec.NotJsonError):
-        codec.parse(content)

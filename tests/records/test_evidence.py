@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lorameter.errors import InvalidRunError, UsageError
-from lorameter.records import fileio, store
+from lorameter.errors import InvalidRunError
+from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import TRIALS, Manifest, Resumption, RunWriter
-from lorameter.records.trials import CHECKS, EvidenceFile, LostEvidenceError
+from lorameter.records.trials import CHECKS
 
 BITS = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "60 of 60 layers: 4 – all"}
 MASK = {"path": "attention.mask", "required": None, "observed": "explicit", "status": "active", "reason": "seen"}
@@ -62,13 +62,6 @@ def test_evidence_stands_once_and_records_name_it(written):
     named = [json.loads(line)["checks"] for line in (written / TRIALS).read_text().splitlines()]
     assert named == [[first, second], [first, second], [third, first]]
     assert read(written).records == RECORDS
-
-
-def test_a_copied_folder_is_a_whole_run(written, tmp_path):
-    """Nothing of it lies elsewhere, and nothing names where it lay."""
-    copy = shutil.copytree(written, tmp_path / "elsewhere" / "run")
-    shutil.rmtree(written)
-    assert read(copy).records == RECORDS
 
 
 def test_a_crash_at_any_byte_leaves_records_with_their_checks(written, tmp_path, monkeypatch):
@@ -137,41 +130,6 @@ def test_evidence_that_was_changed_is_lost(written, harm):
     assert [one.checks for one in read(written).records] == [(BITS,), (BITS, MASK), (SHARE, BITS)]
 
 
-def test_two_processes_one_after_the_other_store_evidence_once(tmp_path):
-    """The second knows what the first has written, and the first what the second has added since."""
-    first = RunWriter(tmp_path, manifest())
-    first.append(RECORDS[0])
-    second = RunWriter(tmp_path, manifest())
-    second.append(RECORDS[2])
-    first.append(record(1, SHARE))
-    assert len((first.path / CHECKS).read_text().splitlines()) == 3
-    assert [one.checks for one in read(first.path).records] == [(BITS, MASK), (SHARE,), (SHARE, BITS)]
-
-
-def test_a_run_can_be_read_while_it_is_written(tmp_path):
-    """Evidence that was added after the first look is found."""
-    EvidenceFile(tmp_path).add([BITS])
-    looking = EvidenceFile(tmp_path)
-    names = [looking.add([BITS])[0], *EvidenceFile(tmp_path).add([MASK])]
-    assert looking.find(names) == (BITS, MASK)
-    with pytest.raises(LostEvidenceError):
-        looking.find(["0123456789abcdef"])
-
-
-@pytest.mark.parametrize(("schema", "checks", "said"), [
-    (5, [BITS], "run, trials.jsonl: checks[0] = {"),
-    (5, None, "checks = None: a list is expected"), (5, [1], "checks[0] = 1: str is expected"),
-    (99, [], "schema 99"), (True, [], "schema True"), (None, [], "None"),
-])  # fmt: skip
-def test_each_schema_keeps_to_its_form(written, schema, checks, said):
-    """A list of checks where names are due, or the other way round, is refused by name, as is a schema that is none."""
-    told = json.loads((written / TRIALS).read_text().splitlines()[0]) | {"schema": schema, "checks": checks}
-    (written / TRIALS).write_text(json.dumps(told) + "\n")
-    with pytest.raises(UsageError) as caught:
-        store.read_run("run", written.parent)
-    assert said in str(caught.value)
-
-
 def test_a_disk_that_refuses_evidence_ends_the_run(tmp_path):
     """As one that refuses a record does, and no record is written whose evidence is not there."""
     writer = RunWriter(tmp_path, manifest())
@@ -179,26 +137,6 @@ def test_a_disk_that_refuses_evidence_ends_the_run(tmp_path):
     with pytest.raises(InvalidRunError, match=r"run run ended before its time.*checks\.jsonl"):
         writer.append(RECORDS[0])
     assert not (writer.path / TRIALS).exists()
-
-
-def test_a_record_that_is_no_text_is_written(tmp_path):
-    """Half a surrogate pair, as in the name of a file that is no text, costs its character and not the run."""
-    writer = RunWriter(tmp_path, manifest())
-    writer.append(record(0, BITS | {"reason": "file \udcff"}, log="logs/\udcff.log"))
-    (found,) = read(writer.path).records
-    assert (found.log, found.checks[0]["reason"]) == ("logs/?.log", "file ?")
-
-
-def test_evidence_that_the_disk_refuses_is_an_error_with_its_remedy(tmp_path, monkeypatch):
-    """Not lost evidence, which would be a damaged record, and no traceback."""
-    hashes = EvidenceFile(tmp_path).add([BITS])
-
-    def refuse(path, *_, **__):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(fileio, "open_plain", refuse)
-    with pytest.raises(UsageError, match=r"checks\.jsonl: cannot be read: Permission denied\. Make it readable"):
-        EvidenceFile(tmp_path).find(hashes)
 
 
 def test_a_credential_in_a_reason_is_not_written(tmp_path):

@@ -11,7 +11,6 @@ import pytest
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import fileio, store
-from lorameter.records.trials import CHECKS, EvidenceFile, LostEvidenceError
 from tests.constructed import RUNS
 
 
@@ -66,15 +65,6 @@ def test_what_is_no_journal_is_refused_by_its_name(runs, no_journal, capsys):
     assert "trials.jsonl: cannot be read" in row["title"]
 
 
-def test_what_is_no_evidence_is_lost_or_refused(runs, no_journal):
-    """Nobody waits for it, and nobody holds it in memory."""
-    no_journal(runs / "it" / CHECKS)
-    with pytest.raises((UsageError, LostEvidenceError)) as refused:
-        EvidenceFile(runs / "it").find(["0" * 16])
-    if (runs / "it" / CHECKS).is_file() and not (runs / "it" / CHECKS).is_symlink():
-        assert "checks.jsonl: cannot be read" in str(refused.value)
-
-
 def test_lines_are_read_as_they_were_appended(tmp_path):
     """With what ends them, blank ones left out; bytes that are no text stand in no JSON."""
     fileio.append(tmp_path / "x", "one\n")
@@ -84,25 +74,3 @@ def test_lines_are_read_as_they_were_appended(tmp_path):
     assert list(fileio.journal_lines(tmp_path / "x")) == ["one\n", "two\n", "thr\\xffee\n"]
     assert list(fileio.journal_lines(tmp_path / "none")) == []
     assert list(fileio.journal_lines(tmp_path / ("x" * 300))) == []
-
-
-@pytest.mark.parametrize("what", ["nothing", "a file", "a link to a file", "a link", "a circle", "a folder", "a pipe"])
-def test_what_lines_are_added_to_is_a_file(what, tmp_path):
-    """Where nothing is, one is made later, and not now; a link that leads nowhere is something."""
-    path = tmp_path / "trials.jsonl"
-    {
-        "nothing": lambda: None,
-        "a file": path.touch,
-        "a link to a file": lambda: ((tmp_path / "x").touch(), path.symlink_to("x")),
-        "a link": lambda: path.symlink_to("nowhere"),
-        "a circle": lambda: path.symlink_to(path.name),
-        "a folder": path.mkdir,
-        "a pipe": lambda: os.mkfifo(path),
-    }[what]()
-    before = sorted(tmp_path.iterdir())
-    if what in ("nothing", "a file", "a link to a file"):
-        fileio.check_appendable(path)
-    else:
-        with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be written: .*\. Restore it, or remove it\."):
-            fileio.check_appendable(path)
-    assert sorted(tmp_path.iterdir()) == before

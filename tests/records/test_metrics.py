@@ -1,11 +1,8 @@
 """The table of metrics: one entry says all of a metric, and what follows from a record is what its name says."""
 
-import json
-
 import pytest
 
-from lorameter.cli import main
-from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Metric, columns_of, samples_of
+from lorameter.records.metrics import METRICS, PHASES, PRIMARY, columns_of, samples_of
 from lorameter.records.record import TrialRecord
 
 
@@ -73,40 +70,3 @@ def test_every_entry_stands_under_its_name():
     for phase in PHASES:
         shown = {*columns_of(phase, own_workloads=True), *columns_of(phase, own_workloads=False), PRIMARY[phase]}
         assert {METRICS[name].phase for name in shown} == {phase}
-
-
-def test_columns_that_rest_on_the_tokens_need_one_workload():
-    """Where variants have workloads of their own, training shows the time of a step in place of rates and losses."""
-    parts = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
-    shares = ("mfu", "scaling_efficiency", "communication_share")
-    losses = ("timed_loss", "held_out_loss")
-    assert columns_of("train", own_workloads=False) == (*parts, "tokens_per_s", *shares, *losses)
-    assert columns_of("train", own_workloads=True) == ("step_time_s", *parts, *shares)
-    assert columns_of("generate", own_workloads=True) == columns_of("generate", own_workloads=False)
-
-
-@pytest.fixture
-def wait_metric(monkeypatch):
-    """A metric that no file of ours knows: its entry in the table is all that there is of it."""
-    entry = Metric(
-        name="waiting_time_s", title="waiting", unit="s", phase="train", column="always",
-        derive=lambda record: tuple(2 * step for step in record.samples.get("step_time_s", ())),
-    )  # fmt: skip
-    monkeypatch.setitem(METRICS, entry.name, entry)
-    return entry
-
-
-def test_a_metric_is_one_entry(wait_metric, write_run, tmp_path, capsys):
-    """It is a column of the report and a row of a comparison of everything, and can be asked for by name."""
-    times = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
-    base, candidate = write_run("a", times), write_run("b", times)
-    main(["report", str(base), "--runs-dir", str(tmp_path / "runs"), "--json"])
-    (table,) = json.loads(capsys.readouterr().out)["tables"]
-    assert wait_metric.title in table["heads"]
-    place = table["heads"].index(wait_metric.title)
-    shown = [float(row["cells"][place].split()[0]) for row in table["rows"]]
-    assert shown == pytest.approx([200, 400], abs=1)
-    for options in (["--all-metrics"], ["--metric", "waiting*"]):
-        main(["compare", str(base), str(candidate), "--runs-dir", str(tmp_path / "runs"), "--json", *options])
-        rows = json.loads(capsys.readouterr().out)["comparisons"]
-        assert {row["variant"] for row in rows if row["metric"] == wait_metric.name} == {"plain", "nf4"}

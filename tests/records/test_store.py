@@ -68,13 +68,6 @@ def test_a_damaged_manifest_is_a_clear_error(tmp_path):
         store.read_run(str(writer.path), tmp_path)
 
 
-def test_an_unknown_run_names_the_latest(tmp_path):
-    """A wrong id gets the ids that exist."""
-    RunWriter(tmp_path, manifest())
-    with pytest.raises(UsageError, match="20260101-000000-s-0000"):
-        store.read_run("nope", tmp_path)
-
-
 def test_where_runs_live(tmp_path, monkeypatch):
     """The option wins over the environment, which wins over the folder one stands in."""
     monkeypatch.chdir(tmp_path)
@@ -118,16 +111,6 @@ def test_the_last_record_of_a_trial_counts(tmp_path):
         ("r0-a", "ok", 4.0), ("r0-b", "ok", 5.0), ("r0-c", "ok", 9.0),
     ]  # fmt: skip
     assert run.measured_again == 1  # r0-c; the trial that ended as it began was measured once
-
-
-def test_a_trial_given_up_and_then_needless_is_in_no_report(tmp_path):
-    """After an interruption it was not run; resumed, the run ended before its turn came."""
-    writer = RunWriter(tmp_path, msgspec.structs.replace(manifest(), order=("r0-a", "r1-a")))
-    writer.append(record("r0-a"))
-    writer.append(record("r1-a").replaced(status="not_run"))
-    assert [one.status for one in store.read_run(str(writer.path), tmp_path).records] == ["ok", "not_run"]
-    writer.finish("complete", stopped="precise enough", measured=["r0-a"])
-    assert [one.trial for one in store.read_run(str(writer.path), tmp_path).records] == ["r0-a"]
 
 
 def test_writing_goes_on_after_a_line_that_was_cut_short(tmp_path):

@@ -66,21 +66,6 @@ def test_resident_bytes_are_exact_by_kind():
     }
 
 
-@pytest.mark.parametrize(("nested", "bits"), [(True, 4.127), (False, 4.5)])
-def test_four_bit_layers_take_what_the_paper_says(nested, bits):
-    """Weights and constants of NF4 at block size 64: 4.5 bits a weight, 4.127 with double quantisation."""
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit(1024, 1024, bias=False, quant_type="nf4", compress_statistics=nested)
-    layer.weight = bnb.nn.Params4bit(
-        torch.randn(1024, 1024), requires_grad=False, quant_type="nf4", compress_statistics=nested
-    )
-    layer = layer.to("cpu")
-    sizes = resident_bytes(layer, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
-    total = sizes["base_weight_bytes"] + sizes["quantization_state_bytes"]
-    assert total * 8 / 1024**2 == pytest.approx(bits, abs=0.02)
-
-
 def test_the_scales_of_int8_layers_are_counted_after_a_forward():
     """bitsandbytes moves them from the weight to the layer's state; one float32 a row either way."""
     import bitsandbytes as bnb

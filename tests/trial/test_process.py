@@ -43,14 +43,6 @@ def test_int8_layers_do_not_log_inside_the_timed_window(request_on_cpu, undistur
     assert not undisturbed.isEnabledFor(logging.WARNING)
 
 
-def test_the_process_has_the_threads_of_the_request(request_on_cpu, undisturbed):
-    """On a CPU, torch computes with as many threads as the request says."""
-    torch = pytest.importorskip("torch")
-    torch.set_num_threads(2)
-    prepare_process(request_on_cpu)
-    assert torch.get_num_threads() == 1
-
-
 def test_a_device_starts_before_what_is_timed_on_it(monkeypatch):
     """How long it took is a number of its own; a CPU is not waited for."""
     monkeypatch.setattr(process, "synchronize", lambda device: time.sleep(0.02))

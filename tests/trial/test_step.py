@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels_check import probe_isolation, watch
+from kernels_check import probe_isolation
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -143,46 +143,6 @@ def test_packed_records_are_isolated_in_training_and_evaluation(tokens, attentio
     trainee, stream, step = setting(dataclasses.replace(NF4, attention=attention), tokens)
     check = probe_isolation(trainee.model, step.inputs(stream.packed_batch()))
     assert check.met, check.reason
-
-
-def test_the_probe_sees_a_leak(tokens):
-    """Without use_cache=False the same batch leaks, and the probe says so."""
-    trainee, stream, step = setting(NF4, tokens)
-    inputs = step.inputs(stream.packed_batch())
-    inputs.pop("use_cache")
-    assert not probe_isolation(trainee.model, inputs).met
-
-
-def test_padded_batches_carry_their_mask(tokens):
-    """The padded layout trains too, with the attention mask in the batch."""
-    _, stream, step = setting(PLAIN, tokens, layout="padded")
-    assert "attention_mask" in stream.take()
-    assert torch.isfinite(step())
-    assert stream.padded_tokens > 0
-    assert stream.packed_batch() is None
-
-
-def test_joined_batches_leave_attention_plainly_causal(tokens):
-    """Neither positions nor a mask: of the three layouts the one that SDPA takes without one. What pads a held-out row
-    lies behind all that is real, where nothing sees it."""
-    masks = {}
-    for layout in ("joined", "packed", "padded"):
-        trainee, stream, step = setting(PLAIN, tokens, layout=layout)
-        with watch(trainee.model) as watched:
-            step()
-        found = {check.path: check.observed for check in watched.checks}
-        masks[layout] = found["attention.mask"]
-    assert masks == {"joined": "causal", "packed": "explicit", "padded": "explicit"}
-    trainee, stream, step = setting(PLAIN, tokens, layout="joined")
-    assert set(stream.take()) == {"input_ids", "labels"}
-    assert (stream.real_tokens, stream.padded_tokens, stream.packed_batch()) == (128, 0, None)
-    assert stream.record_lengths() == (64,) * 16
-    before = step.held_out_loss()
-    for row, mask in zip(
-        stream._tensors["held_out.input_ids"], stream._tensors["held_out.attention_mask"], strict=True
-    ):
-        row[mask == 0] = 5
-    assert step.held_out_loss() == before
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,6 @@ def test_readings_stand_around_what_is_timed(surroundings):
     assert Recorded.asked == ["begin train", "call", "end train", *generate, *generate]
 
 
-@pytest.mark.parametrize("command", ["build", "verify", "warm_up", "begin_generate", "merge", "close"])
-def test_what_is_not_timed_is_not_watched(surroundings, command):
-    """Its time is in no result."""
-    around, _ = surroundings("steps", "peaks")
-    assert around.around(COMMANDS[command], turn) == turn()
-    assert set(Recorded.asked) == {"call"}
-
-
 def test_trials_that_take_turns_have_no_energy(surroundings):
     """The GPU's counter would hold that of the others."""
     around, steps = surroundings("steps", "requests")
@@ -103,10 +95,3 @@ def test_a_solo_trial_takes_steps_for_its_energy_when_its_peaks_are_read(surroun
     assert fragment.values["energy_steps"] == len(steps)
     assert fragment.values["energy_tokens"] == 10 * len(steps)
     assert fragment.memory == {"adapter_bytes": 1}
-
-
-def test_a_cpu_has_no_energy_counter(surroundings):
-    """So no step is taken for it, and no notice says so."""
-    around, steps = surroundings("peaks", device="cpu")
-    assert around.around(COMMANDS["finish_training"], PartialRecord) == PartialRecord()
-    assert steps == []

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from lorameter.errors import LorameterError
 from lorameter.records.metrics import METRICS, samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.studies.protocol import Protocol
@@ -99,15 +98,6 @@ def test_a_whole_answer_is_timed_counted_and_kept(trial):
     assert {key for key in record.tokens if key.startswith("base_answer_")} == {"base_answer_0", "base_answer_1"}
 
 
-@pytest.mark.parametrize("measures", [("steps", "requests"), ("steps", "requests", "peaks")])
-def test_the_attention_of_a_request_is_proved_too(trial, measures):
-    """By a short request of its own, beside what a step ran; the answers are what they are without it."""
-    record = record_of(trial(*measures), *TRAIN, "begin_generate", "request", "end_generate")
-    (check,) = (one for one in record.checks if one["path"] == "request.attention")
-    assert (check["required"], check["observed"], check["status"]) == ("fused", "flash", "active")
-    assert len(record.tokens["completion"]) == 3
-
-
 def test_a_request_without_the_attention_that_is_required_makes_its_trial_invalid(trial, monkeypatch):
     """As a step does, and as there with a notice instead where a study allows it."""
     running = trial("steps", "requests", variant=dataclasses.replace(VARIANT, attention="eager"))
@@ -120,27 +110,6 @@ def test_a_request_without_the_attention_that_is_required_makes_its_trial_invali
     running._request = dataclasses.replace(running._request, allow_fallback=True)
     fragment = running.run("begin_generate")
     assert [notice.code for notice in fragment.notices] == ["fallback-allowed"]
-
-
-def test_a_model_that_ends_at_once_answers_with_one_token(trial):
-    """The end-of-sequence token ends the answer and is its last token; what was fixed at three stays three."""
-    running = trial("steps", "requests", "open_ended")
-    record_of(running, *TRAIN, "begin_generate")
-    base = running._parts.trainee.model.get_base_model()
-    first = running.run("open_ended").tokens["answer_0"][0]
-    base.generation_config.eos_token_id = first
-    running._server._answered = 0
-    assert running.run("open_ended").tokens["answer_0"] == [first]
-    assert running.run("open_ended").samples["open_ended_tokens"][0] <= 6
-    assert len(running.run("request").samples["request_time_s"]) == 1
-
-
-def test_epochs_go_on_after_the_timed_turns(trial):
-    """What the turns leave of the epochs is trained untimed, and every trial ends after the same number of steps."""
-    running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
-    record = record_of(running, "build", "warm_up", "turn", "turn", "finish_training")
-    taken = sum(len(record.samples[name]) for name in ("warmup_loss", "timed_loss", "remaining_loss"))
-    assert taken == 3 * WORKLOAD.train_sequences > PROTOCOL.total_steps
 
 
 def test_epochs_come_in_rounds(trial):
@@ -185,28 +154,6 @@ def test_a_solo_trial_has_peaks_and_first_times_and_nothing_that_is_timed_in_tur
     assert {"held_out_loss", "held_out_loss_initial"}.isdisjoint(record.values)
 
 
-def test_a_trial_of_its_own_has_it_all(trial):
-    """Where processes do not take turns one trial measures everything."""
-    commands = ("build", "warm_up", "turn", "finish_training", "begin_generate", "request", "end_generate")
-    record = record_of(trial("steps", "requests", "peaks"), *commands)
-    assert set(record.memory) >= MEMORY
-    timed = {"step_time_s", "first_step_time_s", "timed_loss", "request_time_s", "first_call_time_s"}
-    assert metrics_of(record) >= timed
-
-
-def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
-    """However long the warm-up was: losses of a short and a long one are those of the same training."""
-    ends = {}
-    for steady in (True, False):
-        monkeypatch.setattr("lorameter.trial.training.is_steady", lambda *_, said=steady: said)
-        record = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
-        names = ("warmup_loss", "timed_loss", "remaining_loss")
-        ends[steady] = [loss for name in names for loss in record.samples[name]]
-        assert len(record.samples["warmup_step_time_s"]) == (2 if steady else 4)
-        assert len(ends[steady]) == PROTOCOL.total_steps
-    assert ends[True] == ends[False]
-
-
 def test_a_loss_that_is_not_finite_is_invalid(trial):
     """Whatever its times were, and the message names the step and the learning rate.
 
@@ -218,40 +165,6 @@ def test_a_loss_that_is_not_finite_is_invalid(trial):
     assert fragments[-1].status == "invalid"
     assert fragments[-1].failure.kind == "LossNotFinite"
     assert "1e+30" in fragments[-1].failure.message
-
-
-def test_the_adapter_is_saved_for_a_cold_start(trial, tmp_path):
-    """In the trial's scratch folder, with what was learned."""
-    one = trial("steps", "cold")
-    record_of(one, *TRAIN, "save_adapter")
-    from safetensors.torch import load_file
-
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert len(saved) == 4 * 2 * 2
-    assert all(weight.any() for name, weight in saved.items() if "lora_B" in name)
-
-
-@pytest.mark.parametrize("command", ["explode", "shared", "_take_step", ""])
-def test_an_unknown_command_is_refused(trial, command):
-    """Also one that is the name of something else in the trial."""
-    with pytest.raises(ValueError, match="unknown command"):
-        trial("steps").run(command)
-
-
-@pytest.mark.parametrize("command", ["request", "merge"])
-def test_a_request_before_generation_is_refused(trial, command):
-    """The trial is named."""
-    one = trial("requests")
-    one.run("build")
-    with pytest.raises(LorameterError, match="r0-plain: asked for a request before generation began"):
-        one.run(command)
-
-
-@pytest.mark.parametrize("command", ["verify", "warm_up", "request", "close"])
-def test_nothing_runs_before_the_build(trial, command):
-    """The trial is named."""
-    with pytest.raises(LorameterError, match="r0-plain: asked to run before it was built"):
-        trial("steps").run(command)
 
 
 @pytest.mark.parametrize("variant", [VARIANT, dataclasses.replace(VARIANT, use_dora=True)])

@@ -18,11 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.cgroup import cpu_quota, memory_left, memory_limit
 from lorameter.machine.cores import holds_any
-from lorameter.machine.host import NO_FREQUENCY, ROOT, HostTelemetry, load_average
+from lorameter.machine.gpus import has_own_pids
+from lorameter.machine.host import (
+    NO_FREQUENCY,
+    ROOT,
+    HostTelemetry,
+    cpu_quota,
+    load_average,
+    memory_left,
+    memory_limit,
+)  # fmt: skip
 from lorameter.machine.nvml import open_device
-from lorameter.machine.other_gpu_processes import has_own_pids
 from lorameter.machine.reading import Reading, count_of, missing, read_file, unavailable
 
 _CPU = "sys/devices/system/cpu"

@@ -25,9 +25,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lorameter.machine.gpus import neighbours_of
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import IDLE, POWER_CAPPED, PROTECTING, CardSample, Clocks, NvmlDevice, open_device
-from lorameter.machine.other_gpu_processes import neighbours_of
 from lorameter.machine.reading import Reading, missing
 from lorameter.records.record import Notice
 

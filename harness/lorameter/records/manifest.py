@@ -13,7 +13,7 @@ from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
 from lorameter.records.record import SCHEMA, Line, Notice, require_readable
 from lorameter.records.time_breakdown import TimeBreakdown
-from lorameter.records.worker_info import BaseSummary, Example
+from lorameter.records.worker_info import BaseSummary
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
@@ -84,79 +84,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """"running" also says a manifest whose process was killed; see `Run.live`."""
 
 
-class _Git(msgspec.Struct):
-    commit: str | None = None
-    dirty: bool | None = None
-
-
-class _Worker(msgspec.Struct):
-    harness: str | None = None
-
-
-class _Kernels(msgspec.Struct):
-    cudnn: str | None = None
-    cublas: str | None = None
-    switches: dict[str, str] = {}
-
-
-class _Provenance(msgspec.Struct):
-    device: str = ""
-    device_name: str = ""
-    threads: int = 0
-    python: str = ""
-    driver: str | None = None
-    cuda: str | None = None
-    libraries: dict[str, str | None] = {}
-    engine: dict[str, str | None] = {}
-    kernels: _Kernels | None = None
-    settings: dict[str, Any] = {}
-    git: _Git | None = None
-    worker: _Worker | None = None
-
-
-class _Tokens(msgspec.Struct):
-    hash: str = ""
-    data: str = ""
-    real_tokens: int = 0
-    padded_tokens: int = 0
-    loss_tokens: int | None = None
-    without_loss: int = 0
-    synthetic: bool = False
-    tokenizer_substituted: bool = False
-    examples: tuple[Example, ...] = ()
-    own: dict[str, _Tokens] = {}
-
-
-class _SideFacts(msgspec.Struct):
-    packages: dict[str, str] = {}
-    python: str | None = None
-    cuda: str | None = None
-    git: _Git | None = None
-
-
-class _Side(msgspec.Struct):
-    label: str
-    worker: str
-    facts: _SideFacts | None = None
-
-
-class _Protocol(msgspec.Struct):
-    mixed: bool = False
-
-
-class _Study(msgspec.Struct):
-    protocol: _Protocol | None = None
-
-
-class _Tables(msgspec.Struct):
-    """The types of the keys that readers of a run rely on in the tables that it keeps as they were written."""
-
-    study: _Study
-    provenance: _Provenance
-    tokens: _Tokens = msgspec.field(default_factory=_Tokens)
-    sides: dict[str, _Side] = {}
-
-
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a run directory.
 
@@ -171,7 +98,6 @@ def read_manifest(path: Path) -> Manifest:
     except (fileio.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     manifest = codec.from_json(Manifest, data, source.name)
-    codec.from_json(_Tables, data, source.name)
     if manifest.sides and manifest.sides.keys() != {"base", "candidate"}:
         raise UsageError(f"{source}: sides = {', '.join(manifest.sides)}: base and candidate are expected. Restore it.")
     return manifest

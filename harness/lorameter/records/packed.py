@@ -21,7 +21,7 @@ from lorameter.records.os_errors import OF_THE_MACHINE, translate_write_errors
 from lorameter.records.tempdirs import scratch_folder
 
 SUFFIX = ".lorameter.zip"
-MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl", "beside.jsonl")
+MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")
 """The files of a run that say what was measured; the first is in every run."""
 MOST_BYTES = 4 << 30
 """Of all of them together: three times the run of a hundred thousand trials."""
@@ -59,7 +59,8 @@ def unpacked(path: Path) -> Iterator[Path]:
             try:
                 with zipfile.ZipFile(path) as archive:
                     _extract(archive, path, folder)
-            # A RuntimeError is an encrypted member, or a compression that zipfile does not know.
+            # zipfile raises RuntimeError for an encrypted member, and NotImplementedError, which is one, for a
+            # compression or a version that it does not know.
             except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                     raise

@@ -11,12 +11,10 @@ import pytest
 from lorameter import cli
 from lorameter.machine.doctor import examine, is_fit
 from lorameter.machine.doctor.survey import OPTIONAL, REQUIRED, GpuSurvey, Survey
+from lorameter.machine.gpus import Neighbours
 from lorameter.machine.nvml import CardFacts, CardSample, Memory
-from lorameter.machine.other_gpu_processes import Neighbours
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.system import SystemFacts
-from lorameter.report.doctor import describe_checks
-from lorameter.report.terminal import text_of
 
 GIB = 2**30
 
@@ -62,7 +60,6 @@ def found(machine):
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
               "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
         peaks=True, card=missing("no driver"), cards=missing("no driver"), visible=missing("no driver"),
-        links=missing("no driver"),
         runs=Path("/runs"), locks=given(True), environment={}, root=False,
     )  # fmt: skip
 
@@ -144,15 +141,6 @@ def test_a_machine_that_others_have_is_unfit(found, load, stalled_s, grade):
 
 
 @pytest.mark.parametrize(
-    ("load", "words"), [(0.1, "is fit to measure. Checks"), (3.5, "with less precision: mend what is bad")]
-)
-def test_a_bad_check_is_part_of_the_answer(found, load, words):
-    """The last line is read alone."""
-    checks = examine(dataclasses.replace(found, system=dataclasses.replace(SYSTEM, load=given(load), cpus=4)))
-    assert words in text_of(describe_checks(checks, fit=is_fit(checks)), width=200, coloured=False)
-
-
-@pytest.mark.parametrize(
     ("name", "grade", "changes"),
     [
         ("persistence", "bad", {"persistence": given(False)}),
@@ -186,14 +174,6 @@ def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
     assert is_fit(examine(extra))
 
 
-def test_models_that_fit_follow_from_the_free_memory(found):
-    """Less of it, fewer models; on a GPU its own counts."""
-    little = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, memory_available_bytes=given(2 * GIB)))
-    assert "llama2-7b" not in by_name(little)["models"].found
-    assert "llama2-7b" in by_name(found)["models"].found.partition(";")[0]
-    assert "llama2-7b" in by_name(on_card(little))["models"].found
-
-
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"peaks": False}, 4)])
 def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, code):
     """One JSON document with a schema; 0 is fit, 4 unfit."""
@@ -214,31 +194,6 @@ def test_this_machine_can_be_looked_at(tmp_path):
     checks = examine(survey(tmp_path / "runs", look_s=0.01))
     assert {check.about for check in checks} == {"runs", "measures", "spoils"}
     assert all(check.found for check in checks)
-
-
-@pytest.mark.parametrize(
-    ("links", "grade", "words"),
-    [
-        ({"NVLink": ["0 and 1"]}, "good", "all GPUs by NVLink"),
-        ({"one PCIe switch": ["0 and 1"]}, "good", "all GPUs by one PCIe switch"),
-        ({"the link between memory nodes": ["0 and 1"]}, "note", "all GPUs by the link between memory nodes"),
-        ({"NVLink": ["0 and 1"], "a PCIe host bridge": ["0 and 2", "1 and 2"]}, "note", "0 and 2, 1 and 2 by a PCIe"),
-    ],
-)
-def test_the_connections_of_the_gpus_are_shown(found, links, grade, words):
-    """Connections that differ, or that cross memory nodes, are noted."""
-    check = by_name(dataclasses.replace(on_card(found), links=given(links)))["interconnect"]
-    assert (check.grade, words in check.found) == (grade, True)
-    assert bool(check.remedy) == (grade == "note")
-
-
-def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
-    """Where trials run on a GPU, and its daemon is there."""
-    one = dataclasses.replace(on_card(found), environment={"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)})
-    assert "MPS" not in by_name(one)
-    (tmp_path / "control").touch()
-    assert by_name(one)["MPS"].grade == "bad"
-    assert "MPS" not in by_name(dataclasses.replace(one, card=missing("no driver")))
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,6 @@ def test_what_a_template_does_not_take_is_refused(tokenizer, chat, template, tur
         answers(tokenizer, template, chat(*turns))
 
 
-def test_a_tokenizer_without_a_template_is_refused(tokenizer):
-    """With what to do."""
-    for template in (None, {"tool_use": CHATML}):
-        tokenizer.chat_template = template
-        with pytest.raises(UsageError, match=r"model 'mine': its tokenizer has no chat template.*chat_template\.jinja"):
-            ChatTemplate(tokenizer, "mine")
-
-
 def test_a_prompt_ends_where_the_model_goes_on(tokenizer, chat):
     """Before the last answer; what stands behind that is no part of it."""
     tokenizer.chat_template = CHATML
@@ -156,9 +148,3 @@ def test_what_is_no_text_is_refused_by_name(message, words):
     """With the line, the number of the message and what to do."""
     with pytest.raises(UsageError, match=f"line 3: messages, {words}"):
         read_turns(ASK, message, ANSWER)
-
-
-def test_a_conversation_without_an_answer_is_refused():
-    """There would be nothing to learn from it."""
-    with pytest.raises(UsageError, match="line 3: messages: no message is the assistant's"):
-        read_turns(ASK, ASK)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorameter.errors import UsageError
-from lorameter.models import catalogue, shapes
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.tokenizers import load_tokenizer
 from lorameter.trial.data.tokens import IGNORED, Encoder, mark_tokens
 
 RECORDS = {
@@ -57,30 +54,3 @@ def test_a_token_with_a_character_of_the_answer_is_the_answers():
     assert mark_tokens(offsets, [(3, 6), (8, 9)]) == [False, False, True, True, True, False, True, False]
     assert mark_tokens(offsets, []) == [False] * 8
     assert mark_tokens(offsets, [(4, 4)]) == [False] * 8
-
-
-@pytest.mark.network_model
-def test_a_real_tokenizer_and_its_template(chat):
-    """SmolLM2's, which merges words and marks nothing: answers to the token, in every form."""
-    try:
-        source = catalogue.resolve("smollm2-135m")
-    except UsageError as error:
-        pytest.skip(str(error))
-    tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
-    said = chat(
-        ("system", "be kind"),
-        ("user", "你好 ok?"),
-        ("assistant", " hi 👋 there"),
-        ("user", "on"),
-        ("assistant", "ok\n"),
-    )
-    ids, labels = encode(tokenizer, said, loss="answer", model="smollm2-135m")
-    assert tokenizer.decode(learnt(labels)) == " hi 👋 there<|im_end|>ok\n<|im_end|>"
-    assert ids == encode(tokenizer, said, model="smollm2-135m")[0]
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
-        [{"role": one.role, "content": one.content} for one in said.messages], tokenize=False
-    )
-    for record, answer in RECORDS.values():
-        ids, labels = encode(tokenizer, record, loss="answer", model="smollm2-135m")
-        assert tokenizer.decode(learnt(labels)).endswith(f"{answer}<|im_end|>")
-        assert ids == encode(tokenizer, record, model="smollm2-135m")[0]

@@ -32,14 +32,6 @@ def test_every_kind_gives_the_same_rows(write, kind, packed):
     assert [row for _, row in read_file(write(f"mine{kind}{packed}", SAMPLE))] == SAMPLE
 
 
-@pytest.mark.parametrize("packed", ["", ".gz"])
-def test_plain_text_is_a_record_a_line(write, packed):
-    """Blank lines are none."""
-    rows = [{"text": "one"}, {"text": "  "}, {"text": ""}, {"text": " two"}]
-    found = read_file(write(f"mine.txt{packed}", rows))
-    assert found == [("data, line 1", {"text": "one"}), ("data, line 4", {"text": " two"})]
-
-
 GOOD_LINE = b'{"text": "a"}\n'
 
 
@@ -68,29 +60,6 @@ def test_an_unreadable_row_is_named(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UsageError, match=f"(?s){words}"):
-        read_file(path)
-
-
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz", "x.txt.gz", "x.json.gz", "x.parquet.gz"])
-@pytest.mark.parametrize("keep", [0.4, 0.95])
-def test_a_file_cut_short_is_refused(write, name, keep):
-    """Wherever it is cut: what was read of it before does not count."""
-    path = write(name, [{"text": f"{number} {number**7}"} for number in range(2000)])
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(UsageError, match=r"data.*: cannot be read: .*ended before the end"):
-        read_file(path)
-
-
-@pytest.mark.parametrize("place", [0.1, 0.5])
-def test_a_parquet_file_with_a_damaged_page_is_refused(write, place):
-    """Its footer is whole, so that only reading tells."""
-    path = write("x.parquet", [{"text": f"{number} {number**7}"} for number in range(500)])
-    content = bytearray(path.read_bytes())
-    begin = int(len(content) * place)
-    content[begin : begin + 64] = b"\xff" * 64
-    path.write_bytes(bytes(content))
-    with pytest.raises(UsageError, match=r"data, row [0-9]+: cannot be read"):
         read_file(path)
 
 
@@ -164,33 +133,6 @@ def test_a_saved_data_set_is_read_whole(tmp_path):
     assert label == "mine, 500 records of prompt/completion" == describe_data(Workload(data=str(tmp_path / "mine")))
     expected = [{"prompt": row["prompt"], "completion": row["completion"]} for row in data]
     assert sorted(map(str, records)) == sorted(map(str, expected))
-
-
-@pytest.mark.parametrize("harm", ["cut", "gone", "null", "number", "empty"])
-def test_a_saved_data_set_that_cannot_serve_is_refused(tmp_path, harm):
-    """By its row where a row is at fault."""
-    rows = [dict(row) for row in ROWS[:300]]
-    if harm == "null":
-        rows[270]["completion"] = None
-    if harm == "number":
-        rows = [row | {"prompt": 3} for row in rows]
-    path = saved(tmp_path / "mine", rows)
-    arrow = next((tmp_path / "mine").glob("*.arrow"))
-    if harm == "cut":
-        arrow.write_bytes(arrow.read_bytes()[:700])
-    if harm == "gone":
-        arrow.unlink()
-    if harm == "empty":
-        path = saved(tmp_path / "none", ROWS[:1])
-        datasets.load_from_disk(path).select([]).save_to_disk(tmp_path / "empty")
-        path = str(tmp_path / "empty")
-    words = {
-        "cut": "cannot be read: .*Save it again", "gone": "cannot be read: .*Save it again",
-        "null": "row 271: completion = null", "number": "row 1: prompt = 3", "empty": "cannot be read: .*Save it again",
-    }  # fmt: skip
-    for look in (read, lambda data: describe_data(Workload(data=data))):
-        with pytest.raises(UsageError, match=words[harm]):
-            look(path)
 
 
 def test_a_folder_of_files_is_one_data_set(write, tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,44 +61,9 @@ def test_no_bytes_for_a_real_models_tokenizer(monkeypatch, tmp_path):
         load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer.json", "[" * 100_000),
-        ("tokenizer.json", "{}"),
-        ("tokenizer.json", "null"),
-        ("tokenizer.json", ""),
-        ("tokenizer_config.json", '{"eos_token": 3}'),
-        ("tokenizer_config.json", '{"bos_token_id": "x"}'),
-        ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", '{"tokenizer_class": ["x"]}'),
-    ],
-)
-def test_damaged_files_are_refused_by_name(name, content, converted, tmp_path):
-    """Whatever the library raises over them; bytes stand in where the weights are random."""
-    folder = tmp_path / "model"
-    shutil.copytree(converted, folder)
-    (folder / name).write_text(content)
-    with pytest.raises(UsageError, match="its tokenizer cannot be loaded"):
-        load_tokenizer(catalogue.resolve(str(folder)), vocab_size=320)
-    assert load_tokenizer(catalogue.resolve(f"random:{folder}"), vocab_size=320)[1]
-
-
 def test_vocabularies_must_fit(converted, words):
     """A tokenizer with more tokens than the model is refused, whether it is the model's or the bytes'."""
     with pytest.raises(UsageError, match=f"has {len(words)} tokens and the model 100"):
         load_tokenizer(catalogue.resolve(str(converted)), vocab_size=100)
     with pytest.raises(UsageError, match="cannot hold the 259 tokens"):
         load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=258)
-
-
-def test_gguf_tokenizer_survives_conversion(gguf_file, converted, words):
-    """The tokenizer of the file and of the directory agree, and padding falls back to the end token."""
-    ids = []
-    for name in (gguf_file, converted):
-        tokenizer, substituted = load_tokenizer(catalogue.resolve(str(name)), vocab_size=len(words))
-        assert not substituted
-        assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-        ids.append(tokenizer("tab", add_special_tokens=False).input_ids)
-    assert ids[0] == ids[1]
-    assert min(ids[0]) > 2

@@ -87,22 +87,6 @@ def test_the_loss_is_over_answers_alone_where_the_study_says_so(tmp_path):
         assert 0 < answers.loss_tokens < every.loss_tokens < every.real_tokens
 
 
-def test_labels_of_packed_answers_are_those_of_the_records_alone(tmp_path):
-    """Also of an answer that goes on in the next row: a piece of a record has the labels of the record, but for its
-    first token."""
-    workload = dataclasses.replace(SMALL, loss="answer", train_sequences=10_000, data=str(tmp_path / "mine.jsonl"))
-    rows = [
-        {"prompt": f"{'p' * (7 * number % 90)}>", "completion": "c" * (11 * number % 70 + 1)} for number in range(60)
-    ]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tensors = load_file(prepare(workload, tmp_path).path)
-    ids, labels, positions = (tensors[f"train.{key}"] for key in ("input_ids", "labels", "position_ids"))
-    begins, answers = positions == 0, (ids == ord("c")) | (ids == 257)
-    assert ((ids == 256) <= begins).all()
-    assert (begins & answers).any(), "no piece of an answer begins a row"
-    assert ((labels != IGNORED) == (answers & ~begins)).all()
-
-
 def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
     """The mean loss of a batch of such is 0/0. Where none has one, that is refused, also of records without an end."""
     path = tmp_path / "mine.jsonl"
@@ -124,37 +108,6 @@ def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
             prepare(unlucky, tmp_path)
 
 
-CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
-FORMS = {
-    "dolly": {"instruction": "a", "context": "b", "response": "answer"},
-    "alpaca": {"instruction": "a", "input": "b", "output": "answer"},
-    "completion": {"prompt": "a", "completion": "answer"},
-    "messages": {"messages": CHAT},
-    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "answer"}]},
-    "text": {"text": "answer"},
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("loss", ["all", "answer"])
-def test_every_form_is_trained_on(tmp_path, form, loss):
-    """And said; only the loss on answers of plain text, which has none, is refused."""
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join([json.dumps(FORMS[form])] * 60))
-    workload = dataclasses.replace(SMALL, data=str(path), loss=loss, open_ended_tokens=0 if form == "text" else 4)
-    if (form, loss) == ("text", "answer"):
-        with pytest.raises(UsageError, match="loss = 'answer': text has no separate answer"):
-            prepare(workload, tmp_path)
-        return
-    summary = prepare(workload, tmp_path)
-    assert summary.data == f"mine.jsonl, 60 records of {'/'.join(FORMS[form])}"
-    labels = load_file(summary.path)["train.labels"]
-    text = bytes(int(label) for label in labels.flatten() if 0 <= label < 256).decode()
-    assert "answer" in text
-    assert ("nstruction" in text or "a\n" in text or "aanswer" in text) == (loss == "all" and form != "text")
-    assert all(example.reference == "answer" for example in summary.examples)
-
-
 def test_held_out_records_are_not_trained_on(tmp_path):
     """No record is in both splits: the marker of each record shows in one of them only."""
     path = tmp_path / "records.jsonl"
@@ -169,13 +122,6 @@ def test_held_out_records_are_not_trained_on(tmp_path):
     assert len(seen["held_out"]) == workload.held_out_records
     assert seen["train"]
     assert not seen["train"] & seen["held_out"]
-
-
-def test_the_real_data_set_is_read(dolly, tmp_path):
-    """databricks-dolly-15k as .jsonl.gz, all of its records known."""
-    summary = prepare(dataclasses.replace(SMALL, data=str(dolly), sequence_length=256), tmp_path)
-    assert "15011 records" in summary.data
-    assert not summary.synthetic
 
 
 @pytest.mark.parametrize(
@@ -193,16 +139,6 @@ def test_data_that_cannot_serve_is_refused(tmp_path, content, words):
     with pytest.raises(UsageError, match=words) as caught:
         prepare(dataclasses.replace(SMALL, data=str(path)), tmp_path)
     assert "bad.jsonl.gz" in str(caught.value)
-
-
-@pytest.mark.parametrize(("batch", "length"), [(4, 8), (8, 300), (64, 200)])
-def test_a_request_of_several_prompts_has_none_twice(tmp_path, batch, length):
-    """The beginnings of records first; where they are too few, pieces that lie apart in all of them joined."""
-    prompts = load_file(prepare(dataclasses.replace(SMALL, request_batch=batch, prompt_tokens=length), tmp_path).path)[
-        "prompts"
-    ]
-    assert prompts.shape[1] == length
-    assert len({tuple(prompt) for prompt in prompts.tolist()}) == len(prompts) >= batch
 
 
 def test_too_few_held_out_tokens_for_the_prompts_of_a_request_are_refused(tmp_path):

@@ -72,18 +72,6 @@ def test_activations_are_what_the_backward_pass_waits_for(checkpointed, kept):
     assert max(kinds["temporaries"] for kinds in seen) >= ROWS * WIDTH * 4
 
 
-def test_a_compiled_step_is_watched_by_what_it_saves():
-    """Without the dispatch mode temporaries are not seen, activations and gradients are."""
-    net = Net()
-    live = LiveTensors(resident=set(), vocabulary=0, device="cpu", looked=lambda kinds: None)
-    with live.watching([net.adapter.weight], compiled=True):
-        loss = net(torch.arange(ROWS))
-        assert live.bytes["activations"] >= 3 * ROWS * WIDTH * 4
-        assert live.bytes["temporaries"] == 0
-        loss.backward()
-    assert live.bytes["gradients"] == WIDTH * WIDTH * 4
-
-
 def test_a_step_of_known_size_is_explained_on_the_host():
     """64 MiB kept for the gradient, the product and its gradient are found; the remainder is a line, and small."""
     wide = nn.Linear(1, 1, bias=False)

@@ -1,15 +1,9 @@
 """A real step taken apart: the same step in phases, and what ran in each of them."""
 
-import statistics
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorameter.profile.diagnosis import diagnose
-from lorameter.profile.evidence import ProfileEvidence
-from lorameter.records.activity import STEP_PHASES
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
@@ -57,53 +51,6 @@ def test_a_bordered_step_is_the_plain_one_and_its_phases_add_up(tmp_path):
     for index, lap in enumerate(samples["bordered_step_time_s"]):
         phases = sum(samples[f"phase_{phase}_s"][index] for phase in ("data", "forward", "backward", "update"))
         assert phases <= lap
-
-
-class Clock:
-    """Time that passes where a test says so, in place of the machine's."""
-
-    def __init__(self, monkeypatch):
-        self.now_s = 100.0
-        for module in (
-            "lorameter.trial.profiling.phases",
-            "lorameter.trial.profiling.phases",
-            "lorameter.trial.clock",
-        ):
-            monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=self.read, process_time=self.read))
-
-    def read(self):
-        return self.now_s
-
-    def passing(self, seconds, call):
-        """`call`, and that it takes `seconds`."""
-
-        def taken(*arguments):
-            self.now_s += seconds
-            return call(*arguments)
-
-        return taken
-
-
-@pytest.mark.parametrize(("late_s", "found"), [(0.0, False), (0.02, True)])
-def test_a_batch_that_comes_late_is_found(tmp_path, monkeypatch, late_s, found):
-    """Real steps by a planted clock, whose stream is slow or not: the phase shows it, and the rule names it."""
-    request, stream = setting(tmp_path)
-    trainee = build(request, steps=8, shared=SharedBase())
-    clock = Clock(monkeypatch)
-    stream.take = clock.passing(late_s, stream.take)
-    monkeypatch.setattr(TrainStep, "loss", clock.passing(0.05, TrainStep.loss))
-    plain, step = TrainStep(trainee, stream, request.variant, "cpu"), BorderedStep(trainee, stream, request)
-    samples = step_times(plain, step, "cpu", budget_s=0.0)
-    evidence = ProfileEvidence(
-        variant=request.variant, workload=request.workload, device="cpu",
-        step_s=statistics.median(samples["plain_step_time_s"]),
-        phases_s={phase: statistics.median(samples[f"phase_{phase}_s"]) for phase in STEP_PHASES},
-    )  # fmt: skip
-    codes = {finding.code: finding for finding in diagnose(evidence)}
-    assert ("data-wait" in codes) is found
-    if found:
-        assert codes["data-wait"].cost_s == pytest.approx(2 * late_s)  # two micro-batches a step
-    assert samples["phase_forward_s"] == pytest.approx([0.1] * 8)
 
 
 def test_what_ran_is_told_by_phase():

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -101,15 +100,6 @@ def test_a_request_is_taken_apart(serving, tmp_path):
     assert ran["decode"].casts_s > 0  # of an adapter in float32
 
 
-def test_what_is_merged_goes_under_names_of_its_own(serving):
-    """Requests with the adapter merged beside those with it beside the base, in one record."""
-    trial = serving()
-    trial.run("merge")
-    assert {"merged_plain_request_time_s", "merged_phase_decode_s", "merged_first_token_time_s"} <= set(
-        trial.run("profile_requests", merged=True).samples
-    )
-
-
 @pytest.mark.parametrize("fields", [{"copy_head_input": True}, {"kv_cache": "static"}, {"merge_adapter": True}])
 def test_a_remedy_changes_no_token(serving, tmp_path, fields):
     """A copied input of the head, a static cache, a merged adapter: answers stay, and each is in force."""
@@ -133,46 +123,8 @@ def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.get_base_model().modules())
 
 
-def wide_model(**config):
-    """Constructed: two small layers under a head of 4,096 words."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    made = transformers.LlamaConfig(vocab_size=4096, max_position_embeddings=64, **sizes, **config)
-    return transformers.LlamaForCausalLM(made).eval()
-
-
 def ask(model):
     return generate(model, torch.arange(10)[None], 3)
-
-
-@pytest.mark.parametrize(
-    ("use_cache", "taken", "cache"), [(True, [10, 1, 1], "DynamicCache"), (False, [10, 11, 12], "")]
-)
-def test_a_lost_cache_is_seen(use_cache, taken, cache):
-    """Each later pass then takes all tokens, as the embedding sees them too; with a cache it takes one."""
-    model, seen = wide_model(), []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
-    prompt = torch.arange(10)[None]
-    facts = see_request(
-        model, lambda: model.generate(prompt, max_new_tokens=3, do_sample=False, use_cache=use_cache), "cpu"
-    )
-    assert seen == taken
-    assert (facts.prompt_rows, facts.decode_rows) == (taken[0], max(taken[1:]))
-    assert (facts.cache, facts.cache_bytes > 0, facts.cache_moved) == (cache, use_cache, float(use_cache))
-
-
-def test_logits_of_a_whole_prompt_are_seen():
-    """Of a model whose forward takes no logits_to_keep, as generate asks it to."""
-    model = wide_model()
-    forward = model.forward
-
-    def whole(*args, logits_to_keep=0, **given):
-        return forward(*args, **given)
-
-    model.forward = whole
-    assert see_request(model, lambda: ask(model), "cpu").logit_rows == 10
-    del model.forward
-    assert see_request(model, lambda: ask(model), "cpu").logit_rows == 1
 
 
 def recorded(call):

@@ -14,7 +14,6 @@ from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.trial import ProfiledTrial
-from lorameter.trial.trial import Trial
 
 
 @pytest.fixture
@@ -44,21 +43,3 @@ def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, m
     block = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 704
     assert (found.linear_forward, found.linear_weights, found.head_forward) == (4 * block, 0, 256 * 320)
     assert found.linear_inputs == 4 * block - 256 * (256 + 2 * 128)
-
-
-def test_other_trials_do_not_know_its_commands(trial):
-    """What a run measures cannot be taken apart by mistake."""
-    own = set(ProfiledTrial.COMMANDS) - set(Trial.COMMANDS)
-    assert own == {
-        "memory_breakdown",
-        "profile",
-        "peak",
-        "activity",
-        "profile_requests",
-        "request_facts",
-        "request_activity",
-    }
-    plain = Trial(trial._request, SharedBase())
-    for command in own:
-        with pytest.raises(ValueError, match="unknown command"):
-            plain.run(command)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorameter.errors import LorameterError
 from lorameter.models import bases, catalogue
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
@@ -86,11 +85,3 @@ def test_a_cold_start_takes_no_prepared_base(served, monkeypatch):
         assert found.tokens["cold_completion"] == wanted
         assert found.values["cold_base_conversions"] == len(read) == 1
         assert read.pop() == served.workload.model
-
-
-def test_a_cold_start_without_the_models_files_fails(served):
-    """However whole the base is that was prepared of them."""
-    (Path(served.workload.model) / "model.safetensors").unlink()
-    assert bases.read_description(Path(served.base)) is not None
-    with pytest.raises((OSError, LorameterError), match=r"model\.safetensors|no file"):
-        cold.start_cold(served, time.monotonic())

@@ -78,13 +78,3 @@ def test_throughput_is_of_all_prompts_and_latency_of_the_request(trial, batch):
     )  # of all prompts at once
     (check,) = (one for one in record.checks if one["path"] == "request.attention")
     assert (check["observed"], check["status"]) == ("flash", "active")
-
-
-def test_requests_of_a_merged_adapter_have_as_many_prompts(trial):
-    """Merging begins again with the first prompts."""
-    running, record = trial(3)
-    record = record.merged(running.run("merge")).merged(running.run("request"))
-    assert record.status == "ok"
-    assert running._serving.answered == range(0)
-    assert len(record.samples["merged_request_time_s"]) == 1
-    assert len(running._serving.ask().answers) == 3

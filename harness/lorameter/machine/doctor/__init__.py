@@ -25,7 +25,6 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
         checks.runs_folder(found),
         *checks.host_meters(found),
         *(gpu_checks.card_meters(card) if card else ()),
-        *gpu_checks.interconnect(found),
         *checks.load(found),
         *checks.settings(found),
         *checks.limits(found),

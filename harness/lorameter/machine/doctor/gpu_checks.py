@@ -8,7 +8,7 @@ from pathlib import Path
 from lorameter.machine.disturbances import HOT_MARGIN_C, SHARED_INVALID_BYTES
 from lorameter.machine.doctor.checks import DoctorCheck, Grade, in_words, setting
 from lorameter.machine.doctor.survey import GpuSurvey, Survey
-from lorameter.machine.gpus import NVLINK, say_entries, shared_boards
+from lorameter.machine.gpus import say_entries, shared_boards
 from lorameter.machine.nvml import PROTECTING
 from lorameter.machine.reading import Reading
 from lorameter.records.units import format_bytes
@@ -34,26 +34,6 @@ def card_meters(card: GpuSurvey) -> Iterator[DoctorCheck]:
             found=in_words(reading, lambda _: "available"),
             remedy="" if reading.known else remedy,
         )
-
-
-def interconnect(found: Survey) -> Iterator[DoctorCheck]:
-    """How the GPUs are connected; nothing for one GPU."""
-    links = found.links.value or {}
-    if not links:
-        return
-    mixed = len(links) > 1
-    ways = [f"{', '.join(pairs) if mixed else 'all GPUs'} by {way}" for way, pairs in links.items()]
-    alike = not mixed and (NVLINK in links or any("PCIe" in way or "board" in way for way in links))
-    yield DoctorCheck(
-        about="measures",
-        name="interconnect",
-        grade="good" if alike else "note",
-        found="; ".join(ways),
-        remedy=""
-        if alike
-        else "Give the ranks of a trial GPUs that are near each other (CUDA_VISIBLE_DEVICES), and compare runs on the "
-        "same ones only.",
-    )
 
 
 def card_state(card: GpuSurvey, *, root: bool) -> Iterator[DoctorCheck]:

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.machine.gpus import VisibleCard, card_links, visible_cards
+from lorameter.machine.gpus import Neighbours, VisibleCard, neighbours_of, visible_cards
 from lorameter.machine.host import LEAST_ASKED_S, HostTelemetry
 from lorameter.machine.nvml import CardFacts, CardSample, Memory, open_device
-from lorameter.machine.other_gpu_processes import Neighbours, neighbours_of
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing
 from lorameter.machine.system import SystemFacts, system_facts
@@ -63,8 +62,6 @@ class Survey:
     """All GPUs of the machine."""
     visible: Reading[tuple[VisibleCard, ...]]
     """GPUs that may be used."""
-    links: Reading[dict[str, list[str]]]
-    """Pairs of those by their connection (`lorameter.machine.gpus.card_links`)."""
     runs: Path
     """Folder where runs would be written, or the nearest one above it that exists."""
     locks: Reading[bool]
@@ -95,7 +92,6 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
         card=card,
         cards=visible_cards({}),
         visible=visible_cards(),
-        links=card_links(),
         runs=folder,
         locks=_try_lock(folder),
         environment=os.environ,
