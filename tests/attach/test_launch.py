@@ -82,7 +82,7 @@ def test_an_exit_code_where_nobody_saw_the_end_is_no_pass(wrap, capfd):
     code, run = wrap(LOOP + "sys.exit(3)\n")
     (record,) = run.records
     assert (code, record.status, record.failure.kind) == (3, "crashed", "ProcessDied")
-    assert "exit code 3, and nobody saw its training end" in record.failure.message
+    assert "exit code 3, and its training was not seen to end" in record.failure.message
     assert len(record.samples["step_time_s"]) >= 5
     assert "Trials without a result" in capfd.readouterr().err
 

@@ -31,7 +31,7 @@ class Attachment:
         self._follower: TrainingObserver | None = None
         self.steps: Steps | None = None
         self._reported = False
-        """Whether it was told of another training."""
+        """Whether another training was reported."""
 
     @property
     def occupied(self) -> bool:
@@ -49,7 +49,7 @@ class Attachment:
 
         Args:
             source: who sees its steps; of one that has begun and not ended it is the same training.
-            training: as it stands before its first step.
+            training: as it is before its first step.
             device: that it computes on.
             make: makes its follower; None: the one that the environment names.
 
@@ -73,7 +73,7 @@ class Attachment:
         self.steps = Steps(follower, training, device, shield)
         atexit.register(self._end_with_process)
         if os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER:
-            self._see_exit()  # whoever lets a training take turns sees by itself that its process is gone
+            self._see_exit()  # the parent of trainings in turns sees by itself that a process is gone
         self.steps.begin()
         return self.steps
 
@@ -108,7 +108,7 @@ class Attachment:
         module._exit = end_and_leave
 
     def _source_end(self) -> BaseException | None:
-        """What the source says of a training that nobody ended; one that knows no end of its own says nothing."""
+        """The error of a training that did not end; None of a source that sees no end."""
         unended: Any = getattr(self._source, "unended", None)
         return None if unended is None else unended()
 
@@ -184,7 +184,7 @@ def rank_of() -> tuple[int, int]:
 def count_parameters(model: Any) -> tuple[int | None, int | None]:
     """Parameters that train, and all; weights of 4 bits count as what they stand for. None of what is no model.
 
-    PEFT and transformers count their own, since a packed weight has half as many elements as it stands for.
+    PEFT and transformers count their own, since a packed weight has half as many elements as the weight it holds.
     """
     if not isinstance(model, torch.nn.Module):
         return None, None

@@ -30,7 +30,7 @@ def load(name: str) -> ModuleType:
     other one would wait for, while it waits for the other one.
 
     Raises:
-        ImportError: as the import of this module; one of the others is told of where it is needed.
+        ImportError: of this module; an error of the others is raised where they are needed.
     """
     if name not in sys.modules and "torch" in sys.modules and not _imports():
         with ThreadPoolExecutor(1) as thread:

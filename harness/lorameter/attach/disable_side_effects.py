@@ -1,7 +1,6 @@
 """What a measured script does not do, although it would: report to trackers, save checkpoints, publish.
 
-It is started many times and ended in the middle, and what it leaves behind would be that of a training which nobody
-asked for. The import hook calls these functions with a module right after that was imported. They change what is asked
+It is started many times and ended in the middle, and the user wants nothing of what it would leave behind. The import hook calls these functions with a module right after that was imported. They change what is asked
 of a library and nothing of how it trains; what the script writes by itself goes into a folder of its own
 (`lorameter.run.workers.script_sandbox`).
 """
@@ -34,12 +33,12 @@ PUBLISHING = tuple(
 
 
 def after_import() -> str:
-    """What the hook is told, so that all of them are called (`lorameter.attach.child_env.environment`)."""
+    """The setting of the hook, so that it calls all of them (`lorameter.attach.child_env.environment`)."""
     return ",".join(f"{module}={function}" for module, function in CALLS.items())
 
 
 def disable_trainer_side_effects(module: ModuleType) -> None:
-    """Have every TrainingArguments, and what inherits it, report to nobody, save nothing and push nothing."""
+    """Have every TrainingArguments, and what inherits it, report, save and push nothing."""
     arguments = module.TrainingArguments
     complete = arguments.__post_init__
 

@@ -1,7 +1,7 @@
 """A command that is run as it is while the training in it is followed, seen from outside of it.
 
 The follower in the training process writes the run. What it cannot write is how that process ended where it was killed
-or left without a word; whoever started it sees that, and writes it then.
+or left without a message; the process that started it sees that, and writes it then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorameter.records.record import UNDER_WAY, Failure, Notice, Status, TrialRe
 from lorameter.records.store import RunWriter
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals by which somebody ends a program."""
+"""Signals that end a program."""
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 """Those that a terminal sends to all of its processes, so that the command has them already."""
 PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
@@ -70,7 +70,7 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
 
 @contextlib.contextmanager
 def _passing_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Meanwhile signals to this process are the command's, as soon as it is told which process that is; what has come
+    """Meanwhile signals to this process are the command's, as soon as its process is known; what has come
     until then is sent to it then, also by a terminal, which knew of no command yet."""
     command: list[subprocess.Popen[bytes]] = []
     came: list[int] = []
@@ -190,7 +190,7 @@ def _ended(record: TrialRecord, code: int) -> TrialRecord:
 
 def _unseen_end(code: int) -> Failure:
     message = (
-        f"the command ended with {_exit_words(code)}, and nobody saw its training end: it may have been broken off"
+        f"the command ended with {_exit_words(code)}, and its training was not seen to end: it may have been broken off"
     )
     return Failure(phase="train", kind="ProcessDied", message=message)
 

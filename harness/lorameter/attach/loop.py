@@ -1,5 +1,5 @@
 """The steps of a loop: those that it names (`for batch in steps(loader)`, `with step()`), or what lies between two
-updates of an optimizer where nobody names them.
+updates of an optimizer where the loop does not name them.
 
 The hook of a process (`hook/sitecustomize.py`) calls `OptimizerSource` around the `step` of every optimizer. The
 training is known once the first update is done, so the first step is not seen. The optimizer that did it marks the
@@ -263,7 +263,7 @@ class LoopSource:
             self._steps.end(error)
 
     def _begin(self, accumulation: int | None, *, counts: bool) -> Steps | None:
-        """The steps of this training, which begins with the first call; `counts`: nobody else sees its batches."""
+        """The steps of this training, which begins with the first call; `counts`: whether `ModelHooks` counts batches."""
         if self._begun:
             return self._steps
         self._begun = True

@@ -3,9 +3,9 @@
     trainer = Trainer(..., callbacks=[Meter()])                  for batch in Meter(model).steps(loader):
 
 What it measures becomes a run on disk, as `lorameter run` leaves one, and its report is printed at the end. A training
-that is wrapped (`lorameter wrap`), or that takes turns with others, is told to those in its place.
+that is wrapped (`lorameter wrap`), or that takes turns with others, is reported to those in its place.
 
-Callbacks of transformers' Trainer say where a step begins and ends, and what the Trainer does beside. They do not say
+Callbacks of transformers' Trainer say where a step begins and ends, and what else the Trainer does. They do not say
 where its time goes: for that the methods that a step consists of (`get_batch_samples`, `training_step`,
 `compute_loss`) are timed on the one trainer at hand, from the beginning of its training to its end. What a subclass or
 a library has put in their place is what is called.
@@ -120,7 +120,7 @@ class TrainerSource(TrainerCallback):
             self._steps.phase("evaluate" if control.should_evaluate else "save")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A batch of an evaluation is done, which nobody may have announced."""
+        """A batch of an evaluation is done; the evaluation may not have been announced."""
         if self._steps is not None:
             self._steps.phase("evaluate")
 
@@ -142,7 +142,7 @@ class TrainerSource(TrainerCallback):
             self._steps.end(None)
 
     def unended(self) -> BaseException:
-        """What is said of a training that did not end: the last error of one of its steps."""
+        """The error of a training that did not end: the last one of its steps."""
         return self._failed or UnendedError("the process has ended before its training did")
 
     def _time_methods(self, trainer: Any) -> None:
@@ -209,7 +209,7 @@ class TrainerSource(TrainerCallback):
 def find_trainer(state: Any) -> Any:
     """The Trainer whose callback is being called; None where there is none.
 
-    A callback is told the arguments, the state and the model, and not whose they are. The Trainer is the `self` of a
+    A callback is given the arguments, the state and the model, and not the Trainer. The Trainer is the `self` of a
     frame that called, and its state is this one.
     """
     frame: Any = sys._getframe()
@@ -261,7 +261,7 @@ class Meter(TrainerSource):
     def steps(self, batches: Iterable[Batch], *, accumulation: int = 1) -> Iterator[Batch]:
         """The batches of a loader, for a loop that updates once every `accumulation` of them: that is a step.
 
-        The wait for a batch is measured apart. It may be called again, as once an epoch.
+        The wait for a batch is measured separately. It may be called again, as once an epoch.
         """
         return self._loop.steps(batches, accumulation)
 

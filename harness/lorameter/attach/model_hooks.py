@@ -49,7 +49,7 @@ class Patches:
         setattr(holder, name, replaced)
 
     def take_off(self) -> None:
-        """Have everything as it was. Where somebody has replaced ours since, ours stays and does nothing."""
+        """Have everything as it was. Where ours was replaced since, it stays and does nothing."""
         self._on[:] = []
         self._on = [True]
         while self._put:
@@ -106,8 +106,8 @@ class ModelHooks:
         """It looks from here on.
 
         Args:
-            steps: told of what is seen.
-            batches: whether batches are counted here, and nobody else tells of them.
+            steps: is informed of what is seen.
+            batches: whether batches are counted here.
         """
         self._steps = steps
         self.within = True
@@ -178,7 +178,7 @@ class ModelHooks:
 
     def end_step(self, shows_loss: bool = True) -> None:
         """The step is about to end. Its loss is what the gradients were taken of, in the sum of its passes, before a
-        scaler multiplied it; `shows_loss`: nobody else tells of it."""
+        scaler multiplied it; `shows_loss`: whether the loss comes from here."""
         losses = self._losses or self._roots
         self._losses, self._roots = [], []
         for loss in losses if shows_loss else ():
@@ -239,7 +239,7 @@ class Loaders:
         return [loader.ahead.popleft() for loader in ready if not loader.early]
 
     def end_step(self) -> list[Copied]:
-        """What the step has used beside: all but the newest batch of each loader, which may be loaded ahead. The first
+        """What else the step has used: all but the newest batch of each loader, which may be loaded ahead. The first
         step that is seen has used as many as it has loaded, and so had the one before it, which was not."""
         found = []
         for loader in self._loaders.values():

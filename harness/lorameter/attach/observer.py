@@ -5,7 +5,7 @@ two updates of an optimizer. Observers differ as well: one writes a run, one wai
 The two meet here. A step's time begins when the observer returns and ends when the step has ended on the device, so
 that whatever an observer does, or waits for, is in no step's time.
 
-What is ours inside somebody else's training can do it no harm. An error of ours is printed once, on the standard error
+What is ours inside a training of the user can do it no harm. An error of ours is printed once, on the standard error
 that the process was started with, and from then on nothing of ours is called any more. The training goes on as if it
 had never been followed, and the observer learns that it was not followed to its end, so that the run is unknown and no
 pass. An exception that is no `Exception` is a wish to end the process, and goes through.
@@ -99,7 +99,7 @@ class ObserverReply:
     watch: Mapping[str, Any] | None = None
     """What ``kernels_check`` is to require of it; None: not watched, and ``{}``: watched, nothing required."""
     flush_interval_s: float = 0.0
-    """So long what steps showed may wait until it is told, as long as nothing else happens. What is told of many steps
+    """Seconds that what steps showed may wait before it is reported, if nothing else happens. Reporting many steps
     in one go costs each of them a part of what it costs alone, and a process that is killed takes it along. Of several
     answers the last one counts, so an observer with an interval asks for nothing else."""
 
@@ -108,7 +108,7 @@ class TrainingObserver(Protocol):
     """Follows one training; it may block in ``begin`` and ``step``, which is in no step's time."""
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
-        """The training stands before its first step."""
+        """The training is before its first step."""
 
     def step(self, reading: StepReading) -> ObserverReply:
         """A step has ended, as long ago at most as its `flush_interval_s` allows."""
@@ -164,18 +164,18 @@ class ErrorGuard:
 
 def without_frames(error: BaseException) -> BaseException:
     """An error like this one for later, with its traceback as a note: its frames hold what the script works with."""
-    told = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error))
     try:
         found = type(error).__new__(type(error), *error.args)
         str(found)
     except Exception:
         found = RuntimeError(f"{type(error).__name__}: {error}")
-    found.add_note(told)
+    found.add_note(text)
     return found
 
 
 def _nothing(error: Exception) -> None:
-    """For a shield that nobody waits for."""
+    """For a guard without a listener."""
 
 
 def say(text: str) -> None:

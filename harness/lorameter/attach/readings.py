@@ -7,7 +7,7 @@ data is the host's on either.
 There is no one count of tokens. A row is as long as its longest neighbour, a mask hides some of it, a packed row has a
 tail, and the loss is taken over a part again. So each count goes with its convention, which is printed.
 
-Between two pieces of somebody's training each line costs ten times what it costs in a loop, since it finds none of its
+Between two pieces of a training each line costs ten times what it costs in a loop, since it finds none of its
 code in the caches. So nothing is worked out there: what may change meanwhile is copied or read, and all the rest is
 kept as it is until the observer is informed of the steps.
 """
@@ -60,7 +60,7 @@ class Parts:
         self._shield = shield
         self.cuda = device.type == "cuda"
         self.borders: list[Border] = []
-        """Of the step under way, in their order; whoever has the step end begins them anew."""
+        """Of the step under way, in their order; `Steps` begins them anew at its end."""
         self._begun: Border = ("forward", True, 0.0, None)
         self.during: Mapping[Part, PhaseTimer] = {part: PhaseTimer(self, part) for part in get_args(Part)}
         """Each part by its name."""

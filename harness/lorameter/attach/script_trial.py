@@ -2,7 +2,7 @@
 
 Other scripts of the same replicate are held meanwhile, so that one computes at a time and whatever slows the machine
 slows all of them alike. It answers the commands of every measuring process (`lorameter.wire`), with these differences:
-the process greets when its training stands before its first step, and the connection is found by the name of a socket
+the process greets when its training is before its first step, and the connection is found by the name of a socket
 in the environment, which goes through every launcher, as an open descriptor would not.
 
 build             what is known of the training before its first step
@@ -69,7 +69,7 @@ class ScriptTrial:
         self._phase = "prepare"
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
-        """Wait for what to do with a training that stands before its first step."""
+        """Wait for commands before the first step of the training."""
         if os.getpid() != self._pid:
             return ObserverReply()
         if self._program is not None:

@@ -1,4 +1,4 @@
-"""A training as its source sees it, told to its follower step by step.
+"""A training as its source sees it, reported to its follower step by step.
 
 The source says what happens (a batch came, a part begins, a loss is there, the step is over); here it becomes the
 reading of a step. The clock of a step runs from the follower's release to the step's end on the device, for which the
@@ -6,7 +6,7 @@ device is waited for once. What the meter itself does at the end of a step, and 
 own (evaluation, saving), is in no step's time.
 
 A step that has ended is noted and no more; as soon as the follower's patience is over, or anything else happens, all
-that was noted becomes readings and is told.
+that was noted becomes readings and is reported.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Steps:
         self._gradient_norm: Any = None
         self._next = ObserverReply()
         self._noted: list[FinishedStep] = []
-        """Steps that the follower has not been told of, the first of which ended a moment after `_reported_s`."""
+        """Steps that were not reported yet, the first of which ended a moment after `_reported_s`."""
         self._reported_s = -math.inf
         self._phase: Phase = "train"
         self._watching = contextlib.ExitStack()
@@ -77,7 +77,7 @@ class Steps:
         return self._shield.up and not self.ended
 
     def begin(self) -> None:
-        """The training stands before its first step."""
+        """The training is before its first step."""
         self._shield.run(self._begin)
 
     def _begin(self) -> None:
@@ -153,7 +153,7 @@ class Steps:
                 self._end_step()
             except Exception as error:
                 self._shield.stand_aside(error)
-        else:  # what goes on to be noted is nobody's
+        else:  # what is still noted belongs to no step
             self._forget()
 
     def _end_step(self) -> None:

@@ -205,7 +205,7 @@ class Writer:
         Args:
             runs_dir: where the run is written; None: where the environment says.
             require: paths of kernels_check that the watched step must have; None: what the environment says.
-            report: whether the report is printed at the end; None: unless whoever started the process does it.
+            report: whether the report is printed at the end; None: unless the process is wrapped.
         """
         named = os.environ.get(RUN)
         self._named = Path(named) if named else None
@@ -286,7 +286,7 @@ class Writer:
             self._energy.step(reading)
 
     def _so_far(self) -> dict[str, Any]:
-        """What is known beside the steps, with what takes a system call once a second."""
+        """What is known in addition to the steps, with what takes a system call once a second."""
         values, now = self._gathered.values(), time.monotonic()
         if now - self._read_s < EVERY_TWO_SECONDS.flush_interval_s:
             return {"values": values}

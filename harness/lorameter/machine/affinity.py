@@ -1,6 +1,6 @@
 """On which CPU a process computes.
 
-CPUs of one machine are not alike at every moment: another thread of the same core, of this machine or of one beside it
+CPUs of one machine are not alike at every moment: another thread of the same core, of this machine or of another guest
 on the same host, takes from what runs there, and no counter of a virtual machine shows it. A process tends to stay
 where it last ran, so that it would be slow as a whole and another, on the next CPU, would not. Processes whose times
 are set against each other compute on the same one.

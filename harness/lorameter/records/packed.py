@@ -1,6 +1,6 @@
 """A run in one file, as `lorameter pack` makes it: what a run's folder holds of it, in a zip archive.
 
-Whoever reads one gets a folder for the time of reading, so that there is one way to read a run. Nothing but the
+A reader gets a folder for the time of reading, so that there is one way to read a run. Nothing but the
 files of a run is taken out, under names of our own, and no more of them than a run can hold: a file from another user
 may be anything.
 """

@@ -1,4 +1,4 @@
-"""What is said before anything is measured: by a worker of itself, of the tokens that all trials will see, and of the
+"""What is known before anything is measured: of a worker, of the tokens that all trials will see, and of the
 bases that they will stand on.
 
 Both cross from a measuring process to its parent, and parts of both stand in the manifest of a run.

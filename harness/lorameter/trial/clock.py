@@ -2,7 +2,7 @@
 
 On CUDA a step is timed with a pair of device events, which the device itself stamps. What the host does after its last
 launch is not in the number; where launches are slower than the device, its waiting for them is. On a CPU it is
-`perf_counter` with the process's CPU time beside it: their ratio, the occupancy, tells an undisturbed step from a
+`perf_counter` and the process's CPU time: their ratio, the occupancy, distinguishes an undisturbed step from a
 contended one without looking at the outcome (measured in docs/method.md).
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import logging
 import resource
@@ -66,24 +65,11 @@ _STATM = Path("/proc/self/statm")
 
 def resident_now() -> int:
     """Bytes of the resident set; some microseconds."""
-    return int(_STATM.read_text().split()[1]) * _page_size()
+    return int(_STATM.read_text().split()[1]) * resource.getpagesize()
 
 
-def give_back_free() -> int | None:
-    """Have malloc give back every page that holds nothing; the bytes by which the resident set fell.
-
-    None where the C library has no malloc_trim(3), which is glibc's.
-    """
+def give_back_free() -> None:
+    """Have malloc give back every page that holds nothing, where the C library has malloc_trim(3), which is glibc's."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return None
-    before = resident_now()
-    trim(0)
-    return max(0, before - resident_now())
-
-
-@functools.cache
-def _page_size() -> int:
-    import resource
-
-    return resource.getpagesize()
+    if trim is not None:
+        trim(0)

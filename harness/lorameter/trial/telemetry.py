@@ -2,7 +2,7 @@
 
 Each command that times something is enclosed by readings, which are outside its stopwatch; `look` is one more, of the
 GPU's clocks, for while a step is still under way on it. Energy is an isolated trial's:
-beside others that take turns the GPU's counter would be theirs as well. An isolated trial that times no steps takes
+in turns with others the GPU's counter would be theirs as well. An isolated trial that times no steps takes
 some for it, after its peaks have been read, for as long as the counter needs to mean something.
 """
 

@@ -1,7 +1,7 @@
 """One trial in its process: the commands of its training, and of the inference that follows it.
 
 What a command measures depends on what the request asks for: an isolated trial times its adapter merged, and one that
-takes turns beside others its warm requests.
+takes turns with others its warm requests.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ LAZY = (
     *(family.module for family in FAMILIES.values() if family.preloaded),
     "transformers.generation.utils",
 )
-"""Submodules that the libraries load at first use, beside PEFT's (`lorameter.trial.building.lora`), which would else be
-paid for by each trial's load or first step."""
+"""Submodules that the libraries load at first use, in addition to PEFT's (`lorameter.trial.building.lora`). Else each
+trial's load or first step would pay for them."""
 
 
 def import_libraries() -> None:
@@ -206,7 +206,7 @@ def _cannot_fork() -> str | None:
     if others := other_threads():
         elsewhere = "Measure in an environment without the library that starts it when it is imported"
         return (
-            f"the zygote has {1 + len(others)} threads and forks safely with one only; beside its own: "
+            f"the zygote has {1 + len(others)} threads and forks safely with one only; the others are "
             f"{', '.join(others)}. {next(filter(None, map(_QUIETED.get, others)), elsewhere)}"
         )
     torch = sys.modules.get("torch")

@@ -26,7 +26,7 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building import lora
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.profiling import phase_timing
+from lorameter.trial.profiling import phases
 from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.requests import BorderedRequest, see_request
@@ -39,7 +39,7 @@ PROMPT, NEW = 12, 4
 @pytest.fixture
 def serving(tmp_path, monkeypatch):
     """Makes a trial of the smallest model that answers requests; fields are those of its variant."""
-    monkeypatch.setattr(phase_timing, "PROFILED_BUDGET_S", 0.0)
+    monkeypatch.setattr(phases, "PROFILED_BUDGET_S", 0.0)
     monkeypatch.setattr(profiled, "REQUESTS_BUDGET_S", 0.0)
     torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ from lorameter.trial.building import lora
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.serving import serving
+from lorameter.trial.serving import parity
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=2, train_sequences=8, held_out_records=4, held_out_sequences=2, prompt_tokens=8,
@@ -71,7 +71,7 @@ def served_of(request_of):
     def serve(variant):
         found = []
         for group in range(len(ways_of(variant))):
-            fragment = serving.serve_adapter(request_of(variant, group, found[0].answers if found else ()))
+            fragment = parity.serve_adapter(request_of(variant, group, found[0].answers if found else ()))
             found += codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
         assert all(one.failure is None for one in found), found
         return {one.way: one for one in found}
@@ -124,22 +124,22 @@ def test_merging_into_nf4_loses_and_into_dequantised_weights_does_not(nf4):
 def test_a_way_that_raises_costs_itself_alone(request_of, full, monkeypatch):
     """The others of its group are there, and the reason is kept; after a reference that failed nothing is asked."""
     monkeypatch.setattr(lora, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
-    fragment = serving.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
+    fragment = parity.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
     *others, merged = codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
     assert [one.failure for one in others] == [None, None]
     assert "no merge today" in merged.failure.message
     lost = dataclasses.replace(request_of(FULL, 0), adapter="/nowhere")
-    (only,) = codec.from_json(tuple[Served, ...], serving.serve_adapter(lost).tokens["served"], "served")
+    (only,) = codec.from_json(tuple[Served, ...], parity.serve_adapter(lost).tokens["served"], "served")
     assert only.failure is not None
 
 
 def test_logits_are_those_that_chose_the_answer(request_of):
     """One pass over prompt and answer gives, at each place, the token that greedy decoding took there."""
     request = request_of(FULL, 0)
-    model = serving.load_served(request, request.ways[0])
+    model = parity.load_served(request, request.ways[0])
     stream = TokenStream(request.trial.tokens_path, WORKLOAD, FULL, "cpu")
-    found = serving.observe(model, request.ways[0], stream, request, ())
+    found = parity.observe(model, request.ways[0], stream, request, ())
     for index, answer in enumerate(found.answers):
         with torch.no_grad():
-            logits = serving.answer_logits(model, stream.prompt(index), answer)
+            logits = parity.answer_logits(model, stream.prompt(index), answer)
         assert tuple(logits.argmax(-1).tolist()) == answer

@@ -49,7 +49,7 @@ class After:
 
 
 class Loader:
-    """Loads as the loader that it stands for, which is in its place again once the module is there."""
+    """Loads as the loader that it replaces until the module is there."""
 
     def __init__(self, loader: Any, wanted: Any) -> None:
         self.loader = loader
@@ -69,7 +69,7 @@ class Loader:
 
 
 def attempt(call: Any) -> Any:
-    """Call what is ours; what goes wrong in it is told, and the script continues without it."""
+    """Call what is ours; an error of it is printed, and the script continues without it."""
     try:
         return call()
     except Exception as error:
@@ -85,8 +85,8 @@ def say(text: str) -> None:
 
 
 def ours(name: str) -> Any:
-    """A module of lorameter's, wherever this interpreter has it or not. It is told what the process was started with,
-    also where the script has made an environment of its own since."""
+    """A module of lorameter's, whether or not this interpreter has it. It sees the variables that the process was
+    started with, also where the script has made an environment of its own since."""
     for variable, value in VARIABLES.items():
         os.environ.setdefault(variable, value)
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
@@ -96,8 +96,8 @@ def ours(name: str) -> Any:
 
 @functools.lru_cache(maxsize=None)
 def lacks() -> bool:
-    """Whether this interpreter lacks what a training is measured with, which is then told, and to who has started the
-    script by the file that says that the hook was loaded."""
+    """Whether this interpreter lacks what a training is measured with, which is then printed, and written into
+    the file that says that the hook was loaded."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if sys.version_info < PYTHON:
         text = "{} is older than Python {}.{}. Use a newer one".format(sys.executable, *PYTHON)
@@ -128,7 +128,7 @@ def attach_trainer(module: Any) -> None:
 
 
 def attach_optimizers(module: Any) -> None:
-    """What lies between two updates is a step, where nobody else says what one is.
+    """What lies between two updates is a step, where nothing else says what one is.
 
     torch has a function around the `step` of each class of optimizers, and ours goes around that one. A hook of its own
     for all optimizers would be compiled with a step that torch.compile is given; this one is not seen by it.

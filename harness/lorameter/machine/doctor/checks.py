@@ -180,7 +180,7 @@ def _fitting(variant: Variant, where: str, free: int, birth: int) -> list[str]:
 
 
 def runs_folder(found: Survey) -> DoctorCheck:
-    """Two runs in one folder are kept apart by locks."""
+    """Locks keep two runs in one folder from mixing."""
     locks = found.locks
     said = "locks work" if locks.value else locks.reason or "locks have no effect: two runs would not see each other"
     return DoctorCheck(

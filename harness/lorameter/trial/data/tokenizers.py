@@ -124,7 +124,7 @@ def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTra
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in GPT-2's byte-level alphabet (Radford et al. 2019)."""
+    """The printable character of each byte in GPT-2's byte-level alphabet (Radford et al. 2019)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(BYTE_TOKENS, 2 * BYTE_TOKENS))
     return [chr(byte if byte in printable else next(others)) for byte in range(BYTE_TOKENS)]

@@ -60,7 +60,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     train, passed_over = _sequences(records, tokens, workload, workload.train_sequences)
     if not train and not passed_over:
         raise UsageError(
-            f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens beside "
+            f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens and "
             f"{workload.held_out_records} held-out records. Use a shorter sequence_length or more data."
         )
     test, _ = _sequences(iter(held_out), tokens, workload, workload.held_out_sequences, partial=True)

@@ -3,8 +3,8 @@
 What is resident between steps is counted tensor by tensor. What lives during the step is watched (`LiveTensors`) and
 taken as it was where the memory was highest; what one operator held beyond its results at that point (a packed weight,
 an accumulator) shows in the peak around it. On the host the kernel counts the pages of code and of mapped weights
-(proc_pid_smaps(5)), and malloc_trim returns the bytes that malloc keeps although they are free. Objects of libraries
-and of the interpreter on the heap are not counted: most of what stays unexplained there.
+(proc_pid_smaps(5)). Objects of libraries and of the interpreter on the heap, and what malloc keeps although it is free,
+are not counted: most of what stays unexplained there.
 
 The allocator is not asked which tensors are alive. Every operator's results pass a dispatch mode, which keeps a weak
 reference to each storage: while that lives, its bytes count. What autograd keeps for the backward pass is seen by its
@@ -204,11 +204,9 @@ def measure_breakdown(
 ) -> MemoryAccount:
     """The memory of one call: a training step that has been taken before, or a request for tokens.
 
-    The call is watched operator by operator, takes several times as long and must not be timed. It is a real step, and
-    on the host it is taken twice: once to find where the memory is highest, once to ask there what malloc keeps, which
-    changes what comes after. The caller restores the model. At least one step must have been taken
-    before in this process, or what is built once (optimizer state, code touched for the first time) would count as
-    temporary.
+    The call is watched operator by operator, takes several times as long and must not be timed. The caller restores the
+    model. At least one step must have been taken before in this process, or what is built once (optimizer state, code
+    touched for the first time) would count as temporary.
 
     Args:
         model: as PEFT makes it; a plain transformers model works too.
@@ -222,52 +220,27 @@ def measure_breakdown(
     tensors = resident_tensors(model, optimizer)
     kinds = {kind: sum(map(storage_bytes, found)) for kind, found in tensors.items()}
     resident = [tensor for found in tensors.values() for tensor in found]
-    cuda = device.startswith("cuda")
-
-    def watched(looked: Callable[[dict[str, int]], None]) -> dict[str, int]:
-        return _watched(model, call, resident, looked, device=device, phase=phase, compiled=compiled)
-
-    crest = _PeakTracker(cuda=cuda)
-    peaks = watched(crest.look)
+    crest = _PeakTracker(cuda=device.startswith("cuda"))
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=crest.look)
+    gauge = PeakMemoryTracker(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
+    gauge.begin()
+    crest.look(live.bytes)  # the peak so far is no operator's
+    with contextlib.ExitStack() as stack:
+        for hook in watch_cache(model, live):
+            stack.callback(hook.remove)
+        stack.enter_context(live.watching(trained, compiled=compiled))
+        call()
+    peaks = gauge.peaks(phase)
     kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
-    if cuda:
+    if device.startswith("cuda"):
         return _on_cuda(phase, kinds, peaks)
     kinds |= _on_host(birth, resident)
     peak = peaks[f"host_peak_{phase}_bytes"]
-    slack = _Slack(crest.place)
-    watched(slack.look)
     kinds["heap_growth"] = max(0, peak - crest.peak)
-    if slack.bytes is not None:
-        kinds["heap_slack"] = slack.bytes
     return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak)
-
-
-def _watched(
-    model: Any,
-    call: Callable[[], object],
-    resident: Collection[torch.Tensor],
-    looked: Callable[[dict[str, int]], None],
-    *,
-    device: str,
-    phase: MemoryPhase,
-    compiled: bool,
-) -> dict[str, int]:
-    """The peaks of one call; `looked` is called with the live bytes after each of its operators."""
-    addresses = {tensor.untyped_storage().data_ptr() for tensor in resident}
-    live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=looked)
-    gauge = PeakMemoryTracker(device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hooks = watch_cache(model, live)
-    give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
-    gauge.begin()
-    looked(live.bytes)  # the peak so far is no operator's: what is given back from here on must not pass for one's own
-    try:
-        with live.watching(trained, compiled=compiled):
-            call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return gauge.peaks(phase)
 
 
 class _PeakTracker:
@@ -282,15 +255,11 @@ class _PeakTracker:
         self._cuda = cuda
         self._highest = 0
         self._most = -1
-        self._looks = 0
-        self.place = 0
-        """How many times it was looked, up to this one."""
         self.peak = 0
         self.kinds: dict[str, int] = {}
 
     def look(self, kinds: dict[str, int]) -> None:
         """Keep what is alive now, if it is more than ever."""
-        self._looks += 1
         peak = torch.cuda.max_memory_allocated() if self._cuda else host_bytes("VmHWM")
         scratch = 0
         if peak > self._highest:
@@ -299,24 +268,8 @@ class _PeakTracker:
         self._highest = peak
         most = peak if self._cuda else sum(kinds.values()) + scratch
         if most > self._most:
-            self._most, self.place, self.peak = most, self._looks, peak
+            self._most, self.peak = most, peak
             self.kinds = kinds | {"operator_scratch": scratch}
-
-
-class _Slack:
-    """What malloc gives back at one place of a call: what it kept there although it was free."""
-
-    def __init__(self, place: int) -> None:
-        self._place = place
-        self._looks = 0
-        self.bytes: int | None = None
-        """None where the call did not come so far, or the C library cannot be asked."""
-
-    def look(self, kinds: dict[str, int]) -> None:
-        """Ask, if this is the place."""
-        self._looks += 1
-        if self._looks == self._place:
-            self.bytes = give_back_free()
 
 
 def _on_host(birth: ProcessBaseline, resident: Collection[torch.Tensor]) -> dict[str, int]:
