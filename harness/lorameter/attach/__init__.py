@@ -1,7 +1,7 @@
 """What runs inside a training process of the user: it follows the steps and changes nothing of them.
 
-`Meter` is what a script imports. It is loaded on first access, so that a process which only starts scripts loads neither
-torch nor transformers.
+`Meter` is what a script imports. It is loaded on first access, so that a process which only starts scripts loads
+neither torch nor transformers.
 """
 
 from typing import Any

@@ -263,7 +263,7 @@ class LoopSource:
             self._steps.end(error)
 
     def _begin(self, accumulation: int | None, *, counts: bool) -> Steps | None:
-        """The steps of this training, which begins with the first call; `counts`: whether `ModelHooks` counts batches."""
+        """The steps of this training, which begins with the first call; with `counts` the hooks count its batches."""
         if self._begun:
             return self._steps
         self._begun = True
