@@ -308,7 +308,7 @@ for rows in Meter(model).steps(loader) if sys.argv[1:] else loader:
 """
 
 
-@pytest.mark.parametrize("metered", [False, True])
+@pytest.mark.parametrize("metered", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_a_training_that_is_killed_loses_its_last_second_at_most(tmp_path, metered):
     """Whoever reads its run has the steps until then: wrapped, or with a meter in it."""
     (tmp_path / "train.py").write_text(KILLED)
@@ -340,6 +340,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.faults
 def test_a_disk_that_is_full_at_the_end_leaves_the_commands_exit_code(tmp_path):
     """What could not be written is said."""
     (tmp_path / "train.py").write_text(FULL)

@@ -67,6 +67,7 @@ def test_a_script_that_never_trains_is_left_alone(wrapped, script):
     assert told == []
 
 
+@pytest.mark.faults
 def test_a_training_of_lorameters_own_is_not_followed(wrapped, script):
     """As where `lorameter run` is wrapped: its worker measures by itself."""
     script("train(3)")
@@ -79,6 +80,7 @@ def test_a_training_of_lorameters_own_is_not_followed(wrapped, script):
     assert (done.returncode, told) == (0, []), done.stderr
 
 
+@pytest.mark.faults
 def test_a_script_that_makes_an_environment_of_its_own_is_followed(wrapped, script):
     """By what it was started with; else a run would be written where nobody asked for one, and its report printed."""
     done, told = wrapped("python", script("import os; os.environ.clear(); os.environ['TOLD'] = 'told.jsonl'; train(3)"))
@@ -225,7 +227,9 @@ def make_interpreter(folder, *packages):
     return str(folder / "bin" / "python")
 
 
-@pytest.mark.parametrize("packages", [(), ("filelock", "msgspec", "xxhash")])
+@pytest.mark.parametrize(
+    "packages", [(), pytest.param(("filelock", "msgspec", "xxhash"), marks=pytest.mark.faults)], ids=["none", "all"]
+)
 def test_an_interpreter_needs_few_packages_to_be_measured(script, tmp_path, packages):
     """One that lacks them says so before the training, which is as ever, and so does the command that wraps it."""
     python = make_interpreter(tmp_path / "bare", *packages)
