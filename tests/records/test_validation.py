@@ -47,8 +47,6 @@ def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine
         (("sides",), {"base": {"label": "x", "worker": "y"}}),
         (("study", "replaced"), {"workload.no": 1}),
         (("study", "replaced"), {"x": 1}),
-        (("study", "protocol"), []),
-        (("study", "protocol", "mixed"), "yes"),
         (("study", "workload"), 1),
         (("study", "variants"), {"name": "plain"}),
         (("study", "title"), None),

@@ -31,6 +31,9 @@ from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.serving.generate import Request, generate
 
 NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
+ROUNDING = 0.1
+"""What rounding explains of the effect of another adapter on the logits of a token. In models of 4 and 30 layers with
+random weights, in bfloat16 and NF4, it was at most 0.011."""
 SEED_DISTANCE = 1_009
 """Between the seeds of two replicates, of which no adapters are the same: more than a base may have."""
 
@@ -115,13 +118,13 @@ class Server:
         batch has as many different ones as it can, and over the requests all of them."""
         return [self._adapters[(number + row) % len(self._adapters)] for row in range(self._workload.request_batch)]
 
-    def rate_mixed_rows(self) -> list[tuple[bool, float, float]]:
-        """Of each row of a mixed batch: whether its answer is that of its adapter alone, and how far the answer is from
-        greedy for its own adapter and for the nearest other one.
+    def judge_mixed_rows(self) -> tuple[list[int], int]:
+        """Rows of a mixed batch that are not answered by the adapters that they name, and how many rows show it: those
+        whose answer no other adapter of the batch gives.
 
-        The distance is what the logits of the tokens lack to the largest ones, summed over the tokens. Where two tokens
-        are almost equally likely rounding decides, so an answer of the right adapter may be another one than alone;
-        but it is nearer to its own adapter than to the others.
+        A row is to get the answer that it gets where its adapter is the only one. In 16 bits it need not: PEFT rounds
+        the two otherwise, and where two tokens are almost equally likely that decides. So an answer may differ if what
+        the logits of its tokens lack to the largest ones is small against what another adapter does to the logits.
         """
         names, prompts = self.name_rows(0), self._stream.prompts(0)
         mixed = self._generate(prompts, names).answers
@@ -129,8 +132,10 @@ class Server:
         tokens, count = torch.cat([prompts, answers], dim=1), answers.shape[1] + 1
         forward = inspect.signature(lora.wrapped(self._model).forward).parameters
         kept = {"logits_to_keep": count} if "logits_to_keep" in forward else {}  # those of all tokens may not fit
-        lost: dict[str, list[float]] = {}
         alone: dict[str, Sequence[Sequence[int]]] = {}
+        lost: dict[int, torch.Tensor] = {}
+        effect: dict[int, torch.Tensor] = {}
+        last = None
         for name in dict.fromkeys(names):
             lora.activate(self._model, name)
             alone[name] = self._generate(prompts).answers
@@ -139,13 +144,23 @@ class Server:
                 logits = self._model(input_ids=tokens, attention_mask=mask, use_cache=False, **kept).logits
             logits = logits[:, -count:-1].float()
             chosen = logits.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
-            lost[name] = (logits.amax(-1) - chosen).sum(-1).tolist()
+            for row, one in enumerate(names):
+                if one == name:
+                    lost[row] = logits[row].amax(-1) - chosen[row]
+                if last is not None and (one == name or row not in effect):
+                    effect[row] = (logits[row] - last[row]).abs().amax(-1)
+            last = logits
         lora.activate(self._model, self._adapters[0])
-        others = {name: [found for other, found in lost.items() if other != name] for name in lost}
-        return [
-            (mixed[row] == alone[name][row], lost[name][row], min(found[row] for found in others[name]))
+        wrong = [
+            row
+            for row, name in enumerate(names)
+            if mixed[row] != alone[name][row] and bool((lost[row] > ROUNDING * effect[row]).any())
+        ]
+        decisive = [
+            all(found[row] != alone[name][row] for other, found in alone.items() if other != name)
             for row, name in enumerate(names)
         ]
+        return wrong, sum(decisive)
 
     def open_ended(self) -> tuple[int, Request]:
         """The next whole prompt's number, and the request that the model ends itself."""
@@ -213,19 +228,19 @@ def check_adapters(fragment: PartialRecord, server: Server, request: TrialReques
     values = {**fragment.values, "adapters": float(adapters)}
     if request.workload.request_batch == 1:
         return msgspec.structs.replace(fragment, values=values)
-    rated = server.rate_mixed_rows()
-    decisive = sum(own < other for _, own, other in rated)
-    values |= {"mixed_rows": float(len(rated)), "mixed_rows_decisive": float(decisive)}
+    wrong, decisive = server.judge_mixed_rows()
+    rows = request.workload.request_batch
+    values |= {"mixed_rows": float(rows), "mixed_rows_decisive": float(decisive)}
     fragment = msgspec.structs.replace(fragment, values=values)
-    if wrong := [str(row) for row, (same, own, other) in enumerate(rated) if not same and own >= other]:
+    if wrong:
         message = (
-            f"of {len(rated)} prompts in one batch for {adapters} adapters, row {', '.join(wrong)} (from 0) got an "
-            "answer that is nearer to another adapter than to its own"
+            f"of {rows} prompts in one batch for {adapters} adapters, row {', '.join(map(str, wrong))} (from 0) got "
+            "another answer than its adapter gives alone, and rounding does not explain it"
         )
         return fragment.failed("invalid", Failure(phase="generate", kind="MixedAnswers", message=message))
     if not decisive:
         message = (
-            f"the {adapters} adapters give the same answers to all of {len(rated)} prompts, so that nothing shows "
+            f"the {adapters} adapters give the same answers to all of {rows} prompts, so that nothing shows "
             "whether each is answered by its own; raise new_tokens"
         )
         return fragment.failed("invalid", Failure(phase="generate", kind="AdaptersAlike", message=message))
