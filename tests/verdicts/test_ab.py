@@ -17,7 +17,7 @@ from lorameter.records import codec, store
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, RunWriter
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.run_validity import compare_base_to_itself
+from lorameter.verdicts.series import compare_base_to_itself
 
 TURNS = 30
 MIB = 2**20
@@ -155,7 +155,7 @@ def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
     found = report_of(run)
     assert found.control["train"].verdict == "inconclusive"
     assert set(verdicts_of(found).values()) == {"inconclusive"}
-    assert "base against itself" in found.comparisons[0].comparison.reason
+    assert "base against itself" in found.comparisons[0].reason
     assert set(verdicts_of(found, "host_peak_train_bytes").values()) == {"equivalent"}
     code, text = report()
     assert code == 3
@@ -176,7 +176,7 @@ def test_a_base_that_differs_from_itself_makes_everything_invalid(write_ab, repo
     found = report_of(run)
     assert compare_base_to_itself(run)["train"].verdict == word
     assert {row.verdict for row in found.comparisons} == {"invalid"}
-    assert all(row.comparison.ratio is None and f"control {word}" in row.comparison.reason for row in found.comparisons)
+    assert all(row.ratio is None and f"control {word}" in row.reason for row in found.comparisons)
     code, text = report()
     assert code == 4
     assert "Gate failed (exit 4)" in text
@@ -193,7 +193,7 @@ def test_a_trial_that_is_not_ok_makes_its_variant_invalid_and_no_other(write_ab,
 
     found = report_of(write_ab({"plain": 1.2, "nf4": 1.0}, change=oom))
     assert verdicts_of(found) == {"plain": "regressed", "nf4": "invalid"}
-    assert f"r2-nf4-{side} is oom in build: no memory left" in found.comparisons[2].comparison.reason
+    assert f"r2-nf4-{side} is oom in build: no memory left" in found.comparisons[2].reason
     assert report("--json")[0] == 4
 
 
@@ -235,7 +235,7 @@ def test_a_run_that_did_not_end_is_invalid(write_ab, report, status):
     """Its replicates may be those that happened to be quick."""
     run = write_ab({"plain": 1.0, "nf4": 1.3}, status=status)
     assert {row.verdict for row in report_of(run).comparisons} == {"invalid"}
-    assert f"'{status}'" in report_of(run).comparisons[0].comparison.reason
+    assert f"'{status}'" in report_of(run).comparisons[0].reason
     assert report("--json")[0] == 4
 
 
@@ -251,7 +251,7 @@ def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab)
     for change, said in ((without, "was not measured"), (died, "r1-plain-base-control of the control is timeout")):
         found = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=change))
         assert {row.verdict for row in found.comparisons} == {"invalid"}
-        assert said in found.comparisons[0].comparison.reason
+        assert said in found.comparisons[0].reason
 
 
 def test_a_run_without_sides_is_refused(write_run, tmp_path):
@@ -281,7 +281,7 @@ def test_trials_are_paired_turn_by_turn(write_ab):
         times = tuple(step * factor * (1 + record.replicate / 1000) for step in steps)
         return record.replaced(samples=record.samples | {"step_time_s": times})
 
-    row = report_of(write_ab({"plain": 1.0}, change=bimodal, replicates=9)).comparisons[0].comparison
+    row = report_of(write_ab({"plain": 1.0}, change=bimodal, replicates=9)).comparisons[0]
     assert row.verdict == "regressed"
     assert 1.0299 < row.low <= 1.03 <= row.high < 1.0301
     assert "paired turn by turn" in row.reason
@@ -291,7 +291,7 @@ def test_trials_that_ran_one_after_the_other_are_paired_by_replicate(write_ab):
     """At `replicates` the turns of two processes have nothing in common."""
     row = report_of(write_ab({"plain": 1.2}, level="replicates")).comparisons[0]
     assert (row.interleaving, row.verdict) == ("replicates", "regressed")
-    assert "paired by replicate" in row.comparison.reason
+    assert "paired by replicate" in row.reason
 
 
 def test_verdicts_share_one_error_rate_over_the_variants(write_ab):
@@ -308,7 +308,7 @@ def test_a_replicate_that_one_side_lacks_is_left_out(write_ab):
     def without(record):
         return None if record.trial == "r2-plain-candidate" else record
 
-    row = report_of(write_ab({"plain": 1.05}, change=without)).comparisons[0].comparison
+    row = report_of(write_ab({"plain": 1.05}, change=without)).comparisons[0]
     assert (row.verdict, row.replicates) == ("regressed", 7)
     assert 1.03 < row.low < row.high < 1.07
 
@@ -334,7 +334,7 @@ def test_peaks_are_compared_by_their_maximum(write_ab, report, candidate, verdic
     rows = report_of(write_ab({"plain": 1.0}, peaks=peaks)).comparisons
     row = next(row for row in rows if row.metric == "host_peak_train_bytes")
     assert row.verdict == verdict
-    assert row.comparison.ratio == pytest.approx(ratio, rel=1e-6)
+    assert row.ratio == pytest.approx(ratio, rel=1e-6)
     assert row.interleaving == "replicates"
     assert report("--json")[0] == code
 
@@ -396,7 +396,7 @@ def test_attribution_shows_which_part_moved(write_ab):
         return record.replaced(samples=record.samples | split, values={"new_tokens": 4.0})
 
     run = write_ab({"plain": 1.0}, phases=("train", "generate"), change=parts, noise=0.001)
-    ratios = {part.metric: part.comparison.ratio for part in attribution_of(run).parts}
+    ratios = {part.metric: part.ratio for part in attribution_of(run).parts}
     assert ratios["first_token_time_s"] == pytest.approx(1.5, rel=0.01)
     assert ratios["time_per_output_token_s"] == pytest.approx(1.0, rel=0.01)
     assert {"step_time_s", "request_time_s"} <= set(ratios)

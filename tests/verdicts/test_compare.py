@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from lorameter.cli import main
 from lorameter.errors import UsageError
-from lorameter.stats import Comparison
 from lorameter.studies.variant import Variant
 from lorameter.verdicts import comparison_report as verdicts
-from lorameter.verdicts.benchmark_json import read_benchmark_json
+from lorameter.verdicts.benchmark_files import read_benchmark_json
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 
@@ -599,12 +598,10 @@ def test_any_json_is_read_or_refused(tmp_path_factory, data):
 
 
 def compared(verdict):
-    comparison = Comparison(
-        verdict=verdict, ratio=None, low=None, high=None, reason="", replicates=0, replicates_needed=None, mde80=None
-    )
     return verdicts.ComparisonRow(
-        variant="a", metric="step_time_s", comparison=comparison, tolerance=0.01, margin=0.05, interleaving="separate"
-    )
+        verdict=verdict, ratio=None, low=None, high=None, reason="", replicates=0, replicates_needed=None, mde80=None,
+        variant="a", metric="step_time_s", tolerance=0.01, margin=0.05, interleaving="separate",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("found", "code"), [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorameter.records.record import TrialRecord
-from lorameter.verdicts.disturbed_trials import disturbances
+from lorameter.verdicts.validity import disturbance_notices
 
 
 def record(trial, *, interleaving="replicates", occupancy=None, **values):
@@ -21,7 +21,7 @@ def test_a_kind_is_said_once_by_its_worst_trial():
         record("r0-a", host_steal_train_s=0.3, **watched), record("r1-a", **watched),
         record("r2-a", host_steal_generate_s=5.0, **watched),
     ]  # fmt: skip
-    (notice,) = disturbances(records, on_cpu=False)
+    (notice,) = disturbance_notices(records, on_cpu=False)
     assert notice.code == "stolen"
     assert notice.message.startswith("2 of 3 trials; r2-a while generating: the hypervisor")
     assert "for 50% of the CPU time" in notice.message
@@ -31,20 +31,20 @@ def test_a_kind_is_said_once_by_its_worst_trial():
 def test_many_trials_past_the_limit_are_counted():
     """Three by name."""
     records = [record(f"r{i}-a", host_busy_train_s=1.0, host_steal_train_s=9.0) for i in range(5)]
-    (notice,) = disturbances(records, on_cpu=False)
+    (notice,) = disturbance_notices(records, on_cpu=False)
     assert notice.message.endswith("Past the limit: r0-a, r1-a, r2-a and 2 more.")
 
 
 def test_too_little_of_a_cpu_is_past_the_limit_where_nobody_took_turns():
     """Else the notice on occupancy says it; on a GPU the host rightly waits."""
     one = record("r0-a", occupancy=0.3)
-    (notice,) = disturbances([one], on_cpu=True)
+    (notice,) = disturbance_notices([one], on_cpu=True)
     assert notice.code == "cpu-contention"
     assert notice.message.endswith("Past the limit: r0-a.")
-    assert list(disturbances([record("r0-a", occupancy=0.3, interleaving="lockstep")], on_cpu=True)) == []
-    assert list(disturbances([one], on_cpu=False)) == []
+    assert list(disturbance_notices([record("r0-a", occupancy=0.3, interleaving="lockstep")], on_cpu=True)) == []
+    assert list(disturbance_notices([one], on_cpu=False)) == []
 
 
 def test_a_quiet_run_has_no_notices():
     """Nor has one whose trials were measured before there were meters."""
-    assert list(disturbances([record("r0-a")], on_cpu=True)) == []
+    assert list(disturbance_notices([record("r0-a")], on_cpu=True)) == []

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lorameter.commands.output import form_of, print_json, show_document
 from lorameter.commands.page import save_page
 
@@ -33,18 +35,20 @@ def show_ab(
     """
     import dataclasses
 
-    from lorameter.verdicts.ab import attribution_document, attribution_of
+    from lorameter.records import codec
+    from lorameter.verdicts.ab import attribution_of
     from lorameter.verdicts.gate import gate_document
 
     form, result = form_of(options), judge_run(run, options, metrics)
     whole = result.report
     shown = tuple(filter(keep, whole.comparisons))
-    result = dataclasses.replace(result, report=dataclasses.replace(whole, comparisons=shown))
+    result = dataclasses.replace(result, report=msgspec.structs.replace(whole, comparisons=shown))
     from lorameter.report.attribution import describe_attribution
     from lorameter.report.compared_figures import figures_of_comparison
     from lorameter.report.gate import describe_gate
 
-    said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
+    attribution = attribution_of(run)
+    said = describe_gate(result, ab=True) + describe_attribution(attribution, run)
     title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
     if html := getattr(options, "html", None):
         from lorameter.report.reproduce import reproduction_steps
@@ -52,7 +56,7 @@ def show_ab(
         save_page(html, said, title, figures=figures, again=reproduction_steps(run))
     if form == "json":
         about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
-        print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
+        print_json({**gate_document(result), **about, "attribution": codec.to_json(attribution)})
         return result.exit_code
     from lorameter.report.annotations import gate_annotations
 
@@ -80,8 +84,6 @@ def show_matrix(
 ) -> int:
     """Several A/B runs in one table, studies by changes of versions; the exit code is the worst of them, of all that
     they compare, whatever of it is kept in the table."""
-    import dataclasses
-
     from lorameter.report.annotations import annotation
     from lorameter.report.matrix import MatrixRun, describe_matrix, encode_matrix
     from lorameter.verdicts.comparison_report import worst
@@ -89,7 +91,7 @@ def show_matrix(
     form = form_of(options)
     results = [judge_run(run, options, options.metric) for run in runs]
     shown = [
-        dataclasses.replace(result.report, comparisons=tuple(filter(keep, result.report.comparisons)))
+        msgspec.structs.replace(result.report, comparisons=tuple(filter(keep, result.report.comparisons)))
         for result in results
     ]
     changes = [

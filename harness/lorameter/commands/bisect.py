@@ -132,4 +132,4 @@ def _judged(run: Run, metric: str) -> Comparison:
     from lorameter.verdicts.series import verdict_only
 
     compared = report_of(run, metrics=[metric]).comparisons
-    return compared[0].comparison if compared else verdict_only("invalid", f"run {run.manifest.run}: no number")
+    return compared[0] if compared else verdict_only("invalid", f"run {run.manifest.run}: no number")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lorameter.machine.provenance import Machine
     from lorameter.models.costs.memory import MemoryEstimate
     from lorameter.records.memory_account import MemoryPhase
-    from lorameter.run.memory_fit import Advice, Needs
+    from lorameter.run.memory_fit import Advice
     from lorameter.studies.variant import Variant
     from lorameter.studies.workload import Workload
 
@@ -151,34 +151,14 @@ def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) 
             "assumed": device.assumed,
         },
         "status": advice.status,
-        "needs": _needs_document(advice.needs),
+        "needs": advice.needs,
         "phases": {
-            phase: _needs_document(Needs.of(estimate.needed_bytes, device.machine.device))
-            for phase, estimate in estimates.items()
+            phase: Needs.of(estimate.needed_bytes, device.machine.device) for phase, estimate in estimates.items()
         },
         "spare_bytes": device.usable_bytes - advice.needs.high_bytes,
         "error": {"low": low - 1, "high": high - 1, "basis": describe_basis(device.machine.device)},
-        "options": [
-            {
-                "writes": option.writes,
-                "table": option.table,
-                "freed_bytes": option.freed_bytes,
-                "needs": _needs_document(option.needs),
-                "status": option.status,
-            }
-            for option in advice.options
-        ],
-        "skipped": [{"writes": one.writes, "why": one.why} for one in advice.skipped],
+        "options": advice.options,
+        "skipped": advice.skipped,
         "turn": advice.turn,
-        "largest": [
-            {"key": one.key, "value": one.value, "least": one.least, "bound": one.bound} for one in advice.largest
-        ],
-    }
-
-
-def _needs_document(needs: Needs) -> dict[str, int]:
-    return {
-        "expected_bytes": needs.expected_bytes,
-        "low_bytes": needs.low_bytes,
-        "high_bytes": needs.high_bytes,
+        "largest": advice.largest,
     }

@@ -12,8 +12,10 @@ from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from lorameter.parity.facts import Parity
+    from lorameter.parity.judgement import Judgement, Likeness
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -74,9 +76,7 @@ def run_parity(options: argparse.Namespace) -> int:
         where,
     )
     if options.json:
-        from lorameter.commands.documents_of_parity import parity_document
-
-        print_json(parity_document(parity, judgement, folder))
+        print_json(_document(parity, judgement, folder))
     else:
         show(said, console_for(), verbose=options.verbose)
     save_page(options.html, said, f"Parity of {options.variant}")
@@ -91,3 +91,48 @@ def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
     source = catalogue.resolve(parity.workload.model)
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
     return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _document(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, Any]:
+    """All but its schema."""
+    controls = (judgement.floor, judgement.without)
+    known = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
+    return {
+        "path": str(folder),
+        "study": parity.study,
+        "variant": parity.variant.name,
+        "model": parity.workload.model,
+        "device": parity.device_name,
+        "adapter": parity.adapter,
+        "training_steps": None if parity.record is None else round(parity.record.values["training_steps"]),
+        "reference": parity.reference.way,
+        "reference_loss": sum(parity.reference.losses) / len(parity.reference.losses),
+        "distinct_answers": judgement.distinct,
+        "ways": [
+            {
+                **_found(known.get(way.name)),
+                "way": way.name,
+                "quantization": way.variant.quantization,
+                "dtype": way.variant.dtype,
+                "adapter": way.adapter,
+                "merged": way.merged,
+                "dequantised": way.dequantised,
+                "failure": judgement.failures.get(way.name, ""),
+            }
+            for way in parity.ways[1:]
+        ],
+        "trouble": judgement.trouble,
+        "valid": judgement.whole,
+    }
+
+
+def _found(one: Likeness | None) -> dict[str, Any]:
+    """What was found of a way, by the names that it has there; of one that failed nothing."""
+    import dataclasses
+
+    from lorameter.parity.judgement import Likeness
+    from lorameter.records import codec
+
+    known = {} if one is None else codec.to_json(one) | {"verdict": one.verdict}
+    names = [field.name for field in dataclasses.fields(Likeness) if field.name != "way"]
+    return {"verdict": "failed", **dict.fromkeys(names), "within_floor": False, **known}

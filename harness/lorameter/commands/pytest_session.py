@@ -119,7 +119,7 @@ class Session:
 
         def replayed() -> None:
             from lorameter.records.metrics import PRIMARY
-            from lorameter.verdicts.benchmark_json import extra_info
+            from lorameter.verdicts.benchmark_files import extra_info
             from lorameter.verdicts.series import group_trials
 
             if self._disabled:
@@ -175,7 +175,7 @@ class Session:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if self._run is None:
             return
-        from lorameter.verdicts.run_validity import run_validity
+        from lorameter.verdicts.validity import run_validity
 
         if not run_validity(self._run, self._study).valid and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -190,7 +190,7 @@ class Session:
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
     ) -> None:
         """Refuse to set unlike machines, libraries or workloads beside each other, and name what differs."""
-        from lorameter.verdicts.benchmark_json import unlike
+        from lorameter.verdicts.benchmark_files import unlike
 
         option = "--benchmark-compare"
         with _usage_errors():
@@ -205,7 +205,7 @@ class Session:
             if entry["fullname"] in data:
                 entry["stats"].setdefault("data", data[entry["fullname"]])
         if self._run is not None:
-            from lorameter.verdicts.benchmark_json import about_run
+            from lorameter.verdicts.benchmark_files import about_run
 
             output_json["lorameter"] = about_run(self._run)
 
@@ -335,7 +335,7 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
 
     screen = reporter._tw
     width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
-    verbose = not screen.hasmarkup or reporter.config.option.verbose > 0
+    verbose = reporter.config.option.verbose > 0
     reporter.section(title)
     reporter.write(text_of(document, width=width, coloured=screen.hasmarkup, verbose=verbose))
 

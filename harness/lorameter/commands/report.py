@@ -107,7 +107,7 @@ def document_of(run: Run, view: RunView) -> Document:
     """All that is said of a run that compares variants."""
     from lorameter.report.run import describe_run
     from lorameter.studies.from_run import read_study
-    from lorameter.verdicts.per_site import is_mixed
+    from lorameter.verdicts.sites import is_mixed
 
     document = describe_run(view)
     # A claim is of one kind of machine, and the notices say what this is.

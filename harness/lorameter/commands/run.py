@@ -139,6 +139,7 @@ def _show(run: Run, options: argparse.Namespace) -> int:
                 "run": view.run,
                 "path": view.path,
                 "status": "ok" if view.valid else "invalid",
+                "invalid": view.invalid,
                 "control": _controls(view),
                 "trials": view.counts,
                 **encode_spending(view.spending),

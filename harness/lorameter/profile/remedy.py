@@ -23,8 +23,8 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.run_validity import control_of, phases_of, ratios_of, run_validity
-from lorameter.verdicts.series import group_trials, is_difference
+from lorameter.verdicts.series import control_of, group_trials, is_difference, ratios_of
+from lorameter.verdicts.validity import phases_of, run_validity
 
 LEAST_TURNS = 2
 """Of training, where requests are at issue: trials that take turns have some."""

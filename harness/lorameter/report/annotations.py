@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.comparison import invalid_of, list_differences, title_of_report, write_compared
+from lorameter.report.comparison import list_differences, title_of_report, write_compared
 from lorameter.report.gate import outcome_of
 from lorameter.report.phrases import title_of
 from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def gate_annotations(result: GateResult) -> str:
     """The gate as workflow commands: an error for what fails, a warning for what the policy lets pass."""
     level = "notice" if result.passed else "error"
-    said = f"{_invalid(invalid_of(result.report))}{outcome_of(result)}: {title_of_report(result.report)}"
+    said = f"{_invalid(result.report.why_invalid)}{outcome_of(result)}: {title_of_report(result.report)}"
     whole = annotation(level, "lorameter gate", said)
     found = _verdicts(result.report, lenient=result.policy.inconclusive == "pass")
     unmet = [annotation("error", "lorameter: policy", line) for line in result.unmet]
@@ -33,7 +33,7 @@ def gate_annotations(result: GateResult) -> str:
 
 def comparison_annotations(report: ComparisonReport) -> str:
     """A comparison that no policy judges: an error for what is no pass."""
-    whole = annotation("notice", "lorameter compare", f"{_invalid(invalid_of(report))}{title_of_report(report)}")
+    whole = annotation("notice", "lorameter compare", f"{_invalid(report.why_invalid)}{title_of_report(report)}")
     return "\n".join([whole, *_verdicts(report, lenient=False), *_differing(report)]) + "\n"
 
 
@@ -51,7 +51,7 @@ def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
             ratio = write_compared(compared)
             said = f"{ratio.line}, " if ratio.value is not None else ""
             title = f"lorameter: {compared.name}, {title_of(compared.metric)} {compared.verdict}"
-            message = f"{said}{compared.comparison.reason}"
+            message = f"{said}{compared.reason}"
             found.append((PRECEDENCE.index(code), annotation("warning" if passes else "error", title, message)))
     return [line for _, line in sorted(found, key=lambda item: item[0])]
 

@@ -27,8 +27,7 @@ def describe_attribution(attribution: Attribution, run: Run) -> Document:
             ColumnHeader(text="candidate / base", right=True, ratio=True),
         ),
         rows=tuple(
-            write_row(part.variant, title_of_ratio(part.metric), write_ratio(part.comparison))
-            for part in attribution.parts
+            write_row(part.variant, title_of_ratio(part.metric), write_ratio(part)) for part in attribution.parts
         ),
         blank_line_before=True,
     )

@@ -46,7 +46,7 @@ _LEGEND = (
 def describe_claims(report: ClaimsReport) -> Document:
     """All that is said of a run's claims."""
     return (
-        *say_invalid(_invalid(report)),
+        *say_invalid(report.invalid),
         Section(title=report.title, lines=say_each([_held(report)]), blank_line_before=False),
         *describe_verdicts(report),
         *list_sections({"Machine and versions": tuple(_place(report))}),
@@ -155,12 +155,3 @@ def _place(report: ClaimsReport) -> Iterator[str]:
 def _share(share: ShareEstimate) -> str:
     low, high = (None if end is None else 100 * end for end in (share.low, share.high))
     return f"{format_interval(100 * share.value, low, high, '1')} %"
-
-
-def _invalid(report: ClaimsReport) -> str | None:
-    """Why nothing of it counts; None where it does."""
-    if report.valid:
-        return None
-    if not report.replicates:
-        return "no trial of the run is ok, so there is nothing to judge by. See the report of the run"
-    return "a control failed: the reference differs from itself. Quieten the machine and measure again"

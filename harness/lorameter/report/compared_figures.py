@@ -14,7 +14,7 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
     """A figure a phase; ratios that could not be computed are in none."""
     by_phase: dict[str, list[ComparisonRow]] = {}
     for compared in report.comparisons:
-        if compared.comparison.ratio is not None:
+        if compared.ratio is not None:
             known = METRICS.get(compared.metric)
             by_phase.setdefault("Others" if known is None else PHASE_TITLES[known.phase], []).append(compared)
     return tuple(_figure(title, found) for title, found in by_phase.items())
@@ -23,15 +23,14 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
 def _figure(title: str, found: list[ComparisonRow]) -> Figure:
     marks = tuple(
         Mark(
-            name=f"{one.name}, {title_of_ratio(one.metric)}", value=one.comparison.ratio, low=one.comparison.low,
-            high=one.comparison.high, verdict=one.verdict,
+            name=f"{one.name}, {title_of_ratio(one.metric)}", value=one.ratio, low=one.low,
+            high=one.high, verdict=one.verdict,
         )
         for one in found
-        if one.comparison.ratio is not None
+        if one.ratio is not None
     )  # fmt: skip
     rows = tuple(
-        write_row(one.name, title_of_ratio(one.metric), write_ratio(one.comparison, verdict=one.verdict))
-        for one in found
+        write_row(one.name, title_of_ratio(one.metric), write_ratio(one, verdict=one.verdict)) for one in found
     )
     return Figure(
         title=f"{title}: candidate / base",

@@ -56,7 +56,7 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     more = lines[MOST_FINDINGS:]
     folded = Collapsible(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
     return (
-        *say_invalid(invalid_of(report)),
+        *say_invalid(report.why_invalid),
         Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], blank_line_before=False),
         *([folded] if more else []),
         collapse_constant_columns(
@@ -68,12 +68,6 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     )
 
 
-def invalid_of(report: ComparisonReport) -> str | None:
-    """Why verdicts do not count: the first few reasons; None where all of them do."""
-    reasons = dict.fromkeys(one.comparison.reason for one in report.comparisons if one.verdict == "invalid")
-    return first_few(list(reasons), NAMED, "; ") if reasons else None
-
-
 def title_of_report(report: ComparisonReport) -> str:
     """Which side is judged by which."""
     return f"{report.candidate} against {report.base}"
@@ -82,7 +76,7 @@ def title_of_report(report: ComparisonReport) -> str:
 def write_rows(report: ComparisonReport) -> Iterator[Row]:
     """A row a comparison, in the order of `HEADS`."""
     for compared in report.comparisons:
-        count = compared.comparison.replicates
+        count = compared.replicates
         yield write_row(
             compared.name,
             title_of_ratio(compared.metric),
@@ -96,15 +90,15 @@ def write_rows(report: ComparisonReport) -> Iterator[Row]:
 def write_verdict(compared: ComparisonRow) -> Cell:
     """The finding in a word, with what equal is."""
     margin = compared.tolerance if is_memory(compared.metric) else compared.margin
-    return verdict_cell(compared.comparison, compared.metric, margin, "sides")
+    return verdict_cell(compared, compared.metric, margin, "sides")
 
 
 def write_compared(compared: ComparisonRow) -> Cell:
     """The ratio; of peaks without a bracket, since the largest against the largest has no interval."""
-    ratio = compared.comparison.ratio
+    ratio = compared.ratio
     if is_memory(compared.metric) and ratio is not None:
         return Cell(text=f"{ratio:.4g}", value=ratio, unit="1")
-    return write_ratio(compared.comparison)
+    return write_ratio(compared)
 
 
 def list_findings(report: ComparisonReport, *, ab: bool = False) -> Iterator[Line]:
@@ -126,7 +120,7 @@ _WORDS: dict[str, str] = {"no_baseline": "no baseline", "not_comparable": "not c
 
 
 def _finding(compared: ComparisonRow, *, ab: bool) -> str:
-    comparison, verdict = compared.comparison, compared.verdict
+    comparison, verdict = compared, compared.verdict
     if verdict == "inconclusive":
         return format_inconclusive(comparison, compared.metric, compared.interleaving, ab=ab)
     if verdict in ("regressed", "improved"):
@@ -165,7 +159,7 @@ def _notes(report: ComparisonReport) -> Iterator[Line]:
 def _statistics(report: ComparisonReport) -> Iterator[Block]:
     reasons: dict[str, list[str]] = {}
     for compared in report.comparisons:
-        reasons.setdefault(compared.comparison.reason, []).append(name_of(compared))
+        reasons.setdefault(compared.reason, []).append(name_of(compared))
     lines = tuple(
         say(f"{first_few(names, NAMED, '; ')}: ", Span(text=reason, tone="faint")) for reason, names in reasons.items()
     )

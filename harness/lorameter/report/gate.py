@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lorameter.report.blocks import Document, Section, Span, Tone, say, say_invalid
-from lorameter.report.comparison import describe_comparison, invalid_of
+from lorameter.report.comparison import describe_comparison
 
 if TYPE_CHECKING:
     from lorameter.verdicts.gate import GateResult
@@ -16,7 +16,7 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
     """Whether the gate is passed and why, then the comparison; `ab`: whether both sides were measured in one job."""
     unmet = tuple(say(Span(text=line, tone="bad")) for line in result.unmet)
     tone: Tone = "good" if result.passed else "bad"
-    invalid = invalid_of(result.report)
+    invalid = result.report.why_invalid
     outcome = Section(title=outcome_of(result), tone=tone, lines=unmet, blank_line_before=False, last=invalid is None)
     first = say_invalid(invalid)
     return (*first, outcome, *describe_comparison(result.report, ab=ab)[len(first) :])

@@ -17,8 +17,8 @@ from lorameter.report.blocks import Cell, write_ratio
 from lorameter.run.plan import Plan, Slot
 from lorameter.stats import Comparison
 from lorameter.studies.command import COMMANDS
-from lorameter.verdicts.disturbed_trials import disturbances_of
 from lorameter.verdicts.series import compare_series, group_trials
+from lorameter.verdicts.validity import disturbances_of
 
 Key = tuple[Side, str, Role]
 """Side, variant and role of a row."""

@@ -63,8 +63,7 @@ def encode_matrix(changes: Sequence[MatrixRun]) -> list[dict[str, Any]]:
     return [
         {
             "run": change.run, "study": change.study, "base": change.report.base, "candidate": change.report.candidate,
-            "variant": one.variant, "metric": one.metric, "tolerance": one.tolerance, "margin": one.margin,
-            **codec.to_json(one.comparison), **({"site": one.site} if one.site else {}),
+            **codec.to_json(one),
         }
         for change in changes
         for one in change.report.comparisons

@@ -20,9 +20,9 @@ from lorameter.stats import Comparison, compare_bytes
 from lorameter.studies.study import Study
 from lorameter.verdicts.compare_pairs import LimitsOf
 from lorameter.verdicts.comparison_input import is_memory
-from lorameter.verdicts.run_validity import RunValidity, control_of, discounted, is_single_script_run, ratios_of
 from lorameter.verdicts.same_training import sides_of_run
-from lorameter.verdicts.series import Groups, Series, occupancies, pairs_of
+from lorameter.verdicts.series import Groups, Series, control_of, occupancies, pairs_of, ratios_of
+from lorameter.verdicts.validity import RunValidity, discounted, is_single_script_run
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""

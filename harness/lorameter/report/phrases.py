@@ -7,6 +7,7 @@ do, which is never "measure hundreds of replicates".
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorameter.records.metrics import METRICS
@@ -29,6 +30,7 @@ class VerdictWords(NamedTuple):
     better: str
 
 
+_BASIS = re.compile(r" \((\d[^()]*replicate[^()]*)\)")
 _TIMES = VerdictWords("slower", "faster")
 _BYTES = VerdictWords("larger", "smaller")
 _LEVELS = VerdictWords("higher", "lower")
@@ -93,6 +95,13 @@ def format_inconclusive(found: Comparison, metric: str, interleaving: Interleavi
     ways = ways_of(metric)
     seen = "" if found.mde80 is None else f"; smallest detectable difference: {format_percent(found.mde80)}"
     return f"Inconclusive: {_between(found.low, found.high, ways)}{seen}. {_advice(found, metric, interleaving, ab=ab)}"
+
+
+def split_basis(reason: str) -> tuple[str, str]:
+    """A verdict's reason without what it rests on ("3 replicates, paired turn by turn"), and that; several verdicts
+    share it."""
+    found = _BASIS.search(reason)
+    return (reason, "") if found is None else (reason[: found.start()] + reason[found.end() :], found[1])
 
 
 def format_effect(found: Comparison, metric: str) -> str:

@@ -25,7 +25,7 @@ from lorameter.report.blocks import (
 from lorameter.report.findings import say_unfound, tabulate_findings
 from lorameter.report.notices import describe_notices
 from lorameter.report.step import tabulate_categories, tabulate_phases
-from lorameter.verdicts.disturbed_trials import disturbances
+from lorameter.verdicts.validity import disturbance_notices
 
 
 def describe_profile(
@@ -37,7 +37,7 @@ def describe_profile(
 ) -> Document:
     """All of it."""
     where = f"{profile.device_name} ({profile.device}, {format_count(profile.threads, 'thread')})"
-    said = disturbances([profile.record], on_cpu=profile.device == "cpu")
+    said = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
     return (
         say(Span(text=profile.variant.name, tone="strong"), f" of {profile.study} on {where}", indented=False),
         tabulate_phases(profile, step),

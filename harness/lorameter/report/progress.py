@@ -9,7 +9,7 @@ from lorameter.records.store import Run
 from lorameter.records.units import format_count
 from lorameter.report.blocks import Line, say
 from lorameter.studies.study import Study
-from lorameter.verdicts.run_validity import is_single_script_run
+from lorameter.verdicts.validity import is_single_script_run
 
 _WORDS = {
     "running": "under way: a process is measuring it",

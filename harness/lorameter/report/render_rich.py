@@ -123,6 +123,9 @@ def _fold(fold: Collapsible, console: Console, *, verbose: bool) -> Iterator[Tex
         return
     whole = _paragraph(fold.summary, console, len(fold.summary.label))
     first, *rest = whole.split("\n")
+    if not console.is_terminal:
+        yield whole
+        return
     if rest:
         room = max(console.width - 2, 1)
         first = first.wrap(console, room)[0] if first.cell_len > room else first

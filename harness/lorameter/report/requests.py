@@ -28,7 +28,7 @@ from lorameter.report.blocks import (
 from lorameter.report.findings import say_unfound, tabulate_findings
 from lorameter.report.notices import describe_notices
 from lorameter.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
-from lorameter.verdicts.disturbed_trials import disturbances
+from lorameter.verdicts.validity import disturbance_notices
 
 _MERGED = ", with the adapter merged"
 
@@ -46,7 +46,7 @@ def describe_requests(
     prompts = f"{workload.request_batch} prompts of " if workload.request_batch > 1 else ""
     each = " each" if prompts else ""
     asked = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
-    said = disturbances([profile.record], on_cpu=profile.device == "cpu")
+    said = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
     sides: list[tuple[RequestProfile, RequestAccount, str]] = [(profile, served, "")]
     if merged is not None and profile.merged is not None:
         sides.append((profile.merged, merged, _MERGED))

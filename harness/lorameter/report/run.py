@@ -7,7 +7,7 @@ then everything else, as far as there is room. What is equal for all variants is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.record import Interleaving
@@ -32,7 +32,14 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.notices import describe_notices
 from lorameter.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, PhaseColumn, PhaseTable, VariantRow
-from lorameter.report.phrases import format_effect, format_inconclusive, title_of, title_of_ratio, verdict_cell
+from lorameter.report.phrases import (
+    format_effect,
+    format_inconclusive,
+    split_basis,
+    title_of,
+    title_of_ratio,
+    verdict_cell,
+)
 from lorameter.report.run_view import RunView
 from lorameter.report.time_breakdown import describe_spending
 from lorameter.stats import Comparison
@@ -234,40 +241,45 @@ def _control(table: PhaseTable) -> Line:
     return say(f"A/A control: {write_ratio(control).line} ", Span(text=said.said or said.verdict, tone="strong"))
 
 
-def _details(table: PhaseTable) -> Iterator[Line]:
-    """What each number of a table is, and of each inconclusive verdict what to do."""
+def _inconclusive(table: PhaseTable) -> Iterator[Line]:
+    """Of each inconclusive verdict what to do."""
     about = title_of_ratio(table.metric)
-    if not table.alone:
-        if table.control is not None and table.control.verdict == "inconclusive" and table.control.ratio is not None:
-            yield say(f"{about}, A/A control: {format_inconclusive(table.control, table.metric, _level(table))}")
-        for row in table.rows:
-            if row.ratio is not None and row.ratio.verdict == "inconclusive":
-                said = format_inconclusive(row.ratio, table.metric, _level(table))
-                yield say(f"{about}, ", Span(text=row.name, tone="warning"), f": {said}")
-        yield from (say(f"{about}, {row.name}: {row.remark}") for row in table.rows if row.remark)
-    if table.note:
-        yield say(f"{about}: {table.note}")
+    found = [("A/A control", table.control), *((row.name, row.ratio) for row in table.rows)]
+    for name, one in found if not table.alone else ():
+        if one is not None and one.verdict == "inconclusive" and one.ratio is not None:
+            said = format_inconclusive(one, table.metric, _level(table))
+            yield say(f"{about}, ", Span(text=name, tone="warning"), f": {said}")
 
 
 def _level(table: PhaseTable) -> Interleaving:
     return table.interleaving or "replicates"
 
 
-def _estimators(table: PhaseTable) -> str:
+def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     """Which number is what: a ratio is of pairs, an estimate of one variant alone."""
-    if is_memory(table.metric):
-        return "memory: the largest of the trials, with the least and the largest; its ratio is of the largest"
-    said = [f"ratio: {_PAIRED[_level(table)]}, above 1 is worse, its interval corrected for all variants"]
-    if any(column.key == PEAK for column in table.columns):
-        said.append("memory: the largest of the trials, with the least and the largest")
+    pairs: dict[str, list[str]] = {}
     ways: dict[str, list[str]] = {}
-    for column in table.columns:
-        if column.key in METRICS:
-            ways.setdefault(_way(column.key), []).append(column.head)
-    first, *others = ways.items()
-    said.append(f"{'the rest' if not others or len(first[1]) > 1 else first[1][0]}: {first[0]}, 95 % interval")
-    said += [f"{', '.join(heads)}: {way}" for way, heads in others]
-    return "; ".join(said)
+    for table in tables:
+        if not is_memory(table.metric):
+            pairs.setdefault(_PAIRED[_level(table)], []).append(title_of_ratio(table.metric))
+        for column in table.columns:
+            if column.key in METRICS:
+                ways.setdefault(_way(column.key), []).append(column.head)
+    if pairs:
+        first, *others = pairs
+        said = [first, *(f"of {', '.join(pairs[one])} {one}" for one in others)]
+        said.append("above 1 is worse; its interval is corrected for all variants")
+        yield say("; ".join(said), label="ratio")
+    said = [
+        way if place == 0 else f"{', '.join(dict.fromkeys(heads))}: {way}"
+        for place, (way, heads) in enumerate(ways.items())
+    ]
+    said += ["95 % intervals"] if ways else []
+    if any(is_memory(table.metric) or table.cells(PEAK) for table in tables):
+        said.append("memory: the largest of the trials, with the least and the largest; its ratio is of the largest")
+    yield from [say("; ".join(said), label="estimates")] if said else []
+    notes = dict.fromkeys(table.note for table in tables if table.note)
+    yield from (say(note, label="memory") for note in notes)
 
 
 def _way(metric: str) -> str:
@@ -277,17 +289,34 @@ def _way(metric: str) -> str:
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
-    """How the numbers follow from the trials, and what each verdict rests on; folded unless asked for."""
-    tables = (*view.tables, *view.outcomes)
-    estimators = dict.fromkeys(_estimators(table) for table in view.tables if not table.alone)
-    lines = [line for table in tables for line in _details(table)]
-    lines += [say(Span(text=text, tone="faint")) for text in estimators]
-    for table in tables:
-        found: list[tuple[str, Comparison]] = [] if table.control is None else [("A/A control", table.control)]
-        found += [(row.name, row.ratio) for row in table.rows if row.ratio and row.ratio.verdict != "invalid"]
-        about = title_of_ratio(table.metric)
-        lines += [say(f"{about}, {name}: ", Span(text=one.reason, tone="faint")) for name, one in found]
+    """What an inconclusive verdict needs and how the numbers follow from the trials; folded: what each verdict rests
+    on."""
+    tables = [table for table in (*view.tables, *view.outcomes) if not table.alone]
+    needs = [line for table in tables for line in _inconclusive(table)]
+    lines = [*needs[:MOST_NAMED], *_estimators(tables)]
+    folded = [*needs[MOST_NAMED:], *_reasons(tables)]
     if lines:
-        summary = "how each number was computed, what each verdict rests on, and what an inconclusive one needs"
-        yield Section(title="Statistics")
-        yield Collapsible(summary=say(Span(text=summary, tone="faint")), lines=tuple(lines))
+        yield Section(title="Statistics", lines=tuple(lines))
+    if folded:
+        summary = say(Span(text="what each verdict rests on", tone="faint"))
+        yield Collapsible(summary=summary, lines=tuple(folded))
+
+
+def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
+    """The reason of each verdict; what is common to those of several metrics is said once, before them."""
+    shared: dict[str, list[str]] = {}
+    lines = []
+    for table in tables:
+        found: list[tuple[str, Comparison | None]] = [("A/A control", table.control)]
+        found += [(row.name, row.ratio) for row in table.rows]
+        about = title_of_ratio(table.metric)
+        for name, one in found:
+            if one is not None and one.verdict != "invalid":
+                reason, basis = split_basis(one.reason)
+                if basis:
+                    shared.setdefault(basis, []).append(about)
+                lines.append(say(f"{about}, {name}: ", Span(text=reason, tone="faint")))
+        lines += [say(f"{about}, {row.name}: {row.remark}") for row in table.rows if row.remark]
+    for basis, abouts in shared.items():
+        yield say(f"{', '.join(dict.fromkeys(abouts))}: ", Span(text=basis, tone="faint"))
+    yield from lines

@@ -32,9 +32,9 @@ from lorameter.studies.study import Study, unknown
 from lorameter.verdicts.compare_pairs import LimitsOf, default_limits, matching
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites, say_machines
-from lorameter.verdicts.run_validity import RunValidity, is_single_script_run, run_validity
 from lorameter.verdicts.series import Groups, group_trials
+from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites, say_machines, unmeasured_sites
+from lorameter.verdicts.validity import Fault, RunValidity, is_single_script_run, run_validity, say_faults
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
@@ -82,15 +82,20 @@ class RunView:
     counts: dict[str, int]
     state: str
     """State of the run: complete, running, killed, interrupted or failed."""
-    invalid: str | None
-    """Why the run is invalid, so that no verdict counts; None where it is valid."""
+    faults: tuple[Fault, ...]
+    """Why the run is invalid, so that no verdict counts; empty where it is valid."""
     spending: TimeBreakdown | None = None
     """What its time went to, where it says so."""
 
     @property
     def valid(self) -> bool:
         """Whether its verdicts count."""
-        return self.invalid is None
+        return not self.faults
+
+    @property
+    def invalid(self) -> str | None:
+        """The first few of its faults; None where it is valid."""
+        return say_faults(self.faults) or None
 
 
 def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
@@ -120,7 +125,7 @@ def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
         notices=notices_of(run, study, validity.controls),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
-        invalid=validity.invalid,
+        faults=validity.faults,
         spending=run.manifest.spending,
     )
 
@@ -145,11 +150,11 @@ def _view_of_sites(run: Run, study: Study, asked: ReportFilter) -> RunView:
         outcomes=(),
         variants=tuple(_names(study, asked)),
         phases=tuple(dict.fromkeys(phase for view in views.values() for phase in view.phases)),
-        failures=(*validity.failures, *fault_of_sites(run)),
+        failures=(*validity.failures, *unmeasured_sites(run)),
         notices=join_notices(run, {site: view.notices for site, view in views.items()}),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
-        invalid=validity.invalid,
+        faults=validity.faults,
     )
 
 
@@ -248,6 +253,9 @@ def encode_run(view: RunView) -> dict[str, Any]:
     """The view as JSON data, without its `schema`."""
     return {
         "run": view.run,
+        "valid": view.valid,
+        "invalid": view.invalid,
+        "faults": codec.to_json(view.faults),
         "path": view.path,
         "title": view.title,
         "facts": [f"{fact.label:<10}{fact.text}" for fact in view.facts],
@@ -258,7 +266,6 @@ def encode_run(view: RunView) -> dict[str, Any]:
         "notices": codec.to_json(view.notices),
         "counts": view.counts,
         "state": view.state,
-        "valid": view.valid,
         **encode_spending(view.spending),
     }
 

@@ -1,4 +1,4 @@
-"""Reports on a terminal in colour; piped, as plain and complete text."""
+"""Reports on a terminal in colour; in a pipe as plain text."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FOLDED = "--verbose shows full notices and statistics."
 
 
 def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
-    """A console that knows whether it is a terminal. Without one the text is plain and complete, and as wide as
-    $COLUMNS says, else `PIPED_WIDTH`."""
+    """A console that knows whether it is a terminal. Otherwise the text is plain, and as wide as $COLUMNS says, else
+    `PIPED_WIDTH`."""
     console = Console(file=file, stderr=stderr, highlight=False)  # type: ignore[arg-type]
     if not console.is_terminal:
         width = None if os.environ.get("COLUMNS", "").isdigit() else PIPED_WIDTH
@@ -31,9 +31,7 @@ def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
 
 
 def show(document: Document, console: Console, *, verbose: bool = False) -> None:
-    """Print a report and repeat its verdict below it; `verbose` unfolds what is folded, and so does what is no
-    terminal."""
-    verbose = verbose or not console.is_terminal
+    """Print a report and repeat its verdict below it; `verbose` unfolds what is folded."""
     for block in document:
         for drawn in render_block(block, console, verbose=verbose):
             console.print(drawn)
@@ -62,6 +60,6 @@ def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = F
     """A report as the text that a terminal of that width would be sent."""
     text = io.StringIO()
     colours: Literal["auto"] | None = "auto" if coloured else None
-    console = Console(file=text, force_terminal=True, color_system=colours, width=width, highlight=False)
+    console = Console(file=text, force_terminal=coloured, color_system=colours, width=width, highlight=False)
     show(document, console, verbose=verbose)
     return text.getvalue()

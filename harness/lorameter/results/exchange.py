@@ -29,7 +29,7 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.compare_pairs import default_metrics, matching
-from lorameter.verdicts.run_validity import run_validity
+from lorameter.verdicts.validity import run_validity
 
 
 def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.comparison_report import EXIT_OF, worst
-from lorameter.verdicts.run_validity import run_validity
+from lorameter.verdicts.validity import run_validity
 
 T = TypeVar("T")
 

@@ -13,10 +13,9 @@ from lorameter.results.columns import VERSIONS, names_of
 from lorameter.results.folder import read_each
 from lorameter.results.rows import estimate_rows
 from lorameter.studies.from_run import read_study
-from lorameter.verdicts.per_site import is_mixed
-from lorameter.verdicts.run_validity import run_validity, say_broken, trial_faults
-from lorameter.verdicts.series import group_trials
+from lorameter.verdicts.sites import is_mixed
 from lorameter.verdicts.software import facts_of
+from lorameter.verdicts.validity import run_validity
 
 _LEFT_OUT = ("worker", "packages")
 """Of the provenance: fields that are large and say nothing of what changed."""
@@ -90,16 +89,14 @@ def _night(run: Run, metric: str | None) -> Night:
 def _points(run: Run, metric: str | None) -> Iterator[Point]:
     if run.manifest.sides or is_mixed(run):
         return
-    study, groups = read_study(run), group_trials(run.records)
-    whole = run_validity(run, study).broken
+    study = read_study(run)
+    validity = run_validity(run, study)
     for values in estimate_rows(run, study, metric):
         row = dict(zip(names_of("estimates"), values, strict=True))
         if row["role"] != "variant":
             continue
-        records = groups[row["variant"], "variant"].records
-        faults = [fault for record in records for fault in trial_faults(record, study)]
         kept = ("study", "variant", "variant_id", "metric", "unit", "higher_is_better", "value", "low", "high")
         yield Point(
             **{name: row[name] for name in (*kept, "replicates")},
-            broken=whole or say_broken(run.manifest.run, faults),
+            broken=validity.broken or validity.broken_variant(row["variant"]),
         )

@@ -17,9 +17,9 @@ from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.compare_pairs import default_limits
-from lorameter.verdicts.comparison_report import ComparisonRow
-from lorameter.verdicts.run_validity import discounted, ratios_of, run_validity
-from lorameter.verdicts.series import Series, group_trials
+from lorameter.verdicts.comparison_report import ComparisonRow, fields_of
+from lorameter.verdicts.series import Series, group_trials, ratios_of
+from lorameter.verdicts.validity import discounted, run_validity
 
 _ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
 """Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
@@ -162,7 +162,7 @@ def _compared(
     compared = ComparisonRow(
         variant=variant,
         metric=metric,
-        comparison=found,
+        **fields_of(found),
         tolerance=limits.tolerance,
         margin=limits.margin,
         interleaving=(series.interleaving(metric) if series else None) or "replicates",
@@ -171,11 +171,10 @@ def _compared(
 
 
 def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compared: ComparisonRow) -> Values:
-    found = compared.comparison
     return (
-        name, variant, role, *sides, compared.metric, found.ratio, found.low, found.high, found.verdict, found.reason,
-        found.replicates, found.replicates_needed, found.mde80, compared.tolerance, compared.margin,
-        compared.interleaving,
+        name, variant, role, *sides, compared.metric, compared.ratio, compared.low, compared.high, compared.verdict,
+        compared.reason, compared.replicates, compared.replicates_needed, compared.mde80, compared.tolerance,
+        compared.margin, compared.interleaving,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.comparison_input import differences
-from lorameter.verdicts.run_validity import is_single_script_run
+from lorameter.verdicts.validity import is_single_script_run
 
 if TYPE_CHECKING:
     from lorameter.run.sites.placement import Placement

@@ -26,8 +26,8 @@ from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.workers import Executor
 from lorameter.stats import Comparison, VerdictRule, is_precise, relative_half_width
-from lorameter.verdicts.disturbed_trials import mark_disturbed
 from lorameter.verdicts.series import compare_series, effects_against, group_trials
+from lorameter.verdicts.validity import mark_disturbed
 
 LEAST_TO_STOP = 5
 """Fewer give a standard deviation that is itself too uncertain to stop on."""

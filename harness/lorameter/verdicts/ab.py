@@ -14,7 +14,6 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import differing_packages
-from lorameter.records import codec
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
@@ -32,10 +31,8 @@ from lorameter.verdicts.compare_pairs import (
     rows_of,
 )
 from lorameter.verdicts.comparison_input import Difference, Measurements, is_memory, measurements_of
-from lorameter.verdicts.comparison_report import ComparisonReport
+from lorameter.verdicts.comparison_report import ComparisonReport, fields_of
 from lorameter.verdicts.notices import run_notices
-from lorameter.verdicts.per_site import fault_of_sites, is_mixed, join_notices, runs_of_sites
-from lorameter.verdicts.run_validity import run_faults, run_validity, say_broken
 from lorameter.verdicts.same_training import losses_of_run, sides_of_run
 from lorameter.verdicts.series import (
     Series,
@@ -46,23 +43,24 @@ from lorameter.verdicts.series import (
     pairs_of,
     verdict_only,
 )
+from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.software import say_versions, versions_by_name
+from lorameter.verdicts.validity import RunValidity, run_validity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseEffect:
+class PhaseEffect(Comparison):
     """One metric of the training, generation or start of a variant, to see where an effect comes from."""
 
     variant: str
     metric: str
-    comparison: Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
     """What differs between the sides, and where the time went. Not corrected for the number of looks: no verdicts."""
 
-    packages: Mapping[str, tuple[str | None, str | None]]
+    packages: dict[str, tuple[str | None, str | None]]
     """Distributions whose versions differ: base, candidate; None where it is not installed."""
     differing: tuple[Difference, ...]
     """Other facts of the two sides."""
@@ -83,15 +81,14 @@ def report_of(
     Raises:
         UsageError: a run without sides.
     """
+    study = _study(run)
+    validity = run_validity(run, study)
     if is_mixed(run):
         sites = runs_of_sites(run).items()
         by_site = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
-        return _report_of_sites(run, by_site)
-    study = _study(run)
-    validity = run_validity(run, study)
+        return _report_of_sites(run, validity.broken, by_site)
     control: dict[str, Comparison | None] = dict(validity.controls.items())
-    broken = say_broken(run.manifest.run, validity.faults)
-    pairs = _pairs(run, study, broken, metrics)
+    pairs = _pairs(run, study, validity, metrics)
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
@@ -107,13 +104,12 @@ def report_of(
     )
 
 
-def _report_of_sites(run: Run, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
+def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
     """What each site says, side by side: a gate lets pass what all of them let pass. Without a site there is no row,
     which is no pass either."""
-    sides, faults = run.manifest.sides, [*run_faults(run), *fault_of_sites(run)]
-    broken = say_broken(run.manifest.run, faults)
+    sides = run.manifest.sides
     rows = [
-        dataclasses.replace(row, site=site, comparison=verdict_only("invalid", broken) if broken else row.comparison)
+        dataclasses.replace(row, site=site, **(fields_of(verdict_only("invalid", broken)) if broken else {}))
         for site, report in by_site.items()
         for row in report.comparisons
     ]
@@ -133,8 +129,9 @@ def _on(what: str, site: str) -> str:
     return f"{what} on {site}"
 
 
-def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[MetricPair]:
-    """Every metric that is wanted of every variant; `broken` forbids all numbers, also of what has none."""
+def _pairs(run: Run, study: Study, validity: RunValidity, metrics: Sequence[str]) -> list[MetricPair]:
+    """Every metric that is wanted of every variant; in a run that does not count also of what has no number."""
+    broken = validity.broken
     groups = [group_trials(run.records, side) for side in ("base", "candidate")]
     pairs: list[MetricPair] = []
     compared = sides_of_run(run, study) if study.of_scripts else {}
@@ -142,7 +139,9 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
         series = [side[variant.name, "variant"] for side in groups if (variant.name, "variant") in side]
         if not series and not (broken and variant.name in (run.manifest.selection or (variant.name,))):
             continue
-        sides = [measurements_of(one, study, run.manifest.run) for one in series]
+        sides = [
+            measurements_of(one, study, validity.broken_variant(variant.name, one.records[0].side)) for one in series
+        ]
         said = [fault for fault in (broken, *(side.broken for side in sides)) if fault]
         differ = variant.name in compared and compared[variant.name].tokens_differ
         for metric in _wanted(run, sides, metrics, tokens_differ=differ):
@@ -192,7 +191,7 @@ def attribution_of(run: Run) -> Attribution:
     else:
         parts = _parts_of(run)
     return Attribution(
-        packages=differing_packages(*facts),
+        packages=dict(differing_packages(*facts)),
         differing=tuple(
             Difference(field=name, base=facts[0].get(name), candidate=facts[1].get(name))
             for name in ("python", "cuda", "git")
@@ -213,7 +212,7 @@ def _parts_of(run: Run) -> list[PhaseEffect]:
             with contextlib.suppress(InvalidRunError):  # samples without a ratio, as a loss of zero, cost no verdict
                 comparison = compare_series(ours, theirs, metric)  # type: ignore[arg-type]
             if comparison is not None:
-                parts.append(PhaseEffect(variant=variant.name, metric=metric, comparison=comparison))
+                parts.append(PhaseEffect(variant=variant.name, metric=metric, **fields_of(comparison)))
     return parts
 
 
@@ -281,16 +280,3 @@ def _alike(run: Run) -> bool:
     if versions[0] and versions[0] == versions[1] and sides[0].get("kind") != "revision":
         return True
     return facts[0] == facts[1] and sides[0].get("worker") == sides[1].get("worker") and facts[0] is not None
-
-
-def attribution_document(run: Run) -> dict[str, Any]:
-    """What differs and where the time went, as JSON data."""
-    attribution = attribution_of(run)
-    return {
-        "packages": {name: list(versions) for name, versions in attribution.packages.items()},
-        "differing": [codec.to_json(difference) for difference in attribution.differing],
-        "parts": [
-            {"variant": part.variant, "metric": part.metric, **codec.to_json(part.comparison)}
-            for part in attribution.parts
-        ],
-    }

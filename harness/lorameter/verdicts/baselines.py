@@ -18,8 +18,8 @@ from lorameter.records.fileio import write_document
 from lorameter.records.packed import is_packed
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.comparison_input import ComparisonInput, comparison_input
-from lorameter.verdicts.per_site import refuse_mixed
-from lorameter.verdicts.run_validity import run_validity
+from lorameter.verdicts.sites import refuse_mixed
+from lorameter.verdicts.validity import run_validity
 
 WORD = "baseline"
 """Names the accepted run of the candidate's fingerprint and study, in place of a base."""
@@ -138,12 +138,12 @@ def read_comparand(name: str, runs: Path) -> ComparisonInput:
         UsageError: none of these, or one that cannot be read.
     """
     if fileio.is_file(name) and not is_packed(Path(name)):
-        from lorameter.verdicts.benchmark_json import read_benchmark_json
+        from lorameter.verdicts.benchmark_files import read_benchmark_json
 
         return read_benchmark_json(Path(name))
     folder = Path(name)
     if fileio.is_folder(folder) and not store.is_run(folder) and not store.is_run(runs / name):
-        from lorameter.verdicts.benchmark_folder import list_benchmarks, read_benchmark_folder
+        from lorameter.verdicts.benchmark_files import list_benchmarks, read_benchmark_folder
 
         if list_benchmarks(folder):
             return read_benchmark_folder(folder)

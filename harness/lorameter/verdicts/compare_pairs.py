@@ -24,7 +24,7 @@ from lorameter.stats import (
     share_scatter,
 )
 from lorameter.verdicts.comparison_input import Measurements, is_memory
-from lorameter.verdicts.comparison_report import ComparisonRow
+from lorameter.verdicts.comparison_report import ComparisonRow, fields_of
 from lorameter.verdicts.series import Trials, as_worse_is_higher, verdict_only, with_drops
 
 TOLERANCE = 0.01
@@ -156,7 +156,7 @@ def rows_of(
         ComparisonRow(
             variant=pair.variant,
             metric=pair.metric,
-            comparison=with_drops(verdicts[pair.key], pair.drops),
+            **fields_of(with_drops(verdicts[pair.key], pair.drops)),
             tolerance=limits_of(*pair.key).tolerance,
             margin=limits_of(*pair.key).margin,
             interleaving=pair.interleaving,

@@ -27,10 +27,10 @@ from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.per_site import refuse_mixed
-from lorameter.verdicts.run_validity import run_validity, say_broken, trial_faults
 from lorameter.verdicts.series import Series, Trials, group_trials
+from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.software import facts_of
+from lorameter.verdicts.validity import run_validity
 
 BYTES_SUFFIX = "_bytes"
 """Ends the name of every kind of memory."""
@@ -117,9 +117,9 @@ def comparison_input(run: Run) -> ComparisonInput:
         )
     refuse_mixed(run, "a side of a comparison")
     study = read_study(run)
-    groups, stands = group_trials(run.records), run_validity(run, study)
+    groups, validity = group_trials(run.records), run_validity(run, study)
     sides = {
-        name: measurements_of(series, study, run.manifest.run)
+        name: measurements_of(series, study, validity.broken_variant(name))
         for (name, role), series in groups.items()
         if role == "variant"
     }
@@ -130,18 +130,14 @@ def comparison_input(run: Run) -> ComparisonInput:
         fingerprint=run.manifest.fingerprint,
         study=study.name,
         phases=run.manifest.phases,
-        control=dict(stands.controls.items()),
-        broken=stands.broken,
+        control=dict(validity.controls.items()),
+        broken=validity.broken,
     )
 
 
-def measurements_of(series: Series, study: Study, run: str) -> Measurements:
-    """One variant of a run, with the reason why it does not count, if there is one."""
-    faults = [fault for record in series.records for fault in trial_faults(record, study)]
+def measurements_of(series: Series, study: Study, broken: str | None) -> Measurements:
+    """One variant of a run; `broken`: why it does not count."""
     variants = {variant.name: variant for variant in study.variants}
-    ids = {record.variant for record in series.records}
-    if len(ids) > 1:
-        faults.append(f"its trials are of {len(ids)} different variants")
     kinds = dict.fromkeys(kind for record in series.ok for kind in record.memory if is_memory(kind))
     return Measurements(
         name=series.name,
@@ -151,7 +147,7 @@ def measurements_of(series: Series, study: Study, run: str) -> Measurements:
         peaks={
             kind: tuple(float(record.memory[kind]) for record in series.ok if kind in record.memory) for kind in kinds
         },
-        broken=say_broken(run, faults),
+        broken=broken,
     )
 
 

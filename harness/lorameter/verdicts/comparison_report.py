@@ -8,9 +8,11 @@ What is not a finding of "no worse" is no pass: nothing compared, a missing base
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from lorameter.errors import (
     EXIT_INCONCLUSIVE,
@@ -23,12 +25,13 @@ from lorameter.errors import (
 )
 from lorameter.records import codec
 from lorameter.records.record import Interleaving, Notice
+from lorameter.records.units import first_few
 from lorameter.stats import Comparison, Verdict
 from lorameter.verdicts.comparison_input import Difference
-from lorameter.verdicts.same_training import LossAgreement, encode_losses
+from lorameter.verdicts.same_training import LossAgreement
 
-SCHEMA = 1
-"""Version of the JSON document of a comparison. 1: first form."""
+MOST_REASONS = 3
+"""Reasons of invalid verdicts that are spelt out."""
 
 PRECEDENCE = (
     EXIT_UNEXPECTED,
@@ -53,15 +56,15 @@ EXIT_OF: dict[Verdict, int] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonRow:
+class ComparisonRow(Comparison):
     """One metric of one variant, candidate against base, with the limits it was judged by."""
 
     variant: str
     metric: str
-    comparison: Comparison
     tolerance: float
     margin: float
     interleaving: Interleaving
+    """shared-base, lockstep, replicates, or separate: two runs of different times."""
     site: str = ""
     """On which of several sites that are unlike; empty where nothing hangs on it."""
 
@@ -70,26 +73,31 @@ class ComparisonRow:
         """The variant, and the site where there are several."""
         return f"{self.variant} on {self.site}" if self.site else self.variant
 
-    @property
-    def verdict(self) -> Verdict:
-        """The finding, or why there is none."""
-        return self.comparison.verdict
+
+def fields_of(found: Comparison) -> dict[str, Any]:
+    """The fields of a comparison, for what has others in addition."""
+    return {field.name: getattr(found, field.name) for field in dataclasses.fields(Comparison)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonReport:
+class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that a comparison of two sides says."""
 
     base: str
     """What the base is called: a run id, a file, a revision."""
     candidate: str
     comparisons: tuple[ComparisonRow, ...]
-    control: Mapping[str, Comparison | None] = dataclasses.field(default_factory=dict)
+    control: dict[str, Comparison | None] = {}
     """By phase, the candidate's reference against itself; empty where no control is known."""
     differing: tuple[Difference, ...] = ()
     notices: tuple[Notice, ...] = ()
-    losses: Mapping[str, LossAgreement] = dataclasses.field(default_factory=dict)
+    losses: dict[str, LossAgreement] = {}
     """Whether the losses of both sides agree, by variant; empty where it was not examined."""
+
+    @property
+    def why_invalid(self) -> str | None:
+        """Why verdicts do not count: the first few reasons; None where all of them do."""
+        reasons = dict.fromkeys(one.reason for one in self.comparisons if one.verdict == "invalid")
+        return first_few(list(reasons), MOST_REASONS, "; ") if reasons else None
 
 
 def worst(codes: Iterable[int]) -> int:
@@ -109,32 +117,4 @@ def exit_code(comparisons: Iterable[ComparisonRow], *, inconclusive: int = EXIT_
 
 def document(report: ComparisonReport) -> dict[str, Any]:
     """The report as JSON data of the contract, without its `schema`."""
-    return {
-        "base": report.base,
-        "candidate": report.candidate,
-        "comparisons": [_row(compared) for compared in report.comparisons],
-        "control": {phase: codec.to_json(control) for phase, control in report.control.items()},
-        "differing": [codec.to_json(difference) for difference in report.differing],
-        "notices": [codec.to_json(notice) for notice in report.notices],
-        **({"losses": encode_losses(report.losses)} if report.losses else {}),
-    }
-
-
-def _row(compared: ComparisonRow) -> dict[str, Any]:
-    comparison = compared.comparison
-    return {
-        "variant": compared.variant,
-        "metric": compared.metric,
-        "verdict": comparison.verdict,
-        "ratio": comparison.ratio,
-        "low": comparison.low,
-        "high": comparison.high,
-        "tolerance": compared.tolerance,
-        "margin": compared.margin,
-        "reason": comparison.reason,
-        "interleaving": compared.interleaving,
-        "replicates": comparison.replicates,
-        "replicates_needed": comparison.replicates_needed,
-        "mde80": comparison.mde80,
-        **({"site": compared.site} if compared.site else {}),
-    }
+    return {"invalid": report.why_invalid, **codec.to_json(report)}

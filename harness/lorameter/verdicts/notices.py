@@ -16,10 +16,10 @@ from lorameter.records.units import format_count, format_duration, format_ratio
 from lorameter.stats import MOST_ADVISED, Comparison, VerdictRule, count_outliers, drifting
 from lorameter.stats.intervals import quantile
 from lorameter.studies.study import Study
-from lorameter.verdicts.disturbed_trials import disturbances
 from lorameter.verdicts.same_training import sameness_notices
 from lorameter.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancies
 from lorameter.verdicts.sites import site_notices
+from lorameter.verdicts.validity import disturbance_notices
 
 DRIFT = 0.05
 """Change of level that is worth a word, a fraction."""
@@ -44,7 +44,7 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
         yield from _contention(ok)  # on a GPU the host may rightly wait
         yield from _one_heap(ok)  # torch's allocator on a GPU keeps its blocks, of whomever they were
     counted = [record for record in run.records if record.status == "ok" or record.disturbed]
-    yield from disturbances(counted, on_cpu=on_cpu)
+    yield from disturbance_notices(counted, on_cpu=on_cpu)
     yield from site_notices(run.records)
     yield from _outliers(ok)
     yield from _warmup(ok)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -316,8 +316,3 @@ def _both(sides: ScriptPair, value: Callable[[TrialRecord], Any]) -> tuple[Any, 
     """What the first trial of either says; None where one does not. All trials of one script say the same."""
     ours, theirs = (value(record) for record in sides.pairs[0])
     return None if ours is None or theirs is None else (ours, theirs)
-
-
-def encode_losses(losses: Mapping[str, LossAgreement]) -> dict[str, dict[str, str]]:
-    """As JSON data."""
-    return {name: {"found": one.found, "reason": one.reason} for name, one in losses.items()}

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.records.metrics import METRICS, Samples, samples_of
+from lorameter.records.metrics import METRICS, PRIMARY, Phase, Samples, samples_of
 from lorameter.records.record import Interleaving, Role, Side, TrialRecord
 from lorameter.stats import (
     Comparison,
@@ -39,6 +39,7 @@ from lorameter.stats import (
     percentile,
     share_scatter,
 )
+from lorameter.studies.study import Study
 
 Trial = tuple[TrialRecord, Samples]
 """A trial and its samples of one metric."""
@@ -279,6 +280,45 @@ def compare_to_reference(
     return {name: with_drops(one, found[name].drops) for name, one in compared.items()}
 
 
+def compare_base_to_itself(records: Sequence[TrialRecord], phases: Sequence[Phase]) -> dict[Phase, Comparison | None]:
+    """The base of an A/B against itself, by phase; None where it was not measured."""
+    groups = group_trials(records, "base")
+    twin = next((name for name, role in groups if role == "control"), "")
+    base, again = groups.get((twin, "variant")), groups.get((twin, "control"))
+    if base is None or again is None:
+        return dict.fromkeys(phases)
+    return {phase: compare_series(base, again, PRIMARY[phase], family=len(phases)) for phase in phases}
+
+
+def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
+    """The reference, by its name, against its second measurement; None where either has no trial."""
+    if (name, "variant") not in groups:
+        return None
+    found = effects_against(groups, name, metric).get((name, "control"))
+    return None if found is None else found.compare(VerdictRule(family=family))
+
+
+def ratios_of(
+    groups: Groups,
+    study: Study,
+    metric: str,
+    control: Comparison | None,
+    *,
+    tolerance: float | Mapping[str, float] = 0.01,
+    margin: float | Mapping[str, float] = 0.05,
+) -> dict[str, Comparison]:
+    """Every other variant against the reference, by name; none is equivalent where the control is not. Limits are
+    fractions, of all or by name."""
+    if (study.reference, "variant") not in groups:
+        return {}
+    found = compare_to_reference(groups, study.reference, metric, tolerance=tolerance, margin=margin)
+    ratios = {variant.name: found[variant.name] for variant in study.variants if variant.name in found}
+    if control is not None and control.verdict == "equivalent":
+        return ratios
+    reason = "A/A control inconclusive: equivalence cannot be claimed"
+    return {name: downgrade_equivalent(ratio, reason) for name, ratio in ratios.items()}
+
+
 def pairing_of(series: Series, metric: str) -> Pairing:
     """Trials that took turns are paired turn by turn, others of one run by replicate."""
     return "turn" if series.interleaving(metric) in ("shared-base", "lockstep") else "replicate"
@@ -334,7 +374,7 @@ def _trained_alike(base: TrialRecord, candidate: TrialRecord) -> bool:
 
 
 def is_difference(comparison: Comparison) -> bool:
-    """Whether the sides differ, either way; of a control it says that nothing beside it can be believed."""
+    """Whether the sides differ, either way; of a control it says that no number of the run can be believed."""
     return comparison.verdict in ("improved", "regressed")
 
 

@@ -1,23 +1,112 @@
-"""What several sites do to the numbers of a run, and which of them differs from its like.
+"""Runs of several sites: a run whose sites are unlike machines is read site by site; sites of one kind are a block.
 
-The site is a block: replicates are whole on one, so a ratio is within a site and what a site is slower by is on both of
-its sides. Absolute values are another matter. Cards of one model differ: by 8 % in the mean and by half for outliers in
-the clusters of a survey (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
+Ratios of other GPUs are other ratios: a variant that is bound by memory on one is bound by arithmetic on the next. A
+mean over them would be of no machine that there is, so each site is judged by itself, and code that combines their
+records is refused (`lorameter.verdicts.series.group_trials`).
+
+On sites of one kind replicates are whole on one site, so a ratio is within a site, and what a site is slower by is on
+both of its sides. Absolute values are another matter: GPUs of one model differ by 8 % in the mean and by half for
+outliers in the clusters of a survey (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
+from lorameter.errors import UsageError
 from lorameter.records.metrics import PRIMARY, samples_of
 from lorameter.records.record import Notice, TrialRecord
+from lorameter.records.store import Run
 from lorameter.stats import Between, sd_between
+
+MIXED = "mixed"
+"""The field of the protocol."""
 
 UNLIKE = 0.10
 """How far a site may be from the median of its like, in step time, before it is named."""
+
+
+def is_mixed(run: Run) -> bool:
+    """Whether its sites may be unlike: by its study, or by any of its records."""
+    return bool(run.manifest.study.get("protocol", {}).get(MIXED)) or any(record.machine for record in run.records)
+
+
+def runs_of_sites(run: Run) -> dict[str, Run]:
+    """The run as it would be if each site had one of its own, by site; trials of no site are in none."""
+    return {site: _run_of(run, site) for site in sorted({record.site for record in run.records if record.site})}
+
+
+def _run_of(run: Run, site: str) -> Run:
+    records, disturbed = (
+        tuple(record.replaced(machine="") for record in given if record.site == site)
+        for given in (run.records, run.disturbed)
+    )
+    machine = next(record.machine for record in run.records if record.site == site)
+    study: dict[str, Any] = run.manifest.study
+    protocol = {key: value for key, value in study.get("protocol", {}).items() if key != MIXED}
+    manifest = msgspec.structs.replace(
+        run.manifest,
+        study={**study, "protocol": protocol},
+        order=tuple(record.trial for record in records),
+        provenance={**run.manifest.provenance, "device_name": machine},
+    )
+    return dataclasses.replace(run, manifest=manifest, records=records, disturbed=disturbed)
+
+
+def unmeasured_sites(run: Run) -> Iterator[str]:
+    """Sentences on the sites that have measured nothing."""
+    measured = {record.site for record in run.records if record.status == "ok"}
+    for site in run.manifest.sites:
+        if site not in measured:
+            yield f"site {site} has measured nothing"
+    if not (measured or run.manifest.sites):
+        yield "no site has measured anything"
+
+
+def say_machines(records: Iterable[TrialRecord]) -> str:
+    """Each site with its machine."""
+    found = {record.site: record.machine for record in records if record.site}
+    return "; ".join(f"{site}: {machine or 'unknown'}" for site, machine in sorted(found.items())) or "none measured"
+
+
+def mixed_notice(run: Run) -> Notice:
+    """What to know of such a run."""
+    return Notice(
+        code="sites-mixed",
+        message=f"the sites are different machines ({say_machines(run.records)}): each is judged by itself, with its "
+        f"part "
+        "of the replicates, and no number is taken over all of them.",
+        remedy="Read each site; for one number measure on machines of one kind.",
+    )
+
+
+def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
+    """What each site gives reason to say, by site, once where all of them do; before it what the run is."""
+    ways = [dict.fromkeys(notices) for notices in by_site.values()]
+    common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
+    own = [
+        msgspec.structs.replace(notice, message=f"{site}: {notice.message}")
+        for site, notices in by_site.items()
+        for notice in dict.fromkeys(notices)
+        if notice not in common
+    ]
+    return (mixed_notice(run), *common, *own)
+
+
+def refuse_mixed(run: Run, what: str) -> None:
+    """Raises `UsageError` for such a run, of which `what` cannot be had."""
+    if is_mixed(run):
+        raise UsageError(
+            f"run {run.manifest.run}: its sites are different machines ({say_machines(run.records)}), and {what} is of "
+            f"one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
+            "own."
+        )
 
 
 def site_effects(records: Sequence[TrialRecord]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 from lorameter.records import store
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.run_validity import run_validity
+from lorameter.verdicts.validity import run_validity
 
 SITES = ("--sites", "0,1", "--mixed")
 SIDES = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--variant", "small")
@@ -75,7 +75,7 @@ def test_a_control_that_fails_on_one_site_fails_the_run(spread):
     code, last, _ = spread("run", slow=[(SECOND, "control", 1.5)])
     stands = run_validity(last, read_study(last))
     assert code == 4
-    assert any("regressed in phase 'train on cpus-1'" in fault for fault in stands.faults)
+    assert any("regressed in phase 'train on cpus-1'" in fault.message for fault in stands.faults)
 
 
 @pytest.mark.parametrize("words", [("compare", 2), ("gate", 2), ("accept", 1), ("claims", 1)])

@@ -18,6 +18,7 @@ import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
+from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import step_down
 from lorameter.stats.statement import Conclusion
@@ -28,11 +29,11 @@ from lorameter.verdicts.claims.answers import Answers, answers_of
 from lorameter.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
 from lorameter.verdicts.claims.engines import EngineShown, check_comparable, engine_of
 from lorameter.verdicts.claims.peaks import judge_peaks
-from lorameter.verdicts.claims.questions import Question, question_of
+from lorameter.verdicts.claims.questions import Question, question_of, spoken
 from lorameter.verdicts.claims.reasons import ratio_of, reason_of
 from lorameter.verdicts.claims.values import NotJudgedError, counts, pair_of
-from lorameter.verdicts.per_site import refuse_mixed
 from lorameter.verdicts.series import Groups, group_trials
+from lorameter.verdicts.sites import refuse_mixed
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
 PartKey = tuple[str, int]
@@ -93,11 +94,13 @@ class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     answers: Answers
     engine: EngineShown | None = None
     """Of a study about an engine: what is needed to publish the verdicts."""
+    invalid: str | None = None
+    """Why none of them counts: no trial is ok, or the reference differs from itself."""
 
     @property
     def valid(self) -> bool:
-        """Whether there is anything to judge by, all of it is known, and no control came out as a difference."""
-        return bool(self.replicates) and not any(map(failed, self.control.values()))
+        """Whether the verdicts count."""
+        return self.invalid is None
 
 
 def judge_claims(run: Run) -> ClaimsReport:
@@ -136,7 +139,15 @@ def judge_claims(run: Run) -> ClaimsReport:
         notes=study.notes,
         answers=answers_of(groups),
         engine=engine,
+        invalid=_invalid(ok, controls),
     )
+
+
+def _invalid(ok: Sequence[TrialRecord], controls: Controls) -> str | None:
+    if not ok:
+        return "no trial of the run is ok, so there is nothing to judge by. See the report of the run"
+    differing = [spoken(name) for name, control in controls.items() if failed(control)]
+    return f"the reference differs from itself: its control in {', '.join(differing)}" if differing else None
 
 
 def _judge_parts(

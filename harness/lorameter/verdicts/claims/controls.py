@@ -15,8 +15,7 @@ from lorameter.stats import Comparison
 from lorameter.studies.claim import ClaimPart
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.questions import spoken
-from lorameter.verdicts.run_validity import control_of
-from lorameter.verdicts.series import Groups, is_difference
+from lorameter.verdicts.series import Groups, control_of, is_difference
 
 Controls = Mapping[str, Comparison | None]
 """By metric, the reference against itself; None where it was not measured."""

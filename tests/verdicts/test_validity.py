@@ -5,7 +5,7 @@ import pytest
 from lorameter.records import codec, store
 from lorameter.studies.study import Study
 from lorameter.verdicts.comparison_input import comparison_input
-from lorameter.verdicts.run_validity import MOST_FAULTS, control_faults, run_validity, say_broken
+from lorameter.verdicts.validity import MOST_FAULTS, Fault, InvalidReason, run_validity, say_faults
 
 TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 
@@ -25,18 +25,22 @@ def test_a_whole_run_is_valid(write_run):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "reason", "words"),
     [
-        ({"status": "interrupted"}, "its status is 'interrupted', not 'complete'"),
-        ({"control": 1.5}, "its control regressed in phase 'train': the reference differs from itself"),
-        ({"control": None}, "the control of phase 'train' was not measured"),
+        ({"status": "interrupted"}, "incomplete", "its status is 'interrupted', not 'complete'"),
+        (
+            {"control": 1.5},
+            "control-differs",
+            "its control regressed in phase 'train': the reference differs from itself",
+        ),
+        ({"control": None}, "control-not-measured", "the control of phase 'train' was not measured"),
     ],
 )
-def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, words):
+def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, reason, words):
     """The report calls it invalid and a comparison says why, in the same breath."""
     found = stands(write_run("a", TIMES, **options))
     assert not found.valid
-    assert found.faults == (words,)
+    assert found.faults == (Fault(reason=InvalidReason(reason), message=words),)
     assert found.broken == f"run a: {words}"
 
 
@@ -48,7 +52,8 @@ def test_a_trial_that_failed_is_its_own_variants_only(write_run):
 
     path = write_run("a", TIMES, change=fails)
     found = stands(path)
-    assert (found.valid, found.faults) == (False, ())
+    assert [(fault.reason, fault.variant) for fault in found.faults] == [(InvalidReason.TRIAL_FAILED, "nf4")]
+    assert (found.valid, found.broken) == (False, None)
     assert found.failures == ("r1-nf4: oom (log: )",)
     sides = comparison_input(store.read_run(str(path), path.parent)).sides
     assert (sides["plain"].broken, sides["nf4"].broken) == (None, "run a: trial r1-nf4 is oom")
@@ -64,12 +69,10 @@ def test_a_control_that_was_not_measured_is_a_fault(write_run):
 
     found = stands(write_run("a", TIMES, phases=("train", "cold"), change=started))
     assert (found.valid, found.controls["cold"]) == (False, None)
-    assert "the control of phase 'cold' was not measured" in found.faults
+    assert found.broken == "run a: the control of phase 'cold' was not measured"
 
 
 def test_many_faults_are_counted():
     """A crash at the start of every trial has as many as there are trials."""
-    faults = [f"fault {index}" for index in range(MOST_FAULTS + 2)]
-    assert say_broken("a", faults) == "run a: fault 0; fault 1; fault 2; and 2 more"
-    assert say_broken("a", []) is None
-    assert list(control_faults([("train", None)])) == ["the control of phase 'train' was not measured"]
+    faults = [Fault(reason=InvalidReason.TRIAL_FAILED, message=f"fault {index}") for index in range(MOST_FAULTS + 2)]
+    assert say_faults(faults) == "fault 0; fault 1; fault 2; and 2 more"

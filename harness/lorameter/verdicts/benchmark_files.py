@@ -3,7 +3,7 @@
 A file of ours keeps the boundaries between trials with the raw samples, so it says as much as the run itself. Any
 other file holds the rounds of one process. However many they are, they are one replicate: most of the scatter of a
 duration lies between processes (Kalibera & Jones 2013), so one file gives a ratio and no interval. Several files in a
-folder are replicates (`lorameter.verdicts.benchmark_folder`).
+folder are replicates and give an interval.
 
 pytest-benchmark's files have no field for enough to compare two of them as well as the runs themselves, so ours adds
 it: trial boundaries make the raw samples replicates again, and the control and the failures are written down too,
@@ -12,6 +12,7 @@ because a file in which a failed variant is merely absent would hide it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,6 @@ from typing import Any
 from lorameter.errors import UsageError, impossible
 from lorameter.records import codec, fileio
 from lorameter.records.metrics import METRICS
-from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
@@ -30,10 +30,10 @@ from lorameter.verdicts.comparison_input import (
     ComparisonInput,
     Measurements,
     comparison_input,
+    differences,
     fact_differences,
     is_memory,
 )
-from lorameter.verdicts.run_validity import control_faults
 from lorameter.verdicts.series import Series, Trials
 
 FOREIGN_METRIC = "round_time_s"
@@ -65,6 +65,48 @@ def read_benchmark_json(path: Path) -> ComparisonInput:
     rows = [_expect(where, f"benchmarks[{index}]", entry, dict) for index, entry in enumerate(entries)]
     ours = "lorameter" in machine or any("trials" in _info(where, row) for row in rows)
     return _ours(where, rows, machine, data) if ours else _foreign(where, rows, machine)
+
+
+def list_benchmarks(folder: Path) -> list[Path]:
+    """The files of a folder and of those below it, as pytest-benchmark has one for each machine."""
+    return sorted(folder.rglob("*.json"))
+
+
+def read_benchmark_folder(folder: Path) -> ComparisonInput:
+    """All files of a folder as replicates of one side.
+
+    Raises:
+        UsageError: a file that cannot be read, that lorameter wrote, or that is of another machine than the first.
+    """
+    sides = [read_benchmark_json(path) for path in list_benchmarks(folder)]
+    trials: dict[str, Trials] = {}
+    for side in sides:
+        _check_alike(sides[0], side)
+        for name, measured in side.sides.items():
+            trials.setdefault(name, []).extend(measured.trials.get(FOREIGN_METRIC, ()))
+    return dataclasses.replace(
+        sides[0],
+        name=str(folder),
+        sides={
+            name: Measurements(
+                name=name,
+                trials={FOREIGN_METRIC: found} if found else {},
+                no_interval=ONE_PROCESS if len(found) < 2 else None,
+            )
+            for name, found in trials.items()
+        },
+    )
+
+
+def _check_alike(first: ComparisonInput, side: ComparisonInput) -> None:
+    if not side.facts or side.facts.get("written_by") != FOREIGN:
+        raise UsageError(f"{side.name}: it was written by lorameter and has all of its replicates. Name it by itself.")
+    if found := differences(first.facts or {}, side.facts):
+        one = found[0]
+        raise UsageError(
+            f"{side.name}: {one.field} is {one.candidate!r}, and {one.base!r} in {first.name}: the files of a folder "
+            "are replicates of one machine. Move it to a folder of its own."
+        )
 
 
 def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> ComparisonInput:
@@ -116,9 +158,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         phases.append(METRICS[metric].phase)
         side = _measured(where, index, row, info, name, metric, variants.get(name))
         sides[name] = _united(sides.get(name), side)
-    control = _control(where, about)
     invalid = _optional(where, about, "invalid")
-    reasons = [invalid] if invalid else list(control_faults((control or {}).items()))
     return ComparisonInput(
         name=where,
         sides=sides,
@@ -126,9 +166,8 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         fingerprint=_optional(where, about, "fingerprint"),
         study=_optional(where, about, "study"),
         phases=tuple(dict.fromkeys(phases)),
-        control=control or {},
-        broken=f"{where}: {'; '.join(reasons)}" if reasons else None,
-        notices=() if control is not None else (_unknown_control(where),),
+        control=_control(where, about),
+        broken=f"{where}: {invalid}" if invalid else None,
     )
 
 
@@ -208,22 +247,12 @@ def _variants(where: str, about: dict[str, Any]) -> dict[str, Variant]:
     return {variant.name: variant for variant in read}
 
 
-def _control(where: str, about: dict[str, Any]) -> dict[str, Comparison | None] | None:
-    if "control" not in about:
-        return None
-    control = _expect(where, "lorameter.control", about["control"], dict)
+def _control(where: str, about: dict[str, Any]) -> dict[str, Comparison | None]:
+    control = _expect(where, "lorameter.control", about.get("control"), dict)
     return {
         str(phase): None if result is None else codec.from_json(Comparison, result, f"{where}, lorameter.control")
         for phase, result in control.items()
     }
-
-
-def _unknown_control(where: str) -> Notice:
-    return Notice(
-        code="control-unknown",
-        message=f"{where} does not say how its control came out.",
-        remedy="Compare the run itself, or save it again with this version.",
-    )
 
 
 def _optional(where: str, about: dict[str, Any], key: str) -> str | None:
