@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from lorameter.cli import main
-from lorameter.commands.documents_of_estimates import EstimateOf
+from lorameter.commands.json_schema import EstimateOf
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes

@@ -10,7 +10,7 @@ import pytest
 
 from lorameter import cli
 from lorameter.commands import export
-from lorameter.commands.documents_of_many import ExportedOf
+from lorameter.commands.json_schema import ExportedOf
 from lorameter.records import store
 from lorameter.results import columns, files
 

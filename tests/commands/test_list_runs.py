@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from lorameter import cli
-from lorameter.commands.documents_of_many import RunsOf
+from lorameter.commands.json_schema import RunsOf
 from lorameter.verdicts.baselines import accept
 
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from lorameter.cli import main
-from lorameter.commands.documents_of_parity import ParityOf
+from lorameter.commands.json_schema import ParityOf
 from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.parity.measure import CONFIG, WEIGHTS, _read
 from lorameter.records import codec

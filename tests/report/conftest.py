@@ -33,29 +33,27 @@ from lorameter.records.activity import Activity, ModelSize, OperatorUse, PhaseAc
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.parity import LogitDistance, Served
 from lorameter.records.record import Failure, Notice, TrialRecord
-from lorameter.report.attribution import describe_attribution
-from lorameter.report.bisect import describe_bisection
 from lorameter.report.blocks import Document
-from lorameter.report.calibration import describe_calibration
 from lorameter.report.claims import describe_claims
-from lorameter.report.comparison import describe_comparison
-from lorameter.report.doctor import describe_checks
-from lorameter.report.estimate import describe_estimate
-from lorameter.report.gate import describe_gate
+from lorameter.report.comparison import (
+    MatrixRun,
+    describe_attribution,
+    describe_bisection,
+    describe_comparison,
+    describe_gate,
+    describe_matrix,
+)
+from lorameter.report.estimate import describe_estimate, describe_fit, describe_plan, describe_sizes
 from lorameter.report.history import describe_history
-from lorameter.report.matrix import MatrixRun, describe_matrix
-from lorameter.report.memory_fit import describe_fit
+from lorameter.report.machine import describe_calibration, describe_checks
 from lorameter.report.notices import describe_notices, warn_before_run
 from lorameter.report.parity import describe_parity, show_differing
-from lorameter.report.plan import describe_plan
-from lorameter.report.profile import describe_profile
-from lorameter.report.remedy_result import describe_tried
+from lorameter.report.profile import describe_profile, describe_tried
 from lorameter.report.requests import describe_requests
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
 from lorameter.report.runs import describe_runs
 from lorameter.report.sample import Sample, describe_samples
-from lorameter.report.sizes import describe_sizes
 from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
 from lorameter.run.forecast import Forecast

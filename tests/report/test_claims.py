@@ -102,7 +102,7 @@ def test_a_failed_control_is_an_exit_status(claims):
     """The reference differs from itself: exit 4, and the text says what to do."""
     code, text = claims(control=1.3)
     assert code == 4
-    assert text.startswith("INVALID: a control failed: the reference differs from itself")
+    assert text.startswith("INVALID: the reference differs from itself: its control in step time")
     assert claims("--json", control=1.3)[0] == 4
 
 

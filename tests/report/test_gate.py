@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from lorameter.report.annotations import gate_annotations
-from lorameter.report.gate import describe_gate
+from lorameter.report.comparison import describe_gate
 from lorameter.report.render_markdown import markdown_of
 from lorameter.report.terminal import text_of
 from lorameter.verdicts.baselines import read_comparand
@@ -20,7 +19,7 @@ from tests.constructed import RUNS
 def judged() -> GateResult:
     """A slower run against a sound one, the candidate's name with an escape sequence in it."""
     base, candidate = (read_comparand(str(RUNS / name), RUNS) for name in ("sound", "slower"))
-    report = dataclasses.replace(compare(base, candidate), candidate="a\x1b[31m|b\r")
+    report = msgspec.structs.replace(compare(base, candidate), candidate="a\x1b[31m|b\r")
     return judge(report, load_policy(None))
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.report.blocks import Table, name_columns, say, write_row
-from lorameter.report.curves import Axis, Curve, Curves
+from lorameter.report.blocks import Axis, Curve, Curves, Table, name_columns, say, write_row
 from lorameter.report.figure import Bar, Bars, BarSegment, Intervals, Mark, ParetoFront, Samples, Spot, Stretch
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.charts import draw

@@ -17,15 +17,14 @@ from lorameter.records.failures import failed_record
 from lorameter.records.record import Notice
 from lorameter.records.store import read_manifest
 from lorameter.report.annotations import annotation, gate_annotations
-from lorameter.report.attribution import describe_attribution
-from lorameter.report.gate import describe_gate
+from lorameter.report.comparison import describe_attribution, describe_gate
 from lorameter.report.live import LiveDisplay
 from lorameter.report.render_markdown import markdown_of
 from lorameter.report.terminal import console_for, text_of
 from lorameter.run.workers import sides
 from lorameter.run.workers.environment import DESCRIPTION_FILE, layered_environment
 from lorameter.studies.study_file import load_study
-from lorameter.verdicts.ab import attribution_document, attribution_of, report_of
+from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.gate import Policy, gate_document, judge
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
@@ -242,7 +241,7 @@ def test_no_form_of_an_ab_shows_it_raw(write_run):
     shown = text_of(describe_attribution(attribution_of(run), run), width=100, coloured=False)
     shown += markdown_of(describe_gate(result)) + gate_annotations(result)
     assert not acts(shown)
-    json.dumps(gate_document(result) | {"attribution": attribution_document(run)})
+    json.dumps(gate_document(result) | {"attribution": codec.to_json(attribution_of(run))})
 
 
 @pytest.mark.parametrize(

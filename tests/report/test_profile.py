@@ -30,8 +30,7 @@ from lorameter.profile.remedy import Tried
 from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.report.profile import describe_profile
-from lorameter.report.remedy_result import describe_tried
+from lorameter.report.profile import describe_profile, describe_tried
 from lorameter.report.terminal import console_for, show
 from lorameter.stats import compare_trials
 from lorameter.studies.variant import Variant

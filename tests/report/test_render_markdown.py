@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from lorameter.report.blocks import (
+    Axis,
     Cell,
     ChartGroup,
     Collapsible,
     ColumnHeader,
+    Curve,
+    Curves,
     Panel,
     Quote,
     Section,
@@ -21,7 +24,6 @@ from lorameter.report.blocks import (
     say,
     write_row,
 )
-from lorameter.report.curves import Axis, Curve, Curves
 from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
 
 HOSTILE = (

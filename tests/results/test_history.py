@@ -11,13 +11,12 @@ import msgspec
 import pytest
 
 from lorameter import cli
-from lorameter.commands.documents_of_many import HistoryOf
+from lorameter.commands.json_schema import HistoryOf
 from lorameter.commands.output import SCHEMA
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
-from lorameter.report.history import describe_history
-from lorameter.report.history_figures import figures_of_history
+from lorameter.report.history import describe_history, figures_of_history
 from lorameter.report.terminal import text_of
 from lorameter.results.history import Moment, confirming, history_of
 

@@ -13,7 +13,7 @@ import pytest
 import lorameter
 from lorameter import cli
 from lorameter.commands import prune_pack
-from lorameter.commands.documents_of_many import PackedOf
+from lorameter.commands.json_schema import PackedOf
 from lorameter.errors import UsageError
 from lorameter.records import packed, store
 from lorameter.records.fileio import write_document

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from lorameter import cli
-from lorameter.commands.documents_of_many import PrunedOf
+from lorameter.commands.json_schema import PrunedOf
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import write_document

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lorameter.report.bisect import describe_bisection
+from lorameter.report.comparison import describe_bisection
 from lorameter.report.terminal import text_of
 from lorameter.run.bisect import MOST_TIMES, Candidate, bisect
 from lorameter.stats import Comparison, compare_trials

@@ -174,7 +174,7 @@ def test_a_base_that_differs_from_itself_makes_everything_invalid(write_ab, repo
     """Whichever way it differs and whatever the candidate did: exit 4, no ratio is given."""
     run = write_ab({"plain": 1.5, "nf4": 1.0}, control=factor)
     found = report_of(run)
-    assert compare_base_to_itself(run)["train"].verdict == word
+    assert compare_base_to_itself(run.records, run.manifest.phases)["train"].verdict == word
     assert {row.verdict for row in found.comparisons} == {"invalid"}
     assert all(row.ratio is None and f"control {word}" in row.reason for row in found.comparisons)
     code, text = report()
@@ -345,7 +345,7 @@ def test_every_phase_has_its_metric_and_its_control(write_ab):
     assert {row.metric for row in report_of(run).comparisons} == {
         "step_time_s", "request_time_s", "host_peak_train_bytes",
     }  # fmt: skip
-    assert set(compare_base_to_itself(run)) == {"train", "generate"}
+    assert set(compare_base_to_itself(run.records, run.manifest.phases)) == {"train", "generate"}
 
     def slow_requests(record):
         if record.role != "control":

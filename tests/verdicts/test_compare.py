@@ -56,7 +56,7 @@ def test_a_slower_variant_is_a_regression(write_run, compare):
     assert 1.01 < row["low"] < 1.2 < row["high"]
     assert set(row) == {
         "variant", "metric", "verdict", "ratio", "low", "high", "tolerance", "margin", "reason", "interleaving",
-        "replicates", "replicates_needed", "mde80",
+        "replicates", "replicates_needed", "mde80", "site",
     }  # fmt: skip
     assert (row["interleaving"], row["tolerance"], row["margin"], row["replicates"]) == ("separate", 0.01, 0.05, 4)
     assert document["schema"] == 2
@@ -618,7 +618,7 @@ def test_the_text_shows_rows_reasons_and_control(write_run, tmp_path, capsys):
     """The same numbers as the JSON, for people."""
     write_run("a", BASE)
     write_run("b", slower(1.2, "nf4"))
-    assert main(["compare", "a", "b", "--runs-dir", str(tmp_path / "runs")]) == 1
+    assert main(["compare", "a", "b", "--verbose", "--runs-dir", str(tmp_path / "runs")]) == 1
     text = capsys.readouterr().out
     for word in ("b against a", "nf4", "step time", "regressed", "is entirely above", "control of train"):
         assert word in text

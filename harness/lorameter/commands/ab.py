@@ -244,7 +244,7 @@ def _require_whole(run: Run, then: str) -> None:
 def _show_calibration(run: Run, options: argparse.Namespace) -> int:
     """Print what the gate can see, as this run shows; the exit code says whether the machine measures anything now."""
     from lorameter.records import codec
-    from lorameter.report.calibration import describe_calibration
+    from lorameter.report.machine import describe_calibration
     from lorameter.report.terminal import console_for, show
     from lorameter.run.resume import INJECTED, study_of
     from lorameter.verdicts.calibrate import calibrate

@@ -43,9 +43,7 @@ def show_ab(
     whole = result.report
     shown = tuple(filter(keep, whole.comparisons))
     result = dataclasses.replace(result, report=msgspec.structs.replace(whole, comparisons=shown))
-    from lorameter.report.attribution import describe_attribution
-    from lorameter.report.compared_figures import figures_of_comparison
-    from lorameter.report.gate import describe_gate
+    from lorameter.report.comparison import describe_attribution, describe_gate, figures_of_comparison
 
     attribution = attribution_of(run)
     said = describe_gate(result, ab=True) + describe_attribution(attribution, run)
@@ -85,7 +83,7 @@ def show_matrix(
     """Several A/B runs in one table, studies by changes of versions; the exit code is the worst of them, of all that
     they compare, whatever of it is kept in the table."""
     from lorameter.report.annotations import annotation
-    from lorameter.report.matrix import MatrixRun, describe_matrix, encode_matrix
+    from lorameter.report.comparison import MatrixRun, describe_matrix, encode_matrix
     from lorameter.verdicts.comparison_report import worst
 
     form = form_of(options)

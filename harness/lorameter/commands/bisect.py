@@ -44,7 +44,7 @@ def run_bisect(options: argparse.Namespace) -> int:
     from lorameter.commands.ab import read_study
     from lorameter.records import codec
     from lorameter.records.metrics import METRICS
-    from lorameter.report.bisect import describe_bisection
+    from lorameter.report.comparison import describe_bisection
     from lorameter.report.terminal import console_for, show
     from lorameter.run.bisect import bisect, list_steps
     from lorameter.run.device_lock import hold_device

@@ -81,8 +81,7 @@ def run_compare(options: argparse.Namespace) -> int:
         limits_of=policy.limits_of,
         force=options.force,
     )
-    from lorameter.report.compared_figures import figures_of_comparison
-    from lorameter.report.comparison import describe_comparison, title_of_report
+    from lorameter.report.comparison import describe_comparison, figures_of_comparison, title_of_report
 
     said = describe_comparison(report)
     if form == "json":
@@ -110,9 +109,7 @@ def run_gate(options: argparse.Namespace) -> int:
     base, candidate = _read(options)
     report = compare(base, candidate, metrics=policy.metrics, limits_of=policy.limits_of)
     result = judge(report, policy)
-    from lorameter.report.compared_figures import figures_of_comparison
-    from lorameter.report.comparison import title_of_report
-    from lorameter.report.gate import describe_gate
+    from lorameter.report.comparison import describe_gate, figures_of_comparison, title_of_report
 
     said = describe_gate(result)
     save_page(options.html, said, title_of_report(report), figures=figures_of_comparison(report))

@@ -31,7 +31,7 @@ def run_doctor(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"fit": fit, "checks": [codec.to_json(check) for check in checks]})
     else:
-        from lorameter.report.doctor import describe_checks
+        from lorameter.report.machine import describe_checks
         from lorameter.report.terminal import console_for, show
 
         show(describe_checks(checks, fit=fit), console_for())

@@ -101,8 +101,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
         print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
         return EXIT_PASS
-    from lorameter.report.estimate import describe_estimate
-    from lorameter.report.memory_fit import describe_fit
+    from lorameter.report.estimate import describe_estimate, describe_fit
     from lorameter.report.notices import warn_before_run
     from lorameter.report.terminal import console_for, show
 
@@ -137,7 +136,7 @@ def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str
 
 def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) -> dict[str, Any]:
     from lorameter.models.costs.memory import PEAK_RANGES
-    from lorameter.report.memory_fit import describe_basis
+    from lorameter.report.estimate import describe_basis
     from lorameter.run.memory_fit import Needs
 
     device = advice.device

@@ -41,7 +41,7 @@ def run_history(options: argparse.Namespace) -> int:
     from lorameter.report.history import describe_history
 
     if options.html:
-        from lorameter.report.history_figures import figures_of_history, names_of
+        from lorameter.report.history import figures_of_history, names_of
 
         figures, names = figures_of_history(found), names_of(found)
         save_page(options.html, describe_history(found, every_run=False), "History", names=names, figures=figures)

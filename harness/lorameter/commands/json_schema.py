@@ -28,7 +28,7 @@ from lorameter.verdicts.comparison_input import Difference
 from lorameter.verdicts.comparison_report import ComparisonReport, ComparisonRow
 from lorameter.verdicts.gate import LimitRule, Policy
 from lorameter.verdicts.same_training import LossAgreement
-from lorameter.verdicts.validity import Fault
+from lorameter.verdicts.validity import Fault, InvalidReason
 
 
 class Value(msgspec.Struct, forbid_unknown_fields=True):
@@ -392,7 +392,8 @@ DOCUMENTS: tuple[type, ...] = (
 )  # fmt: skip
 """What commands print as a whole."""
 PARTS: tuple[type, ...] = (
-    Value, Comparison, Notice, Fault, VariantOf, TableOf, TimeOf, ComparisonRow, Difference, LossAgreement, Attribution,
+    Value, Comparison, Notice, Fault, InvalidReason, VariantOf, TableOf, TimeOf, ComparisonRow, Difference,
+    LossAgreement, Attribution,
     PhaseEffect, PartResult, ClaimResult, Answers, ShareEstimate, EngineShown, Shown, PhaseOf, FitOf, Needs, DeviceOf,
     ErrorOf, MemoryOption, SkippedOption, Largest, Track, HistorySeries, Moment, Plateau, Suspicion, Break, Candidate,
     Look, RunListed, PruneDecision, WayOf, Proportion, Mean, Policy, LimitRule,

@@ -112,7 +112,7 @@ def _list_sizes(options: argparse.Namespace) -> int:
         rows = [dataclasses.asdict(one) | {"share": one.share} for one in sizes]
         print_json({"model": model, "sizes": rows, **({"unknown": unknown} if unknown else {})})
     else:
-        from lorameter.report.sizes import describe_sizes
+        from lorameter.report.estimate import describe_sizes
         from lorameter.report.terminal import console_for, show
 
         show(describe_sizes(model, sizes, unknown=unknown), console_for())

@@ -54,7 +54,7 @@ def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Pat
             }
         )
         return EXIT_PASS
-    from lorameter.report.plan import describe_plan
+    from lorameter.report.estimate import describe_plan
     from lorameter.report.terminal import console_for, show
 
     show(describe_plan(plan, expected, machine, notices, data), console_for())

@@ -72,7 +72,7 @@ def run_profile(options: argparse.Namespace) -> int:
     from lorameter.profile.requests.rules import check_request_code
     from lorameter.records import codec, store
     from lorameter.report.blocks import Span, say
-    from lorameter.report.remedy_result import describe_tried
+    from lorameter.report.profile import describe_tried
     from lorameter.report.terminal import console_for, show
     from lorameter.run.device_lock import hold_device
     from lorameter.run.workers import open_executor

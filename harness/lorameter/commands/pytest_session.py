@@ -153,7 +153,7 @@ class Session:
             terminalreporter.write_line(f"lorameter: {NOTHING_MEASURED}")
         if self._run is None:
             return
-        from lorameter.report.gate import describe_gate
+        from lorameter.report.comparison import describe_gate
         from lorameter.report.run import describe_run
         from lorameter.report.run_view import view_of
 
@@ -265,7 +265,7 @@ class Session:
 
     def _foresee(self, names: list[str], phases: set[str], placement: Placement) -> Document:
         """The plan of the session and what it will take. Raises `UsageError` for what cannot be measured here."""
-        from lorameter.report.plan import describe_plan
+        from lorameter.report.estimate import describe_plan
         from lorameter.run.forecast import forecast
 
         if self._resumed is not None:

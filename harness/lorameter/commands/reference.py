@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import inspect
 import itertools
 import textwrap
@@ -165,8 +166,15 @@ def write_documents() -> str:
     lines += [inspect.cleandoc(json_schema.__doc__ or "").partition("\n\n")[2], "", f"The schema is {SCHEMA}."]
     for cls in (*json_schema.DOCUMENTS, *json_schema.PARTS):
         lines += ["", f"## {cls.__name__}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
-        lines += _fields(cls, json_schema.DOCUMENTS)
+        lines += _members(cls) if issubclass(cls, enum.Enum) else _fields(cls, json_schema.DOCUMENTS)
     return "\n".join(lines) + "\n"
+
+
+def _members(cls: type[enum.Enum]) -> Iterator[str]:
+    docs = documents_of(cls)
+    yield "| value | |"
+    yield "|---|---|"
+    yield from (f"| `{one.value}` | {_cell(' '.join(docs.get(one.name, '').split()))} |" for one in cls)
 
 
 def _fields(cls: Any, documents: Collection[type]) -> Iterator[str]:

@@ -127,9 +127,8 @@ def run_resumed(options: argparse.Namespace) -> int:
 def _show(run: Run, options: argparse.Namespace) -> int:
     """Print what was measured; the exit code says whether the run is valid."""
     from lorameter.report.notices import warn_before_run
-    from lorameter.report.run_view import view_of
+    from lorameter.report.run_view import encode_spending, view_of
     from lorameter.report.terminal import console_for, show
-    from lorameter.report.time_breakdown import encode_spending
 
     view = view_of(run)
     if options.json:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.comparison import list_differences, title_of_report, write_compared
-from lorameter.report.gate import outcome_of
+from lorameter.report.comparison import list_differences, outcome_of, title_of_report, write_compared
 from lorameter.report.phrases import title_of
 from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE
 

@@ -1,6 +1,6 @@
-"""What a report is made of: lines, sections, tables, charts and panels, typed, and written for no renderer.
+"""What a report is made of: lines, sections, tables, curves and panels, typed, and written for no renderer.
 
-Every report is a document: a sequence of these blocks. It decides what is said, in which order and with how many
+Every report is a document: a sequence of these blocks. It decides what is shown, in which order and with how many
 digits, what may be left out where there is no room, and what is drawn; colours, widths, borders, escapes and how
 something is drawn are the renderer's alone. So a new renderer is one module that takes a document, and a new report is
 drawn by every renderer there is.
@@ -14,10 +14,50 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lorameter.records.units import Unit, format_bytes, format_value, split_interval
-from lorameter.report.curves import Curves
 
 if TYPE_CHECKING:
     from lorameter.stats import Comparison
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """What a direction of a picture measures."""
+
+    title: str
+    unit: Unit = "1"
+    line_at: float | None = None
+    """A value that all others are read against, as 1 is of ratios."""
+    named: tuple[tuple[float, str], ...] = ()
+    """Values that are named next to it, and by what; () leaves that to the renderer."""
+    log: bool = False
+    """Whether it is laid out by the logarithm, as values are that double; they are above 0."""
+    span: tuple[float, float] | None = None
+    """Its ends; None is what its values need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Values of one variant in an order, with a band around them where there is one."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    band: tuple[tuple[float, float, float], ...] = ()
+    """Place, lower and upper end, of the points that have an interval."""
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """All of its values, those of its band among them."""
+        return (*(y for _, y in self.points), *(end for _, low, high in self.band for end in (low, high)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curves:
+    """Curves over one axis."""
+
+    across: Axis
+    up: Axis
+    curves: tuple[Curve, ...]
+
 
 Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
 """What a piece of text is to its reader; `odd` is neither good nor bad, a `command` is there to be typed."""

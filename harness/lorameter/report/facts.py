@@ -1,22 +1,26 @@
-"""What a report says first of a run: machine, software, workload, plan and level, a line each."""
+"""What a report says of a run before its numbers: machine, software, workload, plan, level and state, a line each."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lorameter.machine.provenance import power_limit_w
+from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
 from lorameter.report.blocks import Line, say
 from lorameter.report.phrases import say_adapters, say_request
-from lorameter.report.progress import replicates_said, standing
-from lorameter.report.scripts import describe_scripts
 from lorameter.studies.from_run import read_own_workloads
+from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import LOSSES, Workload
 from lorameter.verdicts.software import say_threads, versions_of
+from lorameter.verdicts.validity import is_single_script_run
 
 
 def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
@@ -97,3 +101,71 @@ def _ranks_of(workload: Workload) -> str:
         return ""
     mended = f", bitsandbytes mended: {workload.repair}" if workload.repair else ""
     return f", by {workload.ranks} ranks ({workload.strategy}{mended})"
+
+
+_WORDS = {
+    "running": "under way: a process is measuring it",
+    "killed": "its process was killed",
+    "interrupted": "stopped by the user",
+    "failed": "ended by an error; the logs say which",
+}
+
+
+def standing(run: Run, study: Study) -> tuple[Line, ...]:
+    """Facts of a run of this study that is not complete, or was not at some time; none of any other."""
+    manifest = run.manifest
+    lines = []
+    if run.state != "complete":
+        ended, planned = sum(record.settled for record in run.records), len(manifest.order)
+        said = f"{_WORDS[run.state]}; {ended} of {planned} trials have ended"
+        resumable = run.state != "running" and not is_single_script_run(run, study)
+        said += f". Resume: lorameter run --resume {manifest.run}" if resumable else ""
+        lines.append(say(said, label="status"))
+    if manifest.resumed:
+        times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)
+        lines.append(say(times, label="resumed"))
+    return tuple(lines)
+
+
+def replicates_said(run: Run) -> str:
+    """The replicates of a run; of an incomplete run those whose trials have all ended."""
+    planned: dict[str, set[str]] = defaultdict(set)
+    for trial in run.manifest.order or (record.trial for record in run.records):
+        planned[trial.partition("-")[0]].add(trial)
+    settled = {record.trial for record in run.records if record.settled}
+    whole = sum(trials <= settled for trials in planned.values())
+    if whole == len(planned):
+        return format_count(whole, "replicate")
+    return f"{whole} of {len(planned)} replicates complete"
+
+
+SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optimizer": "updates of an optimizer"}
+"""Where steps were seen, in words."""
+
+
+def describe_scripts(run: Run, study: Study) -> Iterator[Line]:
+    """A line for each command; of an A/B of commands one for each side."""
+    sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
+    for variant in study.variants:
+        for side in sides or {"": {}}:
+            records = [one for one in run.records if one.name == variant.name and (not side or one.side == side)]
+            command = str(sides[side].get("spec")) if side else variant.command
+            yield say(f"{side or variant.name}: {command}{_where(variant)}{_seen(records)}", label="command")
+
+
+def _where(variant: Variant) -> str:
+    said = [f"cwd {variant.cwd}"] if variant.cwd else []
+    said += [f"{name}={value}" for name, value in variant.env.items()]
+    said += [f"python {variant.python}"] if variant.python else []
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _seen(records: Iterable[TrialRecord]) -> str:
+    """By what its steps were seen and how many there were; nothing where it did not come to that."""
+    begun = [record for record in records if "source" in record.tokens]
+    if not begun:
+        return ""
+    sources = sorted({SOURCES.get(str(one.tokens["source"]), str(one.tokens["source"])) for one in begun})
+    steps = sorted({int(one.values["training_steps"]) for one in begun if "training_steps" in one.values})
+    taken = f", {' or '.join(map(str, steps))} steps a trial" if steps else ""
+    return f"; steps seen by {' and '.join(sources)}{taken}"

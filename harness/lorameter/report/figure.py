@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lorameter.report.blocks import Table, Tone
-from lorameter.report.curves import Axis, Curves
+from lorameter.report.blocks import Axis, Curves, Table, Tone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

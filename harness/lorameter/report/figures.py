@@ -8,18 +8,29 @@ records have; nothing is smoothed.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
+from kernels_check.check import Status
 from lorameter.records.metrics import PEAKS, RSS_AT_START
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_bytes, format_value
-from lorameter.report.blocks import Cell, Row, Table, name_columns, value_cell, write_row
-from lorameter.report.charts import losses_by_step
-from lorameter.report.check_matrix import checks_matrix
-from lorameter.report.curves import Axis, Curve, Curves
-from lorameter.report.figure import Bar, Bars, BarSegment, Figure, Intervals, Mark, Samples, Stretch
-from lorameter.report.pareto import draw_serving, measure_both, tabulate_front
+from lorameter.report.blocks import Axis, Cell, Curve, Curves, Row, Table, Tone, name_columns, value_cell, write_row
+from lorameter.report.charts import draw_serving, losses_by_step, measure_both, tabulate_front
+from lorameter.report.figure import (
+    Bar,
+    Bars,
+    BarSegment,
+    Figure,
+    FigureCheck,
+    Intervals,
+    Mark,
+    Matrix,
+    Samples,
+    Stretch,
+)
 from lorameter.report.phase_table import PhaseTable
 from lorameter.report.phrases import title_of_ratio
 from lorameter.report.run_view import RunView
@@ -246,3 +257,50 @@ def _of_bars(bars: Sequence[Bar], kinds: Sequence[str], write: Callable[[float],
         total = sum(held.values())
         rows.append(write_row(bar.name, *cells, Cell(text=write(total), value=total)))
     return Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))
+
+
+_STATUS_TONES: Mapping[Status, Tone] = {
+    "fallback": "bad",
+    "absent": "bad",
+    "unknown": "warning",
+    "not_applicable": "warning",
+    "active": "good",
+}
+"""The colour of each status of a required path, the worst status first. Only `active` meets a requirement."""
+
+
+def checks_matrix(shown: Mapping[str, Series]) -> Figure | None:
+    """A row a path, a column a variant; None where nothing was checked."""
+    checks = [check for series in shown.values() for record in series.records for check in record.checks]
+    paths = dict.fromkeys(str(check["path"]) for check in checks)
+    if not checks:
+        return None
+    rows = tuple((path, tuple(_evidence(series, path) for series in shown.values())) for path in paths)
+    return Figure(
+        title="Checks of the paths that ran",
+        says="What kernels_check found of each path in each variant; a word opens its evidence.",
+        drawing=Matrix(columns=tuple(shown), rows=rows),
+        table=None,
+    )
+
+
+def _evidence(series: Series, path: str) -> FigureCheck | None:
+    """All that was found of a path in a variant's trials, by the worst status."""
+    found = [check for record in series.records for check in record.checks if check["path"] == path]
+    if not found:
+        return None
+    worst = min((str(check["status"]) for check in found), key=_severity)
+    observed = Counter(str(check["observed"]) for check in found if check["status"] == worst).most_common(1)[0][0]
+    required = any(check["required"] is not None for check in found)
+    counted = Counter(f"{check['status']}: {check['reason']}" for check in found)
+    return FigureCheck(
+        text=f"{worst}: {observed}" if observed not in ("", "None") else worst,
+        tone=_STATUS_TONES.get(cast(Status, worst), "warning") if required else "plain",
+        reasons=tuple(f"{reason} ({count} of {len(found)} trials)" for reason, count in counted.most_common()),
+    )
+
+
+def _severity(status: str) -> int:
+    """The place of a status, the worst first; a status of a newer version counts as `unknown`."""
+    order = list(_STATUS_TONES)
+    return order.index(status if status in order else "unknown")

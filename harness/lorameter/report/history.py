@@ -10,9 +10,12 @@ from typing import cast, get_args
 
 from lorameter.records.units import Unit, first_few, format_count, format_percent, format_value
 from lorameter.report.blocks import (
+    Axis,
     Block,
     Cell,
     ColumnHeader,
+    Curve,
+    Curves,
     Document,
     Line,
     Row,
@@ -24,9 +27,10 @@ from lorameter.report.blocks import (
     value_cell,
     write_row,
 )
+from lorameter.report.figure import Figure
 from lorameter.report.phrases import title_of
 from lorameter.results.columns import VERSIONS
-from lorameter.results.history import Break, History, Moment, Plateau, Suspicion, Track
+from lorameter.results.history import Break, History, HistorySeries, Moment, Plateau, Suspicion, Track
 from lorameter.results.history import HistorySeries as Course
 from lorameter.stats.changes import LEAST_POINTS
 from lorameter.verdicts.comparison_input import Difference
@@ -210,3 +214,47 @@ def _day(moment: Moment) -> str:
 def unit_of(track: Track) -> Unit:
     """In which its values are; of one that we do not know, none."""
     return cast(Unit, track.unit if track.unit in get_args(Unit) else "1")
+
+
+_DAY_S = 86_400.0
+
+
+def figures_of_history(history: History) -> tuple[Figure, ...]:
+    """A figure a track that has a run which counts."""
+    return tuple(_figure_of(track) for track in history.tracks if any(line.counting for line in track.lines))
+
+
+def names_of(history: History) -> tuple[str, ...]:
+    """What the curves are called, in their order."""
+    return tuple(dict.fromkeys(_curve_name(line) for track in history.tracks for line in track.lines))
+
+
+def _figure_of(track: Track) -> Figure:
+    title = title_of(track.metric)
+    first = min((moment for line in track.lines for moment in line.moments), key=lambda one: one.created_unix_s)
+    curves = tuple(
+        Curve(
+            name=_curve_name(line),
+            points=tuple(((one.created_unix_s - first.created_unix_s) / _DAY_S, one.value) for one in line.counting),
+            band=tuple(
+                ((one.created_unix_s - first.created_unix_s) / _DAY_S, one.low, one.high)
+                for one in line.counting
+                if one.low is not None and one.high is not None
+            ),
+        )
+        for line in track.lines
+        if line.counting
+    )
+    return Figure(
+        title=f"{title} of {track.variant}, study {track.study}",
+        says=f"A curve for each fingerprint, from {write_time(first)} on, with the interval of each run; where another "
+        "begins, machine or software changed, and the two are not compared. What does not count is in the table only.",
+        drawing=Curves(
+            across=Axis(title="days since the first run"), up=Axis(title=title, unit=unit_of(track)), curves=curves
+        ),
+        table=table_of_runs(track),
+    )
+
+
+def _curve_name(line: HistorySeries) -> str:
+    return f"fingerprint {line.fingerprint[:8]}, variant {line.variant_id[:8]}"

@@ -1,15 +1,17 @@
-"""Charts as characters, by plotext: a line in braille, a dot a point, whiskers for intervals.
+"""Charts as characters: curves by plotext, a ratio with its interval in a line of characters.
 
 plotext gets numbers alone, and ticks that are written here. What it draws has no colour: a chart is read by its shape.
+All ratios of a column share one scale, by logarithms, so that half and twice are equally far from 1; an interval that
+reaches beyond the scale ends in an arrow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lorameter.records.units import Unit, format_value
-from lorameter.report.curves import Axis, Curves
+from lorameter.report.blocks import Axis, Cell, Curves
 
 HEIGHT = 8
 """Lines of a chart, its ticks included."""
@@ -73,3 +75,51 @@ def _labels(marks: Sequence[float], unit: Unit) -> list[str]:
     apart = (marks[-1] - marks[0]) / 2 if len(marks) > 1 else abs(marks[0])
     places = max(0, 1 - math.floor(math.log10(apart))) if apart > 0 else 2
     return [f"{mark:.{min(places, 6)}f}" for mark in marks]
+
+
+LEAST_WIDTH, MOST_WIDTH = 11, 33
+"""Odd, so that 1 has a character of its own."""
+_LEAST_BOUND = math.log(1.05)
+
+
+def scale_of(cells: Iterable[Cell]) -> float:
+    """How far from 1 the scale reaches that shows these ratios, as a logarithm. Wide intervals do not shrink the rest:
+    it reaches at most twice as far as the values."""
+    values, ends = [0.0], [_LEAST_BOUND]
+    for cell in cells:
+        values += [abs(math.log(one)) for one in (cell.value,) if one]
+        ends += [abs(math.log(one)) for one in (cell.value, cell.low, cell.high) if one]
+    return max(_LEAST_BOUND, min(max(ends), 2 * max(values) + _LEAST_BOUND))
+
+
+def draw_scale(bound: float, width: int) -> str:
+    """What the ends of a scale and its middle are."""
+    left, right = f"{math.exp(-bound):.2g}", f"{math.exp(bound):.2g}"
+    centre = width // 2
+    return f"{left:<{centre}}1{right:>{width - centre - 1}}"
+
+
+def draw_whisker(cell: Cell, bound: float, width: int) -> str:
+    """The ratio of a cell in so many characters; of a cell without one the middle alone."""
+    centre = width // 2
+    drawn = [" "] * width
+    if cell.value:
+        low, high = (one or cell.value for one in (cell.low, cell.high))
+        if cell.low is not None or cell.high is not None:
+            begin, end = (_column(one, bound, centre) for one in (low, high))
+            for place in range(max(begin, 0), min(end, width - 1) + 1):
+                drawn[place] = "─"
+            if begin < end:
+                drawn[max(begin, 0)] = "├" if begin >= 0 else "◂"
+                drawn[min(end, width - 1)] = "┤" if end < width else "▸"
+    if drawn[centre] == " ":
+        drawn[centre] = "┊"
+    elif drawn[centre] == "─":
+        drawn[centre] = "┼"
+    if cell.value:
+        drawn[min(max(_column(cell.value, bound, centre), 0), width - 1)] = "●"
+    return "".join(drawn)
+
+
+def _column(ratio: float, bound: float, centre: int) -> int:
+    return centre + round(math.log(ratio) / bound * centre)

@@ -25,9 +25,8 @@ from lorameter.report.blocks import (
     write_seconds,
     write_share,
 )
-from lorameter.report.findings import say_unfound, tabulate_findings
 from lorameter.report.notices import describe_notices
-from lorameter.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
+from lorameter.report.profile import OF_REQUESTS, say_unfound, tabulate_categories, tabulate_findings, tabulate_phases
 from lorameter.verdicts.validity import disturbance_notices
 
 _MERGED = ", with the adapter merged"

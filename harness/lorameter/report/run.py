@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.record import Interleaving
-from lorameter.records.units import first_few, format_bytes
+from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.records.units import first_few, format_bytes, format_duration, format_percent
 from lorameter.report.blocks import (
     Block,
     Cell,
@@ -41,7 +42,6 @@ from lorameter.report.phrases import (
     verdict_cell,
 )
 from lorameter.report.run_view import RunView
-from lorameter.report.time_breakdown import describe_spending
 from lorameter.stats import Comparison
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.series import is_difference
@@ -247,8 +247,8 @@ def _inconclusive(table: PhaseTable) -> Iterator[Line]:
     found = [("A/A control", table.control), *((row.name, row.ratio) for row in table.rows)]
     for name, one in found if not table.alone else ():
         if one is not None and one.verdict == "inconclusive" and one.ratio is not None:
-            said = format_inconclusive(one, table.metric, _level(table))
-            yield say(f"{about}, ", Span(text=name, tone="warning"), f": {said}")
+            said = format_inconclusive(one, table.metric, _level(table)).removeprefix("Inconclusive: ")
+            yield say(f"{about}, ", Span(text=name, tone="warning"), f": {said}", label="inconclusive")
 
 
 def _level(table: PhaseTable) -> Interleaving:
@@ -320,3 +320,32 @@ def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     for basis, abouts in shared.items():
         yield say(f"{', '.join(dict.fromkeys(abouts))}: ", Span(text=basis, tone="faint"))
     yield from lines
+
+
+PARTS_OF_TIME = {
+    "steps": "timed steps", "requests": "requests", "open_ended": "requests to their end", "merged": "merged requests",
+    "cold": "cold starts",
+}  # fmt: skip
+
+
+def describe_spending(spending: TimeBreakdown | None) -> Iterator[Block]:
+    """A section on the time of a run that has said what it went to."""
+    if spending is None:
+        return
+    of_limit = "" if spending.limit_s is None else f" of {format_duration(spending.limit_s)}"
+    summary = f"{format_duration(spending.wall_s)}{of_limit}, {format_percent(spending.share)} of it measurement"
+    yield Section(title="Time")
+    yield Collapsible(summary=say(Span(text=summary, tone="faint")), lines=tuple(_spent(spending, of_limit)))
+
+
+def _spent(spending: TimeBreakdown, of_limit: str) -> Iterator[Line]:
+    parts = [
+        f"{PARTS_OF_TIME[kind]} {format_duration(took)}"
+        for kind, took in spending.measured_s.items()
+        if kind in PARTS_OF_TIME
+    ]
+    measured = f": {', '.join(parts)}" if parts else ""
+    wall = format_duration(spending.wall_s)
+    yield say(f"{format_percent(spending.share)} of {wall}{of_limit} was measurement{measured}")
+    if spending.turns:
+        yield say(f"timed turns of each trial, by replicate: {', '.join(map(str, spending.turns))}")

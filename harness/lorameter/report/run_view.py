@@ -26,7 +26,6 @@ from lorameter.report.blocks import Line
 from lorameter.report.charts import add_charts
 from lorameter.report.facts import facts_of
 from lorameter.report.phase_table import PEAK, RATIO, TAILS, PhaseTable, VariantRow, tabulate_metric, tabulate_phase
-from lorameter.report.time_breakdown import encode_spending
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study, unknown
 from lorameter.verdicts.compare_pairs import LimitsOf, default_limits, matching
@@ -267,6 +266,21 @@ def encode_run(view: RunView) -> dict[str, Any]:
         "counts": view.counts,
         "state": view.state,
         **encode_spending(view.spending),
+    }
+
+
+def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
+    """The same for programs, as `time`; nothing of a run that does not say it."""
+    if spending is None:
+        return {}
+    return {
+        "time": {
+            "limit_s": spending.limit_s,
+            "wall_s": spending.wall_s,
+            "measured_s": dict(spending.measured_s),
+            "measured_share": spending.share,
+            "turns": list(spending.turns),
+        }
     }
 
 

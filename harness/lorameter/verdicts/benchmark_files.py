@@ -35,6 +35,7 @@ from lorameter.verdicts.comparison_input import (
     is_memory,
 )
 from lorameter.verdicts.series import Series, Trials
+from lorameter.verdicts.validity import control_faults, say_faults
 
 FOREIGN_METRIC = "round_time_s"
 """What pytest-benchmark itself measures: the time of one round, whatever it held."""
@@ -158,7 +159,10 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         phases.append(METRICS[metric].phase)
         side = _measured(where, index, row, info, name, metric, variants.get(name))
         sides[name] = _united(sides.get(name), side)
-    invalid = _optional(where, about, "invalid")
+    control = _control(where, about)
+    invalid = _optional(where, about, "invalid") or say_faults(tuple(control_faults(control.items())))
+    if "control" not in about:
+        invalid = "it does not say how its control came out. Save it again"
     return ComparisonInput(
         name=where,
         sides=sides,
@@ -166,7 +170,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         fingerprint=_optional(where, about, "fingerprint"),
         study=_optional(where, about, "study"),
         phases=tuple(dict.fromkeys(phases)),
-        control=_control(where, about),
+        control=control,
         broken=f"{where}: {invalid}" if invalid else None,
     )
 
@@ -248,7 +252,7 @@ def _variants(where: str, about: dict[str, Any]) -> dict[str, Variant]:
 
 
 def _control(where: str, about: dict[str, Any]) -> dict[str, Comparison | None]:
-    control = _expect(where, "lorameter.control", about.get("control"), dict)
+    control = _expect(where, "lorameter.control", about.get("control", {}), dict)
     return {
         str(phase): None if result is None else codec.from_json(Comparison, result, f"{where}, lorameter.control")
         for phase, result in control.items()

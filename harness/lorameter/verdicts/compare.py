@@ -97,7 +97,7 @@ def compare(
         base=base.name,
         candidate=candidate.name,
         comparisons=rows_of(pairs, verdicts, limits_of),
-        control=candidate.control,
+        control=dict(candidate.control),
         differing=differing,
         notices=(*base.notices, *candidate.notices, *_notices(base, candidate, wanted, verdicts)),
     )

@@ -116,7 +116,9 @@ def run_validity(run: Run, study: Study) -> RunValidity:
 
     Raises nothing for missing trials: they are faults.
     """
-    primary = {phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)}
+    primary: Mapping[Phase, str] = {
+        phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)
+    }
     controls: dict[Phase, Comparison | None] = {}
     faults = list(_run_faults(run))
     if is_mixed(run):
@@ -197,16 +199,16 @@ def _variant_faults(run: Run, study: Study) -> Iterator[Fault]:
     identities: dict[tuple[str, Side], set[str]] = {}
     for record in run.records:
         identities.setdefault((record.name, record.side), set()).add(record.variant)
-        reason, messages = InvalidReason.PATH_INACTIVE, ()
+        reason, messages = InvalidReason.PATH_INACTIVE, list[str]()
         if record.status != "ok":
             reason = InvalidReason.DISTURBED if record.disturbed else InvalidReason.TRIAL_FAILED
-            messages = () if record.role == "control" else (f"trial {record.trial} is {_ending(record)}",)
+            messages = [] if record.role == "control" else [f"trial {record.trial} is {_ending(record)}"]
         elif not study.allow_fallback:
-            messages = tuple(
+            messages = [
                 f"trial {record.trial}: required path {check.get('path')} is {check.get('status')}, not active"
                 for check in record.checks
                 if check.get("required") is not None and check.get("status") != "active"
-            )
+            ]
         yield from (Fault(reason=reason, message=one, variant=record.name, side=record.side) for one in messages)
     for (name, side), found in identities.items():
         if len(found) > 1:

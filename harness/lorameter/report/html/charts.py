@@ -11,8 +11,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from kernels_check.terminal import escape_control_chars
 from lorameter.records.units import Unit, format_interval, format_value
-from lorameter.report.blocks import Cell
-from lorameter.report.curves import Curve, Curves
+from lorameter.report.blocks import Cell, Curve, Curves
 from lorameter.report.figure import (
     Bar,
     Bars,

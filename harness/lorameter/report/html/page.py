@@ -24,6 +24,7 @@ from lorameter.report.blocks import (
     Cell,
     ChartGroup,
     Collapsible,
+    Curves,
     Document,
     Line,
     Panel,
@@ -35,11 +36,10 @@ from lorameter.report.blocks import (
     value_cell,
     write_row,
 )
-from lorameter.report.curves import Curves
 from lorameter.report.figure import Figure
 from lorameter.report.html.charts import draw, draw_chart, draw_ratio
 from lorameter.report.html.svg import number_series, series_class
-from lorameter.report.whisker import scale_of
+from lorameter.report.plots import scale_of
 
 _BLOCKS = {
     "line": Line, "section": Section, "table": Table, "collapsible": Collapsible, "chart_group": ChartGroup,

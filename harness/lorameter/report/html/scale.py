@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorameter.records.units import Unit, scale_of
-from lorameter.report.curves import Axis
+from lorameter.report.blocks import Axis
 
 TICKS = 5
 """About how many round numbers stand beside an axis."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.curves import Axis
+from lorameter.report.blocks import Axis
 from lorameter.report.html.scale import Scale, scale_for
 
 WIDTH = 520
