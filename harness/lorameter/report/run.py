@@ -242,13 +242,12 @@ def _control(table: PhaseTable) -> Line:
 
 
 def _inconclusive(table: PhaseTable) -> Iterator[Line]:
-    """Of each inconclusive verdict what to do."""
-    about = title_of_ratio(table.metric)
-    found = [("A/A control", table.control), *((row.name, row.ratio) for row in table.rows)]
-    for name, one in found if not table.alone else ():
-        if one is not None and one.verdict == "inconclusive" and one.ratio is not None:
-            said = format_inconclusive(one, table.metric, _level(table)).removeprefix("Inconclusive: ")
-            yield say(f"{about}, ", Span(text=name, tone="warning"), f": {said}", label="inconclusive")
+    """Of each inconclusive variant what to do; of an inconclusive control a notice says it."""
+    for row in table.rows if not table.alone else ():
+        if row.ratio is not None and row.ratio.verdict == "inconclusive":
+            said = format_inconclusive(row.ratio, table.metric, _level(table)).removeprefix("Inconclusive: ")
+            about = Span(text=f"{row.name}, {title_of_ratio(table.metric)}", tone="warning")
+            yield say(about, f": {said}", label="inconclusive")
 
 
 def _level(table: PhaseTable) -> Interleaving:
@@ -258,34 +257,23 @@ def _level(table: PhaseTable) -> Interleaving:
 def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     """Which number is what: a ratio is of pairs, an estimate of one variant alone."""
     pairs: dict[str, list[str]] = {}
-    ways: dict[str, list[str]] = {}
     for table in tables:
         if not is_memory(table.metric):
             pairs.setdefault(_PAIRED[_level(table)], []).append(title_of_ratio(table.metric))
-        for column in table.columns:
-            if column.key in METRICS:
-                ways.setdefault(_way(column.key), []).append(column.head)
     if pairs:
         first, *others = pairs
         said = [first, *(f"of {', '.join(pairs[one])} {one}" for one in others)]
-        said.append("above 1 is worse; its interval is corrected for all variants")
-        yield say("; ".join(said), label="ratio")
-    said = [
-        way if place == 0 else f"{', '.join(dict.fromkeys(heads))}: {way}"
-        for place, (way, heads) in enumerate(ways.items())
-    ]
-    said += ["95 % intervals"] if ways else []
-    if any(is_memory(table.metric) or table.cells(PEAK) for table in tables):
-        said.append("memory: the largest of the trials, with the least and the largest; its ratio is of the largest")
-    yield from [say("; ".join(said), label="estimates")] if said else []
+        yield say(f"{'; '.join(said)}; above 1 is worse; its interval is corrected for all variants", label="ratio")
+    shown = [METRICS[column.key] for table in tables for column in table.columns if column.key in METRICS]
+    means = dict.fromkeys(one.title for one in shown if one.phase != "cold" and one.of_trial != "median")
+    if shown:
+        of_means = f" ({', '.join(means)}: of its mean)" if means else ""
+        said = f"geometric mean over trials of each trial's median{of_means}, with 95 % intervals"
+        cold = "; cold starts: median of the processes" if any(one.phase == "cold" for one in shown) else ""
+        yield say(said + cold, label="estimates")
     notes = dict.fromkeys(table.note for table in tables if table.note)
-    yield from (say(note, label="memory") for note in notes)
-
-
-def _way(metric: str) -> str:
-    if METRICS[metric].phase == "cold":
-        return "median of the processes"
-    return f"{METRICS[metric].of_trial} of each trial, geometric mean of the trials"
+    if notes or any(is_memory(table.metric) or table.cells(PEAK) for table in tables):
+        yield say("; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory")
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
