@@ -268,9 +268,9 @@ def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     means = dict.fromkeys(one.title for one in shown if one.phase != "cold" and one.of_trial != "median")
     if shown:
         of_means = f" ({', '.join(means)}: of its mean)" if means else ""
-        said = f"geometric mean over trials of each trial's median{of_means}, with 95 % intervals"
+        estimates = f"geometric mean over trials of each trial's median{of_means}, with 95 % intervals"
         cold = "; cold starts: median of the processes" if any(one.phase == "cold" for one in shown) else ""
-        yield say(said + cold, label="estimates")
+        yield say(estimates + cold, label="estimates")
     notes = dict.fromkeys(table.note for table in tables if table.note)
     if notes or any(is_memory(table.metric) or table.cells(PEAK) for table in tables):
         yield say("; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory")
