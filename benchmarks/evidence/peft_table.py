@@ -23,8 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lorameter.report.blocks import Document, Row, Section, Table, name_columns, say, say_each, write_row
-from lorameter.report.curves import Axis
+from lorameter.report.blocks import Axis, Document, Row, Section, Table, name_columns, say, say_each, write_row
 from lorameter.report.figure import Figure, Intervals, Mark
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.terminal import text_of

@@ -132,7 +132,7 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
     """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance.
 
     Raises `UsageError` for records of sites that may be unlike, so that they are not combined by accident
-    (`lorameter.verdicts.per_site`).
+    (`lorameter.verdicts.sites`).
     """
     if any(record.machine for record in records):
         raise UsageError(
