@@ -20,7 +20,7 @@ from lorameter.machine.provenance import Machine
 from lorameter.records import codec
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 pytest_plugins = ["pytester"]
@@ -125,7 +125,7 @@ def small_study() -> Study:
             replicates=2, warmup_steps_min=1, warmup_steps_max=2, turns=2, steps_per_turn=2, generate_warmup=0,
             generate_requests=2, step_timeout_s=120, allow_disturbed=True,
         ),
-        variants=(Variant(name="plain", r=4), Variant(name="nf4", r=4, quantization="nf4")),
+        variants=(LoraVariant(name="plain", r=4), LoraVariant(name="nf4", r=4, quantization="nf4")),
         reference="plain",
     )  # fmt: skip
 

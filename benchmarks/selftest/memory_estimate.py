@@ -34,7 +34,7 @@ from lorameter.records.activity import ACCOUNTS
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.zygote import import_libraries
 
@@ -74,7 +74,7 @@ def compare_measured(model: str) -> Iterator[str]:
     print(f"{model}, CPU, one thread; MiB of the process's peak resident set; * constants were chosen on these")
     print(f"{'variant':26}{'phase':10}{'estimate':>10}{'measured':>10}{'error':>8}{'unexplained':>13}  of that peak")
     for name, changes, lengths in VARIANTS:
-        variant, workload = Variant(name=name, **changes), Workload(model=model, **(WORKLOAD | lengths))
+        variant, workload = LoraVariant(name=name, **changes), Workload(model=model, **(WORKLOAD | lengths))
         found = in_child(variant, workload)
         for phase in ("train", "generate"):
             expected = estimate_memory(variant, workload, shape, phase=phase, stored=stored).total_bytes

@@ -8,7 +8,7 @@ from lorameter.attach.environment import write_command
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.studies.script import split_command
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 SECRET = "hf_abcdef"
 
@@ -27,9 +27,9 @@ def test_a_credential_is_not_written_and_no_study_takes_it(words):
     """Behind an option, as a field of Hydra's, as a variable; a study's command would be written into each run."""
     assert SECRET not in write_command(["python", "train.py", *words])
     with pytest.raises(UsageError, match="inherit the credentials of your environment") as refused:
-        Variant(name="a", command=" ".join(["python", "train.py", *words]))
+        ScriptVariant(name="a", command=" ".join(["python", "train.py", *words]))
     assert SECRET not in str(refused.value)
-    Variant(name="a", command=write_command(["python", "train.py", *words]))  # as a wrapped one is kept
+    ScriptVariant(name="a", command=write_command(["python", "train.py", *words]))  # as a wrapped one is kept
 
 
 @pytest.mark.parametrize("option", ["--pad_token", "--eos-token", "--max_new_token", "--image-token", "--tokenizer"])
@@ -37,7 +37,7 @@ def test_tokens_of_a_vocabulary_are_no_credentials(option):
     """Trainers have options for them."""
     words = ["python", "train.py", option, "x"]
     assert write_command(words) == f"python train.py {option} x"
-    assert Variant(name="a", command=" ".join(words)).command
+    assert ScriptVariant(name="a", command=" ".join(words)).command
 
 
 DEEP = [
@@ -88,9 +88,9 @@ def test_a_credential_that_stands_deeper_is_found_as_well(words):
     written = write_command(line)
     assert "hunter2" not in written
     with pytest.raises(UsageError, match="inherit the credentials of your environment") as refused:
-        Variant(name="a", command=shlex.join(line))
+        ScriptVariant(name="a", command=shlex.join(line))
     assert "hunter2" not in str(refused.value)
-    assert Variant(name="a", command=written).command == written
+    assert ScriptVariant(name="a", command=written).command == written
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_a_credential_that_stands_deeper_is_found_as_well(words):
 )
 def test_what_is_no_credential_is_taken(words):
     """A host and port, a query, a key of SSH, the name of a variable, a switch, a token of a vocabulary."""
-    assert Variant(name="a", command=shlex.join(["python", "train.py", *words])).command
+    assert ScriptVariant(name="a", command=shlex.join(["python", "train.py", *words])).command
 
 
 @pytest.mark.parametrize("value", ["http://user:hunter2@proxy:3128", '{"token": "hunter2"}'])
 def test_a_variable_of_a_study_is_read_by_the_same_rule(value):
     """What stands in `env` is written into the run as well."""
     with pytest.raises(UsageError, match=r"env\.SOME: ") as refused:
-        Variant(name="a", command="python train.py", env={"SOME": value})
+        ScriptVariant(name="a", command="python train.py", env={"SOME": value})
     assert "hunter2" not in str(refused.value)
 
 

@@ -10,7 +10,7 @@ from lorameter.attach.observer import StepReading, TrainingInfo, weakly
 from lorameter.attach.samples import StepSamples
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.shapes import shape_of_config
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -41,7 +41,7 @@ def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
     model = make_model()
     shape = shape_of_config(model.config.to_dict(), "model")
     values = work(model).values(gathered, H100)
-    variant = Variant(r=8, target_modules=("q_proj", "v_proj"))
+    variant = LoraVariant(r=8, target_modules=("q_proj", "v_proj"))
     assert values["model_flops_per_step"] == training_flops(shape, variant, TOKENS).model
     assert values["peak_flops_per_s"] == pytest.approx(66.9e12)
     assert work(model.to(torch.bfloat16)).values(gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)

@@ -14,12 +14,15 @@ from lorameter.studies.claim import RULES, Claim, ClaimPart
 from lorameter.studies.columns import DataColumns
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, PeftVariant, ScriptVariant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.gate import LimitRule, Policy
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
-CLASSES = (Claim, DataColumns, Engine, LimitRule, ClaimPart, Policy, Protocol, Variant, Workload)
+CLASSES = (
+    *(Claim, ClaimPart, DataColumns, Engine, LimitRule, Policy, Protocol, Workload),
+    *(LoraVariant, PeftVariant, ScriptVariant),
+)
 
 
 def test_the_page_is_current(capsys):

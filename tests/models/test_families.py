@@ -17,7 +17,7 @@ from lorameter.models.costs.memory import estimate_memory, memory_bytes
 from lorameter.models.costs.peaks import Peak
 from lorameter.models.families import FAMILIES, Family, llama_layers
 from lorameter.models.shapes import UnknownLayersError, linear_layers, linear_widths
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.sizes import sizes_of
@@ -28,7 +28,7 @@ DIMENSIONS = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 """No two widths of a block are equal but those that must be."""
-VARIANT = Variant(name="v", r=4, target_modules=("q_proj", "v_proj"))
+VARIANT = LoraVariant(name="v", r=4, target_modules=("q_proj", "v_proj"))
 TOKENS = StepTokens(positions=8, pairs=36)
 
 

@@ -15,7 +15,7 @@ from lorameter.parity.measure import CONFIG, WEIGHTS, _read
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.studies.serving_modes import ways_of
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
 STUDY = """
 [workload]
@@ -91,7 +91,7 @@ def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
     from lorameter.trial.building import lora
     from lorameter.trial.building.base_model import load_base
 
-    variant = Variant(r=4, dtype="float32")
+    variant = LoraVariant(r=4, dtype="float32")
     model = lora.attach(load_base(catalogue.resolve("tiny-llama"), variant, device="cpu", seed=20), variant)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
 
 def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
     """With its reason, so that the others stand."""
-    ways = ways_of(Variant(quantization="nf4"))[3]
+    ways = ways_of(LoraVariant(quantization="nf4"))[3]
     failure = Failure(phase="parity", kind="ProcessDied", message="killed")
     found = _read(PartialRecord().failed("crashed", failure), ways)
     assert [(one.way, one.failure) for one in found] == [(way.name, failure) for way in ways]

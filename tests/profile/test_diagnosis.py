@@ -6,12 +6,12 @@ import pytest
 
 from lorameter.profile.diagnosis import RULES, diagnose
 from lorameter.profile.evidence import ProfileEvidence
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 GIB = 2**30
 HEALTHY = ProfileEvidence(
-    variant=Variant(name="v", adapter_dtype="bfloat16"),
+    variant=LoraVariant(name="v", adapter_dtype="bfloat16"),
     workload=Workload(),
     device="cuda",
     step_s=0.1,

@@ -62,7 +62,7 @@ from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_card, on_m
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
 from lorameter.studies.serving_modes import ways_of
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.baselines import read_comparand
@@ -138,7 +138,7 @@ def request_activity(times: dict[str, float], adapted: bool) -> Activity:
 
 def constructed_requests() -> RequestProfile:
     """All facts of it."""
-    variant = Variant(name="wide", r=4, adapter_dtype="bfloat16")
+    variant = LoraVariant(name="wide", r=4, adapter_dtype="bfloat16")
     peak = {"device": "this CPU with 1 thread", "source": "constructed"}
     record = TrialRecord(
         trial="r0-wide", status="ok", name="wide", variant="v", role="variant", replicate=0, position=0,
@@ -239,14 +239,14 @@ def fits() -> dict[str, Callable[[], Document]]:
     """A variant that does not fit on a GPU, one that does with all that is said of it, and one on this machine."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
-    refusing = Variant(name="v", init_lora_weights="pissa")
+    refusing = LoraVariant(name="v", init_lora_weights="pissa")
     cases = {
         "fit that is none": (on_card(MACHINE, find_card("RTX 5090")), refusing, wide),
-        "fit": (on_card(MACHINE, find_card("H200")), Variant(name="v"), wide),
-        "fit of nothing": (on_card(MACHINE, find_card("1GiB")), Variant(name="v"), wide),
+        "fit": (on_card(MACHINE, find_card("H200")), LoraVariant(name="v"), wide),
+        "fit of nothing": (on_card(MACHINE, find_card("1GiB")), LoraVariant(name="v"), wide),
         "fit here": (
             on_machine(dataclasses.replace(MACHINE, avx512_bf16=False), 8 * 2**30),
-            Variant(name="v", quantization="nf4"),
+            LoraVariant(name="v", quantization="nf4"),
             narrow,
         ),
     }
@@ -320,7 +320,7 @@ def history() -> History:
 
 def parity() -> Parity:
     """An adapter of which one merge failed, and another gives some answers that are not the reference's."""
-    variant, answers = Variant(name="nf4", quantization="nf4"), tuple((7, 8, number) for number in range(9))
+    variant, answers = LoraVariant(name="nf4", quantization="nf4"), tuple((7, 8, number) for number in range(9))
     ways = tuple(way for group in ways_of(variant) for way in group)
     near = LogitDistance(
         positions=3, argmax_differs=1, kl_mean_nats=1.23e-5, kl_max_nats=0.00456, difference_mean=0.012,
@@ -378,7 +378,7 @@ def every_report(small_study, history) -> dict[str, Document]:
         "answers that differ": lambda: show_differing(parity(), str),
         "tried remedy": lambda: describe_tried(tried()),
         "estimate": lambda: describe_estimate(
-            Variant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}
+            LoraVariant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}
         ),
         **fits(),
         "sizes": lambda: describe_sizes("tiny-llama", sizes()),

@@ -7,7 +7,7 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.studies.claim import Claim, ClaimPart
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
 STEPS = {"plain": [1.0, 1.1, 0.9, 1.2], "r8": [1.0, 1.14, 0.93, 1.2]}
 
@@ -17,7 +17,7 @@ def study(small_study):
     """Two levels of r, a claim of one part and one of two, and a deviation."""
     return dataclasses.replace(
         small_study,
-        variants=(Variant(name="plain", r=4), Variant(name="r8", r=8)),
+        variants=(LoraVariant(name="plain", r=4), LoraVariant(name="r8", r=8)),
         claims=(
             Claim(
                 id="1", says="step time rises with r", original="33 min at r 4, 35 min at r 8",

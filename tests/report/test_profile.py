@@ -33,7 +33,7 @@ from lorameter.records.record import Notice, TrialRecord
 from lorameter.report.profile import describe_profile, describe_tried
 from lorameter.report.terminal import console_for, show
 from lorameter.stats import compare_trials
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 TIMES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
@@ -86,7 +86,7 @@ def profile():
         checks=({"path": "checkpointing", "observed": True, "required": None},),
     )  # fmt: skip
     return Profile(
-        study="s", variant=Variant(name="v", lora_dropout=0.1, gradient_checkpointing=True), workload=workload,
+        study="s", variant=LoraVariant(name="v", lora_dropout=0.1, gradient_checkpointing=True), workload=workload,
         device="cpu", device_name="a CPU", threads=1, cpus=2, wide_registers=True, memory_bytes=8 * 2**30,
         record=record, activity=ACTIVITY,
         memory={

@@ -15,7 +15,7 @@ from lorameter.records.fileio import write_document
 from lorameter.results.columns import SETTINGS, TABLES
 from lorameter.results.frames import DTYPES, Frames
 from lorameter.studies.script import script_workload
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 from tests.constructed import DAMAGED, RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_each_side_of_an_ab_has_its_own_versions():
 
 def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, small_study, tmp_path):
     """Its rank is not the default of a variant, and its versions are those that its processes tell."""
-    variants = tuple(Variant(name=name, command=f"python {name}.py") for name in ("plain", "nf4"))
+    variants = tuple(ScriptVariant(name=name, command=f"python {name}.py") for name in ("plain", "nf4"))
     protocol = dataclasses.replace(small_study.protocol, phases=("train",))
     study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
     told = {"torch": "9.9", "python": "3.12.0"}
@@ -82,7 +82,7 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
 def test_each_side_of_an_ab_of_two_commands_has_its_own(write_run, small_study, tmp_path):
     """The study names that of the base alone."""
     protocol = dataclasses.replace(small_study.protocol, phases=("train",))
-    variants = (Variant(name="plain", command="python a.py"),)
+    variants = (ScriptVariant(name="plain", command="python a.py"),)
     study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
     sided = lambda record: record.replaced(side="candidate" if record.replicate else "base")  # noqa: E731
     path = write_run("commands", {"plain": [1.0, 1.1]}, study=study, change=sided, control=None)

@@ -8,11 +8,14 @@ from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
 from lorameter.run.build_plan import build_plan
 from lorameter.run.interleaving import MEMORY_SHARE, choose_interleaving, shared_base_obstacle
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
-R8 = Variant(name="r8", r=8)
-SWEEP = (R8, Variant(name="r64", r=64, lora_alpha=128, lora_dropout=0.1, use_rslora=True, target_modules=("q_proj",)))
-MIXED = (R8, Variant(name="nf4", r=8, quantization="nf4"))
+R8 = LoraVariant(name="r8", r=8)
+SWEEP = (
+    R8,
+    LoraVariant(name="r64", r=64, lora_alpha=128, lora_dropout=0.1, use_rslora=True, target_modules=("q_proj",)),
+)
+MIXED = (R8, LoraVariant(name="nf4", r=8, quantization="nf4"))
 GIB = 2**30
 
 

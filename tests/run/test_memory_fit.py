@@ -11,11 +11,11 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card
 from lorameter.models.costs.memory import PEAK_RANGES
 from lorameter.run.memory_fit import Fitter, Needs, on_card, on_machine
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import MOST_BATCH, Workload
 
 GIB = 2**30
-LORA = Variant(name="lora", r=16)
+LORA = LoraVariant(name="lora", r=16)
 QLORA = dataclasses.replace(LORA, name="qlora", quantization="nf4", gradient_checkpointing=True)
 WIDE = Workload(batch_size=6, sequence_length=1024)
 

@@ -11,10 +11,10 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card
 from lorameter.run.memory_fit import Fitter, advise, on_card, on_machine
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
-LORA = Variant(name="lora", r=16)
+LORA = LoraVariant(name="lora", r=16)
 WIDE = Workload(batch_size=6, sequence_length=1024)
 
 
@@ -43,9 +43,9 @@ def turned(variant, workload, lines):
 
 CASES = [
     (LORA, "llama2-7b", "24GiB"), (LORA, "llama2-70b", "H100"), (LORA, "gemma-7b", "RTX 4090"),
-    (Variant(r=512, dtype="float32"), "mistral-7b", "24GiB"), (Variant(r=64), "qwen2.5-7b", "T4"),
-    (Variant(quantization="nf4", prepare_for_kbit=True, autocast="bfloat16"), "llama2-13b", "24GiB"),
-    (Variant(quantization="int8", r=256), "llama2-13b", "A100 40GB"), (LORA, "llama2-7b", None),
+    (LoraVariant(r=512, dtype="float32"), "mistral-7b", "24GiB"), (LoraVariant(r=64), "qwen2.5-7b", "T4"),
+    (LoraVariant(quantization="nf4", prepare_for_kbit=True, autocast="bfloat16"), "llama2-13b", "24GiB"),
+    (LoraVariant(quantization="int8", r=256), "llama2-13b", "A100 40GB"), (LORA, "llama2-7b", None),
 ]  # fmt: skip
 
 

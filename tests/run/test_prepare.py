@@ -9,9 +9,9 @@ import pytest
 from lorameter.errors import InvalidRunError
 from lorameter.records.worker_info import WorkerInfo
 from lorameter.run.prepare import greet
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
-PLAIN = Variant(name="plain")
+PLAIN = LoraVariant(name="plain")
 LACKS = "bitsandbytes has loaded its library for CPUs"
 
 
@@ -31,7 +31,7 @@ def worker(machine):
 )
 def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(worker, changes):
     """By name, before its first trial; variants that do not need it are measured."""
-    needing = Variant(name="needing", **changes)
+    needing = LoraVariant(name="needing", **changes)
     with pytest.raises(InvalidRunError, match=f"needing cannot be measured here: {LACKS}"):
         greet(worker(lacks=LACKS), [PLAIN, needing])
     assert greet(worker(lacks=LACKS), [PLAIN]).lacks == LACKS

@@ -7,7 +7,7 @@ import pytest
 from lorameter.cli import main
 
 ONE = "[[variant]]\nname = 'b'\n"
-LORA_ONLY = "only LoRA is measured, and its forms use_dora and use_rslora"
+IN_PEFT = 'a method of PEFT is named in peft. Write peft = { peft_type = "IA3" }.'
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def answer(tmp_path, capsys):
         (f"[workload]\nlr = 1e-4\n{ONE}", "unknown key here. learning_rate is a key of [controls] and [[variant]]."),
         (f"[protocol]\nmax_length = 64\n{ONE}", "unknown key here. sequence_length is a key of [workload]."),
         (f"seed = 1\n{ONE}", "mine.toml: seed = 1: unknown key here. seed is a key of [protocol]."),
-        (f"[controls]\npeft_type = 'VERA'\n{ONE}", f"peft_type = 'VERA': {LORA_ONLY}. Leave it out."),
-        (f"[controls]\nuse_vera = true\n{ONE}", f"use_vera = True: {LORA_ONLY}. Leave it out."),
+        (f"[controls]\npeft_type = 'VERA'\n{ONE}", f"peft_type = 'VERA': {IN_PEFT}"),
+        (f"[controls]\nuse_vera = true\n{ONE}", f"use_vera = True: {IN_PEFT}"),
         ("[axes]\nlr = [1e-4, 2e-4]", "[axes]: lr = [0.0001, 0.0002]: unknown key. Did you mean learning_rate?"),
         ("[sweeps]\nrank = [8, 16]", "[sweeps]: rank = [8, 16]: unknown key. Did you mean r?"),
         ("[axes]\nworkload.batchsize = [1, 2]", "workload.batchsize = [1, 2]: unknown key. Did you mean batch_size?"),

@@ -16,7 +16,7 @@ from lorameter.run.feasibility import check_feasible
 from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.plan import make_plan
 from lorameter.studies.study_file import load_study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 DDP = {"ranks": 2, "strategy": "ddp"}
@@ -145,7 +145,7 @@ def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, mac
 
 def test_ranks_share_no_base_with_other_trials(small_study, machine):
     """Adapters of one base have one process, and a rank is a process of its own."""
-    variants = (Variant(name="a", r=4), Variant(name="b", r=8))
+    variants = (LoraVariant(name="a", r=4), LoraVariant(name="b", r=8))
     level, why = choose_interleaving(variants, together_bytes=1, free_bytes=100, ranks=2)
     assert (level, why.split(",")[0]) == ("lockstep", "a trial has 2 ranks")
     workload = dataclasses.replace(small_study.workload, **DDP)

@@ -6,11 +6,12 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
+from lorameter.studies.expand_variants import variants_of
 from lorameter.studies.script import name_of_command, name_of_words, split_command
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 TOML = """
 [[variant]]
@@ -44,15 +45,15 @@ def test_a_study_of_commands_needs_nothing_else(tmp_path):
 
 def test_commands_are_told_apart_by_all_that_they_say():
     """Another argument, folder, variable or interpreter is another variant; another name is not."""
-    one = Variant(name="a", command="python train.py")
+    one = ScriptVariant(name="a", command="python train.py")
     others = [
-        Variant(name="b", command="python train.py --r 64"),
-        Variant(command="python train.py", cwd="/x"),
-        Variant(command="python train.py", env={"A": "1"}),
-        Variant(command="python train.py", python="/x/python"),
+        ScriptVariant(name="b", command="python train.py --r 64"),
+        ScriptVariant(command="python train.py", cwd="/x"),
+        ScriptVariant(command="python train.py", env={"A": "1"}),
+        ScriptVariant(command="python train.py", python="/x/python"),
     ]
     assert len({variant.id for variant in (one, *others)}) == 5
-    assert Variant(name="c", command="python train.py").id == one.id
+    assert ScriptVariant(name="c", command="python train.py").id == one.id
     assert one.differences(others[2]) == ("env",)
 
 
@@ -76,7 +77,7 @@ def test_commands_are_told_apart_by_all_that_they_say():
 def test_a_command_that_cannot_be_is_refused(fields, said):
     """Each with the key and the remedy, before anything is started."""
     with pytest.raises(UsageError, match="variant 'one': ") as refused:
-        Variant(name="one", **fields)
+        variants_of("study", {}, [{"name": "one", **fields}])
     assert said in str(refused.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.studies.study import is_of_tokens
 from lorameter.studies.study_file import builtin_studies, load_study, load_variant
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
 GOOD = """
 title = "t"
@@ -347,6 +347,6 @@ def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
     study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
     assert (study.name, variant.quantization) == ("lora-or-qlora", "nf4")
     alone = write(tmp_path, "[[variant]]\nname = 'one'\nr = 4")
-    assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == Variant(r=4)
+    assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == LoraVariant(r=4)
     with pytest.raises(UsageError, match=r"lora-r16, .*lora-or-qlora:lora-r16"):
         load_variant("lora-or-qlora")

@@ -7,7 +7,7 @@ import pytest
 
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial import process
 from lorameter.trial.process import prepare_process
@@ -17,7 +17,7 @@ from lorameter.trial.process import prepare_process
 def request_on_cpu(tmp_path):
     """The least that a trial can be asked."""
     return TrialRequest(
-        trial="r1-plain", variant=Variant(), role="variant", replicate=1, seed=0, workload=Workload(),
+        trial="r1-plain", variant=LoraVariant(), role="variant", replicate=1, seed=0, workload=Workload(),
         protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1,
         tokens_path=str(tmp_path / "tokens"), scratch=str(tmp_path), log_path=str(tmp_path / "log"),
     )  # fmt: skip

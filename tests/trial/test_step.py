@@ -11,7 +11,7 @@ import torch
 from kernels_check import probe_isolation
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.build import build, seed_everything
 from lorameter.trial.building.lora import attach
@@ -25,8 +25,8 @@ from lorameter.trial.step import TrainStep
 WORKLOAD = Workload(
     sequence_length=64, batch_size=2, train_sequences=16, held_out_records=8, held_out_sequences=4, prompt_tokens=8
 )  # fmt: skip
-NF4 = Variant(name="nf4", r=8, quantization="nf4", lora_dropout=0.1, learning_rate=3e-3)
-PLAIN = Variant(name="plain", r=8, dtype="float32", learning_rate=3e-3)
+NF4 = LoraVariant(name="nf4", r=8, quantization="nf4", lora_dropout=0.1, learning_rate=3e-3)
+PLAIN = LoraVariant(name="plain", r=8, dtype="float32", learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")

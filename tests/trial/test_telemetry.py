@@ -10,7 +10,7 @@ from lorameter.records.record import Notice, PartialRecord
 from lorameter.studies.command import COMMANDS
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.telemetry import TrialTelemetry
 
@@ -46,7 +46,7 @@ def surroundings(monkeypatch):
 
     def make(*measures, device="cuda"):
         request = TrialRequest(
-            trial="r0-a", variant=Variant(name="a"), role="variant", replicate=0, seed=0, workload=Workload(),
+            trial="r0-a", variant=LoraVariant(name="a"), role="variant", replicate=0, seed=0, workload=Workload(),
             protocol=Protocol(), interleaving="lockstep", measures=measures, device=device, threads=1, tokens_path="",
             scratch="", log_path="",
         )  # fmt: skip

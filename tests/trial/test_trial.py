@@ -11,7 +11,7 @@ from lorameter.records.metrics import METRICS, samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
@@ -22,7 +22,7 @@ WORKLOAD = Workload(
     new_tokens=3, open_ended_tokens=6, open_ended_prompt_tokens=400,
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=4, turns=2, steps_per_turn=2, generate_warmup=0)
-VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
+VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 TRAIN = ("build", "warm_up", "finish_training")
 """Commands that the runner asks of every trial."""
 MEMORY = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lorameter.cli import main
 from lorameter.errors import UsageError
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.verdicts import comparison_report as verdicts
 from lorameter.verdicts.benchmark_files import read_benchmark_json
 
@@ -331,7 +331,7 @@ def test_what_is_no_run_and_no_file_is_refused(write_run, compare, name):
 
 def many(count):
     """A study of that many variants, and step times for each."""
-    variants = tuple(Variant(name=f"r{rank}", r=rank) for rank in range(1, count + 1))
+    variants = tuple(LoraVariant(name=f"r{rank}", r=rank) for rank in range(1, count + 1))
     steps = {variant.name: [0.1 * variant.r * (1 + noise / 1000) for noise in (0, 1, -1, 2)] for variant in variants}
     return variants, steps
 

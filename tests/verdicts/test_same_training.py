@@ -10,7 +10,7 @@ import pytest
 
 from lorameter.records.record import TrialRecord
 from lorameter.studies.script_study import study_of_command
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.comparison_report import ComparisonReport
 from lorameter.verdicts.gate import Policy, judge
 from lorameter.verdicts.same_training import compare_losses, sameness_notices, sides_of_run
@@ -45,7 +45,7 @@ def run_of(base, candidate, replicates=4):
     study = study_of_command("python train.py", name="base")
     import dataclasses
 
-    study = dataclasses.replace(study, variants=(*study.variants, Variant(name="other", command="python o.py")))
+    study = dataclasses.replace(study, variants=(*study.variants, ScriptVariant(name="other", command="python o.py")))
     records = [
         record(name, n, **fields) for n in range(replicates) for name, fields in (("base", base), ("other", candidate))
     ]

@@ -25,7 +25,7 @@ from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.costs.modules import count_products
 from lorameter.models.costs.peaks import Rate, stated_peak
 from lorameter.models.shapes import ModelShape, shape_of_config
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
 
 class Peaks:
@@ -176,7 +176,7 @@ def _closed_form(shape: ModelShape, model: Any) -> Callable[[StepTokens], int]:
     adapter = adapters.get(getattr(model, "active_adapter", "default")) or next(iter(adapters.values()))
     targets = adapter.target_modules
     names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-    variant = Variant(r=adapter.r, target_modules=names, use_dora=bool(getattr(adapter, "use_dora", False)))
+    variant = LoraVariant(r=adapter.r, target_modules=names, use_dora=bool(getattr(adapter, "use_dora", False)))
     return lambda tokens: training_flops(shape, variant, tokens).model
 
 

@@ -36,7 +36,7 @@ from lorameter.records.failures import describe_error
 from lorameter.records.record import Failure, Notice, PartialRecord, Status, judge_required
 from lorameter.records.units import format_count
 from lorameter.stats import is_steady, is_warm
-from lorameter.studies.request import TrialRequest
+from lorameter.studies.request import ScriptRequest
 
 EXIT_ORPHAN = 75
 """How a process ends whose parent is gone."""
@@ -142,7 +142,7 @@ class ScriptTrial:
 
     def _carry_out(self, name: str, arguments: dict[str, Any]) -> Command:
         if name == "prepare":
-            self._request = codec.from_json(TrialRequest, arguments["request"], "trial request")
+            self._request = codec.from_json(ScriptRequest, arguments["request"], "trial request")
             return PartialRecord()
         if name == "build":
             return self._build()

@@ -110,7 +110,7 @@ def run_ab(options: argparse.Namespace) -> int:
             raise UsageError(f"ab: {word} is missing. Give it, or resume an interrupted A/B by --resume RUN.")
     study = read_study(options, "", of=of)
     if command:
-        sides = command_sides(study.variants[0].command, command)
+        sides = command_sides(study.scripts[0].command, command)
     else:  # before anything waits in a queue
         sides = name_sides(
             {"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place,

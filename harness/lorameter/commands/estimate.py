@@ -51,6 +51,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
     from lorameter.models import catalogue, shapes
     from lorameter.models.costs.cards import find_card
+    from lorameter.models.costs.lora import uncounted
     from lorameter.models.costs.memory import estimate_phases
     from lorameter.records import store
     from lorameter.records.memory_account import MEMORY_PHASES
@@ -71,7 +72,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     workload = study.with_overrides(model=options.model, data=options.data).workload
     source = catalogue.resolve(workload.model)
     shape = shapes.shape(source)
-    unknown = shapes.unknown_layers(shape)
+    unknown = uncounted(variant, shape)
     process = process_bytes(here, runs)
     found = (
         []

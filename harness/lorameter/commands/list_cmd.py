@@ -77,6 +77,7 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
     from lorameter.models import catalogue
     from lorameter.records import codec, store
     from lorameter.studies.study_file import builtin_studies, load_study
+    from lorameter.studies.variant import LoraVariant
     from lorameter.studies.workload import identify
 
     if options.what == "studies":
@@ -86,9 +87,9 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.what == "runs":
         return _run_rows(store.runs_dir(options.runs_dir))
     study = load_study(_study_named(options))
-    rows = []
+    rows, defaults = [], LoraVariant().settings | {"cwd": "", "env": {}, "python": ""}
     for variant in study.variants:
-        changed = {key: codec.to_json(getattr(variant, key)) for key in variant.differences(type(variant)())}
+        changed = {key: codec.to_json(value) for key, value in variant.settings.items() if value != defaults.get(key)}
         own = {f"workload.{key}": value for key, value in study.workloads.get(variant.name, {}).items()}
         words = " ".join(f"{key}={value}" for key, value in (changed | own).items())
         identity = identify(variant.id, study.own_workloads.get(variant.name))

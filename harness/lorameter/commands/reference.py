@@ -19,6 +19,8 @@ from typing import Any
 
 import msgspec
 
+from lorameter.studies.variant import AnyVariant, FullVariant, LoraVariant, PeftVariant, ScriptVariant, form_keys
+
 TITLE = "# Reference: every key of a study and of a policy"
 INTRODUCTION = """\
 Made by `lorameter list keys` from the code that reads them; `pytest tests/docs/test_reference.py` fails where it is not
@@ -38,7 +40,6 @@ def _lines() -> Iterator[str]:
     from lorameter.studies.columns import DataColumns
     from lorameter.studies.engine import Engine
     from lorameter.studies.protocol import Protocol
-    from lorameter.studies.variant import Variant
     from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload
     from lorameter.verdicts import gate
     from lorameter.verdicts.gate import LimitRule, Policy
@@ -56,11 +57,14 @@ def _lines() -> Iterator[str]:
         ("[protocol]", Protocol, "How often and how long it is measured."),
         (
             "[controls], [axes], [sweeps], [[variant]]",
-            Variant,
-            "A variant; `[controls]` are equal for all. "
+            LoraVariant,
+            "A variant, of LoRA where it has none of the keys below; `[controls]` are equal for all that have the key. "
             f"`workload.KEY` is what it is measured on, for {', '.join(f'`{key}`' for key in OF_VARIANTS)}: not in "
             "`[controls]`, and never of the reference.",
         ),
+        ("Another method of PEFT", PeftVariant, "In place of LoRA's own keys, from `r` to `init_lora_weights`."),
+        ("Full fine-tuning", FullVariant, "In place of the same."),
+        ("A command", ScriptVariant, "In place of all keys of a variant but its name."),
         ("[engine]", Engine, "Whose promises the claims are."),
         ("[[claim]]", Claim, "A sentence and its evidence."),
         ("claim.parts", ClaimPart, "One statement that data can support or refute."),
@@ -92,17 +96,24 @@ def _block(module: types.ModuleType) -> Iterator[str]:
 
 def _table(cls: type) -> Iterator[str]:
     docs, hints = documents_of(cls), typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    names = list(fields)
+    if issubclass(cls, AnyVariant):
+        names = [key for key in form_keys(cls) if cls is LoraVariant or key in cls.__annotations__]
     yield "| key | value | default | |"
     yield "|---|---|---|---|"
-    for field in dataclasses.fields(cls):
+    for field in map(fields.__getitem__, names):
         said = _cell(" ".join(docs.get(field.name, "").split()))
         yield f"| `{field.name}` | {_cell(_kind(hints[field.name]))} | {_cell(_default(field))} | {said} |"
 
 
 def documents_of(cls: type) -> Mapping[str, str]:
-    """What stands below each field of a dataclass in its source."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    return _below(tree.body) if isinstance(tree, ast.ClassDef) else {}
+    """What is below each field of a dataclass in its source and in those of its bases."""
+    found = dict[str, str]()
+    for base in (one for one in reversed(cls.__mro__) if one.__module__.startswith("lorameter")):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        found |= _below(tree.body) if isinstance(tree, ast.ClassDef) else {}
+    return found
 
 
 def _doc_of(module: types.ModuleType, name: str) -> str:
@@ -179,9 +190,7 @@ def _members(cls: type[enum.Enum]) -> Iterator[str]:
 
 def _fields(cls: Any, documents: Collection[type]) -> Iterator[str]:
     """A row of each field that a document does not have from another one that it extends."""
-    docs: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        docs |= documents_of(one) if one.__module__.startswith("lorameter") else {}
+    docs = documents_of(cls)
     hints = typing.get_type_hints(cls)
     known = {name for base in cls.__mro__[1:] if base in documents for name in typing.get_type_hints(base)}
     yield "| key | value | |"

@@ -18,7 +18,7 @@ from lorameter.machine.disturbances import CONTENDED
 from lorameter.profile.evidence import ProfileEvidence, changes_without
 from lorameter.profile.finding import Finding
 from lorameter.records.units import format_bytes, format_count, format_value
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.verdicts.series import OCCUPANCY_FLOOR
 
 WORTH = 0.02
@@ -183,7 +183,7 @@ def _optimizer(seen: ProfileEvidence) -> Iterator[Finding]:
 
 
 def _dropout(seen: ProfileEvidence) -> Iterator[Finding]:
-    if seen.variant.lora_dropout <= 0 or seen.dropout <= WORTH:
+    if not isinstance(seen.variant, LoraVariant) or seen.variant.lora_dropout <= 0 or seen.dropout <= WORTH:
         return
     yield _make_finding(
         "dropout", seen, seen.dropout,

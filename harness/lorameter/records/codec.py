@@ -88,11 +88,16 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
     Raises:
         UsageError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
     """
+
+    def decode(kind: type, item: Any) -> Any:
+        return from_json(kind, item, where, strict=strict)
+
     try:
+        cls = _form(cls, data)
         for path, key, value, known in _unknown_keys(cls, data, ""):
             near = difflib.get_close_matches(key, known, n=1)
             raise impossible(where, f"{path}.{key}".lstrip("."), value, "unknown key", _remedy_of(near))
-        return msgspec.convert(data, cls, strict=strict, str_keys=True)
+        return msgspec.convert(data, cls, strict=strict, str_keys=True, dec_hook=decode)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), cls, data, where, strict=strict) from None
     except RecursionError:
@@ -112,6 +117,15 @@ def _fields_of(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True) if hasattr(cls, "__match_args__") else {}
 
 
+def _form(cls: Any, data: Any) -> Any:
+    """The class of an object that has several forms (`class_for` of its base); any other class itself."""
+    if not hasattr(cls, "class_for") or hasattr(cls, "__dataclass_fields__"):
+        return cls
+    if not isinstance(data, Mapping):
+        raise msgspec.ValidationError("Expected `object`, got another type")
+    return cls.class_for(data)
+
+
 def _allows_unknown(cls: Any) -> bool:
     config = getattr(cls, "__struct_config__", None)
     return config is not None and not config.forbid_unknown_fields
@@ -125,7 +139,7 @@ def _inner(hint: Any) -> list[Any]:
 
 def _unknown_keys(hint: Any, data: Any, path: str) -> Iterator[tuple[str, str, Any, list[str]]]:
     """Keys of tables that their class has no field for: path, key, value, and the fields of the class."""
-    hint = _inner(hint)[0]
+    hint = _form(_inner(hint)[0], data)
     fields, origin = _fields_of(hint), typing.get_origin(hint)
     if fields and isinstance(data, Mapping):
         for key, value in data.items():
@@ -146,7 +160,7 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
     said, _, place = message.partition(" - at `")
     place, path = place.removeprefix("key` in `").rstrip("`"), ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
-        inner = next((one for one in _inner(hint) if typing.get_args(one) or _fields_of(one)), hint)
+        inner = _form(next((one for one in _inner(hint) if typing.get_args(one) or _fields_of(one)), hint), data)
         if name:
             hint, key = _fields_of(inner)[name], name
         else:

@@ -17,7 +17,7 @@ from lorameter.report.phrases import say_adapters, say_request
 from lorameter.studies.from_run import read_own_workloads
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
 from lorameter.verdicts.software import say_threads, versions_of
 from lorameter.verdicts.validity import is_single_script_run
@@ -146,14 +146,14 @@ SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optim
 def describe_scripts(run: Run, study: Study) -> Iterator[Line]:
     """A line for each command; of an A/B of commands one for each side."""
     sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
-    for variant in study.variants:
+    for variant in study.scripts:
         for side in sides or {"": {}}:
             records = [one for one in run.records if one.name == variant.name and (not side or one.side == side)]
             command = str(sides[side].get("spec")) if side else variant.command
             yield say(f"{side or variant.name}: {command}{_where(variant)}{_seen(records)}", label="command")
 
 
-def _where(variant: Variant) -> str:
+def _where(variant: ScriptVariant) -> str:
     said = [f"cwd {variant.cwd}"] if variant.cwd else []
     said += [f"{name}={value}" for name, value in variant.env.items()]
     said += [f"python {variant.python}"] if variant.python else []

@@ -8,10 +8,10 @@ the unit in `unit` (`s`, `byte`, `1/s`, `J`, `1`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_type_hints
 
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import FORMS, KEYS
 from lorameter.studies.workload import OF_VARIANTS, Workload
 
 Kind = Literal["text", "count", "number", "flag"]
@@ -45,8 +45,8 @@ _INTERLEAVING = _column("interleaving", "text", "how the trials alternated with 
 
 _KINDS: Mapping[Any, Kind] = {int: "count", float: "number", bool: "flag"}
 """Kinds of fields by their types; all other fields are texts."""
-_NO_SETTINGS = ("name", "cwd", "env", "python")
-"""Fields of a variant that are no columns: its label, and where its command is run."""
+_NO_SETTINGS = ("name", "cwd", "env", "python", "method", "peft")
+"""Fields of a variant that are no columns: its label, where its command is run, and what other columns say."""
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 """Libraries whose versions are columns, and are shown with each run of a history."""
 
@@ -56,8 +56,15 @@ def _settings(cls: type, prefix: str, names: Iterable[str], says: str) -> tuple[
     return tuple(_column(f"{prefix}{name}", _KINDS.get(hints[name], "text"), says.format(name=name)) for name in names)
 
 
-OF_VARIANT = _settings(
-    Variant, "", [field.name for field in fields(Variant) if field.name not in _NO_SETTINGS], "`{name}` of the variant"
+_HINTS = {key: hint for form in FORMS for key, hint in get_type_hints(form).items()}
+OF_VARIANT = (
+    *(
+        _column(key, _KINDS.get(_HINTS[key], "text"), f"`{key}` of the variant")
+        for key in KEYS
+        if key not in _NO_SETTINGS
+    ),
+    _column("method", "text", "what trains: PEFT's name of the method, `full fine-tuning` or `script`"),
+    _column("peft_config", "text", "configuration of PEFT, of a variant that has one"),
 )
 OF_WORKLOAD = _settings(Workload, "workload_", OF_VARIANTS, "`{name}` of the workload that the variant is measured on")
 SETTINGS = (

@@ -26,7 +26,7 @@ from lorameter.results.columns import names_of
 from lorameter.results.rows import RANGE, estimate_rows
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant, LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.compare_pairs import default_metrics, matching
 from lorameter.verdicts.validity import run_validity
@@ -109,22 +109,22 @@ def mllog_lines(run: Run) -> Iterator[str]:
             yield from _trial(record, workload, variants.get(record.name))
 
 
-def _trial(record: TrialRecord, workload: Workload | None, variant: Variant | None) -> Iterator[str]:
+def _trial(record: TrialRecord, workload: Workload | None, variant: AnyVariant | None) -> Iterator[str]:
     """`workload` is None of a script, which has its own of both."""
     begun, about = record.started_unix_s, {"trial": record.trial, "variant": record.name}
     yield _line("run_start", None, begun, about, event="INTERVAL_START")
     facts: dict[str, Any] = {"seed": record.seed}
     if workload is not None:
         facts |= {"global_batch_size": workload.batch_size, "max_sequence_length": workload.sequence_length}
-    if workload is not None and variant is not None:
+    if isinstance(variant, Variant):
         facts |= {
             "gradient_accumulation_steps": variant.gradient_accumulation,
-            "lora_rank": variant.r,
-            "lora_alpha": variant.lora_alpha,
             "opt_name": variant.optimizer,
             "opt_base_learning_rate": variant.learning_rate,
             "opt_weight_decay": variant.weight_decay,
         }
+    if isinstance(variant, LoraVariant):
+        facts |= {"lora_rank": variant.r, "lora_alpha": variant.lora_alpha}
     for key, value in facts.items():
         yield _line(key, value, begun, about)
     for step, loss in enumerate(record.samples.get("timed_loss", ())):

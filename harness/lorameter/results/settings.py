@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorameter.machine.software import normal_name
+from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.results.columns import OF_VARIANT, OF_WORKLOAD, VERSIONS, Values
 from lorameter.studies.from_run import read_own_workloads
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.studies.variant import OF_4BIT, Variant
+from lorameter.studies.variant import OF_4BIT, AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import identify
 from lorameter.verdicts.software import facts_of
 
@@ -59,15 +60,19 @@ class Settings:
         libraries = {name: own["packages"].get(normal_name(name)) for name in VERSIONS}
         return {**self._run.manifest.provenance, "libraries": libraries, "git": own.get("git", {})}
 
-    def _of_variant(self, variant: Variant | None, side: Mapping[str, Any]) -> Values:
+    def _of_variant(self, variant: AnyVariant | None, side: Mapping[str, Any]) -> Values:
         if variant is None:
             return (None,) * len(OF_VARIANT)
-        if variant.command:
+        if isinstance(variant, ScriptVariant):
             command = side.get("spec") if side.get("kind") == SIDE else variant.command
-            return tuple(command if column.name == "command" else None for column in OF_VARIANT)
-        unread = ("command", *(() if variant.is_4bit else OF_4BIT))
+            known = {"command": command, "method": variant.method_name}
+            return tuple(known.get(column.name) for column in OF_VARIANT)
+        unread = OF_4BIT if isinstance(variant, Variant) and not variant.is_4bit else ()
+        known = {"method": variant.method_name, "peft_config": getattr(variant, "peft", None)}
         return tuple(
-            None if column.name in unread else _plain(getattr(variant, column.name), column.kind)
+            None
+            if column.name in unread
+            else _plain(known.get(column.name, getattr(variant, column.name, None)), column.kind)
             for column in OF_VARIANT
         )
 
@@ -82,4 +87,6 @@ def _plain(value: Any, kind: str) -> Any:
     """A setting as a value of its column."""
     if isinstance(value, tuple):
         return ",".join(value)
+    if isinstance(value, dict):
+        return codec.dumps(value) if value else None
     return float(value) if kind == "number" and value is not None else value

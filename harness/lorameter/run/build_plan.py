@@ -104,7 +104,7 @@ def _check_sides(study: Study, sides: Sides) -> Study:
         )
     if study.of_scripts:
         if any(side.kind in ("interpreter", "requirements") for side in sides.values()):
-            for variant in study.variants:
+            for variant in study.scripts:
                 check_side(variant)
         return study
     workload = study.workload

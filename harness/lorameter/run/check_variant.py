@@ -10,7 +10,7 @@ from lorameter.machine.gpus import say_entries, shared_boards, visible_cards
 from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.records.record import Notice
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import PAGED, LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 SHARDS_INTEGERS = "2.12"
@@ -39,6 +39,11 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
     """
     if workload.ranks == 1:
         return
+    if not isinstance(variant, LoraVariant):
+        raise UsageError(
+            f"{where}: ranks = {workload.ranks}: of several ranks LoRA in its short form is measured, and the method "
+            f"is {variant.method_name}. Leave ranks out."
+        )
     if machine.device == "cuda" and here:
         _check_cards(where, workload)
     sharded, torch = workload.strategy == "fsdp2", library_version("torch")
@@ -57,7 +62,7 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
             f'Use torch {SHARDS_INTEGERS} or later, or strategy = "ddp".',
         ),
         (
-            sharded and variant.optimizer.startswith("paged"),
+            sharded and variant.optimizer in PAGED,
             f"optimizer = {variant.optimizer!r}",
             "optimizers of bitsandbytes take no sharded parameters",
             'Use "adamw" or "adamw_fused", or strategy = "ddp".',
@@ -118,6 +123,11 @@ def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
     of bitsandbytes is taken). Raises `UsageError`, naming key, value and remedy."""
     if workload.adapters == 1:
         return
+    if not isinstance(variant, LoraVariant):
+        raise UsageError(
+            f"{where}: adapters = {workload.adapters}: several adapters are measured of LoRA in its short form, and "
+            f"the method is {variant.method_name}. Leave adapters out."
+        )
     refused = (
         (
             variant.use_dora and workload.request_batch > 1,

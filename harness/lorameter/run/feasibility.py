@@ -14,7 +14,14 @@ from pathlib import Path
 from lorameter.errors import UsageError, shorten
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes, unknown_targets
+from lorameter.models.costs.lora import (
+    PAGED_FROM_ELEMENTS,
+    adapter_tensors,
+    lora_of,
+    paged_state_bytes,
+    uncounted,
+    unknown_targets,
+)
 from lorameter.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, peak_range
 from lorameter.models.costs.peaks import stated_peak
 from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
@@ -24,7 +31,7 @@ from lorameter.run.check_variant import check_adapters, check_ranks, rank_notice
 from lorameter.run.plan import Arm, arms_of, workloads_of
 from lorameter.run.workers.script_sandbox import shared_notices
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import PAGED, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.records import describe_data
 
@@ -62,7 +69,9 @@ def check_feasible(
     elsewhere = _check_engine(study, machine, shown_only)
     if study.of_scripts:
         _check_requirements(study)
-        commands = {one.variant.id: one.variant for one in arms or arms_of(study)}
+        commands = {
+            one.variant.id: one.variant for one in arms or arms_of(study) if isinstance(one.variant, ScriptVariant)
+        }
         return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
     arms = arms or arms_of(study)
     sources = {one.model: catalogue.resolve(one.model) for one in workloads_of(study, arms)}
@@ -77,7 +86,7 @@ def check_feasible(
     notices: list[Notice] = []
     measured = phases or study.protocol.phases
     answers = "generate" in measured or "cold" in measured
-    for variant, workload in {one.variant.name: (one.variant, one.workload) for one in arms}.values():
+    for variant, workload in {one.variant.name: (one.built, one.workload) for one in arms}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         shape = shape_of[workload.model]
         _check_attention(where, variant, machine)
@@ -92,6 +101,9 @@ def check_feasible(
         if workload.model in unknown:
             continue
         check_widths(where, variant, shape, machine)
+        if uncounted(variant, shape):
+            continue
+        variant = lora_of(variant, shape)
         notices += _target_notices(where, variant, workload.model, shape)
         notices += _rank_notices(variant, shape)
         if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
@@ -288,7 +300,7 @@ def _input_widths(shape: ModelShape) -> Iterator[tuple[str, int]]:
     yield "heads × head_dim", shape.heads * shape.head_dim
 
 
-def _target_notices(where: str, variant: Variant, model: str, shape: ModelShape) -> Iterator[Notice]:
+def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelShape) -> Iterator[Notice]:
     """That some target modules are none of the model's. Raises `UsageError` where all are: PEFT would refuse them."""
     missing, layers = unknown_targets(variant, shape), ", ".join(linear_layers(shape))
     if missing and len(missing) == len(variant.target_modules):
@@ -305,7 +317,7 @@ def _target_notices(where: str, variant: Variant, model: str, shape: ModelShape)
         )
 
 
-def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
+def _rank_notices(variant: LoraVariant, shape: ModelShape) -> Iterator[Notice]:
     narrowest = min(min(layer.inputs, layer.outputs) for layer in linear_layers(shape).values())
     if variant.r > narrowest:
         yield Notice(
@@ -317,9 +329,9 @@ def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
 
 
 def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Iterator[Notice]:
-    if not variant.optimizer.startswith("paged"):
+    if variant.optimizer not in PAGED:
         return
-    known = unknown_layers(shape) is None
+    known = uncounted(variant, shape) is None
     if known and not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
         yield Notice(
             code="optimizer-state-not-paged",

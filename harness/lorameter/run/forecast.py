@@ -12,7 +12,7 @@ from pathlib import Path
 from lorameter.errors import LorameterError
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.lora import adapter_parameters
+from lorameter.models.costs.lora import adapter_parameters, uncounted
 from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     birth_bytes,
@@ -20,7 +20,6 @@ from lorameter.models.costs.memory import (
     mapped_bytes,
     passing_bytes,
 )
-from lorameter.models.shapes import unknown_layers
 from lorameter.records import codec, store
 from lorameter.records.metrics import RSS_AT_START
 from lorameter.run.check_variant import processes_on_device
@@ -28,7 +27,7 @@ from lorameter.run.forecast_time import TimeForecast, forecast_time
 from lorameter.run.plan import Group, Plan
 from lorameter.studies.request import BaseKey, base_key
 from lorameter.studies.script import OWN
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant, Variant
 from lorameter.studies.workload import Workload
 
 RUNS_LOOKED_AT = 20
@@ -53,15 +52,15 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
         took = forecast_time(plan, machine, {}, runs)
         return Forecast(time=took, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
     shape_of = {one: shapes.shape(catalogue.resolve(one.model)) for one in plan.workloads}
-    unknown = next(filter(None, map(unknown_layers, shape_of.values())), None)
+    unknown = next(filter(None, (uncounted(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
     needs: dict[str, int | None] = {}
     for one in plan.workloads:
-        needs |= needed_bytes([who.variant for who in plan.arms if who.workload == one], one, machine, runs)
+        needs |= needed_bytes([who.built for who in plan.arms if who.workload == one], one, machine, runs)
     memory = most_of(_group_bytes(group, needs, machine) for group in plan.groups)
     disk = None
     if unknown is None:
         tokens = sum(4 * 8 * one.sequence_length * (one.train_sequences + one.held_out_sequences) for one in shape_of)
-        adapters = [adapter_parameters(arm.variant, shape_of[arm.workload]) for arm in plan.arms]
+        adapters = [adapter_parameters(arm.built, shape_of[arm.workload]) for arm in plan.arms]
         disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
     took = forecast_time(plan, machine, shape_of, runs)
     return Forecast(time=took, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
@@ -71,7 +70,7 @@ def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine
     """What is live together: each process counts with the largest of its trials, and once what they have once."""
     total = total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
     first = [launch[0] for launch in group.launches]
-    return total and total - _had_once([(slot.variant, slot.workload) for slot in first], machine)
+    return total and total - _had_once([(slot.arm.built, slot.workload) for slot in first], machine)
 
 
 def _had_once(processes: Sequence[tuple[Variant, Workload]], machine: Machine) -> int:
@@ -84,7 +83,7 @@ def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine)
     found = []
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        found.append(0 if unknown_layers(shape) else passing_bytes(variant, workload, shape))
+        found.append(0 if uncounted(variant, shape) else passing_bytes(variant, workload, shape))
     return sum(sorted(found)[: -machine.cpus])
 
 
@@ -95,7 +94,7 @@ def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machin
     again = 0
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        if variant.rewrites_base or variant.bias != "none" or unknown_layers(shape):
+        if variant.rewrites_base or variant.trains_base or uncounted(variant, shape):
             continue
         key = base_key(variant, workload)
         again += mapped_bytes(variant, shape) if key in seen else 0
@@ -121,18 +120,20 @@ def _known(sizes: Iterable[int | None]) -> list[int] | None:
     return known if len(known) == len(every) else None
 
 
-def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int | None:
+def together_bytes(
+    members: Sequence[AnyVariant], workload: Workload, machine: Machine, runs: Path | None
+) -> int | None:
     """Expected memory of one live process for each member, with what they have once counted once; None where that of
     one is not known."""
     needs = needed_bytes(members, workload, machine, runs)
     total = total_of(needs[variant.name] for variant in members)
     if total is None or workload.model == OWN:
         return total
-    return total - _had_once([(variant, workload) for variant in members], machine)
+    return total - _had_once([(variant, workload) for variant in members if isinstance(variant, Variant)], machine)
 
 
 def needed_bytes(
-    variants: Iterable[Variant], workload: Workload, machine: Machine, runs: Path | None
+    variants: Iterable[AnyVariant], workload: Workload, machine: Machine, runs: Path | None
 ) -> dict[str, int | None]:
     """Expected memory of a trial's processes on a device, of each variant by name: the peak of an earlier run where
     there is one, else the estimate, None where the model's layers are not known; on a GPU device memory."""
@@ -146,7 +147,7 @@ def needed_bytes(
 
     def need(variant: Variant) -> int | None:
         peak, expected = measured.get(variant.id), None
-        if not unknown_layers(shape):
+        if not uncounted(variant, shape):
             expected = estimate_peak(
                 variant, workload, shape, device=device, repacks=machine.avx512_bf16, process_bytes=birth
             )
@@ -155,10 +156,10 @@ def needed_bytes(
             return processes * max(peak + extra, requests)
         return None if expected is None else processes * expected.needed_bytes
 
-    return {variant.name: need(variant) for variant in variants}
+    return {variant.name: need(variant) for variant in variants if isinstance(variant, Variant)}
 
 
-def _measured_script(variant: Variant, workload: Workload, machine: Machine, runs: Path | None) -> int | None:
+def _measured_script(variant: AnyVariant, workload: Workload, machine: Machine, runs: Path | None) -> int | None:
     """What an earlier run of the same command took; None without one."""
     kind, extra = _kind_of_peak(machine.device)
     peaks = {} if runs is None else measured_peaks(workload, machine, runs, kind)

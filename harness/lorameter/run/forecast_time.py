@@ -18,7 +18,8 @@ from typing import Any
 
 from lorameter.errors import LorameterError
 from lorameter.machine.provenance import Machine
-from lorameter.models.shapes import ModelShape, linear_widths, unknown_layers
+from lorameter.models.costs.lora import uncounted
+from lorameter.models.shapes import ModelShape, linear_widths
 from lorameter.records import codec, store
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run, measuring_time_s
@@ -218,7 +219,7 @@ def _estimated_cost(plan: Plan, machine: Machine, shapes: Mapping[Workload, Mode
         return "no earlier run of these scripts"
     if machine.device != "cpu":
         return "no earlier run of this study on this device"
-    if unknown := next(filter(None, map(unknown_layers, shapes.values())), None):
+    if unknown := next(filter(None, (uncounted(arm.built, shapes[arm.workload]) for arm in plan.arms)), None):
         return unknown
     protocol, rate = plan.study.protocol, _matrix_rate()
     seconds = {workload: _step_and_token_s(workload, shape, rate) for workload, shape in shapes.items()}

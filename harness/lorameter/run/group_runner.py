@@ -22,7 +22,7 @@ from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
 from lorameter.run.cold_start import ColdStart
 from lorameter.run.display import ProgressListener
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.prepare import RunContext, begin_record, request_of
+from lorameter.run.prepare import RunContext, begin_record, request_of, script_request_of
 from lorameter.run.workers import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
 from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from lorameter.studies.request import TrialRequest
@@ -203,8 +203,12 @@ class GroupRunner:
         for slot in launch:
             if records.is_ok(slot.trial):
                 place = self._executors[slot.executor].make_place(slot.trial, log)
-                request = self._requests[slot.trial] = request_of(self._plan, slot, self._context, place)
-                self._ask(slot.trial, "prepare", request=codec.to_json(request))
+                if self._plan.study.of_scripts:
+                    message = codec.to_json(script_request_of(self._plan, slot, self._context, place))
+                else:
+                    self._requests[slot.trial] = request_of(self._plan, slot, self._context, place)
+                    message = codec.to_json(self._requests[slot.trial])
+                self._ask(slot.trial, "prepare", request=message)
 
     def _prepare(self) -> None:
         """From the first step of each trial to where only timed turns are left."""

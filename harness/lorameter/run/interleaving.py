@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lorameter.errors import UsageError
 from lorameter.records.record import Interleaving
 from lorameter.records.units import format_bytes
-from lorameter.studies.variant import ADAPTER_FIELDS, Variant
+from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, Variant
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
 SCATTER: dict[Interleaving, float] = {"shared-base": 0.019, "lockstep": 0.022, "replicates": 0.27}
@@ -29,7 +29,7 @@ time): r 16 with nobody beside it 1,250 and 53.3 ms, beside DoRA 0 and 47.0 ms, 
 
 
 def choose_interleaving(
-    variants: Sequence[Variant],
+    variants: Sequence[AnyVariant],
     *,
     together_bytes: int | None,
     free_bytes: int | None,
@@ -93,16 +93,18 @@ def fits(needed_bytes: int, free_bytes: int) -> bool:
     return needed_bytes <= int(MEMORY_SHARE * free_bytes)
 
 
-def shared_base_obstacle(variants: Sequence[Variant]) -> str | None:
+def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
     """Why these variants cannot share one base model, naming the variant; None if they can."""
     first = variants[0]
     for variant in variants:
         label = variant.name or variant.id
-        if variant.command:
+        if not isinstance(variant, Variant):
             return f"{label} is a command, which has a model of its own"
+        if not isinstance(variant, LoraVariant):
+            return f"{label}: {variant.method_name} is not known to leave the base as it is"
         if variant.rewrites_base:
             return f"{label}: init_lora_weights = {variant.init_lora_weights!r} rewrites the base"
-        if variant.bias != "none":
+        if variant.trains_base:
             return f"{label}: bias = {variant.bias!r} trains the base's own biases"
         if variant.compile:
             return f"{label}: compile = True would recompile for every adapter, and fall back at its limit"

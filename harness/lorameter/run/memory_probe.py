@@ -18,7 +18,7 @@ from lorameter.records.units import format_bytes
 from lorameter.run.display import ProgressListener
 from lorameter.run.interleaving import fits
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
-from lorameter.run.prepare import RunContext, begin_record, request_of
+from lorameter.run.prepare import RunContext, begin_record, script_request_of
 from lorameter.run.workers import Executor, WorkerLostError
 from lorameter.studies.command import COMMANDS
 
@@ -73,7 +73,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -
     trial = f"rehearsal-{slot.arm.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
     place = executor.make_place(trial, trial)
-    request = dataclasses.replace(request_of(plan, slot, context, place), trial=trial)
+    request = dataclasses.replace(script_request_of(plan, slot, context, place), trial=trial)
     try:
         worker = executor.launch()
         try:

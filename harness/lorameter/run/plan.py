@@ -27,7 +27,7 @@ from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRec
 from lorameter.studies import limits
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study, unknown
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
 CONTROL_SUFFIX = "control"
@@ -63,7 +63,7 @@ Sides = Mapping[Side, SideSpec]
 class Arm:
     """Who has one trial in each replicate."""
 
-    variant: Variant
+    variant: AnyVariant
     side: Side = ""
     role: Role = "variant"
     workload: Workload
@@ -76,10 +76,18 @@ class Arm:
         parts = (self.variant.name, self.side, CONTROL_SUFFIX if self.role == "control" else "")
         return "-".join(part for part in parts if part)
 
+    @property
+    def built(self) -> Variant:
+        """The variant, where lorameter builds it."""
+        assert isinstance(self.variant, Variant)
+        return self.variant
+
     def rounds_after_turns(self, protocol: Protocol) -> int:
         """Untimed rounds, as long as turns, for what these leave of the epochs; fewer are needed where the data has
         fewer sequences than are asked for."""
-        per_step = self.workload.batch_size * self.variant.gradient_accumulation
+        if not protocol.epochs:
+            return 0
+        per_step = self.workload.batch_size * self.built.gradient_accumulation
         steps = protocol.all_steps(self.workload.train_sequences, per_step) - protocol.total_steps
         return math.ceil(steps / protocol.steps_per_turn)
 
@@ -103,7 +111,7 @@ def arms_of(
     chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
     chosen.add(study.reference)
 
-    def arm(variant: Variant, role: Role = "variant") -> Arm:
+    def arm(variant: AnyVariant, role: Role = "variant") -> Arm:
         return Arm(variant=variant, role=role, workload=own.get(variant.name, study.workload))
 
     measured = [arm(variant) for variant in study.variants if variant.name in chosen]
@@ -118,7 +126,9 @@ def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Ar
     candidate, found = sides["candidate"], list[Arm]()
     for variant in variants:
         base = Arm(variant=variant, side="base", workload=study.workload)
-        other = dataclasses.replace(variant, command=candidate.spec) if candidate.kind == "command" else variant
+        other = variant
+        if isinstance(variant, ScriptVariant) and candidate.kind == "command":
+            other = dataclasses.replace(variant, command=candidate.spec)
         found += [
             base,
             dataclasses.replace(base, side="candidate", variant=other, slowdown_rows=candidate.slowdown_rows),
@@ -139,7 +149,7 @@ def _check_own(study: Study, own: Mapping[str, Workload]) -> None:
             )
 
 
-def variants_of(arms: Iterable[Arm]) -> tuple[Variant, ...]:
+def variants_of(arms: Iterable[Arm]) -> tuple[AnyVariant, ...]:
     """The variants that contend, each once."""
     return tuple({arm.variant.name: arm.variant for arm in arms}.values())
 
@@ -179,7 +189,7 @@ class Slot:
     threads."""
 
     @property
-    def variant(self) -> Variant:
+    def variant(self) -> AnyVariant:
         """What the trial is of."""
         return self.arm.variant
 

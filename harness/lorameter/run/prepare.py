@@ -20,9 +20,9 @@ from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.display import ProgressListener
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.workers import Executor, TrialFiles, WorkerLostError
-from lorameter.studies.request import BaseKey, BaseRequest, TrialRequest, base_key, base_words
+from lorameter.studies.request import BaseKey, BaseRequest, ScriptRequest, TrialRequest, base_key, base_words
 from lorameter.studies.script import OWN
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
 
@@ -74,28 +74,37 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
 
 
 def request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> TrialRequest:
-    """The request with which a worker prepares a trial."""
-    study, bases, context = plan.study, context.bases, context.of(slot.workload)
-    return TrialRequest(
-        trial=slot.trial,
-        variant=slot.variant,
-        role=slot.role,
-        replicate=slot.replicate,
-        seed=slot.seed,
-        workload=slot.workload,
-        protocol=study.protocol.here(),  # a worker does not need where others run
-        interleaving=slot.interleaving,
-        measures=slot.measures,
-        slowdown_rows=slot.arm.slowdown_rows,
-        device=context.device,
-        threads=context.threads,
-        tokens_path=context.tokens_path,
-        scratch=place.scratch,
-        log_path=place.log_path,
-        allow_fallback=study.allow_fallback,
-        requirements=study.requirements,
-        base=bases.get((slot.executor, base_key(slot.variant, slot.workload)), ""),
-    )
+    """The request with which a worker prepares a trial of a variant that lorameter builds."""
+    base = context.bases.get((slot.executor, base_key(slot.arm.built, slot.workload)), "")
+    return TrialRequest(variant=slot.arm.built, base=base, **_common_request(plan, slot, context, place))
+
+
+def script_request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> ScriptRequest:
+    """The same of a script's trial."""
+    assert isinstance(slot.variant, ScriptVariant)
+    return ScriptRequest(variant=slot.variant, **_common_request(plan, slot, context, place))
+
+
+def _common_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> dict[str, Any]:
+    study, context = plan.study, context.of(slot.workload)
+    return {
+        "trial": slot.trial,
+        "role": slot.role,
+        "replicate": slot.replicate,
+        "seed": slot.seed,
+        "workload": slot.workload,
+        "protocol": study.protocol.here(),  # a worker does not need where others run
+        "interleaving": slot.interleaving,
+        "measures": slot.measures,
+        "slowdown_rows": slot.arm.slowdown_rows,
+        "device": context.device,
+        "threads": context.threads,
+        "tokens_path": context.tokens_path,
+        "scratch": place.scratch,
+        "log_path": place.log_path,
+        "allow_fallback": study.allow_fallback,
+        "requirements": study.requirements,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +130,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
         return Bases()
     first: dict[tuple[str, BaseKey], Slot] = {}
     for slot in plan.slots:
-        first.setdefault((slot.executor, base_key(slot.variant, slot.workload)), slot)
+        first.setdefault((slot.executor, base_key(slot.arm.built, slot.workload)), slot)
     made: dict[tuple[str, BaseKey], BaseSummary] = {}
     notices: dict[BaseKey, Notice] = {}
     for (name, key), slot in first.items():
@@ -129,7 +138,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
             continue
         listener.trial_phase(slot, "base")
         request = BaseRequest(
-            workload=slot.workload, variant=slot.variant, device=device, threads=slot.workload.threads, log_path=""
+            workload=slot.workload, variant=slot.arm.built, device=device, threads=slot.workload.threads, log_path=""
         )
         try:
             made[name, key] = executors[name].prepare_base(request)
@@ -147,7 +156,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
 def mean_load_s(plan: Plan, bases: Bases) -> float:
     """Mean seconds that a cold start takes to load its base, by what making the bases has taken."""
     each = [
-        bases.load_s.get(base_key(slot.variant, slot.workload), 0.0) for slot in plan.slots if "cold" in slot.measures
+        bases.load_s.get(base_key(slot.arm.built, slot.workload), 0.0) for slot in plan.slots if "cold" in slot.measures
     ]
     return sum(each) / len(each) if each else 0.0
 
@@ -155,7 +164,7 @@ def mean_load_s(plan: Plan, bases: Bases) -> float:
 def _notice(slot: Slot, lost: WorkerLostError) -> Notice:
     return Notice(
         code="base-not-prepared",
-        message=f"the base {base_words(slot.variant, slot.workload)} could not be prepared ({lost.status}: "
+        message=f"the base {base_words(slot.arm.built, slot.workload)} could not be prepared ({lost.status}: "
         f"{lost.failure.message.rstrip('.')}), so each process reads, converts and quantises it itself.",
         remedy="See logs/base.log of the run, and the records of its trials.",
     )
@@ -239,7 +248,7 @@ def _context(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str)
     return dataclasses.replace(study, own=contexts)
 
 
-def greet(executor: Executor, variants: Iterable[Variant]) -> WorkerInfo:
+def greet(executor: Executor, variants: Iterable[AnyVariant]) -> WorkerInfo:
     """The worker's description of itself. Raises `InvalidRunError` if it cannot measure these variants."""
     hello, machine = executor.hello(), executor.machine()
     if hello.device != machine.device:
@@ -247,7 +256,9 @@ def greet(executor: Executor, variants: Iterable[Variant]) -> WorkerInfo:
             f"the worker measures on {hello.device!r} and the plan was made for {machine.device!r}: torch and "
             "NVML disagree about the device. Check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES."
         )
-    needing = next((variant.name for variant in variants if variant.needs_bitsandbytes), None)
+    needing = next(
+        (variant.name for variant in variants if isinstance(variant, Variant) and variant.needs_bitsandbytes), None
+    )
     if needing and hello.lacks:
         raise InvalidRunError(f"{needing} cannot be measured here: {hello.lacks}.")
     return hello

@@ -116,7 +116,7 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
     variants = []
     for variant, fields in zip(study.variants, written.get("variants", ()), strict=True):
         whole: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is int}
-        variants.append(dataclasses.replace(variant, **whole))
+        variants.append(dataclasses.replace(variant, **whole))  # type: ignore[type-var]
     return dataclasses.replace(study, variants=tuple(variants))
 
 

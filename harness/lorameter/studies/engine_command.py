@@ -17,7 +17,7 @@ from lorameter.errors import UsageError, shorten
 from lorameter.studies.engine import Engine
 from lorameter.studies.script import script_workload, split_command
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 _LABEL = "--command"
 _BRACES = re.compile(r"\{\{|\}\}|\{(?P<group>(?:[^{}]|\{\{|\}\})*)\}|[{}]")
@@ -88,8 +88,8 @@ def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
         workload=script_workload(study.workload.threads),
         protocol=dataclasses.replace(study.protocol, phases=("train",), epochs=0.0),
         variants=(
-            Variant(name=study.reference, command=off, cwd=cwd),
-            Variant(name=engine.variant, command=on, cwd=cwd),
+            ScriptVariant(name=study.reference, command=off, cwd=cwd),
+            ScriptVariant(name=engine.variant, command=on, cwd=cwd),
         ),
         reference=study.reference,
         claims=study.claims,

@@ -18,7 +18,7 @@ from lorameter.records import codec
 from lorameter.studies import limits
 from lorameter.studies.keys import check_axes, check_keys
 from lorameter.studies.study import OF_WORKLOAD
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant, FullVariant, PeftVariant, ScriptVariant, form_keys
 from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload
 
 Lists = Mapping[str, Sequence[Any]]
@@ -162,7 +162,7 @@ def _written(workload: Workload) -> dict[str, Any]:
     return {one.name: codec.to_json(getattr(workload, one.name)) for one in dataclasses.fields(workload)}
 
 
-def variants_of(where: str, data: Mapping[str, Any], rows: Sequence[Any]) -> tuple[Variant, ...]:
+def variants_of(where: str, data: Mapping[str, Any], rows: Sequence[Any]) -> tuple[AnyVariant, ...]:
     """The controls with what each row changes. Raises `UsageError` for a row without a name, or an impossible value."""
     variants = []
     for index, row in enumerate(rows):
@@ -172,8 +172,31 @@ def variants_of(where: str, data: Mapping[str, Any], rows: Sequence[Any]) -> tup
             raise UsageError(f'{place}: name is missing. Add name = "...".')
         check_axes(place, row)
         own = {key: value for key, value in row.items() if not key.startswith(OF_WORKLOAD)}
-        variants.append(codec.from_json(Variant, {**data.get("controls", {}), **own}, place, strict=True))
+        variants.append(_variant(place, data.get("controls", {}), own))
     return tuple(variants)
+
+
+def _variant(where: str, controls: Mapping[str, Any], own: Mapping[str, Any]) -> AnyVariant:
+    """A variant of the form that its keys ask for. Of the controls it takes those that its form has."""
+    form = AnyVariant.class_for({**controls, **own})
+    known = form_keys(form)
+    for key, value in {**controls, **own}.items():
+        if key in known:
+            continue
+        if form is ScriptVariant:
+            why = "the variant is a command, and its script says what is trained"
+            raise impossible(where, key, value, why, "Give it to the script as an argument, and take it out here.")
+        if key in form_keys(ScriptVariant):
+            why = "only a variant that is a command has it"
+            raise impossible(where, key, value, why, 'Add command = "python train.py", or take it out.')
+        if key in own and form is PeftVariant:
+            why = "the variant has a configuration of PEFT"
+            raise impossible(where, key, value, why, f"Write it there, as peft.{key}, or take it out.")
+        if key in own and form is FullVariant:
+            raise impossible(where, key, value, "full fine-tuning has no adapter", "Take it out.")
+    return codec.from_json(
+        form, {key: value for key, value in {**controls, **own}.items() if key in known}, where, strict=True
+    )
 
 
 def workloads_of(rows: Sequence[Mapping[str, Any]], workload: Workload) -> dict[str, dict[str, Any]]:

@@ -14,13 +14,14 @@ from typing import Any, Literal
 from lorameter.errors import UsageError, impossible
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import OF_WORKLOAD
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import KEYS as VARIANT_KEYS
 from lorameter.studies.workload import OF_VARIANTS, Workload
 
 Table = Literal["workload", "protocol", "controls"]
-_CLASSES: Mapping[Table, type] = {"workload": Workload, "protocol": Protocol, "controls": Variant}
 KEYS: Mapping[Table, tuple[str, ...]] = {
-    table: tuple(field.name for field in dataclasses.fields(cls)) for table, cls in _CLASSES.items()
+    "workload": tuple(field.name for field in dataclasses.fields(Workload)),
+    "protocol": tuple(field.name for field in dataclasses.fields(Protocol)),
+    "controls": VARIANT_KEYS,
 }
 """Keys of each table; those of the controls are those of a variant."""
 _CALLED: Mapping[Table, str] = {
@@ -85,8 +86,8 @@ def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown
     """What to answer to a key that is none of those known there; `shown` is the key as it was written."""
     shown, meant = shown or key, OTHER_NAMES.get(key, key)
     if key in _METHODS:
-        why = "only LoRA is measured, and its forms use_dora and use_rslora"
-        return impossible(where, shown, value, why, "Leave it out.")
+        why = "a method of PEFT is named in peft"
+        return impossible(where, shown, value, why, 'Write peft = { peft_type = "IA3" }.')
     if meant not in known and (home := next((table for table, keys in KEYS.items() if meant in keys), None)):
         return impossible(where, shown, value, "unknown key here", f"{meant} is a key of {_CALLED[home]}.")
     near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)

@@ -7,18 +7,17 @@ from typing import Any
 
 from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrialRequest:
-    """All that a worker needs to measure one trial; paths are absolute and local to the machine that measures."""
+class Request:
+    """What the trials of all variants need; paths are absolute and local to the machine that measures."""
 
     schema: int = SCHEMA
     trial: str
     """Unique within the run, readable: `r1-nf4-r16`."""
-    variant: Variant
     role: Role
     replicate: int
     seed: int
@@ -41,6 +40,20 @@ class TrialRequest:
     what a protocol can see. 0 in every measurement of a variant."""
     base: str = ""
     """Folder of the prepared base, to be mapped; without one the process reads, converts and quantises it itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRequest(Request):
+    """All that a worker needs to measure one trial of a variant that lorameter builds."""
+
+    variant: Variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptRequest(Request):
+    """All that a worker needs to measure one trial of a script."""
+
+    variant: ScriptVariant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from lorameter.studies.workload import Workload
 
 if TYPE_CHECKING:
     from lorameter.studies.study import Study
-    from lorameter.studies.variant import Variant
+    from lorameter.studies.variant import ScriptVariant
 
 FIELDS = ("command", "cwd", "env", "python")
 """Fields of a variant that belong to its command."""
@@ -40,23 +40,8 @@ PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
 """Names of an interpreter."""
 
 
-def check_script(label: str, variant: Variant) -> None:
-    """Raises `UsageError` for a command that cannot be one, or for fields next to it that only its script could
-    mean."""
-    if not variant.command:
-        for key in FIELDS:
-            if getattr(variant, key):
-                raise UsageError(
-                    f"{label}: {key} = {getattr(variant, key)!r}: only a variant that is a command has it. "
-                    'Add command = "python train.py", or take it out.'
-                )
-        return
-    for field in dataclasses.fields(variant):
-        if field.name not in ("name", *FIELDS) and getattr(variant, field.name) != field.default:
-            raise UsageError(
-                f"{label}: {field.name} = {getattr(variant, field.name)!r}: the variant is a command, and its script "
-                "says what is trained. Give it to the script as an argument, and take it out here."
-            )
+def check_script(label: str, variant: ScriptVariant) -> None:
+    """Raises `UsageError` for a command that cannot be one."""
     refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
         limits.check_word(label, key, getattr(variant, key))
@@ -82,12 +67,6 @@ def script_workload(threads: int = 1) -> Workload:
 def check_scripts(study: Study) -> None:
     """Raises `UsageError` for a study of commands that asks for something which only a script could do."""
     where = f"study {study.name}"
-    for variant in study.variants:
-        if not variant.command:
-            raise UsageError(
-                f"{where}: variant {variant.name!r} has no command and others have one: a script and a variant of "
-                "lorameter's own have no step in common. Make it a study of its own."
-            )
     plain = script_workload(study.workload.threads)
     for field in dataclasses.fields(plain):
         value = getattr(study.workload, field.name)

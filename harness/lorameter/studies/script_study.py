@@ -8,7 +8,7 @@ from typing import Any
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_command, script_workload
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 
 def study_of_command(
@@ -35,7 +35,7 @@ def study_of_command(
         UsageError: no command, or one that takes a shell.
     """
     name = name or name_of_command(command)
-    variant = Variant(name=name, command=command, cwd=cwd)
+    variant = ScriptVariant(name=name, command=command, cwd=cwd)
     return Study(
         name=name,
         title=command,

@@ -15,7 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Quantization, Variant
+from lorameter.studies.variant import LoraVariant, Quantization, Variant
 
 AGAIN = ", asked again"
 WITHOUT = "no adapter, "
@@ -46,7 +46,9 @@ def ways_of(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
 
     Within a group a merge comes last: it changes the base.
     """
-    own = dataclasses.replace(variant, init_lora_weights="default", merge_adapter=False)
+    own = dataclasses.replace(variant, merge_adapter=False)
+    if isinstance(own, LoraVariant):
+        own = dataclasses.replace(own, init_lora_weights="default")
     name = _stored(own)
     reference = ServingMode(name=f"unmerged, {name}", variant=own)
     groups: list[tuple[ServingMode, ...]] = [

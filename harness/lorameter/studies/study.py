@@ -21,7 +21,7 @@ from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_numb
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_scripts
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 OF_WORKLOAD = "workload."
@@ -43,7 +43,7 @@ class Study:
     title: Line
     workload: Workload
     protocol: Protocol
-    variants: tuple[Variant, ...]
+    variants: tuple[AnyVariant, ...]
     reference: str
     allow_fallback: bool = False
     requirements: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +82,13 @@ class Study:
         for key in self.replaced:
             if self._place_of(key) is None:
                 raise UsageError(f"study {self.name}: replaced = {key!r}: no field of it. Take it out.")
-        if any(variant.command for variant in self.variants):
+        scripts = self.scripts
+        if 0 < len(scripts) < len(self.variants):
+            raise UsageError(
+                f"study {self.name}: variant {self.built[0].name!r} has no command and others have one: a script and a "
+                "variant of lorameter's own have no step in common. Make it a study of its own."
+            )
+        if scripts:
             check_scripts(self)
         self._check_engine()
         self._check_workloads(names)
@@ -96,7 +102,17 @@ class Study:
     @property
     def of_scripts(self) -> bool:
         """Whether its variants are commands, which bring model, data and training themselves."""
-        return bool(self.variants[0].command)
+        return isinstance(self.variants[0], ScriptVariant)
+
+    @property
+    def scripts(self) -> tuple[ScriptVariant, ...]:
+        """Its commands; empty where lorameter builds the variants."""
+        return tuple(variant for variant in self.variants if isinstance(variant, ScriptVariant))
+
+    @property
+    def built(self) -> tuple[Variant, ...]:
+        """The variants that lorameter builds; empty where they are commands."""
+        return tuple(variant for variant in self.variants if isinstance(variant, Variant))
 
     @property
     def trains_only(self) -> bool:
@@ -209,10 +225,18 @@ class Study:
             return () if self.engine is None else ((0.0, self.reference), (1.0, self.engine.variant))
         centre, own = self.variant(self.reference), self.own_workloads
         of_workload, name = axis.startswith(OF_WORKLOAD), axis.removeprefix(OF_WORKLOAD)
-        if name == "name" or name not in {one.name for one in dataclasses.fields(Workload if of_workload else Variant)}:
+        if name not in (
+            {one.name for one in dataclasses.fields(Workload)} if of_workload else {"method", *centre.settings}
+        ):
             return ()
+
+        def value_of(variant: AnyVariant) -> Any:
+            if of_workload:
+                return getattr(own.get(variant.name, self.workload), name)
+            return variant.setting(name)
+
         found = [
-            (_level(getattr(own.get(variant.name, self.workload) if of_workload else variant, name)), variant.name)
+            (_level(value_of(variant)), variant.name)
             for variant in (centre, *(one for one in self.variants if one is not centre))
             if set(self._differences(variant, own)) <= {axis}
         ]
@@ -224,7 +248,7 @@ class Study:
         own = self.own_workloads
         return tuple(dict.fromkeys(axis for variant in self.variants for axis in self._differences(variant, own)))
 
-    def _differences(self, variant: Variant, workloads: Mapping[str, Workload]) -> tuple[str, ...]:
+    def _differences(self, variant: AnyVariant, workloads: Mapping[str, Workload]) -> tuple[str, ...]:
         """The fields of its own, and of what it is measured on, in which a variant differs from the reference."""
         own = workloads.get(variant.name, self.workload)
         others = (
@@ -248,18 +272,15 @@ class Study:
     def _place_of(self, key: str) -> tuple[Any, str] | None:
         """The part of the study and its field that a key such as `workload.batch_size` means; None for any other."""
         section, _, name = key.partition(".")
-        owners: dict[str, Workload | Protocol | Variant] = {
+        owners: dict[str, Any] = {
             "workload": self.workload,
             "protocol": self.protocol,
-            "controls": self.variants[0],
+            "controls": self.variant(self.reference),
         }
         owner = owners.get(section)
-        known = () if owner is None else [field.name for field in dataclasses.fields(owner)]
-        if name not in known:
-            return None
-        return (self.variant(self.reference) if section == "controls" else owner), name
+        return (owner, name) if owner is not None and name in {one.name for one in dataclasses.fields(owner)} else None
 
-    def variant(self, name: str) -> Variant:
+    def variant(self, name: str) -> AnyVariant:
         """The variant of that name; `UsageError` with the nearest names otherwise."""
         for variant in self.variants:
             if variant.name == name:
@@ -318,7 +339,11 @@ def _level(value: Any) -> Level:
         return float(value)
     if value is None:
         return UNSET
-    return "+".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, Mapping) else "+".join(value)
+    return (
+        "+".join(f"{key}={item}" for key, item in value.items())
+        if isinstance(value, Mapping)
+        else "+".join(map(str, value))
+    )
 
 
 def _shown(value: Any) -> str:

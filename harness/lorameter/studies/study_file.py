@@ -39,7 +39,7 @@ from lorameter.studies.keys import KEYS, check_keys, unknown_key
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study, unknown
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
 _LISTS = ("axes", "sweeps", "variant")
@@ -90,7 +90,8 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     named = ":" in spec and not fileio.is_file(spec)  # a file may have a colon in its name
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
     study = load_study(study_name, profile=profile, device=device)
-    if study.of_scripts:
+    variant = study.variant(name) if named else study.variants[0]
+    if not isinstance(variant, Variant):
         raise UsageError(
             f"variant {spec!r}: it is a command whose script chooses the model: nothing can be estimated or profiled "
             f"without starting it. Measure it with `lorameter run` or `lorameter ab`."
@@ -98,7 +99,6 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     if not named and len(study.variants) > 1:
         names = ", ".join(variant.name for variant in study.variants)
         raise UsageError(f"variant {spec!r}: the study has several: {names}. Name one, as in {spec}:{study.reference}.")
-    variant = study.variant(name) if named else study.variants[0]
     own = study.own_workloads.get(variant.name)
     return (study if own is None else dataclasses.replace(study, workload=own)), variant
 
@@ -219,7 +219,7 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
     found = {
         f"{section}.{field.name}": codec.to_json(getattr(ours, field.name))
         for section, ours, theirs in pairs
-        for field in dataclasses.fields(ours)
+        for field in dataclasses.fields(ours)  # type: ignore[arg-type]
         if getattr(ours, field.name) != getattr(theirs, field.name)
     }
     if written.protocol.epochs != fitted.protocol.epochs:
@@ -232,7 +232,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     data, lists = split_lists(where, data)
     rows = spread(where, rows_of(where, data), lists)
     variants = variants_of(where, data, rows)
-    data = _of_scripts(data) if variants and variants[0].command else _of_ranks(data)
+    data = _of_scripts(data) if variants and isinstance(variants[0], ScriptVariant) else _of_ranks(data)
     reference = data.get("reference", variants[0].name if variants else "")
     fields: dict[str, Any] = {"title": path.stem, "reference": reference}
     for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):

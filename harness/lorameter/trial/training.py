@@ -124,7 +124,7 @@ class Training:
     def _initial_loss(self) -> dict[str, float]:
         """The base's own loss on held-out records, where a trial can tell it: once a run."""
         request, parts = self._request, self._built
-        own = request.variant.rewrites_base or request.variant.bias != "none"  # is trained, and no part of the adapter
+        own = request.variant.rewrites_base or request.variant.trains_base
         if not self._timed or request.replicate or own:
             return {}
         with lora.without_adapter(parts.trainee.model):  # which is what the adapter was before its first step

@@ -25,7 +25,7 @@ from lorameter.records.metrics import METRICS
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.comparison_input import (
     ComparisonInput,
     Measurements,
@@ -176,7 +176,13 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
 
 
 def _measured(
-    where: str, index: int, row: dict[str, Any], info: dict[str, Any], name: str, metric: str, variant: Variant | None
+    where: str,
+    index: int,
+    row: dict[str, Any],
+    info: dict[str, Any],
+    name: str,
+    metric: str,
+    variant: AnyVariant | None,
 ) -> Measurements:
     place = f"benchmarks[{index}]"
     trials = [
@@ -245,9 +251,9 @@ def _name(where: str, index: int, row: dict[str, Any], info: dict[str, Any]) -> 
     raise impossible(where, f"benchmarks[{index}].param", row.get("param"), "names no variant", "Save it again.")
 
 
-def _variants(where: str, about: dict[str, Any]) -> dict[str, Variant]:
+def _variants(where: str, about: dict[str, Any]) -> dict[str, AnyVariant]:
     variants = _expect(where, "lorameter.variants", about.get("variants", []), list)
-    read = [codec.from_json(Variant, variant, f"{where}, lorameter.variants") for variant in variants]
+    read = [codec.from_json(AnyVariant, variant, f"{where}, lorameter.variants") for variant in variants]
     return {variant.name: variant for variant in read}
 
 

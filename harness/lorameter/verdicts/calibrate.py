@@ -21,7 +21,7 @@ from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from lorameter.stats.comparison import effect_of
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.compare_pairs import TOLERANCE
 from lorameter.verdicts.series import Pairs, Series, compare_series, group_trials, pairs_of
 
@@ -91,7 +91,7 @@ class Calibration:
     prices: tuple[Price, ...]
 
 
-def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration:
+def calibrate(run: Run, variant: AnyVariant, phase: Phase = "train") -> Calibration:
     """Rates, power and prices from an A/B run whose candidate is the base with extra work.
 
     Raises:

@@ -26,7 +26,7 @@ from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.series import Series, Trials, group_trials
 from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.software import facts_of
@@ -48,7 +48,7 @@ class Measurements:
     name: str
     id: str | None = None
     """Content id of the variant; None where the file does not know it."""
-    variant: Variant | None = None
+    variant: AnyVariant | None = None
     trials: Mapping[str, Trials] = field(default_factory=dict)
     """One list of samples a trial, by metric."""
     peaks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -195,8 +195,8 @@ def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonI
     return [
         Difference(
             field=f"variant {name}: {key}",
-            base=codec.to_json(getattr(ours.variant, key)),
-            candidate=codec.to_json(getattr(theirs.variant, key)),
+            base=codec.to_json(ours.variant.setting(key)),
+            candidate=codec.to_json(theirs.variant.setting(key)),
         )
         for key in theirs.variant.differences(ours.variant)
     ]

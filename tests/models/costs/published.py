@@ -20,7 +20,7 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory
 from lorameter.models.costs.storage import width
 from lorameter.models.shapes import ModelShape, linear_layers
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 TABLE = Path(__file__).with_name("published_peaks.toml")
@@ -63,7 +63,7 @@ def _rows(source: dict[str, Any], known: dict[str, ModelShape]) -> Iterator[Row]
         changes = source["variant"] | {name: value for name, value in own.items() if name not in _WORKLOAD}
         if "target_modules" in changes:
             changes["target_modules"] = tuple(changes["target_modules"])
-        variant, workload = Variant(name=row["model"], **changes), Workload(**lengths)
+        variant, workload = LoraVariant(name=row["model"], **changes), Workload(**lengths)
         shape = known.get(row["model"]) or shapes.shape(catalogue.resolve(f"random:{row['model']}"))
         estimate = estimate_memory(variant, workload, shape, phase=source["phase"], device="cuda").total_bytes
         if source["measured"] == "device":

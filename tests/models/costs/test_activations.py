@@ -11,7 +11,7 @@ import torch
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.activations import Activations
 from lorameter.models.families import FAMILIES
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import build, lora
 from lorameter.trial.building.base_model import load_base
@@ -24,7 +24,7 @@ LLAMA = {
     "vocab_size": VOCABULARY, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 PREPARED = {"quantization": "nf4", "prepare_for_kbit": True}
-VARIANT = Variant(name="v", r=8)
+VARIANT = LoraVariant(name="v", r=8)
 
 
 def two_blocks(folder, model_type, **changes):

@@ -13,14 +13,14 @@ from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens
 from lorameter.models.costs.peaks import Peak
 from lorameter.models.shapes import ModelShape
 from lorameter.stats import Estimate
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 SHAPE = ModelShape(
     hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=100, context=64,
     tied=False, architecture="llama",
 )  # fmt: skip
-VARIANT = Variant(r=4, target_modules=("q_proj", "v_proj"), gradient_checkpointing=True)
+VARIANT = LoraVariant(r=4, target_modules=("q_proj", "v_proj"), gradient_checkpointing=True)
 WORKLOAD = Workload(sequence_length=32, batch_size=2, prompt_tokens=8, new_tokens=4)
 PEAK = Peak(device="Test GPU", rate="bfloat16", per_s=1e10, source="Test GPU datasheet")
 MEMORY = Peak(device="Test GPU", rate="memory", per_s=1e9, source="Test GPU datasheet")
@@ -92,7 +92,7 @@ def test_a_peak_of_the_wrong_thing():
 )
 def test_the_type_that_a_step_multiplies_in(options, rate):
     """The frozen layers' own: a 4-bit layer's compute type, autocast's, or the weights'."""
-    assert product_rate(Variant(**options)) == rate
+    assert product_rate(LoraVariant(**options)) == rate
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lorameter.models.costs.modules import UncountedError, count_products, from_
 from lorameter.models.families import FAMILIES
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.build import build
@@ -93,14 +93,14 @@ def assert_counted(variant, *args):
 def test_a_step_takes_what_the_formula_says(quantization, targets, checkpointing):
     """Forward, backward, clipping and update of LoRA and QLoRA, to the FLOP."""
     assert_counted(
-        Variant(r=4, target_modules=targets, quantization=quantization, gradient_checkpointing=checkpointing)
+        LoraVariant(r=4, target_modules=targets, quantization=quantization, gradient_checkpointing=checkpointing)
     )
 
 
 @pytest.mark.parametrize("layout", ["two records", "padded"])
 def test_masked_pairs_are_computed(layout):
     """Records that do not see each other and padding cost what a full row costs: the operator gets a mask."""
-    assert_counted(Variant(r=4, target_modules=QV), layout)
+    assert_counted(LoraVariant(r=4, target_modules=QV), layout)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_masked_pairs_are_computed(layout):
 )
 def test_what_else_changes_a_step(tmp_path, options):
     """Attention written out, odd targets, int8, DoRA with dropout and over several passes, autocast, preparation."""
-    assert_counted(Variant(r=4, **options), "one record", small(tmp_path, "llama"))
+    assert_counted(LoraVariant(r=4, **options), "one record", small(tmp_path, "llama"))
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "llama"])
 def test_every_counted_family(tmp_path, model_type):
     """Grouped keys, head sizes apart from the width, tied heads, and biases that train: each as PEFT attaches to it."""
-    variant = Variant(r=4, target_modules=("down_proj",), bias="all", dtype="float32")
+    variant = LoraVariant(r=4, target_modules=("down_proj",), bias="all", dtype="float32")
     assert_counted(variant, "one record", small(tmp_path, model_type))
 
 
@@ -138,13 +138,13 @@ def test_every_counted_family(tmp_path, model_type):
 @pytest.mark.parametrize("model_type", ["phi3"])
 def test_a_family_with_one_layer_for_several_operands(tmp_path, model_type, options):
     """What makes query, key and value at once wants the gradient of all three."""
-    variant = Variant(r=4, **options)
+    variant = LoraVariant(r=4, **options)
     assert_counted(variant, "one record", small(tmp_path, model_type))
 
 
 def test_the_formulas_are_missing_without_us():
     """torch passes over 4-bit products without a word, and before 2.15 over attention on a CPU: half is missing."""
-    variant = Variant(r=4, target_modules=QV, quantization="nf4")
+    variant = LoraVariant(r=4, target_modules=QV, quantization="nf4")
     step, shape, workload = train_step(variant)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -156,7 +156,7 @@ def test_the_formulas_are_missing_without_us():
 def test_a_model_of_full_size_without_its_weights():
     """Llama-2-7B on torch's meta device, where attention is written out: to the FLOP."""
     source = catalogue.resolve("random:llama2-7b")
-    variant = Variant(r=8, target_modules=QV, attention="eager")
+    variant = LoraVariant(r=8, target_modules=QV, attention="eager")
     workload = Workload(model="random:llama2-7b", batch_size=1, sequence_length=256)
     with torch.device("meta"):
         model = attach(empty_model(source, variant), variant).train()
@@ -285,7 +285,7 @@ def test_a_step_that_nobody_watched_is_counted_in_the_order_of_the_modules(model
 def test_a_family_that_is_known_comes_out_alike(options):
     """What the closed form says is needed, within 2 %; with checkpointing the first block's inputs count as well, 3 %
     in four blocks."""
-    variant = Variant(r=4, **options)
+    variant = LoraVariant(r=4, **options)
     step, shape, workload = train_step(variant)
     model, tokens = step._trainee.model, computed_tokens(variant, workload)
     found, within = count_products(model, see_wanted(model, step)), 0.03 if variant.gradient_checkpointing else 0.02

@@ -18,14 +18,14 @@ from lorameter.models.costs.flops import (
     training_flops,
 )
 from lorameter.models.shapes import ModelShape
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 SMALL = ModelShape(
     hidden_size=8, intermediate_size=12, layers=2, heads=2, kv_heads=1, head_dim=4, vocab_size=10, context=64,
     tied=False, architecture="llama",
 )  # fmt: skip
-QV = Variant(r=2, target_modules=("q_proj", "v_proj"))
+QV = LoraVariant(r=2, target_modules=("q_proj", "v_proj"))
 THREE = StepTokens(positions=3, pairs=9)
 """One row of three tokens, every pair."""
 
@@ -66,7 +66,7 @@ def test_checkpointing_by_hand():
 
 def test_an_adapted_last_layer_by_hand():
     """With an adapter on down, its frozen product and A are done again; only B's is left out."""
-    variant = Variant(r=2, target_modules=("down_proj",), gradient_checkpointing=True)
+    variant = LoraVariant(r=2, target_modules=("down_proj",), gradient_checkpointing=True)
     flops = training_flops(SMALL, variant, THREE)
     a, b = 2 * 3 * 12 * 2, 2 * 3 * 2 * 8
     assert flops.adapters == 2 * (a + b) + 2 * (a + b) + 2 * b + a  # nothing below A of the first block trains
@@ -102,7 +102,7 @@ def test_dora_by_hand():
 
 def test_tokens_of_a_step():
     """Operators are given every pair of every row; records need the pairs that they see."""
-    variant, workload = Variant(gradient_accumulation=3), Workload(batch_size=2, sequence_length=10)
+    variant, workload = LoraVariant(gradient_accumulation=3), Workload(batch_size=2, sequence_length=10)
     assert computed_tokens(variant, workload) == StepTokens(positions=60, pairs=600, passes=3)
     assert row_tokens(variant, workload) == StepTokens(positions=60, pairs=6 * 55, passes=3)
     assert row_tokens(variant, workload, real=24) == StepTokens(positions=24, pairs=6 * 10, passes=3)
@@ -112,7 +112,7 @@ def test_tokens_of_a_step():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_what_a_step_needs_does_not_depend_on_how_it_is_done(targets, attention):
     """Checkpointing, attention and quantisation change what is computed, never what the model needs."""
-    variant = Variant(r=4, target_modules=targets)
+    variant = LoraVariant(r=4, target_modules=targets)
     others = (
         dataclasses.replace(variant, gradient_checkpointing=True, attention=attention),
         dataclasses.replace(variant, quantization="nf4", attention=attention),
@@ -132,7 +132,7 @@ def test_seven_billion_weights_take_four_flops_each():
     """Llama-2-7B: 4 N a token, less the first block's inputs, plus adapters and attention; 6 N is 1.5 times that."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     workload = Workload(model="random:llama2-7b", sequence_length=2048, batch_size=1)
-    variant = Variant(r=8, target_modules=("q_proj", "v_proj"))
+    variant = LoraVariant(r=8, target_modules=("q_proj", "v_proj"))
     tokens = row_tokens(variant, workload)
     flops, n = training_flops(shape, variant, tokens), product_weights(shape)
     assert n == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000 == 6_607_077_376
@@ -153,7 +153,7 @@ def test_a_published_figure():
     26.7 GFLOP a token. The products counted here, attention apart, are within 3 % of it; 6 N would be half above."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     tokens = StepTokens(positions=4096, pairs=0)
-    variant = Variant(r=32, target_modules=("q_proj", "k_proj", "v_proj"))
+    variant = LoraVariant(r=32, target_modules=("q_proj", "k_proj", "v_proj"))
     assert training_flops(shape, variant, tokens).model / 4096 == pytest.approx(673e12 / 25_206, rel=0.03)
     assert six_n(shape, tokens) / 4096 > 1.4 * 673e12 / 25_206
 
@@ -162,4 +162,4 @@ def test_a_published_figure():
 def test_targets_that_are_not_counted(target):
     """The head, single blocks and other families' layers are refused, not left out in silence."""
     with pytest.raises(UsageError, match=r"target_modules.*of every block"):
-        training_flops(SMALL, Variant(target_modules=(target,)), THREE)
+        training_flops(SMALL, LoraVariant(target_modules=(target,)), THREE)

@@ -24,11 +24,11 @@ from lorameter.models.costs.memory import (
     mapped_from_tokens,
     stored_dtype,
 )
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 LLAMA = shapes.shape(catalogue.resolve("random:llama2-7b"))
-VARIANT = Variant(name="v", r=8, target_modules=("q_proj", "v_proj"))
+VARIANT = LoraVariant(name="v", r=8, target_modules=("q_proj", "v_proj"))
 LARGE = {"r": 512, "gradient_checkpointing": True}
 NF4 = {"quantization": "nf4", "prepare_for_kbit": True}
 
@@ -154,7 +154,7 @@ MODELS = {
     for name in ("llama2-7b", "llama2-70b", "mistral-7b", "qwen2.5-7b", "gemma-7b", "smollm2-135m")
 }
 VARIANTS = st.builds(
-    lambda quantised, prepared, **fields: Variant(
+    lambda quantised, prepared, **fields: LoraVariant(
         **fields, quantization=quantised, prepare_for_kbit=prepared and quantised != "none"
     ),
     quantised=st.sampled_from(("none", "int8", "nf4")),

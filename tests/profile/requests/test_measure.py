@@ -22,7 +22,7 @@ from lorameter.report.terminal import console_for, show
 from lorameter.run.workers import WorkerLostError, open_executor
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 
@@ -108,7 +108,7 @@ class ColdTrial:
 
     def __init__(self):
         self.request = TrialRequest(
-            trial="t", variant=Variant(name="v"), role="variant", replicate=0, seed=1, workload=Workload(),
+            trial="t", variant=LoraVariant(name="v"), role="variant", replicate=0, seed=1, workload=Workload(),
             protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1,
             tokens_path="", scratch="", log_path="the.log",
         )  # fmt: skip

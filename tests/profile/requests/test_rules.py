@@ -19,7 +19,7 @@ from lorameter.profile.requests.rules import (
     diagnose_requests,
 )
 from lorameter.records.activity import ModelSize, RequestFacts, WeightCopy
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 MIB = 2**20
@@ -42,7 +42,7 @@ def span(value, spread=0.01):
 
 
 HEALTHY = RequestEvidence(
-    variant=Variant(name="v", adapter_dtype="bfloat16"),
+    variant=LoraVariant(name="v", adapter_dtype="bfloat16"),
     workload=Workload(prompt_tokens=32, new_tokens=PASSES + 1),
     device="cuda",
     request=span(0.4),

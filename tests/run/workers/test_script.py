@@ -18,7 +18,7 @@ from lorameter.run.workers.script import ScriptExecutor, python_of
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.same_training import ScriptPair, notices_of_sides
 
 SCRIPT = Path(__file__).parents[1] / "scripted.py"
@@ -55,7 +55,7 @@ class Quiet:
 
 
 def study_of(commands, protocol=PROTOCOL, **fields):
-    variants = tuple(Variant(name=name, command=command) for name, command in commands.items())
+    variants = tuple(ScriptVariant(name=name, command=command) for name, command in commands.items())
     return Study(
         name="scripts", title="scripts", workload=script_workload(), protocol=protocol, variants=variants,
         reference=variants[0].name, **fields,
@@ -138,7 +138,7 @@ def elsewhere(folders):
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nSTEP_TIME_S="${{STEP_TIME_S}}4" exec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
-    return Variant(
+    return ScriptVariant(
         name="elsewhere", command="python apart.py plain", cwd=str(folder), env={"STEP_TIME_S": "0.00"},
         python=str(python),
     )  # fmt: skip

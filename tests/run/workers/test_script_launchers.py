@@ -18,7 +18,7 @@ from lorameter.run.measure import measure
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "torch_loop.py"
 RANKS = """
@@ -44,7 +44,7 @@ def take_turns(folder, commands, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
     monkeypatch.setenv("STARTED_BY", str(folder))
-    variants = tuple(Variant(name=name, command=command) for name, command in commands.items())
+    variants = tuple(ScriptVariant(name=name, command=command) for name, command in commands.items())
     protocol = Protocol(phases=("train",), replicates=1, warmup_steps_max=4, turns=2, retries=0, allow_disturbed=True)
     study = Study(
         name="launched", title="launched", workload=script_workload(), protocol=protocol, variants=variants,

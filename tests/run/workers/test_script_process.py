@@ -20,7 +20,7 @@ from lorameter.machine.orphan_reaper import marked
 from lorameter.run.workers import WorkerLostError, script_process
 from lorameter.run.workers.script_process import ScriptProcess
 from lorameter.run.workers.script_sandbox import variables_of
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_python_that_reads_no_path_is_told_from_one_that_never_trains(tmp_path
     """Nothing of the one can be heard, whatever it does; the other has nothing to say."""
     turns = f"@lorameter-test-{secrets.token_hex(8)}"
     variables = variables_of(
-        Variant(name="a", command="python t.py"), os.environ, scratch=tmp_path, threads=1, port=5, socket=turns
+        ScriptVariant(name="a", command="python t.py"), os.environ, scratch=tmp_path, threads=1, port=5, socket=turns
     )
     words = (sys.executable, option, "-c", "print('alone')")
     process = ScriptProcess(words, variables, folder=tmp_path, log=tmp_path / "log", turns=turns)

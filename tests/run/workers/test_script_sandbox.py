@@ -18,7 +18,7 @@ from lorameter.run.workers.script_sandbox import (
     variables_of,
     words_of,
 )
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 
 @pytest.fixture
@@ -78,7 +78,8 @@ def test_large_files_are_linked_and_said(project, tmp_path, monkeypatch):
     copy = take_snapshot(project, tmp_path / "copy")
     assert (copy / "data" / "rows.jsonl").is_symlink()
     codes = {
-        notice.code: notice.message for notice in shared_notices(Variant(name="a", command="python train.py"), project)
+        notice.code: notice.message
+        for notice in shared_notices(ScriptVariant(name="a", command="python train.py"), project)
     }
     assert "data/rows.jsonl" in codes["files-shared"]
 
@@ -116,7 +117,7 @@ def test_a_link_that_leads_outside_is_shared_and_said(linked, tmp_path):
     """Also where nothing is there yet; those that stay within are not named."""
     copy = take_snapshot(linked, tmp_path / "snapshot")
     assert (copy / "away" / "kept.txt").read_text() == (copy / "away-by-a-link").read_text() == "kept"
-    (notice,) = shared_notices(Variant(name="a", command="python train.py"), linked)
+    (notice,) = shared_notices(ScriptVariant(name="a", command="python train.py"), linked)
     assert notice.code == "files-shared"
     assert "away, away-by-a-link, away-dangling and 1 more are not copied" in notice.message
 
@@ -136,7 +137,7 @@ def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
     """Before anything is copied, with the remedy."""
     monkeypatch.setattr(script_sandbox, "MAX_FILES", 2)
     with pytest.raises(UsageError, match="Name the script's own folder as cwd"):
-        list(shared_notices(Variant(name="a", command="python train.py"), project))
+        list(shared_notices(ScriptVariant(name="a", command="python train.py"), project))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
 )
 def test_what_cannot_be_kept_apart_is_said_before_the_start(project, command, code):
     """As far as the command tells: output outside of its folder."""
-    variant = Variant(name="a", command=command)
+    variant = ScriptVariant(name="a", command=command)
     found = [notice.code for notice in shared_notices(variant, project)]
     assert found == ([code] if code else [])
 
@@ -169,7 +170,7 @@ TRACKERS = ("WANDB", "COMET", "MLFLOW", "NEPTUNE", "SWANLAB", "CLEARML", "DVC")
 def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
     """Trackers are off, caches that would collide and the ports are its own, threads are one unless somebody says
     otherwise; that of data sets is whose it was."""
-    variant = Variant(name="a", command="python t.py", env={"OMP_NUM_THREADS": "4", "MINE": "1"})
+    variant = ScriptVariant(name="a", command="python t.py", env={"OMP_NUM_THREADS": "4", "MINE": "1"})
     found = variables_of(
         variant, {"HOME": "/h", "MKL_NUM_THREADS": "3"}, scratch=tmp_path, threads=1, port=5, socket="/s"
     )
@@ -190,15 +191,17 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
 
 def test_the_word_python_is_the_interpreter_that_is_meant(project):
     """That of the side, or of the variant; what is no program or no file is refused."""
-    plain = Variant(name="a", command="python train.py --r 8")
+    plain = ScriptVariant(name="a", command="python train.py --r 8")
     assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
-    own = Variant(name="a", command="python3 train.py", python=sys.executable)
+    own = ScriptVariant(name="a", command="python3 train.py", python=sys.executable)
     assert words_of(own, "/side/python", {}, project, origin=project)[0] == sys.executable
     for command, said in (("python other.py", "no file 'other.py'"), ("nobody train.py", "no program 'nobody'")):
         with pytest.raises(UsageError, match=said):
-            words_of(Variant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project, origin=project)
+            words_of(
+                ScriptVariant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project, origin=project
+            )
     with pytest.raises(UsageError, match="no folder"):
-        list(shared_notices(Variant(name="a", command="python train.py", cwd="missing"), project))
+        list(shared_notices(ScriptVariant(name="a", command="python train.py", cwd="missing"), project))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,7 @@ def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(t
     launcher, side = tmp_path / "other" / "launch", str(tmp_path / "side" / "python")
     launcher.write_text(lines)
     launcher.chmod(0o755)
-    variant = Variant(name="a", command="launch train.py")
+    variant = ScriptVariant(name="a", command="launch train.py")
     found = variables_of(
         variant, {"PATH": str(launcher.parent)}, scratch=tmp_path, threads=1, port=5, socket="/s", side=side
     )
@@ -233,15 +236,15 @@ def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project
     own = {"command": "env/bin/python3 train.py"}, {"command": "python t.py", "python": "/p/python"}
     for fields in own:
         with pytest.raises(UsageError, match="runs in this interpreter on both sides"):
-            check_side(Variant(name="a", **fields))
+            check_side(ScriptVariant(name="a", **fields))
     for command in ("python train.py", "accelerate launch train.py", "./train.sh"):
-        check_side(Variant(name="a", command=command))
+        check_side(ScriptVariant(name="a", command=command))
 
 
 def test_a_version_in_the_word_python_is_meant(tmp_path):
     """It is looked for on PATH, and no other interpreter stands in for it; nor can a side."""
     (tmp_path / "python3.99").symlink_to(sys.executable)
-    variant = Variant(name="a", command="python3.99 -m train")
+    variant = ScriptVariant(name="a", command="python3.99 -m train")
     variables = {"PATH": str(tmp_path)}
     assert words_of(variant, "/meant/python", variables, tmp_path, origin=tmp_path)[0] == str(tmp_path / "python3.99")
     with pytest.raises(UsageError, match="no program"):
@@ -269,6 +272,6 @@ def test_what_lies_beside_the_folder_is_found_from_its_copy(tmp_path, word, lead
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     origin, copy = tmp_path / "project", tmp_path / "scratch" / "copy"
-    variant = Variant(name="a", command=f"python train.py {word}")
+    variant = ScriptVariant(name="a", command=f"python train.py {word}")
     found = words_of(variant, "/python", {}, copy, origin=origin)
     assert found == ["/python", "train.py", *leads.format(tmp_path).split()]

@@ -14,7 +14,7 @@ from lorameter.run.measure import measure
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 TRAINER = """
     import sys, torch
@@ -63,7 +63,7 @@ def run(tmp_path_factory):
             text = text.replace(word, path)
         (folder / name).write_text(text)
     commands = {"r4": "python trainer.py 4", "loop": "python loop.py"}
-    variants = tuple(Variant(name=name, command=command) for name, command in commands.items())
+    variants = tuple(ScriptVariant(name=name, command=command) for name, command in commands.items())
     protocol = Protocol(phases=("train",), replicates=1, warmup_steps_max=4, turns=3, retries=0, allow_disturbed=True)
     study = Study(
         name="real", title="real", workload=script_workload(), protocol=protocol, variants=variants, reference="r4"
@@ -100,7 +100,7 @@ def test_of_two_trainers_of_a_script_the_first_is_measured(tmp_path, monkeypatch
     that script has no result, with the reason, while the other one goes on."""
     (tmp_path / "two.py").write_text(textwrap.dedent(TWO))
     monkeypatch.chdir(tmp_path)
-    variants = tuple(Variant(name=how, command=f"python two.py {how}") for how in ("after", "nested"))
+    variants = tuple(ScriptVariant(name=how, command=f"python two.py {how}") for how in ("after", "nested"))
     protocol = Protocol(phases=("train",), replicates=1, warmup_steps_max=4, turns=2, retries=0, allow_disturbed=True)
     study = Study(
         name="two", title="two", workload=script_workload(), protocol=protocol, variants=variants, reference="after"

@@ -10,9 +10,9 @@ from lorameter.records import codec
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import context_of, request_of
 from lorameter.run.runner import run_plan
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
-RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, quantization="nf4"))
+RANKS = (LoraVariant(name="r4", r=4, quantization="nf4"), LoraVariant(name="r8", r=8, quantization="nf4"))
 
 
 class Quiet:

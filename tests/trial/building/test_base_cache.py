@@ -15,7 +15,7 @@ from lorameter.models.costs.memory import estimate_memory
 from lorameter.records.os_errors import find_system_error
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import base_cache, base_model, lora
 from lorameter.trial.memory import resident_tensors, storage_bytes
@@ -27,14 +27,14 @@ LLAMA = {
     "max_position_embeddings": 128, "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257,
 }  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
-PLAIN = Variant()
+PLAIN = LoraVariant()
 VARIANTS = {
     "bfloat16": PLAIN,
-    "float32": Variant(dtype="float32"),
-    "int8": Variant(quantization="int8"),
-    "nf4": Variant(quantization="nf4"),
-    "nf4 single": Variant(quantization="nf4", double_quant=False),
-    "fp4": Variant(quantization="fp4", compute_dtype="float32"),
+    "float32": LoraVariant(dtype="float32"),
+    "int8": LoraVariant(quantization="int8"),
+    "nf4": LoraVariant(quantization="nf4"),
+    "nf4 single": LoraVariant(quantization="nf4", double_quant=False),
+    "fp4": LoraVariant(quantization="fp4", compute_dtype="float32"),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 

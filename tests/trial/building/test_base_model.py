@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, fetch, shapes
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import base_model as models
 from lorameter.trial.data.tokenizers import load_tokenizer
 
@@ -38,8 +38,8 @@ LLAMA = {
 }
 MID_SIZE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
-NF4 = Variant(quantization="nf4")
-QUANTISED = [Variant(quantization=name) for name in ("nf4", "fp4", "int8")]
+NF4 = LoraVariant(quantization="nf4")
+QUANTISED = [LoraVariant(quantization=name) for name in ("nf4", "fp4", "int8")]
 
 
 def by_quantization(variant):
@@ -110,8 +110,8 @@ def uniform(_model, module):
 def test_types_differ_by_rounding_only(monkeypatch):
     """A float32 model holds the numbers that its bfloat16 twin rounds, whatever the initialiser."""
     monkeypatch.setattr(models.transformers.LlamaForCausalLM, "_init_weights", uniform)
-    exact = load("tiny-llama", Variant(dtype="float32"))
-    rounded = load("tiny-llama", Variant(dtype="bfloat16"))
+    exact = load("tiny-llama", LoraVariant(dtype="float32"))
+    rounded = load("tiny-llama", LoraVariant(dtype="bfloat16"))
     assert_equal_contents(exact.to(torch.bfloat16), rounded)
 
 
@@ -139,7 +139,7 @@ def test_nf4_quantises_the_weights_of_its_unquantised_twin():
     The mean absolute error of NF4 at block size 64 on normal data is 0.0729 standard deviations (simulated; the QLoRA
     paper's figure 3 ranks types and gives no number).
     """
-    twin, packed = load("tiny-llama", Variant()), load("tiny-llama")
+    twin, packed = load("tiny-llama", LoraVariant()), load("tiny-llama")
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"):
         weight = twin.get_submodule(name).weight.float()
         layer = packed.get_submodule(name)
@@ -154,7 +154,7 @@ def test_nf4_quantises_the_weights_of_its_unquantised_twin():
 def test_random_build_equals_what_transformers_loads(directory, tmp_path, config, variant):
     """Saving the unquantised twin and loading it with transformers' own quantiser gives the same model, bit by bit."""
     name = directory(config)
-    load(name, Variant()).save_pretrained(tmp_path / "saved")
+    load(name, LoraVariant()).save_pretrained(tmp_path / "saved")
     ours, theirs = load(name, variant), load(str(tmp_path / "saved"), variant)
     assert_equal_contents(ours, theirs)
     kinds = [{name: type(module) for name, module in model.named_modules()} for model in (ours, theirs)]
@@ -165,7 +165,7 @@ def test_random_build_equals_what_transformers_loads(directory, tmp_path, config
     assert ours.config.quantization_config.to_dict() == theirs.config.quantization_config.to_dict()
 
 
-@pytest.mark.parametrize("variant", [Variant(), *QUANTISED], ids=by_quantization)
+@pytest.mark.parametrize("variant", [LoraVariant(), *QUANTISED], ids=by_quantization)
 def test_tied_embeddings_stay_one_parameter(directory, variant):
     """A tied head is the embedding itself and is counted once; an untied one has numbers of its own."""
     tied = load(directory(), variant)
@@ -175,7 +175,7 @@ def test_tied_embeddings_stay_one_parameter(directory, variant):
     assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("variant", [Variant(), *QUANTISED], ids=by_quantization)
+@pytest.mark.parametrize("variant", [LoraVariant(), *QUANTISED], ids=by_quantization)
 @pytest.mark.parametrize("prepare", [False, True], ids=["bare", "prepared"])
 def test_a_random_base_trains_with_peft(variant, prepare):
     """PEFT picks its own wrapper for the layer type, the loss is finite, and only the adapter gets gradients."""
@@ -212,7 +212,7 @@ def test_a_random_base_trains_with_peft(variant, prepare):
 )
 def test_an_empty_model_has_the_published_parameters(name, parameters):
     """The counts that the published checkpoints have, a tied head once, from the packaged configuration alone."""
-    model = models.empty_model(catalogue.resolve(f"random:{name}"), Variant())
+    model = models.empty_model(catalogue.resolve(f"random:{name}"), LoraVariant())
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert {(one.device.type, one.dtype) for one in model.parameters()} == {("meta", torch.bfloat16)}
 
@@ -227,11 +227,11 @@ def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
-models.load_base(catalogue.resolve("tiny-llama"), Variant(quantization="nf4"), device="cpu", seed=1)
+models.load_base(catalogue.resolve("tiny-llama"), LoraVariant(quantization="nf4"), device="cpu", seed=1)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak begins here: what was resident before may have been taken away since
 before, mapped = status("VmRSS"), status("RssFile")
-model = models.load_base(catalogue.resolve(sys.argv[1]), Variant(quantization="nf4"), device="cpu", seed=1)
+model = models.load_base(catalogue.resolve(sys.argv[1]), LoraVariant(quantization="nf4"), device="cpu", seed=1)
 elements = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in model.parameters())
 read_again = max(0, status("RssFile") - mapped)  # pages of libraries that the kernel had taken away
 print(status("VmHWM") - before - read_again, elements)
@@ -260,7 +260,7 @@ def test_a_quantised_checkpoint_is_refused(directory, tmp_path):
     """A checkpoint's own quantisation would overrule the variant's, so it is refused by name."""
     load(directory()).save_pretrained(tmp_path / "quantised")
     with pytest.raises(UsageError, match="quantised already"):
-        load(str(tmp_path / "quantised"), Variant())
+        load(str(tmp_path / "quantised"), LoraVariant())
 
 
 def test_a_directory_without_weights_is_a_usage_error(directory):
@@ -285,7 +285,7 @@ def test_weights_that_are_not_there_are_not_drawn(directory):
     (Path(name) / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
     with pytest.raises(UsageError, match=r"files lack \d+ of its weights"):
         load(name)
-    load(directory(), Variant()).save_pretrained(name)
+    load(directory(), LoraVariant()).save_pretrained(name)
     weights = load_file(Path(name) / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, Path(name) / "model.safetensors", metadata={"format": "pt"})
@@ -303,7 +303,7 @@ def test_an_unreachable_hub_is_a_usage_error(monkeypatch):
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [Variant(), *QUANTISED], ids=by_quantization)
+@pytest.mark.parametrize("variant", [LoraVariant(), *QUANTISED], ids=by_quantization)
 def test_gguf_and_its_conversion_are_one_model(gguf_file, converted, variant):
     """Our layer-by-layer quantisation of a GGUF file equals transformers' of the converted directory, bit by bit."""
     ours, theirs = load(str(gguf_file), variant), load(str(converted), variant)
@@ -335,7 +335,7 @@ def test_fetch_converts_in_a_process_of_its_own(gguf_file, tmp_path, monkeypatch
     monkeypatch.setitem(catalogue.CATALOGUE, "fake", entry)
     path = fetch.fetch("fake")
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in path.iterdir()}
-    assert_equal_contents(load("fake", Variant()), load(str(gguf_file), Variant()))
+    assert_equal_contents(load("fake", LoraVariant()), load(str(gguf_file), LoraVariant()))
     assert fetch.fetch("fake") == path
 
 

@@ -12,14 +12,14 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
 NAMES = ("llama2-7b", "llama2-70b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "gemma-2b", "gemma-7b")
-VARIANT = Variant(
+VARIANT = LoraVariant(
     name="v", r=4, lora_dropout=0.1, target_modules=(), quantization="nf4", prepare_for_kbit=True, autocast="bfloat16",
     optimizer="adamw",
 )  # fmt: skip

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from lorameter.models import catalogue
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import lora
 from lorameter.trial.building.base_model import empty_model, load_base
 from lorameter.trial.building.shared import base_digest
 
 TINY = catalogue.resolve("tiny-llama")
-VARIANT = Variant(name="v", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
+VARIANT = LoraVariant(name="v", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 
 
 def attached(**changes):

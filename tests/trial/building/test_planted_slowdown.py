@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.build import build
 from lorameter.trial.building.planted_slowdown import WIDTH
@@ -24,8 +24,8 @@ from lorameter.trial.step import TrainStep
 ROWS = 7  # no other product here has as many
 WORKLOAD = Workload(sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1)
 VARIANTS = {
-    "plain": Variant(name="plain", r=4, dtype="float32", lora_dropout=0.1, learning_rate=3e-3),
-    "nf4": Variant(name="nf4", r=4, quantization="nf4", lora_dropout=0.1, target_modules=("q_proj", "v_proj")),
+    "plain": LoraVariant(name="plain", r=4, dtype="float32", lora_dropout=0.1, learning_rate=3e-3),
+    "nf4": LoraVariant(name="nf4", r=4, quantization="nf4", lora_dropout=0.1, target_modules=("q_proj", "v_proj")),
 }
 
 

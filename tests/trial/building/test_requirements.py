@@ -2,13 +2,13 @@
 
 import pytest
 
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building.requirements import requirements_of
 
 
 def test_a_variant_requires_what_it_says():
     """NF4 with double quantisation, bf16, dropout, fused AdamW: each is a requirement."""
-    required = requirements_of(Variant(quantization="nf4", lora_dropout=0.1), (1000,), packed=True)
+    required = requirements_of(LoraVariant(quantization="nf4", lora_dropout=0.1), (1000,), packed=True)
     assert required["base.bits"] == 4
     assert required["base.quant_type"] == "nf4"
     assert required["base.double_quant"] is True
@@ -20,14 +20,14 @@ def test_a_variant_requires_what_it_says():
 
 def test_patched_kernels_must_have_run():
     """Norms, feed-forward parts and the loss; a variant without them requires nothing of the kind."""
-    required = requirements_of(Variant(liger_kernel=True), (1000,), packed=True)
+    required = requirements_of(LoraVariant(liger_kernel=True), (1000,), packed=True)
     assert required["fused.kernels"] == "rms_norm+mlp+loss"
-    assert "fused.kernels" not in requirements_of(Variant(), (1000,), packed=True)
+    assert "fused.kernels" not in requirements_of(LoraVariant(), (1000,), packed=True)
 
 
 def test_what_a_variant_does_not_say_is_not_required():
     """An unquantised base has no quantisation constants, padded data nothing to isolate."""
-    required = requirements_of(Variant(optimizer="adamw"), (1000,), packed=False)
+    required = requirements_of(LoraVariant(optimizer="adamw"), (1000,), packed=False)
     assert not {"base.double_quant", "base.compute_dtype", "optimizer.fused", "packing.isolated"} & set(required)
     assert required["base.bits"] == 16
 
@@ -47,5 +47,5 @@ def test_what_a_variant_does_not_say_is_not_required():
 )
 def test_tensor_cores_are_required_where_a_product_is_in_float32(changes, multiplies):
     """Under autocast to 16 bits, or with everything in 16 bits, there is nothing that TF32 could apply to."""
-    required = requirements_of(Variant(tf32=True, **changes), (1,), packed=False)
+    required = requirements_of(LoraVariant(tf32=True, **changes), (1,), packed=False)
     assert ("tf32" in required) is multiplies

@@ -11,7 +11,7 @@ import torch
 
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.shared import ActiveAdapter, SharedBase, base_digest
 from lorameter.trial.data.tokens import prepare
@@ -28,7 +28,7 @@ WORKLOAD = Workload(
     new_tokens=4,
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=2, turns=6, steps_per_turn=1, generate_warmup=0)
-NF4 = Variant(name="r8", r=8, quantization="nf4", lora_dropout=0.1, learning_rate=3e-3)
+NF4 = LoraVariant(name="r8", r=8, quantization="nf4", lora_dropout=0.1, learning_rate=3e-3)
 SWEEP = (
     NF4,
     dataclasses.replace(NF4, name="twin"),

@@ -11,7 +11,7 @@ from lorameter.models import catalogue
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import build, lora
 from lorameter.trial.building.base_model import load_base
@@ -19,7 +19,7 @@ from lorameter.trial.building.sizes import sizes_of, sizes_of_study
 from lorameter.trial.memory import resident_bytes
 
 TINY = catalogue.resolve("tiny-llama")
-R33 = Variant(r=33, target_modules=(), optimizer="adamw")
+R33 = LoraVariant(r=33, target_modules=(), optimizer="adamw")
 """At r 33 tiny-llama has tensors below 4096 elements, above, and of no whole number of blocks."""
 PREPARED = {"quantization": "nf4", "prepare_for_kbit": True, "autocast": "bfloat16"}
 QWEN = {
@@ -130,7 +130,7 @@ def test_every_setting_of_the_study_on_llama2_7b():
 )
 def test_other_sizes_and_families(model, parameters):
     """Grouped heads make v narrower than q, and Gemma's heads make q wider than the model; no weight is looked for."""
-    variant = Variant(name="v", r=8, target_modules=(), **PREPARED)
+    variant = LoraVariant(name="v", r=8, target_modules=(), **PREPARED)
     (counted,) = sizes_of_study(
         Study(
             name="s", title="s", workload=Workload(model=model), protocol=Protocol(), variants=(variant,), reference="v"

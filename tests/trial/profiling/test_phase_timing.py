@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.build import build
 from lorameter.trial.building.shared import SharedBase
@@ -22,7 +22,7 @@ def setting(folder, layout="packed"):
         sequence_length=32, batch_size=2, train_sequences=8, held_out_records=8, held_out_sequences=2,
         prompt_tokens=8, layout=layout,
     )  # fmt: skip
-    variant = Variant(name="v", r=4, lora_dropout=0.1, gradient_accumulation=2)
+    variant = LoraVariant(name="v", r=4, lora_dropout=0.1, gradient_accumulation=2)
     request = TrialRequest(
         trial="t", variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=Protocol(),
         interleaving="replicates", measures=("steps",), device="cpu", threads=1,

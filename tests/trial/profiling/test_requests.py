@@ -21,7 +21,7 @@ from lorameter.records.activity import (
 )
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import lora
 from lorameter.trial.building.shared import SharedBase
@@ -49,7 +49,7 @@ def serving(tmp_path, monkeypatch):
             prompt_tokens=PROMPT, new_tokens=NEW,
         )  # fmt: skip
         request = TrialRequest(
-            trial="t", variant=Variant(name="v", r=4, **fields), role="variant", replicate=0, seed=1,
+            trial="t", variant=LoraVariant(name="v", r=4, **fields), role="variant", replicate=0, seed=1,
             workload=workload, protocol=Protocol(generate_warmup=0), interleaving="replicates",
             measures=("steps", "peaks", "requests"), device="cpu", threads=1,
             tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",

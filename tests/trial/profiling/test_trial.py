@@ -8,7 +8,7 @@ import torch
 from lorameter.models.costs.modules import from_values
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
@@ -21,7 +21,7 @@ def trial(tmp_path):
     """A built trial of the smallest model, with nothing measured yet."""
     workload = Workload(sequence_length=32, batch_size=1, train_sequences=4, held_out_records=4, held_out_sequences=1)
     request = TrialRequest(
-        trial="t", variant=Variant(name="v", r=4), role="variant", replicate=0, seed=1, workload=workload,
+        trial="t", variant=LoraVariant(name="v", r=4), role="variant", replicate=0, seed=1, workload=workload,
         protocol=Protocol(), interleaving="replicates", measures=("steps", "peaks"), device="cpu", threads=1,
         tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",
     )  # fmt: skip

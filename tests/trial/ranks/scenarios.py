@@ -19,7 +19,7 @@ from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 WORKLOAD = Workload(
@@ -30,7 +30,7 @@ PROTOCOL = Protocol(
     warmup_steps_min=2, warmup_steps_max=3, turns=2, steps_per_turn=2, phases=("train",), step_timeout_s=240,
     allow_disturbed=True,
 )  # fmt: skip
-VARIANT = Variant(name="plain", r=4, dtype="float32", compute_dtype="float32", target_modules=("q_proj", "v_proj"))
+VARIANT = LoraVariant(name="plain", r=4, dtype="float32", compute_dtype="float32", target_modules=("q_proj", "v_proj"))
 CHECKED = ("build", "verify")
 WHOLE = (*CHECKED, "warm_up", "turn", "turn", "finish_training")
 NF4 = {"quantization": "nf4"}

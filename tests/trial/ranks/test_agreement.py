@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.trial.ranks.agreement import EXACT, ROUNDED, compare_losses, tolerance_of
 
-VARIANT = Variant(name="plain", r=4, dtype="float32")
+VARIANT = LoraVariant(name="plain", r=4, dtype="float32")
 RIGHT = (4.93485, 4.89980, 4.85847, 4.80926)
 WRONG = (4.93485, 4.93347, 4.90823, 4.87422)
 """NF4 under FSDP2 as it was measured, the first forward right and all others wrong."""

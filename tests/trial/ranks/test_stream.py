@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
@@ -22,7 +22,7 @@ WORKLOAD = Workload(
 def streams(tmp_path_factory):
     """One rank's stream, and those of two."""
     path = prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
-    variant = Variant(name="plain", r=4)
+    variant = LoraVariant(name="plain", r=4)
     two = dataclasses.replace(WORKLOAD, ranks=2, strategy="ddp")
     return TokenStream(path, WORKLOAD, variant, "cpu"), [
         TokenStream(path, two, variant, "cpu", rank=rank, ranks=2) for rank in range(2)

@@ -12,7 +12,7 @@ from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import lora
 from lorameter.trial.building.shared import SharedBase
@@ -25,7 +25,7 @@ WORKLOAD = Workload(
     new_tokens=4, request_batch=5, adapters=3,
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=1, warmup_steps_max=1, turns=2, steps_per_turn=1, generate_warmup=0)
-VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
+VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 OTHERS = {
     "bfloat16": {"dtype": "bfloat16", "target_modules": ("all-linear",)},
     "dropout": {"lora_dropout": 0.5},

@@ -14,7 +14,7 @@ import torch
 from lorameter.models import bases, catalogue
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import base_cache, base_model, lora
 from lorameter.trial.data.stream import TokenStream
@@ -22,7 +22,7 @@ from lorameter.trial.data.tokens import prepare
 from lorameter.trial.serving import cold
 from lorameter.trial.serving.generate import generate
 
-VARIANT = Variant(name="v", r=2, quantization="nf4", dtype="float32", compute_dtype="float32")
+VARIANT = LoraVariant(name="v", r=2, quantization="nf4", dtype="float32", compute_dtype="float32")
 WORKLOAD = Workload(
     sequence_length=32, train_sequences=4, held_out_records=4, held_out_sequences=1, prompt_tokens=8, new_tokens=4
 )
@@ -41,7 +41,7 @@ def served(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
-    random = base_model.load_base(catalogue.resolve(f"random:{model}"), Variant(), device="cpu", seed=1)
+    random = base_model.load_base(catalogue.resolve(f"random:{model}"), LoraVariant(), device="cpu", seed=1)
     random.save_pretrained(model)
     workload = dataclasses.replace(WORKLOAD, model=str(model))
     asked = BaseRequest(workload=workload, variant=VARIANT, device="cpu", threads=1, log_path="")

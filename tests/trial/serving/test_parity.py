@@ -14,7 +14,7 @@ from lorameter.records.parity import Served
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.serving_modes import ServingRequest, ways_of
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import lora
 from lorameter.trial.building.base_model import load_base
@@ -26,8 +26,8 @@ WORKLOAD = Workload(
     sequence_length=32, batch_size=2, train_sequences=8, held_out_records=4, held_out_sequences=2, prompt_tokens=8,
     new_tokens=6,
 )  # fmt: skip
-FULL = Variant(name="full", r=4, dtype="float32")
-NF4 = Variant(name="nf4", r=4, dtype="float32", quantization="nf4", compute_dtype="float32")
+FULL = LoraVariant(name="full", r=4, dtype="float32")
+NF4 = LoraVariant(name="nf4", r=4, dtype="float32", quantization="nf4", compute_dtype="float32")
 SOURCE = catalogue.resolve(WORKLOAD.model)
 
 

@@ -11,13 +11,13 @@ from lorameter.records import codec
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.studies.claim import Claim, ClaimPart
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
 TURNS = 9
 VARIANTS = (
-    Variant(name="centre", r=8, lora_alpha=16), Variant(name="r4", r=4, lora_alpha=16),
-    Variant(name="r16", r=16, lora_alpha=16), Variant(name="a8", r=8, lora_alpha=8),
-    Variant(name="a32", r=8, lora_alpha=32),
+    LoraVariant(name="centre", r=8, lora_alpha=16), LoraVariant(name="r4", r=4, lora_alpha=16),
+    LoraVariant(name="r16", r=16, lora_alpha=16), LoraVariant(name="a8", r=8, lora_alpha=8),
+    LoraVariant(name="a32", r=8, lora_alpha=32),
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def make_run(small_study):
         level="shared-base", notices=(), phases=("train", "generate"), select=None, engine=None, provenance=None,
         workloads=(),
     ):  # fmt: skip
-        others = tuple(Variant(name=name, r=8, lora_alpha=16) for name in dict(workloads))
+        others = tuple(LoraVariant(name=name, r=8, lora_alpha=16) for name in dict(workloads))
         variants = (*VARIANTS, *others)
         study = dataclasses.replace(
             small_study, workloads=dict(workloads), variants=variants, reference="centre", claims=tuple(claims),

@@ -10,7 +10,7 @@ from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.study_file import load_study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 from lorameter.verdicts.claims import judge_claims
 
 PAIR = ("none", "nf4")
@@ -27,7 +27,11 @@ def judged(write_run, small_study, tmp_path):
     """A function: the verdicts on parts, each a claim of its own, of a run of bf16, nf4 and DoRA on a GPU."""
 
     def judge(*parts, together=False, kind="device_peak_allocated_train_bytes"):
-        variants = (Variant(name="plain"), Variant(name="nf4", quantization="nf4"), Variant(name="dora", use_dora=True))
+        variants = (
+            LoraVariant(name="plain"),
+            LoraVariant(name="nf4", quantization="nf4"),
+            LoraVariant(name="dora", use_dora=True),
+        )
         claims = [Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts)]
         claims = [Claim(id="0", says="s", parts=parts)] if together else claims
         study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=tuple(claims))
@@ -129,7 +133,7 @@ def test_a_pair_is_read_from_a_file(tmp_path):
 )
 def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_path, axis, levels, changed):
     """What attention costs and that it trains as well; which optimizer is slower, and worse."""
-    variants = (Variant(name="plain"), dataclasses.replace(Variant(name="other"), **changed))
+    variants = (LoraVariant(name="plain"), dataclasses.replace(LoraVariant(name="other"), **changed))
     parts = (
         part("costs-at-most", "step_time_s", axis=axis, levels=levels, by=0.3),
         part("faster", "step_time_s", axis=axis, levels=levels, by=0.1),

@@ -14,7 +14,7 @@ from lorameter.machine.reading import Reading, unavailable
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import bare_process_bytes, birth_bytes, estimate_memory
 from lorameter.records.units import format_bytes
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 V = TypeVar("V")
@@ -157,7 +157,9 @@ def models(found: Survey) -> Iterator[DoctorCheck]:
     if free.value is None:
         return
     birth = birth_bytes(found.machine.cuda)
-    plain, packed = (_fitting(Variant(name=how, quantization=how), where, free.value, birth) for how in ("none", "nf4"))
+    plain, packed = (
+        _fitting(LoraVariant(name=how, quantization=how), where, free.value, birth) for how in ("none", "nf4")
+    )
     more = [name for name in packed if name not in plain]
     yield DoctorCheck(
         about="runs",

@@ -12,7 +12,7 @@ Under checkpointing a block keeps its input alone, and the last norm what it alw
 
 from __future__ import annotations
 
-from lorameter.models.costs.lora import adapted_widths
+from lorameter.models.costs.lora import adapted_widths, lora_of
 from lorameter.models.costs.storage import width
 from lorameter.models.families import STAGES
 from lorameter.models.shapes import ModelShape, family_of, linear_layers, linear_widths
@@ -27,7 +27,7 @@ class Activations:
     """
 
     def __init__(self, variant: Variant, workload: Workload, shape: ModelShape, device: str) -> None:
-        self._variant = variant
+        self._variant = lora_of(variant, shape)
         self._shape = shape
         self._device = device
         self._rows, self._length = workload.batch_size, workload.sequence_length

@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorameter.errors import impossible
-from lorameter.models.costs.lora import targets_of
+from lorameter.models.costs.lora import lora_of, targets_of
 from lorameter.models.families import STAGES
 from lorameter.models.shapes import ModelShape, family_of, linear_layers, linear_widths
 from lorameter.studies.variant import ALL_LINEAR, Variant
@@ -154,6 +154,7 @@ class _Block:
     """The products of one block, and which of its gradients are wanted."""
 
     def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
+        variant = lora_of(variant, shape)
         self._layers = linear_layers(shape)
         self._widths = linear_widths(shape)
         self._adapted = adapted_layers(shape, variant)
@@ -229,6 +230,7 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
     Raises:
         UsageError: a target is none of them, such as the head, or layers of some blocks only.
     """
+    variant = lora_of(variant, shape)
     widths, parents_known = linear_widths(shape), family_of(shape).parents
     if variant.target_modules == (ALL_LINEAR,):
         return frozenset(widths)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lorameter.errors import impossible
-from lorameter.models.shapes import ModelShape, family_of, linear_widths
-from lorameter.studies.variant import ALL_LINEAR, Optimizer, Variant
+from lorameter.models.shapes import ModelShape, UnknownLayersError, family_of, linear_widths, unknown_layers
+from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, LoraVariant, Variant
 
 PAGED_FROM_ELEMENTS = 100_000
 """bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
@@ -29,7 +29,25 @@ MOMENT_TABLE_BYTES = 256 * 4
 """The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
 
 
-def targets_of(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
+def uncounted(variant: Variant, shape: ModelShape) -> str | None:
+    """Why memory and FLOPs of a variant on a model follow from no formula, and what to do about it; None where they
+    do."""
+    if not isinstance(variant, LoraVariant):
+        return f"no formula is known for the method {variant.method_name}; measure it"
+    if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
+        return f"no formula is known for the state of the optimizer {variant.optimizer}; measure it"
+    return unknown_layers(shape)
+
+
+def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
+    """The variant, whose memory and FLOPs follow from its fields. Raises `UnknownLayersError` where they do not."""
+    if why := uncounted(variant, shape):
+        raise UnknownLayersError(why)
+    assert isinstance(variant, LoraVariant)
+    return variant
+
+
+def targets_of(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
     """The layers that a variant names, or those that PEFT takes where it names none.
 
     Raises:
@@ -44,7 +62,7 @@ def targets_of(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
     return targets
 
 
-def unknown_targets(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
+def unknown_targets(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
     """The target modules of a variant that name neither a linear layer of the model nor its embedding or head."""
     known = {ALL_LINEAR, *linear_widths(shape), *EMBEDDINGS}
     return tuple(target for target in variant.target_modules if target.rpartition(".")[2] not in known)
@@ -53,16 +71,16 @@ def unknown_targets(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
 def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of the layers of a block that have an adapter; a target that is none of its linear layers is
     left out."""
-    targets = targets_of(variant, shape)
+    targets = targets_of(lora_of(variant, shape), shape)
     names = {target.rpartition(".")[2] for target in targets}
     return {name: width for name, width in linear_widths(shape).items() if ALL_LINEAR in targets or name in names}
 
 
 def adapter_tensors(variant: Variant, shape: ModelShape) -> list[int]:
     """Elements of each tensor that the adapter adds to the model."""
-    block = []
+    block, lora = [], lora_of(variant, shape)
     for inputs, outputs in adapted_widths(variant, shape).values():
-        block += [variant.r * inputs, variant.r * outputs, *([outputs] if variant.use_dora else [])]
+        block += [lora.r * inputs, lora.r * outputs, *([outputs] if lora.use_dora else [])]
     return shape.layers * block
 
 
@@ -72,7 +90,7 @@ def adapter_parameters(variant: Variant, shape: ModelShape) -> int:
     return sum(adapter_tensors(variant, shape))
 
 
-def optimizer_state_bytes(optimizer: Optimizer, trained: Iterable[tuple[int, int]]) -> int:
+def optimizer_state_bytes(optimizer: str, trained: Iterable[tuple[int, int]]) -> int:
     """All state after a first step, by the rules of torch 2.13 and bitsandbytes 0.50.
 
     torch's AdamW keeps two moments in the type of the parameter and a step count. bitsandbytes keeps them in float32;
@@ -89,7 +107,7 @@ def optimizer_state_bytes(optimizer: Optimizer, trained: Iterable[tuple[int, int
     return sum(_moments(optimizer, elements) for elements, _ in tensors) + (2 * MOMENT_TABLE_BYTES if tables else 0)
 
 
-def paged_state_bytes(optimizer: Optimizer, elements: Iterable[int]) -> int:
+def paged_state_bytes(optimizer: str, elements: Iterable[int]) -> int:
     """The part of bitsandbytes' state that is paged on a GPU: the moments of large tensors, without the scales of 8-bit
     ones."""
     if not optimizer.startswith("paged"):
@@ -98,11 +116,11 @@ def paged_state_bytes(optimizer: Optimizer, elements: Iterable[int]) -> int:
     return sum(size * one for one in elements if one >= PAGED_FROM_ELEMENTS)
 
 
-def _eight_bit(optimizer: Optimizer) -> bool:
+def _eight_bit(optimizer: str) -> bool:
     return optimizer == "paged_adamw_8bit"
 
 
-def _moments(optimizer: Optimizer, elements: int) -> int:
+def _moments(optimizer: str, elements: int) -> int:
     if _eight_bit(optimizer) and elements >= EIGHT_BIT_FROM_ELEMENTS:
         return 2 * (elements + 4 * -(-elements // BLOCK))
     return 8 * elements

@@ -35,7 +35,7 @@ from lorameter.run.workers.base import DiskExecutor, ProcessWorker
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.script_process import ScriptProcess
 from lorameter.run.workers.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
-from lorameter.studies.request import BaseRequest, TrialRequest
+from lorameter.studies.request import BaseRequest, ScriptRequest, TrialRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
 
@@ -86,7 +86,7 @@ class ScriptWorker(ProcessWorker):
     start_latency_s = 0.0
     """What it takes to come to the first step is `ready_time_s` in its record."""
 
-    def __init__(self, start: Callable[[TrialRequest], ScriptProcess]) -> None:
+    def __init__(self, start: Callable[[ScriptRequest], ScriptProcess]) -> None:
         self._start = start
         self._process: ScriptProcess | None = None
         self._request: dict[str, Any] = {}
@@ -117,7 +117,7 @@ class ScriptWorker(ProcessWorker):
     def _prepare(self, request: dict[str, Any]) -> PartialRecord:
         self._request = request
         try:
-            self._process = self._start(codec.from_json(TrialRequest, request, "trial request"))
+            self._process = self._start(codec.from_json(ScriptRequest, request, "trial request"))
         except (OSError, UsageError) as error:
             message = f"the command could not be started: {error}"
             raise WorkerLostError("crashed", Failure(phase="prepare", kind="CannotStart", message=message)) from None
@@ -255,7 +255,7 @@ class ScriptExecutor(DiskExecutor):
             self._snapshots[folder] = take_snapshot(folder, into)
         return self._snapshots[folder]
 
-    def _start_trial(self, request: TrialRequest) -> ScriptProcess:
+    def _start_trial(self, request: ScriptRequest) -> ScriptProcess:
         variant, host = request.variant, self._interpreter
         # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
         # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).

@@ -27,7 +27,7 @@ from lorameter.records.record import Notice
 from lorameter.records.tempdirs import is_scratch
 from lorameter.records.units import first_few, format_bytes
 from lorameter.studies.script import PYTHON, split_command
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import ScriptVariant
 
 LARGE_BYTES = 64 * 2**20
 """A larger file is data or weights, which are read; it is linked."""
@@ -144,7 +144,7 @@ def copy_snapshot(snapshot: Path, into: Path) -> Path:
     return into
 
 
-def folder_of(variant: Variant, stood_in: Path) -> Path:
+def folder_of(variant: ScriptVariant, stood_in: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` where there is none."""
     folder = stood_in / variant.cwd
     if not fileio.is_folder(folder):
@@ -154,7 +154,7 @@ def folder_of(variant: Variant, stood_in: Path) -> Path:
 
 
 def variables_of(
-    variant: Variant,
+    variant: ScriptVariant,
     inherited: Mapping[str, str],
     *,
     scratch: Path,
@@ -194,7 +194,7 @@ def variables_of(
 
 
 def words_of(
-    variant: Variant, python: str, variables: Mapping[str, str], folder: Path, *, origin: Path, side: str = ""
+    variant: ScriptVariant, python: str, variables: Mapping[str, str], folder: Path, *, origin: Path, side: str = ""
 ) -> list[str]:
     """The command's words with its program resolved.
 
@@ -255,7 +255,7 @@ def _is_of_another(program: str, side: str) -> bool:
     return first.startswith(b"#!") and (b"python" in first or second.startswith(b"'''exec'"))
 
 
-def check_side(variant: Variant) -> None:
+def check_side(variant: ScriptVariant) -> None:
     """Raises `UsageError` for a command that brings an interpreter of its own: a side of an A/B could put no other in
     its place, and both sides would be the same."""
     program = split_command(f"variant {variant.name!r}", variant.command)[0]
@@ -273,7 +273,7 @@ def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
     return shutil.which(word, path=variables.get("PATH"))
 
 
-def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
+def shared_notices(variant: ScriptVariant, stood_in: Path) -> Iterator[Notice]:
     """What of this script cannot be kept apart, as far as its folder and its command tell.
 
     Raises:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lorameter.studies.variant import ALL_LINEAR, Variant
+from lorameter.studies.variant import ALL_LINEAR, LoraVariant, Variant
 from lorameter.trial.building.packing import unpack_4bit
 
 LAZY = ("peft.tuners.lora.bnb",)
@@ -178,6 +178,7 @@ def _cast(model: Any, variant: Variant) -> None:
 
 def _config(variant: Variant) -> LoraConfig:
     """PEFT's configuration of a variant."""
+    assert isinstance(variant, LoraVariant)
     targets: Any = list(variant.target_modules) or None
     if variant.target_modules == (ALL_LINEAR,):
         targets = ALL_LINEAR

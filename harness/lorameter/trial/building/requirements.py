@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorameter.models.costs.lora import optimizer_state_bytes, paged_state_bytes
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import PAGED, LoraVariant, Variant
 
 _BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
 _OPTIMIZER = {
@@ -45,7 +45,7 @@ def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed
         "base.quant_type": variant.quantization,
         "lora.attached": True,
         "lora.learning": True,
-        "lora.dropout": float(variant.lora_dropout),
+        **({"lora.dropout": float(variant.lora_dropout)} if isinstance(variant, LoraVariant) else {}),
         "optimizer.class": _OPTIMIZER[variant.optimizer],
         "checkpointing": variant.gradient_checkpointing,
         "mode": "train",
@@ -53,13 +53,13 @@ def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed
     if variant.is_4bit:
         required["base.double_quant"] = variant.double_quant
         required["base.compute_dtype"] = variant.compute_dtype
-    if variant.bias == "none":  # otherwise biases of the base train on purpose
+    if not variant.trains_base:  # otherwise biases of the base train on purpose
         required["base.frozen"] = True
     if variant.adapter_dtype is not None:
         required["lora.dtype"] = variant.adapter_dtype
     if variant.optimizer == "adamw_fused":
         required["optimizer.fused"] = True
-    if variant.optimizer.startswith("paged"):
+    if variant.optimizer in PAGED:
         paged = paged_state_bytes(variant.optimizer, trained_shapes)
         share = paged / optimizer_state_bytes(variant.optimizer, [(elements, 4) for elements in trained_shapes])
         if share:  # tensors that are all too small for bitsandbytes to page are a notice (`lorameter.run.feasibility`)

@@ -21,7 +21,7 @@ from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.models.costs.lora import optimizer_state_bytes
 from lorameter.studies.study import Study
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.trial.building import lora
 from lorameter.trial.building.base_model import empty_model
 
@@ -59,7 +59,7 @@ def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
     """
     model = study.workload.model.removeprefix(catalogue.RANDOM_PREFIX)
     source = catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{model}")
-    return tuple(sizes_of(variant, source) for variant in study.variants)
+    return tuple(sizes_of(variant, source) for variant in study.built)
 
 
 def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
@@ -68,14 +68,16 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
     trainable, everything = model.get_nb_trainable_parameters()
     adapter = sum(parameter.numel() for parameter in lora.own_parameters(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if trainable != adapter and variant.quantization != "none":
+    if isinstance(variant, LoraVariant) and trainable != adapter and variant.quantization != "none":
         raise impossible(
             f"sizes: variant {variant.name!r}", "bias", variant.bias,
             "bitsandbytes casts a bias to the type of its input in the first step, so its bytes are not known before",
             'Use bias = "none", or quantization = "none".',
         )  # fmt: skip
     # What PEFT saves of an adapter that rewrote the base holds the initial adapter too: twice the rank.
-    saved = _attached(dataclasses.replace(variant, r=2 * variant.r), source) if variant.rewrites_base else model
+    saved = model
+    if isinstance(variant, LoraVariant) and variant.rewrites_base:
+        saved = _attached(dataclasses.replace(variant, r=2 * variant.r), source)
     return Sizes(
         variant=variant.name,
         trainable_parameters=trainable,
@@ -92,16 +94,16 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
 def _attached(variant: Variant, source: ModelSource) -> Any:
     """The PEFT model of a variant without storage, less what changes no size: an initialisation's values, how the base
     is kept while it trains."""
-    plain = dataclasses.replace(
-        variant, init_lora_weights="default", prepare_for_kbit=False, gradient_checkpointing=False
-    )
+    plain = dataclasses.replace(variant, prepare_for_kbit=False, gradient_checkpointing=False)
+    if isinstance(plain, LoraVariant):
+        plain = dataclasses.replace(plain, init_lora_weights="default")
     with torch.device("meta"):
         base = empty_model(source, variant)
         try:
             return lora.attach(base, plain)
         except ValueError as error:  # PEFT's own word for layers that it does not find, or cannot adapt like this
             raise impossible(
-                f"sizes: variant {variant.name!r}", "target_modules", variant.target_modules,
+                f"sizes: variant {variant.name!r}", "target_modules", variant.setting("target_modules"),
                 f"PEFT cannot adapt {source.label} ({error})", "Name other layers, or another model.",
             ) from None  # fmt: skip
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant
 
 PATH = "ranks.losses"
 FEWEST = 3
@@ -29,7 +29,7 @@ def tolerance_of(variant: Variant) -> float:
 def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> dict[str, Any]:
     """A check, as data: the losses of several ranks compared with those of one, from the first step on."""
     pairs = list(zip(several, one, strict=False))
-    if variant.lora_dropout:
+    if isinstance(variant, LoraVariant) and variant.lora_dropout:
         return _check(None, None, "not_applicable", "ranks draw their own dropout, so losses are not those of one rank")
     if len(pairs) < FEWEST:
         return _check(True, None, "unknown", f"{len(pairs)} steps are too few to compare: take {FEWEST} or more")

@@ -153,7 +153,7 @@ class RankTrial(Trial):
         parts = self._built
         trainee, stream, step = parts.trainee, parts.stream, cast(RankStep, parts.step)
         position = stream.position()
-        frozen = self._request.variant.bias == "none"  # else biases of the base train, and its loss moves with them
+        frozen = not self._request.variant.trains_base  # else biases of the base train, and its loss moves with them
         return observe_rank(
             trainee.model,
             step.gradients,

@@ -16,6 +16,7 @@ from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.studies.claim import ClaimPart
 from lorameter.studies.study import Study
+from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.claims.proof import Shown, obstacle_of, proof_of
 from lorameter.verdicts.claims.values import NotJudgedError
 from lorameter.verdicts.same_training import LOSS_DIFFERS, OTHER_PARAMETERS, ScriptPair, notices_of_sides, sides_of_run
@@ -53,7 +54,7 @@ def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
         title=study.engine.title,
         variant=study.engine.variant,
         reference=study.reference,
-        commands={one.name: one.command for one in variants if one.command},
+        commands={one.name: one.command for one in variants if isinstance(one, ScriptVariant)},
         machine=_machine(run.manifest.provenance, records),
         versions=versions_of(run.manifest.provenance, records),
         proof=proof_of(groups, study),
