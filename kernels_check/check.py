@@ -107,8 +107,8 @@ class JudgedPath:
     """From the ``Observation`` and what was required (None where nothing was) to the finding."""
     by_operators: bool = False
     """Whether it rests on what the profiler recorded, so that it is unknown where nothing was."""
-    packed: bool = False
-    """Whether it is about packed records, and judged only where it is required."""
+    on_request: bool = False
+    """Whether it is judged only where it is required: it is about packed records, or about several ranks."""
     by_modules: bool = True
     """Whether it rests on calls of modules, so that it cannot be judged where those could not be watched."""
     takes_update: bool = False

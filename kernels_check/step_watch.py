@@ -22,6 +22,7 @@ from kernels_check.observe.isolation import IsolationResult, isolation_of
 from kernels_check.observe.observation import Observation
 from kernels_check.observe.optimizer import ParameterStatus
 from kernels_check.observe.profile import AROUND, INSIDE, is_recording, profiled
+from kernels_check.observe.ranks import RankEvidence, RankObserver
 from kernels_check.observe.step import MOST_CALLS, StepObserver
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
@@ -161,6 +162,10 @@ class Watch:
         """Why nothing could be watched."""
         self._checks: tuple[Check, ...] = ()
         self._isolate = isolate
+        several = any(path.startswith("ranks.") for path in requirements)
+        self._ranks = RankObserver(model) if several else None
+        self._others_wait = False
+        """Whether another rank waits for a further step."""
 
     @contextmanager
     def updates_only(self) -> Iterator[None]:
@@ -186,8 +191,8 @@ class Watch:
 
     @property
     def undecided(self) -> bool:
-        """Whether a further step may show what these did not."""
-        return self._steps.compiled or self._steps.undecided
+        """Whether a further step may show what these did not, on any rank."""
+        return self._others_wait or self._steps.compiled or self._steps.undecided
 
     def __enter__(self) -> Watch:
         """Watch from here.
@@ -201,8 +206,10 @@ class Watch:
         self._unopened = None
         try:
             self._steps.begin()
+            if self._ranks is not None:
+                self._ranks.begin()
         except Exception as error:
-            self._steps.forget()
+            self._steps.break_off()
             self._unopened = f"the step could not be watched: {_words(error)}"
         return self
 
@@ -211,29 +218,49 @@ class Watch:
     ) -> None:
         """Remove everything, and judge."""
         self._is_open = False
-        if self._unopened is not None:
-            self._checks = self._unknown(self._unopened)
-        elif error is not None:
+        if self._ranks is not None:
+            self._ranks.end()
+        if error is not None:
             self._steps.break_off()
-            self._checks = self._unknown(f"the step raised {_words(error)}, so that it was not seen to its end")
-        else:
-            self._checks = self._judged()
-
-    def _judged(self) -> tuple[Check, ...]:
+            raised = f"the step raised {_words(error)}, so that it was not seen to its end"
+            self._checks = self._unknown(self._unopened or raised)
+            return
+        seen, problem = (None, self._unopened) if self._unopened is not None else self._seen()
         try:
-            seen = self._steps.end()
-            if self._steps.fault is not None:
-                return self._unknown(f"a hook failed: {self._steps.fault}")
-            traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
-            if not any(traces) and self._isolate is None:  # else the step is one of this model's own
-                return self._unknown(NOTHING_RAN)
-            seen = replace(seen, isolate=self._isolate)
-            return tuple(self._decided(check, seen) for check in judge_all(seen, self._requirements))
-        except Exception as error:
+            ranks = self._exchanged(seen, problem)
+            if seen is None:
+                self._checks = self._unknown(problem or NOTHING_RAN)
+                return
+            seen = replace(seen, isolate=self._isolate, ranks=ranks)
+            self._checks = tuple(self._decided(check, seen) for check in judge_all(seen, self._requirements))
+        except Exception as failed:
             self._steps.forget()
-            return self._unknown(f"what was seen could not be read: {_words(error)}")
+            self._checks = self._unknown(f"what was seen could not be read: {_words(failed)}")
         finally:
             self._steps.release()
+
+    def _seen(self) -> tuple[Observation | None, str | None]:
+        """What was seen of the step, or why nothing is known of it."""
+        try:
+            seen = self._steps.end()
+        except Exception as error:
+            self._steps.forget()
+            return None, f"what was seen could not be read: {_words(error)}"
+        if self._steps.fault is not None:
+            return None, f"a hook failed: {self._steps.fault}"
+        traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
+        if not any(traces) and self._isolate is None:  # else the step is one of this model's own
+            return None, NOTHING_RAN
+        return seen, None
+
+    def _exchanged(self, seen: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
+        """What all ranks show, where a requirement is about them; every rank takes part, whatever it has seen."""
+        if self._ranks is None:
+            return ()
+        undecided = self._steps.compiled or self._steps.undecided
+        ranks = self._ranks.exchange(seen, problem, undecided=undecided)
+        self._others_wait = any(one.undecided for one in ranks)
+        return ranks
 
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""
@@ -267,7 +294,7 @@ class Watch:
         return tuple(
             Check(path=path, required=self._requirements.get(path), observed=None, status="unknown", reason=reason)
             for path, judged in PATHS.items()
-            if path in self._requirements or not judged.packed
+            if path in self._requirements or not judged.on_request
         )
 
 
@@ -275,7 +302,7 @@ def judge_all(seen: Observation, requirements: Mapping[str, Json]) -> Iterator[C
     """Judge every path that the step shows, in their order."""
     for path, judged in PATHS.items():
         required = requirements.get(path)
-        if judged.packed and path not in requirements:
+        if judged.on_request and path not in requirements:
             continue
         if judged.by_operators and seen.profile.missing is not None:
             yield Check(path=path, required=required, observed=None, status="unknown", reason=seen.profile.missing)

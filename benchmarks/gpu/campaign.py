@@ -18,72 +18,25 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gpu import page, report
-from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
+from benchmarks.gpu import forecast, page, report
+from benchmarks.gpu.attempt import Ended, attempt
 from benchmarks.gpu.claims import CLAIMS
 from benchmarks.gpu.evidence import Evidence, newest_run
-from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal, OtherMachineError, Outcome, hash_of_sources
+from benchmarks.gpu.journal import Entry, Journal, OtherMachineError, Outcome, hash_of_sources
+from benchmarks.gpu.loop import REPORT_S, go_on, is_left
 from benchmarks.gpu.pack import pack_results
 from benchmarks.gpu.steps import STEPS, Step, command
 from lorameter.machine.provenance import device_id, origin_of, probe_machine
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".gpu" / "state"
-REPORT_S = 20.0
-"""What must be left of a call for judging and writing."""
 REHEARSAL_S = 300.0
 """Limit of a rehearsed step: on a machine without a GPU nothing is measured, but libraries are imported."""
 EXIT_LEFT, EXIT_FAILED, EXIT_OTHER = 3, 4, 2
 ALL = "all"
-
-
-def spent_s(step: Step, journal: Journal) -> float:
-    """Seconds that attempts at a step have taken so far."""
-    return sum(entry.took_s for entry in journal.attempts(step.name))
-
-
-def is_left(step: Step, journal: Journal) -> bool:
-    """Whether a step is to be begun, or resumed: one that failed, or has had its time, is not."""
-    last = journal.last(step.name)
-    if last is None:
-        return True
-    if last.outcome != "stopped":
-        return False
-    if step.resumes:
-        return step.total_s - spent_s(step, journal) >= step.least_s
-    return len(journal.attempts(step.name)) < MOST_ATTEMPTS
-
-
-def next_step(steps: Sequence[Step], journal: Journal, left_s: float, tried: set[str]) -> Step | None:
-    """The first step that is left, was not tried in this call, and fits in what is left of it; None if none does."""
-    fits = (one for one in steps if one.name not in tried and is_left(one, journal) and one.least_s + GRACE_S <= left_s)
-    return next(fits, None)
-
-
-def go_on(
-    steps: Sequence[Step],
-    journal: Journal,
-    *,
-    left_s: Callable[[], float],
-    run: Callable[[Step, float], Ended],
-    about: Callable[[Step, Ended], Entry],
-    say: Callable[[str], None],
-) -> None:
-    """Take the steps that are left, one after the other, as long as there is time; each is kept when it has ended."""
-    tried: set[str] = set()
-    while (step := next_step(steps, journal, left_s(), tried)) is not None:
-        tried.add(step.name)
-        limit_s = min(step.limit_s, left_s() - GRACE_S)
-        if step.resumes:
-            limit_s = min(limit_s, step.total_s - spent_s(step, journal))
-        say(f"{step.name}: {step.asks} (at most {limit_s:.0f} s)")
-        entry = about(step, run(step, limit_s))
-        journal.add(entry)
-        said = f": {entry.said}" if entry.outcome in ("failed", "stopped") and entry.said else ""
-        say(f"  {entry.outcome} after {entry.took_s:.0f} s{said}")
 
 
 def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> int:
@@ -91,7 +44,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
     options = _options(arguments)
     if options.list:
         for one in STEPS:
-            print(f"{one.name:22} {one.limit_s:5.0f} s  {one.asks}")
+            print(f"{one.name:22} {one.expected_s:5.0f} s expected, at most {one.limit_s:.0f} s  {one.asks}")
         return 0
     begin = time.monotonic()
     machine, state = probe_machine(), Path(options.state)
@@ -116,7 +69,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         stopped = last is not None and last.outcome == "stopped" and bool(step.resumes)
         words = command(
             step, python=sys.executable, state=state, rehearsing=rehearsing,
-            going_on_with=newest_run(step.name, state) if stopped else None,
+            going_on_with=newest_run(step.name, state) if stopped else None, newest=newest_run("sweep", state),
         )  # fmt: skip
         limit_s = max(limit_s, REHEARSAL_S) if rehearsing else limit_s
         return attempt(
@@ -139,6 +92,8 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         decisions=decisions,
     )  # fmt: skip
     print(report.text(campaign), end="")
+    if rehearsing:
+        print(f"\nWhat each call of ten minutes decides:\n\n{forecast.table(STEPS, CLAIMS)}")
     if not rehearsing:
         print(f"written to {report.write(campaign, page.REPORTS, state)}", file=sys.stderr)
         page.rewrite(CLAIMS)

@@ -30,6 +30,8 @@ class Claim:
     name: str
     says: str
     judge: Judge
+    steps: tuple[str, ...]
+    """The steps without which it is not decided."""
 
     def decide(self, evidence: Evidence) -> Decision:
         """Judge by what there is; what is not there decides nothing."""
@@ -62,14 +64,14 @@ def by_tests(*names: str, needed: int | None = None) -> Judge:
 
     def judge(evidence: Evidence) -> Decision:
         found = {name: evidence.tests(name) for name in names}
-        cases = {case: told for group in found.values() for case, told in group.items()}
-        failed = [f"{case}: {told.why}" for case, told in cases.items() if told.outcome == "failed"]
+        cases = {case: test for group in found.values() for case, test in group.items()}
+        failed = [f"{case}: {test.why}" for case, test in cases.items() if test.outcome == "failed"]
         if failed:
             return decided(False, "; ".join(failed))
-        passed = [case for case, told in cases.items() if told.outcome == "passed"]
-        skipped = "; ".join(sorted({told.why for told in cases.values() if told.outcome == "skipped"}))
+        passed = [case for case, test in cases.items() if test.outcome == "passed"]
+        skipped = "; ".join(sorted({test.why for test in cases.values() if test.outcome == "skipped"}))
         enough = (
-            all(any(told.outcome == "passed" for told in group.values()) for group in found.values())
+            all(any(test.outcome == "passed" for test in group.values()) for group in found.values())
             if needed is None
             else len(passed) >= needed
         )

@@ -1,215 +1,203 @@
-"""What the harness and its documentation assume about GPUs, and the judge that decides each claim."""
+"""What the harness and its documentation assume about GPUs: each claim with the judge that decides it."""
 
 from __future__ import annotations
 
-from benchmarks.gpu.claim import Claim, by_tests
-from benchmarks.gpu.judges import (
-    all_settings_share_a_base,
-    child_reads_nvml,
-    cold_has_its_parts,
-    counter_moves_often_enough,
-    cudnn_takes_a_mask_on_hopper,
-    estimate_is_near,
-    events_agree,
-    flash_refuses_a_mask,
-    hand_over_costs_nothing,
-    idle_clocks_are_left_out,
-    kernels_are_told,
-    lockstep_is_finer,
-    names_are_known,
-    new_lengths_cost_what_was_published,
-    nobody_beats_the_peak,
-    paging_waits_for_every_tensor,
-    same_is_same,
-    start_of_the_device_is_told,
-    step_is_explained,
-    study_is_valid,
-    zygote_forks,
-)
+from collections.abc import Callable, Mapping
+
+from benchmarks.gpu import judges
+from benchmarks.gpu.claim import Claim, Judge, by_tests
 from benchmarks.gpu.steps import BASES
 
 METERS, KERNELS = "tests/machine/test_gpu.py", "tests/kernels_check/test_gpu.py"
+PEAKS = "tests/trial/profiling/test_peak.py"
+MEMORY = "tests/trial/profiling/test_memory_breakdown.py"
+
+
+def _claims(steps: tuple[str, ...], of: Mapping[str, tuple[str, Judge]]) -> tuple[Claim, ...]:
+    return tuple(Claim(name=name, says=says, judge=judge, steps=steps) for name, (says, judge) in of.items())
+
+
+def _for_bases(judge: Callable[[str], Judge]) -> list[tuple[str, str, Judge]]:
+    return [(base, title, judge(base)) for base, title in zip(BASES, ("bf16", "NF4"), strict=True)]
+
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
-        name="fork",
-        says="a zygote has one thread and leaves the device alone, and its children use it",
-        judge=zygote_forks,
+    *_claims(
+        ("probe",),
+        {
+            "fork": (
+                "a zygote has one thread and leaves the device alone, and its children use it",
+                judges.zygote_forks,
+            ),
+            "counters": ("a counter that the GPU does not give is missing with its reason", judges.child_reads_nvml),
+            "events": ("a pair of device events times a step", judges.events_agree),
+            "hand-over": (
+                "a hand-over between turns slows the next step down by 1 % at most",
+                judges.hand_over_costs_nothing,
+            ),
+            "energy period": ("the energy counter moves at least every 0.1 s", judges.counter_moves_often_enough),
+            "clocks": (
+                "while work is queued, no reading of the clocks is one of an idle GPU",
+                judges.idle_clocks_are_left_out,
+            ),
+            "mask": ("flash refuses an explicit mask on CUDA", judges.flash_refuses_a_mask),
+            "names": ("the kernels of the usual products, attentions and norms have rules", judges.names_are_known),
+            "new lengths": (
+                "where torch takes cuDNN's attention, a new length of keys costs the host 15 to 60 ms",
+                judges.new_lengths_cost_what_was_published,
+            ),
+            "mask on Hopper": (
+                "an explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention",
+                judges.cudnn_takes_a_mask_on_hopper,
+            ),
+            "paging": (
+                "a paged optimizer waits for the device after every tensor",
+                judges.paging_waits_for_every_tensor,
+            ),
+        },
     ),
-    Claim(
-        name="counters",
-        says="a counter that the GPU does not give is missing with its reason",
-        judge=child_reads_nvml,
+    *_claims(
+        ("tests-paths",),
+        {
+            "attention": (
+                "each backend of attention is recognised, live and in a recording",
+                by_tests(f"{KERNELS}::test_a_forced_backend_is_told_in_both_directions"),
+            ),
+            "4 bits": (
+                "unpacking and packed products of 4-bit weights are recognised by their kernels",
+                by_tests(
+                    f"{KERNELS}::test_training_shapes_unpack_the_base",
+                    f"{KERNELS}::test_double_quantisation_unpacks_its_scales",
+                    f"{KERNELS}::test_one_token_is_multiplied_packed",
+                ),
+            ),
+            "paged state": (
+                "only tensors in managed memory count as paged, and some are",
+                by_tests(f"{KERNELS}::test_the_paged_share_is_what_the_driver_says"),
+            ),
+            "TF32": (
+                "TF32 is recognised by the kernels that ran",
+                by_tests(f"{KERNELS}::test_tf32_is_told_by_flag_by_number_and_by_kernel"),
+            ),
+            "fused optimizer": (
+                "fused and foreach optimizers are recognised by their kernels",
+                by_tests(f"{KERNELS}::test_the_optimizers_implementation_is_told"),
+            ),
+            "wall": (
+                "device events agree with the wall within 1 %",
+                by_tests(f"{METERS}::test_device_events_agree_with_the_wall"),
+            ),
+            "energy": (
+                "the energy counter agrees with integrated power within 5 %",
+                by_tests(f"{METERS}::test_the_energy_counter_agrees_with_integrated_power"),
+            ),
+            "peaks of memory": (
+                "the allocator's peaks are those of the phase, and NVML sees what the allocator takes",
+                by_tests(
+                    f"{METERS}::test_nvml_sees_what_the_allocator_takes",
+                    f"{METERS}::test_the_allocator_has_not_retried_where_memory_is_plenty",
+                    f"{METERS}::test_the_allocator_counts_what_it_could_not_have",
+                ),
+            ),
+        },
     ),
-    Claim(
-        name="events",
-        says="a pair of device events times a step",
-        judge=events_agree,
+    *_claims(
+        ("study",),
+        {
+            "the study": (
+                "Llama-2-7B in bf16 and in NF4: every trial is ok and every required path active",
+                judges.study_is_valid,
+            ),
+            "warm requests": (
+                "a warm request has a first token and an end, on either base",
+                judges.warm_requests_are_timed,
+            ),
+            "cold start": ("a cold start has its parts, each a number", judges.cold_has_its_parts),
+            "device start": ("isolated trials record how long CUDA takes to start", judges.device_start_is_recorded),
+            "energy of steps": (
+                "an isolated trial records clocks and the energy of its steps",
+                judges.energy_is_recorded,
+            ),
+        },
     ),
-    Claim(
-        name="wall",
-        says="by the tests, events agree with the wall within 1 %",
-        judge=by_tests(f"{METERS}::test_device_events_agree_with_the_wall"),
+    *(
+        Claim(
+            name=f"estimate, {title}",
+            says=f"the measured peak of training in {title} is within -11 % to +34 % of the estimated one",
+            judge=judge,
+            steps=("study", f"estimate-{base}"),
+        )
+        for base, title, judge in _for_bases(judges.estimate_is_near)
     ),
-    Claim(
-        name="hand-over",
-        says="a hand-over between turns does not slow the next step down",
-        judge=hand_over_costs_nothing,
+    *_claims(
+        ("sweep",),
+        {"shared base": ("all settings of a sweep at 7B take turns on one base", judges.all_settings_share_a_base)},
     ),
-    Claim(
-        name="energy",
-        says="the energy counter agrees with integrated power within 5 %",
-        judge=by_tests(f"{METERS}::test_the_energy_counter_agrees_with_integrated_power"),
+    *_claims(
+        ("sweep", "claims"),
+        {
+            "LoRA parameters": (
+                "every claim of time about alpha, dropout and r is decided on Llama-2-7B",
+                judges.claims_are_decided,
+            ),
+        },
     ),
-    Claim(
-        name="energy period",
-        says="the energy counter moves at least every 0.1 s",
-        judge=counter_moves_often_enough,
+    *_claims(
+        ("twins",),
+        {
+            "A/A": ("an A/B of identical code sees no difference", judges.same_is_same),
+            "A/B": ("an injected slow-down is called regressed", judges.slowdown_is_found),
+        },
     ),
-    Claim(
-        name="clocks",
-        says="while work is queued, no reading of the clocks is one of an idle GPU",
-        judge=idle_clocks_are_left_out,
+    *_claims(
+        ("tests-controls",),
+        {
+            "faults": (
+                "faults that only a GPU shows are found, their healthy controls pass",
+                by_tests("tests/kernels_check/test_negative_controls.py::test_control_on_cuda"),
+            ),
+        },
     ),
-    Claim(
-        name="peaks of memory",
-        says="the allocator's peaks are those of the phase, and NVML sees what the allocator takes",
-        judge=by_tests(
-            f"{METERS}::test_nvml_sees_what_the_allocator_takes",
-            f"{METERS}::test_the_allocator_has_not_retried_where_memory_is_plenty",
-            f"{METERS}::test_the_allocator_counts_what_it_could_not_have",
-        ),
-    ),
-    Claim(
-        name="account of memory",
-        says="an account of memory explains a step's peak within 2 %",
-        judge=by_tests(
-            "tests/trial/profiling/test_memory_breakdown.py::test_a_step_on_a_gpu_is_explained_within_two_percent"
-        ),
-    ),
-    Claim(
-        name="estimate",
-        says="the estimated peak of a 7B model is within 10 % of the measured one",
-        judge=estimate_is_near,
-    ),
-    Claim(
-        name="mask",
-        says="flash refuses an explicit mask on CUDA",
-        judge=flash_refuses_a_mask,
-    ),
-    Claim(
-        name="names",
-        says="the kernels of the usual products, attentions and norms have rules",
-        judge=names_are_known,
-    ),
-    Claim(
-        name="attention",
-        says="each backend of attention is told from the others, live and in a recording",
-        judge=by_tests(f"{KERNELS}::test_a_forced_backend_is_told_in_both_directions"),
-    ),
-    Claim(
-        name="4 bits",
-        says="unpacking and packed products of 4-bit weights are told by their kernels",
-        judge=by_tests(
-            f"{KERNELS}::test_training_shapes_unpack_the_base",
-            f"{KERNELS}::test_double_quantisation_unpacks_its_scales",
-            f"{KERNELS}::test_one_token_is_multiplied_packed",
-        ),
-    ),
-    Claim(
-        name="paged state",
-        says="only tensors in managed memory count as paged, and some are",
-        judge=by_tests(f"{KERNELS}::test_the_paged_share_is_what_the_driver_says"),
-    ),
-    Claim(
-        name="TF32",
-        says="TF32 is told by the kernels that ran",
-        judge=by_tests(f"{KERNELS}::test_tf32_is_told_by_flag_by_number_and_by_kernel"),
-    ),
-    Claim(
-        name="fused optimizer",
-        says="fused and foreach optimizers are told by their kernels",
-        judge=by_tests(f"{KERNELS}::test_the_optimizers_implementation_is_told"),
-    ),
-    Claim(
-        name="faults",
-        says="faults that only a GPU shows are found, their healthy controls pass",
-        judge=by_tests("tests/kernels_check/test_negative_controls.py::test_control_on_cuda"),
-    ),
-    Claim(
-        name="after the check",
-        says="a step after the check is as fast as before it",
-        judge=by_tests("tests/run/workers/test_gpu.py::test_a_step_is_as_fast_after_the_check_as_before"),
-    ),
-    Claim(
-        name="stated peaks",
-        says="products and copies reach a fair share of the vendor's figures and never more",
-        judge=by_tests(
-            "tests/trial/profiling/test_peak.py::test_products_on_a_known_gpu",
-            "tests/trial/profiling/test_peak.py::test_copies_on_a_known_gpu",
-        ),
-    ),
-    Claim(
-        name="MFU",
-        says="no step uses more than the stated peak",
-        judge=nobody_beats_the_peak,
+    *_claims(
+        ("tests-trial",),
+        {
+            "after the check": (
+                "a step after the check is as fast as before it",
+                by_tests("tests/run/workers/test_gpu.py::test_a_step_is_as_fast_after_the_check_as_before"),
+            ),
+            "stated peaks": (
+                "products and copies reach a fair share of the vendor's figures and never more",
+                by_tests(f"{PEAKS}::test_products_on_a_known_gpu", f"{PEAKS}::test_copies_on_a_known_gpu"),
+            ),
+            "account of memory": (
+                "an account of memory explains a step's peak within 2 %",
+                by_tests(f"{MEMORY}::test_a_step_on_a_gpu_is_explained_within_two_percent"),
+            ),
+        },
     ),
     *(
         Claim(
             name=f"phases, {title}",
             says=f"phases between events explain a step of Llama-2-7B in {title} within 2 %",
-            judge=step_is_explained(variant),
+            judge=judge,
+            steps=(f"profile-{base}",),
         )
-        for title, variant in zip(("bf16", "NF4"), BASES, strict=True)
+        for base, title, judge in _for_bases(judges.step_is_explained)
     ),
-    Claim(
-        name="kernels of a step",
-        says="what a profile of a 7B step records is kernels, and at most 1 % of their time has no name",
-        judge=kernels_are_told,
+    *_claims(
+        tuple(f"profile-{base}" for base in BASES),
+        {
+            "kernels of a step": (
+                "a profile of a 7B step records kernels, and at most 1 % of their time is in unknown ones",
+                judges.kernels_are_known,
+            ),
+            "MFU": ("no step uses more than the stated peak", judges.nobody_beats_the_peak),
+        },
     ),
-    Claim(
-        name="the study",
-        says="Llama-2-7B in bf16 and in NF4: every trial is ok and every required path active",
-        judge=study_is_valid,
+    *_claims(
+        ("wrap",),
+        {"wrapped script": ("a script under `lorameter wrap` is measured on the GPU", judges.script_is_measured)},
     ),
-    Claim(
-        name="A/A",
-        says="an A/B of the same code with itself sees no difference",
-        judge=same_is_same,
-    ),
-    Claim(
-        name="levels",
-        says="a control that takes turns in lockstep is known better than one by whole replicates",
-        judge=lockstep_is_finer,
-    ),
-    Claim(
-        name="shared base",
-        says="all settings of a sweep at 7B take turns on one base",
-        judge=all_settings_share_a_base,
-    ),
-    Claim(
-        name="cold start",
-        says="a cold start on a GPU has its parts, each a number",
-        judge=cold_has_its_parts,
-    ),
-    Claim(
-        name="new lengths",
-        says="where torch takes cuDNN's attention, a length of keys that is new costs the host some tens of ms",
-        judge=new_lengths_cost_what_was_published,
-    ),
-    Claim(
-        name="mask on Hopper",
-        says="an explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention",
-        judge=cudnn_takes_a_mask_on_hopper,
-    ),
-    Claim(
-        name="paging",
-        says="a paged optimizer waits for the device after every tensor",
-        judge=paging_waits_for_every_tensor,
-    ),
-    Claim(
-        name="device start",
-        says="what CUDA's own start takes is a number of isolated trials",
-        judge=start_of_the_device_is_told,
-    ),
+    *_claims(("compile",), {"compile": ("compiled trials run compiled steps", judges.engine_ran("compile"))}),
+    *_claims(("liger",), {"Liger": ("trials with Liger run its kernels", judges.engine_ran("liger"))}),
 )

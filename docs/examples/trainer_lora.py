@@ -34,7 +34,7 @@ arguments = TrainingArguments(
     save_steps=24,
     logging_steps=6,
     report_to=[],
-    use_cpu=True,
+    use_cpu=not torch.cuda.is_available(),
     disable_tqdm=True,
 )
 Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8]).train()

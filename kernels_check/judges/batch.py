@@ -72,6 +72,6 @@ def judge_padding(seen: Observation, required: Json) -> PathObservation:
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "packing.isolated": JudgedPath(requirement=FLAG, judge=judge_isolation, packed=True),
+    "packing.isolated": JudgedPath(requirement=FLAG, judge=judge_isolation, on_request=True),
     "padding.share": JudgedPath(requirement=SHARE, judge=judge_padding),
 }

@@ -22,6 +22,7 @@ from kernels_check.judges import (
     learning,
     loss,
     optimizer,
+    ranks,
     trained,
 )
 
@@ -38,6 +39,7 @@ PATHS: Mapping[str, JudgedPath] = {
     **optimizer.PATHS,
     **execution.PATHS,
     **fused.PATHS,
+    **ranks.PATHS,
 }
 """Every path, in the order in which checks are reported."""
 

@@ -49,6 +49,7 @@ from kernels_check.observe.optimizer import (
     updated_by,
 )
 from kernels_check.observe.profile import StepProfile
+from kernels_check.observe.ranks import RankEvidence
 from kernels_check.observe.targets import LayerCall, layers_left_to_experts, unmatched_names
 
 _T = TypeVar("_T")
@@ -109,6 +110,8 @@ class Observation:
     other_optimizers: tuple[str, ...] = ()
     """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they are another
     model's, or hold copies of this one's, as master weights are."""
+    ranks: tuple[RankEvidence, ...] = ()
+    """What every rank shows of the step, where several train and a requirement asks."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What the methods have read of the model, by their names; a copy with another field reads anew."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,15 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from kernels_check.check import Check, PathObservation, judge_safely, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.ranks.facts import Gradient, RankFacts
+    from kernels_check.ranks.facts import RankFacts
 
 Strategy = Literal["ddp", "fsdp2"]
-PATHS = ("ranks.data", "ranks.gradients", "ranks.adapters", "ranks.sharded", "ranks.steady")
+PATHS = ("ranks.data", "ranks.sharded", "ranks.steady")
 WHOLE_SHARE = 0.02
 """Share of the base that may lie whole on every rank: norms and biases that are left out cost nothing."""
-EXACT, ROUNDED = 1e-3, 3e-2
-"""How far a mean may be from that of the ranks' own gradients, over their norm: in float32, and in 16 bits, whose sums
-are rounded twice. A rank left out of two is off by half of it."""
 STEADY = 1e-4
 """How far two losses of the same batch by the same weights may be apart, over the loss: a device may add in any order.
 The fault that this is there for moves them by 3e-4 and more."""
@@ -38,8 +34,6 @@ def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
     """Judge a training of several ranks by what each says of it, in the order of the ranks; one check a path."""
     judges: dict[str, Callable[[Sequence[RankFacts]], PathObservation]] = {
         "ranks.data": judge_data,
-        "ranks.gradients": judge_gradients,
-        "ranks.adapters": judge_adapters,
         "ranks.steady": judge_steady,
     }
     if strategy == "fsdp2":
@@ -73,95 +67,6 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
         missing = sum((wanted - given).values())
         return _fault(f"{missing} of the {sum(wanted.values())} sequences of a step were given to no rank")
     return _good(f"{sum(wanted.values())} sequences of a step, each on one of {len(facts)} ranks")
-
-
-def judge_gradients(facts: Sequence[RankFacts]) -> PathObservation:
-    """Whether what the optimizers were given is the mean of the ranks' own gradients."""
-    ranks, names = len(facts), list(facts[0].gradients)
-    if not names or any(list(one.gradients) != names for one in facts):
-        return _unknown("the ranks do not train the same parameters" if names else "nothing trains")
-    of = {name: [one.gradients[name] for one in facts] for name in names}
-    zero = [name for name, every in of.items() if not any(one.size for one in every)]
-    seen = {name: every for name, every in of.items() if name not in zero}
-    if not seen:
-        return _unknown("no gradient was seen before it was exchanged")
-    infinite = [name for name, every in seen.items() if not all(math.isfinite(one.size) for one in every)]
-    if infinite:
-        return _fault(f"{len(infinite)} of {len(seen)} parameters have no finite gradient: {name_some(infinite)}")
-    wrong = [name for name, every in seen.items() if not _fits(every, ranks)]
-    if not wrong:
-        if unseen := [name for name in zero if any(one.exchanged for one in of[name])]:
-            return _unknown(
-                f"{len(unseen)} of {len(names)} parameters have a gradient that was not seen before it was exchanged: "
-                f"{name_some(unseen)}"
-            )
-        left = f"; {len(zero)} had a gradient of zero" if zero else ""
-        return _good(f"the mean over {ranks} ranks, of {len(seen)} parameters{left}")
-    alone = [name for name in wrong if _is_unexchanged(of[name])]
-    if len(alone) == len(wrong):
-        return _fault(
-            f"{len(alone)} of {len(seen)} parameters keep each rank's own gradient, which was not exchanged: "
-            f"{name_some(alone)}"
-        )
-    divisor = _divisor([of[name] for name in wrong])
-    if divisor is not None and all(_fits(of[name], divisor) for name in wrong):
-        return _fault(
-            f"the sum of the ranks' gradients was divided by {divisor:.3g} and not by their number, {ranks}: "
-            f"{len(wrong)} of {len(seen)} parameters, {name_some(wrong)}"
-        )
-    return _fault(f"not the mean over {ranks} ranks: {len(wrong)} of {len(seen)} parameters, {name_some(wrong)}")
-
-
-def _exchanged(every: Sequence[Gradient]) -> list[float]:
-    """What came of the exchange, as each rank has it; the parts of a sharded one are one whole."""
-    if every[0].sharded:
-        return [sum(one.exchanged for one in every)]
-    return [one.exchanged for one in every]
-
-
-def _fits(every: Sequence[Gradient], divisor: float) -> bool:
-    """Whether every rank's is the sum of their own over the divisor; what is no number is nothing of the kind."""
-    expected, most = sum(one.own for one in every) / divisor, _tolerance(every) * _size(every)
-    return all(abs(found - expected) <= most for found in _exchanged(every))
-
-
-def _size(every: Sequence[Gradient]) -> float:
-    return math.sqrt(sum(one.size**2 for one in every) / len(every))
-
-
-def _tolerance(every: Sequence[Gradient]) -> float:
-    return ROUNDED if any(one.coarse for one in every) else EXACT
-
-
-def _is_unexchanged(every: Sequence[Gradient]) -> bool:
-    """Whether each rank's optimizer was given what that rank had made."""
-    return not every[0].sharded and all(
-        abs(one.exchanged - one.own) <= _tolerance(every) * max(one.size, 1e-30) for one in every
-    )
-
-
-def _divisor(wrong: Sequence[Sequence[Gradient]]) -> float | None:
-    """By what the sums were divided, by least squares; None where nothing fits."""
-    pairs = [(sum(one.own for one in every), found) for every in wrong for found in _exchanged(every)]
-    below = sum(total * found for total, found in pairs)
-    return sum(total**2 for total, _ in pairs) / below if below > 0 else None
-
-
-def judge_adapters(facts: Sequence[RankFacts]) -> PathObservation:
-    """Whether what trains is the same on all ranks after an update."""
-    names = list(facts[0].adapter)
-    if any(list(one.adapter) != names for one in facts):
-        return _fault("the ranks do not train the same parameters")
-    if not names:
-        return _unknown("nothing trains")
-    for one in facts[1:]:
-        other = [name for name in names if one.adapter[name] != facts[0].adapter[name]]
-        if other:
-            return _fault(
-                f"after an update rank {one.rank} has another adapter than rank 0: {len(other)} of {len(names)} "
-                f"parameters differ, {name_some(other)}. Their gradients were not exchanged, or they began differently"
-            )
-    return _good(f"{len(names)} parameters are the same on {len(facts)} ranks after an update")
 
 
 def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
@@ -220,10 +125,6 @@ def _fault(reason: str) -> PathObservation:
 
 def _good(reason: str) -> PathObservation:
     return PathObservation(observed=True, reason=reason)
-
-
-def _unknown(reason: str) -> PathObservation:
-    return PathObservation(observed=None, status="unknown", reason=reason)
 
 
 def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:

@@ -1,6 +1,7 @@
 """What the page on steps of one's own shows is what its code prints, on the libraries that are installed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,18 @@ def test_the_page_prints_what_it_says():
     printed = [part.strip().splitlines() for part in done.stdout.split(MARK)]
     for (code, expected), lines in zip(shown, printed, strict=True):
         assert not [line for line in expected if line not in lines], (code, lines)
+
+
+def test_the_script_of_several_ranks_prints_what_it_says(tmp_path):
+    """By torchrun, as on the page: the check at the end finds what the check at the start could not see."""
+    page = PAGE.read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (expected,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "ddp.py").write_text(script, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ddp.py"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        launcher, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("ranks.")] == expected.splitlines()

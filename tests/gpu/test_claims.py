@@ -25,7 +25,10 @@ FACTS = {
             "known": {"energy_j": 1.0}, "missing": {"mig": "not offered"},
         },
     },
-    "clock": {"events_over_wall": 0.999, "events_over_kernels": 1.01, "after_rest": {"0.003": 1.002, "2.0": 1.2}},
+    "clock": {
+        "events_over_wall": 0.999, "events_over_kernels": 1.01,
+        "after_rest": {"0.0": 0.998, "0.003": 1.002, "2.0": 1.2},
+    },
     "counters": {
         "energy_period_ms": 20.0, "queued": {"idle": 0, "of": 10, "sm_clock_hz": 1.98e9},
         "after": {"idle": 9, "of": 10, "sm_clock_hz": 1.9e9},
@@ -48,13 +51,14 @@ PROFILE = {
     "categories_s": {"matmul": {"forward": 0.3}, "other": {"forward": 0.001}, "idle": {"forward": 0.5}},
     "ceilings": {"train": {"hfu": {"value": 0.5}, "mfu": {"value": 0.4}}},
 }  # fmt: skip
+ESTIMATE = {"train": {"measured_bytes": 100, "total_bytes": 105}}
+SLOWER = {"metric": "step_time_s", "verdict": "regressed", "ratio": 1.05, "low": 1.04, "high": 1.06}
 RATIO = {"verdict": "equivalent", "ratio": 1.0, "low": 0.99, "high": 1.01}
 DOCUMENTS = {
     "profile-lora-r16": PROFILE, "profile-qlora-nf4-r16": PROFILE,
-    "estimate": {"train": {"measured_bytes": 100, "total_bytes": 105, "error": 0.05}},
-    "same": {"comparisons": [RATIO | {"metric": "step_time_s"}], "control": {"train": RATIO}},
-    "lockstep": {"control": {"train": RATIO}},
-    "replicates": {"control": {"train": RATIO | {"low": 0.9, "high": 1.1}}},
+    "estimate-lora-r16": ESTIMATE, "estimate-qlora-nf4-r16": ESTIMATE,
+    "twins": {"comparisons": [SLOWER], "control": {"train": RATIO}},
+    "claims": {"claims": [{"id": "2", "verdict": "supported"}, {"id": "1", "verdict": "not judged"}]},
 }  # fmt: skip
 
 
@@ -82,7 +86,7 @@ class Found:
         (outputs / "probe.out").write_text(facts)
         for step, document in self.documents.items():
             (outputs / f"{step}.out").write_text(json.dumps(document))
-        (outputs / "tests-meters.xml").write_text(f"<testsuites><testsuite>{self.tests}</testsuite></testsuites>")
+        (outputs / "tests-paths.xml").write_text(f"<testsuites><testsuite>{self.tests}</testsuite></testsuites>")
         return BY_NAME[name].decide(Evidence(self.folder, journal))
 
 
@@ -110,7 +114,11 @@ def test_names_are_unique_and_every_test_that_decides_exists():
         assert f"def {name}(" in (ROOT / file).read_text(), name
 
 
-SOUND = sorted(set(BY_NAME) - {"the study", "shared base", "cold start", "device start"})
+SOUND = sorted(
+    claim.name
+    for claim in CLAIMS
+    if set(claim.steps).isdisjoint({"sweep", "wrap", "compile", "liger"}) and (claim.steps != ("study",))
+)
 """Those that need no run."""
 
 
@@ -134,7 +142,7 @@ def test_what_was_found_as_it_should_be_confirms(found, name):
         ("counters", "zygote", {"child": {"known": {}, "missing": {"mig": ""}}}),
         ("events", "clock", {"events_over_wall": 0.9}),
         ("events", "clock", {"events_over_kernels": 0.9}),
-        ("hand-over", "clock", {"after_rest": {"0.003": 1.05}}),
+        ("hand-over", "clock", {"after_rest": {"0.0": 1.0, "0.003": 1.05}}),
         ("energy period", "counters", {"energy_period_ms": 200.0}),
         ("clocks", "counters", {"queued": {"idle": 3, "of": 10, "sm_clock_hz": None}}),
         ("mask", "attention", {"takes_mask": {"FLASH_ATTENTION": True}}),
@@ -158,10 +166,9 @@ def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
         ("phases, bf16", "profile-lora-r16", {"step": PROFILE["step"] | {"explained": False}}),
         ("kernels of a step", "profile-lora-r16", {"categories_s": {"matmul": {"a": 0.9}, "other": {"a": 0.1}}}),
         ("MFU", "profile-qlora-nf4-r16", {"ceilings": {"train": {"hfu": {"value": 1.2}, "mfu": {"value": 1.0}}}}),
-        ("estimate", "estimate", {"train": {"measured_bytes": 100, "total_bytes": 120, "error": 0.2}}),
-        ("A/A", "same", {"comparisons": [RATIO | {"metric": "step_time_s", "verdict": "regressed"}]}),
-        ("A/A", "same", {"control": {"train": RATIO | {"verdict": "improved"}}}),
-        ("levels", "lockstep", {"control": {"train": RATIO | {"low": 0.5, "high": 1.5}}}),
+        ("estimate, bf16", "estimate-lora-r16", {"train": {"measured_bytes": 100, "total_bytes": 120}}),
+        ("A/A", "twins", {"control": {"train": RATIO | {"verdict": "improved"}}}),
+        ("A/B", "twins", {"comparisons": [SLOWER | {"verdict": "inconclusive"}]}),
     ],
 )  # fmt: skip
 def test_a_document_that_says_otherwise_refutes(found, name, step, change):
@@ -184,9 +191,17 @@ def test_a_document_that_says_otherwise_refutes(found, name, step, change):
         ("names", lambda found: found.facts["names"].update(empty=["norm"])),
         ("phases, bf16", lambda found: found.documents["profile-lora-r16"]["step"].update(explained=None)),
         ("MFU", lambda found: found.documents["profile-lora-r16"].update(ceilings={})),
-        ("estimate", lambda found: found.documents["estimate"]["train"].update(measured_bytes=None)),
-        ("estimate", lambda found: found.documents.update(estimate=["another form"])),
-        ("levels", lambda found: found.documents["lockstep"].update(control={})),
+        ("hand-over", lambda found: found.facts["clock"].update(after_rest={"0.0": 0.97, "0.003": 1.02})),
+        ("estimate, NF4", lambda found: found.documents["estimate-qlora-nf4-r16"]["train"].update(measured_bytes=None)),
+        ("estimate, NF4", lambda found: found.documents.update({"estimate-qlora-nf4-r16": ["another form"]})),
+        ("A/A", lambda found: found.documents["twins"].update(control={})),
+        (
+            "A/B",
+            lambda found: found.documents["twins"].update(
+                comparisons=[SLOWER | {"ratio": 1.01, "verdict": "equivalent"}]
+            ),
+        ),
+        ("LoRA parameters", lambda found: found.documents["claims"]["claims"][0].update(verdict="inconclusive")),
         ("the study", lambda found: None),
         ("wall", lambda found: setattr(found, "tests", "")),
     ],
@@ -225,6 +240,11 @@ def test_the_study_is_judged_by_its_records(found, write_run, status, verdict):
     decision = found.decide("the study")
     assert decision.verdict == verdict, decision
     assert ("r0-plain oom" if status == "oom" else "nf4, plain ok") in decision.evidence
+
+
+def test_the_claims_of_time_are_decided_by_the_sweep(found):
+    """What rests on pretrained weights is not judged, and counts for nothing."""
+    assert found.decide("LoRA parameters").verdict == "confirmed"
 
 
 def test_a_rehearsal_decides_nothing(found):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels_check
-from kernels_check.judges.paths import REQUIREMENTS
+from kernels_check.judges.paths import PATHS
 
 COMMON = {
     "attention.backend": "flash",
@@ -61,10 +61,10 @@ def test_a_sound_configuration_is_active_throughout(training, base):
 
 
 def test_paths_nobody_asked_for_are_reported(training):
-    """Without requirements every path but the probe is there, in order, and none is a failure."""
+    """Without requirements every path that is not on request is there, in order, and none is a failure."""
     run = training()
     checks = run.verify({})
-    assert [check.path for check in checks] == [path for path in REQUIREMENTS if path != "packing.isolated"]
+    assert [check.path for check in checks] == [path for path, judged in PATHS.items() if not judged.on_request]
     assert {check.required for check in checks} == {None}
     assert {check.status for check in checks} == {"active", "not_applicable"}
 

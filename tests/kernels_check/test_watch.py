@@ -13,7 +13,7 @@ from negative_controls.small_run import build, forget_compilations
 from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
-from kernels_check.judges.paths import REQUIREMENTS
+from kernels_check.judges.paths import PATHS
 from kernels_check.observe import calls, step
 from kernels_check.observe.compile import read_compilations
 from kernels_check.observe.profile import is_recording
@@ -117,7 +117,7 @@ def test_an_error_of_the_step_goes_through(training):
     broken.remove()
     assert {check.status for check in watched.checks} == {"unknown"}
     assert all("the step raised KeyError" in check.reason for check in watched.checks)
-    assert [check.path for check in watched.checks] == [path for path in REQUIREMENTS if path != "packing.isolated"]
+    assert [check.path for check in watched.checks] == [path for path, judged in PATHS.items() if not judged.on_request]
     assert _traces(run.model) == before
     with watched:
         run.step()

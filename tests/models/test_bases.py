@@ -25,7 +25,7 @@ def keep(name, content=b"weights", *, used_days_ago=0.0):
     with bases.draft_of(folder) as draft:
         (draft / bases.TENSORS).write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
-        bases.write_description(draft, BaseDescription(sha256=digest, bytes=len(content), name_or_path="m"))
+        bases.write_description(draft, BaseDescription(digest=digest, bytes=len(content), name_or_path="m"))
     used = time.time() - used_days_ago * 24 * 3600
     os.utime(folder / bases.DESCRIPTION, (used, used))
     return folder

@@ -20,7 +20,7 @@ class Recorded:
 
     asked: ClassVar[list[str]] = []
 
-    def __init__(self, phase, device, *, energy):
+    def __init__(self, phase, device, *, energy, generations):
         self.phase, self.device, self.energy = phase, device, energy
 
     def begin(self):
@@ -44,7 +44,7 @@ def surroundings(monkeypatch):
     monkeypatch.setattr("lorameter.trial.telemetry.Telemetry", Recorded)
     monkeypatch.setattr("lorameter.trial.telemetry.ENERGY_STRETCH_S", 0.02)
 
-    def make(*measures, device="cuda"):
+    def make(*measures, device="cuda", **ranks):
         request = TrialRequest(
             trial="r0-a", variant=LoraVariant(name="a"), role="variant", replicate=0, seed=0, workload=Workload(),
             protocol=Protocol(), interleaving="lockstep", measures=measures, device=device, threads=1, tokens_path="",
@@ -56,7 +56,7 @@ def surroundings(monkeypatch):
             steps.append(1)
             Recorded.asked.append("step")
 
-        return TrialTelemetry(request, step, lambda: 10 * len(steps)), steps
+        return TrialTelemetry(request, step, lambda: 10 * len(steps), **ranks), steps
 
     return make
 
@@ -77,6 +77,14 @@ def test_readings_stand_around_what_is_timed(surroundings):
     assert Recorded.asked == ["begin train", "call", "end train", *generate, *generate]
 
 
+@pytest.mark.parametrize("command", ["build", "verify", "warm_up", "begin_generate", "merge", "close"])
+def test_what_is_not_timed_is_not_watched(surroundings, command):
+    """Its time is in no result."""
+    around, _ = surroundings("steps", "peaks")
+    assert around.around(COMMANDS[command], turn) == turn()
+    assert set(Recorded.asked) == {"call"}
+
+
 def test_trials_that_take_turns_have_no_energy(surroundings):
     """The GPU's counter would hold that of the others."""
     around, steps = surroundings("steps", "requests")
@@ -95,3 +103,17 @@ def test_a_solo_trial_takes_steps_for_its_energy_when_its_peaks_are_read(surroun
     assert fragment.values["energy_steps"] == len(steps)
     assert fragment.values["energy_tokens"] == 10 * len(steps)
     assert fragment.memory == {"adapter_bytes": 1}
+
+
+def test_ranks_take_as_many_steps_for_their_energy_whatever_their_clocks_say(surroundings):
+    """One decides for all."""
+    decisions = iter([True, True, True, False])
+    around, steps = surroundings("peaks", agree=lambda own: next(decisions))
+    assert around.around(COMMANDS["finish_training"], PartialRecord).values["energy_steps"] == len(steps) == 3
+
+
+def test_a_cpu_has_no_energy_counter(surroundings):
+    """So no step is taken for it, and no notice says so."""
+    around, steps = surroundings("peaks", device="cpu")
+    assert around.around(COMMANDS["finish_training"], PartialRecord) == PartialRecord()
+    assert steps == []

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lorameter.machine.gpus import neighbours_of
+from lorameter.machine.gpus import GENERATIONS, neighbours_of
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import IDLE, POWER_CAPPED, PROTECTING, CardSample, Clocks, NvmlDevice, open_device
 from lorameter.machine.reading import Reading, missing
@@ -51,9 +51,10 @@ class GpuTelemetry:
     too: a hand-over of a millisecond between turns of 50 ms or more. Ask for it only where no other trial takes turns.
     """
 
-    def __init__(self, device: NvmlDevice, *, energy: bool) -> None:
+    def __init__(self, device: NvmlDevice, *, energy: bool, generations: int = GENERATIONS) -> None:
         self._device = device
         self._energy = energy
+        self._generations = generations
         self._first: tuple[float, CardSample] | None = None
         self._before: CardSample | None = None
         self._looked = False
@@ -114,7 +115,7 @@ class GpuTelemetry:
         self._keep("power_capped_samples", found.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
 
     def _neighbours(self) -> None:
-        found = neighbours_of(self._device)
+        found = neighbours_of(self._device, generations=self._generations)
         self._keep("own_bytes", found.own_bytes.then(float))
         self._keep("used_bytes", found.used_bytes.then(float))
         self._keep("others", found.others.then(lambda pids: float(len(pids))))
@@ -179,7 +180,13 @@ class Telemetry:
     """
 
     def __init__(
-        self, phase: str, device: str, *, energy: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        phase: str,
+        device: str,
+        *,
+        energy: bool = False,
+        generations: int = GENERATIONS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing is opened yet.
 
@@ -187,11 +194,13 @@ class Telemetry:
             phase: part of the values' names: "train" or "generate".
             device: where the trial runs, as torch names it; NVML is asked on CUDA only.
             energy: whether the device's energy is this trial's alone.
+            generations: from this process up to the parent of the run, whose processes are no neighbours.
             clock: seconds, monotonic.
         """
         self._phase = phase
         self._device = device
         self._energy = energy
+        self._generations = generations
         self._clock = clock
         self._host = HostTelemetry()
         self._card: GpuTelemetry | None = None
@@ -202,7 +211,8 @@ class Telemetry:
         if self._card is None and self._device.startswith("cuda") and not self._no_card:
             opened = card_of(self._device)
             self._no_card = opened.reason
-            self._card = None if opened.value is None else GpuTelemetry(opened.value, energy=self._energy)
+            if opened.value is not None:
+                self._card = GpuTelemetry(opened.value, energy=self._energy, generations=self._generations)
         if self._card is not None:
             self._card.begin(self._clock())
         self._host.begin()

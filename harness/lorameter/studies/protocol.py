@@ -24,7 +24,7 @@ EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
 _LEAST = {
     "replicates": 1, "warmup_steps_min": 1, "turns": 1, "steps_per_turn": 1, "generate_warmup": 0,
-    "generate_requests": 1, "open_ended_requests": 1, "peak_replicates": 1, "cold_replicates": 1, "retries": 0,
+    "generate_requests": 1, "open_ended_requests": 1, "peak_replicates": 0, "cold_replicates": 1, "retries": 0,
     "seed": 0, "memory_limit_bytes": 1, "epochs": 0,
 }  # fmt: skip
 STEPS_PER_TURN = 2
@@ -52,7 +52,7 @@ class Protocol:
     merged: bool = True
     """Measure requests with the adapter merged, too."""
     peak_replicates: int = 3
-    """Peaks take few values and are compared by their maximum, so a few isolated trials are enough."""
+    """Peaks take few values and are compared by their maximum, so a few isolated trials are enough. 0: no peaks."""
     cold_replicates: int | None = None
     """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
     None: all."""

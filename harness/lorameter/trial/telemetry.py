@@ -1,9 +1,9 @@
 """The meters around a trial's commands: what the machine and the GPU did while something was timed.
 
 Each command that times something is enclosed by readings, which are outside its stopwatch; `look` is one more, of the
-GPU's clocks, for while a step is still under way on it. Energy is an isolated trial's:
-in turns with others the GPU's counter would be theirs as well. An isolated trial that times no steps takes
-some for it, after its peaks have been read, for as long as the counter needs to mean something.
+GPU's clocks, for while a step is still under way on it. Energy is measured in isolated trials only: where others take
+turns, the GPU's counter holds theirs as well. An isolated trial that times no steps takes some for it, after its peaks
+have been read, for as long as the counter needs to mean something; several ranks end these steps together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from lorameter.machine.gpus import GENERATIONS
 from lorameter.machine.telemetry import LEAST_S, Telemetry
 from lorameter.records.record import PartialRecord
 from lorameter.studies.command import COMMANDS, ROUNDS, Command
@@ -23,16 +24,37 @@ ENERGY_STRETCH_S = 1.5 * LEAST_S
 
 
 class TrialTelemetry:
-    """The watches of one trial; `step` takes a training step, `real_tokens` counts those trained so far."""
+    """The watches of one trial.
 
-    def __init__(self, request: TrialRequest, step: Callable[[], object], real_tokens: Callable[[], int]) -> None:
+    Args:
+        request: of the trial.
+        step: takes a training step.
+        real_tokens: counts those that this process has trained so far.
+        agree: what all ranks decide, by what this one would.
+        generations: from this process up to the parent of the run.
+    """
+
+    def __init__(
+        self,
+        request: TrialRequest,
+        step: Callable[[], object],
+        real_tokens: Callable[[], int],
+        *,
+        agree: Callable[[bool], bool] = bool,
+        generations: int = GENERATIONS,
+    ) -> None:
         self._step = step
         self._real_tokens = real_tokens
-        alone = "peaks" in request.measures
+        self._agree = agree
+        workload = request.workload
+        # One rank that trains alone takes turns with all of them, on the first one's device.
+        alone = "peaks" in request.measures and not (
+            workload.ranks > 1 and workload.scaling and "steps" in request.measures
+        )
         self._spends = alone and "steps" not in request.measures and request.device.startswith("cuda")
         self._energy = alone and request.device.startswith("cuda")
         self._watches = {
-            phase: Telemetry(phase, request.device, energy=alone and phase == "train")
+            phase: Telemetry(phase, request.device, energy=alone and phase == "train", generations=generations)
             for phase in {one.telemetry_phase for one in COMMANDS.values() if one.telemetry_phase}
         }
         self._steps = 0
@@ -57,12 +79,13 @@ class TrialTelemetry:
         self._watches["train"].look()
 
     def _watched(self, command: Command, watch: Telemetry, call: Callable[[], PartialRecord]) -> PartialRecord:
+        tokens = self._real_tokens()
         watch.begin()
         fragment = call()
         values = watch.end()
         if command is ROUNDS["steps"] and self._energy:
             self._steps += len(fragment.samples["step_time_s"])
-            self._tokens += sum(fragment.samples["turn_tokens"])
+            self._tokens += self._real_tokens() - tokens
             values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
         return msgspec.structs.replace(fragment, values=fragment.values | values)
 
@@ -71,7 +94,7 @@ class TrialTelemetry:
         watch, tokens, steps = self._watches["train"], self._real_tokens(), 0
         watch.begin()
         begin = time.monotonic()
-        while time.monotonic() < begin + ENERGY_STRETCH_S:
+        while self._agree(time.monotonic() < begin + ENERGY_STRETCH_S):
             self._step()
             steps += 1
         counts = {"energy_steps": float(steps), "energy_tokens": float(self._real_tokens() - tokens)}

@@ -25,6 +25,7 @@ import torch
 import kernels_check
 from kernels_check.check import Check
 from lorameter.errors import LorameterError
+from lorameter.machine.gpus import GENERATIONS
 from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord, judge_required
@@ -62,6 +63,8 @@ class Training:
     """
 
     COMMANDS: ClassVar[tuple[str, ...]] = words_of("trial")
+    GENERATIONS: ClassVar[int] = GENERATIONS
+    """From the process of a trial up to the parent of its run."""
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         self._request = request
@@ -69,7 +72,13 @@ class Training:
         """The base of the process, for the trials that come after."""
         self._watch = Stopwatch(request.device)
         self._gauge = PeakMemoryTracker(request.device)
-        self._surroundings = TrialTelemetry(request, self._take_step, lambda: self._built.stream.real_tokens)
+        self._surroundings = TrialTelemetry(
+            request,
+            self._take_step,
+            lambda: self._built.stream.real_tokens,
+            agree=self._agree,
+            generations=self.GENERATIONS,
+        )
         self._parts: _Parts | None = None
         self._steps_taken = 0
         self._total_steps = 0
@@ -289,6 +298,10 @@ class Training:
             values["held_out_loss"] = step.held_out_loss()
             losses = [*losses, values["held_out_loss"]]
         return self._judged(PartialRecord(values=values, memory=memory, samples=samples), losses)
+
+    def _agree(self, decision: bool) -> bool:
+        """What all processes of the trial decide."""
+        return decision
 
     @property
     def _timed(self) -> bool:

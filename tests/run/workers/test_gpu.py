@@ -16,7 +16,8 @@ STEPS = 60
 
 
 def test_a_step_is_as_fast_after_the_check_as_before(small_study, tmp_path):
-    """CUPTI is torn down with the profiler's session: medians of many launch-bound steps within 3 %."""
+    """CUPTI is torn down with the profiler's session: medians of many launch-bound steps within 3 %, and what two
+    medians before it differ by."""
     executor = LocalExecutor()
     executor.start(tmp_path, 1)
     try:
@@ -35,10 +36,10 @@ def test_a_step_is_as_fast_after_the_check_as_before(small_study, tmp_path):
         ask("prepare", request=codec.to_json(request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))))
         ask("build")
         ask("turn", steps=STEPS)  # launches, the allocator and the clocks settle
-        before = statistics.median(ask("turn", steps=STEPS).samples["step_time_s"])
+        first, before = (statistics.median(ask("turn", steps=STEPS).samples["step_time_s"]) for _ in range(2))
         ask("verify")
         after = statistics.median(ask("turn", steps=STEPS).samples["step_time_s"])
         worker.close()
     finally:
         executor.close()
-    assert after == pytest.approx(before, rel=0.03)
+    assert after <= before * 1.03 + 2 * abs(before - first)

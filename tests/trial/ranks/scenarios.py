@@ -34,6 +34,7 @@ VARIANT = LoraVariant(name="plain", r=4, dtype="float32", compute_dtype="float32
 CHECKED = ("build", "verify")
 WHOLE = (*CHECKED, "warm_up", "turn", "turn", "finish_training")
 NF4 = {"quantization": "nf4"}
+DROPOUT = {"lora_dropout": 0.1}
 
 
 def on_rank(number, change):
@@ -181,8 +182,8 @@ def in_eval_mode():
     rank.distribute = lambda model, strategy, **options: wrapped(model.eval(), strategy, **options)
 
 
-def at_turn(act):
-    """What rank 1 does in its first timed step."""
+def later(change_step):
+    """What rank 1 does in the steps after the warm-up."""
 
     def sabotage():
         from lorameter.trial.trial import Trial
@@ -191,7 +192,7 @@ def at_turn(act):
             turn = Trial.turn
 
             def acting(self, steps):
-                act()
+                change_step(self)
                 return turn(self, steps)
 
             Trial.turn = acting
@@ -199,6 +200,72 @@ def at_turn(act):
         on_rank(1, change)
 
     return sabotage
+
+
+def leave_out_one_update(trial):
+    """The next update of this rank alone does not take place."""
+    optimizer = trial._built.trainee.optimizer
+    update = optimizer.step
+
+    def skip(*given, **named):
+        optimizer.step = update
+
+    optimizer.step = skip
+
+
+def exchanged_no_longer():
+    """Gradients are exchanged up to the warm-up, and then on no rank."""
+    from lorameter.trial.ranks import rank
+    from lorameter.trial.trial import Trial
+
+    def change(trial):
+        turn = Trial.turn
+
+        def acting(self, steps):
+            rank.exchanging = lambda forward, now: forward.no_sync()
+            return turn(self, steps)
+
+        Trial.turn = acting
+
+    on_rank(None, change)
+
+
+def never_steps():
+    """The optimizer of rank 1 updates nothing."""
+    from lorameter.trial.ranks.rank import RankStep
+
+    on_rank(1, lambda trial: setattr(RankStep, "update", lambda self: self._trainee.optimizer.zero_grad()))
+
+
+def other_scales():
+    """The 4-bit scales of rank 1 are 2 % larger."""
+    from lorameter.trial.ranks import rank
+
+    wrapped = rank.distribute
+
+    def distribute(model, strategy, **options):
+        forward = wrapped(model, strategy, **options)
+        import torch
+
+        if torch.distributed.get_rank():
+            for one in model.modules():
+                state = getattr(getattr(one, "weight", None), "quant_state", None)
+                if state is not None:
+                    state.absmax = state.absmax * 1.02
+        return forward
+
+    rank.distribute = distribute
+
+
+def other_clocks():
+    """The ranks take steps for their energy, each as long as its own clock says."""
+    from lorameter.trial import telemetry
+
+    def change(trial):
+        telemetry.ENERGY_STRETCH_S = (0.2, 1.5)[trial._party.rank]
+        trial._surroundings._spends = True
+
+    on_rank(None, change)
 
 
 def out_of_memory():
@@ -242,14 +309,23 @@ SCENARIOS = {
     "summed": Scenario(sabotage=summed),
     "summed, sharded": Scenario(strategy="fsdp2", sabotage=summed_shards),
     "asleep": Scenario(sabotage=asleep),
+    "dropout": Scenario(commands=WHOLE, variant=DROPOUT),
+    "exchanged no longer": Scenario(commands=WHOLE, variant=DROPOUT, sabotage=exchanged_no_longer),
+    "update left out": Scenario(commands=WHOLE, variant=DROPOUT, sabotage=later(leave_out_one_update)),
+    "update left out, sharded": Scenario(
+        strategy="fsdp2", commands=WHOLE, variant=DROPOUT, sabotage=later(leave_out_one_update)
+    ),
+    "never steps": Scenario(sabotage=never_steps),
+    "other scales": Scenario(variant={**NF4, "double_quant": False}, sabotage=other_scales),
+    "other clocks": Scenario(commands=WHOLE, sabotage=other_clocks),
     "unsharded": Scenario(strategy="fsdp2", sabotage=unsharded),
     "in eval mode": Scenario(strategy="fsdp2", variant=NF4, sabotage=in_eval_mode),
     "in eval mode, repaired": Scenario(
         strategy="fsdp2", variant=NF4, workload={"repair": "quant_state"}, sabotage=in_eval_mode
     ),
-    "dies": Scenario(commands=TURNS, sabotage=at_turn(lambda: os.kill(os.getpid(), signal.SIGKILL))),
-    "hangs": Scenario(commands=TURNS, sabotage=at_turn(lambda: time.sleep(900)), timeout_s=100),
-    "out of memory": Scenario(commands=TURNS, sabotage=at_turn(out_of_memory)),
+    "dies": Scenario(commands=TURNS, sabotage=later(lambda _: os.kill(os.getpid(), signal.SIGKILL))),
+    "hangs": Scenario(commands=TURNS, sabotage=later(lambda _: time.sleep(900)), timeout_s=100),
+    "out of memory": Scenario(commands=TURNS, sabotage=later(lambda _: out_of_memory())),
     "alone in vain": Scenario(commands=TURNS, sabotage=alone_in_vain),
 }
 

@@ -23,7 +23,8 @@ QUANTISED = ("ddp, qlora, accumulating", *SHARDED_4BIT)
 STORED = ("fsdp2, qlora in bfloat16", "fsdp2, qlora in float32")
 SICK = (
     "same rows", "other data", "unsynchronised", "summed", "summed, sharded", "asleep", "unsharded", "in eval mode",
-    "in eval mode, repaired", "dies", "hangs", "out of memory", "alone in vain",
+    "in eval mode, repaired", "dies", "hangs", "out of memory", "alone in vain", "dropout", "exchanged no longer",
+    "update left out", "update left out, sharded", "never steps", "other scales", "other clocks",
 )  # fmt: skip
 
 
@@ -95,7 +96,8 @@ def check_whole(name, record):
     assert record.status == "ok", record.failure
     losses = check_of(record, "ranks.losses")
     assert losses["status"] == "active", losses
-    paths = {"ranks.data", "ranks.gradients", "ranks.adapters", "ranks.steady", "ranks.losses"}
+    paths = {"ranks.data", "ranks.gradients", "ranks.adapters", "ranks.base", "ranks.steps", "ranks.steady"}
+    paths |= {"ranks.losses", "ranks.trained"}
     paths |= {"ranks.sharded"} if name.startswith("fsdp2") else set()
     judged = {check["path"]: check for check in record.checks if check["path"].startswith("ranks.")}
     assert set(judged) == paths
@@ -154,10 +156,15 @@ def test_the_type_that_four_bits_are_stored_in_is_nothing_to_the_ranks(stored, n
         ("same rows", "ranks.data", "ranks 0 and 1 train on the same data: 2 of their 2 sequences"),
         ("other data", "ranks.data", "rank 1 trains on other data than rank 0"),
         ("unsynchronised", "ranks.gradients", "keep each rank's own gradient, which was not exchanged"),
-        ("unsynchronised", "ranks.adapters", "after an update rank 1 has another adapter than rank 0"),
+        ("unsynchronised", "ranks.adapters", "after the step rank 1 has another adapter than rank 0"),
         ("summed", "ranks.gradients", "divided by 1 and not by their number, 2"),
         ("summed, sharded", "ranks.gradients", "divided by 1 and not by their number, 2"),
         ("unsharded", "ranks.sharded", "lie whole on every rank"),
+        ("exchanged no longer", "ranks.trained", "rank 1 has another adapter than rank 0"),
+        ("update left out", "ranks.trained", "rank 1 has another adapter than rank 0"),
+        ("update left out, sharded", "ranks.trained", "the optimizer of rank 1 has made"),
+        ("never steps", "ranks.steps", "ranks have not made the same number of updates in the watched steps"),
+        ("other scales", "ranks.base", "the base of rank 1 is another than that of rank 0"),
     ],
 )
 @pytest.mark.selftest
@@ -168,6 +175,24 @@ def test_a_sabotage_is_found_by_its_words(sick, name, path, words):
     assert words in check_of(record, path)["reason"]
     assert words in record.failure.message
     assert left == []
+
+
+@pytest.mark.selftest
+def test_dropout_is_no_reason_to_compare_nothing(sick):
+    """Losses are not those of one rank then, but the ranks still train one adapter, up to the last step."""
+    record, _ = sick["dropout"]
+    assert record.status == "ok", record.failure
+    assert check_of(record, "ranks.losses")["status"] == "not_applicable"
+    assert check_of(record, "ranks.trained")["status"] == "active"
+
+
+@pytest.mark.selftest
+def test_steps_for_energy_end_together_whatever_the_clocks_of_ranks_say(sick):
+    """Else one rank would wait for a step that another does not take."""
+    record, left = sick["other clocks"]
+    assert record.status == "ok", record.failure
+    assert record.values["energy_steps"] >= 1
+    assert len(left) == 3
 
 
 @pytest.mark.selftest

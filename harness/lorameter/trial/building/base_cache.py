@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import transformers
+import xxhash
 from safetensors.torch import load_file
 from torch import nn
 from transformers.initialization import no_init_weights
@@ -97,7 +98,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
         bases.touch(folder)
     return BaseSummary(
         path=str(folder.absolute()),
-        hash=description.sha256,
+        hash=description.digest,
         base=base_words(request.variant, request.workload),
         bytes=description.bytes,
         conversions=conversions,
@@ -157,7 +158,7 @@ def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: fl
         model.config.to_json_file(draft / "config.json", use_diff=False)
         places = getattr(model, "hf_device_map", None)
         description = BaseDescription(
-            sha256=digest,
+            digest=digest,
             bytes=size,
             name_or_path=model.config.name_or_path,
             frozen=tuple(name for name, one in model.named_parameters() if not one.requires_grad),
@@ -202,7 +203,7 @@ def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str, int]:
     """Write a file of safetensors (its format, version 1: length of the header, header, data without gaps); its
-    SHA-256 and its size."""
+    digest and its size."""
     order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -212,7 +213,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str
         header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     with path.open("wb") as file:
         for part in (len(text).to_bytes(8, "little"), text):
             digest.update(part)

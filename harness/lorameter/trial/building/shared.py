@@ -11,13 +11,11 @@ end.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-import torch
-
 from kernels_check.observe.hooks import RandomState
+from kernels_check.observe.modules import Fingerprinter
 from lorameter.trial.building import lora
 
 T = TypeVar("T")
@@ -91,11 +89,7 @@ class ActiveAdapter:
 
 
 def base_digest(model: Any) -> str:
-    """A hash of every parameter that no adapter owns, byte by byte; 4-bit weights must be in their stored layout."""
-    digest, own = hashlib.sha256(), lora.own_parameters(model)
-    for name, parameter in model.named_parameters():
-        if name not in own:
-            data = parameter.detach().reshape(-1).view(torch.uint8)
-            for part in data.split(1 << 26):  # a copy of 64 MiB at a time
-                digest.update(part.cpu().numpy().data)
-    return digest.hexdigest()
+    """A fingerprint of every parameter that no adapter owns, byte by byte; 4-bit weights must be in their stored
+    layout. What lies on a GPU is read there."""
+    own, take = lora.own_parameters(model), Fingerprinter()
+    return " ".join(take(parameter.data) for name, parameter in model.named_parameters() if name not in own)

@@ -6,19 +6,22 @@ So all of them take the same decisions (when a warm-up has ended), and a step's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import msgspec
 import torch
 
 import kernels_check
-from kernels_check.check import Check
+from kernels_check.check import Check, judge_safely
+from kernels_check.judges.ranks import PATHS, compare_adapters
 from kernels_check.observe.modules import without_repacking
+from kernels_check.observe.ranks import RankEvidence, counted_updates, fingerprints
 from kernels_check.ranks.activity import RankTime
-from kernels_check.ranks.facts import Gradient, RankFacts, observe_rank
+from kernels_check.ranks.facts import RankFacts, observe_rank
 from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
@@ -30,9 +33,11 @@ from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.ranks.process_group import ProcessGroup
 from lorameter.trial.ranks.strategies import distribute, exchanging, shard_again
 from lorameter.trial.step import TrainStep, loss_of
+from lorameter.trial.training import as_data, judge_checks
 from lorameter.trial.trial import Trial
 
 _ISOLATED = "packing.isolated"
+_TRAINED = "ranks.trained"
 
 
 class RankStep(TrainStep):
@@ -48,6 +53,15 @@ class RankStep(TrainStep):
         self.update()
         return total
 
+    @contextlib.contextmanager
+    def without_clipping(self) -> Iterator[None]:
+        """Steps that give the optimizer the gradients as they were exchanged."""
+        clip, self._clip = self._clip, 0.0
+        try:
+            yield
+        finally:
+            self._clip = clip
+
     def gradients(self) -> torch.Tensor:
         """The same without the update."""
         total = torch.zeros((), device=self._device)
@@ -62,6 +76,8 @@ class RankStep(TrainStep):
 
 class RankTrial(Trial):
     """State of one rank of a trial between commands."""
+
+    GENERATIONS: ClassVar[int] = Trial.GENERATIONS + 1
 
     def __init__(self, request: TrialRequest, party: ProcessGroup) -> None:
         super().__init__(request, SharedBase())
@@ -89,6 +105,26 @@ class RankTrial(Trial):
             f"rank{rank}_step_time_s": tuple(lap[rank] for lap in self._laps) for rank in range(self._party.ranks)
         }
         return msgspec.structs.replace(fragment, samples=samples)
+
+    def finish_training(self, steps: int | None = None) -> PartialRecord:
+        """The same, and whether the ranks have trained one adapter up to the last step."""
+        fragment = super().finish_training(steps)
+        if fragment.status != "ok":
+            return fragment
+        trainee = self._built.trainee
+        shard_again(trainee.model)
+        every = self._party.gather_data((fingerprints(trainee.model), counted_updates([trainee.optimizer])))
+        shown = [
+            RankEvidence(rank=rank, adapter=adapter, updates=self._steps_taken, counted=counted)
+            for rank, (adapter, counted) in enumerate(every)
+        ]
+        check = judge_safely(_TRAINED, True, lambda: compare_adapters(shown, steps=self._steps_taken))
+        added = msgspec.structs.replace(fragment, checks=(*fragment.checks, *as_data([check])))
+        return judge_checks(added, [check], self._request)
+
+    def _agree(self, decision: bool) -> bool:
+        """What the first rank decides: the ranks' clocks differ, and all of them take the same steps."""
+        return bool(self._party.gather([float(decision)])[0][0])
 
     def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
         self._party.barrier()
@@ -139,7 +175,8 @@ class RankTrial(Trial):
         shard_again(self._built.trainee.model)
         if self._strategy == "fsdp2":
             required, batch = {path: value for path, value in required.items() if path != _ISOLATED}, None
-        checks, _ = super()._check(step, required, batch)
+        with cast(RankStep, self._built.step).without_clipping():
+            checks, _ = super()._check(step, dict.fromkeys(PATHS, True) | dict(required), batch)
         checks = [*checks, *filter(None, [self._isolation])]
         shard_again(self._built.trainee.model)
         facts = self._observe()
@@ -172,11 +209,16 @@ class RankTrial(Trial):
         return cast(Strategy, self._request.workload.strategy)
 
 
+class OneRank(Trial):
+    """A trial that trains alone what the ranks train together, in a process that is forked as theirs are."""
+
+    GENERATIONS = RankTrial.GENERATIONS
+
+
 def _facts(data: Mapping[str, Any]) -> RankFacts:
     """The facts of another rank, from its data."""
-    gradients = {name: Gradient(**one) for name, one in data["gradients"].items()}
     activity = None if data["activity"] is None else RankTime(**data["activity"])
-    return RankFacts(**{**data, "gradients": gradients, "activity": activity})
+    return RankFacts(**{**data, "activity": activity})
 
 
 def _activity(facts: Sequence[RankFacts]) -> dict[str, float]:

@@ -40,6 +40,8 @@ _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|
 """What the error of a rank says that waited for another in vain."""
 IMBALANCED = 1.4
 """The slowest rank's own time over the mean of all from which the others are said to wait for it."""
+SUMMED = ("device_energy_train_j", "energy_tokens")
+"""Values that are those of all ranks together."""
 ONE_RANK = ("build", "warm_up", "turn")
 """What one rank alone does as well."""
 
@@ -146,11 +148,11 @@ def _rank_maker(request: TrialRequest, rank: int) -> Callable[[], Any]:
 
 def _one_maker(request: TrialRequest) -> Callable[[], Any]:
     def make() -> Any:
-        from lorameter.trial.trial import Trial
+        from lorameter.trial.ranks.rank import OneRank
 
         _take_card(request.device, 0)
         workload = dataclasses.replace(request.workload, ranks=1, strategy="", repair="")
-        return Trial(dataclasses.replace(request, workload=workload, measures=("steps",)), SharedBase())
+        return OneRank(dataclasses.replace(request, workload=workload, measures=("steps",)), SharedBase())
 
     return make
 
@@ -234,13 +236,35 @@ def _waited(failure: Failure) -> bool:
 
 
 def _merged(answers: Sequence[PartialRecord]) -> PartialRecord:
-    """One answer of all ranks': that of the first, the memory of the one that takes most, and of each by its number."""
+    """One answer of all ranks': that of the first, with the memory of the one that takes most and of each by its
+    number, and the values of all."""
     first, memory = answers[0], dict[str, int]()
     for kind in dict.fromkeys(kind for answer in answers for kind in answer.memory):
         sizes = [answer.memory.get(kind, 0) for answer in answers]
         memory |= {kind: max(sizes)} | {f"rank{rank}_{kind}": size for rank, size in enumerate(sizes)}
-    values = {key: value for answer in reversed(answers) for key, value in answer.values.items()}
-    return msgspec.structs.replace(first, memory=memory, values=values)
+    notices = tuple(dict.fromkeys(notice for answer in answers for notice in answer.notices))
+    return msgspec.structs.replace(
+        first, memory=memory, values=merge_values([answer.values for answer in answers]), notices=notices
+    )
+
+
+def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Values of all ranks as those of one trial: energy and its tokens are summed, of what else was found on GPUs the
+    worst rank counts, and the rest is that of the first.
+
+    Energy is left out where a rank has none: it would be that of some, over the tokens of all.
+    """
+    merged: dict[str, float] = {}
+    for key in dict.fromkeys(key for values in every for key in values):
+        found = [values[key] for values in every if key in values]
+        if key in SUMMED:
+            if len(found) == len(every):
+                merged[key] = sum(found)
+        elif key.startswith("device_") and key != "device_samples_train":
+            merged[key] = min(found) if "_min_" in key or "_margin_" in key else max(found)
+        else:
+            merged[key] = found[0]
+    return merged
 
 
 def _losses_of(fragment: PartialRecord) -> list[float]:

@@ -1,0 +1,199 @@
+"""Whether the ranks of a distributed training train one model: the same base, adapter, gradients and updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, name_some
+
+if TYPE_CHECKING:
+    from kernels_check.observe.observation import Observation
+    from kernels_check.observe.ranks import Gradient, RankEvidence
+
+EXACT, ROUNDED = 1e-3, 3e-2
+"""How far a mean may be from that of the ranks' own gradients, over their norm: in float32, and in 16 bits, whose sums
+are rounded twice. A rank left out of two is off by half of it."""
+
+
+def judge_base(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``ranks.base``: every part that ranks hold whole is the same on all."""
+    if (why := _unseen(seen, tensors=True)) is not None:
+        return why
+    first, ranks = seen.ranks[0], len(seen.ranks)
+    for one in seen.ranks[1:]:
+        differing = _differing(first.base, one.base)
+        if differing:
+            return _fault(
+                f"the base of rank {one.rank} is another than that of rank 0: {len(differing)} of {len(first.base)} "
+                f"parts differ, {name_some(differing)}"
+            )
+    sharded = f"; {first.shards} are sharded, so that all ranks gather one" if first.shards else ""
+    return _good(f"{len(first.base)} parts of the base are the same on {ranks} ranks{sharded}")
+
+
+def judge_adapters(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``ranks.adapters``: trained parameters are the same on all ranks after the update."""
+    return _unseen(seen, tensors=True) or compare_adapters(seen.ranks)
+
+
+def compare_adapters(ranks: Sequence[RankEvidence], *, steps: int | None = None) -> PathObservation:
+    """Whether trained parameters are the same on all ranks and, where it is known how many steps were taken, whether
+    the optimizer of each has made as many updates."""
+    first = ranks[0].adapter
+    if not first:
+        return _unknown("nothing trains")
+    for one in ranks[1:]:
+        differing = _differing(first, one.adapter)
+        if differing:
+            return _fault(
+                f"after the step rank {one.rank} has another adapter than rank 0: {len(differing)} of {len(first)} "
+                f"parameters differ, {name_some(differing)}. Their gradients were not exchanged, a rank left out an "
+                "update, or they began differently"
+            )
+    for one in ranks:
+        if steps is not None and one.counted not in (None, steps):
+            return _fault(f"the optimizer of rank {one.rank} has made {one.counted} updates in {steps} steps")
+    return _good(f"{len(first)} parameters are the same on {len(ranks)} ranks after the last step")
+
+
+def judge_steps(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``ranks.steps``: the optimizers of all ranks have made the same number of updates."""
+    if (why := _unseen(seen)) is not None:
+        return why
+    ranks = seen.ranks
+    for what, counts in (
+        ("in the watched steps", [one.updates for one in ranks]),
+        ("by the count of its optimizer", [one.counted for one in ranks]),
+    ):
+        known = [count for count in counts if count is not None]
+        if len(set(known)) > 1:
+            said = ", ".join(f"rank {one.rank} {count}" for one, count in zip(ranks, counts, strict=True))
+            return _fault(f"ranks have not made the same number of updates {what}: {said}")
+    if not any(one.updates for one in ranks):
+        return _unknown("no optimizer that holds the model's parameters stepped on any rank in what was watched")
+    counted = "" if ranks[0].counted is None else f", {ranks[0].counted} since the training began"
+    return _good(f"{ranks[0].updates} updates on each of {len(ranks)} ranks{counted}")
+
+
+def judge_gradients(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``ranks.gradients``: what the optimizers were given is the mean of the ranks' own gradients, but for one
+    factor that clipping or a gradient scaler has multiplied all of them with."""
+    if (why := _unseen(seen, tensors=True)) is not None:
+        return why
+    ranks, names = len(seen.ranks), list(seen.ranks[0].gradients)
+    if idle := [str(one.rank) for one in seen.ranks if not one.gradients]:
+        return _unknown(f"no update of rank {', '.join(idle)} was seen, so neither were the gradients that it is given")
+    if any(list(one.gradients) != names for one in seen.ranks):
+        return _fault("the ranks do not update the same parameters")
+    of = {name: [one.gradients[name] for one in seen.ranks] for name in names}
+    reached = {name: every for name, every in of.items() if any(one.size for one in every)}
+    if not reached:
+        return _unknown("no gradient was seen before it was exchanged")
+    infinite = [name for name, every in reached.items() if not all(math.isfinite(one.size) for one in every)]
+    if infinite:
+        return _fault(f"{len(infinite)} of {len(reached)} parameters have no finite gradient: {name_some(infinite)}")
+    factor = _factor([(_mean(every), found) for every in reached.values() for found in _exchanged(every)])
+    wrong = [name for name, every in reached.items() if not _fits(every, factor)]
+    if wrong and _is_unexchanged(reached):
+        return _fault(
+            f"{len(reached)} of {len(names)} parameters keep each rank's own gradient, which was not exchanged: "
+            f"{name_some(reached)}"
+        )
+    if wrong:
+        return _fault(f"not the mean over {ranks} ranks: {len(wrong)} of {len(reached)} parameters, {name_some(wrong)}")
+    rounding = max(map(_tolerance, reached.values()))
+    if factor > 1 + rounding:
+        return _fault(
+            f"the sum of the ranks' gradients was divided by {ranks / factor:.3g} and not by their number, {ranks}"
+        )
+    if late := [name for name in names if name not in reached and any(one.exchanged for one in of[name])]:
+        return _unknown(
+            f"{len(late)} of {len(names)} parameters have a gradient that was not seen before it was exchanged: "
+            f"{name_some(late)}"
+        )
+    zero = f"; {len(names) - len(reached)} had a gradient of zero" if len(reached) < len(names) else ""
+    scaled = f" times {factor:.3g}, as clipping or a scaler does" if factor < 1 - rounding else ""
+    return _good(f"the mean over {ranks} ranks{scaled}, of {len(reached)} parameters{zero}")
+
+
+def _unseen(seen: Observation, *, tensors: bool = False) -> PathObservation | None:
+    """Why there is nothing to compare."""
+    if not seen.ranks:
+        return PathObservation(observed=None, present=False, reason="one process trains: no process group has others")
+    if problems := [f"rank {one.rank}: {one.problem}" for one in seen.ranks if one.problem]:
+        return _unknown("; ".join(problems))
+    if tensors and any(one.flat for one in seen.ranks):
+        return _unknown(
+            "FSDP1 and DeepSpeed's ZeRO-3 keep parameters in parts that no rank can compare: shard with fully_shard "
+            "(FSDP2), or check a run with DDP"
+        )
+    return None
+
+
+def _differing(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    return [name for name in dict.fromkeys((*first, *other)) if first.get(name) != other.get(name)]
+
+
+def _mean(every: Sequence[Gradient]) -> float:
+    return sum(one.own for one in every) / len(every)
+
+
+def _exchanged(every: Sequence[Gradient]) -> list[float]:
+    """What came of the exchange, as each rank has it; the parts of a sharded one are one whole."""
+    if every[0].sharded:
+        return [sum(one.exchanged for one in every)]
+    return [one.exchanged for one in every]
+
+
+def _factor(pairs: Sequence[tuple[float, float]]) -> float:
+    """What the first of each pair was multiplied with, by least squares; 0 where nothing fits."""
+    below = sum(before**2 for before, _ in pairs)
+    return sum(before * after for before, after in pairs) / below if below else 0.0
+
+
+def _fits(every: Sequence[Gradient], factor: float) -> bool:
+    """Whether every rank's is the mean of their own times the factor; what is no number is nothing of the kind."""
+    size = math.sqrt(sum(one.size**2 for one in every) / len(every))
+    expected, most = factor * _mean(every), factor * _tolerance(every) * size
+    return factor > 0 and all(abs(found - expected) <= most for found in _exchanged(every))
+
+
+def _tolerance(every: Sequence[Gradient]) -> float:
+    return ROUNDED if any(one.coarse for one in every) else EXACT
+
+
+def _is_unexchanged(reached: Mapping[str, Sequence[Gradient]]) -> bool:
+    """Whether each rank's optimizer was given what that rank had made, times a factor of its own."""
+    for rank in range(len(next(iter(reached.values())))):
+        own = [every[rank] for every in reached.values()]
+        factor = _factor([(one.own, one.exchanged) for one in own])
+        if any(
+            one.sharded or abs(one.exchanged - factor * one.own) > factor * _tolerance([one]) * one.size for one in own
+        ):
+            return False
+    return True
+
+
+def _fault(reason: str) -> PathObservation:
+    return PathObservation(observed=False, reason=reason)
+
+
+def _good(reason: str) -> PathObservation:
+    return PathObservation(observed=True, reason=reason)
+
+
+def _unknown(reason: str) -> PathObservation:
+    return PathObservation(observed=None, status="unknown", reason=reason)
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    path: JudgedPath(requirement=FLAG, judge=judge, by_modules=False, on_request=True)
+    for path, judge in (
+        ("ranks.base", judge_base),
+        ("ranks.adapters", judge_adapters),
+        ("ranks.gradients", judge_gradients),
+        ("ranks.steps", judge_steps),
+    )
+}

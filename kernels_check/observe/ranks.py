@@ -1,0 +1,269 @@
+"""What one rank shows of a watched step, and what all of them show: the evidence of ``ranks.*`` under ``watch``.
+
+A gradient before and after its exchange may be gigabytes, so both are compared by their product with a random vector of
+signs, the same on every rank: what is linear in gradients (a sum, a mean) is linear in these numbers, and a wrong
+divisor or a missing exchange cannot hide in them.
+
+The ranks exchange their evidence when a watched step has ended, which is a collective: every rank has to watch the same
+step with the same requirements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from kernels_check.observe.hooks import HookGuard
+from kernels_check.observe.modules import Fingerprinter, plain_parts
+
+if TYPE_CHECKING:
+    from kernels_check.observe.observation import Observation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradient:
+    """The gradient of one trained parameter in one step, as one rank has it."""
+
+    own: float
+    """Its product with the vector of signs before the exchange."""
+    exchanged: float
+    """The same at the update; of a shard the part that lies here."""
+    sharded: bool
+    size: float
+    """The norm of the rank's own gradient."""
+    coarse: bool
+    """Whether it is of 16 bits, so that a mean of it is rounded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankEvidence:
+    """What one rank found in a watched step; every field is a JSON value."""
+
+    rank: int
+    problem: str | None = None
+    """Why it could not look."""
+    flat: bool = False
+    """Whether its parameters lie in parts of which no name is known, so that only updates are counted."""
+    undecided: bool = False
+    """Whether its watch waits for a further step."""
+    updates: int = 0
+    """By optimizers that hold parameters of the model, over the watched steps."""
+    counted: int | None = None
+    """Updates since the training began, by the optimizer's own count; None where it keeps none."""
+    base: Mapping[str, str] = field(default_factory=dict)
+    """A fingerprint of each part of the base that lies whole on this rank, scales of quantised weights included."""
+    shards: int = 0
+    """Parts of the base that are sharded."""
+    adapter: Mapping[str, str] = field(default_factory=dict)
+    """A fingerprint of each trained parameter after the step."""
+    gradients: Mapping[str, Gradient] = field(default_factory=dict)
+
+
+class RankObserver:
+    """Observes what a step of this rank gives its optimizer.
+
+    Args:
+        model: that is trained; held weakly.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._reference = weakref.ref(model)
+        self._hooks = ExitStack()
+        self._guard = HookGuard()
+        self._products: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._exchanged: dict[str, Gradient] = {}
+        self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def begin(self) -> None:
+        """A step begins: hook the trained parameters, and the optimizers.
+
+        The parameters of a model that FSDP2 has sharded are others in a forward, so they are hooked when a module is
+        called.
+        """
+        model = self._model
+        self._products, self._squares, self._exchanged, self._guard = {}, {}, {}, HookGuard()
+        with ExitStack() as hooks:
+            hooks.push(register_optimizer_step_pre_hook(self._guard(self._before_update)))
+            trained = trained_parameters(model)
+            for name, parameter in trained.items():
+                if not is_sharded(parameter):
+                    hooks.push(parameter.register_hook(self._arrival(name)))
+            if any(map(is_sharded, trained.values())):
+                self._hook_modules(model, hooks)
+            self._hooks = hooks.pop_all()
+
+    def end(self) -> None:
+        """It has ended: remove every hook."""
+        self._hooks.close()
+
+    def exchange(self, seen: Observation | None, problem: str | None, *, undecided: bool) -> tuple[RankEvidence, ...]:
+        """What every rank shows, in their order; none where one process trains.
+
+        Args:
+            seen: of this rank's step.
+            problem: why there is none.
+            undecided: whether this rank waits for a further step.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return ()
+        rank, problem = distributed.get_rank(), problem or self._guard.fault
+        if any(gathered(problem)):
+            own = RankEvidence(rank=rank, problem=problem, undecided=undecided)
+        else:
+            try:
+                own = self._evidence(rank, seen, undecided=undecided)
+            except Exception as error:
+                own = RankEvidence(rank=rank, problem=f"{type(error).__name__}: {error}", undecided=undecided)
+        return tuple(gathered(own))
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._reference()
+        if model is None:
+            raise RuntimeError("the model no longer exists")
+        return model
+
+    def _evidence(self, rank: int, seen: Observation | None, *, undecided: bool) -> RankEvidence:
+        model = self._model
+        if seen is None:
+            raise RuntimeError("nothing of the step was seen")
+        updates, counted = seen.optimizer_steps, counted_updates(self._optimizers)
+        if any(map(_is_flat, model.parameters())):
+            return RankEvidence(rank=rank, undecided=undecided, updates=updates, counted=counted, flat=True)
+        parts = {name: part for name, part in seen.after.parts.items() if part.kind != "cache"}
+        shards = [
+            name
+            for name, part in parts.items()
+            if part.owner in seen.after.sharded and part.kind in ("parameter", "merged")
+        ]
+        return RankEvidence(
+            base={name: part.fingerprint for name, part in parts.items() if name not in shards},
+            shards=len(shards),
+            adapter=fingerprints(model),
+            gradients=self._exchanged,
+            rank=rank,
+            undecided=undecided,
+            updates=updates,
+            counted=counted,
+        )
+
+    def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Global optimizer hook: gradients have been exchanged."""
+        held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+        for name, parameter in trained_parameters(self._model).items():
+            if id(parameter) in held:
+                self._optimizers.add(optimizer)
+                if name not in self._exchanged:
+                    self._exchanged[name] = self._gradient(name, parameter)
+
+    def _arrival(self, name: str) -> Callable[[Tensor], None]:
+        """A hook that sees a gradient before anything is added to it or exchanged."""
+
+        def arrive(gradient: Tensor) -> None:
+            exact = gradient.detach().double()
+            product = (exact * _signs(name, tuple(gradient.shape), gradient.device)).sum()
+            self._products[name] = self._products.get(name, 0.0) + product
+            self._squares[name] = self._squares.get(name, 0.0) + exact.square().sum()
+
+        return self._guard(arrive)
+
+    def _hook_modules(self, model: nn.Module, hooks: ExitStack) -> None:
+        hooked: dict[int, Tensor] = {}
+        names = dict(model.named_modules())
+
+        def look(prefix: str, module: nn.Module) -> None:
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad and id(parameter) not in hooked and not is_sharded(parameter):
+                    hooked[id(parameter)] = parameter
+                    self._hooks.push(parameter.register_hook(self._arrival(f"{prefix}.{key}".removeprefix("."))))
+
+        holders = {
+            holder
+            for name, module in names.items()
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            for holder in (name, name.rpartition(".")[0])  # a layer may use the weight of an inner module itself
+        }
+        for holder in holders:
+            called = self._guard(lambda module, _, prefix=holder: look(prefix, module))
+            hooks.push(names[holder].register_forward_pre_hook(called))
+
+    def _gradient(self, name: str, parameter: Any) -> Gradient:
+        gradient, product = parameter.grad, 0.0
+        if gradient is not None:
+            signs = _signs(name, tuple(gradient.shape), gradient.device)
+            if is_sharded(parameter):
+                signs = _shard_of(gradient, signs)
+                gradient = gradient._local_tensor
+            product = float((gradient.detach().double() * signs).sum())
+        return Gradient(
+            own=float(self._products.get(name, 0.0)),
+            exchanged=product,
+            sharded=is_sharded(parameter),
+            size=float(self._squares.get(name, 0.0)) ** 0.5,
+            coarse=parameter.dtype not in (torch.float32, torch.float64),
+        )
+
+
+def gathered(data: Any) -> list[Any]:
+    """What every rank gives, in their order; a collective."""
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, data)
+    return found
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """A fingerprint of each trained parameter; of a sharded one of its whole, which is a collective."""
+    take = Fingerprinter()
+    with torch.no_grad():
+        whole = {
+            name: parameter.full_tensor() if is_sharded(parameter) else parameter.detach()  # type: ignore[attr-defined]
+            for name, parameter in trained_parameters(model).items()
+        }
+        return {name: " ".join(take(part) for _, part in plain_parts(value)) for name, value in whole.items()}
+
+
+def counted_updates(optimizers: Any) -> int | None:
+    """The most updates that the state of any parameter counts; None where the optimizers keep no count."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values() if "step" in state]
+    return max((int(state["step"]) for state in states), default=None)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank holds a part."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def _is_flat(parameter: Any) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "_is_flat_param")
+
+
+def _signs(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The vector of signs of a parameter, the same on every rank; float64."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1).to(device, torch.float64)
+
+
+def _shard_of(gradient: Any, signs: Any) -> Any:
+    """The part of `signs` that belongs to what lies here of a sharded tensor. Raises ValueError for several meshes."""
+    mesh, placement = gradient.device_mesh, gradient.placements[0]
+    if mesh.ndim != 1:
+        raise ValueError("gradients of a mesh with several dimensions are not compared")
+    if not placement.is_shard():
+        return signs.div(mesh.size())
+    chunks, place = signs.chunk(mesh.size(), dim=placement.dim), mesh.get_local_rank()
+    return chunks[place] if place < len(chunks) else signs.narrow(placement.dim, 0, 0)
