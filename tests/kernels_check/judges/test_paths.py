@@ -15,13 +15,14 @@ from kernels_check.judges import (
     learning,
     loss,
     optimizer,
+    ranks,
     trained,
 )
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
 JUDGES = (
     *(attention, batch, loss, base_layers, base_products, attached),
-    *(learning, adapter, trained, optimizer, execution, fused),
+    *(learning, adapter, trained, optimizer, execution, fused, ranks),
 )
 
 
