@@ -79,9 +79,9 @@ def test_the_first_screen_has_the_verdicts_and_the_ratios(page):
 
 
 def test_the_contents_name_every_section(page):
-    """Each heading is linked from the contents, but for the picture above them."""
+    """Each heading is linked from the contents."""
     linked = {link.get_attribute("href")[1:] for link in page.locator("nav a").all()}
-    assert {head.get_attribute("id") for head in page.locator("h2").all()} == linked | {"figure-1"}
+    assert {head.get_attribute("id") for head in page.locator("h2").all()} == linked
 
 
 def test_it_is_complete_without_scripts(browser, file):

@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from lorameter.stats import Comparison
 
 
+Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
+"""What a piece of text is to its reader; `odd` is neither good nor bad, a `command` is there to be typed."""
+
+_TONES: Mapping[str, Tone] = {
+    "regressed": "bad",
+    "improved": "good",
+    "equivalent": "note",
+    "inconclusive": "warning",
+    "invalid": "alarm",
+    "supported": "good",
+    "refuted": "bad",
+    "good": "good",
+    "note": "note",
+    "bad": "warning",
+    "unfit": "alarm",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
     """What a direction of a picture measures."""
@@ -51,30 +69,22 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A place at which the values of a curve change, with its size and what changed."""
+
+    at: float
+    text: str
+    tone: Tone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
     """Curves over one axis."""
 
     across: Axis
     up: Axis
     curves: tuple[Curve, ...]
-
-
-Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
-"""What a piece of text is to its reader; `odd` is neither good nor bad, a `command` is there to be typed."""
-
-_TONES: Mapping[str, Tone] = {
-    "regressed": "bad",
-    "improved": "good",
-    "equivalent": "note",
-    "inconclusive": "warning",
-    "invalid": "alarm",
-    "supported": "good",
-    "refuted": "bad",
-    "good": "good",
-    "note": "note",
-    "bad": "warning",
-    "unfit": "alarm",
-}
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +230,8 @@ class ChartGroup:
     title: str
     charts: tuple[Curves, ...]
     notes: tuple[Line, ...] = ()
+    on_page: bool = True
+    """Whether a page shows them; it has a figure of its own for some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

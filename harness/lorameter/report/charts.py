@@ -136,7 +136,7 @@ def _losses(study: Study, groups: Groups) -> Iterator[ChartGroup]:
         more = len(curves) - len(charts)
         notes = (say(f"and {more} more; --variant shows one"),) if more else ()
         title = "loss by step, median of the replicates"
-        yield ChartGroup(title=title, charts=tuple(_on_one_scale(title, charts)), notes=notes)
+        yield ChartGroup(title=title, charts=tuple(_on_one_scale(title, charts)), notes=notes, on_page=False)
 
 
 def losses_by_step(series: Series) -> list[tuple[float, ...]]:

@@ -66,7 +66,7 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     groups = group_trials(run.records)
     shown = {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
-    found = [_ratios(table) for table in view.tables]
+    found = [_ratios(table) for table in (*view.tables, *view.outcomes)]
     if "train" in whole:
         found += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_another_loss(run))]
         found += [_samples([record for record in run.records if record.name in shown])]
@@ -96,9 +96,10 @@ def _ratios(table: PhaseTable) -> Figure | None:
         for name, one in found
         if one.ratio is not None
     )
-    axis = Axis(title=f"{title_of_ratio(table.metric)} × {reference}; right of 1 is worse", line_at=1.0)
+    about = f"{title_of_ratio(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
+    axis = Axis(title="right of 1 is worse", line_at=1.0)
     return Figure(
-        title=f"{table.title}: ratios to {reference}",
+        title=about[:1].upper() + about[1:],
         says="A dot is the ratio of a variant to the reference, the line through it its interval.",
         drawing=Intervals(axis=axis, marks=marks),
         table=_of_marks("variant", axis, marks),

@@ -13,6 +13,7 @@ from lorameter.report.blocks import (
     Axis,
     Block,
     Cell,
+    Change,
     ColumnHeader,
     Curve,
     Curves,
@@ -182,15 +183,18 @@ def write_time(moment: Moment) -> str:
 
 
 def _differences(differing: Sequence[Difference]) -> str:
+    return first_few(_list_differences(differing), SHOWN)
+
+
+def _list_differences(differing: Sequence[Difference]) -> list[str]:
     """What differs, commits first and as a range."""
     commits = {one.field: one for one in differing}.pop("git.commit", None)
     said = [f"commits {str(commits.base)[:10]}..{str(commits.candidate)[:10]}"] if commits else []
-    said += [
+    return said + [
         f"{one.field.removeprefix('libraries.')} {one.base} → {one.candidate}"
         for one in differing
         if one.field != "git.commit"
     ]
-    return first_few(said, SHOWN)
 
 
 def _versions(moment: Moment) -> str:
@@ -250,10 +254,27 @@ def _figure_of(track: Track) -> Figure:
         says=f"A curve for each fingerprint, from {write_time(first)} on, with the interval of each run; where another "
         "begins, machine or software changed, and the two are not compared. What does not count is in the table only.",
         drawing=Curves(
-            across=Axis(title="days since the first run"), up=Axis(title=title, unit=unit_of(track)), curves=curves
+            across=Axis(title="days since the first run"),
+            up=Axis(title=title, unit=unit_of(track)),
+            curves=curves,
+            changes=tuple(_changes(track, first)),
         ),
         table=table_of_runs(track),
     )
+
+
+def _changes(track: Track, first: Moment) -> Iterator[Change]:
+    """Suspected changes with their size and commit, and known breaks with what differs."""
+    for line in track.lines:
+        for one in line.suspicions:
+            yield Change(
+                at=(one.after.created_unix_s - first.created_unix_s) / _DAY_S,
+                text=f"{100 * (one.ratio - 1):+.1f} % at {_commit(one.after)}",
+                tone="bad" if one.ratio > 1 else "good",
+            )
+    for known in track.breaks:
+        at = (known.after.created_unix_s - first.created_unix_s) / _DAY_S
+        yield Change(at=at, text=first_few(_list_differences(known.differing), 1), tone="odd")
 
 
 def _curve_name(line: HistorySeries) -> str:

@@ -7,6 +7,7 @@ then everything else, as far as there is room. What is equal for all variants is
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 from lorameter.records.metrics import METRICS, PHASE_TITLES
@@ -29,6 +30,7 @@ from lorameter.report.blocks import (
     say,
     say_each,
     say_invalid,
+    tone_of,
     write_ratio,
 )
 from lorameter.report.notices import describe_notices
@@ -60,7 +62,7 @@ _LABELS = {
 AFTER_THROUGHPUT = 6
 """The place of a phase's second further metric: on a narrow terminal the picture of the ratio goes before peak memory
 and tokens a second do."""
-MOST_NAMED = 6
+MOST_NAMED = 5
 """Variants that are named of one kind; the table has them all."""
 ALL_ACTIVE = " active"
 """Ends what is said of checks that are all as required."""
@@ -113,15 +115,23 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
     """The verdicts of a table in a line: which variants differ and by how much, which are equivalent, and which are
     inconclusive or invalid."""
     found = [(row, row.ratio) for row in table.rows if row.ratio is not None]
-    groups = {
-        "": [f"{row.name} {format_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)],
-        "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
-        "inconclusive: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
-        "invalid: ": [row.name for row, ratio in found if ratio.verdict == "invalid"],
-    }
-    parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
-    if parts:
-        yield say(Span(text="; ".join(parts), tone="strong"), label=_label(table))
+    differing = [(row.name, ratio) for row, ratio in found if is_difference(ratio)]
+    if len(differing) > MOST_NAMED:
+        differing.sort(key=lambda one: -abs(math.log(one[1].ratio or 1.0)))
+    spans: list[Span] = []
+    for name, ratio in differing[:MOST_NAMED]:
+        effect, _, interval = format_effect(ratio, table.metric).partition(" [")
+        spans += [Span(text=", " if spans else ""), Span(text=name, tone="strong")]
+        spans += [Span(text=f" {effect}", tone=tone_of(ratio.verdict))]
+        spans += [Span(text=f" [{interval}", tone="faint")] if interval else []
+    if len(differing) > MOST_NAMED:
+        spans.append(Span(text=f" and {len(differing) - MOST_NAMED} more"))
+    for verdict in ("equivalent", "inconclusive", "invalid"):
+        if names := [row.name for row, ratio in found if ratio.verdict == verdict]:
+            spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=tone_of(verdict))]
+            spans.append(Span(text=first_few(names, MOST_NAMED)))
+    if spans:
+        yield say(*spans, label=_label(table))
 
 
 def _paths(view: RunView) -> Iterator[Line]:

@@ -36,9 +36,8 @@ from lorameter.report.blocks import (
     value_cell,
     write_row,
 )
-from lorameter.report.figure import Figure
-from lorameter.report.html.charts import draw, draw_chart, draw_ratio
-from lorameter.report.html.svg import number_series, series_class
+from lorameter.report.figure import Figure, Intervals
+from lorameter.report.html.charts import draw, draw_chart, draw_ratio, number_series, series_class
 from lorameter.report.plots import scale_of
 
 _BLOCKS = {
@@ -68,7 +67,8 @@ def write_html(
     style, script = _file("style.css"), _file("script.js")
     return _environment().get_template("page").render(
         title=title, invalid=invalid, head=head, document=rest, figures=figures, again=again,
-        series={escape_control_chars(name) for name in series},
+        top=sum(isinstance(figure.drawing, Intervals) for figure in figures) or len(figures[:1]),
+        series={escape_control_chars(name): series_class(number) for name, number in series.items()},
         names=[(escape_control_chars(name), series_class(number)) for name, number in series.items()],
         pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
         bounds=lambda table: [scale_of(row.cells[place] for row in table.rows) if head.ratio else None
