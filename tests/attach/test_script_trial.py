@@ -29,7 +29,6 @@ from lorameter.run.workers import TrialFiles
 from lorameter.run.workers.script import TOKENS
 from lorameter.studies.script_study import study_of_command
 
-LARGE_BYTES = 64 << 20
 URL = "https://me:hf_abc@example.org/data?token=xyz"
 
 
@@ -100,27 +99,6 @@ def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent
     verified = asked.ask("verify")
     assert replies == [ObserverReply(), ObserverReply(watch={"base.bits": 4})]
     assert (verified.status, verified.failure.kind) == ("invalid", "RequiredPathNotSeen")
-    asked.join()
-
-
-def test_an_evaluation_is_not_in_the_peak_of_training(parent):
-    """What it takes is in a peak of its own, though steps follow."""
-
-    def script():
-        trial = ScriptTrial()
-        trial.begin(training(planned_steps=1000))
-        trial.phase("evaluate")
-        assert len(b"x" * LARGE_BYTES) == LARGE_BYTES
-        trial.phase("train")
-        for number in range(1, 1001):
-            trial.step(reading(number))
-
-    asked = parent(script)
-    asked.ask("build")
-    asked.ask("turn", steps=2)
-    peaks = asked.ask("finish_training").memory
-    assert peaks.keys() == {"host_peak_train_bytes", "host_peak_evaluate_bytes"}
-    assert peaks["host_peak_evaluate_bytes"] >= peaks["host_peak_train_bytes"] + LARGE_BYTES // 2
     asked.join()
 
 

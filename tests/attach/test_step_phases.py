@@ -53,18 +53,6 @@ def test_each_moment_is_that_of_the_innermost_part(parts, clock, events, found):
     assert sum_parts(parts.borders) == found
 
 
-def test_what_is_left_out_is_in_no_part(parts, clock):
-    """Neither in the part under way, nor in that around it, nor in one that begins afterwards."""
-    play(parts, clock, "+optimizer", "+forward")
-    clock[0] += 5.0
-    parts.leave_out(5.0)
-    play(parts, clock, "-forward", "-optimizer")
-    clock[0] += 5.0
-    parts.leave_out(5.0)
-    play(parts, clock, "+backward", "-backward")
-    assert sum_parts(parts.borders) == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
-
-
 class Event:
     """In place of a GPU's: it stamps a clock of its own, which runs at half the host's pace."""
 

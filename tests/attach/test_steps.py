@@ -1,6 +1,5 @@
 """A training told step by step: what looks on at one, and what it costs the process."""
 
-import time
 
 import pytest
 import torch
@@ -46,41 +45,6 @@ def test_the_step_that_was_asked_for_is_judged(model, listener_class):
     assert (mode.status, mode.observed) == ("active", "train")
 
 
-class Stamp:
-    """In place of a GPU's event: it stamps the host's clock."""
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, later):
-        return (later.at - self.at) * 1e3
-
-
-def test_a_card_is_waited_for_once_a_step(model, listener, clock, monkeypatch):
-    """At its end, and the step is as long as the device takes; no border of a part waits. The GPU is pretended."""
-    waits = []
-
-    def synchronize(device):
-        waits.append((device.type, len(listener.readings)))
-        clock.wait(2.0)
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Stamp())
-    training = training_of(model)
-    steps = Steps(listener, training, torch.device("cuda"), ErrorGuard())
-    steps.begin()
-    for _ in range(3):
-        for part in ("data", "forward", "backward", "optimizer"):
-            with steps.during[part]:
-                clock.wait(0.1)
-        steps.loss(torch.ones(()))
-        steps.end_step()
-    assert waits == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
-    for one in listener.readings:
-        assert one.step_time_s == pytest.approx(2.4, abs=0.1)
-        assert one.forward_time_s == pytest.approx(0.1, abs=0.01)
-
-
 class Patient:
     """A follower that has time, and keeps when it was told of what."""
 
@@ -116,23 +80,3 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     assert told == 3
     assert "ZeroDivisionError" in str(error)
     assert "has stopped" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("how", ["failed", "ended"])
-def test_what_a_training_goes_on_to_do_is_kept_by_nobody(model, listener, how, capfd):
-    """Nothing is told of it, and nothing of it stays in memory, however long it takes."""
-    training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
-    steps.begin()
-    if how == "failed":
-        steps.run(lambda: 1 / 0)
-    else:
-        steps.end(None)
-    for _ in range(3):
-        steps.batch({"input_ids": torch.ones(1, 2, dtype=torch.int64)})
-        with steps.during["forward"]:
-            pass
-        steps.loss(1.0)
-        steps.end_step()
-    assert listener.readings == []
-    assert (steps._noted, steps._batches, steps._losses, steps._parts.borders) == ([], [], [], [])

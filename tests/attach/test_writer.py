@@ -198,41 +198,12 @@ def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
     assert any("while training" in note and "evaluating" in note for note in run.manifest.study["notes"])
 
 
-def test_a_process_that_is_killed_leaves_the_steps_that_it_was_told_of(write):
-    """Its record says that it was under way, and has the samples that it would have had at its end."""
-    told = steps(15)
-    told[11] = dataclasses.replace(told[11], forward_time_s=None, loss=float("nan"))
-    run, writer, _ = write(told, end=False)
-    (killed,) = run.records
-    assert (run.state, killed.status, killed.failure.kind) == ("running", "interrupted", "UnderWay")
-    writer.end(None)
-    (ended,) = store.read_run(str(run.path), run.path.parent).records
-    assert "forward_time_s" not in killed.samples
-    assert str(sorted(killed.samples.items())) == str(sorted(ended.samples.items()))
-    assert (killed.turn_lengths, len(killed.turn_lengths)) == (ended.turn_lengths, 7)
-    assert killed.values.items() <= ended.values.items()
-    assert sorted(path.name for path in run.path.iterdir() if path.is_file() and path.suffix == ".jsonl") == [
-        "checks.jsonl", "trials.jsonl",
-    ]  # fmt: skip
-
-
 def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
     """The directory of the run is claimed by the first."""
     run, _, _ = write(steps(12))
     monkeypatch.setenv(RUN, str(run.path))
     with pytest.raises(Exception, match="another process of this command is followed"):
         Writer(require={}).begin(training())
-
-
-def test_a_training_after_the_first_one_is_noted_as_well(write):
-    """The record of the first has been written by then; its report is printed when the command has ended."""
-    run, writer, _ = write(steps(12))
-    writer.begin(training(source="trainer"))
-    again = store.read_run(str(run.path), run.path.parent)
-    (record,) = again.records
-    assert (again.state, record.status) == ("complete", "ok")
-    assert [notice.code for notice in record.notices] == ["second-training"]
-    assert record.samples == run.records[0].samples
 
 
 def test_a_command_that_no_study_could_hold_is_followed(tmp_path, monkeypatch):

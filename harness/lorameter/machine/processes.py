@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 PARENT = "LORAMETER_PARENT"
@@ -35,6 +36,25 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def fork_process(run: Callable[[], object]) -> int:
+    """Fork a process that calls `run` and ends with this one at the latest, without handlers that were registered for
+    the end of this process. Returns its number. Raises OSError where the system refuses."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        end_with_parent(parent)
+        run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def leave(code: int) -> NoReturn:

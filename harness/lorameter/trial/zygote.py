@@ -19,17 +19,16 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lorameter import wire
 from lorameter.errors import InvalidRunError
 from lorameter.machine.nvml import compute_capability
-from lorameter.machine.processes import end_with_parent, kill_group, outlive_parent
+from lorameter.machine.processes import fork_process, kill_group, outlive_parent
 from lorameter.machine.provenance import harness_identity
 from lorameter.models.families import FAMILIES
 from lorameter.records.worker_info import WorkerInfo
@@ -167,13 +166,10 @@ def other_threads() -> list[str]:
 
 
 def _fork(descriptor: int, control: Connection, children: set[int]) -> wire.Answer | wire.Refused:
-    parent = os.getpid()
     try:
         if refusal := _cannot_fork():
             return wire.Refused(refusal)
-        pid = os.fork()
-        if pid == 0:
-            _child(descriptor, control, parent)
+        pid = fork_process(lambda: _host_trials(descriptor, control))
     except OSError as error:
         return wire.Refused(f"the zygote cannot fork: {error.strerror}; free memory or processes")
     finally:
@@ -182,23 +178,14 @@ def _fork(descriptor: int, control: Connection, children: set[int]) -> wire.Answ
     return wire.answer_with(pid)
 
 
-def _child(descriptor: int, control: Connection, parent: int) -> NoReturn:
-    code = 1
-    try:
-        control.close()
-        end_with_parent(parent)
-        os.setsid()
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it stays ignored where it is
-            # As an exception it would close the connection first, and the parent would take its own kill for the end.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with Connection(descriptor) as connection:
-            serve(connection)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)  # no handler that the zygote's imports registered may run here
+def _host_trials(descriptor: int, control: Connection) -> None:
+    control.close()
+    os.setsid()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it stays ignored where it is
+        # As an exception it would close the connection first, and the parent would take its own kill for the end.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with Connection(descriptor) as connection:
+        serve(connection)
 
 
 def _cannot_fork() -> str | None:

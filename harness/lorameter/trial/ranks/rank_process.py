@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import Any
 
 from lorameter import wire
-from lorameter.machine.processes import end_with_parent
+from lorameter.machine.processes import fork_process
 from lorameter.records.failures import failed_record
 from lorameter.records.record import PartialRecord
 
@@ -31,39 +29,25 @@ class RankProcess:
         self._greeted = False
         self.code: int | None = None
         """Its exit status, once it has ended and been reaped."""
-        parent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._become(theirs, make, strangers, parent)
+        self.pid = fork_process(lambda: self._serve(theirs, make, strangers))
         theirs.close()
 
-    def _become(
-        self, connection: Connection, make: Callable[[], Any], strangers: list[RankProcess], parent: int
-    ) -> NoReturn:
-        code = 1
-        try:
-            self._connection.close()
-            for other in strangers:
-                other._connection.close()
-            end_with_parent(parent)
-            made: list[Any] = []
+    def _serve(self, connection: Connection, make: Callable[[], Any], strangers: list[RankProcess]) -> None:
+        self._connection.close()
+        for other in strangers:
+            other._connection.close()
+        made: list[Any] = []
 
-            def answer(command: wire.Command) -> PartialRecord:
-                try:
-                    if not made:
-                        made.append(make())
-                    return made[0].run(command.name, **command.arguments)  # type: ignore[no-any-return]
-                except Exception as error:
-                    return failed_record(error, command.name)
+        def answer(command: wire.Command) -> PartialRecord:
+            try:
+                if not made:
+                    made.append(make())
+                return made[0].run(command.name, **command.arguments)  # type: ignore[no-any-return]
+            except Exception as error:
+                return failed_record(error, command.name)
 
-            with connection:
-                wire.serve(connection, answer)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
+        with connection:
+            wire.serve(connection, answer)
 
     def fileno(self) -> int:
         """Of its connection, for `selectors`."""
