@@ -68,21 +68,6 @@ def test_accumulated_batches_are_one_step(listener, parts):
 
 
 @pytest.mark.usefixtures("unattached")
-def test_what_lies_between_two_blocks_is_in_no_step(listener, parts, clock):
-    """A step that is a block holds what is in the block, and has the tokens of the batch that it is given."""
-    model, optimizer, batches = parts
-    with meter_of(listener, model) as meter:
-        for batch in batches[:3]:
-            clock.wait(100.0)
-            with meter.step(batch):
-                model(**batch).loss.backward()
-                update(optimizer)
-    assert [one.padded_tokens for one in listener.readings] == [32, 32, 32]
-    assert max(one.step_time_s for one in listener.readings) < 100
-    assert all(one.data_time_s is None for one in listener.readings)
-
-
-@pytest.mark.usefixtures("unattached")
 def test_an_evaluation_is_a_phase(listener, parts, clock):
     """Its passes are no part of a step, and its time is in none."""
     model, optimizer, batches = parts
@@ -113,18 +98,6 @@ def test_an_error_of_the_loop_ends_the_following_with_it(listener, parts):
     (error,) = listener.ends
     assert str(error) == "mine"
     assert listener.readings == []
-
-
-@pytest.mark.usefixtures("unattached")
-def test_a_loss_of_ones_own_is_taken(listener, parts):
-    """In place of the model's."""
-    model, optimizer, batches = parts
-    with meter_of(listener, model) as meter:
-        for batch in meter.steps(batches[:2]):
-            model(**batch).loss.backward()
-            meter.loss(torch.tensor(7.0))
-            update(optimizer)
-    assert [one.loss for one in listener.readings] == [7.0, 7.0]
 
 
 @pytest.mark.usefixtures("unattached")

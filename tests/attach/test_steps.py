@@ -1,6 +1,5 @@
 """A training told step by step: what looks on at one, and what it costs the process."""
 
-
 import pytest
 import torch
 

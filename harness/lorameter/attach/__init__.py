@@ -9,7 +9,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "Meter":
-        from lorameter.attach.deferred_import import load
+        from lorameter.attach.meter import Meter
 
-        return load("lorameter.attach.meter").Meter
+        return Meter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

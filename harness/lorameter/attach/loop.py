@@ -1,5 +1,5 @@
-"""The steps of a loop: those that it names (`for batch in steps(loader)`, `with step()`), or what lies between two
-updates of an optimizer where the loop does not name them.
+"""The steps of a loop: those that it names (`for batch in steps(loader)`), else what lies between two updates of an
+optimizer.
 
 The hook of a process (`hook/sitecustomize.py`) calls `OptimizerSource` around the `step` of every optimizer. The
 training is known once the first update is done, so the first step is not seen. The optimizer that did it marks the
@@ -182,18 +182,20 @@ class LoopSource:
         self._hooks: ModelHooks | None = None
         self._handles: list[Any] = []
         self._begun = False
-        self._given_loss = False
 
     def steps(self, batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
         """The batches; `accumulation` of them are a step, and what is left over at the end is none."""
-        steps = self._begin(accumulation, counts=False)
-        if steps is None:
+        if not self._begun:  # the training begins with the first call
+            self._begun = True
+            self._steps = ErrorGuard().run(self._follow, accumulation)
+        steps, hooks = self._steps, self._hooks
+        if steps is None or hooks is None:
             yield from batches
             return
         iterator, taken = iter(batches), 0
         steps.restart()
         try:
-            self._look(True)
+            hooks.within = True
             while True:
                 with steps.during["data"]:
                     batch = next(iterator, _END)
@@ -205,36 +207,11 @@ class LoopSource:
                 yield batch  # type: ignore[misc]
                 taken = (taken + 1) % accumulation
                 if taken == 0:
-                    self._end_step(steps)
+                    steps.run(hooks.end_step)
+                    steps.end_step()
         finally:
-            self._look(False)
+            hooks.within = False
             steps.break_off()
-
-    @contextlib.contextmanager
-    def step(self, batch: Any) -> Iterator[None]:
-        """The block is a step; what lies between two of them is in none. A block that fails is no step."""
-        steps = self._begin(None, counts=batch is None)
-        if steps is None:
-            yield
-            return
-        steps.restart()
-        if batch is not None:
-            steps.batch(batch)
-        steps.open_step()
-        self._look(True)
-        try:
-            yield
-        except BaseException:
-            steps.break_off()
-            raise
-        finally:
-            self._look(False)
-        self._end_step(steps)
-
-    def _look(self, within: bool) -> None:
-        """What happens from here on is within a step, or not."""
-        if self._hooks is not None:
-            self._hooks.within = within
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -247,12 +224,6 @@ class LoopSource:
             if self._steps is not None:
                 self._steps.phase("train")
 
-    def loss(self, loss: Any) -> None:
-        """A part of the step's loss, in place of what the model shows of it."""
-        if self._steps is not None:
-            self._given_loss = True
-            self._steps.loss(loss)
-
     def end(self, error: BaseException | None) -> None:
         """The training has ended."""
         while self._handles:
@@ -262,19 +233,11 @@ class LoopSource:
         if self._steps is not None:
             self._steps.end(error)
 
-    def _begin(self, accumulation: int | None, *, counts: bool) -> Steps | None:
-        """The steps of this training, which begins with the first call; with `counts` the hooks count its batches."""
-        if self._begun:
-            return self._steps
-        self._begun = True
-        self._steps = ErrorGuard().run(self._follow, accumulation, counts)
-        return self._steps
-
-    def _follow(self, accumulation: int | None, counts: bool) -> Steps | None:
+    def _follow(self, accumulation: int) -> Steps | None:
         model = None if self._model is None else self._model()
         steps = follow(self, "loop", model, self._make, accumulation=accumulation, required=self._required)
         if steps is not None:
-            self._hooks = ModelHooks(steps, batches=counts)
+            self._hooks = ModelHooks(steps, batches=False)
             self._hooks.within = False
             self._see_updates(self._hooks, steps)
         return steps
@@ -296,12 +259,6 @@ class LoopSource:
             register_optimizer_step_pre_hook(hook_of(steps.during["optimizer"].begin)),
             register_optimizer_step_post_hook(hook_of(steps.during["optimizer"].end)),
         ]
-
-    def _end_step(self, steps: Steps) -> None:
-        if self._hooks is not None:
-            steps.run(self._hooks.end_step, not self._given_loss)
-        self._given_loss = False
-        steps.end_step()
 
 
 _END = object()

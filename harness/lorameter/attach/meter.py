@@ -265,10 +265,6 @@ class Meter(TrainerSource):
         """
         return self._loop.steps(batches, accumulation)
 
-    def step(self, batch: Any = None) -> AbstractContextManager[None]:
-        """The block is one step. Tokens are those of the batch, or of what a DataLoader of torch has loaded for it."""
-        return self._loop.step(batch)
-
     def evaluating(self) -> AbstractContextManager[None]:
         """The block evaluates: it is in no step's time, and its peak of memory is one of its own."""
         return self._loop.phase("evaluate")
@@ -276,10 +272,6 @@ class Meter(TrainerSource):
     def saving(self) -> AbstractContextManager[None]:
         """The block saves: as `evaluating`."""
         return self._loop.phase("save")
-
-    def loss(self, loss: Any) -> None:
-        """The loss of the step under way, or a part of it; what a model returns as `loss` is seen by itself."""
-        self._loop.loss(loss)
 
     def end(self, error: BaseException | None = None) -> None:
         """The training of a loop has ended; else it ends with the process."""

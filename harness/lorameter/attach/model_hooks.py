@@ -176,12 +176,12 @@ class ModelHooks:
         if self._looks() and isinstance(args[1], torch.Tensor) and args[1].numel() == 1:
             self._losses.append(args[1].detach())
 
-    def end_step(self, shows_loss: bool = True) -> None:
+    def end_step(self) -> None:
         """The step is about to end. Its loss is what the gradients were taken of, in the sum of its passes, before a
-        scaler multiplied it; `shows_loss`: whether the loss comes from here."""
+        scaler multiplied it."""
         losses = self._losses or self._roots
         self._losses, self._roots = [], []
-        for loss in losses if shows_loss else ():
+        for loss in losses:
             self._steps.loss(loss)
         for batch in self._loaders.end_step():
             self._steps.count(batch)

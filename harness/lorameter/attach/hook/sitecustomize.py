@@ -91,7 +91,7 @@ def ours(name: str) -> Any:
         os.environ.setdefault(variable, value)
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         sys.meta_path.insert(0, Own())
-    return importlib.import_module("lorameter.attach.deferred_import").load(name)
+    return importlib.import_module(name)
 
 
 @functools.lru_cache(maxsize=None)
