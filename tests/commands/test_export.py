@@ -143,13 +143,6 @@ def test_a_value_without_an_interval_says_that_there_are_too_few_replicates(call
     assert told == {("1 replicate", said)}
 
 
-def test_mllog_to_a_file(called, tmp_path):
-    """Its lines as they are."""
-    code, _, _ = called("--format", "mllog", "--output", "log.txt")
-    assert code == 0
-    assert (tmp_path / "log.txt").read_text().startswith(":::MLLOG ")
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -20,7 +20,7 @@ from lorameter.run.workers.local import LocalExecutor
 class FakeExecutor(LocalExecutor):
     """Its process answers at once, keeps what it is asked, and leaves no file."""
 
-    asked: ClassVar[list[str]] = []
+    asked: ClassVar[list[tuple[str, dict]]] = []
 
     def start(self, folder, threads):
         pass
@@ -41,7 +41,7 @@ class FakeExecutor(LocalExecutor):
         return TrialFiles(scratch=trial, log_path=log)
 
     def ask(self, command, trial, timeout_s, **arguments):
-        self.asked.append(command)
+        self.asked.append((command, arguments))
         return PartialRecord()
 
     def fetch(self, trial, name, folder):
@@ -57,11 +57,31 @@ def test_a_profile_of_a_step_asks_for_no_request(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FakeExecutor, "asked", [])
     assert main(["profile", "training-step", "--runs-dir", str(tmp_path)]) == 4  # its process left nothing to be read
     assert "cannot be read" in capsys.readouterr().err
-    assert {"profile", "memory_breakdown", "activity", "peak"} <= set(FakeExecutor.asked)
-    assert not [command for command in FakeExecutor.asked if "generate" in command or "request" in command]
+    asked = {command for command, _ in FakeExecutor.asked}
+    assert {"profile", "memory_breakdown", "activity", "peak"} <= asked
+    assert not [command for command in asked if "generate" in command or "request" in command]
 
 
-@pytest.mark.xfail(strict=True, reason="profile has no option that limits its time")
+@pytest.mark.parametrize("phase", ["train", "generate"])
+def test_pairs_take_half_of_the_time_limit_and_optional_parts_none_after_it(tmp_path, monkeypatch, phase):
+    """Of a minute 30 s at most; what does not begin before a limit that has passed is left out, and is named."""
+    monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", FakeExecutor)
+    monkeypatch.setattr(FakeExecutor, "asked", [])
+    command = f"profile training-step --phase {phase} --runs-dir {tmp_path}".split()
+    main([*command, "--max-minutes", "0.5"])
+    timed = "profile" if phase == "train" else "profile_requests"
+    budgets = [given["budget_s"] for asked, given in FakeExecutor.asked if asked == timed]
+    assert budgets
+    assert all(10 < budget < 15 for budget in budgets)
+    FakeExecutor.asked.clear()
+    main([*command, "--max-minutes", "0.000001"])
+    asked = [command for command, _ in FakeExecutor.asked]
+    assert {timed, "memory_breakdown"} <= set(asked)
+    assert not {"peak", "merge"} & set(asked)
+    assert [given["budget_s"] for command, given in FakeExecutor.asked if command == timed] == [0.0]
+
+
+@pytest.mark.selftest
 def test_a_profile_keeps_to_a_limit_of_minutes(tmp_path):
     """`--max-minutes` is taken, and the profile ends within it."""
     command = [sys.executable, "-m", "lorameter.cli", "profile", "training-step", "--max-minutes", "1"]

@@ -19,7 +19,7 @@ CODES = {
         f"compare steady faster --metric '*peak*' {DERIVED}",
         f"gate steady faster --policy lenient.toml {DERIVED}", "gate base candidate --policy lenient.toml",
         "export base --format csv --table trials", "export base --format github-action-benchmark",
-        "export base --format bencher", "export base --format mllog", "prune --keep 5 --dry-run",
+        "export base --format bencher", "prune --keep 5 --dry-run",
         "prune --older 900w --dry-run", "completion bash", "run study.toml --dry-run", "run --resume base",
         "estimate study.toml:lora", "estimate lora-or-qlora:lora-r16 --model random:llama2-7b",
     ),

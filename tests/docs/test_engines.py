@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lorameter.studies.study_file import builtin_studies, load_study
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "engines.md"
-FILE = re.compile(r"^`(?P<name>[\w.-]+)`:\n\n```\w+\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
+EXAMPLES = ROOT / "docs" / "examples"
 QUICK = ("--replicates", "1", "--steps", "2", "--interleave", "lockstep", "--allow-disturbed", "--json")
 
 
@@ -31,9 +32,10 @@ def typed():
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """A folder that holds the page's files, in which one stands."""
-    for found in FILE.finditer(PAGE.read_text(encoding="utf-8")):
-        (tmp_path / found["name"]).write_text(found["content"], encoding="utf-8")
+    """The present folder, with the examples that the page names."""
+    for name in ("engine_flags.py", "unsloth.toml", "axolotl.toml"):
+        assert f"(examples/{name})" in PAGE.read_text(encoding="utf-8")
+        shutil.copy(EXAMPLES / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'harness'}:{ROOT}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -79,7 +81,7 @@ def test_its_studies_of_other_trainers_are_read(page, name, title):
 @pytest.mark.selftest
 def test_its_script_is_measured(page, capsys):
     """Real processes with a small llama: the engine was seen in one of them alone; one replicate gives no verdict."""
-    words = next(words for words in typed() if "python train.py {--gradient_checkpointing}" in words)
+    words = next(words for words in typed() if "python engine_flags.py {--gradient_checkpointing}" in words)
     assert main([*words, "--runs-dir", "runs", *QUICK]) == 0
     run = json.loads(capsys.readouterr().out)
     assert run["trials"] == {"ok": 3}
@@ -93,4 +95,4 @@ def test_its_script_is_measured(page, capsys):
         assert claim["verdict"] == "not judged"
         assert claim["parts"][0]["reason"].startswith(("1 replicate: ", "peak memory: 1 replicate "))
     assert found["engine"]["versions"]["torch"]
-    assert found["engine"]["commands"]["checkpointed"] == "python train.py --gradient_checkpointing"
+    assert found["engine"]["commands"]["checkpointed"] == "python engine_flags.py --gradient_checkpointing"

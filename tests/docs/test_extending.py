@@ -92,8 +92,20 @@ def apply(example: Example, folder: Path) -> None:
         target.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
-LONG = ("A method other than LoRA", "A model family", "A path of kernels_check", "A field of a variant")
-"""Examples that train several times, which are of the long half."""
+LONG = ("A path of kernels_check", "A field of a variant")
+"""Examples that load torch, which are of the long half."""
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the packages with all examples applied, and a run that they look at."""
+    folder = tmp_path_factory.mktemp("extended")
+    for package in ("harness", "kernels_check"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
+    shutil.copytree(ROOT / "reports" / RUN, folder / "runs" / "example")
+    for example in examples():
+        apply(example, folder)
+    return folder
 
 
 def param(example):
@@ -102,17 +114,12 @@ def param(example):
 
 
 @pytest.mark.parametrize("example", [*map(param, examples())])
-def test_an_example_does_what_it_says(example, tmp_path):
-    """Applied to a copy of the packages, its commands print what the page shows."""
-    for package in ("harness", "kernels_check"):
-        # With what is compiled of each file, which is as old as it, but for what another process is just writing.
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc.*"))
-    shutil.copytree(ROOT / "reports" / RUN, tmp_path / "runs" / "example")
-    apply(example, tmp_path)
+def test_an_example_does_what_it_says(example, extended):
+    """Its commands print what the page shows."""
     assert example.commands
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path / "harness"), str(tmp_path)]),
+        "PYTHONPATH": os.pathsep.join([str(extended / "harness"), str(extended)]),
         "COLUMNS": "200",
         "NO_COLOR": "1",
     }
@@ -120,19 +127,10 @@ def test_an_example_does_what_it_says(example, tmp_path):
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
         if words[0] == "lorameter":
             words[:1] = [sys.executable, "-m", "lorameter.cli"]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, cwd=extended, env=environment, capture_output=True, text=True, timeout=600)
         printed = done.stdout + done.stderr
         for line in expected:
             assert line.strip() in printed, f"$ {command}\n{printed}\nlacks: {line.strip()}"
-
-
-def test_every_example_can_be_applied(tmp_path):
-    """The lines that it names stand in the packages, once each."""
-    for example in examples():
-        copied = tmp_path / example.title
-        for package in ("harness", "kernels_check"):
-            shutil.copytree(ROOT / package, copied / package, ignore=shutil.ignore_patterns("__pycache__"))
-        apply(example, copied)
 
 
 def test_the_page_counts_its_own_files():

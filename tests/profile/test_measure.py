@@ -7,10 +7,10 @@ import json
 import pytest
 
 from lorameter.profile import accounting
-from lorameter.profile.diagnosis import diagnose
 from lorameter.profile.evidence import evidence_of
 from lorameter.profile.facts import Profile
 from lorameter.profile.measure import DOCUMENT, TRACE, profile_variant
+from lorameter.profile.rules import diagnose
 from lorameter.records import codec
 from lorameter.records.activity import STEP_PHASES
 from lorameter.report.profile import describe_profile
@@ -46,11 +46,11 @@ def test_a_step_is_taken_apart(taken):
 def test_its_memory_is_counted_beside_the_estimate(taken):
     """A step has the kinds of its memory, what no kind explains, and what was expected."""
     profile, _ = taken
-    account = profile.memory["train"]
+    account = profile.memory
     for kind in ("activations", "optimizer_state", "linear_weights"):
         assert account.kinds[kind] > 0
     assert account.unexplained_bytes == account.peak_bytes - sum(account.kinds.values())
-    assert sum(profile.estimates["train"].values()) == pytest.approx(account.peak_bytes, rel=0.25)
+    assert sum(profile.estimates.values()) == pytest.approx(account.peak_bytes, rel=0.25)
 
 
 def test_its_surroundings_were_watched(taken):

@@ -6,8 +6,8 @@ import pytest
 
 from lorameter.commands.profile import _try
 from lorameter.errors import UsageError
-from lorameter.profile.finding import Finding
-from lorameter.profile.remedy import LEAST_REQUESTS, choose_finding, judge_remedy, make_pair, phase_of
+from lorameter.profile.remedy import choose_finding, judge_remedy, make_pair, phase_of
+from lorameter.profile.rules import Finding
 from lorameter.records import store
 from lorameter.records.record import Failure
 from lorameter.report.run_view import view_of
@@ -112,24 +112,6 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     assert (both.study.variants[1].r, both.own_workloads, both.study.protocol.epochs) == (8, {}, 3.0)
 
 
-def test_a_remedy_of_the_workload_is_asked_what_the_present_one_is(padded):
-    """Requests of one length, on either side, where a request is what is at issue."""
-    study = dataclasses.replace(padded, workload=dataclasses.replace(padded.workload, open_ended_tokens=8))
-    longer = dataclasses.replace(finding(workload={"prompt_tokens": 16}), metric="first_token_time_s")
-    pair = make_pair(study, study.variants[0], longer, protocol=study.protocol)
-    (own,) = pair.own_workloads.values()
-    assert (pair.study.workload.open_ended_tokens, own.open_ended_tokens, own.prompt_tokens) == (0, 0, 16)
-
-
-def test_other_threads_take_executors_of_their_own(small_study, machine):
-    """Then every one that is compared has one, the control as well."""
-    threads = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, threads=2))
-    fewer = finding("oversubscription", workload={"threads": 1})
-    pair = make_pair(threads, threads.variants[0], fewer, protocol=threads.protocol)
-    plan, _ = build_plan(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
-    assert {slot.executor for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
-
-
 def judged(write_run, pair, code, present, suggested, **options):
     """What is made of a constructed run with these step times, one a replicate."""
     steps, own = {"plain": present, f"without-{code}": suggested}, pair.own_workloads
@@ -198,22 +180,6 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
     assert any("without-padding has layout = packed" in fact.text for fact in view.facts)
     assert "losses are not compared" in view.notes[0]
     assert not {"train loss", "held-out loss", "tokens/s (without padding)"} & set(view.tables[0].heads)
-
-
-@pytest.mark.selftest
-def test_merging_is_tried_beside_the_adapter(small_study, tmp_path):
-    """Real requests of both, in turns: by the metric of the finding, with an interval, and nothing else of them."""
-    variant = small_study.variants[0]
-    unmerged = dataclasses.replace(finding("adapter-unmerged", merge_adapter=True), metric="request_time_s")
-    found = _try(small_study, variant, unmerged, open_executor(), tmp_path)
-    assert found.failures == ()
-    assert (found.metric, found.interleaving) == ("request_time_s", "lockstep")
-    assert found.comparison.low < found.comparison.ratio < found.comparison.high
-    run = store.read_run(found.run, tmp_path)
-    served = [record for record in run.records if "request_time_s" in record.samples]
-    assert {record.name for record in served} == {variant.name, "without-adapter-unmerged"}
-    assert all(len(record.samples["request_time_s"]) == LEAST_REQUESTS for record in served)
-    assert not any("merged_request_time_s" in record.samples for record in run.records)
 
 
 @pytest.mark.selftest

@@ -19,15 +19,12 @@ from lorameter.models.shapes import ModelShape
 from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import judge_parity
 from lorameter.profile import accounting
-from lorameter.profile.diagnosis import diagnose
-from lorameter.profile.evidence import evidence_of
-from lorameter.profile.facts import Profile
-from lorameter.profile.finding import Finding
+from lorameter.profile.accounting import request_accounts
+from lorameter.profile.evidence import evidence_of, evidence_of_requests
+from lorameter.profile.facts import Profile, RequestProfile
 from lorameter.profile.remedy import Tried
-from lorameter.profile.requests.accounting import request_accounts
-from lorameter.profile.requests.evidence import evidence_of_requests
-from lorameter.profile.requests.facts import RequestProfile
-from lorameter.profile.requests.rules import diagnose_requests
+from lorameter.profile.request_rules import diagnose_requests
+from lorameter.profile.rules import Finding, diagnose
 from lorameter.records import codec, store
 from lorameter.records.activity import Activity, ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
 from lorameter.records.memory_account import MemoryAccount
@@ -162,7 +159,7 @@ def constructed_requests() -> RequestProfile:
         study="s", variant=variant, workload=Workload(prompt_tokens=32, new_tokens=8), device="cpu",
         device_name="a [fast] CPU", threads=1, cpus=2, wide_registers=True, memory_bytes=2**33, record=record,
         facts=RequestFacts(
-            training=False, checkpointing=False, prompt_rows=32, decode_rows=1, logit_rows=1, cache="DynamicCache",
+            prompt_rows=32, logit_rows=1, cache="DynamicCache",
             cache_bytes=39 * 1024, cache_moved=1.0, head="lm_head.weight", size=size,
         ),
         activity=request_activity(REQUEST_TIMES, True), merged_activity=request_activity(MERGED_TIMES, False),

@@ -22,11 +22,10 @@ from lorameter.profile.accounting import (
     time_of,
     token_shares,
 )
-from lorameter.profile.diagnosis import diagnose
 from lorameter.profile.evidence import evidence_of
 from lorameter.profile.facts import Profile
-from lorameter.profile.finding import Finding
 from lorameter.profile.remedy import Tried
+from lorameter.profile.rules import Finding, diagnose
 from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice, TrialRecord
@@ -89,9 +88,7 @@ def profile():
         study="s", variant=LoraVariant(name="v", lora_dropout=0.1, gradient_checkpointing=True), workload=workload,
         device="cpu", device_name="a CPU", threads=1, cpus=2, wide_registers=True, memory_bytes=8 * 2**30,
         record=record, activity=ACTIVITY,
-        memory={
-            "train": MemoryAccount(phase="train", kinds={"process": 2**28, "gradients": 2**29}, peak_bytes=2**30),
-        },
+        memory=MemoryAccount(phase="train", kinds={"process": 2**28, "gradients": 2**29}, peak_bytes=2**30),
         peaks={
             "product": Peak(rate="bfloat16", per_s=1e12, **peak), "memory": Peak(rate="memory", per_s=1e10, **peak)
         },

@@ -8,10 +8,10 @@ import pytest
 
 from lorameter import cli
 from lorameter.commands import profile as commands_profile
-from lorameter.profile.requests import measure as measuring
-from lorameter.profile.requests.accounting import request_accounts
-from lorameter.profile.requests.evidence import evidence_of_requests
-from lorameter.profile.requests.rules import diagnose_requests
+from lorameter.profile import measure as measuring
+from lorameter.profile.accounting import request_accounts
+from lorameter.profile.evidence import evidence_of_requests
+from lorameter.profile.request_rules import diagnose_requests
 
 LINE = "profile lora-or-qlora:lora-r16 --phase generate"
 
@@ -75,4 +75,4 @@ def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path)
     assert [dict(finding.changes) for finding in asked] == [{"copy_head_input": True}, {"merge_adapter": True}]
     capsys.readouterr()
     assert cli.main([*LINE.split(), "--try", "padding"]) == 2
-    assert "no finding of requests" in capsys.readouterr().err
+    assert "no finding goes by that name" in capsys.readouterr().err

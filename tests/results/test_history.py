@@ -92,14 +92,6 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
     assert not hasattr(change, "ratio")
 
 
-def test_two_machines_in_turns_are_two_lines_with_one_break(nightly):
-    """A fingerprint that comes back resumes its line."""
-    runs = nightly([1.0] * 24, lambda night: {"device_name": f"CPU {night % 2}"})
-    (track,) = told(runs).tracks
-    assert [len(line.moments) for line in track.lines] == [12, 12]
-    assert len(track.breaks) == 1
-
-
 def test_another_content_of_the_variant_is_a_break(nightly, small_study):
     """Under the same fingerprint and the same name."""
     runs = nightly([1.0] * 11)
@@ -142,15 +134,6 @@ def test_runs_of_different_times_are_never_equivalent(nightly):
     text = said(history)
     assert "equivalent" not in text
     assert "no change found; runs scatter by" in text
-
-
-def test_a_noisy_line_says_that_it_sees_large_changes_only(nightly):
-    """With the scatter of separate processes 10 % is not found, and the line does not promise it."""
-    rng = random.Random(3)
-    levels = [math.exp(rng.gauss(0, 0.27)) * (1.1 if night >= 20 else 1.0) for night in range(30)]
-    line = told(nightly(levels)).tracks[0].lines[0]
-    assert not line.suspicions
-    assert line.detectable > 0.4
 
 
 @pytest.mark.parametrize(
@@ -247,11 +230,3 @@ def test_its_figures_say_what_the_text_says(write_run):
     assert when == (datetime.datetime.fromtimestamp(1.79e9, datetime.UTC) + 9 * HOUR).strftime("%Y-%m-%d %H:%M")
     assert when in figure.says
     assert when in said(history, every_run=True)
-
-
-def test_names_of_others_act_on_no_terminal(nightly):
-    """A study, a version and a reason may hold anything."""
-    runs = nightly([1.0] * 3, lambda night: torch("1\x1b[31m"))
-    text = said(told(runs), every_run=True)
-    assert "\x1b" not in text
-    assert "\\x1b" in text

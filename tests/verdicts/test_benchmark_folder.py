@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -59,6 +62,39 @@ def test_folders_give_a_verdict_with_an_interval(saved, called, command, scale, 
     assert found == code
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """Files that pytest-benchmark itself wrote: three sessions of two names, one of which waits longer."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "test_wait.py").write_text(
+        "import os, time\ndef test_wait(benchmark):\n"
+        "    benchmark.pedantic(time.sleep, args=[float(os.environ['WAIT_S'])], rounds=3)\n"
+    )
+    for number in range(3):
+        for name, wait_s in (("main", 0.002), ("slow", 0.006)):
+            words = [
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                f"--benchmark-save={name}",
+                "--benchmark-save-data",
+            ]
+            environment = os.environ | {"WAIT_S": str(wait_s + 1e-5 * number)}
+            subprocess.run([sys.executable, *words], cwd=folder, env=environment, check=True, capture_output=True)
+    return folder / ".benchmarks"
+
+
+@pytest.mark.parametrize(("candidate", "code", "verdict"), [("slow", 1, "regressed"), ("main", 3, "inconclusive")])
+def test_files_of_pytest_benchmark_are_named_by_a_pattern(storage, called, candidate, code, verdict):
+    """As its own storage has them, the sessions of all names in one folder."""
+    found, document = called("compare", storage / "*" / "*_main.json", storage / "*" / f"*_{candidate}.json")
+    (row,) = document["comparisons"]
+    assert (found, row["verdict"], row["replicates"]) == (code, verdict, 3)
+    assert row["low"] <= row["ratio"] <= row["high"]
+
+
 def test_one_file_says_how_to_give_several(saved, called):
     """By itself and alone in its folder: a ratio, no interval, and the way to one."""
     base, candidate = saved("before", count=1), saved("after", count=1)
@@ -67,7 +103,7 @@ def test_one_file_says_how_to_give_several(saved, called):
         code, document = called("compare", *sides)
         assert code == 3
         assert all(row["ratio"] > 0 and row["low"] is None for row in document["comparisons"])
-        assert all("into one folder" in row["reason"] for row in document["comparisons"])
+        assert all("compare '.benchmarks/*/*_NAME.json'" in row["reason"] for row in document["comparisons"])
 
 
 def test_a_benchmark_that_only_one_file_has_gets_no_interval(saved, called):

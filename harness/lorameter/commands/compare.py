@@ -49,14 +49,14 @@ def _sides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "base",
         metavar="BASE",
-        help="a run id, a run directory, a pytest-benchmark .json, a folder of several (each is a replicate), the word "
-        "baseline, or an A/B, which is both sides",
+        help="a run id, a run directory, a pytest-benchmark .json, a folder or quoted pattern of several (each is a "
+        "replicate), the word baseline, or an A/B, which is both sides",
     )
     command.add_argument(
         "candidate",
         metavar="CANDIDATE",
         nargs="?",
-        help="a run id, a run directory, a pytest-benchmark .json, or a folder of several",
+        help="a run id, a run directory, a pytest-benchmark .json, or a folder or quoted pattern of several",
     )
 
 

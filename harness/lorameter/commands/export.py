@@ -11,7 +11,7 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
 
-FORMATS = ("json", "csv", "parquet", "github-action-benchmark", "bencher", "mllog")
+FORMATS = ("json", "csv", "parquet", "github-action-benchmark", "bencher")
 """As `lorameter.results.files.FORMATS`, which would load what only a command needs; a test holds them equal."""
 TABLES = ("trials", "samples", "estimates", "comparisons")
 

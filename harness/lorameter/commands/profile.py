@@ -14,8 +14,8 @@ from lorameter.commands.page import check_page, save_page
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 
 if TYPE_CHECKING:
-    from lorameter.profile.finding import Finding
     from lorameter.profile.remedy import Tried
+    from lorameter.profile.rules import Finding
     from lorameter.report.blocks import Document
     from lorameter.run.workers import Executor
     from lorameter.studies.study import Study
@@ -50,6 +50,11 @@ def add_commands(commands: Any, common: Any) -> None:
         help="measure the remedy of a finding against the present variant; default: of the most expensive finding",
     )
     profile.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="of --try: 3, 8 or 12 replicates")
+    profile.add_argument(
+        "--max-minutes", type=float, metavar="M",
+        help="time limit: fewer timed steps or requests, and optional parts are left out; with --try half of it is "
+        "for the comparison",
+    )  # fmt: skip
     add_options(profile.add_argument, "html", "if-busy")
     common(profile)
     profile.set_defaults(command=run_profile)
@@ -67,9 +72,9 @@ class _ProfileResult:
 
 def run_profile(options: argparse.Namespace) -> int:
     """Profile, say what was found, and try a remedy where one is asked for."""
-    from lorameter.profile.diagnosis import check_code
     from lorameter.profile.remedy import choose_finding
-    from lorameter.profile.requests.rules import check_request_code
+    from lorameter.profile.request_rules import REQUEST_RULES
+    from lorameter.profile.rules import RULES, check_code
     from lorameter.records import codec, store
     from lorameter.report.blocks import Span, say
     from lorameter.report.profile import describe_tried
@@ -81,11 +86,14 @@ def run_profile(options: argparse.Namespace) -> int:
 
     of_requests = options.phase == "generate"
     if options.attempt:
-        (check_request_code if of_requests else check_code)(options.attempt)
+        check_code(options.attempt, REQUEST_RULES if of_requests else RULES)
+    minutes = options.max_minutes if options.attempt is None or options.max_minutes is None else options.max_minutes / 2
     check_page(options.html)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
-    study = study.with_overrides(model=options.model, data=options.data, effort=options.effort, on=HERE)
+    study = study.with_overrides(
+        model=options.model, data=options.data, effort=options.effort, on=HERE, max_minutes=minutes
+    )
     errors = console_for(stderr=True)
 
     def tell(text: str) -> None:
@@ -120,9 +128,9 @@ def _see_step(
     study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]
 ) -> _ProfileResult:
     from lorameter.profile import accounting
-    from lorameter.profile.diagnosis import diagnose
     from lorameter.profile.evidence import evidence_of
     from lorameter.profile.measure import profile_variant
+    from lorameter.profile.rules import diagnose
     from lorameter.records import codec
     from lorameter.report.profile import describe_profile
 
@@ -145,11 +153,10 @@ def _see_step(
 def _see_requests(
     study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]
 ) -> _ProfileResult:
-    from lorameter.profile.accounting import categories_s
-    from lorameter.profile.requests.accounting import request_accounts
-    from lorameter.profile.requests.evidence import evidence_of_requests
-    from lorameter.profile.requests.measure import profile_requests
-    from lorameter.profile.requests.rules import diagnose_requests
+    from lorameter.profile.accounting import categories_s, request_accounts
+    from lorameter.profile.evidence import evidence_of_requests
+    from lorameter.profile.measure import profile_requests
+    from lorameter.profile.request_rules import diagnose_requests
     from lorameter.records import codec
     from lorameter.report.requests import describe_requests
 

@@ -46,7 +46,7 @@ def run_prune(options: argparse.Namespace) -> int:
     """Remove, and say what went and what stayed for a reason."""
     from lorameter.records import codec, store
     from lorameter.records.units import format_bytes
-    from lorameter.results.prune import choose, parse_age, remove
+    from lorameter.results.prune import parse_age, prune
 
     if options.keep is None and options.older is None:
         raise UsageError("prune: nothing says what goes. Give --keep N, --older D, or both.")
@@ -54,20 +54,19 @@ def run_prune(options: argparse.Namespace) -> int:
         raise UsageError(f"--keep = {options.keep}: no number of runs. Use 0 or more.")
     older_s = None if options.older is None else parse_age(options.older)
     runs = store.runs_dir(options.runs_dir)
-    choice = choose(runs, keep=options.keep, older_s=older_s)
-    gone, refused = (choice.going, ()) if options.dry_run else remove(runs, choice.going)
+    found = prune(runs, keep=options.keep, older_s=older_s, dry_run=options.dry_run)
     if options.json:
-        stays = codec.to_json((*choice.staying, *refused))
-        print_json({"dry_run": options.dry_run, "removed": codec.to_json(gone), "kept_for_a_reason": stays})
+        removed, kept = codec.to_json(found.removed), codec.to_json(found.staying)
+        print_json({"dry_run": options.dry_run, "removed": removed, "kept_for_a_reason": kept})
         return EXIT_PASS
     word = "would go" if options.dry_run else "removed"
-    for one in gone:
+    for one in found.removed:
         print(escape_control_chars(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}"))
-    for one in (*choice.staying, *refused):
+    for one in found.staying:
         print(escape_control_chars(f"stays  {one.run}  {one.why}"))
-    freed = format_bytes(sum(one.size_bytes for one in gone))
-    said = f"{format_count(len(gone), 'run')}, {freed}{' would be' if options.dry_run else ''} freed"
-    print(f"{said}; {choice.kept} kept as asked for")
+    freed = format_bytes(sum(one.size_bytes for one in found.removed))
+    said = f"{format_count(len(found.removed), 'run')}, {freed}{' would be' if options.dry_run else ''} freed"
+    print(f"{said}; {found.kept} kept as asked for")
     return EXIT_PASS
 
 

@@ -21,7 +21,7 @@ import msgspec
 
 from lorameter.studies.variant import AnyVariant, FullVariant, LoraVariant, PeftVariant, ScriptVariant, form_keys
 
-TITLE = "# Reference: every key of a study and of a policy"
+TITLE = "# Reference: keys of studies and policies, columns of tables"
 INTRODUCTION = """\
 Made by `lorameter list keys` from the code that reads them; `pytest tests/docs/test_reference.py` fails where it is not
 current. A key that is not here is refused, with the nearest one that is. Times are in seconds, sizes in bytes, shares
@@ -35,6 +35,8 @@ def write_reference() -> str:
 
 def _lines() -> Iterator[str]:
     from kernels_check import REQUIREMENTS
+    from lorameter.results.columns import SETTINGS, TABLES
+    from lorameter.results.frames import DTYPES
     from lorameter.studies import claim, study_file
     from lorameter.studies.claim import Claim, ClaimPart
     from lorameter.studies.columns import DataColumns
@@ -83,6 +85,12 @@ def _lines() -> Iterator[str]:
     yield from _table(Policy)
     yield from ("", "### [[limit]]", "", "The last one that matches wins, key by key.", "")
     yield from _table(LimitRule)
+    yield from ("", "## Columns of tables", "", "The tables of `lorameter.load` and `lorameter export`; `trials` and "
+                "`estimates` end with the columns of `settings`.")  # fmt: skip
+    tables = {name: [one for one in columns if one not in SETTINGS] for name, columns in TABLES.items()}
+    for name, columns in (*tables.items(), ("settings", SETTINGS)):
+        yield from ("", f"### `{name}`", "", "| column | type | |", "|---|---|---|")
+        yield from (f"| `{one.name}` | {DTYPES[one.kind]} | {_cell(one.says)} |" for one in columns)
 
 
 def _block(module: types.ModuleType) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, impossible, said_by
 from lorameter.parity.facts import DOCUMENT, Parity
-from lorameter.profile.measure import ConductedTrial, OpenTrial, answer_of, open_trial, trouble_in
+from lorameter.profile.measure import OpenTrial, TrialSession, answer_of, open_trial, trouble_in
 from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
@@ -96,7 +96,7 @@ def measure_parity(
     return parity, opened.folder
 
 
-def _train(trial: ConductedTrial) -> None:
+def _train(trial: TrialSession) -> None:
     """As a run trains: every step of the protocol, or of the epochs asked for."""
     trial.begin(profiled=False)
     while trial.ask("train", steps=STEPS).samples["remaining_loss"]:

@@ -1,9 +1,14 @@
-"""What a profile comes to: a step in lines that add up, its tokens, and how near it came to the peak.
+"""The account of a profile: a step or a request in lines that add up, its tokens, and how near it came to the peak.
 
-A request is taken apart in the same way (`lorameter.profile.requests`). The lines of a step are medians of phases that
-were timed on their own, and the step is the median of plain steps that took turns with them. Nothing makes the sum of
-the ones meet the other. What is between them is a line, with the cost of the borders beside it: where it is large,
-the phases are not to be trusted. Its interval is that of all these medians together, with the turns resampled.
+The lines of a step, or of a request, are medians of phases that were timed on their own, and the step is the median of
+plain steps that alternated with them. Nothing makes the sum of the ones meet the other. What is between them is a line
+with the cost of the borders: where it is large, the phases are not to be trusted. Its interval is that of all these
+medians together, with the pairs resampled.
+
+A pass over the prompt multiplies each weight with many rows and is bound by products; a pass over one token reads each
+weight for one row, or one for each prompt of a request, and is bound by memory. Both have both figures here. What is
+multiplied and read is counted from the modules of the model, so that no family is unknown; only the products of
+attention need its dimensions, and are left out where its files do not give them.
 """
 
 from __future__ import annotations
@@ -15,15 +20,18 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.ceiling import (
-    Ceiling,
-    ceiling_of,
-    ceiling_of_products,
+from lorameter.models.costs.ceiling import Ceiling, Utilisation, ceiling_of, ceiling_of_products, utilisation
+from lorameter.models.costs.flops import (
+    StepTokens,
+    TrainingFlops,
+    computed_tokens,
+    mean_context,
+    row_tokens,
+    training_flops,
 )
-from lorameter.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
 from lorameter.models.costs.modules import from_values
-from lorameter.profile.facts import Profile, Watched
-from lorameter.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, WHOLE, PhaseActivity
+from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
+from lorameter.records.activity import LEAST_STEP_PAIRS, REQUEST_PHASES, STEP_PHASES, WHOLE, PhaseActivity
 from lorameter.stats import bootstrap_interval, median_interval
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import OCCUPANCY_FLOOR
@@ -34,7 +42,7 @@ REMAINDER_LIMIT = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """How the samples of what was taken apart are called (`lorameter.trial.profiling.phases.pair_times`)."""
+    """Names of the samples of a step or request (`lorameter.trial.profiling.phases.pair_times`)."""
 
     what: str
     phases: tuple[str, ...]
@@ -42,6 +50,8 @@ class Names:
 
 
 STEPS = Names(what="step", phases=STEP_PHASES)
+SERVED = Names(what="request", phases=REQUEST_PHASES)
+MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +105,7 @@ class StepAccount:
         return False if high < -limit or low > limit else None
 
 
-def step_account(profile: Watched, names: Names = STEPS) -> StepAccount:
+def step_account(profile: TrialProfile, names: Names = STEPS) -> StepAccount:
     """The account of a profile's step, or of what `names` are the names of."""
     samples, prefix, what = profile.record.samples, names.prefix, names.what
 
@@ -129,7 +139,7 @@ def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
     return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
 
 
-def undisturbed_pairs(profile: Watched, names: Names = STEPS) -> Sequence[int]:
+def undisturbed_pairs(profile: TrialProfile, names: Names = STEPS) -> Sequence[int]:
     """Pairs of a plain and a bordered step that count: on a CPU those that had it to themselves.
 
     The flag is the occupancy, which does not look at the times. All count where too few would be left, on a GPU, where
@@ -142,17 +152,17 @@ def undisturbed_pairs(profile: Watched, names: Names = STEPS) -> Sequence[int]:
     return quiet if len(quiet) >= LEAST_STEP_PAIRS else everything
 
 
-def counted_samples(profile: Watched, name: str, names: Names = STEPS) -> list[float]:
+def counted_samples(profile: TrialProfile, name: str, names: Names = STEPS) -> list[float]:
     """Samples of which each pair has one, by name without prefix; those of the pairs that count."""
     samples = profile.record.samples[f"{names.prefix}{name}"]
     return [samples[pair] for pair in undisturbed_pairs(profile, names)]
 
 
-def _pairs(profile: Watched, names: Names) -> int:
+def _pairs(profile: TrialProfile, names: Names) -> int:
     return len(profile.record.samples[f"{names.prefix}plain_{names.what}_time_s"])
 
 
-def _occupancy(profile: Watched, pairs: Sequence[int], names: Names) -> float:
+def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: Names) -> float:
     """CPU time over wall time of pairs, per thread; that of the step which had less."""
     samples = profile.record.samples
 
@@ -165,10 +175,10 @@ def _occupancy(profile: Watched, pairs: Sequence[int], names: Names) -> float:
 
 
 IDLE = "idle"
-"""Beside the categories: the device waits, or the interpreter is between operators."""
+"""In addition to the categories: the device waits, or the interpreter is between operators."""
 
 
-def categories_s(profile: Watched, step: StepAccount) -> dict[str, dict[str, float]]:
+def categories_s(profile: TrialProfile, step: StepAccount) -> dict[str, dict[str, float]]:
     """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last; nothing where
     it is not known what ran."""
     if profile.activity.missing:
@@ -183,7 +193,7 @@ def categories_s(profile: Watched, step: StepAccount) -> dict[str, dict[str, flo
 
 
 def plain_s(
-    profile: Watched, step: StepAccount, phase: PhaseActivity, seconds: float, *, records: float | None = None
+    profile: TrialProfile, step: StepAccount, phase: PhaseActivity, seconds: float, *, records: float | None = None
 ) -> float:
     """What takes so many seconds of a phase under the profiler, in seconds of a plain step.
 
@@ -203,7 +213,7 @@ Of = Callable[[PhaseActivity], float]
 """Something of a phase."""
 
 
-def time_of(profile: Watched, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
+def time_of(profile: TrialProfile, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
     """Seconds of a plain step for `seconds` of each of its phases under the profiler, which hold so many records."""
     return sum(
         plain_s(profile, step, phase, seconds(phase), records=None if records is None else records(phase))
@@ -253,7 +263,7 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
     return dataclasses.replace(every, pairs=row_tokens(profile.variant, profile.workload).pairs)
 
 
-def find_observed(profile: Watched, path: str) -> object:
+def find_observed(profile: TrialProfile, path: str) -> object:
     """What kernels_check saw under one of its paths; None where it saw nothing."""
     return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
 
@@ -305,3 +315,105 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
         return Ceilings(train=train, flops=step_flops(profile, variant))
     except UsageError as error:
         return str(error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassAccount:
+    """One forward pass: over the prompts, or over one token of each after them."""
+
+    time: TimeSpan
+    """Of the pass; over one token the mean of a request's passes."""
+    calls: float | None
+    """Kernels launched, or operators called, in it; None where it is not known what ran."""
+    flops: int
+    bytes: int
+    """That must come from memory for it."""
+    mfu: Utilisation | None
+    """None where the peak is not known."""
+    mbu: Utilisation | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestAccount:
+    """A request's time by its phases, and its two kinds of passes."""
+
+    whole: StepAccount
+    first_token: TimeSpan
+    token: TimeSpan
+    """Per token after the first."""
+    passes: int
+    """Over one token each, in a request."""
+    prefill: PassAccount
+    decode: PassAccount
+
+
+def request_accounts(profile: RequestProfile) -> tuple[RequestAccount, RequestAccount | None]:
+    """The account of a profile's requests as the variant serves them, and with the adapter merged; None where it serves
+    them so."""
+    merged = profile.merged
+    return _account(profile, SERVED), None if merged is None else _account(merged, MERGED)
+
+
+def _account(profile: RequestProfile, names: Names) -> RequestAccount:
+    merged = names is MERGED or profile.variant.merge_adapter
+    whole = step_account(profile, names)
+    passes = profile.workload.new_tokens - 1
+    decode, ran = whole.phases["decode"], {phase.phase: phase for phase in profile.activity.phases}
+
+    def calls(phase: str, count: int) -> float | None:
+        return None if profile.activity.missing else ran[phase].calls / count
+
+    return RequestAccount(
+        whole=whole,
+        first_token=span_of(counted_samples(profile, "first_token_time_s", names)),
+        token=span_of(counted_samples(profile, "time_per_output_token_s", names)),
+        passes=passes,
+        prefill=_pass_account(
+            profile, whole.phases["prefill"], calls("prefill", 1), rows=profile.facts.prompt_rows,
+            logit_rows=profile.facts.logit_rows, context=0, merged=merged,
+        ),
+        decode=_pass_account(
+            profile, _divided(decode, passes), calls("decode", passes), rows=1, logit_rows=1,
+            context=mean_context(profile.workload), merged=merged,
+        ),
+    )  # fmt: skip
+
+
+def _divided(span: TimeSpan, by: int) -> TimeSpan:
+    low, high = (None if end is None else end / by for end in (span.low, span.high))
+    return TimeSpan(value=span.value / by, low=low, high=high)
+
+
+def _pass_account(
+    profile: RequestProfile,
+    time: TimeSpan,
+    calls: float | None,
+    *,
+    rows: int,
+    logit_rows: int,
+    context: int,
+    merged: bool,
+) -> PassAccount:
+    """`rows` and `logit_rows` are of each prompt; `context` is what the one row of a later pass attends to, 0 for the
+    pass over the prompts themselves."""
+    size, shape, facts = profile.facts.size, profile.shape, profile.facts
+    prompts = profile.workload.request_batch
+    pairs = prompts * (context or rows * (rows + 1) // 2)
+    rows, logit_rows = prompts * rows, prompts * logit_rows
+    attention = 0 if shape is None else 4 * shape.layers * shape.heads * shape.head_dim * pairs
+    weights = size.linear_elements + (0 if merged else size.adapter_elements)
+    flops = 2 * rows * weights + 2 * logit_rows * size.head_elements + attention
+    whole = profile.workload.prompt_tokens + profile.workload.new_tokens - 1
+    cache = facts.cache_bytes * min(context, whole) // whole
+    read = size.linear_bytes + size.head_bytes + size.norm_bytes + (0 if merged else size.adapter_bytes) + cache
+    product, memory = profile.peaks.get("product"), profile.peaks.get("memory")
+    without_attention = "" if shape is not None else ", without attention"
+    said = f"{rows} rows through the weights, {logit_rows} of logits, {pairs} pairs a head{without_attention}"
+    return PassAccount(
+        time=time,
+        calls=calls,
+        flops=flops,
+        bytes=read,
+        mfu=None if product is None else utilisation("MFU", flops, time, product, said),
+        mbu=None if memory is None else utilisation("MBU", read, time, memory, "weights as stored, keys and values"),
+    )

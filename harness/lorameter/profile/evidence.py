@@ -1,4 +1,4 @@
-"""The evidence that the rules of `lorameter.profile.diagnosis` judge, and how it is read off a profile."""
+"""The evidence that `lorameter.profile.rules` and `request_rules` judge, and how it is read off a profile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.machine.disturbances import waiting_share
@@ -17,15 +19,27 @@ from lorameter.models.shapes import ModelShape
 from lorameter.profile.accounting import (
     IDLE,
     Ceilings,
+    RequestAccount,
     StepAccount,
+    TimeSpan,
     TokenShares,
     categories_s,
     find_observed,
+    plain_s,
+    span_of,
     step_flops,
     time_of,
 )
-from lorameter.profile.facts import Profile, Watched
-from lorameter.records.activity import DROPOUT, DROPOUT_OPERATOR, PhaseActivity
+from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
+from lorameter.records.activity import (
+    CACHE,
+    DROPOUT,
+    DROPOUT_OPERATOR,
+    HEAD,
+    PhaseActivity,
+    RequestFacts,
+    WeightCopy,
+)
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -49,7 +63,7 @@ def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
     return {name: value for name, value in _WITHOUT[saving].items() if getattr(variant, name) != value}
 
 
-def saved_bytes(profile: Watched, shape: ModelShape, saving: str) -> int:
+def saved_bytes(profile: TrialProfile, shape: ModelShape, saving: str) -> int:
     """What leaving a saving of memory out would add, as estimated.
 
     Raises:
@@ -141,7 +155,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         calls=profile.activity.calls,
         casts=time_of(profile, step, lambda phase: phase.casts_s, recorded("casts_s")) / step_s,
         wide_products=time_of(profile, step, lambda phase: phase.wide_products_s, recorded("wide_products_s")) / step_s,
-        logits_bytes=profile.memory["train"].kinds.get("logits", 0),
+        logits_bytes=profile.memory.kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
         unpacking=time_of(profile, step, unpacking_s) / step_s,
         dropout=time_of(profile, step, dropout_s, recorded(*DROPPED)) / step_s,
@@ -197,7 +211,7 @@ def dropout_s(phase: PhaseActivity) -> float:
     return forward + phase.dropout_backward_s
 
 
-def observed_word(profile: Watched, path: str) -> str | None:
+def observed_word(profile: TrialProfile, path: str) -> str | None:
     """What kernels_check saw under one of its paths, where that is a word."""
     seen = find_observed(profile, path)
     return seen if isinstance(seen, str) else None
@@ -215,3 +229,122 @@ def _extra_bytes(profile: Profile) -> dict[str, int]:
     except UsageError:  # a model type whose layers are not known: then nothing is said to fit
         pass
     return extra
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassEvidence:
+    """One kind of forward pass, in seconds of a plain one."""
+
+    time_s: float
+    calls: float = 0.0
+    idle_s: float = 0.0
+    """The device waits, or the interpreter is between operators."""
+    dequantise_s: float = 0.0
+    casts_s: float = 0.0
+    """Copies from one type to another."""
+    dropout_s: float = 0.0
+    cache_s: float = 0.0
+    """Adding to the cache."""
+    head_s: float = 0.0
+    copies: tuple[WeightCopy, ...] = ()
+    """Whole weights that are copied in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEvidence:
+    """What the rules judge; None where something was not seen or has no meaning."""
+
+    variant: Variant
+    workload: Workload
+    device: Literal["cpu", "cuda"]
+    request: TimeSpan
+    first_token: TimeSpan
+    token: TimeSpan
+    passes: int
+    """Over one token each."""
+    prefill: PassEvidence
+    decode: PassEvidence
+    choose_s: float
+    """Between two passes: choosing a token, handing it over, preparing the next."""
+    facts: RequestFacts
+    merged: TimeSpan | None = None
+    """A request with the adapter merged."""
+    merged_calls: float | None = None
+    """Of a pass over one token then."""
+    new_length: TimeSpan | None = None
+    """By how much the first token comes later at a prompt length that had no earlier request."""
+    adapter_dtype: str | None = None
+    bytes_per_s: float | None = None
+    """The memory's at best."""
+    decode_bytes: int = 0
+    """That a pass over one token reads."""
+    unquantised_bytes: int | None = None
+    """What the base would take more without quantisation, where the memory has it; else None."""
+
+
+def evidence_of_requests(
+    profile: RequestProfile, account: RequestAccount, merged: RequestAccount | None
+) -> RequestEvidence:
+    """What the rules read off a profile and its accounts."""
+    samples, memory = profile.record.samples, profile.peaks.get("memory")
+    lengths = (samples.get(f"{kind}_length_first_token_s", ()) for kind in ("new", "known"))
+    late = [new - known for new, known in zip(*lengths, strict=True)]
+    return RequestEvidence(
+        variant=profile.variant,
+        workload=profile.workload,
+        device=profile.device,
+        request=account.whole.step,
+        first_token=account.first_token,
+        token=account.token,
+        passes=account.passes,
+        prefill=_pass_evidence(profile, account, "prefill", 1),
+        decode=_pass_evidence(profile, account, "decode", account.passes),
+        choose_s=account.whole.phases["choose"].value / (account.passes + 1),
+        facts=profile.facts,
+        merged=None if merged is None else merged.whole.step,
+        merged_calls=None if merged is None else merged.decode.calls,
+        new_length=span_of(late) if late else None,  # a prompt of one token has no shorter one
+        adapter_dtype=observed_word(profile, "lora.dtype"),
+        bytes_per_s=None if memory is None else memory.per_s,
+        decode_bytes=account.decode.bytes,
+        unquantised_bytes=_unquantised_bytes(profile),
+    )
+
+
+def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str, count: int) -> PassEvidence:
+    """A phase of `count` passes, by one of them."""
+    whole = account.whole
+    ran = next((one for one in profile.activity.phases if one.phase == phase), None)
+    if ran is None or profile.activity.missing:  # what ran is not known
+        return PassEvidence(time_s=whole.phases[phase].value / count)
+
+    def plain(seconds: Callable[[PhaseActivity], float], *names: str) -> float:
+        records = recorded(*names)(ran) if names else None
+        return plain_s(profile, whole, ran, seconds(ran), records=records) / count
+
+    copies = tuple(
+        msgspec.structs.replace(one, calls=one.calls / count, time_s=plain_s(profile, whole, ran, one.time_s) / count)
+        for one in ran.copies
+    )
+    return PassEvidence(
+        time_s=whole.phases[phase].value / count,
+        calls=ran.calls / count,
+        idle_s=categories_s(profile, whole)[IDLE][phase] / count,
+        dequantise_s=plain(unpacking_s),
+        casts_s=plain(lambda one: one.casts_s, "casts_s"),
+        dropout_s=plain(dropout_s, *DROPPED),
+        cache_s=plain(lambda one: one.parts_s.get(CACHE, 0.0)),
+        head_s=plain(lambda one: one.parts_s.get(HEAD, 0.0)),
+        copies=copies,
+    )
+
+
+def _unquantised_bytes(profile: RequestProfile) -> int | None:
+    """What the base would take more in 16 or 32 bits, where the memory is expected to have it."""
+    if profile.variant.quantization == "none" or profile.shape is None:
+        return None
+    try:
+        extra = saved_bytes(profile, profile.shape, "quantization")
+    except UsageError:  # a model type whose layers are not known: then nothing is said to fit
+        return None
+    return extra if profile.memory.peak_bytes + extra <= SPARE_SHARE * profile.memory_bytes else None

@@ -1,18 +1,21 @@
-"""A profile: what was observed of one trial's steps, as facts. What they mean is computed from them on demand.
+"""Profiles: what was observed of one trial's steps or requests. What it means is computed from these facts on demand.
 
-A step is watched in two ways that exclude each other. Timed between the borders of its phases, these have true times
-and nothing is known of what ran in them. Under the profiler everything that ran is known, and its times are those of a
-slower step. So each is a record of its own, and shares of the one are never mixed with
-seconds of the other without a word.
+A step is observed in two ways that exclude each other. Timed between the borders of its phases, these have true times
+and it is unknown what ran in them. Under the profiler everything that ran is known, and its times are those of a
+slower step. So each is a record of its own, and shares of the one are never mixed with seconds of the other without
+a word.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lorameter.models.costs.peaks import Peak
-from lorameter.records.activity import Activity
+from lorameter.models.shapes import ModelShape
+from lorameter.records.activity import Activity, RequestFacts
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import TrialRecord
 from lorameter.studies.variant import Variant
@@ -22,8 +25,8 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Watched:
-    """What a profile holds of a trial whatever was taken apart, its steps or its requests: nothing is an estimate."""
+class TrialProfile:
+    """What a profile of steps and one of requests have in common; nothing is an estimate."""
 
     schema: int = SCHEMA
     study: str
@@ -44,17 +47,58 @@ class Watched:
     """What ran under the profiler."""
     peaks: dict[str, Peak]
     """What the device does at best, by "product" and "memory"; stated by the vendor, or measured after the trial. One
-    is missing where nobody states it and the trial has left no memory to measure it in."""
+    is missing where the vendor states none and there was no memory or time to measure it."""
     measured_peaks: dict[str, Peak] = field(default_factory=dict)
     """The same as measured after the trial, also where the vendor states it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile(Watched):
+class Profile(TrialProfile):
     """All that was observed of one variant's steps."""
 
-    memory: dict[str, MemoryAccount]
-    """Of a step, under "train"; profiles of older versions have one of a request as well."""
-    estimates: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Bytes by kind as `lorameter.models.costs.memory` expects them from the shape alone, by phase; empty where the
-    model's layers are not known."""
+    memory: MemoryAccount
+    """At the peak of a step."""
+    estimates: dict[str, int] = field(default_factory=dict)
+    """Bytes by kind as `lorameter.models.costs.memory` expects them from the shape alone; empty where the model's
+    layers are not known."""
+
+
+COLD_PARTS: Mapping[str, str] = {
+    "cold_import_time_s": "interpreter and imports",
+    "cold_prepare_time_s": "limits, data and device",
+    "cold_base_time_s": "reading, moving and quantising the base",
+    "cold_adapter_time_s": "the adapter",
+    "cold_first_token_time_s": "first token",
+    "cold_rest_s": "all other tokens",
+}
+"""Parts of a cold start in their order; they are one after the other, so that they add up to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestProfile(TrialProfile):
+    """All that was observed of one variant's requests; times with the adapter merged begin with "merged_". What ran is
+    that of the adapter as the variant serves it."""
+
+    facts: RequestFacts
+    merged_activity: Activity | None
+    """What ran with the adapter merged; None where the variant serves it so."""
+    memory: MemoryAccount
+    """At the peak of a request."""
+    shape: ModelShape | None = None
+    """Of the model; None where its files do not say."""
+
+    @property
+    def merged(self) -> RequestProfile | None:
+        """The same profile with what was seen of the merged adapter in place of the other."""
+        if self.merged_activity is None:
+            return None
+        return dataclasses.replace(self, activity=self.merged_activity)
+
+    @property
+    def cold_parts_s(self) -> dict[str, float]:
+        """Seconds of each part of a cold start; nothing where it was not taken apart."""
+        values = self.record.values
+        if "cold_base_time_s" not in values:
+            return {}
+        known = values | {"cold_rest_s": values["cold_completion_time_s"] - values["cold_first_token_time_s"]}
+        return {name: known[name] for name in COLD_PARTS if name in known}

@@ -1,13 +1,20 @@
-"""One variant's profile: an isolated trial in its own process whose steps are taken apart.
+"""Measures a profile: one isolated trial in its own process, whose steps or requests are divided into phases.
 
-It is the trial of any run, by the same worker and the same commands, up to the end of its training. Then its steps are
-taken apart, the peaks of the device are measured, and at last the profiler records some steps.
+It is the trial of any run, by the same worker and the same commands, up to the end of its training. Then pairs of plain
+and divided steps are timed, the peaks of the device are measured, and at last the profiler records some steps. Requests
+are profiled with the adapter unmerged and, in the same process, merged, so that what merging gains is measured; a cold
+start in a new interpreter comes last.
+
+A time limit acts in two ways. Timed pairs take at most half of the time that is left (but never less than
+`LEAST_STEP_PAIRS` pairs), and an optional part that does not begin before the limit is left out, which a notice says.
+The rest is the least that a profile is made of, and is measured whatever it takes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +27,22 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.ceiling import product_rate
 from lorameter.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
 from lorameter.models.costs.peaks import Peak, Rate, stated_peak
-from lorameter.profile.facts import Profile
+from lorameter.models.shapes import ModelShape
+from lorameter.profile.facts import Profile, RequestProfile
 from lorameter.records import codec, fileio
-from lorameter.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
+from lorameter.records.activity import (
+    ACCOUNTS,
+    ACTIVITY,
+    MERGED_ACTIVITY,
+    MERGED_TRACE,
+    PEAKS,
+    REQUEST_ACTIVITY,
+    REQUEST_FACTS,
+    REQUEST_TRACE,
+    TRACE,
+    Activity,
+    RequestFacts,
+)
 from lorameter.records.fileio import write_document
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.metrics import RSS_AT_START
@@ -30,6 +50,7 @@ from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, PartialRecord, TrialRecord
 from lorameter.records.store import new_run_id
 from lorameter.records.tempdirs import leaving_nothing, scratch_folder
+from lorameter.run.budget import SKIPPED
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
 from lorameter.run.prepare import RunContext, begin_record, context_of, greet, request_of
@@ -39,16 +60,18 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
-DOCUMENT = "profile.json"
-"""What a profile's folder holds beside the logs and the profiler's own recording: all facts."""
+DOCUMENT, REQUESTS_DOCUMENT = "profile.json", "profile-requests.json"
+"""Files of a profile's folder with all facts; the others are logs and the profiler's own recordings."""
+STEPS_S, REQUESTS_S = 30.0, 20.0
+"""Seconds for pairs of steps, and for pairs of requests, unmerged and merged each; a limit shortens them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenTrial:
-    """An isolated trial that is there to be taken apart, in a process of its own, and the folder of what it finds."""
+    """An isolated trial that is to be profiled, in a process of its own, and the folder of its results."""
 
     study: str
-    trial: ConductedTrial
+    trial: TrialSession
     folder: Path
     machine: Machine
     notices: tuple[Notice, ...]
@@ -73,9 +96,10 @@ class OpenTrial:
         return {"product": product_rate(self.trial.request.variant), "memory": "memory"}
 
     def facts(self, activity: str) -> dict[str, Any]:
-        """The fields of `lorameter.profile.facts.Watched`, once all is measured; `activity` is the file of what ran."""
+        """The fields of `lorameter.profile.facts.TrialProfile`, once all is measured; `activity` is the file of what
+        ran."""
         machine, request, record = self.machine, self.trial.request, self.trial.record
-        by_rate = self.read(dict[str, Peak], PEAKS)
+        by_rate = {} if "peak" in self.trial.skipped else self.read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in self.rates.items() if rate in by_rate}
         stated = {name: peak for name, rate in self.rates.items() if (peak := stated_peak(machine.device_name, rate))}
         return {
@@ -88,7 +112,7 @@ class OpenTrial:
             "cpus": machine.cpus,
             "wide_registers": machine.avx512_bf16,
             "memory_bytes": self.memory_bytes,
-            "record": record.replaced(notices=(*self.notices, *record.notices)),
+            "record": record.replaced(notices=(*self.notices, *record.notices, *self.trial.limit_notices())),
             "activity": self.read(Activity, activity),
             "peaks": measured | stated,
             "measured_peaks": measured,
@@ -125,6 +149,7 @@ def open_trial(
             f"study {study.name}: ranks = {study.workload.ranks}: a {label} is taken of the trial of one process. "
             f"Take the {label} with one rank; a run of the study says how its ranks spend a step."
         )
+    ends_s = time.monotonic() + 60 * (study.protocol.max_minutes or math.inf)
     study = dataclasses.replace(study, allow_fallback=True)
     arm = Arm(variant=variant, workload=study.workload)
     machine = executor.machine()
@@ -150,7 +175,7 @@ def open_trial(
         place = executor.make_place(slot.trial, slot.trial)
         yield OpenTrial(
             study=study.name,
-            trial=ConductedTrial(plan, slot, site, place, worker, say),
+            trial=TrialSession(plan, slot, site, place, worker, say, ends_s),
             folder=folder,
             machine=machine,
             notices=notices,
@@ -162,7 +187,12 @@ def open_trial(
 
 
 def profile_variant(
-    study: Study, variant: Variant, executor: Executor, *, runs: Path, say: Callable[[str], None] = lambda text: None
+    study: Study,
+    variant: Variant,
+    executor: Executor,
+    *,
+    runs: Path,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Profile, Path]:
     """Measure one variant's profile; returns it and the folder in which it was written.
 
@@ -170,11 +200,11 @@ def profile_variant(
     takes to find out why.
 
     Args:
-        study: the workload and the protocol.
+        study: the workload, and the protocol with the time limit.
         variant: of the study.
         executor: where; it is started and closed here.
-        runs: the folder is made in it, beside runs.
-        say: is told what is going on.
+        runs: the folder is made in it, next to runs.
+        say: receives a line for each part that begins.
 
     Raises:
         UsageError: what cannot work on this machine.
@@ -182,61 +212,165 @@ def profile_variant(
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
         trial, machine = opened.trial, opened.machine
-        _conduct(trial, list(opened.rates.values()))
+        trial.begin()
+        trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything is divided or recorded
+        trial.ask("memory_breakdown", phase="train")
+        trial.ask("profile", budget_s=trial.pairs_s(STEPS_S))
+        trial.ask_if_time("peak", rates=list(opened.rates.values()))
+        trial.ask("activity")
+        trial.end()
         birth = trial.record.memory.get(RSS_AT_START, birth_bytes(machine.cuda))
         profile = Profile(
             **opened.facts(ACTIVITY),
-            memory={"train": opened.read(MemoryAccount, ACCOUNTS["train"])},
+            memory=opened.read(MemoryAccount, ACCOUNTS["train"]),
             estimates=_estimates(variant, study.workload, machine.device, birth),
         )
         opened.keep(DOCUMENT, profile, (TRACE,))
     return profile, opened.folder
 
 
-def _estimates(variant: Variant, workload: Workload, device: str, process_bytes: int) -> dict[str, dict[str, int]]:
+def profile_requests(
+    study: Study,
+    variant: Variant,
+    executor: Executor,
+    *,
+    runs: Path,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[RequestProfile, Path]:
+    """Measure the profile of one variant's requests; arguments, result and errors are those of `profile_variant`."""
+    with open_trial(study, variant, executor, runs=runs, say=say, document=REQUESTS_DOCUMENT) as opened:
+        trial = opened.trial
+        trial.begin()
+        begin_s = trial.elapsed_s
+        trial.ask("finish_training", steps=0)
+        trial.ask("save_adapter")
+        trial.ask("begin_generate")
+        trial.ask("profile_requests", merged=False, budget_s=trial.pairs_s(REQUESTS_S))
+        trial.ask("end_generate")
+        trial.ask("request_facts")
+        trial.ask("memory_breakdown", phase="generate")
+        trial.ask("request_activity", merged=False)
+        merges = not variant.merge_adapter and trial.ask_if_time("merge")
+        if merges:  # the profiler comes after what is timed of the same state, and the peaks of the device last
+            trial.ask("profile_requests", merged=True, budget_s=trial.pairs_s(REQUESTS_S))
+            trial.ask("request_activity", merged=True)
+        trial.ask_if_time("peak", rates=list(opened.rates.values()))
+        trial.close()
+        if trial.has_time("cold", begin_s):
+            _start_cold(trial, executor)
+        trial.end()
+        profile = RequestProfile(
+            **opened.facts(REQUEST_ACTIVITY),
+            facts=opened.read(RequestFacts, REQUEST_FACTS),
+            merged_activity=opened.read(Activity, MERGED_ACTIVITY) if merges else None,
+            memory=opened.read(MemoryAccount, ACCOUNTS["generate"]),
+            shape=_shape(study.workload.model),
+        )
+        opened.keep(REQUESTS_DOCUMENT, profile, (REQUEST_TRACE, MERGED_TRACE) if merges else (REQUEST_TRACE,))
+    return profile, opened.folder
+
+
+def _estimates(variant: Variant, workload: Workload, device: str, process_bytes: int) -> dict[str, int]:
     """Bytes of a step by kind as expected from the shape, and from what the process began with."""
     try:
         source = catalogue.resolve(workload.model)
         shape, stored = shapes.shape(source), stored_dtype(source)
         found = estimate_phases(variant, workload, shape, device=device, stored=stored, process_bytes=process_bytes)
-        return {one.phase: one.kinds for one in found if one.phase == "train"}
+        return next((one.kinds for one in found if one.phase == "train"), {})
     except UsageError:  # a model type whose layers are not known
         return {}
 
 
-def _conduct(trial: ConductedTrial, rates: list[Rate]) -> None:
-    """All of it, in the order in which no measurement is in the way of another."""
-    trial.begin()
-    trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
-    trial.ask("memory_breakdown", phase="train")
-    trial.ask("profile")
-    trial.ask("peak", rates=rates)
-    trial.ask("activity")
-    trial.end()
+def _shape(model: str) -> ModelShape | None:
+    try:
+        return shapes.shape(catalogue.resolve(model))
+    except UsageError:
+        return None
 
 
-class ConductedTrial:
-    """One isolated trial, command by command."""
+def _start_cold(trial: TrialSession, executor: Executor) -> None:
+    """A new interpreter, after the trial's own process has ended. A failure is a notice: it costs none of what was
+    measured before."""
+    trial.tell("cold")
+    fragment = answer_of(lambda: executor.cold_start(trial.request))
+    if fragment.status == "ok":
+        trial.take("cold", fragment)
+        return
+    notice = Notice(
+        code="no-cold-start",
+        message=f"the cold start is {fragment.status}: {trouble_in(fragment)}.",
+        remedy=f"The log is {trial.request.log_path}.",
+    )
+    trial.record = trial.record.replaced(notices=(*trial.record.notices, notice))
+
+
+class TrialSession:
+    """One isolated trial, command by command, within a time limit."""
 
     def __init__(
-        self, plan: Plan, slot: Slot, site: RunContext, place: TrialFiles, worker: Worker, say: Callable[[str], None]
+        self,
+        plan: Plan,
+        slot: Slot,
+        site: RunContext,
+        place: TrialFiles,
+        worker: Worker,
+        say: Callable[[str], None],
+        ends_s: float = math.inf,
     ) -> None:
+        """`ends_s` is the time limit on the monotonic clock."""
         self.request = request_of(plan, slot, site, place)
         self._worker = worker
         self._say = say
         self._asked = ""
         self._begin = time.monotonic()
+        self._ends_s = ends_s
+        self.skipped: list[str] = []
+        """Words of the commands that the time limit left out."""
         self.record: TrialRecord = begin_record(slot, "ok").replaced(started_unix_s=time.time(), tokens=site.tokens)
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the trial began."""
+        return time.monotonic() - self._begin
+
     def begin(self, *, profiled: bool = True) -> None:
-        """Build, check, warm up; `profiled` says whether it will be taken apart."""
+        """Build, check, warm up; `profiled` says whether its steps or requests will be profiled."""
         self.ask("prepare", request=codec.to_json(self.request), profiled=profiled)
         for command in ("build", "verify", "warm_up"):
             self.ask(command)
 
     def end(self) -> None:
         """How long it took goes into the record."""
-        self.record = self.record.replaced(wall_time_s=time.monotonic() - self._begin)
+        self.record = self.record.replaced(wall_time_s=self.elapsed_s)
+
+    def pairs_s(self, usual_s: float) -> float:
+        """Seconds for timed pairs: half of what is left of the limit, and `usual_s` at most."""
+        return max(0.0, min(usual_s, (self._ends_s - time.monotonic()) / 2))
+
+    def has_time(self, command: str, needed_s: float = 0.0) -> bool:
+        """Whether an optional part that takes about `needed_s` begins within the limit; one that does not is listed in
+        `skipped`."""
+        if time.monotonic() + needed_s <= self._ends_s:
+            return True
+        self.skipped.append(command)
+        return False
+
+    def ask_if_time(self, command: str, **arguments: Any) -> bool:
+        """Ask for an optional part if it begins within the limit; whether it did."""
+        if self.has_time(command):
+            self.ask(command, **arguments)
+            return True
+        return False
+
+    def limit_notices(self) -> tuple[Notice, ...]:
+        """That parts were left out, and that the limit was exceeded."""
+        over_s = time.monotonic() - self._ends_s
+        if not self.skipped and over_s <= 0:
+            return ()
+        parts = ", ".join(COMMANDS[command].label for command in self.skipped)
+        said = [f"left out within --max-minutes: {parts}"] if parts else []
+        said += [f"the least that a profile measures took {over_s / 60:.1f} min more than that"] if over_s > 0 else []
+        return (Notice(code=SKIPPED, message=f"{'; '.join(said)}.", remedy="Raise --max-minutes."),)
 
     def ask(self, command: str, **arguments: Any) -> PartialRecord:
         """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""

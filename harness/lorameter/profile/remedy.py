@@ -1,9 +1,9 @@
 """A finding's remedy, tried: the present variant against the suggested one, measured like any two variants.
 
-A diagnosis counts what hangs on a thing; what is won without it shows only beside its replacement. So the remedy is a
-variant, the present one is the reference, and the control, the verdict and the interval are those of every study. A
-remedy of the workload is the same variant on a workload of its own: the two are compared by the time of a real token,
-since a step of either is another number of them, and not by their losses.
+A rule counts what a cause costs; only a comparison with the replacement shows what is won. So the remedy is a variant,
+the present one is the reference, and the control, the verdict and the interval are those of every study. A remedy of
+the workload is the same variant on a workload of its own: the two are compared by the time of a real token, since a
+step of either is another number of them, and not by their losses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from lorameter.errors import UsageError
-from lorameter.profile.finding import Finding
+from lorameter.profile.rules import Finding
 from lorameter.records.metrics import METRICS, Phase
 from lorameter.records.record import Notice
 from lorameter.records.store import Run

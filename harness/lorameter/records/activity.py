@@ -138,14 +138,8 @@ class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class RequestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one request found, and what it left."""
 
-    training: bool
-    """Whether the model was in train mode in any of its forward passes."""
-    checkpointing: bool
-    """Whether gradient checkpointing was on."""
     prompt_rows: int
     """Tokens of each prompt that the first forward pass took."""
-    decode_rows: int
-    """The most tokens of each that a later one took; without a cache it takes all that there are."""
     logit_rows: int
     """Rows of logits that the first pass made of each."""
     cache: str

@@ -28,7 +28,7 @@ import msgspec
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
 from lorameter.records.fileio import write_document, write_whole
-from lorameter.records.locks import alone, is_locked, lock_of
+from lorameter.records.locks import alone, is_locked
 from lorameter.records.manifest import MANIFEST as MANIFEST
 from lorameter.records.manifest import Manifest as Manifest
 from lorameter.records.manifest import Resumption as Resumption
@@ -258,17 +258,6 @@ def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
     found = folder.glob("*") if fileio.is_folder(folder) else ()
     return sorted(path for path in found if is_run(path))
-
-
-def list_unbegun(folder: Path) -> list[Path]:
-    """Directories of runs whose process was killed before it had written a manifest."""
-    found = folder.glob("*") if fileio.is_folder(folder) else ()
-    return sorted(path for path in found if is_held_by_nobody(path) and not is_run(path))
-
-
-def is_held_by_nobody(path: Path) -> bool:
-    """Whether a process has held this directory for writing, and none does now."""
-    return path.is_dir() and lock_of(path / TRIALS).is_file() and not is_locked(path / TRIALS)
 
 
 def is_run(path: Path) -> bool:

@@ -16,10 +16,9 @@ from lorameter.profile.accounting import (
     categories_s,
     plain_s,
 )
-from lorameter.profile.diagnosis import OF_WHAT_RAN, RULES
-from lorameter.profile.facts import Profile, Watched
-from lorameter.profile.finding import Finding
+from lorameter.profile.facts import Profile, TrialProfile
 from lorameter.profile.remedy import Tried
+from lorameter.profile.rules import OF_WHAT_RAN, RULES, Finding
 from lorameter.records.memory_account import in_order, title_of
 from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
@@ -74,7 +73,7 @@ def describe_profile(
 def _memory(profile: Profile) -> Table:
     """Kinds of a step, each next to its estimate from the shape alone; what no kind explains is a line of
     its own."""
-    one, guess = profile.memory["train"], profile.estimates.get("train", {})
+    one, guess = profile.memory, profile.estimates
     rows = [
         write_row(title_of(kind), _bytes(one.kinds.get(kind)), _guess(guess.get(kind)))
         for kind in in_order(dict.fromkeys((*one.kinds, *guess), 1))
@@ -165,7 +164,7 @@ TOP = 8
 NAME_WIDTH = 80
 
 
-def tabulate_phases(profile: Watched, step: StepAccount, words: Words = OF_STEPS, *, beside: str = "") -> Table:
+def tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, beside: str = "") -> Table:
     """A row a phase, the remainder that no phase explains, and the step; below it what the times rest on. `beside` is
     added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
@@ -233,7 +232,9 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
         yield f"the phases do not explain the {what}: the remainder is more than {limit}"
 
 
-def tabulate_categories(profile: Watched, step: StepAccount, words: Words = OF_STEPS, *, beside: str = "") -> Table:
+def tabulate_categories(
+    profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, beside: str = ""
+) -> Table:
     """A row for each kind of work, by phase; below it the dearest operators by name."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
     rows = []
@@ -250,7 +251,7 @@ def tabulate_categories(profile: Watched, step: StepAccount, words: Words = OF_S
     )
 
 
-def _operators(profile: Watched, step: StepAccount, words: Words) -> Iterator[str]:
+def _operators(profile: TrialProfile, step: StepAccount, words: Words) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
     slower = step.profiler_slowdown
     seen = (

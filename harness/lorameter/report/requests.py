@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lorameter.profile.finding import Finding
-from lorameter.profile.requests.accounting import PassAccount, RequestAccount
-from lorameter.profile.requests.facts import COLD_PARTS, RequestProfile
-from lorameter.profile.requests.rules import OF_WHAT_RAN, REQUEST_RULES
+from lorameter.profile.accounting import PassAccount, RequestAccount
+from lorameter.profile.facts import COLD_PARTS, RequestProfile
+from lorameter.profile.request_rules import OF_WHAT_RAN, REQUEST_RULES
+from lorameter.profile.rules import Finding
 from lorameter.records.memory_account import in_order, title_of
 from lorameter.records.units import format_bytes, format_count
 from lorameter.report.blocks import (

@@ -1,8 +1,7 @@
-"""The four tables that a run becomes, column by column: what each is called, what kind of value it holds, what it says.
+"""The columns of the four tables of a run: name, type and meaning.
 
-Whoever hands out numbers, as a DataFrame or as a file, takes them from here, so that a column has one name and one
-unit everywhere. Units are base units and stand in the name; where a column holds values of several metrics its row says
-the unit in `unit` (`s`, `byte`, `1/s`, `J`, `1`).
+DataFrames and files have the same columns. Units are base units and part of the name; where a column holds several
+metrics, the column `unit` has the unit of each row (`s`, `byte`, `1/s`, `J`, `1`).
 """
 
 from __future__ import annotations
@@ -67,6 +66,11 @@ OF_VARIANT = (
     _column("peft_config", "text", "configuration of PEFT, of a variant that has one"),
 )
 OF_WORKLOAD = _settings(Workload, "workload_", OF_VARIANTS, "`{name}` of the workload that the variant is measured on")
+VALIDITY = (
+    _column("valid", "flag", "whether the numbers of its variant count"),
+    _column("invalid_reason", "text", "the first reason why they do not: `trial-failed`, `control-differs`, …"),
+    _column("invalid_message", "text", "all reasons in words"),
+)
 SETTINGS = (
     *OF_VARIANT,
     *OF_WORKLOAD,
@@ -99,6 +103,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _column("started_unix_s", "number", "when it began, seconds since 1970"),
         _column("wall_time_s", "number", "how long it took"),
         _column("log", "text", "path of its log in the run's folder"),
+        *VALIDITY,
         *SETTINGS,
     ),
     "samples": (
@@ -138,6 +143,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _column("replicates", "count", "trials behind it"),
         _column("samples", "count", "samples of all trials together; they do not narrow the interval"),
         _INTERLEAVING,
+        *VALIDITY,
         *SETTINGS,
     ),
     "comparisons": (

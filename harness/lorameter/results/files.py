@@ -19,7 +19,7 @@ from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.store import Run
 from lorameter.results.columns import TABLES, TableName, Values, names_of
-from lorameter.results.exchange import encode_action, encode_bencher, mllog_lines
+from lorameter.results.exchange import encode_action, encode_bencher
 from lorameter.results.rows import table_of
 
 SCHEMA = 1
@@ -28,7 +28,7 @@ GROUP_ROWS = 100_000
 """Rows of a parquet file that are in memory at once."""
 TABULAR = ("csv", "parquet")
 OF_TRENDS = ("github-action-benchmark", "bencher")
-FORMATS = ("json", *TABULAR, *OF_TRENDS, "mllog")
+FORMATS = ("json", *TABULAR, *OF_TRENDS)
 
 
 def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Sequence[str] = ()) -> Iterator[str]:
@@ -46,8 +46,6 @@ def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Seq
     """
     if form == "csv" and table is not None:
         return csv_of(table, table_of(run, table))
-    if form == "mllog":
-        return mllog_lines(run)
     if form == "json":
         return _json_of(run)
     if form in OF_TRENDS:

@@ -1,4 +1,4 @@
-"""How a number went from run to run: a line for each fingerprint, where it changed its level, and what changed between.
+"""The history of a metric over runs: a line for each fingerprint, its changes of level, and what differs between runs.
 
 A line holds runs that may be compared: one fingerprint, one content of the variant. Where another begins is a known
 break, and no ratio is taken across it. Inside a line changes are looked for (`lorameter.stats.changes`), and one that
@@ -8,24 +8,34 @@ Runs of different times are never called equivalent; a line without a change say
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from lorameter.errors import UsageError
+from lorameter.records import codec
 from lorameter.records.metrics import PRIMARY
-from lorameter.results.columns import VERSIONS
-from lorameter.results.points import Night, Point, read_nights
+from lorameter.records.store import Run
+from lorameter.results.columns import VERSIONS, names_of
+from lorameter.results.folder import read_each
+from lorameter.results.rows import estimate_rows
 from lorameter.stats.changes import Course, LevelShift, find_changes
+from lorameter.studies.from_run import read_study
 from lorameter.studies.study_file import builtin_studies
 from lorameter.verdicts.comparison_input import Difference, differences
+from lorameter.verdicts.sites import is_mixed
+from lorameter.verdicts.software import facts_of
 
 DEFAULT_METRIC = PRIMARY["train"]
 Direction = Literal["slower", "faster", "worse", "better"]
+_LEFT_OUT = ("worker", "packages")
+"""Fields of the provenance that are large and say nothing of what changed."""
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,10 +140,20 @@ class History(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Why runs are in no line, by the names of their folders."""
 
 
-Measured = tuple[Night, Point]
-"""A run with its number for one variant."""
-Nights = Mapping[str, Night]
-"""Runs by the names of their folders."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One estimate of one run."""
+
+    moment: Moment
+    row: Mapping[str, Any]
+    """Of the table of estimates."""
+    facts: Mapping[str, Any]
+    """Where and with what the run was measured."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What agrees in one line: fingerprint and content of the variant."""
+        return self.row["fingerprint"], self.row["variant_id"]
 
 
 def history_of(
@@ -144,88 +164,96 @@ def history_of(
     Raises:
         UsageError: a metric, study or variant of which there is no run, with those that there are.
     """
-    nights, unreadable = read_nights(runs, metric)
+    found, unreadable = read_estimates(runs, metric)
     tracks: dict[tuple[str, str], list[Measured]] = {}
-    for night in nights:
-        for point in night.points:
-            if study in (None, point.study) and variant in (None, point.variant):
-                tracks.setdefault((point.study, point.variant), []).append((night, point))
+    for one in found:
+        if study in (None, one.row["study"]) and variant in (None, one.row["variant"]):
+            tracks.setdefault((one.row["study"], one.row["variant"]), []).append(one)
     if not tracks:
-        raise UsageError(_nothing(runs, nights, metric, study, variant))
+        raise UsageError(_nothing(runs, found, metric, study, variant))
     return History(metric=metric, tracks=tuple(_track(tracks[key]) for key in sorted(tracks)), unreadable=unreadable)
 
 
-def _nothing(runs: Path, nights: Sequence[Night], metric: str, study: str | None, variant: str | None) -> str:
-    found = sorted({(point.study, point.variant) for night in nights for point in night.points})
+def read_estimates(runs: Path, metric: str | None) -> tuple[list[Measured], dict[str, str]]:
+    """The estimates of a metric (None: of all) in the runs of a folder, oldest first; and why others cannot be read, by
+    the names of their folders. An A/B and a run of unlike sites have none."""
+    found: list[Measured] = []
+    unreadable = {}
+    for one in read_each(runs, lambda run: list(_measured(run, metric))):
+        if one.content is None:
+            unreadable[one.path.name] = str(one.error)
+        else:
+            found += one.content
+    return sorted(found, key=lambda one: (one.moment.created_unix_s, one.moment.folder)), unreadable
+
+
+def _measured(run: Run, metric: str | None) -> Iterator[Measured]:
+    if run.manifest.sides or is_mixed(run):
+        return
+    provenance = facts_of(run.manifest.provenance, run.records)
+    facts = {name: value for name, value in provenance.items() if name not in _LEFT_OUT}
+    facts = codec.to_json(facts | {"harness": provenance.get("worker", {}).get("harness")})
+    for values in estimate_rows(run, read_study(run), metric):
+        row = dict(zip(names_of("estimates"), values, strict=True))
+        if row["role"] != "variant":
+            continue
+        positive = row["value"] > 0 and math.isfinite(row["value"])
+        moment = Moment(
+            run=run.manifest.run,
+            folder=run.path.name,
+            created_unix_s=run.manifest.created_unix_s,
+            **{name: row[name] for name in ("value", "low", "high", "replicates", "commit")},
+            dirty=bool(row["dirty"]),
+            versions={name: row[name] for name in VERSIONS},
+            why_not=row["invalid_message"] or (None if positive else "it has no logarithm"),
+        )
+        yield Measured(moment=moment, row=row, facts=facts)
+
+
+def _nothing(runs: Path, found: Sequence[Measured], metric: str, study: str | None, variant: str | None) -> str:
     if not found:
-        known = sorted({point.metric for night in read_nights(runs, None)[0] for point in night.points})
+        known = sorted({one.row["metric"] for one in read_estimates(runs, None)[0]})
         if not known:
             return "history: no run here has a number. Measure some with `lorameter run`, or give --runs-dir."
         return f"history: no run here has the metric {metric!r}. They have {', '.join(known)}."
-    named = ", ".join(f"{name} of {of}" for of, name in found[:12])
+    there = sorted({(one.row["study"], one.row["variant"]) for one in found})
+    named = ", ".join(f"{name} of {of}" for of, name in there[:12])
     asked = " ".join(f"--{name} {value}" for name, value in (("study", study), ("variant", variant)) if value)
     return f"history: no run here has {metric} with {asked}. There are {named}."
 
 
 def _track(measured: Sequence[Measured]) -> Track:
-    lines: dict[tuple[str, str], list[Moment]] = {}
-    keys: list[tuple[str, str]] = []
-    nights = {night.folder: night for night, _ in measured}
-    moments = [_moment(night, point) for night, point in measured]
-    for (night, point), moment in zip(measured, moments, strict=True):
-        key = (night.fingerprint, point.variant_id)
-        keys.append(key)
-        lines.setdefault(key, []).append(moment)
-    first = measured[0][1]
+    lines: dict[tuple[str, str], list[Measured]] = {}
+    for one in measured:
+        lines.setdefault(one.key, []).append(one)
+    first = measured[0].row
     return Track(
-        study=first.study,
-        variant=first.variant,
-        metric=first.metric,
-        unit=first.unit,
-        higher_is_better=first.higher_is_better,
-        lines=tuple(_line(nights, key, found, first) for key, found in lines.items()),
-        breaks=tuple(_breaks(nights, first, keys, moments)),
+        **{name: first[name] for name in ("study", "variant", "metric", "unit", "higher_is_better")},
+        lines=tuple(map(_line, lines.values())),
+        breaks=tuple(_breaks(measured)),
     )
 
 
-def _moment(run: Night, point: Point) -> Moment:
-    why_not = point.broken
-    if why_not is None and not (point.value > 0 and math.isfinite(point.value)):
-        why_not = "it has no logarithm"
-    return Moment(
-        run=run.run,
-        folder=run.folder,
-        created_unix_s=run.created_unix_s,
-        value=point.value,
-        low=point.low,
-        high=point.high,
-        replicates=point.replicates,
-        commit=run.commit,
-        dirty=run.dirty,
-        versions=run.versions,
-        why_not=why_not,
-    )
-
-
-def _line(nights: Nights, key: tuple[str, str], moments: Sequence[Moment], about: Point) -> HistorySeries:
-    counting = [moment for moment in moments if moment.why_not is None]
-    course = find_changes([math.log(moment.value) for moment in counting])
+def _line(measured: Sequence[Measured]) -> HistorySeries:
+    counting = [one for one in measured if one.moment.why_not is None]
+    course = find_changes([math.log(one.moment.value) for one in counting])
+    fingerprint, variant_id = measured[0].key
     return HistorySeries(
-        fingerprint=key[0],
-        variant_id=key[1],
-        moments=tuple(moments),
+        fingerprint=fingerprint,
+        variant_id=variant_id,
+        moments=tuple(one.moment for one in measured),
         plateaus=tuple(_plateaus(course, counting)),
-        suspicions=tuple(_suspicion(nights, change, course, counting, about) for change in course.changes),
+        suspicions=tuple(_suspicion(change, course, counting) for change in course.changes),
         scatter=None if course.scatter is None else math.expm1(course.scatter),
         detectable=None if course.detectable is None else math.expm1(course.detectable),
     )
 
 
-def _plateaus(course: Course, moments: Sequence[Moment]) -> Iterator[Plateau]:
+def _plateaus(course: Course, counting: Sequence[Measured]) -> Iterator[Plateau]:
     for level in course.levels:
         yield Plateau(
-            first=moments[level.first],
-            last=moments[level.end - 1],
+            first=counting[level.first].moment,
+            last=counting[level.end - 1].moment,
             runs=level.end - level.first,
             value=math.exp(level.mean),
             low=None if level.low is None else math.exp(level.low),
@@ -233,55 +261,51 @@ def _plateaus(course: Course, moments: Sequence[Moment]) -> Iterator[Plateau]:
         )
 
 
-def _suspicion(
-    nights: Nights, change: LevelShift, course: Course, moments: Sequence[Moment], about: Point
-) -> Suspicion:
+def _suspicion(change: LevelShift, course: Course, counting: Sequence[Measured]) -> Suspicion:
     place = next(place for place, level in enumerate(course.levels) if level.first == change.first)
-    before, after = moments[change.first - 1], moments[change.first]
+    before, after = counting[change.first - 1], counting[change.first]
     ends = (change.log_ratio, change.low, change.high)
-    if about.higher_is_better:
+    if after.row["higher_is_better"]:
         ends = (-change.log_ratio, -change.high, -change.low)
-    worse = ends[0] > 0
-    timed = about.unit in ("s", "1/s")
+    timed = after.row["unit"] in ("s", "1/s")
     words: tuple[Direction, Direction] = ("slower", "faster") if timed else ("worse", "better")
     return Suspicion(
-        before=before,
-        after=after,
+        before=before.moment,
+        after=after.moment,
         level_before=math.exp(course.levels[place - 1].mean),
         level_after=math.exp(course.levels[place].mean),
         ratio=math.exp(ends[0]),
         low=math.exp(ends[1]),
         high=math.exp(ends[2]),
-        direction=words[0] if worse else words[1],
-        differing=_differing(nights, before, after),
-        confirm=confirming(about.study, about.variant, before, after),
+        direction=words[0] if ends[0] > 0 else words[1],
+        differing=tuple(differences(before.facts, after.facts)),
+        confirm=_confirm(before, after),
     )
 
 
-def _breaks(
-    nights: Nights, about: Point, keys: Sequence[tuple[str, str]], moments: Sequence[Moment]
-) -> Iterator[Break]:
+def _breaks(measured: Sequence[Measured]) -> Iterator[Break]:
     """One where each line but the first begins."""
-    for place, key in enumerate(keys):
-        if place and key not in keys[:place]:
-            before, after = moments[place - 1], moments[place]
-            differing = _differing(nights, before, after)
-            if keys[place - 1][1] != key[1]:
-                changed = Difference(field=f"variant {about.variant}", base=keys[place - 1][1], candidate=key[1])
-                differing = (changed, *differing)
-            yield Break(
-                before=before,
-                after=after,
-                fingerprint_before=keys[place - 1][0],
-                fingerprint_after=key[0],
-                differing=differing,
-                confirm=confirming(about.study, about.variant, before, after),
-            )
+    seen = {measured[0].key}
+    for before, after in itertools.pairwise(measured):
+        if after.key in seen:
+            continue
+        seen.add(after.key)
+        differing = tuple(differences(before.facts, after.facts))
+        if before.key[1] != after.key[1]:
+            variant = f"variant {after.row['variant']}"
+            differing = (Difference(field=variant, base=before.key[1], candidate=after.key[1]), *differing)
+        yield Break(
+            before=before.moment,
+            after=after.moment,
+            fingerprint_before=before.key[0],
+            fingerprint_after=after.key[0],
+            differing=differing,
+            confirm=_confirm(before, after),
+        )
 
 
-def _differing(nights: Nights, before: Moment, after: Moment) -> tuple[Difference, ...]:
-    """What is known of where and with what both were measured, and is not the same."""
-    return tuple(differences(nights[before.folder].facts, nights[after.folder].facts))
+def _confirm(before: Measured, after: Measured) -> str:
+    return confirming(after.row["study"], after.row["variant"], before.moment, after.moment)
 
 
 def confirming(study: str, variant: str, before: Moment, after: Moment) -> str:

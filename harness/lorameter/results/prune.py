@@ -9,14 +9,14 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from lorameter.errors import UsageError
-from lorameter.records import store
+from lorameter.records import fileio, store
 from lorameter.records.manifest import Manifest
 from lorameter.verdicts.baselines import deciding, read_baselines
 
@@ -27,7 +27,7 @@ _REMOVED = ".removed-"
 
 
 class PruneDecision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run that goes, or that stays for a reason."""
+    """A run that is removed, or that is kept for a reason."""
 
     run: str
     path: str
@@ -35,16 +35,16 @@ class PruneDecision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     created_unix_s: float
     size_bytes: int
     why: str = ""
-    """Why it stays; empty where it goes."""
+    """Why it is kept; empty where it is removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What becomes of the runs of a folder."""
+class Pruned:
+    """The decisions on the runs of a folder."""
 
-    going: tuple[PruneDecision, ...]
+    removed: tuple[PruneDecision, ...]
     staying: tuple[PruneDecision, ...]
-    """What would go, but for a reason."""
+    """Selected, but kept for a reason."""
     kept: int
     """Runs that were not selected."""
 
@@ -67,61 +67,73 @@ def size_of(path: Path) -> int:
     return total
 
 
-def choose(
-    runs: Path, *, keep: int | None = None, older_s: float | None = None, now_unix_s: float | None = None
-) -> Choice:
-    """Which runs of a folder go.
+def prune(
+    runs: Path,
+    *,
+    keep: int | None = None,
+    older_s: float | None = None,
+    dry_run: bool = False,
+    now_unix_s: float | None = None,
+) -> Pruned:
+    """Remove runs of a folder, under the lock under which baselines are accepted.
 
     Args:
-        runs: the folder of runs; what is packed there is no run's folder and stays.
-        keep: so many of each study stay, the newest; None for no limit.
-        older_s: only older ones go; None for any age. Where both are given a run goes for which both say so.
-        now_unix_s: from when on ages are counted; None for now.
+        runs: the folder of runs; packed runs in it are kept.
+        keep: number of runs of each study to keep, the newest; None for no limit.
+        older_s: remove only runs older than this; None for any age. With both, a run must fulfil both to be removed.
+        dry_run: only decide.
+        now_unix_s: the time from which ages are counted; None for now.
 
     Raises:
         UsageError: the file of accepted baselines cannot be read.
     """
-    accepted = _accepted(runs)
-    now = time.time() if now_unix_s is None else now_unix_s
-    unknown: list[PruneDecision] = []
+    if not fileio.is_folder(runs):
+        return Pruned(removed=(), staying=(), kept=0)
+    with contextlib.nullcontext() if dry_run else deciding(runs):
+        selected, unreadable, kept = _select(runs, keep, older_s, time.time() if now_unix_s is None else now_unix_s)
+        if not dry_run:
+            for left in runs.glob(f"{_REMOVED}*"):  # by a removal that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            selected = [one if one.why else msgspec.structs.replace(one, why=_remove(one)) for one in selected]
+    return Pruned(
+        removed=tuple(one for one in selected if not one.why),
+        staying=(*(one for one in selected if one.why), *unreadable),
+        kept=kept,
+    )
+
+
+def _select(
+    runs: Path, keep: int | None, older_s: float | None, now_unix_s: float
+) -> tuple[list[PruneDecision], list[PruneDecision], int]:
+    """The runs that are selected, oldest first; those that cannot be read; and how many are not selected."""
+    accepted = {baseline.run for baseline in read_baselines(runs).baselines}
     known: list[PruneDecision] = []
+    unreadable: list[PruneDecision] = []
     for path in store.list_runs(runs):
         try:
             manifest = store.read_manifest(path)
         except UsageError as error:
-            one = _candidate(path, why=f"it cannot be read: {error}")
-            unknown += [one] if store.is_run(path) else []
+            unreadable += [_decision(path, "", 0.0, f"it cannot be read: {error}")] if store.is_run(path) else []
             continue
-        study = str(manifest.study.get("name", ""))
-        why = _why_it_stays(path, manifest, accepted)
-        one = _candidate(path, study=study, created=manifest.created_unix_s, why=why)
-        known += [one] if store.is_run(path) else []
+        why = _reason_to_keep(path, manifest, accepted)
+        one = _decision(path, str(manifest.study.get("name", "")), manifest.created_unix_s, why)
+        known += [one] if store.is_run(path) else []  # another process may have removed it
     seen: Counter[str] = Counter()
-    asked: list[PruneDecision] = []
+    selected = []
     for one in sorted(known, key=lambda one: -one.created_unix_s):
         seen[one.study] += 1
-        if (keep is None or seen[one.study] > keep) and (older_s is None or now - one.created_unix_s > older_s):
-            asked.append(one)
-    unbegun = [
-        _candidate(path, study="killed before its first trial", created=path.lstat().st_mtime)
-        for path in store.list_unbegun(runs)
-    ]
-    asked += [one for one in unbegun if older_s is None or now - one.created_unix_s > older_s]
-    going = tuple(reversed([one for one in asked if not one.why]))
-    staying = (*reversed([one for one in asked if one.why]), *unknown)
-    return Choice(going=going, staying=staying, kept=len(known) - len(asked))
+        if (keep is None or seen[one.study] > keep) and (older_s is None or now_unix_s - one.created_unix_s > older_s):
+            selected.append(one)
+    return selected[::-1], unreadable, len(known) - len(selected)
 
 
-def _candidate(path: Path, *, study: str = "", created: float = 0.0, why: str = "") -> PruneDecision:
-    size = size_of(path)
-    return PruneDecision(run=path.name, path=str(path), study=study, created_unix_s=created, size_bytes=size, why=why)
+def _decision(path: Path, study: str, created_unix_s: float, why: str) -> PruneDecision:
+    return PruneDecision(
+        run=path.name, path=str(path), study=study, created_unix_s=created_unix_s, size_bytes=size_of(path), why=why
+    )
 
 
-def _accepted(runs: Path) -> set[str]:
-    return {baseline.run for baseline in read_baselines(runs).baselines}
-
-
-def _why_it_stays(path: Path, manifest: Manifest, accepted: Collection[str]) -> str:
+def _reason_to_keep(path: Path, manifest: Manifest, accepted: Collection[str]) -> str:
     """Why a run may not be removed; empty where it may."""
     if path.name in accepted or manifest.run in accepted:
         return "it is an accepted baseline"
@@ -130,63 +142,15 @@ def _why_it_stays(path: Path, manifest: Manifest, accepted: Collection[str]) -> 
     return "it is a link to a run in another folder" if path.is_symlink() else ""
 
 
-def remove(runs: Path, going: Sequence[PruneDecision]) -> tuple[tuple[PruneDecision, ...], tuple[PruneDecision, ...]]:
-    """Remove runs, and what an earlier removal that was killed has left.
-
-    A run is moved into a folder of its own name first, so that it is there as a whole or not at all.
-
-    Args:
-        runs: the folder of runs.
-        going: what `choose` has found there.
-
-    Returns:
-        The runs that were removed, and those that were not, each with the reason: one that was accepted since, that is
-        measured again, or that the disk refused. A run that another process has removed is in neither.
-    """
-    for path in _left_behind(runs):
-        with contextlib.suppress(OSError):
-            _delete(path)
-    gone: list[PruneDecision] = []
-    refused: list[PruneDecision] = []
-    for one in going:
-        moved = None
-        try:
-            moved, why = _move_away(runs, Path(one.path))
-            if moved is not None:
-                _delete(moved)
-        except (OSError, UsageError) as error:
-            why = f"it could not be removed: {error}" if moved is None else f"its files are still in {moved}: {error}"
-        if why:
-            refused.append(msgspec.structs.replace(one, why=why))
-        elif moved is not None:
-            gone.append(one)
-    return tuple(gone), tuple(refused)
-
-
-def _left_behind(runs: Path) -> list[Path]:
-    """Folders of removals that were killed, or that another process is just deleting."""
-    if not list(runs.glob(f"{_REMOVED}*")):
-        return []
-    with deciding(runs):  # no process is between making its folder and moving a run into it
-        return list(runs.glob(f"{_REMOVED}*"))
-
-
-def _move_away(runs: Path, path: Path) -> tuple[Path | None, str]:
-    """Where a run was moved to be deleted, or why it stays; neither where it is no longer there."""
-    with deciding(runs):
-        begun = store.is_run(path)
-        if not begun and not store.is_held_by_nobody(path):
-            return None, ""
-        if begun and (why := _why_it_stays(path, store.read_manifest(path), _accepted(runs))):
-            return None, why
+def _remove(one: PruneDecision) -> str:
+    """Remove a run; why it could not be removed, else an empty text. It is renamed first, so that it is there
+    in whole or not at all."""
+    path = Path(one.path)
+    try:
         with store.writing(path):
-            moved = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=runs))
+            moved = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=path.parent))
             path.rename(moved / path.name)
-    return moved, ""
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder that another process may be deleting, too."""
-    while os.path.lexists(folder):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        shutil.rmtree(moved)
+    except (OSError, UsageError) as error:
+        return f"it could not be removed: {error}"
+    return ""

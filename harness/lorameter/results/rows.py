@@ -1,17 +1,17 @@
-"""A run as rows of four tables, in plain Python: what DataFrames, files and histories are made of.
+"""The rows of the four tables of a run, in plain Python, for DataFrames, files and histories.
 
-Estimates and comparisons are those of the reports, by the same functions, so that a table cannot say anything else.
+Estimates and comparisons are computed by the functions of the reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from lorameter.records.metrics import METRICS, PEAKS, PRIMARY, Phase
 from lorameter.records.record import Role, Side, TrialRecord
 from lorameter.records.store import Run
 from lorameter.results.columns import TableName, Values
-from lorameter.results.settings import Settings
+from lorameter.results.settings import Settings, Validity
 from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
@@ -29,14 +29,12 @@ MEAN, RANGE = "95 % of the mean", "range"
 
 def rows_of(run: Run) -> dict[TableName, list[Values]]:
     """All four tables of a run, each in the order of its columns."""
-    study = read_study(run)
-    return {table: list(make(run, study)) for table, make in _MAKERS.items()}
+    return {table: list(table_of(run, table)) for table in _MAKERS}
 
 
-def table_of(run: Run, table: TableName) -> Iterable[Values]:
-    """One table of a run. Its samples are made one by one, since there may be millions."""
-    rows = _MAKERS[table](run, read_study(run))
-    return rows if table == "samples" else list(rows)
+def table_of(run: Run, table: TableName) -> Iterator[Values]:
+    """One table of a run, row by row, since there may be millions of samples."""
+    return _MAKERS[table](run, read_study(run))
 
 
 def unit_of(metric: str) -> str:
@@ -56,6 +54,7 @@ def phase_of(metric: str) -> Phase | None:
 def trial_rows(run: Run, study: Study) -> Iterator[Values]:
     """A row a trial; earlier attempts of one that was measured again before it."""
     about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
+    validity = Validity(run, study)
     attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
     for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
         failure = record.failure
@@ -63,7 +62,8 @@ def trial_rows(run: Run, study: Study) -> Iterator[Values]:
             *about, record.trial, record.name, settings.id_of(record), record.role, record.side or None,
             record.replicate, record.position, record.attempt, counts, record.interleaving, record.seed, record.status,
             failure.phase if failure else None, failure.message if failure else None,
-            record.started_unix_s, record.wall_time_s, record.log or None, *settings.of([record]),
+            record.started_unix_s, record.wall_time_s, record.log or None,
+            *validity.of(record), *settings.of([record]),
         )  # fmt: skip
 
 
@@ -89,10 +89,11 @@ def _turns(record: TrialRecord) -> tuple[int, ...]:
 def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Values]:
     """A row for each metric and kind of memory that a variant has; only for `metric` where that is given."""
     about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
+    validity = Validity(run, study)
     for side in _SIDES if run.manifest.sides else ("",):
         for (variant, role), series in group_trials(run.records, side).items():
             head = (*about, variant, settings.id_of(series.records[0]), role, side or None)
-            tail = settings.of(series.records)
+            tail = (*validity.of(series.records[0]), *settings.of(series.records))
             for name in METRICS if metric is None else METRICS.keys() & {metric}:
                 yield from ((*row, *tail) for row in _estimate(head, series, name))
             yield from ((*row, *tail) for row in _memory(head, series, metric))

@@ -1,11 +1,11 @@
-"""How the trials of a row were set up: the settings of their variant, its workload, and the software they ran with."""
+"""The last columns of a row: whether its trials count, the settings of their variant, and their software."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorameter.errors import InvalidRunError
 from lorameter.machine.software import normal_name
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
@@ -17,10 +17,32 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import OF_4BIT, AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import identify
 from lorameter.verdicts.software import facts_of
+from lorameter.verdicts.validity import Fault, InvalidReason, run_validity, say_faults
+
+
+class Validity:
+    """Whether trials of a run count, and why they do not."""
+
+    def __init__(self, run: Run, study: Study) -> None:
+        self._faults: tuple[Fault, ...]
+        try:
+            self._faults = run_validity(run, study).faults
+        except InvalidRunError as error:  # samples from which no control can be computed
+            self._faults = (Fault(reason=InvalidReason.CONTROL_NOT_MEASURED, message=str(error)),)
+
+    def of(self, record: TrialRecord) -> Values:
+        """Values of `columns.VALIDITY` for the variant and side of a trial."""
+        own = (record.name, record.side)
+        found = [
+            fault
+            for fault in self._faults
+            if not fault.variant or (record.role == "variant" and own == (fault.variant, fault.side))
+        ]
+        return (False, found[0].reason.value, say_faults(found)) if found else (True, None, None)
 
 
 class Settings:
-    """Of one run."""
+    """Settings of the variants of a run."""
 
     def __init__(self, run: Run, study: Study) -> None:
         self._run, self._study = run, study
@@ -42,45 +64,38 @@ class Settings:
         return self._known[name, side]
 
     def _values(self, name: str, side: str, records: Sequence[TrialRecord]) -> Values:
-        facts = facts_of(self._provenance(side), records)
+        about = self._run.manifest.sides.get(side, {})
+        provenance: Mapping[str, Any] = self._run.manifest.provenance
+        if own := about.get("facts"):  # an A/B of environments or revisions
+            libraries = {package: own["packages"].get(normal_name(package)) for package in VERSIONS}
+            provenance = {**provenance, "libraries": libraries, "git": own.get("git", {})}
+        facts = facts_of(provenance, records)
         git, libraries = facts.get("git", {}), facts.get("libraries", {})
+        workload = None if self._study.of_scripts else self._own.get(name, self._study.workload)
         return (
-            *self._of_variant(self._variants.get(name), self._run.manifest.sides.get(side, {})),
-            *self._of_workload(name),
+            *self._of_variant(self._variants.get(name), about),
+            *(
+                _plain(getattr(workload, column.name.removeprefix("workload_"), None), column.kind)
+                for column in OF_WORKLOAD
+            ),
             git.get("commit"),
             git.get("dirty"),
             *(libraries.get(package) for package in VERSIONS),
         )
 
-    def _provenance(self, side: str) -> Mapping[str, Any]:
-        """The provenance of the run, with the software of a side that has its own."""
-        own = self._run.manifest.sides.get(side, {}).get("facts")
-        if not own:
-            return self._run.manifest.provenance
-        libraries = {name: own["packages"].get(normal_name(name)) for name in VERSIONS}
-        return {**self._run.manifest.provenance, "libraries": libraries, "git": own.get("git", {})}
-
     def _of_variant(self, variant: AnyVariant | None, side: Mapping[str, Any]) -> Values:
         if variant is None:
             return (None,) * len(OF_VARIANT)
+        known: dict[str, Any] = {"method": variant.method_name}
         if isinstance(variant, ScriptVariant):
-            command = side.get("spec") if side.get("kind") == SIDE else variant.command
-            known = {"command": command, "method": variant.method_name}
+            known["command"] = side.get("spec") if side.get("kind") == SIDE else variant.command
             return tuple(known.get(column.name) for column in OF_VARIANT)
-        unread = OF_4BIT if isinstance(variant, Variant) and not variant.is_4bit else ()
-        known = {"method": variant.method_name, "peft_config": getattr(variant, "peft", None)}
+        known["peft_config"] = getattr(variant, "peft", None)
+        known |= dict.fromkeys(OF_4BIT) if isinstance(variant, Variant) and not variant.is_4bit else {}
         return tuple(
-            None
-            if column.name in unread
-            else _plain(known.get(column.name, getattr(variant, column.name, None)), column.kind)
+            _plain(known[column.name] if column.name in known else getattr(variant, column.name, None), column.kind)
             for column in OF_VARIANT
         )
-
-    def _of_workload(self, name: str) -> Values:
-        if self._study.of_scripts:
-            return (None,) * len(OF_WORKLOAD)
-        fields = dataclasses.asdict(self._own.get(name, self._study.workload))
-        return tuple(_plain(fields[column.name.removeprefix("workload_")], column.kind) for column in OF_WORKLOAD)
 
 
 def _plain(value: Any, kind: str) -> Any:

@@ -132,7 +132,7 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
 
 
 def read_comparand(name: str, runs: Path) -> ComparisonInput:
-    """A run by id, directory or packed file, a pytest-benchmark file, or a folder of such files.
+    """A run by id, directory or packed file, a pytest-benchmark file, or several by a folder or a pattern.
 
     Raises:
         UsageError: none of these, or one that cannot be read.
@@ -141,17 +141,17 @@ def read_comparand(name: str, runs: Path) -> ComparisonInput:
         from lorameter.verdicts.benchmark_files import read_benchmark_json
 
         return read_benchmark_json(Path(name))
-    folder = Path(name)
-    if fileio.is_folder(folder) and not store.is_run(folder) and not store.is_run(runs / name):
-        from lorameter.verdicts.benchmark_files import list_benchmarks, read_benchmark_folder
+    if not store.is_run(Path(name)) and not store.is_run(runs / name):
+        from lorameter.verdicts.benchmark_files import list_benchmarks, read_benchmarks
 
-        if list_benchmarks(folder):
-            return read_benchmark_folder(folder)
+        if list_benchmarks(name):
+            return read_benchmarks(name)
     try:
         return comparison_input(store.read_run(name, runs))
     except UsageError as error:
         if fileio.is_folder(runs / name) or fileio.is_there(name):
             raise
         raise UsageError(
-            f"{error} A pytest-benchmark .json file, or a folder of several, works too; there is none at {name!r}."
+            f"{error} A pytest-benchmark .json file, or a folder or quoted pattern of several, works too; there is "
+            f"none at {name!r}."
         ) from None

@@ -2,8 +2,8 @@
 
 A file of ours keeps the boundaries between trials with the raw samples, so it says as much as the run itself. Any
 other file holds the rounds of one process. However many they are, they are one replicate: most of the scatter of a
-duration lies between processes (Kalibera & Jones 2013), so one file gives a ratio and no interval. Several files in a
-folder are replicates and give an interval.
+duration lies between processes (Kalibera & Jones 2013), so one file gives a ratio and no interval. Several files
+are replicates and give an interval.
 
 pytest-benchmark's files have no field for enough to compare two of them as well as the runs themselves, so ours adds
 it: trial boundaries make the raw samples replicates again, and the control and the failures are written down too,
@@ -13,6 +13,7 @@ because a file in which a failed variant is merely absent would hide it.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -41,8 +42,8 @@ FOREIGN_METRIC = "round_time_s"
 """What pytest-benchmark itself measures: the time of one round, whatever it held."""
 NO_SAMPLES = "no samples were saved, only their summary: save again with --benchmark-save-data"
 ONE_PROCESS = (
-    "all rounds come from one process, which is one replicate and gives no interval: save several sessions into one "
-    "folder, as with --benchmark-json=FOLDER/1.json, and compare the folders"
+    "all rounds come from one process, which is one replicate and gives no interval: run the benchmarks several times "
+    "on each side, with --benchmark-save=NAME --benchmark-save-data, and compare '.benchmarks/*/*_NAME.json'"
 )
 FOREIGN = "pytest-benchmark alone"
 """What wrote a file that is not ours."""
@@ -68,18 +69,21 @@ def read_benchmark_json(path: Path) -> ComparisonInput:
     return _ours(where, rows, machine, data) if ours else _foreign(where, rows, machine)
 
 
-def list_benchmarks(folder: Path) -> list[Path]:
-    """The files of a folder and of those below it, as pytest-benchmark has one for each machine."""
-    return sorted(folder.rglob("*.json"))
+def list_benchmarks(name: str) -> list[Path]:
+    """The files that a pattern names, or those of a folder and of the folders in it, of which pytest-benchmark has one
+    for each machine; empty for anything else."""
+    if glob.has_magic(name):
+        return sorted(map(Path, glob.glob(name)))  # noqa: PTH207 - the pattern may be absolute
+    return sorted(Path(name).rglob("*.json"))
 
 
-def read_benchmark_folder(folder: Path) -> ComparisonInput:
-    """All files of a folder as replicates of one side.
+def read_benchmarks(name: str) -> ComparisonInput:
+    """All files of a folder or pattern as replicates of one side.
 
     Raises:
         UsageError: a file that cannot be read, that lorameter wrote, or that is of another machine than the first.
     """
-    sides = [read_benchmark_json(path) for path in list_benchmarks(folder)]
+    sides = [read_benchmark_json(path) for path in list_benchmarks(name)]
     trials: dict[str, Trials] = {}
     for side in sides:
         _check_alike(sides[0], side)
@@ -87,7 +91,7 @@ def read_benchmark_folder(folder: Path) -> ComparisonInput:
             trials.setdefault(name, []).extend(measured.trials.get(FOREIGN_METRIC, ()))
     return dataclasses.replace(
         sides[0],
-        name=str(folder),
+        name=name,
         sides={
             name: Measurements(
                 name=name,
@@ -105,8 +109,8 @@ def _check_alike(first: ComparisonInput, side: ComparisonInput) -> None:
     if found := differences(first.facts or {}, side.facts):
         one = found[0]
         raise UsageError(
-            f"{side.name}: {one.field} is {one.candidate!r}, and {one.base!r} in {first.name}: the files of a folder "
-            "are replicates of one machine. Move it to a folder of its own."
+            f"{side.name}: {one.field} is {one.candidate!r}, and {one.base!r} in {first.name}: the files of one "
+            "side are replicates of one machine. Move it to a folder of its own."
         )
 
 

@@ -27,7 +27,6 @@ from lorameter.trial.building import lora
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling import phases
-from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.requests import BorderedRequest, see_request
 from lorameter.trial.profiling.trial import ProfiledTrial
@@ -40,7 +39,6 @@ PROMPT, NEW = 12, 4
 def serving(tmp_path, monkeypatch):
     """Makes a trial of the smallest model that answers requests; fields are those of its variant."""
     monkeypatch.setattr(phases, "PROFILED_BUDGET_S", 0.0)
-    monkeypatch.setattr(profiled, "REQUESTS_BUDGET_S", 0.0)
     torch.set_num_threads(1)
 
     def make(**fields):
@@ -69,7 +67,7 @@ def of(kind, folder, name):
 def test_a_request_is_taken_apart(serving, tmp_path):
     """Its samples, what it finds, and what runs in each phase, with the copied head of its prefill among it."""
     trial = serving()
-    samples = trial.run("profile_requests", merged=False).samples
+    samples = trial.run("profile_requests", merged=False, budget_s=0.0).samples
     assert len(samples["plain_request_time_s"]) == len(samples["phase_decode_s"]) == len(samples["first_token_time_s"])
     for index, lap_s in enumerate(samples["bordered_request_time_s"]):
         phases = [samples[f"phase_{phase}_s"][index] for phase in REQUEST_PHASES]
@@ -79,8 +77,7 @@ def test_a_request_is_taken_apart(serving, tmp_path):
     assert looked.memory["host_peak_first_token_bytes"] > 0
     assert len(looked.samples["new_length_first_token_s"]) == len(looked.samples["known_length_first_token_s"]) == 6
     facts = of(RequestFacts, tmp_path, REQUEST_FACTS)
-    assert (facts.training, facts.checkpointing, facts.logit_rows) == (False, False, 1)
-    assert (facts.prompt_rows, facts.decode_rows) == (PROMPT, 1)
+    assert (facts.prompt_rows, facts.logit_rows) == (PROMPT, 1)
     assert (facts.cache, facts.cache_moved, facts.head) == ("DynamicCache", 1.0, "lm_head.weight")
     config = trial._built.trainee.model.get_base_model().config
     heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads

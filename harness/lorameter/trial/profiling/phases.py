@@ -32,8 +32,6 @@ from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.step import TrainStep
 
 MOST_PAIRS = 128
-BUDGET_S = 30.0
-"""Time for pairs of steps; at least `LEAST_STEP_PAIRS` are taken."""
 LEAST_PROFILED, MOST_PROFILED = 3, 12
 PROFILED_BUDGET_S = 3.0
 """Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
@@ -153,7 +151,7 @@ class Bordered(Protocol):
 
 
 def step_times(
-    plain: Callable[[], torch.Tensor], bordered: BorderedStep, device: str, *, budget_s: float = BUDGET_S
+    plain: Callable[[], torch.Tensor], bordered: BorderedStep, device: str, *, budget_s: float
 ) -> dict[str, tuple[float, ...]]:
     """Pairs of a plain and a bordered step, each first in every other pair.
 
@@ -174,7 +172,7 @@ def pair_times(
     *,
     what: str,
     samples_of: Callable[[Any, bool], Mapping[str, float]],
-    budget_s: float = BUDGET_S,
+    budget_s: float,
 ) -> dict[str, tuple[float, ...]]:
     """Pairs of a plain and a bordered call, each first in every other pair.
 

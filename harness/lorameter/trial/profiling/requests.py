@@ -114,14 +114,12 @@ def see_request(model: Any, ask: Ask, device: str) -> RequestFacts:
     base = lora.wrapped(model)
     rows: list[int] = []
     logits: list[int] = []
-    training: list[bool] = []
     cache: list[Any] = []
     places: list[tuple[int, ...]] = []
 
     def entered(module: Any, args: Any, given: dict[str, Any]) -> None:
         tokens = given.get("input_ids", args[0] if args else None)
         rows.append(1 if tokens is None else int(tokens.shape[-1]))
-        training.append(bool(module.training))
 
     def left(module: Any, args: Any, output: Any) -> None:
         found = getattr(output, "logits", None)
@@ -144,10 +142,7 @@ def see_request(model: Any, ask: Ask, device: str) -> RequestFacts:
     held = list(_cached(cache[0])) if cache else []
     moved = [before != after for before, after in itertools.pairwise(places)]
     return RequestFacts(
-        training=any(training),
-        checkpointing=any(getattr(module, "gradient_checkpointing", False) is True for module in base.modules()),
         prompt_rows=rows[0],
-        decode_rows=max(rows[1:], default=0),
         logit_rows=logits[0],
         cache=type(cache[0]).__name__ if cache else "",
         cache_bytes=sum(map(storage_bytes, held)),

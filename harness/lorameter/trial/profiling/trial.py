@@ -56,8 +56,6 @@ from lorameter.trial.profiling.requests import (
 )
 from lorameter.trial.trial import Trial
 
-REQUESTS_BUDGET_S = 20.0
-"""For pairs of requests, of the adapter as it is and merged."""
 NEW_LENGTHS = 6
 """Prompt lengths without an earlier request; the median of fewer times has no interval."""
 
@@ -83,10 +81,12 @@ class ProfiledTrial(Trial):
         self._write(ACCOUNTS[phase], found)
         return PartialRecord()
 
-    def profile(self) -> PartialRecord:
-        """Where a step's time goes, and how many real tokens it holds; not yet what runs in it."""
+    def profile(self, *, budget_s: float) -> PartialRecord:
+        """Where a step's time goes, and how many real tokens it holds; not yet what runs in it. Pairs take `budget_s`
+        seconds."""
         request, parts = self._request, self._built
-        samples = step_times(parts.step, BorderedStep(parts.trainee, parts.stream, request), request.device)
+        bordered = BorderedStep(parts.trainee, parts.stream, request)
+        samples = step_times(parts.step, bordered, request.device, budget_s=budget_s)
         values = useful_tokens(parts.stream, request.workload.batch_size * request.variant.gradient_accumulation)
         return self._judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["timed_loss"]))
 
@@ -129,13 +129,13 @@ class ProfiledTrial(Trial):
         self._write(ACTIVITY, profiled(bordered, request.device, Path(request.scratch)))
         return PartialRecord()
 
-    def profile_requests(self, *, merged: bool) -> PartialRecord:
+    def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
         """Where a request's time goes, of the adapter as it is served or, after `merge`, merged into the base."""
         prefix, serving = "merged_" if merged else "", self._serving
         bordered = BorderedRequest(self._built.trainee.model, serving.ask, self._request.device)
         found = pair_times(
             serving.ask, bordered, self._request.device, what="request", samples_of=request_samples,
-            budget_s=REQUESTS_BUDGET_S,
+            budget_s=budget_s,
         )  # fmt: skip
         return PartialRecord(samples={f"{prefix}{name}": times for name, times in found.items()})
 

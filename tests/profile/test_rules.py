@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from lorameter.profile.diagnosis import RULES, diagnose
 from lorameter.profile.evidence import ProfileEvidence
+from lorameter.profile.rules import RULES, diagnose
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 

@@ -1,4 +1,4 @@
-"""What a step loses and what to try: rules from evidence to findings, each with its number and its cost.
+"""Rules from the evidence of a step to findings, each with its number and its cost.
 
 A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. Of a cost only
 what the remedy takes away counts (the casts beside an adapter in float32, not all copies), but what comes in place of a
@@ -10,13 +10,13 @@ The rules see evidence only, never a process: a constructed case for each is a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.machine.disturbances import CONTENDED
 from lorameter.profile.evidence import ProfileEvidence, changes_without
-from lorameter.profile.finding import Finding
 from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.verdicts.series import OCCUPANCY_FLOOR
@@ -35,6 +35,33 @@ LOSS_CHUNKS = 8
 """Parts in which a fused loss is taken to go through the rows; one of them is there at a time."""
 FRAGMENTED = 0.10
 """Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that a step spends time or memory on, and what to try."""
+
+    code: str
+    message: str
+    """What was seen, with its number."""
+    cost_s: float | None
+    """Seconds of `metric` that were seen to hang on it; None where it costs memory alone."""
+    cost_share: float | None
+    metric: str = "step_time_s"
+    """What the cost is a part of, and what a remedy is judged by; of requests one of theirs."""
+    cost_bytes: int | None = None
+    remedy: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the variant to change, with their values: what can be tried against the present one."""
+    workload_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the workload to change, for a trial of the same variant on another workload."""
+    obstacle: str = ""
+    """Why nothing can be tried here, where there are no changes."""
+
+    @property
+    def suggestion(self) -> Mapping[str, Any]:
+        """What `--try` changes: fields of the variant or, where none help, of the workload; empty where neither do."""
+        return self.changes or self.workload_changes
 
 
 def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
@@ -288,10 +315,10 @@ RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
 """The rules by the code of what they find."""
 
 
-def check_code(code: str) -> None:
-    """Raises `UsageError` for what no rule finds, before anything is profiled for it."""
-    if code not in RULES:
-        raise UsageError(f"--try {code}: no finding goes by that name. Known: {', '.join(RULES)}.")
+def check_code(code: str, rules: Iterable[str]) -> None:
+    """Raises `UsageError` for a code that none of the rules has, before anything is profiled for it."""
+    if code not in rules:
+        raise UsageError(f"--try {code}: no finding goes by that name. Known: {', '.join(rules)}.")
 
 
 OF_WHAT_RAN = frozenset(

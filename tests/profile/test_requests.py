@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from lorameter.profile.requests.accounting import request_accounts
-from lorameter.profile.requests.evidence import evidence_of_requests
-from lorameter.profile.requests.facts import COLD_PARTS, RequestProfile
-from lorameter.profile.requests.measure import DOCUMENT, _start_cold, profile_requests
-from lorameter.profile.requests.rules import diagnose_requests
+from lorameter.profile.accounting import request_accounts
+from lorameter.profile.evidence import evidence_of_requests
+from lorameter.profile.facts import COLD_PARTS, RequestProfile
+from lorameter.profile.measure import REQUESTS_DOCUMENT, _start_cold, profile_requests
+from lorameter.profile.request_rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
 from lorameter.records.record import Failure, PartialRecord, TrialRecord
@@ -79,7 +79,9 @@ def test_a_cold_start_is_the_sum_of_its_parts(taken):
 def test_it_is_judged_and_shown_from_its_file(taken, capsys):
     """The file gives the same findings as the profile; both traces lie beside it."""
     profile, folder = taken
-    again = codec.from_json(RequestProfile, json.loads((folder / DOCUMENT).read_text(encoding="utf-8")), DOCUMENT)
+    again = codec.from_json(
+        RequestProfile, json.loads((folder / REQUESTS_DOCUMENT).read_text(encoding="utf-8")), REQUESTS_DOCUMENT
+    )
     assert again == profile
     assert all((folder / trace).stat().st_size > 0 for trace in (REQUEST_TRACE, MERGED_TRACE))
     served, merged = request_accounts(again)
@@ -118,9 +120,6 @@ class ColdTrial:
         )  # fmt: skip
         self.done = []
 
-    def close(self):
-        self.done.append("close")
-
     def tell(self, command):
         self.done.append(command)
 
@@ -141,7 +140,7 @@ def test_a_cold_start_that_fails_is_a_notice(lost, said):
     trial = ColdTrial()
 
     def cold_start(request):
-        assert trial.done == ["close", "cold"]
+        assert trial.done == ["cold"]
         if lost:
             raise WorkerLostError("timeout", Failure(phase="cold", kind="WorkerLost", message="it fell silent."))
         failure = Failure(phase="cold", kind="OutOfMemoryError", message="no room")

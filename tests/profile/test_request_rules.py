@@ -7,15 +7,13 @@ import msgspec
 import pytest
 import torch
 
-from lorameter.errors import UsageError
 from lorameter.profile.accounting import TimeSpan
-from lorameter.profile.requests.evidence import PassEvidence, RequestEvidence
-from lorameter.profile.requests.rules import (
+from lorameter.profile.evidence import PassEvidence, RequestEvidence
+from lorameter.profile.request_rules import (
     FIRST,
     LATER,
     REQUEST_RULES,
     WHOLE,
-    check_request_code,
     diagnose_requests,
 )
 from lorameter.records.activity import ModelSize, RequestFacts, WeightCopy
@@ -29,7 +27,7 @@ SIZE = ModelSize(
     adapter_elements=MIB, adapter_bytes=2 * MIB, norm_bytes=1000,
 )  # fmt: skip
 FACTS = RequestFacts(
-    training=False, checkpointing=False, prompt_rows=32, decode_rows=1, logit_rows=1, cache="DynamicCache",
+    prompt_rows=32, logit_rows=1, cache="DynamicCache",
     cache_bytes=4 * MIB, cache_moved=1.0, head="lm_head.weight", size=SIZE,
 )  # fmt: skip
 HEAD_COPY = WeightCopy(
@@ -88,23 +86,13 @@ PLANTED = {
         changed(adapter_dtype="float32", prefill={"casts_s": 0.002}, decode={"casts_s": 0.001}),
         WHOLE, 0.002 + PASSES * 0.001, {"adapter_dtype": "bfloat16"},
     ),
-    "train-mode": (
-        changed(facts={"training": True}, prefill={"dropout_s": 0.001}, decode={"dropout_s": 0.0002}),
-        WHOLE, 0.001 + PASSES * 0.0002, {},
-    ),
-    "no-cache": (changed(facts={"decode_rows": 63, "cache": "", "cache_moved": 0.0}), LATER,
-                 0.01 - 526 * MIB / 1e12, {}),
-    "checkpointing-left-on": (
-        changed(facts={"decode_rows": 2, "checkpointing": True}), LATER, 0.005, {},
-    ),
 }  # fmt: skip
 """Constructed: the evidence, what the cost is a part of, the cost in seconds, and what to change of the variant."""
 
 
 def test_a_healthy_request_has_no_finding():
-    """No rule finds anything in it, whatever is on and does nothing: checkpointing, a cache that only grows."""
+    """No rule finds anything in it."""
     assert diagnose_requests(HEALTHY) == ()
-    assert diagnose_requests(changed(facts={"checkpointing": True})) == ()
 
 
 def test_every_rule_has_a_planted_case():
@@ -189,10 +177,3 @@ def test_the_finding_that_costs_a_request_most_comes_first():
     """A little of each later token is more than as much of the first."""
     evidence = changed(choose_s=0.002, new_length=TimeSpan(value=0.01, low=0.009, high=0.011))
     assert [finding.code for finding in diagnose_requests(evidence)] == ["between-tokens", "new-length"]
-
-
-def test_a_code_that_no_rule_has_is_refused():
-    """Before anything is measured for it."""
-    check_request_code("weight-copied")
-    with pytest.raises(UsageError, match=r"padding: no finding of requests .*weight-copied"):
-        check_request_code("padding")

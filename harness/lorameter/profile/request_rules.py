@@ -1,4 +1,4 @@
-"""What a request loses and what to try: rules from evidence to findings, as those of a step.
+"""Rules from the evidence of requests to findings.
 
 A cost is of what a user waits for, the first token or each later one, and is the best forecast that there is of what
 the remedy gains: measured in the same process where that could be (merging), else what was seen to go with the cause,
@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lorameter.errors import UsageError
-from lorameter.profile.diagnosis import BETWEEN, LEAST_IDLE, WORTH, advise_adapter_dtype
-from lorameter.profile.evidence import changes_without
-from lorameter.profile.finding import Finding
-from lorameter.profile.requests.evidence import RequestEvidence
+from lorameter.profile.evidence import RequestEvidence, changes_without
+from lorameter.profile.rules import BETWEEN, LEAST_IDLE, WORTH, Finding, advise_adapter_dtype
 from lorameter.records.units import format_bytes, format_value
 
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
@@ -195,37 +192,6 @@ def _mixed_types(seen: RequestEvidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _train_mode(seen: RequestEvidence) -> Iterator[Finding]:
-    if not seen.facts.training:
-        return
-    cost = seen.prefill.dropout_s + seen.passes * seen.decode.dropout_s
-    yield _make_finding(
-        "train-mode", seen, WHOLE, cost, "the model answers in train mode: dropout falsifies what it says",
-        "Call model.eval() before generate.", obstacle=_OWN_MODE,
-    )  # fmt: skip
-
-
-def _no_cache(seen: RequestEvidence) -> Iterator[Finding]:
-    if seen.facts.decode_rows > 1 and not seen.facts.checkpointing:
-        yield _without_cache("no-cache", seen, "there is no cache", "Leave use_cache on.")
-
-
-def _checkpointing_left_on(seen: RequestEvidence) -> Iterator[Finding]:
-    if seen.facts.decode_rows > 1 and seen.facts.checkpointing:
-        why = "gradient checkpointing was left on, which in train mode turns the cache off"
-        remedy = "Call model.gradient_checkpointing_disable() and model.eval() before generate."
-        yield _without_cache("checkpointing-left-on", seen, why, remedy)
-
-
-def _without_cache(code: str, seen: RequestEvidence, why: str, remedy: str) -> Finding:
-    """A pass over one row takes at least the time of its share of the rows, and that of reading the weights."""
-    rows, time_s = seen.facts.decode_rows, seen.decode.time_s
-    least = max(time_s / rows, seen.decode_bytes / seen.bytes_per_s if seen.bytes_per_s else 0.0)
-    message = f"each later token takes a pass over up to {rows} tokens: {why}"
-    return _make_finding(code, seen, LATER, max(0.0, time_s - least), message, remedy, obstacle=_OWN_MODE)
-
-
-_OWN_MODE = "it is the state that the model's own code leaves it in, and no field of a variant"
 REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
     "weight-copied": _weight_copied,
     "adapter-unmerged": _adapter_unmerged,
@@ -236,21 +202,12 @@ REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
     "between-tokens": _between_tokens,
     "new-length": _new_length,
     "mixed-types": _mixed_types,
-    "train-mode": _train_mode,
-    "no-cache": _no_cache,
-    "checkpointing-left-on": _checkpointing_left_on,
 }
 """The rules by the code of what they find."""
 OF_WHAT_RAN = frozenset(
     ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "prompt-logits", "mixed-types")
 )
 """Rules that judge what ran in a request, and find nothing where that is not known."""
-
-
-def check_request_code(code: str) -> None:
-    """Raises `UsageError` for what no rule finds, before anything is profiled for it."""
-    if code not in REQUEST_RULES:
-        raise UsageError(f"--try {code}: no finding of requests goes by that name. Known: {', '.join(REQUEST_RULES)}.")
 
 
 def _whole(seen: RequestEvidence, metric: str) -> float:
