@@ -7,7 +7,8 @@ import json
 import msgspec
 import pytest
 
-from lorameter.commands.json_schema import ParityOf, parity_document
+from lorameter.commands.json_schema import ParityOf
+from lorameter.commands.parity import _document as parity_document
 from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import first_difference, judge_parity
 from lorameter.records import codec
