@@ -2,6 +2,14 @@
 
 A flag shows what was requested; only the operators, tensors and gradients of the measured process show what happened.
 The package is independent: nothing of ``lorameter`` is imported, and importing it loads neither torch nor numpy.
+
+From a call of ``watch`` to a verdict a reader opens eight modules at most: ``step_watch``, which opens the watch and
+judges; ``judges.paths``, which names the judge of each path; the judge's own; ``check``, which turns what it found into
+a verdict; ``observe.observation``, which observes the step; and the modules that make the evidence of the path. Those
+are ``profile``, ``operators`` and ``layers`` for attention and products; ``calls`` and ``execution`` for recomputation
+and compilation; ``learning`` and ``adapter`` for the adapter and the optimizer; ``base`` and ``digest`` for the base;
+``calls``, ``loss`` and ``padding`` for the inputs; ``parts`` for embeddings, norms and names of targets. ``modules``
+has what all of them share.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.judges.attention import KERNEL_BACKENDS
 from kernels_check.observe.base import read_storage
-from kernels_check.observe.hooks import synchronise
+from kernels_check.observe.modules import synchronise
 from kernels_check.observe.profile import quiet_kineto
 from kernels_check.rules import attention_backend, classify
 from kernels_check.terminal import escape_control_chars

@@ -15,15 +15,15 @@ from typing import Any
 from torch import nn
 
 from kernels_check.check import Check, Json, judge_safely
+from kernels_check.isolation import isolation_of
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observe.hooks import restored
-from kernels_check.observe.isolation import IsolationResult, isolation_of
-from kernels_check.observe.observation import Observation
-from kernels_check.observe.optimizer import ParameterStatus
+from kernels_check.observe.modules import restored
+from kernels_check.observe.observation import MOST_CALLS, Observation, StepObserver
+from kernels_check.observe.padding import IsolationResult
+from kernels_check.observe.parts import ParameterStatus
 from kernels_check.observe.profile import AROUND, INSIDE, is_recording, profiled
 from kernels_check.observe.ranks import RankEvidence, RankObserver
-from kernels_check.observe.step import MOST_CALLS, StepObserver
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
     "embedding.trained": Observation.embeddings,

@@ -80,8 +80,7 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
     total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
     if not total:
         return PathObservation(observed=None, present=False, reason=_NO_BASE)
-    weights = f"{census.weight_share(4):.1%} of the weights"
-    reason = f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales ({weights})"
+    reason = f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales"
     others = census.others(4)
     reason += f"; the largest that are not: {_largest(others)}" if others else ""
     reason += f"; {unread:.1%} could not be read and may be either" if unread else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Requirement, count_values, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observe.compile import BlockRecomputed
+    from kernels_check.observe.execution import BlockRecomputed
     from kernels_check.observe.observation import Observation
 
 
@@ -194,7 +194,7 @@ def _undecided(seen: Observation) -> str | None:
 def _eagerly(seen: Observation) -> str:
     """Why code that was to be compiled ran eagerly; empty where none was."""
     regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
-    if not lookups or (regions and (lookups <= regions or (past.complete and not past.refused))):
+    if not lookups or (regions and (lookups <= regions or not past.refused)):
         return ""
     return (
         f": {'part of ' if regions else ''}the code ran eagerly, because the recompile limit was reached or "

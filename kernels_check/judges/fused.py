@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kernels_check.check import Json, JudgedPath, PathObservation, Requirement, join_values, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observe.fused_kernels import FusedKernelSite
+    from kernels_check.observe.execution import FusedKernelSite
     from kernels_check.observe.observation import Observation
 
 _RULES = {"liger_kernel": "LIGER", "unsloth": "UNSLOTH", "unsloth_zoo": "UNSLOTH"}

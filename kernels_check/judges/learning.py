@@ -94,7 +94,7 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
         ),
         ("gradient zero: none of their tokens was in the batches", sorted(rare)),
         (
-            "gradient put there by hand, or not readable: what it comes from was not seen",
+            "gradient put there by hand: what it comes from was not seen",
             [name for name in reached if not seen.gradients[name].produced],
         ),
     )

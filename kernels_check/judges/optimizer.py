@@ -24,7 +24,7 @@ from kernels_check.check import (
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.optimizer import GroupSeen, OptimizerSeen
+    from kernels_check.observe.profile import GroupSeen, OptimizerSeen
 
 _UNSEEN = "unseen"
 
@@ -104,11 +104,6 @@ def _why_unseen(seen: Observation, total: int) -> str:
         return "no optimizer stepped in the watched call"
     if not total:
         return "no parameter had a gradient, so that there was nothing to update"
-    if seen.profile.writes_hidden:
-        return (
-            "a dispatch mode of the program, as one that counts FLOPs, was active around the update: a profile records "
-            "nothing inside an optimizer's step then, which the spy sees"
-        )
     if seen.profile.compiled_regions:
         return "the update may be compiled"
     names = join_values(group.optimizer for group in seen.updated)

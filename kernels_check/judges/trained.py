@@ -13,7 +13,7 @@ from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, count_v
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.optimizer import Fate, ParameterStatus
+    from kernels_check.observe.parts import Fate, ParameterStatus
 
 _ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
 _MOVED = frozenset({"updated", "moved without a gradient", "undone after an update"})

@@ -86,7 +86,7 @@ class AdapterLayer:
     def factors(self) -> Iterator[tuple[str, nn.Module]]:
         """Those parts that hold what is trained."""
         for name, part in self._held_by(self.trains):
-            if isinstance(part, nn.Module) and any(True for _ in named_parameters(part)):
+            if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
                 yield name, part
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -106,7 +106,7 @@ class AdapterLayer:
                 if holder in frozen.get(adapter, ()):
                     continue
                 if isinstance(part, nn.Module):
-                    yield from named_parameters(part, name)
+                    yield from part.named_parameters(prefix=name)
                 elif isinstance(part, Tensor):
                     yield name, part
 

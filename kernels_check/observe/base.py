@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -183,23 +182,8 @@ _CODES = 16
 
 def four_bit_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     """Say what of a state contradicts the bytes of the weight, its layer or itself; None where nothing does."""
-    checks = (
-        *(_of_the_layer, _of_the_bytes, layout_problem),
-        *(_of_the_scales, _of_the_codes, _of_the_offset, _of_two_states),
-    )
+    checks = (_of_the_bytes, layout_problem, _of_the_scales, _of_the_codes, _of_two_states)
     return next((problem for check in checks if (problem := check(layer, weight, state)) is not None), None)
-
-
-def _of_the_layer(layer: Any, weight: Tensor, state: Any) -> str | None:
-    weights = math.prod(state.shape)
-    for sides in (("out_features", "in_features"), ("num_embeddings", "embedding_dim")):
-        if all(hasattr(layer, side) for side in sides):
-            expected = tuple(getattr(layer, side) for side in sides)
-            if weights != math.prod(expected):
-                return f"quant_state describes {weights} weights, the layer has {math.prod(expected)}"
-            if tuple(state.shape) != expected:
-                return f"quant_state is of shape {tuple(state.shape)}, the layer of {expected}"
-    return None
 
 
 def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
@@ -260,25 +244,6 @@ def _known_code(quant_type: str) -> Tensor:
 
     code: Tensor = get_4bit_type(quant_type, device="cpu")
     return code.float()
-
-
-def _of_the_offset(layer: Any, weight: Tensor, state: Any) -> str | None:
-    """Scales are sizes: below nothing they are another weight's."""
-    if not state.nested:
-        lowest = float(state.absmax.min()) if state.absmax.numel() else 0.0
-    else:
-        if not isinstance(state.offset, Tensor) or state.offset.numel() != 1:
-            return f"the offset of the scales is {state.offset}, where double quantisation keeps one number"
-        sizes = state.state2.absmax.detach().float()
-        codes = state.absmax.detach().reshape(-1)
-        rest = -codes.numel() % _NESTED_BLOCK
-        lowest_codes = pad(codes, (0, rest), value=255).view(-1, _NESTED_BLOCK).amin(-1)  # the codes are in order
-        # Rounding to one of 256 codes leaves up to a hundredth of the largest.
-        scales = (state.state2.code.detach().float()[lowest_codes.long()] + 0.02) * sizes + float(state.offset)
-        lowest = float(scales.min()) if scales.numel() else 0.0
-    if not math.isfinite(lowest) or lowest < 0:
-        return f"the offset of the scales is not theirs: with it a scale is {lowest:.4g}"
-    return None
 
 
 def _of_two_states(layer: Any, weight: Tensor, state: Any) -> str | None:
@@ -433,7 +398,7 @@ def _named_otherwise(layer: Any, parameter: str) -> Storage:
 def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
     """A plain tensor, a shard of one, or one made of a packed tensor and its scales."""
     while type(weight).__name__ == "DTensor":
-        weight = weight._local_tensor  # type: ignore[attr-defined]
+        weight = weight.to_local()  # type: ignore[attr-defined]
     if is_wrapper(weight):
         return _made_of_others(weight)
     if not has_memory(weight):

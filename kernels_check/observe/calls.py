@@ -1,20 +1,23 @@
-"""Which module of the model was called, when, and by which other: the address of everything that is seen in a step.
+"""Records each call of a module of the model in a step, with the call that it came from: where whatever ran was run.
 
-A count of operators says nothing of where they ran: one layer that is called twice hides another that never ran. So
-every module is hooked while a step is watched, each call is recorded with the call that it came from, and each
-operator carries the call in which it ran. What carries none ran outside the model: in another model, in a copy, or in
-code that torch.compile made, which calls no hook.
+A count of operators does not say where they ran: one layer that is called twice hides another that never ran. So every
+module carries one pair of hooks while a step is watched, and each operator carries the number of the call in which it
+ran. What carries none ran outside the model: in another model, in a copy, or in code that torch.compile made, which
+calls no hook.
 
-A pass that runs out of memory is taken again by a program that catches the error: what it called is no part of the
-step, unless a gradient came back to anything that was returned inside it.
+Three things are recorded. All calls (``Calls``). Those of the model itself, with their arguments (``ModelCall``). Those
+of an adapter's layers (``LayerCall``): flags that are read before or after a step do not show what a call ran, since
+``disable_adapter()`` around the forward switches back before.
+
+A pass that runs out of memory is taken again by a program that catches the error: what it called is not part of the
+step.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,79 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_check.observe.adapter import AdapterLayer, active_in, adapter_layers, is_disabled
 from kernels_check.observe.base import is_packed
-from kernels_check.observe.hooks import HookGuard, ModuleHook, backward_task, patched
-from kernels_check.observe.modules import named_modules
-
-Output = tuple[int, "weakref.ref[Tensor]"]
-"""A tensor that a gradient can come back to, with the number of the call that returned it."""
-
-
-@dataclass(slots=True)
-class BrokenCalls:
-    """Calls that raised, and those that a gradient came back to in spite of it."""
-
-    shield: HookGuard
-    """What hooks are wrapped in."""
-    raised: set[int] = field(default_factory=set)
-    _used: set[int] = field(default_factory=set)
-    _hooks: ExitStack = field(default_factory=ExitStack)
-
-    def add(self, number: int, outputs: Iterable[Output]) -> None:
-        """Note a call that raised, and ask what was returned inside it for gradients.
-
-        Args:
-            number: of the call.
-            outputs: of the calls inside it.
-        """
-        self.raised.add(number)
-        for inner, reference in outputs:
-            tensor = reference()
-            if tensor is not None:  # a freed tensor can only have led to one that is still held
-                self._hooks.push(tensor.register_hook(self.shield(partial(self._come_back, inner))))
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        self._hooks.close()
-
-    def failed(self, callers: Mapping[int, int | None]) -> frozenset[int]:
-        """Numbers of all calls that came to nothing: those that raised, and those inside them.
-
-        Args:
-            callers: the caller of each call, by their numbers.
-        """
-        used = {around for number in self._used for around in _around(number, callers)}
-        gone = self.raised - used
-        if not gone:
-            return frozenset()
-        return frozenset(number for number in callers if not gone.isdisjoint(_around(number, callers)))
-
-    def _come_back(self, number: int, gradient: Tensor) -> None:
-        self._used.add(number)
-
-
-def outputs_of(number: int, output: Any) -> Iterator[Output]:
-    """The tensors of an output that a gradient can come back to."""
-    if isinstance(output, Tensor):
-        if output.requires_grad:
-            yield number, weakref.ref(output)
-    elif isinstance(output, Mapping):
-        for one in output.values():
-            yield from outputs_of(number, one)
-    elif isinstance(output, list | tuple):
-        for one in output:
-            yield from outputs_of(number, one)
-    elif hasattr(output, "__dict__"):
-        for one in vars(output).values():
-            if isinstance(one, Tensor):
-                yield from outputs_of(number, one)
-
-
-def _around(number: int | None, callers: Mapping[int, int | None]) -> Iterator[int]:
-    while number is not None:
-        yield number
-        number = callers[number]
-
+from kernels_check.observe.loss import (
+    BackwardPasses,
+    ModelCall,
+    describe_call,
+    entry_modules,
+    find_loss,
+    read_log_probs,
+    read_loss,
+)
+from kernels_check.observe.modules import HookGuard, ModelTree, ModuleHook, backward_task
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""
@@ -117,10 +59,6 @@ class ModuleCall:
     the reentrant kind switches them off and computes the module again."""
     in_backward: bool
     """Whether the autograd engine was running: the module is computed again for it (gradient checkpointing)."""
-    thread: int
-    """Identity of the Python thread."""
-    compiled: bool = False
-    """Whether the module is compiled in place: what it holds calls no hook."""
 
     @property
     def name(self) -> str:
@@ -135,8 +73,8 @@ class Calls:
     all: tuple[ModuleCall, ...] = ()
     unhooked: frozenset[str] = frozenset()
     """Modules without a hook of their own: compiled in place, or of a kind that takes none."""
-    thread: int | None = None
-    """Identity of the thread that called the step."""
+    taken: bool = True
+    """Whether there is a log at all: of a step that compiles anew in each call there is none."""
     modes: tuple[tuple[int, Mapping[str, bool]], ...] = ()
     """``training`` of every module at each entry into the model, with the number of that call."""
     differentiable: frozenset[int] = frozenset()
@@ -144,8 +82,13 @@ class Calls:
     cut: frozenset[int] = frozenset()
     """Numbers of the calls, in either pass, in which a gradient was lost: those of a 4-bit layer whose input requires
     one and whose weight lay as bitsandbytes repacks it for inference, where its product has no backward pass."""
-    failed: frozenset[int] = frozenset()
-    """Numbers of the calls of the forward pass that raised and came to nothing, and of those inside them."""
+    raised: frozenset[int] = frozenset()
+    """Numbers of the entries into the model that raised in the forward pass."""
+
+    @cached_property
+    def failed(self) -> frozenset[int]:
+        """Numbers of those calls and of all inside them, which came to nothing."""
+        return frozenset(number for number in range(len(self.all)) if self._root(number) in self.raised)
 
     @cached_property
     def relevant(self) -> frozenset[int]:
@@ -203,14 +146,30 @@ class Calls:
             seen[name] = {self.all[number].training for number in numbers}
         return {name: next(iter(modes)) if len(modes) == 1 else None for name, modes in seen.items()}
 
-    @property
-    def taken(self) -> bool:
-        """Whether there is a log at all: of a step that compiles anew in each call there is none."""
-        return self.thread is not None
-
     def _root(self, number: int) -> int:
         *_, root = self.enclosing(number)
         return root
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerCall:
+    """One call of one layer of an adapter."""
+
+    active: tuple[str, ...]
+    disabled: bool
+    merged: bool
+    with_gradients: bool
+    aside: bool = False
+    """Whether the whole entry into the model records no gradients, as an evaluation or a reference does."""
+    number: int | None = None
+    """Of the call among all calls."""
+    ran: dict[str, float] = field(default_factory=dict)
+    """Parts that ran in it, by name; of a dropout the probability by which it dropped, which is 0 in evaluation."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the layer was to use its adapter."""
+        return bool(self.active) and not self.disabled and not self.merged
 
 
 @dataclass(slots=True)
@@ -222,168 +181,185 @@ class _OpenCall:
     mark: Any
     handled: BaseException | None
     """The exception that was being handled when it began."""
-    outputs: list[Output] = field(default_factory=list)
-    """What was returned inside it."""
+    layers: list[tuple[str, LayerCall]]
+    """Those of an adapter that the module is, by name."""
+    model_call: ModelCall | None
 
 
-@dataclass(slots=True)
 class CallRecorder:
-    """Writes the log; one for each watched call of the step."""
+    """Records the calls of one step.
 
-    model: nn.Module
-    shield: HookGuard
-    """What hooks are wrapped in."""
-    marked: bool = False
-    """Whether each call is also marked in the profiler's records."""
-    log: list[ModuleCall] = field(default_factory=list)
-    unhooked: set[str] = field(default_factory=set)
-    modes: list[tuple[int, dict[str, bool]]] = field(default_factory=list)
-    differentiable: set[int] = field(default_factory=set)
-    cut: set[int] = field(default_factory=set)
-    thread: int = field(default_factory=threading.get_ident)
-    broken: BrokenCalls = field(init=False)
-    _local: threading.local = field(default_factory=threading.local)
-    _lock: Any = field(default_factory=threading.Lock)
+    Args:
+        tree: the model as it is.
+        guard: what hooks are wrapped in.
+        marked: whether each call is also marked in the profiler's records.
+    """
 
-    def __post_init__(self) -> None:
-        self.broken = BrokenCalls(self.shield)
+    def __init__(self, tree: ModelTree, guard: HookGuard, *, marked: bool) -> None:
+        self._tree, self._guard, self._marked = tree, guard, marked
+        self.backwards = BackwardPasses(tree)
+        self.model_calls: list[ModelCall] = []
+        self.layer_calls: dict[str, list[LayerCall]] = {}
+        """Calls of each layer of an adapter, by its name."""
+        self._log: list[ModuleCall] = []
+        self._unhooked: set[str] = set()
+        self._modes: list[tuple[int, dict[str, bool]]] = []
+        self._differentiable: set[int] = set()
+        self._cut: set[int] = set()
+        self._raised: set[int] = set()
+        """Entries into the model that raised."""
+        self._entries = set(map(id, entry_modules(tree.model)))
+        self._layers: dict[int, list[AdapterLayer]] = {}
+        self._parts: dict[int, dict[str, str]] = {}
+        """By module, the names of the layers that it is a part of, with its name as such."""
+        for layer in adapter_layers(tree):
+            self._layers.setdefault(id(layer.module), []).append(layer)
+            for name, part in layer.parts():
+                self._parts.setdefault(id(part), {})[layer.name] = name
+        self._open_model_calls: list[ModelCall] = []
+        self._hooks = ExitStack()
+        self._local = threading.local()
+        self._lock = threading.Lock()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Hook every module; all hooks are taken off, also if setting one or taking one off fails."""
         names: dict[int, list[str]] = {}
         modules: dict[int, nn.Module] = {}
-        for name, module in named_modules(self.model, remove_duplicate=False):
+        for name, module in self._tree.model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
-        with ExitStack() as hooks:
-            hooks.callback(self.broken.close)
+        with self._hooks as hooks:
             for identity, module in modules.items():
                 self._hook(module, tuple(names[identity]), hooks)
             yield
 
     def calls(self) -> Calls:
-        """What was written."""
-        return Calls(
-            all=tuple(self.log),
-            unhooked=frozenset(self.unhooked),
-            thread=self.thread,
-            modes=tuple(self.modes),
-            differentiable=frozenset(self.differentiable),
-            cut=frozenset(self.cut),
-            failed=self.broken.failed({number: call.caller for number, call in enumerate(self.log)}),
+        """What was recorded of all modules; calls that failed are dropped from the rest."""
+        calls = Calls(
+            all=tuple(self._log),
+            unhooked=frozenset(self._unhooked),
+            modes=tuple(self._modes),
+            differentiable=frozenset(self._differentiable),
+            cut=frozenset(self._cut),
+            raised=frozenset(self._raised),
         )
-
-    def in_training(self) -> bool:
-        """Whether the entry into the model that this thread is in records gradients, or computes again for them."""
-        stack = self._stack()
-        entry = self.log[stack[0].number] if stack else None
-        return entry is None or entry.with_grad or entry.in_backward
+        for name, found in self.layer_calls.items():
+            self.layer_calls[name] = [call for call in found if call.number not in calls.failed]
+        self.model_calls = [call.without(calls.failed) for call in self.model_calls if call.number not in calls.failed]
+        return calls
 
     def break_off(self) -> None:
-        """Close the calls of this thread that are under way: no hook will be called at their end."""
+        """Take the hooks off within a step, and close the calls of this thread that are under way."""
         stack = self._stack()
         while stack:
             _end_mark(stack.pop())
-
-    def current(self) -> int | None:
-        """Number of the innermost call in this thread."""
-        stack = self._stack()
-        return stack[-1].number if stack else None
+        self._hooks.close()
 
     def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
-        if module._compiled_call_impl is not None:
-            # It would be compiled again with a hook, so what is compiled is called from here.
-            self.unhooked.update(names)
-            hooks.enter_context(patched(module, "_compiled_call_impl", partial(self._around, module, names)))
+        if module._compiled_call_impl is not None:  # it would be compiled again with a hook
+            self._unhooked.update(names)
             return
-
         try:
-            begun = ModuleHook(module, self.shield(partial(self._begun, names)))
-            hooks.push(module.register_forward_pre_hook(begun, prepend=True))
-            hooks.push(module.register_forward_hook(ModuleHook(module, self.shield(self._ended)), always_call=True))
+            begun = ModuleHook(module, self._guard(partial(self._enter, names)))
+            hooks.push(module.register_forward_pre_hook(begun, with_kwargs=True))
+            hooks.push(module.register_forward_hook(ModuleHook(module, self._guard(self._leave)), always_call=True))
         except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
-            self.unhooked.update(names)
+            self._unhooked.update(names)
 
-    def _around(self, module: nn.Module, names: tuple[str, ...], original: Callable[..., Any]) -> Callable[..., Any]:
-        """What calls a module that is compiled in place."""
-        enter, leave = self.shield(self._enter), self.shield(self._leave)
-
-        def through(*args: Any, **kwargs: Any) -> Any:
-            enter(module, names, compiled=True)
-            output = None
-            try:
-                output = original(*args, **kwargs)
-                return output
-            finally:
-                leave(module, output)
-
-        return through
-
-    def _begun(self, names: tuple[str, ...], module: nn.Module, inputs: Any) -> None:
+    def _enter(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        self._enter(module, names)
-
-    def _ended(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook."""
         stack = self._stack()
-        if stack and stack[-1].module is module and _loses_gradient(module, inputs):
-            self.cut.add(stack[-1].number)
-        self._leave(module, output)
-
-    def _enter(self, module: nn.Module, names: tuple[str, ...], *, compiled: bool = False) -> None:
-        stack = self._stack()
-        in_backward = backward_task() != -1
+        in_backward, with_grad = backward_task() != -1, torch.is_grad_enabled()
         caller = stack[-1].number if stack else None
         context = None
-        if not in_backward and not torch.is_grad_enabled() and (caller is None or self.log[caller].with_grad):
+        if not in_backward and not with_grad and (caller is None or self._log[caller].with_grad):
             context = _function_context()
         call = ModuleCall(
             names=names,
             caller=caller,
             training=module.training,
-            with_grad=torch.is_grad_enabled() or context is not None,
+            with_grad=with_grad or context is not None,
             in_backward=in_backward,
-            thread=threading.get_ident(),
-            compiled=compiled,
         )
         with self._lock:  # two threads may call the model at once
-            number = len(self.log)
-            self.log.append(call)
+            number = len(self._log)
+            self._log.append(call)
         if context is not None and any(context.needs_input_grad):
-            self.differentiable.add(number)
+            self._differentiable.add(number)
         if not stack and not in_backward:
-            self.modes.append((number, {name: module.training for name, module in named_modules(self.model)}))
+            self._modes.append((number, {name: one.training for name, one in self._tree.modules}))
+        entry = self._log[stack[0].number] if stack else call
+        layers = [
+            (layer.name, self._call_layer(layer, number, aside=not (entry.with_grad or entry.in_backward)))
+            for layer in self._layers.get(id(module), ())
+        ]
+        self._note_part(module, stack)
+        model_call = self._call_model(module, args, kwargs, number) if id(module) in self._entries else None
         mark: Any = None
-        if self.marked:
+        if self._marked:
             mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")
             mark.__enter__()
-        stack.append(_OpenCall(number, module, mark, sys.exc_info()[1]))
+        stack.append(_OpenCall(number, module, mark, sys.exc_info()[1], layers, model_call))
 
-    def _leave(self, module: nn.Module, output: Any) -> None:
-        """Close the call, and those inside it at whose end no hook was called."""
+    def _call_layer(self, layer: AdapterLayer, number: int, *, aside: bool) -> LayerCall:
+        call = LayerCall(
+            active=tuple(name for name in layer.held if name in active_in(layer.module, layer.held)),
+            disabled=is_disabled(layer.module),
+            merged=bool(layer.merged),
+            with_gradients=torch.is_grad_enabled(),
+            aside=aside,
+            number=number,
+        )
+        self.layer_calls.setdefault(layer.name, []).append(call)
+        return call
+
+    def _note_part(self, part: nn.Module, stack: list[_OpenCall]) -> None:
+        """Count a part of an adapter for the layer in whose call it runs, since layers may share one."""
+        names = self._parts.get(id(part))
+        if names is None:
+            return
+        for layer, call in (one for outer in reversed(stack) for one in outer.layers):
+            if layer in names:
+                probability = getattr(part, "p", None)
+                dropped = float(probability) if isinstance(probability, float | int) and part.training else 0.0
+                call.ran[names[layer]] = max(dropped, call.ran.get(names[layer], 0.0))
+                return
+
+    def _call_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
+        call = describe_call(module, args, kwargs, number)
+        if backward_task() == -1:  # in a backward pass it is a recomputation
+            (self._open_model_calls[-1].inside if self._open_model_calls else self.model_calls).append(call)
+        self._open_model_calls.append(call)
+        return call
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook: close the call, and those inside it at whose end no hook was called."""
         stack = self._stack()
         if not any(entry.module is module for entry in stack):
             return
-        while stack:
+        while True:
             closed = stack.pop()
             _end_mark(closed)
+            if closed.model_call is not None:
+                self._open_model_calls.remove(closed.model_call)
             if closed.module is module:
-                self._note_output(closed, output)
-            if stack:
-                stack[-1].outputs += closed.outputs
-            if closed.module is module:
-                return
+                break
+        if _loses_gradient(module, args):
+            self._cut.add(closed.number)
+        if torch.is_grad_enabled() and _requires_grad(output):
+            self._differentiable.add(closed.number)
+        if not stack and sys.exc_info()[1] is not closed.handled and not self._log[closed.number].in_backward:
+            self._raised.add(closed.number)
+        if closed.model_call is not None and not self._open_model_calls:
+            self._read_losses(closed.model_call, output)
 
-    def _note_output(self, closed: _OpenCall, output: Any) -> None:
-        """Note what a call gave back, if only an exception."""
-        returned = tuple(outputs_of(closed.number, output)) if torch.is_grad_enabled() else ()
-        closed.outputs += returned
-        if returned:
-            self.differentiable.add(closed.number)
-        raised = sys.exc_info()[1] is not closed.handled
-        if raised and not self.log[closed.number].in_backward:
-            self.broken.add(closed.number, closed.outputs)
+    def _read_losses(self, call: ModelCall, output: Any) -> None:
+        loss = find_loss(output)
+        if loss is not None and loss.requires_grad:
+            self._hooks.push(loss.register_hook(self._guard(partial(_keep, call))))
+            call.losses.append(read_loss(loss, self.backwards, self._hooks, self._guard))
+        call.losses.append(read_log_probs(output, self.backwards, self._hooks, self._guard))
 
     def _stack(self) -> list[_OpenCall]:
         found: list[_OpenCall] | None = getattr(self._local, "stack", None)
@@ -395,6 +371,21 @@ class CallRecorder:
 def _end_mark(closed: _OpenCall) -> None:
     if closed.mark is not None:
         closed.mark.__exit__(None, None, None)
+
+
+def _keep(call: ModelCall, gradient: Tensor) -> None:
+    call.loss_gradients.append(gradient.detach())
+
+
+def _requires_grad(output: Any) -> bool:
+    """Whether a gradient can come back to anything that a module returned."""
+    if isinstance(output, Tensor):
+        return output.requires_grad
+    if isinstance(output, Mapping):
+        return any(map(_requires_grad, output.values()))
+    if isinstance(output, list | tuple):
+        return any(map(_requires_grad, output))
+    return any(isinstance(one, Tensor) and one.requires_grad for one in getattr(output, "__dict__", {}).values())
 
 
 def _function_context() -> Any:

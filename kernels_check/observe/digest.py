@@ -1,4 +1,8 @@
-"""Whether a base has changed, by fingerprints of all that it holds, and in how many bits its bytes are kept."""
+"""Whether a base has changed, by fingerprints of all that it holds, and in how many bits its bytes are kept.
+
+The fingerprint of a tensor is taken where it lies, and is the same on each device: its 64-bit words are mixed,
+multiplied with odd random numbers that belong to their place in a row, and summed by row; the sums are hashed.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kernels_check.observe.base import (
     PACKED,
@@ -23,7 +29,65 @@ from kernels_check.observe.base import (
     quant_state,
     storage_in,
 )
-from kernels_check.observe.modules import Fingerprinter, Model, ModelTree, has_memory
+from kernels_check.observe.modules import NO_MEMORY, Model, ModelTree, has_memory
+
+_WORDS = 1024
+"""In a row."""
+_ROW_BYTES = _WORDS * 8
+_ROWS = 1024
+"""In a block, which is small enough for the caches of a CPU."""
+_SHIFT = 29
+"""Brings down the highest bits, pairs of which would cancel in a sum of products. It is no distance of two lanes of a
+word, such as 8, 16 or 32, at which all elements may have been changed alike, as by a negation."""
+_SEED = 20_240_229
+
+
+class Fingerprinter:
+    """Takes fingerprints, and each tensor's only once, however many names it has."""
+
+    def __init__(self) -> None:
+        self._weights: dict[torch.device, Tensor] = {}
+        self._taken: dict[object, tuple[Tensor, str]] = {}
+        self.bytes = 0
+        """Of all memory that was read."""
+
+    def __call__(self, tensor: Tensor) -> str:
+        """Fingerprint type, shape and bytes of a dense tensor, in the order of its elements.
+
+        Raises:
+            Exception: it cannot be read.
+        """
+        if not has_memory(tensor):
+            raise ValueError(NO_MEMORY)
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in self._taken:
+            self._taken[place] = (tensor, self._take(tensor))  # kept alive, so that nothing else comes to lie there
+            self.bytes += tensor.numel() * tensor.element_size()
+        return self._taken[place][1]
+
+    def _take(self, tensor: Tensor) -> str:
+        raw = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        rest = raw.numel() % _ROW_BYTES
+        parts = (raw[: raw.numel() - rest], pad(raw[raw.numel() - rest :], (0, -rest % _ROW_BYTES)))
+        rows = [rows for part in parts if part.numel() for rows in part.view(-1, _ROW_BYTES).split(_ROWS)]
+        sums = torch.cat([self._sum(block) for block in rows]).tolist() if rows else []
+        return blake2b(f"{tensor.dtype} {tuple(tensor.shape)} {sums}".encode()).hexdigest()
+
+    def _sum(self, rows: Tensor) -> Tensor:
+        """For each row, the sum of its mixed words, each times an odd random number that belongs to its place."""
+        words = (rows if rows.storage_offset() % 8 == 0 else rows.clone()).view(torch.int64)
+        mixed = words >> _SHIFT
+        mixed &= (1 << 64 - _SHIFT) - 1
+        mixed ^= words
+        mixed *= self._weights_on(rows.device)
+        return mixed.sum(-1)
+
+    def _weights_on(self, device: torch.device) -> Tensor:
+        if device not in self._weights:
+            chance = torch.Generator().manual_seed(_SEED)
+            self._weights[device] = (torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=chance) | 1).to(device)
+        return self._weights[device]
+
 
 ROUNDINGS = 4
 """Units in the last place of the largest weight that a few merges and their undoing leave at most; one in the mean."""
@@ -97,15 +161,9 @@ class Digest:
         return DigestDifference(**{kind: tuple(names) for kind, names in found.items()})
 
 
-def digest(model: Model, before: Digest | None = None) -> Digest:
-    """Fingerprint the base of a model: each part that ``base_state`` names.
-
-    Args:
-        model: the model.
-        before: an earlier digest of it; what has moved since to another kind of device is read where it lay then.
-    """
+def digest(model: Model) -> Digest:
+    """Fingerprint the base of a model: each part that ``base_state`` names."""
     tree, take = ModelTree.of(model), Fingerprinter()
-    earlier: Mapping[str, Hashed] = before.parts if before is not None else {}
     parts: dict[str, Hashed] = {}
     unseen: dict[str, str] = {}
     sharded = set()
@@ -117,8 +175,7 @@ def digest(model: Model, before: Digest | None = None) -> Digest:
             continue
         try:
             tensor = _readable(part.value)
-            taken = take(_where_it_lay(tensor, earlier.get(part.name)))
-            parts[part.name] = Hashed(fingerprint=taken, kind=part.kind, owner=part.owner, tensor=tensor)
+            parts[part.name] = Hashed(fingerprint=take(tensor), kind=part.kind, owner=part.owner, tensor=tensor)
         except Exception as error:  # of an unknown kind: it is unseen, and nothing else is lost
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
@@ -147,12 +204,6 @@ def _readable(value: Tensor | Exception) -> Tensor:
     if value.is_meta:
         raise ValueError("it lies on the meta device")
     return value.detach()
-
-
-def _where_it_lay(tensor: Tensor, before: Hashed | None) -> Tensor:
-    """The tensor on the kind of device on which it was read before."""
-    then = before.tensor if before is not None else None
-    return tensor if then is None or then.device.type == tensor.device.type else tensor.to(then.device)
 
 
 def _difference(old: Hashed | None, new: Hashed | None) -> str:
@@ -188,18 +239,12 @@ class WeightBits:
 
     bytes_of: Counter[int | None] = field(default_factory=Counter)
     """By bits of the weights they keep; None where they are unknown."""
-    weights_of: Counter[int | None] = field(default_factory=Counter)
-    """The number of weights, likewise."""
     largest: Counter[tuple[int | None, str]] = field(default_factory=Counter)
     """Bytes by bits and a name in which the numbers of layers are left out, with the type."""
 
     def share(self, bits: int | None) -> float:
         """Share of all bytes."""
         return self.bytes_of[bits] / (self.bytes_of.total() or 1)
-
-    def weight_share(self, bits: int | None) -> float:
-        """Share of all weights."""
-        return self.weights_of[bits] / (self.weights_of.total() or 1)
 
     def others(self, bits: int | None) -> list[tuple[str, int]]:
         """What is kept otherwise, the largest first, with its bytes."""
@@ -231,7 +276,6 @@ def _count(census: WeightBits, parts: list[BaseTensor], seen: set[object], tree:
         seen.add(place)
         size, bits = _size(part.value), bits_of[part]
         census.bytes_of[bits] += size
-        census.weights_of[bits] += _weights(part, bits, parts)
         kind = str(part.value.dtype).removeprefix("torch.")
         census.largest[bits, f"{_PLACE.sub('.*', part.owner)} ({kind})"] += size
 
@@ -264,19 +308,6 @@ def _key(part: BaseTensor) -> str:
 
 def _plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _weights(part: BaseTensor, bits: int | None, parts: list[BaseTensor]) -> int:
-    """How many weights lie in a part: none in scales, and many in a word where they are packed."""
-    value = part.value
-    if not isinstance(value, Tensor) or part.kind == "quantisation":
-        return 0
-    if part.wrapper is not None:
-        if value is not max((one.value for one in parts if one.owner == part.owner), key=_size):
-            return 0
-    elif part.kind == "buffer" and _key(part) not in (*PACKED, "bias"):
-        return 0
-    return _size(value) * 8 // bits if bits else value.numel()
 
 
 def _size(value: object) -> int:

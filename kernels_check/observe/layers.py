@@ -196,7 +196,7 @@ class _AttentionSearch:
         """Number of such calls by the name of the layer: of those that are attention, and of those that may be."""
         if not self.ours:
             return {}, {}
-        self.modules = dict(named_modules(self.model, remove_duplicate=False))
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
         for call in self.ours:
             self.covered.update(self.calls.enclosing(call.call))
         found: dict[str, int] = {}

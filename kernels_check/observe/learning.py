@@ -13,28 +13,26 @@ returns.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels_check.observe.adapter import adapter_parameters, trained_parameters, written_by_method
-from kernels_check.observe.hooks import HookGuard
 from kernels_check.observe.modules import (
+    HookGuard,
     Model,
     ModelTree,
-    every_parameter,
     is_wrapper,
     largest,
     named_parameters,
     plain_parts,
 )
-from kernels_check.observe.optimizer import OptimizerSeen, describe, rate_of
+from kernels_check.observe.profile import OptimizerSeen, describe, rate_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +42,7 @@ class GradientSeen:
     nonzero: bool
     finite: bool
     produced: bool = True
-    """Whether it was seen to arrive and could be read; else its origin is unknown, as of one put there by hand."""
+    """Whether it was seen to arrive; else its origin is unknown, as of one put there by hand."""
     after_updates: int = 0
     """Updates that had moved something of the adapter when the last one arrived."""
 
@@ -53,7 +51,6 @@ class GradientSeen:
 class Gradients:
     """Hooks on the parameters of a model, and what they saw."""
 
-    reference: weakref.ref[nn.Module]
     shield: HookGuard
     """What hooks are wrapped in."""
     moved: int = 0
@@ -65,22 +62,9 @@ class Gradients:
     _sizes: dict[int, list[Tensor]] = field(default_factory=dict)
     """Largest magnitude of each gradient, left on its device so that nothing waits for it in the backward pass."""
     _after: dict[int, int] = field(default_factory=dict)
-    _at_first: dict[int, Tensor | None] = field(default_factory=dict)
-    """What lay there when the call began."""
+    _at_first: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """The parameters of the model, with what lay there when the call began."""
     _by_hand: set[int] = field(default_factory=set)
-    _unread: set[int] = field(default_factory=set)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model.
-
-        Raises:
-            RuntimeError: it no longer exists.
-        """
-        model = self.reference()
-        if model is None:
-            raise RuntimeError("the model no longer exists")
-        return model
 
     @contextmanager
     def watched(self, tree: ModelTree) -> Iterator[None]:
@@ -94,41 +78,45 @@ class Gradients:
                         hooks.push(parameter.register_post_accumulate_grad_hook(self.shield(self._written)))
             yield
 
-    def begin_call(self) -> None:
+    def begin_call(self, tree: ModelTree) -> None:
         """Note what lies there before a call."""
-        self._at_first = {id(parameter): parameter.grad for parameter in every_parameter(self.model)}
+        self._at_first = {id(parameter): (parameter, parameter.grad) for _, parameter in tree.parameters}
         self.arrived.clear()
 
-    def end_call(self) -> None:
+    def end_call(self, tree: ModelTree) -> None:
         """Notice gradients that were put there by hand, and hold on to none that lay there before."""
-        self.note_by_hand()
+        self.note_by_hand(parameter for _, parameter in tree.parameters)
         self._at_first = {}
 
-    def note_by_hand(self) -> None:
-        """Count a gradient that no hook saw and that is another than before the call."""
-        for parameter in every_parameter(self.model):
-            if id(parameter) in self.arrived or parameter.grad is None or not self._at_first:
+    def note_by_hand(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Count a gradient that no hook saw and that is another than before the call.
+
+        Args:
+            parameters: to look at; those of the model as the call began where none are given.
+        """
+        for parameter in [one for one, _ in self._at_first.values()] if parameters is None else parameters:
+            key, gradient = id(parameter), parameter.grad
+            if key in self.arrived or gradient is None or gradient is self._at_first.get(key, (None, None))[1]:
                 continue
-            if parameter.grad is not self._at_first.get(id(parameter)):
-                self._by_hand.add(id(parameter))
-                self._note(parameter, parameter.grad)
+            self._by_hand.add(key)
+            self._note(parameter, gradient)
 
-    def reached(self) -> frozenset[str]:
+    def reached(self, tree: ModelTree) -> frozenset[str]:
         """Names of the parameters that a gradient reached in the last call."""
-        return frozenset(name for name, value in named_parameters(self.model) if id(value) in self.arrived)
+        return frozenset(name for name, value in tree.parameters if id(value) in self.arrived)
 
-    def seen(self) -> Mapping[str, GradientSeen]:
+    def seen(self, tree: ModelTree) -> Mapping[str, GradientSeen]:
         """What reached each parameter, by name."""
         found = {}
-        for name, parameter in named_parameters(self.model):
+        for name, parameter in tree.parameters:
             key = id(parameter)
-            if key not in self._sizes and key not in self._unread:
+            if key not in self._sizes:
                 continue
-            sizes = [float(size) for size in self._sizes.get(key, ())]
+            sizes = [float(size) for size in self._sizes[key]]
             found[name] = GradientSeen(
-                nonzero=any(size != 0 for size in sizes) or key in self._unread,
+                nonzero=any(size != 0 for size in sizes),
                 finite=all(size < float("inf") for size in sizes),
-                produced=key not in self._by_hand and key not in self._unread,
+                produced=key not in self._by_hand,
                 after_updates=self._after.get(key, 0),
             )
         return found
@@ -146,11 +134,7 @@ class Gradients:
         key = id(parameter)
         self.waiting.add(key)
         self._after[key] = self.moved
-        try:
-            size = largest(gradient)
-        except Exception:  # an exception in a hook would be the step's
-            self._unread.add(key)
-            return
+        size = largest(gradient)
         if size is not None:
             self._sizes.setdefault(key, []).append(size)
 
@@ -181,11 +165,9 @@ class KeptValue:
     _parts: list[Tensor] = field(default_factory=list)
     _before: list[Tensor] = field(default_factory=list)
     """The value from which the last update started; none once something else wrote to it."""
-    _version: int = 0
 
     def __post_init__(self) -> None:
         self._parts = [part.clone() for part in _parts(self.tensor)]
-        self._version = _version(self.tensor)
 
     @property
     def is_narrow(self) -> bool:
@@ -211,9 +193,7 @@ class KeptValue:
         """
         parts = _parts(self.tensor)
         if self._is_kept(parts):
-            touched = _version(self.tensor) != self._version
-            self._version = _version(self.tensor)
-            return touched, False
+            return False, False
         undone = bool(self._before) and self._undoes(parts)
         self._keep(parts, [])
         return True, undone
@@ -242,7 +222,7 @@ class KeptValue:
 
     def _keep(self, parts: list[Tensor], before: list[Tensor]) -> None:
         self._parts = [part.clone() for part in parts]
-        self._version, self._before = _version(self.tensor), before
+        self._before = before
 
     def _moved(self) -> list[Tensor]:
         """Which elements the last update moved."""
@@ -269,14 +249,6 @@ def _distance(one: list[Tensor], other: list[Tensor]) -> float:
 def _parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors that one is made of, as far as they are here."""
     return [part for _, part in plain_parts(tensor.detach())]
-
-
-def _version(tensor: Tensor) -> int:
-    """Changes in place that autograd counts; a write through ``data`` is none."""
-    try:
-        return tensor._version
-    except RuntimeError:  # an inference tensor counts none
-        return 0
 
 
 LEAST_UPDATES = 2
@@ -491,7 +463,5 @@ class Updates:
 
 
 def _is_nonzero(gradient: Tensor) -> bool:
-    with suppress(Exception):  # of a kind that cannot be read, which the hook that saw it arrive has noted
-        size = largest(gradient)
-        return size is None or float(size) != 0
-    return True
+    size = largest(gradient)
+    return size is None or float(size) != 0

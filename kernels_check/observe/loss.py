@@ -1,4 +1,4 @@
-"""Over how many tokens the loss of a step is, and how much each of them weighs in it.
+"""What a step gave its model, and over how many tokens its loss is, with the weight of each.
 
 The name of a loss function says nothing of what it does. The operator of a cross entropy that autograd recorded has
 kept the targets that it was given, and the gradient that reaches it is what everything after it makes of the weight
@@ -9,20 +9,158 @@ two.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.hooks import backward_task
-from kernels_check.observe.modules import every_parameter, largest
+from kernels_check.observe.modules import Model, backward_task, every_module, every_parameter, largest
 
-if TYPE_CHECKING:
-    from kernels_check.observe.inputs import ModelCall
+_WRAPS = ("module", "base_model", "model")
+"""Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids")
+_NO_TOKENS = ("labels", "token_type_ids", "seq_idx", "sequence_ids", "segment_ids", "document_ids")
+_COPIED_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelCall:
+    """One call of the model, outside which no other call of it was under way."""
+
+    module: nn.Module
+    """The one that was called, which lies inside the model where a step goes round its wrapper."""
+    arguments: Mapping[str, Any]
+    """By name; token tensors as they were then, since their memory may be used again."""
+    training: bool = True
+    gradients: bool = True
+    """Whether autograd recorded it."""
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    """Kinds of devices under autocast, each with its dtype."""
+    inside: list[ModelCall] = field(default_factory=list)
+    """Calls that it made of what the module wraps."""
+    loss_gradients: list[Tensor] = field(default_factory=list)
+    """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
+    losses: list[LossMade] = field(default_factory=list)
+    """How that loss was made; none where it has no gradient."""
+    number: int | None = None
+    """Of the call in the log of all calls, where there is one."""
+
+    def without(self, failed: Set[int]) -> ModelCall:
+        """The call without those inside it that came to nothing."""
+        return replace(self, inside=[one.without(failed) for one in self.inside if one.number not in failed])
+
+    def matching(self, matches: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
+        """This call if its arguments match, else those inside that do: wrappers have names of their own."""
+        return [self] if matches(self.arguments) else [one for call in self.inside for one in call.matching(matches)]
+
+
+def training_calls(calls: Sequence[ModelCall]) -> list[ModelCall]:
+    """Those that were trained on: an evaluation or a reference inside the step needs no gradients."""
+    return [call for call in calls if call.gradients] or list(calls)
+
+
+def names_tokens(arguments: Mapping[str, Any]) -> bool:
+    """Whether the tokens are called what transformers calls them."""
+    return isinstance(arguments.get("input_ids"), Tensor) or isinstance(arguments.get("inputs_embeds"), Tensor)
+
+
+def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
+    """Name and value of the argument with the tokens, [rows, tokens], or embeddings, [rows, tokens, features]."""
+    for name, dimensions in (("input_ids", 2), ("inputs_embeds", 3)):
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim() == dimensions:
+            return name, value
+    for name, value in arguments.items():  # a model written by hand calls them as it likes
+        numbers = isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32)
+        if numbers and name not in (*_NO_TOKENS, *_POSITIONAL):
+            return name, value
+    return None
+
+
+def entry_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what its wrappers hold."""
+    seen: set[int] = set()
+    module: Any = model
+    while isinstance(module, nn.Module) and id(module) not in seen:
+        seen.add(id(module))
+        yield module
+        held = (getattr(module, name, None) for name in _WRAPS)
+        module = next((one for one in held if isinstance(one, nn.Module) and id(one) not in seen), None)
+
+
+def describe_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
+    """A call of one of ``entry_modules`` that begins."""
+    names = _positional_names(module) if args else ()
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return ModelCall(
+        module=module,
+        arguments={name: _kept(value) for name, value in arguments.items()},
+        training=module.training,
+        gradients=torch.is_grad_enabled(),
+        autocast=tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds),
+        number=number,
+    )
+
+
+def _positional_names(module: nn.Module) -> Sequence[str]:
+    """What the positional arguments are called, by the first that does not merely pass them on."""
+    for one in entry_modules(module):
+        with suppress(TypeError, ValueError):
+            parameters = inspect.signature(one.forward).parameters.values()
+            if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+                return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    return _POSITIONAL
+
+
+def find_loss(output: Any) -> Tensor | None:
+    """The loss that a model returned; models that return tuples put it first."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None and isinstance(output, tuple) and output:
+        found = output[0]
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        small = value.dim() <= 2 and value.numel() <= _COPIED_ELEMENTS and not value.requires_grad
+        return value.detach().clone() if small else value
+    if hasattr(value, "get_seq_length"):  # a cache, which the call is about to fill
+        with suppress(Exception):
+            return copy.deepcopy(value)
+    return value
+
+
+def special_tokens(
+    configs: Iterable[Any], kinds: tuple[str, ...] = ("",), *, but: tuple[str, ...] = ()
+) -> frozenset[int]:
+    """Ids that configurations name, of some kinds (``pad``, ``eos``) or of all but some."""
+    found: set[int] = set()
+    for config in configs:
+        for name, value in vars(config).items():
+            if name.endswith(("_token_id", "_token_index")) and name.startswith(kinds) and not name.startswith(but):
+                values = value if isinstance(value, list | tuple) else [value]
+                found.update(one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
+    return frozenset(found)
+
+
+def configurations(model: Model) -> Iterator[Any]:
+    """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
+    seen: set[int] = set()
+    modules = list(every_module(model))
+    waiting = [getattr(module, name, None) for name in ("config", "generation_config") for module in modules]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, "__dict__") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+            waiting += [one for name, one in vars(config).items() if name.endswith("_config")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,9 +176,6 @@ class BackwardPass:
     lying: Sequence[Tensor] = ()
     """Largest magnitudes of what lay in the gradients as it began, left on their devices."""
 
-    unread: bool = False
-    """Whether something lay there that could not be read."""
-
     @property
     def anew(self) -> bool:
         """Whether nothing lay there."""
@@ -49,13 +184,9 @@ class BackwardPass:
 
 @dataclass(slots=True)
 class BackwardPasses:
-    """Notes the passes of a step.
+    """Notes the passes of a step, which write gradients of ``model``."""
 
-    Args:
-        model: whose gradients they write.
-    """
-
-    model: nn.Module
+    model: Model
     _trained: dict[int, Tensor] = field(init=False)
     _last: BackwardPass | None = None
     _updated: bool = False
@@ -68,25 +199,19 @@ class BackwardPasses:
         """The pass that is under way; to be asked before it has written any gradient."""
         task = backward_task()
         if self._last is None or self._last.task != task:
-            with torch.no_grad():
-                lying, unread = _sizes([value.grad for value in self._trained.values()])
-            self._last = BackwardPass(
-                task=task, after_update=self._updated, in_update=self._updating > 0, lying=lying, unread=unread
-            )
+            sizes = [largest(value.grad) for value in self._trained.values() if value.grad is not None]
+            lying = [size for size in sizes if size is not None]
+            self._last = BackwardPass(task=task, after_update=self._updated, in_update=self._updating > 0, lying=lying)
             self._updated = False
         return self._last
 
-    def update_begins(self, optimizer: Any) -> None:
-        """An optimizer is about to step; those of other models are none of this one's."""
-        self._updating += self._is_ours(optimizer)
+    def update_begins(self) -> None:
+        """An optimizer of the model is about to step."""
+        self._updating += 1
 
-    def update_ends(self, optimizer: Any) -> None:
+    def update_ends(self) -> None:
         """It has stepped."""
-        if self._is_ours(optimizer):
-            self._updating, self._updated = max(self._updating - 1, 0), True
-
-    def _is_ours(self, optimizer: Any) -> bool:
-        return any(id(value) in self._trained for group in optimizer.param_groups for value in group["params"])
+        self._updating, self._updated = max(self._updating - 1, 0), True
 
 
 def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, int] | str:
@@ -99,8 +224,6 @@ def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, i
     number, given = 0, False
     for one, gives in passes:
         if given:
-            if one.unread:
-                return "what lay in the gradients when a pass began could not be read"
             if one.anew and not one.after_update and not one.in_update:
                 return (
                     "the gradients of an earlier pass were gone before the next, with no update between them: it is "
@@ -112,19 +235,6 @@ def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, i
         sums[one] = number
         given = given or gives
     return sums
-
-
-def _sizes(gradients: Iterable[Tensor | None]) -> tuple[list[Tensor], bool]:
-    """How large each is that is there, and whether one could not be read."""
-    found, unread = [], False
-    for gradient in gradients:
-        try:
-            size = None if gradient is None else largest(gradient)
-        except Exception:  # an exception here would be the step's
-            unread = True
-        else:
-            found += [] if size is None else [size]
-    return found, unread
 
 
 _OPERATORS = ("NllLossBackward0", "NllLoss2DBackward0")
@@ -191,13 +301,8 @@ def read_loss(loss: Tensor, passes: BackwardPasses, hooks: ExitStack, shield: Ca
 def read_log_probs(output: Any, passes: BackwardPasses, hooks: ExitStack, shield: Callable[[Any], Any]) -> LossMade:
     """Find what reaches the log-probabilities of single tokens that a model returns for its caller to make a loss of.
 
-    TRL's trainers do so from version 1.16 on: ``log_probs`` and ``label_mask``, both of [rows, tokens - 1].
-
-    Args:
-        output: of the model.
-        passes: as for ``read_loss``.
-        hooks: likewise.
-        shield: likewise.
+    TRL's trainers do so from version 1.16 on: ``log_probs`` and ``label_mask``, both of [rows, tokens - 1]. The
+    arguments are those of ``read_loss``.
     """
     log_probs, mask = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
     if not (isinstance(log_probs, Tensor) and isinstance(mask, Tensor)) or not log_probs.requires_grad:
@@ -261,8 +366,6 @@ def _keeping(part: CrossEntropy, passes: BackwardPasses) -> Callable[[Any], None
 _EXACT = 1e-3
 _NARROW = 2e-2
 """Relative difference that rounding explains, of a loss in float32 and in half precision."""
-_OF_A_ROW = 1
-"""Dimensions of labels that are not of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,11 +395,7 @@ class LossSeen:
 
 
 def loss_of_step(calls: Sequence[ModelCall]) -> LossSeen:
-    """Read the passes of a step.
-
-    Args:
-        calls: of the model, as the step made them.
-    """
+    """Read the passes of a step from its calls of the model."""
     trained = [call for call in calls if call.gradients]
     if not trained:
         return LossSeen(unseen="no call of the model itself with gradients was seen")
@@ -326,7 +425,7 @@ def _problem(call: ModelCall) -> str | None:
     tokens = [one for one in given if isinstance(one, Tensor) and not one.is_floating_point()]
     if not tokens:
         return "the model was given no labels of tokens: its loss is made elsewhere"
-    if all(one.dim() <= _OF_A_ROW for one in tokens):
+    if all(one.dim() <= 1 for one in tokens):
         return "the labels are of whole rows, not of tokens"
     if not call.loss_gradients and not any(part.arrivals for part in _parts(call)):
         return "nothing went back through the loss that the model returned: another was trained on, or none"

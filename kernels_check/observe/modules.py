@@ -1,31 +1,30 @@
-"""The modules, parameters, repeated blocks and plain tensors of a model.
+"""Reads, hooks and restores a model.
 
-``nn.Module.named_modules`` hands every module up through one generator for each level above it; a walk with a stack
-of its own takes a tenth. A check asks for them some fifty times: at a moment when nothing else runs, they are read
-once for all (``ModelTree``).
+Modules and parameters are asked for some fifty times in a check: at a moment when nothing else runs, they are read once
+for all (``ModelTree``). A transformer keeps its layers in a numbered list. What is in such a list and is more than one
+layer of weights is a block; lists inside a block (the experts of a mixture) are its own. A model without such a list is
+taken apart into the layers of weights that it has.
 
-A transformer keeps its layers in a numbered list. What is in such a list and is more than one layer of weights is a
-block; lists inside a block (the experts of a mixture) are its own. A model without such a list is taken apart into
-the layers of weights that it has.
-
-The fingerprint of a tensor is XXH3 of its bytes. On a GPU a large one is folded first: 64-bit words are mixed,
-multiplied with odd weights that belong to their place in the row, and summed. Fingerprints of one kind of device are
-not those of another.
+Hooks change nothing of a step. What fails in a hook is kept, and is no error of the step. torch.compile does not look
+into them. A module that is copied or saved takes the hooks on it along: in the copy, and in the file, they do nothing
+and name nothing of this project.
 """
 
 from __future__ import annotations
 
-import ctypes
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-import xxhash
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _T = TypeVar("_T")
 
@@ -48,8 +47,7 @@ class ModelTree:
         """Read a model; one that has been read stays as it was."""
         if isinstance(model, ModelTree):
             return model
-        modules = tuple(named_modules(model))
-        return cls(model=model, modules=modules, parameters=tuple(_parameters(modules)))
+        return cls(model=model, modules=tuple(model.named_modules()), parameters=tuple(model.named_parameters()))
 
 
 Model: TypeAlias = nn.Module | ModelTree
@@ -69,43 +67,9 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[Model], _T]:
     return kept
 
 
-def attribute(module: nn.Module, name: str) -> Any:
-    """An attribute, None where there is none; torch words an exception for each module that has none."""
-    kind: Any = type(module)
-    if kind.__getattr__ is not nn.Module.__getattr__ or hasattr(kind, name):
-        return getattr(module, name, None)
-    for held in (vars(module), module._parameters, module._buffers, module._modules):
-        if name in held:
-            return held[name]
-    return None
-
-
-def named_modules(model: Model, prefix: str = "", *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name; the model itself is called ``prefix``.
-
-    Args:
-        model: of any kind.
-        prefix: what each name begins with.
-        remove_duplicate: whether each module comes once, by the first of its names, or once by each.
-    """
-    if isinstance(model, ModelTree):
-        if remove_duplicate and not prefix:
-            yield from model.modules
-            return
-        model = model.model
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [(prefix, model)]
-    while waiting:
-        name, module = waiting.pop()
-        if remove_duplicate:
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-        yield name, module
-        if module._modules:
-            path = f"{name}." if name else ""
-            children = reversed(module._modules.items())
-            waiting += [(path + key, child) for key, child in children if child is not None]
+def named_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, by the first of its names; the model itself is called ``""``."""
+    return iter(model.modules) if isinstance(model, ModelTree) else model.named_modules()
 
 
 def every_module(model: Model) -> Iterator[nn.Module]:
@@ -113,20 +77,9 @@ def every_module(model: Model) -> Iterator[nn.Module]:
     return (module for _, module in named_modules(model))
 
 
-def named_parameters(model: Model, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, by the first of its names, which begins with ``prefix``."""
-    if isinstance(model, ModelTree) and not prefix:
-        return iter(model.parameters)
-    return _parameters(named_modules(model, prefix))
-
-
-def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
-    seen: set[int] = set()
-    for name, module in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield (f"{name}.{key}" if name else key), parameter
+def named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, by the first of its names."""
+    return iter(model.parameters) if isinstance(model, ModelTree) else model.named_parameters()
 
 
 def every_parameter(model: Model) -> Iterator[nn.Parameter]:
@@ -134,12 +87,13 @@ def every_parameter(model: Model) -> Iterator[nn.Parameter]:
     return (parameter for _, parameter in named_parameters(model))
 
 
-def block_names(model: nn.Module) -> tuple[str, ...]:
+@reading
+def block_names(tree: ModelTree) -> tuple[str, ...]:
     """Qualified names of the blocks, in the order in which the model holds them."""
-    lists = [items for items in _lists(model, "") if _of_blocks(items)] or list(_lists(model, ""))
+    lists = [items for items in _lists(tree.model, "") if _of_blocks(items)] or list(_lists(tree.model, ""))
     named = {id(item): name for items in reversed(lists) for name, item in reversed(items)}
     if not named:
-        named = {id(module): name for name, module in named_modules(model) if _own_parameters(module)}
+        named = {id(module): name for name, module in tree.modules if _own_parameters(module)}
         inside = tuple(f"{name}." if name else "" for name in named.values())
         return tuple(name for name in named.values() if not any(name != one and name.startswith(one) for one in inside))
     return tuple(reversed(named.values()))
@@ -223,29 +177,21 @@ def without_repacking(model: nn.Module) -> Iterator[None]:
             setattr(layer, _SWITCH, repacks)
 
 
-_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-
-
 def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors without structure that one is made of, each with its name; a plain one is its own only part."""
     if is_wrapper(tensor):
         for part, inner in _inner(tensor):
             yield from plain_parts(inner, f"{name}.{part}")
     elif tensor.layout == torch.sparse_coo:
-        yield f"{name}.indices", tensor.detach()._indices()
-        yield f"{name}.values", tensor.detach()._values()
-    elif tensor.layout in _COMPRESSED:
-        rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
-        yield f"{name}.compressed_indices", tensor.detach().crow_indices() if rows else tensor.detach().ccol_indices()
-        yield f"{name}.plain_indices", tensor.detach().col_indices() if rows else tensor.detach().row_indices()
-        yield f"{name}.values", tensor.detach().values()
+        sparse = tensor.detach().coalesce()
+        yield from ((f"{name}.indices", sparse.indices()), (f"{name}.values", sparse.values()))
     else:
         yield name, tensor
 
 
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the tensor has no bytes of its own but other tensors inside."""
-    return type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor)
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__")
 
 
 def _inner(tensor: Any) -> list[tuple[str, Tensor]]:
@@ -253,70 +199,7 @@ def _inner(tensor: Any) -> list[tuple[str, Tensor]]:
     return [(name, part) for name in names if isinstance(part := getattr(tensor, name), Tensor)]
 
 
-_WORDS = 4096
-"""In a row."""
-_ROW_BYTES = _WORDS * 8
 NO_MEMORY = "it has no memory: freed, or of a class that cannot be taken apart"
-_ROWS = 2048
-"""In a block."""
-_SHIFT = 29
-"""Brings down the highest bits, pairs of which would cancel in a sum of products. It is no distance of two lanes of a
-word, such as 8, 16 or 32, at which all elements may have been changed alike, as by a negation."""
-_SEED = 20_240_229
-
-
-class Fingerprinter:
-    """Takes fingerprints, and each tensor's only once, however many names it has.
-
-    Args:
-        folds: whether what lies on a kind of device is folded before it is read.
-    """
-
-    def __init__(self, folds: Callable[[str], bool] = "cpu".__ne__) -> None:
-        self._folds = folds
-        self._weights: dict[torch.device, Tensor] = {}
-        self._taken: dict[object, tuple[Tensor, str]] = {}
-        self.bytes = 0
-        """Of all memory that was read."""
-
-    def __call__(self, tensor: Tensor) -> str:
-        """Fingerprint type, shape and bytes of a dense tensor, in the order of its elements.
-
-        Raises:
-            Exception: it cannot be read.
-        """
-        if not has_memory(tensor):
-            raise ValueError(NO_MEMORY)
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if place not in self._taken:
-            self._taken[place] = (tensor, self._take(tensor))  # kept alive, so that nothing else comes to lie there
-            self.bytes += tensor.numel() * tensor.element_size()
-        return self._taken[place][1]
-
-    def _take(self, tensor: Tensor) -> str:
-        raw = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        hashed = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        if raw.numel() > 2 * _ROW_BYTES and self._folds(raw.device.type):
-            whole = raw.numel() // _ROW_BYTES * _ROW_BYTES
-            sums = torch.cat([self._fold(block) for block in _blocks(raw[:whole].view(-1, _ROW_BYTES))])
-            _add(hashed, sums.view(torch.uint8))
-            raw = raw[whole:]
-        _add(hashed, raw)
-        return hashed.hexdigest()
-
-    def _fold(self, block: Tensor) -> Tensor:
-        words = block.view(torch.int64)
-        mixed = words >> _SHIFT
-        mixed &= (1 << 64 - _SHIFT) - 1
-        mixed ^= words
-        mixed *= self._weights_on(block.device)
-        return mixed.sum(-1)
-
-    def _weights_on(self, device: torch.device) -> Tensor:
-        if device not in self._weights:
-            chance = torch.Generator().manual_seed(_SEED)
-            self._weights[device] = (torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=chance) | 1).to(device)
-        return self._weights[device]
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -332,19 +215,6 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def _blocks(rows: Tensor) -> Iterator[Tensor]:
-    aligned = rows.storage_offset() % 8 == 0
-    for block in rows.split(_ROWS):
-        yield block if aligned else block.clone()
-
-
-def _add(hashed: xxhash.xxh3_128, raw: Tensor) -> None:
-    """Not by way of numpy: memory that it has seen can never be resized again, which some trainers do."""
-    here = raw.cpu().contiguous()
-    if here.numel():
-        hashed.update((ctypes.c_char * here.numel()).from_address(here.data_ptr()))
-
-
 def largest(gradient: Tensor) -> Tensor | None:
     """Largest magnitude of the part of a gradient that is here, on its device; None where no part of it is here.
 
@@ -353,14 +223,11 @@ def largest(gradient: Tensor) -> Tensor | None:
     with torch.no_grad():
         gradient = gradient.detach()
         if gradient.layout == torch.sparse_coo:
-            values: list[Tensor] = [gradient.coalesce().values()]
-        elif gradient.layout != torch.strided:
-            values = [gradient.values()]
-        else:
-            values = [part for _, part in plain_parts(gradient)]
-        if not is_wrapper(gradient) and not values[0].numel():
-            return values[0].new_zeros(()).float()  # a sparse gradient of no rows
-        sizes = [torch.linalg.vector_norm(part.float(), float("inf")) for part in values if part.numel()]
+            gradient = gradient.coalesce().values()
+        if not is_wrapper(gradient) and not gradient.numel():
+            return gradient.new_zeros(()).float()  # a sparse gradient of no rows
+        values = [part for _, part in plain_parts(gradient) if part.numel()]
+        sizes = [torch.linalg.vector_norm(part, float("inf"), dtype=torch.float32) for part in values]
         return torch.stack(sizes).amax() if sizes else None
 
 
@@ -379,3 +246,209 @@ class Below(dict[str, bool]):
         above, dot, _ = name.rpartition(".")
         self[name] = found = name in self._paths or (bool(dot) and self[above])
         return found
+
+
+Hook: TypeAlias = Callable[..., Any]
+
+
+def backward_task() -> int:
+    """Number of the run of the autograd engine that this thread is in; -1 outside a backward pass."""
+    return torch._C._current_graph_task_id()
+
+
+class ModuleHook:
+    """A hook on one module that notes calls of that module only, and not those of its copies.
+
+    A shallow copy shares the dictionary in which its hooks lie, a deep copy has one of its own with copies of them. The
+    replicas of ``DataParallel`` are the module itself: gradients come back from them to its parameters.
+
+    Args:
+        module: that it is registered on.
+        hook: what is called for it.
+    """
+
+    def __init__(self, module: nn.Module, hook: Hook) -> None:
+        self._module, self._hook = module, hook
+        _keep_from_compiler(ModuleHook.__call__)
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        """As torch calls a hook of a module."""
+        if module is self._module or getattr(module, "_is_replica", False):
+            return self._hook(module, *given)
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a copy: what takes any arguments and does nothing."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+class HookGuard:
+    """Keeps the first fault of any of its hooks."""
+
+    def __init__(self) -> None:
+        self.fault: str | None = None
+
+    def __call__(self, hook: Hook) -> Hook:
+        """A hook that does the same and raises nothing; having failed, it changes nothing."""
+
+        def shielded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                self.fault = self.fault or f"{type(error).__name__}: {error}"
+                return None
+
+        _keep_from_compiler(shielded)
+        return wraps(hook)(shielded) if hasattr(hook, "__name__") else shielded
+
+
+def _keep_from_compiler(function: Any) -> None:
+    """Let it neither compile a function nor look at what that calls."""
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+class RandomState:
+    """The generators of Python, NumPy (if loaded), torch on the CPU, and CUDA (if initialised)."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._python = random.getstate()
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        """Set every generator back."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+    def advanced(self) -> bool:
+        """Whether torch drew random numbers since."""
+        moved = not torch.equal(self._torch, torch.get_rng_state())
+        if self._cuda is None:
+            return moved
+        pairs = zip(self._cuda, torch.cuda.get_rng_state_all(), strict=True)
+        return moved or any(not torch.equal(before, now) for before, now in pairs)
+
+
+class Modes:
+    """The train/eval mode of every module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in every_module(model)]
+
+    def restore(self) -> None:
+        """Set every module back, one by one: ``model.train()`` would lose a mixture."""
+        for module, training in self._modes:
+            module.training = training
+
+
+class _Parameters:
+    """Values of the parameters that train, and gradients of all."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gradients: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        self._gradients[id(parameter)] = parameter, gradient, None if gradient is None else gradient.detach().clone()
+
+    def add_value(self, parameter: Tensor) -> None:
+        if id(parameter) not in self._values:
+            self._values[id(parameter)] = parameter, parameter.detach().clone()
+
+    def restore(self) -> None:
+        for parameter, value in self._values.values():
+            if parameter.dtype == value.dtype and parameter.shape == value.shape:
+                parameter.detach().copy_(value)
+            else:  # bitsandbytes casts a bias in the first forward
+                parameter.data = value
+        for parameter, gradient, kept in self._gradients.values():
+            if gradient is not None and kept is not None:
+                gradient.copy_(kept)
+            parameter.grad = gradient
+
+
+class _OptimizerState:
+    """State and parameter groups of one optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state = [(parameter, state, _copied(state)) for parameter, state in optimizer.state.items()]
+        self._groups = [(group, _copied(group)) for group in optimizer.param_groups]
+
+    def restore(self) -> None:
+        self._optimizer.state.clear()
+        for parameter, state, kept in self._state:
+            _put_back(state, kept)
+            self._optimizer.state[parameter] = state
+        self._optimizer.param_groups[:] = [group for group, _ in self._groups]
+        for group, kept in self._groups:
+            _put_back(group, kept)
+
+
+def _copied(values: Any) -> dict[Any, tuple[Any, Any]]:
+    """Each value, with a copy of it where it is a tensor."""
+    return {
+        key: (value, value.detach().clone() if isinstance(value, Tensor) else None)
+        for key, value in values.items()
+    }  # fmt: skip
+
+
+def _put_back(values: Any, kept: dict[Any, tuple[Any, Any]]) -> None:
+    values.clear()
+    for key, (value, copy) in kept.items():
+        if copy is not None:
+            value.detach().copy_(copy)
+        values[key] = value
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Restore a training at the end of the block, also when it raises.
+
+    Restored are, to the bit: values of the parameters of ``model`` that require gradients, and of those that an
+    optimizer updates in the block; gradients of all parameters of ``model``; state and parameter groups of every
+    ``torch.optim.Optimizer`` that steps in the block; the generators of Python, NumPy and torch; the train/eval mode
+    of every module. Nothing else is: neither buffers, frozen parameters and attributes of modules, nor schedulers,
+    gradient scalers, data iterators and what a step counts in objects of its own.
+    """
+    synchronise()
+    parameters, modes, numbers = _Parameters(), Modes(model), RandomState()
+    for parameter in every_parameter(model):
+        parameters.add_gradient(parameter)
+        if parameter.requires_grad:
+            parameters.add_value(parameter)
+    states: dict[int, _OptimizerState] = {}
+
+    def before_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in states:
+            states[id(optimizer)] = _OptimizerState(optimizer)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.requires_grad or parameter.grad is not None:
+                        parameters.add_value(parameter)
+
+    handle = register_optimizer_step_pre_hook(before_update)
+    try:
+        yield
+    finally:
+        handle.remove()
+        synchronise()
+        with torch.no_grad():
+            parameters.restore()
+            for state in states.values():
+                state.restore()
+        modes.restore()
+        numbers.restore()
+
+
+def synchronise() -> None:
+    """Wait for the device, where one is in use; never initialises CUDA."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,14 +1,24 @@
-"""What was seen of a step, for the judges."""
+"""Observes steps of one model as they take place, leaves nothing behind, and holds what was observed for the judges.
+
+Every hook is guarded and taken off again. Where code is compiled during a step, the hooks on modules are removed at
+once, since the compiled code would keep them; what they had recorded is half a step then, and not used. What takes
+several steps, such as whether an update is kept until the next, is judged over all that were observed one after the
+other, unless something has changed the adapter in between.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kernels_check.observe.adapter import (
     AdapterLayer,
@@ -19,38 +29,41 @@ from kernels_check.observe.adapter import (
     trained_parameters,
 )
 from kernels_check.observe.base import Storage, read_wrapped, storage_in
-from kernels_check.observe.calls import Calls
-from kernels_check.observe.compile import (
+from kernels_check.observe.calls import CallRecorder, Calls, LayerCall
+from kernels_check.observe.digest import Digest, Fingerprinter, WeightBits, digest, take_census
+from kernels_check.observe.execution import (
     BlockRecomputed,
     Compilations,
     CompiledBlocks,
+    FusedKernelSite,
     compiled_blocks,
     ran_without_gradient,
+    read_compilations,
     recomputed_blocks,
+    swapped_places,
 )
-from kernels_check.observe.digest import Digest, WeightBits, take_census
-from kernels_check.observe.fused_kernels import FusedKernelSite, swapped_places
-from kernels_check.observe.inputs import ModelCall, PaddingSeen, count_padding
-from kernels_check.observe.isolation import IsolationResult, isolation_by_inputs
 from kernels_check.observe.layers import AttentionLayers, LayerProducts, attention_layers, fourbit_layers, products_of
-from kernels_check.observe.learning import GradientSeen, ParameterUpdates
-from kernels_check.observe.loss import LossSeen, loss_of_step
-from kernels_check.observe.modules import ModelTree
-from kernels_check.observe.optimizer import (
+from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpdates, Updates
+from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
+from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, plain_parts
+from kernels_check.observe.padding import IsolationResult, PaddingSeen, count_padding, isolation_by_inputs
+from kernels_check.observe.parts import ParameterStatus, embedding_modules, fates_of, norm_modules, unmatched_names
+from kernels_check.observe.profile import (
+    AROUND,
+    INSIDE,
     GroupSeen,
     OptimizerSeen,
-    ParameterStatus,
-    TrainedModule,
-    TrainingSeen,
-    embedding_modules,
-    fates_of,
-    norm_modules,
+    ProfilerRecording,
+    StepProfile,
+    class_names,
+    groups_of,
+    is_recording,
+    not_recorded,
     operators_on,
     updated_by,
+    with_gradient,
 )
-from kernels_check.observe.profile import StepProfile
 from kernels_check.observe.ranks import RankEvidence
-from kernels_check.observe.targets import LayerCall, layers_left_to_experts, unmatched_names
 
 _T = TypeVar("_T")
 
@@ -103,8 +116,7 @@ class Observation:
     """What torch.compile has on record after the last call."""
     isolate: Callable[[Observation], IsolationResult] | None = None
     """Changes the records of packed calls; without, they are judged by what the model was given."""
-    left: ModelTree | None = None
-    """The model as the last call left it; None where it has been restored since."""
+    left: ModelTree | None = None  # as the last call left the model
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
     other_optimizers: tuple[str, ...] = ()
@@ -118,18 +130,17 @@ class Observation:
     @_once
     def compiled_blocks(self) -> CompiledBlocks:
         """The blocks of the model by whether they ran in compiled code."""
-        seen = self.profile.compiler
-        return compiled_blocks(self.model, self.modules, seen.entered, seen.eager, self.gradients)
+        return compiled_blocks(self.tree(), self.modules, self.profile.entered, self.profile.eager, self.gradients)
 
     @_once
     def recomputed_blocks(self) -> tuple[BlockRecomputed, ...]:
         """The blocks of the model that a gradient comes back to, with what was computed again."""
-        return recomputed_blocks(self.model, self.modules)
+        return recomputed_blocks(self.tree(), self.modules)
 
     @_once
     def blocks_without_gradient(self) -> tuple[str, ...]:
         """The blocks of the model that ran and that no gradient comes back to."""
-        return ran_without_gradient(self.model, self.modules, self.recomputed_blocks())
+        return ran_without_gradient(self.tree(), self.modules, self.recomputed_blocks())
 
     @_once
     def updated_by_kind(self) -> list[Counter[str]]:
@@ -146,17 +157,14 @@ class Observation:
         """Modules and parameters."""
         return self.left or ModelTree.of(self.model)
 
-    @_once
     def adapter_layers(self) -> list[AdapterLayer]:
         """Places with an adapter that is in use."""
         return adapter_layers(self.tree())
 
-    @_once
     def trained_parameters(self) -> dict[str, Tensor]:
         """Parameters of the adapter that have to learn, by name."""
         return trained_parameters(self.tree())
 
-    @_once
     def token_parameters(self) -> frozenset[str]:
         """Parameters of the adapter that only some tokens of the vocabulary use, by name."""
         return token_parameters(self.tree())
@@ -166,12 +174,6 @@ class Observation:
         """Names that the adapter's configuration asks for and that matched nothing."""
         return unmatched_names(self.tree())
 
-    @_once
-    def layers_left_to_experts(self) -> list[str]:
-        """Layers without an adapter of a name that PEFT has made a parameter of experts of."""
-        return layers_left_to_experts(self.tree())
-
-    @_once
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are no adapter's, by name."""
         return base_parameters(self.tree())
@@ -208,7 +210,6 @@ class Observation:
         """How many bytes of the whole base are kept in how many bits."""
         return take_census(self.tree())
 
-    @_once
     def biases_of_adapters(self) -> Mapping[str, str]:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
         return biases_of_adapters(self.tree())
@@ -226,26 +227,274 @@ class Observation:
     @_once
     def embeddings(self) -> list[ParameterStatus]:
         """The input and output embedding, with what became of their parameters."""
-        return self._fates(embedding_modules(self.tree()))
+        return fates_of(embedding_modules(self.tree()), self)
 
     @_once
     def norms(self) -> list[ParameterStatus]:
         """Every norm with parameters, with what became of them."""
-        return self._fates(norm_modules(self.tree()))
-
-    def _fates(self, places: Mapping[str, TrainedModule]) -> list[ParameterStatus]:
-        shown = TrainingSeen(
-            changed=self.changed, gradients=self.gradients, updates=self.updates, optimizers=self.optimizers
-        )
-        return fates_of(places, self.tree(), shown)
+        return fates_of(norm_modules(self.tree()), self)
 
     def isolation(self) -> IsolationResult:
         """Whether packed records are isolated."""
         if self.isolate is not None:
             return self.isolate(self)
-        return isolation_by_inputs(self.model, self.model_calls, self.attention_layers().calls)
+        return isolation_by_inputs(self.model_calls, self.attention_layers().calls)
 
     @_once
     def padding(self) -> PaddingSeen | None:
         """Padding in the inputs of the model; None where no call of it was seen."""
-        return count_padding(self.model, self.model_calls)
+        return count_padding(self.tree(), self.model_calls)
+
+
+MOST_CALLS = 8
+"""Steps after which no other is waited for; a run whose optimizer steps in each takes two."""
+
+
+class StepObserver:
+    """Observes the steps of one model, each between ``begin`` and ``end``.
+
+    Args:
+        model: that the steps train; held weakly.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._reference = weakref.ref(model, lambda _: self.forget())
+        self._series: _Series | None = None
+        self._recording: ProfilerRecording | None = None
+        self._recorder: CallRecorder | None = None
+        self._random: RandomState | None = None
+        self._open = ExitStack()
+        self.compiled = False
+        """Whether code was compiled in the last step, so that its modules were not observed to the end."""
+
+    @property
+    def fault(self) -> str | None:
+        """The exception of a hook, after which nothing of the step is known."""
+        return None if self._series is None else self._series.guard.fault
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a further step may show what these did not."""
+        series = self._series
+        return series is not None and series.begun < MOST_CALLS and series.updates.pending()
+
+    def begin(self) -> None:
+        """Observe from here.
+
+        Raises:
+            Exception: something of the model cannot be hooked or read; nothing is left in place then.
+        """
+        model, self.compiled = self._model, False
+        with ExitStack() as stack:
+            tree = ModelTree.of(model)
+            series = self._continued(tree)
+            recording = None if is_recording() else ProfilerRecording()
+            recorder = CallRecorder(tree, series.guard, marked=recording is not None)
+            stack.enter_context(series.hooked(tree, recorder.backwards))
+            stack.enter_context(recorder.hooked())
+            handler = import_module("torch._dynamo").callback_handler  # the optimizer's step loads it anyway
+            started = series.guard(self._on_compile)
+            handler.register_start_callback(started)
+            stack.callback(handler.remove_start_callback, started)
+            series.begin_step(tree)
+            self._random, self._recording, self._recorder = RandomState(), recording, recorder
+            if recording is not None:
+                stack.enter_context(recording.opened())
+            self._open = stack.pop_all()
+
+    @contextmanager
+    def updates_only(self) -> Iterator[None]:
+        """Observe what the updates of a step do, and nothing else.
+
+        Raises:
+            Exception: something of the model cannot be hooked or read; nothing is left in place then. What fails once
+                the step has begun raises nothing, and the next step is the first then.
+        """
+        model = self._model
+        tree = ModelTree.of(model)
+        series = self._continued(tree)
+        with series.hooked(tree):
+            series.begin_step(tree)
+            try:
+                yield
+            except BaseException:
+                self.forget()
+                raise
+        try:
+            series.end_step(ModelTree.of(model))
+        except Exception:
+            self.forget()
+
+    def end(self) -> Observation:
+        """Remove everything and return what was observed.
+
+        Raises:
+            Exception: it cannot be read; everything is removed all the same.
+        """
+        random, series, recorder, recording = self._random, self._series, self._recorder, self._recording
+        self._open.close()
+        if random is None or series is None or recorder is None:
+            raise RuntimeError("no step has begun")
+        drew_random = random.advanced()
+        left = ModelTree.of(self._model)
+        series.end_step(left)
+        lasted = recording is not None and recording.lasted
+        profile = recording.profile() if recording and lasted else not_recorded(INSIDE if recording else AROUND)
+        return series.observe(left, recorder, profile, drew_random=drew_random)
+
+    def break_off(self) -> None:
+        """Remove everything and forget all steps so far."""
+        try:
+            self._open.close()
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Let the next step be the first."""
+        self._series = None
+        self.release()
+
+    def release(self) -> None:
+        """Keep nothing of the last step but what the next is compared with."""
+        self._recording = self._recorder = self._random = None
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._reference()
+        if model is None:
+            raise RuntimeError("the model no longer exists")
+        return model
+
+    def _continued(self, tree: ModelTree) -> _Series:
+        """The series that this step continues, or a new one where something else changed the adapter since."""
+        series = self._series
+        if series is None or series.guard.fault is not None or not series.updates.goes_on(tree):
+            series = self._series = _Series(tree)
+        return series
+
+    def _on_compile(self, started: object) -> None:
+        """Remove the hooks on modules where a compilation starts."""
+        if not self.compiled:
+            self.compiled = True
+            if self._recorder is not None:
+                self._recorder.break_off()
+
+
+class _Series:
+    """What consecutive steps of one model have shown, and what the next is compared with.
+
+    Args:
+        tree: of the model before the first.
+    """
+
+    def __init__(self, tree: ModelTree) -> None:
+        self.guard = HookGuard()
+        self.gradients = Gradients(self.guard)
+        self.updates = Updates(self.gradients)
+        self.begun = 0
+        """Steps so far."""
+        self._before = digest(tree)
+        self._values = _fingerprints(tree)
+        self._others: list[str] = []
+        """Classes of the optimizers that stepped and hold no parameter of the model."""
+        self._own: frozenset[int] = frozenset()
+        self._stepped: list[GroupSeen] = []
+        self._given: dict[int, frozenset[int]] = {}
+        """Parameters with a gradient before an optimizer's step that has not ended, by the optimizer."""
+        self._modes: dict[str, bool] = {}
+        """When the first optimizer stepped, or at the end; for where no hook records them."""
+        self.updates.begin(tree)
+
+    @contextmanager
+    def hooked(self, tree: ModelTree, backwards: BackwardPasses | None = None) -> Iterator[None]:
+        """Hook parameters and optimizers; ``backwards`` takes note of the updates, too."""
+        with ExitStack() as hooks:
+            hooks.enter_context(self.gradients.watched(tree))
+            hooks.push(register_optimizer_step_pre_hook(self.guard(partial(self._before_update, tree, backwards))))
+            hooks.push(register_optimizer_step_post_hook(self.guard(partial(self._after_update, tree, backwards))))
+            yield
+
+    def begin_step(self, tree: ModelTree) -> None:
+        """A step begins."""
+        self.begun += 1
+        self._own = frozenset(id(parameter) for _, parameter in tree.parameters)
+        self._stepped, self._modes = [], {}
+        self.gradients.begin_call(tree)
+        self.updates.begin_call()
+
+    def end_step(self, left: ModelTree) -> None:
+        """It has ended."""
+        self.gradients.end_call(left)
+        self.updates.end_call()
+        self._modes = self._modes or _modes(left)
+
+    def observe(
+        self, left: ModelTree, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool
+    ) -> Observation:
+        """Everything that was observed, for the judges."""
+        calls, values = recorder.calls(), _fingerprints(left)
+        return Observation(
+            model=left.model,
+            left=left,
+            before=self._before,
+            after=digest(left),
+            profile=profile,
+            calls=self.begun,
+            optimizer_steps=self.updates.steps,
+            optimizers=tuple(self.updates.optimizers.values()),
+            gradients=self.gradients.seen(left),
+            changed=frozenset(name for name, value in self._values.items() if values.get(name) != value),
+            modules=calls,
+            modes=calls.training() or self._modes,
+            drew_random=drew_random,
+            model_calls=tuple(recorder.model_calls),
+            reached=self.gradients.reached(left),
+            updates=self.updates.parameters,
+            adapter_calls=recorder.layer_calls,
+            compilations=read_compilations(),
+            updated=tuple(self._stepped),
+            other_optimizers=tuple(dict.fromkeys(self._others)),
+        )
+
+    def _before_update(
+        self, tree: ModelTree, backwards: BackwardPasses | None, optimizer: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Global optimizer hook."""
+        if not self._is_own(optimizer, tree.model):
+            return None
+        self._modes = self._modes or _modes(tree)
+        self._given[id(optimizer)] = with_gradient(optimizer)
+        if backwards is not None:
+            backwards.update_begins()
+        return self.updates.before(optimizer, args, kwargs)
+
+    def _after_update(
+        self, tree: ModelTree, backwards: BackwardPasses | None, optimizer: Any, args: Any, kwargs: Any
+    ) -> None:
+        """Global optimizer hook."""
+        if not self._is_own(optimizer, tree.model):
+            self._others.append(class_names(optimizer)[0])
+            return
+        self.updates.after(optimizer, args, kwargs)
+        if backwards is not None:
+            backwards.update_ends()
+        self._stepped += groups_of(optimizer, self._given.pop(id(optimizer), ()))
+
+    def _is_own(self, optimizer: Any, model: nn.Module) -> bool:
+        """Whether it holds a parameter of the model; torch calls the hooks for those of other models, too."""
+        held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+        return not held.isdisjoint(self._own) or not held.isdisjoint(map(id, model.parameters()))
+
+
+def _modes(tree: ModelTree) -> dict[str, bool]:
+    return {name: module.training for name, module in tree.modules}
+
+
+def _fingerprints(tree: ModelTree) -> Mapping[str, str]:
+    """Fingerprints of the parameters that train, as far as they can be read, by name."""
+    take, found = Fingerprinter(), dict[str, str]()
+    for name, parameter in tree.parameters:
+        if parameter.requires_grad:
+            with suppress(Exception):  # of an unknown kind: no change of it is seen
+                found[name] = " ".join(take(part) for _, part in plain_parts(parameter.detach(), name))
+    return found

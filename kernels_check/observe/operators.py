@@ -25,8 +25,6 @@ from kernels_check.rules import attention_backend
 
 BACKWARD_ROOT = "autograd::engine::evaluate_function"
 OPTIMIZER_ROOT = "Optimizer.step#"
-DISPATCH_MODE = "PythonDispatchMode"
-"""How a profile records that a dispatch mode of the program was given an operator."""
 COMPILED_REGION = "Torch-Compiled Region"
 COMPILER_LOOKUP = "TorchDynamo Cache Lookup"
 SOFTMAX = frozenset({"aten::softmax", "aten::_softmax", "aten::_softmax_backward_data"})

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kernels_check.observe.hooks import HookGuard
-from kernels_check.observe.modules import Fingerprinter, plain_parts
+from kernels_check.observe.digest import Fingerprinter
+from kernels_check.observe.modules import HookGuard, plain_parts
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
@@ -202,7 +202,7 @@ class RankObserver:
             signs = _signs(name, tuple(gradient.shape), gradient.device)
             if is_sharded(parameter):
                 signs = _shard_of(gradient, signs)
-                gradient = gradient._local_tensor
+                gradient = gradient.to_local()
             product = float((gradient.detach().double() * signs).sum())
         return Gradient(
             own=float(self._products.get(name, 0.0)),

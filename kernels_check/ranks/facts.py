@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observe.base import quant_state
-from kernels_check.observe.hooks import RandomState, restored
+from kernels_check.observe.modules import RandomState, restored
 from kernels_check.observe.ranks import is_sharded, trained_parameters
 from kernels_check.ranks.activity import RankTime, share_of
 
@@ -132,7 +132,7 @@ def _fed(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _bytes(parameter: Tensor) -> tuple[int, int]:
-    here = parameter._local_tensor if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+    here = parameter.to_local() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
     return here.numel() * here.element_size(), parameter.numel() * parameter.element_size()
 
 

@@ -32,9 +32,9 @@ def seen() -> Callable[..., Any]:
     from kernels_check.observe.calls import Calls, ModuleCall
     from kernels_check.observe.digest import Digest
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.profile import CompilerSeen, StepProfile
+    from kernels_check.observe.profile import StepProfile
 
-    entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False, thread=0)
+    entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False)
     nothing = Digest(parts={}, total_bytes=0, unseen={}, sharded=frozenset(), packed=False)
 
     def observation(*attention: Any, model: nn.Module | None = None, **given: Any) -> Observation:
@@ -42,12 +42,12 @@ def seen() -> Callable[..., Any]:
             dataclasses.replace(call, call=0) if call.direction == "forward" and call.call is None and not call.compiled
             else call for call in attention
         )  # fmt: skip
-        compiler = {"entered": (), "regions": len(given.get("entered", ())), "lookups": 0, "eager": frozenset()}
-        compiler = CompilerSeen(**{key: given.pop(key, value) for key, value in compiler.items()})
-        profiled = {"attention": placed, "fourbit": (), "writes": (), "kernels": {}, "unclassified": {}}
-        profiled |= {"compiler": compiler}
+        entered = given.pop("entered", ())
+        profiled = {"attention": placed, "fourbit": (), "writes": (), "kernels": {}}
+        profiled |= {"entered": entered, "compiled_regions": given.pop("regions", len(entered))}
+        profiled |= {"compiler_lookups": given.pop("lookups", 0), "eager": frozenset()}
         watched = {"calls": 2, "optimizer_steps": 2, "optimizers": (), "gradients": {}, "changed": frozenset()}
-        watched |= {"modules": Calls(all=(entry,), thread=0), "modes": {"": True}, "drew_random": False}
+        watched |= {"modules": Calls(all=(entry,)), "modes": {"": True}, "drew_random": False}
         watched |= {"model": model or nn.Identity(), "before": nothing, "after": nothing}
         profile = StepProfile(**{key: given.pop(key, value) for key, value in profiled.items()})
         return Observation(profile=profile, **watched | given)
@@ -61,7 +61,7 @@ def entries() -> Callable[..., Any]:
     from kernels_check.observe.calls import Calls, ModuleCall
 
     def made_of(*names: str, again: Iterable[str] = ()) -> Calls:
-        made = {"caller": None, "training": True, "with_grad": True, "thread": 0}
+        made = {"caller": None, "training": True, "with_grad": True}
         first = [ModuleCall(names=(name,), in_backward=False, **made) for name in names]
         return Calls(all=(*first, *(ModuleCall(names=(name,), in_backward=True, **made) for name in again)))
 

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
 from kernels_check.judges.paths import PATHS
-from kernels_check.observe import calls, step
-from kernels_check.observe.compile import read_compilations
+from kernels_check.observe import calls, observation
+from kernels_check.observe.execution import read_compilations
 from kernels_check.observe.profile import is_recording
 
 WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
@@ -299,7 +299,7 @@ def test_what_cannot_be_watched_is_unknown_and_trains_on(training, monkeypatch):
 
     run = training()
     before = _traces(run.model)
-    monkeypatch.setattr(step, "digest", unreadable)
+    monkeypatch.setattr(observation, "digest", unreadable)
     with kernels_check.watch(run.model, WANTED) as watched:
         run.step()
     assert len(run.losses) == 1

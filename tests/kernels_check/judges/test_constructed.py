@@ -8,7 +8,7 @@ import torch
 
 from kernels_check.judges import attention, execution, optimizer
 from kernels_check.observe.operators import AttentionCall
-from kernels_check.observe.optimizer import OptimizerSeen
+from kernels_check.observe.profile import OptimizerSeen
 
 FLASH = AttentionCall(
     op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward", dtype="bfloat16", mask=False,

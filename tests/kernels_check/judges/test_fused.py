@@ -5,7 +5,7 @@ import torch
 
 from kernels_check.judges.fused import judge_fused
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.fused_kernels import FusedKernelSite
+from kernels_check.observe.execution import FusedKernelSite
 
 
 def _place(kind="rms_norm", library="liger_kernel", *, called=True, hidden=False, name="norm"):
@@ -77,7 +77,7 @@ def test_what_was_not_called_beside_compiled_code_is_unknown(seen):
 
 def test_calls_below_compiled_code_are_hidden():
     """Its modules call no hook."""
-    from kernels_check.observe.fused_kernels import swapped_places
+    from kernels_check.observe.execution import swapped_places
     from kernels_check.observe.modules import ModelTree
 
     class RMSNorm(torch.nn.Module):
@@ -85,5 +85,5 @@ def test_calls_below_compiled_code_are_hidden():
             return x
 
     model = torch.nn.Sequential(RMSNorm(), torch.nn.Sequential(RMSNorm()))
-    found = swapped_places(ModelTree.of(model), Calls(unhooked=frozenset({"1"}), thread=0), ())
+    found = swapped_places(ModelTree.of(model), Calls(unhooked=frozenset({"1"})), ())
     assert [(place.name, place.hidden) for place in found] == [("0", False), ("1.0", True)]

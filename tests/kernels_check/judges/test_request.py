@@ -22,7 +22,7 @@ def judge():
     """A function that judges the calls of a request, or its kernels."""
 
     def judged(required, *calls, kernels=None):
-        seen = StepProfile(attention=calls, fourbit=(), kernels=kernels or {}, unclassified={})
+        seen = StepProfile(attention=calls, fourbit=(), kernels=kernels or {})
         return judge_request(torch.nn.Identity(), seen, required).against(REQUEST, required)
 
     return judged

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels_check
 from kernels_check.judges.trained import judge_norms
-from kernels_check.observe.optimizer import ParameterStatus
+from kernels_check.observe.parts import ParameterStatus
 
 
 def _whole(*, tied, rate=1e-3):

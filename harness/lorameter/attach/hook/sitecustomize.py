@@ -17,7 +17,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 HOME = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 HOMES = (HOME, os.path.dirname(HOME))  # installed, both packages lie in the first; in a checkout one in each
 OWN = ("lorameter", "kernels_check")
-NEEDED = ("filelock", "msgspec", "xxhash")
+NEEDED = ("filelock", "msgspec")
 PYTHON = (3, 11)
 VARIABLES = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from kernels_check.observe.hooks import Modes
-from kernels_check.observe.modules import without_repacking
+from kernels_check.observe.modules import Modes, without_repacking
 
 
 def linear4bit_layers(model: Any) -> list[Any]:

@@ -14,8 +14,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-from kernels_check.observe.hooks import RandomState
-from kernels_check.observe.modules import Fingerprinter
+from kernels_check.observe.digest import Fingerprinter
+from kernels_check.observe.modules import RandomState
 from lorameter.trial.building import lora
 
 T = TypeVar("T")

@@ -14,47 +14,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels_check.check import name_some
-from kernels_check.observe.compile import compiler_held
-from kernels_check.observe.hooks import Modes, RandomState
-from kernels_check.observe.inputs import (
+from kernels_check.observe.loss import (
     ModelCall,
     configurations,
     find_tokens,
-    names_tokens,
     special_tokens,
-    training_calls,
-    unwrapped,
 )
-from kernels_check.observe.modules import every_module, without_repacking
-from kernels_check.observe.operators import AttentionCall
-from kernels_check.observe.records import PADDING, PASSED_ON, LayoutError, Records, find_records
+from kernels_check.observe.modules import Modes, RandomState, every_module, without_repacking
+from kernels_check.observe.padding import (
+    PADDING,
+    PASSED_ON,
+    IsolationResult,
+    LayoutError,
+    Records,
+    packed_or_all,
+    packs,
+    records_of,
+)
 
-_VERIFY = "whether it isolates them takes forwards, as verify makes them"
 _LEFT_OUT = ("num_items_in_batch", "logits_to_keep")
-_NO_DIFFERENCE = (*_LEFT_OUT, "labels", "return_dict", "input_ids", "inputs_embeds")
-"""Arguments that may be others without other attention."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IsolationResult:
-    """What changing the records of packed calls showed."""
-
-    records: int = 0
-    leaks: tuple[str, ...] = ()
-    """Changes that reached other records, each as a phrase."""
-    unclear: str | None = None
-    """Why nothing is known."""
-    packed: bool = True
-    """Whether any row holds two records."""
-    proof: str = ""
-    """What shows that nothing leaks."""
 
 
 class _UnclearError(RuntimeError):
@@ -73,15 +56,12 @@ def isolation_of(
     """
     if (unfit := _unfit(model)) is not None:
         return IsolationResult(unclear=unfit)
-    trained = [
-        one for call in training_calls(calls) for one in call.matching(_packs) or call.matching(names_tokens) or [call]
-    ]
     leaks: list[str] = []
     modes, numbers = Modes(model), RandomState()
     try:
-        packed = _packed_calls(model, trained, batch)
+        packed = _packed_calls(model, packed_or_all(calls), batch)
         for call, records in packed:
-            with _by_row(model, call.training), compiler_held("force_eager"):
+            with _by_row(model, call.training), torch.compiler.set_stance("force_eager"):
                 leaks += _leaks_at(call, records)
     except LayoutError as error:
         return IsolationResult(unclear=str(error), packed=False)
@@ -98,93 +78,31 @@ def isolation_of(
     return IsolationResult(records=packed[0][1].count, leaks=tuple(leaks), proof=proof)
 
 
-def isolation_by_inputs(
-    model: nn.Module, calls: Sequence[ModelCall], attention: Sequence[AttentionCall]
-) -> IsolationResult:
-    """Judge packed calls by the mask, positions and lengths that the model was given, without a forward.
-
-    Args:
-        model: the one that ``calls`` are calls of.
-        calls: those of a step.
-        attention: every call of attention that the model made in its forward passes.
-    """
-    trained = [
-        one for call in training_calls(calls) for one in call.matching(_packs) or call.matching(names_tokens) or [call]
-    ]
-    try:
-        packed = [(call, records) for call in trained if (records := records_of(call.arguments)) and records.packed]
-    except LayoutError as error:
-        return IsolationResult(unclear=str(error), packed=False)
-    if not packed:
-        reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
-        return IsolationResult(unclear=reason, packed=False)
-    count = packed[0][1].count
-    if all(records.by == "attention_mask" for _, records in packed):
-        return IsolationResult(records=count, proof="a mask of blocks was given with each call")
-    if not attention:
-        return IsolationResult(records=count, unclear="no attention of the model was seen")
-    by_lengths = ["varlen" in call.op or call.backend == "flex" for call in attention]
-    if not any(by_lengths) and all(call.mask is False for call in attention):
-        leak = "attention was given no mask and no lengths, so that the records of a row see each other"
-        return IsolationResult(records=count, leaks=(leak,))
-    if any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed):
-        return IsolationResult(records=count, unclear=f"an attention_mask with {packed[0][1].by}: {_VERIFY}")
-    if any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed):
-        return IsolationResult(records=count, unclear=f"the model may have built a cache: {_VERIFY}")
-    if not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True)):
-        return IsolationResult(records=count, unclear=f"some attention was given no mask: {_VERIFY}")
-    proof = f"{packed[0][1].by} give the records, no mask or cache hides them, and all attention was given them"
-    return IsolationResult(records=count, proof=proof)
-
-
-def _caches(call: ModelCall) -> bool:
-    """Whether a call may build a cache: by its argument, else by the configuration; recomputation switches it off."""
-    asked = call.arguments.get("use_cache")
-    if asked is not None:
-        return bool(asked)
-    configured = any(getattr(one, "use_cache", False) for one in configurations(call.module))
-    return configured and not getattr(call.module, "is_gradient_checkpointing", False)
-
-
-def _packs(arguments: Mapping[str, Any]) -> bool:
-    try:
-        records = records_of(arguments)
-    except LayoutError:
-        return False
-    return records is not None and records.packed
-
-
-def records_of(arguments: Mapping[str, Any]) -> Records | None:
-    """The records of one call; None where nothing in its arguments gives them.
-
-    Raises:
-        LayoutError: names what does not fit the tokens.
-    """
-    tokens = find_tokens(arguments)
-    return None if tokens is None else find_records(arguments, *tokens[1].shape[:2])
-
-
 def _packed_calls(
     model: nn.Module, calls: Sequence[ModelCall], batch: Mapping[str, Any] | None
 ) -> list[tuple[ModelCall, Records]]:
-    """Calls with two records in a row, one of each way of calling, and those of the batch."""
+    """Calls with two records in a row, one of each way of calling, and those of the batch.
+
+    Raises:
+        LayoutError: the batch shows no records, or the step shows none of those that the batch does.
+    """
+    given = None if batch is None else find_tokens(batch)
     chosen: dict[Any, tuple[ModelCall, Records]] = {}
     for call in calls:
-        tokens, given = find_tokens(call.arguments), None if batch is None else find_tokens(batch)
+        tokens = find_tokens(call.arguments)
         same = tokens is not None and given is not None and torch.equal(tokens[1].cpu(), given[1].cpu())
         records = records_of(batch if same and batch is not None else call.arguments)
         if records is not None and records.packed:
             way = id(call.module), call.training, call.autocast, tuple(map(_kind, sorted(call.arguments.items())))
-            if way not in chosen or chosen[way][1].count < records.count:
-                chosen[way] = call, records
+            chosen.setdefault(way, (call, records))
     packed = list(chosen.values())
     if batch is None:
         return packed
     records = records_of(batch)
     if records is None or not records.packed:
         raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
-    if not packed and (odd := sorted({name for call in calls for name in _differing(call.arguments, batch)})):
-        raise LayoutError(f"the step calls the model otherwise than batch, which packs: by {name_some(odd)}")
+    if calls and not packed:
+        raise LayoutError("no call of the step shows two records in a row, as the batch does: the step packs otherwise")
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     autocast = calls[0].autocast if calls else tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
     for training in (False,) if packed else (True, False):
@@ -201,13 +119,6 @@ def _kind(argument: tuple[str, Any]) -> Any:
     return name, value if isinstance(value, int | float | str | None) else type(value).__name__
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    """Arguments in which two calls differ, whatever the tokens."""
-    for name in {*one, *other} - set(_NO_DIFFERENCE):
-        if _kind((name, one.get(name))) != _kind((name, other.get(name))) and not name.startswith("output_"):
-            yield name
-
-
 def _leaks_at(call: ModelCall, records: Records) -> list[str]:
     """What leaks in a call, else in those inside it where it returns nothing to compare.
 
@@ -217,7 +128,7 @@ def _leaks_at(call: ModelCall, records: Records) -> list[str]:
     try:
         return list(_leaks(call, records))
     except _UnclearError:
-        inside = [one for inner in call.inside for one in inner.matching(_packs)]
+        inside = [one for inner in call.inside for one in inner.matching(packs)]
         if not inside:
             raise
         return [leak for one in inside for leak in _leaks_at(one, records_of(one.arguments) or records)]
@@ -245,7 +156,7 @@ def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
     reference = logits(nothing)
     inside = (numbers != PADDING) & (numbers.amax(dim=1, keepdim=True) > 0)
     differing = (other != tokens).any(-1) if tokens.dim() == 3 else other != tokens
-    place, size = (one.to(tokens.device) for one in records.places())
+    place, size = _places(numbers)
     later = place >= ((size + 1) // 2).clamp(min=1)
     parts = {"the odd records of each row": numbers % 2 == 0, "the even records of each row": numbers % 2 == 1}
     parts |= {"the second half of each record": later} if _is_causal(call.module) else {}
@@ -274,6 +185,18 @@ def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
         yield f"{mode}: changing {words} changed the logits of {where}"
 
 
+def _places(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of each token in its record, and length of the record, both [rows, tokens]."""
+    index = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    place = index - torch.where(begins, index, 0).cummax(dim=1).values
+    columns = numbers - PADDING
+    lengths = torch.zeros(len(columns), int(columns.max()) + 1, dtype=torch.long, device=columns.device)
+    lengths.scatter_add_(1, columns, torch.ones_like(columns))
+    return place, lengths.gather(1, columns)
+
+
 def _is_causal(model: nn.Module) -> bool:
     """Whether later tokens must not reach earlier ones, by the model's own word."""
     causal = any(getattr(one, "is_causal", None) is True for one in every_module(model))
@@ -300,7 +223,7 @@ def _logits(call: ModelCall, changed: Mapping[str, Tensor], shape: Sequence[int]
     Raises:
         _UnclearError: the model raised, or returned nothing of that shape.
     """
-    module = unwrapped(call.module)
+    module = _unwrapped(call.module)
     whole = {key: value for key, value in call.arguments.items() if key not in _LEFT_OUT} | dict(changed)
     plain = {key: value for key, value in whole.items() if key != "labels"}
     problem = ""
@@ -318,6 +241,13 @@ def _logits(call: ModelCall, changed: Mapping[str, Tensor], shape: Sequence[int]
             "it returns the logits of every token"
         )
     raise _UnclearError(problem)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Without what synchronises the processes around it, whose own state a call would move."""
+    while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        module = module.module
+    return module
 
 
 def _called(module: nn.Module, call: ModelCall, arguments: Mapping[str, Any]) -> Any:
@@ -352,7 +282,7 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
     model.train(training)
     states = []
     for module in every_module(model):
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             module.eval()
         state: Any = getattr(module, "state", None)
         if getattr(state, "threshold", 0.0) and type(module).__module__.startswith("bitsandbytes"):

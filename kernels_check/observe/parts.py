@@ -1,30 +1,30 @@
-"""Whether an adapter was attached wherever its configuration asks, and what each call of its layers ran.
+"""Parts of a model that a configuration asks for: whether each is there, and what became of embeddings and norms.
 
 PEFT refuses a list of targets if none matches. If one matches, PEFT takes it and is silent about the rest. Each name is
 asked of PEFT's own matching. Of models whose experts transformers 5 holds in one parameter, PEFT turns the names of
 their projections into names of that parameter, in the configuration itself.
 
-Flags that are read before or after a step say nothing of the step: ``disable_adapter()`` around the forward switches
-back before. A part is counted for the layer in whose call it ran, since layers may share one.
+A value that differs is no proof of training: weight decay moves what has a gradient of zero. So embeddings and norms
+need a gradient, and what is used in their place (a copy that PEFT trains, the factors of an adapter, single tokens)
+is judged.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Collection, Iterable, Iterator, Set
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kernels_check.observe.adapter import AdapterLayer, active_in, adapter_layers, is_a, is_disabled
-from kernels_check.observe.calls import CallRecorder
-from kernels_check.observe.hooks import HookGuard, ModuleHook
-from kernels_check.observe.modules import Model, ModelTree, named_modules
+from kernels_check.observe.adapter import AdapterLayer, adapter_layers, adapters_of, is_a, token_parameters
+from kernels_check.observe.modules import Model, ModelTree, every_parameter, named_modules
+
+if TYPE_CHECKING:
+    from kernels_check.observe.observation import Observation
+
 
 _HEADS = frozenset({"classifier", "score", "qa_outputs"})
 """Names that PEFT adds to ``modules_to_save`` by itself for a task; a model has one of them."""
@@ -38,20 +38,6 @@ def unmatched_names(model: Model) -> list[str]:
         Exception: of PEFT, where its matching cannot be asked; nothing is known then.
     """
     return list(dict.fromkeys(name for used in _in_use(model) for name in _unmatched(*used)))
-
-
-def layers_left_to_experts(model: Model) -> list[str]:
-    """Layers without an adapter of a name that PEFT has made a parameter of experts of, which carries one.
-
-    Such are the dense layers and the shared experts of a DeepSeek. PEFT keeps no trace of whether they were asked for.
-    """
-    left = dict[str, None]()
-    for configuration, places in _in_use(model):
-        for name in _asked(configuration, "target_parameters"):
-            if any(_ends_with(place, name) for place in places.parameters):
-                words = places.of_experts.get(name, frozenset())
-                left |= dict.fromkeys(bare for bare in places.bare if bare.rpartition(".")[2] in words)
-    return list(left)
 
 
 def _in_use(model: Model) -> Iterator[tuple[Any, _Places]]:
@@ -84,14 +70,14 @@ class _Places:
         }
         self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
         adapted = tuple(f"{layer.name}." for layer, _ in near)
-        named = (name for name, _ in named_modules(module, path)) if self.of_experts else ()
+        named = (name for name, _ in module.named_modules(prefix=path)) if self.of_experts else ()
         self.bare = [name for name in named if not f"{name}.".startswith(adapted)]
         """Modules that are neither adapted nor part of what is; looked for only where there may be experts."""
         self._module, self._path, self._prefix = module, path, prefix
 
     def every_module(self) -> Iterator[str]:
         """Names of all modules of the wrapped model, as PEFT matches them."""
-        for name, _ in named_modules(self._module, self._path):
+        for name, _ in self._module.named_modules(prefix=self._path):
             if name.startswith(self._prefix):
                 yield _bare(name.removeprefix(self._prefix))
 
@@ -216,101 +202,181 @@ def _bare(name: str) -> str:
     return ".".join(part for part in parts if part != "_fsdp_wrapped_module")
 
 
-@dataclass(slots=True, kw_only=True)
-class LayerCall:
-    """One call of one layer."""
+Fate = Literal[
+    "updated",
+    "frozen",
+    "without gradient",
+    "gradient zero",
+    "moved without a gradient",
+    "changed, no gradient seen",
+    "none of its tokens in the batches",
+    "not given to an optimizer",
+    "given a rate of 0",
+    "undone after an update",
+    "unchanged",
+]
+_OPEN: frozenset[Fate] = frozenset({"gradient zero", "moved without a gradient"})
 
-    active: tuple[str, ...]
-    disabled: bool
-    merged: bool
-    with_gradients: bool
-    aside: bool = False
-    """Whether the whole entry into the model records no gradients, as an evaluation or a reference does."""
-    number: int | None = None
-    """Of the call in the log of all calls, where there is one."""
-    ran: dict[str, float] = field(default_factory=dict)
-    """Parts that ran in it, by name; of a dropout the probability by which it dropped, which is 0 in evaluation."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterStatus:
+    """One embedding or norm, and what became of each of its parameters, by name."""
+
+    name: str
+    fates: Mapping[str, Fate]
+    tokens: tuple[int, int] | None = None
+    """How many tokens train alone, of how many; None where the whole vocabulary does."""
 
     @property
-    def adapted(self) -> bool:
-        """Whether the layer was to use its adapter."""
-        return bool(self.active) and not self.disabled and not self.merged
+    def updated(self) -> bool:
+        """Whether all of them were updated."""
+        return all(fate == "updated" for fate in self.fates.values())
+
+    @property
+    def open(self) -> bool:
+        """Whether a further step may show more: a gradient is zero as long as the other factor is."""
+        return not _OPEN.isdisjoint(self.fates.values())
 
 
-@dataclass(slots=True)
-class AdapterCalls:
-    """Hooks on the layers of a model's adapters and on their parts, and what they noted."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModule:
+    """The parameters that train in place of one embedding or norm."""
 
-    shield: HookGuard
-    """What hooks are wrapped in."""
-    layers: dict[str, list[LayerCall]] = field(default_factory=dict)
-    """The calls of each layer, by its name."""
-    _log: CallRecorder | None = None
-    _entered: dict[int, list[tuple[str, LayerCall]]] = field(default_factory=dict)
-    """The layers that a thread is in, outermost first."""
+    values: list[Tensor]
+    tokens: tuple[int, int] | None = None
+    """As in ``ParameterStatus``."""
 
-    @contextmanager
-    def watched(self, tree: ModelTree, log: CallRecorder) -> Iterator[None]:
-        """Hook every layer and part; all hooks are off afterwards, whatever raised.
 
-        Args:
-            tree: of the model as it is.
-            log: of all calls, which hooks the same modules.
-        """
-        self.forget()
-        self._log = log
-        found = adapter_layers(tree)
-        with ExitStack() as hooks:
-            parts: dict[int, tuple[nn.Module, dict[str, str]]] = {}
-            for layer in found:
-                self._hook_layer(hooks, layer)
-                for name, part in layer.parts():
-                    parts.setdefault(id(part), (part, {}))[1][layer.name] = name
-            for part, names in parts.values():
-                noted = ModuleHook(part, self.shield(partial(self._note_part, names)))
-                hooks.push(part.register_forward_pre_hook(noted))
-            yield
+def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
+    """What trains in place of the input and the output embedding, by the name of the module; tied ones once."""
+    found: set[int] = set()
+    for _, module in tree.modules:
+        for ask in ("get_input_embeddings", "get_output_embeddings"):
+            with suppress(Exception):  # a model that has none, or says so by an error
+                found.add(id(getattr(module, ask)()))
+    return _places(tree, lambda module: id(module) in found)
 
-    def forget(self) -> None:
-        """Drop what was noted."""
-        self.layers = {}
-        self._entered.clear()
-        self._log = None
 
-    def drop(self, failed: Set[int]) -> None:
-        """Drop the calls of these numbers, which came to nothing."""
-        for name, calls in self.layers.items():
-            self.layers[name] = [call for call in calls if call.number not in failed]
+def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
+    """What trains in place of every norm that has parameters, by the name of the module.
 
-    def _hook_layer(self, hooks: ExitStack, layer: AdapterLayer) -> None:
-        if layer.module._compiled_call_impl is not None:  # compiled in place, it would be compiled again with the hook
-            return
-        entered = ModuleHook(layer.module, self.shield(partial(self._enter, layer)))
-        left = ModuleHook(layer.module, self.shield(self._leave))
-        hooks.push(layer.module.register_forward_pre_hook(entered))
-        hooks.push(layer.module.register_forward_hook(left, always_call=True))
+    A norm is recognised by the names of its classes: those of libraries and of users derive from one that is called so.
+    A head that normalises its weight first is called so, too, and is a linear layer.
+    """
+    return _places(
+        tree,
+        lambda module: bool(module._parameters) and not isinstance(module, nn.Linear) and _is_norm(type(module)),
+    )
 
-    def _enter(self, layer: AdapterLayer, module: nn.Module, inputs: Any) -> None:
-        call = LayerCall(
-            active=tuple(name for name in layer.held if name in active_in(module, layer.held)),
-            disabled=is_disabled(module),
-            merged=bool(layer.merged),
-            with_gradients=torch.is_grad_enabled(),
-            aside=self._log is not None and not self._log.in_training(),
-            number=None if self._log is None else self._log.current(),
+
+def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
+    """What became of the parameters in some places, as ``embedding_modules`` or ``norm_modules`` give them."""
+    tree = seen.tree()
+    names = {id(value): name for name, value in tree.parameters}
+    rates: dict[int, float] = {}
+    for optimizer in seen.optimizers:
+        rate = max(optimizer.learning_rates, default=0.0)
+        rates |= {key: max(rate, rates.get(key, 0.0)) for key in optimizer.parameters}
+    rare = token_parameters(tree)
+
+    def fate(value: Tensor) -> Fate:
+        name = names.get(id(value), "")
+        if not value.requires_grad:
+            return "frozen"
+        ungiven = _without_gradient(name, seen, rare)
+        return ungiven or _updated(name, seen, rates.get(id(value)))
+
+    return [
+        ParameterStatus(
+            name=name, fates={names.get(id(value), "?"): fate(value) for value in place.values}, tokens=place.tokens
         )
-        self.layers.setdefault(layer.name, []).append(call)
-        self._entered.setdefault(threading.get_ident(), []).append((layer.name, call))
+        for name, place in places.items()
+    ]
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        entered = self._entered.get(threading.get_ident())
-        if entered:
-            entered.pop()
 
-    def _note_part(self, names: dict[str, str], part: nn.Module, inputs: Any) -> None:
-        for layer, call in reversed(self._entered.get(threading.get_ident(), [])):
-            if layer in names:
-                probability = getattr(part, "p", None)
-                dropped = float(probability) if isinstance(probability, float | int) and part.training else 0.0
-                call.ran[names[layer]] = max(dropped, call.ran.get(names[layer], 0.0))
-                return
+def _without_gradient(name: str, seen: Observation, rare: Set[str]) -> Fate | None:
+    """What became of a parameter that no gradient reached, or only ones of zero; None of any other."""
+    gradient = seen.gradients.get(name)
+    if gradient is None:
+        return "changed, no gradient seen" if name in seen.changed else "without gradient"
+    if gradient.nonzero:
+        return None
+    if name in rare:
+        return "none of its tokens in the batches"
+    return "moved without a gradient" if name in seen.changed else "gradient zero"
+
+
+def _updated(name: str, seen: Observation, rate: float | None) -> Fate:
+    """What became of a parameter that a gradient reached."""
+    known = seen.updates.get(name)
+    if known is not None and known.updates and known.unreadable is None:
+        if known.lost:
+            return "undone after an update"
+        if known.rate and not known.fed:
+            return "moved without a gradient" if known.moved else "gradient zero"
+        if known.learnt or known.faint:
+            return "updated"
+        if known.stuck:
+            return "unchanged"
+    if name in seen.changed:
+        return "updated"
+    if rate is None:
+        return "not given to an optimizer"
+    return "unchanged" if rate else "given a rate of 0"
+
+
+def _is_norm(kind: type) -> bool:
+    return any("norm" in one.__name__.lower() for one in kind.__mro__)
+
+
+def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, TrainedModule]:
+    """Parameters of the modules in question, each once, by the name of the place."""
+    layers = {layer.name: layer for layer in adapter_layers(tree)}
+    own = adapters_of(tree)
+    places_of: dict[str, tuple[list[AdapterLayer], nn.Module]] = {}
+    for name, module in tree.modules:
+        if not own[name] and is_one(module):
+            place, acting = _acting(name, layers)
+            places_of.setdefault(place, (acting, module))
+    seen = {id(value) for acting, _ in places_of.values() for layer in acting for value in _base_weights(layer)}
+    places: dict[str, TrainedModule] = {}
+    for name, (acting, module) in places_of.items():
+        weights = [value for layer in acting for _, value in layer.weights()]
+        values = weights if acting else list(module.parameters(False))
+        fresh = {id(value): value for value in values if id(value) not in seen}
+        seen.update(fresh)
+        if fresh:
+            places[name] = TrainedModule(values=list(fresh.values()), tokens=_tokens(acting))
+    return places
+
+
+def _acting(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[AdapterLayer]]:
+    """The name of a place, and the layers of an adapter that act there: one around the module, else those inside."""
+    around = next((one for one in _around(name) if one in layers), None)
+    if around is not None:
+        return around, [layers[around]]
+    return name, [layer for inside, layer in layers.items() if inside.startswith(f"{name}.")]
+
+
+def _around(name: str) -> Iterator[str]:
+    """The module itself, and the wrapper that replaces it."""
+    yield name
+    holder, _, attribute = name.rpartition(".")
+    if attribute in ("original_module", "base_layer"):
+        yield holder
+
+
+def _base_weights(layer: AdapterLayer) -> Iterator[Tensor]:
+    """The weights that the layer adds to, which may be those of another place, too."""
+    if isinstance(layer.base, nn.Module):
+        yield from every_parameter(layer.base)
+
+
+def _tokens(acting: list[AdapterLayer]) -> tuple[int, int] | None:
+    """How many tokens train, of how many, where only some do."""
+    for layer in acting:
+        indices: Any = getattr(layer.module, "token_indices", None)
+        weight = getattr(layer.base, "weight", None)
+        if isinstance(indices, dict) and isinstance(weight, Tensor):
+            return len({index for name in layer.held for index in indices.get(name, ())}), weight.shape[0]
+    return None

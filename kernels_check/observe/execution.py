@@ -1,4 +1,4 @@
-"""Which blocks of a model ran in code of torch.compile, which were computed again, and what Dynamo has on record.
+"""How the modules of a model were executed: in compiled code, again in the backward pass, or by fused kernels.
 
 Compiled code calls no hook, and its regions are entered in some call of a module, or outside all of them. A block
 whose hooks were called ran eagerly, unless a region was entered in it: then what counts is whether any layer of
@@ -8,23 +8,31 @@ not of one model; a place counts once.
 
 A module that is called while the autograd engine runs is being recomputed. Each call of a block to which a gradient
 comes back has to be matched.
+
+Libraries of fused kernels swap classes, bind other forwards to modules, or put other functions into the module of a
+model's code. All of that is read off what is really bound now: the class and the forward of each module, and the
+function that the forward's own globals name. Patching that came too late, or for another architecture, leaves the
+model's own there silently. Whose forward an attention has says little of what is fused in it: so rotary embeddings and
+projections are recognised by the functions that the forward calls. A fused loss runs only where the forward is given
+labels, and is trained on only where a gradient reaches what it returned.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from traceback import FrameSummary
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from kernels_check.check import name_some
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.modules import block_names, block_of, named_modules
+from kernels_check.observe.loss import ModelCall, training_calls
+from kernels_check.observe.modules import ModelTree, block_names, block_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +41,10 @@ class Compilations:
 
     breaks: tuple[str, ...] = ()
     """Places in the user's code where a graph ended early."""
-    uncompiled: tuple[str, ...] = ()
-    """Functions that Dynamo gave up on at first sight; what they call may be compiled."""
     recompiles: tuple[str, ...] = ()
     """Functions that were compiled again, each time with the guard that failed."""
     refused: tuple[str, ...] = ()
     """Recompilations that failed, such as those beyond the limit: what they were for runs eagerly."""
-    complete: bool = True
-    """Whether no compilation has dropped out of the record yet."""
     unreadable: str | None = None
     """Why this version of torch cannot be read."""
 
@@ -48,58 +52,31 @@ class Compilations:
         if self.unreadable is not None:
             return f"graph breaks and recompiles are unknown: {self.unreadable}"
         parts = [_counted(self.breaks, "graph breaks"), _counted(self.recompiles, "recompiles")]
-        parts += [_counted(self.uncompiled, "functions left uncompiled")] if self.uncompiled else []
         parts += [_counted(self.refused, "recompiles refused")] if self.refused else []
         more = "; TORCH_LOGS=graph_breaks,recompiles shows each as it happens" if self != Compilations() else ""
-        return f"in this process so far{'' if self.complete else ' at least'} {', '.join(parts)}{more}"
+        return f"in this process so far {', '.join(parts)}{more}"
 
 
 def read_compilations() -> Compilations:
     """Read the record; empty where nothing has loaded the compiler."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")
     if dynamo is None:
         return Compilations()
     try:
-        return _read(dynamo)
+        metrics = dynamo.get_compilation_metrics()
+        breaks = [_place(one.reason, one.user_stack) for one in dynamo.graph_break_reasons]
+        for one in metrics:
+            if one.fail_user_frame_filename is not None:
+                frame = FrameSummary(one.fail_user_frame_filename, one.fail_user_frame_lineno, "")
+                breaks.append(_place(one.fail_reason, [frame]))
+        again = [one for one in metrics if one.recompile_reason is not None]
+        return Compilations(
+            breaks=tuple(dict.fromkeys(breaks)),
+            recompiles=tuple(_function(one) for one in again if one.fail_reason is None),
+            refused=tuple(f"{_title(one.fail_reason)}: {_guard(one)}" for one in again if one.fail_reason),
+        )
     except (AttributeError, TypeError) as error:
         return Compilations(unreadable=str(error))
-
-
-@contextmanager
-def compiler_held(stance: str = "eager_on_recompile") -> Iterator[None]:
-    """Start no compilation: what is compiled already runs, all else runs eagerly. Nothing to hold where none is loaded.
-
-    Under ``force_eager`` what is compiled runs eagerly, too.
-
-    A hook or a dispatch mode that a compiler met would be traced into the code, which keeps it for good.
-    """
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    from torch import compiler
-
-    with compiler.set_stance(stance):
-        yield
-
-
-def _read(dynamo: Any) -> Compilations:
-    metrics = dynamo.get_compilation_metrics()
-    first = [one for one in metrics if one.recompile_reason is None]
-    again = [one for one in metrics if one.recompile_reason is not None]
-    placed = [one for one in metrics if one.fail_user_frame_filename is not None]
-    places = [_place(reason.reason, reason.user_stack) for reason in dynamo.graph_break_reasons]
-    places += [_place(one.fail_reason, [_frame(one)]) for one in placed]
-    return Compilations(
-        breaks=_distinct(places),
-        uncompiled=_distinct(_function(one) for one in first if one.fail_reason is not None),
-        recompiles=tuple(f"{_function(one)}: {_guard(one)}" for one in again if one.fail_reason is None),
-        refused=_distinct(f"{_title(one.fail_reason)}: {_guard(one)}" for one in again if one.fail_reason is not None),
-        complete=len(metrics) < dynamo.DEFAULT_COMPILATION_METRICS_LIMIT,
-    )
-
-
-def _frame(compilation: Any) -> FrameSummary:
-    return FrameSummary(compilation.fail_user_frame_filename, compilation.fail_user_frame_lineno, "")
 
 
 def _place(reason: str, stack: Sequence[FrameSummary]) -> str:
@@ -111,13 +88,13 @@ def _place(reason: str, stack: Sequence[FrameSummary]) -> str:
 
 
 def _function(compilation: Any) -> str:
-    return f"{compilation.co_name} at {_short(compilation.co_filename)}:{compilation.co_firstlineno}"
+    place = f"{_short(compilation.co_filename)}:{compilation.co_firstlineno}"
+    return f"{compilation.co_name} at {place}: {_guard(compilation)}"
 
 
 def _guard(compilation: Any) -> str:
-    """The guard that failed, without the compilation it belongs to (``0/1: ``) and the source line behind it."""
-    reason = str(compilation.recompile_reason).partition(": ")[2]
-    return _title(reason).partition("  # ")[0].rstrip()
+    """The guard that failed, without the number of the compilation before it (``0/1: ``) and the source line behind."""
+    return _title(str(compilation.recompile_reason).partition(": ")[2]).partition("  # ")[0].rstrip()
 
 
 def _title(reason: str) -> str:
@@ -126,10 +103,6 @@ def _title(reason: str) -> str:
 
 def _short(file: str) -> str:
     return "/".join(PurePath(file).parts[-2:])
-
-
-def _distinct(phrases: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(phrases))
 
 
 def _counted(phrases: tuple[str, ...], what: str) -> str:
@@ -162,25 +135,25 @@ class CompiledBlocks:
 
 
 def compiled_blocks(
-    model: nn.Module, calls: Calls, regions: Collection[int | None], eager: Collection[int], gradients: Collection[str]
+    tree: ModelTree, calls: Calls, regions: Collection[int | None], eager: Collection[int], gradients: Collection[str]
 ) -> CompiledBlocks:
     """Sort the blocks that ran in the forward pass.
 
     Args:
-        model: the model.
+        tree: the model.
         calls: of its modules, as far as they call hooks.
         regions: for each compiled region that was entered in the forward pass, the call that it was entered in.
         eager: calls in which products or attention ran outside of any region.
         gradients: names of the parameters that a gradient reached.
     """
     return _CompiledSearch(
-        model, calls, [one for one in regions if one is None or one in calls.relevant], eager, gradients
+        tree, calls, [one for one in regions if one is None or one in calls.relevant], eager, gradients
     ).sort()
 
 
 @dataclass(slots=True)
 class _CompiledSearch:
-    model: nn.Module
+    tree: ModelTree
     calls: Calls
     regions: list[int | None]
     eager: Collection[int]
@@ -191,7 +164,7 @@ class _CompiledSearch:
     """Calls that called another module."""
 
     def sort(self) -> CompiledBlocks:
-        names = block_names(self.model)
+        names = block_names(self.tree)
         blocks = frozenset(names)
         for region in self.regions:
             self.covered.update(self.calls.enclosing(region))
@@ -237,13 +210,13 @@ class _CompiledSearch:
             return True
         if number in self.covered or number in self.inner:
             return False
-        return bool(self.model.get_submodule(self.calls.all[number].name)._parameters)
+        return bool(self.tree.model.get_submodule(self.calls.all[number].name)._parameters)
 
     def _reached(self, block: str) -> bool:
         return any(block_of(name, frozenset({block})) is not None for name in self.gradients)
 
     def _trains(self, block: str) -> bool:
-        return any(parameter.requires_grad for parameter in self.model.get_submodule(block).parameters())
+        return any(parameter.requires_grad for parameter in self.tree.model.get_submodule(block).parameters())
 
     def _region_around(self, block: str) -> bool:
         """Whether a region was entered directly in the innermost call that a silent block can have been called from."""
@@ -300,9 +273,9 @@ class BlockRecomputed:
         return self.again >= self.calls and not self.kept
 
 
-def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, ...]:
+def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, ...]:
     """Every block that was called and to which a gradient comes back."""
-    names = block_names(model)
+    names = block_names(tree)
     seen = _Sorted(frozenset(names))
     for number in calls.forward:
         seen.note_forward(calls, number)
@@ -310,20 +283,20 @@ def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, 
         seen.note_again(calls, number)
     matrices = {
         name
-        for name, module in named_modules(model, remove_duplicate=False)
+        for name, module in tree.model.named_modules(remove_duplicate=False)
         if any(value is not None and value.dim() > 1 for value in module._parameters.values())
     }
     return tuple(seen.judge(name, matrices) for name in names if seen.needing(name))
 
 
-def ran_without_gradient(model: nn.Module, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
+def ran_without_gradient(tree: ModelTree, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
     """Blocks that ran and are none of ``recomputed_blocks``: there is nothing to recompute in them.
 
     A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hook: the calls of its modules show that
     it ran.
     """
     known = {block.name for block in judged}
-    names = block_names(model)
+    names = block_names(tree)
     ran = {block_of(name, frozenset(names)) for number in calls.forward for name in calls.all[number].names}
     return tuple(name for name in names if name in ran and name not in known)
 
@@ -408,3 +381,117 @@ def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tupl
         places = (".".join(parts[:end]) for end in range(block.count(".") + 2 if block else 1, len(parts) + 1))
         outermost[next((place for place in places if place not in begun), name)] = None
     return tuple(outermost)
+
+
+Kind = Literal["rms_norm", "rope", "mlp", "loss", "qkv", "o"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Norms · rotary embeddings, in each attention · gated feed-forward parts · the loss, fused with the head · the
+projections of attention with their adapters, into it and out of it."""
+
+_LIBRARIES = ("liger_kernel", "unsloth", "unsloth_zoo", "axolotl", "apex", "flash_attn")
+_HUB = "kernels-community"
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_ROTARY = ("rotary", "rope")
+"""What the name of a function of rotary embeddings holds."""
+_LABELS = ("labels", "shift_labels")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedKernelSite:
+    """One place of a model where a fused kernel of some kind may be bound."""
+
+    kind: Kind
+    name: str
+    """Of the module."""
+    library: str | None
+    """Whose code is bound there; None where it is none of those that are known."""
+    called: bool
+    """Whether the module was called in the forward pass."""
+    hidden: bool
+    """Whether a call of it would not have been seen."""
+
+
+def swapped_places(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall]) -> list[FusedKernelSite]:
+    """Every place of every kind, in the order of the modules.
+
+    Args:
+        tree: the model.
+        calls: of its modules.
+        inputs: calls of the model itself; none where those could not be seen.
+    """
+    unseen = tuple(f"{name}." if name else "" for name in calls.unhooked)
+    returned = _trains_on_what_it_returns(inputs)
+    return [
+        FusedKernelSite(
+            kind=kind,
+            name=name,
+            library=library,
+            called=calls.ran(name) and (kind != "loss" or returned),
+            hidden=name.startswith(unseen) or (kind == "loss" and not inputs),
+        )
+        for name, module in tree.modules
+        for kind, library in _kinds(module)
+    ]
+
+
+def _trains_on_what_it_returns(inputs: Sequence[ModelCall]) -> bool:
+    """Whether every call that was trained on was given labels, and a gradient reached the loss that it returned."""
+    trained = [call for call in training_calls(inputs) if call.gradients]
+    given = all(any(call.arguments.get(name) is not None for name in _LABELS) for call in trained)
+    return bool(trained) and given and all(call.loss_gradients for call in trained)
+
+
+def _kinds(module: nn.Module) -> Iterator[tuple[Kind, str | None]]:
+    """Which kinds a module is a place of, with the library whose code is bound there."""
+    children = module._modules
+    forward = _plain(module.forward)
+    if any("rmsnorm" in kind.__name__.lower().replace("_", "") for kind in type(module).__mro__):
+        yield "rms_norm", _library(forward)
+    if all(name in children for name in _GATED):
+        yield "mlp", _library(forward)
+    if "q_proj" in children and "k_proj" in children:
+        yield "rope", _rotary(forward)
+        yield "qkv", _projection(module, forward, "apply_qkv")
+        yield "o", _projection(module, forward, "apply_o")
+    if "lm_head" in children and hasattr(module, "config"):
+        yield "loss", _library(forward) or _library(getattr(module, "loss_function", None))
+
+
+def _rotary(forward: Any) -> str | None:
+    """Whose function of rotary embeddings a forward calls."""
+    known = getattr(forward, "__globals__", {})
+    called = (name for name in _named(forward) if any(word in name.lower() for word in _ROTARY))
+    return next((library for name in called if (library := _library(known.get(name)))), None)
+
+
+def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
+    """Whose fused projections an attention calls by a name that a library has bound to it.
+
+    Unsloth and Axolotl bind the plain ones under the same name where they cannot fuse: theirs lie outside ``kernels``.
+    """
+    bound = getattr(module, name, None)
+    library = _library(bound)
+    fused = library is not None and _plain(bound).__module__.startswith(f"{library}.kernels.")
+    return library if fused and name in _named(forward) else None
+
+
+def _named(forward: Any) -> tuple[str, ...]:
+    """What the code of a function names: attributes and globals, and what it asks for by ``getattr``."""
+    code = getattr(forward, "__code__", None)
+    texts = (one for one in getattr(code, "co_consts", ()) if isinstance(one, str))
+    return (*getattr(code, "co_names", ()), *texts)
+
+
+def _plain(function: Any) -> Any:
+    """The function below what binds or wraps it."""
+    return inspect.unwrap(getattr(function, "__func__", function))
+
+
+def _library(function: Any) -> str | None:
+    """Whose code a function is: by its module, and by its file where it was loaded from the hub."""
+    function = _plain(function) if function is not None else None
+    root = str(getattr(function, "__module__", "")).partition(".")[0]
+    if root in _LIBRARIES:
+        return root
+    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    return _HUB if _HUB in file else None

@@ -1,0 +1,498 @@
+"""Which record each token of a batch belongs to, and how much of the batch is padding, by what the model was given.
+
+There is no one way to name the records of a packed row: positions that restart, numbers of the sequence, cumulated
+lengths, a mask that counts the records, or a mask of blocks. A model that ignores them leaks, so the first of these
+that shows a boundary is believed.
+
+None of the inputs alone shows padding: a mask of ones may lie over padded rows, and the token that pads need not be the
+one in the configuration. What a mask hides is padding. So is a run of one token at either end of a record, if labels
+of -100 all over it, positions that stay the same, or a configuration that names the token show it. Any other run may be
+text, and is counted separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_check.observe.loss import (
+    ModelCall,
+    configurations,
+    find_tokens,
+    names_tokens,
+    special_tokens,
+    training_calls,
+)
+from kernels_check.observe.modules import ModelTree
+from kernels_check.observe.operators import AttentionCall
+
+PADDING = -1
+NUMBERED = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")
+CUMULATED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
+PASSED_ON = "position_ids that restart at each record, seq_idx, cu_seq_lens_q, or an attention_mask of blocks"
+
+
+class LayoutError(ValueError):
+    """The input that gives the records does not fit the tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """The records of one batch."""
+
+    numbers: Tensor
+    """[rows, tokens], from 0 in each row; ``PADDING`` where there is no record."""
+    by: str
+    """Name of the input that gave them."""
+
+    @property
+    def count(self) -> int:
+        """Of all rows together."""
+        return int((self.numbers.amax(dim=1) + 1).sum())
+
+    @property
+    def packed(self) -> bool:
+        """Whether any row holds two."""
+        return bool(self.numbers.max() > 0)
+
+
+def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Records | None:
+    """Read the records of a batch; None where nothing in it gives them.
+
+    Raises:
+        LayoutError: names what does not fit, with both shapes.
+    """
+    first: Records | None = None
+    for name, value, read in _sources(arguments):
+        numbers = read(name, value, rows, tokens)
+        if numbers is None:
+            continue
+        found = Records(numbers=_without_padding(numbers, arguments), by=name)
+        if found.packed:
+            return found
+        first = first or found
+    return first
+
+
+def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Number the records of each row from 0; a record starts wherever the position does not continue.
+
+    A position that is repeated over and over, as padding has it, is one filler and not a record a token; where tokens
+    are known, as long as they are repeated, too.
+
+    Args:
+        positions: position ids, [rows, tokens].
+        ids: the tokens, of the same shape.
+    """
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    alone = begins.clone()
+    alone[:, :-1] &= begins[:, 1:]
+    repeated = alone[:, 1:] & alone[:, :-1] & (positions[:, 1:] == positions[:, :-1])
+    if ids is not None:
+        repeated &= ids[:, 1:] == ids[:, :-1]
+    begins[:, 1:] &= ~repeated
+    return begins.cumsum(dim=1) - 1
+
+
+def allowed(mask: Tensor) -> Tensor:
+    """A mask as a boolean of the same shape, True where attention is let through.
+
+    Args:
+        mask: boolean, of ones and zeros, or additive, in which nothing is above zero.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() and not bool((mask > 0).any()):
+        return mask > -1.0
+    return mask != 0
+
+
+def hidden_by(mask: Any, rows: int, length: int) -> Tensor | None:
+    """Positions that nothing attends to, [rows, tokens]; None where the mask does not fit."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.shape == (rows, length):
+        return ~allowed(mask)
+    if mask.dim() not in (3, 4) or mask.shape[-1] != length or mask.shape[0] not in (1, rows):
+        return None
+    seen = allowed(mask) if mask.dim() == 3 else allowed(mask).any(dim=1)
+    if seen.shape[1] == length:
+        # Rows that see nothing are opened to everything, or their softmax has no value: they hide no one else.
+        opened = seen.all(dim=2, keepdim=True) & ~seen.all(dim=2).all(dim=1)[:, None, None]
+        opened[:, -1] = False  # the last of a causal mask sees everything anyway
+        seen = seen & ~opened
+    return ~seen.any(dim=1).expand(rows, length)
+
+
+_Read = Callable[[str, Tensor, int, int], "Tensor | None"]
+
+
+def _sources(arguments: Mapping[str, Any]) -> Iterable[tuple[str, Tensor, _Read]]:
+    readers: list[tuple[str, _Read]] = [(name, _numbered) for name in NUMBERED]
+    readers += [(name, _cumulated) for name in CUMULATED]
+    positioned = partial(_positioned, ids=arguments.get("input_ids"))
+    readers += [("position_ids", positioned), ("attention_mask", _masked)]
+    for name, read in readers:
+        value = arguments.get(name)
+        if isinstance(value, Mapping):  # a mask for each kind of layer
+            value = next((one for one in value.values() if isinstance(one, Tensor)), None)
+        if isinstance(value, Tensor):
+            yield name, value, read
+
+
+def _numbered(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+    return _runs(_rows(name, value, rows, tokens))
+
+
+def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+    ends = value.flatten().to(torch.long)
+    if not ends.numel() or int(ends.max()) > rows * tokens or bool((ends.diff() < 0).any()):
+        raise LayoutError(f"{name} ends at {ends[-1:].tolist()}, and there are {rows} x {tokens} tokens")
+    places = torch.arange(rows * tokens, device=value.device)
+    numbers = torch.bucketize(places, ends, right=True)
+    inside = numbers < ends.numel()
+    by_row = numbers.reshape(rows, tokens)
+    return torch.where(inside.reshape(rows, tokens), by_row - by_row[:, :1], PADDING)
+
+
+def _positioned(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -> Tensor:
+    if value.dim() == 3 and value.shape[0] == 3:  # time, height and width of images: they jump, and restart at zero
+        restarts = value.eq(0).all(dim=0)
+        restarts[:, 1:] &= value[:, :, :-1].ne(0).any(dim=0)
+        restarts[:, 0] = True
+        return _rows(name, restarts.cumsum(dim=1) - 1, rows, tokens)
+    if value.dim() == 3:
+        value = value[0]  # the first plane is that of the text
+    known = ids if isinstance(ids, Tensor) and ids.shape == (rows, tokens) else None
+    return record_numbers(_rows(name, value, rows, tokens), known)
+
+
+def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
+    if value.dim() == 2 and not value.is_floating_point() and value.dtype != torch.bool and bool((value > 1).any()):
+        return _runs(_rows(name, value, rows, tokens))
+    if value.dim() not in (3, 4) or value.shape[-2:] != (tokens, tokens):
+        return None
+    blocks = allowed(value if value.dim() == 3 else value[:, 0])
+    seen_before = blocks.diagonal(-1, dim1=1, dim2=2)
+    begins = torch.ones(blocks.shape[:2], dtype=torch.bool, device=value.device)
+    begins[:, 1:] = ~seen_before
+    numbers = begins.cumsum(dim=1) - 1
+    hidden = hidden_by(value, rows, tokens)
+    unseen = ~blocks.diagonal(dim1=1, dim2=2).expand(rows, tokens)
+    return _rows(name, numbers, rows, tokens).masked_fill(unseen if hidden is None else unseen | hidden, PADDING)
+
+
+def _rows(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+    """One value a token, for each row, also where all rows share them."""
+    shared = value.unsqueeze(0) if value.dim() == 1 else value
+    if shared.dim() != 2 or shared.shape[1] != tokens or shared.shape[0] not in (1, rows):
+        raise LayoutError(f"{name} of {list(value.shape)} does not fit tokens of {[rows, tokens]}")
+    return shared.expand(rows, tokens)
+
+
+def _runs(values: Tensor) -> Tensor:
+    begins = torch.zeros_like(values, dtype=torch.long)
+    begins[:, 1:] = values[:, 1:] != values[:, :-1]
+    return begins.cumsum(dim=1)
+
+
+def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Take out what a mask of [rows, tokens] hides, and number the rest from 0 again."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == numbers.shape:
+        numbers = numbers.masked_fill(~allowed(mask), PADDING)
+    kept = numbers != PADDING
+    before = torch.cat([torch.full_like(numbers[:, :1], PADDING), numbers[:, :-1]], dim=1).masked_fill(~kept, PADDING)
+    renumbered = (kept & (numbers != before)).cumsum(dim=1) - 1
+    return torch.where(kept, renumbered, PADDING)
+
+
+_IGNORED = -100
+"""The label that no loss is computed for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddingSeen:
+    """Padding in the inputs of the calls of one step."""
+
+    tokens: int
+    padded: int
+    """Positions that are padding by all that is known."""
+    doubtful: int = 0
+    """Further positions at the end of a record, in runs of one token or of a token that pads, which may be text."""
+    by: tuple[str, ...] = ()
+    """What in the inputs showed it."""
+    by_call: tuple[tuple[int, int], ...] = ()
+    """Padded positions and all positions of each call."""
+    unseen: str | None = None
+    """Why the tokens of a call could not be read."""
+
+
+def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | None:
+    """Count padded positions over the calls that were trained on; None where no call was seen."""
+    trained = training_calls(calls)
+    if not trained:
+        return None
+    configs = list(configurations(tree))
+    named = _Named.by(configs)
+    signs, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
+    given = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
+    if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
+        given += [decoded for call in given for decoded in _decoded(call)]
+    for call in given:
+        counted = _Counted.read(call, named)
+        if counted is None:
+            unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
+            continue
+        if counted.unseen is not None:
+            unseen = counted.unseen
+        counts.append((int(counted.padded.sum()), counted.padded.numel()))
+        doubtful += int(counted.doubtful.sum())
+        signs |= counted.signs
+    return PaddingSeen(
+        tokens=sum(total for _, total in counts),
+        padded=sum(padded for padded, _ in counts),
+        doubtful=doubtful,
+        by=tuple(sorted(signs)),
+        by_call=tuple(counts),
+        unseen=unseen,
+    )
+
+
+def _decoded(call: ModelCall) -> Iterator[ModelCall]:
+    """What an encoder-decoder decodes, which is padded by itself; without its own tokens it is made from the labels."""
+    labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
+    tokens = call.arguments.get("decoder_input_ids")
+    if isinstance(tokens, Tensor) or isinstance(labels, Tensor):
+        given = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
+        yield replace(call, arguments=given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Named:
+    """Tokens that the configuration names."""
+
+    ends: frozenset[int]
+    """They end texts, begin them, or pad."""
+    pads: frozenset[int]
+    """They pad, and are named for nothing else."""
+    holders: frozenset[int]
+    """They repeat for another reason, such as the places of an image."""
+
+    @classmethod
+    def by(cls, named: Sequence[Any]) -> _Named:
+        """Read the configurations of a model."""
+        ends = special_tokens(named, ("pad", "eos", "bos"))
+        others = special_tokens(named, but=("pad",))
+        return cls(ends=ends, pads=ends - others, holders=others - ends)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """The padding of one call, [rows, tokens]."""
+
+    padded: Tensor
+    doubtful: Tensor
+    signs: frozenset[str]
+    unseen: str | None = None
+
+    @classmethod
+    def read(cls, call: ModelCall, tokens: _Named) -> _Counted | None:
+        """Count one call; None where it had no tokens."""
+        found = find_tokens(call.arguments)
+        if found is None:
+            return None
+        rows, length = found[1].shape[:2]
+        hidden = hidden_by(call.arguments.get("attention_mask"), rows, length)
+        signs = {"attention_mask"} if hidden is not None and bool(hidden.any()) else set()
+        if found[1].is_floating_point():
+            nothing = torch.zeros(rows, length, dtype=torch.bool)
+            unseen = None
+            if not signs:  # a mask of ones may lie over anything
+                unseen = (
+                    f"{found[0]} of {list(found[1].shape)} hides the tokens, and no attention_mask shows any padding"
+                )
+            return cls(
+                padded=nothing if hidden is None else hidden, doubtful=nothing, signs=frozenset(signs), unseen=unseen
+            )
+        ids = found[1]
+        masked = torch.zeros_like(ids, dtype=torch.bool) if hidden is None else hidden.to(ids.device)
+        numbers = _records(call, ids).numbers.to(ids.device)
+        runs, spare = _end_runs(ids, numbers)
+        runs &= ~_among(ids, tokens.holders)
+        ignored = _ignored(call.arguments.get("labels"), runs, spare)
+        still = runs & _repeated(call.arguments.get("position_ids"), numbers)
+        named = runs & ~spare & _among(ids, tokens.ends)
+        by_mask = runs & ~spare & torch.isin(ids, ids[masked].unique())
+        for what, where in (("labels of -100", ignored), ("positions that do not change", still)):
+            signs |= {what} if bool((where & ~masked).any()) else set()
+        for token in ids[(named | by_mask) & ~masked].unique().tolist():
+            signs.add(f"runs of token {token} at the ends of the records")
+        padded = masked | ignored | still | named | by_mask
+        # Where a mask hides anything, it was made for these rows, and what else repeats in them is text.
+        # The last before the text, too, and one alone: what is named as nothing but padding hardly is a word.
+        nothing_else = (runs | _ends(numbers)) & _among(ids, tokens.pads)
+        doubtful = ((runs & ~spare) | nothing_else) & ~padded & ~masked.any()
+        return cls(padded=padded, doubtful=doubtful, signs=frozenset(signs))
+
+
+def _records(call: ModelCall, ids: Tensor) -> Records:
+    """The records, or each row as one where nothing gives them."""
+    rows, length = ids.shape
+    try:
+        found = find_records(call.arguments, rows, length)
+    except LayoutError:
+        found = None
+    return found or Records(numbers=torch.zeros_like(ids, dtype=torch.long), by="rows")
+
+
+def _among(ids: Tensor, tokens: frozenset[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+
+
+def _end_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that repeat one another up to an end of their record, and of each such run the one that may be text.
+
+    Padding is often done with the token that ends a text, so the one next to the text is spared; a run of one is none.
+    """
+    head, head_inner = _leading_runs(ids, numbers)
+    tail, tail_inner = (one.flip(1) for one in _leading_runs(ids.flip(1), numbers.flip(1)))
+    whole = head & tail  # one token over and over: its last is spared, as if padding came before it
+    return (head | tail) & (numbers != PADDING), (head_inner & ~whole) | (tail_inner & ~whole) | (head_inner & whole)
+
+
+def _ends(numbers: Tensor) -> Tensor:
+    """The first and the last token of each record."""
+    ends = torch.ones_like(numbers, dtype=torch.bool)
+    ends[:, 1:-1] = (numbers[:, 1:-1] != numbers[:, :-2]) | (numbers[:, 1:-1] != numbers[:, 2:])
+    return ends & (numbers != PADDING)
+
+
+def _leading_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of two or more equal ones from the beginning of their record, and of those the last."""
+    same, begins = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    same[:, 1:] = (ids[:, 1:] == ids[:, :-1]) & ~begins[:, 1:]
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    start = torch.where(begins, index, 0).cummax(dim=1).values
+    broken = torch.where(~same & ~begins, index, -1).cummax(dim=1).values
+    leading = broken < start  # nothing else has come since the record began
+    follows = torch.zeros_like(leading)
+    follows[:, :-1] = leading[:, 1:] & same[:, 1:]
+    run = leading & (same | follows)
+    return run, run & ~follows
+
+
+def _ignored(labels: Any, runs: Tensor, spare: Tensor) -> Tensor:
+    """Runs without a label, all of them but the one that may be text, while others have one."""
+    if not isinstance(labels, Tensor) or labels.shape != runs.shape or not bool((labels != _IGNORED).any()):
+        return torch.zeros_like(runs)
+    return runs & ~spare & labels.eq(_IGNORED).to(runs.device)
+
+
+def _repeated(positions: Any, numbers: Tensor) -> Tensor:
+    """Where a position is that of the token before or after it in the same record: each record begins at the same."""
+    still = torch.zeros_like(numbers, dtype=torch.bool)
+    if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != numbers.shape[1]:
+        return still
+    rows = (positions.unsqueeze(0) if positions.dim() == 1 else positions).expand_as(numbers).to(numbers.device)
+    equal = (rows[:, 1:] == rows[:, :-1]) & (numbers[:, 1:] == numbers[:, :-1])
+    still[:, 1:] |= equal
+    still[:, :-1] |= equal
+    return still
+
+
+_VERIFY = "whether it isolates them takes forwards, as verify makes them"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsolationResult:
+    """What changing the records of packed calls showed."""
+
+    records: int = 0
+    leaks: tuple[str, ...] = ()
+    """Changes that reached other records, each as a phrase."""
+    unclear: str | None = None
+    """Why nothing is known."""
+    packed: bool = True
+    """Whether any row holds two records."""
+    proof: str = ""
+    """What shows that nothing leaks."""
+
+
+def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[AttentionCall]) -> IsolationResult:
+    """Judge packed calls by the mask, positions and lengths that the model was given, without a forward.
+
+    Args:
+        calls: of the model in a step.
+        attention: every call of attention that the model made in its forward passes.
+    """
+    try:
+        read = [(call, records_of(call.arguments)) for call in packed_or_all(calls)]
+        packed = [(call, records) for call, records in read if records is not None and records.packed]
+    except LayoutError as error:
+        return IsolationResult(unclear=str(error), packed=False)
+    if not packed:
+        reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
+        return IsolationResult(unclear=reason, packed=False)
+    count = packed[0][1].count
+    if all(records.by == "attention_mask" for _, records in packed):
+        return IsolationResult(records=count, proof="a mask of blocks was given with each call")
+    if not attention:
+        return IsolationResult(records=count, unclear="no attention of the model was seen")
+    by_lengths = ["varlen" in call.op or call.backend == "flex" for call in attention]
+    if not any(by_lengths) and all(call.mask is False for call in attention):
+        leak = "attention was given no mask and no lengths, so that the records of a row see each other"
+        return IsolationResult(records=count, leaks=(leak,))
+    if any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed):
+        return IsolationResult(records=count, unclear=f"an attention_mask with {packed[0][1].by}: {_VERIFY}")
+    if any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed):
+        return IsolationResult(records=count, unclear=f"the model may have built a cache: {_VERIFY}")
+    if not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True)):
+        return IsolationResult(records=count, unclear=f"some attention was given no mask: {_VERIFY}")
+    proof = f"{packed[0][1].by} give the records, no mask or cache hides them, and all attention was given them"
+    return IsolationResult(records=count, proof=proof)
+
+
+def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
+    """The calls that were trained on: of each, what inside it shows packed records, or at least tokens."""
+    trained = training_calls(calls)
+    return [one for call in trained for one in call.matching(packs) or call.matching(names_tokens) or [call]]
+
+
+def _caches(call: ModelCall) -> bool:
+    """Whether a call may build a cache: by its argument, else by the configuration; recomputation switches it off."""
+    asked = call.arguments.get("use_cache")
+    if asked is not None:
+        return bool(asked)
+    configured = any(getattr(one, "use_cache", False) for one in configurations(call.module))
+    # transformers renamed the flag, and reading the old name warns.
+    renamed = hasattr(call.module, "is_activation_checkpointing")
+    return configured and not getattr(
+        call.module, "is_activation_checkpointing" if renamed else "is_gradient_checkpointing", False
+    )
+
+
+def packs(arguments: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a call show two records in a row."""
+    try:
+        records = records_of(arguments)
+    except LayoutError:
+        return False
+    return records is not None and records.packed
+
+
+def records_of(arguments: Mapping[str, Any]) -> Records | None:
+    """The records of one call; None where nothing in its arguments gives them.
+
+    Raises:
+        LayoutError: names what does not fit the tokens.
+    """
+    tokens = find_tokens(arguments)
+    return None if tokens is None else find_records(arguments, *tokens[1].shape[:2])
