@@ -35,6 +35,8 @@ _AMD = re.compile(
 """Names that only ROCm's libraries give."""
 _SHOWN = 40
 """Characters of such a name that the notice has."""
+_MUCH = 0.03
+"""Share of the time in unknown kernels from which a notice warns of it."""
 
 
 def read_trace(path: str | PathLike[str]) -> KernelSummary:
@@ -146,7 +148,15 @@ def _name_notices(launches: Iterable[Launches]) -> Iterator[str]:
             f"this recording is of an AMD GPU ({most.name[:_SHOWN]}): its kernels are known from published "
             "recordings only, and nothing that is said here of CUDA's libraries is about it"
         )
-    names = [one.name for one in launches if one.rule is None]
+    unknown = [one for one in launches if one.rule is None]
+    share = sum(one.time_ms for one in unknown) / sum(one.time_ms for one in launches)
+    if share > _MUCH:
+        largest = min(unknown, key=lambda one: (-one.time_ms, one.name))
+        yield (
+            f"{share:.0%} of the time is in kernels that no rule knows (most in {largest.name[:_SHOWN]}), so each "
+            "category may have that much more than is shown; report the names, which --json lists, to have them added"
+        )
+    names = [one.name for one in unknown]
     if any(name in ("device_kernel", "Kernel", "Kernel2") for name in names):
         yield "names are cut down to the function (device_kernel): record full names, FlashAttention-3 shows only there"
     if any(name.startswith("_Z") for name in names):

@@ -90,7 +90,7 @@ ELSEWHERE = {
         ),
         "an engine that serves, or a GPU that we have not",
     ),
-    "TRITON-MXFP4": "gpt-oss with triton_kernels",
+    **dict.fromkeys(("TRITON-MXFP4", "TRITON-KERNELS"), "gpt-oss with triton_kernels"),
     "TE-APEX": "Transformer Engine, or Apex",
     "ATT-LIGER": "neighborhood attention, which no model of transformers has",
     **dict.fromkeys(
