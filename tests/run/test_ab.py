@@ -5,7 +5,6 @@ The sides are real (worktrees, interpreters); a fake executor replaces the measu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import signal
@@ -24,11 +23,12 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.records.record import PartialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.device_lock import hold_device
-from lorameter.run.workers import TrialFiles, sides
+from lorameter.run.workers import sides
+from lorameter.run.workers.environment import Host
 from lorameter.run.workers.local import LocalExecutor
 from lorameter.run.workers.sides import present_sides
+from tests.run import fakes
 
 GIB = 2**30
 
@@ -65,21 +65,6 @@ def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
     assert max(Counter(slot.trial for slot in made.slots).values()) == 1
 
 
-def test_every_turn_is_shuffled_anew_and_by_the_seed(plan, small_study):
-    """All trials of a group in every round, in all orders; the plan can be had again."""
-    protocol = dataclasses.replace(small_study.protocol, turns=40)
-    study = dataclasses.replace(small_study, protocol=protocol)
-    made = plan(study=study)
-    group = next(group for group in made.groups if len(group.launches) == 3)
-    trials = {slot.trial for slot in group.slots}
-    assert len(group.turns) == 40
-    assert all(set(order) == trials for order in group.turns)
-    assert len(set(group.turns)) == 6
-    assert plan(study=study) == made
-    other = plan(study=dataclasses.replace(study, protocol=dataclasses.replace(protocol, seed=1)))
-    assert [slot.trial for slot in other.slots] != [slot.trial for slot in made.slots]
-
-
 @pytest.mark.parametrize("free", [3 * GIB, None])
 def test_what_does_not_fit_together_takes_no_turns(plan, free):
     """Three processes do not fit with room to spare, or nobody knows: one at a time, each measures all it can."""
@@ -91,15 +76,6 @@ def test_what_does_not_fit_together_takes_no_turns(plan, free):
     }  # fmt: skip
     assert all({"steps", "peaks"} <= set(slot.measures) for slot in made.slots)
     assert ("3 GiB of 3 GiB" in made.why) if free else ("cannot be known" in made.why)
-
-
-def test_sides_of_a_replicate_share_their_seed(plan):
-    """Paired trials differ in the side only; replicates do not share it."""
-    seeds = {}
-    for slot in plan().slots:
-        seeds.setdefault(slot.replicate, set()).add(slot.seed)
-    assert [len(found) for found in seeds.values()] == [1] * 5
-    assert len(set.union(*seeds.values())) == 5
 
 
 def test_paths_of_the_workload_are_absolute(plan, small_study, tmp_path, monkeypatch):
@@ -139,7 +115,7 @@ dtype = "float32"
 """
 
 
-class FakeExecutor(LocalExecutor):
+class FakeExecutor(fakes.FakeExecutor):
     """A step takes as long as the host's checkout says, and its share of extra rows longer; remembers what it did.
 
     `noise` makes all but the base slower and faster from replicate to replicate; `control` the control alone slower.
@@ -152,7 +128,7 @@ class FakeExecutor(LocalExecutor):
 
     def __init__(self, *, host, label):
         super().__init__(host=host, label=label)
-        self.host, self.label, self.closed = host, label, False
+        self.host, self.label, self.closed = host or Host(), label, False
 
     def start(self, folder, threads):
         host, label = self.host, self.label
@@ -160,27 +136,6 @@ class FakeExecutor(LocalExecutor):
         checkout = Path(host.cwd or ".") / "gadget" / "__init__.py"
         self.step_s = float(checkout.read_text().partition("=")[2]) if host.cwd else 0.1
         self.step_s *= FakeExecutor.control if label == "control" else 1.0
-
-    def make_place(self, trial, log):
-        return TrialFiles(scratch=trial, log_path=log)
-
-    def clear_place(self, trial):
-        pass
-
-    def hello(self):
-        return WorkerInfo(harness="1.0 sha256:0", import_time_s=1.0, device="cpu", torch="0")
-
-    def max_parallel(self, threads):
-        return 1
-
-    def prepare_base(self, request):
-        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
-
-    def prepare_tokens(self, workload, *, keep=True):
-        return TokenSummary(
-            path="t", hash="abc", data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
-            real_tokens=1, padded_tokens=0, records=1,
-        )  # fmt: skip
 
     def launch(self):
         return FakeWorker(self)
@@ -383,41 +338,6 @@ def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_fil
     assert {command for _, command in fake.asked}.isdisjoint({"begin_generate", "request"})
 
 
-def test_calibrate_measures_enough_to_draw_from(fake, repository, study_file, lorameter):
-    """24 replicates unless told otherwise, and all of them, whatever precision the study would stop at."""
-    text = Path(study_file).read_text()
-    Path(study_file).write_text(text.replace("[protocol]\n", "[protocol]\nprecision = 0.5\n"))
-    code, document = lorameter("calibrate", study_file, "--inject-rows", "20", "--json")
-    assert code == 0
-    assert document["calibration"]["replicates"] == 24
-    assert [rate["replicates"] for rate in document["calibration"]["rates"]] == [5, 8, 12]
-
-
-def test_calibrate_takes_rows_as_they_are_given(fake, repository, study_file, lorameter):
-    """Without a pilot; the text names them."""
-    code, text = lorameter("calibrate", study_file, "--replicates", "6", "--inject-rows", "20")
-    assert code == 0
-    assert "20 rows" in text
-    assert len(fake.made) == 3
-    assert lorameter("calibrate", study_file, "--inject-rows", "0")[0] == 2
-
-
-@pytest.mark.parametrize(("options", "said"), [
-    (["--phase", "generate"], "--phase"),
-    (["--precision", "0.01"], "--precision"),
-    (["--variant", "plain", "--variant", "other"], "--variant"),
-    (["--replicates", "5"], "5 replicates"),
-    (["--effort", "quick"], "both set the replicates"),
-])  # fmt: skip
-def test_calibrate_ignores_no_option(fake, repository, study_file, lorameter, options, said):
-    """It calibrates the training of one variant; another wish is refused and not passed over."""
-    with contextlib.suppress(SystemExit):
-        code, text = lorameter("calibrate", study_file, "--replicates", "6", "--inject-rows", "20", *options)
-        assert code == 2
-        assert said in text
-    assert fake.made == []
-
-
 # --- one that broke off -----------------------------------------------------------------------------------------------
 
 
@@ -452,15 +372,6 @@ def test_an_ab_that_broke_off_is_gone_on_with(broken_off, fake, repository, lora
     assert tuple(record.trial for record in run.records) == run.manifest.order
     assert (run.state, len(run.manifest.resumed)) == ("complete", 1)
     assert len(git(repository, "worktree", "list").splitlines()) == 1
-
-
-def test_planted_work_is_planted_again(broken_off, lorameter):
-    """The rest of the candidate's trials has as much of it as the first ones."""
-    before = broken_off("--inject-rows", "50")
-    assert before["exit"] == 1
-    code, document = lorameter("ab", "--resume", before["run"], "--json")
-    assert code == 1
-    assert document["comparisons"][0]["ratio"] == pytest.approx(before["comparisons"][0]["ratio"])
 
 
 def test_a_side_whose_credential_is_not_recorded_says_so(broken_off, fake, lorameter, monkeypatch):
@@ -548,25 +459,6 @@ def test_a_calibration_that_broke_off_is_gone_on_with(calibration, fake, loramet
     for found in (before, document):
         del found["calibration"]["seconds_per_replicate"], found["calibration"]["prices"]
     assert document == before
-
-
-def test_a_calibration_can_be_gone_on_with_as_the_ab_that_it_is(calibration, lorameter):
-    """By the door that its own messages name where a disk was full; the injected slow-down is its verdict."""
-    name, _ = calibration
-    code, document = lorameter("run", "--resume", name, "--json")
-    assert (code, document["comparisons"][0]["verdict"]) == (1, "regressed")
-
-
-def test_what_a_calibration_has_settled_cannot_be_given_anew(calibration, fake, lorameter):
-    """As with a run."""
-    for words, said in (
-        (["--replicates", "12"], "--replicates would change"),
-        (["--inject-rows", "12"], "--inject-rows would change"),
-        (["lora-or-qlora"], "is of study 'small'"),
-    ):
-        code, text = lorameter("calibrate", *words, "--resume", calibration[0])
-        assert (code, said in text) == (2, True), text
-    assert fake.made == []
 
 
 @pytest.mark.parametrize(("rows", "said"), [

@@ -15,7 +15,7 @@ from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext
 from lorameter.run.runner import Stopping, run_plan
 from lorameter.run.workers import TrialFiles
-from lorameter.verdicts.series import compare_series, group_trials
+from tests.run.fakes import Quiet
 
 COSTS = {
     "build": 5.0, "verify": 5.0, "warm_up": 10.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
@@ -53,12 +53,6 @@ def test_what_fits(left_s, dropped, replicates, rounds):
     kept = {part: cost for part, cost in OF_A_REPLICATE.items() if part not in dropped}
     assert replicates * replicate_s(kept, rounds) <= left_s
     assert found.needed_s == 2 * 130.0
-
-
-def test_rounds_are_those_of_the_plan_at_most():
-    """And all planned replicates are measured where they fit."""
-    found = fit(OF_A_REPLICATE, 10_000.0, planned=3, sought=2, most_rounds=8)
-    assert (found.replicates, found.rounds, found.dropped) == (3, 8, ())
 
 
 def test_the_notice_names_what_was_skipped_and_the_minutes_that_it_needs():
@@ -131,16 +125,6 @@ class Timed:
         return PartialRecord(values={"cold_start_time_s": self.costs["imports"] + self.costs["cold"]})
 
     def close(self):
-        pass
-
-
-class Quiet:
-    """A listener that only watches."""
-
-    def trial_phase(self, slot, phase):
-        pass
-
-    def trial_ended(self, record):
         pass
 
 
@@ -245,12 +229,6 @@ def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):
         measured(30.0)
 
 
-def test_peaks_are_measured_once_a_variant(measured):
-    """By the trials that take turns on a CPU; nothing is measured of a trial on its own then."""
-    executor, _ = measured(900.0)
-    assert not any("isolated" in trial for trial, _ in executor.asked)
-
-
 def test_a_replicate_that_turns_out_slower_ends_the_run(measured, monkeypatch):
     """No further one starts for which the longest so far leaves no time."""
     asked = Timed.ask
@@ -266,21 +244,3 @@ def test_a_replicate_that_turns_out_slower_ends_the_run(measured, monkeypatch):
     _, found = measured(1000.0, phases=("train",))
     assert replicates_of(found) < quick
     assert "another replicate would end after the limit" in found.stopped
-
-
-def test_losses_after_other_numbers_of_steps_are_not_compared(measured):
-    """A training that was cut and one that was not, or was cut elsewhere, are two trainings."""
-    _, found = measured(None, replicates=2)
-    kept = []
-    for record in found.records:
-        cut = record.replicate == 1
-        steps = {"training_steps": 9.0 if cut else 19.0} | ({"training_steps_planned": 19.0} if cut else {})
-        kept.append(record.replaced(values=record.values | steps | {"held_out_loss": 2.0 - cut}))
-    groups = group_trials([record for record in kept if "step_time_s" in record.samples])
-    plain, nf4 = groups["plain", "variant"], groups["nf4", "variant"]
-    assert plain.trials("held_out_loss") == [(2.0,)]
-    assert len(plain.trials("step_time_s")) == 2
-    assert compare_series(plain, nf4, "held_out_loss").replicates == 1
-    other = dataclasses.replace(nf4, records=tuple(record for record in nf4.records if record.replicate == 1))
-    assert compare_series(dataclasses.replace(plain, records=plain.records[:1]), other, "held_out_loss") is None
-    assert compare_series(plain, other, "held_out_loss") is None

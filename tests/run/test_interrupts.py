@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 
 import pytest
 
@@ -149,17 +148,3 @@ def test_what_was_ignored_is_ignored():
     with InterruptHandler() as stops, stops.interruptible():
         send(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-
-
-def test_in_another_thread_nothing_is_heard_and_nothing_refused():
-    """Signals reach the main thread only."""
-    done = []
-
-    def other():
-        with InterruptHandler() as stops, stops.interruptible():
-            done.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    thread.join()
-    assert done == [signal.default_int_handler]

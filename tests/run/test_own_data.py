@@ -7,7 +7,6 @@ import json
 import pytest
 
 from lorameter.cli import main
-from lorameter.records import store
 
 STUDY = """
 title = "own"
@@ -62,19 +61,3 @@ def test_a_plan_says_what_the_data_is(folder, capsys):
     assert json.loads(capsys.readouterr().out)["data"] == words
     assert main(["run", "own.toml", "--dry-run", "--json", "--data", "synthetic", "--runs-dir", "runs"]) == 0
     assert "data" not in json.loads(capsys.readouterr().out)
-
-
-def test_a_run_says_what_it_was_trained_on(folder, capsys):
-    """Under way, in its manifest, and in its report, with the tokens that the loss is over."""
-    assert main(["run", "own.toml", "--runs-dir", "runs"]) == 0
-    printed = capsys.readouterr()
-    assert "data chats.jsonl, 60 records of messages" in printed.err
-    run = store.read_run(str(store.list_runs(folder / "runs")[0]), folder / "runs")
-    tokens = run.manifest.tokens
-    assert tokens["data"] == "chats.jsonl, 60 records of messages"
-    assert 0 < tokens["loss_tokens"] < tokens["real_tokens"]
-    assert run.manifest.provenance["workload"]["loss"] == "answer"
-    assert run.manifest.provenance["workload"]["data"].startswith("chats.jsonl sha256:")
-    assert all(record.status == "ok" for record in run.records)
-    assert "packed, loss on the answers alone" in printed.out
-    assert f"loss over {tokens['loss_tokens']}" in printed.out

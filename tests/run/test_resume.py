@@ -17,11 +17,9 @@ import lorameter.run.measure
 import lorameter.run.workers.local
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.record import UNDER_WAY, PartialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
+from lorameter.records.record import UNDER_WAY
 from lorameter.report.run_view import view_of
-from lorameter.run.workers import TrialFiles
-from lorameter.run.workers.local import LocalExecutor
+from tests.run.fakes import FakeExecutor as Executor
 
 STUDY = """
 [workload]
@@ -45,53 +43,6 @@ id = "1"
 says = "the step takes as long at every rank"
 parts = [{ rule = "equal", axis = "r", metric = "step_time_s" }]
 """
-
-
-class Executor(LocalExecutor):
-    """Workers whose steps all take the same time; counts what was asked of it. The machine is this one."""
-
-    start_latency_s = 0.01
-    asked: tuple[str, ...] = ()
-    harness = "0.1 sha256:one"
-    tokens = "a" * 64
-
-    def start(self, folder, threads):
-        pass
-
-    def make_place(self, trial, log):
-        return TrialFiles(scratch=trial, log_path=log)
-
-    def clear_place(self, trial):
-        pass
-
-    def hello(self):
-        return WorkerInfo(harness=Executor.harness, import_time_s=1.0, device="cpu", torch="0")
-
-    def max_parallel(self, threads):
-        return 1
-
-    def prepare_base(self, request):
-        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
-
-    def prepare_tokens(self, workload, *, keep=True):
-        return TokenSummary(
-            path="t", hash=Executor.tokens, data="synthetic", synthetic=True, tokenizer_substituted=False,
-            train_sequences=1, real_tokens=1, padded_tokens=0, records=1,
-        )  # fmt: skip
-
-    def launch(self):
-        return self
-
-    def ask(self, command, trial, timeout_s, **arguments):
-        Executor.asked = (*Executor.asked, trial)
-        if command != "turn":
-            return PartialRecord()
-        counts = {"turn_tokens": (64.0,), "turn_sequences": (2.0,), "timed_loss": (2.0,)}
-        times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
-        return PartialRecord(samples=times | counts)
-
-    def close(self):
-        pass
 
 
 @pytest.fixture
@@ -232,12 +183,6 @@ def test_what_would_change_the_plan_is_refused(broken_off, capsys, options, said
     assert not Executor.asked
 
 
-def test_without_a_study_or_a_run_there_is_nothing_to_measure(capsys):
-    """The message says how to name either."""
-    assert main(["run"]) == 2
-    assert "--resume RUN" in capsys.readouterr().err
-
-
 def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
     """What differs is named with both values."""
     path = broken_off()
@@ -247,26 +192,6 @@ def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
     assert resume(path) == 2
     assert "libraries.torch: '1.13' then, " in capsys.readouterr().err
     assert not Executor.asked
-
-
-@pytest.fixture
-def power_limit(monkeypatch):
-    """A function that says under which limit the GPU is from now on; None: it is not told."""
-
-    def put(watts):
-        card = {} if watts is None else {"power_limit_w": watts}
-        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda **_: {"gpu": card})
-
-    return put
-
-
-def test_another_power_limit_is_refused(broken_off, power_limit, capsys):
-    """Steps under 400 W are not those under 700."""
-    power_limit(700.0)
-    path = broken_off()
-    power_limit(400.0)
-    assert resume(path) == 2
-    assert "power_limit_w: 700 then, 400 now" in capsys.readouterr().err
 
 
 def test_other_tokens_are_refused(broken_off, capsys):
@@ -320,18 +245,6 @@ def test_a_complete_run_that_has_lost_a_line_is_mended(broken_off, capsys):
     assert len(set(Executor.asked)) == 1
 
 
-def test_a_lost_line_of_which_nothing_is_missing_is_mended_without_measuring(broken_off):
-    """It told of a trial that was measured again later: nothing is started, and the run is valid."""
-    path = broken_off(21)
-    change(path, status="complete")
-    with (path / "trials.jsonl").open("a") as file:
-        file.write('{"schema": 5, "tri')
-    assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
-    assert resume(path) == 0
-    assert not Executor.asked
-    assert store.read_run(path.name, path.parent).state == "complete"
-
-
 def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
     """Replicates that turned out needless stay so, and so does the reason."""
     path = broken_off(14)
@@ -359,13 +272,6 @@ def test_a_complete_run_with_disturbed_trials_is_gone_on_with(broken_off):
     assert (run.state, run.records[-1].status, run.records[-1].attempt) == ("complete", "ok", 3)
 
 
-def test_a_renamed_directory_is_refused(broken_off, capsys):
-    """It would be written to under its old name."""
-    path = broken_off()
-    assert resume(path.rename(path.with_name("mine"))) == 2
-    assert "Give the directory that name again" in capsys.readouterr().err
-
-
 def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
     """Ctrl-C leaves a run that can be resumed once more."""
     path = broken_off(7)
@@ -387,45 +293,6 @@ def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
     assert {record.status for record in run.records} == {"ok"}
     assert len(run.manifest.resumed) == 2
     assert run.measured_again == 4  # those of the turns that were interrupted
-
-
-def test_a_run_completed_by_another_process_meanwhile_is_given_back(broken_off, machine):
-    """Between reading and locking a second process may have ended it."""
-    from lorameter.run.resume import plan_rest, read_broken_off
-    from lorameter.run.sites.placement import Placement
-
-    path = broken_off()
-    run = read_broken_off(path.name, path.parent)
-    plan = plan_rest(run, Placement())
-    resume(path)
-    Executor.asked = ()
-    again = lorameter.run.measure.measure(plan, runs=path.parent, display=None, resume=path.name)
-    assert again.manifest.status == "complete"
-    assert not Executor.asked
-
-
-def test_a_killed_run_is_reported_whatever_it_holds(broken_off, capsys):
-    """Tables, claims and what is missing, from no record at all to all but the last."""
-    path = broken_off(21)
-    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
-    for count in (0, 1, 3, 4, 8, 20):
-        (path / "trials.jsonl").write_text("".join(lines[:count]))
-        assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
-        text = " ".join(capsys.readouterr().out.split())
-        assert f"its process was killed; {count} of 21 trials have ended" in text
-        assert f"{min(count // 7, 2)} of 3 replicates complete" in text
-
-
-def test_what_no_record_can_be_added_to_is_not_gone_on_with(broken_off, capsys):
-    """A link to nowhere reads as a run of which nothing is measured yet: all of it would be, and then lost."""
-    path = broken_off()
-    for name in ("checks.jsonl", "trials.jsonl"):
-        (path / name).unlink(missing_ok=True)
-        (path / name).symlink_to("nowhere/at/all")
-        assert resume(path) == 2
-        assert f"{name}: cannot be written: No such file or directory. Restore it" in capsys.readouterr().err
-        (path / name).unlink()
-    assert not Executor.asked
 
 
 IMPATIENT = (

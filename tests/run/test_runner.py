@@ -124,15 +124,6 @@ def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, command):
     assert {record.status for trial, record in records.items() if trial != victim} == {"ok"}
 
 
-def test_what_was_measured_before_a_death_is_kept(small_study):
-    """The samples of the turns before it stay in the record."""
-    plan = make_plan(small_study)
-    victim = plan.slots[0].trial
-    _, records = conduct(plan, {(victim, "begin_generate"): lost()})
-    assert records[victim].samples["step_time_s"] == (0.5,) * 4
-    assert records[victim].status == "crashed"
-
-
 def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_study):
     """Two trials in one process: both are crashed, with what each had."""
     plan = make_plan(small_study)
@@ -395,14 +386,6 @@ def test_a_trial_that_stays_disturbed_is_invalid_after_the_last_try(small_study)
     assert statuses.pop(victim) == "invalid"
     assert set(statuses.values()) == {"ok"}
     assert [record.attempt for record in saved if record.trial == victim] == [0, 1, 2]
-
-
-def test_disturbed_trials_count_where_they_are_allowed(small_study):
-    """For a machine that one cannot have to oneself."""
-    plan = make_plan(small_study.with_overrides(allow_disturbed=True))
-    executor, measured, _ = retried(plan, {plan.slots[0].trial: 9})
-    assert builds(executor, plan.slots[0].trial) == 1
-    assert {record.status for record in measured.records} == {"ok"}
 
 
 def test_a_run_that_broke_off_before_a_second_try_makes_it(small_study):

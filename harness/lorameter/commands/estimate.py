@@ -52,11 +52,10 @@ def run_estimate(options: argparse.Namespace) -> int:
     from lorameter.models import catalogue, shapes
     from lorameter.models.costs.cards import find_card
     from lorameter.models.costs.lora import uncounted
-    from lorameter.models.costs.memory import estimate_phases
+    from lorameter.models.costs.memory import birth_bytes, estimate_phases
     from lorameter.records import store
     from lorameter.records.memory_account import MEMORY_PHASES
     from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
-    from lorameter.run.forecast import process_bytes
     from lorameter.run.memory_fit import Fitter, advise, on_card, on_machine
     from lorameter.run.workers import open_executor
     from lorameter.studies.study_file import load_variant
@@ -73,7 +72,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     source = catalogue.resolve(workload.model)
     shape = shapes.shape(source)
     unknown = uncounted(variant, shape)
-    process = process_bytes(here, runs)
+    process = birth_bytes(here.cuda)
     found = (
         []
         if unknown

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import re
-import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
         tell: prints what is waited for.
 
     Raises:
-        InvalidRunError: the device is in use, and `if_busy` is "refuse"; or the path of the lock is not a file.
+        InvalidRunError: the device is in use, and `if_busy` is "refuse".
     """
     device = executor.device_id()
     file = None if if_busy == "share" else _open(device)
@@ -52,16 +51,14 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
         return
     waited = False
     try:
-        with contextlib.suppress(_NoLocksError):
-            if not _lock(file, wait=False):
-                who = f"{_holder(file)} measures on this device ({device})"
-                if if_busy == "refuse":
-                    raise InvalidRunError(f"{who}. Wait for it, or measure at the same time with --if-busy share.")
-                tell(
-                    f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures at the "
-                    f"same time."
-                )
-                waited = _lock(file, wait=True)
+        if not _lock(file, wait=False):
+            who = f"{_holder(file)} measures on this device ({device})"
+            if if_busy == "refuse":
+                raise InvalidRunError(f"{who}. Wait for it, or measure at the same time with --if-busy share.")
+            tell(
+                f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures at the same time."
+            )
+            waited = _lock(file, wait=True)
         yield waited
     finally:
         os.close(file)
@@ -79,35 +76,25 @@ def hold_devices(
         yield any(waited)
 
 
-class _NoLocksError(Exception):
-    """The file system has no locks."""
-
-
 def _open(device: str) -> int | None:
-    """The lock file of a device, which may belong to another user. Raises `InvalidRunError` if it is not a file."""
+    """The lock file of a device, which may belong to another user; None where it cannot be made."""
     name = f"lorameter-{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
     path = Path(os.environ.get(ENV_LOCKS) or SHARED_FOLDER) / name
     never_waiting = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would block until something writes into it
     for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # others may make it meanwhile
         with contextlib.suppress(OSError):
-            file = os.open(path, flags | never_waiting, 0o644)
-            if stat.S_ISREG(os.fstat(file).st_mode):
-                return file
-            os.close(file)
-            raise InvalidRunError(
-                f"{path}: no plain file, and measurements on this device ({device}) lock it so as not to disturb each "
-                f"other. Remove it, name another folder with {ENV_LOCKS}, or measure without it: --if-busy share."
-            )
+            return os.open(path, flags | never_waiting, 0o644)
     return None
 
 
 def _lock(file: int, *, wait: bool) -> bool:
+    """Whether the lock was taken; a file system without locks keeps no measurement waiting."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:
-        raise _NoLocksError from None
+        pass
     return True
 
 

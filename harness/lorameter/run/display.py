@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 from kernels_check.terminal import print_stderr
 from lorameter.errors import redact
@@ -36,37 +37,23 @@ class Display(ProgressListener, Protocol):
         """The scripts have been rehearsed: the plan at the level that fits, and notices."""
 
 
-class Shielded:
-    """A display whose first error is printed; after it nothing is displayed and the run goes on."""
+def shield(display: Display) -> Display:
+    """The display; its first error is printed, after it nothing is displayed, and the run goes on."""
+    return cast(Display, _Shield(display))
 
+
+class _Shield:
     def __init__(self, display: Display) -> None:
         self._display: Display | None = display
 
-    def starting(self, plan: Plan, run_id: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.starting(plan, run_id))
+    def __getattr__(self, event: str) -> Callable[..., None]:
+        return partial(self._show, event)
 
-    def tokens_prepared(self, data: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.tokens_prepared(data))
-
-    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.rehearsed(plan, notices))
-
-    def trial_phase(self, slot: Slot, phase: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.trial_phase(slot, phase))
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.trial_ended(record))
-
-    def _tell(self, what: Callable[[Display], None]) -> None:
+    def _show(self, event: str, *arguments: Any) -> None:
         if self._display is None:
             return
         try:
-            what(self._display)
+            getattr(self._display, event)(*arguments)
         except MemoryError:  # the run reports it itself
             self._display = None
         except (Exception, SystemExit):  # rich exits where its output is closed

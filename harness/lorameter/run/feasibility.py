@@ -105,7 +105,6 @@ def check_feasible(
             continue
         variant = lora_of(variant, shape)
         notices += _target_notices(where, variant, workload.model, shape)
-        notices += _rank_notices(variant, shape)
         if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
             continue
         expected = estimate_peak(
@@ -120,7 +119,6 @@ def check_feasible(
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)
     notices += [layers_notice(model, said) for model, said in unknown.items()]
-    notices += _open_ended_notices(workloads_of(study, arms)) if "generate" in measured else ()
     notices += [
         Notice(
             code="random-weights",
@@ -132,18 +130,6 @@ def check_feasible(
         if source.random
     ]
     return tuple(notices)
-
-
-def _open_ended_notices(workloads: Sequence[Workload]) -> Iterator[Notice]:
-    """That answers to the model's own end are of one prompt, where other requests are of several."""
-    batches = sorted({one.request_batch for one in workloads if one.open_ended_tokens and one.request_batch > 1})
-    if batches:
-        yield Notice(
-            code="open-ended-batch-1",
-            message=f"requests until EOS are of one prompt each, the others of request_batch = "
-            f"{' and '.join(map(str, batches))}: answers that end at lengths of their own would be padded.",
-            remedy="Read their times as those of one prompt, or write open_ended_tokens = 0 to leave them out.",
-        )
 
 
 def _check_engine(study: Study, machine: Machine, shown_only: bool) -> tuple[Notice, ...]:
@@ -314,17 +300,6 @@ def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelSh
             message=f"{variant.name}: target_modules: the model {model} has no module {', '.join(missing)}; only the "
             "others get an adapter.",
             remedy=f"Check the names: its linear layers are {layers}.",
-        )
-
-
-def _rank_notices(variant: LoraVariant, shape: ModelShape) -> Iterator[Notice]:
-    narrowest = min(min(layer.inputs, layer.outputs) for layer in linear_layers(shape).values())
-    if variant.r > narrowest:
-        yield Notice(
-            code="rank-above-width",
-            message=f"{variant.name}: r = {variant.r} is above the width of the narrowest layer, {narrowest}: the "
-            "update is no longer low-rank there.",
-            remedy=f"Use r ≤ {narrowest}, or read the result as that of a full-rank update with extra cost.",
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorameter.errors import LorameterError
-from lorameter.machine.provenance import Machine, library_version
+from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters, uncounted
 from lorameter.models.costs.memory import (
@@ -21,7 +21,6 @@ from lorameter.models.costs.memory import (
     passing_bytes,
 )
 from lorameter.records import codec, store
-from lorameter.records.metrics import RSS_AT_START
 from lorameter.run.check_variant import processes_on_device
 from lorameter.run.forecast_time import TimeForecast, forecast_time
 from lorameter.run.plan import Group, Plan
@@ -191,26 +190,3 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
             if kind in record.memory and measured_on == wanted:
                 peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
     return peaks
-
-
-def process_bytes(machine: Machine, runs: Path) -> int:
-    """What a trial's process begins with: as in the latest run on this machine with these libraries, else the constant
-    of what torch is built for."""
-    measured = _measured_process(machine, runs)
-    return birth_bytes(machine.cuda) if measured is None else measured
-
-
-def _measured_process(machine: Machine, runs: Path) -> int | None:
-    libraries = {name: library_version(name) for name in ("torch", "transformers")}
-    for path in reversed(store.list_runs(runs)[-RUNS_LOOKED_AT:]):
-        try:
-            run = store.read_run(str(path), runs)
-        except LorameterError:
-            continue
-        found = run.manifest.provenance
-        there = found.get("libraries") or {}
-        if found.get("device_name") == machine.device_name and libraries.items() <= there.items():
-            births = [record.memory[RSS_AT_START] for record in run.records if RSS_AT_START in record.memory]
-            if births:
-                return max(births)
-    return None

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.records.tempdirs import leaving_nothing
 from lorameter.records.worker_info import TokenSummary
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
-from lorameter.run.display import Display, Shielded
+from lorameter.run.display import Display, shield
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.memory_probe import probe_memory
-from lorameter.run.plan import Plan, executor_of, variants_of
+from lorameter.run.plan import Group, Plan, executor_of, variants_of
 from lorameter.run.prepare import Ready, RunContext, prepare_run
 from lorameter.run.resume import check_same, continue_manifest, explain_lost_credential, is_finished, mend
 from lorameter.run.runner import Measured, Stopping, find_unfinished, records_outside, run_plan
@@ -79,50 +79,60 @@ def measure(
             keeps.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
-    if placement is not None and placement.launcher is not None:
-        if_busy, local = (placement.if_busy if placement.is_remote else None), not placement.is_remote
-        return measure_in_jobs(
-            plan, placement.launcher, runs=runs, display=display, local=local, if_busy=if_busy, notices=notices,
-            resume=resume, policy=policy,
-        )  # fmt: skip
+    placement = placement or Placement()
     run_id = resume or store.new_run_id(plan.study.name, runs)
-    folder, shown = runs / run_id, Shielded(display)
+    folder, shown = runs / run_id, shield(display)
     with InterruptHandler(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
         stack.enter_context(translate_os_errors(lambda: store.refusal_of(folder)))
         stack.enter_context(leaving_nothing(folder, unless=store.MANIFEST))
         stack.enter_context(store.writing(folder))
         earlier = store.read_run(str(folder), runs) if resume else None  # only now does no other process write it
-        known = () if earlier is None else earlier.records
-        groups = find_unfinished(plan, known)
+        groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.is_spread)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else mend(earlier)
-        rest = dataclasses.replace(plan, groups=groups)
-        executors = _open_executors(plan, earlier, stack, stops)
-        shown.starting(rest, run_id)
-        budget = _budget(rest, earlier)
-        with stops.interruptible():
-            ready, context = _start(rest, executors, folder, shown, stack)
-            facts = _facts(plan, executors)
-            budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
-        notices = (*notices, *ready.base_notices)
-        if plan.provisional:
-            with stops.interruptible():
-                plan, found = probe_memory(plan, executors, context, shown)
-            shown.rehearsed(plan, found)
-            groups, notices = plan.groups, (*notices, *found)
-        if earlier is None:
-            manifest = _new_manifest(plan, run_id, ready, facts, notices, policy)
+        about = {"notices": notices, "policy": dict(policy or {})}
+        if placement.launcher is None:
+            _measure_here(plan, groups, folder, earlier, shown, stops, stack, about)
         else:
-            manifest = _resumed_manifest(plan, earlier.manifest, ready, facts)
-        writer = RunWriter(runs, manifest)
-        stack.enter_context(writer.refusals())
-        stack.enter_context(_finishing_after_errors(writer))
-        measured = run_plan(
-            plan, executors, context, save=writer.append, listener=shown, budget=budget, earlier=known, stops=stops,
-            stop=Stopping(plan, budget, earlier=records_outside(groups, known)),
-        )  # fmt: skip
-        _finish(writer, plan, budget, measured, stopped=manifest.stopped)
-    return store.read_run(str(writer.path), runs)
+            shown.starting(dataclasses.replace(plan, groups=groups), run_id)
+            measure_in_jobs(
+                plan, groups, placement.launcher, folder, earlier, shown, stops, about=about,
+                local=not placement.is_remote, if_busy=placement.if_busy if placement.is_remote else None,
+            )  # fmt: skip
+    return store.read_run(str(folder), runs)
+
+
+def _measure_here(
+    plan: Plan, groups: Sequence[Group], folder: Path, earlier: Run | None, shown: Display, stops: InterruptHandler,
+    stack: contextlib.ExitStack, about: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Measure what is left of a plan on this machine: prepare everything, then replicate after replicate."""
+    rest, known = dataclasses.replace(plan, groups=tuple(groups)), earlier.records if earlier else ()
+    executors = _open_executors(plan, earlier, stack, stops)
+    shown.starting(rest, folder.name)
+    budget = _budget(rest, earlier)
+    with stops.interruptible():
+        ready, context = _start(rest, executors, folder, shown, stack)
+        facts = _facts(plan, executors)
+        budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
+    notices = (*about["notices"], *ready.base_notices)
+    if plan.provisional:
+        with stops.interruptible():
+            plan, found = probe_memory(plan, executors, context, shown)
+        shown.rehearsed(plan, found)
+        groups, notices = plan.groups, (*notices, *found)
+    if earlier is None:
+        manifest = _new_manifest(plan, folder.name, ready, facts, notices, about["policy"])
+    else:
+        manifest = _resumed_manifest(plan, earlier.manifest, ready, facts)
+    writer = RunWriter(folder.parent, manifest)
+    stack.enter_context(writer.refusals())
+    stack.enter_context(_finishing_after_errors(writer))
+    measured = run_plan(
+        plan, executors, context, save=writer.append, listener=shown, budget=budget, earlier=known, stops=stops,
+        stop=Stopping(plan, budget, earlier=records_outside(groups, known)),
+    )  # fmt: skip
+    _finish(writer, plan, budget, measured, stopped=manifest.stopped)
 
 
 def _open_executors(
@@ -160,7 +170,7 @@ def _budget(plan: Plan, earlier: Run | None) -> Budget:
 
 
 def _start(
-    plan: Plan, executors: Mapping[str, Executor], folder: Path, shown: Shielded, stack: contextlib.ExitStack
+    plan: Plan, executors: Mapping[str, Executor], folder: Path, shown: Display, stack: contextlib.ExitStack
 ) -> tuple[Ready, RunContext]:
     """Start the executors and have them prepare what the trials need; `stack` closes them."""
     threads = {executor_of(arm, plan.arms): arm.workload.threads for arm in plan.arms}
@@ -172,7 +182,7 @@ def _start(
 
 def _new_manifest(
     plan: Plan, run_id: str, ready: Ready, facts: Mapping[str, MachineFacts], notices: tuple[Notice, ...],
-    policy: Mapping[str, Any] | None,
+    policy: Mapping[str, Any],
 ) -> Manifest:  # fmt: skip
     collected = _provenance(plan, ready, facts)
     declared = sorted({name for side in plan.sides.values() for name in DECLARED[side.kind]})
@@ -197,7 +207,7 @@ def _new_manifest(
             | {"declared": list(DECLARED[side.kind]), "worker": ready.hellos[name].harness, "facts": facts[name].host}
             for name, side in plan.sides.items()
         },
-        policy=dict(policy or {}),
+        policy=dict(policy),
     )
 
 

@@ -44,28 +44,6 @@ def test_a_study_says_its_sites_and_a_run_is_gone_on_with_there(placed, run):
     assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
-def test_the_command_line_wins_and_another_place_goes_on(placed, run):
-    """One device in place of two sites, and two in place of one."""
-    _, first, _ = run("run", placed('sites = ["0", "1"]'), "--on", "here")
-    assert sites_of(first) == {""}
-    assert not first.manifest.study["protocol"]["sites"]
-    break_off(first, keep=1)
-    _, again, _ = run("run", "--resume", first.manifest.run, "--sites", "0,1")
-    assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
-
-
-def test_how_sites_differ_is_said_by_whatever_shows_the_run(placed, run, pretended):
-    """The command that measures, the report, and its document: with what each site is, and by how much."""
-    pretended(slow=[("5", "", 1.08)])
-    _, last, told = run("run", placed('sites = ["0", "1"]', replicates=4), "--json")
-    assert "differ by 5.4%" in told
-    for words in ((), ("--json",)):
-        _, _, said = run("report", last.manifest.run, *words)
-        assert "replicates were spread over 2 sites, which differ by 5.4%" in said
-        assert "cpus-0 -3.8%, cpus-1 +3.9%" in said
-        assert "site cpus-" not in said  # of two nobody can say which is unlike its like
-
-
 def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pretended, monkeypatch):
     """The third of three, which takes half as long again."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6})
@@ -87,16 +65,6 @@ def test_a_place_that_is_none_is_refused_before_anything_is_opened(placed, run):
     code, last, said = run("run", placed(""), "--sites", "0,x")
     assert (code, last) == (2, None)
     assert "sites = '0,x': numbers" in said
-
-
-def test_a_dry_run_plans_for_the_sites_of_the_study(placed, run):
-    """More than there are CPUs are refused; nothing is measured."""
-    code, last, said = run("run", placed('sites = ["0", "1"]'), "--dry-run", "--json")
-    assert (code, last) == (0, None)
-    assert '"order"' in said
-    code, last, said = run("run", placed('sites = ["0", "1", "2"]'), "--dry-run")
-    assert (code, last) == (2, None)
-    assert "3 sites and 2 CPUs" in said
 
 
 def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
@@ -202,32 +170,6 @@ def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, 
 def state_of(folder):
     """Replicates that a job has finished."""
     return read_state(folder).finished
-
-
-@pytest.mark.parametrize("way", ["runs", "jobs", "link"])
-def test_a_folder_that_other_users_can_write_into_is_refused(placed, run, tmp_path, way):
-    """Jobs run code that files in it name; a shared folder of runs needs the sticky bit."""
-    study, runs = placed('sites = ["0", "1"]'), tmp_path / "runs"
-    runs.mkdir()
-    if way == "runs":
-        runs.chmod(0o777)
-        code, _, said = run("run", study)
-        assert "other users can rename what is in it" in said
-    else:
-        _, first, _ = run("run", study)
-        break_off(first, keep=1)
-        if way == "jobs":
-            (first.path / "jobs").mkdir()
-            (first.path / "jobs").chmod(0o777)
-        else:
-            (first.path / "jobs").symlink_to(tmp_path)
-        code, _, said = run("run", "--resume", first.manifest.run)
-        assert "jobs: " in said
-    assert code == 2
-    assert "--runs-dir" in said
-    runs.chmod(0o1777)
-    if way == "runs":
-        assert run("run", study)[0] == 0
 
 
 def test_a_site_of_two_ranks_is_measured_on(placed, run):

@@ -6,15 +6,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import pytest
 
 from lorameter.cli import main
@@ -131,19 +127,6 @@ def nodes():
         yield made
 
 
-@pytest.fixture
-def far(monkeypatch):
-    """Three nodes, of which this machine knows no more than the client port: its address is theirs."""
-    pytest.importorskip("grpc", reason="Ray's client is not installed: pip install lorameter[ray]")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with three_nodes(ray_client_server_port=port) as made:
-        monkeypatch.delenv("RAY_ADDRESS")
-        made.address = f"ray://127.0.0.1:{port}"
-        yield made
-
-
 def command(*arguments, runs, word="run"):
     return [sys.executable, "-m", "lorameter.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
 
@@ -176,30 +159,11 @@ def wait_for(condition, driver=None):
     return found
 
 
-def measuring():
-    """Measuring processes on this machine that are ours."""
-    return [
-        one.pid
-        for one in psutil.process_iter(["cmdline", "environ"])
-        if "lorameter.worker" in (one.info["cmdline"] or []) and (one.info["environ"] or {}).get("PROOF") == "ray"
-    ]
-
-
 @pytest.mark.selftest
 def test_a_study_is_spread_over_nodes_and_its_records_are_those_of_a_local_run(nodes, study, results_of, tmp_path):
     """Each replicate is on one node and no node is left out; seeds, orders and losses are the same to the bit."""
-    check_spread("ray", study, results_of, tmp_path)
-
-
-@pytest.mark.selftest
-def test_behind_a_client_port_a_study_is_spread_as_well(far, study, results_of, tmp_path):
-    """By a machine that is no part of the cluster."""
-    check_spread(far.address, study, results_of, tmp_path)
-
-
-def check_spread(on, study, results_of, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
-    run(study(), "--on", on, runs=there)
+    run(study(), "--on", "ray", runs=there)
     run(study(), runs=here)
     spread, local = only_run(there), only_run(here)
     assert [results_of(record) for record in spread.records] == [results_of(record) for record in local.records]
@@ -226,43 +190,3 @@ def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes,
     sites_of_whole(ended)
     assert before.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
     assert any(notice.code == "site-lost" and "site gamma" in notice.message for notice in ended.manifest.notices)
-
-
-@pytest.mark.selftest
-def test_a_driver_that_is_killed_ends_what_it_measures_and_is_resumed(nodes, study, tmp_path, monkeypatch):
-    """No process is left on any node; what had been written is kept, and whole replicates are measured."""
-    monkeypatch.setenv("PROOF", "ray")
-    nodes.add("delta", PROOF="ray")
-    runs = tmp_path / "runs"
-    with subprocess.Popen(
-        command(study(replicates=3, turns=10), "--on", "ray", "--sites", "delta", runs=runs),
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as driver:  # fmt: skip
-        wait_for(lambda: lines(runs) and measuring(), driver)
-        driver.send_signal(signal.SIGKILL)
-    wait_for(lambda: not measuring())
-    before = {line["trial"]: line["started_unix_s"] for line in lines(runs)}
-    run("--resume", only_run(runs).manifest.run, "--on", "ray", runs=runs)
-    ended = only_run(runs)
-    sites_of_whole(ended)
-    assert before.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
-
-
-@pytest.mark.selftest
-def test_an_ab_has_both_sides_on_each_node(nodes, study, tmp_path):
-    """Each puts them up for itself, and the manifest has what is installed on them; a revision is of this machine."""
-    runs = tmp_path / "runs"
-    words = ("--replicates", "2", "--variant", "small", "--phase", "train", "--on", "ray", "--sites", "alpha,beta")
-    run(study(), "--base", sys.executable, "--candidate", sys.executable, *words, runs=runs, word="ab", codes=(0, 3))
-    ended = only_run(runs)
-    assert sites_of_whole(ended) == {"alpha", "beta"}
-    assert {(record.replicate, record.side) for record in ended.records} == {
-        (replicate, side) for replicate in range(2) for side in ("base", "candidate")
-    }
-    for side in ("base", "candidate"):
-        assert ended.manifest.sides[side]["facts"]["packages"]["peft"] == version("peft")
-    done = run(
-        study(), "--base", "HEAD", "--candidate", sys.executable, *words,
-        runs=tmp_path / "none", word="ab", codes=(2,),
-    )  # fmt: skip
-    assert "a revision is checked out on this machine only" in " ".join(done.stderr.split())

@@ -218,16 +218,3 @@ def test_a_loss_that_is_not_finite_is_a_row(measure, small_study):
     assert records["r0-bad"].status == "invalid"
     assert records["r0-bad"].failure.kind == "LossNotFinite"
     assert "learning_rate" in records["r0-bad"].failure.message
-
-
-def test_a_claim_that_does_not_hold_is_a_row(measure, small_study):
-    """A paged optimizer pages nothing on a CPU: invalid, and measured only where the study allows it."""
-    study = variant(small_study, r=512, optimizer="paged_adamw_32bit")  # large enough for bitsandbytes to page it
-    refused = measure(study, only=["r0-bad"])["r0-bad"]
-    assert refused.status == "invalid"
-    assert "optimizer.paged_share" in refused.failure.message
-    assert "step_time_s" not in refused.samples
-    allowed = measure(dataclasses.replace(study, allow_fallback=True), only=["r0-bad"])["r0-bad"]
-    assert allowed.status == "ok"
-    assert any(notice.code == "fallback-allowed" for notice in allowed.notices)
-    assert allowed.memory["paged_optimizer_state_bytes"] == 0

@@ -119,16 +119,3 @@ def test_data_workers_take_no_turns(tmp_path, monkeypatch):
     assert len(losses) == 1
     assert all(record.turn_lengths == (2, 2) for record in run.records)
     assert left_of(tmp_path) == []
-
-
-@pytest.mark.faults
-def test_a_console_script_is_a_command(tmp_path, monkeypatch, sft_command):
-    """`trl sft` on a small model and records of one's own: the Trainer that it builds takes turns."""
-    command = f"{sft_command} --max_steps 300 --lora_r "
-    run = take_turns(tmp_path, {"r4": command + "4", "r8": command + "8"}, monkeypatch)
-    assert {record.trial: record.failure for record in run.records} == dict.fromkeys(
-        ("r0-r4", "r0-r4-control", "r0-r8")
-    )
-    parameters = {record.name: record.values["trainable_parameters"] for record in run.records}
-    assert parameters["r8"] == 2 * parameters["r4"]
-    assert {record.tokens["source"] for record in run.records} == {"trainer"}

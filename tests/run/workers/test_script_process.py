@@ -75,15 +75,6 @@ def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkey
             wire.receive(theirs, wire.Hello)
 
 
-def test_nobody_but_another_user_is_nobody(start, monkeypatch):
-    """What it says is not taken for the script's, which ends before it has spoken."""
-    monkeypatch.setattr(script_process, "_user_of", lambda connection: os.geteuid() + 1)
-    turns = "@lorameter-test-" + secrets.token_hex(8)
-    process = start("true", turns=turns)
-    with greet(turns, "theirs"), pytest.raises(WorkerLostError, match="trained nothing"):
-        process.connect(30)
-
-
 @pytest.fixture
 def another_thread():
     """One that takes signals, which a process of numpy's has."""
@@ -121,13 +112,6 @@ def test_a_signal_that_stops_a_run_waits_for_a_start(start, monkeypatch):
         signal.signal(signal.SIGTERM, before)
     assert met[1:] == ["stops"]
     assert met[0].wait(10) == -signal.SIGKILL
-
-
-def test_what_is_started_holds_no_signal_back(start, tmp_path):
-    """Else it could not be stopped."""
-    process = start("grep", "SigBlk", "/proc/self/status")
-    assert process.exit_code(30) == 0
-    assert int((tmp_path / "log").read_text().split()[1], 16) == 0
 
 
 LAUNCHER = """

@@ -74,47 +74,6 @@ def run(tmp_path_factory):
         return measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
 
 
-TWO = """
-    import sys, torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-    def trainer(*callbacks):
-        torch.manual_seed(0)
-        sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-        rows = torch.randint(0, 64, (600, 16), generator=torch.Generator().manual_seed(1))
-        arguments = TrainingArguments("out", per_device_train_batch_size=2, max_steps=300, use_cpu=True, report_to=[],
-                                      save_strategy="no")
-        return Trainer(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, callbacks=list(callbacks),
-                       train_dataset=[{"input_ids": row, "labels": row} for row in rows])
-    class Inner(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                trainer().train()
-    trainer(*([Inner()] if sys.argv[1] == "nested" else [])).train()
-    trainer().train()
-"""
-
-
-@pytest.mark.faults
-def test_of_two_trainers_of_a_script_the_first_is_measured(tmp_path, monkeypatch):
-    """The second is not come to where it follows; where it trains inside the first there is no telling them apart, and
-    that script has no result, with the reason, while the other one goes on."""
-    (tmp_path / "two.py").write_text(textwrap.dedent(TWO))
-    monkeypatch.chdir(tmp_path)
-    variants = tuple(ScriptVariant(name=how, command=f"python two.py {how}") for how in ("after", "nested"))
-    protocol = Protocol(phases=("train",), replicates=1, warmup_steps_max=4, turns=2, retries=0, allow_disturbed=True)
-    study = Study(
-        name="two", title="two", workload=script_workload(), protocol=protocol, variants=variants, reference="after"
-    )
-    plan, notices = build_plan(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
-    run = measure(plan, runs=tmp_path / "runs", display=Mock(), notices=notices)
-    by_trial = {record.trial: record for record in run.records}
-    assert {by_trial[name].status for name in ("r0-after", "r0-after-control")} == {"ok"}
-    assert by_trial["r0-after"].samples["timed_loss"] == by_trial["r0-after-control"].samples["timed_loss"]
-    nested = by_trial["r0-nested"]
-    assert (nested.status, nested.failure.kind) == ("invalid", "TwoTrainings")
-    assert "a second training began in the same process" in nested.failure.message
-
-
 @pytest.mark.selftest
 def test_both_are_measured_step_by_step(run):
     """In turns of two steps each, after their warm-up, with their losses and the parameters that they train."""

@@ -11,18 +11,9 @@ from lorameter.run.plan import make_plan
 from lorameter.run.prepare import context_of, request_of
 from lorameter.run.runner import run_plan
 from lorameter.studies.variant import LoraVariant
+from tests.run.fakes import Quiet
 
 RANKS = (LoraVariant(name="r4", r=4, quantization="nf4"), LoraVariant(name="r8", r=8, quantization="nf4"))
-
-
-class Quiet:
-    """A listener that only watches."""
-
-    def trial_phase(self, slot, phase):
-        pass
-
-    def trial_ended(self, record):
-        pass
 
 
 def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):

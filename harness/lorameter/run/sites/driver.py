@@ -25,25 +25,21 @@ from lorameter.machine.hardware_class import OF_A_KIND
 from lorameter.machine.provenance import Machine, fingerprint_fields
 from lorameter.records import codec, store
 from lorameter.records.manifest import SiteFacts
-from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run, RunWriter
-from lorameter.records.tempdirs import leaving_nothing
 from lorameter.run.budget import SKIPPED, skipped_notice
 from lorameter.run.device_lock import IfBusy
-from lorameter.run.display import Display, Shielded
+from lorameter.run.display import Display
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import begin_record
-from lorameter.run.resume import continue_manifest, is_finished, mend, read_broken_off, write_plan
-from lorameter.run.runner import Stopping, find_unfinished, records_outside
+from lorameter.run.resume import continue_manifest, read_broken_off, write_plan
+from lorameter.run.runner import Stopping, records_outside
 from lorameter.run.sites.folder import (
     JOBS,
     LOG,
     JobOrder,
     JobState,
-    check_private,
-    make_private,
     read_order,
     read_state,
     write_order,
@@ -93,58 +89,35 @@ class Job:
 
 
 def measure_in_jobs(
-    plan: Plan,
-    launcher: Launcher,
-    *,
-    runs: Path,
-    display: Display,
-    local: bool,
-    if_busy: IfBusy | None = None,
-    notices: Sequence[Notice] = (),
-    resume: str | None = None,
-    policy: Mapping[str, Any] | None = None,
-) -> Run:
-    """Measure a plan into a run directory and read it back, as `lorameter.run.measure.measure` does.
+    plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, earlier: Run | None, shown: Display,
+    stops: InterruptHandler, *, local: bool, if_busy: IfBusy | None, about: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Measure what is left of a plan into the folder of its run, which this process has locked.
 
     Args:
-        plan: what to measure.
+        plan: the whole plan.
+        groups: what is left of it.
         launcher: of the jobs.
-        runs: where the run is written.
-        display: shows what is under way.
+        path: folder of the run.
+        earlier: the run as it was, if it is resumed.
+        shown: shows what is under way.
+        stops: handles signals.
         local: whether the sites are of this machine: each measures its part of the replicates in one job, as it does
             under a time limit. Elsewhere a job measures one replicate, so that one that waits in a queue holds up no
             other.
         if_busy: what a job does if its device is in use; None: this process holds the devices.
-        notices: what was known before.
-        resume: id of a run of this plan to resume; None for a new one.
-        policy: what the run will be judged by, as JSON data.
+        about: what this process adds to the manifest that a job wrote.
 
     Raises:
-        UsageError: what the study asks for cannot be done, or other users can write into the folder of the run.
+        UsageError: what the study asks for cannot be done.
         InvalidRunError: sites are unlike each other, or all of them have lost their jobs.
     """
-    run_id = resume or store.new_run_id(plan.study.name, runs)
-    path = runs / run_id
-    shown = Shielded(display)
-    with InterruptHandler() as stops, contextlib.ExitStack() as stack:
-        stack.enter_context(translate_os_errors(lambda: store.refusal_of(path)))
-        stack.enter_context(leaving_nothing(path, unless=store.MANIFEST))
-        if path.is_dir():
-            path.chmod(path.stat().st_mode & ~0o022)
-        make_private(path, 0o755)
-        stack.enter_context(store.writing(path))
-        make_private(path / JOBS)
+    with contextlib.ExitStack() as stack:
+        (path / JOBS).mkdir(mode=0o700, exist_ok=True)
         stack.callback(shutil.rmtree, path / JOBS, ignore_errors=True)
-        earlier = store.read_run(str(path), runs) if resume else None
-        groups = find_unfinished(plan, earlier.records if earlier else (), whole=True)
-        if earlier is not None and not groups:
-            return earlier if is_finished(earlier) else mend(earlier)
-        shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         stack.callback(launcher.close)
-        about = {"notices": tuple(notices), "policy": dict(policy or {})}
         driver = _Driver(plan, launcher, path, shown, about, earlier, groups, local=local, if_busy=if_busy)
         driver.measure(stops)
-    return store.read_run(str(path), runs)
 
 
 class _Driver:
@@ -163,7 +136,6 @@ class _Driver:
         local: bool,
         if_busy: IfBusy | None,
     ) -> None:
-        """`about` is what this process adds to the manifest that a job wrote."""
         self._plan, self._launcher, self._path, self._shown, self._about = plan, launcher, path, shown, about
         self._earlier, self._groups, self._local, self._if_busy = earlier, groups, local, if_busy
         known = records_outside(groups, earlier.records if earlier else ())
@@ -230,7 +202,7 @@ class _Driver:
         """Start a job on the site that has been free for longest; `each` is how many replicates a site takes."""
         slot = self._free.popleft()
         folder = self._path / JOBS / f"{len(list((self._path / JOBS).iterdir())):04}"
-        make_private(folder)
+        folder.mkdir()
         write_order(folder, self._order(slot, replicates, each))
         self._launcher.start(folder, slot)
         self._jobs.append(Job(folder=folder, slot=slot, replicates=replicates))
@@ -435,10 +407,8 @@ def read_left(path: Path, manifest: Manifest) -> Iterator[tuple[TrialRecord, Job
 def merge_left(path: Path) -> None:
     """Merge into a run what the jobs of a process that was killed have measured, and remove the jobs.
 
-    Jobs of SLURM that still run are cancelled first; others ended with the process. Raises `UsageError` if other users
-    can write into the folder of the jobs.
+    Jobs of SLURM that still run are cancelled first; others ended with the process.
     """
-    check_private(path / JOBS)
     with store.writing(path):
         deadline = time.monotonic() + END_TIMEOUT_S
         for folder in sorted((path / JOBS).glob("*")):
@@ -468,7 +438,6 @@ def read_broken_off_with_jobs(name: str, runs: Path, *, study: str | None = None
 
 def _begin_again(path: Path) -> None:
     """Begin a run whose process was killed before the first job had a manifest, if a job has one now."""
-    check_private(path / JOBS)
     for folder in sorted((path / JOBS).iterdir()):
         spec = read_order(folder).plan
         for found in store.list_runs(folder)[:1]:

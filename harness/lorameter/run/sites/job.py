@@ -23,7 +23,7 @@ from lorameter.run.device_lock import hold_devices
 from lorameter.run.measure import measure
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.resume import read_plan
-from lorameter.run.sites.folder import JobState, check_private, read_order, write_state
+from lorameter.run.sites.folder import JobState, read_order, write_state
 from lorameter.run.sites.gpus import executors_of_ranks
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.environment import Host
@@ -63,11 +63,7 @@ class _Progress:
 
 
 def run_job(folder: Path) -> None:
-    """Carry out the order in a folder; whatever comes of it is written into the state.
-
-    Raises `UsageError` if other users can write into the folder.
-    """
-    check_private(folder)
+    """Carry out the order in a folder; whatever comes of it is written into the state."""
     order = read_order(folder)
     progress = _Progress(folder, JobState(site=order.site or _name_site()))
     try:

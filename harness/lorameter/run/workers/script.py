@@ -29,13 +29,13 @@ from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.workers import Executor, Worker, WorkerLostError
+from lorameter.records.worker_info import TokenSummary, WorkerInfo
+from lorameter.run.workers import Worker, WorkerLostError
 from lorameter.run.workers.base import DiskExecutor, ProcessWorker
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.script_process import ScriptProcess
 from lorameter.run.workers.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
-from lorameter.studies.request import BaseRequest, ScriptRequest, TrialRequest
+from lorameter.studies.request import ScriptRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
 
@@ -170,7 +170,7 @@ class ScriptWorker(ProcessWorker):
 
 
 class ScriptExecutor(DiskExecutor):
-    """Implements `Executor`."""
+    """Implements `Executor`, but for bases and cold starts, which no plan of scripts has."""
 
     def __init__(self, *, host: Host | None = None) -> None:
         self._host = host
@@ -218,10 +218,6 @@ class ScriptExecutor(DiskExecutor):
         """Nothing: what is trained on is the script's."""
         return TOKENS
 
-    def prepare_base(self, request: BaseRequest) -> BaseSummary:
-        """Scripts have none."""
-        raise _not_of_scripts("base", "a script loads its model itself")
-
     def clear_place(self, trial: str) -> None:
         """What the script wrote goes with its trial."""
         super().clear_place(trial)
@@ -231,14 +227,6 @@ class ScriptExecutor(DiskExecutor):
     def launch(self) -> Worker:
         """A worker whose process is started when it is told which trial it is."""
         return ScriptWorker(self._start_trial)
-
-    def cold_start(self, request: TrialRequest) -> PartialRecord:
-        """Scripts have none."""
-        raise _not_of_scripts("cold", "a script saves no adapter that could be loaded again")
-
-    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """Scripts have no cold start."""
-        raise _not_of_scripts("cold", "a script imports what it needs itself")
 
     @property
     def _interpreter(self) -> Host:
@@ -278,10 +266,6 @@ class ScriptExecutor(DiskExecutor):
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
 
 
-def _not_of_scripts(phase: str, message: str) -> WorkerLostError:
-    return WorkerLostError("not_run", Failure(phase=phase, kind="NotOfScripts", message=message))
-
-
 def _free_port() -> int:
     """A TCP port that is free now."""
     with socket.socket() as found:
@@ -289,7 +273,7 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
+def open_executor(*, host: Host | None = None, label: str = "") -> ScriptExecutor:
     """What `lorameter.run.workers.open_executor` asks of its module. No file of a script's is named by its side, so
     the label is not needed."""
     return ScriptExecutor(host=host)
