@@ -312,21 +312,6 @@ def test_sides_are_checked_before_the_device_is_waited_for(fake, repository, stu
     assert fake.made == []
 
 
-def test_a_dry_run_shows_the_plan_of_both_sides(fake, repository, study_file, lorameter, tmp_path):
-    """In the words of `run --dry-run`, after the sides are checked; nothing is started and no run is made."""
-    words = ("ab", study_file, "--base", "fast", "--candidate", "slow", "--phase", "train", "--dry-run")
-    code, text = lorameter(*words)
-    assert code == 0
-    assert "replicate 8: " in text
-    assert "plain-candidate" in text
-    code, document = lorameter(*words, "--json")
-    assert code == 0
-    assert sum(trial.startswith("r0-") for trial in document["order"]) == 5  # both and the control; two alone for peaks
-    assert lorameter(*words[:4], "--candidate", "no-such-branch", "--dry-run")[0] == 2
-    assert fake.made == []
-    assert not (tmp_path / "runs").exists()
-
-
 def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_file, lorameter):
     """A row costs a thousandth here: 50 rows for 5 %; false alarms, power and prices follow in one document."""
     code, document = lorameter("calibrate", study_file, "--replicates", "9", "--json")
@@ -417,20 +402,6 @@ def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_
     assert code == 2
     assert "its candidate would be of two kinds: packages.peft: '0.1' then" in said
     assert fake.asked == [] or fake.made == []
-
-
-def test_what_an_ab_has_settled_cannot_be_given_anew(broken_off, fake, lorameter):
-    """As with a run."""
-    name = broken_off()["run"]
-    for options, said in (
-        (["--base", "slow"], "--base would change"),
-        (["--inject-rows", "3"], "--inject-rows would change"),
-        (["--effort", "quick"], "--effort would change"),
-        (["lora-or-qlora"], "is of study 'small'"),
-    ):
-        code, text = lorameter("ab", *options, "--resume", name)
-        assert (code, said in text) == (2, True), text
-    assert fake.made == []
 
 
 @pytest.fixture

@@ -104,16 +104,6 @@ def test_a_bad_end_that_is_not_slower_ends_the_search_at_once():
     assert "improved" in faster.conclusion
 
 
-def test_a_bad_end_that_nobody_can_tell_is_said():
-    """After all replicates that may be spent on it, or where it cannot be measured at all."""
-    asked = Exact([1.0, 1.0, 1.03], spread=0.2)
-    found = bisect(candidates(2), asked, replicates=4)
-    assert "inconclusive" in found.conclusion
-    assert [replicates for _, replicates in asked.asked] == [4, 8, 16]
-    found = bisect(candidates(2), Constructed([1.0] * 3, broken=[2]), replicates=4)
-    assert "could not be measured" in found.conclusion
-
-
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_report_says_what_was_found_first(width):
     """Then each comparison with its ratio, its replicates and its side."""

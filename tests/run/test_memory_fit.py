@@ -9,8 +9,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card
-from lorameter.models.costs.memory import PEAK_RANGES
-from lorameter.run.memory_fit import Fitter, Needs, on_card, on_machine
+from lorameter.run.memory_fit import Fitter, on_card, on_machine
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import MOST_BATCH, Workload
 
@@ -33,16 +32,6 @@ def fitter(machine):
         return Fitter(device=device, shape=shape, process_bytes=None)
 
     return make
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_range_is_that_of_an_estimate_which_is_off(device):
-    """Only what fits at its upper end fits, and what does not at its lower end does not."""
-    needs, (low, high) = Needs.of(1000, device), PEAK_RANGES[device]
-    assert (needs.low_bytes, needs.high_bytes) == (int(1000 * low), int(1000 * high))
-    assert needs.status_in(needs.high_bytes) == "fits"
-    assert needs.status_in(needs.high_bytes - 1) == needs.status_in(needs.low_bytes) == "may-not-fit"
-    assert needs.status_in(needs.low_bytes - 1) == "does-not-fit"
 
 
 @pytest.mark.parametrize(("model", "card", "variant", "status"), [
@@ -91,10 +80,3 @@ def test_of_this_machine_counts_what_is_free(machine):
     assert on_machine(card, None).usable_bytes == 24 * GIB
     with pytest.raises(UsageError, match=r"not known.*--gpu"):
         on_machine(dataclasses.replace(card, device_memory_bytes=None), None)
-
-
-def test_what_is_assumed_of_a_card_is_said_with_what_it_rests_on(machine):
-    """The driver's share and CUDA's context, which nobody measured here."""
-    said = " ".join(on_card(machine, find_card("H100")).assumed)
-    for words in ("driver keeps 2 %", "torch's messages", "context", "fragments"):
-        assert words in said

@@ -83,22 +83,6 @@ def test_the_fewest_make_it_fit_and_fewer_do_not(advice, variant, model, card):
         assert all(option.status != "fits" for option in found.options)
 
 
-def test_checkpointing_is_what_frees_most_of_a_wide_batch(advice):
-    """Llama-2-7B in bfloat16, six sequences of 1024 tokens, on 32 GiB: it fits with that alone."""
-    found = advice(LORA, card="32GiB")
-    assert found.status == "does-not-fit"
-    assert found.options[0].writes == "gradient_checkpointing = true"
-    assert found.turn == ("gradient_checkpointing = true",)
-
-
-def test_where_all_are_not_enough_it_is_said(advice):
-    """70 billion parameters in 4 bits are 35 GB."""
-    found = advice(LORA, model="llama2-70b", card="24GiB")
-    assert found.turn is None
-    assert not advice(LORA, model="llama2-70b", card="24GiB").largest
-    assert [one.value for one in advice(LORA, model="llama2-70b", with_largest=True).largest] == [None, None]
-
-
 def test_several_ranks_are_refused(advice):
     """What each holds of a model that is shared out nobody estimates."""
     with pytest.raises(UsageError, match="ranks = 2"):

@@ -18,6 +18,7 @@ from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.runner import run_plan
 from lorameter.run.workers import TrialFiles, WorkerLostError
 from lorameter.studies.request import TrialRequest
+from tests.run.fakes import Quiet
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
 SERVING = ["begin_generate", "request", "request", "end_generate", "merge", "request", "request"]
@@ -77,19 +78,6 @@ class FakeExecutor:
     def cold_start(self, request: TrialRequest):
         tokens = self.script.get((request.trial, "cold"), PartialRecord()).tokens
         return PartialRecord(values={"cold_start_time_s": 1.0}, tokens=tokens)
-
-
-class Quiet:
-    """A listener that notes the order of events."""
-
-    def __init__(self):
-        self.ended = []
-
-    def trial_phase(self, slot, phase):
-        pass
-
-    def trial_ended(self, record):
-        self.ended.append(record.trial)
 
 
 @pytest.fixture
@@ -233,14 +221,6 @@ def test_a_defect_of_the_parent_costs_no_record(small_study):
         run_plan(plan, {"": executor}, SITE, save=saved.append, listener=Quiet())
     assert [record.status for record in saved] == ["ok", "interrupted", *["not_run"] * (len(plan.slots) - 2)]
     assert "oops" in saved[1].failure.message
-
-
-def test_scratch_is_gone_when_its_trial_has_ended(small_study):
-    """A long run does not fill the disk with adapters, wherever that disk is."""
-    plan = make_plan(small_study)
-    executor, records = conduct(plan)
-    assert {record.status for record in records.values()} == {"ok"}
-    assert executor.places == {}
 
 
 # --- a long group, and a run that is resumed ---------------------------------------------------------------------

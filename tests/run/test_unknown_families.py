@@ -59,22 +59,6 @@ def test_a_dry_run_says_it(model, capsys, tmp_path):
     assert SENTENCE in told["unknown"]
 
 
-def test_an_estimate_says_it(model, capsys, tmp_path):
-    """There is no table of guesses, and the exit code is that of an answer."""
-    line = ["estimate", "lora-or-qlora:qlora-nf4-r16", "--model", model, "--runs-dir", str(tmp_path)]
-    assert main(line) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "estimated peak: unknown" in shown
-    assert SENTENCE in shown
-    assert REMEDY in shown
-    assert main([*line, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["train"] == told["generate"] == {
-        "kinds": {}, "beside": {}, "total_bytes": None, "measured_bytes": None, "error": None,
-    }  # fmt: skip
-    assert SENTENCE in told["notices"][0]
-
-
 def test_sizes_are_peft_s_and_say_it(tmp_path, capsys):
     """A count needs no formula; below it stands that none was held against it."""
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
@@ -86,9 +70,3 @@ def test_sizes_are_peft_s_and_say_it(tmp_path, capsys):
     assert "the linear layers of model type 'gpt2' are not known" in shown
     assert main([*line, "--json"]) == 0
     assert "'gpt2'" in json.loads(capsys.readouterr().out)["unknown"]
-
-
-def test_what_peft_cannot_adapt_is_bad_input(model, capsys):
-    """PEFT has no default layers in a mixture of experts: its own words, and exit code 2."""
-    assert main(["list", "sizes", "llama2-lora-parameters", "--model", model]) == 2
-    assert "PEFT cannot adapt random:" in capsys.readouterr().err

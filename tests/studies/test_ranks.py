@@ -11,8 +11,7 @@ from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
 from lorameter.run.build_plan import build_plan
-from lorameter.run.check_variant import processes_on_device
-from lorameter.run.feasibility import check_feasible
+from lorameter.run.feasibility import check_feasible, processes_on_device
 from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.plan import make_plan
 from lorameter.studies.study_file import load_study
@@ -105,7 +104,7 @@ def test_ranks_on_parts_of_one_card_are_refused(small_study, machine, monkeypatc
         )
         for n, board in enumerate(boards)
     )  # fmt: skip
-    monkeypatch.setattr("lorameter.run.check_variant.visible_cards", lambda: Reading(value=cards))
+    monkeypatch.setattr("lorameter.run.feasibility.visible_cards", lambda: Reading(value=cards))
     there = dataclasses.replace(machine, device="cuda")
     with (
         pytest.raises(UsageError, match=f"ranks = 2: {shared} are parts of one GPU")
@@ -123,7 +122,7 @@ def test_ranks_on_parts_of_one_card_are_refused(small_study, machine, monkeypatc
 )
 def test_four_bits_need_a_torch_that_shards_integers(small_study, machine, torch, can, monkeypatch):
     """Refused before a model is loaded, with what would do; float weights are sharded by every torch."""
-    monkeypatch.setattr("lorameter.run.check_variant.library_version", {"torch": torch}.get)
+    monkeypatch.setattr("lorameter.run.feasibility.library_version", {"torch": torch}.get)
     check_feasible(of_ranks(small_study), machine)
     with (
         contextlib.nullcontext()
@@ -135,7 +134,7 @@ def test_four_bits_need_a_torch_that_shards_integers(small_study, machine, torch
 
 def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, machine, monkeypatch):
     """A notice before the run, which names the repair or says that it is in force."""
-    monkeypatch.setattr("lorameter.run.check_variant.library_version", {"torch": "2.13.0"}.get)
+    monkeypatch.setattr("lorameter.run.feasibility.library_version", {"torch": "2.13.0"}.get)
     study = of_ranks(small_study, quantization="nf4")
     codes = {notice.code: notice.remedy for notice in check_feasible(study, machine)}
     assert 'repair = "quant_state"' in codes["ranks-fsdp2-4bit"]

@@ -21,7 +21,7 @@ from lorameter.models.costs.memory import (
     passing_bytes,
 )
 from lorameter.records import codec, store
-from lorameter.run.check_variant import processes_on_device
+from lorameter.run.feasibility import processes_on_device
 from lorameter.run.forecast_time import TimeForecast, forecast_time
 from lorameter.run.plan import Group, Plan
 from lorameter.studies.request import BaseKey, base_key

@@ -12,7 +12,7 @@ from torch import nn
 from kernels_check import verify
 from kernels_check.judges import base_layers
 from kernels_check.observe.adapter import adapter_layers
-from lorameter.run.check_variant import SHARDS_INTEGERS, shards_4bit
+from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
 
 
 def _tuned(base, *, optimizer=torch.optim.AdamW, everything=False, **options):

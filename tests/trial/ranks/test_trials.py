@@ -14,7 +14,7 @@ import torch
 from lorameter.records import codec
 from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord
-from lorameter.run.check_variant import SHARDS_INTEGERS, shards_4bit
+from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
 
 SCRIPT = Path(__file__).with_name("scenarios.py")
 SHARDED_4BIT = ("fsdp2, qlora", "fsdp2, qlora, repaired")
