@@ -114,8 +114,8 @@ def _measure_here(
     with stops.interruptible():
         ready, context = _start(rest, executors, folder, shown, stack)
         facts = _facts(plan, executors)
-        budget.import_s, budget.load_s = ready.hello.import_time_s, ready.load_s
-    notices = (*about["notices"], *ready.base_notices)
+        budget.import_s, budget.load_s = ready.hello.import_time_s, ready.bases.load_s
+    notices = (*about["notices"], *ready.bases.notices)
     if plan.provisional:
         with stops.interruptible():
             plan, found = probe_memory(plan, executors, context, shown)
@@ -177,7 +177,7 @@ def _start(
     for name, executor in executors.items():
         stack.callback(executor.close)
         executor.start(folder, threads[name])
-    return prepare_run(plan, executors, shown, tell_data=shown.tokens_prepared)
+    return prepare_run(plan, executors, shown)
 
 
 def _new_manifest(
@@ -199,8 +199,8 @@ def _new_manifest(
         created_unix_s=time.time(),
         provenance=collected,
         fingerprint=provenance.fingerprint(collected, without=declared),
-        tokens=describe_tokens(plan, ready.tokens_of(plan)),
-        bases=ready.bases,
+        tokens=describe_tokens(plan, ready.tokens),
+        bases=ready.bases.summaries,
         notices=notices,
         sides={
             name: side.to_json()
@@ -212,13 +212,13 @@ def _new_manifest(
 
 
 def _resumed_manifest(plan: Plan, before: Manifest, ready: Ready, facts: Mapping[str, MachineFacts]) -> Manifest:
-    tokens = describe_tokens(plan, ready.tokens_of(plan))
+    tokens = describe_tokens(plan, ready.tokens)
     minutes = plan.study.protocol.max_minutes
     manifest = continue_manifest(before, _provenance(plan, ready, facts), tokens, minutes)
     return msgspec.structs.replace(
         manifest,
-        bases=(*manifest.bases, *ready.bases),
-        notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
+        bases=(*manifest.bases, *ready.bases.summaries),
+        notices=tuple(dict.fromkeys((*manifest.notices, *ready.bases.notices))),
     )
 
 

@@ -9,7 +9,7 @@ are then removed from the disk, and those used longest ago where all together ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.models.bases import prune
 from lorameter.records.record import Notice, Status, TrialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.display import ProgressListener
+from lorameter.run.display import Display, ProgressListener
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.workers import Executor, TrialFiles, WorkerLostError
 from lorameter.studies.request import BaseKey, BaseRequest, ScriptRequest, TrialRequest, base_key, base_words
@@ -114,9 +114,13 @@ class Bases:
     folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
     """By the executor that maps it."""
     summaries: tuple[BaseSummary, ...] = ()
-    load_s: Mapping[BaseKey, float] = field(default_factory=dict)
-    """Seconds in which a process makes the base for itself."""
     notices: tuple[Notice, ...] = ()
+    """Of those that could not be prepared."""
+
+    @property
+    def load_s(self) -> float:
+        """Mean seconds in which a process makes a base for itself."""
+        return sum(one.load_s for one in self.summaries) / max(1, len(self.summaries))
 
 
 def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, listener: ProgressListener) -> Bases:
@@ -148,17 +152,8 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
     return Bases(
         folders={place: summary.path for place, summary in made.items() if place[1] not in notices},
         summaries=tuple(made.values()),
-        load_s={key: summary.load_s for (_, key), summary in made.items()},
         notices=tuple(notices.values()),
     )
-
-
-def mean_load_s(plan: Plan, bases: Bases) -> float:
-    """Mean seconds that a cold start takes to load its base, by what making the bases has taken."""
-    each = [
-        bases.load_s.get(base_key(slot.arm.built, slot.workload), 0.0) for slot in plan.slots if "cold" in slot.measures
-    ]
-    return sum(each) / len(each) if each else 0.0
 
 
 def _notice(slot: Slot, lost: WorkerLostError) -> Notice:
@@ -176,39 +171,23 @@ class Ready:
 
     hellos: dict[str, WorkerInfo]
     """By executor, the one that prepared the tokens first."""
-    tokens: tuple[TokenSummary, ...]
-    """Of the plan's workloads, in their order."""
-    bases: tuple[BaseSummary, ...] = ()
-    base_notices: tuple[Notice, ...] = ()
-    """Of bases that could not be prepared."""
-    load_s: float = 0.0
-    """Mean seconds in which a cold start loads its base."""
+    tokens: dict[Workload, TokenSummary]
+    bases: Bases
 
     @property
     def hello(self) -> WorkerInfo:
         """Of the first executor."""
         return next(iter(self.hellos.values()))
 
-    def tokens_of(self, plan: Plan) -> dict[Workload, TokenSummary]:
-        """The tokens by workload."""
-        return dict(zip(plan.workloads, self.tokens, strict=True))
 
-
-def prepare_run(
-    plan: Plan,
-    executors: Mapping[str, Executor],
-    listener: ProgressListener,
-    *,
-    tell_data: Callable[[str], object],
-) -> tuple[Ready, RunContext]:
+def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display) -> tuple[Ready, RunContext]:
     """Prepare everything that the trials of a plan need, with executors that are started; the first prepares all
     tokens.
 
     Args:
         plan: what will be measured.
         executors: by name.
-        listener: receives each base that is made.
-        tell_data: receives a description of the user's data.
+        display: receives a description of the user's data, and each base that is made.
 
     Raises:
         UsageError: data that cannot be read.
@@ -216,36 +195,28 @@ def prepare_run(
         SystemLimitError: the system refuses memory or disk for a base.
     """
     first = next(iter(executors.values()))
-    prepared = {workload: first.prepare_tokens(workload) for workload in plan.workloads}
-    tokens = prepared[plan.study.workload]
-    if not (tokens.synthetic or plan.study.of_scripts):
-        tell_data(tokens.data)
+    tokens = {workload: first.prepare_tokens(workload) for workload in plan.workloads}
+    summary = tokens[plan.study.workload]
+    if not (summary.synthetic or plan.study.of_scripts):
+        display.tokens_prepared(summary.data)
     variants = [slot.variant for slot in plan.slots]
     hellos = {name: greet(executor, variants) for name, executor in executors.items()}
-    hello = next(iter(hellos.values()))
-    bases = prepare_bases(plan, executors, hello.device, listener)
-    ready = Ready(
-        hellos=hellos,
-        tokens=tuple(prepared.values()),
-        bases=bases.summaries,
-        base_notices=bases.notices,
-        load_s=mean_load_s(plan, bases),
+    device = next(iter(hellos.values())).device
+    bases = prepare_bases(plan, executors, device, display)
+    contexts = {workload: context_of(workload, found, device) for workload, found in tokens.items()}
+    context = dataclasses.replace(
+        contexts.pop(plan.study.workload),
+        own=contexts,
+        bases=bases.folders,
+        max_parallel=max_parallel(plan, executors),
     )
-    context = _context(plan, prepared, hello.device)
-    return ready, dataclasses.replace(context, bases=bases.folders, max_parallel=max_parallel(plan, executors))
+    return Ready(hellos=hellos, tokens=tokens, bases=bases), context
 
 
 def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:
     """How many trials of a plan may work at once while nothing is timed; each rank of a trial has its own threads."""
     threads = max(slot.workload.threads * slot.workload.ranks for slot in plan.slots)
     return min(executor.max_parallel(threads) for executor in executors.values())
-
-
-def _context(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> RunContext:
-    """The context of the study's workload, with those of the other workloads in `own`."""
-    contexts = {workload: context_of(workload, tokens, device) for workload, tokens in prepared.items()}
-    study = contexts.pop(plan.study.workload)
-    return dataclasses.replace(study, own=contexts)
 
 
 def greet(executor: Executor, variants: Iterable[AnyVariant]) -> WorkerInfo:
