@@ -110,7 +110,7 @@ def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machi
             {"request_batch": 2},
             r"use_dora = True: with adapters = 4, PEFT does not mix .* = 1, which",
         ),
-        ({"merge_adapter": True}, {}, "merge_adapter = True: with adapters = 4, one that is merged can neither"),
+        ({"merge_adapter": True}, {}, "merge_adapter = True: with adapters = 4, a merged adapter can neither"),
         ({"bias": "lora_only"}, {}, 'bias = .lora_only.: with adapters = 4, PEFT has one .* Use bias = "none"'),
         ({"init_lora_weights": "olora"}, {}, "init_lora_weights = .olora.: with adapters = 4, it rewrites the base"),
     ],

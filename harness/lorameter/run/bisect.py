@@ -1,10 +1,10 @@
 """Which step of many made it slower: each is compared to the good end in one job, half of what is left at a time.
 
 A step lies on one side or the other of the middle of the whole effect, on the log scale: `slow` if the interval of its
-ratio to the good end lies above it, `fast` if below. So a step is told from its neighbours by half of what is sought,
-and small steps elsewhere mislead nobody. An interval that holds the middle is an open question: more replicates are
-spent there, and only there, each time in a job of its own whose result stands alone. What stays open is named, and the
-search goes on around it.
+ratio to the good end lies above it, `fast` if below. So a step differs from its neighbours by half of what is sought,
+and small steps elsewhere do not mislead the search. An interval that holds the middle is an open question: more
+replicates are spent there, and only there, each time in a job of its own that is judged alone. What stays open is
+named, and the search goes on around it.
 
 With n steps and every answer clear, the bad end and the halving take 1 + log2(n) comparisons, rounded up.
 """
@@ -120,13 +120,13 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
 def _look_at_the_end(
     candidates: Sequence[Candidate], compare: Compare, replicates: int, looks: list[Look]
 ) -> Comparison | None:
-    """The whole effect; None where the bad end is not slower, or nobody can tell."""
+    """The whole effect; None where the bad end is not slower, or that stays open."""
     bad = len(candidates) - 1
     for count in _efforts(replicates):
         found = compare(candidates[bad].spec, count)
         slower = found.verdict == "regressed"
         side: Side = "slow" if slower else "open" if found.verdict == "inconclusive" else "fast"
-        looks.append(Look(place=bad, label=candidates[bad].label, side=_told(found, side), comparison=found))
+        looks.append(Look(place=bad, label=candidates[bad].label, side=_side_of(found, side), comparison=found))
         if slower:
             return found
         if found.verdict not in ("inconclusive", "invalid"):
@@ -145,7 +145,7 @@ def _settle(
             side = "slow"
         elif found.high is not None and found.high > 0 and math.log(found.high) < middle:
             side = "fast"
-        looks.append(Look(place=place, label=candidates[place].label, side=_told(found, side), comparison=found))
+        looks.append(Look(place=place, label=candidates[place].label, side=_side_of(found, side), comparison=found))
         if looks[-1].side in ("slow", "fast"):
             return side
         if found.ratio is None and len(looks) > 1 and looks[-2].place == place and looks[-2].comparison.ratio is None:
@@ -161,7 +161,7 @@ def _efforts(replicates: int) -> Iterator[int]:
         count *= 2
 
 
-def _told(found: Comparison, side: Side) -> Side:
+def _side_of(found: Comparison, side: Side) -> Side:
     """What has no ratio was not measured, whatever it is."""
     return "not measured" if found.ratio is None or found.verdict == "invalid" else side
 

@@ -207,7 +207,7 @@ class Budget:
 
     def lap(self, part: Part | None, *, rounds: int = 0, once_s: float = 0.0) -> None:
         """Book the time since the last lap to a part of the replicate: to so many rounds of it if there were any, else
-        to what it takes beside them. Later replicates do without `once_s` of it; None: without all of it."""
+        to the fixed part. Later replicates do without `once_s` of it; None: without all of it."""
         now = self.clock()
         seconds, self._lap = now - self._lap, now
         once_s = seconds if part is None else min(once_s, seconds)

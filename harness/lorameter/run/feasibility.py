@@ -357,7 +357,7 @@ def processes_on_device(workload: Workload, device: str) -> int:
 def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool = True) -> None:
     """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy.
 
-    `here`: whether they take the first GPUs that this process sees; else whoever chooses their GPUs counts them.
+    `here`: whether they take the first GPUs that this process sees; else the sites that are given count them.
     """
     if workload.ranks == 1:
         return
@@ -441,7 +441,7 @@ def _check_cards(where: str, workload: Workload) -> None:
 
 
 def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
-    """Refuse adapters that PEFT cannot have beside each other, or answer for in one batch (PEFT 0.21: any quantisation
+    """Refuse adapters of which PEFT cannot have several on a base, or in one batch (PEFT 0.21: any quantisation
     of bitsandbytes is taken). Raises `UsageError`, naming key, value and remedy."""
     if workload.adapters == 1:
         return
@@ -460,8 +460,8 @@ def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
         (
             variant.merge_adapter,
             "merge_adapter = True",
-            "one that is merged can neither be switched off nor stand beside others",
-            "Leave merge_adapter out; requests with the adapter merged are measured beside the others by `merged`.",
+            "a merged adapter can neither be switched off nor share its base with others",
+            "Leave merge_adapter out; requests with the adapter merged are measured as well, by `merged`.",
         ),
         (
             variant.bias != "none",

@@ -167,7 +167,7 @@ def _measured_script(variant: AnyVariant, workload: Workload, machine: Machine, 
 
 
 def _kind_of_peak(device: str) -> tuple[str, int]:
-    """The name of the peak that says what a process took, and what it took beside it."""
+    """The name of the peak that says what a process took, and what it took in addition."""
     if device == "cuda":
         return "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
     return "host_peak_train_bytes", 0

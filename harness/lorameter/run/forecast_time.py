@@ -75,7 +75,7 @@ class TimeForecast:
 class _ReplicateCost:
     parts: Mapping[Part, Cost]
     once_s: float
-    """What the run takes beside its replicates: imports, bases, the first check."""
+    """What the run takes outside of its replicates: imports, bases, the first check."""
     basis: str
 
 

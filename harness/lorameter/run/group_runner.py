@@ -233,7 +233,7 @@ class GroupRunner:
         if timed and turns:
             self._budget.note_turns(self._group, taken)
         epochs = max((records.slots[trial].arm.rounds_after_turns(protocol) for trial in timed), default=0)
-        # In rounds as well: a command that trained for hours could not be told from one that hangs.
+        # In rounds as well: a command that trains for hours looks like one that hangs.
         self._take_rounds("epochs", tuple(turns[number % len(turns)] for number in range(epochs)),
                           steps=protocol.steps_per_turn)  # fmt: skip
         arguments = {}

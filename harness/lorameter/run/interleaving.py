@@ -25,7 +25,7 @@ measures nothing."""
 ONE_HEAP = "variants in one process would be served from each other's memory"
 """Why variants that could share a base do not, on a CPU. What the C library keeps of a variant that needs much serves
 the next one, which waits for fewer new pages than by itself. Measured on a tiny model (page faults of a step, and its
-time): r 16 with nobody beside it 1,250 and 53.3 ms, beside DoRA 0 and 47.0 ms, while DoRA took 76 ms either way."""
+time): r 16 alone 1,250 and 53.3 ms, with DoRA in its process 0 and 47.0 ms, while DoRA took 76 ms either way."""
 
 
 def choose_interleaving(

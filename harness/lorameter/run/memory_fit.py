@@ -349,7 +349,7 @@ def _find_fewest(
                 continue
             if fitter.status(fitter.needs(changed, smaller)) != "fits":
                 continue
-            most = fitter.largest_batch(changed, workload).value or 1  # beside others it need not be as small
+            most = fitter.largest_batch(changed, workload).value or 1  # with other changes it need not be as small
             rows = f"batch_size = {min(most, workload.batch_size - 1)}"
             return tuple(rows if one.batch_size else one.writes for one in chosen)
     return None

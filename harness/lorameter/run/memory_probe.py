@@ -49,7 +49,7 @@ class MemoryProbe:
 def probe_memory(
     plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: ProgressListener
 ) -> tuple[Plan, tuple[Notice, ...]]:
-    """The plan at the level that its scripts allow, and what was seen of them that is to be told before the start."""
+    """The plan at the level that its scripts allow, with notices to show before the start."""
     first = next(iter(executors.values()))
     free = first.free_bytes()
     seen: dict[str, MemoryProbe] = {}

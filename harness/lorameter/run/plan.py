@@ -347,7 +347,7 @@ def make_plan(
 
 
 def _check_size(study: Study, arms: int) -> None:
-    """Raises `UsageError` for a plan that would take longer to make, and to read, than anybody waits."""
+    """Raises `UsageError` for a plan that would take minutes to make and to read."""
     protocol = study.protocol
     rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
     total = arms * protocol.replicates * rounds
@@ -362,7 +362,7 @@ def measures_of(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """What the trials that take turns measure (a cold start when they have ended), and what isolated trials measure."""
-    if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
+    if study.of_scripts:  # each has a process and an allocator of its own, whatever else is live
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
     unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()

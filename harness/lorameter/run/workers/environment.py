@@ -57,7 +57,7 @@ class Host:
     cwd: str | None = None
     """Folder that the processes run in, and which `python -m` puts first on the path; None: that of the parent."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables beside those of the parent."""
+    """Variables in addition to those of the parent."""
 
     def command(self, module: str, *arguments: str) -> list[str]:
         """The command line that runs a module in this interpreter."""
@@ -199,7 +199,7 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
     Args:
         requirements: as from `parse_requirements`.
         cache: lorameter's cache directory; the layer is `environments/KEY` in it.
-        report: told, one line each, what is being done, pip's own lines among them.
+        report: gets a line for each step, and pip's own lines.
 
     Raises:
         UsageError: the environment cannot be made, or pip fails; with pip's last lines.
@@ -242,7 +242,7 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
     """Make the environment in `out`. It is run by its path only, so renaming it afterwards does no harm."""
     report(f"making an environment with {' '.join(requirements)}")
     # Asked of the path alone: the finder that setuptools installs takes a question about pip for an import of pip, and
-    # withdraws its distutils from this process for good. Whoever imports setuptools afterwards then fails.
+    # withdraws its distutils from this process for good. An import of setuptools then fails.
     shared_pip = ["--without-pip"] if PathFinder.find_spec("pip", _present_folders()) else []
     _run([sys.executable, "-m", "venv", *shared_pip, str(out)], requirements, lambda line: None)
     python = out / "bin" / "python"
@@ -262,7 +262,7 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
 
 @contextlib.contextmanager
 def _listed(requirements: Sequence[str], folder: Path) -> Iterator[Path]:
-    """A file of the requirements that nobody else may read, and none afterwards: their addresses may hold credentials,
+    """A file of the requirements that no other user can read, removed afterwards: their addresses may hold credentials,
     and everybody on a machine sees the command lines of its processes."""
     listed = folder / "requirements.txt"
     try:

@@ -1,7 +1,7 @@
 """Trials that are scripts: each is started as its command says, held before its first step, and let take its turns.
 
 There is no zygote: a script imports what it imports, and that is its own affair. The interpreter is the one that the
-command means where one stands, that of a side of an A/B, or that of the variant.
+command means in the current environment, that of a side of an A/B, or that of the variant.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ OF_A_PROCESS = {"voluntary_switches", "involuntary_switches", "major_faults"}
 OF_NEIGHBOURS = {"own_bytes", "used_bytes", "others", "others_bytes", "hidden_bytes"}
 
 SAFE_PATH = "PYTHONSAFEPATH"
-"""Keeps the folder that one stands in off the path where the interpreter of a side is asked what it has. In front of a
+"""Keeps the current folder off the path where the interpreter of a side is asked what it has. In front of a
 script's path is its own folder, as where it is started by hand."""
 
 
@@ -67,7 +67,7 @@ def is_named(host: Host) -> bool:
 
 
 def python_of(host: Host | None) -> str:
-    """What the word python means: the interpreter of a side, else the one on PATH, as it would where one stands; the
+    """What the word python means: the interpreter of a side, else the one on PATH, as in a shell; the
     present one where that has no torch."""
     if host is not None and is_named(host):
         return host.python
@@ -225,7 +225,7 @@ class ScriptExecutor(DiskExecutor):
             shutil.rmtree(home, ignore_errors=True)
 
     def launch(self) -> Worker:
-        """A worker whose process is started when it is told which trial it is."""
+        """A worker whose process is started when its trial is prepared."""
         return ScriptWorker(self._start_trial)
 
     @property
@@ -245,8 +245,8 @@ class ScriptExecutor(DiskExecutor):
 
     def _start_trial(self, request: ScriptRequest) -> ScriptProcess:
         variant, host = request.variant, self._interpreter
-        # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
-        # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
+        # By chance and of one length: the lengths of paths in an environment move what lies next to it in memory, and
+        # with the names of the trials they would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = self.scratch / secrets.token_hex(4)
         origin = folder_of(variant, Path(host.cwd or Path.cwd()))
         folder = copy_snapshot(self._snapshot(origin), home / "work")

@@ -51,7 +51,7 @@ def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log
                 preexec_fn=lambda: end_with_parent(parent),
             )
     except BaseException:
-        if process is not None:  # and nobody will hear of it
+        if process is not None:  # which nothing else will end
             kill_group(process.pid)
         raise
     return process

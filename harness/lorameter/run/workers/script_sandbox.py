@@ -1,7 +1,7 @@
 """Where a measured script works: a copy of its folder for each process, and nowhere to publish.
 
 Several processes of one script are live at a time, each is started anew in every replicate, and each is ended in the
-middle. In the folder that one stands in they would write over each other's output and over what a training before them
+middle. In the current folder they would write over each other's output and over what a training before them
 has left. So the folder is copied once when the run begins, and each process works in a copy of that copy, which goes
 when its trial has ended. All processes of a run thus have the same files, whatever is edited meanwhile.
 
@@ -32,7 +32,7 @@ from lorameter.studies.variant import ScriptVariant
 LARGE_BYTES = 64 * 2**20
 """A larger file is data or weights, which are read; it is linked."""
 MAX_BYTES = 2**30
-"""Copied for each process. Whoever has more beside the script has a folder of data there."""
+"""Copied for each process. A larger folder holds data."""
 MAX_FILES = 50_000
 LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
 """Folders that a script reads at most."""
@@ -51,11 +51,11 @@ _QUIET: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DO_NOT_TRACK": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",  # the modules beside a script that is named by an absolute path lie there
+    "PYTHONDONTWRITEBYTECODE": "1",  # a script that is named by an absolute path imports from its own folder
 }
-"""What trackers are told by their own variables; those that Trainer calls are turned off in its arguments as well."""
+"""Variables that turn trackers off; those that Trainer calls are turned off in its arguments as well."""
 UNVERSIONED = ("python", "python3")
-"""Words that mean the interpreter of where one stands, or of a side; python3.12 is that one and no other."""
+"""Words that mean the interpreter of the current environment, or of a side; python3.12 is that one and no other."""
 _LONGEST_LINE = 4096
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
@@ -203,7 +203,7 @@ def words_of(
         python: what the word python means.
         variables: its environment.
         folder: where it is started.
-        origin: the folder that this one is a copy of; words that lead out of it mean what lies beside that.
+        origin: the folder that this one is a copy of; words that lead out of it are paths from that one.
         side: the interpreter that a side of an A/B names, in which a launcher runs that another environment has.
 
     Raises:
@@ -232,7 +232,7 @@ def words_of(
 
 def _lead_out(words: Sequence[str], origin: Path) -> list[str]:
     """The words, those that lead to something outside of the folder by their whole path: from a copy of it they would
-    lead to nothing. What is written to stays as it is, so that it is written beside the copy."""
+    lead to nothing. What is written to stays as it is, so that it is written next to the copy."""
     found = []
     for before, word in zip(["", *words[:-1]], words, strict=True):
         option, equals, value = word.rpartition("=")
@@ -274,7 +274,7 @@ def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
 
 
 def shared_notices(variant: ScriptVariant, stood_in: Path) -> Iterator[Notice]:
-    """What of this script cannot be kept apart, as far as its folder and its command tell.
+    """What the processes of this script share, as far as its folder and its command show.
 
     Raises:
         UsageError: no such folder, program or script, or a folder that holds too much.
