@@ -88,7 +88,7 @@ def test_one_command_on_two_sides(scripted, tmp_path):
     git("add", "scripted.py")
     git("commit", "-qm", "fast")
     text = SCRIPT.read_text()
-    for before, after in (("else STEP_TIME_S,", "else 3e-3,"), ("else 200,", "else 150,")):
+    for before, after in (("else STEP_TIME_S,", "else 3e-3,"), ("real_tokens=200,", "real_tokens=150,")):
         assert text.count(before) == 1
         text = text.replace(before, after)
     Path("scripted.py").write_text(text)
