@@ -25,6 +25,12 @@ CLASSES = (
 )
 
 
+@pytest.fixture(scope="module")
+def page():
+    """The reference as it is written now."""
+    return write_reference()
+
+
 def test_the_page_is_current(capsys):
     """It is what the command prints: `lorameter list keys > docs/reference.md` renews it."""
     assert main(["list", "keys"]) == 0
@@ -32,17 +38,16 @@ def test_the_page_is_current(capsys):
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_every_key_is_on_the_page_with_what_it_means(cls):
+def test_every_key_is_on_the_page_with_what_it_means(page, cls):
     """Its name, and a sentence; a name of a variant needs none."""
-    page, said = write_reference(), documents_of(cls)
+    said = documents_of(cls)
     for field in dataclasses.fields(cls):
         assert f"| `{field.name}` |" in page
         assert said.get(field.name) or field.name == "name", f"{cls.__name__}.{field.name} says nothing"
 
 
-def test_every_table_of_a_study_and_every_rule_is_on_the_page():
+def test_every_table_of_a_study_and_every_rule_is_on_the_page(page):
     """What the file may hold at its top, and what a claim may state."""
-    page = write_reference()
     for key in study_file._KEYS:
         assert f"[{key}" in page or f"\n{key} =" in page, key
     for rule in RULES:
@@ -50,9 +55,8 @@ def test_every_table_of_a_study_and_every_rule_is_on_the_page():
         assert f"{rule}" in page.split("### The rules of a part")[1]
 
 
-def test_choices_and_defaults_are_those_of_the_code():
+def test_choices_and_defaults_are_those_of_the_code(page):
     """A word by its choices, a default as it would be written in the file."""
-    page = write_reference()
     assert '| `quantization` | `"none"`, `"int8"`, `"nf4"`, `"fp4"` | `"none"` |' in page
     assert "| `use_dora` | true or false | `false` |" in page
     assert "| `r` | whole number | `16` |" in page

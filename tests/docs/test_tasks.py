@@ -42,6 +42,8 @@ def folder(tmp_path, monkeypatch):
     """A folder in which one stands, with the constructed runs that the pages name."""
     runs = tmp_path / ".lorameter" / "runs"
     shutil.copytree(RUNS, runs)
+    for study in (ROOT / "docs" / "examples").glob("*.toml"):
+        shutil.copy(study, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("LORAMETER_RUNS", raising=False)
