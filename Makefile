@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # What was packed is for a machine where nothing is installed, not for the one that has packed it.
 GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 
-PROOFS := verdicts_ab harness_overhead noise_coverage own_scripts random_models memory_estimate real_models reading
+PROOFS := verdicts_ab harness_overhead noise_coverage own_scripts random_models memory_estimate real_models reading methods
 
 .PHONY: bench test lint study reports proof $(PROOFS:%=proof-%) proof-long test-lower-bound gpu gpu-pack gpu-take clean
 
@@ -41,7 +41,7 @@ lint: $(STAMP)
 
 # Measurements of the harness itself; each prints machine and commit and ends with 1 where a bound does not hold. The
 # output is committed under reports/proof/. Minutes on two idle cores: verdicts_ab 25, harness_overhead 10,
-# noise_coverage 12, own_scripts 20, random_models 15, memory_estimate 3, real_models 24, reading 4. memory_estimate and
+# noise_coverage 12, own_scripts 20, random_models 15, memory_estimate 3, real_models 24, reading 4, methods 20. memory_estimate and
 # real_models need smollm2-135m (lorameter model fetch smollm2-135m). Skipped without their data: recorded noise
 # (LORAMETER_NOISE names a folder) and Gemma 3 270M (LORAMETER_GEMMA names a GGUF file).
 proof: $(PROOFS:%=proof-%)

@@ -159,6 +159,30 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     )
 
 
+def judge_learning(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``base.learning``, of full fine-tuning: gradients reach all of the base and an update moves it.
+
+    A weight in 16 bits need not move at every step: updates below its precision round away.
+    """
+    if seen.adapter_layers():
+        return PathObservation(observed=False, reason="an adapter trains in place of the base")
+    base, moved = seen.base_parameters(), set(seen.after.since(seen.before).changed)
+    given = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
+    problems = (
+        ("require no gradient", [name for name, value in base.items() if not value.requires_grad]),
+        ("received no gradient", [name for name in base if name not in seen.gradients]),
+        ("are not given to the optimizer", [name for name, value in base.items() if id(value) not in given]),
+    )
+    if not seen.optimizer_steps:
+        reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
+        return PathObservation(observed=None, status="unknown", reason=reason)
+    faults = [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
+    if not moved:
+        faults.append("no byte of the base changed: the learning rate is 0, or updates round away in its type")
+    good = f"gradients reached all {len(base)} parameters of the base and updates changed {len(moved)} of them"
+    return PathObservation(observed=not faults, reason="; ".join(faults) or good)
+
+
 def _biases(seen: Observation) -> list[str]:
     """Biases of the base that PEFT was asked to train."""
     found = seen.biases_of_adapters()
@@ -244,6 +268,7 @@ PATHS: Mapping[str, JudgedPath] = {
     "base.bytes_in_4bit": JudgedPath(requirement=SHARE, judge=judge_bytes_in_4bit, by_modules=False),
     "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type, by_modules=False),
     "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant, by_modules=False),
+    "base.learning": JudgedPath(requirement=FLAG, judge=judge_learning, by_modules=False, takes_update=True),
     "base.frozen": JudgedPath(
         requirement=FLAG,
         judge=judge_frozen,

@@ -88,16 +88,16 @@ def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
     import torch
 
     from lorameter.models import catalogue
-    from lorameter.trial.building import lora
+    from lorameter.trial.building import peft_methods
     from lorameter.trial.building.base_model import load_base
 
     variant = LoraVariant(r=4, dtype="float32")
-    model = lora.attach(load_base(catalogue.resolve("tiny-llama"), variant, device="cpu", seed=20), variant)
+    model = peft_methods.attach(load_base(catalogue.resolve("tiny-llama"), variant, device="cpu", seed=20), variant)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in lora.own_parameters(model).values():
+        for parameter in peft_methods.own_parameters(model).values():
             parameter.normal_(std=0.05)
-    lora.save(model, tmp_path / "adapter")
+    peft_methods.save(model, tmp_path / "adapter")
     (tmp_path / "mine.toml").write_text(STUDY.replace('quantization = "nf4"', 'dtype = "float32"'))
     command = ["parity", str(tmp_path / "mine.toml"), "--adapter", str(tmp_path / "adapter"), "--json"]
     assert main([*command, "--runs-dir", str(runs), "--if-busy", "share"]) == 0

@@ -14,8 +14,8 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.build import build, seed_everything
-from lorameter.trial.building.lora import attach
 from lorameter.trial.building.packing import evaluating, unpack_4bit
+from lorameter.trial.building.peft_methods import attach
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare

@@ -51,6 +51,7 @@ def run_parity(options: argparse.Namespace) -> int:
     from lorameter.run.device_lock import hold_device
     from lorameter.run.workers import open_executor
     from lorameter.studies.study_file import load_variant
+    from lorameter.studies.variant import LoraVariant
 
     if options.adapter is not None and options.epochs is not None:
         raise UsageError("--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.")
@@ -58,6 +59,11 @@ def run_parity(options: argparse.Namespace) -> int:
     adapter = None if options.adapter is None else check_adapter(options.adapter)
     executor = open_executor()
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
+    if not isinstance(variant, LoraVariant):
+        raise UsageError(
+            f"parity: variant {variant.name!r}: answers of LoRA in its short form are compared, and its method is "
+            f"{variant.method_name}. Name another variant."
+        )
     study = study.with_overrides(model=options.model, data=options.data)
     study = with_prompts(study, prompts=options.prompts, epochs=options.epochs)
     runs = store.runs_dir(options.runs_dir, make=True)

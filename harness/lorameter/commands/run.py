@@ -45,7 +45,7 @@ def run_study(options: argparse.Namespace) -> int:
     """Measure a study and print its report; the exit code says whether the run is valid."""
     if options.resume:
         return run_resumed(options)
-    if not options.study:
+    if not options.study and options.peft_experiments is None:
         raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")

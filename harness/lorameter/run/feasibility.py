@@ -32,6 +32,7 @@ from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
 from lorameter.run.plan import Arm, arms_of, workloads_of
 from lorameter.run.workers.script_sandbox import shared_notices
+from lorameter.studies.methods import check_methods
 from lorameter.studies.study import Study
 from lorameter.studies.variant import PAGED, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
@@ -76,6 +77,7 @@ def check_feasible(
         }
         return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
     arms = arms or arms_of(study)
+    check_methods(f"study {study.name}", list({one.variant.name: one.built for one in arms}.values()))
     sources = {one.model: catalogue.resolve(one.model) for one in workloads_of(study, arms)}
     shape_of = {model: shapes.shape(source) for model, source in sources.items()}
     for workload in workloads_of(study, arms):

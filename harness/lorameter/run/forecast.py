@@ -16,10 +16,12 @@ from lorameter.models.costs.lora import adapter_parameters, uncounted
 from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     birth_bytes,
+    bound_bytes,
     estimate_peak,
     mapped_bytes,
     passing_bytes,
 )
+from lorameter.models.shapes import unknown_layers
 from lorameter.records import codec, store
 from lorameter.run.feasibility import processes_on_device
 from lorameter.run.forecast_time import TimeForecast, forecast_time
@@ -146,6 +148,8 @@ def needed_bytes(
 
     def need(variant: Variant) -> int | None:
         peak, expected = measured.get(variant.id), None
+        if unknown_layers(shape):
+            return processes * (peak + extra) if peak else None
         if not uncounted(variant, shape):
             expected = estimate_peak(
                 variant, workload, shape, device=device, repacks=machine.avx512_bf16, process_bytes=birth
@@ -153,7 +157,9 @@ def needed_bytes(
         if peak:  # of training, and requests may take more
             requests = expected.needed_bytes if expected is not None and expected.phase == "generate" else 0
             return processes * max(peak + extra, requests)
-        return None if expected is None else processes * expected.needed_bytes
+        if expected is not None:
+            return processes * expected.needed_bytes
+        return processes * bound_bytes(variant, workload, shape, device, birth)  # no formula is known for its method
 
     return {variant.name: need(variant) for variant in variants if isinstance(variant, Variant)}
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from lorameter.errors import UsageError
 from lorameter.records.record import Interleaving
 from lorameter.records.units import format_bytes
+from lorameter.studies.methods import facts_of
 from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, Variant
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
@@ -93,6 +94,12 @@ def fits(needed_bytes: int, free_bytes: int) -> bool:
     return needed_bytes <= int(MEMORY_SHARE * free_bytes)
 
 
+def _shares(variant: Variant) -> bool:
+    """Whether adapters like this one can be on one base, as far as it was tried."""
+    facts = facts_of([variant])[variant.name]
+    return bool(facts.keeps_base and facts.several) and not variant.trains_base
+
+
 def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
     """Why these variants cannot share one base model, naming the variant; None if they can."""
     first = variants[0]
@@ -100,19 +107,24 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
         label = variant.name or variant.id
         if not isinstance(variant, Variant):
             return f"{label} is a command, which has a model of its own"
-        if not isinstance(variant, LoraVariant):
-            return f"{label}: {variant.method_name} is not known to leave the base as it is"
-        if variant.rewrites_base:
-            return f"{label}: init_lora_weights = {variant.init_lora_weights!r} rewrites the base"
-        if variant.trains_base:
-            return f"{label}: bias = {variant.bias!r} trains the base's own biases"
+        if variant.method_name != first.method_name:
+            return f"{label} has another method than {first.name or first.id}, and PEFT has adapters of one on a base"
+        if isinstance(variant, LoraVariant):
+            if variant.rewrites_base:
+                return f"{label}: init_lora_weights = {variant.init_lora_weights!r} rewrites the base"
+            if variant.trains_base:
+                return f"{label}: bias = {variant.bias!r} trains the base's own biases"
+        elif not _shares(variant):
+            return f"{label}: {variant.method_name} changes the base, or has one adapter on it"
         if variant.compile:
             return f"{label}: compile = True would recompile for every adapter, and fall back at its limit"
         if variant.merge_adapter:
             return f"{label}: merge_adapter = True changes the base for its requests"
         if variant.liger_kernel:
             return f"{label}: liger_kernel = True swaps functions of the architecture for the whole process"
-        differing = sorted(set(variant.differences(first)) - ADAPTER_FIELDS)
+        differing = sorted(
+            key for key in variant.differences(first) if key not in ADAPTER_FIELDS and not key.startswith("peft.")
+        )
         if differing:
             return f"{label} differs from {first.name or first.id} in {', '.join(differing)}"
     return None

@@ -299,8 +299,8 @@ def make_plan(
         )
     if study.trains_only and checked != ("train",):
         raise UsageError(
-            f"study {study.name}: phases {', '.join(checked)}: of ranks = {study.workload.ranks} training is measured "
-            'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
+            f"study {study.name}: phases {', '.join(checked)}: of several ranks, and of methods other than LoRA in its "
+            'short form, training is measured and nothing else. Write phases = ["train"] and leave --phase out.'
         )
     cold = study.protocol.cold_replicates or study.protocol.replicates
     together, alone = measures_of(study, interleaving, checked)

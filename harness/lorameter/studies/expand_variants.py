@@ -17,6 +17,7 @@ from lorameter.errors import UsageError, impossible
 from lorameter.records import codec
 from lorameter.studies import limits
 from lorameter.studies.keys import check_axes, check_keys
+from lorameter.studies.methods import read_config
 from lorameter.studies.study import OF_WORKLOAD
 from lorameter.studies.variant import AnyVariant, FullVariant, PeftVariant, ScriptVariant, form_keys
 from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload
@@ -194,9 +195,10 @@ def _variant(where: str, controls: Mapping[str, Any], own: Mapping[str, Any]) ->
             raise impossible(where, key, value, why, f"Write it there, as peft.{key}, or take it out.")
         if key in own and form is FullVariant:
             raise impossible(where, key, value, "full fine-tuning has no adapter", "Take it out.")
-    return codec.from_json(
-        form, {key: value for key, value in {**controls, **own}.items() if key in known}, where, strict=True
-    )
+    if form is PeftVariant and isinstance(path := {**controls, **own}["peft"], str):
+        own = {**own, "peft": read_config(where, path)}
+    content = {key: value for key, value in {**controls, **own}.items() if key in known}
+    return codec.from_json(form, content, where, strict=True)
 
 
 def workloads_of(rows: Sequence[Mapping[str, Any]], workload: Workload) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_numb
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_scripts
-from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
+from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 OF_WORKLOAD = "workload."
@@ -116,8 +116,9 @@ class Study:
 
     @property
     def trains_only(self) -> bool:
-        """Whether training is all that is measured of its variants: of commands, and of several ranks."""
-        return self.of_scripts or self.workload.ranks > 1
+        """Whether training is all that is measured of its variants: of commands, of several ranks, and of methods other
+        than LoRA in its short form."""
+        return self.workload.ranks > 1 or not all(isinstance(variant, LoraVariant) for variant in self.variants)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:

@@ -25,7 +25,7 @@ workload.model = "random:"      # the study's own model, whichever that is, with
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from lorameter.studies.keys import KEYS, check_keys, unknown_key
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study, unknown
-from lorameter.studies.variant import ScriptVariant, Variant
+from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
 _LISTS = ("axes", "sweeps", "variant")
@@ -232,7 +232,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     data, lists = split_lists(where, data)
     rows = spread(where, rows_of(where, data), lists)
     variants = variants_of(where, data, rows)
-    data = _of_scripts(data) if variants and isinstance(variants[0], ScriptVariant) else _of_ranks(data)
+    data = _of_scripts(data) if variants and isinstance(variants[0], ScriptVariant) else _trained_only(data, variants)
     reference = data.get("reference", variants[0].name if variants else "")
     fields: dict[str, Any] = {"title": path.stem, "reference": reference}
     for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
@@ -272,10 +272,12 @@ def _of_scripts(data: Mapping[str, Any]) -> dict[str, Any]:
     return _merged(said, data)
 
 
-def _of_ranks(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study of several ranks need not say: that training is measured."""
+def _trained_only(data: Mapping[str, Any], variants: Sequence[AnyVariant]) -> dict[str, Any]:
+    """What a study of several ranks, or of other methods than LoRA in its short form, need not say: that training is
+    measured."""
     workload = data.get("workload")
     several = isinstance(workload, Mapping) and workload.get("ranks", 1) != 1
+    several = several or not all(isinstance(variant, LoraVariant) for variant in variants)
     return _merged({"protocol": {"phases": ["train"]}}, data) if several else dict(data)
 
 

@@ -334,6 +334,9 @@ class PeftVariant(Variant):
     """Configuration of PEFT: `{ peft_type = "VERA", r = 256 }`, or the path of an adapter_config.json or of its folder,
     which is read when the study is. What its class in PEFT takes can be set; what is left out has PEFT's default."""
 
+    prefix_text: str = ""
+    """Text whose keys and values a prefix begins with (PEFT's `initialize_kv_prefix_from_text`)."""
+
     def __post_init__(self) -> None:
         label = _label(self.name)
         if not isinstance(self.peft.get("peft_type"), str):

@@ -16,7 +16,7 @@ from lorameter.studies import limits
 from lorameter.studies.columns import DataColumns
 from lorameter.studies.data_source import SYNTHETIC
 
-Layout = Literal["packed", "padded", "joined"]
+Layout = Literal["packed", "padded", "joined", "bucketed"]
 Loss = Literal["all", "answer"]
 LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
 """In words."""
@@ -71,7 +71,8 @@ class Workload:
     layout: Layout = "packed"
     """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence;
     "joined" fills sequences with records that see each other, as in pretraining, so that attention is plainly causal
-    and is given no mask."""
+    and is given no mask; "bucketed" is "padded" with records of like length in a batch, which is as long as its
+    longest."""
     train_sequences: int = 256
     """Sequences in one epoch; the stream starts again when they are used up."""
     held_out_records: int = 16

@@ -37,6 +37,7 @@ class TrainStep:
     def __init__(self, trainee: TrainableModel, stream: TokenStream, variant: Variant, device: str) -> None:
         self._trainee = trainee
         self._stream = stream
+        self._updates = 0
         self._accumulate = variant.gradient_accumulation
         self._clip = variant.max_grad_norm
         self._trained = trainee.parameters
@@ -67,6 +68,9 @@ class TrainStep:
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
         trainee.optimizer.step()
+        self._updates += 1
+        if trainee.after_update is not None:
+            trainee.after_update(self._updates)
         trainee.schedule.step()
         trainee.optimizer.zero_grad(set_to_none=True)
 

@@ -32,7 +32,7 @@ from lorameter.records.record import Failure, PartialRecord, judge_required
 from lorameter.stats import is_steady
 from lorameter.studies.command import COMMANDS, words_of
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import TrainableModel, build
 from lorameter.trial.building.requirements import requirements_of
 from lorameter.trial.building.shared import ActiveAdapter, SharedBase
@@ -108,7 +108,7 @@ class Training:
         trainee = self._build_trainee()
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
-            lora.save_initial(trainee.model, self._initial)
+            peft_methods.save_initial(trainee.model, self._initial)
         if request.interleaving == "shared-base":
             self.shared.remember()
         step = self._make_step(trainee, stream)
@@ -136,7 +136,7 @@ class Training:
         own = request.variant.rewrites_base or request.variant.trains_base
         if not self._timed or request.replicate or own:
             return {}
-        with lora.without_adapter(parts.trainee.model):  # which is what the adapter was before its first step
+        with peft_methods.without_adapter(parts.trainee.model):  # which is what the adapter was before its first step
             return {"held_out_loss_initial": self.shared.once("held_out_loss", parts.step.held_out_loss)}
 
     def verify(self) -> PartialRecord:
@@ -349,7 +349,9 @@ class Training:
 def wanted_of(request: TrialRequest, trainee: TrainableModel, packed: Batch | None) -> dict[str, Any]:
     """Requirements by path; `packed` is what the isolation of records is probed with."""
     shapes = tuple(parameter.numel() for parameter in trainee.parameters)
-    return requirements_of(request.variant, shapes, packed=packed is not None) | request.requirements
+    on_linear = peft_methods.is_on_linear(trainee.model)
+    own = requirements_of(request.variant, shapes, packed=packed is not None, on_linear=on_linear)
+    return own | request.requirements
 
 
 def watch_of(request: TrialRequest, trainee: TrainableModel, packed: Batch | None) -> kernels_check.Watch | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lorameter.errors import LorameterError
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.packing import is_packed, unpack_4bit
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.process import release_unused
@@ -29,7 +29,7 @@ class Trial(Training):
     def save_adapter(self) -> PartialRecord:
         """Write the trained adapter where a new interpreter will load it from."""
         initial = self._initial if self._request.variant.rewrites_base else None
-        lora.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=initial)
+        peft_methods.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=initial)
         return PartialRecord()
 
     def begin_generate(self) -> PartialRecord:
@@ -37,7 +37,7 @@ class Trial(Training):
         trainee, protocol = self._built.trainee, self._request.protocol
         trainee.model.eval()
         if self._request.variant.merge_adapter:
-            lora.merge(trainee.model)
+            peft_methods.merge(trainee.model)
         trainee.optimizer.state.clear()  # a server holds none, so it is not in the peak
         release_unused(self._request.device)
         if self._sees_peaks:
@@ -78,7 +78,7 @@ class Trial(Training):
             return PartialRecord()
 
         def answers() -> dict[str, list[int]]:
-            with lora.without_adapter(self._built.trainee.model):
+            with peft_methods.without_adapter(self._built.trainee.model):
                 return {f"base_answer_{index}": list(server.answer(index).tokens) for index in server.answered}
 
         server = self._serving

@@ -40,7 +40,7 @@ LAZY = (
     *(family.module for family in FAMILIES.values() if family.preloaded),
     "transformers.generation.utils",
 )
-"""Submodules that the libraries load at first use, in addition to PEFT's (`lorameter.trial.building.lora`). Else each
+"""Submodules that the libraries load at first use, in addition to PEFT's (`peft_methods.LAZY`). Else each
 trial's load or first step would pay for them."""
 
 
@@ -51,9 +51,9 @@ def import_libraries() -> None:
     with _capability_from_nvml():
         for name in PRELOAD:
             importlib.import_module(name)
-    from lorameter.trial.building import lora  # loads PEFT, so not before
+    from lorameter.trial.building import peft_methods  # loads PEFT, so not before
 
-    for name in (*LAZY, *lora.LAZY):
+    for name in (*LAZY, *peft_methods.LAZY):
         with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
             importlib.import_module(name)
     gc.freeze()  # the collector would otherwise write to shared pages in every child

@@ -13,7 +13,7 @@ from lorameter.models.costs.activations import Activations
 from lorameter.models.families import FAMILIES
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import build, lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.memory import resident_tensors
 from lorameter.trial.profiling.memory import LiveTensors, watch_cache
@@ -77,8 +77,8 @@ def test_blocks_that_attend_to_a_window_and_to_all_rotate_in_two_ways(tmp_path):
 
 def assert_counted_to_the_byte(source, variant):
     """The closed form against what autograd saves."""
-    model = lora.attach(load_base(source, variant, device="cpu", seed=1), variant).train()
-    optimizer = build.make_optimizer(model, variant)
+    model = peft_methods.attach(load_base(source, variant, device="cpu", seed=1), variant).train()
+    optimizer = peft_methods.make_optimizer(model, variant)
     addresses = {t.untyped_storage().data_ptr() for found in resident_tensors(model, optimizer).values() for t in found}
     live = LiveTensors(resident=addresses, vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
     tokens = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
@@ -110,7 +110,7 @@ def test_checkpointing_keeps_less_and_dropout_more(source):
 def test_keys_and_values_of_a_request_are_told_apart(source):
     """Two of them for each block, head and token; what else a forward pass makes is temporary."""
     variant = dataclasses.replace(VARIANT, dtype="float32")
-    model = lora.attach(load_base(source, variant, device="cpu", seed=1), variant).eval()
+    model = peft_methods.attach(load_base(source, variant, device="cpu", seed=1), variant).eval()
     live = LiveTensors(resident=set(), vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
     hooks = watch_cache(model, live)
     with torch.no_grad(), live.watching([]):

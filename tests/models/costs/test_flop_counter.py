@@ -24,7 +24,7 @@ from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.build import build
-from lorameter.trial.building.lora import attach
+from lorameter.trial.building.peft_methods import attach
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.profiling.phases import see_wanted
 from lorameter.trial.step import TrainStep

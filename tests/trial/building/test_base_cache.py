@@ -17,7 +17,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import base_cache, base_model, lora
+from lorameter.trial.building import base_cache, base_model, peft_methods
 from lorameter.trial.memory import resident_tensors, storage_bytes
 from lorameter.trial.profiling.memory import read_pages
 
@@ -140,7 +140,7 @@ def test_a_prepared_base_trains_and_answers_alike(saved, variant):
 
     def work(base):
         torch.manual_seed(3)
-        model = lora.attach(base, dataclasses.replace(variant, r=4)).train()
+        model = peft_methods.attach(base, dataclasses.replace(variant, r=4)).train()
         tokens = torch.arange(32)[None]
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()

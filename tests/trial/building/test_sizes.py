@@ -13,7 +13,7 @@ from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import build, lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.building.sizes import sizes_of, sizes_of_study
 from lorameter.trial.memory import resident_bytes
@@ -31,8 +31,8 @@ QWEN = {
 def trained(variant, source):
     """The model and its optimizer after one step, with the gradients of a second one."""
     base = load_base(source, variant, device="cpu", seed=1)
-    model = lora.attach(base, variant).train()
-    optimizer = build.make_optimizer(model, variant)
+    model = peft_methods.attach(base, variant).train()
+    optimizer = peft_methods.make_optimizer(model, variant)
     tokens = torch.arange(16)[None]
     for step in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=variant.autocast is not None):
@@ -67,9 +67,9 @@ def test_bytes_are_those_of_a_real_step(changes, tmp_path):
     variant = dataclasses.replace(R33, **changes)
     counted = sizes_of(variant, TINY)
     base = load_base(TINY, variant, device="cpu", seed=1)
-    initial = lora.attach(base, variant)
+    initial = peft_methods.attach(base, variant)
     if variant.rewrites_base:
-        lora.save_initial(initial, tmp_path / "initial")
+        peft_methods.save_initial(initial, tmp_path / "initial")
     model, optimizer = trained(variant, TINY)
     found = resident_bytes(model, optimizer)
     for kind in ("adapter_bytes", "gradient_bytes", "optimizer_state_bytes"):

@@ -23,7 +23,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling import phases
@@ -103,7 +103,7 @@ def test_a_remedy_changes_no_token(serving, tmp_path, fields):
     plain, changed = serving(dtype="float32"), serving(dtype="float32", **fields)
     assert changed._serving.ask().tokens == plain._serving.ask().tokens
     model = changed._built.trainee.model
-    assert lora.is_merged(model) is ("merge_adapter" in fields)
+    assert peft_methods.is_merged(model) is ("merge_adapter" in fields)
     facts = see_request(model, changed._serving.ask, "cpu")
     cache = ("StaticCache", 0.0) if "kv_cache" in fields else ("DynamicCache", 1.0)
     assert (facts.cache, facts.cache_moved) == cache

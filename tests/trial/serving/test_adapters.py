@@ -14,7 +14,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.serving.generate import generate
@@ -86,7 +86,7 @@ def test_each_row_has_the_answer_of_its_adapter(begin):
     mixed = generate(model, prompts, 4, adapters=names).answers
     alone = {}
     for name in dict.fromkeys(names):
-        lora.activate(model, name)
+        peft_methods.activate(model, name)
         alone[name] = [generate(model, prompts[row : row + 1], 4).answers[0] for row in range(5)]
     assert list(mixed) == [alone[name][row] for row, name in enumerate(names)]
     assert all(len({answers[row] for answers in alone.values()}) == 3 for row in range(5))
@@ -128,7 +128,9 @@ def test_an_adapter_of_another_row_is_found(begin, monkeypatch, changes):
 def test_adapters_that_do_not_differ_prove_nothing(begin, monkeypatch):
     """With B zero every adapter is the base, and no row could show a wrong one."""
     monkeypatch.setattr(
-        lora, "attach_drawn", lambda model, variant, name, seed: lora.attach_beside(model, variant, name)
+        peft_methods,
+        "attach_drawn",
+        lambda model, variant, name, seed: peft_methods.attach_beside(model, variant, name),
     )
     _, record = begin(dataclasses.replace(VARIANT, learning_rate=1e-12))
     assert (record.status, record.failure.kind) == ("invalid", "AdaptersAlike")

@@ -16,7 +16,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import base_cache, base_model, lora
+from lorameter.trial.building import base_cache, base_model, peft_methods
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.serving import cold
@@ -46,12 +46,12 @@ def served(tmp_path, monkeypatch):
     workload = dataclasses.replace(WORKLOAD, model=str(model))
     asked = BaseRequest(workload=workload, variant=VARIANT, device="cpu", threads=1, log_path="")
     base = Path(base_cache.prepare(asked).path)
-    trained = lora.attach(base_cache.take(base, VARIANT, "cpu"), VARIANT)
+    trained = peft_methods.attach(base_cache.take(base, VARIANT, "cpu"), VARIANT)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.1)
-    lora.save(trained, tmp_path / "adapter")
+    peft_methods.save(trained, tmp_path / "adapter")
     return TrialRequest(
         trial="t", variant=VARIANT, role="variant", replicate=0, seed=1, workload=workload, protocol=Protocol(),
         interleaving="replicates", measures=("cold",), device="cpu", threads=1, base=str(base), scratch=str(tmp_path),
@@ -62,7 +62,7 @@ def served(tmp_path, monkeypatch):
 def answered(request):
     """What is said by a model that was loaded of its files here."""
     base = base_model.load_base(catalogue.resolve(request.workload.model), VARIANT, device="cpu", seed=1)
-    model = lora.load(base, VARIANT, Path(request.scratch) / "adapter").eval()
+    model = peft_methods.load(base, VARIANT, Path(request.scratch) / "adapter").eval()
     prompts = TokenStream(Path(request.tokens_path), request.workload, VARIANT, "cpu").prompts(0)
     return list(generate(model, prompts, request.workload.new_tokens, variant=VARIANT).tokens)
 

@@ -16,7 +16,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.serving_modes import ServingRequest, ways_of
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
@@ -36,12 +36,12 @@ def adapter(tmp_path_factory):
     """The folder of an adapter whose B is not zero: it moves logits by whole numbers."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = lora.attach(load_base(SOURCE, FULL, device="cpu", seed=WORKLOAD.data_seed), FULL)
+    model = peft_methods.attach(load_base(SOURCE, FULL, device="cpu", seed=WORKLOAD.data_seed), FULL)
     with torch.no_grad():
-        for name, parameter in lora.own_parameters(model).items():
+        for name, parameter in peft_methods.own_parameters(model).items():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    lora.save(model, folder)
+    peft_methods.save(model, folder)
     return folder
 
 
@@ -123,7 +123,7 @@ def test_merging_into_nf4_loses_and_into_dequantised_weights_does_not(nf4):
 
 def test_a_way_that_raises_costs_itself_alone(request_of, full, monkeypatch):
     """The others of its group are there, and the reason is kept; after a reference that failed nothing is asked."""
-    monkeypatch.setattr(lora, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
+    monkeypatch.setattr(peft_methods, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
     fragment = parity.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
     *others, merged = codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
     assert [one.failure for one in others] == [None, None]

@@ -21,7 +21,7 @@ from lorameter.models.costs.lora import adapter_parameters, adapter_tensors, opt
 from lorameter.models.costs.storage import constant_bytes, weight_bytes, width
 from lorameter.models.shapes import ModelShape, family_of, linear_widths, read_config
 from lorameter.records.memory_account import MEMORY_PHASES, MemoryPhase, in_order
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant, Variant, form_keys
 from lorameter.studies.workload import Workload
 
 MIB = 2**20
@@ -162,6 +162,16 @@ def estimate_peak(
     """
     found = estimate_phases(variant, workload, shape, **more)
     return max((one for one in found if answers or one.phase == "train"), key=lambda one: one.needed_bytes)
+
+
+def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str, process_bytes: int) -> int:
+    """What a method without a formula needs at most, by and large, for what may be live together: LoRA on all linear
+    layers and, of all weights, the gradients and the two moments of full fine-tuning."""
+    common = {key: getattr(variant, key) for key in form_keys(LoraVariant) if hasattr(variant, key)}
+    lora = LoraVariant(**(common | {"optimizer": "adamw_fused", "optimizer_args": {}}))
+    expected = estimate_peak(lora, workload, shape, answers=False, device=device, process_bytes=process_bytes)
+    weights = _linear(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+    return expected.needed_bytes + 3 * weights * width(variant.dtype)
 
 
 def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,20 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from lorameter.errors import UsageError
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import PeftVariant, Variant
 from lorameter.trial.building.base_cache import base_of
-from lorameter.trial.building.lora import attach, attach_beside, unmixable_layers
+from lorameter.trial.building.peft_methods import (
+    attach,
+    attach_beside,
+    make_optimizer,
+    reads_data,
+    start_prefix,
+    unmixable_layers,
+    updater,
+)
 from lorameter.trial.building.planted_slowdown import inject_work
 from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.data.stream import Batch, TokenStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,8 @@ class TrainableModel:
     schedule: Any
     adapter: str
     """Name of the adapter that trains; the model may hold others, of other trials."""
+    after_update: Callable[[int], None] | None = None
+    """What the method does after each update, given the number of the step from 1."""
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
@@ -44,6 +55,8 @@ class TrainableModel:
         return tuple(p for p in self.model.parameters() if p.requires_grad)
 
 
+DATA_BATCHES = 8
+"""Batches that an initialisation looks at which looks at data."""
 _APART = 1_000_003
 """Between the seeds of two ranks: no replicate has so many."""
 
@@ -81,7 +94,7 @@ def build(
         if variant.liger_kernel:
             apply_liger_kernel(base, None)  # before the adapter: it swaps the forwards of the model's own classes
         seed_everything(request.seed)
-        return attach(base, variant, adapter)
+        return attach(base, variant, adapter, batches=_batches(request), steps=steps)
 
     def add(model: Any, adapter: str) -> None:
         seed_everything(request.seed)
@@ -93,6 +106,8 @@ def build(
             f"workload: adapters = {request.workload.adapters}: PEFT answers for no several adapters in one batch by "
             f"{refusing[0]}, of which it adapts a parameter. Leave that layer out of target_modules, or adapters out."
         )
+    if isinstance(variant, PeftVariant) and variant.prefix_text:
+        start_prefix(model, request.workload.model, variant.prefix_text)
     if request.slowdown_rows:
         inject_work(model, request.slowdown_rows)
     model.train()
@@ -105,19 +120,16 @@ def build(
         _own_caches(Path(request.scratch))
         forward = torch.compile(model)
     seed_everything(request.seed + 1 + rank * _APART)
-    return TrainableModel(model, forward, optimizer, schedule, adapter)
+    return TrainableModel(model, forward, optimizer, schedule, adapter, updater(model))
 
 
-def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
-    """The variant's optimizer over the trainable parameters only."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options: dict[str, Any] = {"lr": variant.learning_rate, "weight_decay": variant.weight_decay}
-    if variant.optimizer in ("adamw", "adamw_fused"):
-        return torch.optim.AdamW(parameters, fused=variant.optimizer == "adamw_fused" or None, **options)
-    import bitsandbytes
-
-    paged = {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[variant.optimizer]
-    return cast(torch.optim.Optimizer, getattr(bitsandbytes.optim, paged)(parameters, **options))
+def _batches(request: TrialRequest) -> list[Batch]:
+    """Inputs for an initialisation that looks at data: those of the first steps; none where it looks at none."""
+    if not reads_data(request.variant):
+        return []
+    stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+    batches = [stream.take() for _ in range(DATA_BATCHES)]
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
 
 def set_precision(variant: Variant) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorameter.trial.building.lora import adapted_layers
+from lorameter.trial.building.peft_methods import adapted_layers
 
 WIDTH = 64
 """Inner size of the product: 16 KiB in float32, which stays in the first cache."""

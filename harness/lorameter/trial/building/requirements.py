@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorameter.models.costs.lora import optimizer_state_bytes, paged_state_bytes
-from lorameter.studies.variant import PAGED, LoraVariant, Variant
+from lorameter.studies.variant import PAGED, FullVariant, LoraVariant, Variant
 
 _BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
 _OPTIMIZER = {
@@ -28,29 +28,42 @@ def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
     return own.get("attention.backend", _BACKEND[variant.attention])
 
 
-def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool) -> dict[str, Any]:
+def _optimizer_class(name: str) -> str:
+    """The class of an optimizer of torch or bitsandbytes by the name that a variant has for it; "" of one of PEFT's,
+    which makes one of another class."""
+    if name.startswith("bitsandbytes."):
+        return name.replace("bitsandbytes.", "bitsandbytes.optim.", 1)
+    return _OPTIMIZER.get(name) or (f"torch.optim.{name}" if name[:1].isupper() else "")
+
+
+def requirements_of(
+    variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool, on_linear: bool = True
+) -> dict[str, Any]:
     """Requirements by path.
 
     Args:
         variant: the claim.
         trained_shapes: elements of each trained tensor; decides which share of paged state bitsandbytes would page.
         packed: whether the workload packs records, which must then be isolated.
+        on_linear: whether linear layers carry the adapter, whose storage is then looked at; else that of all of the
+            base.
     """
     bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
+    full, optimizer = isinstance(variant, FullVariant), _optimizer_class(variant.optimizer)
     required: dict[str, Any] = {
         "attention.backend": _BACKEND[variant.attention],
         # PEFT's preparation casts the norms to float32, and queries and keys follow unless autocast brings them back.
         "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
-        "base.bits": bits,
-        "base.quant_type": variant.quantization,
-        "lora.attached": True,
-        "lora.learning": True,
+        **({"base.bits": bits, "base.quant_type": variant.quantization} if on_linear else {}),
+        **({"base.learning": True} if full else {"lora.attached": True, "lora.learning": True}),
         **({"lora.dropout": float(variant.lora_dropout)} if isinstance(variant, LoraVariant) else {}),
-        "optimizer.class": _OPTIMIZER[variant.optimizer],
+        **({"optimizer.class": optimizer} if optimizer else {}),
         "checkpointing": variant.gradient_checkpointing,
         "mode": "train",
     }
-    if variant.is_4bit:
+    if variant.is_4bit and not on_linear:
+        required["base.bytes_in_4bit"] = 0.01
+    elif variant.is_4bit:
         required["base.double_quant"] = variant.double_quant
         required["base.compute_dtype"] = variant.compute_dtype
     if not variant.trains_base:  # otherwise biases of the base train on purpose

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from kernels_check.observe.digest import Fingerprinter
 from kernels_check.observe.modules import RandomState
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class SharedBase:
             self.loads += 1
         else:
             add(self._model, name)
-            lora.activate(self._model, name)
+            peft_methods.activate(self._model, name)
         self._adapters += 1
         return self._model, name
 
@@ -80,7 +80,7 @@ class ActiveAdapter:
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """For the time of a command; afterwards the random numbers wait for the next one."""
-        lora.activate(self._model, self._adapter)
+        peft_methods.activate(self._model, self._adapter)
         self._random.restore()
         try:
             yield
@@ -91,5 +91,5 @@ class ActiveAdapter:
 def base_digest(model: Any) -> str:
     """A fingerprint of every parameter that no adapter owns, byte by byte; 4-bit weights must be in their stored
     layout. What lies on a GPU is read there."""
-    own, take = lora.own_parameters(model), Fingerprinter()
+    own, take = peft_methods.own_parameters(model), Fingerprinter()
     return " ".join(take(parameter.data) for name, parameter in model.named_parameters() if name not in own)

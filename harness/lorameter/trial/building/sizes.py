@@ -21,8 +21,8 @@ from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.models.costs.lora import optimizer_state_bytes
 from lorameter.studies.study import Study
-from lorameter.studies.variant import LoraVariant, Variant
-from lorameter.trial.building import lora
+from lorameter.studies.variant import ADAMW, PAGED, LoraVariant, Variant
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import empty_model
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -64,9 +64,12 @@ def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
 
 def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
     """One variant on a model's true shape. Raises as `sizes_of_study` does."""
+    if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
+        why = "no formula is known for the size of its state"
+        raise impossible(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
     model = _attached(variant, source)
     trainable, everything = model.get_nb_trainable_parameters()
-    adapter = sum(parameter.numel() for parameter in lora.own_parameters(model).values())
+    adapter = sum(parameter.numel() for parameter in peft_methods.own_parameters(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(variant, LoraVariant) and trainable != adapter and variant.quantization != "none":
         raise impossible(
@@ -87,7 +90,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
         optimizer_state_bytes=optimizer_state_bytes(
             variant.optimizer, [(parameter.numel(), parameter.element_size()) for parameter in trained]
         ),
-        saved_bytes=_file_bytes(lora.saved_tensors(saved)),
+        saved_bytes=_file_bytes(peft_methods.saved_tensors(saved)),
     )
 
 
@@ -100,7 +103,7 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
     with torch.device("meta"):
         base = empty_model(source, variant)
         try:
-            return lora.attach(base, plain)
+            return peft_methods.attach(base, plain)
         except ValueError as error:  # PEFT's own word for layers that it does not find, or cannot adapt like this
             raise impossible(
                 f"sizes: variant {variant.name!r}", "target_modules", variant.setting("target_modules"),

@@ -25,6 +25,7 @@ _KEYS: dict[Layout, tuple[str, ...]] = {
     "packed": ("input_ids", "labels", "position_ids"),
     "padded": ("input_ids", "labels", "attention_mask"),
     "joined": ("input_ids", "labels"),
+    "bucketed": ("input_ids", "labels", "attention_mask"),
 }
 """What a model is given of a batch."""
 
@@ -62,12 +63,12 @@ class TokenStream:
         self._next = (together[-1] + 1) % self.sequences
         each = len(together) // self._ranks
         rows = together[self._rank * each : (self._rank + 1) * each]
-        mask = self._tensors["train.attention_mask"][rows]
+        mask = self._tensors["train.attention_mask"][rows][:, : self._length("train", together)]
         real = int(mask.sum())
         self.real_tokens += real
         self.padded_tokens += mask.numel() - real
         share = 1.0 if self._ranks == 1 else float(self._labelled[rows].sum() / self._labelled[together].sum())
-        return self._batch("train", rows), share
+        return self._batch("train", rows, self._length("train", together)), share
 
     def upcoming(self, batches: int) -> torch.Tensor:
         """Token ids of the sequences of the next batches, of all ranks together; shape (sequences, tokens)."""
@@ -138,8 +139,14 @@ class TokenStream:
         """How many whole prompts there are."""
         return int(self._tensors["open_ended.length"].shape[0])
 
-    def _batch(self, split: str, rows: list[int]) -> Batch:
-        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in _KEYS[self._workload.layout]}
+    def _length(self, split: str, rows: list[int]) -> int | None:
+        """Tokens of the longest of these rows, where a batch is no longer; None for all of a row."""
+        if self._workload.layout != "bucketed":
+            return None
+        return int(self._tensors[f"{split}.attention_mask"][rows].sum(dim=1).max())
+
+    def _batch(self, split: str, rows: list[int], length: int | None = None) -> Batch:
+        batch = {key: self._tensors[f"{split}.{key}"][rows][:, :length] for key in _KEYS[self._workload.layout]}
         if self._in_one_row:
             batch = {key: value.reshape(1, -1) for key, value in batch.items()}
         return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}

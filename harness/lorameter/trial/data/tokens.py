@@ -34,6 +34,8 @@ from lorameter.trial.data.tokenizers import load_tokenizer
 
 IGNORED = -100
 """The label that torch.nn.functional.cross_entropy leaves out."""
+BUCKET_BATCHES = 20
+"""Batches of a bucket; their BUCKET_FACTOR."""
 WASTED = 10
 """So many sequences without a label are passed over for each that is wanted, and 1000 at least: synthetic records have
 no end, and none of them may be short enough."""
@@ -63,6 +65,8 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
             f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens and "
             f"{workload.held_out_records} held-out records. Use a shorter sequence_length or more data."
         )
+    if workload.layout == "bucketed":
+        train = _bucketed(train, workload.batch_size)
     test, _ = _sequences(iter(held_out), tokens, workload, workload.held_out_sequences, partial=True)
     for which, rows in (("training", train), ("held-out", test)):
         if not rows:
@@ -120,7 +124,7 @@ def _sequences(
     mean loss of a batch of such would be 0/0."""
     fill = _joined if workload.layout == "joined" else _packed
     rows = fill(records, tokens, workload.sequence_length, partial=partial)
-    if workload.layout == "padded":
+    if workload.layout in ("padded", "bucketed"):
         rows = (_padded(*tokens.labelled(record), tokens.pad, workload.sequence_length) for record in records)
     taken: list[Row] = []
     passed_over = 0
@@ -169,6 +173,14 @@ def _joined(records: Iterable[AnyRecord], tokens: Encoder, length: int, *, parti
             ids, labels = ids[length:], labels[length:]
     if partial and ids:
         yield _padded(ids, labels, tokens.pad, length)
+
+
+def _bucketed(rows: list[Row], batch_size: int) -> list[Row]:
+    """The rows in buckets of some batches, the longest of a bucket first, as PEFT's experiments do: a batch holds rows
+    of like length, and the order of the data is kept on a larger scale."""
+    size = BUCKET_BATCHES * batch_size
+    buckets = (rows[start : start + size] for start in range(0, len(rows), size))
+    return [row for bucket in buckets for row in sorted(bucket, key=lambda one: -sum(one["attention_mask"]))]
 
 
 def _padded(ids: list[int], labels: list[int], pad: int, length: int) -> Row:

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from lorameter.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, TRACE, Activity
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.clock import Stopwatch
 from lorameter.trial.data.stream import Batch, TokenStream
@@ -289,7 +289,7 @@ def see_wanted(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, 
 
         return see
 
-    hooks = [part.register_forward_pre_hook(look(name)) for name, part in lora.wrapped(model).named_modules()]
+    hooks = [part.register_forward_pre_hook(look(name)) for name, part in peft_methods.wrapped(model).named_modules()]
     try:
         step()
     finally:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.records.activity import CACHE, HEAD, REQUEST_PHASES, ModelSize, RequestFacts
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.memory import output_head, resident_tensors, storage_bytes
 from lorameter.trial.process import give_back_free
 from lorameter.trial.profiling.activity import PART
@@ -36,7 +36,7 @@ class BorderedRequest:
 
     def __init__(self, model: Any, ask: Ask, device: str) -> None:
         """`model` is PEFT's; `ask` makes a request of it."""
-        self._model = lora.wrapped(model)
+        self._model = peft_methods.wrapped(model)
         self._ask = ask
         self.phases = Phases(REQUEST_PHASES, device)
 
@@ -111,7 +111,7 @@ def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
 
 def see_request(model: Any, ask: Ask, device: str) -> RequestFacts:
     """What one request finds and leaves; nothing in it is timed."""
-    base = lora.wrapped(model)
+    base = peft_methods.wrapped(model)
     rows: list[int] = []
     logits: list[int] = []
     cache: list[Any] = []
@@ -167,8 +167,8 @@ def _cached(cache: Any) -> Iterator[torch.Tensor]:
 
 def size_of(model: Any) -> ModelSize:
     """What a forward pass multiplies with and reads, counted from the modules of whatever model this is."""
-    base = lora.wrapped(model)
-    own = lora.own_parameters(model)
+    base = peft_methods.wrapped(model)
+    own = peft_methods.own_parameters(model)
     head: Any = output_head(base)
     head_elements = 0 if head is None else head.weight.numel()
     head_bytes = 0 if head is None else head.weight.numel() * head.weight.element_size()
@@ -189,7 +189,7 @@ def size_of(model: Any) -> ModelSize:
 def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
     """Outputs and inputs of the weights that a forward pass multiplies with, and what they are called; where several
     have one shape, the first and how many there are."""
-    known = {module: name for name, module in lora.wrapped(model).named_modules()}
+    known = {module: name for name, module in peft_methods.wrapped(model).named_modules()}
     names: dict[tuple[int, int], list[str]] = {}
     for module, sizes in _linear_sizes(model):
         names.setdefault(sizes, []).append(f"{known[module].removesuffix('.base_layer')}.weight")
@@ -201,9 +201,9 @@ def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
 
 def _linear_sizes(model: Any) -> Iterator[tuple[torch.nn.Module, tuple[int, int]]]:
     """The linear layers of the base with their outputs and inputs, however they store their weights."""
-    own = {id(parameter) for parameter in lora.own_parameters(model).values()}
-    layers = {id(layer) for layer in lora.adapted_layers(model).values()}
-    for module in lora.wrapped(model).modules():
+    own = {id(parameter) for parameter in peft_methods.own_parameters(model).values()}
+    layers = {id(layer) for layer in peft_methods.adapted_layers(model).values()}
+    for module in peft_methods.wrapped(model).modules():
         weight = getattr(module, "weight", None)
         if id(module) in layers or not isinstance(weight, torch.nn.Parameter) or id(weight) in own:
             continue  # PEFT's layers show the weight of what they wrap

@@ -25,7 +25,7 @@ from kernels_check.ranks.facts import RankFacts, observe_rank
 from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import TrainableModel, build
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.clock import Lap
@@ -148,7 +148,7 @@ class RankTrial(Trial):
         self._opened.restore(position)
         autocast = self._request.variant.autocast
         cast_to = getattr(torch, autocast) if autocast else None
-        with torch.no_grad(), without_repacking(model), lora.without_adapter(model):
+        with torch.no_grad(), without_repacking(model), peft_methods.without_adapter(model):
             return float(loss_of(forward, batch, device=self._request.device, autocast=cast_to))
 
     def _build_trainee(self) -> TrainableModel:

@@ -47,7 +47,7 @@ def start_cold(request: TrialRequest, spawned_monotonic_s: float) -> PartialReco
 def load_and_answer(request: TrialRequest) -> PartialRecord:
     """The part of a cold start that depends on the variant: load the saved adapter on its base, and answer once."""
     from lorameter.models import catalogue
-    from lorameter.trial.building import lora
+    from lorameter.trial.building import peft_methods
     from lorameter.trial.building.base_model import load_base
     from lorameter.trial.building.build import set_precision
     from lorameter.trial.data.stream import TokenStream
@@ -63,9 +63,9 @@ def load_and_answer(request: TrialRequest) -> PartialRecord:
     begin = time.monotonic()
     base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
     read = time.monotonic()
-    model = lora.load(base, variant, Path(request.scratch) / "adapter")
+    model = peft_methods.load(base, variant, Path(request.scratch) / "adapter")
     if variant.merge_adapter:
-        lora.merge(model)
+        peft_methods.merge(model)
     model.eval()
     synchronize(request.device)
     loaded = time.monotonic()

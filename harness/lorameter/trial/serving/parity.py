@@ -22,7 +22,7 @@ from lorameter.records.failures import failed_record
 from lorameter.records.parity import PROMPTS, SERVED, LogitDistance, Served
 from lorameter.records.record import PartialRecord
 from lorameter.studies.serving_modes import ServingMode, ServingRequest
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.building.build import seed_everything, set_precision
 from lorameter.trial.building.packing import unpack_4bit
@@ -75,7 +75,7 @@ def load_served(request: ServingRequest, way: ServingMode) -> Any:
         base = dequantised(base, variant.dtype)
         variant = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
     seed_everything(trial.seed)
-    model = lora.load(base, variant, Path(request.adapter))
+    model = peft_methods.load(base, variant, Path(request.adapter))
     model.eval()
     return model
 
@@ -89,8 +89,8 @@ def dequantised(base: Any, dtype: str) -> Any:
 def prepare_way(model: Any, way: ServingMode) -> Any:
     """The model as the way has it: merged, where it asks for that, which nothing takes back."""
     if way.merged:
-        lora.merge(model)
-    elif lora.is_merged(model):
+        peft_methods.merge(model)
+    elif peft_methods.is_merged(model):
         raise LorameterError(f"{way.name}: the adapter is merged into this base already")
     return model
 
@@ -101,7 +101,7 @@ def observe(
     """Answers, logits over the reference's answers (its own, where `reference` is empty), and held-out losses."""
     folder = Path(request.trial.scratch)
     seed_everything(request.trial.seed)
-    with lora.serving(model, adapter=way.adapter), torch.no_grad():
+    with peft_methods.serving(model, adapter=way.adapter), torch.no_grad():
         prompts = list(_prompts(stream, request))
         answers = tuple(_answer(model, prompt, way, request) for prompt in prompts)
         distances: list[LogitDistance] = []

@@ -25,7 +25,7 @@ import kernels_check
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord, judge_required
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.requirements import attention_of
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.serving.generate import Request, generate
@@ -91,14 +91,14 @@ class Server:
         number, found = self._served, dict[str, tuple[float, ...]]()
         ways = ["", "switched_", "mixed_"] if self._workload.request_batch > 1 else ["", "switched_"]
         for way in self._random.sample(ways, len(ways)):
-            lora.activate(self._model, self._adapters[0])
+            peft_methods.activate(self._model, self._adapters[0])
             self.ask_shortly()
             prompts = self._stream.prompts(number)
             if way == "switched_":
                 found["switch_time_s"] = (self._switch(number),)
             names = self.name_rows(number) if way == "mixed_" else ()
             found |= _times(way, self._generate(prompts, names))
-        lora.activate(self._model, self._adapters[0])
+        peft_methods.activate(self._model, self._adapters[0])
         self._served += 1
         return found
 
@@ -106,12 +106,12 @@ class Server:
         """Attach the other adapters, and ask once after a switch. Raises what PEFT raises if it cannot attach them."""
         for number in range(1, self._workload.adapters):
             name = f"{self._adapters[0]}-other{number}"
-            lora.attach_drawn(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
+            peft_methods.attach_drawn(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
             self._adapters.append(name)
         self._model.eval()  # the dropout of what PEFT adds is in train mode, whatever the model is in
         self._switch(0)
         self._generate(self._stream.prompts(0))
-        lora.activate(self._model, self._adapters[0])
+        peft_methods.activate(self._model, self._adapters[0])
 
     def name_rows(self, number: int) -> list[str]:
         """The adapter of each row in request `number`: one after the other, with another one first each time. So a
@@ -130,14 +130,14 @@ class Server:
         mixed = self._generate(prompts, names).answers
         answers = torch.tensor(mixed, device=prompts.device)
         tokens, count = torch.cat([prompts, answers], dim=1), answers.shape[1] + 1
-        forward = inspect.signature(lora.wrapped(self._model).forward).parameters
+        forward = inspect.signature(peft_methods.wrapped(self._model).forward).parameters
         kept = {"logits_to_keep": count} if "logits_to_keep" in forward else {}  # those of all tokens may not fit
         alone: dict[str, Sequence[Sequence[int]]] = {}
         lost: dict[int, torch.Tensor] = {}
         effect: dict[int, torch.Tensor] = {}
         last = None
         for name in dict.fromkeys(names):
-            lora.activate(self._model, name)
+            peft_methods.activate(self._model, name)
             alone[name] = self._generate(prompts).answers
             with torch.no_grad():
                 mask = torch.ones_like(tokens)
@@ -150,7 +150,7 @@ class Server:
                 if last is not None and (one == name or row not in effect):
                     effect[row] = (logits[row] - last[row]).abs().amax(-1)
             last = logits
-        lora.activate(self._model, self._adapters[0])
+        peft_methods.activate(self._model, self._adapters[0])
         wrong = [
             row
             for row, name in enumerate(names)
@@ -181,11 +181,11 @@ class Server:
     def merge(self, discard: int) -> None:
         """Merge the adapter and begin again with the first prompt, after `discard` requests."""
         if len(self._adapters) > 1:
-            lora.activate(self._model, self._adapters[0])
+            peft_methods.activate(self._model, self._adapters[0])
         for name in self._adapters[1:]:
-            lora.detach(self._model, name)
+            peft_methods.detach(self._model, name)
         del self._adapters[1:]
-        lora.merge(self._model)
+        peft_methods.merge(self._model)
         self._prefix, self._served = "merged_", 0
         self.warm_up(discard)
 

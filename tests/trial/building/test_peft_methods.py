@@ -9,7 +9,7 @@ import torch
 
 from lorameter.models import catalogue
 from lorameter.studies.variant import LoraVariant
-from lorameter.trial.building import lora
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import empty_model, load_base
 from lorameter.trial.building.shared import base_digest
 
@@ -21,24 +21,24 @@ def attached(**changes):
     """tiny-llama with an adapter, and without a weight."""
     variant = dataclasses.replace(VARIANT, **changes)
     with torch.device("meta"):
-        return lora.attach(empty_model(TINY, variant), variant), variant
+        return peft_methods.attach(empty_model(TINY, variant), variant), variant
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"target_modules": ("all-linear",)}])
 def test_what_trains_is_the_adapter_s_own(changes):
     """All of it, under the names that the model has for it."""
     model, _ = attached(**changes)
-    own = lora.own_parameters(model)
+    own = peft_methods.own_parameters(model)
     assert {name: id(one) for name, one in own.items()} == {
         name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    assert len(lora.adapted_layers(model)) == 4 * (7 if changes.get("target_modules") else 2)
+    assert len(peft_methods.adapted_layers(model)) == 4 * (7 if changes.get("target_modules") else 2)
 
 
 def test_the_base_s_biases_are_not_its_own():
     """They may train, and stay the base's."""
     model, _ = attached(bias="all")
-    assert not [name for name in lora.own_parameters(model) if "bias" in name]
+    assert not [name for name in peft_methods.own_parameters(model) if "bias" in name]
 
 
 def test_a_base_may_call_its_weights_what_it_likes():
@@ -46,8 +46,8 @@ def test_a_base_may_call_its_weights_what_it_likes():
     base = load_base(TINY, VARIANT, device="cpu", seed=1)
     base.model.lora_gate = torch.nn.Linear(2, 2)
     variant = dataclasses.replace(VARIANT, adapter_dtype="bfloat16")
-    model = lora.attach(base, variant)
-    own = lora.own_parameters(model)
+    model = peft_methods.attach(base, variant)
+    own = peft_methods.own_parameters(model)
     assert not [name for name in own if "lora_gate" in name]
     assert {parameter.dtype for parameter in own.values()} == {torch.bfloat16}
     assert base.model.lora_gate.weight.dtype == torch.float32
@@ -63,11 +63,11 @@ def test_a_base_may_call_its_weights_what_it_likes():
 def test_several_adapters_are_all_their_own():
     """Those that wait their turn too, and the one that is active alone trains."""
     model, variant = attached()
-    alone = len(lora.own_parameters(model))
-    lora.attach_beside(model, variant, "second")
-    own = lora.own_parameters(model)
+    alone = len(peft_methods.own_parameters(model))
+    peft_methods.attach_beside(model, variant, "second")
+    own = peft_methods.own_parameters(model)
     assert len(own) == 2 * alone
-    lora.activate(model, "second")
+    peft_methods.activate(model, "second")
     assert {name for name, one in model.named_parameters() if one.requires_grad} == {
         name for name in own if ".second." in name
     }

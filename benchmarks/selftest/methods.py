@@ -1,0 +1,111 @@
+"""Every method of PEFT's registry on tiny-llama, in bfloat16 and in NF4, with its checks active or refused.
+
+    python benchmarks/selftest/methods.py
+
+A method holds where its trial is ok, which it is only with its required paths active, or where PEFT refuses it in its
+own words. Arguments that a method cannot be without are below; a method that is new there is tried with those that its
+configuration has of `GENERIC`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from shared import command_output, exit_code, print_origin
+
+from lorameter.records import store
+from lorameter.studies.methods import facts_of
+from lorameter.studies.variant import PeftVariant
+
+GENERIC: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "num_virtual_tokens": 8, "total_step": 100}
+"""Arguments for every method whose configuration has them."""
+NEEDED: dict[str, dict[str, Any]] = {
+    "ADALORA": {"tinit": 2, "tfinal": 2},
+    "ADAPTION_PROMPT": {"target_modules": None, "adapter_layers": 2, "adapter_len": 4},
+    "C3A": {"block_size": 32},
+    "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": None},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": list(range(64, 128))},
+    "VBLORA": {"num_vectors": 32, "vector_length": 32},
+}
+STUDY = """
+[workload]
+model = "random:tiny-llama"
+layout = "padded"
+sequence_length = 64
+
+[protocol]
+phases = ["train"]
+replicates = 1
+turns = 1
+allow_disturbed = true
+"""
+
+
+def variants() -> list[PeftVariant]:
+    """One of each method and type of the base, with arguments that it needs."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    found = []
+    for kind, config in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items()):
+        name = str(kind.value)
+        fields = {one.name for one in dataclasses.fields(config)}
+        given = {key: value for key, value in GENERIC.items() if key in fields} | NEEDED.get(name, {})
+        peft = {"peft_type": name, **{key: value for key, value in given.items() if value is not None}}
+        for quantization in ("none", "nf4"):
+            label = f"{name.lower()}-{'bf16' if quantization == 'none' else quantization}"
+            found.append(PeftVariant(name=label, peft=peft, quantization=quantization, learning_rate=1e-3))
+    return found
+
+
+def toml(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def main() -> int:
+    """Print a line a method; 1 where one neither trains with its checks nor is refused by PEFT."""
+    print_origin()
+    every = variants()
+    facts = facts_of(every)
+    tried = [one for one in every if not facts[one.name].refused]
+    rows = [
+        f'[[variant]]\nname = "{one.name}"\nlearning_rate = 1e-3\nquantization = "{one.quantization}"\n'
+        f"peft = {toml(one.peft)}\n"
+        for one in tried
+    ]
+    outcomes = {name: f"refused: {one.refused}" for name, one in facts.items() if one.refused}
+    with tempfile.TemporaryDirectory() as folder:
+        path, runs = Path(folder, "methods.toml"), Path(folder, "runs")
+        path.write_text(STUDY + "\n".join(rows), encoding="utf-8")
+        command_output(["run", str(path), "--runs-dir", str(runs), "--interleave", "replicates", "--json"])
+        (run,) = (path for path in runs.iterdir() if path.is_dir())
+        for record in store.read_run(str(run), runs).records:
+            if record.role == "variant" and "-isolated" not in record.trial:
+                said = "" if record.failure is None else f": {' '.join(record.failure.message.split())}"
+                outcomes[record.name] = f"{record.status}{said}"
+    broken = []
+    for one in every:
+        fact = facts[one.name]
+        can = {"b": fact.keeps_base, "s": fact.several, "m": fact.mixes, "g": fact.merges, "r": fact.reloads}
+        marks = "".join("?" if value is None else letter if value else "-" for letter, value in can.items())
+        outcome = outcomes.get(one.name, "not measured")
+        print(f"{one.name:32} {marks}  {outcome[:200]}")
+        if outcome != "ok" and not outcome.startswith(("refused", "crashed")):
+            broken.append(f"{one.name}: {outcome}")
+    print("b keeps the base, s several on one base, m mixed batches, g merges, r reloads; - not, ? not tried")
+    ok = sum(outcomes.get(one.name) == "ok" for one in every)
+    print(f"{ok} of {len(every)} train with their checks, {len(every) - ok - len(broken)} are refused in PEFT's words")
+    return exit_code(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

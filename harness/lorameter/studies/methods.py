@@ -1,0 +1,134 @@
+"""What the installed PEFT can do with a variant's method, found out by trying it and kept on disk.
+
+A process of its own attaches the method to a tiny model, trains it for two steps and tries what a run may ask for
+(`lorameter.trial.building.method_probe`). So nothing is typed in of any method, and the process that asks never loads
+torch. What was found is kept with the versions that it holds for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lorameter.errors import InvalidRunError, LorameterError, UsageError, impossible, said_by
+from lorameter.models import catalogue
+from lorameter.records import codec, fileio
+from lorameter.studies.variant import ADAMW, PAGED, LoraVariant, Variant
+
+LIBRARIES = ("peft", "torch", "transformers", "bitsandbytes")
+PROBE = "lorameter.trial.building.method_probe"
+_MOST_BYTES = 2**20
+
+
+class MethodFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a method can do. None where it could not be tried, for instance since the tiny model is too small for it."""
+
+    refused: str | None = None
+    """Why it can be on no model like this, in one sentence of which most is PEFT's."""
+    keeps_base: bool | None = None
+    """Whether weights of the base are what they were after it was attached and trained for a step."""
+    several: bool | None = None
+    """Whether a second adapter of the same configuration can be added."""
+    mixes: bool | None = None
+    """Whether rows of one batch can name different adapters."""
+    merges: bool | None = None
+    """Whether it can be merged into the base."""
+    reloads: bool | None = None
+    """Whether what is saved and loaded again on the base gives the same answers."""
+
+
+CONFIG_NAME = "adapter_config.json"
+_OF_SAVING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+"""Keys of a saved configuration that say how it was saved, and nothing of the method."""
+LORA = MethodFacts(keeps_base=True, several=True, mixes=True, merges=True, reloads=True)
+"""Of LoRA in its short form, whose exceptions are fields that are judged by themselves."""
+
+
+def read_config(where: str, path: str) -> dict[str, Any]:
+    """The configuration in a file that PEFT's `save_pretrained` wrote, or in its folder. Raises `UsageError`."""
+    file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
+    try:
+        data = fileio.read_json(file, _MOST_BYTES)
+    except (OSError, ValueError) as error:
+        why = f"it cannot be read ({said_by(error)})"
+        raise impossible(where, "peft", path, why, f"Name an {CONFIG_NAME} or its folder.") from None
+    if not isinstance(data, dict):
+        raise impossible(where, "peft", path, "no configuration of PEFT", f"Name an {CONFIG_NAME} or its folder.")
+    return {key: value for key, value in data.items() if key not in _OF_SAVING}
+
+
+def is_plain(variant: Variant) -> bool:
+    """Whether all about a variant is known without trying: LoRA in its short form with an optimizer that has one."""
+    return isinstance(variant, LoraVariant) and variant.optimizer in (*ADAMW, *PAGED) and not variant.optimizer_args
+
+
+def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
+    """What each variant's method can do, by the variant's name; what is not known yet is tried now.
+
+    Raises:
+        InvalidRunError: the process that tries ends without an answer.
+    """
+    found = {one.name: LORA for one in variants if is_plain(one)}
+    places = {one.name: _place(one) for one in variants if one.name not in found}
+    found |= {name: facts for name, place in places.items() if (facts := _read(place)) is not None}
+    missing = [one for one in variants if one.name not in found]
+    if missing:
+        for variant, facts in zip(missing, _probe(missing), strict=True):
+            found[variant.name] = facts
+            places[variant.name].parent.mkdir(parents=True, exist_ok=True)
+            fileio.write_document(places[variant.name], facts)
+    return found
+
+
+def check_methods(where: str, variants: Sequence[Variant]) -> None:
+    """Raises `UsageError` for a variant that PEFT or its optimizer refuses on any model."""
+    for facts in facts_of(variants).values():
+        if facts.refused:
+            raise UsageError(f"{where}: {facts.refused}")
+
+
+def _place(variant: Variant) -> Path:
+    content = codec.dumps({"variant": variant.id, "versions": {name: _version(name) for name in LIBRARIES}})
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return catalogue.cache_dir() / "methods" / f"peft-{_version('peft')}-{name}.json"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _read(place: Path) -> MethodFacts | None:
+    try:
+        return codec.from_json(MethodFacts, fileio.read_json(place, _MOST_BYTES), "facts of a method")
+    except (OSError, ValueError, LorameterError):  # not there, or of another lorameter
+        return None
+
+
+def _probe(variants: Sequence[Variant]) -> tuple[MethodFacts, ...]:
+    done = subprocess.run(
+        [sys.executable, "-m", PROBE],
+        input=json.dumps(codec.to_json(list(variants))),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        return codec.from_json(
+            tuple[MethodFacts, ...], json.loads(done.stdout.rpartition("\n\n")[2]), "facts of methods"
+        )
+    except (ValueError, LorameterError):
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise InvalidRunError(f"the methods of PEFT could not be tried: {PROBE} ended with {last}") from None

@@ -1,0 +1,150 @@
+"""PEFT's own experiments as a study: folders of huggingface/peft's `method_comparison/MetaMathQA`, unchanged.
+
+`experiments/METHOD/NAME/adapter_config.json` is the configuration of PEFT, and full fine-tuning without one;
+`training_params.json` there is over `default_training_params.json`. What their `run.py` does with a key, a variant or
+the workload does; keys of its evaluation have no meaning here, since no answers are generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lorameter.errors import UsageError, impossible
+from lorameter.records import codec, fileio
+from lorameter.studies.columns import DataColumns
+from lorameter.studies.methods import CONFIG_NAME, read_config
+from lorameter.studies.protocol import Protocol
+from lorameter.studies.study import Study, unknown
+from lorameter.studies.variant import FullVariant, PeftVariant, Variant
+from lorameter.studies.workload import Workload
+
+DEFAULTS, PARAMS = "default_training_params.json", "training_params.json"
+DATA = "meta-math/MetaMathQA"
+WARMUP_RATIO = 0.1
+"""Their WARMUP_STEP_RATIO."""
+_STORED: Mapping[str, dict[str, Any]] = {
+    "int8": {"dtype": "float32", "quantization": "int8"},
+    "int4": {"dtype": "float32", "quantization": "fp4", "double_quant": False, "compute_dtype": "float32"},
+}
+"""Their words for what transformers quantises with its defaults."""
+_NOTES = (
+    "Variants are experiments of PEFT's method_comparison; the words around a question are those of prompt_format.",
+)
+
+
+def study_of_experiments(folder: str, select: str = "*", *, quality: bool = False) -> Study:
+    """The study of the experiments in a folder.
+
+    Args:
+        folder: the one that holds `experiments` and the default parameters.
+        select: a glob over METHOD/NAME.
+        quality: train each for its number of steps, for the losses, with seeds as replicates; else some tens of steps,
+            for the times.
+
+    Raises:
+        UsageError: no such folder, no experiment of such a name, or a key that cannot be.
+    """
+    root = Path(folder)
+    paths = [path for path in sorted((root / "experiments").glob("*/*")) if _is_experiment(path)]
+    if not paths:
+        remedy = "Name method_comparison/MetaMathQA of a checkout of huggingface/peft."
+        raise impossible("run", "--peft-experiments", folder, f"no experiments/METHOD/NAME/{CONFIG_NAME} in it", remedy)
+    chosen = [path for path in paths if fnmatch(f"{path.parent.name}/{path.name}", select)]
+    if not chosen:
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
+        raise UsageError(f"run: --select = {select!r}: {unknown(select, names)}")
+    default = _read(root / DEFAULTS)
+    params = {path: default | (_read(path / PARAMS) if (path / PARAMS).is_file() else {}) for path in chosen}
+    variants = {path: _variant(path, params[path], default) for path in chosen}
+    workloads = {path: _workload(params[path], quality=quality) for path in chosen}
+    reference = min(chosen, key=lambda path: (path.parent.name != "lora", len(path.name), path.name))
+    common = workloads[reference]
+    own = {
+        variants[path].name: {
+            one.name: codec.to_json(getattr(workload, one.name))
+            for one in dataclasses.fields(workload)
+            if getattr(workload, one.name) != getattr(common, one.name)
+        }
+        for path, workload in workloads.items()
+        if workload != common
+    }
+    protocol = Protocol(phases=("train",), merged=False, peak_replicates=1, epochs=1.0 if quality else 0.0)
+    methods = Counter(variant.method_name for variant in variants.values())
+    return Study(
+        name="peft-experiments",
+        title=f"{len(chosen)} experiments of PEFT, {len(methods)} methods",
+        workload=common,
+        workloads=own,
+        protocol=protocol,
+        variants=tuple(variants.values()),
+        reference=variants[reference].name,
+        notes=_NOTES,
+    )
+
+
+def _is_experiment(path: Path) -> bool:
+    return any((path / name).is_file() for name in (CONFIG_NAME, PARAMS))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = fileio.read_json(path, fileio.MANIFEST_BYTES)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: it cannot be read ({error}). Mend it.") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a table of keys is expected. Mend it.")
+    return data
+
+
+def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) -> Variant:
+    where, name = str(path / PARAMS), f"{path.parent.name}--{path.name}"
+    for key, value in params.items():
+        if key not in default:
+            raise impossible(where, key, value, "unknown key", unknown(key, list(default)))
+    if params["use_amp"]:
+        raise impossible(where, "use_amp", True, "gradients are not scaled here", "Use dtype in place of it.")
+    arguments = dict(params["optimizer_kwargs"])
+    optimizer = str(params["optimizer_type"])
+    decay = 0.01 if optimizer == "AdamW" else 0.0  # torch's own default
+    fields: dict[str, Any] = {
+        "name": name,
+        "optimizer": "adamw" if optimizer == "AdamW" else optimizer,
+        "learning_rate": arguments.pop("lr"),
+        "weight_decay": arguments.pop("weight_decay", decay),
+        "optimizer_args": arguments,
+        "schedule": params["lr_scheduler"] or "constant",
+        "warmup_ratio": WARMUP_RATIO if params["lr_scheduler"] else 0.0,
+        "max_grad_norm": params["grad_norm_clip"],
+        "gradient_checkpointing": params["use_gc"],
+        "compile": params["compile"],
+        **_STORED.get(params["dtype"], {"dtype": params["dtype"]}),
+    }
+    if params["attn_implementation"]:
+        fields["attention"] = params["attn_implementation"]
+    if not (path / CONFIG_NAME).is_file():
+        return codec.from_json(FullVariant, fields | {"method": "full"}, where)
+    if not params["autocast_adapter_dtype"]:
+        fields["adapter_dtype"] = fields["dtype"]
+    fields["peft"] = read_config(str(path), str(path / CONFIG_NAME))
+    if params["init_kv_cache_prefix"]:
+        fields["prefix_text"] = params["init_kv_cache_prefix"]
+    return codec.from_json(PeftVariant, fields, where)
+
+
+def _workload(params: Mapping[str, Any], *, quality: bool) -> Workload:
+    workload = Workload(
+        model=params["model_id"],
+        data=DATA,
+        columns=DataColumns(prompt="query", completion="response"),
+        layout="bucketed",
+        sequence_length=params["max_seq_length"],
+        batch_size=params["batch_size"],
+    )
+    if not quality:
+        return workload
+    return dataclasses.replace(workload, train_sequences=params["max_steps"] * params["batch_size"])

@@ -1,0 +1,356 @@
+"""PEFT's methods: the configuration of a variant, how its adapter comes on a base and off again, its type, its files.
+
+The one module that calls PEFT. Methods, their fields and their optimizers are read from PEFT's registry, so that one
+that a later PEFT adds needs no code here. Parameters of an adapter are never recognised by name: PEFT's layers list the
+parts that they have added, and names of a base are arbitrary.
+
+Full fine-tuning has no adapter: its model is the base, and what concerns an adapter does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import peft.optimizers
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.pytorch_utils import Conv1D
+
+from kernels_check.observe.adapter import holders_in
+from kernels_check.observe.modules import Below
+from lorameter.errors import UsageError, impossible
+from lorameter.models import catalogue, shapes
+from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
+from lorameter.trial.building.packing import unpack_4bit
+from lorameter.trial.data.tokenizers import load_tokenizer
+
+LAZY = ("peft.tuners.lora.bnb",)
+"""What PEFT imports when it first meets a quantised layer."""
+_PAGED = dict(zip(PAGED, ("PagedAdamW32bit", "PagedAdamW8bit"), strict=True))
+_BITSANDBYTES = "bitsandbytes."
+"""Begins the name of an optimizer of bitsandbytes."""
+
+
+def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
+    """PEFT's configuration of a variant; `steps` are those of its training, for methods that plan with them.
+
+    Raises:
+        UsageError: no such method or field, or a value that PEFT refuses, in its words.
+    """
+    if isinstance(variant, LoraVariant):
+        return _lora_config(variant)
+    assert isinstance(variant, PeftVariant)
+    where, given = f"variant {variant.name!r}", dict(variant.peft)
+    name = str(given["peft_type"]).upper()
+    known = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in known:
+        why = f"PEFT {peft.__version__} has no such method"
+        raise impossible(where, "peft.peft_type", given["peft_type"], why, _did_you_mean(name, known))
+    fields = {one.name for one in dataclasses.fields(known[name]) if one.init}
+    for key, value in given.items():
+        if key not in fields:
+            why = f"{known[name].__name__} of PEFT {peft.__version__} has no such field"
+            raise impossible(where, f"peft.{key}", value, why, _did_you_mean(key, fields))
+    given |= {"peft_type": name, "inference_mode": False}  # a saved configuration is one for inference
+    given["task_type"] = given.get("task_type") or "CAUSAL_LM"
+    if "total_step" in fields and given.get("total_step") is None and steps is not None:
+        given["total_step"] = steps
+    try:
+        return known[name](**given)
+    except Exception as error:  # which exception depends on the value that PEFT could not take
+        raise UsageError(f"{where}: peft: {known[name].__name__} refuses it: {_said(error)}") from None
+
+
+def attach(
+    base: Any, variant: Variant, adapter: str = "default", *, batches: Iterable[Any] = (), steps: int | None = None
+) -> Any:
+    """The base with a fresh adapter, as PEFT makes it; for full fine-tuning the base, all of which trains.
+
+    Args:
+        base: frozen or not; of it nothing trains afterwards but what the method asks for.
+        variant: what trains.
+        adapter: name of the adapter.
+        batches: inputs of the model, for initialisations that look at data (EVA, CorDA).
+        steps: optimizer steps of the training.
+    """
+    base = _prepare(base, variant)
+    if variant.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    if isinstance(variant, FullVariant):
+        return base.requires_grad_(True)
+    config = config_of(variant, steps=steps)
+    init = getattr(config, "init_lora_weights", None)
+    if init == "corda":
+        preprocess_corda(base, config, run_model=lambda: _see(base, batches))
+    model = get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=_upcasts(variant))
+    if init == "eva":
+        peft.initialize_lora_eva_weights(model, batches, adapter_name=adapter, show_progress_bar=False)
+    _cast(model, variant)
+    return model
+
+
+def reads_data(variant: Variant) -> bool:
+    """Whether the initialisation of the adapter looks at data."""
+    return isinstance(variant, PeftVariant) and variant.peft.get("init_lora_weights") in ("corda", "eva")
+
+
+def _see(base: Any, batches: Iterable[Any]) -> None:
+    with torch.no_grad():
+        for batch in batches:
+            base(**batch)
+
+
+def attach_beside(model: Any, variant: Variant, adapter: str) -> None:
+    """Give a model that has adapters another one, which is not active yet."""
+    model.add_adapter(adapter, config_of(variant), autocast_adapter_dtype=_upcasts(variant))
+    _cast(model, variant)
+
+
+def attach_drawn(model: Any, variant: Variant, adapter: str, seed: int) -> None:
+    """Give the model an adapter as `attach_beside` does, with random weights as large as a base's: those of a trained
+    one do not affect times, but answers like those of the base could not be distinguished from it.
+
+    An entry of A has the variance 1 / inputs and one of B 1 / r over the square of the scaling, so that what both do
+    together leaves the size of what comes in as it is, whatever r and alpha are.
+    """
+    attach_beside(model, variant, adapter)
+    generator = torch.Generator().manual_seed(seed)  # of the host, so that every device has the same
+    for layer in adapted_layers(model).values():
+        for part in layer.adapter_layer_names:
+            held = getattr(layer, part)
+            if adapter not in held:
+                continue
+            weight = held[adapter] if isinstance(held[adapter], torch.nn.Parameter) else held[adapter].weight
+            drawn = torch.randn(weight.shape, generator=generator) * (weight[0].numel() ** -0.5)
+            weight.data.copy_(drawn / layer.scaling[adapter] if part.endswith("_B") else drawn)
+
+
+def start_prefix(model: Any, name: str, text: str) -> None:
+    """Have a prefix begin with the keys and values of a text; `name` is the model's, whose tokenizer reads it."""
+    source = catalogue.resolve(name)
+    tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
+    peft.initialize_kv_prefix_from_text(model, tokenizer, text=text)
+
+
+def updater(model: Any) -> Callable[[int], None] | None:
+    """What a method does after each update, given the number of the step from 1: AdaLoRA moves ranks between layers.
+    None for a method that does nothing."""
+    tuner = getattr(model, "base_model", None)
+    found: Callable[[int], None] | None = getattr(type(tuner), "update_and_allocate", None)
+    return None if found is None else cast("Callable[[int], None]", tuner.update_and_allocate)  # type: ignore[union-attr]
+
+
+def detach(model: Any, adapter: str) -> None:
+    """Take an adapter that is not active off the model."""
+    model.delete_adapter(adapter)
+
+
+def unmixable_layers(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the layers that cannot take rows for different adapters: PEFT refuses that where it wraps a parameter of
+    a layer in place of the layer (experts that are stored as one tensor) or torch's own attention."""
+    refusing = (ParamWrapper, MultiheadAttention)
+    return tuple(name for name, layer in adapted_layers(model).items() if isinstance(layer, refusing))
+
+
+def activate(model: Any, adapter: str) -> None:
+    """Have this adapter, and no other, take part and train."""
+    if isinstance(model, PeftModel) and model.active_adapter != adapter:
+        model.set_adapter(adapter)
+
+
+def wrapped(model: Any) -> Any:
+    """transformers' own model inside of PEFT's, its layers replaced; the model itself where PEFT has wrapped none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_merged(model: Any) -> bool:
+    """Whether an adapter is merged into the base."""
+    return any(layer.merged for layer in adapted_layers(model).values())
+
+
+def without_adapter(model: Any) -> AbstractContextManager[None]:
+    """Meanwhile the model is its base."""
+    if not isinstance(model, PeftModel):
+        return nullcontext()
+    return cast("AbstractContextManager[None]", model.disable_adapter())
+
+
+def serving(model: Any, *, adapter: bool) -> AbstractContextManager[None]:
+    """Meanwhile the model answers with its adapter, or without it."""
+    return nullcontext() if adapter else without_adapter(model)
+
+
+def merge(model: Any) -> None:
+    """Merge the active adapter into the base, whose 4-bit weights must lie in their stored layout for it; nothing where
+    it is merged."""
+    if is_merged(model):
+        return
+    unpack_4bit(model)
+    model.merge_adapter()
+
+
+def adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The layers that PEFT has put in place of a base's, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def is_on_linear(model: torch.nn.Module) -> bool:
+    """Whether linear layers carry the adapter, and not only norms, embeddings or a prompt."""
+    layers = (layer.get_base_layer() for layer in adapted_layers(model).values())
+    return any(isinstance(layer, (torch.nn.Linear, Conv1D)) for layer in layers)
+
+
+def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What adapters have added to a model, all of them together, by name; what they wrap is the base's."""
+    held = (
+        f"{name}.{holder}".removeprefix(".") for name, module in model.named_modules() for holder in holders_in(module)
+    )
+    own = Below(list(held))
+    return {name: parameter for name, parameter in model.named_parameters() if own[name]}
+
+
+def save(model: Any, folder: Path, *, initial: Path | None = None) -> None:
+    """Write the trained adapter; `initial` is what `save_initial` wrote, where the initialisation rewrote the base."""
+    before = None if initial is None else str(initial)
+    model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=before)
+
+
+def save_initial(model: Any, folder: Path) -> None:
+    """Save the untrained adapter of an initialisation that rewrote the base (OLoRA, PiSSA).
+
+    The trained adapter is relative to the rewritten base; PEFT turns it into one for the original base, of twice the
+    rank, by subtracting what it began with.
+    """
+    config = model.peft_config["default"]
+    kept, config.init_lora_weights = config.init_lora_weights, True
+    model.save_pretrained(str(folder))
+    config.init_lora_weights = kept
+
+
+def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:
+    """What the file of the adapter holds, by the names in it; of full fine-tuning the model's."""
+    if not isinstance(model, PeftModel):
+        return cast("Mapping[str, torch.Tensor]", model.state_dict())
+    return cast("Mapping[str, torch.Tensor]", get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def load(base: Any, variant: Variant, folder: Path) -> Any:
+    """The base with the adapter that `save` wrote, as one loads it to use it."""
+    base = _prepare(base, variant)
+    model: Any = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=_upcasts(variant))
+    _cast(model, variant)
+    return model
+
+
+def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
+    """The variant's optimizer over what trains.
+
+    Raises:
+        UsageError: no such optimizer, or an argument that it does not take.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"lr": variant.learning_rate, "weight_decay": variant.weight_decay}
+    if variant.optimizer in ADAMW:
+        options["fused"] = variant.optimizer == "adamw_fused" or None
+    where, found = f"variant {variant.name!r}", find_optimizer(variant)
+    takes = inspect.signature(found).parameters
+    if "model" not in takes:
+        options = {key: value for key, value in options.items() if key in takes}
+        arguments: tuple[Any, ...] = (parameters,)
+    else:  # one of PEFT's, which may want the adapter's rank and the class of the optimizer that it builds on
+        adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+        given = {key: getattr(adapter, key) for key in ("r", "lora_alpha") if key in takes and hasattr(adapter, key)}
+        base = {"optimizer_cls": torch.optim.AdamW} if "optimizer_cls" in takes else {}
+        arguments, options = (model,), options | given | base
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
+    for key, value in variant.optimizer_args.items():
+        if key not in takes and not open_ended:
+            why = f"{variant.optimizer} takes no such argument"
+            raise impossible(where, f"optimizer_args.{key}", value, why, _did_you_mean(key, takes))
+    try:
+        return cast(torch.optim.Optimizer, found(*arguments, **{**options, **variant.optimizer_args}))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{where}: optimizer = {variant.optimizer!r}: it refuses its arguments: {_said(error)}"
+        ) from None
+
+
+def find_optimizer(variant: Variant) -> Callable[..., Any]:
+    """The class of an optimizer, or PEFT's function that makes it. Raises `UsageError` with the nearest name."""
+    import bitsandbytes
+
+    known: dict[str, Callable[..., Any]] = {}
+    for prefix, module in (("", torch.optim), (_BITSANDBYTES, bitsandbytes.optim)):
+        kinds = {name: kind for name, kind in vars(module).items() if isinstance(kind, type)}
+        known |= {prefix + name: kind for name, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
+    known |= dict.fromkeys(ADAMW, torch.optim.AdamW)
+    known |= {short: known[_BITSANDBYTES + name] for short, name in _PAGED.items()}
+    for name in peft.optimizers.__all__:
+        known[name.removeprefix("create_").removesuffix("_optimizer")] = getattr(peft.optimizers, name)
+    name = variant.optimizer
+    plain = name.replace("+", "plus").replace("-", "")  # as PEFT's own experiments spell LoRA+ and LoRA-FA
+    found = known.get(name) or known.get(plain)
+    if found is None:
+        why = f"neither torch, bitsandbytes nor PEFT {peft.__version__} has such an optimizer"
+        raise impossible(f"variant {variant.name!r}", "optimizer", name, why, _did_you_mean(name, known))
+    return found
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=1)
+    return f"Did you mean {lower[near[0]]}?" if near else f"Known: {', '.join(known)}."
+
+
+def _said(error: BaseException) -> str:
+    """What a library says of a failure, in one line that ends in a full stop."""
+    return f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}."
+
+
+def _prepare(base: Any, variant: Variant) -> Any:
+    """The base with what is not quantised cast to float32, where the variant asks for PEFT's preparation."""
+    if not variant.prepare_for_kbit:
+        return base
+    return peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+
+
+def _upcasts(variant: Variant) -> bool:
+    """Whether PEFT may cast the adapter to float32, which it does by default."""
+    return variant.adapter_dtype in (None, "float32")
+
+
+def _cast(model: Any, variant: Variant) -> None:
+    """Cast the adapter to the variant's type, where it names one."""
+    if variant.adapter_dtype is not None:
+        for parameter in own_parameters(model).values():
+            parameter.data = parameter.data.to(getattr(torch, variant.adapter_dtype))
+
+
+def _lora_config(variant: LoraVariant) -> LoraConfig:
+    targets: Any = list(variant.target_modules) or None
+    if variant.target_modules == (ALL_LINEAR,):
+        targets = ALL_LINEAR
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=variant.r,
+        lora_alpha=cast(int, variant.lora_alpha),
+        lora_dropout=variant.lora_dropout,
+        target_modules=targets,
+        bias=variant.bias,
+        use_rslora=variant.use_rslora,
+        use_dora=variant.use_dora,
+        init_lora_weights=True if variant.init_lora_weights == "default" else variant.init_lora_weights,
+    )
