@@ -42,17 +42,9 @@ CLAIMS: tuple[Claim, ...] = (
             ),
             "mask": ("flash refuses an explicit mask on CUDA", judges.flash_refuses_a_mask),
             "names": ("the kernels of the usual products, attentions and norms have rules", judges.names_are_known),
-            "new lengths": (
-                "where torch takes cuDNN's attention, a new length of keys costs the host 15 to 60 ms",
-                judges.new_lengths_cost_what_was_published,
-            ),
             "mask on Hopper": (
                 "an explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention",
                 judges.cudnn_takes_a_mask_on_hopper,
-            ),
-            "paging": (
-                "a paged optimizer waits for the device after every tensor",
-                judges.paging_waits_for_every_tensor,
             ),
         },
     ),

@@ -22,8 +22,6 @@ MOST_UNKNOWN = 0.01
 NO_REST, HAND_OVER_S = "0.0", "0.003"
 REST_EFFECT = 0.01
 """What a hand-over may change of a step."""
-NEW_LENGTH_MS = (15.0, 60.0)
-"""What a new length may cost and still be what was published, 23 to 37 ms: that was another host."""
 
 
 def zygote_forks(evidence: Evidence) -> Decision:
@@ -296,19 +294,6 @@ def cold_has_its_parts(evidence: Evidence) -> Decision:
     return decided(holds, "; ".join(f"{name} {value:.2f}" for name, value in mean.items()) + f" ({len(cold)} starts)")
 
 
-def new_lengths_cost_what_was_published(evidence: Evidence) -> Decision:
-    """Where torch takes cuDNN's attention for one token, a length that is new keeps the host as long as published."""
-    found, chosen = evidence.fact("lengths"), evidence.fact("attention")["chosen"]["one token"]
-    said = "; ".join(
-        f"{which}: {found[which]['new_ms']:.2f} ms new, {found[which]['again_ms']:.2f} ms again"
-        for which in found["of"]
-    )
-    if "CUDNN" not in chosen:
-        return undecided(f"torch takes {chosen} here; {said}")
-    low, high = NEW_LENGTH_MS
-    return decided(low <= found["default"]["new_ms"] - found["default"]["again_ms"] <= high, said)
-
-
 def cudnn_takes_a_mask_on_hopper(evidence: Evidence) -> Decision:
     """On sm_90 and sm_100 an explicit mask is cuDNN's; elsewhere memory-efficient takes it."""
     found = evidence.fact("attention")
@@ -317,12 +302,6 @@ def cudnn_takes_a_mask_on_hopper(evidence: Evidence) -> Decision:
     if found["capability"] in ("9.0", "10.0"):
         return decided(takes["CUDNN_ATTENTION"] and "CUDNN" in found["chosen"]["masked"], said)
     return decided("EFFICIENT" in found["chosen"]["masked"], said)
-
-
-def paging_waits_for_every_tensor(evidence: Evidence) -> Decision:
-    """An update waits for the device at least once for each tensor."""
-    found = evidence.fact("paged")
-    return decided(found["waits"] >= found["tensors"], f"{found['waits']} waits for {found['tensors']} tensors")
 
 
 def device_start_is_recorded(evidence: Evidence) -> Decision:

@@ -19,13 +19,10 @@ from typing import Any, NamedTuple
 
 Fact = dict[str, Any]
 NEEDS_NO_CARD = ("zygote",)
-LENGTHS = range(600, 616)
-"""Lengths of keys that nothing before has asked for."""
 RESTS_S = (0.0, 0.003, 0.03, 0.3, 2.0)
 """None, which says what noise is; about what a hand-over between turns takes; a pause in which a GPU may lower
 its clocks."""
 COUNTED_S = 1.5
-PAGED_TENSORS = 8
 
 
 def machine() -> Fact:
@@ -105,34 +102,6 @@ def attention() -> Fact:
     return {"capability": capability, "chosen": chosen, "takes_mask": takes_mask}
 
 
-def lengths() -> Fact:
-    """Host time of one token's attention over a length that is new, and over the same again; milliseconds, medians."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention as attend
-
-    def timed(query: Any, keys: Any) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        attend(query, keys, keys)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - begin) * 1e3
-
-    def cost() -> Fact:
-        query = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
-        found = []
-        for length in LENGTHS:
-            keys = torch.randn(1, 32, length, 128, device="cuda", dtype=torch.bfloat16)
-            found.append((timed(query, keys), timed(query, keys)))
-        first, again = zip(*found, strict=True)
-        return {"new_ms": statistics.median(first), "again_ms": statistics.median(again), "worst_ms": max(first)}
-
-    with torch.no_grad():
-        default = cost()
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return {"of": ["default", "flash"], "default": default, "flash": cost()}
-
-
 def clock() -> Fact:
     """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the GPU."""
     from lorameter.trial.clock import Stopwatch
@@ -163,18 +132,10 @@ def clock() -> Fact:
 
 
 def counters() -> Fact:
-    """What reading NVML takes, how often the energy counter moves, and clocks while work is queued and after it."""
+    """How often the energy counter moves, and clocks while work is queued and after it."""
     import torch
 
     card, work = card_of_torch(), products()
-
-    def mean_ms(ask: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        for _ in range(20):
-            ask()
-        return (time.perf_counter() - begin) * 50
-
-    sample_ms, occupants_ms = mean_ms(card.sample), mean_ms(card.occupants)
     moved, before, end = [], card.energy_j().value, time.perf_counter() + COUNTED_S
     while time.perf_counter() < end:
         work(2)
@@ -190,15 +151,11 @@ def counters() -> Fact:
         queued.append(card.sample())
         torch.cuda.synchronize()
         after.append(card.sample())
-    own = card.occupants()
     card.close()
     return {
-        "sample_ms": sample_ms,
-        "occupants_ms": occupants_ms,
         "energy_period_ms": statistics.median(gaps) if gaps else None,
         "queued": clocks(queued),
         "after": clocks(after),
-        "occupants": own.reason or [one.bytes for one in own.value or ()],
     }
 
 
@@ -246,33 +203,6 @@ def names() -> Fact:
         found[call] = {name[:160]: getattr(classify(name), "name", None) for name in sorted(kernels)}
     unknown = sorted({name for kernels in found.values() for name, rule in kernels.items() if rule is None})
     return {"kernels": found, "unknown": unknown, "empty": [call for call, kernels in found.items() if not kernels]}
-
-
-def paged() -> Fact:
-    """How often an update of a paged optimizer has the host wait for the device, over so many tensors."""
-    import bitsandbytes
-    import torch
-
-    weights = [torch.nn.Parameter(torch.zeros(512, 512, device="cuda")) for _ in range(PAGED_TENSORS)]
-    optimizer = bitsandbytes.optim.PagedAdamW32bit(weights, lr=1e-3)
-
-    def prepare() -> None:
-        for weight in weights:
-            weight.grad = torch.ones_like(weight)
-        torch.cuda.synchronize()
-
-    def update() -> None:
-        prepare()
-        optimizer.step()
-
-    def waits(call: Callable[[], object]) -> int:
-        found = recorded(call)
-        if not any(one.on_card for one in found):
-            raise RuntimeError("no kernel was recorded, so that nothing is known of waits either")
-        return sum("Synchronize" in one.name for one in found)
-
-    update()
-    return {"tensors": PAGED_TENSORS, "waits": waits(update) - waits(prepare)}
 
 
 class Recorded(NamedTuple):
@@ -329,7 +259,7 @@ def card_of_torch() -> Any:
     return found.value
 
 
-FACTS: tuple[Callable[[], Fact], ...] = (machine, zygote, attention, lengths, clock, counters, names, paged)
+FACTS: tuple[Callable[[], Fact], ...] = (machine, zygote, attention, clock, counters, names)
 
 
 def main(arguments: list[str]) -> int:

@@ -79,3 +79,11 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     assert told == 3
     assert "ZeroDivisionError" in str(error)
     assert "has stopped" in capfd.readouterr().err
+
+
+def test_a_meter_requires_nothing_of_other_ranks():
+    """Its ranks need not watch the same step, and one that waited for the others would hang."""
+    model = torch.nn.Linear(2, 2)
+    with (watched := make_watch(model, {"ranks.base": True, "mode": "train"})):
+        model(torch.ones(1, 2)).sum().backward()
+    assert {check.path for check in watched.checks if check.required is not None} == {"mode"}

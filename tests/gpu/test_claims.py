@@ -38,11 +38,6 @@ FACTS = {
         "chosen": {"masked": "CUDNN_ATTENTION", "one token": "CUDNN_ATTENTION"},
     },
     "names": {"kernels": {"bfloat16": {"nvjet_tst": "GEMM"}}, "unknown": [], "empty": []},
-    "lengths": {
-        "of": ["default", "flash"], "default": {"new_ms": 30.0, "again_ms": 0.1},
-        "flash": {"new_ms": 0.2, "again_ms": 0.1},
-    },
-    "paged": {"tensors": 8, "waits": 9},
 }  # fmt: skip
 PROFILE = {
     "step": {
@@ -147,10 +142,8 @@ def test_what_was_found_as_it_should_be_confirms(found, name):
         ("clocks", "counters", {"queued": {"idle": 3, "of": 10, "sm_clock_hz": None}}),
         ("mask", "attention", {"takes_mask": {"FLASH_ATTENTION": True}}),
         ("names", "names", {"unknown": ["some_kernel"]}),
-        ("new lengths", "lengths", {"default": {"new_ms": 0.2, "again_ms": 0.1}}),
         ("mask on Hopper", "attention", {"takes_mask": {"CUDNN_ATTENTION": False}}),
         ("mask on Hopper", "attention", {"capability": "8.0"}),
-        ("paging", "paged", {"waits": 1}),
     ],
 )  # fmt: skip
 def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
@@ -185,7 +178,6 @@ def test_a_document_that_says_otherwise_refutes(found, name, step, change):
         ("fork", lambda found: found.facts["zygote"]["child"].update(device="cpu")),
         ("events", lambda found: found.facts.update(clock={"skipped": "no GPU"})),
         ("events", lambda found: found.facts["clock"].update(events_over_kernels=None)),
-        ("new lengths", lambda found: found.facts["attention"]["chosen"].update({"one token": "FLASH_ATTENTION"})),
         ("device start", lambda found: None),
         ("energy period", lambda found: found.facts["counters"].update(energy_period_ms=None)),
         ("names", lambda found: found.facts["names"].update(empty=["norm"])),

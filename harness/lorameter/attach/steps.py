@@ -241,10 +241,16 @@ class Steps:
 
 
 def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
-    """What looks on at a step by kernels_check; None where there is no model to look at."""
+    """What watches a step by kernels_check; None where there is no model.
+
+    Paths about several ranks are left out, so that one that is required is not met: for them all ranks have to watch
+    the same step, and the ranks of a script end their warm-up by themselves.
+    """
     from kernels_check import watch
 
-    return watch(model, dict(requirements)) if isinstance(model, torch.nn.Module) else None
+    if not isinstance(model, torch.nn.Module):
+        return None
+    return watch(model, {path: value for path, value in requirements.items() if not path.startswith("ranks.")})
 
 
 def _without_graph(value: Any) -> Any:

@@ -1,0 +1,40 @@
+"""What the ranks of a trial find of their GPUs becomes one record, in which no rank hides another."""
+
+from __future__ import annotations
+
+from lorameter.machine.gpus import GENERATIONS
+from lorameter.trial.ranks.rank import OneRank, RankTrial
+from lorameter.trial.ranks.trial import merge_values
+
+FIRST = {
+    "device_energy_train_j": 900.0, "energy_tokens": 300.0, "energy_steps": 10.0, "device_samples_train": 4.0,
+    "device_throttled_samples_train": 0.0, "device_others_train": 0.0, "device_sm_clock_min_train_hz": 1.9e9,
+    "device_sm_clock_max_train_hz": 1.9e9, "host_load_train": 1.0,
+}  # fmt: skip
+SECOND = FIRST | {
+    "device_energy_train_j": 1100.0, "energy_tokens": 340.0, "device_throttled_samples_train": 4.0,
+    "device_others_train": 1.0, "device_sm_clock_min_train_hz": 1.1e9, "host_load_train": 3.0,
+}  # fmt: skip
+
+
+def test_energy_is_of_all_ranks_over_the_tokens_of_all():
+    """Steps are the same on each; where one rank has no counter, nothing is given."""
+    merged = merge_values([FIRST, SECOND])
+    assert (merged["device_energy_train_j"], merged["energy_tokens"], merged["energy_steps"]) == (2000.0, 640.0, 10.0)
+    without = {key: value for key, value in SECOND.items() if "energy_train_j" not in key}
+    assert "device_energy_train_j" not in merge_values([FIRST, without])
+
+
+def test_throttling_and_other_processes_of_any_rank_count():
+    """A rank whose GPU is slow makes all of them slow; the machine is the same for all."""
+    merged = merge_values([FIRST, SECOND])
+    assert (merged["device_throttled_samples_train"], merged["device_samples_train"]) == (4.0, 4.0)
+    assert merged["device_others_train"] == 1.0
+    assert (merged["device_sm_clock_min_train_hz"], merged["device_sm_clock_max_train_hz"]) == (1.1e9, 1.9e9)
+    assert merged["host_load_train"] == 1.0
+
+
+def test_the_other_side_of_an_ab_is_no_stranger_to_a_rank():
+    """A rank is forked by the process of its trial, so the parent of the run, which both sides descend from, is one
+    generation further up than for a trial."""
+    assert RankTrial.GENERATIONS == OneRank.GENERATIONS == GENERATIONS + 1
