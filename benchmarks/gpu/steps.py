@@ -206,7 +206,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="wrap",
         asks="is a script measured on the GPU that knows nothing of it",
-        words=(*LORAMETER, "wrap", "--runs-dir", RUNS, "--", "{python}", "docs/examples/trainer_lora.py"),
+        words=(*LORAMETER, "wrap", "--runs-dir", RUNS, "--", "{python}", "docs/examples/accelerate_loop.py"),
         expected_s=30,
         limit_s=90,
         skipped="measured on this CPU",

@@ -20,7 +20,7 @@ model = get_peft_model(
 rows = torch.randint(3, 256, (4 * options.steps, 64))
 loader = torch.utils.data.DataLoader([{"input_ids": row, "labels": row} for row in rows], batch_size=2)
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
 model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-3), loader)
 for batch in loader:
     with accelerator.accumulate(model):
