@@ -46,7 +46,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> SafeParser:
-    parser = SafeParser(prog="python -m kernels_check", description="What really ran, not what was asked for.")
+    parser = SafeParser(
+        prog="python -m kernels_check", description="Reports which code paths really ran, whatever was requested."
+    )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose)

@@ -14,8 +14,8 @@ Json: TypeAlias = bool | int | float | str | None
 Status: TypeAlias = Literal["active", "fallback", "absent", "unknown", "not_applicable"]
 
 STATUSES: tuple[Status, ...] = get_args(Status)
-"""``active``: seen, as required. ``fallback``: something else ran in its place. ``absent``: it is not there at all.
-``unknown``: the evidence does not decide. ``not_applicable``: the question has no meaning here."""
+"""``active``: observed, as required. ``fallback``: something else ran in its place. ``absent``: it is not there at all.
+``unknown``: the evidence does not decide. ``not_applicable``: the path has no meaning here."""
 
 NAMES_SHOWN = 4
 """How many offenders a reason names before it only counts them."""
@@ -50,7 +50,7 @@ class Requirement:
     """Accepted values of a ``choice`` or of ``bits``."""
 
     def problem(self, value: object) -> str | None:
-        """Say what is wrong with ``value``, or None where it is acceptable."""
+        """What is wrong with ``value``; None where it is acceptable."""
         if self.kind == "flag":
             return None if isinstance(value, bool) else "must be true or false"
         if self.kind == "share":
@@ -90,7 +90,7 @@ class PathObservation:
         """Turn the finding into a check of ``path``."""
         status = self.status
         if required is None:
-            # An exception or an ambiguity stays unknown; a failure is no failure where nothing was asked.
+            # An exception or an ambiguity stays unknown; nothing fails where nothing is required.
             status = status if status == "unknown" else "active" if self.present else "not_applicable"
         elif status is None:
             met = self.satisfies if self.satisfies is not None else self.observed == required

@@ -109,10 +109,9 @@ def watch_request(model: nn.Module, request: Callable[[], object], required: Jso
     """Judge the attention of one request, of its first token and of those after it.
 
     Args:
-        model: that answers, as PEFT returned it.
-        request: asks it once.
-        required: what a training step is required to run, in the words of ``attention.backend``; a fused backend
-            accepts any.
+        model: the model that answers, as PEFT returned it.
+        request: takes one request.
+        required: a value of ``attention.backend``, as for a training step; a fused backend accepts any fused one.
 
     Returns:
         A check of the path ``request.attention``; ``unknown`` under a profiler of the program, around this call or in
@@ -154,8 +153,8 @@ class Watch:
         packed: bool = False,
     ) -> None:
         validate(requirements)
-        asked: dict[str, Json] = {"packing.isolated": None} if packed else {}
-        self._requirements = asked | dict(requirements)
+        reported: dict[str, Json] = {"packing.isolated": None} if packed else {}
+        self._requirements = reported | dict(requirements)
         self._steps = StepObserver(model)
         self._is_open = False
         self._unopened: str | None = None

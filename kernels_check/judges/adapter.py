@@ -1,20 +1,343 @@
-"""In which dtype the adapter is kept, and with which dropout it ran, by every method of PEFT.
+"""Whether the adapter is there, runs and learns, in which dtype it is kept, and with which dropout it ran.
 
-The probability of a dropout is that of its calls: a module that drops by configuration may be in evaluation, or never
-be called.
+Every place where an adapter acts is judged, by every method of PEFT: those that the configuration names must be there,
+and each must have been called with its adapter active, enabled and unmerged in the watched call, which flags before or
+after it do not show.
+
+While lora_B is zero the gradient of lora_A is exactly zero, and other methods begin at zeros of their own. So learning
+is judged over the watched calls together, and a gradient of zero counts against a parameter only if it arrived after an
+update that moved something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import DTYPE, SHARE, Json, JudgedPath, PathObservation, count_values, join_values, name_some
-from kernels_check.judges.attached import BY_HAND, NO_ADAPTER, calls_that_count, is_trained_by_hand
+from kernels_check.check import (
+    DTYPE,
+    FLAG,
+    SHARE,
+    Json,
+    JudgedPath,
+    PathObservation,
+    count_values,
+    format_count,
+    join_values,
+    name_some,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kernels_check.observe.adapter import AdapterLayer
+    from kernels_check.observe.calls import LayerCall
+    from kernels_check.observe.learning import ParameterUpdates
     from kernels_check.observe.observation import Observation
+
+NO_ADAPTER = "no layer carries an adapter: get_peft_model was not called, or target_modules matched no module"
+
+_INACTIVE, _DISABLED, _MERGED = "no active adapter", "adapters disabled", "adapters merged into the base"
+_REMEDIES = {
+    _INACTIVE: "call set_adapter()",
+    _DISABLED: "call enable_adapter_layers()",
+    _MERGED: "call unmerge_adapter()",
+}
+_IDLE = "adapter not executed"
+_ASIDE = "adapter executed in an evaluation only, which trains nothing,"
+_BY_HAND = "adapter executed without gradients, and the update took some that were put there by hand,"
+BY_HAND = (
+    "no forward of the model recorded gradients, and the update took some that were put there by hand: whether those "
+    "come of these forwards, as in zeroth-order training, or of a copy of the model was not seen"
+)
+_PARTLY = "part of the calls with gradients skipped the adapter"
+_UNSEEN = "called, but the adapter is of bare parameters, which leave no trace where no gradient reaches them"
+
+
+def judge_attached(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``lora.attached``: present, active, enabled, not merged, and executed, wherever it was configured."""
+    layers = seen.adapter_layers()
+    if not layers:
+        return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
+    states = _states(layers, seen)
+    faults: list[str] = []
+    doubts: list[str] = []
+    for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _ASIDE, _BY_HAND, _PARTLY, _UNSEEN):
+        names = [_describe(layer, problem) for layer in layers if problem in states[layer.name]]
+        if names:
+            remedy = f" ({_REMEDIES[problem]})" if problem in _REMEDIES else ""
+            words = f"{problem} in {len(names)} of {len(layers)} layers: {name_some(names)}{remedy}"
+            (doubts if problem in (_BY_HAND, _PARTLY, _UNSEEN) else faults).append(words)
+    if any(_BY_HAND in state for state in states.values()):
+        doubts.append(BY_HAND)
+    if len(faults) == 1 and faults[0].startswith(_IDLE):
+        faults.append("the step never calls these modules with it: choose target_modules that it does")
+    missing = seen.unmatched_names()
+    if missing:
+        faults.append(f"asked for and matched nothing: {name_some(missing)} (mend the name, or leave it out)")
+    adapters = join_values(name for layer in layers for name in layer.held if name)
+    executed = f"executed in {format_count(len(layers), 'layer')}"
+    good = f"adapter {adapters or 'of a class of its own'} enabled, unmerged and {executed}"
+    if doubts and not faults:
+        return PathObservation(observed=None, status="unknown", reason="; ".join(doubts))
+    return PathObservation(observed=not faults, reason="; ".join([*faults, *doubts]) or good)
+
+
+def _describe(layer: AdapterLayer, problem: str) -> str:
+    name = layer.name or "the model itself"
+    return f"{name} ({', '.join(layer.merged)})" if problem == _MERGED and layer.merged else name
+
+
+def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:
+    """What is wrong with each layer, by its name."""
+    names = {id(value): name for name, value in seen.tree().parameters}
+    called = {layer.name: calls_that_count(layer, seen) for layer in layers}
+    weights = {layer.name: {id(value) for _, value in layer.weights()} for layer in layers}
+    owners = Counter(key for held in weights.values() for key in held)
+    # What layers share proves nothing of one of them, unless a layer has nothing else and was called.
+    alone = {name: {key for key in held if owners[key] == 1} for name, held in weights.items()}
+    reached = {
+        name: any(
+            names.get(key) in seen.reached for key in (alone[name] or (held if seen.adapter_calls.get(name) else ()))
+        )
+        for name, held in weights.items()
+    }
+    ran = {layer.name: _parts_ran(layer, called[layer.name]) for layer in layers}
+    kinds = {type(layer.module) for layer in layers if ran[layer.name]}
+    compiled = bool(seen.modules.unhooked or seen.profile.compiled_regions)
+    states = {}
+    for layer in layers:
+        calls = called[layer.name]
+        state = _as_it_is(layer) if not calls else _as_called(calls)
+        # A gradient may come from a penalty on the weights: where the parts of other layers ran, those of this must.
+        by_gradient = reached[layer.name] and (
+            type(layer.module) not in kinds or (not calls and (compiled or _is_inside(layer, layers)))
+        )
+        if state & {_INACTIVE, _DISABLED, _MERGED}:
+            state |= {_IDLE}
+        elif not ran[layer.name] and not by_gradient:
+            bare = bool(calls) and not any(True for _ in layer.factors())
+            trains = any(value.requires_grad for _, value in layer.weights())
+            aside = _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
+            unseen = bare and not (trains and seen.reached)
+            state |= {_UNSEEN if unseen else _IDLE if not aside else _BY_HAND if is_trained_by_hand(seen) else _ASIDE}
+        states[layer.name] = state
+    return states
+
+
+def _is_inside(layer: AdapterLayer, layers: Iterable[AdapterLayer]) -> bool:
+    """Whether it lies in the place of another adapter."""
+    return any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
+
+
+def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
+    """Calls of a layer in training, with gradients where there are any: a reference or an evaluation is none of its.
+
+    A step that trains nothing, such as an answer, has no others.
+    """
+    everything = seen.adapter_calls.get(layer.name, [])
+    trains = seen.optimizer_steps or seen.other_optimizers or _records_gradients(seen)
+    counted = [call for call in everything if not (trains and call.aside)]
+    return [call for call in counted if call.with_gradients] or counted
+
+
+def is_trained_by_hand(seen: Observation) -> bool:
+    """Whether an update took gradients that none of the forwards through the adapter can have given."""
+    by_hand = any(not gradient.produced for gradient in seen.gradients.values())
+    return bool(seen.optimizer_steps and by_hand and any(seen.adapter_calls.values())) and not _records_gradients(seen)
+
+
+def _records_gradients(seen: Observation) -> bool:
+    return any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
+
+
+def _as_it_is(layer: AdapterLayer) -> set[str]:
+    flags = {_INACTIVE: not layer.adapters, _DISABLED: layer.disabled, _MERGED: bool(layer.merged)}
+    return {problem for problem, found in flags.items() if found}
+
+
+def _as_called(calls: Sequence[LayerCall]) -> set[str]:
+    if any(call.adapted for call in calls):
+        return set() if all(call.adapted for call in calls) else {_PARTLY}
+    flags = {
+        _INACTIVE: all(not call.active for call in calls),
+        _DISABLED: any(call.disabled for call in calls),
+        _MERGED: any(call.merged for call in calls),
+    }
+    return {problem for problem, found in flags.items() if found} or {_DISABLED}
+
+
+def _parts_ran(layer: AdapterLayer, calls: Iterable[LayerCall]) -> bool:
+    factors = {name for name, _ in layer.factors()}
+    return any(call.adapted and not factors.isdisjoint(call.ran) for call in calls)
+
+
+_LORA_FA = "peft.optimizers.lorafa.LoraFAOptimizer"
+"""Freezes lora_A and is given it all the same: the update of lora_B needs its value."""
+_COMPARABLE = 1e-3
+"""Share of the highest learning rate: below it, the rate and not a small gradient keeps a parameter in place."""
+_REPACKED = (
+    "bitsandbytes repacked them for AVX512-BF16 in an evaluating forward, and a product with repacked weights has no "
+    "backward pass: load the base again, and set support_avx512bf16_for_cpu=False on every Linear4bit before the first "
+    "evaluation"
+)
+_NO_STEP = (
+    "whether the adapter learns is unknown; let the step end in optimizer.step(): Trainer wants "
+    "current_gradient_accumulation_steps set, and Accelerate's optimizer does not step until accelerator.sync_gradients"
+)
+
+
+def judge_learning(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``lora.learning``."""
+    if not seen.adapter_layers():
+        return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
+    everything = seen.trained_parameters()
+    frozen = [name for name, value in everything.items() if not value.requires_grad]
+    by_optimizer = [name for name in frozen if _kept_by_lora_fa(everything[name], seen)]
+    judged = {name: value for name, value in everything.items() if name not in by_optimizer}
+    if not judged:
+        return PathObservation(observed=False, reason="0 parameters of the adapter are trainable: no adapter is active")
+    note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
+    faults, doubts = _gradient_faults(judged, seen)
+    faults = [*_lost_in_the_base(seen), *faults]
+    if seen.after.packed and not _shows_every_layer(seen):
+        doubts.append(f"4-bit weights are repacked, and whether a gradient passes through was not seen; {_REPACKED}")
+    if not seen.optimizer_steps and not seen.other_optimizers:
+        return _without_optimizer(judged, faults, seen)
+    more = _update_faults(judged, seen)
+    faults, doubts = [*faults, *more[0]], [*doubts, *more[1]]
+    if faults:
+        if any(not value.requires_grad for value in judged.values()):
+            doubts.append("remedy: load the adapter with is_trainable=True, and freeze the base before it is attached")
+        return PathObservation(observed=False, reason="; ".join([*faults, *doubts]) + note)
+    if doubts:
+        return PathObservation(observed=None, status="unknown", reason="; ".join(doubts) + note)
+    count = f"{len(judged)} of {len(everything)} trainable parameters"
+    reason = f"gradients reached {count} and updates moved all of them, in {seen.optimizer_steps} updates"
+    faint = [name for name in judged if not seen.updates[name].learnt]
+    if faint:
+        reason += (
+            f"; {len(faint)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
+        )
+    return PathObservation(observed=True, reason=reason + note)
+
+
+def _kept_by_lora_fa(value: Tensor, seen: Observation) -> bool:
+    return any(_LORA_FA in optimizer.classes and id(value) in optimizer.parameters for optimizer in seen.optimizers)
+
+
+def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
+    trainable = [name for name, value in judged.items() if value.requires_grad]
+    reached = [name for name in trainable if name in seen.gradients]
+    zero = [name for name in reached if not seen.gradients[name].nonzero]
+    rare = {name for name in zero if name in seen.token_parameters()}
+    unproven = [name for name in zero if name not in rare and not seen.gradients[name].after_updates]
+    faults = _count(
+        judged,
+        ("frozen", [name for name in judged if name not in trainable]),
+        ("without gradient", [name for name in trainable if name not in seen.gradients]),
+        ("gradient always zero", [name for name in zero if name not in unproven and name not in rare]),
+        ("gradient not finite", [name for name in reached if not seen.gradients[name].finite]),
+    )
+    doubts = _count(
+        judged,
+        (
+            "gradient zero in every call before an update moved anything, as next to a factor that starts at zero",
+            unproven,
+        ),
+        ("gradient zero: none of their tokens was in the batches", sorted(rare)),
+        (
+            "gradient put there by hand: what it comes from was not seen",
+            [name for name in reached if not seen.gradients[name].produced],
+        ),
+    )
+    return faults, doubts
+
+
+def _lost_in_the_base(seen: Observation) -> list[str]:
+    """What is wrong with the gradients of whatever is below a base layer that lets none through."""
+    calls = seen.modules
+    names = dict.fromkeys(calls.all[number].name for number in sorted(calls.cut & calls.relevant))
+    return [f"the gradient was lost in {len(names)} 4-bit layers: {name_some(names)}; {_REPACKED}"] if names else []
+
+
+def _shows_every_layer(seen: Observation) -> bool:
+    """Whether hooks on all modules were called: code that is compiled calls none."""
+    return seen.modules.taken and not seen.modules.unhooked and not seen.profile.compiled_regions
+
+
+def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> PathObservation:
+    changed = [name for name in judged if name in seen.changed]
+    reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
+    if faults:
+        return PathObservation(observed=False, reason="; ".join([*faults, reason]))
+    if changed:
+        reason += (
+            f", although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, whose "
+            "updates cannot be distinguished from other writing"
+        )
+        return PathObservation(observed=None, status="unknown", reason=reason)
+    return PathObservation(observed=None, status="unknown", reason=f"{reason}: {_NO_STEP}")
+
+
+def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
+    """Faults and doubts about the updates of parameters that a gradient reached."""
+    given = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
+    live = [name for name, value in judged.items() if value.requires_grad]
+    fed = [name for name in live if name in seen.gradients and seen.gradients[name].nonzero]
+    known: dict[str, ParameterUpdates] = {name: seen.updates[name] for name in live if name in seen.updates}
+    missing = [name for name in live if id(judged[name]) not in given]
+    elsewhere = [name for name in missing if name in known and known[name].written and name in seen.changed]
+    unreadable = [name for name in live if name in known and known[name].unreadable]
+    taken = [name for name in fed if name not in missing and name in known and name not in unreadable]
+    resting = [name for name in live if name not in missing and name in known and known[name].resting]
+    all_rest = bool(resting) and all(rate == 0 for one in seen.optimizers for rate in one.learning_rates)
+    idling = [name for name in taken if known[name].idling]
+    moving = [name for name in taken if name not in (*resting, *idling)]
+    highest = max((one.rate for one in known.values()), default=0.0)
+    faint = [name for name in moving if known[name].faint and known[name].rate >= highest * _COMPARABLE]
+    still = [name for name in moving if not known[name].moved and name not in faint]
+    rounded = [name for name in moving if known[name].stuck and not known[name].learnt and name not in faint]
+    starved = [name for name in moving if not known[name].fed]
+    decayed = [name for name in starved if known[name].moved]
+    faults = _count(
+        judged,
+        ("not given to the optimizer", [name for name in missing if name not in elsewhere]),
+        ("learning rate 0", [] if all_rest else resting),
+        (
+            "unchanged, or nearly, by updates that had a gradient and a learning rate: they round away in "
+            f"{join_values(_dtypes(judged[name] for name in rounded))}, keep the adapter in float32",
+            rounded,
+        ),
+        ("unchanged by updates", [name for name in still if name not in rounded and name not in starved]),
+        ("moved only by weight decay or momentum, their gradient was gone or zero when it was to be used", decayed),
+        ("gradient gone or zero when the update was to use it", [name for name in starved if name not in decayed]),
+        (
+            "lost what an update had written before the next (reloaded, set to zero or written over)",
+            [name for name in live if name in known and known[name].lost],
+        ),
+    )
+    doubts = _count(
+        judged,
+        (
+            "unchanged, as all others, by updates that had a gradient and a learning rate and do not round away in "
+            "float32: the optimizer may be warming up, as RAdamScheduleFree does for four updates, or makes none",
+            idling,
+        ),
+        ("changed outside of every optimizer that was seen, such as by a copy of master weights", elsewhere),
+        ("not there when the step began", [name for name in live if name not in known]),
+        ("not comparable with what they were before", unreadable),
+    )
+    if all_rest:
+        doubts.append(
+            f"the learning rate is 0 for {len(resting)} of {len(judged)} parameters, so that they cannot move"
+        )
+    return faults, doubts
+
+
+def _count(judged: Mapping[str, Tensor], *groups: tuple[str, list[str]]) -> list[str]:
+    return [f"{len(names)} of {len(judged)} parameters {words}: {name_some(names)}" for words, names in groups if names]
 
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
@@ -24,18 +347,21 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
         return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
     copies = [layer for layer in layers if layer.copied]
     own = [layer for layer in layers if not layer.copied] or copies
-    dtypes = _dtypes(own)
+    dtypes = _dtypes(_weights(own))
     if not dtypes:
         return PathObservation(observed=None, present=False, reason="no adapter is active")
     reason = f"adapter weights: {count_values(dtypes)}"
     if copies and own is not copies:
-        reason += f"; copies trained with it: {count_values(_dtypes(copies))}"
+        reason += f"; copies trained with it: {count_values(_dtypes(_weights(copies)))}"
     return PathObservation(observed=join_values(dtypes), reason=reason)
 
 
-def _dtypes(layers: Iterable[AdapterLayer]) -> list[str]:
-    weights = {id(value): value for layer in layers for _, value in layer.weights()}
-    return [str(value.dtype).removeprefix("torch.") for value in weights.values()]
+def _dtypes(weights: Iterable[Tensor]) -> list[str]:
+    return [str(value.dtype).removeprefix("torch.") for value in weights]
+
+
+def _weights(layers: Iterable[AdapterLayer]) -> Iterable[Tensor]:
+    return {id(value): value for layer in layers for _, value in layer.weights()}.values()
 
 
 def judge_dropout(seen: Observation, required: Json) -> PathObservation:
@@ -87,6 +413,17 @@ def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tu
 
 
 PATHS: Mapping[str, JudgedPath] = {
+    "lora.attached": JudgedPath(requirement=FLAG, judge=judge_attached),
+    "lora.learning": JudgedPath(
+        requirement=FLAG,
+        judge=judge_learning,
+        by_modules=False,
+        takes_update=True,
+        further_steps=(
+            "one step does not show whether its update is kept, nor what learns once lora_B has left zero: open the "
+            "same watch around the next step, too"
+        ),
+    ),
     "lora.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, by_modules=False),
     "lora.dropout": JudgedPath(requirement=SHARE, judge=judge_dropout),
 }

@@ -64,7 +64,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     first = [call for call in forward if not call.recomputed]
     backward = [call for call in seen.profile.attention if call.direction == "backward"]
     accepted = FUSED_ATTENTION if required == "fused" else {required}
-    astray = [call for call in forward if call.backend not in accepted]
+    wrong = [call for call in forward if call.backend not in accepted]
     good = [name for name in layers.forward if _is_whole(layers, name, accepted if required is not None else None)]
     unrecognised = ["unrecognised"] if layers.unknown or layers.partial else []
     observed = join_values([*(call.backend for call in forward), *unrecognised])
@@ -74,10 +74,10 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
         f"{_layers(layers, good, required)}operators {', '.join(sorted({call.op for call in forward}))}"
     )
     incomplete = _incomplete(layers, first)
-    if required is not None and astray:
+    if required is not None and wrong:
         where = name_some(name for name in layers.forward if name not in good)
         reason += f"; not as required in {where}" if where else ""
-        reason += f"; likely cause: {likely_cause(seen.model, astray)}"
+        reason += f"; likely cause: {likely_cause(seen.model, wrong)}"
     reason += f"; {incomplete}" if incomplete else ""
     reason += _aside(layers)
     if _cpu_flash(forward) and any(call.mask for call in forward):
@@ -91,8 +91,8 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     return PathObservation(
         observed=observed,
         reason=reason,
-        status="unknown" if incomplete and not astray and (layers.doubtful or _in_pieces(layers)) else None,
-        satisfies=not astray and not incomplete,
+        status="unknown" if incomplete and not wrong and (layers.doubtful or _in_pieces(layers)) else None,
+        satisfies=not wrong and not incomplete,
     )
 
 
@@ -250,13 +250,13 @@ def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:
     )
 
 
-def likely_cause(model: nn.Module, astray: list[AttentionCall]) -> str:
+def likely_cause(model: nn.Module, wrong: list[AttentionCall]) -> str:
     """Name what in the inputs makes SDPA leave its fast backends (the refusals of torch 2.13)."""
     import torch
 
     config: Any = next((part.config for part in model.modules() if hasattr(part, "config")), None)
     implementation = getattr(config, "_attn_implementation", None)
-    if all(call.backend == "eager" for call in astray):
+    if all(call.backend == "eager" for call in wrong):
         if implementation in (None, "eager"):
             return f"the model was built with attn_implementation={implementation!r}: load it with 'sdpa'"
         return (
@@ -265,23 +265,23 @@ def likely_cause(model: nn.Module, astray: list[AttentionCall]) -> str:
             "need_weights=False"
         )
     causes = []
-    if any(call.dropout for call in astray):
+    if any(call.dropout for call in wrong):
         causes.append(
             "attention dropout is on (the CPU's flash refuses any, cuDNN most): set attention_dropout=0 in the "
             "model's configuration"
         )
-    if any(call.mask for call in astray):
+    if any(call.mask for call in wrong):
         causes.append(f"an explicit mask (CUDA's flash refuses it; {_WITH_A_MASK}): {_MASK_REMEDY}")
-    if any(call.dtype == "float64" for call in astray):
+    if any(call.dtype == "float64" for call in wrong):
         causes.append("dtype float64 (no fused CUDA kernel)")
-    if any(call.dtype == "float32" for call in astray) and torch.cuda.is_available():
-        grouped = any(call.grouped for call in astray)
+    if any(call.dtype == "float32" for call in wrong) and torch.cuda.is_available():
+        grouped = any(call.grouped for call in wrong)
         causes.append(
             "dtype float32 (CUDA's flash and cuDNN refuse it"
             + (", and memory-efficient refuses the grouped key/value heads)" if grouped else ")")
             + f": {_FLOAT32_REMEDY}"
         )
-    if any((call.head_size or 0) > LARGEST_FLASH_HEAD for call in astray):
+    if any((call.head_size or 0) > LARGEST_FLASH_HEAD for call in wrong):
         causes.append(f"head size above {LARGEST_FLASH_HEAD} (flash and cuDNN refuse it)")
     nothing_seen = (
         "nothing in the inputs forbids it: look for torch.nn.attention.sdpa_kernel, torch.backends.cuda.enable_*_sdp, "
@@ -307,19 +307,19 @@ def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> Pat
     """Judge the attention of one request by its operators, or by its kernels where it called none.
 
     Args:
-        model: that was asked; its configuration says what it was built with.
+        model: the model that answered; its configuration names the implementation that it was built with.
         profile: of the request alone.
-        required: of a training step, in the words of ``attention.backend``; None where nothing is.
+        required: a value of ``attention.backend``, as for a training step; None where nothing is required.
     """
     required = "fused" if required in FUSED_ATTENTION else required
     forward = [call for call in profile.attention if call.direction == "forward"]
     if not forward:
         return judge_kernels(profile, required)
     accepted = FUSED_ATTENTION if required == "fused" else {required}
-    astray = [call for call in forward if call.backend not in accepted]
+    wrong = [call for call in forward if call.backend not in accepted]
     reason = f"forward: {count_values(call.backend for call in forward)}"
     masked = sum(bool(call.mask) for call in forward)
     reason += f"; {masked} with an explicit mask" if masked else ""
-    if required is not None and astray:
-        reason += f"; likely cause: {likely_cause(model, astray)}"
-    return PathObservation(observed=join_values(call.backend for call in forward), reason=reason, satisfies=not astray)
+    if required is not None and wrong:
+        reason += f"; likely cause: {likely_cause(model, wrong)}"
+    return PathObservation(observed=join_values(call.backend for call in forward), reason=reason, satisfies=not wrong)

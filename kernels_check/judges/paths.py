@@ -10,35 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernels_check.check import JudgedPath, Requirement
-from kernels_check.judges import (
-    adapter,
-    attached,
-    attention,
-    base_layers,
-    base_products,
-    batch,
-    execution,
-    fused,
-    learning,
-    loss,
-    optimizer,
-    ranks,
-    trained,
-)
+from kernels_check.judges import adapter, attention, base, batch, execution, optimizer, ranks, trained
 
 PATHS: Mapping[str, JudgedPath] = {
     **attention.PATHS,
     **batch.PATHS,
-    **loss.PATHS,
-    **base_layers.PATHS,
-    **base_products.PATHS,
-    **attached.PATHS,
-    **learning.PATHS,
+    **base.PATHS,
     **adapter.PATHS,
     **trained.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,
-    **fused.PATHS,
     **ranks.PATHS,
 }
 """Every path, in the order in which checks are reported."""

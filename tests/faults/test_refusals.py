@@ -23,6 +23,12 @@ def limited(most):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
+@pytest.fixture(autouse=True)
+def no_bytecode(monkeypatch):
+    """A process that may write no large file would leave half of a .pyc behind, which later processes load."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+
 def check_kept(run, code, err):
     """A run that was refused something: whole lines, no defect, no verdict."""
     assert code == 4, err

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,16 +53,3 @@ def seen() -> Callable[..., Any]:
         return Observation(profile=profile, **watched | given)
 
     return observation
-
-
-@pytest.fixture
-def entries() -> Callable[..., Any]:
-    """Entries into modules, by their names: one call each, in their order, of the forward or the backward pass."""
-    from kernels_check.observe.calls import Calls, ModuleCall
-
-    def made_of(*names: str, again: Iterable[str] = ()) -> Calls:
-        made = {"caller": None, "training": True, "with_grad": True}
-        first = [ModuleCall(names=(name,), in_backward=False, **made) for name in names]
-        return Calls(all=(*first, *(ModuleCall(names=(name,), in_backward=True, **made) for name in again)))
-
-    return made_of

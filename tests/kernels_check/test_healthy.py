@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import peft
@@ -16,7 +15,6 @@ import peft.optimizers
 import pytest
 import torch
 import transformers
-from negative_controls.base_faults import int8
 from negative_controls.small_run import fourbit
 from torch import nn
 from torch.nn import functional
@@ -105,11 +103,6 @@ def nf4_base():
     return model, step, NF4 | more | {"optimizer.class": "bitsandbytes.optim.AdamW8bit", "optimizer.fused": None}
 
 
-@case("LLM.int8 before its first step")
-def int8_base():
-    return plain(lora(llama(int8, torch.bfloat16)), **{"base.bits": 8, "base.quant_type": "int8"})
-
-
 def recomputing(**options):
     model = lora(llama())
     model.base_model.model.gradient_checkpointing_enable(options)
@@ -131,44 +124,11 @@ case("reentrant checkpointing")(functools.partial(recomputing, use_reentrant=Tru
 case("non-reentrant checkpointing")(functools.partial(recomputing, use_reentrant=False))
 
 
-@case("the optimizer also holds the frozen parameters")
-def optimizer_of_all_parameters():
-    model = lora(llama())
-    return model, step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-2)), {}
-
-
-@case("LoRA-FA")
-def lora_fa():
-    model = lora(llama(), lora_dropout=0.0)
-    optimizer = peft.optimizers.create_lorafa_optimizer(model=model, r=4, lora_alpha=8, lr=1e-2)
-    return model, step_of(model, optimizer), {"optimizer.class": None, "optimizer.fused": None}
-
-
 @case("LoRA+")
 def lora_plus():
     model = lora(llama())
     options = {"optimizer_cls": torch.optim.AdamW, "lr": 1e-2, "loraplus_lr_ratio": 16}
     return model, step_of(model, peft.optimizers.create_loraplus_optimizer(model=model, **options)), {}
-
-
-@case("fused AdamW")
-def fused():
-    model = lora(llama())
-    return model, step_of(model, adamw(model, fused=True)), {"optimizer.fused": True}
-
-
-@case("two optimizers of one class")
-def two_optimizers():
-    model, ids = lora(llama()), tokens()
-    optimizers = [torch.optim.AdamW(trainable(model)[start::2], lr=1e-2) for start in (0, 1)]
-
-    def step():
-        model(input_ids=ids, labels=ids).loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return model, step, {}
 
 
 @case("an optimizer that steps with a closure")
@@ -183,15 +143,6 @@ def closure():
         return loss
 
     return model, lambda: optimizer.step(compute_loss), {}
-
-
-@case("a warm-up that starts at learning rate 0")
-def warm_up():
-    model = lora(llama())
-    optimizer = adamw(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, done / 10))
-    step = step_of(model, optimizer)
-    return model, lambda: (step(), schedule.step()), {}
 
 
 @case("scaled, clipped and accumulated gradients")
@@ -304,26 +255,6 @@ def biases_of_4bit_layers():
     return plain(lora(base, bias="lora_only"), **NF4)
 
 
-@case("a pruned model whose configuration names more layers")
-def pruned():
-    model = llama(num_hidden_layers=4)
-    model.model.layers = model.model.layers[:2]
-    return plain(lora(model))
-
-
-@case("a model inside another module, under a name with lora in it")
-def nested():
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lora_model = lora(llama())
-
-        def forward(self, **inputs):
-            return self.lora_model(**inputs)
-
-    return plain(Outer().train())
-
-
 @case("padded rows")
 def padded():
     model, ids, mask = lora(llama()), tokens(), torch.ones(ROWS, LENGTH, dtype=torch.long)
@@ -369,29 +300,6 @@ def vision_language():
     ids[:, 1:5] = image
     inputs = {"input_ids": ids, "pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": ids}
     return model, step_of(model, adamw(model), **inputs), {}
-
-
-@case("nn.MultiheadAttention with an adapter")
-def multihead_attention():
-    class Layer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention, self.dense = nn.MultiheadAttention(32, 2, batch_first=True), nn.Linear(32, 32)
-
-        def forward(self, hidden):
-            return self.dense(self.attention(hidden, hidden, hidden, need_weights=False)[0]) + hidden
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Embedding(VOCABULARY, 32), Layer(), Layer())
-
-        def forward(self, input_ids, labels):
-            return SimpleNamespace(loss=self.body(input_ids).pow(2).mean())
-
-    torch.manual_seed(3)
-    model = peft.get_peft_model(Model(), peft.LoraConfig(r=4, target_modules=["attention", "dense"])).train()
-    return plain(model, **{"base.bits": None, "base.quant_type": None})
 
 
 def trainer(accumulate=1, **options):

@@ -1,4 +1,4 @@
-"""What is recomputed is told block by block, in whatever way it was switched on."""
+"""Recomputation is judged block by block, in whatever way it was switched on."""
 
 from functools import partial
 
@@ -93,17 +93,6 @@ class Model(nn.Module):
         return hidden
 
 
-class Parallel(nn.Module):
-    """A wrapper in the manner of DistributedDataParallel."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *given):
-        return self.module(*given)
-
-
 @pytest.fixture
 def judge():
     """Checks of a step of as many micro-batches as given, by path."""
@@ -146,7 +135,7 @@ def test_the_last_segment_of_a_sequence_is_not_recomputed(judge):
 
 
 def test_nothing_recomputed_is_absent(judge):
-    """Also beside an evaluation with gradients off."""
+    """Also in a step that evaluates with gradients off."""
     model = Model("none", "none")
 
     def evaluate():
@@ -160,20 +149,6 @@ def test_nothing_recomputed_is_absent(judge):
     assert checks["mode"].met, checks["mode"].reason
 
 
-@pytest.mark.parametrize("way", ["all", "reentrant"])
-def test_an_evaluation_inside_the_step_is_not_counted(judge, way):
-    """Its calls take no gradient, so that nothing of them is to be computed again."""
-    model = Model(way, way)
-    model.embed.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-
-    def evaluate():
-        with torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.long))
-
-    check = judge(model, aside=evaluate)["checkpointing"]
-    assert check.met, check.reason
-
-
 def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
     """Frozen blocks at the front keep nothing."""
     model = Model("none", "all")
@@ -182,12 +157,6 @@ def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
     check = judge(model)["checkpointing"]
     assert check.met, check.reason
     assert "1 further blocks take no gradient" in check.reason
-
-
-def test_a_wrapper_changes_nothing(judge):
-    """The blocks are found below it."""
-    assert "2 of 2 blocks" in judge(Parallel(Model("all", "all")))["checkpointing"].reason
-    assert judge(Parallel(Model("all", "none")))["checkpointing"].status == "fallback"
 
 
 def test_the_whole_model_recomputed_by_a_reentrant_function(judge):

@@ -9,19 +9,6 @@ from negative_controls.small_run import forget_compilations
 import kernels_check
 
 
-def test_mode_is_that_of_the_step(training):
-    """What counts is the mode while the step runs, not before or after."""
-    run = training(quant=None)
-
-    def step():
-        run.model.eval()
-        run.step()
-        run.model.train()
-
-    assert run.check("mode", "train", step).status == "fallback"
-    assert run.check("mode", "eval", step).met
-
-
 def test_tf32_cannot_run_without_cuda(training):
     """False holds, true is absent, and the flag is quoted; old and new switches mixed do not break it."""
     if torch.cuda.is_available():
@@ -90,20 +77,3 @@ def test_a_compiled_model_that_runs_eagerly_in_part_is_caught(compiled):
     assert (check.status, check.observed) == ("fallback", False)
     assert "1 compiled regions entered, 2 compiler cache look-ups; 0 of 1 blocks ran in compiled code" in check.reason
     assert "part of the code ran eagerly" in check.reason
-
-
-def test_an_evaluation_or_a_generation_inside_the_step_is_no_alarm(training):
-    """Neither records gradients, and neither is what is trained."""
-    run = training(quant=None)
-
-    def step():
-        run.step()
-        run.model.eval()
-        with torch.no_grad():
-            run.model(**run.inputs)
-        run.model.generate(run.inputs["input_ids"][:, :3], max_new_tokens=2, do_sample=False)
-        run.model.train()
-
-    requirements = {"mode": "train", "lora.dropout": 0.05, "checkpointing": False, "attention.mask": "causal"}
-    checks = run.verify(requirements, step)
-    assert [(check.path, check.reason) for check in checks if check.required is not None and not check.met] == []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels_check.judges.fused import judge_fused
+from kernels_check.judges.execution import judge_fused
 from kernels_check.observe.calls import Calls
 from kernels_check.observe.execution import FusedKernelSite
 
@@ -19,7 +19,7 @@ def _judge(seen, required, *places, **given):
 
 
 def test_what_is_bound_nowhere_is_counted(training):
-    """Each kind with its places; nobody asked for any."""
+    """Each kind with its places; none is required."""
     check = training().check("fused.kernels")
     assert (check.status, check.observed) == ("not_applicable", None)
     assert check.reason == "loss 0 of 1, rope 0 of 2, qkv 0 of 2, o 0 of 2, mlp 0 of 2, rms_norm 0 of 5"

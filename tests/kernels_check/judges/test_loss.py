@@ -6,7 +6,7 @@ import pytest
 import torch
 from negative_controls.loss_faults import accumulate, return_log_probs
 
-from kernels_check.judges.loss import judge_tokens
+from kernels_check.judges.batch import judge_tokens
 from kernels_check.observe.loss import LossPass, LossSeen
 
 
@@ -29,21 +29,11 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
         (_passes(20, 20, weights=[1 / 20, 1 / 20], mean=False), True, "all together 2"),
         (_passes(20, 20, weights=[1024 / 40, 1024 / 40]), True, "each weighs the same"),
         (_passes(30, 0, weights=[1 / 30, 0.0]), False, "1 of 2 passes have none"),
-        (_passes(30, 0, weights=[1 / 30, 0.0], mean=False), True, "each weighs the same"),
-        (_passes(0, weights=[0.0]), False, "1 of 1 passes have none"),
-        (_passes(0, 0, weights=[0.0, 0.0], mean=False), True, "each weighs the same"),
         (_passes(30, 10, weights=[0.0, 0.1]), False, "0.1, others 0"),
-        (_passes(30, 10, weights=[-0.1, -0.1]), True, "all together -4"),
-        (_passes(20, 20, weights=[0.5 / 40, 0.5 / 40]), True, "each weighs the same, and all together 0.5"),
         (_passes(20, 20, weights=[1 / 20 * 1.0011] * 2), True, "each weighs the same, and all together 2"),
         (_passes(20, 20, weights=[1 / 20 * 1.0009] * 2), False, "add up to 2"),
-        (_passes(8, 8, weights=[1.0, 0.875], tolerance=0.125), True, "each weighs the same"),
-        (_passes(8, 8, weights=[1.0, 0.875], tolerance=0.124), False, "1.14 times as much"),
-        (_passes(16, 16, weights=[1 / 8, 1 / 8], tolerance=1.0), False, "add up to 2"),
-        (_passes(30, 30, weights=[1 / 30] * 2, sums=[0, 1]), True, "of 30, 30, for 2 updates or evaluations; each in"),
         (_passes(30, 10, weights=[1 / 30, 1 / 10], sums=[0, 1]), True, "each in one pass"),
         (_passes(30, 10, 30, weights=[0.5 / 30, 0.5 / 10, 1 / 30], sums=[0, 0, 1]), False, "3 times as much"),
-        (_passes(30, 20, 20, weights=[1 / 30, 1 / 20, 1 / 20], sums=[0, 1, 1]), False, "add up to 2"),
         (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "all together 1"),
     ],
 )
@@ -65,7 +55,7 @@ def test_one_pass_is_counted_after_the_shift(training):
 
 
 def test_a_loss_that_is_made_elsewhere_is_unknown(training):
-    """From logits, without labels; and one of the program's own beside the model's."""
+    """From logits, without labels; and one of the program's own in place of the model's."""
     run = training()
 
     def from_logits(run):
@@ -79,12 +69,12 @@ def test_a_loss_that_is_made_elsewhere_is_unknown(training):
     run.passes = from_logits
     assert "its loss is made elsewhere" in run.check("loss.tokens", True).reason
 
-    def beside(run):
+    def own_loss(run):
         loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).logits.float().square().mean()
         loss.backward()
         return loss
 
-    run.passes = beside
+    run.passes = own_loss
     check = run.check("loss.tokens", True)
     assert check.status == "unknown"
     assert "nothing went back through the loss" in check.reason
@@ -94,7 +84,7 @@ def test_a_loss_that_is_made_elsewhere_is_unknown(training):
 def test_an_evaluation_inside_the_step_is_no_pass(training):
     """Only what was trained on counts."""
     run = training()
-    accumulate(run, told=True)
+    accumulate(run, counted=True)
     train = run.passes
 
     def passes(run):
@@ -170,11 +160,11 @@ def test_an_optimizer_of_another_model_is_no_update(training):
     run = training()
     accumulate(run)
     other = torch.nn.Linear(2, 2)
-    beside = torch.optim.SGD(other.parameters(), lr=0.1)
+    foreign = torch.optim.SGD(other.parameters(), lr=0.1)
     train = run.model.forward
 
     def forward(*args, **kwargs):
-        beside.step()
+        foreign.step()
         return train(*args, **kwargs)
 
     run.model.forward = forward
@@ -187,11 +177,11 @@ def test_an_optimizer_of_another_model_is_no_update(training):
     ("options", "status", "words"),
     [
         ({}, "active", "the loss is over 44 of 64 tokens, in 2 passes of 30, 14; each weighs the same, and all"),
-        ({"told": False}, "fallback", "a mean of means"),
+        ({"counted": False}, "fallback", "a mean of means"),
         ({"weigh": lambda scores: scores.exp().detach()}, "unknown", "the loss weighs each token by itself"),
     ],
 )
-def test_a_loss_of_log_probabilities_is_told_by_what_reaches_each(training, options, status, words):
+def test_a_loss_of_log_probabilities_is_judged_by_what_reaches_each(training, options, status, words):
     """As TRL's SFTTrainer makes it: the model returns one token less, and no loss that is trained on."""
     run = training()
     ids = run.inputs["input_ids"]

@@ -28,7 +28,7 @@ def test_class_rule(classes, required, matches):
 
 
 def test_the_observed_class_is_its_full_path(training):
-    """bitsandbytes' class of the same short name is told apart."""
+    """bitsandbytes has a class of the same short name."""
     run = training(make_optimizer=lambda parameters: bnb.optim.PagedAdamW32bit(parameters, lr=1e-3))
     check = run.check("optimizer.class", "bitsandbytes.PagedAdamW32bit")
     assert check.met
@@ -87,7 +87,7 @@ def test_each_of_two_optimizers_counts(training):
 
 @pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Adagrad"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_every_optimizer_with_a_fused_version_is_told(training, kind, fused):
+def test_every_optimizer_with_a_fused_version_is_recognised(training, kind, fused):
     """A loop of plain SGD has no operator of its own, and is seen by what it writes."""
     make = getattr(torch.optim, kind)
     run = training(quant=None, make_optimizer=lambda given: make(given, lr=1e-3, fused=True if fused else None))
@@ -118,8 +118,8 @@ def test_a_gradient_scaler_and_a_wrapper_change_nothing(training):
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_an_update_that_nobody_announces_is_unknown(training):
-    """By hand, or by an optimizer of another kind: neither fused nor a loop can be told."""
+def test_an_update_without_an_optimizer_is_unknown(training):
+    """By hand, or by an optimizer of another kind: neither a fused update nor a loop is known."""
     run = training(quant=None)
     values = [value for value in run.model.parameters() if value.requires_grad]
 

@@ -3,27 +3,10 @@
 import subprocess
 import sys
 
-from kernels_check.judges import (
-    adapter,
-    attached,
-    attention,
-    base_layers,
-    base_products,
-    batch,
-    execution,
-    fused,
-    learning,
-    loss,
-    optimizer,
-    ranks,
-    trained,
-)
+from kernels_check.judges import adapter, attention, base, batch, execution, optimizer, ranks, trained
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
-JUDGES = (
-    *(attention, batch, loss, base_layers, base_products, attached),
-    *(learning, adapter, trained, optimizer, execution, fused, ranks),
-)
+JUDGES = (attention, batch, base, adapter, trained, optimizer, execution, ranks)
 
 
 def test_no_path_is_exported_twice():

@@ -1,10 +1,8 @@
-"""Ways to train an adapter in part or not at all, beside everyday code that looks alike and trains all of it."""
+"""Ways to train an adapter in part or not at all, and everyday code that looks alike and trains all of it."""
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from kernels_check.observe.adapter import adapter_layers
@@ -201,23 +199,6 @@ def train_base_held_as_lora(run: SmallRun) -> None:
     for name, value in run.model.named_parameters():
         value.requires_grad_("lora_" in name and value.is_floating_point())
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
-
-
-def train_a_copy_after_steps(run: SmallRun) -> None:
-    """Step, and resume a copy; the model keeps its last gradients."""
-    import torch
-
-    run.step()
-    run.step()
-    other: Callable[..., Any] = copy.deepcopy(run.model)
-    optimizer = torch.optim.AdamW([value for value in other.parameters() if value.requires_grad], lr=1e-3)  # type: ignore[attr-defined]
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        other(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
-        optimizer.step()
-
-    run.step = step  # type: ignore[method-assign]
 
 
 def _queries(run: SmallRun) -> list[Any]:

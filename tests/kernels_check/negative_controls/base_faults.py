@@ -1,4 +1,4 @@
-"""Ways to break the base of a run after it was built, each beside what it leaves sound."""
+"""Ways to break the base of a run after it was built, and healthy ways that look alike."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _FOREIGN_PAD = 5
 
 
 def pack(run: SmallRun, **more: Any) -> None:
-    """Two records a row, told by positions that restart."""
+    """Two records a row, marked by positions that restart."""
     import torch
 
     positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
@@ -31,17 +31,8 @@ def forget_batch(run: SmallRun) -> None:
     run.packed = None
 
 
-def then_pass(**more: Any) -> Callable[[SmallRun], None]:
-    """The step passes more than the batch that is said to stand for it."""
-
-    def change(run: SmallRun) -> None:
-        run.inputs |= more
-
-    return change
-
-
 def then_pass_a_mask_of_ones(run: SmallRun) -> None:
-    """As a tokenizer returns it, which tells nothing and takes the records' boundaries away."""
+    """As a tokenizer returns it, which says nothing and takes the records' boundaries away."""
     run.inputs |= {"attention_mask": run.inputs["input_ids"].new_ones(run.inputs["input_ids"].shape)}
 
 
@@ -55,7 +46,7 @@ def accumulate(**more: Any) -> Callable[[SmallRun], None]:
 
 
 def mask_blocks(run: SmallRun, *, lost: int | None = None, causal: bool = True) -> None:
-    """Four records a row, told by a mask of blocks.
+    """Four records a row, marked by a mask of blocks.
 
     Args:
         run: to be changed.

@@ -161,12 +161,6 @@ def copy_and_save_in_the_step(run: SmallRun) -> None:
     _replace_step(run, step)
 
 
-def train_a_copy_and_evaluate(run: SmallRun) -> None:
-    """Train a deep copy, and evaluate the model in each step."""
-    train_a_copy(run)
-    evaluate_inside(run)
-
-
 def pass_by_half_and_evaluate(run: SmallRun) -> None:
     """Call what half the layers wrap in their place, but for the evaluation that each step ends with."""
     patched = [(layer, layer.forward) for layer in _half(run)]
@@ -181,17 +175,6 @@ def pass_by_half_and_evaluate(run: SmallRun) -> None:
         _evaluate(run)
         for layer, forward in passed:
             layer.forward = forward
-
-    _replace_step(run, step)
-
-
-def evaluate_inside(run: SmallRun) -> None:
-    """End each step with an evaluation of the model."""
-    sound = run.step
-
-    def step() -> None:
-        sound()
-        _evaluate(run)
 
     _replace_step(run, step)
 

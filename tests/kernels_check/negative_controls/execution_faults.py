@@ -50,11 +50,6 @@ def compile_some(run: SmallRun, *modules: Any) -> None:
     run.step()
 
 
-def compile_one_layer(run: SmallRun) -> None:
-    """Stop after the first."""
-    compile_some(run, decoder_layers(run)[0])
-
-
 def compile_feed_forward(run: SmallRun) -> None:
     """Leave the attention to run eagerly."""
     compile_some(run, *(layer.mlp for layer in decoder_layers(run)))
@@ -121,7 +116,7 @@ def reach_recompile_limit(run: SmallRun) -> None:
 def half_paged(parameters: Any) -> Any:
     """Build an AdamW that marks half its state as bitsandbytes marks paged tensors.
 
-    It stands in for a paged optimizer, which a CPU, having no managed memory, cannot run.
+    It replaces a paged optimizer, which a CPU cannot run for want of managed memory.
     """
     import torch
 
@@ -191,21 +186,6 @@ def forget_a_layer(run: SmallRun) -> None:
     run.passes = passes
 
 
-def evaluate_inside(run: SmallRun) -> None:
-    """Evaluate and generate inside the step, with gradients off."""
-    import torch
-
-    def passes(run: SmallRun) -> Any:
-        loss = run.one_pass()
-        run.model.eval()
-        with torch.no_grad():
-            run.model(**run.inputs)
-        run.model.train()
-        return loss
-
-    run.passes = passes
-
-
 def half_fused(parameters: Any) -> Any:
     """Give the switch to the first group alone."""
     import torch
@@ -239,7 +219,7 @@ def record_inside(run: SmallRun) -> None:
 
 
 def train_another_model(run: SmallRun, *, by: str = "SGD", alone: bool = False) -> None:
-    """Update another model in each step, by an optimizer of torch; alone: and leave this one's update to nobody."""
+    """Update another model in each step, by an optimizer of torch; alone: and do not update this one."""
     import torch
 
     other = torch.nn.Linear(4, 4)

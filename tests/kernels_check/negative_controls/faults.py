@@ -71,16 +71,6 @@ def pad_one_token(run: SmallRun) -> None:
     pad(run, real=run.inputs["input_ids"].shape[1] - 1)
 
 
-def pass_additive_mask(run: SmallRun) -> None:
-    """Build the causal mask by hand, [rows, 1, tokens, tokens], although SDPA knows ``is_causal``."""
-    import torch
-
-    rows, tokens = run.inputs["input_ids"].shape
-    dtype = run.model.get_input_embeddings().weight.dtype
-    mask = torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
-    run.inputs["attention_mask"] = mask.to(run.inputs["input_ids"].device).expand(rows, 1, tokens, tokens)
-
-
 def checkpoint(run: SmallRun) -> None:
     """Switch gradient checkpointing on, as a Trainer does."""
     run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -101,35 +91,17 @@ def dropout_off(run: SmallRun) -> None:
             module.eval()
 
 
-def _train_norms(run: SmallRun, *, adapter: bool) -> None:
+def _train_norms(run: SmallRun) -> None:
     """Keep the loss differentiable where the adapter gives no gradient."""
-    of_adapter = adapter_parameters(run.model) if adapter else frozenset()
+    of_adapter = adapter_parameters(run.model)
     for name, value in run.model.named_parameters():
         value.requires_grad_(name in of_adapter or name.endswith("norm.weight"))
-
-
-def disable_adapter(run: SmallRun) -> None:
-    """Disable the adapter for a comparison with the base and leave it so."""
-    run.model.base_model.disable_adapter_layers()
-    _train_norms(run, adapter=True)
 
 
 def merge_adapter(run: SmallRun) -> None:
     """Merge the adapter for inference and train on."""
     run.model.merge_adapter()
-    _train_norms(run, adapter=True)
-
-
-def freeze_adapter(run: SmallRun) -> None:
-    """Load the adapter for inference: ``PeftModel.from_pretrained`` freezes it by default."""
-    _train_norms(run, adapter=False)
-
-
-def train_a_norm(run: SmallRun) -> None:
-    """Leave one norm of the base trainable and give it to the optimizer."""
-    norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
-    norm.requires_grad_(True)
-    run.optimizer.add_param_group({"params": [norm], "lr": 0.1})
+    _train_norms(run)
 
 
 def target_nothing(run: SmallRun) -> None:
@@ -141,7 +113,7 @@ def target_nothing(run: SmallRun) -> None:
         run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query_key_value"]))
     except ValueError:
         run.model = base.train()
-    _train_norms(run, adapter=True)
+    _train_norms(run)
     _new_optimizer(run)
 
 
@@ -153,7 +125,7 @@ def target_what_never_runs(run: SmallRun) -> None:
     base = run.model.unload()
     base.spare_head = torch.nn.Linear(128, 96)
     run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["spare_head"])).train()
-    _train_norms(run, adapter=True)
+    _train_norms(run)
     _new_optimizer(run)
 
 

@@ -1,4 +1,4 @@
-"""Ways to break some layers of a run, or to run something else beside them; and everyday steps that do the latter."""
+"""Ways to break some layers of a run, or to run another model in its step, and healthy ones of the latter."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ from functools import partial
 from typing import Any
 
 from negative_controls.small_run import SmallRun, build
-
-
-def accumulate(run: SmallRun) -> None:
-    """Two micro-batches a step."""
-
-    def step() -> None:
-        run.optimizer.zero_grad()
-        for _ in range(2):
-            with run.around():
-                loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
-                loss.backward()
-        run.optimizer.step()
-        run.losses.append(float(loss.detach()))
-
-    _replace_step(run, step)
 
 
 def take_again(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
@@ -109,19 +94,6 @@ def ask_a_teacher(run: SmallRun) -> None:
     _before_each_step(run, lambda: teacher(**run.inputs, use_cache=False))
 
 
-def train_a_copy(run: SmallRun) -> None:
-    """Another name for the model, and the step keeps the other object."""
-    model = run.model
-    other = copy.deepcopy(model)
-
-    def step() -> None:
-        run.optimizer.zero_grad()
-        other(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
-        run.optimizer.step()
-
-    _replace_step(run, step)
-
-
 def pass_attention_by(run: SmallRun) -> None:
     """A block of which only the feed-forward part is left."""
     block = _layers(run)[1]
@@ -160,15 +132,6 @@ def fill_a_mask(run: SmallRun) -> None:
 def write_out_through_float(run: SmallRun) -> None:
     """The same, with the softmax in float32, as most models that write it out do."""
     write_out(run, through_float=True)
-
-
-def import_by_name(run: SmallRun) -> None:
-    """Call SDPA by a name that was bound at import, which nothing that is put in its place later reaches."""
-    from torch.nn.functional import scaled_dot_product_attention
-
-    for block in _layers(run):
-        causal = partial(scaled_dot_product_attention, is_causal=True)
-        block.self_attn.forward = _by_hand(block.self_attn, causal)
 
 
 def _by_hand(attention: Any, attend: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ _FIRST, _SECOND = 12, 4
 def accumulate(
     run: SmallRun,
     *,
-    told: bool = False,
+    counted: bool = False,
     weighed: bool = False,
     divided: bool = True,
     even: bool = False,
@@ -24,9 +24,9 @@ def accumulate(
 
     Args:
         run: to be changed.
-        told: whether each forward is told the tokens of both.
+        counted: whether each forward is given the number of tokens of both.
         weighed: whether each loss is multiplied by its share of them.
-        divided: whether each loss is divided by the number of passes, where it is neither told nor weighed.
+        divided: whether each loss is divided by the number of passes, where it is neither counted nor weighed.
         even: whether both have as many.
         shifted: whether the first of each row is no target.
     """
@@ -40,22 +40,22 @@ def accumulate(
 
     def passes(run: SmallRun) -> Any:
         for batch in batches:
-            more = {"num_items_in_batch": total} if told else {}
+            more = {"num_items_in_batch": total} if counted else {}
             loss = run.model(**batch, **more).loss
             share = _targets(batch["labels"], shifted=shifted) / total if weighed else 1.0
-            whole = told or weighed or not divided
+            whole = counted or weighed or not divided
             (loss * share if whole else loss / len(batches)).backward()
         return loss
 
     run.passes = passes
 
 
-def return_log_probs(run: SmallRun, *, told: bool = True, weigh: Any = None) -> None:
+def return_log_probs(run: SmallRun, *, counted: bool = True, weigh: Any = None) -> None:
     """Let the model return log-probabilities of all tokens but one, and make the loss of them, as TRL's trainers do.
 
     Args:
         run: of a PEFT model, after ``accumulate`` or ``pack``.
-        told: whether the loss is over the tokens of all passes, else a mean of each pass, and a mean of those.
+        counted: whether the loss is over the tokens of all passes, else a mean of each pass, and a mean of those.
         weigh: from log-probabilities to their weights.
     """
     base = run.model.get_base_model()
@@ -74,7 +74,7 @@ def return_log_probs(run: SmallRun, *, told: bool = True, weigh: Any = None) -> 
         for batch in batches:
             output = run.model(**batch)
             scores = output.log_probs if weigh is None else output.log_probs * weigh(output.log_probs)
-            loss = -scores.sum() / (total if told else output.label_mask.sum() * len(batches))
+            loss = -scores.sum() / (total if counted else output.label_mask.sum() * len(batches))
             loss.backward()
         return loss
 
@@ -86,7 +86,7 @@ def _targets(labels: Any, *, shifted: bool) -> int:
 
 
 def drop_the_number(run: SmallRun) -> None:
-    """Let the forward take the number of tokens that it is told, and make nothing of it."""
+    """Let the forward take the number of tokens, and ignore it."""
     model = run.model.get_base_model()
     own = type(model).forward
 

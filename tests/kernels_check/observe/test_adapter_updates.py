@@ -84,26 +84,11 @@ def lbfgs(run):
     return in_closure(run, keep=False)
 
 
-def sgd(run):
-    run.optimizer = torch.optim.SGD(list(trained(run).values()), lr=1e-3)
-    return run.step
-
-
 def by_hand(run):
     def step():
         values = list(trained(run).values())
         for value, gradient in zip(values, torch.autograd.grad(loss(run), values), strict=True):
             value.grad = gradient
-        run.optimizer.step()
-
-    return step
-
-
-def two_batches(run):
-    def step():
-        run.optimizer.zero_grad()
-        loss(run).backward()
-        loss(run).backward()
         run.optimizer.step()
 
     return step
@@ -122,11 +107,9 @@ def normalise(run):
 
 HEALTHY = {
     "LBFGS": lbfgs,
-    "a small step of SGD": sgd,
     "a closure that does not": lambda run: in_closure(run, keep=True),
     "optimizers in the backward pass": in_backward,
     "gradients put there by hand": by_hand,
-    "two batches a step": two_batches,
     "accumulation over two calls": lambda run: accumulate(run, 2),
     "warm-up and accumulation": lambda run: accumulate(run, 2, warm_up(run)),
     "groups that grow": growing,
@@ -141,26 +124,6 @@ def test_everyday_code_learns(training, name):
     run = training(lora_dropout=0.0)
     check = judged(run, HEALTHY[name](run))
     assert check.met, check.reason
-
-
-def writes(write, *, last=False):
-    def build(run):
-        kept = {name: value.detach().clone() for name, value in trained(run).items()}
-
-        def back():
-            for name, value in trained(run).items():
-                write(name, value, kept[name])
-
-        def step():
-            if not last:
-                back()
-            run.step()
-            if last:
-                back()
-
-        return step
-
-    return build
 
 
 def test_a_state_that_is_reloaded_every_other_step_is_found(training):

@@ -1,18 +1,12 @@
-"""Where records begin is read from whatever tells it, and what does not fit is refused by name."""
+"""Where records begin is read from whatever marks it, and what does not fit is refused by name."""
 
 import pytest
 import torch
 
-from kernels_check.observe.padding import PADDING, LayoutError, allowed, find_records, hidden_by, record_numbers
+from kernels_check.observe.padding import PADDING, LayoutError, find_records, record_numbers
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0]])
 NUMBERS = [[0, 0, 0, 1, 1, 2]]
-
-
-def test_records_are_numbered_where_positions_restart():
-    """A restart, or any jump, begins a record; rows count on their own."""
-    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [5, 6, 0, 0, 1]])
-    assert record_numbers(positions).tolist() == [[0, 0, 0, 1, 1], [0] * 5, [0, 0, 1, 2, 2]]
 
 
 def test_a_position_over_and_over_is_one_filler():
@@ -22,7 +16,7 @@ def test_a_position_over_and_over_is_one_filler():
 
 
 def test_records_of_one_token_each_are_no_filler():
-    """They stand at the same place like padding, and are other words; where the same word stands, nothing can tell."""
+    """They have the positions of padding, and other tokens; with the same token they look alike."""
     given = {"position_ids": torch.tensor([[0, 1, 0, 0, 0, 1]] * 2)}
     given["input_ids"] = torch.tensor([[7, 8, 29, 58, 7, 8], [7, 8, 3, 3, 7, 8]])
     assert find_records(given, 2, 6).numbers.tolist() == [[0, 0, 1, 2, 3, 3], [0, 0, 1, 1, 2, 2]]
@@ -76,17 +70,12 @@ def test_what_a_mask_hides_is_no_record():
 
 
 def test_rows_of_a_mask_that_were_opened_are_padding():
-    """What sees nothing is made to see everything, or its softmax has no value; nobody else sees it."""
+    """What sees nothing is made to see everything, or its softmax has no value; no other row sees it."""
     mask = torch.ones(1, 1, 6, 6).tril().bool() & torch.tensor([0, 0, 1, 1, 1, 1]).bool()
     mask[..., 4:, :4] = False
     for one in (mask, mask | ~mask.any(dim=-1, keepdim=True)):
         found = find_records({"attention_mask": one}, 1, 6)
         assert found.numbers.tolist() == [[PADDING, PADDING, 0, 0, 1, 1]]
-
-
-def test_lengths_over_several_rows():
-    """They count through the rows, each of which begins anew."""
-    assert find_records({"cu_seqlens": torch.tensor([0, 2, 6])}, 2, 3).numbers.tolist() == [[0, 0, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -105,37 +94,7 @@ def test_what_does_not_fit_is_refused(given, said):
         find_records(given, 2, 6)
 
 
-@pytest.mark.parametrize("mask", [[1.0, 0.0], [True, False], [1, 0], [0.0, -1e4], [0.0, -1.0], [0.0, float("-inf")]])
-def test_masks_of_all_kinds(mask):
-    """Ones and zeros, or what is added to the scores."""
-    assert allowed(torch.tensor(mask)).tolist() == [True, False]
-
-
 def test_places_of_an_image_begin_no_record():
-    """Time stands still over it, and height and width jump; only where all three are zero does a record begin."""
+    """Time is constant over it, and height and width jump; only where all three are zero does a record begin."""
     planes = torch.tensor([[[0, 1, 1, 1, 1, 3]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 2, 3]]])
     assert find_records({"position_ids": planes}, 1, 6).numbers.tolist() == [[0] * 6]
-
-
-def test_each_row_has_positions_of_its_own():
-    """Three rows are no three planes."""
-    positions = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 1, 2]])
-    numbers = find_records({"position_ids": positions}, 3, 4).numbers
-    assert numbers.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]]
-
-
-def test_a_record_of_no_tokens_is_none():
-    """Lengths may be padded with the last."""
-    assert find_records({"cu_seqlens": torch.tensor([0, 3, 3, 6, 6])}, 1, 6).numbers.tolist() == [[0, 0, 0, 1, 1, 1]]
-
-
-@pytest.mark.parametrize("mask", [torch.ones(1, 6, dtype=torch.long), torch.ones(1, 1, 1, 6), torch.ones(1, 1, 6, 5)])
-def test_a_mask_without_records_tells_none(mask):
-    """Ones count none, and what is no square has no blocks."""
-    assert find_records({"attention_mask": mask}, 1, 6) is None
-
-
-@pytest.mark.parametrize("shape", [(6,), (1, 5), (1, 6, 5), (3, 6, 6), (3, 1, 6, 6), (1, 1, 1, 6, 6)])
-def test_a_mask_that_does_not_fit_hides_nothing(shape):
-    """By its dimensions, its rows or its tokens."""
-    assert hidden_by(torch.zeros(shape, dtype=torch.bool), 2, 6) is None

@@ -2,7 +2,8 @@
 
 The storage of a 4-bit weight can be proved from its bytes. N x K weights take ceil(NK/2) bytes; each block of 64 adds
 a float32 scale (4.500 bits a weight), which double quantisation turns into a byte and a float32 per 256 blocks (4.127).
-A module class or a configuration proves nothing: a skipped layer keeps its float weight under the same model.
+A module class or a configuration proves nothing: a skipped layer keeps its float weight under the same model, and
+autocast decides over the dtype of a product. So each product is attributed to the layer that called it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernels_check.check import (
+    DTYPE,
     FLAG,
     SHARE,
     Json,
@@ -20,6 +22,7 @@ from kernels_check.check import (
     PathObservation,
     Requirement,
     Status,
+    count_values,
     format_count,
     join_values,
     name_some,
@@ -96,7 +99,7 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
 
 
 def _largest(others: list[tuple[str, int]]) -> str:
-    """Name the two largest; what is said of a base is long enough."""
+    """Name the two largest."""
     rest = f" and {len(others) - 2} more" if len(others) > 2 else ""
     return ", ".join(f"{name} {_size(size)}" for name, size in others[:2]) + rest
 
@@ -184,7 +187,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
 
 
 def _biases(seen: Observation) -> list[str]:
-    """Biases of the base that PEFT was asked to train."""
+    """Biases of the base that the adapter's configuration trains."""
     found = seen.biases_of_adapters()
     settings = join_values(set(found.values()))
     return [f"{len(found)} biases train with the adapter, as PEFT was asked to by {settings}"] if found else []
@@ -242,9 +245,9 @@ def _over_layers(
     """Compare one property over all targeted layers and name the exceptions."""
     if not stored:
         return PathObservation(observed=None, present=False, reason="no layer carries an adapter")
-    expected = required if required is not None else Counter(values.values()).most_common(1)[0][0]
-    distinct = set(values.values())
-    observed = distinct.pop() if len(distinct) == 1 else join_values(str(value) for value in values.values())
+    known = [value for value in values.values() if value is not None]
+    expected = required if required is not None or not known else Counter(known).most_common(1)[0][0]
+    observed = known[0] if len(set(known)) == 1 else join_values(part for one in known for part in str(one).split("+"))
     parts = [f"{sum(value == expected for value in values.values())} of {len(values)} targeted layers: {expected}"]
     parts += [reason] if reason else []
     odd = [f"{name} ({value})" for name, value in values.items() if value != expected and value is not None]
@@ -263,6 +266,48 @@ def _over_layers(
 _BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))
 _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
 
+
+def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``base.compute_dtype`` over every layer that carries an adapter, by its products."""
+    stored, ran = seen.storage(), seen.base_products()
+    values = {name: join_values(ran.dtypes(name)) for name in stored}
+    claims = {item.compute_dtype for name, item in stored.items() if item.compute_dtype not in (None, values[name])}
+    reasons = ["by the products that they called"]
+    reasons += [f"layers claim {join_values(str(claim) for claim in claims)}"] if claims else []
+    reasons += sorted({item.note for item in stored.values() if item.note})
+    remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
+    in_4bit = any(item.bits == 4 for item in stored.values())
+    return _over_layers(stored, values, required, "; ".join(reasons), remedy if in_4bit else None)
+
+
+def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
+    """Judge ``base.gemm_path`` from what ran inside the 4-bit operators of the forward pass."""
+    layers = seen.fourbit_products()
+    calls = layers.all
+    if not calls:
+        if layers.names or seen.census().bytes_of[4]:  # compiled layers call no hook, and have no name
+            return PathObservation(
+                observed=None, status="unknown", reason="4-bit weights but no known 4-bit operator ran"
+            )
+        return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
+    paths = [str(call.path) for call in calls]
+    kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
+    reason = f"forward 4-bit products: {count_values(paths)}" + (f"; kernels {kernels}" if kernels else "")
+    passed_by = [*layers.without, *layers.passed_by]
+    if passed_by:
+        total = len(layers.names)
+        reason += f"; {total - len(passed_by)} of {total} 4-bit layers, without one ran: {name_some(passed_by)}"
+    wrong = required is not None and any(path not in (required, "unknown") for path in paths)
+    return PathObservation(
+        observed=join_values([*paths, *(["bypassed"] if passed_by else [])]),
+        reason=reason,
+        status="unknown" if "unknown" in paths and not wrong and not passed_by else None,
+    )
+
+
+_GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu"))
+
+
 PATHS: Mapping[str, JudgedPath] = {
     "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits, by_modules=False),
     "base.bytes_in_4bit": JudgedPath(requirement=SHARE, judge=judge_bytes_in_4bit, by_modules=False),
@@ -278,4 +323,6 @@ PATHS: Mapping[str, JudgedPath] = {
             "show in the step after: open the same watch around that, too"
         ),
     ),
+    "base.compute_dtype": JudgedPath(requirement=DTYPE, judge=judge_compute_dtype, by_operators=True),
+    "base.gemm_path": JudgedPath(requirement=_GEMM_PATH, judge=judge_gemm_path, by_operators=True),
 }
