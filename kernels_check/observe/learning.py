@@ -121,9 +121,10 @@ class Gradients:
             )
         return found
 
-    def _arrive(self, parameter: Tensor, gradient: Tensor) -> None:
-        self.arrived.add(id(parameter))
-        self._note(parameter, gradient)
+    def _arrive(self, parameter: Tensor, gradient: Tensor | None) -> None:
+        if gradient is not None:  # autograd calls hooks for undefined gradients, too, as behind repacked 4-bit weights
+            self.arrived.add(id(parameter))
+            self._note(parameter, gradient)
 
     def _written(self, parameter: Tensor) -> None:
         self.arrived.add(id(parameter))
