@@ -17,8 +17,8 @@ from typing import Any
 
 from shared import command_output, exit_code, print_origin
 
+from lorameter.models.methods import facts_of
 from lorameter.records import store
-from lorameter.studies.methods import facts_of
 from lorameter.studies.variant import PeftVariant
 
 GENERIC: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "num_virtual_tokens": 8, "total_step": 100}

@@ -27,12 +27,12 @@ from lorameter.models.costs.lora import (
 )
 from lorameter.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, peak_range
 from lorameter.models.costs.peaks import stated_peak
+from lorameter.models.methods import check_methods
 from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
 from lorameter.run.plan import Arm, arms_of, workloads_of
 from lorameter.run.workers.script_sandbox import shared_notices
-from lorameter.studies.methods import check_methods
 from lorameter.studies.study import Study
 from lorameter.studies.variant import PAGED, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload

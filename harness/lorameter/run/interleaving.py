@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorameter.errors import UsageError
+from lorameter.models.methods import facts_of
 from lorameter.records.record import Interleaving
 from lorameter.records.units import format_bytes
-from lorameter.studies.methods import facts_of
 from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, Variant
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")

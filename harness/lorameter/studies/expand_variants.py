@@ -17,7 +17,7 @@ from lorameter.errors import UsageError, impossible
 from lorameter.records import codec
 from lorameter.studies import limits
 from lorameter.studies.keys import check_axes, check_keys
-from lorameter.studies.methods import read_config
+from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.study import OF_WORKLOAD
 from lorameter.studies.variant import AnyVariant, FullVariant, PeftVariant, ScriptVariant, form_keys
 from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload

@@ -1,5 +1,6 @@
-"""PEFT's own experiments as a study: folders of huggingface/peft's `method_comparison/MetaMathQA`, unchanged.
+"""Files of PEFT: saved configurations, and its own experiments as a study.
 
+Experiments are folders of huggingface/peft's `method_comparison/MetaMathQA`, unchanged:
 `experiments/METHOD/NAME/adapter_config.json` is the configuration of PEFT, and full fine-tuning without one;
 `training_params.json` there is over `default_training_params.json`. What their `run.py` does with a key, a variant or
 the workload does; keys of its evaluation have no meaning here, since no answers are generated.
@@ -14,15 +15,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError, impossible
+from lorameter.errors import UsageError, impossible, said_by
 from lorameter.records import codec, fileio
 from lorameter.studies.columns import DataColumns
-from lorameter.studies.methods import CONFIG_NAME, read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study, unknown
 from lorameter.studies.variant import FullVariant, PeftVariant, Variant
 from lorameter.studies.workload import Workload
 
+CONFIG_NAME = "adapter_config.json"
+_OF_SAVING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+"""Keys of a saved configuration that say how it was saved, and nothing of the method."""
 DEFAULTS, PARAMS = "default_training_params.json", "training_params.json"
 DATA = "meta-math/MetaMathQA"
 WARMUP_RATIO = 0.1
@@ -35,6 +38,19 @@ _STORED: Mapping[str, dict[str, Any]] = {
 _NOTES = (
     "Variants are experiments of PEFT's method_comparison; the words around a question are those of prompt_format.",
 )
+
+
+def read_config(where: str, path: str) -> dict[str, Any]:
+    """The configuration in a file that PEFT's `save_pretrained` wrote, or in its folder. Raises `UsageError`."""
+    file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
+    try:
+        data = fileio.read_json(file, fileio.MANIFEST_BYTES)
+    except (OSError, ValueError) as error:
+        why = f"it cannot be read ({said_by(error)})"
+        raise impossible(where, "peft", path, why, f"Name an {CONFIG_NAME} or its folder.") from None
+    if not isinstance(data, dict):
+        raise impossible(where, "peft", path, "no configuration of PEFT", f"Name an {CONFIG_NAME} or its folder.")
+    return {key: value for key, value in data.items() if key not in _OF_SAVING}
 
 
 def study_of_experiments(folder: str, select: str = "*", *, quality: bool = False) -> Study:

@@ -1,6 +1,6 @@
 """Tries what methods of PEFT can do, each on a tiny model: `python -m lorameter.trial.building.method_probe`.
 
-Reads variants as JSON from the standard input and prints what was found of each (`lorameter.studies.methods`).
+Reads variants as JSON from the standard input and prints what was found of each (`lorameter.models.methods`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from lorameter.errors import LorameterError, UsageError, impossible, shorten
 from lorameter.models import catalogue
+from lorameter.models.methods import MethodFacts
 from lorameter.records import codec
-from lorameter.studies.methods import MethodFacts
 from lorameter.studies.variant import FullVariant, Variant
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base

@@ -14,11 +14,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from lorameter.errors import InvalidRunError, LorameterError, UsageError, impossible, said_by
+from lorameter.errors import InvalidRunError, LorameterError, UsageError
 from lorameter.models import catalogue
 from lorameter.records import codec, fileio
 from lorameter.studies.variant import ADAMW, PAGED, LoraVariant, Variant
@@ -45,24 +44,8 @@ class MethodFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Whether what is saved and loaded again on the base gives the same answers."""
 
 
-CONFIG_NAME = "adapter_config.json"
-_OF_SAVING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
-"""Keys of a saved configuration that say how it was saved, and nothing of the method."""
 LORA = MethodFacts(keeps_base=True, several=True, mixes=True, merges=True, reloads=True)
 """Of LoRA in its short form, whose exceptions are fields that are judged by themselves."""
-
-
-def read_config(where: str, path: str) -> dict[str, Any]:
-    """The configuration in a file that PEFT's `save_pretrained` wrote, or in its folder. Raises `UsageError`."""
-    file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
-    try:
-        data = fileio.read_json(file, _MOST_BYTES)
-    except (OSError, ValueError) as error:
-        why = f"it cannot be read ({said_by(error)})"
-        raise impossible(where, "peft", path, why, f"Name an {CONFIG_NAME} or its folder.") from None
-    if not isinstance(data, dict):
-        raise impossible(where, "peft", path, "no configuration of PEFT", f"Name an {CONFIG_NAME} or its folder.")
-    return {key: value for key, value in data.items() if key not in _OF_SAVING}
 
 
 def is_plain(variant: Variant) -> bool:
