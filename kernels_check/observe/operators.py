@@ -41,27 +41,22 @@ MASKING = frozenset({
 })  # fmt: skip
 """What a mask is laid over the scores by, where attention is written out."""
 REDUCTIONS = frozenset({"aten::sum", "aten::exp", "aten::exp2", "aten::cumsum", "aten::logsumexp"})
-SHAPED = SOFTMAX | PRODUCTS | FOURBIT
-"""Operators whose shapes and types are read, with those of attention."""
 _READ = SOFTMAX | REDUCTIONS | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
-_DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
 
 @dataclass(slots=True)
 class Operator:
-    """One call on the host, as an instrument recorded it."""
+    """One call on the host, as the profiler recorded it."""
 
     name: str
-    input_shapes: Sequence[Any] = ()
-    input_dtypes: Sequence[str] = ()
-    """Empty for what is no tensor."""
-    concrete_inputs: Sequence[Any] = ()
-    """Values of what is no tensor."""
+    event: Any
+    """Its node in the profiler's tree, whose inputs take long to read: few are asked for."""
     parent: Operator | None = None
     children: Sequence[Operator] = ()
     """Most of the thousands of a step have none: a list for each would set off the garbage collector."""
     call: int | None = None
     """Number of the call of a module of the model in which it ran; None outside the model."""
+    _inputs: Sequence[Any] | None = None
 
     def add_child(self, child: Operator) -> None:
         """Note what was called inside it."""
@@ -69,14 +64,26 @@ class Operator:
             self.children = []
         self.children.append(child)
 
+    @property
+    def inputs(self) -> Sequence[Any]:
+        """What it was given: of tensors their metadata, of all else the value."""
+        if self._inputs is None:
+            self._inputs = getattr(self.event.extra_fields, "inputs", ())
+        return self._inputs
+
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape of an input, empty for what is no tensor."""
-        return tuple(self.input_shapes[index]) if index < len(self.input_shapes) else ()
+        return tuple(getattr(self.inputs[index], "sizes", ())) if index < len(self.inputs) else ()
 
     def dtype(self, index: int) -> str | None:
-        """Dtype of an input."""
-        types = self.input_dtypes
-        return _DTYPES.get(types[index], types[index] or None) if index < len(types) else None
+        """Dtype of an input, None for what is no tensor."""
+        found = getattr(self.inputs[index], "dtype", None) if 0 <= index < len(self.inputs) else None
+        return None if found is None else str(found).removeprefix("torch.")
+
+    def value(self, index: int | None) -> Any:
+        """An input that is no tensor; None where it is not known."""
+        known = index is not None and 0 <= index < len(self.inputs) and not hasattr(self.inputs[index], "sizes")
+        return self.inputs[index] if known and index is not None else None
 
 
 @cache
@@ -342,7 +349,7 @@ def _masks(event: Operator, scores: tuple[int, ...]) -> bool:
     """Whether an operator lays another tensor, one that differs from key to key, over the scores."""
     if event.name not in MASKING:
         return False
-    shapes = [tuple(shape) for shape in event.input_shapes]
+    shapes = [event.shape(index) for index in range(len(event.inputs))]
     if event.name == "aten::baddbmm":
         batch, queries, keys = _flattened(scores)
         made = event.shape(1)[:2] == (batch, queries) and event.shape(2)[::2] == (batch, keys)
@@ -370,10 +377,10 @@ def _named(event: Operator, backend: str) -> AttentionCall:
             call=event.call,
             region=region_of(event),
         )
-    shapes = event.input_shapes
+    shapes = [event.shape(index) for index in range(min(3, len(event.inputs)))]
     mask = _argument(event.name, ("attn_mask", "attn_bias"))
-    causal = _at(event.concrete_inputs, _argument(event.name, ("is_causal", "causal")))
-    dropout = _at(event.concrete_inputs, _argument(event.name, ("dropout_p", "p_dropout")))
+    causal = event.value(_argument(event.name, ("is_causal", "causal")))
+    dropout = event.value(_argument(event.name, ("dropout_p", "p_dropout")))
     four_dimensional = event.name.startswith("aten::_scaled") and [len(shape) for shape in shapes[:2]] == [4, 4]
     return AttentionCall(
         op=event.name,
@@ -383,7 +390,7 @@ def _named(event: Operator, backend: str) -> AttentionCall:
         call=event.call,
         region=region_of(event),
         dtype=event.dtype(0),
-        mask=None if mask is None else bool(_at(event.input_dtypes, mask)),
+        mask=None if mask is None else event.dtype(mask) is not None,
         causal=causal if isinstance(causal, bool) else None,
         dropout=float(dropout) if isinstance(dropout, int | float) else None,
         grouped=shapes[0][1] != shapes[1][1] if four_dimensional else None,
@@ -402,9 +409,3 @@ def _argument(op: str, names: tuple[str, ...]) -> int | None:
         return None
     arguments = getattr(packet, packet.overloads()[0])._schema.arguments
     return next((index for index, argument in enumerate(arguments) if argument.name in names), -1)
-
-
-def _at(values: Sequence[Any], index: int | None) -> Any:
-    """What was recorded of an argument; None where nothing was, or where no such argument is known."""
-    recorded: dict[int | None, Any] = dict(enumerate(values))
-    return recorded.get(index)

@@ -1,7 +1,7 @@
 """Records a step by torch's profiler and reduces it to what the judges need, such as what its optimizers wrote.
 
-``profile.events()`` makes an object of some forty attributes of every record and links them all, which takes longer
-than the steps of a small model. Fewer than a tenth of the raw records matter, so names come first.
+``profile.events()`` makes an object of some forty attributes of every record, which takes longer than the steps of a
+small model. So the profiler's own tree is read. Fewer than a tenth of its records matter, so names come first.
 
 Each operator that writes inside an optimizer's step is kept with the tensors that it wrote, and each parameter that
 had a gradient is asked which of them wrote it. What clips gradients or counts steps writes no parameter. The backward
@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _ExperimentalConfig
+from torch._C._profiler import _EventType, _ExperimentalConfig
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,11 +33,9 @@ from kernels_check.observe.operators import (
     COMPILED_REGION,
     COMPILER_LOOKUP,
     FOURBIT,
-    MASKING,
     OPTIMIZER_ROOT,
     PRODUCTS,
     REDUCTIONS,
-    SHAPED,
     SOFTMAX,
     AttentionCall,
     Operator,
@@ -150,20 +148,6 @@ def identity(tensor: Tensor) -> Identity:
     return int(tensor._cdata), storage
 
 
-def recorded_writes(roots: Iterable[Any], mark: str) -> Iterator[Write]:
-    """The writes of a profile, from the roots of its tree of events.
-
-    Args:
-        roots: as ``experimental_event_tree`` gives them.
-        mark: how the record of a module's call begins: there is no update in one.
-    """
-    for event in roots:
-        if event.name.startswith(OPTIMIZER_ROOT):
-            yield from _inside(event, mark)
-        elif _is_range(event, mark):
-            yield from recorded_writes(event.children, mark)
-
-
 def groups_of(optimizer: Any, before: Collection[int] = ()) -> tuple[GroupSeen, ...]:
     """The groups of an optimizer, right after its step.
 
@@ -219,30 +203,6 @@ def operators_on(groups: Iterable[GroupSeen], written: Iterable[Write]) -> list[
 def _kind(kinds: Mapping[int, set[str]], address: int, storage: int) -> str:
     found = kinds.get(address) or (kinds.get(-storage, set()) if storage else set())
     return next((kind for kind in ("fused", "bitsandbytes", "foreach", "loop") if kind in found), UNSEEN)
-
-
-def _inside(root: Any, mark: str) -> Iterator[Write]:
-    for event in root.children:
-        if _is_range(event, mark):
-            yield from _inside(event, mark)
-        elif writes(event.name):
-            inputs = getattr(event.extra_fields, "inputs", ())
-            given = inputs if event.name.startswith(LIBRARY_UPDATE) else inputs[:1]
-            yield Write(op=event.name, tensors=tuple(_recorded(given)))
-
-
-def _is_range(event: Any, mark: str) -> bool:
-    """Whether it is a range that a program opened, and not an operator, a backward pass or the call of a module."""
-    scope = getattr(event.extra_fields, "scope", None)
-    return getattr(scope, "name", "") == "USER_SCOPE" and not event.name.startswith((mark, BACKWARD_ROOT))
-
-
-def _recorded(inputs: Iterable[Any]) -> Iterator[Identity]:
-    for one in inputs:
-        if isinstance(one, list | tuple):
-            yield from _recorded(one)
-        elif hasattr(one, "impl_ptr"):
-            yield int(one.impl_ptr or 0), int(one.storage_data_ptr or 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,8 +308,8 @@ class ProfilerRecording:
         everywhere: Any = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
         self._profile = profile(activities=activities, record_shapes=True, **everywhere)
         self._another = False
-        self._read: list[Any] = []
-        """The raw events, which take long to hand over."""
+        self.lasted = False
+        """Whether it recorded to its end, and no other profiler was started since."""
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -371,28 +331,19 @@ class ProfilerRecording:
             try:
                 yield
             finally:
+                self.lasted = not self._another and is_recording()
                 if self.lasted:
                     with quiet_kineto():
                         synchronise()
                         self._profile.stop()
 
-    @property
-    def lasted(self) -> bool:
-        """Whether no other was started since; after the block, whether it recorded anything."""
-        return not self._another and (is_recording() or bool(self._events()))
-
     def profile(self) -> StepProfile:
         """What was recorded, where it ``lasted``."""
-        operators, kernels = read_operators(self._events())
         results: Any = self._profile.profiler
-        roots = results.kineto_results.experimental_event_tree()
-        return reduce_operators(operators, kernels=kernels, writes=recorded_writes(roots, MARK))
-
-    def _events(self) -> list[Any]:
-        result: Any = getattr(self._profile.profiler, "kineto_results", None)
-        if not self._read and result is not None:
-            self._read = result.events()
-        return self._read
+        recorded = results.kineto_results
+        operators, written = read_events(recorded.experimental_event_tree())
+        on_device = filter(_is_kernel, recorded.events()) if torch.cuda.is_initialized() else ()
+        return reduce_operators(operators, kernels=[event.name() for event in on_device], writes=written)
 
 
 @cache
@@ -426,56 +377,63 @@ def quiet_kineto() -> Iterator[None]:
             os.environ["KINETO_LOG_LEVEL"] = before
 
 
-def read_operators(events: Iterable[Any]) -> tuple[list[Operator], list[str]]:
-    """Operators that matter, in the order in which they began, and the names of all kernels."""
-    host, kernels = [], []
-    for event in events:
-        if event.device_type() == DeviceType.CPU:
-            name = event.name()
-            if (matters(name) or name.startswith(MARK)) and not _crosses_threads(event):
-                host.append(event)
-        elif event.device_type() == DeviceType.CUDA and not _is_mark(event):
-            kernels.append(event.name())
-    # Shapes take long to read, and those of what may lay a mask matter only where attention is written out.
-    with_shapes = SHAPED | (MASKING if any(event.name() in SOFTMAX for event in host) else frozenset())
-    return list(_nested(host, with_shapes)), kernels
+def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
+    """Operators that matter, in the order in which they began, and the writes inside the steps of optimizers.
 
+    Each operator is linked to the innermost one around it, and to the innermost call of a module. One that is written
+    in Python, or that autocast calls anew with other inputs, is recorded twice, one record inside the other: the outer
+    is kept, with the inputs of the inner.
 
-def _crosses_threads(event: Any) -> bool:
-    return bool(event.is_async()) or event.start_thread_id() != event.end_thread_id()
-
-
-def _is_mark(event: Any) -> bool:
-    """A user's annotation or a record of memory, and no launch."""
-    return bool(event.is_user_annotation() or event.is_hidden_event()) or event.name().startswith("[")
-
-
-def _nested(events: Iterable[Any], with_shapes: frozenset[str]) -> Iterator[Operator]:
-    """Link each event to the innermost one of its thread that encloses it, and to the innermost call of a module.
-
-    An operator that is written in Python, or that autocast calls anew with other inputs, is recorded twice, one record
-    inside the other: the outer is kept, with the inputs of the inner.
+    Args:
+        roots: of the profiler's tree of events.
     """
-    order = sorted(events, key=lambda event: (event.start_thread_id(), event.start_ns(), -event.end_ns()))
-    thread, around = None, list[tuple[int, Operator | None, int | None]]()
-    for event in order:
-        if event.start_thread_id() != thread:
-            thread, around = event.start_thread_id(), []
-        while around and event.end_ns() > around[-1][0]:
-            around.pop()
-        _, parent, call = around[-1] if around else (0, None, None)
-        name = event.name()
+    operators, written = list[Operator](), list[Write]()
+    # With each record: whether only ranges of the program lie around it, and whether one is an optimizer's step.
+    in_order = sorted(roots, key=lambda event: (event.start_tid, event.start_time_ns), reverse=True)
+    waiting: list[tuple[Any, Operator | None, int | None, str]]
+    waiting = [(event, None, None, "range") for event in in_order]
+    while waiting:
+        event, parent, call, place = waiting.pop()
+        name = event.name
         if name.startswith(MARK):
-            around.append((event.end_ns(), parent, number_of(name)))
-            continue
-        if parent is not None and parent.name == name:
-            parent.input_shapes, parent.input_dtypes = event.shapes(), event.dtypes()
-            continue
-        operator = Operator(name, parent=parent, call=call)
-        if name in with_shapes or attention_backend(name) is not None:
-            operator.input_shapes, operator.input_dtypes = event.shapes(), event.dtypes()
-            operator.concrete_inputs = event.concrete_inputs()
-        if parent is not None:
-            parent.add_child(operator)
-        around.append((event.end_ns(), operator, call))
-        yield operator
+            call = number_of(name)
+        elif matters(name) and event.tag == _EventType.TorchOp:
+            if parent is not None and parent.name == name:
+                parent.event = event
+            else:
+                operator = Operator(name, event, parent=parent, call=call)
+                operators.append(operator)
+                if parent is not None:
+                    parent.add_child(operator)
+                parent = operator
+        if place == "range" and name.startswith(OPTIMIZER_ROOT):
+            place = "update"
+        elif place != "elsewhere" and not _is_range(event):
+            if place == "update" and writes(name):
+                given = event.extra_fields.inputs[: None if name.startswith(LIBRARY_UPDATE) else 1]
+                written.append(Write(op=name, tensors=tuple(_recorded(given))))
+            place = "elsewhere"
+        children = event.children
+        if children:
+            waiting += [(child, parent, call, place) for child in reversed(children)]
+    return operators, written
+
+
+def _is_range(event: Any) -> bool:
+    """Whether it is a range that a program opened, and not an operator, a backward pass or the call of a module."""
+    scope = getattr(event.extra_fields, "scope", None)
+    return getattr(scope, "name", "") == "USER_SCOPE" and not event.name.startswith((MARK, BACKWARD_ROOT))
+
+
+def _recorded(inputs: Iterable[Any]) -> Iterator[Identity]:
+    for one in inputs:
+        if isinstance(one, list | tuple):
+            yield from _recorded(one)
+        elif hasattr(one, "impl_ptr"):
+            yield int(one.impl_ptr or 0), int(one.storage_data_ptr or 0)
+
+
+def _is_kernel(event: Any) -> bool:
+    """Whether it ran on the device, and is neither a user's annotation nor a record of memory."""
+    marked = event.is_user_annotation() or event.is_hidden_event() or event.name().startswith("[")
+    return event.device_type() == DeviceType.CUDA and not marked
