@@ -4,9 +4,9 @@ Private API of torch is used in six places, none of which has a public replaceme
 
 1. Autograd: ``torch._C._current_graph_task_id`` (``modules``), whether a backward pass is running, and which; of nodes
    ``_input_metadata``, ``_saved_*`` and ``_raw_saved_*`` (``loss``), the targets of a cross entropy.
-2. Profiler: ``_ExperimentalConfig``, ``_is_profiler_enabled``, ``_profiler_enabled``, ``_enable_profiler``,
-   ``kineto_results`` and ``Tensor._cdata`` (``profile``), raw events of all threads, and whether another profiler runs;
-   ``_RecordFunctionFast`` (``calls``), marks of module calls, which a dispatch mode does not see.
+2. Profiler: ``_ExperimentalConfig``, ``_EventType``, ``kineto_results``, ``Tensor._cdata``, ``_is_profiler_enabled``,
+   ``_profiler_enabled`` and ``_enable_profiler`` (``profile``), the events of all threads, and whether another profiler
+   runs; ``_RecordFunctionFast`` (``calls``), marks of module calls, which a dispatch mode does not see.
 3. Dynamo: ``callback_handler`` (``observation``), ``utils.get_compilation_metrics`` and ``utils.graph_break_reasons``
    (``execution``), when code is compiled, and which graphs broke; ``set_code_exec_strategy`` (``modules``), which keeps
    the compiler out of hooks.
