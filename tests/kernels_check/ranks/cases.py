@@ -92,6 +92,20 @@ def sharded(rank):
     return watched.checks
 
 
+def flat(rank):
+    """FSDP1 lays all parameters of a module in one, of which each rank keeps a part."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(7)
+    model = adapted()
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW([value for value in wrapped.parameters() if value.requires_grad], lr=1e-2)
+    with (watched := kernels_check.watch(model, REQUIRED)):
+        wrapped(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+    return watched.checks
+
+
 def scales_differ(rank):
     training = Training(rank, linear=in_four_bits)
     if rank:
@@ -156,6 +170,7 @@ CASES = {
     "accumulation": lambda rank: healthy(rank, accumulate=3),
     "four bits": lambda rank: healthy(rank, linear=in_four_bits),
     "fsdp2": sharded,
+    "fsdp1": flat,
     "scales differ": scales_differ,
     "base differs": base_differs,
     "exchanged at first only": exchanged_at_first_only,
