@@ -147,17 +147,6 @@ def test_the_users_own_sitecustomize_is_imported(wrapped, script, tmp_path):
     assert done.stdout.split() == ["True", str(tmp_path / "mine" / "sitecustomize.py"), "[]"], done.stderr
 
 
-def test_what_was_asked_for_is_called_after_an_import(wrapped, script, tmp_path):
-    """Once, with the module; an error in it is told and does no harm."""
-    (tmp_path / "site" / "asked.py").write_text("def call(module):\n    print('after', module.__name__)\n    1 / 0\n")
-    done, _ = wrapped(
-        "python", script("import wave, wave; print(wave.open)", loop=""), LORAMETER_AFTER_IMPORT="wave=asked:call"
-    )  # fmt: skip
-    assert done.stdout.count("after wave") == 1
-    assert "ZeroDivisionError" in done.stderr
-    assert done.returncode == 0
-
-
 TRAINER = """
     import sys, inspect
     import transformers

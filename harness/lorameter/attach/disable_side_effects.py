@@ -12,11 +12,6 @@ import functools
 from types import ModuleType
 from typing import Any, NoReturn
 
-CALLS = {
-    "transformers.training_args": "lorameter.attach.disable_side_effects:disable_trainer_side_effects",
-    "huggingface_hub.hf_api": "lorameter.attach.disable_side_effects:block_hub_writes",
-}
-"""The functions of this module, by the import that they follow."""
 QUIET: dict[str, Any] = {
     "report_to": "none",
     "push_to_hub": False,
@@ -31,11 +26,6 @@ PUBLISHING = tuple(
     "unlike update upload".split()
 )
 """First words of the methods of the hub's client that change something there: repositories, discussions, jobs, all."""
-
-
-def after_import() -> str:
-    """The setting of the hook, so that it calls all of them (`lorameter.attach.child_env.environment`)."""
-    return ",".join(f"{module}={function}" for module, function in CALLS.items())
 
 
 def disable_trainer_side_effects(module: ModuleType) -> None:

@@ -24,8 +24,8 @@ ENV_FOLLOWER = "LORAMETER_FOLLOWER"
 two by itself, because it imports nothing until there is a training."""
 DEFAULT_FOLLOWER = "lorameter.attach.writer:Writer"
 """Writes a run."""
-AFTER_IMPORT = "LORAMETER_AFTER_IMPORT"
-"""What to call when a module has been imported: `module=package.module:function`, several with commas between."""
+MEASURED = "LORAMETER_MEASURED"
+"""Is set where the script is started to be measured, and has no side effects (`lorameter.attach.disable_side_effects`)."""
 HOOKED = "LORAMETER_HOOKED"
 """A file that the hook makes when an interpreter has loaded it; it holds what an interpreter lacks to be measured."""
 RUN = "LORAMETER_RUN"
@@ -45,7 +45,7 @@ def child_environment(
     inherited: Mapping[str, str],
     *,
     follower: str = DEFAULT_FOLLOWER,
-    after_import: str = "",
+    measured: bool = False,
     hooked: Path | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -54,14 +54,13 @@ def child_environment(
     Args:
         inherited: what it would have.
         follower: what follows, as `package.module:callable`; it is called without arguments when the training begins.
-        after_import: what to call when the script has imported a module: `module=package.module:function`, several with
-            commas between; the function is given the module.
+        measured: whether the script is started to be measured, and saves, reports and publishes nothing.
         hooked: a file that the hook makes when an interpreter has loaded it.
         variables: further ones.
     """
     path = os.pathsep.join(filter(None, [str(HOOK), inherited.get("PYTHONPATH", "")]))
     own = {"PYTHONPATH": path, ENV_FOLLOWER: follower}
-    own |= {AFTER_IMPORT: after_import} if after_import else {}
+    own |= {MEASURED: "1"} if measured else {}
     own |= {HOOKED: str(hooked)} if hooked is not None else {}
     return {**inherited, **own, **(variables or {})}
 

@@ -95,7 +95,6 @@ def test_a_prompt_ends_where_the_model_goes_on(tokenizer, chat):
         template.prompt(chat(("assistant", "b")))
 
 
-PICTURE = {"type": "image_url", "image_url": "x"}
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
@@ -104,14 +103,11 @@ def read_turns(*messages):
 
 
 def test_both_spellings_are_one():
-    """role and content, from and value, with the nulls that a table fills up with, and parts of text joined."""
+    """role and content, from and value, with the nulls that a table fills up with."""
     expected = (Message(role="user", content="a"), Message(role="assistant", content="b"))
     shared = {"from": "gpt", "value": "b", "role": None, "content": None}
-    parts = {"role": "assistant", "content": [{"type": "text", "text": "b"}], "tool_calls": None}
-    split = {"role": "assistant", "content": ["", {"text": "b", "type": "text"}]}
     assert read_turns(ASK, ANSWER).messages == expected
     assert read_turns({"from": "human", "value": "a"}, shared).messages == expected
-    assert read_turns(ASK, parts).messages == read_turns(ASK, split).messages == expected
     system, tool = {"role": "system", "content": "s"}, {"role": "tool", "content": "t"}
     roles = [one.role for one in read_turns(system, ASK, tool, ANSWER).messages]
     assert roles == [
@@ -138,9 +134,7 @@ def test_both_spellings_are_one():
         (None, "message 2 = None"),
         ({"role": "assistant", "content": None, "tool_calls": [{}]}, "message 2: tool_calls: tool calls"),
         ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, "message 2: function_call: tool calls"),
-        ({"role": "user", "content": [PICTURE]}, "message 2: content, part 1: type = 'image_url': only"),
-        ({"role": "user", "content": [{"type": "text"}]}, "message 2: content, part 1: text = null"),
-        ({"role": "user", "content": [3]}, "message 2: content, part 1 = 3"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "message 2: content = .*: a text is expected"),
         ({"role": "user", "content": "\udc00"}, "message 2: content = .*: a text"),
     ],
 )  # fmt: skip

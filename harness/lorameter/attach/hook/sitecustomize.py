@@ -164,11 +164,9 @@ def attach_optimizers(module: Any) -> None:
     module.Optimizer.profile_hook_step = staticmethod(profile_hook_step)
 
 
-def named(entry: str) -> Any:
-    """What `module=package.module:function` asks for, as the module and what to call."""
-    module, _, function = entry.partition("=")
-    package, _, name = function.partition(":")
-    return module, lambda imported: getattr(ours(package), name)(imported)
+def without_side_effects(name: str) -> Any:
+    """A function that is called with an imported module, and has it save, report or publish nothing."""
+    return lambda module: getattr(ours("lorameter.attach.disable_side_effects"), name)(module)
 
 
 def install() -> None:
@@ -178,9 +176,9 @@ def install() -> None:
         with open(hooked, "a"):
             pass
     wanted = {"transformers.trainer": [attach_trainer], "torch.optim.optimizer": [attach_optimizers]}
-    for entry in filter(None, os.environ.get("LORAMETER_AFTER_IMPORT", "").split(",")):
-        module, call = named(entry)
-        wanted.setdefault(module, []).append(call)
+    if os.environ.get("LORAMETER_MEASURED"):
+        wanted["transformers.training_args"] = [without_side_effects("disable_trainer_side_effects")]
+        wanted["huggingface_hub.hf_api"] = [without_side_effects("block_hub_writes")]
     sys.meta_path.insert(0, After(wanted))
 
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NoReturn
 
-from lorameter.attach import disable_side_effects
 from lorameter.attach.environment import SOCKET, child_environment
 from lorameter.errors import UsageError, shorten
 from lorameter.records import fileio
@@ -187,7 +186,7 @@ def variables_of(
     return child_environment(
         given,
         follower=FOLLOWER,
-        after_import=disable_side_effects.after_import(),
+        measured=True,
         hooked=scratch / "hooked",
         variables={SOCKET: socket},
     )

@@ -77,23 +77,7 @@ def _message(value: Any, place: str) -> Message:
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
         raise UsageError(f"{place}: {keys[0]} = {shorten(repr(speaker), 60)}: not known. Known: {known}.")
-    return Message(role=role, content=_content(content, f"{place}: {keys[1]}"))
-
-
-def _content(value: Any, place: str) -> str:
-    """A text, or a list of text parts, which are joined."""
-    if isinstance(value, list):
-        return "".join(_part(part, f"{place}, part {number}") for number, part in enumerate(value, 1))
-    return check_text(value, place)
-
-
-def _part(value: Any, place: str) -> str:
-    if not isinstance(value, Mapping):
-        return check_text(value, place)
-    kind = value.get("type", "text")
-    if kind != "text":
-        raise UsageError(f"{place}: type = {shorten(repr(kind), 60)}: only text is supported. Take the record out.")
-    return check_text(value.get("text"), f"{place}: text")
+    return Message(role=role, content=check_text(content, f"{place}: {keys[1]}"))
 
 
 def check_text(value: Any, place: str) -> str:

@@ -83,13 +83,22 @@ def activity_of(
     steps = len(step_times_s)
     times = KernelTimes(kernels, host) if kind == "cuda" else None
     copied = copies_of(host, weights or {}, times)
-    apart = {
+    separate = {
         "casts_s": cast_times(host, times),
         "wide_products_s": wide_product_times(host, times),
         "dropout_backward_s": backward_times(host, DROPOUT_OPERATOR, times),
     }
     masks = [(one.start_ns(), seconds_of(one, times)) for one in host if one.name() == DROPOUT_OPERATOR]
-    counter = _Records(host)
+    starts, records = [start for start, _, _ in windows], sorted(one.start_ns() for one in host)
+
+    def begins_in(phase: str, found: Sequence[Any]) -> list[Any]:
+        """Those of these tuples whose first item is a moment in this phase."""
+        return [one for one in found if _phase_at(windows, starts, one[0]) == phase]
+
+    def count_records(start_ns: int, seconds: float) -> int:
+        """How many records of the host begin in this time."""
+        return bisect_right(records, start_ns + round(1e9 * seconds)) - bisect_left(records, start_ns)
+
     phases = []
     for phase in phase_names:
         spans = [end - start for start, end, name in windows if name == phase]
@@ -100,10 +109,9 @@ def activity_of(
             for name, rule, calls, time_ms in used
         ]
         called = totals(ran[phase], kept) if kind == "cpu" else []
-        within = _Within(windows, phase)
         counted = {WHOLE: len(kept.start_us) / steps} if kind == "cpu" else {}
-        for name, found in (*apart.items(), (DROPOUT, masks)) if kind == "cpu" else ():
-            counted[name] = sum(counter.within(*span) for span in found if span[0] in within) / steps
+        for name, found in (*separate.items(), (DROPOUT, masks)) if kind == "cpu" else ():
+            counted[name] = sum(count_records(*span) for span in begins_in(phase, found)) / steps
         phases.append(
             PhaseActivity(
                 phase=phase,
@@ -111,41 +119,24 @@ def activity_of(
                 busy_s=_busy_s(ran[phase], kept) / steps,
                 operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
                 totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
-                **{name: sum(s for start, s in found if start in within) / steps for name, found in apart.items()},
+                **{name: sum(s for _, s in begins_in(phase, found)) / steps for name, found in separate.items()},
                 records=counted,
-                copies=sum_copies([copy for start, copy in copied if start in within], steps),
-                parts_s=_parts_s([part for part in parts if part[0] in within], times, steps),
+                copies=sum_copies([copy for _, copy in begins_in(phase, copied)], steps),
+                parts_s=_parts_s(begins_in(phase, parts), times, steps),
             )
         )
     missing = NO_KERNELS if kind == "cuda" and not kernels else ""
     return Activity(device=kind, step_times_s=step_times_s, phases=tuple(phases), missing=missing)
 
 
-class _Records:
-    """How many records of the host begin in a span of time."""
-
-    def __init__(self, host: Sequence[Any]) -> None:
-        self._starts = sorted(one.start_ns() for one in host)
-
-    def within(self, start_ns: int, seconds: float) -> int:
-        """From its beginning on for so long."""
-        return bisect_right(self._starts, start_ns + round(1e9 * seconds)) - bisect_left(self._starts, start_ns)
-
-
 Window = tuple[int, int, str]
 """Start and end in nanoseconds, and the phase."""
 
 
-class _Within:
-    """The moments of one phase, in nanoseconds."""
-
-    def __init__(self, windows: Sequence[Window], phase: str) -> None:
-        self._windows, self._phase = windows, phase
-        self._starts = [start for start, _, _ in windows]
-
-    def __contains__(self, moment: int) -> bool:
-        place = bisect_right(self._starts, moment) - 1
-        return place >= 0 and moment < self._windows[place][1] and self._windows[place][2] == self._phase
+def _phase_at(windows: Sequence[Window], starts: Sequence[int], moment: int) -> str:
+    """The phase at a moment in nanoseconds; "" between phases."""
+    place = bisect_right(starts, moment) - 1
+    return windows[place][2] if place >= 0 and moment < windows[place][1] else ""
 
 
 def _parts_s(parts: Sequence[Window], times: KernelTimes | None, steps: int) -> dict[str, float]:
@@ -187,13 +178,13 @@ def _by_phase(events: Iterable[Any], windows: list[Window], phase_names: Sequenc
     starts = [start for start, _, _ in windows]
     number = count()  # two calls with the same times are two calls
     for event in events:
-        place = bisect_right(starts, event.start_ns()) - 1
-        if place < 0 or event.start_ns() >= windows[place][1]:
+        phase = _phase_at(windows, starts, event.start_ns())
+        if not phase:
             continue
         lane = (str(event.device_index()), str(event.start_thread_id() or event.device_resource_id()))
         start_us = (event.start_ns() - starts[0]) / 1e3
         duration_us = (event.end_ns() - event.start_ns()) / 1e3
-        found[windows[place][2]].add(event.name(), lane, start_us, duration_us, next(number))
+        found[phase].add(event.name(), lane, start_us, duration_us, next(number))
     return found
 
 
