@@ -84,23 +84,6 @@ def test_an_evaluation_is_a_phase(listener, parts, clock):
 
 
 @pytest.mark.usefixtures("unattached")
-def test_an_error_of_the_loop_ends_the_following_with_it(listener, parts):
-    """It goes on to whoever waits for it."""
-    model, _, batches = parts
-
-    def train():
-        with meter_of(listener, model) as meter:
-            for _ in meter.steps(batches):
-                raise ValueError("mine")
-
-    with pytest.raises(ValueError, match="mine"):
-        train()
-    (error,) = listener.ends
-    assert str(error) == "mine"
-    assert listener.readings == []
-
-
-@pytest.mark.usefixtures("unattached")
 def test_the_norm_that_a_loop_clips_by_is_its_gradients(listener, parts):
     """As `clip_grad_norm_` gives it, which is torch's own again afterwards; a step that clips nothing has none."""
     model, optimizer, batches = parts

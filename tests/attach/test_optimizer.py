@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from lorameter.attach.loop import MOST_OTHERS, OptimizerSource
 from lorameter.attach.observer import ObserverReply
@@ -116,16 +115,6 @@ def test_of_two_trainings_the_first_is_followed(listener, model, source, how, ca
     train(model, sgd(model), batches(3))
     assert len(listener.trainings) == 2
     assert capfd.readouterr().err.count("another training of this script") == 1
-
-
-def test_two_in_turn_are_one_training(listener, model, source):
-    """The first marks the steps, and the other's updates are in them; as also where it updates five times."""
-    ours, theirs = sgd(model), sgd(model)
-    for ids in batches(6):
-        train(model, ours, [ids])
-        train(model, theirs, [ids] * 5)
-    assert tokens(listener) == [15] * 5
-    assert len(listener.trainings) == 1
 
 
 def test_an_optimizer_of_each_parameter_is_one_training(listener, source):
@@ -253,18 +242,3 @@ def test_tokens_are_those_of_the_batches_that_a_step_uses(listener, model, ahead
     epoch = [15] * 7 + [10] if passes == 1 else [30] * 3 + [25]
     first = None if ahead else epoch[1]  # it was loaded before anything was followed
     assert tokens(listener) == [first, *epoch[2:], *epoch]
-
-
-@pytest.mark.usefixtures("source")
-def test_a_pass_of_checkpointing_is_part_of_the_one_around_it(listener, model):
-    """Its loss is no step's, and what it computes once more is backward."""
-    optimizer = sgd(model)
-    for ids in batches(3):
-        hidden = model[0](ids)
-        loss = checkpoint(lambda one: model[1](one).sum(), hidden, use_reentrant=True)
-        loss.backward()
-        optimizer.step()
-        assert not listener.readings or listener.readings[-1].loss == pytest.approx(loss.item())
-    for reading in listener.readings:
-        assert 0 < reading.forward_time_s + reading.backward_time_s < reading.step_time_s
-    assert tokens(listener) == [15] * 2

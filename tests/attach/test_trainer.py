@@ -85,24 +85,6 @@ def test_evaluation_and_saving_are_phases_in_no_steps_time(listener, followed, c
 
 
 @pytest.mark.usefixtures("unattached")
-def test_a_wait_of_the_follower_is_in_no_step(listener_class, followed, clock):
-    """Neither before the first step nor between two."""
-
-    class Waiting(listener_class):
-        def begin(self, training):
-            clock.wait(100.0)
-            return super().begin(training)
-
-        def step(self, reading):
-            clock.wait(100.0)
-            return super().step(reading)
-
-    listener = Waiting()
-    followed(listener, max_steps=3)
-    assert max(one.step_time_s for one in listener.readings) < 100
-
-
-@pytest.mark.usefixtures("unattached")
 def test_what_the_script_requires_reaches_whoever_follows(listener, followed):
     """Whoever that is."""
     followed(listener, require={"base.bits": 4}, max_steps=1)
