@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from lorameter.attach.environment import REQUIRE, RUN, WRAP, child_environment, read_missing_packages, write_command
 from lorameter.attach.observer import say
 from lorameter.attach.samples import UNSEEN_END, tokens_in
@@ -139,22 +137,14 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
         say(f"run {path.name}: a process of the command is still training; its run goes on")
         return required
     run = store.read_run(str(path), path.parent)
-    (record,) = run.records[-1:] or (None,)
-    if record is not None and manifest.status == "running":
-        record = _ended(record, code)
-        record = record.replaced(tokens=record.tokens | tokens_in(record.samples))
+    if not run.records:
+        return True
+    record = _judge_end(run.records[-1], code)
+    if manifest.status == "running" or record is not run.records[-1]:
         writer = RunWriter(path.parent, manifest)
-        writer.append(record)
+        writer.append(record.replaced(tokens=record.tokens | tokens_in(record.samples)))
         writer.finish("complete" if record.settled else "interrupted")
-    elif record is not None and record.status == "ok" and code:
-        if record.values.get(UNSEEN_END):
-            record = msgspec.structs.replace(record, status="crashed", failure=_unseen_end(code))
-        else:
-            record = record.replaced(notices=(*record.notices, _exit_notice(code)))
-        writer = RunWriter(path.parent, manifest)
-        writer.append(record)
-        writer.finish(manifest.status)
-    return record is None or record.status != "ok"
+    return record.status != "ok"
 
 
 def _why_nothing(code: int, loaded: bool) -> str:
@@ -173,31 +163,27 @@ def _exit_words(code: int) -> str:
     return exit_words(128 - code) if code > 128 and code - 128 in set(signal.Signals) else exit_words(code)
 
 
-def _ended(record: TrialRecord, code: int) -> TrialRecord:
-    """The record of a training whose process ended without a word."""
-    if record.failure is not None and record.failure.kind != UNDER_WAY:
+def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
+    """The record of a training whose command ended with this code; the same where there is nothing to add."""
+    ended = f"the command ended with {_exit_words(code)}"
+    if record.failure is not None and record.failure.kind == UNDER_WAY:
+        stopped = code - 128 in STOPPING
+        message = f"{ended} before its training did"
+        if code == 128 + signal.SIGKILL:
+            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
+        failure = Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message)
+        status: Status = "interrupted" if stopped else "crashed"
+        return record.replaced(
+            status=status, failure=failure, wall_time_s=max(0.0, time.time() - record.started_unix_s)
+        )
+    if record.status != "ok" or not code:
         return record
-    stopped = code - 128 in STOPPING
-    message = f"the command ended with {_exit_words(code)} before its training did"
-    if code == 128 + signal.SIGKILL:
-        message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
-    status: Status = "interrupted" if stopped else "crashed"
-    failure = Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message)
-    return msgspec.structs.replace(
-        record, status=status, failure=failure, wall_time_s=max(0.0, time.time() - record.started_unix_s)
-    )
-
-
-def _unseen_end(code: int) -> Failure:
-    message = (
-        f"the command ended with {_exit_words(code)}, and its training was not seen to end: it may have been broken off"
-    )
-    return Failure(phase="train", kind="ProcessDied", message=message)
-
-
-def _exit_notice(code: int) -> Notice:
-    return Notice(
+    if record.values.get(UNSEEN_END):
+        message = f"{ended}, and its training was not seen to end: it may have been broken off"
+        return record.replaced(status="crashed", failure=Failure(phase="train", kind="ProcessDied", message=message))
+    notice = Notice(
         code="exit-code",
-        message=f"the command ended with {_exit_words(code)} after its training had ended well.",
+        message=f"{ended} after its training had ended well.",
         remedy="What was measured is whole; look at what the script does afterwards.",
     )
+    return record.replaced(notices=(*record.notices, notice))
