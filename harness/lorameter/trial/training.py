@@ -43,6 +43,8 @@ from lorameter.trial.process import release_unused, start_device
 from lorameter.trial.step import TrainStep
 from lorameter.trial.telemetry import TrialTelemetry
 
+ISOLATED = "packing.isolated"
+
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
@@ -183,8 +185,10 @@ class Training:
         del watch
         gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
         values = {"verify_time_s": time.perf_counter() - begin}
-        packed = self._packed(self._built.stream) if self._timed and not self._request.replicate else None
-        if packed is not None:  # later replicates call the model alike, and are judged by what their step gives it
+        packed = self._packed(self._built.stream)
+        # Later replicates call the model alike, and are judged by what their step gives it, if that shows two records.
+        shown = any(check.path == ISOLATED and check.status != "unknown" for check in checks)
+        if packed is not None and not (shown and (self._request.replicate or not self._timed)):
             probed = kernels_check.probe_isolation(self._built.trainee.model, self._built.step.inputs(packed))
             checks = with_probe(checks, probed)
             values["isolation_probe_time_s"] = time.perf_counter() - begin - values["verify_time_s"]
@@ -204,7 +208,10 @@ class Training:
         self, step: Callable[[], None], required: Mapping[str, Any], batch: Mapping[str, Any] | None
     ) -> tuple[Sequence[Check], Mapping[str, float]]:
         """What is found of a step, which is left without a trace, and values that come with it."""
-        return kernels_check.verify(self._built.trainee.model, step, required, batch=batch), {}
+        checks = kernels_check.verify(self._built.trainee.model, step, required)
+        if batch is not None:  # the rows of the step may hold one record each
+            checks = with_probe(checks, kernels_check.probe_isolation(self._built.trainee.model, batch))
+        return checks, {}
 
     def _open_stream(self) -> TokenStream:
         request = self._request
