@@ -178,7 +178,7 @@ def test_requests_of_every_size_are_measured(tmp_path, capsys):
 )
 def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypatch, arguments, word):
     """Numbers, names and files without bound; before anything is profiled, planned or made."""
-    monkeypatch.setattr("lorameter.profile.measure.profile_variant", lambda *_, **__: pytest.fail("profiled"))
+    monkeypatch.setattr("lorameter.commands.profile.profile_variant", lambda *_, **__: pytest.fail("profiled"))
     runs = tmp_path / "runs"
     assert main([*arguments, "--runs-dir", str(runs)]) == 2
     assert word in capsys.readouterr().err

@@ -221,7 +221,7 @@ def test_the_command_of_the_gate_exists(tmp_path):
     """The arguments of the gate are ones that lorameter takes, and mean what the inputs say."""
     _, _, arguments = measured(tmp_path, POLICY="a policy.toml", EFFORT="rigorous", PHASES="train cold")
     options = parser().parse_args(arguments)
-    assert options.command.__name__ == "run_ab"
+    assert options.command == "run:run_ab"
     assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "b" * 40)
     assert (options.policy, options.effort, options.phase) == ("a policy.toml", "rigorous", ["train", "cold"])
     assert options.format == "github"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -12,26 +13,7 @@ from typing import Any, NoReturn
 from kernels_check import terminal
 from kernels_check.pipes import with_streams
 from kernels_check.terminal import print_stderr
-from lorameter.commands import (
-    ab,
-    bisect,
-    claims,
-    compare,
-    completion,
-    doctor,
-    estimate,
-    export,
-    history,
-    init,
-    list_cmd,
-    parity,
-    profile,
-    prune_pack,
-    report,
-    run,
-    sample,
-    wrap,
-)
+from lorameter.commands.parser import add_commands
 from lorameter.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from lorameter.run.interrupts import InterruptHandler
 
@@ -73,7 +55,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         with InterruptHandler() as stops, stops.interruptible():
             options = parser().parse_args(arguments)
-            command: Callable[[argparse.Namespace], int] = options.command
+            module, _, name = options.command.partition(":")
+            command: Callable[[argparse.Namespace], int]
+            command = getattr(importlib.import_module(f"lorameter.commands.{module}"), name)
             return command(options)
     except LorameterError as error:
         print_stderr(f"lorameter: {error}")
@@ -103,10 +87,7 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
-    measuring = (run, ab, bisect, wrap, doctor, estimate, profile, parity)
-    showing = (report, list_cmd, compare, sample, claims, export, history, prune_pack, init, completion)
-    for module in (*measuring, *showing):
-        module.add_commands(subparsers, _common)
+    add_commands(subparsers, _common)
     subparsers.choices["completion"].set_defaults(top=top)
     for name, command in commands_of(top):
         command.epilog = f"example: {EXAMPLES[name]}"

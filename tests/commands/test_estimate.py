@@ -42,7 +42,7 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     """The largest peak of that variant and workload on this machine."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
-        "lorameter.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
+        "lorameter.commands.estimate.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
     write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
     assert main(["estimate", "small:plain", "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
@@ -225,7 +225,7 @@ def test_peaks_of_a_cpu_are_not_set_beside_those_of_a_card(
     """Today's run was of another device."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
-        "lorameter.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
+        "lorameter.commands.estimate.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
     write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
     runs = ["--runs-dir", str(tmp_path / "runs"), "--json"]

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from lorameter import cli
-from lorameter.commands import export
+from lorameter.commands import parser
 from lorameter.commands.json_schema import ExportedOf
 from lorameter.records import store
 from lorameter.results import columns, files
@@ -32,8 +32,8 @@ def called(write_run, tmp_path, capsys, monkeypatch):
 
 def test_the_words_of_the_command_are_those_of_the_formats():
     """The parser names them without loading what writes them."""
-    assert export.FORMATS == files.FORMATS
-    assert tuple(columns.TABLES) == export.TABLES
+    assert parser.EXPORT_FORMATS == files.FORMATS
+    assert tuple(columns.TABLES) == parser.EXPORT_TABLES
 
 
 def test_csv_of_one_table(called):

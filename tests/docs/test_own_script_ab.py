@@ -10,7 +10,7 @@ import pytest
 
 from lorameter.attach import script_trial
 from lorameter.cli import parser
-from lorameter.commands import ab_scripts
+from lorameter.commands import parser as parsers
 from lorameter.run.workers import script_sandbox
 from lorameter.studies.protocol import STEPS_PER_TURN
 from lorameter.studies.study_file import load_study
@@ -83,7 +83,7 @@ def test_its_notices_are_those_that_there_are(title, module):
 def test_its_numbers_are_those_of_the_code():
     """Steps of a turn and of a process, what is copied, and what is a difference."""
     assert STEPS_PER_TURN == 2
-    assert f"process ({re.search('default ([0-9]+)', inspect.getsource(ab_scripts.add_script_options))[1]})" in TEXT
+    assert f"process ({re.search('default ([0-9]+)', inspect.getsource(parsers._add_ab))[1]})" in TEXT
     assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
     assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in TEXT
     assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")

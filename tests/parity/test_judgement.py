@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from lorameter.commands.json_schema import ParityOf
-from lorameter.commands.parity import _document as parity_document
+from lorameter.commands.parity import parity_document
 from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import first_difference, judge_parity
 from lorameter.records import codec

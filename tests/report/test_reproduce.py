@@ -64,7 +64,7 @@ def test_an_ab_is_repeated_as_an_ab(ab):
     """A revision by its commit, since its branch may have moved; requirements as they were written."""
     study = load_study("training-step")
     options = typed(ab(side("revision", "main", commit="a" * 40), side("requirements", "peft==0.21.2"), study=study))
-    assert options.command.__name__ == "run_ab"
+    assert options.command == "run:run_ab"
     assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "peft==0.21.2")
     planted = typed(ab(side("present", ""), side("present", "", rows=24), study=study))
     assert (planted.command.__name__, planted.inject_rows) == ("run_calibrate", 24)

@@ -12,8 +12,8 @@ import pytest
 
 import lorameter
 from lorameter import cli
-from lorameter.commands import prune_pack
 from lorameter.commands.json_schema import PackedOf
+from lorameter.commands.parser import PACKED_PRIVATE
 from lorameter.errors import UsageError
 from lorameter.records import packed, store
 from lorameter.records.fileio import write_document
@@ -245,7 +245,7 @@ def test_a_packed_run_in_a_folder_is_loaded_with_the_others(tmp_path):
 
 def test_the_words_of_the_command_are_those_of_the_packer():
     """The parser names them without loading it."""
-    assert prune_pack.PRIVATE == PRIVATE
+    assert PACKED_PRIVATE == PRIVATE
 
 
 def test_a_packed_run_is_not_gone_on_with(private, capsys):

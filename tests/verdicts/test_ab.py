@@ -11,7 +11,7 @@ import random
 import pytest
 
 from lorameter.cli import main
-from lorameter.commands.ab_report import show_ab
+from lorameter.commands.report import show_ab
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.record import Failure, TrialRecord

@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from lorameter.commands.options import add_options
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lorameter.machine.provenance import Machine
-    from lorameter.models.costs.memory import MemoryEstimate
-    from lorameter.records.memory_account import MemoryPhase
-    from lorameter.run.memory_fit import Advice
-    from lorameter.studies.variant import Variant
-    from lorameter.studies.workload import Workload
-
-
-def add_commands(commands: Any, common: Any) -> None:
-    """The parser of this command; `common` adds the options that every command has."""
-    estimate = commands.add_parser(
-        "estimate",
-        help="estimate a variant's peak memory without loading it; whether it fits on a GPU",
-        description="Estimate the peak memory of a variant's training and generation, by kind, on this machine or on "
-        "another GPU.",
-    )
-    estimate.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
-    add_options(estimate.add_argument, "profile")
-    estimate.add_argument("--model", metavar="M", help="another model; its shape is enough, so random:M never loads")
-    estimate.add_argument("--data", metavar="FILE|ID", help="data of the earlier run to compare the estimate with")
-    estimate.add_argument(
-        "--gpu",
-        metavar="SIZE|NAME",
-        help="whether it fits on another GPU, and what to change first if it does not: 24GiB, 24GB (of "
-        '10^9 bytes), H100, "RTX 4090"',
-    )
-    estimate.add_argument(
-        "--max-batch",
-        action="store_true",
-        help="the largest batch and the largest length that fit on that GPU, or on this machine",
-    )
-    common(estimate)
-    estimate.set_defaults(command=run_estimate)
+from lorameter.machine.provenance import Machine
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.cards import find_card
+from lorameter.models.costs.lora import uncounted
+from lorameter.models.costs.memory import PEAK_RANGES, MemoryEstimate, birth_bytes, estimate_phases
+from lorameter.records import store
+from lorameter.records.memory_account import MEMORY_PHASES, MemoryPhase
+from lorameter.report.estimate import describe_basis, describe_estimate, describe_fit
+from lorameter.report.notices import warn_before_run
+from lorameter.report.terminal import console_for, show
+from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
+from lorameter.run.forecast import measured_peaks
+from lorameter.run.memory_fit import Advice, Fitter, Needs, advise, on_card, on_machine
+from lorameter.run.workers import open_executor
+from lorameter.studies.study_file import load_variant
+from lorameter.studies.variant import Variant
+from lorameter.studies.workload import Workload
 
 
 def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
-    from lorameter.models import catalogue, shapes
-    from lorameter.models.costs.cards import find_card
-    from lorameter.models.costs.lora import uncounted
-    from lorameter.models.costs.memory import birth_bytes, estimate_phases
-    from lorameter.records import store
-    from lorameter.records.memory_account import MEMORY_PHASES
-    from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
-    from lorameter.run.memory_fit import Fitter, advise, on_card, on_machine
-    from lorameter.run.workers import open_executor
-    from lorameter.studies.study_file import load_variant
-
     card = None if options.gpu is None else find_card(options.gpu)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
     here = executor.machine()
@@ -101,9 +70,6 @@ def run_estimate(options: argparse.Namespace) -> int:
         asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
         print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
         return EXIT_PASS
-    from lorameter.report.estimate import describe_estimate, describe_fit
-    from lorameter.report.notices import warn_before_run
-    from lorameter.report.terminal import console_for, show
 
     estimated = describe_estimate(
         variant, workload, machine, tuple(estimates.values()), measured, elsewhere=card is not None
@@ -115,9 +81,6 @@ def run_estimate(options: argparse.Namespace) -> int:
 
 def _measured(variant: Variant, workload: Workload, here: Machine, runs: Path) -> dict[str, int]:
     """The largest peak of earlier runs on this machine, by phase."""
-    from lorameter.records.memory_account import MEMORY_PHASES
-    from lorameter.run.forecast import measured_peaks
-
     kind = "device_peak_allocated_{}_bytes" if here.device == "cuda" else "host_peak_{}_bytes"
     peaks = {phase: measured_peaks(workload, here, runs, kind.format(phase)) for phase in MEMORY_PHASES}
     return {phase: found[variant.id] for phase, found in peaks.items() if variant.id in found}
@@ -135,10 +98,6 @@ def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str
 
 
 def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) -> dict[str, Any]:
-    from lorameter.models.costs.memory import PEAK_RANGES
-    from lorameter.report.estimate import describe_basis
-    from lorameter.run.memory_fit import Needs
-
     device = advice.device
     low, high = PEAK_RANGES[device.machine.device]
     return {

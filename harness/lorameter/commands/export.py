@@ -5,41 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from kernels_check.terminal import escape_control_chars
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
-
-FORMATS = ("json", "csv", "parquet", "github-action-benchmark", "bencher")
-"""As `lorameter.results.files.FORMATS`, which would load what only a command needs; a test holds them equal."""
-TABLES = ("trials", "samples", "estimates", "comparisons")
-
-
-def add_commands(commands: Any, common: Any) -> None:
-    """The parser of `export`; `common` adds the options that every command has."""
-    export = commands.add_parser(
-        "export",
-        help="export a run as tables or for other programs",
-        description="Write a run as tables, or in the format of another program.",
-    )
-    export.add_argument("run", metavar="RUN", help="a run id, a run directory, or a packed run")
-    export.add_argument("--format", choices=FORMATS, help="default: json")
-    export.add_argument("--table", choices=TABLES, help="of csv and parquet only this table; default: a file for each")
-    export.add_argument(
-        "--metric", metavar="M", action="append", default=[],
-        help="for github-action-benchmark and bencher: only this metric or pattern of metrics; repeatable",
-    )  # fmt: skip
-    export.add_argument("--output", metavar="PATH", help="a file, or a folder for all tables; default: standard output")
-    common(export)
-    export.set_defaults(command=run_export)
+from lorameter.records import store
+from lorameter.results.files import OF_TRENDS, TABULAR, text_of, write_tables, write_text
 
 
 def run_export(options: argparse.Namespace) -> int:
     """Write the run; what was written is said, one path a line."""
-    from lorameter.records import store
-    from lorameter.results.files import OF_TRENDS, TABULAR, text_of, write_tables, write_text
-
     form = options.format or "json"
     if options.json and not options.output and form != "json":
         raise UsageError(f"--json and --format {form} both choose what is printed. Give one of them, or an --output.")

@@ -7,33 +7,24 @@ import dataclasses
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kernels_check.terminal import escape_control_chars, print_stderr
+from lorameter.commands.json_schema import json_schema
 from lorameter.commands.output import print_json
-from lorameter.errors import EXIT_PASS, LorameterError
-
-if TYPE_CHECKING:
-    from lorameter.results.folder import Summary
-
-
-def add_commands(commands: Any, common: Any) -> None:
-    """The parsers of these commands; `common` adds the options that every command has."""
-    listing = commands.add_parser(
-        "list", help="list studies, variants, model sizes, models, runs, keys of files, JSON documents"
-    )
-    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs", "keys", "documents"))
-    listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants or sizes to list")
-    listing.add_argument("--model", metavar="M", help="sizes on another model; its shape is enough")
-    common(listing)
-    listing.set_defaults(command=run_list)
-
-    model = commands.add_parser("model", help="fetch a model")
-    actions = model.add_subparsers(required=True, metavar="ACTION")
-    fetch = actions.add_parser("fetch", help="download a catalogue model, convert it once, verify it")
-    fetch.add_argument("name", metavar="NAME")
-    common(fetch)
-    fetch.set_defaults(command=run_fetch)
+from lorameter.commands.reference import write_documents, write_reference
+from lorameter.errors import EXIT_PASS, LorameterError, UsageError
+from lorameter.models import catalogue, fetch, shapes
+from lorameter.records import codec, store
+from lorameter.report.estimate import describe_sizes
+from lorameter.report.runs import describe_runs
+from lorameter.report.terminal import console_for, show
+from lorameter.results.folder import Summary, read_each, summary_of
+from lorameter.results.prune import size_of
+from lorameter.studies.study_file import builtin_studies, load_study
+from lorameter.studies.variant import LoraVariant
+from lorameter.studies.workload import identify
+from lorameter.verdicts.baselines import read_baselines
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -49,9 +40,6 @@ def run_list(options: argparse.Namespace) -> int:
     if not rows:
         print(f"no {options.what}", file=sys.stderr)
     elif options.what == "runs":
-        from lorameter.report.runs import describe_runs
-        from lorameter.report.terminal import console_for, show
-
         show(describe_runs(rows), console_for())
     else:
         for row in rows:
@@ -61,9 +49,6 @@ def run_list(options: argparse.Namespace) -> int:
 
 def _list_reference(options: argparse.Namespace) -> int:
     """Every key of studies and policies, or of the documents of `--json`, as Markdown; of documents as JSON Schema."""
-    from lorameter.commands.json_schema import json_schema
-    from lorameter.commands.reference import write_documents, write_reference
-
     if options.json and options.what == "keys":
         raise _usage("list keys: a page of Markdown, which has no --json. Leave it out.")
     if options.json:
@@ -74,12 +59,6 @@ def _list_reference(options: argparse.Namespace) -> int:
 
 
 def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
-    from lorameter.models import catalogue
-    from lorameter.records import codec, store
-    from lorameter.studies.study_file import builtin_studies, load_study
-    from lorameter.studies.variant import LoraVariant
-    from lorameter.studies.workload import identify
-
     if options.what == "studies":
         return [{"name": name, "title": load_study(name).title} for name in builtin_studies()]
     if options.what == "models":
@@ -98,9 +77,6 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _list_sizes(options: argparse.Namespace) -> int:
-    from lorameter.models import catalogue, shapes
-    from lorameter.studies.study_file import load_study
-
     study = load_study(_study_named(options)).with_overrides(model=options.model)
     if study.of_scripts:
         raise _usage(f"list sizes: the variants of {study.name} are commands, whose models are their scripts'.")
@@ -113,9 +89,6 @@ def _list_sizes(options: argparse.Namespace) -> int:
         rows = [dataclasses.asdict(one) | {"share": one.share} for one in sizes]
         print_json({"model": model, "sizes": rows, **({"unknown": unknown} if unknown else {})})
     else:
-        from lorameter.report.estimate import describe_sizes
-        from lorameter.report.terminal import console_for, show
-
         show(describe_sizes(model, sizes, unknown=unknown), console_for())
     return EXIT_PASS
 
@@ -129,9 +102,6 @@ def _study_named(options: argparse.Namespace) -> str:
 
 def _run_rows(folder: Path) -> list[dict[str, Any]]:
     """A table a run; one that is damaged must not hide the others."""
-    from lorameter.results.folder import read_each, summary_of
-    from lorameter.verdicts.baselines import read_baselines
-
     accepted: set[str] = set()
     try:
         accepted = {baseline.run for baseline in read_baselines(folder).baselines}
@@ -142,8 +112,6 @@ def _run_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _run_row(path: Path, run: Summary | None, error: str | None, accepted: Collection[str]) -> dict[str, Any]:
-    from lorameter.results.prune import size_of
-
     if run is None:
         return {"run": path.name, "status": "damaged", "size_bytes": size_of(path), "title": error}
     left = run.planned - sum(run.trials.values())
@@ -162,8 +130,6 @@ def _run_row(path: Path, run: Summary | None, error: str | None, accepted: Colle
 
 def run_fetch(options: argparse.Namespace) -> int:
     """Get a catalogue model and say where it lies."""
-    from lorameter.models import fetch
-
     path = fetch.fetch(options.name, report=print_stderr)
     if options.json:
         print_json({"model": options.name, "path": str(path)})
@@ -173,6 +139,4 @@ def run_fetch(options: argparse.Namespace) -> int:
 
 
 def _usage(message: str) -> LorameterError:
-    from lorameter.errors import UsageError
-
     return UsageError(message)

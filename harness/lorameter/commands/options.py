@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorameter.commands.output import FORMATS
-
+FORMATS = ("text", "json", "markdown", "github")
+CALIBRATED_STUDY = "training-step"
+CALIBRATION_REPLICATES = 24
+"""Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
     "profile": {"metavar": "P", "help": "a profile of the study; default: the one of this machine"},
@@ -53,11 +55,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "help": "if the device is in use by another lorameter: wait (default), refuse, or share it",
     },
 }
-"""What a parser is told of each, by its name."""
+"""Of each option, by its name, the arguments of `add_argument`."""
 
 
 def add_options(add: Callable[..., object], *names: str, prefix: str = "--") -> None:
     """Add options of these names; `add` is `add_argument` of argparse or `addoption` of pytest."""
     for name in names:
-        told = dict(OPTIONS[name])
-        add(f"{prefix}{name}", **told | {"help": told["help"].format(prefix=prefix)})
+        known = dict(OPTIONS[name])
+        add(f"{prefix}{name}", **known | {"help": known["help"].format(prefix=prefix)})

@@ -1,4 +1,4 @@
-"""What commands print: one JSON document, or a report as text, as Markdown, or as the annotations of a GitHub job."""
+"""What commands print: one JSON document, or a report as text, Markdown, annotations of a GitHub job, a page."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError
+from lorameter.records.store import Run
+from lorameter.report.blocks import Document
+from lorameter.report.figure import Figure
+from lorameter.report.figures import figures_of_run
+from lorameter.report.html.page import save_html, write_html
+from lorameter.report.reproduce import reproduction_steps
+from lorameter.report.run_view import RunView
 
 if TYPE_CHECKING:
     from lorameter.report.blocks import Document
 
-
-FORMATS = ("text", "json", "markdown", "github")
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
 SCHEMA = 2
 """Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers beside what was text only."""
@@ -69,3 +76,40 @@ def print_json(document: dict[str, Any]) -> None:
     from lorameter.records import codec
 
     print(json.dumps(codec.to_json({"schema": SCHEMA, **document}), allow_nan=False))
+
+
+def check_page(path: str | None, option: str = "--html") -> None:
+    """Refuse, before anything is measured, a file that could not be written, by the option that named it."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written into"
+        raise UsageError(f"{option} {path}: {what}. Name a file in a folder that is there.")
+
+
+def save_page(
+    path: str | None,
+    document: Document,
+    title: str,
+    *,
+    names: Sequence[str] = (),
+    figures: Sequence[Figure] = (),
+    again: str = "",
+) -> None:
+    """Write the page of a report where a file is named for it, and say where it is."""
+    if path is None:
+        return
+
+    check_page(path)
+    page = write_html(document, title=title, names=names, figures=figures, again=again)
+    print_stderr(f"page: {save_html(page, path)}")
+
+
+def save_run_page(path: str | None, run: Run, view: RunView, document: Document) -> None:
+    """The page of a run: its report, its figures, and how to repeat it."""
+    if path is None:
+        return
+
+    figures, again = figures_of_run(run, view), reproduction_steps(run)
+    save_page(path, document, view.title, names=view.variants, figures=figures, again=again)

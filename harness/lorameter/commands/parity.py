@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from lorameter.commands.options import add_options
-from lorameter.commands.output import print_json
+from lorameter.commands.output import check_page, print_json, save_page
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from lorameter.parity.facts import Parity
-    from lorameter.parity.judgement import Judgement, Likeness
-
-
-def add_commands(commands: Any, common: Any) -> None:
-    """The parser of this command; `common` adds the options that every command has."""
-    parity = commands.add_parser(
-        "parity",
-        help="whether an adapter gives the same answers merged, in 4 bits and in 16",
-        description="Serve a trained adapter unmerged and merged, on its own base, in 16 bits and in 4, and compare "
-        "answers, logits and held-out loss with those of the adapter as it was trained.",
-    )
-    parity.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
-    add_options(parity.add_argument, "profile", "model", "data")
-    parity.add_argument(
-        "--adapter", metavar="DIR", help="a LoRA adapter that PEFT has saved; default: one is trained as the study says"
-    )
-    parity.add_argument("--epochs", type=float, metavar="E", help="train for at least this many epochs")
-    parity.add_argument("--prompts", type=int, metavar="N", help="number of held-out records; default: the study's")
-    parity.add_argument("--verbose", action="store_true", help="show some of the answers that differ, and all notices")
-    add_options(parity.add_argument, "html", "if-busy")
-    common(parity)
-    parity.set_defaults(command=run_parity)
+from lorameter.models import catalogue, shapes
+from lorameter.parity.facts import Parity
+from lorameter.parity.judgement import Judgement, Likeness, judge_parity
+from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
+from lorameter.records import codec, store
+from lorameter.report.blocks import Span, say
+from lorameter.report.parity import describe_parity, show_differing
+from lorameter.report.terminal import console_for, show
+from lorameter.run.device_lock import hold_device
+from lorameter.run.workers import open_executor
+from lorameter.studies.study_file import load_variant
+from lorameter.studies.variant import LoraVariant
 
 
 def run_parity(options: argparse.Namespace) -> int:
     """Train or take the adapter, serve it, and say what differs."""
-    from lorameter.commands.page import check_page, save_page
-    from lorameter.parity.judgement import judge_parity
-    from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
-    from lorameter.records import store
-    from lorameter.report.blocks import Span, say
-    from lorameter.report.parity import describe_parity, show_differing
-    from lorameter.report.terminal import console_for, show
-    from lorameter.run.device_lock import hold_device
-    from lorameter.run.workers import open_executor
-    from lorameter.studies.study_file import load_variant
-    from lorameter.studies.variant import LoraVariant
-
     if options.adapter is not None and options.epochs is not None:
         raise UsageError("--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.")
     check_page(options.html)
@@ -82,7 +55,7 @@ def run_parity(options: argparse.Namespace) -> int:
         where,
     )
     if options.json:
-        print_json(_document(parity, judgement, folder))
+        print_json(parity_document(parity, judgement, folder))
     else:
         show(said, console_for(), verbose=options.verbose)
     save_page(options.html, said, f"Parity of {options.variant}")
@@ -91,7 +64,6 @@ def run_parity(options: argparse.Namespace) -> int:
 
 def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
     """From tokens to text, by the tokenizer of the model."""
-    from lorameter.models import catalogue, shapes
     from lorameter.trial.data.tokenizers import load_tokenizer
 
     source = catalogue.resolve(parity.workload.model)
@@ -99,7 +71,7 @@ def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
     return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def _document(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, Any]:
+def parity_document(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, Any]:
     """All but its schema."""
     controls = (judgement.floor, judgement.without)
     known = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
@@ -134,11 +106,6 @@ def _document(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, A
 
 def _found(one: Likeness | None) -> dict[str, Any]:
     """What was found of a way, by the names that it has there; of one that failed nothing."""
-    import dataclasses
-
-    from lorameter.parity.judgement import Likeness
-    from lorameter.records import codec
-
     known = {} if one is None else codec.to_json(one) | {"verdict": one.verdict}
     names = [field.name for field in dataclasses.fields(Likeness) if field.name != "way"]
     return {"verdict": "failed", **dict.fromkeys(names), "within_floor": False, **known}

@@ -6,58 +6,32 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorameter.commands.options import add_options
-from lorameter.commands.output import print_json
-from lorameter.commands.page import check_page, save_page
+from lorameter.commands.output import check_page, print_json, save_page
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
-
-if TYPE_CHECKING:
-    from lorameter.profile.remedy import Tried
-    from lorameter.profile.rules import Finding
-    from lorameter.report.blocks import Document
-    from lorameter.run.workers import Executor
-    from lorameter.studies.study import Study
-    from lorameter.studies.variant import Variant
-
-DEAREST = ""
-"""`--try` without a finding."""
-
-
-def add_commands(commands: Any, common: Any) -> None:
-    """The parser of this command; `common` adds the options that every command has."""
-    profile = commands.add_parser(
-        "profile",
-        help="profile a training step or generation requests",
-        description="Profile a training step or generation requests: phases, kernels, memory, hardware ceilings, and "
-        "what to try.",
-    )
-    profile.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
-    profile.add_argument(
-        "--phase",
-        choices=("train", "generate"),
-        default="train",
-        help="train: a step; generate: requests, prefill and decode, adapter unmerged and merged, and a cold start",
-    )
-    add_options(profile.add_argument, "profile", "model", "data")
-    profile.add_argument(
-        "--try",
-        dest="attempt",
-        metavar="FINDING",
-        nargs="?",
-        const=DEAREST,
-        help="measure the remedy of a finding against the present variant; default: of the most expensive finding",
-    )
-    profile.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="of --try: 3, 8 or 12 replicates")
-    profile.add_argument(
-        "--max-minutes", type=float, metavar="M",
-        help="time limit: fewer timed steps or requests, and optional parts are left out; with --try half of it is "
-        "for the comparison",
-    )  # fmt: skip
-    add_options(profile.add_argument, "html", "if-busy")
-    common(profile)
-    profile.set_defaults(command=run_profile)
+from lorameter.profile import accounting
+from lorameter.profile.accounting import categories_s, request_accounts
+from lorameter.profile.evidence import evidence_of, evidence_of_requests
+from lorameter.profile.measure import profile_requests, profile_variant
+from lorameter.profile.remedy import Tried, choose_finding, judge_remedy, make_pair, phase_of
+from lorameter.profile.request_rules import REQUEST_RULES, diagnose_requests
+from lorameter.profile.rules import RULES, Finding, check_code, diagnose
+from lorameter.records import codec, store
+from lorameter.report.blocks import Document, Span, say
+from lorameter.report.live import LiveDisplay
+from lorameter.report.notices import warn_before_run
+from lorameter.report.profile import describe_profile, describe_tried
+from lorameter.report.requests import describe_requests
+from lorameter.report.terminal import console_for, show
+from lorameter.run.build_plan import build_plan
+from lorameter.run.device_lock import hold_device
+from lorameter.run.measure import measure
+from lorameter.run.workers import Executor, open_executor
+from lorameter.studies.placement import HERE
+from lorameter.studies.study import Study
+from lorameter.studies.study_file import load_variant
+from lorameter.studies.variant import Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,18 +46,6 @@ class _ProfileResult:
 
 def run_profile(options: argparse.Namespace) -> int:
     """Profile, say what was found, and try a remedy where one is asked for."""
-    from lorameter.profile.remedy import choose_finding
-    from lorameter.profile.request_rules import REQUEST_RULES
-    from lorameter.profile.rules import RULES, check_code
-    from lorameter.records import codec, store
-    from lorameter.report.blocks import Span, say
-    from lorameter.report.profile import describe_tried
-    from lorameter.report.terminal import console_for, show
-    from lorameter.run.device_lock import hold_device
-    from lorameter.run.workers import open_executor
-    from lorameter.studies.placement import HERE
-    from lorameter.studies.study_file import load_variant
-
     of_requests = options.phase == "generate"
     if options.attempt:
         check_code(options.attempt, REQUEST_RULES if of_requests else RULES)
@@ -127,13 +89,6 @@ def run_profile(options: argparse.Namespace) -> int:
 def _see_step(
     study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]
 ) -> _ProfileResult:
-    from lorameter.profile import accounting
-    from lorameter.profile.evidence import evidence_of
-    from lorameter.profile.measure import profile_variant
-    from lorameter.profile.rules import diagnose
-    from lorameter.records import codec
-    from lorameter.report.profile import describe_profile
-
     profile, folder = profile_variant(study, variant, executor, runs=runs, say=tell)
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
@@ -153,13 +108,6 @@ def _see_step(
 def _see_requests(
     study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]
 ) -> _ProfileResult:
-    from lorameter.profile.accounting import categories_s, request_accounts
-    from lorameter.profile.evidence import evidence_of_requests
-    from lorameter.profile.measure import profile_requests
-    from lorameter.profile.request_rules import diagnose_requests
-    from lorameter.records import codec
-    from lorameter.report.requests import describe_requests
-
     profile, folder = profile_requests(study, variant, executor, runs=runs, say=tell)
     served, merged = request_accounts(profile)
     findings = diagnose_requests(evidence_of_requests(profile, served, merged))
@@ -181,13 +129,6 @@ def _see_requests(
 
 def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, runs: Path) -> Tried:
     """Measure the present variant and the suggested one, as any two."""
-    from lorameter.profile.remedy import judge_remedy, make_pair, phase_of
-    from lorameter.report.live import LiveDisplay
-    from lorameter.report.notices import warn_before_run
-    from lorameter.report.terminal import console_for, show
-    from lorameter.run.build_plan import build_plan
-    from lorameter.run.measure import measure
-
     pair = make_pair(study, variant, finding, protocol=study.protocol)
     machine = executor.machine()
     plan, notices = build_plan(

@@ -4,50 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from kernels_check.terminal import escape_control_chars
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_PASS, UsageError
-from lorameter.records.units import format_count
-
-PRIVATE = ("paths", "hosts", "texts")
-"""As `lorameter.results.pack.PRIVATE`, which would load what only the command needs; a test holds them equal."""
-
-
-def add_commands(commands: Any, common: Any) -> None:
-    """The parsers of these commands; `common` adds the options that every command has."""
-    prune = commands.add_parser(
-        "prune",
-        help="remove runs that are no longer needed",
-        description="Remove runs: all but the newest of each study, or those older than a given age. Accepted "
-        "baselines, unfinished runs and unreadable runs are kept.",
-    )
-    prune.add_argument("--keep", type=int, metavar="N", help="keep the newest N runs of each study")
-    prune.add_argument("--older", metavar="D", help="only runs older than this: 12h, 30d, 8w")
-    prune.add_argument("--dry-run", action="store_true", help="list what would be removed; remove nothing")
-    common(prune)
-    prune.set_defaults(command=run_prune)
-
-    pack = commands.add_parser(
-        "pack",
-        help="pack a run into one file",
-        description="Pack a run into one file, which every command reads like a run directory. Paths, names of hosts "
-        "and users, and texts of records are excluded unless included explicitly; logs are always excluded.",
-    )
-    pack.add_argument("run", metavar="RUN", help="a run id or a run directory")
-    pack.add_argument("--output", metavar="FILE", help="default: RUN.lorameter.zip in this folder")
-    pack.add_argument("--include", choices=PRIVATE, action="append", default=[], help="include this; repeatable")
-    common(pack)
-    pack.set_defaults(command=run_pack)
+from lorameter.records import codec, store
+from lorameter.records.units import format_bytes, format_count
+from lorameter.results.pack import PRIVATE, pack
+from lorameter.results.prune import parse_age, prune
 
 
 def run_prune(options: argparse.Namespace) -> int:
     """Remove, and say what went and what stayed for a reason."""
-    from lorameter.records import codec, store
-    from lorameter.records.units import format_bytes
-    from lorameter.results.prune import parse_age, prune
-
     if options.keep is None and options.older is None:
         raise UsageError("prune: nothing says what goes. Give --keep N, --older D, or both.")
     if options.keep is not None and options.keep < 0:
@@ -72,10 +40,6 @@ def run_prune(options: argparse.Namespace) -> int:
 
 def run_pack(options: argparse.Namespace) -> int:
     """Write the file and say where it is and what is not in it."""
-    from lorameter.records import store
-    from lorameter.records.units import format_bytes
-    from lorameter.results.pack import PRIVATE, pack
-
     output = Path(options.output) if options.output else None
     target = pack(options.run, store.runs_dir(options.runs_dir), output, options.include)
     skipped = [word for word in PRIVATE if word not in options.include]

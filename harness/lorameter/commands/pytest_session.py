@@ -12,7 +12,7 @@ import pytest
 
 from kernels_check.pipes import BestEffortStderr
 from kernels_check.terminal import escape_control_chars
-from lorameter.commands.page import check_page, save_run_page
+from lorameter.commands.output import check_page, save_run_page
 from lorameter.commands.pytest_clock import ReplayClock
 from lorameter.errors import LorameterError, UsageError
 
@@ -247,7 +247,7 @@ class Session:
         )
 
     def _measure(self, names: list[str], phases: set[str], placement: Placement) -> Run:
-        from lorameter.commands.display import display_of
+        from lorameter.commands.measure import display_of
         from lorameter.report.live import LiveDisplay
         from lorameter.report.notices import warn_before_run
         from lorameter.report.terminal import console_for, show

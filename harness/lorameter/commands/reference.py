@@ -19,7 +19,20 @@ from typing import Any
 
 import msgspec
 
+from kernels_check import REQUIREMENTS
+from lorameter.commands import json_schema
+from lorameter.commands.output import SCHEMA
+from lorameter.results.columns import SETTINGS, TABLES
+from lorameter.results.frames import DTYPES
+from lorameter.studies import claim, study_file
+from lorameter.studies.claim import Claim, ClaimPart
+from lorameter.studies.columns import DataColumns
+from lorameter.studies.engine import Engine
+from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import AnyVariant, FullVariant, LoraVariant, PeftVariant, ScriptVariant, form_keys
+from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload
+from lorameter.verdicts import gate
+from lorameter.verdicts.gate import LimitRule, Policy
 
 TITLE = "# Reference: keys of studies and policies, columns of tables"
 INTRODUCTION = """\
@@ -34,18 +47,6 @@ def write_reference() -> str:
 
 
 def _lines() -> Iterator[str]:
-    from kernels_check import REQUIREMENTS
-    from lorameter.results.columns import SETTINGS, TABLES
-    from lorameter.results.frames import DTYPES
-    from lorameter.studies import claim, study_file
-    from lorameter.studies.claim import Claim, ClaimPart
-    from lorameter.studies.columns import DataColumns
-    from lorameter.studies.engine import Engine
-    from lorameter.studies.protocol import Protocol
-    from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload
-    from lorameter.verdicts import gate
-    from lorameter.verdicts.gate import LimitRule, Policy
-
     yield from (TITLE, "", INTRODUCTION, "", "## A study", "")
     yield from _block(study_file)
     sections: tuple[tuple[str, type, str], ...] = (
@@ -177,9 +178,6 @@ def _toml(value: Any) -> str:
 
 def write_documents() -> str:
     """The page of the JSON documents: what each command prints, and what that is made of."""
-    from lorameter.commands import json_schema
-    from lorameter.commands.output import SCHEMA
-
     lines = ["# What `--json` prints", "", "Made by `lorameter list documents` from the types in "
              "`lorameter.commands.json_schema`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
     lines += [inspect.cleandoc(json_schema.__doc__ or "").partition("\n\n")[2], "", f"The schema is {SCHEMA}."]

@@ -8,44 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kernels_check import REQUIREMENTS
 from kernels_check.terminal import print_stderr
+from lorameter.attach.launch import finalize_run, run_command
 from lorameter.errors import EXIT_INVALID, UsageError, said_by, shorten
-from lorameter.records import codec
-
-
-def add_commands(commands: Any, common: Any) -> None:
-    """The parser of `wrap`. What it prints on standard output is the command's, so it has no option `--json`."""
-    wrap = commands.add_parser(
-        "wrap",
-        help="measure a training script while it runs",
-        description="Run a command as it is and measure the training in it: `lorameter wrap -- python train.py`. Its "
-        "output, its exit code and signals to it pass through; the run is stored in the runs directory; the report "
-        "is printed to stderr.",
-    )
-    wrap.add_argument(
-        "--require",
-        metavar="PATH=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="required paths, such as attention.backend=flash; if one is not active, the run is invalid, and the "
-        "exit code is 4 where the command's is 0",
-    )
-    wrap.add_argument("--runs-dir", metavar="DIR", help="default: $LORAMETER_RUNS or ./.lorameter/runs")
-    wrap.add_argument("--no-report", action="store_true", help="print no report")
-    wrap.add_argument(
-        "words", metavar="-- COMMAND", nargs=argparse.REMAINDER, help="the command, as typed without lorameter"
-    )
-    wrap.set_defaults(command=run_wrap)
+from lorameter.records import codec, store
+from lorameter.records.tempdirs import scratch_folder
+from lorameter.report.run import describe_run
+from lorameter.report.run_view import view_of
+from lorameter.report.terminal import console_for, show
+from lorameter.studies.script import name_of_words
 
 
 def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; the exit code is its own, 128 and the number of the signal that ended it, or 4."""
-    from lorameter.attach.launch import finalize_run, run_command
-    from lorameter.records import store
-    from lorameter.records.tempdirs import scratch_folder
-    from lorameter.studies.script import name_of_words
-
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:
         raise UsageError("wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
@@ -77,8 +53,6 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: no path=value, an unknown path, or a value that it does not take.
     """
-    from kernels_check import REQUIREMENTS
-
     found: dict[str, Any] = {}
     for entry in given:
         path, equals, value = entry.partition("=")
@@ -105,10 +79,5 @@ def _value(text: str) -> Any:
 
 def _report(path: Path) -> None:
     """The report of the run, on standard error: standard output is the command's."""
-    from lorameter.records import store
-    from lorameter.report.run import describe_run
-    from lorameter.report.run_view import view_of
-    from lorameter.report.terminal import console_for, show
-
     run = store.read_run(str(path), path.parent)
     show(describe_run(view_of(run)), console_for(stderr=True))

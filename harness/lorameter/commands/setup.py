@@ -1,12 +1,16 @@
-"""Writes the two files that make a folder a benchmark suite: `init`."""
+"""Commands around measuring: `init` writes a suite, `doctor` checks the machine, `completion` completes commands."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from lorameter.errors import EXIT_PASS, UsageError
+from lorameter.commands.output import print_json
+from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
+from lorameter.machine.doctor import examine, is_fit, survey
+from lorameter.records import codec, store
+from lorameter.report.machine import describe_checks
+from lorameter.report.terminal import console_for, show
 
 CONFTEST = '''\
 """Makes this folder a lorameter suite: its tests replay one interleaved run."""
@@ -45,20 +49,6 @@ FILES = {"conftest.py": CONFTEST, "test_variants.py": TESTS}
 """The text of each file of a suite."""
 
 
-def add_commands(commands: Any, common: Any) -> None:
-    """The parser of this command; `common` adds the options that every command has."""
-    init = commands.add_parser(
-        "init",
-        help="write the conftest.py and test_variants.py of a benchmark suite",
-        description="Write the two files that make a folder a benchmark suite for pytest. Existing files are kept.",
-    )
-    init.add_argument(
-        "folder", metavar="DIR", nargs="?", type=Path, default=Path("benchmarks"), help="default: benchmarks"
-    )
-    common(init)
-    init.set_defaults(command=run_init)
-
-
 def run_init(options: argparse.Namespace) -> int:
     """Write the files. Raises `UsageError` where one of them exists; then none is written."""
     folder: Path = options.folder
@@ -72,10 +62,31 @@ def run_init(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"init: {folder} cannot be written: {error.strerror}. Give another folder.") from None
     if options.json:
-        from lorameter.commands.output import print_json
-
         print_json({"folder": str(folder), "files": list(FILES)})
     else:
         print(f"wrote {' and '.join(str(folder / name) for name in FILES)}")
         print(f"next: pytest {folder} --benchmark-save=NAME")
+    return EXIT_PASS
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Print what was found; the exit code says whether anything may be measured here."""
+    checks = examine(survey(store.runs_dir(options.runs_dir)))
+    fit = is_fit(checks)
+    if options.json:
+        print_json({"fit": fit, "checks": [codec.to_json(check) for check in checks]})
+    else:
+        show(describe_checks(checks, fit=fit), console_for())
+    return EXIT_PASS if fit else EXIT_INVALID
+
+
+def run_completion(options: argparse.Namespace) -> int:
+    """Print the script for a shell; `options.top` is the parser of all commands."""
+    import shtab
+
+    script = shtab.complete(options.top, shell=options.shell)
+    if options.json:
+        print_json({"shell": options.shell, "script": script})
+    else:
+        print(script)
     return EXIT_PASS
