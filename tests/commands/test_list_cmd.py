@@ -24,7 +24,7 @@ def edited(text, **changes):
     (lambda text: "null", "None: a table is expected"), (lambda text: "[1, 2]", "[1, 2]: a table is expected"),
     (lambda text: "4", "4: a table is expected"), (lambda text: "{}", "schema None"),
     (lambda text: "[" * DEEP, "nested too deeply"), (lambda text: '{"schema": ' * DEEP, "nested too deeply"),
-    (lambda text: text.replace('"study": {', '"study": {"a": ' + "[" * 900 + "]" * 900 + ","), "nested too deeply"),
+    (lambda text: text.replace('"study": {', '"study": {"a": ' + "[" * 900 + "]" * 900 + ","), "damaged"),
     (lambda text: text.replace('"seed": 0', '"seed": ' + "9" * 5000), "Exceeds the limit (4300 digits)"),
     (lambda text: text.replace('"created_unix_s": 1.0', '"created_unix_s": ' + "9" * 400), "created_unix_s = 9999"),
     (lambda text: edited(text, schema=[[]]), "schema [[]]"),

@@ -1,13 +1,20 @@
-"""docs/results.ipynb is executed: what it shows is what its cells make of a run that the repository holds."""
+"""docs/results.ipynb is executed: what it shows is what its cells make of a run that the repository holds; so is the
+example of docs/results.md that sends a run to a tracker."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbclient
 import nbformat
 import pytest
+
+from tests.constructed import RUNS
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.ipynb"
 
@@ -42,6 +49,26 @@ def test_the_notebook_shows_what_its_cells_make(executed):
     assert len(cells) >= 6
     assert all(text_of(cell) for cell in cells)
     assert [text_of(cell) for cell in cells] == [text_of(cell) for cell in kept.cells if cell.cell_type == "code"]
+
+
+def test_a_run_is_sent_to_a_tracker(monkeypatch):
+    """As the page does it, with what MLflow is given by a stand-in: a run per variant, settings and numbers."""
+    given = []
+    client = SimpleNamespace(
+        start_run=lambda run_name: given.append([run_name]) or contextlib.nullcontext(),
+        log_params=lambda settings: given[-1].append(settings),
+        log_metrics=lambda metrics: given[-1].append(metrics),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", client)
+    page = (PAGE.parent / "results.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mlflow" in code]
+    exec(code.replace('"RUN"', repr(str(RUNS / "sound"))), {})
+    assert [name for name, *_ in given] == ["sound lora-r16", "sound qlora-nf4-r16", "sound qlora-nf4-r64-a256"]
+    for _, settings, metrics in given:
+        assert settings["valid"]
+        assert settings["r"] in (16, 64)
+        assert metrics["step_time_s"] > 0
+        assert not [value for value in metrics.values() if type(value) is not float]
 
 
 def text_of(cell) -> list[str]:

@@ -5,7 +5,6 @@ import random
 
 import numpy as np
 import pytest
-import ruptures
 
 from lorameter.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes, penalty_of
 
@@ -22,6 +21,7 @@ def test_the_division_is_the_one_that_pelt_finds(seed):
     levels = rng.normal(0.0, 3.0, count) * (rng.random(count) < 4 / count)
     values = np.cumsum(levels) + rng.standard_normal(count)
     penalty = float(rng.uniform(3, 30))
+    ruptures = pytest.importorskip("ruptures", reason="has no wheel for this Python")
     pelt = ruptures.Pelt(model="l2", min_size=LEAST_SEGMENT, jump=1).fit(values)
     assert list(divide(values, penalty)) == pelt.predict(pen=penalty)
 
