@@ -26,7 +26,7 @@ import lorameter.run.workers.local as local
 from lorameter.records.failures import failed_record
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.workers.base import DiskExecutor
+from lorameter.run.workers.base import BaseExecutor
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
 
@@ -92,7 +92,7 @@ class Pretended(local.LocalExecutor):
     start_latency_s = 0.01
 
     def start(self, folder: Path, threads: int) -> None:
-        DiskExecutor.start(self, folder, threads)
+        BaseExecutor.start(self, folder, threads)
         stop("", "start")
 
     def hello(self) -> WorkerInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
+from lorameter.run.display import Display
 from lorameter.run.workers import TrialFiles
 from lorameter.run.workers.local import LocalExecutor
 
@@ -55,20 +56,5 @@ class FakeExecutor(LocalExecutor):
         pass
 
 
-class Quiet:
-    """A display and a listener that show nothing."""
-
-    def starting(self, plan, run_id):
-        pass
-
-    def tokens_prepared(self, data):
-        pass
-
-    def rehearsed(self, plan, notices):
-        pass
-
-    def trial_phase(self, slot, phase):
-        pass
-
-    def trial_ended(self, record):
-        pass
+class Quiet(Display):
+    """Shows nothing."""

@@ -25,6 +25,7 @@ from lorameter.records.record import Notice, Role, Side, TrialRecord
 from lorameter.records.units import format_count, format_duration, format_value
 from lorameter.report.blocks import Cell, tone_of, write_ratio
 from lorameter.report.terminal import draw_text
+from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.stats import Comparison
 from lorameter.studies.command import COMMANDS
@@ -38,8 +39,8 @@ SILENT_S = 60.0
 _CELL_WIDTH = 10
 
 
-class LiveDisplay:
-    """Implements the runner's `Watcher`; use as a context manager around a run."""
+class LiveDisplay(Display):
+    """Shows a run in the terminal; use as a context manager around it."""
 
     def __init__(self, console: Console, *, device: str = "", expected_s: float | None = None, basis: str = "") -> None:
         """`expected_s` is what the run is expected to take, in seconds, and `basis` what that rests on."""

@@ -24,8 +24,14 @@ class ProgressListener(Protocol):
         """A trial has its record."""
 
 
-class Display(ProgressListener, Protocol):
-    """Shows a run under way."""
+class Display:
+    """Shows a run under way; this one shows nothing."""
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """A trial enters a phase."""
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """A trial has its record."""
 
     def starting(self, plan: Plan, run_id: str) -> None:
         """The worker is being started."""

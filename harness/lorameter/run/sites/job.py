@@ -12,16 +12,15 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.processes import PARENT, end_with_parent
-from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.device_lock import hold_devices
+from lorameter.run.display import Display
 from lorameter.run.measure import measure
-from lorameter.run.plan import Plan, Slot
+from lorameter.run.plan import Slot
 from lorameter.run.resume import read_plan
 from lorameter.run.sites.folder import JobState, read_order, write_state
 from lorameter.run.sites.gpus import executors_of_ranks
@@ -29,24 +28,12 @@ from lorameter.run.workers import open_executor
 from lorameter.run.workers.environment import Host
 
 
-class _Progress:
-    """Implements `Display`: writes into the job's state which replicates have ended."""
+class _Progress(Display):
+    """Writes into the job's state which replicates have ended."""
 
     def __init__(self, folder: Path, state: JobState) -> None:
         self._folder, self.state = folder, state
         self._replicate: int | None = None
-
-    def starting(self, plan: Plan, run_id: str) -> None:
-        """Nothing to show."""
-
-    def tokens_prepared(self, data: str) -> None:
-        """Nothing to show."""
-
-    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """Nothing to show."""
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """Nothing to show."""
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """A trial of the next replicate begins when the one before has ended."""

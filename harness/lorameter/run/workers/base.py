@@ -1,9 +1,10 @@
-"""What both executors share: where the files of trials lie, and the parent's end of a process that answers commands."""
+"""What both executors share: the machine, where the files of trials are, and the parent's end of a process."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import os
 import shutil
 import signal
 import time
@@ -14,17 +15,22 @@ from typing import Any
 
 from lorameter import wire
 from lorameter.errors import LorameterError, redact
+from lorameter.machine import provenance
 from lorameter.machine.affinity import cpus_of, pin_to_cpus
 from lorameter.machine.processes import exit_words
+from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.workers import TrialFiles, WorkerLostError
+from lorameter.run.workers.environment import Host, describe
 
 
-class DiskExecutor:
-    """The part of an `Executor` that knows where the files of a run are; paths are absolute, since a host may run in
-    another folder."""
+class BaseExecutor:
+    """The part of an `Executor` that describes the machine, and knows where the files of a run are: by absolute paths,
+    since a host may run in another folder."""
 
+    host: Host
+    """Where its processes run."""
     folder: Path
     """Of the run."""
     logs: Path
@@ -33,6 +39,24 @@ class DiskExecutor:
     threads: int
     """Of each measuring process."""
     _stack: contextlib.ExitStack | None = None
+
+    def machine(self) -> Machine:
+        """The present one, with the GPU that the host's processes see first."""
+        return provenance.probe_machine(self.host.variables(os.environ))
+
+    def free_bytes(self) -> int | None:
+        """On that GPU, or in this container, now."""
+        return provenance.free_bytes(self.machine(), self.host.variables(os.environ))
+
+    def device_id(self) -> str:
+        """The CPU, all of it, or the GPU that the host's processes see first, by its own number."""
+        return provenance.device_id(self.host.variables(os.environ))
+
+    def facts(self) -> MachineFacts:
+        """Of the present machine and the GPU that the host's processes see first, and of the host if that is another.
+        Raises `UsageError` if it does not answer."""
+        host = None if self.host == Host() else describe(self.host)
+        return provenance.read_facts(self.machine(), host, self.host.variables(os.environ))
 
     def start(self, folder: Path, threads: int) -> None:
         """Make the folders of a run; further processes compute with so many threads."""

@@ -19,16 +19,14 @@ from typing import Any, TypeVar
 from lorameter import wire
 from lorameter.attach.environment import ENV_FOLLOWER
 from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact, shorten
-from lorameter.machine import provenance
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words, kill_group
-from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.workers import Executor, Worker, WorkerLostError
-from lorameter.run.workers.base import DiskExecutor, ProcessWorker, silence
-from lorameter.run.workers.environment import Host, describe
+from lorameter.run.workers.base import BaseExecutor, ProcessWorker, silence
+from lorameter.run.workers.environment import Host
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.workload import Workload
 
@@ -70,7 +68,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
     return inherited | fixed
 
 
-class LocalExecutor(DiskExecutor):
+class LocalExecutor(BaseExecutor):
     """Implements `Executor` with one zygote. Where that dies the run ends, and can be resumed.
 
     `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
@@ -78,7 +76,7 @@ class LocalExecutor(DiskExecutor):
     """
 
     def __init__(self, *, host: Host | None = None, label: str = "") -> None:
-        self._host = host or Host()
+        self.host = host or Host()
         self._whose = f"the worker of {label!r}" if label else "the worker"
         self._suffix = f"-{label}" if label else ""
         self._zygote: Zygote | None = None
@@ -87,27 +85,9 @@ class LocalExecutor(DiskExecutor):
         """As many as the CPU has cores for; one on a GPU. One as well on a share of a machine (`CPUS`): other sites are
         timed meanwhile, and several busy processes would disturb them more than one."""
         machine = self.machine()
-        if machine.device != "cpu" or CPUS in self._host.variables(os.environ):
+        if machine.device != "cpu" or CPUS in self.host.variables(os.environ):
             return 1
         return max(1, machine.cpus // threads)
-
-    def machine(self) -> Machine:
-        """The present one, with the GPU that the host's processes see first."""
-        return provenance.probe_machine(self._host.variables(os.environ))
-
-    def free_bytes(self) -> int | None:
-        """On that GPU, or in this container, now."""
-        return provenance.free_bytes(self.machine(), self._host.variables(os.environ))
-
-    def device_id(self) -> str:
-        """The CPU, all of it, or the GPU that the host's processes see first, by its own number."""
-        return provenance.device_id(self._host.variables(os.environ))
-
-    def facts(self) -> MachineFacts:
-        """Of the present machine and the GPU that the host's processes see first, and of the host if that is another.
-        Raises `UsageError` if it does not answer."""
-        host = None if self._host == Host() else describe(self._host)
-        return provenance.read_facts(self.machine(), host, self._host.variables(os.environ))
 
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""
@@ -121,13 +101,13 @@ class LocalExecutor(DiskExecutor):
         """
         with log.open("ab") as file:
             return subprocess.Popen(
-                self._host.command("lorameter.worker", what, str(descriptor)),
+                self.host.command("lorameter.worker", what, str(descriptor)),
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=worker_environment(threads or self.threads, self._host),
-                cwd=self._host.cwd,
+                env=worker_environment(threads or self.threads, self.host),
+                cwd=self.host.cwd,
                 start_new_session=True,
             )
 
@@ -146,7 +126,7 @@ class LocalExecutor(DiskExecutor):
             last = _last_line(self._zygote_log) or f"it printed nothing; {lost}"
             raise InvalidRunError(
                 f"{self._whose} did not start: {last}. Its log is {self._zygote_log}. "
-                f"Check that torch, transformers, peft and bitsandbytes import in {self._host.python}."
+                f"Check that torch, transformers, peft and bitsandbytes import in {self.host.python}."
             ) from None
         wire.check_schema(hello, self._whose)
         assert hello.worker is not None

@@ -25,13 +25,12 @@ from lorameter.machine import provenance
 from lorameter.machine.affinity import has_children
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
-from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import TokenSummary, WorkerInfo
 from lorameter.run.workers import Worker, WorkerLostError
-from lorameter.run.workers.base import DiskExecutor, ProcessWorker
+from lorameter.run.workers.base import BaseExecutor, ProcessWorker
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.script_process import ScriptProcess
 from lorameter.run.workers.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
@@ -66,10 +65,10 @@ def is_named(host: Host) -> bool:
     return host != Host() and host.cwd is None
 
 
-def python_of(host: Host | None) -> str:
+def python_of(host: Host) -> str:
     """What the word python means: the interpreter of a side, else the one on PATH, as in a shell; the
     present one where that has no torch."""
-    if host is not None and is_named(host):
+    if is_named(host):
         return host.python
     found = shutil.which("python") or shutil.which("python3")
     if found is None or Path(found).absolute() == Path(sys.executable).absolute():  # their links may meet
@@ -169,44 +168,26 @@ class ScriptWorker(ProcessWorker):
         return super().cpus() if self._may_pin else ()
 
 
-class ScriptExecutor(DiskExecutor):
+class ScriptExecutor(BaseExecutor):
     """Implements `Executor`, but for bases and cold starts, which no plan of scripts has."""
 
     def __init__(self, *, host: Host | None = None) -> None:
-        self._host = host
+        self._side = host or Host()
         self._python: str | None = None
         self._snapshots: dict[Path, Path] = {}
         self._homes: dict[str, Path] = {}
         """The folder that a trial's process has to itself."""
 
-    def machine(self) -> Machine:
-        """The present one."""
-        return provenance.probe_machine()
-
     def max_parallel(self, threads: int) -> int:
         """One: it is unknown how many threads a script needs."""
         return 1
-
-    def device_id(self) -> str:
-        """The CPU, all of it, or the GPU by its own number."""
-        return provenance.device_id()
-
-    def free_bytes(self) -> int | None:
-        """On its device, or in this container, now."""
-        return provenance.free_bytes(self.machine())
-
-    def facts(self) -> MachineFacts:
-        """Of the machine, and of the interpreter if that is not the present one. Raises `UsageError`."""
-        return provenance.read_facts(
-            self.machine(), None if self._interpreter == Host() else describe(self._interpreter)
-        )
 
     def hello(self) -> WorkerInfo:
         """What is known without a worker; a script says itself what it computes on, when it has begun."""
         machine = self.machine()
         torch = provenance.library_version("torch")
-        if self._interpreter != Host():
-            torch = describe(self._interpreter)["libraries"].get("torch")
+        if self.host != Host():
+            torch = describe(self.host)["libraries"].get("torch")
         return WorkerInfo(
             harness=provenance.harness_identity(),
             import_time_s=0.0,
@@ -229,12 +210,11 @@ class ScriptExecutor(DiskExecutor):
         return ScriptWorker(self._start_trial)
 
     @property
-    def _interpreter(self) -> Host:
-        """Where the word python leads, with the paths of the side."""
+    def host(self) -> Host:  # type: ignore[override]
+        """That of the side, with the interpreter that the word python means."""
         if self._python is None:
-            self._python = python_of(self._host)
-        host = self._host or Host()
-        return Host(python=self._python, path=host.path, cwd=host.cwd, environment=host.environment)
+            self._python = python_of(self._side)
+        return dataclasses.replace(self._side, python=self._python)
 
     def _snapshot(self, folder: Path) -> Path:
         """The folder of a command as it was when it was first asked for. Raises `UsageError`."""
@@ -244,14 +224,14 @@ class ScriptExecutor(DiskExecutor):
         return self._snapshots[folder]
 
     def _start_trial(self, request: ScriptRequest) -> ScriptProcess:
-        variant, host = request.variant, self._interpreter
+        variant, host = request.variant, self.host
         # By chance and of one length: the lengths of paths in an environment move what lies next to it in memory, and
         # with the names of the trials they would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = self.scratch / secrets.token_hex(4)
         origin = folder_of(variant, Path(host.cwd or Path.cwd()))
         folder = copy_snapshot(self._snapshot(origin), home / "work")
         turns = f"@lorameter-{secrets.token_hex(8)}"
-        side = host.python if self._host is not None and is_named(self._host) else ""
+        side = host.python if is_named(self._side) else ""
         environment = {name: value for name, value in host.environment.items() if name != SAFE_PATH}
         variables = variables_of(
             variant,
