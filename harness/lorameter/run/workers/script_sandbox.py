@@ -66,27 +66,23 @@ def take_snapshot(folder: Path, into: Path) -> Path:
     Raises:
         UsageError: it holds more than can be copied for each process, or what cannot be read.
     """
-    links: list[Path] = []
-
-    def ignore(place: str, names: list[str]) -> list[str]:
-        entries = [Path(place, name) for name in names]
-        linked = [entry for entry in entries if not _is_left_out(entry, into) and _is_linked(entry)]
-        links.extend(linked)
-        return [entry.name for entry in entries if _is_left_out(entry, into)] + [entry.name for entry in linked]
-
-    list(copied_files(folder))  # refuses one that is too large, before anything is copied
-    shutil.copytree(folder, into, ignore=ignore)
-    for entry in links:
-        target = _led_to(entry)
-        inside = entry.is_symlink() and _is_copied(target, _led_to(folder))
-        (into / entry.relative_to(folder)).symlink_to(
-            os.path.relpath(target, _led_to(entry.parent)) if inside else target
-        )
+    entries = list(copied_files(folder))  # refuses a folder that is too large, before anything is copied
+    into.mkdir(parents=True)
+    for entry in entries:
+        copy = into / entry.relative_to(folder)
+        if _is_linked(entry):
+            target = _led_to(entry)
+            inside = entry.is_symlink() and _is_copied(target, _led_to(folder))
+            copy.symlink_to(os.path.relpath(target, _led_to(entry.parent)) if inside else target)
+        elif entry.is_dir():
+            copy.mkdir()
+        else:
+            shutil.copy2(entry, copy)
     return into
 
 
 def copied_files(folder: Path) -> Iterator[Path]:
-    """The files of a folder that are copied, and the entries that are linked.
+    """The folders and files of a folder that are copied, and the entries that are linked, parents first.
 
     Raises:
         UsageError: it holds more than can be copied, or what cannot be read.
@@ -114,10 +110,10 @@ def copied_files(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def _is_left_out(entry: Path, into: Path | None = None) -> bool:
-    """Whether an entry is neither copied nor linked: what tools keep for themselves, pipes, and the copy."""
+def _is_left_out(entry: Path) -> bool:
+    """Whether an entry is neither copied nor linked: what tools keep for themselves, pipes, and temporary folders."""
     special = not (entry.is_symlink() or entry.is_dir() or entry.is_file())
-    return entry.name in LEFT_OUT or special or entry == into or (not entry.is_symlink() and is_scratch(entry))
+    return entry.name in LEFT_OUT or special or (not entry.is_symlink() and is_scratch(entry))
 
 
 def _is_linked(entry: Path) -> bool:
