@@ -132,89 +132,111 @@ def run_plan(
     Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is resumed: what
     they settle is not measured again.
     """
-    budget, stops = budget or Budget(), stops or InterruptHandler()
-    remaining = list(find_unfinished(plan, earlier))
-    attempts: dict[Group, int] = {}
-    begun: int | None = None
-    ended = {record.trial: record for record in records_outside(remaining, earlier)}
-    untouched = {record.trial: record for record in earlier if record.trial not in ended}
-
-    def keep(record: TrialRecord) -> None:
-        save(record)
-        ended[record.trial] = record
-        listener.trial_ended(record)
-
-    def give_up(groups: Iterable[Group]) -> None:
-        for slot in (slot for group in groups for slot in group.slots if slot.trial not in ended):
-            if slot.trial in untouched:  # what it had when the run was interrupted is more than nothing
-                ended[slot.trial] = untouched[slot.trial]
-            else:
-                keep(begin_record(slot, "not_run"))
-
-    def in_order() -> tuple[TrialRecord, ...]:
-        """The plan's order, in whatever order its trials were measured: a run is resumed by it."""
-        return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
-
-    def outcome(*, stopped: str | None = None, interrupted: bool = False) -> Measured:
-        return Measured(
-            records=in_order(), stopped=stopped, interrupted=interrupted, skipped=frozenset(budget.skipped),
-            needed_s=budget.needed_s,
-            training_s=budget.training_s,
-        )  # fmt: skip
-
-    on_cpu = context.device == "cpu"
-    again: list[Group] = []  # groups to be measured once more, when the others of their replicate have been
-    took_s: dict[Group, float] = {}
-    imports: dict[tuple[int, str], PartialRecord] = {}
-    ended_by: BaseException | None = None
-    while (remaining or again) and ended_by is None:
-        retry = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
-        if not retry and remaining[0].replicate != begun:
-            begun = remaining[0].replicate
-            planned = [group for group in remaining if group.replicate == begun]
-            remaining = [*budget.open_replicate(plan, planned, on_cpu=on_cpu), *remaining[len(planned) :]]
-        group = again.pop(0) if retry else remaining.pop(0)
-        attempts.setdefault(group, _attempt(group, earlier))
-        if not retry or took_s[group] <= budget.left_s:
-            attempts[group] += retry
-            budget.enter(group)
-            runner = GroupRunner(plan, group, executors, context, listener, save, budget, attempts[group], imports)
-            begin = budget.clock()
-            ended_by = _run_group(runner, stops)
-            if isinstance(ended_by, TimeLimitTooShortError):
-                if not any(record.status == "ok" for record in ended.values()):
-                    raise ended_by
-                return outcome(stopped=str(ended_by))
-            for record in runner.records():
-                if record.settled or record.trial not in ended:  # an interrupted second attempt keeps the first
-                    keep(record if plan.study.protocol.allow_disturbed else mark_disturbed(record, on_cpu=on_cpu))
-            took_s[group] = budget.clock() - begin
-            disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
-            if disturbed and attempts[group] < _attempt(group, earlier) + plan.study.protocol.retries:
-                again.append(group)
-        if not retry and ended_by is None and (not remaining or remaining[0].replicate != group.replicate):
-            budget.close_replicate()
-        between = not again and bool(remaining) and remaining[0].replicate != group.replicate
-        if between and ended_by is None and (reason := stop(in_order())):
-            return outcome(stopped=reason)
-    give_up(remaining)
-    if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
-        raise ended_by
-    return outcome(interrupted=ended_by is not None)
-
-
-def _run_group(runner: GroupRunner, stops: InterruptHandler) -> BaseException | None:
-    """Measure a group; returns the exception that ended it early, which its records name."""
+    budget = budget or Budget()
+    run = _PlanRun(plan, executors, context, save, listener, budget, earlier, stops or InterruptHandler())
+    stopped, interrupted = None, False
     try:
-        with stops.interruptible(worth_waiting=True):
-            runner.measure()
-    except KeyboardInterrupt as interrupt:
-        runner.interrupt()
-        return interrupt
-    except Exception as defect:  # a defect of the harness must not lose what was measured
-        runner.abandon(defect)
-        return defect
-    return None
+        while run.left and stopped is None:
+            run.measure_replicate()
+            stopped = stop(run.records()) if run.left else None
+    except TimeLimitTooShortError as error:
+        if not any(record.status == "ok" for record in run.records()):
+            raise
+        stopped = str(error)
+    except KeyboardInterrupt:
+        run.give_up()
+        interrupted = True
+    except Exception:
+        run.give_up()
+        raise
+    return Measured(
+        records=run.records(), stopped=stopped, interrupted=interrupted, skipped=frozenset(budget.skipped),
+        needed_s=budget.needed_s, training_s=budget.training_s,
+    )  # fmt: skip
+
+
+class _PlanRun:
+    """The groups of a plan that are left, and the records of all trials that have ended."""
+
+    def __init__(
+        self, plan: Plan, executors: Mapping[str, Executor], context: RunContext, save: Callable[[TrialRecord], None],
+        listener: ProgressListener, budget: Budget, earlier: Sequence[TrialRecord], stops: InterruptHandler,
+    ) -> None:  # fmt: skip
+        self.left = list(find_unfinished(plan, earlier))
+        self._plan, self._executors, self._context, self._save = plan, executors, context, save
+        self._listener, self._budget, self._earlier, self._stops = listener, budget, earlier, stops
+        self._on_cpu = context.device == "cpu"
+        self._ended = {record.trial: record for record in records_outside(self.left, earlier)}
+        self._untouched = {record.trial: record for record in earlier if record.trial not in self._ended}
+        self._imports: dict[tuple[int, str], PartialRecord] = {}
+        self._took_s: dict[Group, float] = {}
+
+    def records(self) -> tuple[TrialRecord, ...]:
+        """In the plan's order, in whatever order the trials were measured: a run is resumed by it."""
+        return tuple(self._ended[slot.trial] for slot in self._plan.slots if slot.trial in self._ended)
+
+    def measure_replicate(self) -> None:
+        """Measure the groups of the next replicate, then those once more that were disturbed."""
+        planned = [group for group in self.left if group.replicate == self.left[0].replicate]
+        groups = self._budget.open_replicate(self._plan, planned, on_cpu=self._on_cpu)
+        self.left[: len(planned)] = groups
+        disturbed = [group for group in groups if self._measure(self.left.pop(0))]
+        self._budget.close_replicate()
+        for again in range(1, self._plan.study.protocol.retries + 1):
+            disturbed = [
+                group
+                for group in disturbed
+                if self._took_s[group] <= self._budget.left_s and self._measure(group, again)
+            ]
+
+    def _measure(self, group: Group, again: int = 0) -> bool:
+        """Measure a group and keep its records; whether one of its trials was disturbed. What ends it early is raised
+        when its records name it."""
+        budget = self._budget
+        ended_by: BaseException | None = None
+        budget.enter(group)
+        runner = GroupRunner(
+            self._plan, group, self._executors, self._context, self._listener, self._save, budget,
+            _attempt(group, self._earlier) + again, self._imports,
+        )  # fmt: skip
+        begin = budget.clock()
+        try:
+            with self._stops.interruptible(worth_waiting=True):
+                runner.measure()
+        except TimeLimitTooShortError:
+            raise
+        except KeyboardInterrupt as interrupt:
+            runner.interrupt()
+            ended_by = interrupt
+        except Exception as defect:  # a defect of the harness must not lose what was measured
+            runner.abandon(defect)
+            ended_by = defect
+        for record in runner.records():
+            if record.settled or record.trial not in self._ended:  # an interrupted second attempt keeps the first
+                self._keep(record)
+        self._took_s[group] = budget.clock() - begin
+        if ended_by is not None:
+            raise ended_by
+        return any(self._ended[slot.trial].disturbed for slot in group.slots)
+
+    def _keep(self, record: TrialRecord) -> None:
+        if not self._plan.study.protocol.allow_disturbed:
+            record = mark_disturbed(record, on_cpu=self._on_cpu)
+        try:
+            self._save(record)
+        except BaseException:  # nothing more can be saved
+            self.left.clear()
+            raise
+        self._ended[record.trial] = record
+        self._listener.trial_ended(record)
+
+    def give_up(self) -> None:
+        """A record for each trial that is left: what it had when the run was interrupted, else `not_run`."""
+        for slot in (slot for group in self.left for slot in group.slots if slot.trial not in self._ended):
+            if slot.trial in self._untouched:
+                self._ended[slot.trial] = self._untouched[slot.trial]
+            else:
+                self._keep(begin_record(slot, "not_run"))
 
 
 def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:

@@ -19,6 +19,7 @@ from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.local import LocalExecutor
 
 
+@pytest.mark.selftest
 def test_a_zygote_forks_beside_scikit_learn_pandas_and_pyarrow(tmp_path):
     """All three are loaded by the time it forks, as transformers 5.17 loads them through its generation."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[dev]'")
@@ -62,6 +63,7 @@ def copy_of_the_packages(folder):
     return folder
 
 
+@pytest.mark.faults
 def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
     """Its records could not be read, so it is an error before anything is measured."""
     other = copy_of_the_packages(tmp_path)
