@@ -98,7 +98,17 @@ def command(tmp_path, runs):
 
     def made(*options, stop="-"):
         words = options or ("run", str(tmp_path / "small.toml"), "--phase", "train", "--interleave", "lockstep")
-        return ["env", f"STOP_AT={stop}", sys.executable, str(PRETENDED), *words, "--runs-dir", str(runs)]
+        # Where files may not grow, bytecode would be cut short and stay so.
+        return [
+            "env",
+            f"STOP_AT={stop}",
+            "PYTHONDONTWRITEBYTECODE=1",
+            sys.executable,
+            str(PRETENDED),
+            *words,
+            "--runs-dir",
+            str(runs),
+        ]
 
     return made
 
