@@ -4,13 +4,17 @@ message names what was refused, the exit code is that of a machine that cannot m
 
 from __future__ import annotations
 
+import compileall
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import kernels_check
+import lorameter
 from lorameter.errors import InvalidRunError
 from lorameter.records import store
 from lorameter.records.os_errors import REFUSED
@@ -164,6 +168,8 @@ def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, 
 @pytest.mark.parametrize("most", half([5_000, 12_000, 20_000, 30_000], [30_000]))
 def test_an_ab_keeps_what_fitted(most, command, tmp_path, begun, resumed, temporary):
     """As a run: exit 4 and whole lines, both of its sides are taken down, and it is resumed."""
+    for package in (lorameter, kernels_check):  # an A/B compiles them, and bytecode would be cut short by the limit
+        compileall.compile_dir(Path(package.__file__).parent, quiet=2)
     sides = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--replicates", "12")
     words = command("ab", str(tmp_path / "small.toml"), *sides, "--variant", "a")
     done = subprocess.run(words, preexec_fn=limited(most), capture_output=True, text=True, check=False)
