@@ -14,7 +14,7 @@ import lorameter.verdicts.compare
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.report.annotations import annotation
-from lorameter.verdicts.compare_pairs import ComparisonLimits
+from lorameter.verdicts.compare import ComparisonLimits
 from lorameter.verdicts.gate import LimitRule, Policy, load_policy
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}

@@ -21,9 +21,8 @@ from lorameter.run.memory_fit import Largest, MemoryOption, Needs, SkippedOption
 from lorameter.stats import Comparison, Proportion, ShareEstimate
 from lorameter.verdicts.ab import Attribution, PhaseEffect
 from lorameter.verdicts.claims import ClaimResult, ClaimsReport, PartResult
-from lorameter.verdicts.claims.answers import Answers
-from lorameter.verdicts.claims.engines import EngineShown
-from lorameter.verdicts.claims.proof import Shown
+from lorameter.verdicts.claims.engines import EngineShown, Shown
+from lorameter.verdicts.claims.values import Answers
 from lorameter.verdicts.comparison_input import Difference
 from lorameter.verdicts.comparison_report import ComparisonReport, ComparisonRow
 from lorameter.verdicts.gate import LimitRule, Policy

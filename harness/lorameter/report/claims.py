@@ -28,7 +28,7 @@ from lorameter.report.blocks import (
 from lorameter.report.phrases import verdict_cell
 from lorameter.stats import ShareEstimate
 from lorameter.verdicts.claims import ClaimResult, ClaimsReport, PartResult
-from lorameter.verdicts.compare_pairs import MARGIN
+from lorameter.verdicts.compare import MARGIN
 
 _HEADS = (
     ColumnHeader(text="claim"),

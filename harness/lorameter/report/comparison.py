@@ -42,7 +42,7 @@ from lorameter.report.notices import describe_notices
 from lorameter.report.phrases import format_effect, format_inconclusive, title_of, title_of_ratio, verdict_cell
 from lorameter.run.bisect import Bisection, Look
 from lorameter.stats import Verdict
-from lorameter.verdicts.compare_pairs import MARGIN
+from lorameter.verdicts.compare import MARGIN
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE, ComparisonReport, ComparisonRow
 

@@ -18,7 +18,7 @@ from lorameter.report.blocks import Cell, ChartGroup, Table, value_cell, write_r
 from lorameter.report.phrases import title_of
 from lorameter.stats import Comparison, compare_bytes
 from lorameter.studies.study import Study
-from lorameter.verdicts.compare_pairs import LimitsOf
+from lorameter.verdicts.compare import LimitsOf
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.same_training import sides_of_run
 from lorameter.verdicts.series import Groups, Series, control_of, occupancies, pairs_of, ratios_of

@@ -43,7 +43,7 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.notices import describe_notices
 from lorameter.report.phrases import verdict_cell
-from lorameter.verdicts.compare_pairs import MARGIN
+from lorameter.verdicts.compare import MARGIN
 from lorameter.verdicts.series import is_difference
 from lorameter.verdicts.validity import disturbance_notices
 

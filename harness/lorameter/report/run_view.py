@@ -28,7 +28,7 @@ from lorameter.report.facts import facts_of
 from lorameter.report.phase_table import PEAK, RATIO, TAILS, PhaseTable, VariantRow, tabulate_metric, tabulate_phase
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study, unknown
-from lorameter.verdicts.compare_pairs import LimitsOf, default_limits, matching
+from lorameter.verdicts.compare import LimitsOf, default_limits, matching
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.series import Groups, group_trials

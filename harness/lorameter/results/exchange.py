@@ -19,7 +19,7 @@ from lorameter.records.units import format_count
 from lorameter.results.columns import names_of
 from lorameter.results.rows import RANGE, estimate_rows
 from lorameter.studies.from_run import read_study
-from lorameter.verdicts.compare_pairs import default_metrics, matching
+from lorameter.verdicts.compare import default_metrics, matching
 from lorameter.verdicts.validity import run_validity
 
 

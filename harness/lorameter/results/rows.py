@@ -16,7 +16,7 @@ from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.compare_pairs import default_limits
+from lorameter.verdicts.compare import default_limits
 from lorameter.verdicts.comparison_report import ComparisonRow, fields_of
 from lorameter.verdicts.series import Series, group_trials, ratios_of
 from lorameter.verdicts.validity import discounted, run_validity

@@ -21,7 +21,7 @@ from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.verdicts.compare_pairs import (
+from lorameter.verdicts.compare import (
     LimitsOf,
     MetricPair,
     default_limits,

@@ -22,7 +22,7 @@ from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from lorameter.stats.comparison import effect_of
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.compare_pairs import TOLERANCE
+from lorameter.verdicts.compare import TOLERANCE
 from lorameter.verdicts.series import Pairs, Series, compare_series, group_trials, pairs_of
 
 EFFECTS = (0.01, 0.02, 0.05)

@@ -4,7 +4,7 @@ A claim is the conjunction of its parts: supported if every part is, refuted if 
 none is refuted, else inconclusive. All parts of a run that assert a difference share one error rate of 5 % (Holm); that
 there is none is asserted at 5 % each, as everywhere (`lorameter.stats.statement`).
 
-`lorameter.verdicts.claims.controls` says what the control allows. A run can be judged at any moment, by what it holds
+`lorameter.verdicts.claims.questions` says what the control allows. A run can be judged at any moment, by what it holds
 then.
 """
 
@@ -25,13 +25,22 @@ from lorameter.stats.statement import Conclusion
 from lorameter.studies.claim import ENGINE, Claim, ClaimPart, say_level
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
-from lorameter.verdicts.claims.answers import Answers, answers_of
-from lorameter.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
 from lorameter.verdicts.claims.engines import EngineShown, check_comparable, engine_of
 from lorameter.verdicts.claims.peaks import judge_peaks
-from lorameter.verdicts.claims.questions import Question, question_of, spoken
-from lorameter.verdicts.claims.reasons import ratio_of, reason_of
-from lorameter.verdicts.claims.values import NotJudgedError, counts, pair_of
+from lorameter.verdicts.claims.questions import (
+    Controls,
+    Question,
+    controls_of,
+    doubt,
+    doubt_of_equality,
+    failed,
+    metrics_of,
+    question_of,
+    ratio_of,
+    reason_of,
+    spoken,
+)
+from lorameter.verdicts.claims.values import Answers, NotJudgedError, answers_of, counts, pair_of
 from lorameter.verdicts.series import Groups, group_trials
 from lorameter.verdicts.sites import refuse_mixed
 

@@ -1,19 +1,27 @@
-"""From a part of a claim to what the statistics are asked: a statement on contrasts, one number a replicate."""
+"""From a part of a claim to what the statistics are asked, what the control allows it to say, and its sentence.
+
+If the reference differs from itself in a metric, or in the primary one of its phase, nothing is asserted on it.
+If it is not equivalent to itself, no equality is.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lorameter.records.metrics import METRICS
+from lorameter.errors import InvalidRunError
+from lorameter.records.metrics import METRICS, PHASES, PRIMARY
+from lorameter.records.units import decimals, format_count, format_ratio
+from lorameter.stats import MOST_ADVISED, Comparison
+from lorameter.stats.effect import from_log, paired_effect
 from lorameter.stats.statement import Conclusion, beyond, opposite, within
 from lorameter.stats.trend import Scale, leads, line_change, pair_differences, pairs, scores, sizes
-from lorameter.studies.claim import OF_PAIRS, ClaimPart, is_number, say_level
+from lorameter.studies.claim import OF_PAIRS, ClaimPart, Rule, is_number, say_level
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.values import AxisLogs, axis_logs, common, pair_of
-from lorameter.verdicts.series import Groups
+from lorameter.verdicts.series import Groups, control_of, is_difference
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -205,3 +213,213 @@ def _line(table: AxisLogs, scale: Scale) -> NDArray[float64]:
 
 def _along(title: str, table: AxisLogs) -> str:
     return f"from {table.axis} {say_level(table.levels[0])} to {say_level(table.levels[-1])} {title} changes by"
+
+
+_SHOWN_TAIL = 0.025
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Words:
+    """What a conclusion is in words; `{limit}` is the rule's limit."""
+
+    supported: str
+    refuted: str
+    equal: str
+    """Where it is decided by equality, whichever way."""
+    open: str
+
+
+_WORDS: dict[Rule, _Words] = {
+    "trend-up": _Words(
+        supported="a rise of more than {limit}",
+        refuted="no rise of more than {limit}",
+        equal="no change of more than {limit}",
+        open="open whether that is a rise of more than {limit}",
+    ),
+    "trend-down": _Words(
+        supported="a fall of more than {limit}",
+        refuted="no fall of more than {limit}",
+        equal="no change of more than {limit}",
+        open="open whether that is a fall of more than {limit}",
+    ),
+    "no-trend": _Words(
+        supported="",
+        refuted="a change of more than {limit}",
+        equal="no change of more than {limit}",
+        open="open whether that is a change of more than {limit}",
+    ),
+    "equal": _Words(
+        supported="",
+        refuted="they differ by more than {limit}",
+        equal="no level differs from another by more than {limit}",
+        open="open whether all levels are within {limit} of each other",
+    ),
+    "differs": _Words(
+        supported="they differ by more than {limit}",
+        refuted="",
+        equal="they differ by no more than {limit}",
+        open="open whether they differ by more than {limit}",
+    ),
+    "highest": _Words(
+        supported="above every other by more than {limit}",
+        refuted="not above that one by more than {limit}",
+        equal="it differs from no other by more than {limit}",
+        open="open whether it is above every other by more than {limit}",
+    ),
+    "lowest": _Words(
+        supported="below every other by more than {limit}",
+        refuted="not below that one by more than {limit}",
+        equal="it differs from no other by more than {limit}",
+        open="open whether it is below every other by more than {limit}",
+    ),
+    "faster": _Words(
+        supported="more than {limit} faster",
+        refuted="not more than {limit} faster",
+        equal="not more than {limit} faster",
+        open="open whether that is more than {limit} faster",
+    ),
+    "lowers": _Words(
+        supported="a fall of more than {limit}",
+        refuted="no fall of more than {limit}",
+        equal="no change of more than {limit}",
+        open="open whether that is a fall of more than {limit}",
+    ),
+    "costs-at-most": _Words(
+        supported="a rise of {limit} at most",
+        refuted="a rise of more than {limit}",
+        equal="no change of more than {limit}",
+        open="open whether that is a rise of more than {limit}",
+    ),
+    "best": _Words(
+        supported="below every other",
+        refuted="not below that one",
+        equal="",
+        open="open whether it is below every other",
+    ),
+    "largest-effect": _Words(
+        supported="larger than along every other axis",
+        refuted="not larger than along that one",
+        equal="",
+        open="open whether it is larger than along every other axis",
+    ),
+}
+
+
+def reason_of(question: Question, conclusion: Conclusion) -> str:
+    """The sentence; for an open question it names the contrast that is undecided."""
+    begin = [f"{words} ×{_centre(values)}" for words, values in question.context]
+    begin.append(f"{question.says[conclusion.contrast]} ×{format_ratio(*ratio_of(question, conclusion))}")
+    interval = f"{100 * conclusion.level:.4g} % interval {_interval(question, conclusion)}"
+    said = f"{'; '.join(begin)}: {_decision(question, conclusion)} ({interval})"
+    return f"{said}{_needed(conclusion)}{format_skipped(question.skipped)}"
+
+
+def _needed(conclusion: Conclusion) -> str:
+    """What it would take to decide an open question."""
+    if conclusion.status != "inconclusive":
+        return ""
+    count = conclusion.replicates_needed
+    if count is None or count > MOST_ADVISED:
+        return "; no practical number of replicates would decide it"
+    more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
+    return f"; {count} replicates would decide it{more}, if it is what it looks like"
+
+
+def ratio_of(question: Question, conclusion: Conclusion) -> tuple[float, float | None, float | None]:
+    """The ratio that it is about, with its 95 % interval; None where an end is larger than a float holds."""
+    low, high = _turned(question, conclusion.low, conclusion.high)
+    return math.exp(question.sign * conclusion.estimate), low, high
+
+
+def format_skipped(count: int) -> str:
+    """What to say of replicates that do not count."""
+    return f"; {format_count(count, 'replicate')} left out, where a level is missing" if count else ""
+
+
+def _turned(question: Question, low: float, high: float) -> tuple[float | None, float | None]:
+    ends = (low, high) if question.sign > 0 else (-high, -low)
+    return from_log(ends[0]), from_log(ends[1])
+
+
+def _decision(question: Question, conclusion: Conclusion) -> str:
+    words = _WORDS[question.part.rule]
+    if conclusion.by == "equality":
+        said = words.equal
+    else:
+        said = {"supported": words.supported, "refuted": words.refuted, "inconclusive": words.open}[conclusion.status]
+    return said.format(limit=f"{100 * question.part.limit[1]:.3g} %")
+
+
+def _centre(values: object) -> str:
+    effect = paired_effect(values, "replicate")  # type: ignore[arg-type]
+    if effect.spread is None:
+        return format_ratio(from_log(effect.log_ratio), None, None)
+    half = effect.spread.half_width(_SHOWN_TAIL)
+    return format_ratio(
+        from_log(effect.log_ratio), from_log(effect.log_ratio - half), from_log(effect.log_ratio + half)
+    )
+
+
+def _interval(question: Question, conclusion: Conclusion) -> str:
+    """The interval that decided, or failed to."""
+    low, high = _turned(question, conclusion.decided_low, conclusion.decided_high)
+    if low is None or high is None:
+        return f"[{'no bound' if low is None else f'{low:.3g}'}, no bound]"
+    places = min(decimals((high - low) / 2), 4)
+    return f"[{low:.{places}f}, {high:.{places}f}]"
+
+
+Controls = Mapping[str, Comparison | None]
+"""By metric, the reference against itself; None where it was not measured."""
+
+
+def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls:
+    """The primary metric of each phase as the report of the run has it, then every other metric that is claimed.
+
+    Either group shares an error rate of 5 %, so identical code seldom fails.
+    """
+    primaries = [PRIMARY[phase] for phase in PHASES if phase in phases]
+    claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in metrics_of(part))
+    others = [name for name in claimed if name in METRICS and name not in primaries]
+    return {
+        name: _against_itself(groups, study.reference, name, len(family))
+        for family in (primaries, others)
+        for name in family
+    }
+
+
+def _against_itself(groups: Groups, reference: str, metric: str, family: int) -> Comparison | None:
+    try:
+        return control_of(groups, reference, metric, family=family)
+    except InvalidRunError:  # values without a logarithm have no ratio, and what is claimed of them is not judged
+        return None
+
+
+def metrics_of(part: ClaimPart) -> tuple[str, ...]:
+    """The metrics that a part is about."""
+    return tuple(part.metrics) or (part.metric,)
+
+
+def failed(control: Comparison | None) -> bool:
+    """Whether the reference differs from itself."""
+    return control is not None and is_difference(control)
+
+
+def doubt(part: ClaimPart, controls: Controls) -> str:
+    """Why nothing may be asserted of a part; empty where it may."""
+    for metric in metrics_of(part):
+        for name in dict.fromkeys((metric, PRIMARY[METRICS[metric].phase])):
+            found = controls.get(name)
+            if found is not None and failed(found):
+                ratio = format_ratio(found.ratio, found.low, found.high)
+                return f"the control differs from itself in {spoken(name)}, ×{ratio}, so the claim is not judged"
+    return ""
+
+
+def doubt_of_equality(part: ClaimPart, controls: Controls) -> str:
+    """Why no equality may be asserted of a part; empty where it may."""
+    for metric in metrics_of(part):
+        found = controls.get(metric)
+        if found is None or found.verdict != "equivalent":
+            return f"the control is not equivalent to itself in {spoken(metric)}, so nothing is called equal"
+    return ""

@@ -9,17 +9,19 @@ more is better: a claim says "rises" of the quantity that it names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lorameter.records.metrics import METRICS, SCRIPT_ONLY_METRICS, samples_of
 from lorameter.records.record import TrialRecord
+from lorameter.stats import ShareEstimate, explained_share
 from lorameter.stats.effect import log_ratios
 from lorameter.stats.samples import checked_trials
 from lorameter.studies.claim import ENGINE, ClaimPart, Level, say_level
 from lorameter.studies.study import Study, is_of_tokens
-from lorameter.verdicts.series import Groups, pairing_of
+from lorameter.verdicts.series import Groups, Series, pairing_of
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -179,3 +181,44 @@ def _complete(records: Sequence[TrialRecord | None], metric: str, by_turn: bool)
     if len(present) < len(records):
         return False
     return not by_turn or len({len(samples_of(record, metric)) for record in present}) == 1
+
+
+TOKENS, TIME = "open_ended_tokens", "open_ended_request_time_s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Shares of the variance of request time that the number of tokens explains (R²), over replicates."""
+
+    requests: ShareEstimate | None
+    """Between the requests of all variants; None where it was not measured or every answer had one length."""
+    variants: ShareEstimate | None
+    """Between the means of the variants; None as well with fewer than three of them."""
+
+
+def answers_of(groups: Groups) -> Answers:
+    """The shares of a run, from its variants without the control, which is one of them measured twice."""
+    trials = [record for (_, role), series in groups.items() if role == "variant" for record in _measuring(series)]
+    replicates = sorted({record.replicate for record in trials})
+    blocks = [
+        [_lengths_and_times(record) for record in trials if record.replicate == replicate] for replicate in replicates
+    ]
+    return Answers(
+        requests=explained_share([_join(block) for block in blocks]),
+        variants=explained_share(
+            [([fmean(tokens) for tokens, _ in block], [fmean(times) for _, times in block]) for block in blocks]
+        ),
+    )
+
+
+def _measuring(series: Series) -> Iterable[TrialRecord]:
+    return (record for record in series.measuring(TIME) if samples_of(record, TOKENS))
+
+
+def _lengths_and_times(record: TrialRecord) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return samples_of(record, TOKENS), samples_of(record, TIME)
+
+
+def _join(block: Iterable[tuple[tuple[float, ...], tuple[float, ...]]]) -> tuple[list[float], list[float]]:
+    points = [point for tokens, times in block for point in zip(tokens, times, strict=True)]
+    return [tokens for tokens, _ in points], [time for _, time in points]
