@@ -11,7 +11,6 @@ from lorameter import cli
 from lorameter.commands import profile as commands_profile
 from lorameter.models.costs.modules import StepProducts, to_values
 from lorameter.models.costs.peaks import Peak
-from lorameter.profile import measure as profiling
 from lorameter.profile.accounting import (
     IDLE,
     TimeSpan,
@@ -144,7 +143,7 @@ def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profil
 
 def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):
     """With --json nothing else is on stdout, and it holds the facts beside what they come to."""
-    monkeypatch.setattr(profiling, "profile_variant", lambda *args, **options: (profile, tmp_path))
+    monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (profile, tmp_path))
     assert cli.main(["profile", "lora-or-qlora:lora-r16", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 2
@@ -202,7 +201,7 @@ def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
 )
 def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatch, capsys, tmp_path, tried, code):
     """0 for any, a loss too; 3 where it is open; 4 where nothing counts."""
-    monkeypatch.setattr(profiling, "profile_variant", lambda *args, **options: (profile, tmp_path))
+    monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (profile, tmp_path))
     monkeypatch.setattr(commands_profile, "_try", lambda *args: tried)
     assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "dropout", "--json"]) == code
     document = json.loads(capsys.readouterr().out)
@@ -214,7 +213,7 @@ def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp
     """The document is printed all the same, the refusal is on stderr, and the exit code is that of bad input."""
     slow = profile.record.samples | {f"{kind}_step_cpu_time_s": (0.05,) * 8 for kind in ("plain", "bordered")}
     seen = dataclasses.replace(profile, record=profile.record.replaced(samples=slow))
-    monkeypatch.setattr(profiling, "profile_variant", lambda *args, **options: (seen, tmp_path))
+    monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (seen, tmp_path))
     for code, words in (("contention", "cannot be tried here: it is the machine's"), ("data-wait", "not found")):
         assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", code, "--json"]) == 2
         printed = capsys.readouterr()

@@ -8,7 +8,6 @@ import pytest
 
 from lorameter import cli
 from lorameter.commands import profile as commands_profile
-from lorameter.profile import measure as measuring
 from lorameter.profile.accounting import request_accounts
 from lorameter.profile.evidence import evidence_of_requests
 from lorameter.profile.request_rules import diagnose_requests
@@ -61,7 +60,7 @@ def test_the_copied_head_and_the_adapter_are_found(profile):
 
 def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):
     """With --json nothing else is on stdout; the remedy is tried that is asked for, by the phase's own findings."""
-    monkeypatch.setattr(measuring, "profile_requests", lambda *args, **options: (profile, tmp_path))
+    monkeypatch.setattr(commands_profile, "profile_requests", lambda *args, **options: (profile, tmp_path))
     assert cli.main([*LINE.split(), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [finding["metric"] for finding in document["findings"]] == ["first_token_time_s", "request_time_s"]

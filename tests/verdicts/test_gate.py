@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import lorameter.verdicts.compare
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.report.annotations import annotation
@@ -96,7 +95,7 @@ def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(lorameter.verdicts.compare, "compare", broken)
+    monkeypatch.setattr("lorameter.commands.compare.compare", broken)
     assert gate(BASE, "inconclusive = 'pass'")[0] == 70
 
 
