@@ -257,6 +257,8 @@ class CallRecorder:
         self._hooks.close()
 
     def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
+        if getattr(module.forward, "__func__", None) is nn.Module.forward:
+            return  # a container, which cannot be called: half of the modules that LoRA adds
         if module._compiled_call_impl is not None:  # it would be compiled again with a hook
             self._unhooked.update(names)
             return
