@@ -41,7 +41,8 @@ _NOTES = (
 
 
 def read_config(where: str, path: str) -> dict[str, Any]:
-    """The configuration in a file that PEFT's `save_pretrained` wrote, or in its folder. Raises `UsageError`."""
+    """The configuration in a file that PEFT's `save_pretrained` wrote, or in its folder; a key that is null has
+    its default. Raises `UsageError`."""
     file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
     try:
         data = fileio.read_json(file, fileio.MANIFEST_BYTES)
@@ -50,7 +51,7 @@ def read_config(where: str, path: str) -> dict[str, Any]:
         raise impossible(where, "peft", path, why, f"Name an {CONFIG_NAME} or its folder.") from None
     if not isinstance(data, dict):
         raise impossible(where, "peft", path, "no configuration of PEFT", f"Name an {CONFIG_NAME} or its folder.")
-    return {key: value for key, value in data.items() if key not in _OF_SAVING}
+    return {key: value for key, value in data.items() if key not in _OF_SAVING and value is not None}
 
 
 def study_of_experiments(folder: str, select: str = "*", *, quality: bool = False) -> Study:

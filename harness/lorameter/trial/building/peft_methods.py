@@ -58,6 +58,9 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
         why = f"PEFT {peft.__version__} has no such method"
         raise impossible(where, "peft.peft_type", given["peft_type"], why, _did_you_mean(name, known))
     fields = {one.name for one in dataclasses.fields(known[name]) if one.init}
+    off = [key for key, value in given.items() if key not in fields and value in (None, False, {}, [])]
+    for key in off:  # files of another version have it, and what is off there changes nothing
+        del given[key]
     for key, value in given.items():
         if key not in fields:
             why = f"{known[name].__name__} of PEFT {peft.__version__} has no such field"
