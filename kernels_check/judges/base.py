@@ -168,7 +168,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     A weight in 16 bits need not move at every step: updates below its precision round away.
     """
     if seen.adapter_layers():
-        return PathObservation(observed=False, reason="an adapter trains in place of the base")
+        return PathObservation(observed=False, present=False, reason="an adapter trains in place of the base")
     base, moved = seen.base_parameters(), set(seen.after.since(seen.before).changed)
     given = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
     problems = (

@@ -240,3 +240,29 @@ def test_a_copy_of_a_quantised_model_is_sound(training):
     checks = {check.path: check for check in run.verify({"base.bits": 4, "base.frozen": True})}
     assert checks["base.bits"].met, checks["base.bits"].reason
     assert checks["base.frozen"].met, checks["base.frozen"].reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "said"),
+    [
+        (lambda model, optimizer: None, "active", "gradients reached all 4 parameters of the base"),
+        (lambda model, optimizer: model[0].requires_grad_(False), "fallback", "2 base parameters require no gradient"),
+        (lambda model, optimizer: optimizer.param_groups[0].update(lr=0.0), "fallback", "no byte of the base changed"),
+        (lambda model, optimizer: optimizer.param_groups[0]["params"].pop(), "fallback", "not given to the optimizer"),
+    ],
+    ids=["healthy", "a layer is frozen", "learning rate 0", "a parameter is left out"],
+)
+def test_full_fine_tuning_moves_the_base(spoil, status, said):
+    """Every parameter requires a gradient, gets one and is given to the optimizer, and an update changes some."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    spoil(model, optimizer)
+    check = _judged(model, optimizer, path="base.learning")
+    assert check.status == status, check.reason
+    assert said in check.reason
+
+
+def test_an_adapter_is_no_full_fine_tuning():
+    """What trains in place of the base leaves it alone."""
+    model, optimizer = _tuned(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
+    assert "an adapter trains in place" in _judged(model, optimizer, path="base.learning").reason
