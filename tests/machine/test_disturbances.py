@@ -70,22 +70,6 @@ def test_some_disturbances_never_make_a_trial_invalid(code, changes):
     assert (one.code, one.invalid) == (code, False)
 
 
-def test_the_counter_of_time_goes_before_the_samples():
-    """Samples see the ends only."""
-    counted = {"device_power_slowdown_train_s": 50.0, "device_power_capped_samples_train": 1.0}
-    (one,) = found(counted)
-    assert "50.00 of 100.00 s (50%" in one.message
-    assert found({"device_power_slowdown_train_s": 0.0, "device_power_capped_samples_train": 40.0}) == ()
-
-
-def test_a_variant_that_barely_fits_is_told_and_stays_valid():
-    """Its times are what it costs, and would be again."""
-    (one,) = found(memory={"device_alloc_retries_train": 3, "device_ooms_train": 1})
-    assert (one.code, one.invalid) == ("memory-retrying", False)
-    assert "3 times and failed 1" in one.message
-    assert found(memory={"device_alloc_retries_train": 0, "device_ooms_train": 0}) == ()
-
-
 def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
     """Trials that took turns are compared turn by turn."""
     (alone,) = found(occupancy=0.4)

@@ -88,19 +88,6 @@ def test_a_share_is_of_the_cpu_time_that_was_asked_for(withheld, given, share):
     assert withheld_share(withheld, given) == (share if share is None else pytest.approx(share))
 
 
-def test_a_cgroup_is_paired_with_its_own_use(root):
-    """The one whose quota withheld most, although another one used more."""
-    inner, outer = "sys/fs/cgroup/jobs/ours/cpu.stat", "sys/fs/cgroup/jobs/cpu.stat"
-    watch = HostTelemetry(root(files() | {outer: "usage_usec 90000000\nthrottled_usec 90000000\n"}))
-    watch.begin()
-    root({
-        inner: "usage_usec 2000005\nthrottled_usec 3000000\n",
-        outer: "usage_usec 99000000\nthrottled_usec 91000000\n",
-    })  # fmt: skip
-    totals = watch.end()
-    assert (totals["quota_stall_s"], totals["quota_used_s"]) == (pytest.approx(3.0), pytest.approx(2.0))
-
-
 def test_a_counter_that_goes_back_is_missing(root):
     """Steal is known to; a difference below zero is no measurement."""
     watch = HostTelemetry(root(files(steal=500)))

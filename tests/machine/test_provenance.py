@@ -7,7 +7,6 @@ import hashlib
 
 import pytest
 
-from lorameter.machine.kernel_env import switches_of
 from lorameter.machine.provenance import (
     FINGERPRINT,
     collect,
@@ -109,23 +108,3 @@ def test_what_steers_a_cards_choice_of_kernels_is_part_of_its_fingerprint(steere
     assert steered({}, cuda="12.8")["kernels"] == {"cudnn": None, "cublas": None, "switches": SWITCHES}
     assert steered(cuda="12.8")["kernels"]["cudnn"] == "9.10.2.21"
     assert "kernels" not in fingerprint_fields(facts, without=("kernels",))
-
-
-def test_a_cpu_chooses_no_kernels_of_a_card(steered):
-    """What is installed or set for GPUs is nothing to its runs."""
-    assert "kernels" not in steered(device="cpu")
-    assert fingerprint(steered(device="cpu")) == fingerprint(steered({}, {}, device="cpu"))
-
-
-@pytest.mark.parametrize(
-    ("name", "steers"),
-    [
-        ("TORCH_CUDNN_SDPA_DEPRIORITIZED", True), ("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", True),
-        ("PYTORCH_CUDA_ALLOC_CONF", True), ("PYTORCH_HIP_ALLOC_CONF", True), ("PYTORCH_ALLOC_CONF", True),
-        ("NVIDIA_TF32_OVERRIDE", True), ("MY_NVIDIA_TF32_OVERRIDE", False), ("PYTORCH_ALLOC_CONF_OLD", False),
-        ("HF_TOKEN", False), ("CUDA_VISIBLE_DEVICES", False),
-    ],
-)  # fmt: skip
-def test_only_what_steers_is_read_of_the_environment(name, steers):
-    """By whole names: a run's record holds no other variable."""
-    assert switches_of({name: "x"}) == ({name: "x"} if steers else {})

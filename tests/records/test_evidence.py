@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -91,20 +90,6 @@ def test_a_crash_at_any_byte_leaves_records_with_their_checks(written, tmp_path,
             assert read(path).damaged_lines == 0
 
 
-def test_evidence_is_on_the_disk_before_the_record_that_names_it(tmp_path, monkeypatch):
-    """One sync of each file in that order, of the folder where a file is new, and none of evidence that is there."""
-    synced = []
-
-    def noted(number):
-        synced.append(Path(f"/proc/self/fd/{number}").readlink().name)
-
-    writer = RunWriter(tmp_path, manifest())
-    monkeypatch.setattr(os, "fsync", noted)
-    for one in (record(0, BITS), record(1, BITS), record(2, MASK)):
-        writer.append(one)
-    assert synced == [CHECKS, "run", TRIALS, "run", TRIALS, CHECKS, TRIALS]
-
-
 def test_a_record_whose_evidence_is_lost_is_a_damaged_line(written):
     """It is counted and left out, never read without its checks; the others are there."""
     lines = (written / CHECKS).read_text().splitlines(keepends=True)
@@ -114,20 +99,6 @@ def test_a_record_whose_evidence_is_lost_is_a_damaged_line(written):
     assert (run.damaged_lines, run.without_evidence) == (1, 1)
     (written / CHECKS).unlink()
     assert (read(written).records, read(written).without_evidence) == ((), 3)
-
-
-@pytest.mark.parametrize("harm", [
-    lambda line: line.replace('"observed": 4', '"observed": 8'), lambda line: line[:-9], lambda line: "",
-    lambda line: line.replace('"check"', '"chck"'), lambda line: "null", lambda line: "[" * 100_000,
-    lambda line: line.replace('{"hash": "', '{"hash": "0'),
-])  # fmt: skip
-def test_evidence_that_was_changed_is_lost(written, harm):
-    """What no longer has its hash is not believed, and is there again when it has been found again."""
-    lines = (written / CHECKS).read_text().splitlines()
-    (written / CHECKS).write_text("\n".join([harm(lines[0]), *lines[1:]]))  # the last line has no end either
-    assert (read(written).records, read(written).without_evidence) == ((), 3)
-    RunWriter(written.parent, manifest()).append(record(0, BITS, started_unix_s=9.0))
-    assert [one.checks for one in read(written).records] == [(BITS,), (BITS, MASK), (SHARE, BITS)]
 
 
 def test_a_disk_that_refuses_evidence_ends_the_run(tmp_path):

@@ -39,18 +39,6 @@ def test_a_run_is_read_back_as_written(tmp_path):
         assert run.damaged_lines == 0
 
 
-def test_a_record_cut_short_is_counted(tmp_path):
-    """After a crash in the middle of a line the others are there and the damage is known."""
-    writer = RunWriter(tmp_path, manifest())
-    writer.append(record())
-    with (writer.path / "trials.jsonl").open("a") as file:
-        file.write('{"schema": 1, "tri')
-    run = store.read_run(str(writer.path), tmp_path)
-    assert len(run.records) == 1
-    assert run.damaged_lines == 1
-    assert run.manifest.status == "running"
-
-
 def test_another_schema_is_refused(tmp_path):
     """A record of another version is not read as if it were ours."""
     writer = RunWriter(tmp_path, manifest())

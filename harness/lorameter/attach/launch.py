@@ -127,10 +127,10 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
         Whether there is no valid trial.
     """
     hooked = folder / HOOKED_FILE
-    loaded, lacking = hooked.exists(), read_missing_packages(hooked)
+    loaded, packages = hooked.exists(), read_missing_packages(hooked)
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
-        say(f"nothing was measured: {lacking}" if lacking else _why_nothing(code, loaded))
+        say(f"nothing was measured: {packages}" if packages else _why_nothing(code, loaded))
         return True
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):

@@ -242,12 +242,12 @@ class Telemetry:
     def notice(self) -> Notice | None:
         """What of the device could not be measured; None where nothing is missing, and on a CPU."""
         minor = {telemetry_key("device", name, self._phase) for name in SUBSTITUTED}
-        lacking = {name: why for name, why in self.missing.items() if name.startswith("device_") and name not in minor}
-        if not lacking:
+        absent = {name: why for name, why in self.missing.items() if name.startswith("device_") and name not in minor}
+        if not absent:
             return None
         return Notice(
             code="not-measured",
-            message="; ".join(f"{name}: {why}" for name, why in lacking.items()),
+            message="; ".join(f"{name}: {why}" for name, why in absent.items()),
             remedy="`lorameter doctor` says what this machine can measure, and what would change that.",
         )
 

@@ -76,14 +76,14 @@ def setting(
 
 def packages(found: Survey) -> Iterator[DoctorCheck]:
     """Required and optional distributions."""
-    lacking = [name for name in REQUIRED if found.packages.get(name) is None]
-    versions = ", ".join(f"{name} {found.packages[name]}" for name in REQUIRED if name not in lacking)
+    absent = [name for name in REQUIRED if found.packages.get(name) is None]
+    versions = ", ".join(f"{name} {found.packages[name]}" for name in REQUIRED if name not in absent)
     yield DoctorCheck(
         about="runs",
         name="packages",
-        grade="unfit" if lacking else "good",
-        found=f"missing: {', '.join(lacking)}; installed: {versions}" if lacking else versions,
-        remedy=f"pip install {' '.join(lacking)}" if lacking else "",
+        grade="unfit" if absent else "good",
+        found=f"missing: {', '.join(absent)}; installed: {versions}" if absent else versions,
+        remedy=f"pip install {' '.join(absent)}" if absent else "",
     )
     for name, need in OPTIONAL.items():
         if found.packages.get(name) is None:
