@@ -157,7 +157,7 @@ class RankTrial(Trial):
 
         def together(model: Any) -> Any:
             self._base_loss_whole = self._base_loss(model, model)
-            packed = self._opened.packed_batch() if workload.strategy == "fsdp2" else None
+            packed = self._opened.packed_batch()  # a rank's own rows of a step may hold one record each
             if packed is not None:
                 inputs = {key: value for key, value in packed.items() if key != "labels"} | {"use_cache": False}
                 self._isolation = kernels_check.probe_isolation(model, inputs)  # sharded, no rank could make a forward
@@ -173,10 +173,9 @@ class RankTrial(Trial):
     ) -> tuple[Sequence[Check], Mapping[str, float]]:
         """What every rank finds of a step, and what they are to each other, the same on all of them."""
         shard_again(self._built.trainee.model)
-        if self._strategy == "fsdp2":
-            required, batch = {path: value for path, value in required.items() if path != _ISOLATED}, None
+        wanted = dict.fromkeys(PATHS, True) | {path: value for path, value in required.items() if path != _ISOLATED}
         with cast(RankStep, self._built.step).without_clipping():
-            checks, _ = super()._check(step, dict.fromkeys(PATHS, True) | dict(required), batch)
+            checks, _ = super()._check(step, wanted, None)
         checks = [*checks, *filter(None, [self._isolation])]
         shard_again(self._built.trainee.model)
         facts = self._observe()
