@@ -177,7 +177,7 @@ def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"peaks": False}, 4)])
 def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, code):
     """One JSON document with a schema; 0 is fit, 4 unfit."""
-    monkeypatch.setattr("lorameter.machine.doctor.survey", lambda runs: dataclasses.replace(found, **change))
+    monkeypatch.setattr("lorameter.commands.setup.survey", lambda runs: dataclasses.replace(found, **change))
     assert cli.main(["doctor", "--json"]) == code
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 2
