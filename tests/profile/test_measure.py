@@ -53,11 +53,6 @@ def test_its_memory_is_counted_beside_the_estimate(taken):
     assert sum(profile.estimates.values()) == pytest.approx(account.peak_bytes, rel=0.25)
 
 
-def test_its_surroundings_were_watched(taken):
-    """While it trained, so that a disturbed profile can be told."""
-    assert taken[0].record.values["host_watched_train_s"] > 0
-
-
 def test_it_is_judged_and_shown_from_its_file(taken, capsys):
     """The file gives the same findings and ceilings as the profile; the trace lies beside it."""
     profile, folder = taken

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from lorameter.commands.profile import _try
 from lorameter.errors import UsageError
 from lorameter.profile.remedy import choose_finding, judge_remedy, make_pair, phase_of
 from lorameter.profile.rules import Finding
@@ -12,10 +11,8 @@ from lorameter.records import store
 from lorameter.records.record import Failure
 from lorameter.report.run_view import view_of
 from lorameter.run.build_plan import build_plan
-from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_variant
-from lorameter.studies.workload import Workload
 from lorameter.trial.building.requirements import requirements_of
 
 
@@ -180,26 +177,3 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
     assert any("without-padding has layout = packed" in fact.text for fact in view.facts)
     assert "losses are not compared" in view.notes[0]
     assert not {"train loss", "held-out loss", "tokens/s (without padding)"} & set(view.tables[0].heads)
-
-
-@pytest.mark.selftest
-def test_packing_is_tried_beside_padding(padded, tmp_path):
-    """Real trials of both: each on its own tokens, as manifest and records say, and a ratio with its interval."""
-    found = _try(padded, padded.variants[0], PACKED, open_executor(), tmp_path)
-    assert found.failures == ()
-    assert found.interleaving in ("lockstep", "replicates")
-    assert found.comparison.low < found.comparison.ratio < found.comparison.high
-    run = store.read_run(found.run, tmp_path)
-    assert run.manifest.study["workload"]["layout"] == "padded"
-    assert run.manifest.own_workloads["without-padding"]["layout"] == "packed"
-    tokens = {True: run.manifest.tokens["own"]["without-padding"], False: run.manifest.tokens}
-    steps = [record for record in run.records if "step_time_s" in record.samples]
-    assert len(steps) == 6
-    for record in steps:
-        packed = record.name == "without-padding"
-        assert record.tokens["hash"] == tokens[packed]["hash"]
-        assert (sum(record.samples["turn_padded_tokens"]) == 0) == packed
-    assert len({one["hash"] for one in tokens.values()}) == 2
-    per_step = [sum(record.samples["turn_tokens"]) / len(record.samples["step_time_s"]) for record in steps]
-    assert max(per_step) == Workload(sequence_length=256).sequence_length * padded.workload.batch_size
-    assert min(per_step) < max(per_step)

@@ -171,9 +171,3 @@ def test_what_is_advised_against_a_copied_weight_does_help(copy):
     folded = eval(advised[0], {"hidden": hidden, "torch": torch})
     assert folded.stride() == (64, 64, 1)
     assert hidden.clone().stride() == hidden.contiguous().stride() == hidden.stride() == rows.stride()
-
-
-def test_the_finding_that_costs_a_request_most_comes_first():
-    """A little of each later token is more than as much of the first."""
-    evidence = changed(choose_s=0.002, new_length=TimeSpan(value=0.01, low=0.009, high=0.011))
-    assert [finding.code for finding in diagnose_requests(evidence)] == ["between-tokens", "new-length"]

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
-import msgspec
 import pytest
 
 from lorameter.profile.accounting import request_accounts
@@ -92,19 +91,6 @@ def test_it_is_judged_and_shown_from_its_file(taken, capsys):
         assert words in shown
 
 
-@pytest.mark.selftest
-def test_a_trial_that_was_not_recorded_is_judged_by_its_times(taken):
-    """Where the profiler saw nothing, no rule of what ran finds anything, and all else is there."""
-    profile, _ = taken
-    blind = msgspec.structs.replace(profile.activity, phases=(), missing="the profiler recorded nothing")
-    seen = dataclasses.replace(profile, activity=blind)
-    served, merged = request_accounts(seen)
-    assert served.decode.calls is None
-    evidence = evidence_of_requests(seen, served, merged)
-    assert (evidence.decode.calls, evidence.prefill.copies) == (0.0, ())
-    assert describe_requests(seen, served, merged, diagnose_requests(evidence))
-
-
 class ColdTrial:
     """What a cold start takes of a trial whose process has ended."""
 
@@ -150,11 +136,3 @@ def test_a_cold_start_that_fails_is_a_notice(lost, said):
     (notice,) = trial.record.notices
     assert (notice.code, notice.message, notice.remedy) == ("no-cold-start", said, "The log is the.log.")
     assert (trial.record.status, trial.record.values) == ("ok", {"seen": 1.0})
-
-
-def test_a_cold_start_goes_into_the_record():
-    """With its parts."""
-    trial = ColdTrial()
-    _start_cold(trial, SimpleNamespace(cold_start=lambda request: PartialRecord(values={"cold_rest_s": 2.0})))
-    assert trial.record.notices == ()
-    assert trial.record.values == {"seen": 1.0, "cold_rest_s": 2.0}

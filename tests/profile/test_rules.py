@@ -148,32 +148,6 @@ def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
         assert bool(finding.suggestion) != bool(finding.obstacle)
 
 
-def test_logits_cost_memory_and_the_time_of_their_loss():
-    """A quarter of the peak, and 15 % of the step; a loss that takes next to nothing is no cost."""
-    large = {"logits_bytes": int(2.5 * GIB), "liger": True}
-    (finding,) = diagnose(changed(categories={"loss": 0.15}, **large))
-    assert (finding.cost_share, finding.cost_s) == (pytest.approx(0.15), pytest.approx(0.015))
-    assert finding.cost_bytes == int(2.5 * GIB) - int(2.5 * GIB) // 8
-    assert "25% of the peak; the loss takes 15.0% of a step" in finding.message
-    (finding,) = diagnose(changed(categories={"loss": 0.002}, **large))
-    assert (finding.cost_share, finding.cost_s) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("fields", "code", "share"),
-    [
-        ({"threads": 4, "cpus": 16, "stalled": 0.06}, "contention", 0.06),
-        ({"threads": 2, "cpus": 2, "stalled": 0.06}, "oversubscription", 0.06),
-        ({"threads": 4, "cpus": 2, "stalled": 0.06}, "oversubscription", 0.4),
-    ],
-)
-def test_several_threads_lose_what_they_waited_for(fields, code, share):
-    """Their idling is their own, unless they are more than the CPUs."""
-    (finding,) = diagnose(changed(device="cpu", occupancy=0.6, reserved_bytes=None, **fields))
-    assert finding.code == code
-    assert finding.cost_share == pytest.approx(share)
-
-
 def test_the_dearest_finding_comes_first():
     """Findings are in order of what hangs on them, and those of memory are last."""
     evidence = changed({"lora_dropout": 0.1}, dropout=0.05, padded=0.3, reserved_bytes=15 * GIB)

@@ -39,8 +39,3 @@ def test_a_packed_run_in_the_folder_is_one_of_them(sound):
     found = found_in(sound.parent)
     assert set(found) == {"sent.lorameter.zip"}
     assert found["sent.lorameter.zip"].content.verdict == "valid"
-
-
-def test_a_folder_that_is_missing_or_empty_has_no_runs(tmp_path):
-    """It is no error here."""
-    assert found_in(tmp_path) == found_in(tmp_path / "none") == {}

@@ -10,10 +10,8 @@ import pytest
 
 import lorameter
 from lorameter.errors import UsageError
-from lorameter.records import codec, store
-from lorameter.records.fileio import write_document
 from lorameter.results.columns import TABLES
-from lorameter.results.frames import DTYPES, Frames
+from lorameter.results.frames import DTYPES
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import ScriptVariant
 from tests.constructed import DAMAGED, RUNS
@@ -79,22 +77,6 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
     assert set(trials["torch"]) == {"9.9"}
 
 
-def test_each_side_of_an_ab_of_two_commands_has_its_own(write_run, small_study, tmp_path):
-    """The study names that of the base alone."""
-    protocol = dataclasses.replace(small_study.protocol, phases=("train",))
-    variants = (ScriptVariant(name="plain", command="python a.py"),)
-    study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
-    sided = lambda record: record.replaced(side="candidate" if record.replicate else "base")  # noqa: E731
-    path = write_run("commands", {"plain": [1.0, 1.1]}, study=study, change=sided, control=None)
-    sides = {
-        side: {"label": side, "worker": "", "kind": "command", "spec": f"python {name}.py"}
-        for side, name in (("base", "a"), ("candidate", "b"))
-    }
-    write_document(path / "manifest.json", codec.to_json(store.read_manifest(path)) | {"sides": sides})
-    trials = lorameter.load("commands", tmp_path / "runs").trials
-    assert trials.set_index("side")["command"].to_dict() == {"base": "python a.py", "candidate": "python b.py"}
-
-
 def test_variants_that_differ_in_their_workload_have_different_ids(write_run, small_study, tmp_path):
     """A variant on the workload of the study keeps the id of its content."""
     variants = tuple(dataclasses.replace(small_study.variants[0], name=name) for name in ("plain", "long", "longer"))
@@ -143,15 +125,6 @@ def test_validity_is_a_column_of_trials_and_estimates():
     assert (trials["failed"]["valid"] == (trials["failed"]["role"] == "control")).all()
     assert set(trials["failed"]["invalid_reason"].dropna()) == {"trial-failed"}
     assert set(frames["control-failed"].estimates["invalid_reason"]) == {"control-differs"}
-
-
-def test_an_interval_of_one_replicate_is_missing():
-    """And is not zero wide."""
-    frames = lorameter.load("one-replicate", RUNS)
-    steps = frames.estimates[frames.estimates["metric"] == "step_time_s"]
-    assert steps["low"].isna().all()
-    assert steps["interval"].isna().all()
-    assert isinstance(frames, Frames)
 
 
 def test_importing_the_package_loads_no_pandas():

@@ -5,7 +5,6 @@ import datetime
 import json
 import math
 import random
-import time
 
 import msgspec
 import pytest
@@ -16,7 +15,7 @@ from lorameter.commands.output import SCHEMA
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
-from lorameter.report.history import describe_history, figures_of_history
+from lorameter.report.history import describe_history
 from lorameter.report.terminal import text_of
 from lorameter.results.history import Moment, confirming, history_of
 
@@ -90,18 +89,6 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
     assert {one.field for one in change.differing} == {"git.commit", "libraries.torch"}
     assert change.confirm.endswith("--base torch==1.0 --candidate torch==2.0 --variant plain")
     assert not hasattr(change, "ratio")
-
-
-def test_another_content_of_the_variant_is_a_break(nightly, small_study):
-    """Under the same fingerprint and the same name."""
-    runs = nightly([1.0] * 11)
-    rank = dataclasses.replace(small_study.variants[0], r=64)
-    path = runs / "night010"
-    lines = (path / store.TRIALS).read_text().replace(small_study.variants[0].id, rank.id)
-    (path / store.TRIALS).write_text(lines)
-    (track,) = told(runs).tracks
-    assert [len(line.moments) for line in track.lines] == [10, 1]
-    assert track.breaks[0].differing[0].field == "variant plain"
 
 
 def test_fewer_than_ten_runs_are_a_line_without_a_search(nightly):
@@ -203,30 +190,3 @@ def test_the_command_prints_text_and_json(nightly, capsys):
     (found,) = document["tracks"][0]["lines"][0]["suspicions"]
     assert found["after"]["run"] == "night014"
     assert cli.main(["history", "stepp", "--runs-dir", str(runs)]) == 2
-
-
-@pytest.fixture
-def in_tokyo(monkeypatch):
-    """Nine hours from UTC."""
-    with monkeypatch.context() as changed:
-        changed.setenv("TZ", "Asia/Tokyo")
-        time.tzset()
-        yield
-    time.tzset()
-
-
-@pytest.mark.usefixtures("in_tokyo")
-def test_its_figures_say_what_the_text_says(write_run):
-    """In the unit of what was measured, and at the hour at which it was; the numbers of a figure are a row a run."""
-    path = write_run("one", {"plain": [1.0] * 5}, peak=3 * 2**30)
-    dated(path, 0)
-    history = told(path.parent, "host_peak_train_bytes")
-    (figure,) = figures_of_history(history)
-    assert figure.drawing.up.unit == "byte"
-    assert figure.title.startswith("host peak, training of plain")
-    (row,) = figure.table.rows
-    when, value = row.cells[0].text, row.cells[2].text
-    assert value == "3 GiB"
-    assert when == (datetime.datetime.fromtimestamp(1.79e9, datetime.UTC) + 9 * HOUR).strftime("%Y-%m-%d %H:%M")
-    assert when in figure.says
-    assert when in said(history, every_run=True)

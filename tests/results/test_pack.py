@@ -10,10 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import lorameter
 from lorameter import cli
+from lorameter.commands import prune_pack
 from lorameter.commands.json_schema import PackedOf
-from lorameter.commands.parser import PACKED_PRIVATE
 from lorameter.errors import UsageError
 from lorameter.records import packed, store
 from lorameter.records.fileio import write_document
@@ -183,12 +182,6 @@ def test_every_command_reads_it(tmp_path, capsys, monkeypatch):
         assert answers[0][0] != 70
 
 
-def test_the_same_run_becomes_the_same_file(tmp_path):
-    """Byte for byte: nothing in it says when or by whom it was packed."""
-    one, two = pack("sound", RUNS, tmp_path / "1.zip"), pack("sound", RUNS, tmp_path / "2.zip")
-    assert one.read_bytes() == two.read_bytes()
-
-
 def test_the_command_says_what_is_not_in_the_file(private, capsys):
     """As text and as a document."""
     words = ["pack", "mine", "--runs-dir", str(private.parent), "--include", "texts"]
@@ -236,20 +229,13 @@ def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
     assert not list(tmp_path.parent.glob("manifest.json"))
 
 
-def test_a_packed_run_in_a_folder_is_loaded_with_the_others(tmp_path):
-    """By its name, or with all that lie there."""
-    pack("sound", RUNS, tmp_path / "sound.lorameter.zip")
-    one, every = lorameter.load(tmp_path / "sound.lorameter.zip"), lorameter.load_all(tmp_path)
-    assert len(one.trials) == len(every.trials) == len(lorameter.load("sound", RUNS).trials)
-
-
-def test_the_words_of_the_command_are_those_of_the_packer():
-    """The parser names them without loading it."""
-    assert PACKED_PRIVATE == PRIVATE
-
-
 def test_a_packed_run_is_not_gone_on_with(private, capsys):
     """There is no folder to write to."""
     pack("mine", private.parent)
     assert cli.main(["run", "--resume", "mine.lorameter.zip"]) == 2
     assert "packed" in capsys.readouterr().err
+
+
+def test_the_words_of_the_command_are_those_of_the_packer():
+    """The parser names them without loading it."""
+    assert prune_pack.PRIVATE == PRIVATE

@@ -1,17 +1,12 @@
 """Rows say what the records hold and what the reports say, and nothing else."""
 
-import dataclasses
-
-import msgspec
 import pytest
 
-from lorameter.errors import UsageError
 from lorameter.records import store
-from lorameter.records.metrics import METRICS
 from lorameter.records.record import DISTURBED, Failure
 from lorameter.report.run_view import view_of
 from lorameter.results.columns import TABLES, names_of
-from lorameter.results.rows import rows_of, unit_of
+from lorameter.results.rows import rows_of
 from lorameter.verdicts.ab import report_of
 from tests.constructed import RUNS
 
@@ -91,26 +86,3 @@ def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
     mine = [(row["attempt"], row["counts"], row["failure"]) for row in rows["trials"] if row["trial"] == first.trial]
     assert mine == [(0, False, "stolen"), (1, True, None)]
     assert len([r for r in rows["samples"] if r["trial"] == first.trial and r["metric"] == "step_time_s"]) == 3
-
-
-def test_memory_is_a_range_and_no_interval(sound):
-    """The largest, with the smallest and the largest as its ends."""
-    rows = tables(store.read_run(str(sound), sound.parent))["estimates"]
-    peak = next(row for row in rows if row["metric"] == "host_peak_train_bytes")
-    assert (peak["unit"], peak["phase"], peak["interval"], peak["value"]) == ("byte", "train", "range", 2.0**20)
-
-
-@pytest.mark.parametrize("name", [*METRICS, "host_peak_train_bytes", "verify_time_s", "peak_flops_per_s", "new_tokens"])
-def test_a_unit_follows_from_the_name(name):
-    """Units in names: what ends in a unit has it."""
-    expected = {"s": "_s", "byte": "_bytes", "1/s": "_per_s", "J": "_j"}
-    unit = unit_of(name)
-    assert unit == "1" or name.endswith(expected[unit])
-
-
-def test_a_study_that_cannot_be_is_refused(read):
-    """By the same words as in a report."""
-    run = read("sound")
-    broken = dataclasses.replace(run, manifest=msgspec.structs.replace(run.manifest, study={"name": 1}))
-    with pytest.raises(UsageError, match="name = 1"):
-        rows_of(broken)
